@@ -1,0 +1,1 @@
+"""Tasks: real formats and generated rules -> Task -> splits -> task-major batches."""

@@ -1,0 +1,79 @@
+"""What every reader yields and everything downstream consumes: a task is an instruction with examples of it.
+
+Plain frozen values without tensors, so readers, splits and the generator can be tested without torch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ship_ds.errors import UserError
+
+
+class DataError(UserError):
+    """A row or file that cannot be read; the message is one line: file, line or key, what was expected, what to do."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input with its target. `references` lists every right answer, the target first; empty means the target alone."""
+
+    input: str
+    target: str
+    references: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return self.references or (self.target,)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An instruction, examples that follow it, and other wordings of it.
+
+    `source` says where it was read (a file, or "rules"); `family` groups tasks for macro-averages and is the task's own
+    category where the format has one (SNI `Categories`, the generator's rule family), else empty.
+    """
+
+    id: str
+    instruction: str
+    examples: tuple[Example, ...]
+    paraphrases: tuple[str, ...] = ()
+    source: str = ""
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class SplitTask:
+    """A task with its examples parted into train and test, and the paraphrases that training never shows.
+
+    `kind` says of an unseen task why it is unseen ("parameter", "composition", "family"; "" where that is not known).
+    """
+
+    task: Task
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    held_out_paraphrases: tuple[str, ...] = ()
+    kind: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.task.id
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """Every instruction text that training may show: the instruction first, then its paraphrases."""
+        return (self.task.instruction, *self.task.paraphrases)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rules parted three ways: seen (trained on), dev (every tuning decision), unseen (the final evaluation alone)."""
+
+    seen: tuple[SplitTask, ...]
+    dev: tuple[SplitTask, ...]
+    unseen: tuple[SplitTask, ...]
+
+
+def read_error(path: Path | str, where: str, problem: str) -> DataError:
+    """The one-line form every reader uses, e.g. `tasks/a.json: Instances[3].output: expected a list of strings, got int`."""
+    return DataError(f"{path}: {where}: {problem}")

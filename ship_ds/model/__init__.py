@@ -1,0 +1,1 @@
+"""Encoder, posterior, hypernetwork, adapters, Task LLM and decoder, and their composition."""

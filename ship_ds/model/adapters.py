@@ -1,0 +1,156 @@
+"""Adapters: what the hypernetwork builds and the Task LLM applies. A new kind is a new class here.
+
+An adapter is an explicit value. It travels as a keyword argument through the transformers model into every decoder block,
+and a checkpointed block's recomputation sees the very adapter that its forward saw: the block hands it to its linear
+layers inside the checkpointed function, so nothing depends on what is current when the backward pass runs.
+
+Letters: T tasks (or rows), R rank, I in, O out, P virtual tokens, H hidden; "..." any token layout, task-major.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ship_ds.model.segment_lora import segment_lora
+
+
+class Adapter(Protocol):
+    """The signature the Task LLM knows."""
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None:
+        """What is added to the output of the linear at module `path` for input x (..., I); None: nothing."""
+
+    def virtual_tokens(self) -> Tensor | None:
+        """Embeddings put before every prompt, (T, P, H); None: none."""
+
+    def rows(self, index: Tensor) -> "Adapter":
+        """The adapter whose row e is this one's row index[e]; it expands, reorders and compacts a batch."""
+
+    def over(self, offsets: Tensor | None) -> "Adapter":
+        """The same for tokens laid end to end, task t ending at offsets[t]; None: every task has equally many tokens."""
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """Low-rank updates: y += scaling * B A x (Hu et al. 2021), scaling = alpha / R as in `peft`.
+
+    factors: module path -> (a_TRI, b_TOR).
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    scaling: float
+    offsets: Tensor | None = None
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None:
+        if path not in self.factors:
+            return None
+        a_TRI, b_TOR = self.factors[path]
+        return segment_lora(x, a_TRI, b_TOR, self.offsets) * self.scaling
+
+    def virtual_tokens(self) -> Tensor | None:
+        return None
+
+    def rows(self, index: Tensor) -> "LoraAdapter":
+        return replace(self, factors={path: (a[index], b[index]) for path, (a, b) in self.factors.items()}, offsets=None)
+
+    def over(self, offsets: Tensor | None) -> "LoraAdapter":
+        return replace(self, offsets=offsets)
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """Embeddings that precede the prompt (Lester et al. 2021): prompt_TPH."""
+
+    prompt_TPH: Tensor
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None:
+        return None
+
+    def virtual_tokens(self) -> Tensor | None:
+        return self.prompt_TPH
+
+    def rows(self, index: Tensor) -> "SoftPrompt":
+        return SoftPrompt(self.prompt_TPH[index])
+
+    def over(self, offsets: Tensor | None) -> "SoftPrompt":
+        return self
+
+
+class AdaptedLinear(nn.Module):
+    """A target linear, wrapped once. It calls `base(x)`, where ZeRO-3 gathers and bitsandbytes dequantises."""
+
+    def __init__(self, base: nn.Module, path: str) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+        self.adapter: Adapter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x)
+        delta = self.adapter.delta(self.path, x) if self.adapter is not None else None
+        return out if delta is None else out + delta.to(out.dtype)
+
+
+class AdaptedBlock(nn.Module):
+    """A decoder block that takes `ship_adapter` and, with `ship_checkpoint`, recomputes itself in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.sites = [module for module in block.modules() if isinstance(module, AdaptedLinear)]
+
+    def forward(
+        self, hidden: Tensor, *args: Any, ship_adapter: Adapter | None = None, ship_checkpoint: bool = False, **kwargs: Any
+    ) -> Any:
+        def run(hidden: Tensor) -> Any:
+            for site in self.sites:
+                site.adapter = ship_adapter
+            try:
+                return self.block(hidden, *args, **kwargs)
+            finally:
+                for site in self.sites:
+                    site.adapter = None
+
+        if ship_checkpoint and torch.is_grad_enabled():
+            return checkpoint(run, hidden, use_reentrant=False)
+        return run(hidden)
+
+
+def wrap_sites(model: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Wrap the target linears and the blocks of a decoder-only transformers model; path -> (in, out) of each site.
+
+    Raises ValueError naming the first target that no block has, or the part of the model that is missing.
+    """
+    backbone = getattr(model, "model", None)
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"{type(model).__name__}: has no model.layers; only decoder-only models with a list of blocks there can be adapted"
+        )
+    sites: dict[str, tuple[int, int]] = {}
+    for index, block in enumerate(layers):
+        for target in targets:
+            parent, name, linear = _find_linear(model, block, target)
+            path = f"model.layers.{index}.{linear}"
+            base = getattr(parent, name)
+            sites[path] = (base.in_features, base.out_features)
+            setattr(parent, name, AdaptedLinear(base, path))
+        layers[index] = AdaptedBlock(block)
+    return sites
+
+
+def _find_linear(model: nn.Module, block: nn.Module, target: str) -> tuple[nn.Module, str, str]:
+    for path, module in block.named_modules():
+        if path.rpartition(".")[2] == target and isinstance(module, nn.Linear):
+            return block.get_submodule(path.rpartition(".")[0]), target, path
+    linears = sorted({path.rpartition(".")[2] for path, module in block.named_modules() if isinstance(module, nn.Linear)})
+    raise ValueError(
+        f"hypernetwork.targets: {type(model).__name__} has no linear module {target!r}; its blocks have {', '.join(linears)}"
+    )
+
+
+AdapterBuilder = Callable[[Tensor], Adapter]

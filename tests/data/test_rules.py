@@ -1,0 +1,71 @@
+"""The generated world keeps what its docstring promises."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from ship_ds.data.rules import FAMILIES, UNSEEN_FAMILIES, RulesConfig, behaviour, build_world, draw_examples, part_rules
+from ship_ds.data.task import Splits
+
+
+@pytest.fixture(scope="module")
+def world() -> Splits:
+    return build_world(RulesConfig())
+
+
+def test_world_is_large_and_balanced(world: Splits) -> None:
+    tasks = [*world.seen, *world.dev, *world.unseen]
+    families = Counter(task.task.family for task in tasks)
+    assert len(tasks) >= 1000 and len(families) >= 25
+    assert max(families.values()) / len(tasks) <= 0.08
+    assert len(world.unseen) >= 100 and len(world.dev) >= 50
+    assert {task.kind for task in world.unseen} == {"parameter", "composition", "family"}
+
+
+def test_rules_differ_on_at_least_one_fixed_input_in_twenty() -> None:
+    seen, dev, unseen = part_rules(0)
+    answers_UF = behaviour([*seen, *(rule for rule, _ in dev), *(rule for rule, _ in unseen)])
+    for index in range(1, len(answers_UF)):
+        assert (answers_UF[:index] == answers_UF[index]).mean(axis=1).max() < 0.95
+
+
+def test_wordings_are_never_shared_between_rules(world: Splits) -> None:
+    owners = Counter(text for task in world.seen + world.dev + world.unseen
+                     for text in {*task.wordings, *task.held_out_paraphrases})
+    assert max(owners.values()) == 1
+
+
+def test_unseen_kinds_are_what_they_say(world: Splits) -> None:
+    seen_families = {task.task.family for task in world.seen}
+    for task in world.unseen + world.dev:
+        assert (task.task.family in seen_families) == (task.kind == "parameter"), task.id
+    apart = {family.name for family in UNSEEN_FAMILIES}
+    assert {task.task.family for task in world.unseen if task.kind == "family"} == apart
+
+
+def test_few_answers_are_trivial_and_no_test_input_is_trained_on(world: Splits) -> None:
+    for part in (world.seen, world.unseen):
+        tests = [example for task in part for example in task.test]
+        assert np.mean([example.target in ("", example.input) for example in tests]) <= 0.1
+    for task in world.seen:
+        assert not {example.input for example in task.train} & {example.input for example in task.test}
+
+
+def test_examples_follow_their_rule() -> None:
+    rule = {family.name: family for family in FAMILIES}["keep_between"]
+    assert rule.apply((1, 5, 9, 12), 5, 9) == (5, 9)
+    swap = {family.name: family for family in FAMILIES}["swap"]
+    assert swap.apply((1, 2, 3), 1, 3) == (3, 2, 1) and swap.apply((1, 2), 1, 3) == (1, 2)
+
+
+def test_the_same_seed_gives_the_same_world(world: Splits) -> None:
+    assert build_world(RulesConfig()) == world
+    assert build_world(RulesConfig(seed=1)).seen[0].train != world.seen[0].train
+
+
+def test_drawn_inputs_are_distinct() -> None:
+    import random
+
+    rule = part_rules(0)[0][0]
+    assert len({example.input for example in draw_examples(rule, 50, random.Random(0))}) == 50
