@@ -14,7 +14,8 @@ from ship_ds.model.batch import IGNORE, TokenBatch
 
 def embed(model: nn.Module, ids: Tensor, slots: Tensor, soft: Tensor | None) -> Tensor:
     """Token embeddings (..., H) with soft (E, P, H), in order, written into the reserved slots."""
-    hidden: Tensor = model.get_input_embeddings()(ids)
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    hidden: Tensor = embedding(ids)
     if soft is None:
         return hidden
     return hidden.masked_scatter(slots[..., None].expand_as(hidden), soft.to(hidden.dtype))

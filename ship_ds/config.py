@@ -1,0 +1,218 @@
+"""The run's config: typed, frozen and strict; a YAML recipe plus `a.b=c` overrides. Imports no torch.
+
+    load_config("quickstart", ["training.steps=10", "run.folder=runs/short"])
+
+An unknown key, a wrong type and an impossible pair each raise UserError with one line. Each component gets its own slice.
+"""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from ship_ds.data.rules import RulesConfig
+from ship_ds.errors import UserError
+
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    folder: str
+    """Everything the run writes goes below it."""
+    seed: int = 0
+
+
+class FullTuning(Section):
+    """Every weight of the language model is trained."""
+
+    kind: Literal["full"] = "full"
+
+
+class LoraTuning(Section):
+    """The language model is frozen and a static LoRA over it is trained."""
+
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt
+    alpha: PositiveFloat = 32
+    dropout: NonNegativeFloat = 0.05
+    targets: tuple[str, ...] = ALL_PROJECTIONS
+
+
+Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
+
+
+class TaskLlmConfig(Section):
+    base: str = "embedded"
+    """A folder in transformers' format, or "embedded" for the tiny LM in ship_ds/assets."""
+    quantisation: Literal["nf4", "none"] = "nf4"
+    shard: Literal["always", "never"] = "never"
+    """Under ZeRO-3: partition the frozen base over the ranks, or keep it whole on each."""
+    checkpointing: bool = False
+
+
+class EncoderConfig(Section):
+    base: str = "embedded"
+    quantisation: Literal["nf4", "none"] = "none"
+    tuning: Tuning = FullTuning()
+
+
+class DecoderConfig(EncoderConfig):
+    num_soft_tokens: PositiveInt = 4
+    max_examples: int = Field(6, ge=0, le=6)
+    """At most this many examples are shown beside z; zero: z alone."""
+    drop_latent: float = Field(0.0, ge=0, lt=1)
+    """How often z is left out where examples are shown."""
+
+
+class LoraHypernetworkConfig(Section):
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16
+    targets: tuple[str, ...] = ALL_PROJECTIONS
+    width: PositiveInt = 128
+
+
+class SoftPromptHypernetworkConfig(Section):
+    kind: Literal["soft_prompt"] = "soft_prompt"
+    num_virtual_tokens: PositiveInt = 10
+    width: PositiveInt = 128
+
+
+HypernetworkConfig = Annotated[LoraHypernetworkConfig | SoftPromptHypernetworkConfig, Field(discriminator="kind")]
+
+
+class ModelConfig(Section):
+    latent_size: PositiveInt = 64
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    task_llm: TaskLlmConfig = TaskLlmConfig()
+    hypernetwork: HypernetworkConfig = LoraHypernetworkConfig()
+
+
+class LossConfig(Section):
+    task: NonNegativeFloat = 1.0
+    reconstruction: NonNegativeFloat = 1.0
+    kl: NonNegativeFloat = 1e-3
+
+
+class OptimiserConfig(Section):
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat = 1.0
+    warmup_steps: int = Field(50, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+
+class TrainingConfig(Section):
+    steps: PositiveInt
+    tasks_per_step: PositiveInt = 24
+    """Global: ranks and accumulation divide it."""
+    examples_per_task: PositiveInt = 4
+    accumulation: PositiveInt = 1
+    max_minutes: PositiveFloat | None = None
+    """The schedule still spans `steps`; None: no limit."""
+    max_bad_steps: PositiveInt = 5
+    """Stop after this many non-finite steps in a row."""
+    deepspeed: str = "zero3"
+    """A file of ds_configs/ (without .json) or a path."""
+    threads: int | None = None
+    """CPU threads a rank; None: torch's own choice."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(0, ge=0)
+    """Zero: at the end alone."""
+    keep_last: PositiveInt = 2
+
+
+class EvaluationConfig(Section):
+    every_steps: int = Field(0, ge=0)
+    """Deduction on a few seen and dev rules while training; zero: never."""
+    num_tasks: PositiveInt = 64
+    """Seen rules, and dev rules, looked at while training."""
+    num_final_tasks: PositiveInt = 1_000_000
+    """Seen rules in the final report; all unseen ones are always used."""
+    examples_per_task: PositiveInt = 5
+    max_new_tokens: PositiveInt = 20
+    max_instruction_tokens: PositiveInt = 40
+
+
+class Config(Section):
+    run: RunConfig
+    data: RulesConfig = RulesConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Config":
+        if self.training.tasks_per_step % self.training.accumulation:
+            raise ValueError(
+                f"training.accumulation ({self.training.accumulation}) must divide training.tasks_per_step "
+                f"({self.training.tasks_per_step}): change one of them"
+            )
+        if self.model.decoder.drop_latent and not self.model.decoder.max_examples:
+            raise ValueError("model.decoder.drop_latent needs model.decoder.max_examples above 0: set it, or drop_latent to 0")
+        return self
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.name.removesuffix(".yaml") for path in (resources.files("ship_ds") / "recipes").iterdir()
+                  if path.name.endswith(".yaml"))
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe by name or a YAML file by path, apply overrides, check. Raises UserError."""
+    values = _read(source)
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, source)
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: {key + ': ' if key else ''}{message}") from None
+
+
+def _read(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if source in recipe_names():
+        text = (resources.files("ship_ds") / "recipes" / f"{source}.yaml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise UserError(f"{source}: no such config file, and no recipe of that name; the recipes are {', '.join(recipe_names())}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a mapping of sections at the top, got {type(values).__name__}")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override}: an override has the form section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{override}: {section} is a value, not a section")
+    values[last] = yaml.safe_load(text)

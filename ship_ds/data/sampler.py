@@ -1,0 +1,67 @@
+"""Which tasks, examples and wordings make up a step: a pure function of (seed, step), the same on any number of ranks.
+
+An epoch is a fresh permutation of the seen tasks; step s takes the tasks at positions s*T to (s+1)*T of the endless row of
+epochs. The position in the data is therefore the step number alone.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ship_ds.data.task import Example, SplitTask
+
+
+@dataclass(frozen=True)
+class TaskDraw:
+    """One task of one step: a wording, the examples to answer, and the other examples shown to the decoder."""
+
+    task_id: str
+    wording: str
+    answered: tuple[Example, ...]
+    shown: tuple[Example, ...]
+    shows_latent: bool
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    tasks: Sequence[SplitTask]
+    seed: int
+    tasks_per_step: int
+    examples_per_task: int
+    max_shown: int
+    drop_latent: float
+
+    def draw_step(self, step: int) -> list[TaskDraw]:
+        """The draws of global step `step`, sorted by length so that micro-batches pad little."""
+        start = step * self.tasks_per_step
+        draws = [self._draw(self._task_at(position), step) for position in range(start, start + self.tasks_per_step)]
+        return sorted(draws, key=lambda draw: (sum(len(e.input) for e in draw.shown), draw.task_id))
+
+    def draw_rank(self, step: int, part: int, num_parts: int) -> list[TaskDraw]:
+        """Every `num_parts`-th draw of the step, from `part` on: each part gets short and long ones."""
+        return self.draw_step(step)[part::num_parts]
+
+    def _task_at(self, position: int) -> SplitTask:
+        epoch, offset = divmod(position, len(self.tasks))
+        return self.tasks[_permutation(self.seed, epoch, len(self.tasks))[offset]]
+
+    def _draw(self, task: SplitTask, step: int) -> TaskDraw:
+        rng = random.Random(f"{self.seed} {step} {task.id}")
+        num_answered = min(self.examples_per_task, len(task.train))
+        num_shown = min(rng.randint(0, self.max_shown), len(task.train) - num_answered)
+        drawn = rng.sample(task.train, num_answered + num_shown)
+        if num_answered < self.examples_per_task:
+            drawn = rng.choices(task.train, k=self.examples_per_task)
+            num_answered = self.examples_per_task
+        shows_latent = num_shown == 0 or rng.random() >= self.drop_latent
+        return TaskDraw(
+            task.id, rng.choice(task.wordings), tuple(drawn[:num_answered]), tuple(drawn[num_answered:]), shows_latent
+        )
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
+    order = list(range(size))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    return tuple(order)

@@ -1,0 +1,50 @@
+"""The encoder: instruction -> posterior over z.
+
+Letters: T tasks, S length, H hidden, Z latent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ship_ds.model.batch import TokenBatch
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z | k), diagonal Gaussian: mean_TZ and log_variance_TZ, in fp32."""
+
+    mean_TZ: Tensor
+    log_variance_TZ: Tensor
+
+    def sample(self, noise_TZ: Tensor) -> Tensor:
+        """z = mean + exp(log_variance / 2) * noise."""
+        return self.mean_TZ + (self.log_variance_TZ / 2).exp() * noise_TZ
+
+
+class Encoder(nn.Module):
+    """Last-token hidden state of a language model -> MLP -> posterior."""
+
+    def __init__(self, lm: nn.Module, hidden_size: int, latent_size: int) -> None:
+        super().__init__()
+        self.lm = lm
+        self.head = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, 2 * latent_size))
+
+    def forward(self, batch: TokenBatch) -> Posterior:
+        hidden_TSH = self.lm.model(input_ids=batch.ids_ES, use_cache=False).last_hidden_state  # type: ignore[operator]
+        last_TH = hidden_TSH[torch.arange(len(hidden_TSH), device=hidden_TSH.device), batch.lengths_E - 1]
+        mean_TZ, raw_TZ = self.head(last_TH).float().chunk(2, dim=-1)
+        return Posterior(mean_TZ, raw_TZ - 4.0)  # a small variance at first, so that z carries the instruction from step 0
+
+
+def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int) -> Tensor:
+    """eps_TZ keyed by (seed, step, task id) alone: the same on any number of ranks."""
+    return torch.stack([_task_noise(f"{seed} {step} {task_id}", latent_size) for task_id in task_ids])
+
+
+def _task_noise(key: str, latent_size: int) -> Tensor:
+    import hashlib
+
+    digest = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    return torch.randn(latent_size, generator=torch.Generator().manual_seed(digest))

@@ -1,0 +1,1 @@
+"""The only place that knows DeepSpeed, ranks and checkpoints."""
