@@ -75,6 +75,10 @@ class ShipModel(nn.Module):
         return self._outside[0] if self._outside else self.sharded_task_llm
 
     @property
+    def device(self) -> torch.device:
+        return next(self.hypernetwork.parameters()).device
+
+    @property
     def num_virtual_tokens(self) -> int:
         return self.hypernetwork.num_virtual_tokens if isinstance(self.hypernetwork, SoftPromptHypernetwork) else 0
 
@@ -82,25 +86,27 @@ class ShipModel(nn.Module):
         encoder, decoder, task = self.encoder_prompts, self.decoder_prompts, self.prompts
         answered = [example for draw in draws for example in draw.answered]
         return ShipBatch(
-            TokenBatch.build([encoder.encoder_prompt(draw.wording) for draw in draws], None, encoder.pad_id),
+            TokenBatch.build([encoder.encoder_prompt(draw.wording) for draw in draws], None, encoder.pad_id, device=self.device),
             TokenBatch.build(
                 [task.task_prompt(example.input) for example in answered],
                 [task.target(example.target) for example in answered], task.pad_id, self.num_virtual_tokens,
+                self.device,
             ),
             TokenBatch.build(
                 [decoder.decoder_prompt(draw.shown) for draw in draws], [decoder.target(draw.wording) for draw in draws],
-                decoder.pad_id, self.config.decoder.num_soft_tokens,
+                decoder.pad_id, self.config.decoder.num_soft_tokens, self.device,
             ),
-            torch.tensor([draw.shows_latent for draw in draws]),
-            posterior_noise(seed, step, [draw.task_id for draw in draws], self.config.latent_size),
+            torch.tensor([draw.shows_latent for draw in draws], device=self.device),
+            posterior_noise(seed, step, [draw.task_id for draw in draws], self.config.latent_size).to(self.device),
         )
 
     def forward(self, batch: ShipBatch) -> LossSums:
         """One sample of z feeds both halves: the adapter (VIB) and the reconstruction (VAE)."""
+        packed = self.device.type == "cuda"
         posterior = self.encoder(batch.instructions)
         latent_TZ = posterior.sample(batch.noise_TZ)
-        task_logits, task_labels = self.task_llm(self.hypernetwork(latent_TZ), batch.answers, len(latent_TZ))
-        text_logits, text_labels = self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded)
+        task_logits, task_labels = self.task_llm(self.hypernetwork(latent_TZ), batch.answers, len(latent_TZ), packed)
+        text_logits, text_labels = self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed)
         kl_TZ = kl_to_prior(posterior.mean_TZ, posterior.log_variance_TZ)
         return LossSums(
             sum_cross_entropy(task_logits, task_labels), sum_cross_entropy(text_logits, text_labels),
@@ -111,7 +117,8 @@ class ShipModel(nn.Module):
     def encode(self, instructions: Sequence[str]) -> Tensor:
         """Posterior means (T, Z)."""
         prompts = self.encoder_prompts
-        batch = TokenBatch.build([prompts.encoder_prompt(text) for text in instructions], None, prompts.pad_id)
+        ids = [prompts.encoder_prompt(text) for text in instructions]
+        batch = TokenBatch.build(ids, None, prompts.pad_id, device=self.device)
         mean_TZ: Tensor = self.encoder(batch).mean_TZ
         return mean_TZ
 
@@ -127,7 +134,7 @@ class ShipModel(nn.Module):
         prompts = self.prompts
         stated = instructions if instructions is not None else [None] * len(inputs)
         ids = [prompts.task_prompt(text, instruction) for text, instruction in zip(inputs, stated, strict=True)]
-        batch = TokenBatch.build(ids, None, prompts.pad_id, self.num_virtual_tokens if adapter is not None else 0)
+        batch = TokenBatch.build(ids, None, prompts.pad_id, self.num_virtual_tokens if adapter is not None else 0, self.device)
         rows = self.task_llm.generate(adapter, batch, prompts.eos_id, max_new_tokens)
         return [prompts.text(row) if row[-1] == prompts.eos_id else None for row in rows]
 
@@ -135,7 +142,7 @@ class ShipModel(nn.Module):
         """The instruction that the decoder reads out of each z, without examples."""
         prompts = self.decoder_prompts
         batch = TokenBatch.build(
-            [prompts.decoder_prompt(())] * len(latent_TZ), None, prompts.pad_id, self.config.decoder.num_soft_tokens
+            [prompts.decoder_prompt(())] * len(latent_TZ), None, prompts.pad_id, self.config.decoder.num_soft_tokens, self.device
         )
         return [prompts.text(row) for row in self.decoder.generate(latent_TZ, batch, prompts.eos_id, max_new_tokens)]
 

@@ -13,6 +13,10 @@ from ship_ds.errors import UserError
 from ship_ds.runtime import ranks
 
 _CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+_OWNED_BY_RUN = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "scheduler", "optimizer",
+}
 
 
 def read_deepspeed_config(name: str) -> dict[str, Any]:
@@ -22,8 +26,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         known = ", ".join(sorted(file.stem for file in _CONFIG_FOLDER.glob("*.json")))
         raise UserError(f"training.deepspeed: {name}: no such file; ds_configs/ has {known}")
     config: dict[str, Any] = json.loads(path.read_text())
-    owned = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "scheduler"}
-    for key in sorted(owned & config.keys()):
+    for key in sorted(_OWNED_BY_RUN & config.keys()):
         raise UserError(f"{path}: {key}: comes from the run's config (training and optimiser); remove it here")
     return config
 

@@ -1,0 +1,103 @@
+"""The bundle: what a run leaves behind, one folder of safetensors and config that opens on a CPU without DeepSpeed.
+
+    ship = Ship.from_run("runs/quickstart")
+    ship.answer("keep the numbers greater than 4", ["3 9 5"])
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ship_ds.config import Config, parse_config
+from ship_ds.errors import UserError
+from ship_ds.model.ship import ShipModel
+
+WEIGHTS, CONFIG, PROMPT, MANIFEST = "ship.safetensors", "config.json", "prompt_format.json", "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(part: Path, folder: Path) -> None:
+    """Sync every file of `part` and put it in `folder`'s place; a reader never sees half of either."""
+    for path in part.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.rename(folder)
+
+
+def write_bundle(folder: Path, state: Mapping[str, Tensor], config: Config, prompt_format: Mapping[str, Any]) -> None:
+    """state: every trainable parameter of ShipModel by name."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, part / WEIGHTS)
+    (part / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+    (part / PROMPT).write_text(json.dumps(prompt_format, indent=2) + "\n")
+    names = (WEIGHTS, CONFIG, PROMPT)
+    manifest = {name: {"bytes": (part / name).stat().st_size, "sha256": sha256(part / name)} for name in names}
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    publish(part, folder)
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError naming the first file that is missing or not what the manifest says."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: no bundle here (no {MANIFEST}); a finished run has one in RUN/bundle")
+    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            raise UserError(f"{path}: missing or not the file that {MANIFEST} lists; write the bundle again")
+
+
+class Ship:
+    """A trained SHIP, opened from its run or bundle folder; plain types in and out."""
+
+    def __init__(self, model: ShipModel, config: Config, digest: str) -> None:
+        self.model, self.config, self.digest = model, config, digest
+
+    @classmethod
+    def from_run(cls, path: str | Path) -> "Ship":
+        """Raises UserError when the folder holds no good bundle, or one made under another prompt format."""
+        folder = Path(path) / "bundle" if (Path(path) / "bundle").is_dir() else Path(path)
+        verify(folder)
+        config = parse_config(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
+        model = ShipModel(config.model)
+        if model.prompts.describe() != json.loads((folder / PROMPT).read_text()):
+            raise UserError(f"{folder / PROMPT}: the base model's tokenizer or this version gives another prompt format")
+        load_trainable(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
+        return cls(model.eval(), config, sha256(folder / WEIGHTS))
+
+    @torch.no_grad()
+    def answer(self, instruction: str, inputs: Sequence[str]) -> list[str | None]:
+        """Answers without the instruction in the prompt; None where no end came within the configured length."""
+        adapter = self.model.adapt(self.model.encode([instruction]))
+        return self.model.answer(adapter, inputs, self.config.evaluation.max_new_tokens)
+
+    @torch.no_grad()
+    def answer_bare(self, inputs: Sequence[str]) -> list[str | None]:
+        """What the Task LLM answers without any adapter."""
+        return self.model.answer(None, inputs, self.config.evaluation.max_new_tokens)
+
+
+def load_trainable(model: ShipModel, state: Mapping[str, Tensor], source: Path) -> None:
+    """Every trainable parameter has to be there, and nothing else."""
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if own.keys() != state.keys():
+        different = sorted(own.keys() ^ state.keys())
+        raise UserError(f"{source}: {different[0]} and {len(different) - 1} more names differ from the model in its config")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])

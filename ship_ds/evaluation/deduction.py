@@ -1,0 +1,119 @@
+"""Deduction beside its controls, and reconstruction: what the final report and the curve of a run show.
+
+Everything takes this rank's tasks and returns one row of right and wrong a task; nothing here communicates.
+
+Letters: T tasks, M examples, Z latent, C candidate rules.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ship_ds.data.task import Example, SplitTask
+from ship_ds.evaluation.metrics import exact_match
+from ship_ds.model.adapters import Adapter
+from ship_ds.model.batch import IGNORE, TokenBatch
+from ship_ds.model.ship import ShipModel
+
+Rows = list[list[bool]]
+_CHUNK = 48
+_SHORTLIST = 48
+_SHOWN = 5
+
+
+def _chunks(tasks: Sequence[SplitTask]) -> list[Sequence[SplitTask]]:
+    return [tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK)]
+
+
+def deduction(
+    model: ShipModel, tasks: Sequence[SplitTask], wordings: Sequence[str], num_examples: int, max_new_tokens: int
+) -> Rows:
+    """Answers under the adapter of each task's given wording, the instruction not in the prompt."""
+    rows: Rows = []
+    for start, chunk in zip(range(0, len(tasks), _CHUNK), _chunks(tasks), strict=True):
+        adapter = model.adapt(model.encode(wordings[start : start + len(chunk)]))
+        rows += _answer(model, adapter, chunk, num_examples, max_new_tokens, None)
+    return rows
+
+
+def bare_base(model: ShipModel, tasks: Sequence[SplitTask], num_examples: int, max_new_tokens: int) -> Rows:
+    return [row for chunk in _chunks(tasks) for row in _answer(model, None, chunk, num_examples, max_new_tokens, None)]
+
+
+def instruction_in_prompt(model: ShipModel, tasks: Sequence[SplitTask], num_examples: int, max_new_tokens: int) -> Rows:
+    """The upper reference: the bare base with the instruction in every query."""
+    return [
+        row for chunk in _chunks(tasks)
+        for row in _answer(model, None, chunk, num_examples, max_new_tokens, [t.task.instruction for t in chunk])
+    ]
+
+
+def _answer(
+    model: ShipModel, adapter: Adapter | None, tasks: Sequence[SplitTask], num_examples: int, max_new_tokens: int,
+    instructions: Sequence[str] | None,
+) -> Rows:
+    """Tasks with fewer than `num_examples` test examples repeat them in the batch and count them once."""
+    asked = [[task.test[i % len(task.test)] for i in range(num_examples)] for task in tasks]
+    stated = None if instructions is None else [text for text in instructions for _ in range(num_examples)]
+    answers = model.answer(adapter, [e.input for row in asked for e in row], max_new_tokens, stated)
+    right = [exact_match(answer, e.answers) for answer, e in zip(answers, (e for row in asked for e in row), strict=True)]
+    return [
+        right[t * num_examples : t * num_examples + min(num_examples, len(task.test))] for t, task in enumerate(tasks)
+    ]
+
+
+def shuffled_wordings(tasks: Sequence[SplitTask]) -> list[str]:
+    """For each task another one's instruction: half the list away, so of another family where families are adjacent."""
+    half = len(tasks) // 2
+    return [tasks[(i + half) % len(tasks)].task.instruction for i in range(len(tasks))]
+
+
+@torch.no_grad()
+def nearest_seen(model: ShipModel, tasks: Sequence[SplitTask], seen: Sequence[SplitTask]) -> list[str]:
+    """For each task the seen instruction, not its own, whose adapter gives five of its examples the least loss.
+
+    The first example alone makes the shortlist; the five decide among its 48 candidates.
+    """
+    texts = [task.task.instruction for task in seen]
+    latent_CZ = torch.cat([model.encode(texts[start : start + 256]) for start in range(0, len(texts), 256)])
+    first_TC = torch.cat([
+        _losses(model, latent_CZ[start : start + 64], [task.train[0] for task in tasks])
+        for start in range(0, len(texts), 64)
+    ]).T
+    chosen = []
+    for task, row_C in zip(tasks, first_TC, strict=True):
+        own = [c for c, candidate in enumerate(seen) if candidate.id == task.id]
+        row_C[own] = float("inf")
+        shortlist = row_C.topk(min(_SHORTLIST, len(seen)), largest=False).indices
+        losses_C = _losses(model, latent_CZ[shortlist], task.train[:_SHOWN]).sum(1)
+        losses_C[torch.isin(shortlist, torch.tensor(own))] = float("inf")
+        chosen.append(texts[int(shortlist[losses_C.argmin()])])
+    return chosen
+
+
+def _losses(model: ShipModel, latent_CZ: Tensor, examples: Sequence[Example]) -> Tensor:
+    """The loss in nats of each example under each candidate's adapter, (C, M)."""
+    prompts, num_candidates = model.prompts, len(latent_CZ)
+    ids = [prompts.task_prompt(e.input) for e in examples] * num_candidates
+    targets = [prompts.target(e.target) for e in examples] * num_candidates
+    batch = TokenBatch.build(ids, targets, prompts.pad_id, model.num_virtual_tokens, model.device)
+    logits, labels = model.task_llm(model.adapt(latent_CZ), batch, num_candidates)
+    token_losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    owner = torch.arange(len(ids), device=labels.device)[:, None].expand_as(batch.labels_ES)[batch.labels_ES != IGNORE]
+    return torch.zeros(len(ids), device=labels.device).index_add(0, owner, token_losses).view(num_candidates, -1).cpu()
+
+
+def reconstruction(
+    model: ShipModel, tasks: Sequence[SplitTask], max_new_tokens: int, on_text: Callable[[str, str], None] | None = None
+) -> Rows:
+    """Instruction -> z (the mean) -> text; right when the text is the very instruction, without examples."""
+    rows: Rows = []
+    for chunk in _chunks(tasks):
+        truths = [task.task.instruction for task in chunk]
+        texts = model.decode(model.encode(truths), max_new_tokens)
+        for truth, text in zip(truths, texts, strict=True):
+            rows.append([text.split() == truth.split()])
+            if on_text is not None:
+                on_text(truth, text)
+    return rows

@@ -1,0 +1,90 @@
+"""One row a step to metrics.jsonl and TensorBoard, a progress bar on rank 0, and the picture of the losses at the end."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Monitor:
+    """Lives on rank 0 alone."""
+
+    def __init__(self, folder: Path, num_steps: int, first_step: int) -> None:
+        self.folder = folder
+        self._drop_rows_after(first_step)
+        self.rows = (folder / "metrics.jsonl").open("a")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.bar = tqdm(total=num_steps, initial=first_step, unit="step", mininterval=5, dynamic_ncols=True)
+
+    def _drop_rows_after(self, first_step: int) -> None:
+        """A resumed run writes each step once: rows of steps that will be taken again go."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < first_step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def step(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.rows.write(json.dumps({"step": step, **scalars}) + "\n")
+        self.rows.flush()
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {scalars['loss/total']:.3f}, {scalars['speed/tokens_per_second']:.0f} tokens/s", refresh=False)
+
+    def evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+        with (self.folder / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self.bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scalars.items()))
+
+    def texts(self, step: int, pairs: Sequence[tuple[str, str]]) -> None:
+        table = "| instruction | reconstructed |\n|---|---|\n" + "\n".join(f"| {true} | {text} |" for true, text in pairs)
+        self.board.add_text("reconstruction", table, step)
+
+    def kl_per_dimension(self, step: int, kl_Z: torch.Tensor) -> None:
+        self.board.add_histogram("latent/kl_per_dimension", kl_Z, step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.rows.close()
+        self.board.close()
+        plot_losses(self.folder)
+
+
+def plot_losses(folder: Path) -> None:
+    """The three losses over steps, readable in black and white, as loss.png beside metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, style in (("loss/task", "-"), ("loss/reconstruction", "--"), ("loss/kl", ":")):
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], style, color="black", label=name, linewidth=0.8)
+    axes.set(xlabel="step", ylabel="nats", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+class Stopwatch:
+    """Seconds and tokens of the steps alone; evaluation and checkpoints are left out."""
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens, self._started = 0.0, 0, 0.0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, tokens: int) -> float:
+        elapsed = time.perf_counter() - self._started
+        self.seconds += elapsed
+        self.tokens += tokens
+        return elapsed
