@@ -113,8 +113,8 @@ class Trainer:
         self.num_bad_steps = 0 if loss == loss and abs(loss) != float("inf") else self.num_bad_steps + 1
         if self.num_bad_steps >= self.config.training.max_bad_steps:
             raise UserError(
-                f"training: the loss was not finite in {self.num_bad_steps} steps in a row; lower optimiser.lr or look at the data "
-                f"(training.max_bad_steps sets the number)"
+                f"training: the loss was not finite in {self.num_bad_steps} steps in a row; lower optimiser.lr or look at "
+                "the data (training.max_bad_steps sets the number)"
             )
 
     def log(self, step: int, sums: dict[str, Any], lr: float, num_tokens: int) -> None:

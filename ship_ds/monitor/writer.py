@@ -33,7 +33,8 @@ class Monitor:
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step)
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {scalars['loss/total']:.3f}, {scalars['speed/tokens_per_second']:.0f} tokens/s", refresh=False)
+        speed = scalars["speed/tokens_per_second"]
+        self.bar.set_postfix_str(f"loss {scalars['loss/total']:.3f}, {speed:.0f} tokens/s", refresh=False)
 
     def evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
