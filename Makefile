@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.build/torch_extensions
 export HF_HUB_OFFLINE := 1
 
-.PHONY: test lint setup clean
+.PHONY: quickstart test lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -15,6 +15,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
+
+# Two ranks on two CPU cores; then one unseen instruction becomes an adapter.
+quickstart: setup
+	rm -rf runs/quickstart
+	$(BIN)/torchrun --nproc-per-node 2 -m ship_ds.train --config quickstart
+	$(BIN)/ship-ds deduce "put 7 at the front" --run runs/quickstart --out runs/quickstart/adapter
 
 lint: setup
 	$(BIN)/ruff check .

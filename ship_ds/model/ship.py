@@ -16,7 +16,7 @@ from ship_ds.model.adapters import Adapter, wrap_sites
 from ship_ds.model.backbone import add_static_lora, freeze, load_lm, load_tokenizer
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder import Decoder
-from ship_ds.model.encoder import Encoder, posterior_noise
+from ship_ds.model.encoder import Encoder, Posterior, posterior_noise
 from ship_ds.model.hypernetwork import LoraHypernetwork, SoftPromptHypernetwork
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
@@ -103,7 +103,7 @@ class ShipModel(nn.Module):
     def forward(self, batch: ShipBatch) -> LossSums:
         """One sample of z feeds both halves: the adapter (VIB) and the reconstruction (VAE)."""
         packed = self.device.type == "cuda"
-        posterior = self.encoder(batch.instructions)
+        posterior = Posterior(*self.encoder(batch.instructions))
         latent_TZ = posterior.sample(batch.noise_TZ)
         task_logits, task_labels = self.task_llm(self.hypernetwork(latent_TZ), batch.answers, len(latent_TZ), packed)
         text_logits, text_labels = self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed)
@@ -119,7 +119,7 @@ class ShipModel(nn.Module):
         prompts = self.encoder_prompts
         ids = [prompts.encoder_prompt(text) for text in instructions]
         batch = TokenBatch.build(ids, None, prompts.pad_id, device=self.device)
-        mean_TZ: Tensor = self.encoder(batch).mean_TZ
+        mean_TZ: Tensor = self.encoder(batch)[0]
         return mean_TZ
 
     @torch.no_grad()

@@ -1,0 +1,77 @@
+"""`ship-ds <verb>`: thin layers over the library. Bad input is one line on standard error and exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ship_ds.errors import UserError
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ship_ds import train
+
+    return train.main(["--config", args.config, *args.overrides])
+
+
+def _deduce(args: argparse.Namespace) -> int:
+    from ship_ds.bundle import Ship
+    from ship_ds.export.peft_adapter import export_lora
+
+    ship = Ship.from_run(args.run)
+    proof = export_lora(ship, args.instruction, Path(args.out), args.probe)
+    print(f"{args.out}: peft = live within {proof.from_live:.1e}; differs from the bare base by {proof.from_base:.2f}")
+    with_adapter, without = ship.answer(args.instruction, args.probe), ship.answer_bare(args.probe)
+    for text, answer, bare in zip(args.probe, with_adapter, without, strict=True):
+        print(f"  {text}\n    with the adapter:    {answer}\n    without the adapter: {bare}")
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from importlib import resources
+
+    from ship_ds.config import recipe_names
+
+    for name in recipe_names():
+        first = (resources.files("ship_ds") / "recipes" / f"{name}.yaml").read_text().splitlines()[0]
+        print(f"{name:<20} {first.removeprefix('# ')}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from ship_ds import doctor
+
+    print("\n".join(doctor.lines()))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ship-ds", description="Instructions to model parameters and back.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    train = verbs.add_parser("train", help="train in one process; for several, start ship_ds/train.py with deepspeed")
+    train.add_argument("--config", required=True)
+    train.add_argument("overrides", nargs="*", help="section.key=value")
+    train.set_defaults(run_verb=_train)
+    deduce = verbs.add_parser("deduce", help="instruction -> PEFT LoRA folder, proved on the way out")
+    deduce.add_argument("instruction")
+    deduce.add_argument("--run", required=True)
+    deduce.add_argument("--out", required=True)
+    deduce.add_argument("--probe", nargs="+", default=["3 14 9 8 1", "12 5 17 0 6 6"], help="inputs to prove and show it on")
+    deduce.set_defaults(run_verb=_deduce)
+    verbs.add_parser("recipes", help="the shipped configs").set_defaults(run_verb=_recipes)
+    verbs.add_parser("doctor", help="what of the stack is here").set_defaults(run_verb=_doctor)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+    try:
+        code: int = args.run_verb(args)
+    except UserError as error:
+        print(f"ship-ds: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

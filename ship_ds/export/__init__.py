@@ -1,0 +1,1 @@
+"""Out of the trainer: what other software loads."""
