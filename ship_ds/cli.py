@@ -1,6 +1,8 @@
 """`ship-ds <verb>`: thin layers over the library. Bad input is one line on standard error and exit code 2."""
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,27 @@ def _deduce(args: argparse.Namespace) -> int:
     with_adapter, without = ship.answer(args.instruction, args.probe), ship.answer_bare(args.probe)
     for text, answer, bare in zip(args.probe, with_adapter, without, strict=True):
         print(f"  {text}\n    with the adapter:    {answer}\n    without the adapter: {bare}")
+    return 0
+
+
+def _bundle(args: argparse.Namespace) -> int:
+    from ship_ds.bundle import bundle_from_checkpoint
+
+    bundle_from_checkpoint(Path(args.checkpoint), Path(args.out))
+    print(f"{args.out}: bundle of {args.checkpoint}")
+    return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from ship_ds.data.describe import describe, show
+    from ship_ds.data.filters import FilterConfig
+
+    filters = FilterConfig(
+        max_input_words=args.max_input_words, max_instruction_words=args.max_instruction_words,
+        max_examples_per_task=args.max_examples_per_task, min_examples_per_task=args.min_examples_per_task,
+    )
+    description = describe(Path(args.path), args.format, filters)
+    print(json.dumps(description, indent=2) if args.json else show(description))
     return 0
 
 
@@ -58,6 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
     deduce.add_argument("--out", required=True)
     deduce.add_argument("--probe", nargs="+", default=["3 14 9 8 1", "12 5 17 0 6 6"], help="inputs to prove and show it on")
     deduce.set_defaults(run_verb=_deduce)
+    bundle = verbs.add_parser("bundle", help="a training checkpoint -> a bundle, without the run that wrote it")
+    bundle.add_argument("checkpoint", help="RUN/checkpoints/step-N")
+    bundle.add_argument("--out", required=True)
+    bundle.set_defaults(run_verb=_bundle)
+    data = verbs.add_parser("data", help="what a file or folder of tasks holds and what the filters leave out")
+    data.add_argument("path")
+    data.add_argument("--format", default="auto")
+    data.add_argument("--json", action="store_true")
+    for name in ("input-words", "instruction-words", "examples-per-task"):
+        data.add_argument(f"--max-{name}", type=int)
+    data.add_argument("--min-examples-per-task", type=int, default=2)
+    data.set_defaults(run_verb=_data)
     verbs.add_parser("recipes", help="the shipped configs").set_defaults(run_verb=_recipes)
     verbs.add_parser("doctor", help="what of the stack is here").set_defaults(run_verb=_doctor)
     return parser
@@ -70,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ship-ds: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code
 
 

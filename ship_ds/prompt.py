@@ -6,18 +6,26 @@ hash, in the run, the bundle and every exported adapter's card. Labels go on the
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ship_ds.data.task import Example
+from ship_ds.data.task import Example, SplitTask
 
 VERSION = 1
 _MARK = "\x00"
 _PLAIN_TEMPLATE = (f"{_MARK}\n", "\n")
 """Before and after the user's text for a base model without a chat template."""
+
+
+def _stated(instruction: str) -> str:
+    return f"instruction: {instruction}"
+
+
+def _asked(text: str) -> str:
+    return f"input: {text}"
 
 
 class PromptFormat:
@@ -33,6 +41,7 @@ class PromptFormat:
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
         self.before, self.after = self._split_template()
+        self._known: Mapping[str, tuple[int, ...]] = {}
         self._ids = lru_cache(maxsize=1 << 18)(self._tokenise)
 
     def _split_template(self) -> tuple[str, str]:
@@ -45,25 +54,46 @@ class PromptFormat:
         before, after = rendered.split(_MARK)
         return before, after
 
+    def texts(self, tasks: Iterable[SplitTask]) -> list[str]:
+        """The very strings that answering and encoding these tasks will tokenise; what a token cache is made of."""
+        found: dict[str, None] = {}
+        for task in tasks:
+            for wording in (*task.wordings, *task.held_out_paraphrases):
+                found |= {self._wrap(_stated(wording)): None, wording: None}
+            for example in (*task.train, *task.test):
+                found |= {self._wrap(_asked(example.input)): None, example.target: None}
+        return list(found)
+
+    def remember(self, ids: Mapping[str, tuple[int, ...]]) -> None:
+        """Take these strings' tokens from a cache instead of the tokenizer."""
+        self._known = ids
+
     def _tokenise(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known[text] if text in self._known else tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _wrap(self, user_text: str) -> str:
+        return self.before + user_text + self.after
 
     def _prompt(self, user_text: str) -> tuple[int, ...]:
-        return self._ids(self.before + user_text + self.after)
+        return self._ids(self._wrap(user_text))
 
     def target(self, text: str) -> tuple[int, ...]:
         return (*self._ids(text), self.eos_id)
 
     def task_prompt(self, text: str, instruction: str | None = None, shots: Sequence[Example] = ()) -> tuple[int, ...]:
         """What the Task LLM reads before it answers `text`; n-shot when `shots` are given."""
-        lines = [f"instruction: {instruction}"] if instruction is not None else []
+        lines = [_stated(instruction)] if instruction is not None else []
         for shot in shots:
             lines += [f"input: {shot.input}", f"output: {shot.target}"]
-        return self._prompt("\n".join([*lines, f"input: {text}"]))
+        return self._prompt("\n".join([*lines, _asked(text)]))
+
+    def soft_prompt(self, text: str, instruction: str) -> tuple[int, ...]:
+        """The instruction's own tokens before the prompt, outside its template: where optimised embeddings may stand too."""
+        return (*self._ids(instruction), *self.task_prompt(text))
 
     def encoder_prompt(self, instruction: str) -> tuple[int, ...]:
         """What the encoder reads; the posterior is taken from the hidden state of the last token."""
-        return self._prompt(f"instruction: {instruction}")
+        return self._prompt(_stated(instruction))
 
     def decoder_prompt(self, examples: Sequence[Example]) -> tuple[int, ...]:
         """What the decoder reads after the soft tokens of z (SHIP, section 3.2: "input: x, target: y. This task is to:")."""

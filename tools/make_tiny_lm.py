@@ -77,7 +77,8 @@ def train(model: LlamaForCausalLM, tasks: list[SplitTask], prompts: PromptFormat
     rng = random.Random(f"{args.seed} {args.start_from}")
     families: dict[str, list[SplitTask]] = {}
     for task in tasks:
-        families.setdefault(task.task.family, []).append(task)
+        first, plus, _ = task.task.family.partition("+")
+        families.setdefault(first + plus, []).append(task)
     started = time.time()
     for step in range(args.steps):
         for group in optimizer.param_groups:
@@ -128,7 +129,7 @@ def measure(model: LlamaForCausalLM, parts: dict[str, list[SplitTask]], prompts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict
 
 from ship_ds.data.task import Example, Splits, SplitTask, Task
 
-MAX_VALUE = 19
-MIN_LENGTH, MAX_LENGTH = 4, 7
+MAX_VALUE = 9
+MIN_LENGTH, MAX_LENGTH = 4, 6
 SAME_RULE_AGREEMENT = 0.95
 NUM_FIXED_INPUTS = 500
 
@@ -86,6 +86,10 @@ def _replace_at(xs: Numbers, position: int, value: int) -> Numbers:
     return (*xs[: position - 1], value, *xs[position:]) if position <= len(xs) else xs
 
 
+def _add_at(xs: Numbers, position: int, value: int) -> Numbers:
+    return _replace_at(xs, position, xs[position - 1] + value) if position <= len(xs) else xs
+
+
 def _swap(xs: Numbers, i: int, j: int) -> Numbers:
     if max(i, j) > len(xs):
         return xs
@@ -109,12 +113,12 @@ _PLACES = range(1, 6)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        "keep_greater", _singles(range(3, 17)), lambda xs, a: tuple(x for x in xs if x > a),
+        "keep_greater", _singles(range(1, 8)), lambda xs, a: tuple(x for x in xs if x > a),
         ("keep the numbers greater than {a}", "remove all numbers up to {a}", "only numbers above {a} stay",
          "select every number larger than {a}", "filter for numbers that exceed {a}"), lambda a: _near(a),
     ),
     Family(
-        "keep_less", _singles(range(3, 17)), lambda xs, a: tuple(x for x in xs if x < a),
+        "keep_less", _singles(range(2, 9)), lambda xs, a: tuple(x for x in xs if x < a),
         ("keep the numbers less than {a}", "remove all numbers from {a} up", "only numbers below {a} stay",
          "select every number smaller than {a}", "filter for numbers under {a}"), lambda a: _near(a),
     ),
@@ -129,18 +133,18 @@ FAMILIES: tuple[Family, ...] = (
          "raise all numbers by {a}", "sum {a} and each number"),
     ),
     Family(
-        "distance", _singles(range(1, 15)), lambda xs, a: tuple(abs(x - a) for x in xs),
+        "distance", _singles(range(1, 10)), lambda xs, a: tuple(abs(x - a) for x in xs),
         ("give the distance of every number from {a}", "replace each number by how far it is from {a}",
          "write the difference between each number and {a}", "measure how far every number is from {a}",
          "distance from {a} for each number"),
     ),
     Family(
-        "at_most", _singles(range(3, 17)), lambda xs, a: tuple(min(x, a) for x in xs),
+        "at_most", _singles(range(2, 8)), lambda xs, a: tuple(min(x, a) for x in xs),
         ("cap every number at {a}", "replace numbers above {a} by {a}", "limit each number to at most {a}",
          "lower larger numbers to {a}", "cut numbers down to {a}"), lambda a: _near(a),
     ),
     Family(
-        "at_least", _singles(range(3, 17)), lambda xs, a: tuple(max(x, a) for x in xs),
+        "at_least", _singles(range(2, 8)), lambda xs, a: tuple(max(x, a) for x in xs),
         ("raise smaller numbers to {a}", "replace numbers below {a} by {a}", "make each number at least {a}",
          "lift every number under {a} to {a}", "numbers less than {a} become {a}"), lambda a: _near(a),
     ),
@@ -191,13 +195,13 @@ FAMILIES: tuple[Family, ...] = (
          "swap all {a} for {b}"), lambda a, b: (a, a),
     ),
     Family(
-        "insert_at", _thin(list(itertools.product(range(2, 6), _VALUES)), 66),
+        "insert_at", tuple(itertools.product(range(2, 6), _VALUES)),
         lambda xs, a, b: (*xs[: a - 1], b, *xs[a - 1 :]),
         ("insert {b} at position {a}", "put {b} in as element {a}", "add {b} to the list at position {a}",
          "make {b} the new element {a}", "squeeze {b} in at place {a}"),
     ),
     Family(
-        "replace_at", _thin(list(itertools.product(range(1, 6), _VALUES)), 72), _replace_at,
+        "replace_at", tuple(itertools.product(_PLACES, _VALUES)), _replace_at,
         ("replace element {a} by {b}", "set position {a} to {b}", "change the number at position {a} to {b}",
          "write {b} over element {a}", "overwrite place {a} with {b}"),
     ),
@@ -207,25 +211,62 @@ FAMILIES: tuple[Family, ...] = (
          "trade element {a} with element {b}", "elements {a} and {b} change places"),
     ),
     Family(
-        "keep_between", _thin([(a, b) for a in range(1, 14) for b in range(a + 4, 19)], 66),
+        "keep_between", tuple((a, b) for a in range(1, 7) for b in range(a + 2, 9)),
         lambda xs, a, b: tuple(x for x in xs if a <= x <= b),
         ("keep the numbers from {a} to {b}", "only numbers between {a} and {b} stay",
          "select numbers at least {a} and at most {b}", "remove all numbers outside {a} to {b}",
          "filter for the range {a} to {b}"), lambda a, b: _near(a, b),
     ),
     Family(
-        "remove_between", _thin([(a, b) for a in range(1, 15) for b in range(a + 2, 19)], 66),
+        "remove_between", tuple((a, b) for a in range(1, 8) for b in range(a + 1, 9)),
         lambda xs, a, b: tuple(x for x in xs if not a <= x <= b),
         ("remove the numbers from {a} to {b}", "delete numbers between {a} and {b}",
          "drop numbers at least {a} and at most {b}", "keep all numbers outside {a} to {b}",
          "leave out the range {a} to {b}"), lambda a, b: _near(a, b),
     ),
     Family(
-        "replace_greater", _thin([(a, b) for a in range(5, 16) for b in range(0, 10)], 54),
+        "replace_greater", tuple((a, b) for a in range(3, 8) for b in _VALUES if b <= a),
         lambda xs, a, b: tuple(b if x > a else x for x in xs),
         ("replace numbers greater than {a} by {b}", "change every number above {a} to {b}",
          "write {b} for each number larger than {a}", "numbers above {a} become {b}",
          "swap numbers over {a} for {b}"), lambda a, b: _near(a),
+    ),
+    Family(
+        "replace_less", tuple((a, b) for a in range(2, 7) for b in _VALUES if b >= a),
+        lambda xs, a, b: tuple(b if x < a else x for x in xs),
+        ("replace numbers less than {a} by {b}", "change every number below {a} to {b}",
+         "write {b} for each number smaller than {a}", "numbers below {a} become {b}",
+         "swap numbers under {a} for {b}"), lambda a, b: _near(a),
+    ),
+    Family(
+        "add_at", tuple(itertools.product(_PLACES, range(1, 10))), _add_at,
+        ("add {b} to element {a}", "increase the number at position {a} by {b}", "element {a} grows by {b}",
+         "raise the number at place {a} by {b}", "sum {b} and element {a}"),
+    ),
+    Family(
+        "replace_even", _singles(_VALUES), lambda xs, a: tuple(a if x % 2 == 0 else x for x in xs),
+        ("replace even numbers by {a}", "change every even number to {a}", "write {a} for each even number",
+         "even numbers become {a}", "swap even numbers for {a}"),
+    ),
+    Family(
+        "replace_odd", _singles(_VALUES), lambda xs, a: tuple(a if x % 2 == 1 else x for x in xs),
+        ("replace odd numbers by {a}", "change every odd number to {a}", "write {a} for each odd number",
+         "odd numbers become {a}", "swap odd numbers for {a}"),
+    ),
+    Family(
+        "repeat_at", _singles(_PLACES), lambda xs, a: xs[:a] + xs[a - 1 :] if a <= len(xs) else xs,
+        ("repeat element {a}", "write the number at position {a} 2 times", "double element {a} in place",
+         "say element {a} 2 times", "give element {a} twice"),
+    ),
+    Family(
+        "to_front", _singles(range(2, 6)), lambda xs, a: xs[a - 1 : a] + xs[: a - 1] + xs[a:],
+        ("move element {a} to the front", "bring the number at position {a} to the start", "element {a} goes first",
+         "shift element {a} to the front", "place {a} moves to the front"),
+    ),
+    Family(
+        "to_end", _singles(range(1, 5)), lambda xs, a: xs[: a - 1] + xs[a:] + xs[a - 1 : a],
+        ("move element {a} to the end", "bring the number at position {a} to the back", "element {a} goes last",
+         "shift element {a} to the end", "place {a} moves to the end"),
     ),
     Family("reverse", _NONE, lambda xs: xs[::-1],
            ("reverse the list", "write the list backwards", "turn the order around", "from the last to the first",
@@ -257,7 +298,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 UNSEEN_FAMILIES: tuple[Family, ...] = (
-    Family("rotate", _singles(range(1, 4)), _rotate,
+    Family("rotate", _singles(range(2, 4)), _rotate,
            ("move the first {a} numbers to the end", "put the first {a} numbers after the last number",
             "rotate the list by {a}")),
     Family("ends", _NONE, lambda xs: (xs[0], xs[-1]) if xs else (),
@@ -270,7 +311,7 @@ _COMPOSED_FIRST = ("keep_greater", "keep_less", "remove_value", "add", "remove_a
                    "replace_value", "swap", "take_first", "take_last", "drop_last")
 _COMPOSED_SECOND = ("add", "prepend", "append", "reverse", "remove_value", "take_first", "take_last", "remove_at")
 _RULES_PER_PAIR = 12
-_NUM_SEEN_PAIRS, _NUM_UNSEEN_PAIRS = 50, 8
+_NUM_SEEN_PAIRS, _NUM_UNSEEN_PAIRS = 64, 8
 _RULES_PER_UNSEEN_PAIR = 4
 _NUM_DEV_PARAMETER, _NUM_UNSEEN_PARAMETER = 48, 84
 _NUM_DEV_PAIRS = 2

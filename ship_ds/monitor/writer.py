@@ -1,6 +1,8 @@
 """One row a step to metrics.jsonl and TensorBoard, a progress bar on rank 0, and the picture of the losses at the end."""
 
 import json
+import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +23,19 @@ class Monitor:
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", mininterval=5, dynamic_ncols=True)
 
     def _drop_rows_after(self, first_step: int) -> None:
-        """A resumed run writes each step once: rows of steps that will be taken again go."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < first_step]
-            path.write_text("".join(line + "\n" for line in kept))
+        """A resumed run writes each step once: rows of steps that will be taken again go, and so does a half-written one."""
+        for name, last in (("metrics.jsonl", first_step - 1), ("evaluations.jsonl", first_step)):
+            path = self.folder / name
+            if path.exists():
+                whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                part = path.with_suffix(".part")
+                part.write_text("".join(line for line in whole if json.loads(line)["step"] <= last))
+                part.replace(path)
 
     def step(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.rows.write(json.dumps({"step": step, **scalars}) + "\n")
+        """A value that is not finite is null in metrics.jsonl (JSON has no NaN) and NaN in TensorBoard."""
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self.rows.write(json.dumps({"step": step, **finite}) + "\n")
         self.rows.flush()
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step)
@@ -73,6 +80,14 @@ def plot_losses(folder: Path) -> None:
     figure.tight_layout()
     figure.savefig(folder / "loss.png", dpi=120)
     plt.close(figure)
+
+
+def memory_gigabytes() -> float:
+    """What this process holds now: allocated on its GPU, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e9
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 class Stopwatch:

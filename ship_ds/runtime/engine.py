@@ -31,6 +31,11 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
+def engine_dtype(training: TrainingConfig) -> torch.dtype:
+    """The dtype that training.deepspeed makes of every floating-point parameter."""
+    return torch.bfloat16 if read_deepspeed_config(training.deepspeed).get("bf16", {}).get("enabled") else torch.float32
+
+
 def parts_per_step(training: TrainingConfig) -> int:
     """Micro-batches of a global step over all ranks; raises UserError when they do not divide its tasks."""
     parts = ranks.world_size() * training.accumulation
@@ -77,6 +82,12 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
 def set_learning_rate(engine: Any, value: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = value
+
+
+def take_step(engine: Any) -> bool:
+    """The optimiser's step. Where loss or gradients are not finite on any rank DeepSpeed skips it on all; True says so."""
+    engine.step()
+    return bool(engine.optimizer.overflow)
 
 
 def gathered_state(engine: Any) -> dict[str, torch.Tensor]:

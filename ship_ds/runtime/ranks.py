@@ -1,23 +1,50 @@
 """Ranks of a run: started by deepspeed, torchrun or srun, or a single process."""
 
 import os
+import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+
 
 def start(threads: int | None) -> None:
     """Join the process group; a process started by none of the launchers is a group of one."""
     import deepspeed
 
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     if "WORLD_SIZE" not in os.environ:
-        os.environ.update(defaults)
+        os.environ.update(slurm_ranks(os.environ) or _SINGLE)
     if threads is not None:
         torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def device() -> torch.device:
+    """This rank's own: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """What torch wants to know, from the variables that `srun` sets for every task; None outside `srun`.
+
+    The port follows the job id, so that two jobs on a node do not meet.
+    """
+    if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
+        return None
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+    ).stdout.split()
+    return {
+        "RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"], "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+    }
 
 
 def rank() -> int:
@@ -26,6 +53,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

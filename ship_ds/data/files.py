@@ -1,0 +1,46 @@
+"""The data section of a run on files: read, filter, cut to length, split; each step says what it left out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ship_ds.data.filters import FilterConfig, apply_filters
+from ship_ds.data.readers import read_tasks
+from ship_ds.data.splits import SplitConfig, split_tasks
+from ship_ds.data.task import Splits
+from ship_ds.data.truncation import TruncationConfig, truncate_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class FilesConfig(BaseModel):
+    """Tasks of a file or folder in any format of data/readers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["files"] = "files"
+    path: str
+    format: str = "auto"
+    filters: FilterConfig = FilterConfig()
+    truncation: TruncationConfig = TruncationConfig()
+    split: SplitConfig = SplitConfig()
+    cache: str | None = None
+    """Folder of the token cache; None: below the run's folder."""
+
+
+def read_splits(config: FilesConfig, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]) -> Splits:
+    """Raises DataError where the files are not as their format says."""
+    tasks = read_tasks(Path(config.path), config.format)
+    say(f"{config.path}: {len(tasks)} tasks, {sum(len(task.examples) for task in tasks)} examples")
+    tasks, filtered = apply_filters(tasks, config.filters)
+    tasks, cut = truncate_tasks(tasks, tokenizer, config.truncation)
+    # A dropped target can leave a task with too few examples; the second pass says so.
+    tasks, emptied = apply_filters(tasks, FilterConfig(min_examples_per_task=config.filters.min_examples_per_task))
+    for reason, count in [*filtered.items(), *cut.items(), *emptied.items()]:
+        say(f"left out or cut: {reason}: {count}")
+    splits = split_tasks(tasks, config.split)
+    say(f"{len(splits.seen)} seen, {len(splits.dev)} dev and {len(splits.unseen)} unseen tasks")
+    return splits

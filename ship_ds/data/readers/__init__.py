@@ -1,0 +1,54 @@
+"""Readers: every format becomes the same `Task`. A format is one module with `matches(path)` and `read(path)`.
+
+Nothing is dropped in silence: a row that is not as its format says raises DataError with file, place and reason.
+"""
+
+from pathlib import Path
+from types import ModuleType
+
+from ship_ds.data.readers import (
+    instruction_induction,
+    jsonl,
+    list_functions,
+    natural_instructions,
+    p3_columns,
+    p3_sample,
+)
+from ship_ds.data.task import DataError, Task
+
+FORMATS: dict[str, ModuleType] = {
+    "natural-instructions": natural_instructions,
+    "instruction-induction": instruction_induction,
+    "list-functions": list_functions,
+    "p3-sample": p3_sample,
+    "p3": p3_columns,
+    "jsonl": jsonl,
+}
+
+
+def detect_format(path: Path) -> str:
+    """The format of a file or folder; raises DataError when it is none that we read."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    for name, reader in FORMATS.items():
+        if reader.matches(path):
+            return name
+    raise DataError(f"{path}: not a format that is read here; the formats are {', '.join(FORMATS)}")
+
+
+def read_tasks(path: Path, format: str = "auto") -> list[Task]:
+    """Every task below `path`, in a fixed order, with ids that no two share."""
+    name = detect_format(path) if format == "auto" else format
+    if name not in FORMATS:
+        raise DataError(f"{name}: no such format; the formats are {', '.join(FORMATS)}")
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    tasks: list[Task] = FORMATS[name].read(path)
+    if not tasks:
+        raise DataError(f"{path}: holds no task in the format {name}")
+    seen: set[str] = set()
+    for task in tasks:
+        if task.id in seen:
+            raise DataError(f"{task.source}: the task id {task.id!r} occurs twice; give every task its own")
+        seen.add(task.id)
+    return tasks

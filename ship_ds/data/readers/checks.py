@@ -1,0 +1,57 @@
+"""What the readers share: loading JSON and asking for fields, each failure one line that says where."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ship_ds.data.task import DataError, Example, read_error
+
+
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start}: not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+
+
+def load_object(path: Path) -> Mapping[str, Any]:
+    return expect(load_json(path), dict, path, "the file")
+
+
+def expect(value: Any, kind: type, path: Path, where: str) -> Any:
+    if not isinstance(value, kind):
+        raise read_error(path, where, f"expected {_NAMES[kind]}, got {_NAMES.get(type(value), type(value).__name__)}")
+    return value
+
+
+def field(row: Mapping[str, Any], key: str, kind: type, path: Path, where: str) -> Any:
+    """row[key], which must be there and of `kind`."""
+    if key not in row:
+        raise read_error(path, where, f"has no {key!r}; it has {', '.join(map(repr, row)) or 'nothing'}")
+    return expect(row[key], kind, path, f"{where}.{key}")
+
+
+def texts(row: Mapping[str, Any], key: str, path: Path, where: str) -> tuple[str, ...]:
+    """row[key] as one text or a list of at least one."""
+    value = row.get(key)
+    if isinstance(value, str):
+        return (value,)
+    found = field(row, key, list, path, where)
+    if not found:
+        raise read_error(path, f"{where}.{key}", "expected at least one text, got an empty list")
+    return tuple(expect(text, str, path, f"{where}.{key}[{i}]") for i, text in enumerate(found))
+
+
+def example(text: str, answers: tuple[str, ...]) -> Example:
+    """The first answer is the target; more than one are references, without repeats."""
+    distinct = tuple(dict.fromkeys(answer.strip() for answer in answers))
+    return Example(text.strip(), distinct[0], distinct if len(distinct) > 1 else ())
+
+
+_NAMES: dict[type, str] = {
+    dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false",
+    type(None): "null",
+}

@@ -1,0 +1,35 @@
+"""BIG-bench list_functions (Rule 2020): `cNNN/task.json`; the instruction is the quoted part of `description`."""
+
+import re
+from pathlib import Path
+
+from ship_ds.data.readers.checks import example, expect, field, load_object
+from ship_ds.data.task import Task, read_error
+
+_RULE = re.compile(r'"(.*)"', re.DOTALL)
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() and path.name == "task.json" else sorted(path.glob("*/task.json"))
+
+
+def matches(path: Path) -> bool:
+    files = _files(path)
+    return bool(files) and '"description"' in files[0].read_text(encoding="utf-8", errors="replace")
+
+
+def read(path: Path) -> list[Task]:
+    return [_read_file(file) for file in _files(path)]
+
+
+def _read_file(path: Path) -> Task:
+    content = load_object(path)
+    rule = _RULE.search(field(content, "description", str, path, "task"))
+    if rule is None:
+        raise read_error(path, "task.description", "expected the rule in double quotes")
+    examples = []
+    for i, row in enumerate(field(content, "examples", list, path, "task")):
+        where = f"examples[{i}]"
+        expect(row, dict, path, where)
+        examples.append(example(field(row, "input", str, path, where), (field(row, "target", str, path, where),)))
+    return Task(path.parent.name, rule[1].strip(), tuple(examples), source=str(path))

@@ -1,0 +1,42 @@
+"""Super-NaturalInstructions task JSON (Wang et al. 2022): a task file, a folder of them, or a folder with `tasks/`.
+
+`Definition` may be a text or a list (the first is the instruction, others are paraphrases); `output` is a list of right answers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ship_ds.data.readers.checks import example, expect, field, load_object, texts
+from ship_ds.data.task import Task
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix == ".json" else []
+    inner = path / "tasks"
+    return sorted((inner if inner.is_dir() else path).glob("*.json"))
+
+
+def matches(path: Path) -> bool:
+    files = _files(path)
+    if not files:
+        return False
+    with files[0].open(encoding="utf-8", errors="replace") as file:
+        whole: Any = file.read()
+    return '"Definition"' in whole and '"Instances"' in whole
+
+
+def read(path: Path) -> list[Task]:
+    return [_read_file(file) for file in _files(path)]
+
+
+def _read_file(path: Path) -> Task:
+    content = load_object(path)
+    wordings = tuple(dict.fromkeys(text.strip() for text in texts(content, "Definition", path, "task")))
+    examples = []
+    for i, row in enumerate(field(content, "Instances", list, path, "task")):
+        where = f"Instances[{i}]"
+        expect(row, dict, path, where)
+        examples.append(example(field(row, "input", str, path, where), texts(row, "output", path, where)))
+    category = texts(content, "Categories", path, "task")[0] if content.get("Categories") else ""
+    return Task(path.stem, wordings[0], tuple(examples), wordings[1:], source=str(path), family=category)

@@ -1,0 +1,273 @@
+"""Checkpoints: a training run's whole state, written so that it is either there and good or not there at all.
+
+    RUN/checkpoints/step-00000400/
+        state/                DeepSpeed's own shards, trainable parameters and optimiser alone
+        rank-0.safetensors    the random generators of each rank (torch CPU and CUDA), with Python's and numpy's as metadata
+        progress.json         step, seconds, tokens, config, data fingerprint, git revision, dev score
+        manifest.json         size and SHA-256 of every other file
+    RUN/checkpoints/latest    the newest one's name, moved last
+
+It is written as step-N.part, synced, hashed (the files are shared out over the ranks), and renamed. Loading verifies the
+manifest before DeepSpeed opens a file, and goes back to the newest good checkpoint, saying so.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ship_ds.config import CheckpointConfig
+from ship_ds.errors import UserError
+from ship_ds.runtime import ranks
+
+STATE, PROGRESS, MANIFEST, LATEST = "state", "progress.json", "manifest.json", "latest"
+_FREE_TO_CHANGE = {
+    "run.folder", "run.init_from", "training.max_minutes", "training.max_bad_steps", "training.deepspeed", "checkpoint",
+    "evaluation",
+}
+"""What a resumed run may set otherwise than the run that wrote the checkpoint (ZeRO's stage is checked by DeepSpeed)."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after `step` steps. `dev_score` is that of an evaluation at this very step."""
+
+    step: int
+    seconds: float
+    tokens: int
+    num_bad_steps: int
+    world_size: int
+    config: dict[str, Any]
+    data_fingerprint: str
+    dev_score: float | None = None
+    git_revision: str = field(default_factory=lambda: git_revision())
+
+
+def git_revision() -> str:
+    """The checkout's commit, or "" outside one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ) if shutil.which("git") else None
+    return done.stdout.strip() if done and not done.returncode else ""
+
+
+def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) -> Path:
+    """Every rank calls it at a step boundary. Raises UserError when the disk is full; older checkpoints are untouched."""
+    folder = root / f"step-{progress.step:08d}"
+    part = folder.with_name(folder.name + ".part")
+    try:
+        if ranks.rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        ranks.barrier()
+        engine.save_checkpoint(str(part), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
+        _save_generators(part / f"rank-{ranks.rank()}.safetensors")
+        if ranks.rank() == 0:
+            (part / PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+        ranks.barrier()
+        manifest = _hash_shared_out(part)
+        if ranks.rank() == 0:
+            _write_synced(part / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            _sync_folder(part)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            _point_latest(root, folder.name)
+            _prune(root, config)
+    except OSError as error:
+        raise UserError(
+            f"{part}: {error.strerror or error}: the checkpoint of step {progress.step} was not written; "
+            "the ones before are intact. Make room and start the same command again"
+        ) from None
+    ranks.barrier()
+    return folder
+
+
+def _save_generators(path: Path) -> None:
+    tensors = {"torch": torch.get_rng_state()}
+    tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])}
+    name, keys, *rest = np.random.get_state()
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    save_file(tensors, path, {"python": json.dumps(random.getstate()), "numpy": json.dumps([name, *rest])})
+
+
+def _load_generators(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([tensors[f"cuda{i}"] for i in range(torch.cuda.device_count())])
+    name, *rest = json.loads(metadata["numpy"])
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))
+    version, values, gauss = json.loads(metadata["python"])
+    random.setstate((version, tuple(values), gauss))
+
+
+def _hash_shared_out(folder: Path) -> dict[str, dict[str, Any]]:
+    """Sync and hash every file, each rank its share; the whole manifest on every rank."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    mine: dict[str, dict[str, Any]] = {}
+    for path in files[ranks.rank() :: ranks.world_size()]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        mine[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    return {name: entry for share in ranks.gather_objects(mine) for name, entry in sorted(share.items())}
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _point_latest(root: Path, name: str) -> None:
+    part = root / (LATEST + ".part")
+    _write_synced(part, name + "\n")
+    part.replace(root / LATEST)
+    _sync_folder(root)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Whole checkpoints, oldest first; not verified."""
+    return sorted(path for path in root.glob("step-*") if path.suffix != ".part" and (path / MANIFEST).is_file())
+
+
+def read_progress(folder: Path) -> Progress:
+    return Progress(**json.loads((folder / PROGRESS).read_text()))
+
+
+def _prune(root: Path, config: CheckpointConfig) -> None:
+    """Keep the last K and the best on dev; then, under the disk cap, drop the oldest that is neither newest nor best."""
+    whole = checkpoints(root)
+    scores = {path: score for path in whole if (score := read_progress(path).dev_score) is not None}
+    best = max(scores, key=lambda path: (scores[path], path), default=None)
+    kept = [path for path in whole if path in whole[-config.keep_last :] or path == best]
+    cap = config.max_gigabytes
+    while cap is not None and sum(_bytes(path) for path in kept) > cap * 1e9:
+        droppable = [path for path in kept[:-1] if path != best]
+        if not droppable:
+            break
+        kept.remove(droppable[0])
+    for path in set(whole) - set(kept):
+        shutil.rmtree(path)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def problem(folder: Path) -> str | None:
+    """Why this checkpoint cannot be used, or None; every rank calls it and checks its share of the files."""
+    mine = None
+    try:
+        entries = sorted(json.loads((folder / MANIFEST).read_text()).items())
+        for name, entry in entries[ranks.rank() :: ranks.world_size()]:
+            path = folder / name
+            if not path.is_file():
+                mine = f"{name} is missing"
+            elif path.stat().st_size != entry["bytes"]:
+                mine = f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            else:
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                        mine = f"{name} is not the file that was written"
+            if mine:
+                break
+    except (OSError, ValueError, KeyError) as error:
+        mine = f"{MANIFEST}: {error}"
+    return next((text for text in ranks.gather_objects(mine) if text), None)
+
+
+def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are all as written; each one passed over is said with its reason."""
+    names = ranks.gather_objects([path.name for path in checkpoints(root)])[0]
+    passed: list[str] = []
+    for name in reversed(names):
+        reason = problem(root / name)
+        if reason is None:
+            for text in passed:
+                say(f"{text}; going on from {name}")
+            return root / name
+        passed.append(f"{root / name}: {reason}")
+    if passed:
+        raise UserError(f"{passed[0]}; no good checkpoint is left: remove {root} to start from the beginning")
+    return None
+
+
+def load(engine: Any, folder: Path, config: Mapping[str, Any], data_fingerprint: str) -> Progress:
+    """Put the engine and this rank's generators where `save` found them. Raises UserError when the run is another one."""
+    progress = read_progress(folder)
+    _check_same_run(folder, progress, config, data_fingerprint)
+    engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
+    _check_trainable_came_back(engine, folder)
+    _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
+    return progress
+
+
+def _check_same_run(folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str) -> None:
+    if progress.world_size != ranks.world_size():
+        raise UserError(
+            f"{folder}: was written by {progress.world_size} rank(s) and this run has {ranks.world_size()}: start as many"
+        )
+    then, now = flat(progress.config), flat(config)
+    for key in sorted(then.keys() | now.keys()):
+        free = any(key == name or key.startswith(name + ".") for name in _FREE_TO_CHANGE)
+        if not free and then.get(key) != now.get(key):
+            raise UserError(
+                f"{folder}: {key} was {then.get(key)} and is {now.get(key)} now; set it back, or choose another run.folder"
+            )
+    if progress.data_fingerprint != data_fingerprint:
+        raise UserError(f"{folder}: the data are not the ones this run was trained on; restore them or choose another run.folder")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def _check_trainable_came_back(engine: Any, folder: Path) -> None:
+    """DeepSpeed loads without strictness, since the frozen base is not saved; so the names are compared here."""
+    saved = {name for path in sorted((folder / STATE).glob("*model_states.pt"))[:1] for name in _parameter_names(path)}
+    own = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    if saved != own:
+        different = sorted(saved ^ own)
+        raise UserError(f"{folder}: {different[0]} and {len(different) - 1} more trainable parameters differ from this model's")
+
+
+def _parameter_names(path: Path) -> set[str]:
+    """The trainable parameters a (verified) DeepSpeed shard lists."""
+    shapes = torch.load(path, map_location="cpu", weights_only=False)["param_shapes"]
+    return {name for group in shapes for name in group}
+
+
+def trainable_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Every trainable parameter whole, in fp32, from a checkpoint of any world size; raises UserError when it is damaged."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    reason = problem(folder)
+    if reason is not None:
+        raise UserError(f"{folder}: {reason}")
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=True)
+    return {name: tensor.contiguous() for name, tensor in state.items()}

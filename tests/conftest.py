@@ -1,0 +1,51 @@
+"""Shared by the tests: runs of the smoke recipe, each started once a session as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TIMEOUT_SECONDS = 240
+
+
+def environment() -> dict[str, str]:
+    """The repository's own op cache and no hub."""
+    return {
+        **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY),
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".build" / "torch_extensions")),
+    }
+
+
+def start(arguments: Sequence[str], timeout: int = TIMEOUT_SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run a python command from the repository to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, env=environment(), text=True, capture_output=True, timeout=timeout
+    )
+
+
+def train_smoke(folder: Path, num_ranks: int, overrides: Sequence[str] = ()) -> Path:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
+    done = start([*launcher, "-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={folder}", *overrides])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_smoke(tmp_path_factory.mktemp("two") / "run", 2)
+
+
+@pytest.fixture(scope="session")
+def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_smoke(tmp_path_factory.mktemp("one") / "run", 1)
+
+
+@pytest.fixture(scope="session")
+def rows() -> Callable[[Path], list[dict[str, Any]]]:
+    return lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

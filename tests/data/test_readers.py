@@ -1,0 +1,166 @@
+"""Each reader on a small file written here in its format, with the format's oddities; then all of ../shared/data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ship_ds.data.readers import detect_format, read_tasks
+from ship_ds.data.task import DataError, Example
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def sni(**changes: Any) -> dict[str, Any]:
+    return {
+        "Contributors": ["x"], "Categories": ["Answering"], "Definition": ["Say the colour. "],
+        "Positive Examples": [], "Instances": [{"id": "a", "input": "sky ", "output": ["blue", "azure", "blue"]},
+                                               {"id": "b", "input": "nothing", "output": [""]}], **changes,
+    }
+
+
+def test_natural_instructions(tmp_path: Path) -> None:
+    write(tmp_path / "tasks" / "task2_b.json", sni(Definition="One text, not a list"))
+    write(tmp_path / "tasks" / "task1_a.json", sni(Definition=["First.", "Second."]))
+    (tmp_path / "tasks.tsv").write_text("an index that is no task\n")
+    first, second = read_tasks(tmp_path)
+    assert detect_format(tmp_path) == "natural-instructions" and first.id == "task1_a"
+    assert (first.instruction, first.paraphrases, first.family) == ("First.", ("Second.",), "Answering")
+    assert second.instruction == "One text, not a list"
+    assert first.examples == (Example("sky", "blue", ("blue", "azure")), Example("nothing", ""))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"Definition": []}, "task.Definition: expected at least one text, got an empty list"),
+        ({"Instances": [{"input": "x", "output": 3}]}, "Instances[0].output: expected a list, got a whole number"),
+        ({"Instances": [{"input": "x", "output": ["y", None]}]}, "Instances[0].output[1]: expected a text, got null"),
+        ({"Instances": [{"output": ["y"]}]}, "Instances[0]: has no 'input'"),
+        ({"Instances": ["x"]}, "Instances[0]: expected an object, got a text"),
+    ],
+)
+def test_malformed_natural_instructions_are_one_line(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    path = write(tmp_path / "task.json", sni(**changes))
+    with pytest.raises(DataError) as caught:
+        read_tasks(path)
+    assert str(caught.value).startswith(f"{path}: {complaint}") and "\n" not in str(caught.value)
+
+
+def test_broken_json_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "task.json"
+    path.write_text('{"Definition": ["x"],\n"Instances": [,]}')
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        read_tasks(path, "natural-instructions")
+
+
+def test_instruction_induction(tmp_path: Path) -> None:
+    def raw(part: str, name: str, rows: list[dict[str, Any]]) -> None:
+        write(tmp_path / "raw" / part / f"{name}.json", {"metadata": {}, "examples": dict(enumerate(rows, 1))})
+
+    write(tmp_path / "annotations" / "rhymes.json", {"annotations": ["find a rhyme", "rhyme it", "find a rhyme"]})
+    raw("execute", "rhymes", [{"input": "cat", "output": "hat", "other_rhymes": ["bat"], "rhyme_group": "at"}])
+    raw("induce", "rhymes", [{"input": "sun", "output": "run"}, {"input": "sun", "output": "run"}])
+    write(tmp_path / "annotations" / "cause_and_effect.json", {"annotations": ["find the cause"]})
+    raw("induce", "cause_and_effect", [{"cause": "It rained.", "effect": "He got wet."}])
+    write(tmp_path / "annotations" / "common_concept.json", {"annotations": ["what is common"]})
+    raw("execute", "common_concept", [{"concept": "fly", "items": ["bird", "plane"], "all_common_concepts": ["fly", "move"]}])
+    cause, concept, rhymes = read_tasks(tmp_path)
+    assert detect_format(tmp_path) == "instruction-induction"
+    assert cause.examples == (Example("Sentence 1: He got wet. Sentence 2: It rained.", "It rained."),)
+    assert concept.examples == (Example("bird, plane", "fly", ("fly", "move")),)
+    assert rhymes.examples == (Example("cat", "hat", ("hat", "bat")), Example("sun", "run"))
+    assert (rhymes.instruction, rhymes.paraphrases) == ("find a rhyme", ("rhyme it",))
+    (tmp_path / "annotations" / "lost.json").write_text('{"annotations": ["x"]}')
+    with pytest.raises(DataError, match=r"lost\.json: file: has no examples"):
+        read_tasks(tmp_path)
+
+
+def test_list_functions(tmp_path: Path) -> None:
+    row = {"input": "[1, 2]", "target": "[]"}
+    write(tmp_path / "c001" / "task.json", {"description": 'The target function is "drop "all" of it".', "examples": [row]})
+    task, = read_tasks(tmp_path)
+    assert (task.id, task.instruction, task.examples) == ("c001", 'drop "all" of it', (Example("[1, 2]", "[]"),))
+    path = write(tmp_path / "c002" / "task.json", {"description": "no quotes", "examples": [row]})
+    with pytest.raises(DataError, match="expected the rule in double quotes"):
+        read_tasks(path)
+
+
+def test_p3_sample(tmp_path: Path) -> None:
+    def row(text: str, **changes: Any) -> dict[str, Any]:
+        return {"sub_task_id": 12, "input": f"<input>{text}</input>", "target": "<output> Yes.</output>",
+                "knowledge": "<instruction>\nIs it?\n</instruction>", **changes}
+
+    write(tmp_path / "p3.json", {"train": [row("a\nb")], "test": [row("c"), row("d", sub_task_id=3)]})
+    first, second = read_tasks(tmp_path)
+    assert detect_format(tmp_path) == "p3-sample" and (first.id, second.id) == ("p3-3", "p3-12")
+    assert second.instruction == "Is it?" and second.examples == (Example("a\nb", "Yes."), Example("c", "Yes."))
+    write(tmp_path / "p3.json", {"train": [row("a", target="Yes")], "test": []})
+    with pytest.raises(DataError, match=r"train\[0\].target: expected a text between"):
+        read_tasks(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_p3_columns(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    rows = [{"inputs_pretokenized": f"Is this good? Review: {text}\nAnswer:", "targets_pretokenized": f" {answer}\n",
+             "inputs": [1]} for text, answer in (("great film", "yes"), ("bad film", "no"), ("grim", "no"))]
+    folder = tmp_path / "imdb_sentiment"
+    folder.mkdir()
+    if kind == "jsonl":
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
+    task, = read_tasks(tmp_path)
+    assert detect_format(tmp_path) == "p3" and task.id == "imdb_sentiment"
+    assert task.instruction == "Is this good? Review: Answer:"
+    assert task.examples[1] == Example("bad film", "no")
+
+
+def test_our_jsonl(tmp_path: Path) -> None:
+    good = {"id": "t", "instruction": "dö it", "paraphrases": ["do"], "family": "f",
+            "examples": [{"input": "a", "target": "b", "references": ["c"]}, {"input": "x", "target": ""}]}
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps(good) + "\n\n")
+    task, = read_tasks(path)
+    assert (task.instruction, task.paraphrases, task.family) == ("dö it", ("do",), "f")
+    assert task.examples == (Example("a", "b", ("b", "c")), Example("x", ""))
+    path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "exmaples": []}) + "\n")
+    with pytest.raises(DataError, match="line 2: unknown key 'exmaples'"):
+        read_tasks(path)
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good) + "\n")
+    with pytest.raises(DataError, match="the task id 't' occurs twice"):
+        read_tasks(path)
+
+
+def test_what_is_no_format_is_said_with_the_formats(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(DataError, match="not a format that is read here; the formats are natural-instructions, "):
+        read_tasks(tmp_path)
+    with pytest.raises(DataError, match="no such file or folder"):
+        read_tasks(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no such format"):
+        read_tasks(tmp_path, "csv")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+@pytest.mark.parametrize(
+    ("name", "num_tasks", "num_examples"),
+    [("natural-instructions", 104, 6177), ("natural-instructions-large", 773, 46234), ("list-functions", 225, 7200),
+     ("instruction-induction", 21, None), ("p3-sample", 28, 700)],
+)
+def test_shared_data(name: str, num_tasks: int, num_examples: int | None) -> None:
+    """The counts are those of its README."""
+    tasks = read_tasks(SHARED / name)
+    assert detect_format(SHARED / name) == name.removesuffix("-large")
+    assert len(tasks) == num_tasks
+    assert num_examples is None or sum(len(task.examples) for task in tasks) == num_examples
+    assert all(task.instruction and all(example.input for example in task.examples) for task in tasks)

@@ -1,0 +1,147 @@
+"""Kills, damaged checkpoints and changed configs: fresh processes, as a user or a cluster would start and end them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ship_ds import cli
+from ship_ds.bundle import Ship
+from tests.conftest import REPOSITORY, environment, start, train_smoke
+
+LOSSES = ("loss/total", "loss/task", "loss/reconstruction", "loss/kl", "optimiser/gradient_norm")
+Rows = Callable[[Path], list[dict[str, Any]]]
+
+
+def command(folder: Path, overrides: Sequence[str] = ()) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ship_ds.train",
+            "--config", "quickstart-smoke", f"run.folder={folder}", *overrides]
+
+
+def kill_after(folder: Path, num_rows: int) -> int:
+    """Start a two-rank run, kill it and its ranks with SIGKILL once it took `num_rows` steps; the rows it had written."""
+    metrics = folder / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, *command(folder)], cwd=REPOSITORY, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") >= num_rows:
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for rank in _ranks_of(folder):
+        os.kill(rank, signal.SIGKILL)
+    return metrics.read_text().count("\n")
+
+
+def _ranks_of(folder: Path) -> list[int]:
+    """Processes that still have the run's folder in their command line: torchrun's ranks lead sessions of their own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"run.folder={folder}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    assert 6 <= kill_after(folder, 6) < 20
+    assert not (folder / "bundle").exists()
+    done = start(command(folder))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "resumed from" in done.stderr
+    return folder
+
+
+def test_a_killed_and_resumed_run_repeats_the_losses_bit_for_bit(two_rank_run: Path, resumed_run: Path, rows: Rows) -> None:
+    whole, resumed = rows(two_rank_run), rows(resumed_run)
+    assert [row["step"] for row in resumed] == list(range(20))
+    for left, right in zip(whole, resumed, strict=True):
+        assert {name: left[name] for name in LOSSES} == {name: right[name] for name in LOSSES}, left["step"]
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(two_rank_run: Path, resumed_run: Path) -> None:
+    whole, resumed = (load_file(run / "bundle" / "ship.safetensors") for run in (two_rank_run, resumed_run))
+    assert whole.keys() == resumed.keys() and all(whole[name].equal(resumed[name]) for name in whole)
+
+
+def test_an_evaluation_in_the_middle_changes_nothing_after_it(one_rank_run: Path, tmp_path: Path, rows: Rows) -> None:
+    quiet = train_smoke(tmp_path / "run", 1, ["evaluation.every_steps=0"])
+    assert not (quiet / "evaluations.jsonl").exists() and (one_rank_run / "evaluations.jsonl").exists()
+    for left, right in zip(rows(one_rank_run), rows(quiet), strict=True):
+        assert {name: left[name] for name in LOSSES} == {name: right[name] for name in LOSSES}, left["step"]
+
+
+def test_the_last_two_and_the_best_on_dev_are_kept(two_rank_run: Path) -> None:
+    names = sorted(path.name for path in (two_rank_run / "checkpoints").glob("step-*"))
+    assert names[-2:] == ["step-00000016", "step-00000020"]
+    assert (two_rank_run / "checkpoints" / "latest").read_text() == "step-00000020\n"
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(one_rank_run: Path, tmp_path: Path, rows: Rows) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(one_rank_run, run)
+    shard = next((run / "checkpoints" / "step-00000020" / "state").glob("*optim_states.pt"))
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 2)
+    done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={run}"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"{shard.name} has" in done.stderr and "going on from step-00000016" in done.stderr
+    assert [row["step"] for row in rows(run)] == list(range(20))
+
+
+def test_another_config_or_another_number_of_ranks_is_refused(two_rank_run: Path) -> None:
+    again = ["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={two_rank_run}"]
+    done = start(again)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith("was written by 2 rank(s) and this run has 1: start as many")
+
+
+def test_another_learning_rate_is_refused_by_name(one_rank_run: Path) -> None:
+    done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={one_rank_run}", "optimiser.lr=0.5"])
+    assert done.returncode == 2
+    assert "optimiser.lr was 0.001 and is 0.5 now" in done.stderr.strip().splitlines()[-1]
+
+
+def test_bundle_from_a_two_rank_checkpoint_is_the_runs_own(
+    two_rank_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = two_rank_run / "checkpoints" / "step-00000020"
+    assert cli.main(["bundle", str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
+    made, own = (load_file(folder / "ship.safetensors") for folder in (tmp_path / "bundle", two_rank_run / "bundle"))
+    assert made.keys() == own.keys() and all(made[name].equal(own[name]) for name in own)
+    assert Ship.from_run(tmp_path / "bundle").answer("put 7 at the front", ["1 2"])
+
+
+def test_a_run_starts_from_another_runs_bundle(one_rank_run: Path, tmp_path: Path) -> None:
+    run = train_smoke(tmp_path / "run", 1, [f"run.init_from={one_rank_run}", "training.steps=1", "optimiser.lr=1e-12"])
+    made, own = (load_file(folder / "bundle" / "ship.safetensors") for folder in (run, one_rank_run))
+    assert all(made[name].allclose(own[name], atol=1e-9) for name in own)
+
+
+def test_starting_from_a_folder_without_a_bundle_is_one_line(tmp_path: Path) -> None:
+    done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={tmp_path / 'run'}",
+                  f"run.init_from={tmp_path}"])
+    assert done.returncode == 2 and "no bundle here" in done.stderr.strip().splitlines()[-1]
+
+
+def test_progress_names_step_config_and_revision(two_rank_run: Path) -> None:
+    progress = json.loads((two_rank_run / "checkpoints" / "step-00000020" / "progress.json").read_text())
+    assert progress["step"] == 20 and progress["world_size"] == 2 and progress["config"]["run"]["seed"] == 0
+    assert progress["dev_score"] is not None and len(progress["data_fingerprint"]) == 64
