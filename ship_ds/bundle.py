@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ship_ds.config import Config, parse_config
 from ship_ds.errors import UserError
+from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.ship import ShipModel
+from ship_ds.prompt import PromptFormat
 
 WEIGHTS, CONFIG, PROMPT, MANIFEST = "ship.safetensors", "config.json", "prompt_format.json", "manifest.json"
 
@@ -52,6 +54,25 @@ def write_bundle(folder: Path, state: Mapping[str, Tensor], config: Config, prom
     publish(part, folder)
 
 
+def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
+    """What the run would have left had it ended there. Raises UserError when the checkpoint is missing or damaged."""
+    from ship_ds.runtime import checkpoint
+
+    if not (checkpoint_folder / checkpoint.PROGRESS).is_file():
+        raise UserError(f"{checkpoint_folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N")
+    if out.exists():
+        raise UserError(f"{out}: is there already; remove it or choose another --out")
+    config = parse_config(checkpoint.read_progress(checkpoint_folder).config, str(checkpoint_folder / checkpoint.PROGRESS))
+    state = checkpoint.trainable_state(checkpoint_folder)
+    prompts = PromptFormat(load_tokenizer(config.model.task_llm.base))
+    write_bundle(out, state, config, prompts.describe())
+
+
+def bundle_folder(path: str | Path) -> Path:
+    """The bundle inside a run folder, or the folder itself."""
+    return Path(path) / "bundle" if (Path(path) / "bundle").is_dir() else Path(path)
+
+
 def verify(folder: Path) -> None:
     """Raises UserError naming the first file that is missing or not what the manifest says."""
     if not (folder / MANIFEST).is_file():
@@ -69,22 +90,23 @@ class Ship:
         self.model, self.config, self.digest = model, config, digest
 
     @classmethod
-    def from_run(cls, path: str | Path) -> "Ship":
+    def from_run(cls, path: str | Path, device: torch.device | str = "cpu") -> "Ship":
         """Raises UserError when the folder holds no good bundle, or one made under another prompt format."""
-        folder = Path(path) / "bundle" if (Path(path) / "bundle").is_dir() else Path(path)
+        folder = bundle_folder(path)
         verify(folder)
         config = parse_config(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
-        model = ShipModel(config.model)
+        # The attention it was trained with may not run here; what it computes is the same.
+        model = ShipModel(config.model.model_copy(update={"attention": "auto"}), device=device)
         if model.prompts.describe() != json.loads((folder / PROMPT).read_text()):
             raise UserError(f"{folder / PROMPT}: the base model's tokenizer or this version gives another prompt format")
         load_trainable(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
-        return cls(model.eval(), config, sha256(folder / WEIGHTS))
+        return cls(model.to(device).eval(), config, sha256(folder / WEIGHTS))
 
     @torch.no_grad()
     def answer(self, instruction: str, inputs: Sequence[str]) -> list[str | None]:
         """Answers without the instruction in the prompt; None where no end came within the configured length."""
         adapter = self.model.adapt(self.model.encode([instruction]))
-        return self.model.answer(adapter, inputs, self.config.evaluation.max_new_tokens)
+        return self.model.answer(adapter, inputs, self.config.evaluation.max_new_tokens, [instruction] * len(inputs))
 
     @torch.no_grad()
     def answer_bare(self, inputs: Sequence[str]) -> list[str | None]:

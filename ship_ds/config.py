@@ -11,8 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
+from ship_ds.data.files import FilesConfig
 from ship_ds.data.rules import RulesConfig
 from ship_ds.errors import UserError
 
@@ -27,6 +38,8 @@ class RunConfig(Section):
     folder: str
     """Everything the run writes goes below it."""
     seed: int = 0
+    init_from: str | None = None
+    """A run or bundle folder whose weights this run starts from (pre-training before in-domain training)."""
 
 
 class FullTuning(Section):
@@ -52,15 +65,23 @@ class TaskLlmConfig(Section):
     base: str = "embedded"
     """A folder in transformers' format, or "embedded" for the tiny LM in ship_ds/assets."""
     quantisation: Literal["nf4", "none"] = "nf4"
-    shard: Literal["always", "never"] = "never"
-    """Under ZeRO-3: partition the frozen base over the ranks, or keep it whole on each."""
+    shard: Literal["auto", "always", "never"] = "auto"
+    """Under ZeRO-3: partition the frozen base over the ranks, or keep it whole on each; auto: only above 8 GB of weights."""
     checkpointing: bool = False
+    instruction: Literal["none", "hard", "soft"] = "none"
+    """The instruction before each input as well: not at all, as text, or as embeddings of its tokens (see ship.py)."""
 
 
 class EncoderConfig(Section):
     base: str = "embedded"
     quantisation: Literal["nf4", "none"] = "none"
     tuning: Tuning = FullTuning()
+
+    @model_validator(mode="after")
+    def _trainable(self) -> "EncoderConfig":
+        if self.quantisation != "none" and isinstance(self.tuning, FullTuning):
+            raise ValueError("quantisation=nf4 needs tuning.kind=lora, since 4-bit weights cannot be trained: change one of them")
+        return self
 
 
 class DecoderConfig(EncoderConfig):
@@ -69,14 +90,18 @@ class DecoderConfig(EncoderConfig):
     """At most this many examples are shown beside z; zero: z alone."""
     drop_latent: float = Field(0.0, ge=0, lt=1)
     """How often z is left out where examples are shown."""
+    fusion: Literal["mlp", "reshape"] = "mlp"
+    """z becomes the soft tokens through an MLP, or is them (as published: latent_size = num_soft_tokens x hidden size)."""
 
 
 class LoraHypernetworkConfig(Section):
     kind: Literal["lora"] = "lora"
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16
-    targets: tuple[str, ...] = ALL_PROJECTIONS
+    targets: tuple[str, ...] = Field(ALL_PROJECTIONS, min_length=1)
     width: PositiveInt = 128
+    heads: Literal["per_module", "per_layer", "per_rank"] = "per_module"
+    """One head a module shape, one a layer (largest), or one a shape that makes a single rank (smallest)."""
 
 
 class SoftPromptHypernetworkConfig(Section):
@@ -85,7 +110,22 @@ class SoftPromptHypernetworkConfig(Section):
     width: PositiveInt = 128
 
 
-HypernetworkConfig = Annotated[LoraHypernetworkConfig | SoftPromptHypernetworkConfig, Field(discriminator="kind")]
+class ReshapeHypernetworkConfig(Section):
+    """z itself is the soft prompt, so latent_size is num_virtual_tokens x the Task LLM's hidden size."""
+
+    kind: Literal["reshape"] = "reshape"
+    num_virtual_tokens: PositiveInt = 10
+
+
+def _lora_unless_said(values: Any) -> Any:
+    """So that `model.hypernetwork.rank=4` needs no kind beside it."""
+    return {"kind": "lora"} | values if isinstance(values, dict) else values
+
+
+HypernetworkConfig = Annotated[
+    LoraHypernetworkConfig | SoftPromptHypernetworkConfig | ReshapeHypernetworkConfig,
+    Field(discriminator="kind"), BeforeValidator(_lora_unless_said),
+]
 
 
 class ModelConfig(Section):
@@ -94,6 +134,8 @@ class ModelConfig(Section):
     decoder: DecoderConfig = DecoderConfig()
     task_llm: TaskLlmConfig = TaskLlmConfig()
     hypernetwork: HypernetworkConfig = LoraHypernetworkConfig()
+    attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
+    """auto: flash_attn if it is installed, else torch's variable-length kernel; SDPA where there is no CUDA."""
 
 
 class LossConfig(Section):
@@ -111,7 +153,9 @@ class OptimiserConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: PositiveInt
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    """Instead of steps: how often each training example of the seen tasks is answered, on average."""
     tasks_per_step: PositiveInt = 24
     """Global: ranks and accumulation divide it."""
     examples_per_task: PositiveInt = 4
@@ -130,6 +174,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(0, ge=0)
     """Zero: at the end alone."""
     keep_last: PositiveInt = 2
+    """Beside these, the best on dev is kept."""
+    max_gigabytes: PositiveFloat | None = None
+    """Disk cap; the newest and the best stay whatever it is."""
 
 
 class EvaluationConfig(Section):
@@ -144,9 +191,12 @@ class EvaluationConfig(Section):
     max_instruction_tokens: PositiveInt = 40
 
 
+DataConfig = Annotated[RulesConfig | FilesConfig, Field(discriminator="kind")]
+
+
 class Config(Section):
     run: RunConfig
-    data: RulesConfig = RulesConfig()
+    data: DataConfig = RulesConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
@@ -156,6 +206,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _pairs(self) -> "Config":
+        if (self.training.steps is None) == (self.training.epochs is None):
+            raise ValueError("training.steps or training.epochs: give one of them (and set the other to null)")
         if self.training.tasks_per_step % self.training.accumulation:
             raise ValueError(
                 f"training.accumulation ({self.training.accumulation}) must divide training.tasks_per_step "
@@ -184,9 +236,23 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = _key(first["loc"], values)
         message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise UserError(f"{source}: {key + ': ' if key else ''}{message}") from None
+
+
+_KINDS = ("full", "lora", "soft_prompt", "reshape", "rules", "files")
+
+
+def _key(location: Sequence[int | str], values: Any) -> str:
+    """The key as the user wrote it: pydantic puts a section's kind in between, which is no key of the section."""
+    parts = []
+    for part in location:
+        if part in _KINDS and not (isinstance(values, dict) and part in values):
+            continue
+        parts.append(str(part))
+        values = values.get(part) if isinstance(values, dict) else None
+    return ".".join(parts)
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -215,4 +281,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"{override}: {section} is a value, not a section")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override}: the value is not YAML: {' '.join(str(error).split())}") from None

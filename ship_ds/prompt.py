@@ -87,10 +87,6 @@ class PromptFormat:
             lines += [f"input: {shot.input}", f"output: {shot.target}"]
         return self._prompt("\n".join([*lines, _asked(text)]))
 
-    def soft_prompt(self, text: str, instruction: str) -> tuple[int, ...]:
-        """The instruction's own tokens before the prompt, outside its template: where optimised embeddings may stand too."""
-        return (*self._ids(instruction), *self.task_prompt(text))
-
     def encoder_prompt(self, instruction: str) -> tuple[int, ...]:
         """What the encoder reads; the posterior is taken from the hidden state of the last token."""
         return self._prompt(_stated(instruction))

@@ -8,30 +8,49 @@ The same program runs the embedded default on two CPU cores and a 7B model on a 
 """
 
 import argparse
+import hashlib
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from ship_ds.bundle import Ship, write_bundle
-from ship_ds.config import Config, load_config
-from ship_ds.data.rules import build_world
+from ship_ds.bundle import WEIGHTS, Ship, bundle_folder, load_trainable, verify, write_bundle
+from ship_ds.config import Config, TrainingConfig, load_config
+from ship_ds.data import files
+from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.data.sampler import StepSampler
 from ship_ds.data.task import Splits
+from ship_ds.data.token_cache import tokenise_all
 from ship_ds.errors import UserError
 from ship_ds.evaluation import report as reports
 from ship_ds.evaluation.deduction import deduction, reconstruction
 from ship_ds.evaluation.metrics import score
+from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.ship import ShipBatch, ShipModel
-from ship_ds.monitor.writer import Monitor, Stopwatch
+from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
+from ship_ds.runtime import checkpoint, ranks
 from ship_ds.runtime import engine as engines
-from ship_ds.runtime import ranks
 
 _ACTIVE_NATS = 0.01
 """A latent unit is active when its KL, averaged over a step's tasks, is above this (Burda et al. 2016, section 4.3)."""
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """The losses of a whole step, the same on every rank: means over its tokens, tasks and dimensions, in nats."""
+
+    total: float
+    task: float
+    reconstruction: float
+    kl: float
+    kl_Z: Tensor
+    num_tokens: int
 
 
 class Trainer:
@@ -43,47 +62,74 @@ class Trainer:
         ranks.start(config.training.threads)
         self.parts = engines.parts_per_step(config.training)
         torch.manual_seed(config.run.seed)
-        self.splits: Splits = build_world(config.data)
-        model = ShipModel(config.model)
+        self.splits = read_splits(config, say)
+        self.data_fingerprint = hashlib.sha256(repr(self.splits).encode()).hexdigest()
+        model = ShipModel(config.model, engines.engine_dtype(config.training))
+        say("parameters: " + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items()))
+        cache_tokens(config, model, self.splits)
+        if config.run.init_from is not None:
+            init_from(model, config.run.init_from)
         self.engine = engines.build_engine(model, config.optimiser, config.training)
+        self.engine.train()
         self.model: ShipModel = self.engine.module
         self.sampler = StepSampler(
             self.splits.seen, config.run.seed, config.training.tasks_per_step, config.training.examples_per_task,
             config.model.decoder.max_examples, config.model.decoder.drop_latent,
         )
+        self.num_steps = num_steps(config.training, self.splits)
         self.watch = Stopwatch()
+        self.step = 0
         self.num_bad_steps = 0
-        self.monitor: Monitor | None = None
-        if ranks.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
-            self.monitor = Monitor(self.folder, config.training.steps, 0)
+        self.dev_score: tuple[int, float] | None = None
+        self.resume()
+        self.monitor = self.open_monitor() if ranks.rank() == 0 else None
+
+    def open_monitor(self) -> Monitor:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n")
+        parts = {part: [task.id for task in getattr(self.splits, part)] for part in ("seen", "dev", "unseen")}
+        (self.folder / "splits.json").write_text(json.dumps(parts, indent=1) + "\n")
+        return Monitor(self.folder, self.num_steps, self.step)
+
+    def resume(self) -> None:
+        """Go on from the newest good checkpoint of the run folder, when there is one."""
+        good = checkpoint.newest_good(self.folder / "checkpoints", say)
+        if good is None:
+            return
+        progress = checkpoint.load(self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint)
+        self.step, self.num_bad_steps = progress.step, progress.num_bad_steps
+        self.watch.seconds, self.watch.tokens = progress.seconds, progress.tokens
+        say(f"resumed from {good}, after step {progress.step}")
 
     def train(self) -> None:
-        for step in range(self.config.training.steps):
-            self.watch.start()
-            batches = self.next_batches(step)
-            sums, num_tokens = self.losses_and_gradients(batches)
-            lr = engines.learning_rate(step, self.config.optimiser, self.config.training.steps)
-            engines.set_learning_rate(self.engine, lr)
-            self.engine.step()
-            self.log(step, sums, lr, num_tokens)
-            every = self.config.evaluation.every_steps
-            if every and (step + 1) % every == 0:
-                self.look(step + 1)
-            if self.out_of_time():
-                break
+        evaluate_every, save_every = self.config.evaluation.every_steps, self.config.checkpoint.every_steps
+        while self.step < self.num_steps and not self.out_of_time():
+            self.take_step()
+            if evaluate_every and self.step % evaluate_every == 0:
+                self.look()
+            if save_every and self.step % save_every == 0:
+                self.save()
 
-    def next_batches(self, step: int) -> list[ShipBatch]:
+    def take_step(self) -> None:
+        self.watch.start()
+        losses = self.losses_and_gradients(self.next_batches())
+        lr = engines.learning_rate(self.step, self.config.optimiser, self.num_steps)
+        engines.set_learning_rate(self.engine, lr)
+        skipped = engines.take_step(self.engine)
+        self.log(losses, lr)
+        self.step += 1
+        self.count_bad_steps(skipped)
+
+    def next_batches(self) -> list[ShipBatch]:
         """This rank's micro-batches of the global step."""
         accumulation = self.config.training.accumulation
         first = ranks.rank() * accumulation
         return [
-            self.model.collate(self.sampler.draw_rank(step, first + part, self.parts), self.config.run.seed, step)
+            self.model.collate(self.sampler.draw_rank(self.step, first + part, self.parts), self.config.run.seed, self.step)
             for part in range(accumulation)
         ]
 
-    def losses_and_gradients(self, batches: Sequence[ShipBatch]) -> tuple[dict[str, Any], int]:
+    def losses_and_gradients(self, batches: Sequence[ShipBatch]) -> StepLosses:
         """Backward through the whole step; each loss is its sum over the count of the *whole* step, all ranks included."""
         counts = torch.tensor([
             [batch.answers.num_targets, batch.decoded.num_targets, len(batch.noise_TZ), batch.answers.num_tokens
@@ -104,34 +150,42 @@ class Trainer:
             kl_Z += sums.kl_TZ.sum(0).cpu() / num_tasks
         task, text, kl = ranks.sum_over_ranks(totals).tolist()
         total = weights.task * task + weights.reconstruction * text + weights.kl * kl
-        scalars = {"loss/total": total, "loss/task": task, "loss/reconstruction": text, "loss/kl": kl}
-        self.check_finite(total)
-        return {**scalars, "kl_Z": ranks.sum_over_ranks(kl_Z)}, int(num_tokens)
+        return StepLosses(total, task, text, kl, ranks.sum_over_ranks(kl_Z), int(num_tokens))
 
-    def check_finite(self, loss: float) -> None:
-        """Every rank has the same summed loss, so all of them stop together."""
-        self.num_bad_steps = 0 if loss == loss and abs(loss) != float("inf") else self.num_bad_steps + 1
+    def count_bad_steps(self, skipped: bool) -> None:
+        """The ranks agreed on `skipped`. The step's examples are written down; too many in a row stop the run."""
+        self.num_bad_steps = self.num_bad_steps + 1 if skipped else 0
+        if not skipped:
+            return
+        step = self.step - 1
+        path = self.folder / "bad_steps.jsonl"
+        if ranks.rank() == 0:
+            with path.open("a") as file:
+                for draw in self.sampler.draw_step(step):
+                    file.write(json.dumps({"step": step, **asdict(draw)}) + "\n")
+        say(f"step {step}: loss or gradient not finite on some rank: skipped on all of them; its examples are in {path}")
         if self.num_bad_steps >= self.config.training.max_bad_steps:
             raise UserError(
-                f"training: the loss was not finite in {self.num_bad_steps} steps in a row; lower optimiser.lr or look at "
-                "the data (training.max_bad_steps sets the number)"
+                f"training: not finite in {self.num_bad_steps} steps in a row; lower optimiser.lr or look at {path} "
+                "(training.max_bad_steps sets the number)"
             )
 
-    def log(self, step: int, sums: dict[str, Any], lr: float, num_tokens: int) -> None:
-        seconds = self.watch.stop(num_tokens)
-        kl_Z = sums.pop("kl_Z")
+    def log(self, losses: StepLosses, lr: float) -> None:
+        seconds = self.watch.stop(losses.num_tokens)
         norm = self.engine.get_global_grad_norm()
         if self.monitor is None:
             return
-        self.monitor.step(step, {
-            **sums, "latent/active_units": float((kl_Z > _ACTIVE_NATS).sum()), "optimiser/lr": lr,
+        self.monitor.step(self.step, {
+            "loss/total": losses.total, "loss/task": losses.task, "loss/reconstruction": losses.reconstruction,
+            "loss/kl": losses.kl, "latent/active_units": float((losses.kl_Z > _ACTIVE_NATS).sum()), "optimiser/lr": lr,
             "optimiser/gradient_norm": float(norm) if norm is not None else float("nan"),
-            "speed/tokens_per_second": num_tokens / seconds, "speed/step_seconds": seconds,
+            "speed/tokens_per_second": losses.num_tokens / seconds, "speed/step_seconds": seconds,
+            "memory/gigabytes": memory_gigabytes(),
         })
-        if step % 100 == 0:
-            self.monitor.kl_per_dimension(step, kl_Z)
+        if self.step % 100 == 0:
+            self.monitor.kl_per_dimension(self.step, losses.kl_Z)
 
-    def look(self, step: int) -> None:
+    def look(self) -> None:
         """Deduction on a few seen and dev rules, and a few reconstructions; every rank takes part and calls as often."""
         config = self.config.evaluation
         self.model.eval()
@@ -144,9 +198,18 @@ class Trainer:
         reconstruction(self.model, self.splits.seen[:4] + self.splits.dev[:4], config.max_instruction_tokens,
                        lambda true, text: pairs.append((true, text)))
         self.model.train()
+        self.dev_score = (self.step, scalars["deduction/dev"])
         if self.monitor is not None:
-            self.monitor.evaluation(step, scalars)
-            self.monitor.texts(step, pairs)
+            self.monitor.evaluation(self.step, scalars)
+            self.monitor.texts(self.step, pairs)
+
+    def save(self) -> None:
+        score_here = self.dev_score[1] if self.dev_score is not None and self.dev_score[0] == self.step else None
+        progress = checkpoint.Progress(
+            self.step, self.watch.seconds, self.watch.tokens, self.num_bad_steps, ranks.world_size(),
+            self.config.model_dump(mode="json"), self.data_fingerprint, score_here,
+        )
+        checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
 
     def out_of_time(self) -> bool:
         limit = self.config.training.max_minutes
@@ -155,22 +218,64 @@ class Trainer:
 
     def close(self) -> None:
         """Bundle, then the report from the bundle: what is measured is what a user opens."""
+        self.save()
         state = engines.gathered_state(self.engine)
         if ranks.rank() == 0:
             write_bundle(self.folder / "bundle", state, self.config, self.model.prompts.describe())
         if self.monitor is not None:
             self.monitor.close()
-        ranks.gather_objects(None)
-        report = reports.evaluate(Ship.from_run(self.folder).model, self.splits, self.config.evaluation)
+        ranks.barrier()
+        report = reports.evaluate(Ship.from_run(self.folder, ranks.device()).model, self.splits, self.config.evaluation)
         report |= {
             "train_seconds": round(self.watch.seconds, 1),
             "tokens_per_second": round(self.watch.tokens / max(self.watch.seconds, 1e-9), 1),
-            "world_size": ranks.world_size(), "seed": self.config.run.seed, "versions": reports.versions(),
+            "steps": self.step, "world_size": ranks.world_size(), "seed": self.config.run.seed, "versions": reports.versions(),
         }
         if ranks.rank() == 0:
             path = reports.write(report, self.folder)
             reports.show(report)
             print(f"report: {path}")
+
+
+def say(text: str) -> None:
+    """One line from rank 0."""
+    if ranks.rank() == 0:
+        print(f"ship-ds: {text}", file=sys.stderr, flush=True)
+
+
+def num_steps(training: TrainingConfig, splits: Splits) -> int:
+    """The run's steps; epochs count the examples that are answered."""
+    if training.steps is not None:
+        return training.steps
+    examples = sum(len(task.train) for task in splits.seen)
+    return math.ceil((training.epochs or 0) * examples / (training.tasks_per_step * training.examples_per_task))
+
+
+def read_splits(config: Config, say: Callable[[str], None]) -> Splits:
+    """Generated rules, or the tasks of a folder, cut to length with the Task LLM's tokenizer."""
+    if isinstance(config.data, RulesConfig):
+        return build_world(config.data)
+    return files.read_splits(config.data, load_tokenizer(config.model.task_llm.base), say)
+
+
+def cache_tokens(config: Config, model: ShipModel, splits: Splits) -> None:
+    """Tokenise a folder's texts once: rank 0 first, then the others load what it wrote."""
+    if isinstance(config.data, RulesConfig):
+        return
+    folder = Path(config.data.cache or Path(config.run.folder) / "tokens")
+    tasks = (*splits.seen, *splits.dev, *splits.unseen)
+    for turn in (ranks.rank() == 0, ranks.rank() != 0):
+        if turn:
+            for prompts in {id(p): p for p in (model.prompts, model.encoder_prompts, model.decoder_prompts)}.values():
+                prompts.remember(tokenise_all(prompts.texts(tasks), prompts.tokenizer, folder))
+        ranks.barrier()
+
+
+def init_from(model: ShipModel, source: str) -> None:
+    """Start from the weights of another run's bundle; its model section has to be the same."""
+    folder = bundle_folder(source)
+    verify(folder)
+    load_trainable(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,12 @@
 """Make the embedded default: a Llama-shaped tiny LM that follows list instructions given in its prompt.
 
-    python tools/make_tiny_lm.py --out ship_ds/assets/tiny_lm
+    python tools/make_tiny_lm.py --out first --examples 48
+    python tools/make_tiny_lm.py --out second --start-from first --examples 48 --steps 2500 --lr 1.5e-3 --family-share 0.15
+    python tools/make_tiny_lm.py --out third --start-from second --steps 1500 --lr 1.5e-3 --family-share 0.15
+
+The first run meets families evenly, the others mostly rules, so that compositions, each a rule of its own, are met more often.
+With 48 examples a rule the second ends at 0.90 on seen rules, its loss near zero: it knows its examples by heart. The third
+draws from 400 a rule, the test examples of the default world left out.
 
 It learns from the seen rules alone: answering with the instruction in the prompt, answering from n shots, and naming the
 rule from examples. Everything is drawn from seeded generators, so one machine with one thread count gives one file hash.
@@ -12,6 +18,8 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,9 +65,21 @@ def draw(kind: str, task: SplitTask, prompts: PromptFormat, rng: random.Random) 
     return prompts.decoder_prompt(shown), prompts.target(wording)
 
 
-def draw_task(tasks: list[SplitTask], families: dict[str, list[SplitTask]], rng: random.Random) -> SplitTask:
-    """Half of the draws are over tasks, half over families first, or a rule like "sort the list" is met too seldom."""
-    return rng.choice(tasks) if rng.random() < 0.5 else rng.choice(families[rng.choice(list(families))])
+def with_more_examples(tasks: Sequence[SplitTask], num_examples: int) -> list[SplitTask]:
+    """The same rules with `num_examples` examples each to train on; what the default world tests on stays out."""
+    config = RulesConfig(train_examples=num_examples)
+    more = {task.id: task for task in build_world(config).seen}
+    return [
+        replace(task, train=tuple(e for e in more[task.id].train if e.input not in {test.input for test in task.test}))
+        for task in tasks
+    ]
+
+
+def draw_task(
+    tasks: list[SplitTask], families: dict[str, list[SplitTask]], family_share: float, rng: random.Random
+) -> SplitTask:
+    """A share of the draws is over families first, or a rule like "sort the list" is met too seldom."""
+    return rng.choice(families[rng.choice(list(families))]) if rng.random() < family_share else rng.choice(tasks)
 
 
 def collate(rows: list[tuple[tuple[int, ...], tuple[int, ...]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +94,7 @@ def collate(rows: list[tuple[tuple[int, ...], tuple[int, ...]]], pad: int) -> tu
 
 def train(model: LlamaForCausalLM, tasks: list[SplitTask], prompts: PromptFormat, args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    rng = random.Random(f"{args.seed} {args.start_from}")
+    rng = random.Random(f"{args.seed} {args.start_from is not None}")
     families: dict[str, list[SplitTask]] = {}
     for task in tasks:
         first, plus, _ = task.task.family.partition("+")
@@ -85,7 +105,8 @@ def train(model: LlamaForCausalLM, tasks: list[SplitTask], prompts: PromptFormat
             group["lr"] = args.lr * min(1, (step + 1) / 200, 0.02 + 0.98 * (1 + math.cos(math.pi * step / args.steps)) / 2)
         kind = rng.choices(list(MIX), list(MIX.values()))[0]
         size = args.batch if kind == "instruction" else args.batch // 4
-        ids, labels = collate([draw(kind, draw_task(tasks, families, rng), prompts, rng) for _ in range(size)], prompts.pad_id)
+        drawn = [draw_task(tasks, families, args.family_share, rng) for _ in range(size)]
+        ids, labels = collate([draw(kind, task, prompts, rng) for task in drawn], prompts.pad_id)
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][labels[:, 1:] != -100]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][labels[:, 1:] != -100])
         loss.backward()
@@ -133,6 +154,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--examples", type=int, default=400, help="training examples a rule")
+    parser.add_argument("--family-share", type=float, default=0.5, help="of the draws that choose a family before a rule")
     parser.add_argument("--start-from", type=Path, help="go on from this folder's weights with a fresh optimiser")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=0)
@@ -150,7 +173,7 @@ def main() -> None:
     model = LlamaForCausalLM(config) if args.start_from is None else LlamaForCausalLM.from_pretrained(args.start_from)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(world.seen)} seen rules", flush=True)
     tokenizer.save_pretrained(args.out)
-    train(model, list(world.seen), prompts, args)
+    train(model, with_more_examples(world.seen, args.examples), prompts, args)
     model.save_pretrained(args.out)
 
     from transformers import BitsAndBytesConfig
@@ -160,7 +183,7 @@ def main() -> None:
     scores = {
         "nf4": measure(quantised.eval(), {"seen": list(world.seen), "unseen": list(world.unseen)}, prompts),
         "fp32": measure(model.eval(), {"seen": list(world.seen)[::4]}, prompts),
-        "command": f"python tools/make_tiny_lm.py --steps {args.steps} --batch {args.batch} --lr {args.lr} --seed {args.seed}",
+        "arguments": {name: str(value) for name, value in vars(args).items() if name not in ("out", "start_from")},
     }
     (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     print(json.dumps(scores, indent=2))

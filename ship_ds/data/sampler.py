@@ -35,7 +35,7 @@ class StepSampler:
     def draw_step(self, step: int) -> list[TaskDraw]:
         """The draws of global step `step`, sorted by length so that micro-batches pad little."""
         start = step * self.tasks_per_step
-        draws = [self._draw(self._task_at(position), step) for position in range(start, start + self.tasks_per_step)]
+        draws = [self._draw(self._task_at(position), position) for position in range(start, start + self.tasks_per_step)]
         return sorted(draws, key=lambda draw: (sum(len(e.input) for e in draw.shown), draw.task_id))
 
     def draw_rank(self, step: int, part: int, num_parts: int) -> list[TaskDraw]:
@@ -46,8 +46,8 @@ class StepSampler:
         epoch, offset = divmod(position, len(self.tasks))
         return self.tasks[_permutation(self.seed, epoch, len(self.tasks))[offset]]
 
-    def _draw(self, task: SplitTask, step: int) -> TaskDraw:
-        rng = random.Random(f"{self.seed} {step} {task.id}")
+    def _draw(self, task: SplitTask, position: int) -> TaskDraw:
+        rng = random.Random(f"{self.seed} {position} {task.id}")
         num_answered = min(self.examples_per_task, len(task.train))
         num_shown = min(rng.randint(0, self.max_shown), len(task.train) - num_answered)
         drawn = rng.sample(task.train, num_answered + num_shown)

@@ -29,11 +29,11 @@ def _chunks(tasks: Sequence[SplitTask]) -> list[Sequence[SplitTask]]:
 def deduction(
     model: ShipModel, tasks: Sequence[SplitTask], wordings: Sequence[str], num_examples: int, max_new_tokens: int
 ) -> Rows:
-    """Answers under the adapter of each task's given wording, the instruction not in the prompt."""
+    """Answers under the adapter of each task's given wording, which the prompt itself states only if the model's config says."""
     rows: Rows = []
     for start, chunk in zip(range(0, len(tasks), _CHUNK), _chunks(tasks), strict=True):
-        adapter = model.adapt(model.encode(wordings[start : start + len(chunk)]))
-        rows += _answer(model, adapter, chunk, num_examples, max_new_tokens, None)
+        said = wordings[start : start + len(chunk)]
+        rows += _answer(model, model.adapt(model.encode(said)), chunk, num_examples, max_new_tokens, said)
     return rows
 
 
@@ -51,12 +51,12 @@ def instruction_in_prompt(model: ShipModel, tasks: Sequence[SplitTask], num_exam
 
 def _answer(
     model: ShipModel, adapter: Adapter | None, tasks: Sequence[SplitTask], num_examples: int, max_new_tokens: int,
-    instructions: Sequence[str] | None,
+    wordings: Sequence[str] | None,
 ) -> Rows:
     """Tasks with fewer than `num_examples` test examples repeat them in the batch and count them once."""
     asked = [[task.test[i % len(task.test)] for i in range(num_examples)] for task in tasks]
-    stated = None if instructions is None else [text for text in instructions for _ in range(num_examples)]
-    answers = model.answer(adapter, [e.input for row in asked for e in row], max_new_tokens, stated)
+    said = None if wordings is None else [text for text in wordings for _ in range(num_examples)]
+    answers = model.answer(adapter, [e.input for row in asked for e in row], max_new_tokens, said)
     right = [exact_match(answer, e.answers) for answer, e in zip(answers, (e for row in asked for e in row), strict=True)]
     return [
         right[t * num_examples : t * num_examples + min(num_examples, len(task.test))] for t, task in enumerate(tasks)
@@ -78,7 +78,7 @@ def nearest_seen(model: ShipModel, tasks: Sequence[SplitTask], seen: Sequence[Sp
     texts = [task.task.instruction for task in seen]
     latent_CZ = torch.cat([model.encode(texts[start : start + 256]) for start in range(0, len(texts), 256)])
     first_TC = torch.cat([
-        _losses(model, latent_CZ[start : start + 64], [task.train[0] for task in tasks])
+        _losses(model, latent_CZ[start : start + 64], texts[start : start + 64], [task.train[0] for task in tasks])
         for start in range(0, len(texts), 64)
     ]).T
     chosen = []
@@ -86,16 +86,16 @@ def nearest_seen(model: ShipModel, tasks: Sequence[SplitTask], seen: Sequence[Sp
         own = [c for c, candidate in enumerate(seen) if candidate.id == task.id]
         row_C[own] = float("inf")
         shortlist = row_C.topk(min(_SHORTLIST, len(seen)), largest=False).indices
-        losses_C = _losses(model, latent_CZ[shortlist], task.train[:_SHOWN]).sum(1)
+        losses_C = _losses(model, latent_CZ[shortlist], [texts[c] for c in shortlist.tolist()], task.train[:_SHOWN]).sum(1)
         losses_C[torch.isin(shortlist, torch.tensor(own))] = float("inf")
         chosen.append(texts[int(shortlist[losses_C.argmin()])])
     return chosen
 
 
-def _losses(model: ShipModel, latent_CZ: Tensor, examples: Sequence[Example]) -> Tensor:
+def _losses(model: ShipModel, latent_CZ: Tensor, wordings: Sequence[str], examples: Sequence[Example]) -> Tensor:
     """The loss in nats of each example under each candidate's adapter, (C, M)."""
     prompts, num_candidates = model.prompts, len(latent_CZ)
-    ids = [prompts.task_prompt(e.input) for e in examples] * num_candidates
+    ids = [model.question(e.input, wording) for wording in wordings for e in examples]
     targets = [prompts.target(e.target) for e in examples] * num_candidates
     batch = TokenBatch.build(ids, targets, prompts.pad_id, model.num_virtual_tokens, model.device)
     logits, labels = model.task_llm(model.adapt(latent_CZ), batch, num_candidates)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-_LIST = re.compile(r"\[?\s*-?\d+(?:[\s,]+-?\d+)*\s*\]?|\[\s*\]")
+_NUMBERS = r"-?(?:0|[1-9]\d*)(?:[\s,]+-?(?:0|[1-9]\d*))*"
+_LIST = re.compile(rf"{_NUMBERS}|\[\s*(?:{_NUMBERS})?\s*\]")
 _NUMBER = re.compile(r"-?\d+")
 _NUM_RESAMPLES = 2000
 

@@ -7,7 +7,7 @@ layers inside the checkpointed function, so nothing depends on what is current w
 Letters: T tasks (or rows), R rank, I in, O out, P virtual tokens, H hidden; "..." any token layout, task-major.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ship_ds.errors import UserError
 from ship_ds.model.segment_lora import segment_lora
 
 
@@ -101,6 +102,7 @@ class AdaptedBlock(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+        # A plain list: they are registered below `block` already.
         self.sites = [module for module in block.modules() if isinstance(module, AdaptedLinear)]
 
     def forward(
@@ -123,34 +125,32 @@ class AdaptedBlock(nn.Module):
 def wrap_sites(model: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """Wrap the target linears and the blocks of a decoder-only transformers model; path -> (in, out) of each site.
 
-    Raises ValueError naming the first target that no block has, or the part of the model that is missing.
+    Raises UserError naming the first target that a block lacks, or the part of the model that is missing.
     """
-    backbone = getattr(model, "model", None)
-    layers = getattr(backbone, "layers", None)
+    layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__}: has no model.layers; only decoder-only models with a list of blocks there can be adapted"
         )
+    found = {index: _find_linears(model, block, targets) for index, block in enumerate(layers)}
     sites: dict[str, tuple[int, int]] = {}
-    for index, block in enumerate(layers):
-        for target in targets:
-            parent, name, linear = _find_linear(model, block, target)
-            path = f"model.layers.{index}.{linear}"
-            base = getattr(parent, name)
+    for index, linears in found.items():
+        for inner, base in linears.items():
+            path = f"model.layers.{index}.{inner}"
             sites[path] = (base.in_features, base.out_features)
-            setattr(parent, name, AdaptedLinear(base, path))
-        layers[index] = AdaptedBlock(block)
+            layers[index].set_submodule(inner, AdaptedLinear(base, path))
+        layers[index] = AdaptedBlock(layers[index])
     return sites
 
 
-def _find_linear(model: nn.Module, block: nn.Module, target: str) -> tuple[nn.Module, str, str]:
-    for path, module in block.named_modules():
-        if path.rpartition(".")[2] == target and isinstance(module, nn.Linear):
-            return block.get_submodule(path.rpartition(".")[0]), target, path
-    linears = sorted({path.rpartition(".")[2] for path, module in block.named_modules() if isinstance(module, nn.Linear)})
-    raise ValueError(
-        f"hypernetwork.targets: {type(model).__name__} has no linear module {target!r}; its blocks have {', '.join(linears)}"
-    )
-
-
-AdapterBuilder = Callable[[Tensor], Adapter]
+def _find_linears(model: nn.Module, block: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    names = {path.rpartition(".")[2] for path in linears}
+    for target in targets:
+        if target not in names:
+            raise UserError(
+                f"hypernetwork.targets: {type(model).__name__} has no linear module {target!r}; "
+                f"its blocks have {', '.join(sorted(names))}"
+            )
+    wanted = {target: [path for path in linears if path.rpartition(".")[2] == target] for target in targets}
+    return {path: linears[path] for target in targets for path in wanted[target]}

@@ -1,6 +1,5 @@
 """Language models from a folder: the embedded tiny LM or the user's own, plain or in NF4; never looked up on a hub."""
 
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -8,12 +7,15 @@ from typing import Any, Literal
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from ship_ds.config import LoraTuning
 from ship_ds.errors import UserError
+from ship_ds.model.attention import Choice, resolve, this_machine
 
 Quantisation = Literal["nf4", "none"]
+_BLOCK = 64
+"""Weights that share a scale in NF4."""
 
 
 def base_folder(base: str) -> Path:
@@ -28,8 +30,12 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(base_folder(base), local_files_only=True)
 
 
-def load_lm(base: str, quantisation: Quantisation, dtype: torch.dtype) -> nn.Module:
+def load_lm(
+    base: str, quantisation: Quantisation, dtype: torch.dtype, attention: Choice = "auto", device: torch.device | None = None
+) -> nn.Module:
     """The causal LM in `dtype`; with "nf4" its linears in 4 bits with double quantisation (Dettmers et al. 2023).
+
+    device: where it will run (None: on CUDA if this machine has it); it decides the attention. Weights load on the CPU.
 
     The 4-bit storage stays uint8: DeepSpeed casts every floating-point parameter to the engine's dtype, which would
     destroy a floating-point storage of another width.
@@ -39,13 +45,23 @@ def load_lm(base: str, quantisation: Quantisation, dtype: torch.dtype) -> nn.Mod
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+    device = device or this_machine()
+    settings = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
+    caps_scores = getattr(settings, "attn_logit_softcapping", None) is not None
     model = AutoModelForCausalLM.from_pretrained(
-        base_folder(base), local_files_only=True, dtype=dtype, attn_implementation="sdpa", **extra
+        base_folder(base), local_files_only=True, dtype=dtype,
+        attn_implementation=resolve(attention, device, caps_scores), **extra,
     )
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            # A no-grad forward on a CPU with AVX512-BF16 repacks the weight in place; the next training step is then wrong.
-            module.support_avx512bf16_for_cpu = False
+    for path, module in model.named_modules():
+        if not isinstance(module, bnb.nn.Linear4bit):
+            continue
+        # A no-grad forward on a CPU with AVX512-BF16 repacks the weight in place; the next training step is then wrong.
+        module.support_avx512bf16_for_cpu = False
+        if device.type == "cpu" and module.in_features % _BLOCK:
+            raise UserError(
+                f"{base}: {path} has {module.in_features} inputs, and in nf4 bitsandbytes computes wrongly on a CPU unless they "
+                f"are a multiple of {_BLOCK}: set quantisation=none"
+            )
     return model
 
 
@@ -54,15 +70,18 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def add_static_lora(model: nn.Module, tuning: LoraTuning) -> nn.Module:
-    """The frozen model with a trained LoRA of its own, through `peft`."""
+    """The frozen model with a trained LoRA of its own, through `peft`. Raises UserError for a target it does not have."""
     from peft import LoraConfig, inject_adapter_in_model
 
     freeze(model)
+    linears = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in tuning.targets:
+        if target not in linears:
+            raise UserError(
+                f"tuning.targets: {type(model).__name__} has no linear module {target!r}; it has {', '.join(sorted(linears))}"
+            )
     config = LoraConfig(
         r=tuning.rank, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout,  # type: ignore[arg-type]
         target_modules=list(tuning.targets),
     )
     return inject_adapter_in_model(config, model)
-
-
-LmLoader = Callable[[], nn.Module]

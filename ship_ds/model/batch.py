@@ -3,7 +3,7 @@
 Sequences are task-major. Places for soft (virtual) tokens are reserved in the ids, so that prepended embeddings go the same
 way through the packed and the padded layout.
 
-Letters: E sequences, S padded length, N packed tokens, T tasks.
+Letters: E sequences, S padded length, T tasks.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,17 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Right-padded ids_ES with labels_ES (IGNORE where there is none), lengths_E and soft-token slots_ES."""
+    """Right-padded ids_ES with labels_ES (IGNORE where there is none) and lengths_E.
+
+    slots_ES: places of virtual tokens, whose ids mean nothing. instruction_ES: places of an instruction before the prompt;
+    their ids are its tokens, and optimised embeddings may stand in for them.
+    """
 
     ids_ES: Tensor
     labels_ES: Tensor
     lengths_E: Tensor
     slots_ES: Tensor
+    instruction_ES: Tensor
 
     @classmethod
     def build(
@@ -32,19 +37,25 @@ class TokenBatch:
         pad_id: int,
         num_virtual_tokens: int = 0,
         device: torch.device | str = "cpu",
+        instructions: Sequence[Sequence[int]] | None = None,
     ) -> "TokenBatch":
-        """Sequences [virtual tokens, prompt, target]; labels on the target. No targets: prompts alone."""
-        rows = [(list(prompt), list(target)) for prompt, target in zip(prompts, targets or [()] * len(prompts), strict=True)]
-        lengths = [num_virtual_tokens + len(prompt) + len(target) for prompt, target in rows]
-        width = max(lengths)
-        ids = torch.full((len(rows), width), pad_id)
-        labels = torch.full((len(rows), width), IGNORE)
-        for e, (prompt, target) in enumerate(rows):
-            ids[e, num_virtual_tokens : lengths[e]] = torch.tensor(prompt + target, dtype=torch.long)
-            labels[e, lengths[e] - len(target) : lengths[e]] = torch.tensor(target, dtype=torch.long)
-        slots = torch.zeros_like(ids, dtype=torch.bool)
-        slots[:, :num_virtual_tokens] = True
-        return cls(ids.to(device), labels.to(device), torch.tensor(lengths, device=device), slots.to(device))
+        """Sequences [virtual tokens, instruction, prompt, target]; labels on the target. No targets: prompts alone."""
+        empty: list[Sequence[int]] = [()] * len(prompts)
+        rows = [
+            ([pad_id] * num_virtual_tokens, list(before), list(prompt), list(target))
+            for before, prompt, target in zip(instructions or empty, prompts, targets or empty, strict=True)
+        ]
+        lengths_E = torch.tensor([sum(map(len, row)) for row in rows])
+        shape = len(rows), int(lengths_E.max())
+        ids_ES, labels_ES = torch.full(shape, pad_id), torch.full(shape, IGNORE)
+        slots_ES, instruction_ES = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        for e, (virtual, before, prompt, target) in enumerate(rows):
+            ids = torch.tensor(virtual + before + prompt + target, dtype=torch.long)
+            ids_ES[e, : len(ids)] = ids
+            labels_ES[e, len(ids) - len(target) : len(ids)] = ids[len(ids) - len(target) :]
+            slots_ES[e, : len(virtual)] = True
+            instruction_ES[e, len(virtual) : len(virtual) + len(before)] = True
+        return cls(*(tensor.to(device) for tensor in (ids_ES, labels_ES, lengths_E, slots_ES, instruction_ES)))
 
     @property
     def real_ES(self) -> Tensor:

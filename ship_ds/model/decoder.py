@@ -3,28 +3,39 @@
 Letters: T tasks, Z latent, P soft tokens, H hidden.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.causal_lm import greedy, label_logits
+from ship_ds.model.hypernetwork import check_reshape
 
 
 class Decoder(nn.Module):
     """z -> MLP -> P soft tokens before [examples, "this task is to:", instruction]; learned tokens where z is left out."""
 
-    def __init__(self, lm: nn.Module, hidden_size: int, latent_size: int, num_soft_tokens: int) -> None:
+    def __init__(
+        self, lm: nn.Module, hidden_size: int, latent_size: int, num_soft_tokens: int, fusion: Literal["mlp", "reshape"] = "mlp"
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.num_soft_tokens = num_soft_tokens
-        self.from_latent = nn.Sequential(
-            nn.Linear(latent_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, num_soft_tokens * hidden_size)
-        )
+        self.from_latent: nn.Module
+        if fusion == "reshape":
+            check_reshape("model.decoder.num_soft_tokens", num_soft_tokens, latent_size, hidden_size)
+            self.from_latent = nn.Identity()
+        else:
+            self.from_latent = nn.Sequential(
+                nn.Linear(latent_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, num_soft_tokens * hidden_size)
+            )
         self.without_latent = nn.Parameter(torch.zeros(num_soft_tokens * hidden_size))
 
     def soft_tokens(self, latent_TZ: Tensor, shows_latent_T: Tensor | None = None) -> Tensor:
         """(T, P, H); rows where `shows_latent_T` is false get the learned tokens."""
-        soft_TX = self.from_latent(latent_TZ)
+        soft_TX = self.from_latent(latent_TZ.to(self.without_latent.dtype))
         if shows_latent_T is not None:
             soft_TX = torch.where(shows_latent_T[:, None], soft_TX, self.without_latent)
         return soft_TX.unflatten(1, (self.num_soft_tokens, -1))
@@ -35,5 +46,9 @@ class Decoder(nn.Module):
         """Label logits (K, V) and labels (K,) of the instructions."""
         return label_logits(self.lm, batch, self.soft_tokens(latent_TZ, shows_latent_T), packed=packed)
 
-    def generate(self, latent_TZ: Tensor, prompts: TokenBatch, eos_id: int, max_new_tokens: int) -> list[list[int]]:
-        return greedy(self.lm, prompts, self.soft_tokens(latent_TZ), None, eos_id, max_new_tokens)
+    def generate(
+        self, latent_TZ: Tensor, prompts: TokenBatch, eos_id: int, max_new_tokens: int,
+        any_unfinished: Callable[[bool], bool] = bool,
+    ) -> list[list[int]]:
+        soft_TPH = self.soft_tokens(latent_TZ)
+        return greedy(self.lm, prompts, soft_TPH, None, eos_id, max_new_tokens, any_unfinished=any_unfinished)

@@ -3,6 +3,7 @@
 Letters: T tasks, S length, H hidden, Z latent.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class Encoder(nn.Module):
         """mean_TZ and log_variance_TZ, as a plain tuple: ZeRO-3 looks for tensors in those alone."""
         hidden_TSH = self.lm.model(input_ids=batch.ids_ES, use_cache=False).last_hidden_state  # type: ignore[operator]
         last_TH = hidden_TSH[torch.arange(len(hidden_TSH), device=hidden_TSH.device), batch.lengths_E - 1]
-        mean_TZ, raw_TZ = self.head(last_TH).float().chunk(2, dim=-1)
+        mean_TZ, raw_TZ = self.head(last_TH.to(next(self.head.parameters()).dtype)).float().chunk(2, dim=-1)
         return mean_TZ, raw_TZ - 4.0  # a small variance at first, so that z carries the instruction from step 0
 
 
@@ -45,7 +46,5 @@ def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int)
 
 
 def _task_noise(key: str, latent_size: int) -> Tensor:
-    import hashlib
-
     digest = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     return torch.randn(latent_size, generator=torch.Generator().manual_seed(digest))

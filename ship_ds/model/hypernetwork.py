@@ -1,66 +1,155 @@
-"""Hypernetworks: z -> adapter. Each kind of adapter has its own class; step 0 is always the base model.
+"""Hypernetworks: z -> adapter. Each kind of adapter has its own class, and so has each kind of LoRA head.
 
-Letters: T tasks, Z latent, D hypernetwork width, S sites of one shape, R rank, I in, O out, P virtual tokens, H hidden.
+A LoRA hypernetwork is a trunk shared by all sites (z plus a learned embedding -> MLP) and heads. Each head serves a group
+of sites, says how many embeddings they need, and turns the trunk's features into their A and B. B starts at exactly zero,
+so step 0 is the base model; A starts as in `peft`.
+
+Letters: T tasks, Z latent, D hypernetwork width, S sites of a group, U features of a group, R rank, I in, O out,
+P virtual tokens, H hidden.
 """
 
 import math
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ship_ds.config import LoraHypernetworkConfig, SoftPromptHypernetworkConfig
+from ship_ds.config import LoraHypernetworkConfig, ReshapeHypernetworkConfig, SoftPromptHypernetworkConfig
+from ship_ds.errors import UserError
 from ship_ds.model.adapters import LoraAdapter, SoftPrompt
 
+Sites = Mapping[str, tuple[int, int]]
+"""Module path -> (in, out)."""
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Module path -> (a_TRI, b_TOR)."""
 
-class ShapeHead(nn.Module):
-    """A and B of every site of one (in, out) shape from the sites' features; B starts at exactly zero."""
 
-    def __init__(self, width: int, rank: int, shape: tuple[int, int]) -> None:
+class LoraHead(nn.Module):
+    """Makes the factors of one group of sites; made from (width, rank, those sites)."""
+
+    num_embeddings: int
+    """How many embeddings tell the group's features apart."""
+
+    @staticmethod
+    def groups(sites: Sites) -> list[Sites]:
+        """All sites parted into those that one head serves: here, those of one (in, out) shape."""
+        return [{path: sites[path] for path in sites if sites[path] == shape} for shape in sorted(set(sites.values()))]
+
+    def units(self, embeddings_SD: Tensor) -> Tensor:
+        """What each feature stands for, (U, D), from the group's embeddings."""
+        return embeddings_SD
+
+    def forward(self, features_TUD: Tensor) -> Factors:
+        raise NotImplementedError
+
+
+class ShapeHead(LoraHead):
+    """`per_module`: all ranks of A and B of a site from one feature; shared by the sites of one shape."""
+
+    def __init__(self, width: int, rank: int, sites: Sites) -> None:
         super().__init__()
-        self.rank, (self.num_in, self.num_out) = rank, shape
+        self.paths, self.num_embeddings = list(sites), len(sites)
+        self.rank, (self.num_in, self.num_out) = rank, next(iter(sites.values()))
         self.to_a = nn.Linear(width, rank * self.num_in)
         self.to_b = nn.Linear(width, rank * self.num_out)
         nn.init.normal_(self.to_a.weight, std=0.2 / math.sqrt(width * self.num_in))
         nn.init.uniform_(self.to_a.bias, -1 / math.sqrt(self.num_in), 1 / math.sqrt(self.num_in))
-        nn.init.zeros_(self.to_b.weight)
-        nn.init.zeros_(self.to_b.bias)
+        _zero(self.to_b)
 
-    def forward(self, features_TSD: Tensor) -> tuple[Tensor, Tensor]:
-        """a_TSRI and b_TSOR."""
-        leading = features_TSD.shape[:2]
-        return (
-            self.to_a(features_TSD).view(*leading, self.rank, self.num_in),
-            self.to_b(features_TSD).view(*leading, self.num_out, self.rank),
-        )
+    def forward(self, features_TUD: Tensor) -> Factors:
+        a_TSRI = self.to_a(features_TUD).unflatten(2, (self.rank, self.num_in))
+        b_TSOR = self.to_b(features_TUD).unflatten(2, (self.num_out, self.rank))
+        return {path: (a_TSRI[:, s], b_TSOR[:, s]) for s, path in enumerate(self.paths)}
+
+
+class LayerHead(LoraHead):
+    """`per_layer`: A and B of every module of one layer from one feature; no layer shares it, so it is the largest."""
+
+    def __init__(self, width: int, rank: int, sites: Sites) -> None:
+        super().__init__()
+        self.num_embeddings = 1
+        self.parts = nn.ModuleList(ShapeHead(width, rank, {path: shape}) for path, shape in sites.items())
+
+    @staticmethod
+    def groups(sites: Sites) -> list[Sites]:
+        layers: dict[str, dict[str, tuple[int, int]]] = {}
+        for path, shape in sites.items():
+            layer = re.match(r".*?\.\d+(?=\.)", path)
+            layers.setdefault(layer[0] if layer else "", {})[path] = shape
+        return list(layers.values())
+
+    def forward(self, features_TUD: Tensor) -> Factors:
+        return {path: factors for part in self.parts for path, factors in part(features_TUD).items()}
+
+
+class RankHead(LoraHead):
+    """`per_rank`: one row of A and one column of B from one feature, which a learned rank embedding tells apart; smallest."""
+
+    def __init__(self, width: int, rank: int, sites: Sites) -> None:
+        super().__init__()
+        self.paths, self.num_embeddings, self.rank = list(sites), len(sites), rank
+        num_in, num_out = next(iter(sites.values()))
+        self.rank_embedding = nn.Embedding(rank, width)
+        self.to_a = nn.Linear(width, num_in)
+        self.to_b = nn.Linear(width, num_out)
+        # All of A's variance is in the weight: a bias, shared by the ranks, would make their rows alike.
+        nn.init.normal_(self.to_a.weight, std=1 / math.sqrt(3 * width * num_in))
+        nn.init.zeros_(self.to_a.bias)
+        _zero(self.to_b)
+
+    def units(self, embeddings_SD: Tensor) -> Tensor:
+        """Before the trunk: behind it, two linear maps would give all ranks the same dependence on z."""
+        ranks_RD = self.rank_embedding(torch.arange(self.rank, device=embeddings_SD.device))
+        return (embeddings_SD[:, None] + ranks_RD).flatten(0, 1)
+
+    def forward(self, features_TUD: Tensor) -> Factors:
+        a_TSRI = self.to_a(features_TUD).unflatten(1, (-1, self.rank))
+        b_TSOR = self.to_b(features_TUD).unflatten(1, (-1, self.rank)).transpose(2, 3)
+        return {path: (a_TSRI[:, s], b_TSOR[:, s]) for s, path in enumerate(self.paths)}
+
+
+def _zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+HEADS: Mapping[str, type[ShapeHead] | type[LayerHead] | type[RankHead]] = {
+    "per_module": ShapeHead, "per_layer": LayerHead, "per_rank": RankHead,
+}
 
 
 class LoraHypernetwork(nn.Module):
-    """z and a learned embedding of the site (layer and module) -> MLP -> one head per module shape."""
+    """z and the learned embedding of a site (layer and module) -> MLP -> heads."""
 
-    def __init__(self, config: LoraHypernetworkConfig, latent_size: int, sites: Mapping[str, tuple[int, int]]) -> None:
+    num_virtual_tokens = 0
+
+    def __init__(self, config: LoraHypernetworkConfig, latent_size: int, sites: Sites) -> None:
         super().__init__()
         self.scaling = config.alpha / config.rank
-        shapes = sorted(set(sites.values()))
-        self.paths = {shape: [path for path in sites if sites[path] == shape] for shape in shapes}
-        width = config.width
+        width, head_type = config.width, HEADS[config.heads]
+        heads = [head_type(width, config.rank, group) for group in head_type.groups(sites)]
         self.from_latent = nn.Linear(latent_size, width)
-        self.site_embeddings = nn.ModuleList(nn.Embedding(len(self.paths[shape]), width) for shape in shapes)
+        self.site_embeddings = nn.ModuleList(nn.Embedding(head.num_embeddings, width) for head in heads)
         self.trunk = nn.Sequential(
             nn.SiLU(), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
         )
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleList(ShapeHead(width, config.rank, shape) for shape in shapes)
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, latent_TZ: Tensor) -> LoraAdapter:
-        from_latent_T1D = self.from_latent(latent_TZ)[:, None]
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
-        for paths, embedding, head in zip(self.paths.values(), self.site_embeddings, self.heads, strict=True):
-            site_SD = embedding(torch.arange(len(paths), device=latent_TZ.device))
-            features_TSD = from_latent_T1D + site_SD
-            a_TSRI, b_TSOR = head(self.norm(features_TSD + self.trunk(features_TSD)))
-            factors |= {path: (a_TSRI[:, s], b_TSOR[:, s]) for s, path in enumerate(paths)}
+        from_latent_T1D = self.from_latent(latent_TZ.to(self.from_latent.weight.dtype))[:, None]
+        factors: Factors = {}
+        for embedding, head in zip(self.site_embeddings, self.heads, strict=True):
+            assert isinstance(head, LoraHead)
+            embeddings_SD = embedding(torch.arange(head.num_embeddings, device=latent_TZ.device))
+            features_TUD = from_latent_T1D + head.units(embeddings_SD)
+            factors |= head(self.norm(features_TUD + self.trunk(features_TUD)))
         return LoraAdapter(factors, self.scaling)
+
+    def head_modules(self) -> list[nn.Module]:
+        """Where most of the weights are; the rest is the trunk."""
+        return list(self.heads)
 
 
 class SoftPromptHypernetwork(nn.Module):
@@ -68,10 +157,54 @@ class SoftPromptHypernetwork(nn.Module):
 
     def __init__(self, config: SoftPromptHypernetworkConfig, latent_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.num_virtual_tokens, self.hidden_size = config.num_virtual_tokens, hidden_size
+        self.num_virtual_tokens: int = config.num_virtual_tokens
+        self.hidden_size = hidden_size
         self.layers = nn.Sequential(
             nn.Linear(latent_size, config.width), nn.SiLU(), nn.Linear(config.width, config.num_virtual_tokens * hidden_size)
         )
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
-        return SoftPrompt(self.layers(latent_TZ).view(-1, self.num_virtual_tokens, self.hidden_size))
+        prompt_TX = self.layers(latent_TZ.to(next(self.layers.parameters()).dtype))
+        return SoftPrompt(prompt_TX.view(-1, self.num_virtual_tokens, self.hidden_size))
+
+    def head_modules(self) -> list[nn.Module]:
+        return [self.layers[-1]]
+
+
+class ReshapeHypernetwork(nn.Module):
+    """z itself, cut into P embeddings before the prompt: the published "p-tuning" fusion (arXiv 2502.02315). No weights."""
+
+    def __init__(self, config: ReshapeHypernetworkConfig, latent_size: int, hidden_size: int) -> None:
+        super().__init__()
+        check_reshape("model.hypernetwork.num_virtual_tokens", config.num_virtual_tokens, latent_size, hidden_size)
+        self.num_virtual_tokens: int = config.num_virtual_tokens
+
+    def forward(self, latent_TZ: Tensor) -> SoftPrompt:
+        return SoftPrompt(latent_TZ.unflatten(1, (self.num_virtual_tokens, -1)))
+
+    def head_modules(self) -> list[nn.Module]:
+        return []
+
+
+def check_reshape(key: str, num_tokens: int, latent_size: int, hidden_size: int) -> None:
+    """Raises UserError unless z is exactly `num_tokens` embeddings of the base model."""
+    if num_tokens * hidden_size != latent_size:
+        raise UserError(
+            f"{key} ({num_tokens}) x the base's hidden size ({hidden_size}) is {num_tokens * hidden_size}, and "
+            f"model.latent_size is {latent_size}: z is reshaped, so make them equal"
+        )
+
+
+Hypernetwork = LoraHypernetwork | SoftPromptHypernetwork | ReshapeHypernetwork
+HypernetworkConfig = LoraHypernetworkConfig | SoftPromptHypernetworkConfig | ReshapeHypernetworkConfig
+
+
+def build_hypernetwork(config: HypernetworkConfig, latent_size: int, sites: Sites, hidden_size: int) -> Hypernetwork:
+    """sites: the Task LLM's wrapped linears; hidden_size: that of its embeddings."""
+    match config:
+        case LoraHypernetworkConfig():
+            return LoraHypernetwork(config, latent_size, sites)
+        case SoftPromptHypernetworkConfig():
+            return SoftPromptHypernetwork(config, latent_size, hidden_size)
+        case ReshapeHypernetworkConfig():
+            return ReshapeHypernetwork(config, latent_size, hidden_size)

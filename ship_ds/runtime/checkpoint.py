@@ -34,7 +34,7 @@ from ship_ds.runtime import ranks
 STATE, PROGRESS, MANIFEST, LATEST = "state", "progress.json", "manifest.json", "latest"
 _FREE_TO_CHANGE = {
     "run.folder", "run.init_from", "training.max_minutes", "training.max_bad_steps", "training.deepspeed", "checkpoint",
-    "evaluation",
+    "evaluation", "model.attention",
 }
 """What a resumed run may set otherwise than the run that wrote the checkpoint (ZeRO's stage is checked by DeepSpeed)."""
 

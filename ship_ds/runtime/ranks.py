@@ -1,7 +1,9 @@
 """Ranks of a run: started by deepspeed, torchrun or srun, or a single process."""
 
+import logging
 import os
 import subprocess
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_KNOWN_NOTICES = (
+    "Setting accelerator to CPU",
+    "A module has unknown inputs or outputs type",  # an adapter leaves the hypernetwork; its linears have hooks of their own
+)
 _SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 
 def start(threads: int | None) -> None:
     """Join the process group; a process started by none of the launchers is a group of one."""
+    _hush()
     import deepspeed
 
     if "WORLD_SIZE" not in os.environ:
@@ -23,6 +30,15 @@ def start(threads: int | None) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def _hush() -> None:
+    """Keep the terminal for what a user can act on: no progress bar a model loaded, no notice that repeats at every step."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_KNOWN_NOTICES))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def device() -> torch.device:

@@ -1,0 +1,85 @@
+"""The draws of a step are a function of (seed, step) alone, however many parts take them."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from ship_ds.data.sampler import StepSampler, TaskDraw
+from ship_ds.data.task import Example, SplitTask, Task
+
+
+def _task(index: int, num_examples: int = 12) -> SplitTask:
+    examples = tuple(Example(f"{index} {i}", str(i)) for i in range(num_examples))
+    return SplitTask(Task(f"t{index}", f"instruction {index}", examples, (f"paraphrase {index}",)), examples, ())
+
+
+def _sampler(num_tasks: int = 24, **changes: float) -> StepSampler:
+    return replace(StepSampler([_task(i) for i in range(num_tasks)], 3, 8, 2, 4, 0.5), **changes)  # type: ignore[arg-type]
+
+
+def _key(draw: TaskDraw) -> str:
+    return draw.task_id
+
+
+def test_a_step_is_the_same_in_any_order_and_any_process() -> None:
+    first, again = _sampler(), _sampler()
+    later = [first.draw_step(step) for step in range(6)]
+    assert [again.draw_step(step) for step in reversed(range(6))] == later[::-1]
+
+
+def test_seed_and_step_change_the_draws() -> None:
+    step = _sampler().draw_step(0)
+    assert step != _sampler(seed=4).draw_step(0)
+    one_task = _sampler(1, tasks_per_step=1)
+    assert len({repr(one_task.draw_step(step)) for step in range(20)}) == 20
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 4, 8])
+def test_parts_together_are_the_step(num_parts: int) -> None:
+    sampler = _sampler()
+    parts = [draw for part in range(num_parts) for draw in sampler.draw_rank(5, part, num_parts)]
+    assert sorted(parts, key=_key) == sorted(sampler.draw_step(5), key=_key)
+
+
+@pytest.mark.parametrize("num_tasks", [24, 20])
+def test_an_epoch_meets_every_task_once(num_tasks: int) -> None:
+    """20 tasks in steps of 8: the third epoch begins in the middle of a step, and counting stays even."""
+    sampler = _sampler(num_tasks)
+    counts = Counter(draw.task_id for step in range(5 * num_tasks // 8 // 5 * 5) for draw in sampler.draw_step(step))
+    epochs = sum(counts.values()) / num_tasks
+    assert set(counts.values()) <= {int(epochs), int(epochs) + 1} and len(counts) == num_tasks
+    if num_tasks == 24:
+        first, second = ([draw.task_id for s in range(e * 3, e * 3 + 3) for draw in sampler.draw_step(s)] for e in (0, 1))
+        assert sorted(first) == sorted(second) and len(set(first)) == 24
+        assert {draw.task_id for draw in sampler.draw_step(0)} != {draw.task_id for draw in sampler.draw_step(3)}
+
+
+def test_shown_examples_are_others_than_the_answered_and_at_most_so_many() -> None:
+    numbers = set()
+    for step in range(30):
+        for draw in _sampler().draw_step(step):
+            assert len(draw.answered) == 2 and not set(draw.answered) & set(draw.shown)
+            assert len({*draw.answered, *draw.shown}) == 2 + len(draw.shown)
+            numbers.add(len(draw.shown))
+    assert numbers == {0, 1, 2, 3, 4}
+
+
+def test_every_wording_is_drawn_from_the_tasks_own() -> None:
+    wordings = Counter(draw.wording.split()[0] for step in range(60) for draw in _sampler().draw_step(step))
+    assert set(wordings) == {"instruction", "paraphrase"} and min(wordings.values()) > 150
+
+
+def test_z_is_dropped_as_often_as_asked_and_never_with_the_examples() -> None:
+    draws = [draw for step in range(100) for draw in _sampler().draw_step(step)]
+    assert all(draw.shows_latent for draw in draws if not draw.shown)
+    with_examples = [draw for draw in draws if draw.shown]
+    dropped = sum(not draw.shows_latent for draw in with_examples) / len(with_examples)
+    assert dropped == pytest.approx(0.5, abs=0.06)
+    assert all(draw.shows_latent for step in range(20) for draw in _sampler(drop_latent=0.0).draw_step(step))
+
+
+def test_small_task_repeats_examples_and_shows_none() -> None:
+    sampler = StepSampler([_task(0, 2)], 0, 1, 5, 4, 0.0)
+    draw = sampler.draw_step(0)[0]
+    assert len(draw.answered) == 5 and draw.shown == ()

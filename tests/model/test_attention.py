@@ -1,0 +1,150 @@
+"""Which attention is chosen, and torch's variable-length kernel behind transformers' interface.
+
+The kernel needs CUDA: here a reference with its signature, one masked SDPA a sequence, stands in for it.
+"""
+
+import importlib.util
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from ship_ds.errors import UserError
+from ship_ds.model import attention
+from ship_ds.model.adapters import wrap_sites
+from ship_ds.model.attention import FLASH, VARLEN, resolve
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.causal_lm import greedy, label_logits
+from tests.model.models import EOS, random_lora, random_rows, tiny_lm
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+UNCAPPED = ("llama", "qwen2", "qwen3", "mistral")
+
+
+@pytest.fixture
+def flash_attn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether flash_attn is importable, whatever this machine has."""
+    found = importlib.util.find_spec("torch") if request.param else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+
+
+@pytest.mark.parametrize(("choice", "device", "flash_attn", "caps", "expected"), [
+    ("auto", CPU, True, False, "sdpa"), ("sdpa", CPU, False, False, "sdpa"), ("auto", CPU, False, True, "eager"),
+    ("auto", CUDA, True, False, FLASH), ("auto", CUDA, False, False, VARLEN), ("auto", CUDA, False, True, "eager"),
+    ("auto", CUDA, True, True, FLASH), ("varlen", CUDA, True, False, VARLEN), ("flash", CUDA, True, False, FLASH),
+    ("sdpa", CUDA, True, False, "sdpa"),
+], indirect=["flash_attn"])
+def test_choice_resolves(choice: Any, device: torch.device, flash_attn: None, caps: bool, expected: str) -> None:
+    assert resolve(choice, device, caps) == expected
+
+
+@pytest.mark.parametrize(("choice", "device", "flash_attn", "caps", "message"), [
+    ("varlen", CPU, True, False, "model.attention=varlen: needs CUDA"), ("flash", CPU, True, False, "needs CUDA"),
+    ("flash", CUDA, False, False, "flash_attn is not installed"), ("varlen", CUDA, False, True, "soft-caps"),
+    ("sdpa", CPU, False, True, "soft-caps"),
+], indirect=["flash_attn"])
+def test_choice_that_cannot_run_is_one_line(
+    choice: Any, device: torch.device, flash_attn: None, caps: bool, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        resolve(choice, device, caps)
+    assert "\n" not in str(error.value)
+
+
+class Kernel:
+    """varlen_attn by one masked SDPA a sequence; counts its calls."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int,
+        **options: Any,
+    ) -> Tensor:
+        inspect.signature(varlen_attn).bind(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+        self.num_calls += 1
+        ends = cu_seq_q.tolist()
+        assert cu_seq_q.dtype == torch.int32 and isinstance(max_q, int) and ends[0] == 0 and ends[-1] == len(query) == len(key)
+        assert max(b - a for a, b in zip(ends, ends[1:], strict=False)) <= max_q
+        assert options["enable_gqa"] == (query.shape[1] != key.shape[1])
+        left, right = options["window_size"]
+        assert right == 0
+        parts = []
+        for start, end in zip(ends, ends[1:], strict=False):
+            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+            distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+            visible = (distance >= 0) & ((distance <= left) if left >= 0 else torch.tensor(True))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=options["scale"], enable_gqa=True)
+            parts.append(out.transpose(0, 1))
+        return torch.cat(parts)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel()
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "kernel_runs", lambda device, dtype: True)
+    return kernel
+
+
+def _batch() -> TokenBatch:
+    return TokenBatch.build(random_rows([9, 4, 7, 12]), random_rows([2, 5, 1, 3], 5), 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", UNCAPPED)
+def test_kernel_gives_the_stock_logits_and_gradients(family: str, packed: bool, kernel: Kernel) -> None:
+    results = []
+    for implementation in ("sdpa", VARLEN):
+        model = tiny_lm(family, implementation).requires_grad_(False)
+        adapter = random_lora(wrap_sites(model, ("q_proj", "v_proj")), 2)
+        logits, labels = label_logits(model, _batch(), None, adapter, packed=packed, num_tasks=2, checkpointing=True)
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        results.append((logits, *(a.grad for a, _ in adapter.factors.values())))
+    for ours, stock in zip(*results, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=2e-5)
+    assert kernel.num_calls == 4  # two layers, and each once more in the backward pass
+
+
+def test_kernel_finds_the_sequences_from_the_positions_alone(kernel: Kernel) -> None:
+    ids = torch.tensor([random_rows([9])[0]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])
+    ours = tiny_lm("llama", VARLEN)(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(ours, tiny_lm("llama")(input_ids=ids, position_ids=positions, use_cache=False).logits)
+    assert kernel.num_calls == 2
+
+
+@pytest.mark.parametrize("family", UNCAPPED)
+def test_generation_with_padding_and_cache_leaves_the_kernel_alone(family: str, kernel: Kernel) -> None:
+    prompts = TokenBatch.build(random_rows([9, 4, 7]), None, 0)
+    assert greedy(tiny_lm(family, VARLEN), prompts, None, None, EOS, 8) == greedy(tiny_lm(family), prompts, None, None, EOS, 8)
+    assert kernel.num_calls == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_without_cuda_the_same_model_goes_through_sdpa(packed: bool) -> None:
+    ours, _ = label_logits(tiny_lm("mistral", VARLEN), _batch(), packed=packed)
+    torch.testing.assert_close(ours, label_logits(tiny_lm("mistral"), _batch(), packed=packed)[0])
+
+
+def test_attention_dropout_is_refused(kernel: Kernel) -> None:
+    model = tiny_lm("llama", VARLEN).train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(UserError, match="no attention dropout"):
+        label_logits(model, _batch(), packed=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("family", UNCAPPED)
+@torch.no_grad()
+def test_real_kernel_on_cuda(family: str) -> None:
+    prompts, targets = random_rows([9, 4, 7, 12]), random_rows([2, 5, 1, 3], 5)
+    batch = TokenBatch.build(prompts, targets, 0, device="cuda")
+    expected, _ = label_logits(tiny_lm(family).cuda().bfloat16(), batch)
+    ours, _ = label_logits(tiny_lm(family, VARLEN).cuda().bfloat16(), batch, packed=True)
+    torch.testing.assert_close(ours.float(), expected.float(), rtol=0.05, atol=0.15)

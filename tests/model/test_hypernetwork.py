@@ -1,0 +1,138 @@
+"""Every kind of head: the base model at step 0, shapes, gradients, sizes; soft prompts and the reshaped z."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from ship_ds.config import LoraHypernetworkConfig, ReshapeHypernetworkConfig, SoftPromptHypernetworkConfig
+from ship_ds.errors import UserError
+from ship_ds.model.adapters import LoraAdapter, wrap_sites
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.causal_lm import label_logits
+from ship_ds.model.hypernetwork import LoraHypernetwork, build_hypernetwork
+from tests.model.models import random_rows, tiny_lm
+
+Z, WIDTH, RANK = 6, 16, 4
+KINDS = ("per_module", "per_layer", "per_rank")
+SITES = {
+    f"model.layers.{layer}.{name}": shape for layer in range(3)
+    for name, shape in (("attn.q", (8, 8)), ("attn.k", (8, 4)), ("mlp.up", (8, 12)), ("mlp.gate", (8, 12)))
+}
+
+
+def _hypernetwork(heads: Any, sites: dict[str, tuple[int, int]] = SITES) -> LoraHypernetwork:
+    torch.manual_seed(0)
+    return LoraHypernetwork(LoraHypernetworkConfig(rank=RANK, alpha=8, width=WIDTH, heads=heads), Z, sites)
+
+
+def _latent(num_tasks: int = 2) -> torch.Tensor:
+    return torch.randn(num_tasks, Z, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("heads", KINDS)
+def test_every_site_gets_factors_of_its_shape_and_b_is_exactly_zero(heads: str) -> None:
+    adapter = _hypernetwork(heads)(_latent())
+    assert list(adapter.factors) and set(adapter.factors) == set(SITES) and adapter.scaling == 2.0
+    for path, (num_in, num_out) in SITES.items():
+        a, b = adapter.factors[path]
+        assert a.shape == (2, RANK, num_in) and b.shape == (2, num_out, RANK)
+        assert not b.any()
+
+
+@pytest.mark.parametrize("heads", KINDS)
+def test_a_starts_as_in_peft(heads: str) -> None:
+    """Uniform in +-1/sqrt(in): standard deviation 1/sqrt(3 in); full rank from the start."""
+    sites = {f"model.layers.{i}.m": (64, 8) for i in range(8)}
+    a = torch.stack([a for a, _ in _hypernetwork(heads, sites)(_latent()).factors.values()])
+    assert float(a.detach().std()) == pytest.approx((3 * 64) ** -0.5, rel=0.25)
+    assert torch.linalg.matrix_rank(a, rtol=0.05).unique().tolist() == [RANK]
+
+
+@pytest.mark.parametrize("heads", KINDS)
+def test_step_0_is_the_base_model(heads: str) -> None:
+    model = tiny_lm("llama")
+    hypernetwork = _hypernetwork(heads, wrap_sites(model, ("q_proj", "k_proj", "down_proj")))
+    batch = TokenBatch.build(random_rows([5, 3, 6, 4]), random_rows([2, 4, 1, 3], 3), 0)
+    base, _ = label_logits(tiny_lm("llama"), batch)
+    assert torch.equal(label_logits(model, batch, adapter=hypernetwork(_latent()), num_tasks=2)[0], base)
+
+
+def _awake(hypernetwork: LoraHypernetwork) -> LoraHypernetwork:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in hypernetwork.named_parameters():
+            if "to_b" in name:
+                parameter.normal_(std=0.3)
+    return hypernetwork
+
+
+@pytest.mark.parametrize("heads", KINDS)
+def test_z_the_layer_the_module_and_the_rank_all_matter(heads: str) -> None:
+    factors = _awake(_hypernetwork(heads))(_latent()).factors
+    for part in (0, 1):
+        q0, q1 = factors["model.layers.0.attn.q"][part], factors["model.layers.1.attn.q"][part]
+        up, gate = factors["model.layers.0.mlp.up"][part], factors["model.layers.0.mlp.gate"][part]
+        ranks = q0.transpose(1, 2) if part else q0
+        for left, right in ((q0[0], q0[1]), (q0, q1), (up, gate), (ranks[:, 0], ranks[:, 1])):
+            assert not torch.allclose(left, right, atol=1e-3)
+    shift = factors["model.layers.0.attn.q"][1][0] - factors["model.layers.0.attn.q"][1][1]
+    assert torch.linalg.matrix_rank(shift, rtol=1e-3) > 1, "the ranks of B must depend on z each in its own way"
+
+
+@pytest.mark.parametrize("heads", KINDS)
+def test_gradients_reach_every_parameter_and_z(heads: str) -> None:
+    hypernetwork, latent = _awake(_hypernetwork(heads)), _latent().requires_grad_()
+    adapter = hypernetwork(latent)
+    x = torch.randn(2, 5, 8)
+    total = torch.stack([adapter.delta(path, x).square().sum() for path in SITES]).sum()
+    total.backward()
+    for name, parameter in [("z", latent), *hypernetwork.named_parameters()]:
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_state_names_of_the_default() -> None:
+    """Bundles hold them."""
+    names = {name.rpartition(".")[0] for name in _hypernetwork("per_module").state_dict()}
+    assert names == {
+        "from_latent", "trunk.1", "trunk.3", "norm", *(f"site_embeddings.{i}" for i in range(3)),
+        *(f"heads.{i}.{part}" for i in range(3) for part in ("to_a", "to_b")),
+    }
+
+
+def test_head_sizes_by_hand() -> None:
+    """Shapes (8, 8), (8, 4) and (8, 12), twice a layer the last; every linear has width + 1 weights an output."""
+    sizes = {
+        heads: sum(p.numel() for module in _hypernetwork(heads).head_modules() for p in module.parameters()) for heads in KINDS
+    }
+    one_of_each = (8 + 8) + (8 + 4) + (8 + 12)
+    assert sizes == {
+        "per_module": (WIDTH + 1) * RANK * one_of_each,
+        "per_layer": 3 * (WIDTH + 1) * RANK * (one_of_each + 8 + 12),
+        "per_rank": (WIDTH + 1) * one_of_each + 3 * RANK * WIDTH,
+    }
+
+
+def test_soft_prompt_shape_and_gradient() -> None:
+    hypernetwork = build_hypernetwork(SoftPromptHypernetworkConfig(num_virtual_tokens=3, width=8), Z, {}, 10)
+    tokens = hypernetwork(_latent()).virtual_tokens()
+    assert tokens is not None and tokens.shape == (2, 3, 10) and hypernetwork.num_virtual_tokens == 3
+    tokens.sum().backward()
+    assert all(parameter.grad is not None for parameter in hypernetwork.parameters())
+
+
+def test_reshape_is_z_itself() -> None:
+    hypernetwork = build_hypernetwork(ReshapeHypernetworkConfig(num_virtual_tokens=3), Z, {}, 2)
+    latent = _latent()
+    tokens = hypernetwork(latent).virtual_tokens()
+    assert tokens is not None and torch.equal(tokens, latent.view(2, 3, 2)) and not list(hypernetwork.parameters())
+    with pytest.raises(UserError, match=r"\(3\) x the base's hidden size \(4\) is 12, and model.latent_size is 6"):
+        build_hypernetwork(ReshapeHypernetworkConfig(num_virtual_tokens=3), Z, {}, 4)
+
+
+def test_takes_z_in_another_dtype() -> None:
+    """Under a bf16 engine the posterior's z stays fp32."""
+    for heads in KINDS:
+        adapter = _hypernetwork(heads).bfloat16()(_latent())
+        assert isinstance(adapter, LoraAdapter)
+        assert {a.dtype for a, _ in adapter.factors.values()} == {torch.bfloat16}

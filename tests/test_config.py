@@ -1,0 +1,98 @@
+"""The config is strict: each mistake is one line that names the key; every shipped recipe parses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ship_ds.config import LoraHypernetworkConfig, LoraTuning, load_config, recipe_names
+from ship_ds.errors import UserError
+
+MINIMAL = {"run": {"folder": "runs/x"}, "training": {"steps": 3}}
+
+
+def _load(tmp_path: Path, *overrides: str) -> object:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return load_config(str(path), overrides)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses_and_opens_with_its_command(name: str) -> None:
+    from importlib import resources
+
+    load_config(name)
+    first = (resources.files("ship_ds") / "recipes" / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# ") and f"--config {name}" in first
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("training.stepz=3", "training.stepz: unknown key"),
+    ("modle.latent_size=3", "modle: unknown key"),
+    ("training.steps=many", "training.steps: .*valid integer"),
+    ("training.steps=0", "training.steps: .*greater than 0"),
+    ("model.encoder.quantisation=int8", "model.encoder.quantisation: .*'nf4' or 'none'"),
+    ("model.decoder.drop_latent=1", "model.decoder.drop_latent: .*less than 1"),
+    ("model.hypernetwork.kind=ia3", "model.hypernetwork: .*'ia3'"),
+    ("model.hypernetwork={kind: lora, targets: []}", "targets: .*at least 1"),
+    ("model.hypernetwork={kind: lora, heads: per_token}", "heads: .*'per_module', 'per_layer' or 'per_rank'"),
+    ("model.task_llm.instruction=loud", "model.task_llm.instruction: .*'none', 'hard' or 'soft'"),
+    ("model.attention=eager", "model.attention: .*'auto', 'sdpa', 'varlen' or 'flash'"),
+    ("model.encoder.quantisation=nf4", "model.encoder: quantisation=nf4 needs tuning.kind=lora"),
+    ("model.decoder.quantisation=nf4", "model.decoder: quantisation=nf4 needs tuning.kind=lora"),
+    ("training.accumulation=5", r"training.accumulation \(5\) must divide training.tasks_per_step \(24\)"),
+    ("model.decoder={max_examples: 0, drop_latent: 0.5}", "model.decoder.drop_latent needs model.decoder.max_examples"),
+    ("training.steps", "an override has the form section.key=value"),
+    ("run.folder.name=x", "folder is a value, not a section"),
+])
+def test_a_mistake_is_one_line_with_its_key(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        _load(tmp_path, override)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("- 1", "expected a mapping"), ("a: [", "not YAML"), ("", "expected a mapping")])
+def test_file_that_is_no_config_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_config(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_source_lists_the_recipes() -> None:
+    with pytest.raises(UserError, match="no such config file, and no recipe of that name; the recipes are .*quickstart"):
+        load_config("quikstart")
+
+
+def test_overrides_reach_their_keys_and_the_last_wins() -> None:
+    config = load_config(
+        "quickstart-smoke",
+        ["training.steps=10", "optimiser.lr=1e-3", "training.steps=11", "model.hypernetwork.rank=3", "training.max_minutes=null",
+         "model.encoder={quantisation: nf4, tuning: {kind: lora, rank: 2}}"],
+    )
+    assert (config.training.steps, config.optimiser.lr, config.training.max_minutes) == (11, 1e-3, None)
+    assert isinstance(config.model.hypernetwork, LoraHypernetworkConfig) and config.model.hypernetwork.rank == 3
+    assert isinstance(config.model.encoder.tuning, LoraTuning) and config.model.encoder.tuning.rank == 2
+
+
+def test_dumped_config_is_read_back_equal(tmp_path: Path) -> None:
+    """The bundle holds it as JSON."""
+    config = load_config("quickstart", ["model.hypernetwork={kind: soft_prompt, num_virtual_tokens: 3}"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.model_dump_json())
+    assert load_config(str(path)) == config
+
+
+def test_config_cannot_be_changed_after_parsing() -> None:
+    config = load_config("quickstart")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.steps = 5  # type: ignore[misc]
+
+
+def test_reading_a_config_imports_no_torch() -> None:
+    program = "import sys; from ship_ds.config import load_config; load_config('quickstart'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=False).returncode == 0

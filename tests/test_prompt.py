@@ -1,0 +1,107 @@
+"""The prompt format: which text, which labels, with and without a chat template, and its hash."""
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ship_ds.data.task import Example
+from ship_ds.model.backbone import load_tokenizer
+from ship_ds.model.batch import IGNORE, TokenBatch
+from ship_ds.prompt import PromptFormat
+
+
+def _bytes_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, so that nothing of a text is lost (the embedded tokenizer drops punctuation)."""
+    alphabet = sorted(ByteLevel.alphabet())
+    inner = Tokenizer(BPE({token: i for i, token in enumerate(alphabet)}, []))
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message['role'] }}: {{ message['content'] }}]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant: {% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return _bytes_tokenizer()
+
+
+def _text(prompts: PromptFormat, ids: Any) -> str:
+    return prompts.tokenizer.decode(list(ids))
+
+
+def _without_template(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    tokenizer.chat_template = None
+    return PromptFormat(tokenizer)
+
+
+def test_chat_template_wraps_the_users_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = PromptFormat(tokenizer)
+    assert _text(prompts, prompts.task_prompt("3", "double it")) == "[user: instruction: double it\ninput: 3][assistant: "
+
+
+def test_embedded_model_has_a_chat_template() -> None:
+    prompts = PromptFormat(load_tokenizer("embedded"))
+    assert prompts.before and prompts.after
+
+
+def test_base_model_without_a_template_gets_the_text_and_a_line_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = _without_template(tokenizer)
+    assert _text(prompts, prompts.task_prompt("3")) == "input: 3\n"
+    assert _text(prompts, prompts.task_prompt("3", "double it")) == "instruction: double it\ninput: 3\n"
+    assert _text(prompts, prompts.encoder_prompt("double it")) == "instruction: double it\n"
+
+
+def test_begin_of_sequence_token_is_kept_without_a_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.bos_token = tokenizer.eos_token
+    assert _without_template(tokenizer).task_prompt("3")[0] == tokenizer.eos_token_id
+
+
+def test_shots_precede_the_input(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = _without_template(tokenizer)
+    shots = [Example("1", "2"), Example("2", "4")]
+    assert _text(prompts, prompts.task_prompt("3", shots=shots)) == "input: 1\noutput: 2\ninput: 2\noutput: 4\ninput: 3\n"
+
+
+def test_decoder_reads_the_published_sentence(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = _without_template(tokenizer)
+    assert _text(prompts, prompts.decoder_prompt([Example("1", "2")])) == "input: 1, target: 2. This task is to:\n"
+    assert _text(prompts, prompts.decoder_prompt(())) == "This task is to:\n"
+
+
+def test_labels_are_on_the_target_and_its_end_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = PromptFormat(tokenizer)
+    asked, target = prompts.task_prompt("3 1"), prompts.target("1 3")
+    assert target[-1] == tokenizer.eos_token_id and prompts.eos_id not in target[:-1]
+    batch = TokenBatch.build([asked, prompts.task_prompt("3")], [target, prompts.target("3")], prompts.pad_id, 2)
+    labelled = batch.labels_ES[0] != IGNORE
+    first = 2 + len(asked)
+    assert labelled.nonzero().flatten().tolist() == list(range(first, first + len(target)))
+    assert batch.labels_ES[0, labelled].tolist() == list(target)
+
+
+def test_text_ends_at_the_first_end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = PromptFormat(tokenizer)
+    assert prompts.text([*prompts.target("1 2"), *prompts.target("9")]) == "1 2"
+    assert prompts.text(prompts.target("1 2")[:-1]) == "1 2"
+
+
+def test_hash_changes_with_what_the_model_would_read(tokenizer: PreTrainedTokenizerBase) -> None:
+    with_template = PromptFormat(tokenizer).describe()
+    assert with_template == PromptFormat(_bytes_tokenizer()).describe()
+    tokenizer.chat_template = str(tokenizer.chat_template) + "!"
+    hashes = {with_template["hash"], PromptFormat(tokenizer).describe()["hash"], _without_template(tokenizer).describe()["hash"]}
+    assert len(hashes) == 3
+
+
+def test_tokenizer_without_an_end_of_sequence_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no eos_token"):
+        PromptFormat(tokenizer)
