@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     deduce.add_argument("instruction")
     deduce.add_argument("--run", required=True)
     deduce.add_argument("--out", required=True)
-    deduce.add_argument("--probe", nargs="+", default=["3 14 9 8 1", "12 5 17 0 6 6"], help="inputs to prove and show it on")
+    deduce.add_argument("--probe", nargs="+", default=["3 7 3 5", "1 3 9 3 0"], help="inputs to prove and show it on")
     deduce.set_defaults(run_verb=_deduce)
     bundle = verbs.add_parser("bundle", help="a training checkpoint -> a bundle, without the run that wrote it")
     bundle.add_argument("checkpoint", help="RUN/checkpoints/step-N")

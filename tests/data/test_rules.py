@@ -1,6 +1,8 @@
 """The generated world keeps what its docstring promises."""
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,3 +71,9 @@ def test_drawn_inputs_are_distinct() -> None:
 
     rule = part_rules(0)[0][0]
     assert len({example.input for example in draw_examples(rule, 50, random.Random(0))}) == 50
+
+
+def test_the_quickstart_shows_an_unseen_instruction(world: Splits) -> None:
+    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
+    shown = re.search(r'ship-ds deduce "(.*)" --run runs/quickstart ', makefile)
+    assert shown is not None and shown[1] in {task.task.instruction for task in world.unseen}
