@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ship_ds.data.filters import FilterConfig, apply_filters
-from ship_ds.data.readers import read_tasks
+from ship_ds.data.readers import Format, read_tasks
 from ship_ds.data.splits import SplitConfig, split_tasks
 from ship_ds.data.task import Splits
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
@@ -23,7 +23,7 @@ class FilesConfig(BaseModel):
 
     kind: Literal["files"] = "files"
     path: str
-    format: str = "auto"
+    format: Format = "auto"
     filters: FilterConfig = FilterConfig()
     truncation: TruncationConfig = TruncationConfig()
     split: SplitConfig = SplitConfig()
@@ -37,10 +37,11 @@ def read_splits(config: FilesConfig, tokenizer: "PreTrainedTokenizerBase", say: 
     say(f"{config.path}: {len(tasks)} tasks, {sum(len(task.examples) for task in tasks)} examples")
     tasks, filtered = apply_filters(tasks, config.filters)
     tasks, cut = truncate_tasks(tasks, tokenizer, config.truncation)
-    # A dropped target can leave a task with too few examples; the second pass says so.
+    # Cutting can leave a task with too few examples, or make two of them equal; the second pass says so.
     tasks, emptied = apply_filters(tasks, FilterConfig(min_examples_per_task=config.filters.min_examples_per_task))
-    for reason, count in [*filtered.items(), *cut.items(), *emptied.items()]:
-        say(f"left out or cut: {reason}: {count}")
+    for step, counts in (("left out", filtered), ("cut to length", cut), ("left out after cutting", emptied)):
+        for reason, count in counts.items():
+            say(f"{step}: {reason}: {count}")
     splits = split_tasks(tasks, config.split)
     say(f"{len(splits.seen)} seen, {len(splits.dev)} dev and {len(splits.unseen)} unseen tasks")
     return splits

@@ -6,11 +6,15 @@ from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from ship_ds.data.task import Task
+from ship_ds.data.splits import HeldOutExample
+from ship_ds.data.task import Example, Task
 
 
 class FilterConfig(BaseModel):
-    """None: no limit. An input's words are parted by single spaces, as in SHIP's code; an instruction's by white space."""
+    """None: no limit. An input's words are parted by single spaces, as in SHIP's code; an instruction's by white space.
+
+    Whatever the limits, exact repeats of an example are left out, and tasks with nothing to train or to test on.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -18,7 +22,7 @@ class FilterConfig(BaseModel):
     """Examples whose input has this many words or more are left out."""
     max_instruction_words: PositiveInt | None = None
     max_examples_per_task: PositiveInt | None = None
-    """The first ones in file order are kept."""
+    """The first ones in file order are kept; the format's own test examples do not count."""
     min_examples_per_task: PositiveInt = 2
     drop_empty_targets: bool = False
 
@@ -31,22 +35,34 @@ def apply_filters(tasks: Sequence[Task], config: FilterConfig) -> tuple[list[Tas
         if config.max_instruction_words is not None and len(task.instruction.split()) > config.max_instruction_words:
             counts[f"tasks: instruction of more than {config.max_instruction_words} words"] += 1
             continue
-        examples = list(task.examples)
-        if config.drop_empty_targets:
-            full = [example for example in examples if example.target]
-            counts["examples: empty target"] += len(examples) - len(full)
-            examples = full
-        if config.max_input_words is not None:
-            short = [example for example in examples if len(example.input.split(" ")) < config.max_input_words]
-            counts[f"examples: input of {config.max_input_words} words or more"] += len(examples) - len(short)
-            examples = short
-        if config.max_examples_per_task is not None:
-            counts[f"examples: beyond the first {config.max_examples_per_task} of a task"] += max(
-                0, len(examples) - config.max_examples_per_task
-            )
-            examples = examples[: config.max_examples_per_task]
+        examples = _keep_examples(task.examples, config, counts)
+        inputs = {example.input for example in examples}
         if len(examples) < config.min_examples_per_task:
             counts[f"tasks: fewer than {config.min_examples_per_task} examples left"] += 1
-            continue
-        kept.append(replace(task, examples=tuple(examples)))
-    return kept, {reason: count for reason, count in counts.items() if count}
+        elif len(inputs) < 2:
+            counts["tasks: the same input in every example"] += 1
+        elif inputs == {example.input for example in examples if isinstance(example, HeldOutExample)}:
+            counts["tasks: only the format's test examples left"] += 1
+        else:
+            kept.append(replace(task, examples=tuple(examples)))
+    return kept, dict(counts)
+
+
+def _keep_examples(examples: Sequence[Example], config: FilterConfig, counts: Counter[str]) -> list[Example]:
+    kept: dict[Example, None] = {}
+    num_counted = 0
+    for example in examples:
+        if example in kept:
+            counts["examples: exact repeats"] += 1
+        elif config.drop_empty_targets and not example.target:
+            counts["examples: empty target"] += 1
+        elif config.max_input_words is not None and len(example.input.split(" ")) >= config.max_input_words:
+            counts[f"examples: input of {config.max_input_words} words or more"] += 1
+        elif isinstance(example, HeldOutExample):
+            kept[example] = None
+        elif config.max_examples_per_task is not None and num_counted >= config.max_examples_per_task:
+            counts[f"examples: beyond the first {config.max_examples_per_task} of a task"] += 1
+        else:
+            kept[example] = None
+            num_counted += 1
+    return list(kept)

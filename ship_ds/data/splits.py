@@ -1,22 +1,29 @@
 """Seen, dev and unseen tasks, parted by rule and not by task; train and test examples parted within a task.
 
-Two tasks are one rule when they state the same instruction (list functions repeat some) or when the token sets of their
-instructions have a Jaccard index of 0.8 or more (Super-NaturalInstructions has many near copies).
+Two tasks are one rule when a wording of one and a wording of the other are equal (list functions repeat some) or have token
+sets with a Jaccard index of 0.8 or more (Super-NaturalInstructions has many near copies).
 """
 
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from ship_ds.data.task import DataError, Example, Splits, SplitTask, Task
 
 SAME_RULE_JACCARD = 0.8
 
 
+class HeldOutExample(Example):
+    """An example that its format sets apart for testing: no split trains on it."""
+
+
+def hold_out(example: Example) -> HeldOutExample:
+    return HeldOutExample(example.input, example.target, example.references)
+
+
 class SplitConfig(BaseModel):
-    """The shares are of rule groups."""
+    """The shares are of rules."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,62 +31,94 @@ class SplitConfig(BaseModel):
     unseen_share: float = Field(0.1, gt=0, lt=1)
     dev_share: float = Field(0.05, gt=0, lt=1)
     test_examples: PositiveInt = 5
-    """The last ones of each task; a task with fewer than twice as many keeps half of its examples for training."""
+    """Drawn for each task (files are often sorted), or the format's own; at least half of the inputs stay for training."""
+    train_examples: PositiveInt | None = None
+    """The first ones that are left; None: all."""
+
+    @model_validator(mode="after")
+    def _leaves_seen(self) -> "SplitConfig":
+        if self.unseen_share + self.dev_share >= 1:
+            raise ValueError("unseen_share and dev_share leave nothing to train on: lower them to a sum below 1")
+        return self
 
 
 def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
-    """A pure function of tasks and config. Raises DataError with fewer than three rules, or when seen would be empty."""
+    """A pure function of tasks and config; each part has a rule. Raises DataError with fewer than three rules."""
     groups = rule_groups(tasks)
-    num_unseen, num_dev = (max(1, round(share * len(groups))) for share in (config.unseen_share, config.dev_share))
-    if len(groups) <= num_unseen + num_dev:
+    if len(groups) < 3:
         raise DataError(
-            f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for a seen, a dev and an unseen part; "
-            "give more tasks or lower data.split.unseen_share and dev_share"
+            f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for a seen, a dev and an unseen part; give more"
         )
+    num_unseen = min(max(1, round(config.unseen_share * len(groups))), len(groups) - 2)
+    num_dev = min(max(1, round(config.dev_share * len(groups))), len(groups) - num_unseen - 1)
     random.Random(f"split {config.seed}").shuffle(groups)
     parts = groups[num_unseen + num_dev :], groups[num_unseen : num_unseen + num_dev], groups[:num_unseen]
     seen, dev, unseen = (
-        tuple(_split_examples(tasks[i], config.test_examples) for i in sorted(i for group in part for i in group))
-        for part in parts
+        tuple(_split_examples(tasks[i], config) for i in sorted(i for group in part for i in group)) for part in parts
     )
     return Splits(seen, dev, unseen)
 
 
-def _split_examples(task: Task, num_test: int) -> SplitTask:
-    """Examples with equal inputs stay on one side, so that no test input was trained on."""
-    by_input: dict[str, list[Example]] = {}
-    for example in task.examples:
-        by_input.setdefault(example.input, []).append(example)
-    inputs = list(by_input)
-    if len(inputs) < 2:
-        raise DataError(f"{task.source}: task {task.id!r} has {len(inputs)} distinct input(s); two are needed to train and test")
-    first_test = max(len(inputs) - num_test, (len(inputs) + 1) // 2)
-    train, test = (
-        tuple(example for text in part for example in by_input[text]) for part in (inputs[:first_test], inputs[first_test:])
-    )
-    return SplitTask(task, train, test[:num_test])
+def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
+    """Examples with equal inputs stay on one side, so that no test input was trained on. Both sides are in file order."""
+    inputs = list(dict.fromkeys(example.input for example in task.examples))
+    tested = {example.input for example in task.examples if isinstance(example, HeldOutExample)}
+    if not tested:
+        drawn = random.Random(f"test {config.seed} {task.id}").sample(inputs, min(config.test_examples, len(inputs) // 2))
+        tested = set(drawn)
+    if not 0 < len(tested) < len(inputs):
+        raise DataError(f"{task.source}: task {task.id!r} has {len(inputs)} distinct inputs, too few to train and to test on")
+    train = [example for example in task.examples if example.input not in tested]
+    test = [example for example in task.examples if example.input in tested]
+    return SplitTask(task, tuple(train[: config.train_examples]), tuple(test[: config.test_examples]))
 
 
 def rule_groups(tasks: Sequence[Task]) -> list[list[int]]:
     """Indices of the tasks, grouped into rules, in order of their first task."""
-    words = [frozenset(task.instruction.lower().split()) for task in tasks]
-    parent = list(range(len(tasks)))
+    roots = list(range(len(tasks)))
 
     def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
+        while roots[i] != i:
+            roots[i] = roots[roots[i]]
+            i = roots[i]
         return i
 
-    holders: dict[str, list[int]] = {}
-    for i, own in enumerate(words):
-        shared = Counter(j for word in own for j in holders.get(word, ()))
-        for j, common in shared.items():
-            if common >= SAME_RULE_JACCARD * (len(own) + len(words[j]) - common):
-                parent[root(i)] = root(j)
-        for word in own:
-            holders.setdefault(word, []).append(i)
+    holders: dict[frozenset[str], int] = {}
+    for i, task in enumerate(tasks):
+        for wording in (task.instruction, *task.paraphrases):
+            roots[root(i)] = root(holders.setdefault(_tokens(wording), i))
+    for one, other in _similar(holders):
+        roots[root(holders[one])] = root(holders[other])
     groups: dict[int, list[int]] = {}
     for i in range(len(tasks)):
         groups.setdefault(root(i), []).append(i)
     return list(groups.values())
+
+
+def _tokens(text: str) -> frozenset[str]:
+    """Lower-case words; punctuation after a word is not part of it, while a sign of its own ("=") is a word."""
+    return frozenset(word.strip(".,:;!?\"'()") or word for word in text.lower().split())
+
+
+def _similar(sets: Iterable[frozenset[str]]) -> list[tuple[frozenset[str], frozenset[str]]]:
+    """Pairs with a Jaccard index J >= t, without looking at every pair.
+
+    Two such sets share one of their |x| - t|x| + 1 rarest tokens (prefix filtering, Bayardo et al. 2007), so only those are
+    looked up.
+    """
+    sets = list(sets)
+    counts: dict[str, int] = {}
+    for own in sets:
+        for word in own:
+            counts[word] = counts.get(word, 0) + 1
+    pairs = []
+    holders: dict[str, list[frozenset[str]]] = {}
+    for own in sets:
+        rarest = sorted(own, key=lambda word: (counts[word], word))[: len(own) - int(SAME_RULE_JACCARD * len(own)) + 1]
+        for other in {other for word in rarest for other in holders.get(word, ())}:
+            common = len(own & other)
+            if common >= SAME_RULE_JACCARD * (len(own) + len(other) - common):
+                pairs.append((own, other))
+        for word in rarest:
+            holders.setdefault(word, []).append(own)
+    return pairs

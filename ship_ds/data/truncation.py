@@ -4,27 +4,32 @@ The text itself is cut at a token's edge, so that training, evaluation and the p
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from ship_ds.data.task import Example, Task
+from ship_ds.data.task import DataError, Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Policy = Literal["cut_end", "cut_middle", "cut_start", "drop"]
+_CHUNK = 4096
 
 
 class FieldLimit(BaseModel):
-    """At most `tokens` (None: any number). `drop` leaves out the example, or for an instruction the task."""
+    """At most `tokens` (None: any number). `drop` leaves out the text: a wording, an answer, or an input with its example."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: PositiveInt | None = None
     policy: Policy = "cut_end"
+
+
+class InstructionLimit(FieldLimit):
+    tokens: PositiveInt | None = 256
 
 
 class InputLimit(FieldLimit):
@@ -41,10 +46,6 @@ class TargetLimit(FieldLimit):
     policy: Policy = "drop"
 
 
-class InstructionLimit(FieldLimit):
-    tokens: PositiveInt | None = 256
-
-
 class TruncationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,53 +54,82 @@ class TruncationConfig(BaseModel):
     target: TargetLimit = TargetLimit()
 
 
-class _Cutter:
-    """One field's limit with its counts."""
-
-    def __init__(self, name: str, limit: FieldLimit, tokenizer: "PreTrainedTokenizerBase", counts: Counter[str]) -> None:
-        self.name, self.limit, self.tokenizer, self.counts = name, limit, tokenizer, counts
-
-    def __call__(self, text: str) -> str | None:
-        """The text, cut where it has to be; None: drop what it belongs to."""
-        most = self.limit.tokens
-        if most is None or len(text) <= most:  # a token has at least one letter
-            return text
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        if len(offsets) <= most:
-            return text
-        self.counts[f"{self.name}: {'dropped' if self.limit.policy == 'drop' else self.limit.policy} at {most} tokens"] += 1
-        if self.limit.policy == "drop":
-            return None
-        head = {"cut_end": most, "cut_start": 0, "cut_middle": (most + 1) // 2}[self.limit.policy]
-        tail = most - head
-        start = text[: offsets[head - 1][1]] if head else ""
-        end = text[offsets[-tail][0] :] if tail else ""
-        return (start.rstrip() + " " + end.lstrip()).strip() if head and tail else (start or end).strip()
-
-
 def truncate_tasks(
     tasks: Sequence[Task], tokenizer: "PreTrainedTokenizerBase", config: TruncationConfig
 ) -> tuple[list[Task], dict[str, int]]:
-    """The tasks within the limits, and how often each field was cut or dropped. Needs a fast tokenizer (for offsets)."""
+    """The tasks within the limits, and how often each field was cut or dropped. Raises DataError for a slow tokenizer."""
+    if not tokenizer.is_fast:
+        raise DataError(f"{tokenizer.name_or_path}: a slow tokenizer; cutting needs a fast one, with a tokenizer.json")
     counts: Counter[str] = Counter()
-    instruction, text, target = (
-        _Cutter(name, limit, tokenizer, counts)
-        for name, limit in (("instruction", config.instruction), ("input", config.input), ("target", config.target))
-    )
+    examples = [example for task in tasks for example in task.examples]
+    wording = _Cutter("instruction", config.instruction, tokenizer, counts, (w for task in tasks for w in _wordings(task)))
+    question = _Cutter("input", config.input, tokenizer, counts, (example.input for example in examples))
+    answer = _Cutter("target", config.target, tokenizer, counts, (a for example in examples for a in example.answers))
     kept = []
     for task in tasks:
-        wordings = [cut for wording in (task.instruction, *task.paraphrases) if (cut := instruction(wording)) is not None]
-        examples = [short for example in task.examples if (short := _cut_example(example, text, target)) is not None]
-        if wordings and examples:
-            kept.append(replace(task, instruction=wordings[0], paraphrases=tuple(wordings[1:]), examples=tuple(examples)))
+        wordings = wording(_wordings(task))
+        within = [short for example in task.examples if (short := _cut_example(example, question, answer)) is not None]
+        counts["examples: left without input or target"] += len(task.examples) - len(within)
+        if wordings and within:
+            kept.append(replace(task, instruction=wordings[0], paraphrases=wordings[1:], examples=tuple(within)))
         else:
-            counts["tasks: nothing left"] += 1
-    return kept, dict(counts)
+            counts["tasks: left without instruction or examples"] += 1
+    return kept, {what: count for what, count in counts.items() if count}
 
 
-def _cut_example(example: Example, text: _Cutter, target: _Cutter) -> Example | None:
-    answers = [cut for answer in example.answers if (cut := target(answer)) is not None]
-    question = text(example.input)
-    if question is None or not answers:
+def _wordings(task: Task) -> tuple[str, ...]:
+    return (task.instruction, *task.paraphrases)
+
+
+def _cut_example(example: Example, question: "_Cutter", answer: "_Cutter") -> Example | None:
+    inputs, answers = question((example.input,)), answer(example.answers)
+    if not inputs or not answers:
         return None
-    return Example(question, answers[0], tuple(answers) if len(answers) > 1 else ())
+    return replace(example, input=inputs[0], target=answers[0], references=answers if len(answers) > 1 else ())
+
+
+class _Cutter:
+    """One field's limit: texts -> what is left of them, without repeats that cutting makes."""
+
+    def __init__(
+        self, name: str, limit: FieldLimit, tokenizer: "PreTrainedTokenizerBase", counts: Counter[str], texts: Iterable[str]
+    ) -> None:
+        self.counts, self.cut = counts, dict[str, str | None]()
+        done = "dropped" if limit.policy == "drop" else limit.policy
+        self.reason = f"{name}: {done} at {limit.tokens} tokens"
+        if limit.tokens is not None:
+            for text in _longer(texts, limit.tokens, tokenizer):
+                self.cut[text] = _cut(text, limit.tokens, limit.policy, tokenizer)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[str, ...]:
+        self.counts[self.reason] += sum(text in self.cut for text in texts)
+        return tuple(dict.fromkeys(short for text in texts if (short := self.cut.get(text, text)) is not None))
+
+
+def _longer(texts: Iterable[str], most: int, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    distinct = list(dict.fromkeys(texts))
+    for start in range(0, len(distinct), _CHUNK):
+        chunk = distinct[start : start + _CHUNK]
+        ids: Any = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        yield from (text for text, own in zip(chunk, ids, strict=True) if len(own) > most)
+
+
+def _cut(text: str, most: int, policy: Policy, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """None where the text is to be dropped, and where not even one token's letters are within the limit."""
+    if policy == "drop":
+        return None
+    offsets: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    for num_kept in range(most, 0, -1):  # the parts may have more tokens than the whole had: letters of several bytes, a seam
+        head = {"cut_end": num_kept, "cut_start": 0, "cut_middle": (num_kept + 1) // 2}[policy]
+        tail = num_kept - head
+        start = text[: offsets[head - 1][1]].strip() if head else ""
+        end = text[offsets[-tail][0] :].strip() if tail else ""
+        short = f"{start} {end}".strip()
+        if short and not _exceeds(short, most, tokenizer):
+            return short
+    return None
+
+
+def _exceeds(text: str, most: int, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return len(ids) > most

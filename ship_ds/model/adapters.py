@@ -50,7 +50,7 @@ class LoraAdapter:
         if path not in self.factors:
             return None
         a_TRI, b_TOR = self.factors[path]
-        return segment_lora(x, a_TRI, b_TOR, self.offsets) * self.scaling
+        return segment_lora(x, a_TRI, b_TOR * self.scaling, self.offsets)  # B is far smaller than the output
 
     def virtual_tokens(self) -> Tensor | None:
         return None

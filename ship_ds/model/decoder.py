@@ -3,6 +3,7 @@
 Letters: T tasks, Z latent, P soft tokens, H hidden.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -23,15 +24,18 @@ class Decoder(nn.Module):
         super().__init__()
         self.lm = lm
         self.num_soft_tokens = num_soft_tokens
+        # Soft tokens start as large as token embeddings: from near zero, each RMSNorm multiplies the gradient by a thousand.
+        spread = float(lm.get_input_embeddings().weight.float().std())  # type: ignore[operator]
         self.from_latent: nn.Module
         if fusion == "reshape":
             check_reshape("model.decoder.num_soft_tokens", num_soft_tokens, latent_size, hidden_size)
             self.from_latent = nn.Identity()
         else:
-            self.from_latent = nn.Sequential(
-                nn.Linear(latent_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, num_soft_tokens * hidden_size)
-            )
-        self.without_latent = nn.Parameter(torch.zeros(num_soft_tokens * hidden_size))
+            last = nn.Linear(2 * hidden_size, num_soft_tokens * hidden_size)
+            nn.init.normal_(last.weight, std=spread / math.sqrt(2 * hidden_size))
+            nn.init.normal_(last.bias, std=spread)
+            self.from_latent = nn.Sequential(nn.Linear(latent_size, 2 * hidden_size), nn.SiLU(), last)
+        self.without_latent = nn.Parameter(spread * torch.randn(num_soft_tokens * hidden_size))
 
     def soft_tokens(self, latent_TZ: Tensor, shows_latent_T: Tensor | None = None) -> Tensor:
         """(T, P, H); rows where `shows_latent_T` is false get the learned tokens."""

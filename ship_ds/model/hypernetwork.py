@@ -53,7 +53,7 @@ class ShapeHead(LoraHead):
         self.rank, (self.num_in, self.num_out) = rank, next(iter(sites.values()))
         self.to_a = nn.Linear(width, rank * self.num_in)
         self.to_b = nn.Linear(width, rank * self.num_out)
-        nn.init.normal_(self.to_a.weight, std=0.2 / math.sqrt(width * self.num_in))
+        nn.init.normal_(self.to_a.weight, std=0.2 / math.sqrt(self.num_in))
         nn.init.uniform_(self.to_a.bias, -1 / math.sqrt(self.num_in), 1 / math.sqrt(self.num_in))
         _zero(self.to_b)
 
@@ -94,7 +94,7 @@ class RankHead(LoraHead):
         self.to_a = nn.Linear(width, num_in)
         self.to_b = nn.Linear(width, num_out)
         # All of A's variance is in the weight: a bias, shared by the ranks, would make their rows alike.
-        nn.init.normal_(self.to_a.weight, std=1 / math.sqrt(3 * width * num_in))
+        nn.init.normal_(self.to_a.weight, std=1 / math.sqrt(3 * num_in))
         nn.init.zeros_(self.to_a.bias)
         _zero(self.to_b)
 
@@ -144,7 +144,8 @@ class LoraHypernetwork(nn.Module):
             assert isinstance(head, LoraHead)
             embeddings_SD = embedding(torch.arange(head.num_embeddings, device=latent_TZ.device))
             features_TUD = from_latent_T1D + head.units(embeddings_SD)
-            factors |= head(self.norm(features_TUD + self.trunk(features_TUD)))
+            # Adam moves every weight by about lr; without 1 / sqrt(D) its first steps would move A and B by D times that.
+            factors |= head(self.norm(features_TUD + self.trunk(features_TUD)) / math.sqrt(self.norm.normalized_shape[0]))
         return LoraAdapter(factors, self.scaling)
 
     def head_modules(self) -> list[nn.Module]:

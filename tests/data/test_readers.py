@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from ship_ds.data.readers import detect_format, read_tasks
+from ship_ds.data.readers import FORMATS, Format, detect_format, read_tasks
+from ship_ds.data.splits import SplitConfig, hold_out, split_tasks
 from ship_ds.data.task import DataError, Example
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -45,6 +46,9 @@ def test_natural_instructions(tmp_path: Path) -> None:
         ({"Instances": [{"input": "x", "output": ["y", None]}]}, "Instances[0].output[1]: expected a text, got null"),
         ({"Instances": [{"output": ["y"]}]}, "Instances[0]: has no 'input'"),
         ({"Instances": ["x"]}, "Instances[0]: expected an object, got a text"),
+        ({"Instances": [{"input": "x\ud83d", "output": ["y"]}]}, "Instances[0].input: letter 1 is half a surrogate pair"),
+        ({"Definition": "\udc00"}, "task.Definition: letter 0 is half a surrogate pair"),
+        ({"Definition": " "}, "task 'task' has an empty instruction"),
     ],
 )
 def test_malformed_natural_instructions_are_one_line(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
@@ -66,7 +70,7 @@ def test_instruction_induction(tmp_path: Path) -> None:
         write(tmp_path / "raw" / part / f"{name}.json", {"metadata": {}, "examples": dict(enumerate(rows, 1))})
 
     write(tmp_path / "annotations" / "rhymes.json", {"annotations": ["find a rhyme", "rhyme it", "find a rhyme"]})
-    raw("execute", "rhymes", [{"input": "cat", "output": "hat", "other_rhymes": ["bat"], "rhyme_group": "at"}])
+    raw("execute", "rhymes", [{"input": "cat", "output": "hat", "other_rhymes": ["cat", "bat"], "rhyme_group": "at"}])
     raw("induce", "rhymes", [{"input": "sun", "output": "run"}, {"input": "sun", "output": "run"}])
     write(tmp_path / "annotations" / "cause_and_effect.json", {"annotations": ["find the cause"]})
     raw("induce", "cause_and_effect", [{"cause": "It rained.", "effect": "He got wet."}])
@@ -76,10 +80,13 @@ def test_instruction_induction(tmp_path: Path) -> None:
     assert detect_format(tmp_path) == "instruction-induction"
     assert cause.examples == (Example("Sentence 1: He got wet. Sentence 2: It rained.", "It rained."),)
     assert concept.examples == (Example("bird, plane", "fly", ("fly", "move")),)
-    assert rhymes.examples == (Example("cat", "hat", ("hat", "bat")), Example("sun", "run"))
+    assert rhymes.examples == (Example("cat", "hat", ("hat", "bat")), Example("sun", "run"), Example("sun", "run"))
     assert (rhymes.instruction, rhymes.paraphrases) == ("find a rhyme", ("rhyme it",))
     (tmp_path / "annotations" / "lost.json").write_text('{"annotations": ["x"]}')
     with pytest.raises(DataError, match=r"lost\.json: file: has no examples"):
+        read_tasks(tmp_path)
+    raw("induce", "found", [])
+    with pytest.raises(DataError, match=r"found\.json: file: has no instruction"):
         read_tasks(tmp_path)
 
 
@@ -88,6 +95,7 @@ def test_list_functions(tmp_path: Path) -> None:
     write(tmp_path / "c001" / "task.json", {"description": 'The target function is "drop "all" of it".', "examples": [row]})
     task, = read_tasks(tmp_path)
     assert (task.id, task.instruction, task.examples) == ("c001", 'drop "all" of it', (Example("[1, 2]", "[]"),))
+    assert read_tasks(tmp_path / "c001") == read_tasks(tmp_path / "c001" / "task.json") == [task]
     path = write(tmp_path / "c002" / "task.json", {"description": "no quotes", "examples": [row]})
     with pytest.raises(DataError, match="expected the rule in double quotes"):
         read_tasks(path)
@@ -101,28 +109,84 @@ def test_p3_sample(tmp_path: Path) -> None:
     write(tmp_path / "p3.json", {"train": [row("a\nb")], "test": [row("c"), row("d", sub_task_id=3)]})
     first, second = read_tasks(tmp_path)
     assert detect_format(tmp_path) == "p3-sample" and (first.id, second.id) == ("p3-3", "p3-12")
-    assert second.instruction == "Is it?" and second.examples == (Example("a\nb", "Yes."), Example("c", "Yes."))
+    assert second.instruction == "Is it?" and second.examples == (Example("a\nb", "Yes."), hold_out(Example("c", "Yes.")))
     write(tmp_path / "p3.json", {"train": [row("a", target="Yes")], "test": []})
     with pytest.raises(DataError, match=r"train\[0\].target: expected a text between"):
         read_tasks(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_p3_columns(tmp_path: Path, kind: str) -> None:
+def p3(text: str, answer: str | None) -> dict[str, Any]:
+    return {"inputs_pretokenized": f"Is this good? Review: {text}\nAnswer:", "targets_pretokenized": answer, "inputs": [1]}
+
+
+def write_p3(path: Path, rows: list[dict[str, Any]]) -> Path:
     import datasets
 
-    rows = [{"inputs_pretokenized": f"Is this good? Review: {text}\nAnswer:", "targets_pretokenized": f" {answer}\n",
-             "inputs": [1]} for text, answer in (("great film", "yes"), ("bad film", "no"), ("grim", "no"))]
-    folder = tmp_path / "imdb_sentiment"
-    folder.mkdir()
-    if kind == "jsonl":
-        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
     else:
-        datasets.Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
-    task, = read_tasks(tmp_path)
-    assert detect_format(tmp_path) == "p3" and task.id == "imdb_sentiment"
+        datasets.Dataset.from_list(rows).save_to_disk(str(path.parent))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow"])
+def test_p3_columns(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One folder is one task, and nothing stays in the cache of `datasets`."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [p3("great film", " yes\n"), p3("bad film", "no"), p3("grîm", ""), p3("bad film", "no")]
+    write_p3(tmp_path / "p3" / "imdb_sentiment" / f"train-00000{suffix}", rows)
+    write_p3(tmp_path / "p3" / "yelp_sentiment" / f"data{suffix}", rows[:2])
+    task, other = read_tasks(tmp_path / "p3")
+    assert detect_format(tmp_path / "p3") == "p3" and (task.id, other.id) == ("imdb_sentiment", "yelp_sentiment")
     assert task.instruction == "Is this good? Review: Answer:"
-    assert task.examples[1] == Example("bad film", "no")
+    bad = Example("bad film", "no")
+    assert task.examples == (Example("great film", "yes"), bad, Example("grîm", ""), bad)
+    assert not (tmp_path / "cache").exists()
+    single = next((tmp_path / "p3" / "imdb_sentiment").glob(f"*{suffix}"))
+    assert read_tasks(single)[0].examples == task.examples and read_tasks(single.parent)[0].id == "imdb_sentiment"
+
+
+@pytest.mark.parametrize("test_file", ["test/0000.parquet", "test-00000-of-00001.parquet", "validation.jsonl"])
+def test_p3_splits_are_kept(tmp_path: Path, test_file: str) -> None:
+    train_file = "train/0000.parquet" if "/" in test_file else "train-00000-of-00001.parquet"
+    for name in ("a", "b"):
+        write_p3(tmp_path / name / train_file, [p3("good", "yes"), p3("bad", "no")])
+        write_p3(tmp_path / name / test_file, [p3("fine", "yes")])
+    tasks = read_tasks(tmp_path)
+    assert [task.id for task in tasks] == ["a", "b"]
+    held, = (example for example in tasks[0].examples if example.input == "fine")
+    assert held == hold_out(Example("fine", "yes")) and len(tasks[0].examples) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "complaint"),
+    [
+        ("a.jsonl", [p3("a", "b"), p3("a", None)], r"a\.jsonl: line 2\.targets_pretokenized: expected a text, got null"),
+        ("a.jsonl", [p3("a", "b"), {"inputs_pretokenized": "x"}], r"a\.jsonl: line 2: has no 'targets_pretokenized'"),
+        ("a.parquet", [p3("a", "b"), p3("a", None)], r"a\.parquet: row 1\.targets_pretokenized: expected a text, got null"),
+        ("a.parquet", [{"inputs_pretokenized": "x"}] * 2, r"a\.parquet: row 0: has no 'targets_pretokenized'"),
+        ("a.parquet", [p3("a", "b")], "rows: expected at least two"),
+        ("a.jsonl", [{**p3("a", "b"), "inputs_pretokenized": text} for text in ("x y", "z w")], "share no text at their start"),
+    ],
+)
+def test_malformed_p3_columns(tmp_path: Path, file: str, rows: list[dict[str, Any]], complaint: str) -> None:
+    write_p3(tmp_path / file, rows)
+    with pytest.raises(DataError, match=complaint) as caught:
+        read_tasks(tmp_path, "p3")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_broken_table_is_said(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a.{suffix}").write_bytes(b"no table at all, but long enough to be one")
+    with pytest.raises(DataError, match=rf"a\.{suffix}: cannot be read as {suffix}: ") as caught:
+        read_tasks(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_our_jsonl(tmp_path: Path) -> None:
@@ -137,8 +201,29 @@ def test_our_jsonl(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: unknown key 'exmaples'"):
         read_tasks(path)
     path.write_text(json.dumps(good) + "\n" + json.dumps(good) + "\n")
-    with pytest.raises(DataError, match="the task id 't' occurs twice"):
+    with pytest.raises(DataError, match=r"jsonl:2: the task id 't' is also that of .*jsonl:1"):
         read_tasks(path)
+
+
+def test_jsonl_from_other_machines(tmp_path: Path) -> None:
+    row = {"id": "t", "instruction": " do ", "paraphrases": ["do", " make "], "examples": []}
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes("\ufeff".encode() + json.dumps(row).encode() + b"\r\n")
+    task, = read_tasks(path)
+    assert (task.instruction, task.paraphrases) == ("do", ("make",))
+    for content, complaint in (
+        (b'{"id": "\xff"}', "line 1: not UTF-8"), (b'\n{"id": ]', "line 2: not JSON"),
+        (b"[1]", "line 1: expected an object, got a list"),
+        (b'{"id": "", "instruction": "k", "examples": []}', "task id is empty"),
+        (b'{"id": "t", "instruction": "k", "paraphrases": [""], "examples": []}', "has an empty instruction"),
+    ):
+        path.write_bytes(content + b"\n")
+        with pytest.raises(DataError, match=complaint):
+            read_tasks(path)
+
+
+def test_the_configs_formats_are_the_readers() -> None:
+    assert get_args(Format) == ("auto", *FORMATS)
 
 
 def test_what_is_no_format_is_said_with_the_formats(tmp_path: Path) -> None:
@@ -155,12 +240,20 @@ def test_what_is_no_format_is_said_with_the_formats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "num_tasks", "num_examples"),
     [("natural-instructions", 104, 6177), ("natural-instructions-large", 773, 46234), ("list-functions", 225, 7200),
-     ("instruction-induction", 21, None), ("p3-sample", 28, 700)],
+     ("instruction-induction", 21, 62614), ("p3-sample", 28, 700)],
 )
-def test_shared_data(name: str, num_tasks: int, num_examples: int | None) -> None:
-    """The counts are those of its README."""
+def test_shared_data(name: str, num_tasks: int, num_examples: int) -> None:
+    """The counts are those of its README; instruction-induction's are the rows of its files."""
     tasks = read_tasks(SHARED / name)
     assert detect_format(SHARED / name) == name.removesuffix("-large")
     assert len(tasks) == num_tasks
-    assert num_examples is None or sum(len(task.examples) for task in tasks) == num_examples
+    assert sum(len(task.examples) for task in tasks) == num_examples
     assert all(task.instruction and all(example.input for example in task.examples) for task in tasks)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+@pytest.mark.parametrize("num_test", [3, 5, 9])
+def test_the_p3_samples_own_test_rows_are_the_only_ones_tested(num_test: int) -> None:
+    splits = split_tasks(read_tasks(SHARED / "p3-sample"), SplitConfig(test_examples=num_test))
+    sizes = {(len(part.train), len(part.test)) for part in splits.seen + splits.dev + splits.unseen}
+    assert sizes == {(20, min(num_test, 5))}

@@ -5,6 +5,7 @@ Nothing is dropped in silence: a row that is not as its format says raises DataE
 
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 from ship_ds.data.readers import (
     instruction_induction,
@@ -15,6 +16,8 @@ from ship_ds.data.readers import (
     p3_sample,
 )
 from ship_ds.data.task import DataError, Task
+
+Format = Literal["auto", "natural-instructions", "instruction-induction", "list-functions", "p3-sample", "p3", "jsonl"]
 
 FORMATS: dict[str, ModuleType] = {
     "natural-instructions": natural_instructions,
@@ -37,7 +40,7 @@ def detect_format(path: Path) -> str:
 
 
 def read_tasks(path: Path, format: str = "auto") -> list[Task]:
-    """Every task below `path`, in a fixed order, with ids that no two share."""
+    """Every task below `path`, in a fixed order, with ids that no two share and no empty instruction."""
     name = detect_format(path) if format == "auto" else format
     if name not in FORMATS:
         raise DataError(f"{name}: no such format; the formats are {', '.join(FORMATS)}")
@@ -46,9 +49,13 @@ def read_tasks(path: Path, format: str = "auto") -> list[Task]:
     tasks: list[Task] = FORMATS[name].read(path)
     if not tasks:
         raise DataError(f"{path}: holds no task in the format {name}")
-    seen: set[str] = set()
+    sources: dict[str, str] = {}
     for task in tasks:
-        if task.id in seen:
-            raise DataError(f"{task.source}: the task id {task.id!r} occurs twice; give every task its own")
-        seen.add(task.id)
+        if not task.id:
+            raise DataError(f"{task.source}: the task id is empty; give every task its own")
+        if task.id in sources:
+            raise DataError(f"{task.source}: the task id {task.id!r} is also that of {sources[task.id]}; give every task its own")
+        if not all((task.instruction, *task.paraphrases)):
+            raise DataError(f"{task.source}: task {task.id!r} has an empty instruction; fill it in or remove it")
+        sources[task.id] = task.source
     return tasks

@@ -1,7 +1,7 @@
 """What the readers share: loading JSON and asking for fields, each failure one line that says where."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from ship_ds.data.task import DataError, Example, read_error
 
 def load_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start}: not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -21,9 +21,29 @@ def load_object(path: Path) -> Mapping[str, Any]:
     return expect(load_json(path), dict, path, "the file")
 
 
+def load_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("line 3", its object) for each line of a JSONL file that is not blank."""
+    with path.open("rb") as lines:
+        for i, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"line {i}"
+            try:
+                yield where, expect(json.loads(line.decode("utf-8-sig")), dict, path, where)
+            except UnicodeDecodeError as error:
+                raise read_error(path, where, f"not UTF-8 at its byte {error.start}") from None
+            except json.JSONDecodeError as error:
+                raise read_error(path, where, f"not JSON: {error.msg} at column {error.colno}") from None
+
+
 def expect(value: Any, kind: type, path: Path, where: str) -> Any:
     if not isinstance(value, kind):
         raise read_error(path, where, f"expected {_NAMES[kind]}, got {_NAMES.get(type(value), type(value).__name__)}")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no tokenizer takes it
+            raise read_error(path, where, f"letter {error.start} is half a surrogate pair, which is no Unicode text") from None
     return value
 
 
@@ -36,19 +56,23 @@ def field(row: Mapping[str, Any], key: str, kind: type, path: Path, where: str) 
 
 def texts(row: Mapping[str, Any], key: str, path: Path, where: str) -> tuple[str, ...]:
     """row[key] as one text or a list of at least one."""
-    value = row.get(key)
-    if isinstance(value, str):
-        return (value,)
+    if isinstance(row.get(key), str):
+        return (field(row, key, str, path, where),)
     found = field(row, key, list, path, where)
     if not found:
         raise read_error(path, f"{where}.{key}", "expected at least one text, got an empty list")
     return tuple(expect(text, str, path, f"{where}.{key}[{i}]") for i, text in enumerate(found))
 
 
+def distinct(found: tuple[str, ...]) -> tuple[str, ...]:
+    """Without white space around them and without repeats, in order."""
+    return tuple(dict.fromkeys(text.strip() for text in found))
+
+
 def example(text: str, answers: tuple[str, ...]) -> Example:
     """The first answer is the target; more than one are references, without repeats."""
-    distinct = tuple(dict.fromkeys(answer.strip() for answer in answers))
-    return Example(text.strip(), distinct[0], distinct if len(distinct) > 1 else ())
+    answers = distinct(answers)
+    return Example(text.strip(), answers[0], answers if len(answers) > 1 else ())
 
 
 _NAMES: dict[type, str] = {

@@ -2,13 +2,14 @@
 
 SHIP merges execute and induce and takes annotation 0; the other annotations are paraphrases here. Two tasks have fields of
 their own: cause_and_effect (the two events in alphabetical order -> the cause) and common_concept (items -> concept).
+`other_rhymes` lists the input word too; it is no answer here, since copying the input would then always be right.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ship_ds.data.readers.checks import example, expect, field, load_object, texts
+from ship_ds.data.readers.checks import distinct, example, expect, field, load_object, texts
 from ship_ds.data.task import Example, Task, read_error
 
 _MORE_ANSWERS = ("possible_outputs", "possible_translations", "other_rhymes")
@@ -20,13 +21,16 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> list[Task]:
     tasks = []
+    for raw in sorted(path.glob("raw/*/*.json")):
+        if not (path / "annotations" / raw.name).is_file():
+            raise read_error(raw, "file", f"has no instruction: {path / 'annotations' / raw.name} is not there")
     for file in sorted((path / "annotations").glob("*.json")):
-        wordings = tuple(dict.fromkeys(text.strip() for text in texts(load_object(file), "annotations", file, "file")))
-        raw = [path / "raw" / part / file.name for part in ("execute", "induce")]
-        if not any(part.is_file() for part in raw):
-            raise read_error(file, "file", f"has no examples: neither {raw[0]} nor {raw[1]} is there")
-        examples = [row for part in raw if part.is_file() for row in _read_examples(part)]
-        tasks.append(Task(file.stem, wordings[0], tuple(dict.fromkeys(examples)), wordings[1:], source=str(file)))
+        wordings = distinct(texts(load_object(file), "annotations", file, "file"))
+        parts = [path / "raw" / part / file.name for part in ("execute", "induce")]
+        if not any(part.is_file() for part in parts):
+            raise read_error(file, "file", f"has no examples: neither {parts[0]} nor {parts[1]} is there")
+        examples = [row for part in parts if part.is_file() for row in _read_examples(part)]
+        tasks.append(Task(file.stem, wordings[0], tuple(examples), wordings[1:], source=str(file)))
     return tasks
 
 
@@ -44,7 +48,8 @@ def _read_example(row: Mapping[str, Any], path: Path, where: str) -> Example:
         concepts = (field(row, "concept", str, path, where),)
         concepts += texts(row, "all_common_concepts", path, where) if row.get("all_common_concepts") else ()
         return example(", ".join(texts(row, "items", path, where)), concepts)
-    answers = [field(row, "output", str, path, where)]
-    for key in _MORE_ANSWERS:
-        answers += texts(row, key, path, where) if row.get(key) else ()
-    return example(field(row, "input", str, path, where), tuple(answers))
+    text, output = (field(row, key, str, path, where) for key in ("input", "output"))
+    others = [answer for key in _MORE_ANSWERS if row.get(key) for answer in texts(row, key, path, where)]
+    if "other_rhymes" in row:
+        others = [answer for answer in others if answer != text]
+    return example(text, (output, *others))

@@ -3,14 +3,16 @@
 import re
 from pathlib import Path
 
-from ship_ds.data.readers.checks import example, expect, field, load_object
+from ship_ds.data.readers.checks import example, expect, field, load_object, texts
 from ship_ds.data.task import Task, read_error
 
 _RULE = re.compile(r'"(.*)"', re.DOTALL)
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() and path.name == "task.json" else sorted(path.glob("*/task.json"))
+    if path.is_file():
+        return [path] if path.name == "task.json" else []
+    return [path / "task.json"] if (path / "task.json").is_file() else sorted(path.glob("*/task.json"))
 
 
 def matches(path: Path) -> bool:
@@ -31,5 +33,5 @@ def _read_file(path: Path) -> Task:
     for i, row in enumerate(field(content, "examples", list, path, "task")):
         where = f"examples[{i}]"
         expect(row, dict, path, where)
-        examples.append(example(field(row, "input", str, path, where), (field(row, "target", str, path, where),)))
-    return Task(path.parent.name, rule[1].strip(), tuple(examples), source=str(path))
+        examples.append(example(field(row, "input", str, path, where), texts(row, "target", path, where)))
+    return Task(path.resolve().parent.name, rule[1].strip(), tuple(examples), source=str(path))

@@ -4,9 +4,8 @@
 """
 
 from pathlib import Path
-from typing import Any
 
-from ship_ds.data.readers.checks import example, expect, field, load_object, texts
+from ship_ds.data.readers.checks import distinct, example, expect, field, load_object, texts
 from ship_ds.data.task import Task
 
 
@@ -21,9 +20,8 @@ def matches(path: Path) -> bool:
     files = _files(path)
     if not files:
         return False
-    with files[0].open(encoding="utf-8", errors="replace") as file:
-        whole: Any = file.read()
-    return '"Definition"' in whole and '"Instances"' in whole
+    text = files[0].read_text(encoding="utf-8", errors="replace")
+    return '"Definition"' in text and '"Instances"' in text
 
 
 def read(path: Path) -> list[Task]:
@@ -32,7 +30,7 @@ def read(path: Path) -> list[Task]:
 
 def _read_file(path: Path) -> Task:
     content = load_object(path)
-    wordings = tuple(dict.fromkeys(text.strip() for text in texts(content, "Definition", path, "task")))
+    wordings = distinct(texts(content, "Definition", path, "task"))
     examples = []
     for i, row in enumerate(field(content, "Instances", list, path, "task")):
         where = f"Instances[{i}]"

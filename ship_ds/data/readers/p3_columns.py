@@ -1,91 +1,104 @@
-"""P3's own columns (Sanh et al. 2022) through `datasets`: `inputs_pretokenized` and `targets_pretokenized`.
+"""P3's own columns (Sanh et al. 2022): `inputs_pretokenized` and `targets_pretokenized`, other columns are ignored.
 
-A folder of parquet, arrow or JSONL files, or of folders of them; each folder with files is one prompt's task, as on the hub. The
-instruction is what all inputs of a task share at their start and end, since P3 stores the filled-in prompt alone; a task whose
-prompt has text between its fields keeps that in its inputs.
+A folder of parquet, arrow or JSONL files, or of folders of them. One prompt is one task, as on the hub: its folder, or the
+folder above when that is named after a split (imdb_sentiment/test/0000.parquet). Rows of a file or folder named test,
+validation or dev are held out. The instruction is what all inputs of a task share at their start and end, since P3 stores the
+filled-in prompt alone; a prompt with text between its fields keeps that in its inputs.
 """
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ship_ds.data.readers.checks import example
-from ship_ds.data.task import DataError, Example, Task, read_error
+from ship_ds.data.readers.checks import example, field, load_lines
+from ship_ds.data.splits import hold_out
+from ship_ds.data.task import DataError, Task, read_error
 
-_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json"}
+_SUFFIXES = (".parquet", ".arrow", ".jsonl")
 _INPUTS, _TARGETS = "inputs_pretokenized", "targets_pretokenized"
-_NUM_COMPARED = 200
+_HELD_OUT = ("test", "validation", "dev")
+_SPLITS = ("train", *_HELD_OUT)
 
 
-def _folders(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path] if path.suffix in _SUFFIXES else []
-    return sorted({file.parent for file in path.rglob("*") if file.suffix in _SUFFIXES})
-
-
-def _files(folder: Path) -> list[Path]:
-    return [folder] if folder.is_file() else sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+def _files(path: Path) -> list[Path]:
+    """`cache-*` is what `datasets` leaves of a map in a saved folder."""
+    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    return [file for file in found if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(("cache-", "."))]
 
 
 def matches(path: Path) -> bool:
-    folders = _folders(path)
-    if not folders:
+    files = _files(path)
+    if not files:
         return False
-    file = _files(folders[0])[0]
-    if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            return f'"{_INPUTS}"' in lines.readline()
-    return _INPUTS in _table([file]).column_names
-
-
-def _table(files: list[Path]) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    kind = _SUFFIXES[files[0].suffix]
-    same = [str(file) for file in files if _SUFFIXES[file.suffix] == kind]
-    try:
-        return datasets.load_dataset(kind, data_files=same, split="train")
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{files[0]}: cannot be read as {kind}: {str(error).splitlines()[0]}") from None
+    with files[0].open("rb") as file:
+        if files[0].suffix == ".jsonl":
+            return f'"{_INPUTS}"'.encode() in file.readline()
+    return _INPUTS in _table(files[0]).column_names
 
 
 def read(path: Path) -> list[Task]:
-    return [_read_folder(folder, path) for folder in _folders(path)]
+    tasks: dict[Path, list[Path]] = {}
+    for file in _files(path):
+        folder = file.parent.parent if file.parent.name in _SPLITS and file.parent != path else file.parent
+        tasks.setdefault(file if path.is_file() else folder, []).append(file)
+    return [_read_task(folder, files, path) for folder, files in sorted(tasks.items())]
 
 
-def _read_folder(folder: Path, root: Path) -> Task:
-    table = _table(_files(folder))
-    for column in (_INPUTS, _TARGETS):
-        if column not in table.column_names:
-            raise read_error(folder, "columns", f"has no {column!r}; it has {', '.join(table.column_names)}")
-    rows = []
-    for i, row in enumerate(table):
-        for column in (_INPUTS, _TARGETS):
-            if not isinstance(row[column], str):
-                raise read_error(folder, f"row {i}.{column}", f"expected a text, got {type(row[column]).__name__}")
-        rows.append((row[_INPUTS], row[_TARGETS]))
+def _read_task(folder: Path, files: list[Path], root: Path) -> Task:
+    rows = [(*row, _is_held_out(file)) for file in files for row in _rows(file)]
     if len(rows) < 2:
         raise read_error(folder, "rows", f"expected at least two, to tell instruction and input apart, got {len(rows)}")
-    before, after = _shared([text for text, _ in rows[:_NUM_COMPARED]])
+    before, after = _shared([text for text, _, _ in rows])
     instruction = " ".join(f"{before} {after}".split())
-    name = str(folder.relative_to(root)) if folder != root else folder.stem
     if not instruction:
-        raise read_error(folder, "rows", "the inputs share no text at their start or end, so there is no instruction to read")
-    examples = tuple(_example(text, target, before, after) for text, target in rows)
-    return Task(name, instruction, examples, source=str(folder))
+        raise read_error(
+            folder, "rows",
+            "the inputs share no text at their start or end, so there is no instruction to read: leave this prompt out, "
+            'or write it as JSONL of {"id", "instruction", "examples"}',
+        )
+    examples = []
+    for text, target, is_held_out in rows:
+        found = example(text[len(before) : len(text) - len(after)], (target,))
+        examples.append(hold_out(found) if is_held_out else found)
+    name = folder.relative_to(root).as_posix() if folder != root else folder.resolve().stem
+    return Task(name, instruction, tuple(examples), source=str(folder))
+
+
+def _is_held_out(file: Path) -> bool:
+    return file.parent.name in _HELD_OUT or file.name.startswith(_HELD_OUT)
+
+
+def _rows(file: Path) -> Iterator[tuple[str, str]]:
+    rows = load_lines(file) if file.suffix == ".jsonl" else ((f"row {i}", row) for i, row in enumerate(_table(file)))
+    for where, row in rows:
+        yield field(row, _INPUTS, str, file, where), field(row, _TARGETS, str, file, where)
+
+
+def _table(file: Path) -> Any:
+    """A parquet or arrow file in memory. JSONL is read by hand: `datasets` does not name the line of a bad row."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as cache:  # else every file read is copied to the user's home, and stays there
+            if file.suffix == ".arrow":
+                table = datasets.Dataset.from_file(str(file), in_memory=True)
+            else:
+                table = datasets.Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True)
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{file}: cannot be read as {file.suffix[1:]}: {cause}") from None
+    return table.select_columns([_INPUTS, _TARGETS]) if {_INPUTS, _TARGETS} <= set(table.column_names) else table
 
 
 def _shared(texts: list[str]) -> tuple[str, str]:
     """The common start and end of all texts, cut back to whole words."""
     before = os.path.commonprefix(texts)
-    before = before[: before.rfind(" ") + 1] if not before.endswith(("\n", " ")) else before
+    if not before.endswith(("\n", " ")):
+        before = before[: max(before.rfind(" "), before.rfind("\n")) + 1]
     rest = [text[len(before) :] for text in texts]
     after = os.path.commonprefix([text[::-1] for text in rest])[::-1]
     start = next((i for i, letter in enumerate(after) if letter.isspace()), len(after))
     return before, after[start:]
-
-
-def _example(text: str, target: str, before: str, after: str) -> Example:
-    text = text.removeprefix(before)
-    return example(text.removesuffix(after) if after else text, (target,))

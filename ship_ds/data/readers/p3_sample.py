@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ship_ds.data.readers.checks import example, expect, field, load_object
+from ship_ds.data.splits import hold_out
 from ship_ds.data.task import Example, Task, read_error
 
 _TAG = re.compile(r"\s*<(input|output|instruction)>(.*)</\1>\s*", re.DOTALL)
@@ -27,7 +28,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> list[Task]:
-    """Train rows come before test rows, so that a split by order keeps the sample's own."""
+    """The rows of `test` are held out, so that every split keeps the sample's own."""
     file = _file(path)
     if file is None:
         raise read_error(path, "folder", "expected exactly one .json file")
@@ -42,17 +43,14 @@ def read(path: Path) -> list[Task]:
             text, target, instruction = (
                 _untagged(field(row, key, str, file, where), file, f"{where}.{key}") for key in ("input", "target", "knowledge")
             )
-            examples.setdefault(number, []).append(example(text, (target,)))
+            row_example = example(text, (target,))
+            examples.setdefault(number, []).append(hold_out(row_example) if part == "test" else row_example)
             wordings.setdefault(number, {})[instruction] = None
-    return [
-        Task(f"p3-{number}", *_first_and_rest(wordings[number], tuple(rows)), source=str(file))
-        for number, rows in sorted(examples.items())
-    ]
-
-
-def _first_and_rest(wordings: dict[str, None], rows: tuple[Example, ...]) -> tuple[str, tuple[Example, ...], tuple[str, ...]]:
-    first, *rest = wordings
-    return first, rows, tuple(rest)
+    tasks = []
+    for number, rows in sorted(examples.items()):
+        instruction, *others = wordings[number]
+        tasks.append(Task(f"p3-{number}", instruction, tuple(rows), tuple(others), source=str(file)))
+    return tasks
 
 
 def _untagged(text: str, path: Path, where: str) -> str:

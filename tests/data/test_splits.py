@@ -1,0 +1,107 @@
+"""Rules, and not tasks, are parted; test inputs are never trained on."""
+
+import itertools
+import random
+
+import pytest
+from pydantic import ValidationError
+
+from ship_ds.data.splits import SplitConfig, hold_out, rule_groups, split_tasks
+from ship_ds.data.task import DataError, Example, SplitTask, Task
+
+
+def task(name: str, instruction: str, *paraphrases: str, num: int = 6) -> Task:
+    return Task(name, instruction, tuple(Example(str(i), str(i)) for i in range(num)), paraphrases, source="here")
+
+
+def only(examples: tuple[Example, ...], config: SplitConfig) -> SplitTask:
+    splits = split_tasks([Task("a", "first", examples), task("b", "second"), task("c", "third")], config)
+    found, = (part for part in splits.seen + splits.dev + splits.unseen if part.id == "a")
+    return found
+
+
+def test_equal_and_near_equal_wordings_are_one_rule() -> None:
+    tasks = [
+        task("a", "Sort the list up"), task("b", "reverse it"), task("c", "sort the LIST up."),
+        task("d", "one two three four five six seven eight nine"), task("e", "one two three four five six seven eight ten"),
+        task("f", "if element 1 = 2"), task("g", "if element 1 > 2"), task("h", "other words", "turn it round", "reverse it"),
+    ]
+    assert rule_groups(tasks) == [[0, 2], [1, 7], [3, 4], [5], [6]]
+
+
+def test_one_rule_reaches_over_a_chain_of_near_copies() -> None:
+    words = [f"w{i}" for i in range(30)]
+    assert rule_groups([task(str(i), " ".join(words[i : i + 20])) for i in (0, 4, 2)]) == [[0, 1, 2]]
+
+
+def test_rule_groups_are_those_of_comparing_every_pair() -> None:
+    rng = random.Random(0)
+    sets = [frozenset(rng.sample("abcdefghijkl", rng.randint(1, 11))) for _ in range(120)]
+    groups = [{i} for i in range(120)]
+    for i, j in itertools.combinations(range(120), 2):
+        one, other = (next(group for group in groups if k in group) for k in (i, j))
+        if one is not other and 5 * len(sets[i] & sets[j]) >= 4 * len(sets[i] | sets[j]):
+            groups.remove(other)
+            one |= other
+    found = rule_groups([task(str(i), " ".join(sorted(own))) for i, own in enumerate(sets)])
+    assert {frozenset(group) for group in found} == {frozenset(group) for group in groups} and 1 < len(found) < 120
+
+
+@pytest.mark.parametrize("num_shared", range(1, 25))
+def test_the_jaccard_index_is_looked_up_exactly(num_shared: int) -> None:
+    """At 0.8 and just below it, whichever of the two sets has the words that no other has."""
+    shared, own = [f"s{i}" for i in range(num_shared)], [f"o{i}" for i in range(num_shared // 4 + 1)]
+    for num_left in range(len(own)):
+        for num_right in range(len(own) - num_left):
+            two = [task("a", " ".join(shared + own[:num_left])), task("b", " ".join(shared + own[::-1][:num_right]))]
+            assert rule_groups(two) == [[0, 1]]
+    assert rule_groups([task("a", " ".join(shared)), task("b", " ".join(shared + own))]) == [[0], [1]]
+
+
+def test_a_rule_lies_in_one_part_and_every_part_is_there() -> None:
+    tasks = [task(f"{i}-{copy}", f"rule number {i}") for i in range(20) for copy in range(2)]
+    splits = split_tasks(tasks, SplitConfig())
+    parts = [{t.task.instruction for t in part} for part in (splits.seen, splits.dev, splits.unseen)]
+    assert [len(part) for part in parts] == [17, 1, 2] and len(set.union(*parts)) == 20
+    assert split_tasks(tasks, SplitConfig()) == splits != split_tasks(tasks, SplitConfig(seed=1))
+
+
+@pytest.mark.parametrize(("unseen", "dev"), [(0.1, 0.05), (0.5, 0.49), (0.98, 0.01)])
+def test_three_rules_are_enough_for_any_shares(unseen: float, dev: float) -> None:
+    tasks = [task(str(i), f"rule number {i}") for i in range(3)]
+    splits = split_tasks(tasks, SplitConfig(unseen_share=unseen, dev_share=dev))
+    assert [len(part) for part in (splits.seen, splits.dev, splits.unseen)] == [1, 1, 1]
+    with pytest.raises(DataError, match="2 tasks are 2 distinct rules, too few"):
+        split_tasks(tasks[:2], SplitConfig())
+
+
+def test_shares_that_leave_nothing_seen_are_refused() -> None:
+    with pytest.raises(ValidationError, match="leave nothing to train on"):
+        SplitConfig(unseen_share=0.6, dev_share=0.4)
+
+
+def test_no_input_is_both_trained_on_and_tested() -> None:
+    part = only(tuple(Example(str(i % 7), str(i)) for i in range(20)), SplitConfig(test_examples=5))
+    assert not {e.input for e in part.train} & {e.input for e in part.test}
+    assert len(part.test) == 5 and len({e.input for e in part.train}) == 4
+    with pytest.raises(DataError, match="task 'a' has 1 distinct inputs, too few"):
+        only((Example("x", "1"), Example("x", "2")), SplitConfig())
+
+
+def test_test_examples_are_drawn_by_seed_from_the_whole_file() -> None:
+    examples = tuple(Example(f"{i:02}", str(i)) for i in range(40))
+    parts = [only(examples, SplitConfig(seed=seed)) for seed in range(4)]
+    assert parts[0].test != examples[-5:] and len({part.test for part in parts}) == 4
+    for part in parts:
+        assert sorted(part.train + part.test, key=lambda e: e.input) == list(examples) and len(part.test) == 5
+        assert part.train == tuple(sorted(part.train, key=lambda e: e.input))
+    assert only(examples, SplitConfig(train_examples=9)).train == parts[0].train[:9]
+
+
+@pytest.mark.parametrize("num_test", [1, 2, 5])
+def test_a_formats_own_test_examples_are_never_trained_on(num_test: int) -> None:
+    given = tuple(Example(str(i), "y") for i in range(8))
+    held = (hold_out(Example("3", "z")), hold_out(Example("8", "z")))
+    part = only(given + held, SplitConfig(test_examples=num_test))
+    assert part.train == given[:3] + given[4:]
+    assert [e.input for e in part.test] == ["3", "3", "8"][:num_test]
