@@ -25,7 +25,7 @@ class Decoder(nn.Module):
         self.lm = lm
         self.num_soft_tokens = num_soft_tokens
         # Soft tokens start as large as token embeddings: from near zero, each RMSNorm multiplies the gradient by a thousand.
-        spread = float(lm.get_input_embeddings().weight.float().std())  # type: ignore[operator]
+        spread = float(lm.get_input_embeddings().weight.detach().float().std())  # type: ignore[operator]
         self.from_latent: nn.Module
         if fusion == "reshape":
             check_reshape("model.decoder.num_soft_tokens", num_soft_tokens, latent_size, hidden_size)

@@ -178,7 +178,7 @@ def test_parameter_counts_count_a_4_bit_weight_as_one() -> None:
     counts = plain.parameter_counts()
     lm = sum(parameter.numel() for parameter in plain.task_llm.parameters())
     assert counts == quantised.parameter_counts() and counts["task LLM"] == lm
-    output_layer, head = 262 * 128, 128 * 256 + 256 + 256 * 32 + 32
+    output_layer, head = quantised.task_llm.lm.get_input_embeddings().num_embeddings * 128, 128 * 256 + 256 + 256 * 32 + 32
     assert counts["encoder"] == lm - output_layer + head
     assert counts["hypernetwork heads"] == (8 + 1) * 2 * (128 + 128)
     assert counts["trained"] == sum(counts.values()) - counts["task LLM"] - counts["trained"]
