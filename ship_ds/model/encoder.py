@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ship_ds.model.batch import TokenBatch
 
-
 _FIRST_LOG_VARIANCE = -5.0
 
 
