@@ -62,6 +62,7 @@ def test_shown_examples_are_others_than_the_answered_and_at_most_so_many() -> No
             assert len(draw.answered) == 2 and not set(draw.answered) & set(draw.shown)
             assert len({*draw.answered, *draw.shown}) == 2 + len(draw.shown)
             numbers.add(len(draw.shown))
+        assert len({len(draw.shown) for draw in _sampler().draw_step(step)}) == 1
     assert numbers == {0, 1, 2, 3, 4}
 
 
