@@ -32,7 +32,7 @@ def sha256(path: Path) -> str:
 
 def publish(part: Path, folder: Path) -> None:
     """Sync every file of `part` and put it in `folder`'s place; a reader never sees half of either."""
-    for path in part.iterdir():
+    for path in filter(Path.is_file, part.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if folder.exists():
