@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from ship_ds.bundle import publish, sha256
+from ship_ds.bundle import sha256
 from ship_ds.errors import UserError
 from ship_ds.export.base_weights import INDEX, SINGLE, BaseWeights
-from ship_ds.export.folder import disk_error, part_of, refuse_existing
 from ship_ds.export.lora import WEIGHTS, Lora, read_lora
 from ship_ds.export.origin import Origin, read_origin
 from ship_ds.export.targets import Loss, TargetName, build_target
+from ship_ds.folder import disk_error, part_of, publish, refuse_existing
 from ship_ds.model.backbone import base_folder
 from ship_ds.tensor_file import TensorFile
 

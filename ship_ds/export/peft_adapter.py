@@ -129,9 +129,9 @@ class Exporter:
         proof = Proof(largest_difference(exported, live), largest_difference(exported, bare))
         if not (proof.from_live <= MAX_DIFFERENCE < proof.from_base):
             raise UserError(
-                f"{self.ship.config.model.task_llm.base}: the exported adapter differs from the live one by "
-                f"{proof.from_live:.2e} (at most {MAX_DIFFERENCE:.0e}) and from the bare base by {proof.from_base:.2e} (more than that); "
-                "nothing was written"
+                f"{self.ship.config.model.task_llm.base}: the exported adapter's logits differ from the live one's by "
+                f"{proof.from_live:.2e} (at most {MAX_DIFFERENCE:.0e}) and from the bare base's by {proof.from_base:.2e} "
+                "(more than that); nothing was written"
             )
         return proof
 

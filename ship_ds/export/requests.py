@@ -32,16 +32,25 @@ def read_instructions(path: Path) -> list[Request]:
     """One a line, or JSON lines with `instruction` and perhaps `id`. Raises UserError with file and line."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected one instruction a line, or .jsonl with an instruction in each row")
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        instruction, name = _read_row(f"{path}:{number}", line) if path.suffix == ".jsonl" else (line.strip(), None)
-        found.append(Request(name or f"{number:05d}-{_slug(instruction)}", instruction))
+    lines = path.read_text().splitlines()
+    found = _read_rows(path, lines) if path.suffix == ".jsonl" else read_lines(lines)
     if not found:
         raise UserError(f"{path}: has no instructions; expected one a line")
     _check_names(path, found)
     return found
+
+
+def read_lines(lines: Iterable[str]) -> list[Request]:
+    """One instruction a line, named by its number and first words; empty lines are left out."""
+    return [_request(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _request(number: int, instruction: str, name: str | None = None) -> Request:
+    return Request(name or f"{number:05d}-{_slug(instruction)}", instruction)
+
+
+def _read_rows(path: Path, lines: Iterable[str]) -> list[Request]:
+    return [_request(n, *_read_row(f"{path}:{n}", line)) for n, line in enumerate(lines, 1) if line.strip()]
 
 
 def _read_row(place: str, line: str) -> tuple[str, str | None]:
