@@ -132,7 +132,8 @@ def test_a_sum_is_what_its_parts_do_to_the_weights(tmp_path: Path) -> None:
 
 def test_prompts_that_state_the_instruction_are_proved_with_it(tmp_path: Path) -> None:
     ship = make_ship("embedded")
-    stated = ship.config.model.model_copy(update={"task_llm": ship.config.model.task_llm.model_copy(update={"instruction": "hard"})})
+    task_llm = ship.config.model.task_llm.model_copy(update={"instruction": "hard"})
+    stated = ship.config.model.model_copy(update={"task_llm": task_llm})
     ship.model.config, ship.config = stated, ship.config.model_copy(update={"model": stated})
     export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
     record = json.loads((tmp_path / "a" / "ship.json").read_text())
@@ -145,7 +146,8 @@ def test_several_adapters_serve_one_batch_in_peft(tmp_path: Path) -> None:
     """Rows choose their adapter, the bare base among them."""
     ship = make_ship("embedded")
     export_many(ship, [Request(f"r{i}", text) for i, text in enumerate(TEXTS)], tmp_path / "many", PROBES)
-    served = PeftModel.from_pretrained(load_lm("embedded", "nf4", torch.float32), str(tmp_path / "many" / "r0"), adapter_name="r0")
+    base = load_lm("embedded", "nf4", torch.float32)
+    served = PeftModel.from_pretrained(base, str(tmp_path / "many" / "r0"), adapter_name="r0")
     for name in ("r1", "r2"):
         served.load_adapter(str(tmp_path / "many" / name), adapter_name=name)
     ids = ship.model.question(PROBES[0])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
@@ -51,9 +52,9 @@ def test_vllm_takes_a_folder_as_it_leaves(family: str, tmp_path: Path) -> None:
     assert not refusals(tmp_path / "a", 8) and not refusals(tmp_path / "padded", 32)
     assert refusals(tmp_path / "padded", 16) == ["LoRA rank 32 is greater than max_lora_rank 16"]
     # Every key names a module of the base: one that did not would be served as the bare base in silence.
-    with safe_open(base / "model.safetensors", "pt") as file, safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as own:
-        modules = {name.removesuffix(".weight") for name in file.keys()}
-        assert {name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in own.keys()} <= modules
+    own, theirs = load_file(tmp_path / "a" / "adapter_model.safetensors"), load_file(base / "model.safetensors")
+    modules = {name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in own}
+    assert modules <= {name.removesuffix(".weight") for name in theirs}
 
 
 def test_vllm_itself_loads_a_folder(tmp_path: Path) -> None:
