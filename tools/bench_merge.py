@@ -65,10 +65,12 @@ def make_base(folder: Path, gigabytes: float) -> None:
 
 def make_adapter(folder: Path, base: Path) -> None:
     weights, generator = BaseWeights(base), torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.02
+
     factors = {
-        name.removesuffix(".weight"): (
-            torch.randn(RANK, entry.shape[1], generator=generator) * 0.02, torch.randn(entry.shape[0], RANK, generator=generator) * 0.02
-        )
+        name.removesuffix(".weight"): (draw(RANK, entry.shape[1]), draw(entry.shape[0], RANK))
         for name, entry in weights.entries.items() if "_proj" in name
     }
     folder.mkdir()
@@ -138,7 +140,8 @@ def bench_adapters(args: argparse.Namespace) -> list[dict[str, Any]]:
     started = time.perf_counter()
     export_many(ship, requests, out, ["3 7 3 5"])
     proved = time.perf_counter() - started
-    return [{"count": args.count, "made_per_second": round(args.count / made, 1), "proved_per_second": round(args.count / proved, 1)}]
+    per_second = {name: round(args.count / seconds, 1) for name, seconds in (("made", made), ("proved", proved))}
+    return [{"count": args.count, **{f"{name}_per_second": value for name, value in per_second.items()}}]
 
 
 def main() -> None:
