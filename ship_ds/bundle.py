@@ -6,21 +6,21 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ship_ds.config import Config, parse_config
 from ship_ds.errors import UserError
+from ship_ds.folder import refuse_existing, whole_folder
 from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
+from ship_ds.tensor_file import TensorFile
 
 WEIGHTS, CONFIG, PROMPT, MANIFEST = "ship.safetensors", "config.json", "prompt_format.json", "manifest.json"
 
@@ -30,28 +30,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def publish(part: Path, folder: Path) -> None:
-    """Sync every file of `part` and put it in `folder`'s place; a reader never sees half of either."""
-    for path in part.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
-
-
 def write_bundle(folder: Path, state: Mapping[str, Tensor], config: Config, prompt_format: Mapping[str, Any]) -> None:
-    """state: every trainable parameter of ShipModel by name."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, part / WEIGHTS)
-    (part / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
-    (part / PROMPT).write_text(json.dumps(prompt_format, indent=2) + "\n")
-    names = (WEIGHTS, CONFIG, PROMPT)
-    manifest = {name: {"bytes": (part / name).stat().st_size, "sha256": sha256(part / name)} for name in names}
-    (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    publish(part, folder)
+    """state: every trainable parameter of ShipModel by name; each is asked for once, and let go when it is on disk.
+
+    Raises UserError, leaving no bundle, when the disk is full."""
+    with whole_folder(folder) as part:
+        with TensorFile(part / WEIGHTS, state) as file:
+            for name in state:
+                file.add(name, state[name])
+        (part / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        (part / PROMPT).write_text(json.dumps(prompt_format, indent=2) + "\n")
+        names = (WEIGHTS, CONFIG, PROMPT)
+        manifest = {name: {"bytes": (part / name).stat().st_size, "sha256": sha256(part / name)} for name in names}
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
@@ -60,8 +51,7 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
 
     if not (checkpoint_folder / checkpoint.PROGRESS).is_file():
         raise UserError(f"{checkpoint_folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N")
-    if out.exists():
-        raise UserError(f"{out}: is there already; remove it or choose another --out")
+    refuse_existing(out)
     config = parse_config(checkpoint.read_progress(checkpoint_folder).config, str(checkpoint_folder / checkpoint.PROGRESS))
     state = checkpoint.trainable_state(checkpoint_folder)
     prompts = PromptFormat(load_tokenizer(config.model.task_llm.base))

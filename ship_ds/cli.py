@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ship_ds.errors import UserError
@@ -18,14 +19,73 @@ def _train(args: argparse.Namespace) -> int:
 
 def _deduce(args: argparse.Namespace) -> int:
     from ship_ds.bundle import Ship
-    from ship_ds.export.peft_adapter import export_lora
+    from ship_ds.export.deduce import export_many, export_one
+    from ship_ds.export.requests import Request, read_instructions, read_latents
 
+    if [args.instruction, args.file, args.latent].count(None) != 2:
+        raise UserError("deduce: give one of an instruction, --file or --latent")
+    requests = read_instructions(Path(args.file)) if args.file else [Request("adapter", args.instruction)]
     ship = Ship.from_run(args.run)
-    proof = export_lora(ship, args.instruction, Path(args.out), args.probe)
-    print(f"{args.out}: peft = live within {proof.from_live:.1e}; differs from the bare base by {proof.from_base:.2f}")
+    if args.latent:
+        requests = read_latents(Path(args.latent), ship.digest, ship.config.model.latent_size)
+    out = Path(args.out)
+    if args.file or len(requests) > 1:
+        batch = export_many(ship, requests, out, args.probe, args.pad_to, _counter(len(requests)))
+        kept = f" ({batch.num_kept} were there from a run that was cut off)" if batch.num_kept else ""
+        print(f"{out}: {len(requests)} adapters{kept}; peft = live within {batch.worst.from_live:.1e} in each; "
+              f"each differs from the bare base by {batch.worst.from_base:.2f} or more")
+        return 0
+    proof = export_one(ship, requests[0], out, args.probe, args.pad_to)
+    print(f"{out}: peft = live within {proof.from_live:.1e}; differs from the bare base by {proof.from_base:.2f}")
+    if args.latent:
+        return 0
     with_adapter, without = ship.answer(args.instruction, args.probe), ship.answer_bare(args.probe)
     for text, answer, bare in zip(args.probe, with_adapter, without, strict=True):
         print(f"  {text}\n    with the adapter:    {answer}\n    without the adapter: {bare}")
+    return 0
+
+
+def _counter(total: int) -> Callable[[int], None]:
+    """Says on standard error how far it is, every hundred."""
+    def count(done: int) -> None:
+        if done % 100 == 0:
+            print(f"ship-ds: {done} of {total}", file=sys.stderr, flush=True)
+    return count
+
+
+def _compose(args: argparse.Namespace) -> int:
+    from ship_ds.bundle import Ship
+    from ship_ds.export.compose import compose
+
+    parts = [(_weight(weight), text) for weight, text in args.part]
+    made = compose(Ship.from_run(args.run), parts, Path(args.out), args.probe, args.rank)
+    print(f"{args.out}: rank {made.rank}, {100 * made.error:.2f} % of the exact sum's norm lost; "
+          f"peft = live within {made.proof.from_live:.1e}; differs from the bare base by {made.proof.from_base:.2f}")
+    return 0
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"--part {text}: expected a weight and an instruction: --part 0.5 \"reverse the list\"")
+    return weight
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from ship_ds.export import drift
+    from ship_ds.export.merge import Merge
+
+    adapter = Path(args.adapter)
+    merge = Merge(adapter, args.target, args.base, args.dtype, args.shard_gigabytes)
+    look = (lambda part: {}) if args.no_drift else (lambda part: drift.drift(part, adapter, merge.folder))
+    report = merge.run(Path(args.out), look)
+    kept = f", {report['num_shards_kept']} of them from a run that was cut off" if report["num_shards_kept"] else ""
+    print(f"{args.out}: {args.target}, {report['num_shards']} shard(s){kept}")
+    if not args.no_drift:
+        print(f"  {drift.show(report)}")
     return 0
 
 
@@ -75,12 +135,29 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True)
     train.add_argument("overrides", nargs="*", help="section.key=value")
     train.set_defaults(run_verb=_train)
-    deduce = verbs.add_parser("deduce", help="instruction -> PEFT LoRA folder, proved on the way out")
-    deduce.add_argument("instruction")
-    deduce.add_argument("--run", required=True)
-    deduce.add_argument("--out", required=True)
-    deduce.add_argument("--probe", nargs="+", default=["3 7 3 5", "1 3 9 3 0"], help="inputs to prove and show it on")
+    deduce = verbs.add_parser("deduce", help="instructions -> PEFT folders, each proved on the way out")
+    deduce.add_argument("instruction", nargs="?")
+    deduce.add_argument("--file", help="many: one instruction a line, or .jsonl with instruction and id; a folder each in --out")
+    deduce.add_argument("--latent", help="a latent.safetensors instead of instructions")
+    deduce.add_argument("--pad-to", type=int, help="LoRA rank to reach with zero rows; the function stays the same")
     deduce.set_defaults(run_verb=_deduce)
+    compose = verbs.add_parser("compose", help="weighted sum of several instructions' adapters -> one PEFT LoRA folder")
+    compose.add_argument("--part", nargs=2, action="append", required=True, metavar=("WEIGHT", "INSTRUCTION"))
+    compose.add_argument("--rank", type=int, help="compress to this rank by SVD; default: exact, the ranks' sum")
+    compose.set_defaults(run_verb=_compose)
+    for verb in (deduce, compose):
+        verb.add_argument("--run", required=True, help="a run or bundle folder")
+        verb.add_argument("--out", required=True)
+        verb.add_argument("--probe", nargs="+", default=["3 7 3 5", "1 3 9 3 0"], help="inputs to prove it on")
+    merge = verbs.add_parser("merge", help="base + adapter -> a model folder, one tensor in memory at a time")
+    merge.add_argument("adapter", help="a folder that deduce or compose wrote")
+    merge.add_argument("--out", required=True)
+    merge.add_argument("--base", help="where the base is now, if not where the adapter says")
+    merge.add_argument("--target", choices=["original", "dequantised", "nf4"], default="original")
+    merge.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="auto: the base's own")
+    merge.add_argument("--shard-gigabytes", type=float, default=2.0)
+    merge.add_argument("--no-drift", action="store_true", help="do not load base and result to measure how far logits drift")
+    merge.set_defaults(run_verb=_merge)
     bundle = verbs.add_parser("bundle", help="a training checkpoint -> a bundle, without the run that wrote it")
     bundle.add_argument("checkpoint", help="RUN/checkpoints/step-N")
     bundle.add_argument("--out", required=True)

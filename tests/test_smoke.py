@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ship_ds import cli
 from ship_ds.bundle import Ship
 from ship_ds.errors import UserError
-from ship_ds.export.peft_adapter import export_lora
+from ship_ds.export.deduce import export_one
+from ship_ds.export.requests import Request
 from ship_ds.model.adapters import LoraAdapter
 from tests.conftest import start
 
@@ -74,7 +75,7 @@ def _with_effect(ship: Ship) -> None:
 def test_exported_adapter_is_loaded_by_peft_and_equals_the_live_one(two_rank_run: Path, tmp_path: Path) -> None:
     ship = Ship.from_run(two_rank_run)
     _with_effect(ship)
-    proof = export_lora(ship, "put 7 at the front", tmp_path / "adapter", ["3 4 9"])
+    proof = export_one(ship, Request("adapter", "put 7 at the front"), tmp_path / "adapter", ["3 4 9"])
     assert proof.from_live <= 1e-4 < 1e-2 < proof.from_base
     live = ship.model.adapt(ship.model.encode(["put 7 at the front"]))
     assert isinstance(live, LoraAdapter)
@@ -90,7 +91,7 @@ def test_adapter_that_does_nothing_is_refused_and_leaves_nothing(two_rank_run: P
             head.to_b.weight.zero_()
             head.to_b.bias.zero_()
     with pytest.raises(UserError, match="nothing was written"):
-        export_lora(ship, "put 7 at the front", tmp_path / "adapter", ["3 4 9"])
+        export_one(ship, Request("adapter", "put 7 at the front"), tmp_path / "adapter", ["3 4 9"])
     assert not list(tmp_path.iterdir())
 
 

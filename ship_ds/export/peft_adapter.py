@@ -1,105 +1,146 @@
-"""A LoRA that the hypernetwork made, as a PEFT folder that has been proved before it is left behind.
+"""Adapters that the hypernetwork made, as PEFT folders that have been proved before they are left behind.
 
 An adapter whose keys match nothing is served as the bare base in silence. So each export is loaded back with `peft` on the
-same NF4 base: its logits on probe prompts must equal the live hypernetwork's and differ from the base's.
+same base: its logits on probe prompts must equal the live hypernetwork's and differ from the base's.
+
+Letters: T tasks, P virtual tokens, H hidden, S length, V vocabulary.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ship_ds.bundle import Ship, publish
-from ship_ds.config import LoraHypernetworkConfig
+from ship_ds.bundle import Ship, sha256
 from ship_ds.errors import UserError
-from ship_ds.model.adapters import LoraAdapter
+from ship_ds.export.base_weights import BaseWeights
+from ship_ds.export.lora import CONFIG, WEIGHTS, Lora, write_lora
+from ship_ds.export.origin import Origin
+from ship_ds.export.proof import PeftBase, Proof, largest_difference
+from ship_ds.model.adapters import Adapter, LoraAdapter, SoftPrompt
 from ship_ds.model.backbone import base_folder, load_lm
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.causal_lm import embed
+from ship_ds.tensor_file import TensorFile
 
 MAX_DIFFERENCE = 1e-4
 """Largest logit difference in fp32 between the exported adapter and the live hypernetwork."""
 
 
+class Exportable(Protocol):
+    """One adapter on its way out; a new kind is a new class."""
+
+    def live(self) -> Adapter:
+        """As the Task LLM applies it, for one task."""
+
+    def write(self, part: Path, base: str, lm: torch.nn.Module) -> None:
+        """The files that `peft` reads; lm: the base model."""
+
+    def shape(self) -> str:
+        """For the model card."""
+
+
 @dataclass(frozen=True)
-class Proof:
-    """Largest absolute logit differences over the probe prompts."""
+class LoraExport:
+    lora: Lora
 
-    from_live: float
-    from_base: float
+    def live(self) -> Adapter:
+        return self.lora.live()
 
+    def write(self, part: Path, base: str, lm: torch.nn.Module) -> None:
+        write_lora(part, self.lora, base)
 
-def export_lora(ship: Ship, instruction: str, folder: Path, probes: Sequence[str]) -> Proof:
-    """Write the PEFT folder for one instruction. Raises UserError, leaving nothing behind, when the proof fails."""
-    config = ship.config.model.hypernetwork
-    if not isinstance(config, LoraHypernetworkConfig):
-        raise UserError(f"deduce: this run's hypernetwork makes {config.kind}, not lora; train with model.hypernetwork.kind=lora")
-    if folder.exists():
-        raise UserError(f"{folder}: already there; name a new folder or remove it")
-    adapter = ship.model.adapt(ship.model.encode([instruction]))
-    assert isinstance(adapter, LoraAdapter)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        _write(part, ship, instruction, adapter, config)
-        proof = prove(ship, adapter, part, probes)
-        publish(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return proof
+    def shape(self) -> str:
+        return f"LoRA, rank {self.lora.rank}, scaling {self.lora.scaling:g}"
 
 
-def _write(part: Path, ship: Ship, instruction: str, adapter: LoraAdapter, config: LoraHypernetworkConfig) -> None:
-    tensors = {}
-    for path, (a_TRI, b_TOR) in adapter.factors.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a_TRI[0].contiguous().clone()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b_TOR[0].contiguous().clone()
-    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    base = ship.config.model.task_llm.base
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank,
-        "lora_alpha": config.alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "target_modules": sorted({path.rpartition(".")[2] for path in adapter.factors}), "fan_in_fan_out": False,
-    }
-    (part / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    card = (
-        f"---\nlibrary_name: peft\n---\n# An adapter made from an instruction\n\n- instruction: {instruction}\n- base: {base}\n"
-        f"- run: {ship.config.run.folder}, weights sha256 {ship.digest}\n"
-        f"- rank {config.rank}, scaling {config.alpha / config.rank}\n"
-        f"- prompt format: {json.dumps(ship.model.prompts.describe())}\n"
-    )
-    (part / "README.md").write_text(card)
+@dataclass(frozen=True)
+class SoftPromptExport:
+    prompt_PH: Tensor
+
+    def live(self) -> Adapter:
+        return SoftPrompt(self.prompt_PH[None])
+
+    def write(self, part: Path, base: str, lm: torch.nn.Module) -> None:
+        settings: Any = lm.config
+        with TensorFile(part / WEIGHTS, ["prompt_embeddings"]) as file:
+            file.add("prompt_embeddings", self.prompt_PH.cpu())
+        (part / CONFIG).write_text(json.dumps({
+            "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+            "num_virtual_tokens": self.prompt_PH.shape[0], "token_dim": self.prompt_PH.shape[1],
+            "num_transformer_submodules": 1, "num_attention_heads": settings.num_attention_heads,
+            "num_layers": settings.num_hidden_layers, "prompt_tuning_init": "RANDOM",
+        }, indent=2) + "\n")
+
+    def shape(self) -> str:
+        return f"soft prompt, {self.prompt_PH.shape[0]} virtual tokens"
 
 
-@torch.no_grad()
-def prove(ship: Ship, adapter: LoraAdapter, folder: Path, probes: Sequence[str]) -> Proof:
-    """Compare the folder, loaded by `peft` on a fresh base, with the live hypernetwork and with the bare base."""
-    from peft import PeftModel
-
-    config = ship.config.model.task_llm
-    prompts = [torch.tensor([ship.model.prompts.task_prompt(text)]) for text in probes]
-    live = [_logits(ship.model.task_llm.lm, ids, ship_adapter=adapter) for ids in prompts]
-    base = load_lm(config.base, config.quantisation, torch.float32).eval()
-    bare = [_logits(base, ids) for ids in prompts]
-    loaded = PeftModel.from_pretrained(base, str(folder)).eval()
-    exported = [_logits(loaded, ids) for ids in prompts]
-    proof = Proof(_largest_difference(exported, live), _largest_difference(exported, bare))
-    if proof.from_live > MAX_DIFFERENCE or proof.from_base <= MAX_DIFFERENCE:
-        raise UserError(
-            f"{base_folder(config.base)}: the exported adapter differs from the live one by {proof.from_live:.2e} (at most "
-            f"{MAX_DIFFERENCE:.0e}) and from the bare base by {proof.from_base:.2e} (more than that); nothing was written"
-        )
-    return proof
+def exports_of(adapter: Adapter, num_tasks: int, pad_to: int | None = None) -> list[Exportable]:
+    """One of each task. Raises UserError when a soft prompt is to be padded."""
+    if isinstance(adapter, LoraAdapter):
+        loras = [Lora.of(adapter, task) for task in range(num_tasks)]
+        return [LoraExport(lora if pad_to is None else lora.padded(pad_to)) for lora in loras]
+    if pad_to is not None:
+        raise UserError("--pad-to: this run's hypernetwork makes soft prompts, which have no rank; leave it out")
+    assert isinstance(adapter, SoftPrompt)
+    return [SoftPromptExport(adapter.prompt_TPH[task]) for task in range(num_tasks)]
 
 
-def _logits(model: torch.nn.Module, ids: Tensor, **extra: object) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False, **extra).logits
-    return logits
+class Exporter:
+    """Writes and proves adapters of one run; the base that `peft` loads them on is read once."""
+
+    def __init__(self, ship: Ship, probes: Sequence[str]) -> None:
+        if not probes:
+            raise UserError("--probe: give at least one input to prove the adapter on")
+        config = ship.config.model.task_llm
+        self.ship, self.probes = ship, probes
+        self.base = PeftBase(load_lm(config.base, config.quantisation, torch.float32), ship.model.device)
+        self.fingerprint = BaseWeights(base_folder(config.base)).fingerprint
+
+    @torch.no_grad()
+    def write(self, part: Path, export: Exportable, made_from: str, wording: str | None) -> Proof:
+        """Everything into the existing folder `part`. wording: what a prompt states when this run's prompts state the
+        instruction. Raises UserError when the proof fails."""
+        config = self.ship.config.model.task_llm
+        if wording is None and config.instruction != "none":
+            raise UserError(
+                f"model.task_llm.instruction={config.instruction}: this run's prompts state the instruction, and a bare latent "
+                "or a sum of adapters has none; give one instruction each"
+            )
+        export.write(part, str(base_folder(config.base).resolve()), self.base.base)
+        questions = [self.ship.model.question(text, wording) for text in self.probes]
+        proof = self._prove(part, export, questions)
+        Origin(
+            made_from, self.ship.config.run.folder, self.ship.digest, config.base, self.fingerprint, config.quantisation,
+            export.shape(), self.ship.model.prompts.describe(), [list(ids) for ids in questions], asdict(proof),
+            sha256(part / WEIGHTS),
+        ).write(part)
+        return proof
+
+    def _prove(self, part: Path, export: Exportable, questions: Sequence[tuple[int, ...]]) -> Proof:
+        live = [live_logits(self.ship, export.live(), ids) for ids in questions]
+        bare = self.base.bare(questions)
+        exported = self.base.under(part, questions)
+        proof = Proof(largest_difference(exported, live), largest_difference(exported, bare))
+        if not (proof.from_live <= MAX_DIFFERENCE < proof.from_base):
+            raise UserError(
+                f"{self.ship.config.model.task_llm.base}: the exported adapter's logits differ from the live one's by "
+                f"{proof.from_live:.2e} (at most {MAX_DIFFERENCE:.0e}) and from the bare base's by {proof.from_base:.2e} "
+                "(more than that); nothing was written"
+            )
+        return proof
 
 
-def _largest_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
+def live_logits(ship: Ship, adapter: Adapter, ids: Sequence[int]) -> Tensor:
+    """(S, V) of the hypernetwork's own Task LLM, without the virtual tokens' places."""
+    virtual = adapter.virtual_tokens()
+    num_virtual = 0 if virtual is None else virtual.shape[1]
+    batch = TokenBatch.build([ids], None, ship.model.prompts.pad_id, num_virtual, ship.model.device)
+    lm = ship.model.task_llm.lm
+    out: Tensor = lm(inputs_embeds=embed(lm, batch, virtual), use_cache=False, ship_adapter=adapter).logits
+    return out[0, num_virtual:]

@@ -11,13 +11,15 @@ It is written as step-N.part, synced, hashed (the files are shared out over the 
 manifest before DeepSpeed opens a file, and goes back to the newest good checkpoint, saying so.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,12 +264,33 @@ def _parameter_names(path: Path) -> set[str]:
     return {name for group in shapes for name in group}
 
 
-def trainable_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Every trainable parameter whole, in fp32, from a checkpoint of any world size; raises UserError when it is damaged."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+class ShardedState(Mapping[str, torch.Tensor]):
+    """Trainable parameters by name, in fp32; each is put together from the ranks' mapped shards when it is asked for."""
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        whole: torch.Tensor = self._parts[name].contiguous()
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def trainable_state(folder: Path) -> ShardedState:
+    """From a checkpoint of any world size. Under ZeRO-3 no more than one parameter is ever in memory; ZeRO-1 and 2 cut
+    their one flat vector without regard to parameters, and DeepSpeed joins it. Raises UserError when it is damaged."""
+    from deepspeed.utils import zero_to_fp32
 
     reason = problem(folder)
     if reason is not None:
         raise UserError(f"{folder}: {reason}")
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=True)
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its notices and bars
+        parts = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+            str(folder), tag=STATE, exclude_frozen_parameters=True, lazy_mode=True
+        )
+    return ShardedState(parts)

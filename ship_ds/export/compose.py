@@ -1,0 +1,40 @@
+"""Several instructions in one adapter: the weighted sum of what they do to the weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ship_ds.bundle import Ship
+from ship_ds.errors import UserError
+from ship_ds.export.lora import Lora, add, compressed
+from ship_ds.export.peft_adapter import Exporter, LoraExport
+from ship_ds.export.proof import Proof
+from ship_ds.folder import new_folder
+from ship_ds.model.adapters import LoraAdapter
+
+
+@dataclass(frozen=True)
+class Composition:
+    """error: Frobenius norm of what compression lost over that of the exact sum; zero when exact."""
+
+    proof: Proof
+    rank: int
+    error: float
+
+
+@torch.no_grad()
+def compose(
+    ship: Ship, parts: Sequence[tuple[float, str]], folder: Path, probes: Sequence[str], rank: int | None = None
+) -> Composition:
+    """parts: (weight, instruction). rank: None for the exact sum, whose rank is the sum of the parts'. Raises UserError."""
+    adapter = ship.model.adapt(ship.model.encode([text for _, text in parts]))
+    if not isinstance(adapter, LoraAdapter):
+        raise UserError("compose: this run's hypernetwork makes soft prompts, whose sum means nothing; it needs kind=lora")
+    lora = add([(weight, Lora.of(adapter, task)) for task, (weight, _) in enumerate(parts)])
+    lora, error = (lora, 0.0) if rank is None else compressed(lora, rank)
+    made_from = " + ".join(f"{weight:g} x ({text})" for weight, text in parts)
+    with new_folder(folder) as part:
+        proof = Exporter(ship, probes).write(part, LoraExport(lora), made_from, None)
+    return Composition(proof, lora.rank, error)

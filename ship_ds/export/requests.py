@@ -1,0 +1,100 @@
+"""What is to be exported: one instruction, a file of them, or saved latents.
+
+A latent file is safetensors with `latent_TZ` and, in its metadata, the SHA-256 of the bundle it belongs to (a latent means
+nothing to another run) and one instruction for each z where there is one.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ship_ds.errors import UserError
+
+LATENT = "latent_TZ"
+
+
+@dataclass(frozen=True)
+class Request:
+    """latent_Z: None when it is to be encoded from the instruction; instruction: None when z alone is known."""
+
+    name: str
+    instruction: str | None
+    latent_Z: Tensor | None = None
+
+
+def read_instructions(path: Path) -> list[Request]:
+    """One a line, or JSON lines with `instruction` and perhaps `id`. Raises UserError with file and line."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected one instruction a line, or .jsonl with an instruction in each row")
+    lines = path.read_text().splitlines()
+    found = _read_rows(path, lines) if path.suffix == ".jsonl" else read_lines(lines)
+    if not found:
+        raise UserError(f"{path}: has no instructions; expected one a line")
+    _check_names(path, found)
+    return found
+
+
+def read_lines(lines: Iterable[str]) -> list[Request]:
+    """One instruction a line, named by its number and first words; empty lines are left out."""
+    return [_request(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _request(number: int, instruction: str, name: str | None = None) -> Request:
+    return Request(name or f"{number:05d}-{_slug(instruction)}", instruction)
+
+
+def _read_rows(path: Path, lines: Iterable[str]) -> list[Request]:
+    return [_request(n, *_read_row(f"{path}:{n}", line)) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read_row(place: str, line: str) -> tuple[str, str | None]:
+    try:
+        row = json.loads(line)
+        instruction, name = row["instruction"], row.get("id")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{place}: expected a JSON object with an "instruction"') from None
+    if not isinstance(instruction, str) or not instruction.strip() or not isinstance(name, str | None):
+        raise UserError(f"{place}: expected text in instruction (and in id, where it is given)")
+    if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
+        raise UserError(f"{place}: id {name!r} becomes a folder's name: use letters, digits, '.', '_' and '-'")
+    return instruction, name
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].rstrip("-") or "instruction"
+
+
+def _check_names(path: Path, requests: Iterable[Request]) -> None:
+    seen: set[str] = set()
+    for request in requests:
+        if request.name in seen:
+            raise UserError(f"{path}: id {request.name!r} is there twice; each becomes a folder of its own")
+        seen.add(request.name)
+
+
+def write_latents(path: Path, latent_TZ: Tensor, bundle: str, instructions: Sequence[str | None]) -> None:
+    save_file({LATENT: latent_TZ.cpu().contiguous()}, path, {"bundle": bundle, "instructions": json.dumps(list(instructions))})
+
+
+def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
+    """Raises UserError when the file is no latent file or of another run or size."""
+    try:
+        with safe_open(path, "pt") as file:
+            latent_TZ, metadata = file.get_tensor(LATENT), file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a latent file: {error}; expected safetensors with {LATENT}") from None
+    if metadata.get("bundle", bundle) != bundle:
+        raise UserError(f"{path}: was made with another run's weights ({metadata['bundle'][:12]}); use the run it came from")
+    if latent_TZ.ndim != 2 or latent_TZ.shape[1] != latent_size or not latent_TZ.isfinite().all():
+        raise UserError(f"{path}: {LATENT} is {tuple(latent_TZ.shape)}; expected finite numbers, rows of {latent_size}")
+    instructions = json.loads(metadata.get("instructions", "null")) or [None] * len(latent_TZ)
+    return [
+        Request(f"{t:05d}-{_slug(text or 'latent')}", text, latent_Z)
+        for t, (text, latent_Z) in enumerate(zip(instructions, latent_TZ, strict=True))
+    ]

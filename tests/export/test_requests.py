@@ -1,0 +1,56 @@
+"""Files of instructions and latents, and what is said about bad ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ship_ds.errors import UserError
+from ship_ds.export.requests import read_instructions, read_latents, write_latents
+
+
+def test_lines_are_named_by_number_and_words(tmp_path: Path) -> None:
+    (tmp_path / "i.txt").write_text("reverse the list\n\nKeep > 4!\n")
+    found = read_instructions(tmp_path / "i.txt")
+    assert [(r.name, r.instruction) for r in found] == [
+        ("00001-reverse-the-list", "reverse the list"), ("00003-keep-4", "Keep > 4!"),
+    ]
+
+
+def test_rows_may_name_themselves(tmp_path: Path) -> None:
+    (tmp_path / "i.jsonl").write_text('{"instruction": "a\\nb", "id": "x.1"}\n{"instruction": "c"}\n')
+    found = read_instructions(tmp_path / "i.jsonl")
+    assert [(r.name, r.instruction) for r in found] == [("x.1", "a\nb"), ("00002-c", "c")]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"instruction": "a"}\n{"text": "b"}\n', r"i\.jsonl:2: expected a JSON object"),
+    ("[1]\n", r"i\.jsonl:1: expected a JSON object"),
+    ('{"instruction": "a", "id": "../x"}\n', r"becomes a folder's name"),
+    ('{"instruction": "a", "id": "x"}\n{"instruction": "b", "id": "x"}\n', "'x' is there twice"),
+    ('{"instruction": 3}\n', "expected text"), ("\n", "has no instructions"),
+])
+def test_bad_rows_are_one_line_with_their_place(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "i.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_instructions(tmp_path / "i.jsonl")
+
+
+def test_latents_come_back_with_their_instructions(tmp_path: Path) -> None:
+    latent_TZ = torch.randn(2, 5)
+    write_latents(tmp_path / "z.safetensors", latent_TZ, "digest", ["reverse", None])
+    one, two = read_latents(tmp_path / "z.safetensors", "digest", 5)
+    assert one.instruction == "reverse" and one.latent_Z is not None and one.latent_Z.equal(latent_TZ[0])
+    assert two.instruction is None and two.name == "00001-latent"
+
+
+def test_latents_of_another_run_or_size_are_refused(tmp_path: Path) -> None:
+    write_latents(tmp_path / "z.safetensors", torch.full((1, 5), float("nan")), "digest", [None])
+    with pytest.raises(UserError, match="another run's weights"):
+        read_latents(tmp_path / "z.safetensors", "other", 5)
+    for size in (4, 5):
+        with pytest.raises(UserError, match=r"\(1, 5\); expected finite numbers"):
+            read_latents(tmp_path / "z.safetensors", "digest", size)
+    (tmp_path / "z.safetensors").write_text("nothing")
+    with pytest.raises(UserError, match="not a latent file"):
+        read_latents(tmp_path / "z.safetensors", "digest", 5)
