@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from ship_ds.config import Config
 from ship_ds.data.files import FilesConfig
 from ship_ds.loss import kl_to_prior, sum_cross_entropy
-from ship_ds.model.adapters import Adapter, AdaptedBlock, LoraAdapter, SoftPrompt
+from ship_ds.model.adapters import AdaptedBlock, Adapter, LoraAdapter, SoftPrompt
 from ship_ds.model.encoder import Posterior
 from ship_ds.planner.shapes import Shapes, hidden_size
 
+Lengths = tuple[int | None, int | None, int | None]
+"""Tokens of an instruction, an input and a target; None: the recipe's truncation limits."""
 _RULES = (10, 30, 12)
 """Tokens of an instruction, an input and a target in the generated world."""
 
@@ -37,8 +39,7 @@ class Workload:
     shown_examples: int
 
     @classmethod
-    def of(cls, config: Config, tasks: int, tokens: tuple[int | None, int | None, int | None] = (None, None, None)) -> "Workload":
-        """tokens: of an instruction, an input and a target; None: the recipe's truncation limit."""
+    def of(cls, config: Config, tasks: int, tokens: Lengths = (None, None, None)) -> "Workload":
         limits = _RULES
         if isinstance(config.data, FilesConfig):
             cuts = config.data.truncation

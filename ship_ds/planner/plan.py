@@ -12,17 +12,14 @@ import torch
 from ship_ds.config import Config, TaskLlmConfig, override_config
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import AdaptedBlock
-from ship_ds.planner.activations import Activations, Workload, count_activations
+from ship_ds.model.ship import SHARD_ABOVE_BYTES
+from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
 from ship_ds.planner.zero import Held, Traffic, Zero, held, traffic
 from ship_ds.runtime.engine import engine_dtype, read_deepspeed_config
 
 RESERVED = 2 * 10**9
 """Bytes of a GPU left to the CUDA context, NCCL and the allocator's fragments: an assumption, not a count."""
-SHARD_ABOVE_BYTES = 8e9
-"""As `model.task_llm.shard: auto` decides."""
-Lengths = tuple[int | None, int | None, int | None]
-"""Tokens of an instruction, an input and a target; None: the recipe's truncation limits."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,8 @@ def advise(plan: Plan, lengths: Lengths = (None, None, None)) -> list[Change]:
 
 def _candidates(plan: Plan) -> list[tuple[str, ...]]:
     """Each raises the cost of a step: recomputation, smaller micro-batches, more traffic, the host's memory."""
-    config, found = plan.config, []
+    config = plan.config
+    found: list[tuple[str, ...]] = []
     if not config.model.task_llm.checkpointing:
         found.append(("model.task_llm.checkpointing=true",))
     found += [

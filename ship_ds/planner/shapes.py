@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 from ship_ds.config import Config, EncoderConfig, LoraHypernetworkConfig, LoraTuning, ModelConfig, override_config
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import wrap_sites
-from ship_ds.model.backbone import add_static_lora, base_folder, freeze
+from ship_ds.model.backbone import add_static_lora, base_folder, freeze, quantised_weights
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder
 from ship_ds.model.hypernetwork import Hypernetwork, build_hypernetwork
@@ -107,9 +107,10 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
     """Raises UserError for what the real model would refuse too: a missing base or target, sizes that do not fit."""
     with torch.device("meta"):
         task_lm = freeze(meta_lm(config.task_llm.base, dtype))
-        nf4 = {"task LLM": nf4_weights(task_lm) if config.task_llm.quantisation == "nf4" else []}
+        nf4 = {"task LLM": quantised_weights(task_lm) if config.task_llm.quantisation == "nf4" else []}
         targets = config.hypernetwork.targets if isinstance(config.hypernetwork, LoraHypernetworkConfig) else ()
-        hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, wrap_sites(task_lm, targets), hidden_size(task_lm))
+        sites = wrap_sites(task_lm, targets)
+        hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, sites, hidden_size(task_lm))
         encoder_lm, nf4["encoder"] = _role_lm(config.encoder, dtype)
         encoder = Encoder(encoder_lm, hidden_size(encoder_lm), config.latent_size)
         encoder_lm.lm_head = nn.Identity()
@@ -118,9 +119,10 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
             decoder_lm, hidden_size(decoder_lm), config.latent_size, config.decoder.num_soft_tokens, config.decoder.fusion
         )
     parts: dict[str, nn.Module] = {"encoder": encoder, "decoder": decoder, "task LLM": task_lm}
-    marked = {id(weight): part for part, weights in nf4.items() for weight in weights}
+    marked = {id(weight) for weights in nf4.values() for weight in weights}
     paths = {
-        f"{part}.{path}" for part, module in parts.items() for path, parameter in module.named_parameters() if id(parameter) in marked
+        f"{part}.{path}" for part, module in parts.items()
+        for path, parameter in module.named_parameters() if id(parameter) in marked
     }
     for module in (*parts.values(), hypernetwork):
         module.to(dtype)
@@ -149,18 +151,12 @@ def meta_lm(base: str, dtype: torch.dtype) -> nn.Module:
     return AutoModelForCausalLM.from_config(base_config(base), dtype=dtype, attn_implementation=PLANNED)
 
 
-def nf4_weights(lm: Any) -> list[nn.Parameter]:
-    """What transformers quantises: every linear but the output layer."""
-    head = lm.get_output_embeddings()
-    return [module.weight for module in lm.modules() if isinstance(module, nn.Linear) and module is not head]
-
-
 def hidden_size(lm: Any) -> int:
     size: int = lm.get_input_embeddings().embedding_dim
     return size
 
 
-def _role_lm(config: EncoderConfig, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
+def _role_lm(config: EncoderConfig, dtype: torch.dtype) -> tuple[nn.Module, list[torch.Tensor]]:
     lm = meta_lm(config.base, dtype)
-    quantised = nf4_weights(lm) if config.quantisation == "nf4" else []
+    quantised = quantised_weights(lm) if config.quantisation == "nf4" else []
     return (add_static_lora(lm, config.tuning) if isinstance(config.tuning, LoraTuning) else lm), quantised

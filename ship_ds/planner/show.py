@@ -27,9 +27,10 @@ def verdict(plan: Plan, changes: list[Change]) -> str:
         return f"does not fit: {need} of {have}; fits with {overrides} ({size(changes[-1].plan.needed)})"
     last = changes[-1].plan if changes else plan
     largest = max(last.memory, key=lambda name: last.memory[name])
+    tried = f", nor with {overrides} ({size(last.needed)})" if overrides else ""
     return (
-        f"does not fit: {need} of {have}" + (f", nor with {overrides} ({size(last.needed)})" if overrides else "")
-        + f"; the largest term left is {largest} ({size(last.memory[largest])}): use more or larger GPUs, shorter texts or a smaller model"
+        f"does not fit: {need} of {have}{tried}; the largest term left is {largest} ({size(last.memory[largest])}): "
+        "use more or larger GPUs, shorter texts or a smaller model"
     )
 
 

@@ -157,13 +157,12 @@ def traffic(zero: Zero, engine: Sequence[Weight], micro_steps: int, recomputed: 
             "gradients, reduced": int(2 * ring * trained * reductions), "trained weights, gathered": int(ring * trained),
         })
     forward, backward = _gathers(zero, engine, recomputed)
-    persistent = sum(weight.stored_bytes(zero.dtype_bytes) for weight in engine if _is_persistent(zero, weight))
     over_nodes = forward if zero.hpz_ranks > 1 else forward + backward
     inside = int(backward * micro_steps * (zero.hpz_ranks - 1) / zero.hpz_ranks) if zero.hpz_ranks > 1 else 0
-    small = sum(weight.stored_bytes(zero.dtype_bytes) for weight in engine if weight.is_trained and _is_persistent(zero, weight))
-    assert small <= persistent
+    small = sum(weight.numel * zero.dtype_bytes for weight in engine if weight.is_trained and _is_persistent(zero, weight))
     return Traffic({
-        "weights, gathered": int(ring * (over_nodes * micro_steps + small)), "gradients, reduced": int(ring * trained * micro_steps),
+        "weights, gathered": int(ring * (over_nodes * micro_steps + small)),
+        "gradients, reduced": int(ring * trained * micro_steps),
     }, inside)
 
 
