@@ -2,8 +2,8 @@
 
     python tools/bench_load.py            # two gloo ranks, a random Llama of 1.5 GB in bf16; about five minutes on two cores
 
-Memory is RssAnon, sampled every two milliseconds, beyond what the process held before: pages of a memory-mapped file belong to
-the kernel's cache and are left out. Whatever way was taken, the gathered weights have the same hash.
+Memory is RssAnon, sampled every two milliseconds, beyond what the process held before: pages of a memory-mapped file
+belong to the kernel's cache and are left out. Whatever way was taken, the gathered weights have the same hash.
 """
 
 import argparse
@@ -107,8 +107,8 @@ def work(way: str, folder: Path, out: Path) -> None:
     with Peak() as peak:
         model = load(way, folder)
     mine = {
-        "peak_bytes": peak.grew, "held_bytes": anonymous_bytes() - peak.before, "seconds": round(time.perf_counter() - started, 1),
-        "sha256": digest(model),
+        "peak_bytes": peak.grew, "held_bytes": anonymous_bytes() - peak.before,
+        "seconds": round(time.perf_counter() - started, 1), "sha256": digest(model),
     }
     everyone = ranks.gather_objects(mine)
     if ranks.rank() == 0:

@@ -125,8 +125,12 @@ class _Count:
         latent_TZ, kept["encoder"] = self.kept_by(lambda: self.encode(work))
         adapter, kept["hypernetwork"] = self.kept_by(lambda: shapes.hypernetwork(latent_TZ))
         adapters = self.remember(_generated(adapter))
-        task_logits, kept["task LLM"] = self.answer(adapter, work)
+        (task_logits, blocks), kept["task LLM"] = self.kept_by(lambda: self.answer(adapter, work))
         text_logits, kept["decoder"] = self.kept_by(lambda: self.decode(latent_TZ, work))
+        if shapes.config.task_llm.checkpointing:
+            # The backward pass has freed the decoder's by the time that a block is recomputed.
+            inputs = len(blocks) * work.examples * work.answer_length(shapes) * hidden_size(shapes.task_lm) * self.dtype_bytes
+            kept["task LLM"] += inputs - sum(blocks) + max(0, max(blocks) - kept["decoder"])
         logits, heaviest = 0, 0
         for logits_KV in (task_logits, text_logits):
             labels_K = torch.zeros(len(logits_KV), dtype=torch.long)
@@ -150,20 +154,17 @@ class _Count:
         rest = self.embedded(decoder.lm, work.tasks, work.decoded_length(self.shapes) - decoder.num_soft_tokens)
         return self.logits(decoder.lm, torch.cat([soft_TPH.to(rest.dtype), rest], 1), work.instruction_tokens)
 
-    def answer(self, adapter: Adapter, work: Workload) -> tuple[Tensor, int]:
-        """Logits, and what the Task LLM keeps: with checkpointing its blocks' inputs and one block at a time."""
-        shapes, checkpointing = self.shapes, self.shapes.config.task_llm.checkpointing
+    def answer(self, adapter: Adapter, work: Workload) -> tuple[Tensor, list[int]]:
+        """Logits, and the bytes that each block keeps."""
+        shapes = self.shapes
         hidden_ESH = self.embedded(shapes.task_lm, work.examples, work.answer_length(shapes))
         virtual_TPH = adapter.virtual_tokens()
         if virtual_TPH is not None:
             rows_EPH = virtual_TPH.repeat_interleave(work.examples_per_task, 0).to(hidden_ESH.dtype)
             hidden_ESH = torch.cat([rows_EPH, hidden_ESH[:, rows_EPH.shape[1]:]], 1)
         blocks: list[int] = []
-        logits, total = self.kept_by(
-            lambda: self.logits(shapes.task_lm, hidden_ESH, work.target_tokens, ship_adapter=adapter, block_bytes=blocks)
-        )
-        inputs = len(blocks) * hidden_ESH.numel() * self.dtype_bytes
-        return logits, total - sum(blocks) + inputs + max(blocks) if checkpointing else total
+        logits = self.logits(shapes.task_lm, hidden_ESH, work.target_tokens, ship_adapter=adapter, block_bytes=blocks)
+        return logits, blocks
 
     def embedded(self, lm: Any, rows: int, length: int) -> Tensor:
         return torch.zeros(rows, length, hidden_size(lm), dtype=self.shapes.dtype)

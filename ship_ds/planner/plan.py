@@ -61,8 +61,18 @@ class Plan:
 def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None, None)) -> Plan:
     """Raises UserError for a recipe that could not start on these machines."""
     settings = read_deepspeed_config(config.training.deepspeed)
-    shapes = build_shapes(config.model, engine_dtype(config.training))
-    zero = Zero.read(settings, machines.num_ranks)
+    return plan_under(Zero.read(settings, machines.num_ranks), config, machines, lengths)
+
+
+def shapes_of(config: Config) -> Shapes:
+    """Where the Task LLM lies changes no shape, so that one set of shapes, kept, serves both."""
+    anywhere = config.model.task_llm.model_copy(update={"shard": "auto"})
+    return build_shapes(config.model.model_copy(update={"task_llm": anywhere}), engine_dtype(config.training))
+
+
+def plan_under(zero: Zero, config: Config, machines: Machines, lengths: Lengths = (None, None, None)) -> Plan:
+    """The same under other settings than those of training.deepspeed, of which the dtype alone is used."""
+    shapes = shapes_of(config)
     work = Workload.of(config, _tasks_per_micro_batch(config, machines), lengths)
     is_sharded = shards_task_llm(config.model.task_llm, shapes.weights("task LLM"), zero.dtype_bytes)
     inside = [part for part in shapes.parts if part != "task LLM" or is_sharded]

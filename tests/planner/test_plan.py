@@ -37,7 +37,9 @@ def test_public_shapes_have_their_published_number_of_parameters() -> None:
 def test_the_shapes_are_those_of_the_real_model(overrides: list[str]) -> None:
     config = load_config("quickstart-smoke", overrides).model
     shapes, model = build_shapes(config, torch.float32), ShipModel(config)
-    real = {"encoder": model.encoder, "hypernetwork": model.hypernetwork, "decoder": model.decoder, "task LLM": model.task_llm.lm}
+    real = {
+        "encoder": model.encoder, "hypernetwork": model.hypernetwork, "decoder": model.decoder, "task LLM": model.task_llm.lm,
+    }
     for part, module in real.items():
         expected = {
             name: (getattr(p, "quant_state", None) is not None, p.requires_grad) for name, p in module.named_parameters()
