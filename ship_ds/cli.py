@@ -110,6 +110,23 @@ def _data(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from ship_ds.config import load_config
+    from ship_ds.planner.plan import Machines, advise, make_plan
+    from ship_ds.planner.shapes import with_shapes
+    from ship_ds.planner.show import as_json, show
+
+    config = load_config(args.config, args.overrides)
+    if args.shapes is not None:
+        config = with_shapes(config, args.shapes)
+    machines = Machines(args.nodes, args.gpus, int(args.gpu_memory * 1e9))
+    lengths = (args.instruction_tokens, args.input_tokens, args.target_tokens)
+    plan = make_plan(config, machines, lengths)
+    changes = advise(plan, lengths)
+    print(json.dumps(as_json(plan, changes), indent=2) if args.json else show(plan, changes))
+    return 0
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from importlib import resources
 
@@ -126,6 +143,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
     print("\n".join(doctor.lines()))
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above zero")
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -170,6 +193,17 @@ def build_parser() -> argparse.ArgumentParser:
         data.add_argument(f"--max-{name}", type=int)
     data.add_argument("--min-examples-per-task", type=int, default=2)
     data.set_defaults(run_verb=_data)
+    plan = verbs.add_parser("plan", help="what a recipe needs of each GPU and sends in a step, from its shapes alone")
+    plan.add_argument("--config", required=True)
+    plan.add_argument("overrides", nargs="*", help="section.key=value")
+    plan.add_argument("--gpus", type=_positive, default=8, help="on each node")
+    plan.add_argument("--nodes", type=_positive, default=1)
+    plan.add_argument("--gpu-memory", type=float, default=80, help="GB of one GPU")
+    plan.add_argument("--shapes", help="a published model's shapes in place of the base: llama-2-7b, llama-3-70b, ...")
+    for name in ("instruction", "input", "target"):
+        plan.add_argument(f"--{name}-tokens", type=_positive, help="instead of the recipe's limit")
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(run_verb=_plan)
     verbs.add_parser("recipes", help="the shipped configs").set_defaults(run_verb=_recipes)
     verbs.add_parser("doctor", help="what of the stack is here").set_defaults(run_verb=_doctor)
     return parser

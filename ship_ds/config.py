@@ -231,6 +231,14 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     return parse_config(values, source)
 
 
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """The same config with overrides on top. Raises UserError."""
+    values = config.model_dump()
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, "overrides")
+
+
 def parse_config(values: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(values)

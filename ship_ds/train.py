@@ -34,7 +34,7 @@ from ship_ds.evaluation.metrics import score
 from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.ship import ShipBatch, ShipModel
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
-from ship_ds.runtime import checkpoint, ranks
+from ship_ds.runtime import checkpoint, ranks, shards
 from ship_ds.runtime import engine as engines
 
 _ACTIVE_NATS = 0.01
@@ -64,7 +64,7 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.splits = read_splits(config, say)
         self.data_fingerprint = hashlib.sha256(repr(self.splits).encode()).hexdigest()
-        model = ShipModel(config.model, engines.engine_dtype(config.training))
+        model = ShipModel(config.model, engines.engine_dtype(config.training), shard=shards.at_load(config.training))
         say("parameters: " + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items()))
         cache_tokens(config, model, self.splits)
         if config.run.init_from is not None:

@@ -1,5 +1,6 @@
 """Language models from a folder: the embedded tiny LM or the user's own, plain or in NF4; never looked up on a hub."""
 
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -7,11 +8,19 @@ from typing import Any, Literal
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ship_ds.config import LoraTuning
 from ship_ds.errors import UserError
 from ship_ds.model.attention import Choice, resolve, this_machine
+from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 
 Quantisation = Literal["nf4", "none"]
 _BLOCK = 64
@@ -31,27 +40,24 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 
 def load_lm(
-    base: str, quantisation: Quantisation, dtype: torch.dtype, attention: Choice = "auto", device: torch.device | None = None
+    base: str, quantisation: Quantisation, dtype: torch.dtype, attention: Choice = "auto", device: torch.device | None = None,
+    shard: Shard | None = None,
 ) -> nn.Module:
     """The causal LM in `dtype`; with "nf4" its linears in 4 bits with double quantisation (Dettmers et al. 2023).
 
-    device: where it will run (None: on CUDA if this machine has it); it decides the attention. Weights load on the CPU.
+    device: where it will run (None: on CUDA if this machine has it); it decides the attention. 16- and 32-bit weights load
+    on the CPU, 4-bit ones are made on the device. shard: see streaming.py; for 4-bit weights alone.
 
     The 4-bit storage stays uint8: DeepSpeed casts every floating-point parameter to the engine's dtype, which would
     destroy a floating-point storage of another width.
     """
-    extra: dict[str, Any] = {}
-    if quantisation == "nf4":
-        extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    device = device or this_machine()
-    settings = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
-    caps_scores = getattr(settings, "attn_logit_softcapping", None) is not None
-    model = AutoModelForCausalLM.from_pretrained(
-        base_folder(base), local_files_only=True, dtype=dtype,
-        attn_implementation=resolve(attention, device, caps_scores), **extra,
-    )
+    folder, device = base_folder(base), device or this_machine()
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kernel = resolve(attention, device, getattr(settings, "attn_logit_softcapping", None) is not None)
+    if quantisation == "none":
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype, attn_implementation=kernel)
+    else:
+        model = _load_nf4(folder, settings, dtype, kernel, device, shard)
     for path, module in model.named_modules():
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
@@ -63,6 +69,48 @@ def load_lm(
                 f"are a multiple of {_BLOCK}: set quantisation=none"
             )
     return model
+
+
+def _load_nf4(
+    folder: Path, settings: PreTrainedConfig, dtype: torch.dtype, kernel: str, device: torch.device, shard: Shard | None
+) -> Any:
+    """One matrix at a time where the files allow it, else through transformers, which holds the model whole."""
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    reason: str | None = "it is quantised already"
+    if getattr(settings, "quantization_config", None) is None:
+        model = empty_nf4_lm(settings, dtype, kernel, quantised)
+        reason = why_whole(folder, model)
+        if reason is None:
+            fill(model, folder, dtype, device, shard)
+            return model.eval()
+    if shard is not None:
+        warnings.warn(f"{folder}: every rank loads the model whole before it is sharded: {reason}", stacklevel=2)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, dtype=dtype, attn_implementation=kernel, quantization_config=quantised
+    )
+
+
+def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> int:
+    """Of the weights as they are held, by their shapes alone; without the scales of 4-bit ones."""
+    with torch.device("meta"):
+        settings = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    packed = {id(weight) for weight in quantised_weights(model)} if quantisation == "nf4" else set()
+    return sum((p.numel() + 1) // 2 if id(p) in packed else p.numel() * dtype.itemsize for p in model.parameters())
+
+
+def quantised_weights(model: Any) -> list[torch.Tensor]:
+    """What transformers quantises: every linear but the output layer."""
+    head = model.get_output_embeddings()
+    return [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def embedding_spread(model: Any) -> float:
+    """Standard deviation of the token embeddings; on the meta device, where they have none, that of a fresh model."""
+    weight: torch.Tensor = model.get_input_embeddings().weight
+    return float(model.config.initializer_range) if weight.is_meta else float(weight.detach().float().std())
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ship_ds.model.backbone import embedding_spread
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.causal_lm import greedy, label_logits
 from ship_ds.model.hypernetwork import check_reshape
@@ -25,7 +26,7 @@ class Decoder(nn.Module):
         self.lm = lm
         self.num_soft_tokens = num_soft_tokens
         # Soft tokens start as large as token embeddings: from near zero, each RMSNorm multiplies the gradient by a thousand.
-        spread = float(lm.get_input_embeddings().weight.detach().float().std())  # type: ignore[operator]
+        spread = embedding_spread(lm)
         self.from_latent: nn.Module
         if fusion == "reshape":
             check_reshape("model.decoder.num_soft_tokens", num_soft_tokens, latent_size, hidden_size)

@@ -19,11 +19,12 @@ from ship_ds.data.sampler import TaskDraw
 from ship_ds.loss import kl_to_prior, sum_cross_entropy
 from ship_ds.model.adapters import Adapter, wrap_sites
 from ship_ds.model.attention import PACKS, Choice, this_machine
-from ship_ds.model.backbone import add_static_lora, freeze, load_lm, load_tokenizer
+from ship_ds.model.backbone import add_static_lora, freeze, load_lm, load_tokenizer, stored_bytes
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder, Posterior, posterior_noise
 from ship_ds.model.hypernetwork import build_hypernetwork
+from ship_ds.model.streaming import Shard
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
 
@@ -53,25 +54,29 @@ class ShipModel(nn.Module):
     """All of SHIP. The Task LLM is a submodule only when it is to be sharded; a replicated one stays outside the engine."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
+        shard: Shard | None = None,
     ) -> None:
         """dtype: of the language models' weights. device: where it will run, None for CUDA where there is any; the weights
-        are on the CPU until `to` or the engine moves them."""
+        are on the CPU until `to` or the engine moves them. shard: for frozen 4-bit bases, while they load (streaming.py)."""
         super().__init__()
         self.config = config
         device = torch.device(device) if device is not None else this_machine()
         self.prompts = PromptFormat(load_tokenizer(config.task_llm.base))
         self.encoder_prompts = PromptFormat(load_tokenizer(config.encoder.base))
         self.decoder_prompts = PromptFormat(load_tokenizer(config.decoder.base))
-        task_lm = freeze(load_lm(config.task_llm.base, config.task_llm.quantisation, dtype, config.attention, device))
+        sharded = is_sharded(config.task_llm, dtype)
+        task_lm = freeze(load_lm(
+            config.task_llm.base, config.task_llm.quantisation, dtype, config.attention, device, shard if sharded else None
+        ))
         targets = config.hypernetwork.targets if isinstance(config.hypernetwork, LoraHypernetworkConfig) else ()
         sites = wrap_sites(task_lm, targets)
         task_llm = TaskLlm(task_lm, config.task_llm.checkpointing)
-        self._outside = [] if _is_sharded(config.task_llm, task_lm) else [task_llm]
+        self._outside = [] if sharded else [task_llm]
         if not self._outside:
             self.sharded_task_llm = task_llm
-        encoder_lm = _role_lm(config.encoder, dtype, config.attention, device)
-        decoder_lm = _role_lm(config.decoder, dtype, config.attention, device)
+        encoder_lm = _role_lm(config.encoder, dtype, config.attention, device, shard)
+        decoder_lm = _role_lm(config.decoder, dtype, config.attention, device, shard)
         self.encoder = Encoder(encoder_lm, _hidden_size(encoder_lm), config.latent_size)
         # The encoder reads hidden states; its output layer is never used and would be a dead trainable parameter.
         encoder_lm.lm_head = nn.Identity()
@@ -222,17 +227,20 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return total
 
 
-_SHARD_ABOVE_BYTES = 8e9
+SHARD_ABOVE_BYTES = 8e9
 
 
-def _is_sharded(config: TaskLlmConfig, lm: nn.Module) -> bool:
+def is_sharded(config: TaskLlmConfig, dtype: torch.dtype) -> bool:
+    """Decided by the shapes, before anything is loaded."""
     if config.shard == "auto":
-        return sum(parameter.numel() * parameter.element_size() for parameter in lm.parameters()) > _SHARD_ABOVE_BYTES
+        return stored_bytes(config.base, config.quantisation, dtype) > SHARD_ABOVE_BYTES
     return config.shard == "always"
 
 
-def _role_lm(config: EncoderConfig, dtype: torch.dtype, attention: Choice, device: torch.device) -> nn.Module:
-    lm = load_lm(config.base, config.quantisation, dtype, attention, device)
+def _role_lm(
+    config: EncoderConfig, dtype: torch.dtype, attention: Choice, device: torch.device, shard: Shard | None
+) -> nn.Module:
+    lm = load_lm(config.base, config.quantisation, dtype, attention, device, shard)
     return add_static_lora(lm, config.tuning) if isinstance(config.tuning, LoraTuning) else lm
 
 

@@ -58,6 +58,8 @@ def learning_rate(step: int, config: OptimiserConfig, num_steps: int) -> float:
 def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: TrainingConfig) -> Any:
     import deepspeed
 
+    from ship_ds.runtime import shards
+
     config = read_deepspeed_config(training.deepspeed)
     # On a CPU, torch's fused AdamW: one pass over the flat partition where the plain one makes a dozen.
     on_cpu = not torch.cuda.is_available()
@@ -76,6 +78,7 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
         },
         "steps_per_print": 10**9,
     }
+    shards.settle(model, engine_dtype(training))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
     return engine

@@ -1,0 +1,41 @@
+"""Attention on the meta device: the output's shape, and what a fused kernel keeps for its backward pass.
+
+SDPA on the meta device would take the unfused path and count a whole attention matrix.
+
+Letters: B rows, A attention heads, S length, D head size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+PLANNED = "ship_planned"
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps query, key, value, output and the row sums, as flash attention does (Dao et al. 2022)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, heads, length, size = query.shape
+        out = query.new_empty(rows, length, heads, size).transpose(1, 2)  # as the kernels lay it out: no copy follows
+        row_sums_BAS = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, row_sums_BAS)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise AssertionError("shapes have no backward pass")
+
+
+def planned_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' signature: query (B, A, S, D) -> (B, S, A, D)."""
+    return _Fused.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register(PLANNED, planned_attention)
+AttentionMaskInterface.register(PLANNED, lambda *args, **kwargs: None)

@@ -1,0 +1,59 @@
+"""Under ZeRO-3, a frozen base is sharded while it is loaded, and what DeepSpeed then no longer does for the rest is done.
+
+DeepSpeed takes a model with sharded parameters as one that was built under `zero.Init`: `initialize` shards the others, but
+neither casts nor moves them.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ship_ds.config import TrainingConfig
+from ship_ds.model.streaming import Shard
+from ship_ds.runtime import ranks
+from ship_ds.runtime.engine import read_deepspeed_config
+
+
+def at_load(training: TrainingConfig) -> Shard | None:
+    """Shards a module's own parameters over the ranks, in place; None unless training.deepspeed is ZeRO-3.
+
+    Every rank has to call it for the same modules in the same order: rank 0's weights are the ones that count.
+    """
+    import deepspeed
+
+    settings = read_deepspeed_config(training.deepspeed)
+    if settings["zero_optimization"]["stage"] < 3:
+        return None
+    first: list[Any] = []
+
+    def shard(module: nn.Module) -> None:
+        own = list(module.parameters(recurse=False))
+        if first:
+            first[0].convert_to_zero_parameters(param_list=own)
+        else:
+            deepspeed.zero.Init(module=_Own(own), config_dict_or_path=settings | {"train_micro_batch_size_per_gpu": 1})
+            first.append(own[0])
+
+    return shard
+
+
+class _Own(nn.Module):
+    """Parameters without their module's children."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.own = nn.ParameterList(parameters)
+
+
+def settle(model: nn.Module, dtype: torch.dtype) -> None:
+    """Where some parameters are sharded already: cast the others to the engine's dtype and move them and the buffers."""
+    parameters = list(model.parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return
+    device = ranks.device()
+    for parameter in parameters:
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(device, dtype if parameter.dtype.is_floating_point else parameter.dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)

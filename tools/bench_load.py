@@ -1,0 +1,159 @@
+"""Peak memory of a rank while a 4-bit base loads: transformers' way and one matrix at a time. Writes tools/results/load.json.
+
+    python tools/bench_load.py            # two gloo ranks, a random Llama of 1.5 GB in bf16; about five minutes on two cores
+
+Memory is RssAnon, sampled every two milliseconds, beyond what the process held before: pages of a memory-mapped file
+belong to the kernel's cache and are left out. Whatever way was taken, the gathered weights have the same hash.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "load.json"
+WAYS = ("transformers, then sharded", "one matrix at a time, sharded at once", "one matrix at a time, whole on each rank")
+
+
+def make_base(folder: Path, layers: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=32000,
+    )
+    LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(folder, max_shard_size="300MB")
+
+
+def anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status: no RssAnon; this runs on Linux alone")
+
+
+class Peak:
+    """The most that this process held inside a `with`, beyond what it held before."""
+
+    def __enter__(self) -> "Peak":
+        self.before = self.most = anonymous_bytes()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.ended.wait(0.002):
+            self.most = max(self.most, anonymous_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    @property
+    def grew(self) -> int:
+        return self.most - self.before
+
+
+def load(way: str, folder: Path) -> Any:
+    import deepspeed
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from ship_ds.config import TrainingConfig
+    from ship_ds.model.backbone import load_lm
+    from ship_ds.runtime import shards
+    from ship_ds.runtime.engine import read_deepspeed_config
+
+    if way == WAYS[1]:
+        return load_lm(str(folder), "nf4", torch.bfloat16, shard=shards.at_load(TrainingConfig(deepspeed="zero3_bf16")))
+    if way == WAYS[2]:
+        return load_lm(str(folder), "nf4", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        ),
+    )
+    settings = read_deepspeed_config("zero3_bf16") | {"train_micro_batch_size_per_gpu": 1}
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+    return model
+
+
+def digest(model: Any) -> str:
+    """Of every weight, gathered where it is sharded."""
+    import deepspeed
+
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            found.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def work(way: str, folder: Path, out: Path) -> None:
+    from ship_ds.runtime import ranks
+
+    ranks.start(1)
+    started = time.perf_counter()
+    with Peak() as peak:
+        model = load(way, folder)
+    mine = {
+        "peak_bytes": peak.grew, "held_bytes": anonymous_bytes() - peak.before,
+        "seconds": round(time.perf_counter() - started, 1), "sha256": digest(model),
+    }
+    everyone = ranks.gather_objects(mine)
+    if ranks.rank() == 0:
+        out.write_text(json.dumps(everyone))
+
+
+def measure(way: str, folder: Path, repeats: int) -> dict[str, Any]:
+    runs: list[dict[str, Any]] = []
+    for _ in range(repeats):
+        out = folder / "measured.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+        subprocess.run([*command, "--way", way, "--folder", str(folder), "--out", str(out)], check=True)
+        runs += json.loads(out.read_text())
+    assert len({run["sha256"] for run in runs}) == 1
+    return {
+        "peak_megabytes": [round(run["peak_bytes"] / 1e6) for run in runs],
+        "held_megabytes": [round(run["held_bytes"] / 1e6) for run in runs], "seconds": [run["seconds"] for run in runs],
+        "sha256": runs[0]["sha256"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=2)
+    for name in ("way", "folder", "out"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        return work(args.way, Path(args.folder), Path(args.out))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_base(folder, args.layers)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        found = {way: measure(way, folder, args.repeats) for way in WAYS}
+    assert len({row["sha256"] for row in found.values()}) == 1
+    RESULTS.parent.mkdir(exist_ok=True)
+    report = {
+        "command": f"python tools/bench_load.py --layers {args.layers} --repeats {args.repeats}",
+        "machine": f"{platform.machine()}, no GPU, two gloo ranks of one thread; torch {torch.__version__}",
+        "base_megabytes": round(size / 1e6), "ways": found,
+    }
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    print(RESULTS.read_text())
+
+
+if __name__ == "__main__":
+    main()
