@@ -29,14 +29,15 @@ from safetensors.torch import save_file
 
 from ship_ds.config import CheckpointConfig
 from ship_ds.errors import UserError
-from ship_ds.runtime import ranks
+from ship_ds.runtime import ranks, repartition
 
 STATE, PROGRESS, MANIFEST, LATEST = "state", "progress.json", "manifest.json", "latest"
 _FREE_TO_CHANGE = {
     "run.folder", "run.init_from", "training.max_minutes", "training.max_bad_steps", "training.deepspeed", "checkpoint",
-    "evaluation", "model.attention",
+    "evaluation", "model.attention", "training.accumulation", "training.threads", "training.hang_minutes",
+    "training.grace_seconds",
 }
-"""What a resumed run may set otherwise than the run that wrote the checkpoint (ZeRO's stage is checked by DeepSpeed)."""
+"""What a resumed run may set otherwise than the run that wrote the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Progress:
     config: dict[str, Any]
     data_fingerprint: str
     dev_score: float | None = None
+    owes_evaluation: bool = False
+    """The evaluation that is due at this step was cut short by a signal."""
     git_revision: str = field(default_factory=lambda: git_revision())
 
 
@@ -84,13 +87,21 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
             part.rename(folder)
             _point_latest(root, folder.name)
             _prune(root, config)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, RuntimeError) and not _is_write_error(error):
+            raise
         raise UserError(
-            f"{part}: {error.strerror or error}: the checkpoint of step {progress.step} was not written; "
-            "the ones before are intact. Make room and start the same command again"
+            f"{part}: {getattr(error, 'strerror', None) or 'cannot be written'}: the checkpoint of step {progress.step} was not "
+            "written; the ones before are intact. Make room and start the same command again"
         ) from None
     ranks.barrier()
     return folder
+
+
+def _is_write_error(error: RuntimeError) -> bool:
+    """torch.save reports a full disk as the RuntimeError of its zip writer, safetensors as one of its own with the errno."""
+    return any(text in str(error) for text in ("PytorchStreamWriter", "unexpected pos", "os error 28", "No space left"))
 
 
 def _save_generators(path: Path) -> None:
@@ -213,21 +224,29 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load(engine: Any, folder: Path, config: Mapping[str, Any], data_fingerprint: str) -> Progress:
-    """Put the engine and this rank's generators where `save` found them. Raises UserError when the run is another one."""
+def load(
+    engine: Any, folder: Path, config: Mapping[str, Any], data_fingerprint: str, say: Callable[[str], None]
+) -> Progress:
+    """Put the engine and this rank's generators where `save` found them. Raises UserError when the run is another one.
+
+    On another number of ranks or under another ZeRO stage the generators start anew: dropout differs, and nothing else does.
+    """
     progress = read_progress(folder)
     _check_same_run(folder, progress, config, data_fingerprint)
-    engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
-    _check_trainable_came_back(engine, folder)
-    _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
+    _check_same_parameters(engine, folder)
+    stage, num_ranks = repartition.layout(folder / STATE)
+    if (stage, num_ranks) == (engine.zero_optimization_stage(), ranks.world_size()):
+        engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
+        _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
+    else:
+        say(f"{folder}: written by {num_ranks} rank(s) under ZeRO-{stage}: shared out anew over {ranks.world_size()} "
+            f"under ZeRO-{engine.zero_optimization_stage()}; dropout differs from here on")
+        repartition.load(engine, folder / STATE)
+        torch.manual_seed(int(progress.config["run"]["seed"]) + progress.step * ranks.world_size() + ranks.rank())
     return progress
 
 
 def _check_same_run(folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str) -> None:
-    if progress.world_size != ranks.world_size():
-        raise UserError(
-            f"{folder}: was written by {progress.world_size} rank(s) and this run has {ranks.world_size()}: start as many"
-        )
     then, now = flat(progress.config), flat(config)
     for key in sorted(then.keys() | now.keys()):
         free = any(key == name or key.startswith(name + ".") for name in _FREE_TO_CHANGE)
@@ -247,7 +266,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_trainable_came_back(engine: Any, folder: Path) -> None:
+def _check_same_parameters(engine: Any, folder: Path) -> None:
     """DeepSpeed loads without strictness, since the frozen base is not saved; so the names are compared here."""
     saved = {name for path in sorted((folder / STATE).glob("*model_states.pt"))[:1] for name in _parameter_names(path)}
     own = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
@@ -264,10 +283,7 @@ def _parameter_names(path: Path) -> set[str]:
 
 def trainable_state(folder: Path) -> dict[str, torch.Tensor]:
     """Every trainable parameter whole, in fp32, from a checkpoint of any world size; raises UserError when it is damaged."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     reason = problem(folder)
     if reason is not None:
         raise UserError(f"{folder}: {reason}")
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=True)
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+    return {name: tensor.contiguous() for name, tensor in repartition.read(folder / STATE).weights.items()}
