@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ship_ds.config import CheckpointConfig
@@ -87,21 +87,29 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
             part.rename(folder)
             _point_latest(root, folder.name)
             _prune(root, config)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, RuntimeError) and not _is_write_error(error):
+        reason = _write_error(error)
+        if reason is None:
             raise
         raise UserError(
-            f"{part}: {getattr(error, 'strerror', None) or 'cannot be written'}: the checkpoint of step {progress.step} was not "
-            "written; the ones before are intact. Make room and start the same command again"
+            f"{part}: {reason}: the checkpoint of step {progress.step} was not written; "
+            "the ones before are intact. Make room and start the same command again"
         ) from None
     ranks.barrier()
     return folder
 
 
-def _is_write_error(error: RuntimeError) -> bool:
-    """torch.save reports a full disk as the RuntimeError of its zip writer, safetensors as one of its own with the errno."""
-    return any(text in str(error) for text in ("PytorchStreamWriter", "unexpected pos", "os error 28", "No space left"))
+def _write_error(error: Exception) -> str | None:
+    """Why a file could not be written, or None for any other error.
+
+    Of a full disk torch.save says that its zip writer is at an unexpected position; safetensors gives the system's words.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+        return "the disk is full or a file cannot be written"
+    return None
 
 
 def _save_generators(path: Path) -> None:
