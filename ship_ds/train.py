@@ -8,6 +8,7 @@ The same program runs the embedded default on two CPU cores and a 7B model on a 
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -35,7 +36,7 @@ from ship_ds.evaluation.metrics import score
 from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.ship import ShipBatch, ShipModel
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
-from ship_ds.runtime import checkpoint, compiled_ops, preflight, ranks, starts
+from ship_ds.runtime import checkpoint, preflight, ranks, starts
 from ship_ds.runtime import engine as engines
 from ship_ds.runtime.deepspeed_config import offloads_optimiser, read_deepspeed_config
 from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopRequest
@@ -66,9 +67,7 @@ class Trainer:
         preflight.check(config, os.environ)
         self.stop = stop or StopRequest(config.training.grace_seconds)
         self.watchdog = Watchdog(self.folder, config.training.hang_minutes)
-        ranks.start(
-            config.training.threads, compiled_ops.needed(offloads_optimiser(read_deepspeed_config(config.training.deepspeed)))
-        )
+        ranks.start(config.training.threads, offloads_optimiser(read_deepspeed_config(config.training.deepspeed)))
         self.parts = engines.parts_per_step(config.training)
         torch.manual_seed(config.run.seed)
         self.splits = read_splits(config, say)
@@ -336,6 +335,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trainer.close()
     except UserError as error:
         print(f"ship-ds: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("ship-ds: run.folder: its disk is full: make room and start the same command again", file=sys.stderr)
         return BAD_INPUT
     except Preempted:
         return PREEMPTED

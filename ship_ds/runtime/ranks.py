@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ _KNOWN_NOTICES = (
 _SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 
-def start(threads: int | None, ops: Sequence[str]) -> None:
-    """Compile DeepSpeed's `ops`, then join the process group; a process started by none of the launchers is a group of one.
+def start(threads: int | None, offloads_optimiser: bool = False) -> None:
+    """Compile DeepSpeed's ops, then join the process group; a process started by none of the launchers is a group of one.
 
     Tensors on the CPU travel by gloo, those on a GPU by NCCL.
     """
@@ -35,6 +35,7 @@ def start(threads: int | None, ops: Sequence[str]) -> None:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    ops = compiled_ops.needed(offloads_optimiser)
     compiled_ops.build(ops, lambda text: print(f"ship-ds: {text}", file=sys.stderr, flush=True))
     deepspeed.init_distributed(dist_backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 

@@ -4,6 +4,7 @@ Each rank's watching thread writes where its process stands to RUN/ranks/rank-N.
 can tell a rank that waits in a collective from one that is somewhere else, and both from one that is gone.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -71,8 +72,9 @@ class Watchdog:
         standing = Standing(self._step, *_whereabouts(), time.time())
         path = self.folder / f"rank-{ranks.rank()}.json"
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(standing)) + "\n")
-        part.replace(path)
+        with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with its own line, but not the watching
+            part.write_text(json.dumps(asdict(standing)) + "\n")
+            part.replace(path)
         return standing
 
     def _give_up(self, standing: Standing, limit: float) -> None:
