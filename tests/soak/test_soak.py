@@ -78,6 +78,11 @@ class Run:
             assert time.monotonic() < deadline, self.log.read_text()[-4000:]
             time.sleep(0.005)
 
+    def ask_one_rank_to_stop(self) -> None:
+        """USR1 to a rank, not to its launcher, which it would end."""
+        ranks = [n for n in _ranks_of(self.folder) if b"torch.distributed.run" not in Path(f"/proc/{n}/cmdline").read_bytes()]
+        os.kill(ranks[-1], signal.SIGUSR1)
+
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
         """SIGKILL for launcher and ranks, whose compilers it leaves to themselves, as a node's daemon would."""
         for number in (process.pid, *_ranks_of(self.folder)):
@@ -170,7 +175,7 @@ def test_one_two_four_one_ranks(
     for num_ranks, until in ((1, 10), (2, 20), (4, 30)):
         process = run.start(num_ranks)
         run.wait(process, lambda until=until: run.num_rows() >= until)  # type: ignore[misc]
-        os.kill(_ranks_of(run.folder)[-1], signal.SIGUSR1)
+        run.ask_one_rank_to_stop()
         process.wait(SECONDS_A_START)
     run.finish(num_ranks=1)
     starts = [json.loads(line) for line in (run.folder / "starts.jsonl").read_text().splitlines()]
