@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.build/torch_extensions
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test soak lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Twenty kills, a lost node and other numbers of ranks; the figures are in runs/soak.json.
+soak: setup
+	$(BIN)/python -m pytest -m soak -s tests/soak
 
 clean:
 	rm -rf $(VENV) .build

@@ -168,6 +168,11 @@ class TrainingConfig(Section):
     """A file of ds_configs/ (without .json) or a path."""
     threads: int | None = None
     """CPU threads a rank; None: torch's own choice."""
+    hang_minutes: PositiveFloat | None = 30
+    """Without a step for so long, a rank dumps its stacks and ends the run with code 76; an evaluation or a checkpoint has to
+    take less. None: never."""
+    grace_seconds: PositiveFloat = 270
+    """From USR1 or TERM to the forced exit (code 77) when no step boundary comes; below the seconds of `#SBATCH --signal`."""
 
 
 class CheckpointConfig(Section):
@@ -186,6 +191,8 @@ class EvaluationConfig(Section):
     """Seen rules, and dev rules, looked at while training."""
     num_final_tasks: PositiveInt = 1_000_000
     """Seen rules in the final report; all unseen ones are always used."""
+    ends_with_report: bool = True
+    """False: the run ends with its bundle."""
     examples_per_task: PositiveInt = 5
     max_new_tokens: PositiveInt = 20
     max_instruction_tokens: PositiveInt = 40

@@ -8,9 +8,11 @@ The same program runs the embedded default on two CPU cores and a 7B model on a 
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,8 +36,11 @@ from ship_ds.evaluation.metrics import score
 from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.ship import ShipBatch, ShipModel
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
-from ship_ds.runtime import checkpoint, ranks, shards
+from ship_ds.runtime import checkpoint, preflight, ranks, shards, starts
 from ship_ds.runtime import engine as engines
+from ship_ds.runtime.deepspeed_config import offloads_optimiser, read_deepspeed_config
+from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopRequest
+from ship_ds.runtime.watchdog import Watchdog
 
 _ACTIVE_NATS = 0.01
 """A latent unit is active when its KL, averaged over a step's tasks, is above this (Burda et al. 2016, section 4.3)."""
@@ -56,10 +61,13 @@ class StepLosses:
 class Trainer:
     """setup -> train -> close, the same on every rank; rank 0 alone writes."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
         self.config = config
         self.folder = Path(config.run.folder)
-        ranks.start(config.training.threads)
+        preflight.check(config, os.environ)
+        self.stop = stop or StopRequest(config.training.grace_seconds)
+        self.watchdog = Watchdog(self.folder, config.training.hang_minutes)
+        ranks.start(config.training.threads, offloads_optimiser(read_deepspeed_config(config.training.deepspeed)))
         self.parts = engines.parts_per_step(config.training)
         torch.manual_seed(config.run.seed)
         self.splits = read_splits(config, say)
@@ -81,6 +89,8 @@ class Trainer:
         self.step = 0
         self.num_bad_steps = 0
         self.dev_score: tuple[int, float] | None = None
+        self.owes_evaluation = False
+        self.saved: checkpoint.Progress | None = None
         self.resume()
         self.monitor = self.open_monitor() if ranks.rank() == 0 else None
 
@@ -89,6 +99,7 @@ class Trainer:
         (self.folder / "config.json").write_text(json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n")
         parts = {part: [task.id for task in getattr(self.splits, part)] for part in ("seen", "dev", "unseen")}
         (self.folder / "splits.json").write_text(json.dumps(parts, indent=1) + "\n")
+        starts.record(self.folder, self.step)
         return Monitor(self.folder, self.num_steps, self.step)
 
     def resume(self) -> None:
@@ -96,19 +107,33 @@ class Trainer:
         good = checkpoint.newest_good(self.folder / "checkpoints", say)
         if good is None:
             return
-        progress = checkpoint.load(self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint)
-        self.step, self.num_bad_steps = progress.step, progress.num_bad_steps
+        progress = checkpoint.load(self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint, say)
+        self.step, self.num_bad_steps, self.owes_evaluation = progress.step, progress.num_bad_steps, progress.owes_evaluation
         self.watch.seconds, self.watch.tokens = progress.seconds, progress.tokens
         say(f"resumed from {good}, after step {progress.step}")
 
     def train(self) -> None:
+        """To the last step. Raises Preempted on every rank, everything saved, when any of them was asked to stop."""
         evaluate_every, save_every = self.config.evaluation.every_steps, self.config.checkpoint.every_steps
-        while self.step < self.num_steps and not self.out_of_time():
-            self.take_step()
-            if evaluate_every and self.step % evaluate_every == 0:
+        self.watchdog.start()
+        try:
+            if self.owes_evaluation:
                 self.look()
-            if save_every and self.step % save_every == 0:
+            while self.step < self.num_steps and not self.out_of_time():
+                self.stop.raise_if_asked()
+                self.take_step()
+                self.owes_evaluation = is_due(self.step, evaluate_every)
+                if self.owes_evaluation:
+                    self.look()
+                if is_due(self.step, save_every):
+                    self.save()
+        except Preempted:
+            if self.step:
                 self.save()
+            say(f"asked to stop: saved after step {self.step}")
+            raise
+        finally:
+            self.watchdog.stop()
 
     def take_step(self) -> None:
         self.watch.start()
@@ -118,6 +143,7 @@ class Trainer:
         skipped = engines.take_step(self.engine)
         self.log(losses, lr)
         self.step += 1
+        self.watchdog.beat(self.step)
         self.count_bad_steps(skipped)
 
     def next_batches(self) -> list[ShipBatch]:
@@ -186,11 +212,15 @@ class Trainer:
             self.monitor.kl_per_dimension(self.step, losses.kl_Z)
 
     def look(self) -> None:
-        """Deduction on a few seen and dev rules, and a few reconstructions; every rank takes part and calls as often."""
+        """Deduction on a few seen and dev rules, and a few reconstructions; every rank takes part and calls as often.
+
+        Raises Preempted between its parts; the step then still owes its evaluation.
+        """
         config = self.config.evaluation
         self.model.eval()
         scalars = {}
         for part, tasks in (("seen", self.splits.seen), ("dev", self.splits.dev)):
+            self.stop.raise_if_asked()
             few = tasks[:: max(1, len(tasks) // config.num_tasks)][: config.num_tasks]
             rows = deduction(self.model, few, [t.task.instruction for t in few], config.examples_per_task, config.max_new_tokens)
             scalars[f"deduction/{part}"] = score(rows).value
@@ -199,17 +229,21 @@ class Trainer:
                        lambda true, text: pairs.append((true, text)))
         self.model.train()
         self.dev_score = (self.step, scalars["deduction/dev"])
+        self.owes_evaluation = False
         if self.monitor is not None:
             self.monitor.evaluation(self.step, scalars)
             self.monitor.texts(self.step, pairs)
 
     def save(self) -> None:
+        """A checkpoint of this step, unless it is there already."""
         score_here = self.dev_score[1] if self.dev_score is not None and self.dev_score[0] == self.step else None
         progress = checkpoint.Progress(
             self.step, self.watch.seconds, self.watch.tokens, self.num_bad_steps, ranks.world_size(),
-            self.config.model_dump(mode="json"), self.data_fingerprint, score_here,
+            self.config.model_dump(mode="json"), self.data_fingerprint, score_here, self.owes_evaluation,
         )
-        checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
+        if progress != self.saved:
+            checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
+            self.saved = progress
 
     def out_of_time(self) -> bool:
         limit = self.config.training.max_minutes
@@ -219,12 +253,17 @@ class Trainer:
     def close(self) -> None:
         """Bundle, then the report from the bundle: what is measured is what a user opens."""
         self.save()
+        self.stop.leave_at_once()
         state = engines.gathered_state(self.engine)
         if ranks.rank() == 0:
             write_bundle(self.folder / "bundle", state, self.config, self.model.prompts.describe())
         if self.monitor is not None:
             self.monitor.close()
         ranks.barrier()
+        if self.config.evaluation.ends_with_report:
+            self.report()
+
+    def report(self) -> None:
         report = reports.evaluate(Ship.from_run(self.folder, ranks.device()).model, self.splits, self.config.evaluation)
         report |= {
             "train_seconds": round(self.watch.seconds, 1),
@@ -241,6 +280,10 @@ def say(text: str) -> None:
     """One line from rank 0."""
     if ranks.rank() == 0:
         print(f"ship-ds: {text}", file=sys.stderr, flush=True)
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def num_steps(training: TrainingConfig, splits: Splits) -> int:
@@ -285,12 +328,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     args = parser.parse_intermixed_args(arguments)
     try:
-        trainer = Trainer(load_config(args.config, args.overrides))
-        trainer.train()
-        trainer.close()
+        config = load_config(args.config, args.overrides)
+        with StopRequest(config.training.grace_seconds) as stop:
+            trainer = Trainer(config, stop)
+            trainer.train()
+            trainer.close()
     except UserError as error:
         print(f"ship-ds: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("ship-ds: run.folder: its disk is full: make room and start the same command again", file=sys.stderr)
+        return BAD_INPUT
+    except Preempted:
+        return PREEMPTED
     return 0
 
 

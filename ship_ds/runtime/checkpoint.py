@@ -26,19 +26,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ship_ds.config import CheckpointConfig
 from ship_ds.errors import UserError
-from ship_ds.runtime import ranks
+from ship_ds.runtime import ranks, repartition
 
 STATE, PROGRESS, MANIFEST, LATEST = "state", "progress.json", "manifest.json", "latest"
 _FREE_TO_CHANGE = {
     "run.folder", "run.init_from", "training.max_minutes", "training.max_bad_steps", "training.deepspeed", "checkpoint",
-    "evaluation", "model.attention",
+    "evaluation", "model.attention", "training.accumulation", "training.threads", "training.hang_minutes",
+    "training.grace_seconds",
 }
-"""What a resumed run may set otherwise than the run that wrote the checkpoint (ZeRO's stage is checked by DeepSpeed)."""
+"""What a resumed run may set otherwise than the run that wrote the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Progress:
     config: dict[str, Any]
     data_fingerprint: str
     dev_score: float | None = None
+    owes_evaluation: bool = False
+    """The evaluation that is due at this step was cut short by a signal."""
     git_revision: str = field(default_factory=lambda: git_revision())
 
 
@@ -86,13 +89,29 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
             part.rename(folder)
             _point_latest(root, folder.name)
             _prune(root, config)
-    except OSError as error:
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        reason = _write_error(error)
+        if reason is None:
+            raise
         raise UserError(
-            f"{part}: {error.strerror or error}: the checkpoint of step {progress.step} was not written; "
+            f"{part}: {reason}: the checkpoint of step {progress.step} was not written; "
             "the ones before are intact. Make room and start the same command again"
         ) from None
     ranks.barrier()
     return folder
+
+
+def _write_error(error: Exception) -> str | None:
+    """Why a file could not be written, or None for any other error.
+
+    Of a full disk torch.save says that its zip writer is at an unexpected position; safetensors gives the system's words.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+        return "the disk is full or a file cannot be written"
+    return None
 
 
 def _save_generators(path: Path) -> None:
@@ -215,21 +234,29 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load(engine: Any, folder: Path, config: Mapping[str, Any], data_fingerprint: str) -> Progress:
-    """Put the engine and this rank's generators where `save` found them. Raises UserError when the run is another one."""
+def load(
+    engine: Any, folder: Path, config: Mapping[str, Any], data_fingerprint: str, say: Callable[[str], None]
+) -> Progress:
+    """Put the engine and this rank's generators where `save` found them. Raises UserError when the run is another one.
+
+    On another number of ranks or under another ZeRO stage the generators start anew: dropout differs, and nothing else does.
+    """
     progress = read_progress(folder)
     _check_same_run(folder, progress, config, data_fingerprint)
-    engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
-    _check_trainable_came_back(engine, folder)
-    _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
+    _check_same_parameters(engine, folder)
+    stage, num_ranks = repartition.layout(folder / STATE)
+    if (stage, num_ranks) == (engine.zero_optimization_stage(), ranks.world_size()):
+        engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
+        _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
+    else:
+        say(f"{folder}: written by {num_ranks} rank(s) under ZeRO-{stage}: shared out anew over {ranks.world_size()} "
+            f"under ZeRO-{engine.zero_optimization_stage()}; dropout differs from here on")
+        repartition.load(engine, folder / STATE)
+        torch.manual_seed(int(progress.config["run"]["seed"]) + progress.step * ranks.world_size() + ranks.rank())
     return progress
 
 
 def _check_same_run(folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str) -> None:
-    if progress.world_size != ranks.world_size():
-        raise UserError(
-            f"{folder}: was written by {progress.world_size} rank(s) and this run has {ranks.world_size()}: start as many"
-        )
     then, now = flat(progress.config), flat(config)
     for key in sorted(then.keys() | now.keys()):
         free = any(key == name or key.startswith(name + ".") for name in _FREE_TO_CHANGE)
@@ -249,7 +276,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_trainable_came_back(engine: Any, folder: Path) -> None:
+def _check_same_parameters(engine: Any, folder: Path) -> None:
     """DeepSpeed loads without strictness, since the frozen base is not saved; so the names are compared here."""
     saved = {name for path in sorted((folder / STATE).glob("*model_states.pt"))[:1] for name in _parameter_names(path)}
     own = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}

@@ -1,34 +1,15 @@
 """The DeepSpeed engine: every number of the run's config enters its dict here, and nowhere else."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ship_ds.config import OptimiserConfig, TrainingConfig
-from ship_ds.errors import UserError
 from ship_ds.runtime import ranks
-
-_CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
-_OWNED_BY_RUN = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "scheduler", "optimizer",
-}
-
-
-def read_deepspeed_config(name: str) -> dict[str, Any]:
-    """A file of ds_configs/ by name, or any path. Raises UserError when it is neither or holds what the run's config owns."""
-    path = Path(name) if name.endswith(".json") else _CONFIG_FOLDER / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in _CONFIG_FOLDER.glob("*.json")))
-        raise UserError(f"training.deepspeed: {name}: no such file; ds_configs/ has {known}")
-    config: dict[str, Any] = json.loads(path.read_text())
-    for key in sorted(_OWNED_BY_RUN & config.keys()):
-        raise UserError(f"{path}: {key}: comes from the run's config (training and optimiser); remove it here")
-    return config
+from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+from ship_ds.runtime.preflight import check_division
 
 
 def engine_dtype(training: TrainingConfig) -> torch.dtype:
@@ -38,13 +19,8 @@ def engine_dtype(training: TrainingConfig) -> torch.dtype:
 
 def parts_per_step(training: TrainingConfig) -> int:
     """Micro-batches of a global step over all ranks; raises UserError when they do not divide its tasks."""
-    parts = ranks.world_size() * training.accumulation
-    if training.tasks_per_step % parts:
-        raise UserError(
-            f"training.tasks_per_step ({training.tasks_per_step}) must be a multiple of ranks x training.accumulation "
-            f"({ranks.world_size()} x {training.accumulation}): change one of them"
-        )
-    return parts
+    check_division(training.tasks_per_step, ranks.world_size(), training.accumulation)
+    return ranks.world_size() * training.accumulation
 
 
 def learning_rate(step: int, config: OptimiserConfig, num_steps: int) -> float:

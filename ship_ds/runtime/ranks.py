@@ -3,6 +3,7 @@
 import logging
 import os
 import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ship_ds.runtime import compiled_ops
+
 _KNOWN_NOTICES = (
     "Setting accelerator to CPU",
     "A module has unknown inputs or outputs type",  # an adapter leaves the hypernetwork; its linears have hooks of their own
@@ -18,8 +21,11 @@ _KNOWN_NOTICES = (
 _SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 
-def start(threads: int | None) -> None:
-    """Join the process group; a process started by none of the launchers is a group of one."""
+def start(threads: int | None, offloads_optimiser: bool = False) -> None:
+    """Compile DeepSpeed's ops, then join the process group; a process started by none of the launchers is a group of one.
+
+    Tensors on the CPU travel by gloo, those on a GPU by NCCL.
+    """
     _hush()
     import deepspeed
 
@@ -29,7 +35,9 @@ def start(threads: int | None) -> None:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    ops = compiled_ops.needed(offloads_optimiser)
+    compiled_ops.build(ops, lambda text: print(f"ship-ds: {text}", file=sys.stderr, flush=True))
+    deepspeed.init_distributed(dist_backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
 def _hush() -> None:
@@ -49,7 +57,7 @@ def device() -> torch.device:
 def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str] | None:
     """What torch wants to know, from the variables that `srun` sets for every task; None outside `srun`.
 
-    The port follows the job id, so that two jobs on a node do not meet.
+    The port follows the job id, so that two jobs on a node do not meet; MASTER_ADDR and MASTER_PORT can be set beforehand.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
         return None
@@ -58,8 +66,8 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str] | None:
     ).stdout.split()
     return {
         "RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"], "MASTER_ADDR": hosts[0],
-        "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"], "MASTER_ADDR": environment.get("MASTER_ADDR", hosts[0]),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)),
     }
 
 

@@ -1,6 +1,8 @@
 """What two real gloo ranks under DeepSpeed do; one pair of processes measures it all (worker.py)."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +11,10 @@ from tests.conftest import start
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(one_rank_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
-    done = start(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.runtime.worker", str(folder)],
-        timeout=400,
-    )
+    worker = ["-m", "tests.runtime.worker", str(folder), str(one_rank_run)]
+    done = start(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker], timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     (folder / "stderr").write_text(done.stderr)
     return {**json.loads((folder / "found.json").read_text()), "folder": folder}
@@ -42,3 +42,29 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(found: dict[str
     rows = [json.loads(line) for line in (found["folder"] / f"bad_step_{stage}" / "bad_steps.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and {row["step"] for row in rows} == {2}
     assert all(row["wording"] and row["answered"] for row in rows)
+
+
+@pytest.mark.parametrize("stage", ["zero3_shard_all", "zero2", "zero1"])
+def test_another_zero_stage_goes_on_with_the_same_losses(found: dict[str, Any], stage: str) -> None:
+    for rank in found["another_layout"]:
+        assert rank[stage] == pytest.approx(rank["zero3"], rel=1e-6)
+
+
+def test_one_rank_goes_on_as_two(found: dict[str, Any], one_rank_run: Path, rows: Callable[[Path], list[dict[str, Any]]]) -> None:
+    whole = [row["loss/total"] for row in rows(one_rank_run)[16:]]
+    for rank in found["one_rank_goes_on_as_two"]:
+        assert rank["step"] == 16 and rank["losses"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_an_evaluation_cut_short_is_made_up_for(found: dict[str, Any]) -> None:
+    for rank in found["evaluation_is_cut_short"]:
+        assert rank == {"preempted_at": 2, "owed": True, "step": 4}
+    folder = found["folder"] / "evaluation_is_cut_short"
+    assert [json.loads(line)["step"] for line in (folder / "evaluations.jsonl").read_text().splitlines()] == [2, 4]
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("cpu", 1e-6), ("zero3_hpz", 2e-2), ("zero3_offload_cpu", 2e-2)])
+def test_a_config_trains_two_steps(found: dict[str, Any], name: str, tolerance: float) -> None:
+    """Beside fp32 ZeRO-3; the other two are in bf16. zero1, zero2, zero3, zero3_bf16 and zero3_shard_all train above."""
+    for rank, reference in zip(found[f"two_steps_{name}"], found["another_layout"], strict=True):
+        assert rank["losses"] == pytest.approx(reference["first"], rel=tolerance)

@@ -1,10 +1,13 @@
 """Started once by torchrun with two ranks; runs every check that needs them and writes what it measured as JSON.
 
-    torchrun --nproc-per-node 2 -m tests.runtime.worker FOLDER
+    torchrun --nproc-per-node 2 -m tests.runtime.worker FOLDER ONE_RANK_RUN
 """
 
 import hashlib
 import json
+import os
+import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +17,14 @@ import deepspeed
 import torch
 
 from ship_ds.config import load_config
+from ship_ds.model.adapters import Adapter
 from ship_ds.model.ship import ShipBatch
-from ship_ds.runtime import ranks
+from ship_ds.runtime import checkpoint, ranks
+from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+from ship_ds.runtime.stopping import Preempted, StopRequest
 from ship_ds.train import Trainer
 
+FOUR_STEPS = ["training.steps=4", "optimiser.warmup_steps=0"]
 SHARDED = ["training.deepspeed=zero3_shard_all", "model.task_llm.shard=always"]
 
 
@@ -92,9 +99,88 @@ def whole(made: Trainer) -> torch.Tensor:
         return parameter.detach().clone()
 
 
+def another_layout(folder: Path) -> dict[str, Any]:
+    """Losses of steps 2 and 3 in the engine that took steps 0 and 1, and after a resume under other ZeRO stages."""
+    made = trainer(folder / "zero3", *FOUR_STEPS)
+    first = [losses(made) for _ in range(2)]
+    made.save()
+    found: dict[str, Any] = {"first": first, "zero3": [losses(made) for _ in range(2)]}
+    for stage in ("zero3_shard_all", "zero2", "zero1"):
+        if ranks.rank() == 0:
+            shutil.copytree(folder / "zero3" / "checkpoints", folder / stage / "checkpoints")
+        ranks.barrier()
+        other = trainer(folder / stage, f"training.deepspeed={stage}", *FOUR_STEPS)
+        assert other.step == 2
+        found[stage] = [losses(other) for _ in range(2)]
+    return found
+
+
+def losses(made: Trainer) -> float:
+    """The total loss of the next step, which is taken."""
+    logged: list[float] = []
+    log = made.log
+    made.log = lambda found, lr: logged.append(found.total)  # type: ignore[method-assign]
+    made.take_step()
+    made.log = log  # type: ignore[method-assign]
+    return logged[0]
+
+
+def one_rank_goes_on_as_two(folder: Path) -> dict[str, Any]:
+    """The last four steps of the finished one-rank run, from its checkpoint before them."""
+    if ranks.rank() == 0:
+        shutil.copytree(ONE_RANK_RUN / "checkpoints" / "step-00000016", folder / "checkpoints" / "step-00000016")
+    ranks.barrier()
+    made = trainer(folder)
+    return {"step": made.step, "losses": [losses(made) for _ in range(4)]}
+
+
+def evaluation_is_cut_short(folder: Path) -> dict[str, Any]:
+    """Rank 1 alone is asked to stop while all of them evaluate at step 2; then a fresh start goes on to the end."""
+    config = load_config("quickstart-smoke", [
+        f"run.folder={folder}", "training.steps=4", "evaluation.every_steps=2", "evaluation.ends_with_report=false",
+    ])
+    with StopRequest(grace_seconds=300) as stop:
+        made = Trainer(config, stop)
+        adapt = made.model.adapt
+
+        def adapt_and_be_asked(latent_TZ: torch.Tensor) -> Adapter:
+            if ranks.rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return adapt(latent_TZ)
+
+        made.model.adapt = adapt_and_be_asked  # type: ignore[method-assign]
+        try:
+            made.train()
+            preempted_at = None
+        except Preempted:
+            preempted_at = made.step
+    progress = checkpoint.read_progress(folder / "checkpoints" / "step-00000002")
+    again = Trainer(config)
+    again.train()
+    return {"preempted_at": preempted_at, "owed": progress.owes_evaluation, "step": again.step}
+
+
+def two_steps(name: str) -> Callable[[Path], dict[str, Any]]:
+    def check(folder: Path) -> dict[str, Any]:
+        config = read_deepspeed_config(name)
+        if "zero_hpz_partition_size" in config["zero_optimization"]:
+            config["zero_optimization"]["zero_hpz_partition_size"] = ranks.world_size()
+        folder.mkdir(exist_ok=True)
+        path = folder / f"rank-{ranks.rank()}.json"
+        path.write_text(json.dumps(config))
+        made = trainer(folder / "run", f"training.deepspeed={path}", *FOUR_STEPS)
+        return {"losses": [losses(made) for _ in range(2)]}
+
+    return check
+
+
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_rank_holds_half": each_rank_holds_half,
     "base_is_untouched": base_is_untouched,
+    "another_layout": another_layout,
+    "one_rank_goes_on_as_two": one_rank_goes_on_as_two,
+    "evaluation_is_cut_short": evaluation_is_cut_short,
+    **{f"two_steps_{name}": two_steps(name) for name in ("cpu", "zero3_hpz", "zero3_offload_cpu")},
     **{f"bad_step_{stage}": bad_step_is_skipped_everywhere(stage) for stage in ("zero1", "zero2", "zero3", "zero3_bf16")},
 }
 
@@ -108,4 +194,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    ONE_RANK_RUN = Path(sys.argv[2])
     main(Path(sys.argv[1]))

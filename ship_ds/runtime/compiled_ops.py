@@ -1,0 +1,47 @@
+"""DeepSpeed compiles its C++ ops at the first start; this makes that safe against being killed in the middle.
+
+PyTorch guards such a build with a file called `lock`, which a killed process leaves behind, and every later start then
+waits for it without a word. Here each process builds under an advisory lock of the kernel's, which dies with its holder: who
+holds it knows that a `lock` file found in the op's folder is nobody's.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+DEFAULT_FOLDER = Path.home() / ".cache" / "ship_ds" / "torch_extensions"
+"""Of this project's own, since only its processes keep to the lock."""
+
+
+def needed(offloads_optimiser: bool) -> list[str]:
+    """DeepSpeed's builders that a run will ask for; on the CPU the optimiser is torch's own."""
+    if not torch.cuda.is_available():
+        return ["ShareMemCommBuilder"]
+    return ["CPUAdamBuilder" if offloads_optimiser else "FusedAdamBuilder"]
+
+
+def build(names: Sequence[str], say: Callable[[str], None]) -> None:
+    """Compile and load the ops, one process at a time; the later ones find them done."""
+    from deepspeed.accelerator import get_accelerator
+
+    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(DEFAULT_FOLDER)))
+    root.mkdir(parents=True, exist_ok=True)
+    with _alone(root / "ship_ds.lock"):
+        for stale in root.glob("*/lock"):
+            say(f"{stale}: left behind by a process that was killed while it compiled; removed")
+            stale.unlink()
+        for name in names:
+            builder = get_accelerator().create_op_builder(name)
+            if builder is not None and builder.is_compatible():
+                builder.load(verbose=False)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,32 @@
+"""The files of ds_configs/: ZeRO and precision alone. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ship_ds.errors import UserError
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+_OWNED_BY_RUN = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "scheduler", "optimizer",
+}
+
+
+def read_deepspeed_config(name: str) -> dict[str, Any]:
+    """A file of ds_configs/ by name, or any path. Raises UserError when it is neither or holds what the run's config owns."""
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
+        raise UserError(f"training.deepspeed: {name}: no such file; ds_configs/ has {known}")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    for key in sorted(_OWNED_BY_RUN & config.keys()):
+        raise UserError(f"{path}: {key}: comes from the run's config (training and optimiser); remove it here")
+    return config
+
+
+def offloads_optimiser(config: dict[str, Any]) -> bool:
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"

@@ -1,0 +1,98 @@
+"""What can be known before anything is loaded, in seconds: `slurm/train.sh` asks it before it starts the ranks.
+
+    python -m ship_ds.runtime.preflight --config RECIPE [section.key=value ...]     # prints the run folder, or one line
+
+Imports no torch.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ship_ds.config import Config, load_config
+from ship_ds.data.files import FilesConfig
+from ship_ds.errors import UserError
+from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+
+
+def check(config: Config, environment: Mapping[str, str]) -> None:
+    """Raises UserError for what would stop the run later: files, folders, GPUs."""
+    read_deepspeed_config(config.training.deepspeed)
+    for key in ("task_llm", "encoder", "decoder"):
+        _check_base(f"model.{key}.base", getattr(config.model, key).base)
+    if isinstance(config.data, FilesConfig):
+        _check_readable(Path(config.data.path))
+    _check_writable(Path(config.run.folder))
+    _check_gpus(environment)
+
+
+def check_division(tasks_per_step: int, num_ranks: int, accumulation: int) -> None:
+    if tasks_per_step % (num_ranks * accumulation):
+        raise UserError(
+            f"training.tasks_per_step ({tasks_per_step}) must be a multiple of ranks x training.accumulation "
+            f"({num_ranks} x {accumulation}): change one of them"
+        )
+
+
+def _check_base(key: str, base: str) -> None:
+    if base != "embedded" and not (Path(base) / "config.json").is_file():
+        raise UserError(f"{key}: {base}: expected a model folder with a config.json; download the model and give its folder")
+
+
+def _check_readable(path: Path) -> None:
+    """A folder can be listed and its files opened; with thousands of them the first ones stand for all."""
+    try:
+        files = [path / name for name in sorted(os.listdir(path))[:100]] if path.is_dir() else [path]
+        for file in files:
+            if file.is_file() or file == path:
+                file.open("rb").close()
+    except OSError as error:
+        raise UserError(f"data.path: {error.filename}: {error.strerror}; give a readable file or folder of tasks") from None
+    if not files:
+        raise UserError(f"data.path: {path}: the folder is empty; give a file or folder of tasks")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"run.folder: {folder}: {error.strerror}; choose a folder that can be written") from None
+
+
+def _check_gpus(environment: Mapping[str, str]) -> None:
+    """SLURM_TASKS_PER_NODE reads "8(x2),4"; a node without SLURM_GPUS_ON_NODE has none, and the run is one on CPUs."""
+    gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+    counts = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_TASKS_PER_NODE", ""))
+    tasks = max(map(int, counts), default=0)
+    if 0 < gpus < tasks:
+        raise UserError(
+            f"{tasks} processes a node and {gpus} GPU(s): each process needs its own; "
+            f"submit with --ntasks-per-node={gpus}, or ask for more with --gres=gpu:{tasks}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check a run's input before it is started.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(args.config, args.overrides)
+        check(config, os.environ)
+        num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
+        check_division(config.training.tasks_per_step, num_ranks, config.training.accumulation)
+    except UserError as error:
+        print(f"ship-ds: {error}", file=sys.stderr)
+        return 2
+    print(config.run.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

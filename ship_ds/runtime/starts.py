@@ -1,0 +1,30 @@
+"""RUN/starts.jsonl: one row for every start of a run, saying where it ran and from which step and code."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+from ship_ds.runtime import checkpoint, ranks
+
+
+def record(folder: Path, step: int) -> None:
+    """Rank 0 calls it. `job`, `nodes` and `restarts` are Slurm's, null elsewhere."""
+    variables = os.environ
+    row = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "world_size": ranks.world_size(),
+        "host": platform.node(), "job": variables.get("SLURM_JOB_ID"), "array_task": variables.get("SLURM_ARRAY_TASK_ID"),
+        "nodes": _nodes(variables.get("SLURM_JOB_NODELIST")), "restarts": int(variables.get("SLURM_RESTART_COUNT", "0")),
+        "git_revision": checkpoint.git_revision(),
+    }
+    with (folder / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _nodes(compact: str | None) -> list[str] | None:
+    """"node[1-2]" -> ["node1", "node2"]."""
+    if compact is None:
+        return None
+    return subprocess.run(["scontrol", "show", "hostnames", compact], capture_output=True, text=True, check=True).stdout.split()

@@ -1,0 +1,94 @@
+"""Ending early without losing a step: preemption, time limits, and the codes a run ends with.
+
+USR1 (a time limit that nears, by `#SBATCH --signal`) and TERM (preemption) may reach any rank at any time. The ranks agree
+on it at the next step boundary, write a checkpoint and leave with PREEMPTED, upon which slurm/train.sh requeues the job.
+"""
+
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+
+import torch
+
+from ship_ds.runtime import ranks
+
+BAD_INPUT = 2
+PREEMPTED = 75
+"""Asked to stop; everything is saved: start the same command again (EX_TEMPFAIL of sysexits.h)."""
+HUNG = 76
+"""No step for training.hang_minutes; goes on from the last checkpoint."""
+NOT_SAVED_IN_TIME = 77
+"""Asked to stop, but no step boundary or no checkpoint came within training.grace_seconds."""
+
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class Preempted(Exception):
+    """Raised on every rank at the same boundary."""
+
+
+class StopRequest:
+    """Whether this run was asked to stop; the signals after the first change nothing.
+
+    Python runs its handlers in the main thread, and not while that waits in a collective. So a thread of its own reads the
+    signals from the wake-up pipe and starts the timer of the forced exit.
+    """
+
+    def __init__(self, grace_seconds: float) -> None:
+        self.grace_seconds = grace_seconds
+        self._asked = threading.Event()
+        self._everything_is_saved = False
+
+    def __enter__(self) -> "StopRequest":
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        self._old_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._old_writer)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
+
+    def _listen(self) -> None:
+        while received := os.read(self._reader, 1):
+            if received[0] in _SIGNALS:
+                self._heed(signal.Signals(received[0]).name)
+        os.close(self._reader)
+
+    def _heed(self, name: str) -> None:
+        if self._everything_is_saved:
+            self._leave(PREEMPTED, f"{name}: everything is saved, leaving")
+        if self._asked.is_set():
+            return
+        self._asked.set()
+        _print(f"{name}: saving at the next step boundary")
+        late = f"no checkpoint within {self.grace_seconds:g} s of {name} (training.grace_seconds): leaving without"
+        timer = threading.Timer(self.grace_seconds, self._leave, (NOT_SAVED_IN_TIME, late))
+        timer.daemon = True
+        timer.start()
+
+    @staticmethod
+    def _leave(code: int, text: str) -> None:
+        _print(text)
+        os._exit(code)
+
+    def raise_if_asked(self) -> None:
+        """Every rank calls it at the same boundaries; Preempted is raised on all of them or on none."""
+        if ranks.sum_over_ranks(torch.tensor(float(self._asked.is_set()))) > 0:
+            raise Preempted
+
+    def leave_at_once(self) -> None:
+        """From here on nothing can be lost, and no boundary follows: a signal ends the process where it is."""
+        self._everything_is_saved = True
+        if self._asked.is_set():
+            self._leave(PREEMPTED, "everything is saved, leaving")
+
+
+def _print(text: str) -> None:
+    print(f"ship-ds: rank {ranks.rank()}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,133 @@
+"""The hang detector: a rank that takes no step for some minutes says where everybody is and ends the job.
+
+Each rank's watching thread writes where its process stands to RUN/ranks/rank-N.json every few seconds, so that the others
+can tell a rank that waits in a collective from one that is somewhere else, and both from one that is gone.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import ship_ds
+from ship_ds.runtime import ranks
+from ship_ds.runtime.stopping import HUNG
+
+_PACKAGE = str(Path(ship_ds.__file__).parent)
+_COLLECTIVES = (
+    "torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py", "deepspeed/runtime/zero/partition_parameters.py",
+)
+"""Files in whose functions a thread waits for other ranks; ZeRO-3 waits for its gathers in the last."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a rank is: `collective` it waits in, or None; `line` of ship_ds that led there; `time` in seconds of the epoch."""
+
+    step: int
+    collective: str | None
+    line: str
+    time: float
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.collective or 'in no collective'}, {self.line}"
+
+
+class Watchdog:
+    """Watches from `start` to `stop`; `beat` says that a step was taken. minutes=None watches nothing."""
+
+    def __init__(self, folder: Path, minutes: float | None) -> None:
+        self.folder = folder / "ranks"
+        self.limit = None if minutes is None else 60 * minutes
+        self.period = 0.0 if minutes is None else min(15.0, 60 * minutes / 10)
+        self._step, self._last_beat = 0, time.monotonic()
+        self._done = threading.Event()
+
+    def start(self) -> None:
+        if self.limit is None:
+            return
+        self.beat(self._step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._watch, args=(self.limit,), name="watchdog", daemon=True).start()
+
+    def beat(self, step: int) -> None:
+        self._step, self._last_beat = step, time.monotonic()
+
+    def stop(self) -> None:
+        self._done.set()
+
+    def _watch(self, limit: float) -> None:
+        while not self._done.wait(self.period):
+            standing = self._publish()
+            if time.monotonic() - self._last_beat > limit:
+                self._give_up(standing, limit)
+
+    def _publish(self) -> Standing:
+        standing = Standing(self._step, *_whereabouts(), time.time())
+        path = self.folder / f"rank-{ranks.rank()}.json"
+        part = path.with_suffix(".part")
+        with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with its own line, but not the watching
+            part.write_text(json.dumps(asdict(standing)) + "\n")
+            part.replace(path)
+        return standing
+
+    def _give_up(self, standing: Standing, limit: float) -> None:
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        absent = "; ".join(missing(self.folder, ranks.world_size(), 3 * self.period)) or "none: all wait in a collective"
+        print(
+            f"ship-ds: rank {ranks.rank()}: no step for {limit / 60:g} minutes (training.hang_minutes): waiting at {standing}. "
+            f"Missing: {absent}. The stacks are above; leaving with code {HUNG}", file=sys.stderr, flush=True,
+        )
+        os._exit(HUNG)
+
+
+def missing(folder: Path, world_size: int, stale_seconds: float) -> list[str]:
+    """The ranks that are in no collective or give no sign of life, each with what it last said."""
+    found = []
+    for rank in range(world_size):
+        path = folder / f"rank-{rank}.json"
+        if not path.is_file():
+            found.append(f"rank {rank} (never seen)")
+            continue
+        standing = Standing(**json.loads(path.read_text()))
+        silent = time.time() - standing.time
+        if silent > stale_seconds:
+            found.append(f"rank {rank} (no sign of life for {silent:.0f} s; last at {standing})")
+        elif standing.collective is None:
+            found.append(f"rank {rank} ({standing})")
+    return found
+
+
+def _whereabouts() -> tuple[str | None, str]:
+    """The collective that a thread of this process is in, and the innermost line of ship_ds above it."""
+    here = threading.get_ident()
+    stacks = [_stack(frame) for thread, frame in sys._current_frames().items() if thread != here]
+    line = next((text for text in map(_own_line, stacks) if text), "outside ship_ds")
+    for stack in stacks:
+        for frame in stack:
+            if frame.f_code.co_filename.endswith(_COLLECTIVES):
+                return frame.f_code.co_name, _own_line(stack) or line
+    return None, line
+
+
+def _stack(frame: FrameType | None) -> list[FrameType]:
+    """Innermost first."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _own_line(stack: list[FrameType]) -> str | None:
+    for frame in stack:
+        path = frame.f_code.co_filename
+        if path.startswith(_PACKAGE) and not path.endswith(("stopping.py", "watchdog.py")):
+            return f"{path.removeprefix(_PACKAGE + '/')}:{frame.f_lineno} {frame.f_code.co_name}"
+    return None

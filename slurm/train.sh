@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Train on a Slurm cluster: one process per GPU, or per task on CPU nodes. Preempted, out of time, or after the loss of a
+# node, the job is requeued and goes on from its last checkpoint.
+#
+#   sbatch slurm/train.sh --config pretrain-7b data.path=DATA                            # one node of 8 GPUs
+#   sbatch --nodes=4 --time=12:00:00 slurm/train.sh --config pretrain-7b data.path=DATA  # sbatch's options before the script
+#   sbatch --gres=none --ntasks-per-node=2 --cpus-per-task=1 slurm/train.sh --config quickstart            # without GPUs
+#   sbatch --array=0-4 slurm/train.sh --config quickstart run.seed=%a run.folder=runs/seed-%a              # %a: the index
+#   SWEEP=sweep.txt sbatch --array=1-6 slurm/train.sh --config quickstart run.folder=runs/sweep-%a         # + its line %a
+#   slurm/train.sh --dry-run --config quickstart                                         # print the job, start nothing
+#
+#SBATCH --job-name=ship-ds
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+set -euo pipefail
+
+# Variables: set them before `sbatch`, which hands the environment on, or edit them here.
+REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}  # submit from the checkout
+MODULES=${MODULES:-}                        # to `module load`, such as "cuda/12.6 gcc/13"
+VENV=${VENV:-$REPOSITORY/.venv}             # activated where it exists
+CONTAINER=${CONTAINER:-}                    # put before every command, such as "apptainer exec --nv image.sif"
+PYTHON=${PYTHON:-python}
+SWEEP=${SWEEP:-}                            # a file of overrides, one line an array index
+MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after a crash or a hang; preemption is not counted
+# The network: NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface, NCCL_IB_HCA the InfiniBand card;
+# NCCL_DEBUG=INFO says what was chosen. MASTER_ADDR and MASTER_PORT replace the first node's name and the job's own port.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPOSITORY/.build/torch_extensions}
+
+fail() { echo "slurm/train.sh: $*" >&2; exit 2; }
+
+DRY=
+[[ ${1:-} == --dry-run ]] && { DRY=1; shift; }
+cd "$REPOSITORY"
+[[ -d ship_ds ]] || fail "$REPOSITORY is no checkout of ship_ds: submit from one, or set REPOSITORY"
+[[ -z $MODULES ]] || module load $MODULES
+# shellcheck disable=SC1091
+[[ ! -f $VENV/bin/activate ]] || source "$VENV/bin/activate"
+
+ARGUMENTS=("$@")
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    [[ "$*" == *%a* ]] || fail "an array needs %a in run.folder, such as run.folder=runs/seed-%a; else its jobs share a folder"
+    if [[ -n $SWEEP ]]; then
+        LINE=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP") || fail "$SWEEP: cannot be read"
+        [[ -n $LINE ]] || fail "$SWEEP: has no line $SLURM_ARRAY_TASK_ID"
+        read -ra MORE <<<"$LINE"
+        ARGUMENTS+=("${MORE[@]}")
+    fi
+    ARGUMENTS=("${ARGUMENTS[@]//%a/$SLURM_ARRAY_TASK_ID}")
+fi
+
+# Bad input ends here, in seconds and with one line, before the ranks start and load a model.
+RUN=$($CONTAINER "$PYTHON" -m ship_ds.runtime.preflight "${ARGUMENTS[@]}")
+LOGS=$RUN/logs/job-${SLURM_JOB_ID:-N}
+# --wait, not --kill-on-bad-exit: ranks that were preempted leave one by one with 75, and all of them have to.
+JOB=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=120 --open-mode=append --output="$LOGS/rank-%t.log"
+     $CONTAINER "$PYTHON" -u -m ship_ds.train "${ARGUMENTS[@]}")
+if [[ -n $DRY ]]; then
+    grep '^#SBATCH' "${BASH_SOURCE[0]}"
+    printf 'cd %q\n' "$REPOSITORY"
+    printf 'export %s\n' "NCCL_DEBUG=$NCCL_DEBUG" "HF_HUB_OFFLINE=$HF_HUB_OFFLINE" "OMP_NUM_THREADS=$OMP_NUM_THREADS" \
+        "TORCH_EXTENSIONS_DIR=$TORCH_EXTENSIONS_DIR"
+    printf '%q ' "${JOB[@]}"; echo
+    exit
+fi
+
+mkdir -p "$LOGS"
+echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}: logs in $LOGS"
+trap true TERM  # the ranks get it too, save and leave; this script has to outlive them
+set +e
+"${JOB[@]}"
+CODE=$?
+set -e
+
+requeue() {
+    # Only what still runs: Slurm requeues a preempted job by itself, and a cancelled one is not to come back.
+    [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]] || exit "$CODE"
+    echo "$(date -Is) $1: requeued"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit "$CODE"
+}
+case $CODE in
+    0) echo "$(date -Is) done: $RUN" ;;
+    2) tail -n 1 "$LOGS/rank-0.log" ;;
+    75|77) requeue "preempted (code $CODE)" ;;
+    *)  tail -n 3 "$LOGS/rank-0.log"
+        echo "$(date -Is) code $CODE" >>"$LOGS/failures"
+        [[ $(wc -l <"$LOGS/failures") -gt $MAX_FAILURES ]] || requeue "failed with code $CODE (76: hung)"
+        echo "failed more than MAX_FAILURES=$MAX_FAILURES times: not requeued" ;;
+esac
+exit "$CODE"

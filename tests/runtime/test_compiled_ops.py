@@ -1,0 +1,39 @@
+"""A lock that a killed build left behind is removed aloud; one process builds at a time."""
+
+import fcntl
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from ship_ds.runtime import compiled_ops
+
+
+def test_a_lock_left_behind_is_removed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    said: list[str] = []
+    compiled_ops.build([], said.append)
+    assert not lock.exists() and said == [f"{lock}: left behind by a process that was killed while it compiled; removed"]
+
+
+def _hold(path: Path, seconds: float) -> None:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (path.parent / "held").touch()
+        time.sleep(seconds)
+
+
+def test_a_build_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    other = multiprocessing.get_context("fork").Process(target=_hold, args=(tmp_path / "ship_ds.lock", 2.0))
+    other.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    started = time.monotonic()
+    compiled_ops.build([], print)
+    assert time.monotonic() - started > 1.5
+    other.join()

@@ -1,0 +1,52 @@
+"""What stops a run in seconds, with one line and without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ship_ds.config import load_config
+from ship_ds.errors import UserError
+from ship_ds.runtime import preflight
+from tests.conftest import REPOSITORY, environment
+
+SLURM = {"SLURM_GPUS_ON_NODE": "4", "SLURM_TASKS_PER_NODE": "8(x2),4"}
+
+
+def check(tmp_path: Path, *overrides: str, environment: dict[str, str] | None = None) -> None:
+    preflight.check(load_config("quickstart-smoke", [f"run.folder={tmp_path / 'run'}", *overrides]), environment or {})
+
+
+def test_a_good_run_passes_and_leaves_an_empty_folder(tmp_path: Path) -> None:
+    check(tmp_path, environment={**SLURM, "SLURM_TASKS_PER_NODE": "4(x3)"})
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["data={kind: files, path: /nowhere}"], "data.path: /nowhere: No such file"),
+    (["model.task_llm.base=/nowhere"], "model.task_llm.base: /nowhere: expected a model folder"),
+    (["training.deepspeed=zero9"], "ds_configs/ has cpu, zero1, zero2"),
+    (["run.folder=/dev/null/run"], "run.folder: /dev/null/run: Not a directory"),
+])
+def test_bad_input_is_named(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(tmp_path, *overrides)
+
+
+def test_an_empty_folder_and_an_unreadable_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the folder is empty"):
+        check(tmp_path, f"data={{kind: files, path: {tmp_path}}}")
+    (tmp_path / "task.json").symlink_to(tmp_path / "task.json")  # root reads everything but a loop
+    with pytest.raises(UserError, match=r"task\.json: Too many levels of symbolic links"):
+        check(tmp_path, f"data={{kind: files, path: {tmp_path / 'task.json'}}}")
+
+
+def test_fewer_gpus_than_processes_on_a_node_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"8 processes a node and 4 GPU.*--ntasks-per-node=4"):
+        check(tmp_path, environment=SLURM)
+
+
+def test_it_loads_no_torch() -> None:
+    code = "import sys, ship_ds.runtime.preflight; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment(), check=False).returncode == 0
