@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ship_ds.model.adapters import Adapter
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import greedy, label_logits
+from ship_ds.model.causal_lm import label_logits
+from ship_ds.model.generation import greedy
 
 
 class TaskLlm(nn.Module):
