@@ -115,6 +115,17 @@ def _order(candidate: Candidate) -> tuple[int, float]:
     return -(candidate.num_right + candidate.num_right_in_prompt), candidate.loss + candidate.loss_in_prompt
 
 
+def widened(
+    model: ShipModel, induction: Induction, examples: Examples, latent_CZ: Tensor, config: InductionConfig, seed: int
+) -> Induction:
+    """The same with what the decoder reads out of further latents, tested on the examples."""
+    task = _Task(tuple(examples), 0, {c.instruction: c for c in induction.candidates}, [])
+    found: Found = [[]]
+    _note(model, [task], [0] * len(latent_CZ), latent_CZ, [induction.instruction] * len(latent_CZ), found)
+    _test(model, [task], _decode_found(model, [task], found, config, seed, config.num_rounds + 1), config)
+    return _result(model, task)
+
+
 Texts = list[list[tuple[str, str]]]
 """For each task (instruction, origin)."""
 Say = Callable[[str], None]
