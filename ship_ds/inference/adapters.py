@@ -8,7 +8,7 @@ Letters: C candidates, R rank, I in, O out, Z latent.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import Bank, encode_all
 from ship_ds.inference.gradient import descend_on, descend_to_behaviour
-from ship_ds.inference.induction import Induction, InductionConfig, induce_many, widened
+from ship_ds.inference.induction import Induction, InductionConfig, Say, induce_many, silent, widened
 from ship_ds.inference.proposals import beams, key_of, sampled
 from ship_ds.model.adapters import AdaptedLinear, LoraAdapter
 from ship_ds.model.ship import ShipModel
@@ -103,14 +103,14 @@ def _check_site(folder: Path, path: str, a_RI: Tensor, b_OR: Tensor, sites: dict
 
 def induce_from_behaviour(
     model: ShipModel, bank: Bank, adapter: LoraAdapter, inputs: Sequence[str], config: InductionConfig, max_new_tokens: int,
-    seed: int = 0, say: Callable[[str], None] = lambda text: None,
+    seed: int = 0, say: Say = silent,
 ) -> Induction:
     """From what the adapter answers to `inputs`: candidates as for examples, and a latent with the same distributions."""
     said = [""] * len(inputs)
     answers = model.answer(adapter, inputs, max_new_tokens, said)
     examples = [Example(x, y) for x, y in zip(inputs, answers, strict=True) if y is not None]
     if not examples:
-        raise UserError(f"induce: under this adapter none of {len(inputs)} answers ends in {max_new_tokens} tokens; is it trained?")
+        raise UserError(f"induce: under this adapter none of {len(inputs)} answers ends within {max_new_tokens} tokens")
     say(f"the adapter answers {len(examples)} of {len(inputs)} inputs")
     induction = induce_many(model, bank, [examples], config, seed, say)[0]
     start_CZ = torch.tensor([induction.latent, *(c.latent for c in induction.candidates[: config.num_refined])])
@@ -123,7 +123,7 @@ def induce_from_behaviour(
 
 
 def induce_from_weights(
-    model: ShipModel, bank: Bank, adapter: LoraAdapter, config: InductionConfig, seed: int = 0,
+    model: ShipModel, bank: Bank, adapter: LoraAdapter, config: InductionConfig, seed: int = 0
 ) -> WeightInduction:
     """From the weights alone: the nearest known latents, descent from them, and the texts read there, by distance."""
     known_C = _distances(model, bank.latent_CZ, adapter)
@@ -141,15 +141,24 @@ def induce_from_weights(
         model, [()] * len(start_CZ), found.latent_CZ, max(1, config.num_samples), config.temperature,
         [key_of(seed, "weights", i) for i in range(len(start_CZ))], config.max_new_tokens,
     )
-    origins = {text: "decoded" for row in read for text in row if text} | {bank.instructions[c]: "known" for c in nearest.tolist()}
+    origins = {text: "decoded" for row in read for text in row if text}
+    origins |= {bank.instructions[c]: "known" for c in nearest.tolist()}
+    candidates = _by_distance(model, origins, adapter)
+    if not candidates:
+        raise UserError("induce: the decoder wrote no instruction that ends, and the bundle knows none; train it longer")
+    best = int(found.loss_C.argmin())
+    latent = tuple(found.latent_CZ[best].tolist())
+    return WeightInduction(candidates[0].instruction, tuple(candidates), latent, float(found.loss_C[best]))
+
+
+def _by_distance(model: ShipModel, origins: dict[str, str], adapter: LoraAdapter) -> list[WeightCandidate]:
     latent_CZ = encode_all(model, list(origins))
-    distance_C = _distances(model, latent_CZ, adapter).tolist()
-    candidates = sorted(
-        (WeightCandidate(text, distance_C[i], tuple(latent_CZ[i].tolist()), origin) for i, (text, origin) in enumerate(origins.items())),
+    distances = _distances(model, latent_CZ, adapter).tolist()
+    rows = zip(origins.items(), distances, latent_CZ.tolist(), strict=True)
+    return sorted(
+        (WeightCandidate(text, distance, tuple(latent), origin) for (text, origin), distance, latent in rows),
         key=lambda candidate: candidate.distance,
     )
-    best = int(found.loss_C.argmin())
-    return WeightInduction(candidates[0].instruction, tuple(candidates), tuple(found.latent_CZ[best].tolist()), float(found.loss_C[best]))
 
 
 @torch.no_grad()

@@ -35,10 +35,11 @@ def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
         length = len(model.question(example.input)) + len(model.prompts.target(example.target))
         _check_length(model.num_virtual_tokens + length, model.task_llm.lm, f"example {number}", "Task LLM")
         other = first.setdefault(example.input, number)
-        if examples[other - 1].target != example.target:
+        before = examples[other - 1].target
+        if before != example.target:
             raise UserError(
-                f"examples {other} and {number}: the same input {example.input!r} has two targets, {examples[other - 1].target!r} "
-                f"and {example.target!r}, and no instruction gives both: remove one"
+                f"examples {other} and {number}: the same input {example.input!r} has two targets, {before!r} and "
+                f"{example.target!r}, and no instruction gives both: remove one"
             )
 
 

@@ -131,9 +131,13 @@ Texts = list[list[tuple[str, str]]]
 Say = Callable[[str], None]
 
 
+def silent(text: str) -> None:
+    """Progress that nobody wants to see."""
+
+
 def induce_many(
     model: ShipModel, bank: Bank, tasks: Sequence[Examples], config: InductionConfig, seed: int = 0,
-    say: Say = lambda text: None,
+    say: Say = silent,
 ) -> list[Induction]:
     """One induction a task; every draw is keyed by (seed, task index). Raises UserError for a task without examples."""
     if any(not examples for examples in tasks):
@@ -244,11 +248,9 @@ def _descended(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig
             points = torch.stack([_noise((model.config.latent_size,), seed, tasks[t], restart) for t, restart in chunk])
             descent = descend_on_latent(model, points, said, examples, config.steps, config.direct_lr, config.prior)
         else:
-            neutral_NH = neutral_embeddings(model)
-            spread = float(neutral_NH.std())
-            points_NH = [
-                neutral_NH + spread * _noise(tuple(neutral_NH.shape), seed, tasks[t], restart).to(neutral_NH) for t, restart in chunk
-            ]
+            neutral_NH = neutral_embeddings(model).cpu()
+            spread, shape = float(neutral_NH.std()), tuple(neutral_NH.shape)
+            points_NH = [neutral_NH + spread * _noise(shape, seed, tasks[t], restart) for t, restart in chunk]
             descent = descend_on_instruction(model, points_NH, said, examples, config.steps, config.indirect_lr, config.prior)
         _note(model, tasks, [t for t, _ in chunk], descent.latent_CZ, said, found)
     return found

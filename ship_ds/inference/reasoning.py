@@ -11,7 +11,7 @@ import torch
 from ship_ds.data.task import Example
 from ship_ds.inference.bank import Bank, encode_all
 from ship_ds.inference.deduction import answer_latents, answer_stated
-from ship_ds.inference.induction import Induction, InductionConfig, Say, induce_many
+from ship_ds.inference.induction import Induction, InductionConfig, Say, induce_many, silent
 from ship_ds.inference.scoring import Examples, fit_of_latents
 from ship_ds.model.ship import ShipModel
 
@@ -32,7 +32,7 @@ class Reasoning:
 
 def reason_many(
     model: ShipModel, bank: Bank, tasks: Sequence[Examples], inputs: Sequence[Sequence[str]], config: InductionConfig,
-    max_new_tokens: int, num_rounds: int = 1, seed: int = 0, say: Say = lambda text: None,
+    max_new_tokens: int, num_rounds: int = 1, seed: int = 0, say: Say = silent,
 ) -> list[Reasoning]:
     """num_rounds: after the first, each one shows induction the answers that it is surest of beside the given examples."""
     inductions = induce_many(model, bank, tasks, config, seed, say)
