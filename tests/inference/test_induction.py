@@ -26,12 +26,13 @@ def behaviour(ship: Ship, instruction: str, inputs: list[str], count: int = 5) -
 
 
 def test_a_fit_is_the_greedy_answer_and_its_loss(ship: Ship, inputs: list[str]) -> None:
-    own, other = behaviour(ship, "add 3", inputs), behaviour(ship, "remove every 5", inputs)
-    assert any(a.target != b.target for a, b in zip(own, other, strict=True))
+    own = behaviour(ship, "add 3", inputs)
+    other = ship.answer("remove every 5", [e.input for e in own])
+    assert any(example.target != answer for example, answer in zip(own, other, strict=True))
     texts = ["add 3", "remove every 5"]
     fit = fit_of_latents(ship.model, ship.model.encode(texts), texts, [own, own])
     assert fit.right_CM[0].all() and not fit.right_CM[1].all()
-    assert fit.right_CM[1].tolist() == [a.target == b.target for a, b in zip(own, other, strict=True)]
+    assert fit.right_CM[1].tolist() == [example.target == answer for example, answer in zip(own, other, strict=True)]
     logits, labels = ship.model.task_llm(
         ship.model.adapt(ship.model.encode(["add 3"])), ship.model.task_batch([own[2].input], [own[2].target], ["add 3"]), 1
     )
