@@ -240,10 +240,14 @@ class Trainer:
         progress = checkpoint.Progress(
             self.step, self.watch.seconds, self.watch.tokens, self.num_bad_steps, ranks.world_size(),
             self.config.model_dump(mode="json"), self.data_fingerprint, score_here, self.owes_evaluation,
+            self.known_instructions(),
         )
         if progress != self.saved:
             checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
             self.saved = progress
+
+    def known_instructions(self) -> list[str]:
+        return [task.task.instruction for task in self.splits.seen]
 
     def out_of_time(self) -> bool:
         limit = self.config.training.max_minutes
@@ -256,7 +260,7 @@ class Trainer:
         self.stop.leave_at_once()
         state = engines.gathered_state(self.engine)
         if ranks.rank() == 0:
-            write_bundle(self.folder / "bundle", state, self.config, self.model.prompts.describe())
+            write_bundle(self.folder / "bundle", state, self.config, self.model.prompts.describe(), self.known_instructions())
         if self.monitor is not None:
             self.monitor.close()
         ranks.barrier()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ship_ds.model.backbone import embedding_spread
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import greedy, label_logits
+from ship_ds.model.causal_lm import label_logits
+from ship_ds.model.generation import greedy
 from ship_ds.model.hypernetwork import check_reshape
 
 

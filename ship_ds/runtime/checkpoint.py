@@ -56,6 +56,8 @@ class Progress:
     dev_score: float | None = None
     owes_evaluation: bool = False
     """The evaluation that is due at this step was cut short by a signal."""
+    known_instructions: list[str] = field(default_factory=list)
+    """Of the seen tasks: what a bundle made from this checkpoint alone has to carry."""
     git_revision: str = field(default_factory=lambda: git_revision())
 
 
