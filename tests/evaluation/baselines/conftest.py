@@ -27,7 +27,7 @@ def ship() -> Ship:
         run=RunConfig(folder="unused"),
         model=ModelConfig(hypernetwork=LoraHypernetworkConfig(rank=4, alpha=8, width=16, targets=("q_proj", "down_proj"))),
         training=TrainingConfig(steps=1, tasks_per_step=3, examples_per_task=2),
-        evaluation=EvaluationConfig(max_new_tokens=8, max_instruction_tokens=10),
+        evaluation=EvaluationConfig(max_new_tokens=8, max_instruction_tokens=16),
     )
     torch.manual_seed(0)
     return Ship(ShipModel(config.model, device="cpu").eval(), config, "untrained")
