@@ -1,0 +1,19 @@
+"""The methods of the harness by name, in the order of its tables.
+
+`TRAINED` ones train for `Setting.minutes` before they are asked; the others cost no time of their own.
+"""
+
+from ship_ds.evaluation.method import Method
+from ship_ds.evaluation.methods.controls import BareBase, ShuffledInstruction
+from ship_ds.evaluation.methods.icl import InContextLearning
+from ship_ds.evaluation.methods.instruction_induction import InstructionInduction
+from ship_ds.evaluation.methods.nearest_known import NearestKnown
+from ship_ds.evaluation.methods.prompting import Prompting
+from ship_ds.evaluation.methods.random_decode import RandomDecode
+from ship_ds.evaluation.methods.ship import ShipMethod
+
+UNTRAINED: tuple[type[Method], ...] = (
+    ShipMethod, NearestKnown, Prompting, InContextLearning, InstructionInduction, RandomDecode, BareBase, ShuffledInstruction,
+)
+TRAINED: tuple[type[Method], ...] = ()
+METHODS: dict[str, type[Method]] = {method.name: method for method in (*UNTRAINED, *TRAINED)}

@@ -1,0 +1,23 @@
+"""Prompting: the bare base with the instruction in every query."""
+
+from collections.abc import Sequence
+
+from ship_ds.data.task import SplitTask
+from ship_ds.evaluation.answering import answer_tasks
+from ship_ds.evaluation.method import Answers, Setting
+
+
+class Prompting:
+    """The upper reference of deduction: it pays for the instruction in every query."""
+
+    name = "prompting"
+    states_instruction = True
+
+    def __init__(self, setting: Setting) -> None:
+        self.ship = setting.ship
+
+    def prepare(self) -> None:
+        """Nothing is trained."""
+
+    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+        return answer_tasks(self.ship.model, None, inputs, self.ship.config.evaluation.max_new_tokens, wordings)
