@@ -50,6 +50,23 @@ def _data(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    from ship_ds.evaluation.evaluate import evaluate, show
+    from ship_ds.evaluation.harness import from_arguments
+    from ship_ds.runtime import ranks
+    from ship_ds.train import say
+
+    config = from_arguments(args)
+    ranks.hush()
+    if ranks.is_launched():
+        ranks.start(None)
+    report = evaluate(Path(args.run), config, args.arguments, say)
+    if ranks.rank() == 0:
+        show(report)
+        print(Path(args.run) / "evaluation" / "report.md")
+    return 0
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from importlib import resources
 
@@ -93,13 +110,29 @@ def build_parser() -> argparse.ArgumentParser:
         data.add_argument(f"--max-{name}", type=int)
     data.add_argument("--min-examples-per-task", type=int, default=2)
     data.set_defaults(run_verb=_data)
+    _add_evaluate(verbs.add_parser("evaluate", help="SHIP beside the baselines in every direction; goes on where it stopped"))
     verbs.add_parser("recipes", help="the shipped configs").set_defaults(run_verb=_recipes)
     verbs.add_parser("doctor", help="what of the stack is here").set_defaults(run_verb=_doctor)
     return parser
 
 
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--methods", default="all", help="comma-separated names, or all")
+    parser.add_argument("--parts", default="seen,unseen", help="of seen, dev, unseen")
+    parser.add_argument("--num-tasks", type=int, default=120, help="of each part at most, evenly spaced")
+    parser.add_argument("--num-shown", default="5", help="examples shown; of several (5,1,2,3) the first is the report's own")
+    parser.add_argument("--minutes", type=float, default=5, help="training time of each baseline")
+    parser.add_argument("--judge", default="execution,rouge", help="of execution, rouge, endpoint; or none")
+    parser.add_argument("--endpoint", default="http://localhost:8000/v1", help="of the judge; OPENAI_API_KEY holds its key")
+    parser.add_argument("--endpoint-model", default="default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run_verb=_evaluate)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
+    args.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code: int = args.run_verb(args)
     except UserError as error:

@@ -39,7 +39,8 @@ class EndpointJudge:
         self.config, self.folder = config, folder
         # The client retries with backoff by itself: connection errors, 408, 409, 429 and 5xx. Local servers take any key.
         self.client = OpenAI(
-            base_url=config.url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=config.retries, timeout=config.timeout_seconds
+            base_url=config.url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=config.retries,
+            timeout=config.timeout_seconds,
         )
 
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> dict[str, list[list[float]]]:

@@ -9,6 +9,7 @@ is measured already, with the same bundle, data and settings, is not measured ag
 
 import json
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from ship_ds.bundle import Ship
 from ship_ds.config import Section
@@ -36,11 +37,11 @@ _VERSION = 1
 
 
 class HarnessConfig(Section):
-    methods: tuple[str, ...] = tuple(METHODS)
-    parts: tuple[Literal["seen", "dev", "unseen"], ...] = ("seen", "unseen")
+    methods: tuple[str, ...] = Field(tuple(METHODS), min_length=1)
+    parts: tuple[Literal["seen", "dev", "unseen"], ...] = Field(("seen", "unseen"), min_length=1)
     num_tasks: PositiveInt = 120
     """Of each part at most, evenly spaced."""
-    num_shown: tuple[PositiveInt, ...] = (5,)
+    num_shown: tuple[PositiveInt, ...] = Field((5,), min_length=1)
     """Examples shown in induction and reasoning; the first is the report's own, the others are beside it."""
     minutes: PositiveFloat = Field(5, le=5)
     """Training time of each baseline."""
@@ -48,10 +49,30 @@ class HarnessConfig(Section):
     endpoint: EndpointConfig = EndpointConfig()
     seed: int = 0
 
-    def check_methods(self) -> None:
-        for name in self.methods:
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
             if name not in METHODS:
-                raise UserError(f"--methods: there is no method {name!r}; there are {', '.join(METHODS)}")
+                raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+        return names
+
+
+def from_arguments(args: Namespace) -> HarnessConfig:
+    """Of `ship-ds evaluate`. Raises UserError naming the option."""
+    listed = {"parts": args.parts, "num_shown": args.num_shown, "judges": "" if args.judge == "none" else args.judge}
+    values = {
+        **{key: [part.strip() for part in text.split(",") if part.strip()] for key, text in listed.items()},
+        "num_tasks": args.num_tasks, "minutes": args.minutes, "seed": args.seed,
+        "endpoint": {"url": args.endpoint, "model": args.endpoint_model},
+    }
+    if args.methods != "all":
+        values["methods"] = [name.strip() for name in args.methods.split(",") if name.strip()]
+    try:
+        return HarnessConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 @dataclass(frozen=True)
@@ -84,7 +105,6 @@ class Harness:
     """The same calls on every rank; rank 0 alone writes."""
 
     def __init__(self, run: Run, config: HarnessConfig, say: Callable[[str], None]) -> None:
-        config.check_methods()
         self.run, self.config, self.say = run, config, say
         self.folder = run.folder / "evaluation"
         self.store = CellStore(self.folder / "cells")
@@ -98,6 +118,13 @@ class Harness:
 
     def cells(self, name: str) -> list[Cell]:
         return list(cells_of(METHODS[name], self.config.parts, self.config.num_shown))
+
+    def stored(self, name: str) -> list[Cell]:
+        """Cells of the method on disk, whatever was asked for this time, in the order of parts and numbers shown."""
+        files = {path.name for path in self.store.folder.glob(f"{name}.*.json")}
+        numbers = sorted({int(file.split(".")[-2].removesuffix("_shown")) for file in files if "_shown" in file})
+        cells = cells_of(METHODS[name], ("seen", "dev", "unseen"), numbers)
+        return [cell for cell in cells if self.store.path(cell).name in files]
 
     def fingerprint(self, cell: Cell) -> dict[str, Any]:
         """What the cell depends on, and no more, so that little is measured again."""
@@ -134,14 +161,14 @@ class Harness:
             self.run.ship, self.run.splits, self.folder / "methods" / name, self.config.minutes, self.config.seed
         )
         method, started = METHODS[name](setting), time.perf_counter()
-        prepare(method)
+        method.prepare()
         prepare_seconds = time.perf_counter() - started
         for cell in cells:
             started = time.perf_counter()
             columns, rows = self._rows(method, cell)
             whole = ranks.gather_objects((columns, rows))
             seconds = time.perf_counter() - started
-            metrics = next((names for names, _ in whole if names), [])
+            metrics: list[str] = next((names for names, _ in whole if names), [])
             everything = [row for _, rows in whole for row in rows]
             measured = Measured(
                 self.fingerprint(cell), metrics, everything, round(seconds, 2), round(prepare_seconds, 2), ranks.world_size()
@@ -163,14 +190,6 @@ class Harness:
              **{name: values[i] for name, values in columns.items()}}
             for i, (q, text) in enumerate(zip(questions, said, strict=True))
         ]
-
-
-def prepare(method: Method) -> None:
-    """Rank 0 trains and saves, then the others load what it saved."""
-    for turn in (ranks.rank() == 0, ranks.rank() != 0):
-        if turn:
-            method.prepare()
-        ranks.barrier()
 
 
 Said = tuple[Sequence[Any], Columns]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.answering import answer_tasks, encode_all
@@ -11,8 +12,8 @@ from ship_ds.evaluation.method import Answers, Setting
 class BareBase:
     """The Task LLM with neither adapter nor instruction."""
 
-    name = "bare_base"
-    states_instruction = False
+    name: ClassVar[str] = "bare_base"
+    states_instruction: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.ship = setting.ship
@@ -27,8 +28,8 @@ class BareBase:
 class ShuffledInstruction:
     """SHIP under another rule's instruction: a seen one, drawn for each task by its id."""
 
-    name = "shuffled_instruction"
-    states_instruction = False
+    name: ClassVar[str] = "shuffled_instruction"
+    states_instruction: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.ship, self.seen, self.seed = setting.ship, setting.splits.seen, setting.seed

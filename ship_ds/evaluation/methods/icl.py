@@ -1,6 +1,7 @@
 """In-context learning: the shown examples before every query (Brown et al. 2020, arXiv 2005.14165)."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Answers, Setting
@@ -12,8 +13,8 @@ _ROWS = 240
 class InContextLearning:
     """n-shot with the bare base. Shots that its context has no room for are left out, the last ones first."""
 
-    name = "icl"
-    states_instruction = False
+    name: ClassVar[str] = "icl"
+    states_instruction: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.model, self.max_new_tokens = setting.ship.model, setting.ship.config.evaluation.max_new_tokens
@@ -24,7 +25,8 @@ class InContextLearning:
 
     def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
         prompts = [self._prompt(text, shots) for shots, row in zip(shown, inputs, strict=True) for text in row]
-        flat = iter([answer for start in range(0, len(prompts), _ROWS) for answer in self._answer(prompts[start : start + _ROWS])])
+        batches = [prompts[start : start + _ROWS] for start in range(0, len(prompts), _ROWS)]
+        flat = iter([answer for batch in batches for answer in self._answer(batch)])
         return [[next(flat) for _ in row] for row in inputs]
 
     def _prompt(self, text: str, shots: Sequence[Example]) -> tuple[int, ...]:

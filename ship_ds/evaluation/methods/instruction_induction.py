@@ -1,6 +1,7 @@
 """Instruction Induction (Honovich et al. 2022, arXiv 2205.10782): the base names the task when shown examples of it."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Setting
@@ -12,8 +13,8 @@ _ROWS = 120
 class InstructionInduction:
     """The bare base, greedily, with the prompt that SHIP's decoder reads ("This task is to:") instead of the paper's own."""
 
-    name = "instruction_induction"
-    states_instruction = False
+    name: ClassVar[str] = "instruction_induction"
+    states_instruction: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.model, self.max_new_tokens = setting.ship.model, setting.ship.config.evaluation.max_instruction_tokens

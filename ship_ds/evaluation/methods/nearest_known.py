@@ -1,6 +1,7 @@
 """The nearest known instruction: of all wordings seen in training, the one whose adapter explains the shown examples best."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ _SHORTLIST = 48
 class NearestKnown:
     """It invents nothing: on unseen rules it is right only where a seen rule answers alike."""
 
-    name = "nearest_known"
-    states_instruction = False
+    name: ClassVar[str] = "nearest_known"
+    states_instruction: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.ship = setting.ship

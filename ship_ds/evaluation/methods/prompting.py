@@ -1,6 +1,7 @@
 """Prompting: the bare base with the instruction in every query."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.answering import answer_tasks
@@ -10,8 +11,8 @@ from ship_ds.evaluation.method import Answers, Setting
 class Prompting:
     """The upper reference of deduction: it pays for the instruction in every query."""
 
-    name = "prompting"
-    states_instruction = True
+    name: ClassVar[str] = "prompting"
+    states_instruction: ClassVar[bool] = True
 
     def __init__(self, setting: Setting) -> None:
         self.ship = setting.ship

@@ -1,6 +1,7 @@
 """Random decode: what the decoder says of a z drawn from the prior, without having seen an example."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Setting
@@ -10,8 +11,8 @@ from ship_ds.model.encoder import posterior_noise
 class RandomDecode:
     """The control of induction: how often a plausible instruction is right by chance."""
 
-    name = "random_decode"
-    states_instruction = False
+    name: ClassVar[str] = "random_decode"
+    states_instruction: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.ship, self.seed = setting.ship, setting.seed

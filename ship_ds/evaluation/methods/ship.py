@@ -1,6 +1,7 @@
 """SHIP itself: the run that is evaluated."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.answering import answer_tasks, encode_all
@@ -8,12 +9,11 @@ from ship_ds.evaluation.method import Answers, Setting
 
 
 class ShipMethod:
-    name = "ship"
-    states_instruction = False
+    name: ClassVar[str] = "ship"
+    states_instruction: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.ship = setting.ship
-        self.states_instruction = setting.ship.config.model.task_llm.instruction != "none"
 
     def prepare(self) -> None:
         """It is trained already."""
