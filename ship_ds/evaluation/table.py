@@ -16,6 +16,7 @@ TITLES = {
 }
 _LEADING = {"deduction": "exact_match", "induction": "execution_accuracy", "reasoning": "exact_match"}
 """What the per-task tables show."""
+_ABOUT_METHOD = ("method", "instruction in query")
 PARTS = ("seen", "dev", "unseen")
 _KINDS = ("parameter", "composition", "family")
 _KIND_PARTS = tuple(f"{part}_{kind}" for part in PARTS for kind in _KINDS)
@@ -88,12 +89,11 @@ def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> st
         "induction and reasoning, none in deduction. A method with the instruction in its query pays for it in every query.",
     ]
     for direction in directions:
-        parts += [
-            f"## {direction.capitalize()}",
-            _table(summary_rows(report, direction, PARTS, tuple(TITLES), value_and_interval)),
-            "Unseen tasks by the reason why they are unseen:",
-            _table(summary_rows(report, direction, _KIND_PARTS, (_LEADING[direction],), value_and_interval)),
-        ]
+        rows = summary_rows(report, direction, PARTS, tuple(TITLES), value_and_interval)
+        kinds = summary_rows(report, direction, _KIND_PARTS, (_LEADING[direction],), value_and_interval)
+        parts += [f"## {direction.capitalize()}", _table(rows)]
+        if len(kinds[0]) > len(_ABOUT_METHOD):
+            parts += ["By the reason why a task is unseen:", _table(kinds)]
     parts += ["## Seconds", _table(_seconds(report, measured))]
     for direction in directions:
         title = f"## {direction.capitalize()}, task by task: {TITLES[_LEADING[direction]]}"
@@ -112,7 +112,7 @@ def summary_rows(
         (part, metric) for part in parts for metric in metrics
         if any(metric in cells.get(part, {}) for cells in methods.values())
     ]
-    header = ["method", "instruction in query", *(f"{part}, n={counts[part]}: {TITLES[metric]}" for part, metric in columns)]
+    header = [*_ABOUT_METHOD, *(f"{part}, n={counts[part]}: {TITLES[metric]}" for part, metric in columns)]
     return [header, *(
         [name, "yes" if report["methods"][name]["instruction_in_query"] else "no",
          *(cell_text(cells.get(part, {}).get(metric)) for part, metric in columns)]
