@@ -22,6 +22,10 @@ from ship_ds.model.segment_lora import segment_lora
 class Adapter(Protocol):
     """The signature the Task LLM knows."""
 
+    @property
+    def num_tasks(self) -> int:
+        """T, or how many rows it was expanded to."""
+
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         """What is added to the output of the linear at module `path` for input x (..., I); None: nothing."""
 
@@ -46,6 +50,10 @@ class LoraAdapter:
     scaling: float
     offsets: Tensor | None = None
 
+    @property
+    def num_tasks(self) -> int:
+        return len(next(iter(self.factors.values()))[0])
+
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         if path not in self.factors:
             return None
@@ -67,6 +75,10 @@ class SoftPrompt:
     """Embeddings that precede the prompt (Lester et al. 2021): prompt_TPH."""
 
     prompt_TPH: Tensor
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.prompt_TPH)
 
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         return None

@@ -3,7 +3,6 @@
 Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary, P soft tokens, H hidden.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,40 +53,3 @@ def label_logits(
         cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=real_ES.shape[1], max_length_k=real_ES.shape[1], **extra,
     )
     return out.logits[0], labels_K
-
-
-@torch.no_grad()
-def greedy(
-    model: nn.Module, prompts: TokenBatch, soft: Tensor | None, adapter: Adapter | None, eos_id: int, max_new_tokens: int,
-    *, instruction: Tensor | None = None, any_unfinished: Callable[[bool], bool] = bool,
-) -> list[list[int]]:
-    """Greedy continuations with a KV cache, each up to and including its first end-of-sequence token.
-
-    `any_unfinished(flag)` agrees over ranks whether to go on: ranks that share sharded weights have to stay in step.
-    """
-    lengths_E, width = prompts.lengths_E, prompts.ids_ES.shape[1]
-    shift_E = width - lengths_E
-    order_ES = (torch.arange(width, device=lengths_E.device)[None] - shift_E[:, None]) % width
-    mask_ES = (torch.arange(width, device=lengths_E.device)[None] >= shift_E[:, None]).long()
-    hidden_ESH = embed(model, prompts, soft, instruction)
-    hidden_ESH = hidden_ESH.gather(1, order_ES[..., None].expand_as(hidden_ESH))
-    positions_ES = (mask_ES.cumsum(1) - 1).clamp(min=0)
-    extra: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
-    if adapter is not None:
-        extra["ship_adapter"] = adapter
-    out = model(inputs_embeds=hidden_ESH, attention_mask=mask_ES, position_ids=positions_ES, **extra)
-    tokens: list[Tensor] = []
-    done_E = torch.zeros_like(lengths_E, dtype=torch.bool)
-    while True:
-        next_E = out.logits[:, -1].argmax(-1)
-        tokens.append(torch.where(done_E, eos_id, next_E))
-        done_E = done_E | (next_E == eos_id)
-        if len(tokens) == max_new_tokens or not any_unfinished(not bool(done_E.all())):
-            break
-        mask_ES = torch.cat([mask_ES, torch.ones_like(mask_ES[:, :1])], 1)
-        out = model(
-            input_ids=tokens[-1][:, None], attention_mask=mask_ES, position_ids=(lengths_E + len(tokens) - 1)[:, None],
-            past_key_values=out.past_key_values, **extra,
-        )
-    rows = torch.stack(tokens, 1).tolist()
-    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]

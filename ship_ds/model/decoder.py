@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import greedy, label_logits
+from ship_ds.model.causal_lm import label_logits
+from ship_ds.model.generation import greedy
 from ship_ds.model.hypernetwork import check_reshape
 
 

@@ -32,9 +32,13 @@ class Encoder(nn.Module):
         self.lm = lm
         self.head = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, 2 * latent_size))
 
-    def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """mean_TZ and log_variance_TZ, as a plain tuple: ZeRO-3 looks for tensors in those alone."""
-        hidden_TSH = self.lm.model(input_ids=batch.ids_ES, use_cache=False).last_hidden_state  # type: ignore[operator]
+    def forward(self, batch: TokenBatch, embeddings_TSH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """mean_TZ and log_variance_TZ, as a plain tuple: ZeRO-3 looks for tensors in those alone.
+
+        embeddings_TSH: read in place of the batch's tokens (induction optimises them).
+        """
+        read = {"input_ids": batch.ids_ES} if embeddings_TSH is None else {"inputs_embeds": embeddings_TSH}
+        hidden_TSH = self.lm.model(**read, use_cache=False).last_hidden_state  # type: ignore[operator]
         last_TH = hidden_TSH[torch.arange(len(hidden_TSH), device=hidden_TSH.device), batch.lengths_E - 1]
         mean_TZ, raw_TZ = self.head(last_TH.to(next(self.head.parameters()).dtype)).float().chunk(2, dim=-1)
         return mean_TZ, raw_TZ - 4.0  # a small variance at first, so that z carries the instruction from step 0

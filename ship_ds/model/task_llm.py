@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ship_ds.model.adapters import Adapter
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import greedy, label_logits
+from ship_ds.model.causal_lm import label_logits
+from ship_ds.model.generation import greedy
 
 
 class TaskLlm(nn.Module):
@@ -29,12 +30,13 @@ class TaskLlm(nn.Module):
         return super().train(False)
 
     def forward(
-        self, adapter: Adapter, batch: TokenBatch, num_tasks: int, packed: bool = False, instruction: Tensor | None = None
+        self, adapter: Adapter | None, batch: TokenBatch, num_tasks: int, packed: bool = False, instruction: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Label logits (K, V) and labels (K,) of the answers."""
+        """Label logits (K, V) and labels (K,) of the answers; no adapter: those of the bare base."""
         num_rows = len(batch.ids_ES)
+        soft = None if adapter is None else _per_row(adapter.virtual_tokens(), num_rows)
         return label_logits(
-            self.lm, batch, _per_row(adapter.virtual_tokens(), num_rows), adapter, instruction=_per_row(instruction, num_rows),
+            self.lm, batch, soft, adapter, instruction=_per_row(instruction, num_rows),
             packed=packed, checkpointing=self.checkpointing, num_tasks=num_tasks,
         )
 

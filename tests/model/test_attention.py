@@ -17,7 +17,8 @@ from ship_ds.model import attention
 from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.attention import FLASH, VARLEN, resolve
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import greedy, label_logits
+from ship_ds.model.causal_lm import label_logits
+from ship_ds.model.generation import greedy
 from tests.model.models import EOS, random_lora, random_rows, tiny_lm
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

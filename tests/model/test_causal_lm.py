@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.batch import IGNORE, TokenBatch
-from ship_ds.model.causal_lm import embed, greedy, label_logits
+from ship_ds.model.causal_lm import embed, label_logits
+from ship_ds.model.generation import greedy
 from tests.model.models import EOS, FAMILIES, HIDDEN, random_lora, random_rows, tiny_lm
 
 TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")

@@ -1,0 +1,158 @@
+"""The bank of known instructions: every rule that training saw, its latent, and the search for those that fit examples.
+
+Scoring each known adapter on each task's examples costs a forward per pair, so a shortlist comes first: by the loss of one
+example under every adapter, or, far cheaper, by the decoder's likelihood of each known instruction given the examples, which
+a beam over the tree of all of them finds without reading most.
+
+Letters: C known instructions, T tasks, M examples, Z latent, B beams.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ship_ds.inference.proposals import read
+from ship_ds.inference.scoring import Examples, fit_of_latents
+from ship_ds.model.ship import ShipModel
+
+_ENCODED_AT_ONCE = 256
+_TASKS_AT_ONCE = 8
+_SEEDS, _NEIGHBOURS, _KEPT_A_HOP, _HOPS = 32, 8, 6, 5
+"""Of the walk: how it starts, how far a step sees, how many go on, how many steps."""
+
+
+@dataclass
+class _Node:
+    children: dict[int, "_Node"] = field(default_factory=dict)
+    known: int = -1
+    """The instruction that ends here, or -1."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """instructions: one wording of each known rule; latent_CZ: their posterior means."""
+
+    instructions: tuple[str, ...]
+    latent_CZ: Tensor
+
+    @classmethod
+    def build(cls, model: ShipModel, instructions: Sequence[str]) -> "Bank":
+        unique = tuple(dict.fromkeys(instructions))
+        return cls(unique, encode_all(model, unique))
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    def shortlist(
+        self, model: ShipModel, tasks: Sequence[Examples], count: int, barred: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """For each task about `count` known instructions whose adapters explain its first example best, best first.
+
+        A best-first walk over the graph of nearest latents, from evenly spread instructions and from what the decoder finds
+        likeliest: a few hundred pairs a task instead of all. barred: for each task one that may not be found, or -1.
+        """
+        num_seeds = min(_SEEDS, len(self))
+        seeds = self._spread(num_seeds)
+        found: list[dict[int, float]] = [{} for _ in tasks]
+        frontier = [set(seeds) for _ in tasks]
+        if model.config.decoder.max_examples:
+            shown = [task[: model.config.decoder.max_examples] for task in tasks]
+            for own, likely in zip(frontier, self.shortlist_by_decoder(model, shown, num_seeds), strict=True):
+                own.update(likely)
+        neighbours_CB = self._neighbours()
+        for _ in range(_HOPS):
+            pairs = [(t, c) for t, own in enumerate(frontier) for c in sorted(own - found[t].keys())]
+            for (t, c), loss in zip(pairs, self._losses(model, tasks, pairs), strict=True):
+                found[t][c] = loss
+            best = [sorted(own, key=own.__getitem__)[:_KEPT_A_HOP] for own in found]
+            frontier = [{n for c in own for n in neighbours_CB[c]} for own in best]
+        for own, index in zip(found, barred or [-1] * len(tasks), strict=True):
+            own.pop(index, None)
+        return [sorted(own, key=own.__getitem__)[:count] for own in found]
+
+    def _losses(self, model: ShipModel, tasks: Sequence[Examples], pairs: Sequence[tuple[int, int]]) -> list[float]:
+        latent_CZ = self.latent_CZ[[c for _, c in pairs]]
+        texts, examples = [self.instructions[c] for _, c in pairs], [tasks[t][:1] for t, _ in pairs]
+        return fit_of_latents(model, latent_CZ, texts, examples).loss_CM[:, 0].tolist()
+
+    def _spread(self, count: int) -> list[int]:
+        """Instructions far from one another: each next one is the farthest from those before (Gonzalez 1985)."""
+        chosen = [0]
+        distance_C = torch.full((len(self),), torch.inf)
+        while len(chosen) < count:
+            distance_C = torch.minimum(distance_C, (self.latent_CZ.cpu() - self.latent_CZ[chosen[-1]].cpu()).square().sum(1))
+            chosen.append(int(distance_C.argmax()))
+        return chosen
+
+    def _neighbours(self) -> list[list[int]]:
+        """The nearest latents of each, itself among them."""
+        return torch.cdist(self.latent_CZ, self.latent_CZ).topk(min(_NEIGHBOURS, len(self)), largest=False).indices.tolist()
+
+    @torch.no_grad()
+    def shortlist_by_decoder(self, model: ShipModel, shown: Sequence[Examples], count: int) -> list[list[int]]:
+        """For each view of examples the known instructions that the decoder finds likeliest, best first."""
+        root = self._tree(model)
+        return [
+            found for start in range(0, len(shown), _TASKS_AT_ONCE)
+            for found in _likeliest(model, root, shown[start : start + _TASKS_AT_ONCE], count)
+        ]
+
+    def _tree(self, model: ShipModel) -> _Node:
+        root = _Node()
+        for index, text in enumerate(self.instructions):
+            node = root
+            for token in model.decoder_prompts.target(text):
+                node = node.children.setdefault(token, _Node())
+            node.known = index
+        return root
+
+
+@dataclass(frozen=True)
+class _Path:
+    """A running or finished path down the tree; `row` is where it is in the stream."""
+
+    log_prob: float
+    row: int
+    token: int
+    node: _Node
+
+
+def _likeliest(model: ShipModel, root: _Node, shown: Sequence[Examples], count: int) -> list[list[int]]:
+    """A beam of `count` paths a view. Log-probabilities only fall, so a finished path stays while it is among the best."""
+    stream = read(model, shown, None)
+    beams = [[_Path(0.0, t, -1, root)] for t in range(len(shown))]
+    while any(path.node.children for beam in beams for path in beam):
+        nodes = {path.row: path.node for beam in beams for path in beam if path.node.children}
+        tokens = [list(nodes[row].children) if row in nodes else [] for row in range(len(stream.logits_EV))]
+        widest = max(map(len, tokens))
+        wanted = torch.tensor([row + [0] * (widest - len(row)) for row in tokens], device=stream.logits_EV.device)
+        log_probs = stream.logits_EV.float().log_softmax(-1).gather(1, wanted).tolist()
+        beams = [heapq.nlargest(count, _steps(beam, log_probs), key=lambda path: path.log_prob) for beam in beams]
+        going = [path for beam in beams for path in beam if path.node.children]
+        if not going:
+            break
+        rows = {id(path): row for row, path in enumerate(going)}
+        stream.select(torch.tensor([path.row for path in going], device=stream.logits_EV.device))
+        stream.advance(torch.tensor([path.token for path in going], device=stream.logits_EV.device))
+        beams = [[_Path(p.log_prob, rows.get(id(p), -1), p.token, p.node) for p in beam] for beam in beams]
+    return [[path.node.known for path in beam] for beam in beams]
+
+
+def _steps(beam: Sequence[_Path], log_probs: Sequence[Sequence[float]]) -> list[_Path]:
+    found = [path for path in beam if not path.node.children]
+    for path in beam:
+        for (token, child), log_prob in zip(path.node.children.items(), log_probs[path.row], strict=False):
+            found.append(_Path(path.log_prob + log_prob, path.row, token, child))
+    return found
+
+
+def encode_all(model: ShipModel, instructions: Sequence[str]) -> Tensor:
+    """Posterior means (C, Z), a few hundred at a time."""
+    if not instructions:
+        return torch.zeros(0, model.config.latent_size)
+    return torch.cat([
+        model.encode(instructions[start : start + _ENCODED_AT_ONCE]) for start in range(0, len(instructions), _ENCODED_AT_ONCE)
+    ])

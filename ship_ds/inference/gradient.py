@@ -1,0 +1,103 @@
+"""Gradient descent to a latent that explains examples: on z itself, or on instruction embeddings through the encoder.
+
+Several restarts of several tasks run in one forward. The last example is held back where there are at least two: each row
+keeps the point where the held-back loss was lowest, and a row whose held-back loss has not fallen for some steps stops
+moving (arXiv 2502.02315, section 3.3).
+
+Letters: C rows (task by restart), M examples, Z latent, N instruction tokens, H hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ship_ds.inference.scoring import Examples, answers_batch, losses_by_example
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.causal_lm import embed
+from ship_ds.model.ship import ShipModel
+
+NEUTRAL_INSTRUCTION = "Generate the output based on the given input."
+_PATIENCE = 5
+"""Steps without a lower held-back loss after which a row stops."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where each row's held-back loss was lowest: the latent and that loss, in nats an example."""
+
+    latent_CZ: Tensor
+    loss_C: Tensor
+
+
+def descend_on_latent(
+    model: ShipModel, start_CZ: Tensor, wordings: Sequence[str], examples: Sequence[Examples], steps: int, lr: float,
+    prior: float, hold_back: bool = True,
+) -> Descent:
+    """`direct`: Adam on z from `start_CZ`. prior: weight of |z|^2 / 2, the prior's negative log-density up to a constant."""
+    point_CZ = start_CZ.detach().to(model.device).clone().requires_grad_()
+    return _descend(model, point_CZ, lambda: point_CZ, wordings, examples, steps, lr, prior, hold_back)
+
+
+def descend_on_instruction(
+    model: ShipModel, start_NH: Sequence[Tensor], wordings: Sequence[str], examples: Sequence[Examples], steps: int,
+    lr: float, prior: float,
+) -> Descent:
+    """`indirect`: Adam on the embeddings of the instruction that the encoder reads, one start a row."""
+    prompt, place = neutral_prompt(model)
+    batch = TokenBatch.build([prompt] * len(start_NH), None, model.encoder_prompts.pad_id, device=model.device)
+    with torch.no_grad():
+        table_CSH = embed(model.encoder.lm, batch)
+    point_CNH = torch.stack(list(start_NH)).detach().to(model.device).clone().requires_grad_()
+
+    def latent() -> Tensor:
+        hidden = torch.cat([table_CSH[:, : place.start], point_CNH.to(table_CSH.dtype), table_CSH[:, place.stop :]], 1)
+        mean_CZ: Tensor = model.encoder(batch, hidden)[0]
+        return mean_CZ
+
+    return _descend(model, point_CNH, latent, wordings, examples, steps, lr, prior, True)
+
+
+def neutral_prompt(model: ShipModel) -> tuple[tuple[int, ...], slice]:
+    """What the encoder reads for the neutral instruction, and where in it the instruction's own tokens are."""
+    prompt, empty = (model.encoder_prompts.encoder_prompt(text) for text in (NEUTRAL_INSTRUCTION, ""))
+    before = next((i for i, (a, b) in enumerate(zip(prompt, empty, strict=False)) if a != b), len(empty))
+    after = next((i for i, (a, b) in enumerate(zip(prompt[::-1], empty[::-1], strict=False)) if a != b), len(empty))
+    after = min(after, len(empty) - before)
+    return prompt, slice(before, len(prompt) - after)
+
+
+@torch.no_grad()
+def neutral_embeddings(model: ShipModel) -> Tensor:
+    """(N, H): where `indirect` starts."""
+    prompt, place = neutral_prompt(model)
+    batch = TokenBatch.build([prompt], None, model.encoder_prompts.pad_id, device=model.device)
+    return embed(model.encoder.lm, batch)[0, place]
+
+
+def _descend(
+    model: ShipModel, point: Tensor, latent: Callable[[], Tensor], wordings: Sequence[str], examples: Sequence[Examples],
+    steps: int, lr: float, prior: float, hold_back: bool,
+) -> Descent:
+    batch = answers_batch(model, wordings, examples)
+    num_rows, num_examples = len(examples), len(examples[0])
+    held = slice(num_examples - 1, num_examples) if hold_back and num_examples > 1 else slice(0, num_examples)
+    fitted = slice(0, num_examples - 1) if hold_back and num_examples > 1 else slice(0, num_examples)
+    best_CZ, best_C = latent().detach().clone(), torch.full((num_rows,), torch.inf, device=model.device)
+    stale_C = torch.zeros(num_rows, device=model.device)
+    optimiser = torch.optim.Adam([point], lr=lr)
+    for step in range(steps + 1):
+        latent_CZ = latent()
+        logits, labels = model.task_llm(model.hypernetwork(latent_CZ), batch, num_rows)
+        loss_CM = losses_by_example(logits, labels, batch, num_rows)
+        held_C = loss_CM[:, held].mean(1).detach()
+        better_C = (held_C < best_C) & (stale_C < _PATIENCE)
+        best_CZ[better_C], best_C[better_C] = latent_CZ.detach()[better_C], held_C[better_C]
+        stale_C = torch.where(better_C, 0, stale_C + 1)
+        if step == steps or bool((stale_C >= _PATIENCE).all()):
+            break
+        loss = loss_CM[:, fitted].mean(1).sum() + prior * latent_CZ.square().sum() / 2
+        (point.grad,) = torch.autograd.grad(loss, [point])
+        optimiser.step()
+    return Descent(best_CZ, best_C)
