@@ -1,0 +1,92 @@
+"""Prompt tuning."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ship_ds.data.task import Example, SplitTask
+from ship_ds.evaluation.baselines.fitting import Steps, fit
+from ship_ds.evaluation.baselines.static_adapters import StaticSoftPrompt
+from ship_ds.evaluation.baselines.trained import TrainedMethod
+from ship_ds.evaluation.method import Answers
+from ship_ds.model.adapters import SoftPrompt
+
+_CHUNK = 48
+"""Tasks whose prompts are tuned together."""
+
+
+@dataclass(frozen=True)
+class PromptTuningRecipe:
+    num_virtual_tokens: int = 10
+    lr: float = 1e-2
+    reasoning_lr: float = 3e-2
+    reasoning_steps: int = 60
+
+
+class PromptTuning(TrainedMethod):
+    """Embeddings before the prompt are trained, the base is not (Lester et al. 2021).
+
+    deduction: one soft prompt for all seen tasks, without the instruction, so what the task is remains unknown to it.
+    reasoning: from that prompt on (as SPoT does, Vu et al. 2022), one prompt a task is trained on its shown examples alone;
+    all tasks of a batch at once, each example's loss reaching its own task's prompt only.
+    Simplified: a fixed number of steps instead of a choice by validation, which few examples do not allow.
+    """
+
+    name: ClassVar[str] = "prompt_tuning"
+    states_instruction: ClassVar[bool] = False
+    recipe: ClassVar[PromptTuningRecipe] = PromptTuningRecipe()
+    module: StaticSoftPrompt
+
+    def build(self) -> nn.Module:
+        """Started from the embeddings of random tokens, as published."""
+        embedding: nn.Embedding = self.base.task_llm.lm.get_input_embeddings()  # type: ignore[operator]
+        ids_P = torch.randint(embedding.num_embeddings, (self.recipe.num_virtual_tokens,))
+        return StaticSoftPrompt(embedding.weight[ids_P.to(embedding.weight.device)])
+
+    def train(self) -> None:
+        sampler = self.sampler()
+
+        def loss_at(step: int) -> Tensor:
+            return self._loss(self.module, [draw.answered for draw in sampler.draw_step(step)], 1)
+
+        fit(self.module.parameters(), loss_at, self.budget, self.recipe.lr, self.name)
+
+    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+        return self._answer(self.module, inputs)
+
+    def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
+        answers: Answers = []
+        for start in range(0, len(shown), _CHUNK):
+            own = self.tune(shown[start : start + _CHUNK])
+            answers += self._answer(own, inputs[start : start + _CHUNK])
+        return answers
+
+    def tune(self, shown: Sequence[Sequence[Example]]) -> StaticSoftPrompt:
+        """One soft prompt a task, from its shown examples; tasks that show fewer than others repeat theirs."""
+        width = max(map(len, shown))
+        even = [[row[i % len(row)] for i in range(width)] for row in shown]
+        own = StaticSoftPrompt(self.module.prompt_TPH[0], len(shown)).to(self.base.device)
+        fit(
+            own.parameters(), lambda step: self._loss(own, even, len(shown)), Steps(self.recipe.reasoning_steps),
+            self.recipe.reasoning_lr, f"{self.name}: {len(shown)} tasks", clip=math.inf,
+        )
+        return own
+
+    def _loss(self, prompt: StaticSoftPrompt, examples: Sequence[Sequence[Example]], num_tasks: int) -> Tensor:
+        rows = [example for row in examples for example in row]
+        asked = [self.base.prompts.task_prompt(example.input) for example in rows]
+        batch = self.base.batch(asked, [example.target for example in rows], self.recipe.num_virtual_tokens)
+        return self.base.loss_per_task(prompt(), batch, num_tasks)
+
+    def _answer(self, prompt: StaticSoftPrompt, inputs: Sequence[Sequence[str]]) -> Answers:
+        questions = [[self.base.prompts.task_prompt(text) for text in row] for row in inputs]
+        num_own = len(prompt.prompt_TPH)
+
+        def adapter_of(tasks: slice) -> SoftPrompt:
+            return prompt() if num_own == 1 else prompt().rows(torch.arange(num_own, device=self.base.device)[tasks])
+
+        return self.base.answer(questions, adapter_of, self.recipe.num_virtual_tokens)

@@ -1,0 +1,56 @@
+"""Text-to-LoRA."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ship_ds.evaluation.baselines.fitting import fit
+from ship_ds.evaluation.baselines.generated_lora import GeneratedLora, PooledReader
+
+
+@dataclass(frozen=True)
+class TextToLoraRecipe:
+    oracle_share: float = 0.3
+    oracle_lr: float = 5e-3
+    reconstruction_share: float = 0.1
+    reconstruction_lr: float = 1e-3
+    sft_lr: float = 1e-3
+
+
+class TextToLora(GeneratedLora):
+    """A hypernetwork from a frozen embedding of the instruction to a LoRA (Charakorn et al. 2025, arXiv 2506.06105).
+
+    Both of its trainings, one after the other: reconstruction of oracle LoRAs (section 3.2), then answers through the generated
+    LoRA (section 3.3), which the paper finds the better one on unseen tasks. Simplified: the embedding is the frozen base's own
+    (the paper's ablation; its default is a separate embedding model), the heads are SHIP's, and the oracles get a share of
+    the same minutes.
+    """
+
+    name: ClassVar[str] = "text_to_lora"
+    recipe: ClassVar[TextToLoraRecipe] = TextToLoraRecipe()
+
+    def reader(self, latent_size: int) -> nn.Module:
+        return PooledReader(self.base.hidden_size, latent_size)
+
+    def train(self) -> None:
+        recipe = self.recipe
+        self.reconstruct()
+        sft = self.budget.share(1 - recipe.oracle_share - recipe.reconstruction_share)
+        fit(self.module.parameters(), self._sft_loss, sft, recipe.sft_lr, f"{self.name}: sft")
+
+    def reconstruct(self) -> None:
+        """The pre-stage: generated LoRAs close to the oracles', without the Task LLM."""
+        sampler, recipe = self.sampler(), self.recipe
+        oracles = self.train_oracles(recipe.oracle_share, recipe.oracle_lr)
+
+        def loss_at(step: int) -> Tensor:
+            draws = sampler.draw_step(step)
+            return oracles.distance(self.generate([draw.wording for draw in draws]), [draw.task_id for draw in draws])
+
+        budget = self.budget.share(recipe.reconstruction_share)
+        fit(self.module.parameters(), loss_at, budget, recipe.reconstruction_lr, f"{self.name}: reconstruction")
+
+    def _sft_loss(self, step: int) -> Tensor:
+        draws = self.sampler().draw_step(step)
+        return self.base.loss(self.generate([draw.wording for draw in draws]), self.answered(draws), len(draws))

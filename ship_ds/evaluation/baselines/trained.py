@@ -1,0 +1,106 @@
+"""What all trained baselines share: train once within the setting's time, keep the weights, load them afterwards.
+
+    FOLDER/weights/weights.safetensors    the trained tensors
+    FOLDER/weights/manifest.json          what they were trained for, and the file's size and SHA-256
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ship_ds.bundle import publish, sha256
+from ship_ds.data.sampler import StepSampler
+from ship_ds.evaluation.baselines.fitting import Budget, Minutes
+from ship_ds.evaluation.baselines.frozen_base import FrozenBase
+from ship_ds.evaluation.method import Setting
+from ship_ds.runtime import ranks
+
+WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+
+
+class TrainedMethod(ABC):
+    """A baseline with weights of its own in `self.module`, over the frozen base, which is no part of the module.
+
+    recipe: a frozen dataclass of its numbers; they are in the manifest, so weights trained by other ones are not reused.
+    budget: what training may spend; None for the setting's minutes.
+    """
+
+    name: ClassVar[str]
+    recipe: ClassVar[Any]
+
+    def __init__(self, setting: Setting, budget: Budget | None = None) -> None:
+        self.setting = setting
+        self.budget = budget or Minutes(setting.minutes)
+        self.base = FrozenBase(setting.ship)
+        with torch.random.fork_rng():
+            torch.manual_seed(setting.seed)
+            self.module = self.build().to(self.base.device)
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The untrained weights, drawn under the setting's seed."""
+
+    @abstractmethod
+    def train(self) -> None:
+        """Fit `self.module` within `self.budget`."""
+
+    def prepare(self) -> None:
+        """Rank 0 trains unless good weights for this very setting are there; every rank loads what is on the disk."""
+        if ranks.rank() == 0 and not self._is_stored():
+            started = time.perf_counter()
+            with torch.random.fork_rng():
+                torch.manual_seed(self.setting.seed)
+                self.train()
+            self._store(time.perf_counter() - started)
+        ranks.barrier()
+        self.module.load_state_dict(load_file(self._folder / WEIGHTS))
+        self.module.eval().requires_grad_(False)
+
+    @property
+    def _folder(self) -> Any:
+        return self.setting.folder / "weights"
+
+    def _identity(self) -> dict[str, Any]:
+        """All that decides the weights."""
+        return {
+            "method": self.name, "recipe": asdict(self.recipe), "budget": repr(self.budget), "seed": self.setting.seed,
+            "seen": hashlib.sha256(repr(self.setting.splits.seen).encode()).hexdigest()[:16], "base": self.base.fingerprint(),
+        }
+
+    def _is_stored(self) -> bool:
+        """Says so on stderr where weights are there but not these."""
+        if not (self._folder / MANIFEST).is_file():
+            return False
+        manifest = json.loads((self._folder / MANIFEST).read_text())
+        own = json.loads(json.dumps(self._identity()))
+        different = [key for key in own if manifest.get(key) != own[key]]
+        if not different and manifest["sha256"] == sha256(self._folder / WEIGHTS):
+            return True
+        reason = f"other {', '.join(different)}" if different else "the file is not the one in its manifest"
+        print(f"ship-ds: {self._folder}: {reason}; training {self.name} again", file=sys.stderr, flush=True)
+        return False
+
+    def _store(self, seconds: float) -> None:
+        part = self._folder.with_name("weights.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}, part / WEIGHTS)
+        manifest = {**self._identity(), "train_seconds": round(seconds, 1), "sha256": sha256(part / WEIGHTS)}
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        publish(part, self._folder)
+
+    def sampler(self) -> StepSampler:
+        """The seen tasks in SHIP's own order and step size."""
+        training = self.setting.ship.config.training
+        return StepSampler(
+            self.setting.splits.seen, self.setting.seed, training.tasks_per_step, training.examples_per_task, 0, 0.0
+        )
