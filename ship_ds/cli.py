@@ -67,6 +67,21 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plot(args: argparse.Namespace) -> int:
+    from ship_ds.evaluation.evaluate import write_latent_map
+    from ship_ds.monitor import figures
+    from ship_ds.train import say
+
+    run, others = Path(args.run), [Path(other) for other in args.runs]
+    for folder in (run, *others):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such run folder")
+    write_latent_map(run, say)
+    for path in figures.plot([run, *others], Path(args.out) if args.out else run / "figures", say):
+        print(path)
+    return 0
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from importlib import resources
 
@@ -111,6 +126,11 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--min-examples-per-task", type=int, default=2)
     data.set_defaults(run_verb=_data)
     _add_evaluate(verbs.add_parser("evaluate", help="SHIP beside the baselines in every direction; goes on where it stopped"))
+    plot = verbs.add_parser("plot", help="figures of a run, and of several runs against each other, as PNG")
+    plot.add_argument("--run", required=True)
+    plot.add_argument("--runs", nargs="+", default=[], help="others, for the figures over runs")
+    plot.add_argument("--out", help="folder; default RUN/figures")
+    plot.set_defaults(run_verb=_plot)
     verbs.add_parser("recipes", help="the shipped configs").set_defaults(run_verb=_recipes)
     verbs.add_parser("doctor", help="what of the stack is here").set_defaults(run_verb=_doctor)
     return parser

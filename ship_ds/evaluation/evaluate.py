@@ -1,5 +1,6 @@
 """`ship-ds evaluate`: open the run, measure what is missing, write the report."""
 
+import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ship_ds.bundle import WEIGHTS, bundle_folder, sha256, verify
 from ship_ds.evaluation import table
 from ship_ds.evaluation.cells import Cell, Measured
+from ship_ds.evaluation.files import write_json
 from ship_ds.evaluation.harness import Harness, HarnessConfig, Run
+from ship_ds.evaluation.latent_map import latent_map
 from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.report import versions
 from ship_ds.runtime import ranks
@@ -32,6 +36,17 @@ def evaluate(folder: Path, config: HarnessConfig, arguments: Sequence[str], say:
         table.write(report, measured, harness.folder)
     ranks.barrier()
     return report
+
+
+def write_latent_map(folder: Path, say: Callable[[str], None]) -> None:
+    """`<run>/evaluation/latents.json`, unless it is there for this very bundle."""
+    path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
+    verify(bundle)
+    if path.is_file() and json.loads(path.read_text())["bundle"] == sha256(bundle / WEIGHTS):
+        return
+    say(f"{path}: latents by gradient descent, for the t-SNE figure")
+    run = Run.open(folder, say)
+    write_json(path, latent_map(run.ship, run.splits))
 
 
 def valid_cells(harness: Harness) -> dict[Cell, Measured]:

@@ -130,7 +130,7 @@ class Harness:
         """What the cell depends on, and no more, so that little is measured again."""
         config = self.config
         found = {**self.run.fingerprint, "version": _VERSION, "num_tasks": config.num_tasks, "seed": config.seed}
-        if METHODS[cell.method] in TRAINED:
+        if cell.method in TRAINED:
             found["minutes"] = config.minutes
         if cell.direction == "induction":
             found["judges"] = sorted(config.judges)

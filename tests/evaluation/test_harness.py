@@ -10,7 +10,7 @@ import pytest
 from ship_ds import cli
 from ship_ds.evaluation.evaluate import evaluate
 from ship_ds.evaluation.harness import HarnessConfig
-from ship_ds.evaluation.methods import METHODS, UNTRAINED
+from ship_ds.evaluation.methods import METHODS, TRAINED
 from tests.conftest import start
 
 DIRECTIONS = {
@@ -18,7 +18,7 @@ DIRECTIONS = {
     "icl": ["reasoning"], "instruction_induction": ["induction"], "random_decode": ["induction"], "bare_base": ["deduction"],
     "shuffled_instruction": ["deduction"],
 }
-SMALL = HarnessConfig(methods=tuple(method.name for method in UNTRAINED), num_tasks=2)
+SMALL = HarnessConfig(methods=tuple(name for name in METHODS if name not in TRAINED), num_tasks=2)
 
 
 def fresh(run: Path, folder: Path) -> Path:
@@ -118,8 +118,8 @@ def test_numbers_of_shown_examples_stand_side_by_side(evaluated: Path, tmp_path:
 def test_two_ranks_measure_what_one_does(evaluated: Path, one_rank_run: Path, tmp_path: Path) -> None:
     run = fresh(one_rank_run, tmp_path / "run")
     done = start([
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ship_ds.cli", "evaluate", "--run", str(run),
-        "--methods", "random_decode,icl", "--num-tasks", "2",
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ship_ds.cli", "evaluate",
+        "--run", str(run), "--methods", "random_decode,icl", "--num-tasks", "2",
     ])
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = ([json.loads(line) for line in (run / "evaluation" / "tasks.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@
 `TRAINED` ones train for `Setting.minutes` before they are asked; the others cost no time of their own.
 """
 
+from ship_ds.evaluation.baselines import Itd, PromptTuning, Sft, Tagi, TextToLora
 from ship_ds.evaluation.method import Method
 from ship_ds.evaluation.methods.controls import BareBase, ShuffledInstruction
 from ship_ds.evaluation.methods.icl import InContextLearning
@@ -12,8 +13,9 @@ from ship_ds.evaluation.methods.prompting import Prompting
 from ship_ds.evaluation.methods.random_decode import RandomDecode
 from ship_ds.evaluation.methods.ship import ShipMethod
 
-UNTRAINED: tuple[type[Method], ...] = (
-    ShipMethod, NearestKnown, Prompting, InContextLearning, InstructionInduction, RandomDecode, BareBase, ShuffledInstruction,
+_IN_ORDER: tuple[type[Method], ...] = (
+    ShipMethod, NearestKnown, Prompting, InContextLearning, Sft, PromptTuning, Tagi, Itd, InstructionInduction, TextToLora,
+    RandomDecode, BareBase, ShuffledInstruction,
 )
-TRAINED: tuple[type[Method], ...] = ()
-METHODS: dict[str, type[Method]] = {method.name: method for method in (*UNTRAINED, *TRAINED)}
+METHODS = {method.name: method for method in _IN_ORDER}
+TRAINED = frozenset(method.name for method in (Sft, PromptTuning, Tagi, Itd, TextToLora))

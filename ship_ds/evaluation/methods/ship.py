@@ -4,20 +4,17 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.answering import answer_tasks, encode_all
-from ship_ds.evaluation.method import Answers, Setting
+from ship_ds.evaluation.method import Answers
+from ship_ds.evaluation.methods.searching import Searching
+from ship_ds.inference.induction import InductionConfig
 
 
-class ShipMethod:
+class ShipMethod(Searching):
+    """Deduction by the instruction's adapter; induction by the default search."""
+
     name: ClassVar[str] = "ship"
     states_instruction: ClassVar[bool] = False
-
-    def __init__(self, setting: Setting) -> None:
-        self.ship = setting.ship
-
-    def prepare(self) -> None:
-        """It is trained already."""
+    search: ClassVar[InductionConfig] = InductionConfig()
 
     def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
-        model = self.ship.model
-        return answer_tasks(model, encode_all(model, wordings), inputs, self.ship.config.evaluation.max_new_tokens, wordings)
+        return self.answer(wordings, inputs)
