@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from ship_ds.data.files import FilesConfig, read_splits
-from ship_ds.data.readers import read_tasks
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ship_ds.config import load_config
+from ship_ds.data.files import FilesConfig, read_splits
+from ship_ds.data.readers import read_tasks
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
 from ship_ds.prompt import PromptFormat

@@ -33,9 +33,14 @@ class StepSampler:
     drop_latent: float
 
     def draw_step(self, step: int) -> list[TaskDraw]:
-        """The draws of global step `step`, sorted by length so that micro-batches pad little."""
+        """The draws of global step `step`, sorted by length so that micro-batches pad little.
+
+        All of them show the decoder equally many examples: drawn task by task, most of the decoder's work would be padding.
+        """
         start = step * self.tasks_per_step
-        draws = [self._draw(self._task_at(position), position) for position in range(start, start + self.tasks_per_step)]
+        num_shown = random.Random(f"{self.seed} shown {step}").randint(0, self.max_shown)
+        positions = range(start, start + self.tasks_per_step)
+        draws = [self._draw(self._task_at(position), position, num_shown) for position in positions]
         return sorted(draws, key=lambda draw: (sum(len(e.input) for e in draw.shown), draw.task_id))
 
     def draw_rank(self, step: int, part: int, num_parts: int) -> list[TaskDraw]:
@@ -46,10 +51,10 @@ class StepSampler:
         epoch, offset = divmod(position, len(self.tasks))
         return self.tasks[_permutation(self.seed, epoch, len(self.tasks))[offset]]
 
-    def _draw(self, task: SplitTask, position: int) -> TaskDraw:
+    def _draw(self, task: SplitTask, position: int, num_shown: int) -> TaskDraw:
         rng = random.Random(f"{self.seed} {position} {task.id}")
         num_answered = min(self.examples_per_task, len(task.train))
-        num_shown = min(rng.randint(0, self.max_shown), len(task.train) - num_answered)
+        num_shown = min(num_shown, len(task.train) - num_answered)
         drawn = rng.sample(task.train, num_answered + num_shown)
         if num_answered < self.examples_per_task:
             drawn = rng.choices(task.train, k=self.examples_per_task)

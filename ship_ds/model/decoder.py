@@ -35,7 +35,9 @@ class Decoder(nn.Module):
             last = nn.Linear(2 * hidden_size, num_soft_tokens * hidden_size)
             nn.init.normal_(last.weight, std=spread / math.sqrt(2 * hidden_size))
             nn.init.normal_(last.bias, std=spread)
-            self.from_latent = nn.Sequential(nn.Linear(latent_size, 2 * hidden_size), nn.SiLU(), last)
+            first = nn.Linear(latent_size, 2 * hidden_size)
+            nn.init.normal_(first.weight, std=2 / math.sqrt(latent_size))
+            self.from_latent = nn.Sequential(first, nn.SiLU(), last)
         self.without_latent = nn.Parameter(spread * torch.randn(num_soft_tokens * hidden_size))
 
     def soft_tokens(self, latent_TZ: Tensor, shows_latent_T: Tensor | None = None) -> Tensor:

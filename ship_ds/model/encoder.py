@@ -4,12 +4,15 @@ Letters: T tasks, S length, H hidden, Z latent.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ship_ds.model.batch import TokenBatch
+
+_FIRST_LOG_VARIANCE = -5.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,12 @@ class Encoder(nn.Module):
     def __init__(self, lm: nn.Module, hidden_size: int, latent_size: int) -> None:
         super().__init__()
         self.lm = lm
-        self.head = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, 2 * latent_size))
+        last = nn.Linear(2 * hidden_size, 2 * latent_size)
+        self.head = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), last)
+        # Means of about unit size over small noise: from torch's own initial scale, training first has to lift every mean
+        # out of the noise, and neither half learns before.
+        nn.init.normal_(self.head[0].weight, std=1 / math.sqrt(hidden_size))
+        nn.init.normal_(last.weight[:latent_size], std=2 / math.sqrt(2 * hidden_size))
 
     def forward(self, batch: TokenBatch, embeddings_TSH: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """mean_TZ and log_variance_TZ, as a plain tuple: ZeRO-3 looks for tensors in those alone.
@@ -41,7 +49,7 @@ class Encoder(nn.Module):
         hidden_TSH = self.lm.model(**read, use_cache=False).last_hidden_state  # type: ignore[operator]
         last_TH = hidden_TSH[torch.arange(len(hidden_TSH), device=hidden_TSH.device), batch.lengths_E - 1]
         mean_TZ, raw_TZ = self.head(last_TH.to(next(self.head.parameters()).dtype)).float().chunk(2, dim=-1)
-        return mean_TZ, raw_TZ - 4.0  # a small variance at first, so that z carries the instruction from step 0
+        return mean_TZ, raw_TZ + _FIRST_LOG_VARIANCE
 
 
 def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int) -> Tensor:

@@ -130,6 +130,7 @@ class LoraHypernetwork(nn.Module):
         width, head_type = config.width, HEADS[config.heads]
         heads = [head_type(width, config.rank, group) for group in head_type.groups(sites)]
         self.from_latent = nn.Linear(latent_size, width)
+        nn.init.normal_(self.from_latent.weight, std=1 / math.sqrt(latent_size))  # z weighs as much as a site's embedding
         self.site_embeddings = nn.ModuleList(nn.Embedding(head.num_embeddings, width) for head in heads)
         self.trunk = nn.Sequential(
             nn.SiLU(), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)

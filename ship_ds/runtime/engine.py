@@ -59,6 +59,8 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
     import deepspeed
 
     config = read_deepspeed_config(training.deepspeed)
+    # On a CPU, torch's fused AdamW: one pass over the flat partition where the plain one makes a dozen.
+    on_cpu = not torch.cuda.is_available()
     micro = training.tasks_per_step // parts_per_step(training)
     config |= {
         "train_micro_batch_size_per_gpu": micro,
@@ -69,7 +71,7 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
             "type": "AdamW",
             "params": {
                 "lr": optimiser.lr, "weight_decay": optimiser.weight_decay, "betas": [0.9, 0.98],
-                "torch_adam": not torch.cuda.is_available(),
+                "torch_adam": on_cpu, **({"fused": True} if on_cpu else {}),
             },
         },
         "steps_per_print": 10**9,

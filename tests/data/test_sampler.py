@@ -31,7 +31,7 @@ def test_a_step_is_the_same_in_any_order_and_any_process() -> None:
 def test_seed_and_step_change_the_draws() -> None:
     step = _sampler().draw_step(0)
     assert step != _sampler(seed=4).draw_step(0)
-    one_task = _sampler(1, tasks_per_step=1)
+    one_task = _sampler(1, tasks_per_step=1, examples_per_task=6)
     assert len({repr(one_task.draw_step(step)) for step in range(20)}) == 20
 
 
