@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ship_ds.config import Config, parse_config
+from ship_ds.data.task import Example
 from ship_ds.errors import UserError
+from ship_ds.inference import checks
+from ship_ds.inference.adapters import WeightInduction, induce_from_behaviour, induce_from_weights, read_adapter
+from ship_ds.inference.bank import Bank, encode_all
+from ship_ds.inference.deduction import answer_latents
+from ship_ds.inference.induction import Induction, InductionConfig, Say, induce_many, silent
+from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
+from ship_ds.inference.reasoning import Reasoning, reason_many
+from ship_ds.model.adapters import Adapter
 from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
 
 WEIGHTS, CONFIG, PROMPT, MANIFEST = "ship.safetensors", "config.json", "prompt_format.json", "manifest.json"
+KNOWN = "known_instructions.json"
+"""One wording of every rule the run was trained on: what induction looks among first."""
+
+
+Pair = tuple[str, str]
+"""(input, target)."""
+
+
+@dataclass(frozen=True)
+class Deduction:
+    """An instruction's latent and adapter. familiarity: how it lies among the known instructions; None where none are known."""
+
+    instruction: str
+    latent: tuple[float, ...]
+    adapter: Adapter
+    familiarity: Familiarity | None
 
 
 def sha256(path: Path) -> str:
@@ -40,15 +67,18 @@ def publish(part: Path, folder: Path) -> None:
     part.rename(folder)
 
 
-def write_bundle(folder: Path, state: Mapping[str, Tensor], config: Config, prompt_format: Mapping[str, Any]) -> None:
-    """state: every trainable parameter of ShipModel by name."""
+def write_bundle(
+    folder: Path, state: Mapping[str, Tensor], config: Config, prompt_format: Mapping[str, Any], known: Sequence[str]
+) -> None:
+    """state: every trainable parameter of ShipModel by name. known: the instructions of the seen tasks."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, part / WEIGHTS)
     (part / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
     (part / PROMPT).write_text(json.dumps(prompt_format, indent=2) + "\n")
-    names = (WEIGHTS, CONFIG, PROMPT)
+    (part / KNOWN).write_text(json.dumps(list(known), indent=0, ensure_ascii=False) + "\n")
+    names = (WEIGHTS, CONFIG, PROMPT, KNOWN)
     manifest = {name: {"bytes": (part / name).stat().st_size, "sha256": sha256(part / name)} for name in names}
     (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     publish(part, folder)
@@ -62,10 +92,11 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
         raise UserError(f"{checkpoint_folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N")
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or choose another --out")
-    config = parse_config(checkpoint.read_progress(checkpoint_folder).config, str(checkpoint_folder / checkpoint.PROGRESS))
+    progress = checkpoint.read_progress(checkpoint_folder)
+    config = parse_config(progress.config, str(checkpoint_folder / checkpoint.PROGRESS))
     state = checkpoint.trainable_state(checkpoint_folder)
     prompts = PromptFormat(load_tokenizer(config.model.task_llm.base))
-    write_bundle(out, state, config, prompts.describe())
+    write_bundle(out, state, config, prompts.describe(), progress.known_instructions)
 
 
 def bundle_folder(path: str | Path) -> Path:
@@ -84,10 +115,13 @@ def verify(folder: Path) -> None:
 
 
 class Ship:
-    """A trained SHIP, opened from its run or bundle folder; plain types in and out."""
+    """A trained SHIP, opened from its run or bundle folder; plain types in, frozen dataclasses out.
 
-    def __init__(self, model: ShipModel, config: Config, digest: str) -> None:
-        self.model, self.config, self.digest = model, config, digest
+    Every method raises UserError, one line, for text that the models cannot read.
+    """
+
+    def __init__(self, model: ShipModel, config: Config, digest: str, known: Sequence[str] = ()) -> None:
+        self.model, self.config, self.digest, self.known = model, config, digest, tuple(known)
 
     @classmethod
     def from_run(cls, path: str | Path, device: torch.device | str = "cpu") -> "Ship":
@@ -100,18 +134,99 @@ class Ship:
         if model.prompts.describe() != json.loads((folder / PROMPT).read_text()):
             raise UserError(f"{folder / PROMPT}: the base model's tokenizer or this version gives another prompt format")
         load_trainable(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
-        return cls(model.to(device).eval(), config, sha256(folder / WEIGHTS))
+        # Bundles of earlier versions know no instructions.
+        known = json.loads((folder / KNOWN).read_text()) if (folder / KNOWN).is_file() else []
+        return cls(model.to(device).eval(), config, sha256(folder / WEIGHTS), known)
+
+    @cached_property
+    def bank(self) -> Bank:
+        """The known instructions, encoded when they are first asked for."""
+        return Bank.build(self.model, self.known)
+
+    @cached_property
+    def _surroundings(self) -> Surroundings:
+        return Surroundings.of(self.model, self.bank)
+
+    @property
+    def _length(self) -> int:
+        return self.config.evaluation.max_new_tokens
 
     @torch.no_grad()
-    def answer(self, instruction: str, inputs: Sequence[str]) -> list[str | None]:
+    def deduce(self, instruction: str) -> Deduction:
+        """The adapter that the hypernetwork makes of an instruction, with a warning where that is far from training."""
+        checks.check_instruction(self.model, instruction)
+        latent_1Z = self.model.encode([instruction])
+        familiarity = self._surroundings.familiarity(self.model, self.bank, instruction) if len(self.known) > 1 else None
+        return Deduction(instruction, tuple(latent_1Z[0].tolist()), self.model.adapt(latent_1Z), familiarity)
+
+    def answer(self, instruction: str, inputs: Sequence[str], num_beams: int = 1) -> list[str | None]:
         """Answers without the instruction in the prompt; None where no end came within the configured length."""
-        adapter = self.model.adapt(self.model.encode([instruction]))
-        return self.model.answer(adapter, inputs, self.config.evaluation.max_new_tokens, [instruction] * len(inputs))
+        return self.answer_many([instruction], [inputs], num_beams)[0]
+
+    def answer_many(
+        self, instructions: Sequence[str], inputs: Sequence[Sequence[str]], num_beams: int = 1
+    ) -> list[list[str | None]]:
+        """Each instruction's own inputs, all in the same batches."""
+        for instruction, own in zip(instructions, inputs, strict=True):
+            checks.check_instruction(self.model, instruction)
+            checks.check_inputs(self.model, own, self._length)
+        latent_TZ = encode_all(self.model, instructions)
+        return answer_latents(self.model, latent_TZ, instructions, inputs, self._length, num_beams)
 
     @torch.no_grad()
     def answer_bare(self, inputs: Sequence[str]) -> list[str | None]:
         """What the Task LLM answers without any adapter."""
-        return self.model.answer(None, inputs, self.config.evaluation.max_new_tokens)
+        return self.model.answer(None, inputs, self._length)
+
+    def induce(
+        self, examples: Sequence[Pair], config: InductionConfig | None = None, seed: int = 0, say: Say = silent
+    ) -> Induction:
+        """The instruction that explains (input, target) pairs, with the other candidates; one pair is enough to start."""
+        shown = self._examples(examples)
+        return induce_many(self.model, self.bank, [shown], self._induction(config), seed, say)[0]
+
+    def induce_from_adapter(
+        self, folder: str | Path, inputs: Sequence[str] = (), config: InductionConfig | None = None, seed: int = 0,
+        say: Say = silent,
+    ) -> Induction | WeightInduction:
+        """What a PEFT LoRA folder does, by its answers to `inputs`, or by its weights where there are none."""
+        checks.check_inputs(self.model, inputs, self._length)
+        adapter = read_adapter(self.model, Path(folder))
+        if not inputs:
+            return induce_from_weights(self.model, self.bank, adapter, self._induction(config), seed)
+        return induce_from_behaviour(self.model, self.bank, adapter, inputs, self._induction(config), self._length, seed, say)
+
+    def reason(
+        self, examples: Sequence[Pair], inputs: Sequence[str], config: InductionConfig | None = None, num_rounds: int = 1,
+        seed: int = 0, say: Say = silent,
+    ) -> Reasoning:
+        """Induce, encode again, answer."""
+        shown = self._examples(examples)
+        checks.check_inputs(self.model, inputs, self._length)
+        settings = self._induction(config)
+        return reason_many(self.model, self.bank, [shown], [inputs], settings, self._length, num_rounds, seed, say)[0]
+
+    def encode(self, instruction: str) -> tuple[float, ...]:
+        """The posterior mean."""
+        checks.check_instruction(self.model, instruction)
+        return tuple(self.model.encode([instruction])[0].tolist())
+
+    def decode(self, latent: Sequence[float]) -> str:
+        """The instruction that the decoder reads out of z alone."""
+        if len(latent) != self.config.model.latent_size:
+            raise UserError(f"latent: has {len(latent)} numbers and this run's has {self.config.model.latent_size}")
+        return self.model.decode(torch.tensor([latent], device=self.model.device), self._induction(None).max_new_tokens)[0]
+
+    def nearest_known(self, latent: Sequence[float], count: int = 5) -> list[Neighbour]:
+        return nearest_known(self.bank, torch.tensor(latent, device=self.model.device), count)
+
+    def _induction(self, config: InductionConfig | None) -> InductionConfig:
+        return config or InductionConfig(max_new_tokens=self.config.evaluation.max_instruction_tokens)
+
+    def _examples(self, pairs: Sequence[Pair]) -> list[Example]:
+        examples = [Example(x, y) for x, y in pairs]
+        checks.check_examples(self.model, examples)
+        return examples
 
 
 def load_trainable(model: ShipModel, state: Mapping[str, Tensor], source: Path) -> None:

@@ -6,8 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ship_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from ship_ds.bundle import Ship
+    from ship_ds.inference.induction import InductionConfig
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -27,6 +32,59 @@ def _deduce(args: argparse.Namespace) -> int:
     for text, answer, bare in zip(args.probe, with_adapter, without, strict=True):
         print(f"  {text}\n    with the adapter:    {answer}\n    without the adapter: {bare}")
     return 0
+
+
+def _answer(args: argparse.Namespace) -> int:
+    from ship_ds.bundle import Ship
+    from ship_ds.inference.lines import STDIN, read_inputs
+
+    inputs = args.inputs or read_inputs(args.file or STDIN)
+    ship = Ship.from_run(args.run)
+    for text, answer in zip(inputs, ship.answer(args.instruction, inputs, args.beams), strict=True):
+        _print_row({"input": text, "answer": answer})
+    return 0
+
+
+def _induce(args: argparse.Namespace) -> int:
+    from ship_ds.bundle import Ship
+    from ship_ds.inference.lines import STDIN, induction_row, read_inputs, read_pairs
+
+    if args.adapter:
+        inputs = read_inputs(args.file) if args.file else []
+        ship = Ship.from_run(args.run)
+        found = ship.induce_from_adapter(args.adapter, inputs, _induction(args, ship), args.seed, _say)
+    else:
+        pairs = read_pairs(args.file or STDIN)
+        ship = Ship.from_run(args.run)
+        found = ship.induce(pairs, _induction(args, ship), args.seed, _say)
+    _print_row(induction_row(found, args.candidates))
+    return 0
+
+
+def _reason(args: argparse.Namespace) -> int:
+    from ship_ds.bundle import Ship
+    from ship_ds.inference.lines import STDIN, read_pairs, reasoning_rows
+
+    pairs = read_pairs(args.file or STDIN)
+    ship = Ship.from_run(args.run)
+    reasoning = ship.reason(pairs, args.inputs, _induction(args, ship), args.rounds, args.seed, _say)
+    for row in reasoning_rows(args.inputs, reasoning):
+        _print_row(row)
+    return 0
+
+
+def _induction(args: argparse.Namespace, ship: "Ship") -> "InductionConfig":
+    from ship_ds.inference.induction import InductionConfig
+
+    return InductionConfig(method=args.method, max_new_tokens=ship.config.evaluation.max_instruction_tokens)
+
+
+def _print_row(row: dict[str, object]) -> None:
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def _say(text: str) -> None:
+    print(f"ship-ds: {text}", file=sys.stderr, flush=True)
 
 
 def _bundle(args: argparse.Namespace) -> int:
@@ -113,6 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     deduce.add_argument("--out", required=True)
     deduce.add_argument("--probe", nargs="+", default=["3 7 3 5", "1 3 9 3 0"], help="inputs to prove and show it on")
     deduce.set_defaults(run_verb=_deduce)
+    _add_inference(verbs)
     bundle = verbs.add_parser("bundle", help="a training checkpoint -> a bundle, without the run that wrote it")
     bundle.add_argument("checkpoint", help="RUN/checkpoints/step-N")
     bundle.add_argument("--out", required=True)
@@ -148,6 +207,28 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint-model", default="default")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run_verb=_evaluate)
+
+
+def _add_inference(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    answer = verbs.add_parser("answer", help="inputs -> answers as an instruction says; JSON lines")
+    answer.add_argument("instruction")
+    answer.add_argument("inputs", nargs="*", metavar="INPUT", help="default: those of --file, or standard input, one a line")
+    answer.add_argument("--beams", type=int, default=1)
+    answer.set_defaults(run_verb=_answer)
+    induce = verbs.add_parser("induce", help="examples, or an adapter -> instruction; JSON")
+    induce.add_argument("--adapter", metavar="FOLDER", help="a PEFT LoRA in place of examples; --file then gives inputs, if any")
+    induce.add_argument("--candidates", type=int, default=5, help="how many to show")
+    induce.set_defaults(run_verb=_induce)
+    reason = verbs.add_parser("reason", help="examples and inputs -> answers; JSON lines")
+    reason.add_argument("inputs", nargs="+", metavar="INPUT")
+    reason.add_argument("--rounds", type=int, default=1)
+    reason.set_defaults(run_verb=_reason)
+    for verb in (answer, induce, reason):
+        verb.add_argument("--run", required=True, help="a run or bundle folder")
+        verb.add_argument("--file", help='JSON lines, {"input": ..., "target": ...}; default: standard input')
+    for verb in (induce, reason):
+        verb.add_argument("--method", choices=("union", "propose", "bank", "direct", "indirect"), default="union")
+        verb.add_argument("--seed", type=int, default=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -208,8 +208,12 @@ class Trainer:
         progress = checkpoint.Progress(
             self.step, self.watch.seconds, self.watch.tokens, self.num_bad_steps, ranks.world_size(),
             self.config.model_dump(mode="json"), self.data_fingerprint, score_here,
+            self.known_instructions(),
         )
         checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
+
+    def known_instructions(self) -> list[str]:
+        return [task.task.instruction for task in self.splits.seen]
 
     def out_of_time(self) -> bool:
         limit = self.config.training.max_minutes
@@ -221,7 +225,7 @@ class Trainer:
         self.save()
         state = engines.gathered_state(self.engine)
         if ranks.rank() == 0:
-            write_bundle(self.folder / "bundle", state, self.config, self.model.prompts.describe())
+            write_bundle(self.folder / "bundle", state, self.config, self.model.prompts.describe(), self.known_instructions())
         if self.monitor is not None:
             self.monitor.close()
         ranks.barrier()

@@ -7,13 +7,11 @@ Letters: T tasks, M examples, Z latent, C candidate rules.
 
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
-from ship_ds.data.task import Example, SplitTask
+from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.metrics import exact_match
+from ship_ds.inference.bank import Bank
+from ship_ds.inference.scoring import fit_of_latents
 from ship_ds.model.adapters import Adapter
-from ship_ds.model.batch import IGNORE, TokenBatch
 from ship_ds.model.ship import ShipModel
 
 Rows = list[list[bool]]
@@ -69,39 +67,21 @@ def shuffled_wordings(tasks: Sequence[SplitTask]) -> list[str]:
     return [tasks[(i + half) % len(tasks)].task.instruction for i in range(len(tasks))]
 
 
-@torch.no_grad()
 def nearest_seen(model: ShipModel, tasks: Sequence[SplitTask], seen: Sequence[SplitTask]) -> list[str]:
     """For each task the seen instruction, not its own, whose adapter gives five of its examples the least loss.
 
     The first example alone makes the shortlist; the five decide among its 48 candidates.
     """
-    texts = [task.task.instruction for task in seen]
-    latent_CZ = torch.cat([model.encode(texts[start : start + 256]) for start in range(0, len(texts), 256)])
-    first_TC = torch.cat([
-        _losses(model, latent_CZ[start : start + 64], texts[start : start + 64], [task.train[0] for task in tasks])
-        for start in range(0, len(texts), 64)
-    ]).T
+    bank = Bank.build(model, [task.task.instruction for task in seen])
+    places = {task.id: bank.instructions.index(task.task.instruction) for task in seen}
+    shown = [task.train[:_SHOWN] for task in tasks]
+    shortlists = bank.shortlist(model, shown, _SHORTLIST, [places.get(task.id, -1) for task in tasks])
     chosen = []
-    for task, row_C in zip(tasks, first_TC, strict=True):
-        own = [c for c, candidate in enumerate(seen) if candidate.id == task.id]
-        row_C[own] = float("inf")
-        shortlist = row_C.topk(min(_SHORTLIST, len(seen)), largest=False).indices
-        losses_C = _losses(model, latent_CZ[shortlist], [texts[c] for c in shortlist.tolist()], task.train[:_SHOWN]).sum(1)
-        losses_C[torch.isin(shortlist, torch.tensor(own))] = float("inf")
-        chosen.append(texts[int(shortlist[losses_C.argmin()])])
+    for examples, shortlist in zip(shown, shortlists, strict=True):
+        texts = [bank.instructions[c] for c in shortlist]
+        losses_C = fit_of_latents(model, bank.latent_CZ[shortlist], texts, [examples] * len(texts)).loss_CM.sum(1)
+        chosen.append(texts[int(losses_C.argmin())])
     return chosen
-
-
-def _losses(model: ShipModel, latent_CZ: Tensor, wordings: Sequence[str], examples: Sequence[Example]) -> Tensor:
-    """The loss in nats of each example under each candidate's adapter, (C, M)."""
-    prompts, num_candidates = model.prompts, len(latent_CZ)
-    ids = [model.question(e.input, wording) for wording in wordings for e in examples]
-    targets = [prompts.target(e.target) for e in examples] * num_candidates
-    batch = TokenBatch.build(ids, targets, prompts.pad_id, model.num_virtual_tokens, model.device)
-    logits, labels = model.task_llm(model.adapt(latent_CZ), batch, num_candidates)
-    token_losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-    owner = torch.arange(len(ids), device=labels.device)[:, None].expand_as(batch.labels_ES)[batch.labels_ES != IGNORE]
-    return torch.zeros(len(ids), device=labels.device).index_add(0, owner, token_losses).view(num_candidates, -1).cpu()
 
 
 def reconstruction(

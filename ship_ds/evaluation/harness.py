@@ -27,7 +27,7 @@ from ship_ds.evaluation.cells import Cell, CellStore, Measured, Row, cells_of, c
 from ship_ds.evaluation.endpoint import EndpointConfig
 from ship_ds.evaluation.judges import Columns, Judge, JudgeName, build_judges
 from ship_ds.evaluation.method import Answers, Deduces, Induces, Method, Reasons, Setting
-from ship_ds.evaluation.methods import METHODS, TRAINED
+from ship_ds.evaluation.methods import METHODS, TRAINED, own_settings
 from ship_ds.evaluation.metrics import exact_match, rouge_l
 from ship_ds.evaluation.questions import Question, ask, spread
 from ship_ds.runtime import ranks
@@ -129,14 +129,16 @@ class Harness:
     def fingerprint(self, cell: Cell) -> dict[str, Any]:
         """What the cell depends on, and no more, so that little is measured again."""
         config = self.config
-        found = {**self.run.fingerprint, "version": _VERSION, "num_tasks": config.num_tasks, "seed": config.seed}
+        found = {**self.run.fingerprint, "harness": _VERSION, "num_tasks": config.num_tasks, "seed": config.seed}
         if cell.method in TRAINED:
             found["minutes"] = config.minutes
+        found |= own_settings(METHODS[cell.method])
         if cell.direction == "induction":
             found["judges"] = sorted(config.judges)
             if "endpoint" in config.judges:
                 found["endpoint"] = [config.endpoint.url, config.endpoint.model]
-        return found
+        as_stored: dict[str, Any] = json.loads(json.dumps(found))
+        return as_stored
 
     def valid(self, cell: Cell) -> Measured | None:
         """The stored cell where it still holds."""

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ship_ds.bundle import Ship
-from ship_ds.evaluation.answering import answer_tasks, encode_all
 from ship_ds.evaluation.endpoint import EndpointConfig, EndpointJudge
 from ship_ds.evaluation.method import Answers
 from ship_ds.evaluation.metrics import exact_match, rouge_l
 from ship_ds.evaluation.questions import Question
+from ship_ds.inference.bank import encode_all
+from ship_ds.inference.deduction import answer_latents, answer_stated
 
 Columns = dict[str, list[list[float]]]
 """A metric's name -> one row a task, each value from 0 to 1."""
@@ -45,11 +46,9 @@ class ExecutionJudge:
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         inputs = [[example.input for example in q.checked] for q in questions]
         latent_TZ = encode_all(self.model, induced)
-        return {
-            "execution_accuracy": _right(answer_tasks(self.model, None, inputs, self.max_new_tokens, induced), questions),
-            "execution_accuracy_encoder":
-                _right(answer_tasks(self.model, latent_TZ, inputs, self.max_new_tokens, induced), questions),
-        }
+        stated = answer_stated(self.model, induced, inputs, self.max_new_tokens)
+        through = answer_latents(self.model, latent_TZ, induced, inputs, self.max_new_tokens)
+        return {"execution_accuracy": _right(stated, questions), "execution_accuracy_encoder": _right(through, questions)}
 
 
 def _one_line(text: str) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ship_ds.bundle import Ship
 from ship_ds.data.task import Splits, SplitTask
-from ship_ds.evaluation.answering import encode_all
 from ship_ds.evaluation.questions import ask, spread
+from ship_ds.inference.bank import encode_all
 from ship_ds.inference.gradient import descend_on_latent
 from ship_ds.inference.induction import InductionConfig
 

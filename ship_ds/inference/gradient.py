@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ship_ds.inference.scoring import Examples, answers_batch, losses_by_example
+from ship_ds.inference.scoring import Examples, answers_batch, losses_by_example, sum_per_example
+from ship_ds.model.adapters import Adapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.causal_lm import embed
 from ship_ds.model.ship import ShipModel
@@ -36,8 +37,7 @@ def descend_on_latent(
     prior: float, hold_back: bool = True,
 ) -> Descent:
     """`direct`: Adam on z from `start_CZ`. prior: weight of |z|^2 / 2, the prior's negative log-density up to a constant."""
-    point_CZ = start_CZ.detach().to(model.device).clone().requires_grad_()
-    return _descend(model, point_CZ, lambda: point_CZ, wordings, examples, steps, lr, prior, hold_back)
+    return descend_on(start_CZ.to(model.device), _loss_of_examples(model, wordings, examples, hold_back), steps, lr, prior)
 
 
 def descend_on_instruction(
@@ -56,7 +56,7 @@ def descend_on_instruction(
         mean_CZ: Tensor = model.encoder(batch, hidden)[0]
         return mean_CZ
 
-    return _descend(model, point_CNH, latent, wordings, examples, steps, lr, prior, True)
+    return _descend(point_CNH, latent, _loss_of_examples(model, wordings, examples, True), steps, lr, prior)
 
 
 def neutral_prompt(model: ShipModel) -> tuple[tuple[int, ...], slice]:
@@ -76,28 +76,70 @@ def neutral_embeddings(model: ShipModel) -> Tensor:
     return embed(model.encoder.lm, batch)[0, place]
 
 
-def _descend(
-    model: ShipModel, point: Tensor, latent: Callable[[], Tensor], wordings: Sequence[str], examples: Sequence[Examples],
-    steps: int, lr: float, prior: float, hold_back: bool,
+def descend_to_behaviour(
+    model: ShipModel, start_CZ: Tensor, wordings: Sequence[str], adapter: Adapter, examples: Examples, steps: int, lr: float,
+    prior: float,
 ) -> Descent:
-    batch = answers_batch(model, wordings, examples)
-    num_rows, num_examples = len(examples), len(examples[0])
-    held = slice(num_examples - 1, num_examples) if hold_back and num_examples > 1 else slice(0, num_examples)
-    fitted = slice(0, num_examples - 1) if hold_back and num_examples > 1 else slice(0, num_examples)
-    best_CZ, best_C = latent().detach().clone(), torch.full((num_rows,), torch.inf, device=model.device)
-    stale_C = torch.zeros(num_rows, device=model.device)
+    """Adam on z until its adapter answers as the given one: KL between their next-token distributions, nats an example.
+
+    adapter: of one task; examples: inputs with the answers along which both are compared.
+    """
+    own = [examples] * len(start_CZ)
+    batch, alone = answers_batch(model, wordings, own), answers_batch(model, wordings[:1], own[:1])
+    with torch.no_grad():
+        aims_KV = model.task_llm(adapter, alone, 1)[0].float().log_softmax(-1).repeat(len(start_CZ), 1)
+
+    def loss(latent_CZ: Tensor) -> tuple[Tensor, Tensor]:
+        logits_KV, _ = model.task_llm(model.hypernetwork(latent_CZ), batch, len(latent_CZ))
+        gaps_KV = aims_KV.exp() * (aims_KV - logits_KV.float().log_softmax(-1))
+        gap_C = sum_per_example(gaps_KV.sum(1), batch, len(latent_CZ)).mean(1)
+        return gap_C, gap_C.detach()
+
+    return descend_on(start_CZ.to(model.device), loss, steps, lr, prior)
+
+
+def descend_on(
+    start_CZ: Tensor, loss: Callable[[Tensor], tuple[Tensor, Tensor]], steps: int, lr: float, prior: float
+) -> Descent:
+    """Adam on z; `loss` as in `_descend`."""
+    point_CZ = start_CZ.detach().clone().requires_grad_()
+    return _descend(point_CZ, lambda: point_CZ, loss, steps, lr, prior)
+
+
+def _loss_of_examples(
+    model: ShipModel, wordings: Sequence[str], examples: Sequence[Examples], hold_back: bool
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The loss to descend on and the one that says when to stop, nats an example, (C,) each."""
+    batch, num_examples = answers_batch(model, wordings, examples), len(examples[0])
+    splits = hold_back and num_examples > 1
+    fitted = slice(0, num_examples - 1 if splits else num_examples)
+    held = slice(num_examples - 1 if splits else 0, num_examples)
+
+    def loss(latent_CZ: Tensor) -> tuple[Tensor, Tensor]:
+        logits, labels = model.task_llm(model.hypernetwork(latent_CZ), batch, len(latent_CZ))
+        loss_CM = losses_by_example(logits, labels, batch, len(latent_CZ))
+        return loss_CM[:, fitted].mean(1), loss_CM[:, held].mean(1).detach()
+
+    return loss
+
+
+def _descend(
+    point: Tensor, latent: Callable[[], Tensor], loss: Callable[[Tensor], tuple[Tensor, Tensor]], steps: int, lr: float,
+    prior: float,
+) -> Descent:
+    """Rows are independent: Adam's step on one does not depend on the others, and each keeps its own best point."""
+    best_CZ = latent().detach().clone()
+    best_C = torch.full((len(best_CZ),), torch.inf, device=best_CZ.device)
+    stale_C = torch.zeros(len(best_CZ), device=best_CZ.device)
     optimiser = torch.optim.Adam([point], lr=lr)
     for step in range(steps + 1):
         latent_CZ = latent()
-        logits, labels = model.task_llm(model.hypernetwork(latent_CZ), batch, num_rows)
-        loss_CM = losses_by_example(logits, labels, batch, num_rows)
-        held_C = loss_CM[:, held].mean(1).detach()
+        fitted_C, held_C = loss(latent_CZ)
         better_C = (held_C < best_C) & (stale_C < _PATIENCE)
         best_CZ[better_C], best_C[better_C] = latent_CZ.detach()[better_C], held_C[better_C]
         stale_C = torch.where(better_C, 0, stale_C + 1)
         if step == steps or bool((stale_C >= _PATIENCE).all()):
             break
-        loss = loss_CM[:, fitted].mean(1).sum() + prior * latent_CZ.square().sum() / 2
-        (point.grad,) = torch.autograd.grad(loss, [point])
+        (point.grad,) = torch.autograd.grad(fitted_C.sum() + prior * latent_CZ.square().sum() / 2, [point])
         optimiser.step()
     return Descent(best_CZ, best_C)

@@ -115,14 +115,29 @@ def _order(candidate: Candidate) -> tuple[int, float]:
     return -(candidate.num_right + candidate.num_right_in_prompt), candidate.loss + candidate.loss_in_prompt
 
 
+def widened(
+    model: ShipModel, induction: Induction, examples: Examples, latent_CZ: Tensor, config: InductionConfig, seed: int
+) -> Induction:
+    """The same with what the decoder reads out of further latents, tested on the examples."""
+    task = _Task(tuple(examples), 0, {c.instruction: c for c in induction.candidates}, [])
+    found: Found = [[]]
+    _note(model, [task], [0] * len(latent_CZ), latent_CZ, [induction.instruction] * len(latent_CZ), found)
+    _test(model, [task], _decode_found(model, [task], found, config, seed, config.num_rounds + 1), config)
+    return _result(model, task)
+
+
 Texts = list[list[tuple[str, str]]]
 """For each task (instruction, origin)."""
 Say = Callable[[str], None]
 
 
+def silent(text: str) -> None:
+    """Progress that nobody wants to see."""
+
+
 def induce_many(
     model: ShipModel, bank: Bank, tasks: Sequence[Examples], config: InductionConfig, seed: int = 0,
-    say: Say = lambda text: None,
+    say: Say = silent,
 ) -> list[Induction]:
     """One induction a task; every draw is keyed by (seed, task index). Raises UserError for a task without examples."""
     if any(not examples for examples in tasks):
@@ -233,11 +248,9 @@ def _descended(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig
             points = torch.stack([_noise((model.config.latent_size,), seed, tasks[t], restart) for t, restart in chunk])
             descent = descend_on_latent(model, points, said, examples, config.steps, config.direct_lr, config.prior)
         else:
-            neutral_NH = neutral_embeddings(model)
-            spread = float(neutral_NH.std())
-            points_NH = [
-                neutral_NH + spread * _noise(tuple(neutral_NH.shape), seed, tasks[t], restart).to(neutral_NH) for t, restart in chunk
-            ]
+            neutral_NH = neutral_embeddings(model).cpu()
+            spread, shape = float(neutral_NH.std()), tuple(neutral_NH.shape)
+            points_NH = [neutral_NH + spread * _noise(shape, seed, tasks[t], restart) for t, restart in chunk]
             descent = descend_on_instruction(model, points_NH, said, examples, config.steps, config.indirect_lr, config.prior)
         _note(model, tasks, [t for t, _ in chunk], descent.latent_CZ, said, found)
     return found

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ship_ds.data.task import Example
 from ship_ds.model.batch import IGNORE, TokenBatch
+from ship_ds.model.causal_lm import label_logits
 from ship_ds.model.generation import Stream, beam_search, sample
 from ship_ds.model.ship import ShipModel
 
@@ -105,17 +106,11 @@ def edits(
         ids = [prompts.decoder_prompt(view) for view in shown[chunk]]
         batch = TokenBatch.build(ids, targets, prompts.pad_id, model.config.decoder.num_soft_tokens, model.device)
         soft = _soft(model, len(ids), None if latent_WZ is None else latent_WZ[chunk])
-        logits, _ = _decoder_logits(model, batch, soft)
+        logits, _ = label_logits(model.decoder.lm, batch, soft)
         lengths = (batch.labels_ES != IGNORE).sum(1).tolist()
         for target, own_NV in zip(targets, logits.split(lengths), strict=True):
             found.append(_changes(model, target, own_NV, num_edits))
     return found
-
-
-def _decoder_logits(model: ShipModel, batch: TokenBatch, soft: Tensor) -> tuple[Tensor, Tensor]:
-    from ship_ds.model.causal_lm import label_logits
-
-    return label_logits(model.decoder.lm, batch, soft)
 
 
 def _changes(model: ShipModel, target: Sequence[int], logits_NV: Tensor, num_edits: int) -> list[str]:

@@ -75,18 +75,19 @@ def answers_batch(model: ShipModel, wordings: Sequence[str], examples: Sequence[
 def losses_by_example(logits_KV: Tensor, labels_K: Tensor, batch: TokenBatch, num_candidates: int) -> Tensor:
     """Sums of token losses, (C, M), with their gradient."""
     token_losses = torch.nn.functional.cross_entropy(logits_KV.float(), labels_K, reduction="none")
-    return _per_example(token_losses, batch, num_candidates)
+    return sum_per_example(token_losses, batch, num_candidates)
 
 
 def _fit(logits_KV: Tensor, labels_K: Tensor, batch: TokenBatch, num_candidates: int) -> Fit:
     wrong_K = (logits_KV.argmax(-1) != labels_K).float()
     return Fit(
         losses_by_example(logits_KV, labels_K, batch, num_candidates).cpu(),
-        (_per_example(wrong_K, batch, num_candidates) == 0).cpu(),
+        (sum_per_example(wrong_K, batch, num_candidates) == 0).cpu(),
     )
 
 
-def _per_example(values_K: Tensor, batch: TokenBatch, num_candidates: int) -> Tensor:
+def sum_per_example(values_K: Tensor, batch: TokenBatch, num_candidates: int) -> Tensor:
+    """Values of label positions summed over each example, (C, M)."""
     is_label_ES = batch.labels_ES != IGNORE
     owner_K = torch.arange(len(is_label_ES), device=values_K.device)[:, None].expand_as(is_label_ES)[is_label_ES]
     return values_K.new_zeros(len(is_label_ES)).index_add(0, owner_K, values_K).view(num_candidates, -1)

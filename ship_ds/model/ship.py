@@ -23,6 +23,7 @@ from ship_ds.model.backbone import add_static_lora, freeze, load_lm, load_tokeni
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder, Posterior, posterior_noise
+from ship_ds.model.generation import beam_search
 from ship_ds.model.hypernetwork import build_hypernetwork
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
@@ -158,11 +159,13 @@ class ShipModel(nn.Module):
     @torch.no_grad()
     def encode(self, instructions: Sequence[str]) -> Tensor:
         """Posterior means (T, Z)."""
+        return self.posterior(instructions).mean_TZ
+
+    @torch.no_grad()
+    def posterior(self, instructions: Sequence[str]) -> Posterior:
         prompts = self.encoder_prompts
         ids = [prompts.encoder_prompt(text) for text in instructions]
-        batch = TokenBatch.build(ids, None, prompts.pad_id, device=self.device)
-        mean_TZ: Tensor = self.encoder(batch)[0]
-        return mean_TZ
+        return Posterior(*self.encoder(TokenBatch.build(ids, None, prompts.pad_id, device=self.device)))
 
     @torch.no_grad()
     def adapt(self, latent_TZ: Tensor) -> Adapter:
@@ -178,17 +181,31 @@ class ShipModel(nn.Module):
         wordings: one instruction an input. Under an adapter the prompt states it as `model.task_llm.instruction` says, by
         default not at all; without one it states it as text (the upper reference). any_unfinished: see `greedy`.
         """
+        batch = self._questions(adapter, inputs, wordings)
+        rows = self.task_llm.generate(adapter, batch, self.prompts.eos_id, max_new_tokens, any_unfinished=any_unfinished)
+        return [self._ended(row) for row in rows]
+
+    def answer_by_beams(
+        self, adapter: Adapter | None, inputs: Sequence[str], max_new_tokens: int, num_beams: int,
+        wordings: Sequence[str] | None = None,
+    ) -> list[str | None]:
+        """As `answer`, the best of a beam search in place of the greedy answer."""
+        stream = self.task_llm.stream(adapter, self._questions(adapter, inputs, wordings))
+        found = beam_search(stream, num_beams, self.prompts.eos_id, max_new_tokens)
+        return [self._ended(beams[0][1]) for beams in found]
+
+    def _questions(self, adapter: Adapter | None, inputs: Sequence[str], wordings: Sequence[str] | None) -> TokenBatch:
         prompts, form = self.prompts, self.config.task_llm.instruction
         if adapter is not None and wordings is None and form != "none":
             raise ValueError(f"model.task_llm.instruction={form}: this Task LLM answers with the wordings alone; pass them")
         said = wordings if wordings is not None else [None] * len(inputs)
         if adapter is not None:
-            batch = self.task_batch(inputs, None, said)
-        else:
-            ids = [prompts.task_prompt(text, instruction) for text, instruction in zip(inputs, said, strict=True)]
-            batch = TokenBatch.build(ids, None, prompts.pad_id, device=self.device)
-        rows = self.task_llm.generate(adapter, batch, prompts.eos_id, max_new_tokens, any_unfinished=any_unfinished)
-        return [prompts.text(row) if row[-1] == prompts.eos_id else None for row in rows]
+            return self.task_batch(inputs, None, said)
+        ids = [prompts.task_prompt(text, instruction) for text, instruction in zip(inputs, said, strict=True)]
+        return TokenBatch.build(ids, None, prompts.pad_id, device=self.device)
+
+    def _ended(self, row: Sequence[int]) -> str | None:
+        return self.prompts.text(row) if row[-1] == self.prompts.eos_id else None
 
     def decode(self, latent_TZ: Tensor, max_new_tokens: int, any_unfinished: Callable[[bool], bool] = bool) -> list[str]:
         """The instruction that the decoder reads out of each z, without examples."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ship_ds.model.adapters import Adapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.causal_lm import label_logits
-from ship_ds.model.generation import greedy
+from ship_ds.model.generation import Stream, greedy
 
 
 class TaskLlm(nn.Module):
@@ -50,6 +50,11 @@ class TaskLlm(nn.Module):
             self.lm, prompts, soft, adapter, eos_id, max_new_tokens,
             instruction=_per_row(instruction, num_rows), any_unfinished=any_unfinished,
         )
+
+    def stream(self, adapter: Adapter | None, prompts: TokenBatch) -> Stream:
+        """The prompts read under their tasks' adapters, to be continued."""
+        soft = None if adapter is None else _per_row(adapter.virtual_tokens(), len(prompts.ids_ES))
+        return Stream(self.lm, prompts, soft, adapter)
 
 
 def _per_row(per_task: Tensor | None, num_rows: int) -> Tensor | None:

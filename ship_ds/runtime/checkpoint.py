@@ -51,6 +51,8 @@ class Progress:
     config: dict[str, Any]
     data_fingerprint: str
     dev_score: float | None = None
+    known_instructions: list[str] = field(default_factory=list)
+    """Of the seen tasks: what a bundle made from this checkpoint alone has to carry."""
     git_revision: str = field(default_factory=lambda: git_revision())
 
 

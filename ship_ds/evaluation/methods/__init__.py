@@ -3,7 +3,10 @@
 `TRAINED` ones train for `Setting.minutes` before they are asked; the others cost no time of their own.
 """
 
-from ship_ds.evaluation.baselines import Itd, PromptTuning, Sft, Tagi, TextToLora
+from dataclasses import asdict
+from typing import Any
+
+from ship_ds.evaluation.baselines import Itd, PromptTuning, Sft, Tagi, TextToLora, TrainedMethod
 from ship_ds.evaluation.method import Method
 from ship_ds.evaluation.methods.controls import BareBase, ShuffledInstruction
 from ship_ds.evaluation.methods.icl import InContextLearning
@@ -11,6 +14,7 @@ from ship_ds.evaluation.methods.instruction_induction import InstructionInductio
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
 from ship_ds.evaluation.methods.prompting import Prompting
 from ship_ds.evaluation.methods.random_decode import RandomDecode
+from ship_ds.evaluation.methods.searching import Searching
 from ship_ds.evaluation.methods.ship import ShipMethod
 
 _IN_ORDER: tuple[type[Method], ...] = (
@@ -19,3 +23,10 @@ _IN_ORDER: tuple[type[Method], ...] = (
 )
 METHODS = {method.name: method for method in _IN_ORDER}
 TRAINED = frozenset(method.name for method in (Sft, PromptTuning, Tagi, Itd, TextToLora))
+
+
+def own_settings(method: type[Method]) -> dict[str, Any]:
+    """What a method has to set by itself; where it changes, the method is measured again."""
+    if issubclass(method, Searching):
+        return {"search": method.search.model_dump(mode="json")}
+    return {"recipe": asdict(method.recipe)} if issubclass(method, TrainedMethod) else {}

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.answering import answer_tasks, encode_all
 from ship_ds.evaluation.method import Answers, Setting
+from ship_ds.evaluation.methods.icl import InContextLearning
+from ship_ds.inference.bank import encode_all
+from ship_ds.inference.deduction import answer_latents
 
 
 class BareBase:
@@ -16,13 +18,13 @@ class BareBase:
     states_instruction: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
-        self.ship = setting.ship
+        self.without_shots = InContextLearning(setting)
 
     def prepare(self) -> None:
         """Nothing is trained."""
 
     def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
-        return answer_tasks(self.ship.model, None, inputs, self.ship.config.evaluation.max_new_tokens)
+        return self.without_shots.reason([()] * len(inputs), inputs)
 
 
 class ShuffledInstruction:
@@ -40,7 +42,7 @@ class ShuffledInstruction:
     def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
         others = [self._another(task) for task in tasks]
         model = self.ship.model
-        return answer_tasks(model, encode_all(model, others), inputs, self.ship.config.evaluation.max_new_tokens, others)
+        return answer_latents(model, encode_all(model, others), others, inputs, self.ship.config.evaluation.max_new_tokens)
 
     def _another(self, task: SplitTask) -> str:
         others = [seen for seen in self.seen if seen.id != task.id]

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.answering import answer_tasks
 from ship_ds.evaluation.method import Answers, Setting
+from ship_ds.inference.deduction import answer_stated
 
 
 class Prompting:
@@ -21,4 +21,4 @@ class Prompting:
         """Nothing is trained."""
 
     def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
-        return answer_tasks(self.ship.model, None, inputs, self.ship.config.evaluation.max_new_tokens, wordings)
+        return answer_stated(self.ship.model, wordings, inputs, self.ship.config.evaluation.max_new_tokens)

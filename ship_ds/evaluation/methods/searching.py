@@ -5,9 +5,9 @@ from functools import cached_property
 from typing import ClassVar
 
 from ship_ds.data.task import Example
-from ship_ds.evaluation.answering import answer_tasks, encode_all
 from ship_ds.evaluation.method import Answers, Setting
-from ship_ds.inference.bank import Bank
+from ship_ds.inference.bank import Bank, encode_all
+from ship_ds.inference.deduction import answer_latents
 from ship_ds.inference.induction import InductionConfig, induce_many
 
 
@@ -41,4 +41,4 @@ class Searching:
 
     def answer(self, wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
         model = self.ship.model
-        return answer_tasks(model, encode_all(model, wordings), inputs, self.ship.config.evaluation.max_new_tokens, wordings)
+        return answer_latents(model, encode_all(model, wordings), wordings, inputs, self.ship.config.evaluation.max_new_tokens)

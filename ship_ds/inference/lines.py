@@ -1,0 +1,97 @@
+"""JSON lines in and out of the verbs: `{"input": ..., "target": ...}` a line, from a file or from standard input."""
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ship_ds.data.task import read_error
+from ship_ds.errors import UserError
+from ship_ds.inference.adapters import WeightInduction
+from ship_ds.inference.induction import Induction
+from ship_ds.inference.reasoning import Reasoning
+
+STDIN = "-"
+
+
+def read_pairs(source: str) -> list[tuple[str, str]]:
+    """Examples (input, target). Raises UserError naming file and line."""
+    return [(_field(source, number, row, "input"), _field(source, number, row, "target")) for number, row in _rows(source)]
+
+
+def read_inputs(source: str) -> list[str]:
+    """`input` of each JSON line; a line that is no JSON object is an input as it stands."""
+    found = []
+    for number, line in _lines(source):
+        row = _parsed(line)
+        found.append(_field(source, number, row, "input") if isinstance(row, dict) else line.strip())
+    return found
+
+
+def _rows(source: str) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    for number, line in _lines(source):
+        row = _parsed(line)
+        if not isinstance(row, dict):
+            raise read_error(_name(source), f"line {number}", 'expected a JSON object {"input": ..., "target": ...}')
+        rows.append((number, row))
+    return rows
+
+
+def _lines(source: str) -> list[tuple[int, str]]:
+    """Numbered from 1, without empty ones."""
+    try:
+        text = sys.stdin.read() if source == STDIN else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{_name(source)}: cannot be read: {error}") from None
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise UserError(f"{_name(source)}: is empty; give one JSON object a line")
+    return lines
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _field(source: str, number: int, row: dict[str, Any], key: str) -> str:
+    if not isinstance(row.get(key), str):
+        raise read_error(_name(source), f"line {number}: {key}", f"expected a string, got {type(row.get(key)).__name__}")
+    return str(row[key])
+
+
+def _name(source: str) -> str:
+    return "standard input" if source == STDIN else source
+
+
+def induction_row(found: Induction | WeightInduction, num_candidates: int) -> dict[str, Any]:
+    """The best candidates without their latents; `alternatives` are the other texts that fit every example."""
+    row: dict[str, Any] = {"instruction": found.instruction}
+    if isinstance(found, Induction):
+        row |= {"alternatives": [c.instruction for c in found.that_fit if c.instruction != found.instruction]}
+        row |= {"num_examples": found.num_examples}
+    return row | {"candidates": [_candidate(c) for c in found.candidates[:num_candidates]], "latent": _short(found.latent)}
+
+
+def _candidate(candidate: Any) -> dict[str, Any]:
+    row = asdict(candidate)
+    del row["latent"]
+    return {key: round(value, 4) if isinstance(value, float) and math.isfinite(value) else value for key, value in row.items()}
+
+
+def _short(latent: tuple[float, ...]) -> list[float]:
+    return [round(value, 5) for value in latent]
+
+
+def reasoning_rows(inputs: list[str], reasoning: Reasoning) -> list[dict[str, Any]]:
+    """One row an input, each with the induced instruction."""
+    said = reasoning.induction.instruction
+    return [
+        {"input": text, "instruction": said, "found": found, "refined": refined, "stated": stated}
+        for text, found, refined, stated in zip(inputs, reasoning.found, reasoning.refined, reasoning.stated, strict=True)
+    ]

@@ -1,0 +1,176 @@
+"""Induction on behaviour that an adapter of the model itself made, so the right answer is known exactly."""
+
+import pytest
+import torch
+
+from ship_ds.bundle import Ship
+from ship_ds.data.task import Example, SplitTask, Task
+from ship_ds.errors import UserError
+from ship_ds.evaluation.deduction import nearest_seen
+from ship_ds.inference.bank import Bank
+from ship_ds.inference.gradient import descend_on_latent, neutral_prompt
+from ship_ds.inference.induction import InductionConfig, induce_many
+from ship_ds.inference.proposals import edits, key_of, sampled, views
+from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
+
+QUICK = {"num_views": 2, "num_samples": 2, "num_beams": 2, "num_rounds": 1, "num_edits": 4, "refine_steps": 2, "steps": 4,
+         "num_known": 8, "num_restarts": 2, "max_new_tokens": 8}
+
+
+def behaviour(ship: Ship, instruction: str, inputs: list[str], count: int = 5) -> list[Example]:
+    """Examples of what the instruction's adapter does."""
+    answers = zip(inputs, ship.answer(instruction, inputs), strict=True)
+    found = [Example(x, y) for x, y in answers if y is not None][:count]
+    assert len(found) == count
+    return found
+
+
+def test_a_fit_is_the_greedy_answer_and_its_loss(ship: Ship, inputs: list[str]) -> None:
+    own, other = behaviour(ship, "add 3", inputs), behaviour(ship, "remove every 5", inputs)
+    assert any(a.target != b.target for a, b in zip(own, other, strict=True))
+    texts = ["add 3", "remove every 5"]
+    fit = fit_of_latents(ship.model, ship.model.encode(texts), texts, [own, own])
+    assert fit.right_CM[0].all() and not fit.right_CM[1].all()
+    assert fit.right_CM[1].tolist() == [a.target == b.target for a, b in zip(own, other, strict=True)]
+    logits, labels = ship.model.task_llm(
+        ship.model.adapt(ship.model.encode(["add 3"])), ship.model.task_batch([own[2].input], [own[2].target], ["add 3"]), 1
+    )
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    assert float(fit.loss_CM[0, 2]) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_fit_in_prompt_is_the_bare_models_answer(ship: Ship, inputs: list[str]) -> None:
+    said = "remove every 5"
+    answers = ship.model.answer(None, inputs, 8, [said] * len(inputs))
+    examples = [Example(x, y) for x, y in zip(inputs, answers, strict=True) if y is not None]
+    assert fit_in_prompt(ship.model, [said], [examples]).right_CM.all()
+
+
+def test_the_bank_finds_the_instruction_behind_the_behaviour(ship: Ship, inputs: list[str]) -> None:
+    config = InductionConfig(method="bank", **QUICK)
+    said = ["add 3", "remove every 5", "take the first 2"]
+    found = induce_many(ship.model, ship.bank, [behaviour(ship, text, inputs) for text in said], config)
+    for text, induction in zip(said, found, strict=True):
+        best = max(induction.candidates, key=lambda c: (c.num_right, -c.loss))
+        assert (best.instruction, best.num_right, best.origin) == (text, 5, "known")
+        assert induction.num_right == 5 and induction.latent == best.latent
+
+
+def test_the_walk_over_the_bank_is_the_exhaustive_search_on_a_small_one(ship: Ship, inputs: list[str]) -> None:
+    tasks = [behaviour(ship, text, inputs, 1) for text in ("add 3", "remove every 5")]
+    bank = ship.bank
+    walked = bank.shortlist(ship.model, tasks, 5)
+    texts = list(bank.instructions)
+    for task, row in zip(tasks, walked, strict=True):
+        losses = fit_of_latents(ship.model, bank.latent_CZ, texts, [task] * len(texts)).loss_CM[:, 0]
+        assert row == losses.topk(5, largest=False).indices.tolist()
+    barred = bank.shortlist(ship.model, tasks, 5, [walked[0][0], -1])
+    assert walked[0][0] not in barred[0] and barred[1] == walked[1]
+
+
+def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list[str]) -> None:
+    """With a beam as wide as the bank the tree gives every instruction, ordered as whole texts are."""
+    from ship_ds.inference.proposals import _soft
+    from ship_ds.inference.scoring import losses_by_example
+    from ship_ds.model.batch import TokenBatch
+    from ship_ds.model.causal_lm import label_logits
+
+    model, bank, shown = ship.model, ship.bank, behaviour(ship, "add 3", inputs, 2)
+    found = bank.shortlist_by_decoder(model, [shown], len(bank))[0]
+    prompts = model.decoder_prompts
+    batch = TokenBatch.build(
+        [prompts.decoder_prompt(shown)] * len(bank), [prompts.target(text) for text in bank.instructions], prompts.pad_id,
+        model.config.decoder.num_soft_tokens,
+    )
+    with torch.no_grad():
+        logits, labels = label_logits(model.decoder.lm, batch, _soft(model, len(bank), None))
+    losses = losses_by_example(logits, labels, batch, len(bank))[:, 0]
+    assert sorted(found) == list(range(len(bank)))
+    assert losses[found].diff().min() > -1e-3 and losses.max() - losses.min() > 0.1
+
+
+@pytest.mark.parametrize("method", ["direct", "indirect", "propose", "union"])
+def test_every_method_gives_tested_candidates_in_order(ship: Ship, inputs: list[str], method: str) -> None:
+    config = InductionConfig.model_validate({"method": method, **QUICK})
+    found = induce_many(ship.model, ship.bank, [behaviour(ship, "add 3", inputs, 3)], config)[0]
+    keys = [(-(c.num_right + c.num_right_in_prompt), c.loss + c.loss_in_prompt) for c in found.candidates]
+    assert keys == sorted(keys) and len({c.instruction for c in found.candidates}) == len(keys) > 0
+    assert found.instruction == found.candidates[0].instruction and found.num_examples == 3
+    assert {c.origin for c in found.candidates} <= {"known", "sampled", "beam", "refined", "edit"}
+
+
+def test_descent_lowers_the_loss_and_restarts_are_independent(ship: Ship, inputs: list[str]) -> None:
+    examples = behaviour(ship, "add 3", inputs)
+    start = torch.zeros(2, ship.config.model.latent_size)
+    start[1] = ship.model.encode(["remove every 5"])[0]
+    before = fit_of_latents(ship.model, start, ["", ""], [examples] * 2).loss_CM.mean(1)
+    both = descend_on_latent(ship.model, start, ["", ""], [examples] * 2, 8, 0.05, 0.0, hold_back=False)
+    assert (both.loss_C < before).all()
+    alone = descend_on_latent(ship.model, start[1:], [""], [examples], 8, 0.05, 0.0, hold_back=False)
+    torch.testing.assert_close(alone.latent_CZ[0], both.latent_CZ[1], rtol=1e-3, atol=1e-4)
+
+
+def test_the_prior_pulls_z_to_zero(ship: Ship, inputs: list[str]) -> None:
+    examples, start = [behaviour(ship, "add 3", inputs)], ship.model.encode(["remove every 5"])
+    norms = [
+        float(descend_on_latent(ship.model, start, [""], examples, 5, 0.05, prior, hold_back=False).latent_CZ.norm())
+        for prior in (0.0, 100.0)
+    ]
+    assert norms[1] < norms[0]
+
+
+def test_a_seed_repeats_an_induction_and_tasks_do_not_touch_each_other(ship: Ship, inputs: list[str]) -> None:
+    config = InductionConfig(method="propose", **QUICK)
+    tasks = [behaviour(ship, text, inputs, 3) for text in ("add 3", "remove every 5")]
+    state = torch.get_rng_state()
+    both, again = (induce_many(ship.model, ship.bank, tasks, config, seed=4) for _ in range(2))
+    alone = induce_many(ship.model, ship.bank, tasks[:1], config, seed=4)
+    assert both == again and torch.equal(torch.get_rng_state(), state)
+    assert [c.instruction for c in alone[0].candidates] == [c.instruction for c in both[0].candidates]
+
+
+def test_tasks_may_have_different_numbers_of_examples(ship: Ship, inputs: list[str]) -> None:
+    config = InductionConfig(method="bank", **QUICK)
+    found = induce_many(ship.model, ship.bank, [behaviour(ship, "add 3", inputs, n) for n in (1, 4, 2)], config)
+    assert [induction.num_examples for induction in found] == [1, 4, 2]
+
+
+def test_views_show_every_subset_before_one_twice() -> None:
+    examples = [Example(str(i), str(i)) for i in range(4)]
+    drawn = views(examples, 2, 8, key_of(0))
+    assert len({frozenset(view) for view in drawn[:6]}) == 6 and len(drawn) == 8
+    assert views(examples[:1], 6, 2, 0) == [(examples[0],)] * 2
+
+
+def test_edits_change_one_token(ship: Ship, inputs: list[str]) -> None:
+    shown = behaviour(ship, "add 3", inputs, 2)
+    found = edits(ship.model, [shown], ["remove every 5"], 6)[0]
+    assert len(set(found)) == 6
+    assert all(sum(a != b for a, b in zip(text.split(), "remove every 5".split(), strict=True)) == 1 for text in found)
+
+
+def test_sampled_proposals_all_end(ship: Ship, inputs: list[str]) -> None:
+    texts = sampled(ship.model, [behaviour(ship, "add 3", inputs, 2)], None, 8, 1.0, [7], 8)[0]
+    assert len(texts) <= 8 and all(len(text.split()) < 8 for text in texts)
+
+
+def test_the_neutral_instruction_is_all_that_indirect_moves(ship: Ship) -> None:
+    prompt, place = neutral_prompt(ship.model)
+    other = ship.model.encoder_prompts.encoder_prompt("add 3")
+    after = len(prompt) - place.stop
+    assert prompt[: place.start] == other[: place.start] and prompt[-after:] == other[-after:]
+    assert place.stop - place.start == 8
+
+
+def test_no_bank_and_no_examples_are_one_line(ship: Ship) -> None:
+    config = InductionConfig(method="bank", **QUICK)
+    with pytest.raises(UserError, match="knows no instructions"):
+        induce_many(ship.model, Bank.build(ship.model, []), [[Example("1", "2")]], config)
+    with pytest.raises(UserError, match="no examples"):
+        induce_many(ship.model, ship.bank, [[]], config)
+
+
+def test_nearest_seen_does_not_take_a_tasks_own_instruction(ship: Ship, inputs: list[str]) -> None:
+    seen = [SplitTask(Task(text, text, ()), tuple(behaviour(ship, text, inputs)), ()) for text in ship.known[:8]]
+    found = nearest_seen(ship.model, seen[:2], seen)
+    assert all(text in ship.known[:8] and text != task.id for text, task in zip(found, seen, strict=False))
