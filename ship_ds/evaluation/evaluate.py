@@ -15,7 +15,7 @@ from ship_ds.evaluation.cells import Cell, Measured
 from ship_ds.evaluation.files import write_json
 from ship_ds.evaluation.harness import Harness, HarnessConfig, Run
 from ship_ds.evaluation.latent_map import latent_map
-from ship_ds.evaluation.methods import METHODS
+from ship_ds.evaluation.methods import METHODS, states_instruction
 from ship_ds.evaluation.report import versions
 from ship_ds.runtime import ranks
 
@@ -29,7 +29,8 @@ def evaluate(folder: Path, config: HarnessConfig, arguments: Sequence[str], say:
     present = {cell.method for cell in measured}
     origin = table.Origin(
         str(folder), shlex.join(["ship-ds", *arguments]), versions(), config.model_dump(mode="json"),
-        {name: states_instruction(name, run) for name in METHODS if name in present}, config.num_shown[0],
+        {name: states_instruction(method, run.ship.config.model) for name, method in METHODS.items() if name in present},
+        config.num_shown[0],
     )
     report = table.build(measured, origin)
     if ranks.rank() == 0:
@@ -54,12 +55,6 @@ def valid_cells(harness: Harness) -> dict[Cell, Measured]:
     cells = [cell for name in METHODS for cell in harness.stored(name)]
     found = {cell: harness.valid(cell) for cell in cells}
     return {cell: measured for cell, measured in found.items() if measured is not None}
-
-
-def states_instruction(name: str, run: Run) -> bool:
-    """SHIP states it where its Task LLM was trained so."""
-    uses_ship = name in ("ship", "shuffled_instruction", "nearest_known")
-    return METHODS[name].states_instruction or (uses_ship and run.ship.config.model.task_llm.instruction != "none")
 
 
 def show(report: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,25 +163,28 @@ class Harness:
         setting = Setting(
             self.run.ship, self.run.splits, self.folder / "methods" / name, self.config.minutes, self.config.seed
         )
-        method, started = METHODS[name](setting), time.perf_counter()
+        started = time.perf_counter()
+        method = METHODS[name](setting)
         method.prepare()
         prepare_seconds = time.perf_counter() - started
         for cell in cells:
-            started = time.perf_counter()
-            columns, rows = self._rows(method, cell)
-            whole = ranks.gather_objects((columns, rows))
-            seconds = time.perf_counter() - started
-            metrics: list[str] = next((names for names, _ in whole if names), [])
-            everything = [row for _, rows in whole for row in rows]
-            measured = Measured(
-                self.fingerprint(cell), metrics, everything, round(seconds, 2), round(prepare_seconds, 2), ranks.world_size()
-            )
+            measured = self._measure(method, cell, prepare_seconds)
             if ranks.rank() == 0:
                 self.store.write(cell, measured)
-            self.say(f"{cell.name}: {len(everything)} tasks, {seconds:.1f} s")
+            self.say(f"{cell.name}: {len(measured.rows)} tasks, {measured.seconds:.1f} s")
+
+    def _measure(self, method: Method, cell: Cell, prepare_seconds: float) -> Measured:
+        started = time.perf_counter()
+        shares = ranks.gather_objects(self._rows(method, cell))
+        seconds = time.perf_counter() - started
+        metrics: list[str] = max((names for names, _ in shares), key=len)
+        rows = [row for turn in zip_longest(*(rows for _, rows in shares)) for row in turn if row is not None]
+        return Measured(
+            self.fingerprint(cell), metrics, rows, round(seconds, 2), round(prepare_seconds, 2), ranks.world_size()
+        )
 
     def _rows(self, method: Method, cell: Cell) -> tuple[list[str], list[Row]]:
-        """The metrics' names and this rank's rows."""
+        """The metrics' names and the rows of this rank's tasks: every `world_size`-th, so that gathered turns are in order."""
         tasks = spread(getattr(self.run.splits, cell.part), self.config.num_tasks)
         mine = tasks[ranks.rank() :: ranks.world_size()]
         questions = [ask(task, cell.num_shown or 0, self.config.seed) for task in mine]

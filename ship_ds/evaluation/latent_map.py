@@ -18,7 +18,7 @@ from ship_ds.inference.gradient import descend_on_latent
 from ship_ds.inference.induction import InductionConfig
 
 NUM_TASKS = 8
-_NUM_DRAWS = 6
+_NUM_DRAWS = 4
 _NUM_SHOWN = 5
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from ship_ds import cli
 from ship_ds.evaluation.evaluate import evaluate
-from ship_ds.evaluation.harness import HarnessConfig
+from ship_ds.evaluation.harness import HarnessConfig, Run
+from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED
+from ship_ds.evaluation.methods.icl import InContextLearning
 from tests.conftest import start
 
 DIRECTIONS = {
@@ -122,9 +124,8 @@ def test_two_ranks_measure_what_one_does(evaluated: Path, one_rank_run: Path, tm
         "--run", str(run), "--methods", "random_decode,icl", "--num-tasks", "2",
     ])
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = ([json.loads(line) for line in (run / "evaluation" / "tasks.jsonl").read_text().splitlines()]
-                for run in (evaluated, run))
-    assert len(two) == 8 and all(row in one for row in two)
+    one, two = ((folder / "evaluation" / "tasks.jsonl").read_text().splitlines() for folder in (evaluated, run))
+    assert len(two) == 8 and two == [line for line in one if json.loads(line)["method"] in ("random_decode", "icl")]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -148,3 +149,13 @@ def test_data_that_changed_since_training_are_refused(
     (run / "splits.json").write_text(json.dumps({**parts, "seen": parts["seen"][1:]}))
     assert cli.main(["evaluate", "--run", str(run), "--methods", "prompting"]) == 2
     assert "the data now give other seen tasks" in capsys.readouterr().err
+
+
+def test_shots_that_do_not_fit_are_left_out_last_first(one_rank_run: Path, tmp_path: Path) -> None:
+    run = Run.open(one_rank_run, print)
+    task = run.splits.seen[0]
+    method = InContextLearning(Setting(run.ship, run.splits, tmp_path, 1.0, 0))
+    whole = method.prompt(task.test[0].input, task.train[:3])
+    assert whole == run.ship.model.prompts.task_prompt(task.test[0].input, None, task.train[:3])
+    method.context = len(whole) + method.max_new_tokens - 1
+    assert method.prompt(task.test[0].input, task.train[:3]) == method.prompt(task.test[0].input, task.train[:2]) != whole

@@ -6,6 +6,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from ship_ds.config import ModelConfig
 from ship_ds.evaluation.baselines import Itd, PromptTuning, Sft, Tagi, TextToLora, TrainedMethod
 from ship_ds.evaluation.method import Method
 from ship_ds.evaluation.methods.controls import BareBase, ShuffledInstruction
@@ -23,6 +24,12 @@ _IN_ORDER: tuple[type[Method], ...] = (
 )
 METHODS = {method.name: method for method in _IN_ORDER}
 TRAINED = frozenset(method.name for method in (Sft, PromptTuning, Tagi, Itd, TextToLora))
+
+
+def states_instruction(method: type[Method], config: ModelConfig) -> bool:
+    """What answers through SHIP's Task LLM states it as well where that was trained so."""
+    through_ship = issubclass(method, (Searching, ShuffledInstruction))
+    return method.states_instruction or (through_ship and config.task_llm.instruction != "none")
 
 
 def own_settings(method: type[Method]) -> dict[str, Any]:

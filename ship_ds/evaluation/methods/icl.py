@@ -24,15 +24,15 @@ class InContextLearning:
         """Nothing is trained."""
 
     def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
-        prompts = [self._prompt(text, shots) for shots, row in zip(shown, inputs, strict=True) for text in row]
+        prompts = [self.prompt(text, shots) for shots, row in zip(shown, inputs, strict=True) for text in row]
         batches = [prompts[start : start + _ROWS] for start in range(0, len(prompts), _ROWS)]
         flat = iter([answer for batch in batches for answer in self._answer(batch)])
         return [[next(flat) for _ in row] for row in inputs]
 
-    def _prompt(self, text: str, shots: Sequence[Example]) -> tuple[int, ...]:
+    def prompt(self, text: str, shots: Sequence[Example]) -> tuple[int, ...]:
         ids = self.model.prompts.task_prompt(text, None, shots)
         fits = len(ids) + self.max_new_tokens <= self.context
-        return ids if fits or not shots else self._prompt(text, shots[:-1])
+        return ids if fits or not shots else self.prompt(text, shots[:-1])
 
     def _answer(self, prompts: Sequence[tuple[int, ...]]) -> list[str | None]:
         form = self.model.prompts
