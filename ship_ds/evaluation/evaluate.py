@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ship_ds.bundle import WEIGHTS, bundle_folder, sha256, verify
+from ship_ds.bundle import WEIGHTS, bundle_folder, sha256
 from ship_ds.evaluation import table
 from ship_ds.evaluation.cells import Cell, Measured
 from ship_ds.evaluation.files import write_json
@@ -40,9 +40,10 @@ def evaluate(folder: Path, config: HarnessConfig, arguments: Sequence[str], say:
 
 
 def write_latent_map(folder: Path, say: Callable[[str], None]) -> None:
-    """`<run>/evaluation/latents.json`, unless it is there for this very bundle."""
+    """`<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run has none yet."""
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
-    verify(bundle)
+    if not (bundle / WEIGHTS).is_file():
+        return
     if path.is_file() and json.loads(path.read_text())["bundle"] == sha256(bundle / WEIGHTS):
         return
     say(f"{path}: latents by gradient descent, for the t-SNE figure")
