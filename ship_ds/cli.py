@@ -185,6 +185,38 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    from ship_ds.evaluation.evaluate import evaluate, show
+    from ship_ds.evaluation.harness import from_arguments
+    from ship_ds.runtime import ranks
+    from ship_ds.train import say
+
+    config = from_arguments(args)
+    ranks.hush()
+    if ranks.is_launched():
+        ranks.start(None)
+    report = evaluate(Path(args.run), config, args.arguments, say)
+    if ranks.rank() == 0:
+        show(report)
+        print(Path(args.run) / "evaluation" / "report.md")
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from ship_ds.evaluation.evaluate import write_latent_map
+    from ship_ds.monitor import figures
+    from ship_ds.train import say
+
+    run, others = Path(args.run), [Path(other) for other in args.runs]
+    for folder in (run, *others):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such run folder")
+    write_latent_map(run, say)
+    for path in figures.plot([run, *others], Path(args.out) if args.out else run / "figures", say):
+        print(path)
+    return 0
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from importlib import resources
 
@@ -263,9 +295,29 @@ def build_parser() -> argparse.ArgumentParser:
         plan.add_argument(f"--{name}-tokens", type=_positive, help="instead of the recipe's limit")
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(run_verb=_plan)
+    _add_evaluate(verbs.add_parser("evaluate", help="SHIP beside the baselines in every direction; goes on where it stopped"))
+    plot = verbs.add_parser("plot", help="figures of a run, and of several runs against each other, as PNG")
+    plot.add_argument("--run", required=True)
+    plot.add_argument("--runs", nargs="+", default=[], help="others, for the figures over runs")
+    plot.add_argument("--out", help="folder; default RUN/figures")
+    plot.set_defaults(run_verb=_plot)
     verbs.add_parser("recipes", help="the shipped configs").set_defaults(run_verb=_recipes)
     verbs.add_parser("doctor", help="what of the stack is here").set_defaults(run_verb=_doctor)
     return parser
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--methods", default="all", help="comma-separated names, or all")
+    parser.add_argument("--parts", default="seen,unseen", help="of seen, dev, unseen")
+    parser.add_argument("--num-tasks", type=int, default=120, help="of each part at most, evenly spaced")
+    parser.add_argument("--num-shown", default="5", help="examples shown; of several (5,1,2,3) the first is the report's own")
+    parser.add_argument("--minutes", type=float, default=5, help="training time of each baseline")
+    parser.add_argument("--judge", default="execution,rouge", help="of execution, rouge, endpoint; or none")
+    parser.add_argument("--endpoint", default="http://localhost:8000/v1", help="of the judge; OPENAI_API_KEY holds its key")
+    parser.add_argument("--endpoint-model", default="default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run_verb=_evaluate)
 
 
 def _add_inference(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -292,6 +344,7 @@ def _add_inference(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
+    args.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code: int = args.run_verb(args)
     except UserError as error:

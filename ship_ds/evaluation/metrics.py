@@ -1,11 +1,13 @@
-"""Scores with their uncertainty: exact match as defined for SHIP, and bootstrap intervals over tasks."""
+"""Scores with their uncertainty: exact match as defined for SHIP, ROUGE-L, and bootstrap intervals over tasks."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
 
 _NUMBERS = r"-?(?:0|[1-9]\d*)(?:[\s,]+-?(?:0|[1-9]\d*))*"
 _LIST = re.compile(rf"{_NUMBERS}|\[\s*(?:{_NUMBERS})?\s*\]")
@@ -27,6 +29,23 @@ def _equal(answer: str, reference: str) -> bool:
     return answer == reference
 
 
+def rouge_l(answer: str | None, references: Sequence[str]) -> float:
+    """The best F-measure of the longest common subsequence of words (Lin 2004) with any reference, 0 to 1.
+
+    An exact match is 1 whatever its script: the scorer sees no words in an empty list or in Chinese.
+    """
+    if answer is None:
+        return 0.0
+    if exact_match(answer, references):
+        return 1.0
+    return max((_scorer().score(reference, answer)["rougeL"].fmeasure for reference in references), default=0.0)
+
+
+@cache
+def _scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"])
+
+
 @dataclass(frozen=True)
 class Score:
     """The mean over tasks of the mean over each task's examples, with a 95 % bootstrap interval over tasks."""
@@ -36,12 +55,14 @@ class Score:
     num_tasks: int
     num_examples: int
 
+    def interval(self) -> dict[str, Any]:
+        return {"value": round(self.value, 4), "ci95": [round(bound, 4) for bound in self.ci95]}
+
     def as_json(self) -> dict[str, Any]:
-        exact = {"value": round(self.value, 4), "ci95": [round(bound, 4) for bound in self.ci95]}
-        return {"exact_match": exact, "n_tasks": self.num_tasks, "n_examples": self.num_examples}
+        return {"exact_match": self.interval(), "n_tasks": self.num_tasks, "n_examples": self.num_examples}
 
 
-def score(results: Sequence[Sequence[bool]]) -> Score:
+def score(results: Sequence[Sequence[float]]) -> Score:
     """`results` holds one row a task; no task at all gives NaN and zero counts."""
     if not results:
         return Score(float("nan"), (float("nan"), float("nan")), 0, 0)

@@ -58,28 +58,12 @@ class Monitor:
         self.board.add_histogram("latent/kl_per_dimension", kl_Z, step)
 
     def close(self) -> None:
+        from ship_ds.monitor import figures  # matplotlib: a second that only the end of a run needs
+
         self.bar.close()
         self.rows.close()
         self.board.close()
-        plot_losses(self.folder)
-
-
-def plot_losses(folder: Path) -> None:
-    """The three losses over steps, readable in black and white, as loss.png beside metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, style in (("loss/task", "-"), ("loss/reconstruction", "--"), ("loss/kl", ":")):
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], style, color="black", label=name, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="nats", yscale="log")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=120)
-    plt.close(figure)
+        figures.save("loss", figures.losses, [self.folder], self.folder)
 
 
 def memory_gigabytes() -> float:

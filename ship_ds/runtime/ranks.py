@@ -21,12 +21,17 @@ _KNOWN_NOTICES = (
 _SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 
+def is_launched() -> bool:
+    """Whether deepspeed, torchrun or srun started this process as one of several ranks."""
+    return "WORLD_SIZE" in os.environ or slurm_ranks(os.environ) is not None
+
+
 def start(threads: int | None, offloads_optimiser: bool = False) -> None:
     """Compile DeepSpeed's ops, then join the process group; a process started by none of the launchers is a group of one.
 
     Tensors on the CPU travel by gloo, those on a GPU by NCCL.
     """
-    _hush()
+    hush()
     import deepspeed
 
     if "WORLD_SIZE" not in os.environ:
@@ -40,7 +45,7 @@ def start(threads: int | None, offloads_optimiser: bool = False) -> None:
     deepspeed.init_distributed(dist_backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
-def _hush() -> None:
+def hush() -> None:
     """Keep the terminal for what a user can act on: no progress bar a model loaded, no notice that repeats at every step."""
     from transformers.utils import logging as transformers_logging
 

@@ -1,0 +1,69 @@
+"""`ship-ds evaluate`: open the run, measure what is missing, write the report."""
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ship_ds.bundle import WEIGHTS, bundle_folder, sha256
+from ship_ds.evaluation import table
+from ship_ds.evaluation.cells import Cell, Measured
+from ship_ds.evaluation.files import write_json
+from ship_ds.evaluation.harness import Harness, HarnessConfig, Run
+from ship_ds.evaluation.latent_map import latent_map
+from ship_ds.evaluation.methods import METHODS, states_instruction
+from ship_ds.evaluation.report import versions
+from ship_ds.runtime import ranks
+
+
+def evaluate(folder: Path, config: HarnessConfig, arguments: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """The report; rank 0 writes it. Methods measured earlier under the same setting are in it as well."""
+    run = Run.open(folder, say)
+    harness = Harness(run, config, say)
+    harness.measure_all()
+    measured = valid_cells(harness)
+    present = {cell.method for cell in measured}
+    origin = table.Origin(
+        str(folder), shlex.join(["ship-ds", *arguments]), versions(), config.model_dump(mode="json"),
+        {name: states_instruction(method, run.ship.config.model) for name, method in METHODS.items() if name in present},
+        config.num_shown[0],
+    )
+    report = table.build(measured, origin)
+    if ranks.rank() == 0:
+        table.write(report, measured, harness.folder)
+    ranks.barrier()
+    return report
+
+
+def write_latent_map(folder: Path, say: Callable[[str], None]) -> None:
+    """`<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run has none yet."""
+    path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
+    if not (bundle / WEIGHTS).is_file():
+        return
+    if path.is_file() and json.loads(path.read_text())["bundle"] == sha256(bundle / WEIGHTS):
+        return
+    say(f"{path}: latents by gradient descent, for the t-SNE figure")
+    run = Run.open(folder, say)
+    write_json(path, latent_map(run.ship, run.splits))
+
+
+def valid_cells(harness: Harness) -> dict[Cell, Measured]:
+    """Every stored cell that holds under the present setting, in the order of the tables."""
+    cells = [cell for name in METHODS for cell in harness.stored(name)]
+    found = {cell: harness.valid(cell) for cell in cells}
+    return {cell: measured for cell, measured in found.items() if measured is not None}
+
+
+def show(report: dict[str, Any]) -> None:
+    """The values alone; intervals, kinds and tasks are in report.md."""
+    for direction in ("deduction", "induction", "reasoning"):
+        header, *rows = table.summary_rows(report, direction, table.PARTS, tuple(table.TITLES), table.value_alone)
+        if rows:
+            shown = Table(*header, title=direction)
+            for row in rows:
+                shown.add_row(*row)
+            Console(width=140).print(shown)

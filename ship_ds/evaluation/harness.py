@@ -1,0 +1,236 @@
+"""The evaluation of a run: every method in every direction, on seen and on unseen rules, as one report.
+
+    ship-ds evaluate --run runs/quickstart --methods all
+    torchrun --nproc-per-node 2 -m ship_ds.cli evaluate --run runs/quickstart --methods all
+
+All methods are shown the same examples and asked the same inputs. Each rank measures its share of the tasks. A cell that
+is measured already, with the same bundle, data and settings, is not measured again; `<run>/evaluation` holds everything.
+"""
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+
+from ship_ds.bundle import Ship
+from ship_ds.config import Section
+from ship_ds.data.task import Splits
+from ship_ds.errors import UserError
+from ship_ds.evaluation.cells import Cell, CellStore, Measured, Row, cells_of, changed
+from ship_ds.evaluation.endpoint import EndpointConfig
+from ship_ds.evaluation.judges import Columns, Judge, JudgeName, build_judges
+from ship_ds.evaluation.method import Answers, Deduces, Induces, Method, Reasons, Setting
+from ship_ds.evaluation.methods import METHODS, TRAINED, own_settings
+from ship_ds.evaluation.metrics import exact_match, rouge_l
+from ship_ds.evaluation.questions import Question, ask, spread
+from ship_ds.runtime import ranks
+
+_VERSION = 1
+"""Of the way in which cells are measured; another one measures them again."""
+
+
+class HarnessConfig(Section):
+    methods: tuple[str, ...] = Field(tuple(METHODS), min_length=1)
+    parts: tuple[Literal["seen", "dev", "unseen"], ...] = Field(("seen", "unseen"), min_length=1)
+    num_tasks: PositiveInt = 120
+    """Of each part at most, evenly spaced."""
+    num_shown: tuple[PositiveInt, ...] = Field((5,), min_length=1)
+    """Examples shown in induction and reasoning; the first is the report's own, the others are beside it."""
+    minutes: PositiveFloat = Field(5, le=5)
+    """Training time of each baseline."""
+    judges: tuple[JudgeName, ...] = ("execution", "rouge")
+    endpoint: EndpointConfig = EndpointConfig()
+    seed: int = 0
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in METHODS:
+                raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+        return names
+
+
+def from_arguments(args: Namespace) -> HarnessConfig:
+    """Of `ship-ds evaluate`. Raises UserError naming the option."""
+    listed = {"parts": args.parts, "num_shown": args.num_shown, "judges": "" if args.judge == "none" else args.judge}
+    values = {
+        **{key: [part.strip() for part in text.split(",") if part.strip()] for key, text in listed.items()},
+        "num_tasks": args.num_tasks, "minutes": args.minutes, "seed": args.seed,
+        "endpoint": {"url": args.endpoint, "model": args.endpoint_model},
+    }
+    if args.methods != "all":
+        values["methods"] = [name.strip() for name in args.methods.split(",") if name.strip()]
+    try:
+        return HarnessConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run as it is evaluated."""
+
+    folder: Path
+    ship: Ship
+    splits: Splits
+
+    @classmethod
+    def open(cls, folder: Path, say: Callable[[str], None]) -> "Run":
+        """Raises UserError where there is no bundle, or where the data are no longer those of the run."""
+        from ship_ds.train import read_splits
+
+        ship = Ship.from_run(folder, ranks.device())
+        splits = read_splits(ship.config, say)
+        if (folder / "splits.json").is_file():
+            for part, ids in json.loads((folder / "splits.json").read_text()).items():
+                if ids != [task.id for task in getattr(splits, part)]:
+                    raise UserError(f"{folder / 'splits.json'}: the data now give other {part} tasks than the run was made with")
+        return cls(folder, ship, splits)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        return {"bundle": self.ship.digest, "data": sha256(repr(self.splits).encode()).hexdigest()}
+
+
+class Harness:
+    """The same calls on every rank; rank 0 alone writes."""
+
+    def __init__(self, run: Run, config: HarnessConfig, say: Callable[[str], None]) -> None:
+        self.run, self.config, self.say = run, config, say
+        self.folder = run.folder / "evaluation"
+        self.store = CellStore(self.folder / "cells")
+        self.judges = build_judges(config.judges, run.ship, config.endpoint, self.folder / "judged")
+
+    def measure_all(self) -> None:
+        for name in self.config.methods:
+            missing = self._missing(name)
+            if missing:
+                self._measure_method(name, missing)
+
+    def cells(self, name: str) -> list[Cell]:
+        return list(cells_of(METHODS[name], self.config.parts, self.config.num_shown))
+
+    def stored(self, name: str) -> list[Cell]:
+        """Cells of the method on disk, whatever was asked for this time, in the order of parts and numbers shown."""
+        files = {path.name for path in self.store.folder.glob(f"{name}.*.json")}
+        numbers = sorted({int(file.split(".")[-2].removesuffix("_shown")) for file in files if "_shown" in file})
+        cells = cells_of(METHODS[name], ("seen", "dev", "unseen"), numbers)
+        return [cell for cell in cells if self.store.path(cell).name in files]
+
+    def fingerprint(self, cell: Cell) -> dict[str, Any]:
+        """What the cell depends on, and no more, so that little is measured again."""
+        config = self.config
+        found = {**self.run.fingerprint, "harness": _VERSION, "num_tasks": config.num_tasks, "seed": config.seed}
+        if cell.method in TRAINED:
+            found["minutes"] = config.minutes
+        found |= own_settings(METHODS[cell.method])
+        if cell.direction == "induction":
+            found["judges"] = sorted(config.judges)
+            if "endpoint" in config.judges:
+                found["endpoint"] = [config.endpoint.url, config.endpoint.model]
+        as_stored: dict[str, Any] = json.loads(json.dumps(found))
+        return as_stored
+
+    def valid(self, cell: Cell) -> Measured | None:
+        """The stored cell where it still holds."""
+        measured = self.store.read(cell)
+        return measured if measured is not None and not changed(measured, self.fingerprint(cell)) else None
+
+    def _missing(self, name: str) -> list[Cell]:
+        """Rank 0 looks, so that all ranks agree whatever a shared disk shows them."""
+        missing = []
+        for cell in self.cells(name):
+            measured = self.store.read(cell)
+            keys = changed(measured, self.fingerprint(cell)) if measured is not None else []
+            if keys:
+                self.say(f"{cell.name}: measured again, since it was measured with another {', '.join(keys)}")
+            if measured is None or keys:
+                missing.append(cell)
+        agreed: list[Cell] = ranks.gather_objects(missing)[0]
+        return agreed
+
+    def _measure_method(self, name: str, cells: Sequence[Cell]) -> None:
+        setting = Setting(
+            self.run.ship, self.run.splits, self.folder / "methods" / name, self.config.minutes, self.config.seed
+        )
+        started = time.perf_counter()
+        method = METHODS[name](setting)
+        method.prepare()
+        prepare_seconds = time.perf_counter() - started
+        for cell in cells:
+            measured = self._measure(method, cell, prepare_seconds)
+            if ranks.rank() == 0:
+                self.store.write(cell, measured)
+            self.say(f"{cell.name}: {len(measured.rows)} tasks, {measured.seconds:.1f} s")
+
+    def _measure(self, method: Method, cell: Cell, prepare_seconds: float) -> Measured:
+        started = time.perf_counter()
+        shares = ranks.gather_objects(self._rows(method, cell))
+        seconds = time.perf_counter() - started
+        metrics: list[str] = max((names for names, _ in shares), key=len)
+        rows = [row for turn in zip_longest(*(rows for _, rows in shares)) for row in turn if row is not None]
+        return Measured(
+            self.fingerprint(cell), metrics, rows, round(seconds, 2), round(prepare_seconds, 2), ranks.world_size()
+        )
+
+    def _rows(self, method: Method, cell: Cell) -> tuple[list[str], list[Row]]:
+        """The metrics' names and the rows of this rank's tasks: every `world_size`-th, so that gathered turns are in order."""
+        tasks = spread(getattr(self.run.splits, cell.part), self.config.num_tasks)
+        mine = tasks[ranks.rank() :: ranks.world_size()]
+        questions = [ask(task, cell.num_shown or 0, self.config.seed) for task in mine]
+        if not questions:
+            return [], []
+        said, columns = _MEASURES[cell.direction](method, questions, self.judges)
+        return list(columns), [
+            {"task": q.task.id, "kind": q.task.kind, "instruction": q.task.task.instruction, "said": text,
+             **{name: values[i] for name, values in columns.items()}}
+            for i, (q, text) in enumerate(zip(questions, said, strict=True))
+        ]
+
+
+Said = tuple[Sequence[Any], Columns]
+
+
+def _deduction(method: Any, questions: Sequence[Question], judges: Sequence[Judge]) -> Said:
+    deduces: Deduces = method
+    tasks = [q.task for q in questions]
+    answers = deduces.deduce(tasks, [task.task.instruction for task in tasks], [q.inputs for q in questions])
+    return answers, _answer_columns(answers, questions)
+
+
+def _reasoning(method: Any, questions: Sequence[Question], judges: Sequence[Judge]) -> Said:
+    reasons: Reasons = method
+    answers = reasons.reason([q.shown for q in questions], [q.inputs for q in questions])
+    return answers, _answer_columns(answers, questions)
+
+
+def _induction(method: Any, questions: Sequence[Question], judges: Sequence[Judge]) -> Said:
+    induces: Induces = method
+    induced = induces.induce([q.shown for q in questions])
+    columns: Columns = {}
+    for judge in judges:
+        columns |= judge.columns(induced, questions)
+    return induced, columns
+
+
+_MEASURES: dict[str, Callable[[Any, Sequence[Question], Sequence[Judge]], Said]] = {
+    "deduction": _deduction, "induction": _induction, "reasoning": _reasoning,
+}
+
+
+def _answer_columns(answers: Answers, questions: Sequence[Question]) -> Columns:
+    pairs = [list(zip(row, q.asked, strict=True)) for row, q in zip(answers, questions, strict=True)]
+    return {
+        "exact_match": [[exact_match(answer, example.answers) for answer, example in row] for row in pairs],
+        "rouge_l": [[rouge_l(answer, example.answers) for answer, example in row] for row in pairs],
+    }

@@ -1,0 +1,41 @@
+"""In-context learning: the shown examples before every query (Brown et al. 2020, arXiv 2005.14165)."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ship_ds.data.task import Example
+from ship_ds.evaluation.method import Answers, Setting
+from ship_ds.model.batch import TokenBatch
+
+_ROWS = 240
+
+
+class InContextLearning:
+    """n-shot with the bare base. Shots that its context has no room for are left out, the last ones first."""
+
+    name: ClassVar[str] = "icl"
+    states_instruction: ClassVar[bool] = False
+
+    def __init__(self, setting: Setting) -> None:
+        self.model, self.max_new_tokens = setting.ship.model, setting.ship.config.evaluation.max_new_tokens
+        self.context: int = self.model.task_llm.lm.config.max_position_embeddings  # type: ignore[union-attr, assignment]
+
+    def prepare(self) -> None:
+        """Nothing is trained."""
+
+    def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
+        prompts = [self.prompt(text, shots) for shots, row in zip(shown, inputs, strict=True) for text in row]
+        batches = [prompts[start : start + _ROWS] for start in range(0, len(prompts), _ROWS)]
+        flat = iter([answer for batch in batches for answer in self._answer(batch)])
+        return [[next(flat) for _ in row] for row in inputs]
+
+    def prompt(self, text: str, shots: Sequence[Example]) -> tuple[int, ...]:
+        ids = self.model.prompts.task_prompt(text, None, shots)
+        fits = len(ids) + self.max_new_tokens <= self.context
+        return ids if fits or not shots else self.prompt(text, shots[:-1])
+
+    def _answer(self, prompts: Sequence[tuple[int, ...]]) -> list[str | None]:
+        form = self.model.prompts
+        batch = TokenBatch.build(prompts, None, form.pad_id, device=self.model.device)
+        rows = self.model.task_llm.generate(None, batch, form.eos_id, self.max_new_tokens)
+        return [form.text(row) if row[-1] == form.eos_id else None for row in rows]

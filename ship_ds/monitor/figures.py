@@ -1,0 +1,242 @@
+"""Figures from what runs leave behind in JSON, readable in black and white: markers, line styles and hatches tell curves apart.
+
+    ship-ds plot --run runs/quickstart --runs runs/half runs/quarter
+
+Each figure is one function of run folders. It raises NotDrawn, saying which command makes what it lacks.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from ship_ds.errors import UserError
+
+_LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "x", "D", "v", "+")
+_GREYS = ("0.0", "0.35", "0.6")
+_KINDS = {"encoded": ("o", "white"), "trained": ("x", "black"), "re-encoded": ("s", "0.6")}
+"""Of latents: marker and fill."""
+_MEASURES = {
+    "deduction": ("deduction", "exact_match"), "induction": ("induction", "execution_accuracy"),
+    "reasoning": ("reasoning", "exact_match"),
+}
+"""What stands for each direction where one curve has to."""
+
+
+class NotDrawn(UserError):
+    """What the figure needs is not there."""
+
+
+def losses(runs: Sequence[Path]) -> Figure:
+    """The three losses of the first run over its steps, each step and smoothed over fifty."""
+    rows = [json.loads(line) for line in _read(runs[0] / "metrics.jsonl", "train it first").splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    steps = [row["step"] for row in rows]
+    names = {"loss/task": "task (nats a token)", "loss/reconstruction": "reconstruction (nats a token)",
+             "loss/kl": "KL to the prior (nats a dimension)"}
+    for (name, label), line, grey in zip(names.items(), _LINES, _GREYS, strict=False):
+        values = np.array([np.nan if row[name] is None else row[name] for row in rows])
+        axes.plot(steps, values, color="0.85", linewidth=0.5)
+        axes.plot(steps, _smoothed(values), linestyle=line, color=grey, label=label, linewidth=1.2)
+    axes.set(xlabel="training step", ylabel="loss (nats)", yscale="log")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _smoothed(values: np.ndarray[Any, Any], width: int = 50) -> list[float]:
+    """The mean of the last `width` finite values at each step."""
+    windows = (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))
+    return [float(np.nanmean(window)) if np.isfinite(window).any() else float("nan") for window in windows]
+
+
+def latents(runs: Sequence[Path]) -> Figure:
+    """t-SNE (van der Maaten & Hinton 2008) of a few tasks' latents: a letter a task, a marker for where a latent is from."""
+    from sklearn.manifold import TSNE
+
+    points = json.loads(_read(runs[0] / "evaluation" / "latents.json", "`ship-ds plot` makes it from the bundle"))["points"]
+    latent_PZ = np.array([point["latent"] for point in points])
+    perplexity = min(15, (len(points) - 1) / 3)
+    placed_P2 = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(latent_PZ)
+    figure, axes = plt.subplots(figsize=(7.5, 5.5))
+    tasks = list(dict.fromkeys(point["instruction"] for point in points))
+    for kind, (marker, fill) in _KINDS.items():
+        own = [i for i, point in enumerate(points) if point["kind"] == kind]
+        axes.plot(
+            placed_P2[own, 0], placed_P2[own, 1], linestyle="", marker=marker, markerfacecolor=fill, markeredgecolor="black",
+            markersize=5.5, markeredgewidth=0.8, label=kind,
+        )
+    for letter, task in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", tasks, strict=False):
+        own = [i for i, point in enumerate(points) if point["instruction"] == task and point["kind"] == "encoded"]
+        x, y = np.median(placed_P2[own], axis=0)
+        axes.annotate(letter, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=11, weight="bold")
+        axes.plot([], [], " ", label=f"{letter}: {task}")
+    axes.set(xlabel="t-SNE axis 1 (no unit)", ylabel="t-SNE axis 2 (no unit)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    return figure
+
+
+def shown_examples(runs: Sequence[Path]) -> Figure:
+    """Induction's execution accuracy of the first run's methods against the number of observed examples, seen beside unseen."""
+    methods = _report(runs[0])["methods"]
+    curves = {
+        (name, part): method["induction"][part]["by_num_shown"] for name, method in methods.items() if "induction" in method
+        for part in ("seen", "unseen") if len(method["induction"].get(part, {}).get("by_num_shown", {})) > 1
+    }
+    if not curves:
+        raise NotDrawn(f"{runs[0]}: one number of shown examples alone; ship-ds evaluate --num-shown 5,1,2,3 measures more")
+    parts = [part for part in ("seen", "unseen") if any(own == part for _, own in curves)]
+    figure, all_axes = plt.subplots(1, len(parts), figsize=(4.5 * len(parts), 4), sharey=True, squeeze=False)
+    names = list(dict.fromkeys(name for name, _ in curves))
+    numbers = sorted({int(x) for cells in curves.values() for x in cells})
+    for axes, part in zip(all_axes[0], parts, strict=True):
+        for index, name in enumerate(names):
+            cells = curves.get((name, part), {})
+            xs = sorted(map(int, cells))
+            _curve(axes, xs, [cells[str(x)].get("execution_accuracy") for x in xs], index, name)
+        axes.set(xlabel="observed examples", title=f"{part} rules", xticks=numbers)
+    _as_accuracy(all_axes[0][0], "induction: execution accuracy (%)")
+    all_axes[0][-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def training_rules(runs: Sequence[Path]) -> Figure:
+    """Each direction's accuracy against the share of the training rules that a run was trained on."""
+    counts = {run: len(json.loads(_read(run / "splits.json", "train it first"))["seen"]) for run in runs}
+    return _over_runs(
+        runs, {run: 100 * count / max(counts.values()) for run, count in counts.items()},
+        f"training rules (% of {max(counts.values())})", "numbers of training rules",
+    )
+
+
+def reconstruction_weight(runs: Sequence[Path]) -> Figure:
+    """Each direction's accuracy against the weight of the reconstruction loss."""
+    weights = {run: json.loads(_read(run / "config.json", "train it first"))["loss"]["reconstruction"] for run in runs}
+    figure = _over_runs(runs, weights, "weight of the reconstruction loss (no unit)", "weights of reconstruction")
+    if min(weights.values()) > 0:
+        for axes in figure.axes:
+            axes.set_xscale("log")
+    return figure
+
+
+def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what: str) -> Figure:
+    """SHIP's seen and unseen accuracy over runs; runs at the same x, seeds, are points around their median."""
+    if len(set(xs.values())) < 2:
+        raise NotDrawn(f"{', '.join(map(str, runs))}: no two {what}; give runs that differ in it by --runs")
+    cells = {run: _report(run)["methods"].get("ship", {}) for run in runs}
+    figure, all_axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for axes, part in zip(all_axes, ("seen", "unseen"), strict=True):
+        for index, (name, (direction, metric)) in enumerate(_MEASURES.items()):
+            values: dict[float, list[float]] = {}
+            for run in runs:
+                found = cells[run].get(direction, {}).get(part, {}).get(metric)
+                if found is not None:
+                    values.setdefault(xs[run], []).append(found["value"])
+            points = [(x, value) for x, own in values.items() for value in own]
+            axes.scatter(*zip(*points, strict=True), marker=_MARKERS[index], color="0.6", s=14) if points else None
+            ordered = sorted(values)
+            axes.plot(
+                ordered, [statistics.median(values[x]) for x in ordered], linestyle=_LINES[index], marker=_MARKERS[index],
+                color="black", label=name, markersize=5, linewidth=1,
+            )
+        axes.set(xlabel=label, title=f"{part} rules")
+    _as_accuracy(all_axes[0], "accuracy (%)")
+    all_axes[1].legend(frameon=False)
+    return figure
+
+
+def comparison(runs: Sequence[Path]) -> Figure:
+    """The first run's methods as bars with their 95 % intervals, seen beside unseen, a panel a direction."""
+    methods = _report(runs[0])["methods"]
+    panels = {name: [m for m in methods if name in methods[m]] for name in _MEASURES}
+    panels = {name: own for name, own in panels.items() if own}
+    heights = [len(own) + 1 for own in panels.values()]
+    figure, all_axes = plt.subplots(
+        len(panels), 1, figsize=(7, 0.42 * sum(heights) + 1), sharex=True, squeeze=False, height_ratios=heights
+    )
+    for axes, (name, own) in zip(all_axes[:, 0], panels.items(), strict=True):
+        direction, metric = _MEASURES[name]
+        for offset, part, hatch, fill in ((-0.2, "seen", "", "0.75"), (0.2, "unseen", "////", "white")):
+            found = [methods[m][direction].get(part, {}).get(metric) for m in own]
+            rows = [(row + offset, cell) for row, cell in enumerate(found) if cell is not None]
+            values = [cell["value"] for _, cell in rows]
+            errors = [[max(0, c["value"] - c["ci95"][0]) for _, c in rows], [max(0, c["ci95"][1] - c["value"]) for _, c in rows]]
+            axes.barh(
+                [y for y, _ in rows], values, 0.38, xerr=errors, color=fill, edgecolor="black", hatch=hatch, linewidth=0.7,
+                error_kw={"linewidth": 0.8, "capsize": 2}, label=part,
+            )
+        stated = {m: " *" if methods[m]["instruction_in_query"] else "" for m in own}
+        axes.set_yticks(range(len(own)), [m.replace("_", " ") + stated[m] for m in own])
+        axes.invert_yaxis()
+        axes.set_title(f"{name}: {metric.replace('_', ' ')}", loc="left", fontsize=10)
+        axes.set_xlim(0, 1)
+    all_axes[0, 0].legend(frameon=False, loc="lower right")
+    all_axes[-1, 0].xaxis.set_major_formatter(PercentFormatter(1))
+    all_axes[-1, 0].set_xlabel("accuracy (%), mean over tasks with 95 % interval; * instruction in every query")
+    return figure
+
+
+def _curve(axes: Axes, xs: Sequence[float], cells: Sequence[Mapping[str, Any] | None], index: int, label: str) -> None:
+    points = [(x, cell) for x, cell in zip(xs, cells, strict=True) if cell is not None]
+    if not points:
+        return
+    values = [cell["value"] for _, cell in points]
+    errors = [[max(0, c["value"] - c["ci95"][0]) for _, c in points], [max(0, c["ci95"][1] - c["value"]) for _, c in points]]
+    axes.errorbar(
+        [x for x, _ in points], values, errors, linestyle=_LINES[index % len(_LINES)], marker=_MARKERS[index % len(_MARKERS)],
+        color=_GREYS[index % len(_GREYS)], label=label, capsize=2, linewidth=1, markersize=5,
+    )
+
+
+def _as_accuracy(axes: Axes, label: str) -> None:
+    axes.set(ylabel=label, ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _report(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_read(run / "evaluation" / "report.json", f"run ship-ds evaluate --run {run}"))
+    return found
+
+
+def _read(path: Path, remedy: str) -> str:
+    if not path.is_file():
+        raise NotDrawn(f"{path}: not there; {remedy}")
+    return path.read_text()
+
+
+FIGURES: dict[str, Callable[[Sequence[Path]], Figure]] = {
+    "losses": losses, "latents": latents, "comparison": comparison, "shown_examples": shown_examples,
+    "training_rules": training_rules, "reconstruction_weight": reconstruction_weight,
+}
+
+
+def plot(runs: Sequence[Path], out: Path, say: Callable[[str], None]) -> list[Path]:
+    """Write OUT/NAME.png of every figure that the runs have the data for; `say` names what the others lack."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in FIGURES.items():
+        try:
+            written.append(save(name, draw, runs, out))
+        except NotDrawn as error:
+            say(f"{name}: not drawn: {error}")
+    return written
+
+
+def save(name: str, draw: Callable[[Sequence[Path]], Figure], runs: Sequence[Path], out: Path) -> Path:
+    part, path = out / f"{name}.part.png", out / f"{name}.png"
+    figure = draw(runs)
+    figure.savefig(part, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    part.replace(path)
+    return path

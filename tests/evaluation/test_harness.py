@@ -1,0 +1,161 @@
+"""`ship-ds evaluate` on the smoke run: every cell, resumption, ranks."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ship_ds import cli
+from ship_ds.evaluation.evaluate import evaluate
+from ship_ds.evaluation.harness import HarnessConfig, Run
+from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods import METHODS, TRAINED
+from ship_ds.evaluation.methods.icl import InContextLearning
+from tests.conftest import start
+
+DIRECTIONS = {
+    "ship": ["deduction", "induction", "reasoning"], "nearest_known": ["induction", "reasoning"], "prompting": ["deduction"],
+    "icl": ["reasoning"], "instruction_induction": ["induction"], "random_decode": ["induction"], "bare_base": ["deduction"],
+    "shuffled_instruction": ["deduction"],
+}
+SMALL = HarnessConfig(methods=tuple(name for name in METHODS if name not in TRAINED), num_tasks=2)
+
+
+def fresh(run: Path, folder: Path) -> Path:
+    """The run without what it was evaluated to."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "evaluation", "tensorboard"))
+    return folder
+
+
+def measure(run: Path, config: HarnessConfig) -> tuple[dict[str, Any], list[str]]:
+    """The report, and the cells that were measured for it in this call."""
+    said: list[str] = []
+    report = evaluate(run, config, ["evaluate"], said.append)
+    return report, [line for line in said if " tasks, " in line or "measured again" in line]
+
+
+@pytest.fixture(scope="module")
+def evaluated(one_rank_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = fresh(one_rank_run, tmp_path_factory.mktemp("evaluated") / "run")
+    measure(run, SMALL)
+    return run
+
+
+def test_report_has_the_layout_of_every_method(evaluated: Path) -> None:
+    report = json.loads((evaluated / "evaluation" / "report.json").read_text())
+    assert list(report["methods"]) == [name for name in METHODS if name in DIRECTIONS]
+    for name, directions in DIRECTIONS.items():
+        method = report["methods"][name]
+        assert [key for key in method if key != "instruction_in_query"] == directions, name
+        assert method["instruction_in_query"] is (name == "prompting")
+        for direction in directions:
+            for part in ("seen", "unseen"):
+                cell = method[direction][part]
+                metrics = ["exact_match", "rouge_l"]
+                if direction == "induction":
+                    metrics += ["execution_accuracy", "execution_accuracy_encoder"]
+                for metric in metrics:
+                    low, high = cell[metric]["ci95"]
+                    assert 0 <= low <= cell[metric]["value"] <= high <= 1, (name, direction, part, metric)
+                asked = 10 if direction == "induction" else 3
+                assert (cell["n_tasks"], cell["n_examples"]) == (2, 2 * asked)
+    assert report["command"] == "ship-ds evaluate" and "torch" in report["versions"]
+
+
+def test_kinds_of_unseen_tasks_add_up(evaluated: Path) -> None:
+    cells = json.loads((evaluated / "evaluation" / "report.json").read_text())["methods"]["prompting"]["deduction"]
+    kinds = [cell for part, cell in cells.items() if part.startswith("unseen_")]
+    assert kinds and sum(cell["n_tasks"] for cell in kinds) == cells["unseen"]["n_tasks"]
+
+
+def test_every_task_has_a_line_and_a_row(evaluated: Path) -> None:
+    rows = [json.loads(line) for line in (evaluated / "evaluation" / "tasks.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * sum(map(len, DIRECTIONS.values()))
+    named = next(row for row in rows if row["method"] == "nearest_known" and row["direction"] == "induction")
+    assert isinstance(named["said"], str) and len(named["execution_accuracy"]) == 10
+    page = (evaluated / "evaluation" / "report.md").read_text()
+    assert "| prompting | yes |" in page and "| icl | no |" in page
+    assert all(f"| {row['part']} | {row['instruction']} |" in page for row in rows)
+
+
+def test_nothing_is_measured_twice(evaluated: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    before = json.loads((run / "evaluation" / "report.json").read_text())
+    report, measured = measure(run, SMALL)
+    assert measured == [] and report["methods"] == before["methods"]
+    (run / "evaluation" / "cells" / "prompting.deduction.unseen.json").unlink()
+    report, measured = measure(run, SMALL)
+    assert [line.split(":")[0] for line in measured] == ["prompting.deduction.unseen"]
+    assert report["methods"] == before["methods"]
+
+
+def test_cell_of_another_bundle_or_setting_is_measured_again_and_says_so(evaluated: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    path = run / "evaluation" / "cells" / "prompting.deduction.seen.json"
+    stored = json.loads(path.read_text())
+    stored["fingerprint"]["bundle"] = "another"
+    path.write_text(json.dumps(stored))
+    config = SMALL.model_copy(update={"methods": ("prompting",)})
+    _, measured = measure(run, config)
+    assert measured[0] == "prompting.deduction.seen: measured again, since it was measured with another bundle"
+    assert len(measured) == 2
+    report, measured = measure(run, config.model_copy(update={"num_tasks": 3}))
+    assert [line for line in measured if "num_tasks" in line] == [line for line in measured if "again" in line] != []
+    assert list(report["methods"]) == ["prompting"], "cells of the old setting are not in the new report"
+
+
+def test_numbers_of_shown_examples_stand_side_by_side(evaluated: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    report, measured = measure(run, SMALL.model_copy(update={"methods": ("icl",), "num_shown": (5, 1)}))
+    assert [line.split(":")[0] for line in measured] == ["icl.reasoning.seen.1_shown", "icl.reasoning.unseen.1_shown"]
+    cell = report["methods"]["icl"]["reasoning"]["unseen"]
+    assert list(cell["by_num_shown"]) == ["1", "5"] and cell["by_num_shown"]["5"]["exact_match"] == cell["exact_match"]
+
+
+def test_two_ranks_measure_what_one_does(evaluated: Path, one_rank_run: Path, tmp_path: Path) -> None:
+    run = fresh(one_rank_run, tmp_path / "run")
+    done = start([
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ship_ds.cli", "evaluate",
+        "--run", str(run), "--methods", "random_decode,icl", "--num-tasks", "2",
+    ])
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ((folder / "evaluation" / "tasks.jsonl").read_text().splitlines() for folder in (evaluated, run))
+    assert len(two) == 8 and two == [line for line in one if json.loads(line)["method"] in ("random_decode", "icl")]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--methods", "ship,magic"], "--methods: there is no method 'magic'"), (["--num-shown", "0"], "--num-shown: "),
+    (["--minutes", "6"], "--minutes: "), (["--parts", "all"], "--parts: "), (["--judge", "jury"], "--judge: "),
+    (["--num-tasks", "0"], "--num-tasks: "), ([], "nowhere: no bundle here"),
+])
+def test_bad_option_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["evaluate", "--run", str(tmp_path / "nowhere"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_data_that_changed_since_training_are_refused(
+    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fresh(evaluated, tmp_path / "run")
+    parts = json.loads((run / "splits.json").read_text())
+    (run / "splits.json").write_text(json.dumps({**parts, "seen": parts["seen"][1:]}))
+    assert cli.main(["evaluate", "--run", str(run), "--methods", "prompting"]) == 2
+    assert "the data now give other seen tasks" in capsys.readouterr().err
+
+
+def test_shots_that_do_not_fit_are_left_out_last_first(one_rank_run: Path, tmp_path: Path) -> None:
+    run = Run.open(one_rank_run, print)
+    task = run.splits.seen[0]
+    method = InContextLearning(Setting(run.ship, run.splits, tmp_path, 1.0, 0))
+    whole = method.prompt(task.test[0].input, task.train[:3])
+    assert whole == run.ship.model.prompts.task_prompt(task.test[0].input, None, task.train[:3])
+    method.context = len(whole) + method.max_new_tokens - 1
+    assert method.prompt(task.test[0].input, task.train[:3]) == method.prompt(task.test[0].input, task.train[:2]) != whole

@@ -1,0 +1,39 @@
+"""What is shown and asked."""
+
+from ship_ds.data.task import Example, SplitTask, Task
+from ship_ds.evaluation.questions import ask, spread
+
+
+def task(name: str, num_train: int, num_test: int) -> SplitTask:
+    examples = [Example(str(i), str(i)) for i in range(num_train + num_test)]
+    return SplitTask(Task(name, f"do {name}", tuple(examples)), tuple(examples[:num_train]), tuple(examples[num_train:]))
+
+
+def test_shown_examples_are_never_asked() -> None:
+    question = ask(task("a", 20, 3), 5, 0)
+    assert len(question.shown) == 5 and set(question.shown) <= set(task("a", 20, 3).train)
+    assert question.asked == task("a", 20, 3).test
+    assert question.checked[:3] == question.asked and len(question.checked) == 10
+    assert not set(question.checked) & set(question.shown)
+
+
+def test_test_examples_are_enough_where_there_are_ten() -> None:
+    question = ask(task("a", 20, 12), 5, 0)
+    assert question.checked == question.asked and len(question.asked) == 12
+
+
+def test_too_few_examples_give_what_there_is() -> None:
+    question = ask(task("a", 4, 2), 5, 0)
+    assert len(question.shown) == 4 and question.checked == question.asked
+
+
+def test_draw_depends_on_seed_and_task_alone_and_grows() -> None:
+    one = ask(task("a", 20, 3), 5, 0).shown
+    assert ask(task("a", 20, 3), 5, 0).shown == one
+    assert ask(task("a", 20, 3), 2, 0).shown == one[:2]
+    assert ask(task("a", 20, 3), 5, 1).shown != one != ask(task("b", 20, 3), 5, 0).shown
+
+
+def test_spread_is_even() -> None:
+    tasks = [task(str(i), 1, 1) for i in range(10)]
+    assert [t.id for t in spread(tasks, 5)] == ["0", "2", "4", "6", "8"] and spread(tasks, 99) is tasks

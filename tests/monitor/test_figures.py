@@ -1,0 +1,88 @@
+"""Figures from a run's JSON: drawn, readable without colour, or a reason why not."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from ship_ds import cli
+from ship_ds.monitor import figures
+
+
+def cell(value: float) -> dict[str, Any]:
+    interval = {"value": value, "ci95": [max(0.0, value - 0.1), min(1.0, value + 0.1)]}
+    metrics = ("exact_match", "rouge_l", "execution_accuracy", "execution_accuracy_encoder")
+    return {**{name: interval for name in metrics}, "n_tasks": 10, "n_examples": 100}
+
+
+def write_run(folder: Path, num_seen: int, weight: float, value: float) -> Path:
+    rng = random.Random(num_seen)
+    (folder / "evaluation").mkdir(parents=True)
+    rows = [{"step": s, "loss/task": 2 / (s + 1), "loss/reconstruction": 3 / (s + 1), "loss/kl": 0.1 * s} for s in range(80)]
+    rows[3]["loss/task"] = None
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text(json.dumps({"loss": {"reconstruction": weight}}))
+    (folder / "splits.json").write_text(json.dumps({"seen": [str(i) for i in range(num_seen)], "dev": [], "unseen": []}))
+    induction = {part: {**cell(value), "by_num_shown": {str(n): cell(value * n / 5) for n in (1, 3, 5)}}
+                 for part in ("seen", "unseen")}
+    both = {part: cell(value) for part in ("seen", "unseen")}
+    methods = {
+        "ship": {"instruction_in_query": False, "deduction": both, "induction": induction, "reasoning": both},
+        "prompting": {"instruction_in_query": True, "deduction": both},
+    }
+    (folder / "evaluation" / "report.json").write_text(json.dumps({"methods": methods}))
+    points = [{"instruction": f"task {t}", "kind": kind, "latent": [rng.gauss(t, 1) for _ in range(4)]}
+              for t in range(3) for kind in ("encoded", "trained", "re-encoded") for _ in range(4)]
+    (folder / "evaluation" / "latents.json").write_text(json.dumps({"points": points}))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [write_run(tmp_path / "whole", 40, 1.0, 0.8), write_run(tmp_path / "half", 20, 0.1, 0.5)]
+
+
+def test_every_figure_is_drawn_in_black_and_white(runs: list[Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    paths = figures.plot(runs, tmp_path / "figures", said.append)
+    assert [path.stem for path in paths] == list(figures.FIGURES) and said == []
+    for path in paths:
+        pixels = matplotlib.image.imread(path)[..., :3]
+        assert 0.005 < float((pixels.min(-1) < 0.5).mean()) < 0.5, f"{path.name}: blank, or all ink"
+        assert float((pixels.max(-1) - pixels.min(-1)).max()) < 0.02, f"{path.name}: relies on colour"
+    assert not list((tmp_path / "figures").glob("*.part*"))
+
+
+@pytest.mark.parametrize("draw", figures.FIGURES.values(), ids=list(figures.FIGURES))
+def test_axes_say_what_they_show(draw: Callable[..., Any], runs: list[Path]) -> None:
+    figure = draw(runs)
+    assert any(axes.get_xlabel() for axes in figure.axes)
+    assert any(axes.get_ylabel() or axes.get_title(loc="left") for axes in figure.axes)
+
+
+def test_one_run_without_an_evaluation_gives_its_losses_and_reasons(runs: list[Path], tmp_path: Path) -> None:
+    (runs[0] / "evaluation" / "report.json").unlink()
+    (runs[0] / "evaluation" / "latents.json").unlink()
+    said: list[str] = []
+    assert [path.stem for path in figures.plot(runs[:1], tmp_path / "figures", said.append)] == ["losses"]
+    assert len(said) == len(figures.FIGURES) - 1
+    assert "run ship-ds evaluate --run" in next(line for line in said if line.startswith("comparison"))
+    assert "give runs that differ in it by --runs" in next(line for line in said if line.startswith("training_rules"))
+
+
+def test_curve_over_runs_goes_through_their_scores(runs: list[Path]) -> None:
+    seen = figures.training_rules(runs).axes[0]
+    line = seen.get_lines()[0]
+    np.testing.assert_allclose(line.get_xdata(), [50, 100])
+    np.testing.assert_allclose(line.get_ydata(), [0.5, 0.8])
+
+
+def test_missing_run_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["plot", "--run", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no such run folder" in error
