@@ -153,7 +153,7 @@ def error(plan: int, measured: int) -> float | None:
 
 
 def compare_activations(base: str) -> dict[str, Any]:
-    """What autograd keeps of each part, and the peak of forward and backward; rows of one length, on the CPU in fp32."""
+    """What autograd keeps of each part, and the peak of forward and backward; on the CPU in fp32."""
     planned, measured = {}, {}
     for checkpointing in (False, True):
         config = load_config("quickstart", [
