@@ -142,10 +142,8 @@ def compare_stage(stage: str, folder: Path) -> dict[str, Any]:
 
 
 def table(plan: dict[str, int], measured: dict[str, int]) -> dict[str, Any]:
-    return {
-        name: {"planned": plan[name], "measured": measured.get(name, 0), "error_percent": error(plan[name], measured.get(name, 0))}
-        for name in plan
-    }
+    pairs = {name: (value, measured.get(name, 0)) for name, value in plan.items()}
+    return {name: {"planned": a, "measured": b, "error_percent": error(a, b)} for name, (a, b) in pairs.items()}
 
 
 def error(plan: int, measured: int) -> float | None:
