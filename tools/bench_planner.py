@@ -142,7 +142,7 @@ def compare_stage(stage: str, folder: Path) -> dict[str, Any]:
 
 
 def table(plan: dict[str, int], measured: dict[str, int]) -> dict[str, Any]:
-    pairs = {name: (plan[name], measured.get(name, 0)) for name in plan}
+    pairs = {name: (value, measured.get(name, 0)) for name, value in plan.items()}
     return {name: {"planned": a, "measured": b, "error_percent": error(a, b)} for name, (a, b) in pairs.items()}
 
 
@@ -151,7 +151,7 @@ def error(plan: int, measured: int) -> float | None:
 
 
 def compare_activations(base: str) -> dict[str, Any]:
-    """What autograd keeps of each part, and the peak of forward and backward; rows of one length, on the CPU in fp32."""
+    """What autograd keeps of each part, and the peak of forward and backward; on the CPU in fp32."""
     planned, measured = {}, {}
     for checkpointing in (False, True):
         config = load_config("quickstart", [

@@ -12,9 +12,10 @@ START, END = "<!-- tables: python tools/make_scaling_tables.py -->", "<!-- end o
 
 
 def main() -> None:
+    made = tables()
     before, _, rest = PAGE.read_text().partition(START)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n\n{tables()}\n\n{END}{after}")
+    PAGE.write_text(f"{before}{START}\n\n{made}\n\n{END}{after}")
     print(f"{PAGE}: tables written")
 
 
