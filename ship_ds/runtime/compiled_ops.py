@@ -2,7 +2,8 @@
 
 PyTorch guards such a build with a file called `lock`, which a killed process leaves behind, and every later start then
 waits for it without a word. Here each process builds under an advisory lock of the kernel's, which dies with its holder: who
-holds it knows that a `lock` file found in the op's folder is nobody's.
+holds it knows that a `lock` file found in the op's folder is nobody's. And each uses the `ninja` of the Python package: two
+versions, as with and without an activated environment, reject each other's log and compile everything again at every change.
 """
 
 import fcntl
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import ninja
 import torch
 
 DEFAULT_FOLDER = Path.home() / ".cache" / "ship_ds" / "torch_extensions"
@@ -28,6 +30,7 @@ def build(names: Sequence[str], say: Callable[[str], None]) -> None:
     """Compile and load the ops, one process at a time; the later ones find them done."""
     from deepspeed.accelerator import get_accelerator
 
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(DEFAULT_FOLDER)))
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root / "ship_ds.lock"):
