@@ -65,13 +65,15 @@ class Bank:
         neighbours_CB = self._neighbours()
         for _ in range(_HOPS):
             pairs = [(t, c) for t, own in enumerate(frontier) for c in sorted(own - found[t].keys())]
+            if not pairs:
+                break
             for (t, c), loss in zip(pairs, self._losses(model, tasks, pairs), strict=True):
                 found[t][c] = loss
             best = [sorted(own, key=own.__getitem__)[:_KEPT_A_HOP] for own in found]
             frontier = [{n for c in own for n in neighbours_CB[c]} for own in best]
-        for own, index in zip(found, barred or [-1] * len(tasks), strict=True):
-            own.pop(index, None)
-        return [sorted(own, key=own.__getitem__)[:count] for own in found]
+        for losses, index in zip(found, barred or [-1] * len(tasks), strict=True):
+            losses.pop(index, None)
+        return [sorted(losses, key=losses.__getitem__)[:count] for losses in found]
 
     def _losses(self, model: ShipModel, tasks: Sequence[Examples], pairs: Sequence[tuple[int, int]]) -> list[float]:
         latent_CZ = self.latent_CZ[[c for _, c in pairs]]

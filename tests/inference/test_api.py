@@ -71,10 +71,12 @@ def test_an_adapters_weights_lead_back_to_its_instruction(ship: Ship, adapter: P
 
 
 def test_an_adapters_behaviour_leads_back_to_its_instruction(ship: Ship, adapter: Path, inputs: list[str]) -> None:
-    found = ship.induce_from_adapter(adapter, inputs, QUICK.model_copy(update={"method": "bank"}))
+    every = QUICK.model_copy(update={"method": "bank", "num_known": 24, "num_finalists": 24})
+    found = ship.induce_from_adapter(adapter, inputs, every)
     assert isinstance(found, Induction)
-    best = max(found.candidates, key=lambda c: (c.num_right, -c.loss))
-    assert best.instruction == "remove element 2" and best.num_right == found.num_examples > 3
+    right = {c.instruction: c.num_right for c in found.candidates}
+    assert right["remove element 2"] == found.num_right == found.num_examples > 3
+    assert list(right.values()).count(found.num_examples) < len(right) / 2
 
 
 def test_a_foreign_adapter_of_peft_is_read(ship: Ship, tmp_path: Path) -> None:

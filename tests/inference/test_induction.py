@@ -26,12 +26,13 @@ def behaviour(ship: Ship, instruction: str, inputs: list[str], count: int = 5) -
 
 
 def test_a_fit_is_the_greedy_answer_and_its_loss(ship: Ship, inputs: list[str]) -> None:
-    own, other = behaviour(ship, "add 3", inputs), behaviour(ship, "remove every 5", inputs)
-    assert any(a.target != b.target for a, b in zip(own, other, strict=True))
+    own = behaviour(ship, "add 3", inputs)
+    other = ship.answer("remove every 5", [e.input for e in own])
+    assert any(example.target != answer for example, answer in zip(own, other, strict=True))
     texts = ["add 3", "remove every 5"]
     fit = fit_of_latents(ship.model, ship.model.encode(texts), texts, [own, own])
     assert fit.right_CM[0].all() and not fit.right_CM[1].all()
-    assert fit.right_CM[1].tolist() == [a.target == b.target for a, b in zip(own, other, strict=True)]
+    assert fit.right_CM[1].tolist() == [example.target == answer for example, answer in zip(own, other, strict=True)]
     logits, labels = ship.model.task_llm(
         ship.model.adapt(ship.model.encode(["add 3"])), ship.model.task_batch([own[2].input], [own[2].target], ["add 3"]), 1
     )
@@ -47,13 +48,13 @@ def test_fit_in_prompt_is_the_bare_models_answer(ship: Ship, inputs: list[str]) 
 
 
 def test_the_bank_finds_the_instruction_behind_the_behaviour(ship: Ship, inputs: list[str]) -> None:
-    config = InductionConfig(method="bank", **QUICK)
+    config = InductionConfig.model_validate({**QUICK, "method": "bank", "num_known": 24, "num_finalists": 24})
     said = ["add 3", "remove every 5", "take the first 2"]
     found = induce_many(ship.model, ship.bank, [behaviour(ship, text, inputs) for text in said], config)
     for text, induction in zip(said, found, strict=True):
-        best = max(induction.candidates, key=lambda c: (c.num_right, -c.loss))
-        assert (best.instruction, best.num_right, best.origin) == (text, 5, "known")
-        assert induction.num_right == 5 and induction.latent == best.latent
+        right = {c.instruction: c.num_right for c in induction.candidates}
+        assert right[text] == 5 == induction.num_right and list(right.values()).count(5) < len(right) / 2
+        assert {c.origin for c in induction.candidates} == {"known"}
 
 
 def test_the_walk_over_the_bank_is_the_exhaustive_search_on_a_small_one(ship: Ship, inputs: list[str]) -> None:
