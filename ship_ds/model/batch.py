@@ -67,6 +67,11 @@ class TokenBatch:
         return int((self.labels_ES != IGNORE).sum())
 
     @property
+    def label_rows(self) -> Tensor:
+        """The sequence that each label belongs to, (K,), in the row-major order of label logits."""
+        return (self.labels_ES != IGNORE).nonzero()[:, 0]
+
+    @property
     def num_tokens(self) -> int:
         return int(self.lengths_E.sum())
 

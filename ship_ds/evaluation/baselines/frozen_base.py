@@ -60,9 +60,8 @@ class FrozenBase:
         """log p(target | prompt) of each row in nats, (E,), end of sequence included; one adapter for all rows."""
         batch = self.batch(prompts, targets)
         logits_KV, labels_K = label_logits(self.task_llm.lm, batch, adapter=adapter)
-        rows_K = torch.repeat_interleave(torch.tensor([len(self.prompts.target(text)) for text in targets]))
         token_K = -torch.nn.functional.cross_entropy(logits_KV.float(), labels_K, reduction="none")
-        return torch.zeros(len(targets), device=self.device).index_add(0, rows_K.to(self.device), token_K)
+        return torch.zeros(len(targets), device=self.device).index_add(0, batch.label_rows, token_K)
 
     @torch.no_grad()
     def generate(

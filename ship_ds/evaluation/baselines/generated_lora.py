@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.baselines.oracles import Oracles, train_oracles
+from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles, train_oracles
 from ship_ds.evaluation.baselines.trained import TrainedMethod
 from ship_ds.evaluation.method import Answers
 from ship_ds.model.adapters import LoraAdapter
@@ -93,10 +93,10 @@ class GeneratedLora(TrainedMethod):
         questions = [[self.base.prompts.task_prompt(text) for text in row] for row in inputs]
         return self.base.answer(questions, lambda chunk: self.generate(wordings[chunk]))
 
-    def train_oracles(self, share: float, lr: float) -> Oracles:
+    def train_oracles(self, recipe: OracleRecipe) -> Oracles:
         return train_oracles(
-            self.base, self.setting.splits.seen, self.budget.share(share), self.setting.ship.config.training.examples_per_task,
-            lr, self.setting.seed,
+            self.base, self.setting.splits.seen, self.budget.share(recipe.share), recipe,
+            self.setting.ship.config.training.examples_per_task, self.setting.seed,
         )
 
     def answered(self, draws: Sequence[TaskDraw]) -> TokenBatch:

@@ -5,14 +5,15 @@ Letters: T tasks, R rank, I in, O out.
 
 import math
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example, SplitTask
-from ship_ds.evaluation.baselines.fitting import Budget, fit
+from ship_ds.evaluation.baselines.fitting import Budget, Steps, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
 from ship_ds.model.adapters import LoraAdapter
@@ -21,15 +22,16 @@ _GROUP = 60
 """Tasks trained in one batch."""
 
 
-@dataclass(frozen=True)
 class Oracles:
-    """lora: row t is the LoRA of the task `ids[t]`."""
+    """rows: task id -> row of `lora`; tasks without an oracle are not in it."""
 
-    ids: dict[str, int]
-    lora: LoraAdapter
+    def __init__(self, rows: Mapping[str, int], lora: LoraAdapter) -> None:
+        self.rows, self.lora = rows, lora
+        self.variances = {path: (_variance(a_TRI), _variance(b_TOR)) for path, (a_TRI, b_TOR) in lora.factors.items()}
 
-    def of(self, task_ids: Sequence[str], device: torch.device) -> LoraAdapter:
-        return self.lora.rows(torch.tensor([self.ids[task_id] for task_id in task_ids], device=device))
+    def of(self, task_ids: Sequence[str]) -> LoraAdapter:
+        device = next(iter(self.lora.factors.values()))[0].device
+        return self.lora.rows(torch.tensor([self.rows[task_id] for task_id in task_ids], device=device))
 
     def distance(self, made: LoraAdapter, task_ids: Sequence[str]) -> Tensor:
         """Mean squared difference of A and of B in units of their spread over tasks, averaged over the sites.
@@ -37,21 +39,13 @@ class Oracles:
         In those units a site with small weights counts as much as one with large ones, and predicting the mean adapter
         costs 1 (Charakorn et al. 2025 standardise the targets for the same reason).
         """
-        device = next(iter(made.factors.values()))[0].device
-        wanted = self.of(task_ids, device)
+        wanted = self.of(task_ids)
         terms = [
             (mine - target).square().mean() / variance
             for path, pair in made.factors.items()
-            for mine, target, variance in zip(pair, wanted.factors[path], self._variances()[path], strict=True)
+            for mine, target, variance in zip(pair, wanted.factors[path], self.variances[path], strict=True)
         ]
         return torch.stack(terms).mean()
-
-    def _variances(self) -> dict[str, tuple[Tensor, Tensor]]:
-        if not hasattr(self, "_cached"):
-            object.__setattr__(self, "_cached", {
-                path: (_variance(a_TRI), _variance(b_TOR)) for path, (a_TRI, b_TOR) in self.lora.factors.items()
-            })
-        return self._cached  # type: ignore[attr-defined]
 
 
 def _variance(factor: Tensor) -> Tensor:
@@ -59,30 +53,51 @@ def _variance(factor: Tensor) -> Tensor:
     return factor.var(0, correction=0).mean().clamp(min=1e-8)
 
 
+@dataclass(frozen=True)
+class OracleRecipe:
+    share: float = 0.4
+    """Of the method's budget, at most."""
+    steps: int = 24
+    lr: float = 1e-2
+
+
 def train_oracles(
-    base: FrozenBase, tasks: Sequence[SplitTask], budget: Budget, examples_per_task: int, lr: float, seed: int
+    base: FrozenBase, tasks: Sequence[SplitTask], budget: Budget, recipe: OracleRecipe, examples_per_task: int, seed: int
 ) -> Oracles:
-    """All tasks get equal shares of the budget, a group of tasks batched at a time; each LoRA sees its own task alone."""
-    lora = StaticLora(base.sites, base.lora, len(tasks)).to(base.device)
-    groups = [range(start, min(start + _GROUP, len(tasks))) for start in range(0, len(tasks), _GROUP)]
-    for number, group in enumerate(groups):
-        own = StaticLora(base.sites, base.lora, len(group)).to(base.device)
-        rows = slice(group.start, group.stop)
-        own.load_state_dict({name: weight[rows] for name, weight in lora.state_dict().items()})
-        chosen = [tasks[t] for t in group]
+    """A group of tasks batched at a time, in random order; each LoRA sees its own task alone.
 
-        def loss_at(step: int, own: StaticLora = own, chosen: Sequence[SplitTask] = chosen) -> Tensor:
-            drawn = [example for task in chosen for example in draw(task, examples_per_task, f"{seed} oracle {step} {task.id}")]
+    No group is begun once the budget is spent: tasks that were not reached have no oracle, since a half-trained one
+    would teach a wrong adapter. The first group is always trained.
+    """
+    order = random.Random(f"{seed} oracles").sample(tasks, len(tasks))
+    num_groups = math.ceil(len(order) / _GROUP)
+    whole, started = _fresh(base, len(order)), time.perf_counter()
+    num_trained = 0
+    for number in range(num_groups):
+        if number and budget.spent(number * recipe.steps, time.perf_counter() - started) >= 1:
+            break
+        group = order[number * _GROUP : (number + 1) * _GROUP]
+        own, rows = _fresh(base, len(group)), slice(num_trained, num_trained + len(group))
+        own.load_state_dict({name: weight[rows] for name, weight in whole.state_dict().items()})
+
+        def loss_at(step: int, own: StaticLora = own, group: Sequence[SplitTask] = group) -> Tensor:
+            drawn = [example for task in group for example in draw(task, examples_per_task, f"{seed} oracle {step} {task.id}")]
             batch = base.batch([base.prompts.task_prompt(e.input) for e in drawn], [e.target for e in drawn])
-            return base.loss_per_task(own(), batch, len(chosen))
+            return base.loss_per_task(own(), batch, len(group))
 
-        title = f"oracles, group {number + 1} of {len(groups)}"
-        fit(own.parameters(), loss_at, budget.share(len(group) / len(tasks)), lr, title, clip=math.inf)
+        title = f"oracles, group {number + 1} of {num_groups}"
+        fit(own.parameters(), loss_at, Steps(recipe.steps), recipe.lr, title, clip=math.inf)
         with torch.no_grad():
-            for whole, part in zip(lora.parameters(), own.parameters(), strict=True):
-                whole[rows] = part
-    lora.requires_grad_(False)
-    return Oracles({task.id: t for t, task in enumerate(tasks)}, lora())
+            for weight, trained in zip(whole.parameters(), own.parameters(), strict=True):
+                weight[rows] = trained
+        num_trained += len(group)
+    whole.requires_grad_(False)
+    kept = whole().rows(torch.arange(num_trained, device=base.device))
+    return Oracles({task.id: t for t, task in enumerate(order[:num_trained])}, kept)
+
+
+def _fresh(base: FrozenBase, num_tasks: int) -> StaticLora:
+    return StaticLora(base.sites, base.lora, num_tasks).to(base.device)
 
 
 def draw(task: SplitTask, count: int, key: str) -> list[Example]:

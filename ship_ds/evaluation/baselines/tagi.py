@@ -1,21 +1,26 @@
-"""TAGI: task adapters generation from instructions."""
+"""TAGI: task adapters generation from instructions.
 
+Letters: K labelled positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ship_ds.data.sampler import TaskDraw
 from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.generated_lora import AttentionReader, GeneratedLora
+from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles
 from ship_ds.loss import sum_cross_entropy
 
 
 @dataclass(frozen=True)
 class TagiRecipe:
-    oracle_share: float = 0.3
-    oracle_lr: float = 5e-3
-    lr: float = 1e-3
+    oracles: OracleRecipe = OracleRecipe()
+    lr: float = 1.5e-3
     num_layers: int = 1
     num_queries: int = 4
     logit_weight: float = 0.5
@@ -38,20 +43,33 @@ class Tagi(GeneratedLora):
         return AttentionReader(self.base.hidden_size, latent_size, self.recipe.num_layers, self.recipe.num_queries)
 
     def train(self) -> None:
-        recipe, sampler = self.recipe, self.sampler()
-        oracles = self.train_oracles(recipe.oracle_share, recipe.oracle_lr)
+        oracles, sampler = self.train_oracles(self.recipe.oracles), self.sampler()
+        budget = self.budget.share(1 - self.recipe.oracles.share)
+        fit(
+            self.module.parameters(), lambda step: self.student_loss(oracles, sampler.draw_step(step)), budget, self.recipe.lr,
+            self.name,
+        )
 
-        def loss_at(step: int) -> Tensor:
-            draws = sampler.draw_step(step)
-            names, batch = [draw.task_id for draw in draws], self.answered(draws)
-            student = self.generate([draw.wording for draw in draws])
-            logits_KV, labels_K = self.base.label_logits(student, batch, len(draws))
-            with torch.no_grad():
-                wanted_KV, _ = self.base.label_logits(oracles.of(names, self.base.device), batch, len(draws))
-            divergence = torch.nn.functional.kl_div(
-                logits_KV.float().log_softmax(-1), wanted_KV.float().log_softmax(-1), reduction="batchmean", log_target=True
-            )
-            labels = sum_cross_entropy(logits_KV, labels_K) / len(labels_K)
-            return labels + recipe.logit_weight * divergence + recipe.parameter_weight * oracles.distance(student, names)
+    def student_loss(self, oracles: Oracles, draws: Sequence[TaskDraw]) -> Tensor:
+        """Labels of all tasks; logits and parameters of those that have an oracle."""
+        student, batch = self.generate([draw.wording for draw in draws]), self.answered(draws)
+        logits_KV, labels_K = self.base.label_logits(student, batch, len(draws))
+        loss = sum_cross_entropy(logits_KV, labels_K) / len(labels_K)
+        taught = torch.tensor([t for t, draw in enumerate(draws) if draw.task_id in oracles.rows], device=self.base.device)
+        if not len(taught):
+            return loss
+        theirs = [draws[t] for t in taught.tolist()]
+        names = [draw.task_id for draw in theirs]
+        with torch.no_grad():
+            wanted_KV, _ = self.base.label_logits(oracles.of(names), self.answered(theirs), len(theirs))
+        is_taught_K = torch.isin(batch.label_rows * len(draws) // len(batch.ids_ES), taught)
+        return (
+            loss + self.recipe.logit_weight * kl_divergence(wanted_KV, logits_KV[is_taught_K])
+            + self.recipe.parameter_weight * oracles.distance(student.rows(taught), names)
+        )
 
-        fit(self.module.parameters(), loss_at, self.budget.share(1 - recipe.oracle_share), recipe.lr, self.name)
+
+def kl_divergence(wanted_KV: Tensor, logits_KV: Tensor) -> Tensor:
+    """KL(wanted || given) of next-token distributions in nats, the mean over tokens."""
+    wanted_KV, logits_KV = wanted_KV.float().log_softmax(-1), logits_KV.float().log_softmax(-1)
+    return torch.nn.functional.kl_div(logits_KV, wanted_KV, reduction="batchmean", log_target=True)

@@ -1,21 +1,21 @@
 """Text-to-LoRA."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.generated_lora import GeneratedLora, PooledReader
+from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles
 
 
 @dataclass(frozen=True)
 class TextToLoraRecipe:
-    oracle_share: float = 0.3
-    oracle_lr: float = 5e-3
+    oracles: OracleRecipe = OracleRecipe()
     reconstruction_share: float = 0.1
     reconstruction_lr: float = 1e-3
-    sft_lr: float = 1e-3
+    sft_lr: float = 1.5e-3
 
 
 class TextToLora(GeneratedLora):
@@ -35,14 +35,14 @@ class TextToLora(GeneratedLora):
 
     def train(self) -> None:
         recipe = self.recipe
-        self.reconstruct()
-        sft = self.budget.share(1 - recipe.oracle_share - recipe.reconstruction_share)
+        self.reconstruct(self.train_oracles(recipe.oracles))
+        sft = self.budget.share(1 - recipe.oracles.share - recipe.reconstruction_share)
         fit(self.module.parameters(), self._sft_loss, sft, recipe.sft_lr, f"{self.name}: sft")
 
-    def reconstruct(self) -> None:
-        """The pre-stage: generated LoRAs close to the oracles', without the Task LLM."""
-        sampler, recipe = self.sampler(), self.recipe
-        oracles = self.train_oracles(recipe.oracle_share, recipe.oracle_lr)
+    def reconstruct(self, oracles: Oracles) -> None:
+        """The pre-stage: generated LoRAs close to the oracles', without the Task LLM; on the tasks that have one."""
+        tasks = [task for task in self.setting.splits.seen if task.id in oracles.rows]
+        sampler, recipe = replace(self.sampler(), tasks=tasks), self.recipe
 
         def loss_at(step: int) -> Tensor:
             draws = sampler.draw_step(step)

@@ -11,6 +11,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -66,7 +67,7 @@ class TrainedMethod(ABC):
         self.module.eval().requires_grad_(False)
 
     @property
-    def _folder(self) -> Any:
+    def _folder(self) -> Path:
         return self.setting.folder / "weights"
 
     def _identity(self) -> dict[str, Any]:

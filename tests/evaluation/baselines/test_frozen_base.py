@@ -1,0 +1,83 @@
+"""Losses, likelihoods and answers of the frozen base."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ship_ds.bundle import Ship
+from ship_ds.config import SoftPromptHypernetworkConfig
+from ship_ds.data.task import Splits
+from ship_ds.evaluation.baselines.frozen_base import FrozenBase
+from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.model.ship import ShipModel
+
+
+def awake_lora(base: FrozenBase, num_tasks: int) -> StaticLora:
+    """Every task's B different from zero and from the others'."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        lora = StaticLora(base.sites, base.lora, num_tasks)
+        for b_TOR in lora.b:
+            b_TOR.normal_(std=0.05)
+    return lora.requires_grad_(False)
+
+
+def test_log_likelihood_is_that_of_a_chain_of_single_tokens(ship: Ship) -> None:
+    base = FrozenBase(ship)
+    adapter = awake_lora(base, 1)()
+    prompts, targets = [base.prompts.task_prompt(x) for x in ("3 9 5", "1 2")], ["9 5", "1 2 3"]
+    found = base.log_likelihoods(adapter, prompts, targets)
+    for prompt, target, value in zip(prompts, targets, found.tolist(), strict=True):
+        expected = 0.0
+        ids = list(prompt)
+        for token in base.prompts.target(target):
+            logits = base.task_llm.lm(input_ids=torch.tensor([ids]), ship_adapter=adapter).logits[0, -1]
+            expected += float(logits.log_softmax(-1)[token])
+            ids.append(token)
+        assert value == pytest.approx(expected, abs=1e-3)
+
+
+def test_answers_of_uneven_tasks_are_those_of_each_task_alone(ship: Ship, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = FrozenBase(ship)
+    lora = awake_lora(base, 3)()
+    rows = [["3 9 5"], ["1 2", "4 4 8", "7"], ["6 0", "2 2"]]
+    questions = [[base.prompts.task_prompt(x, "reverse the list") for x in row] for row in rows]
+
+    def adapter_of(tasks: slice) -> Any:
+        return lora.rows(torch.arange(3)[tasks])
+
+    together = base.answer(questions, adapter_of)
+    monkeypatch.setattr("ship_ds.evaluation.baselines.frozen_base._CHUNK", 1)
+    assert together == base.answer(questions, adapter_of)
+    assert [len(row) for row in together] == [1, 3, 2] and any(text for row in together for text in row)
+
+
+def test_task_loss_has_the_gradient_of_the_task_alone(ship: Ship, splits: Splits) -> None:
+    base = FrozenBase(ship)
+    rows = [task.train[:2] for task in splits.seen[:3]]
+
+    def gradients(tasks: list[int]) -> Callable[[int], list[torch.Tensor]]:
+        lora = awake_lora(base, 3)
+        own = StaticLora(base.sites, base.lora, len(tasks))
+        own.load_state_dict({name: weight[tasks] for name, weight in lora.state_dict().items()})
+        examples = [e for t in tasks for e in rows[t]]
+        batch = base.batch([base.prompts.task_prompt(e.input) for e in examples], [e.target for e in examples])
+        base.loss_per_task(own(), batch, len(tasks)).backward()
+        return lambda row: [weight.grad[row] for weight in own.parameters()]  # type: ignore[index]
+
+    for mine, alone in zip(gradients([0, 1, 2])(1), gradients([1])(0), strict=True):
+        torch.testing.assert_close(mine, alone, rtol=1e-3, atol=1e-5)
+
+
+def test_run_without_lora_gets_a_base_with_lora_sites(ship: Ship) -> None:
+    hypernetwork = SoftPromptHypernetworkConfig(num_virtual_tokens=2, width=8)
+    config = ship.config.model_copy(update={"model": ship.config.model.model_copy(update={"hypernetwork": hypernetwork})})
+    soft = Ship(ShipModel(config.model, device="cpu").eval(), config, "untrained")
+    base = FrozenBase(soft)
+    assert len(base.sites) == 7 * 4 and base.task_llm is not soft.model.task_llm
+    question = base.prompts.task_prompt("3 9 5", "reverse the list")
+    bare = StaticLora(base.sites, base.lora)()
+    assert base.generate(bare, [question], 8) == soft.model.answer(None, ["3 9 5"], 8, ["reverse the list"])
+    assert base.fingerprint() != FrozenBase(ship).fingerprint()

@@ -1,0 +1,107 @@
+"""What holds for every trained baseline: directions, seeds, gradients, and weights that are kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ship_ds.bundle import Ship
+from ship_ds.data.task import Splits
+from ship_ds.evaluation.baselines import TRAINED
+from ship_ds.evaluation.baselines.sft import Sft
+from ship_ds.evaluation.baselines.trained import WEIGHTS
+from ship_ds.evaluation.method import Deduces, Induces, Reasons
+
+Make = Callable[..., Any]
+DIRECTIONS = {
+    "sft": [Deduces], "prompt_tuning": [Deduces, Reasons], "tagi": [Deduces], "text_to_lora": [Deduces], "itd": [Induces],
+}
+every_method = pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
+
+
+def asked_in_each_direction(method: Any, splits: Splits) -> list[Any]:
+    tasks = splits.seen[:3]
+    inputs = [[e.input for e in task.test[: 1 + t]] for t, task in enumerate(tasks)]
+    shown = [task.train[: 2 + t % 2] for t, task in enumerate(tasks)]
+    said: list[Any] = []
+    if isinstance(method, Deduces):
+        said.append(method.deduce(tasks, [task.task.instruction for task in tasks], inputs))
+        assert [len(row) for row in said[-1]] == [1, 2, 3]
+    if isinstance(method, Reasons):
+        said.append(method.reason(shown, inputs))
+        assert [len(row) for row in said[-1]] == [1, 2, 3]
+    if isinstance(method, Induces):
+        said.append(method.induce(shown))
+        assert len(said[-1]) == 3 and all(isinstance(text, str) for text in said[-1])
+    return said
+
+
+def test_names_and_directions(make: Make) -> None:
+    found = {method.name: [way for way in (Deduces, Reasons, Induces) if isinstance(make(method), way)] for method in TRAINED}
+    assert found == DIRECTIONS
+    assert [method.name for method in TRAINED if method.states_instruction] == ["sft"]
+
+
+@every_method
+def test_trained_once_then_loaded_with_the_same_answers(
+    method: Any, make: Make, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make(method)
+    untrained = {name: tensor.clone() for name, tensor in first.module.state_dict().items()}
+    first.prepare()
+    trained = first.module.state_dict()
+    assert any(not torch.equal(trained[name], tensor) for name, tensor in untrained.items())
+    monkeypatch.setattr(method, "train", lambda self: pytest.fail("trained again"))
+    second = make(method)
+    assert all(torch.equal(tensor, untrained[name]) for name, tensor in second.module.state_dict().items())
+    second.prepare()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in second.module.state_dict().items())
+    assert asked_in_each_direction(second, splits) == asked_in_each_direction(first, splits)
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+@every_method
+def test_seed_decides_the_weights_and_the_base_is_left_alone(method: Any, make: Make, ship: Ship) -> None:
+    before = {name: weight.detach().clone() for name, weight in ship.model.task_llm.lm.named_parameters()}
+    state = torch.get_rng_state()
+    runs = [make(method, steps=2, seed=seed) for seed in (0, 0, 1)]
+    for run in runs:
+        with torch.random.fork_rng():
+            torch.manual_seed(run.setting.seed)
+            run.train()
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [torch.cat([tensor.flatten() for tensor in run.module.state_dict().values()]) for run in runs]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    for name, weight in ship.model.named_parameters():
+        assert weight.grad is None, name
+    assert all(torch.equal(weight, before[name]) for name, weight in ship.model.task_llm.lm.named_parameters())
+    assert not {id(p) for p in runs[0].module.parameters()} & {id(p) for p in ship.model.task_llm.parameters()}
+
+
+def test_weights_for_something_else_are_trained_again(make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    make(Sft, steps=1).prepare()
+    make(Sft, steps=2).prepare()
+    assert "other budget; training sft again" in capsys.readouterr().err
+    make(Sft, steps=2, seed=1).prepare()
+    assert "other seed; training sft again" in capsys.readouterr().err
+    path = tmp_path / "a" / "weights" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    make(Sft, steps=2, seed=1).prepare()
+    assert "the file is not the one in its manifest; training sft again" in capsys.readouterr().err
+    make(Sft, steps=2, seed=1).prepare()
+    assert "again" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [m for m in TRAINED if m.name != "itd"], ids=lambda method: method.name)
+def test_instruction_is_in_the_question_only_where_the_class_says_so(
+    method: Any, make: Make, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(method)
+    questions: list[Any] = []
+    monkeypatch.setattr(run.base, "answer", lambda rows, *rest: questions.extend(rows))
+    task = splits.seen[0]
+    run.deduce([task], ["reverse the list"], [["1 2"]])
+    stated = run.base.prompts.task_prompt("1 2", "reverse the list" if method.states_instruction else None)
+    assert questions == [[stated]]
