@@ -11,6 +11,9 @@ from functools import lru_cache
 
 from ship_ds.data.task import Example, SplitTask
 
+_INSTRUCTION_SHARE = 0.5
+"""How often a task is given in its own words; else in one of its paraphrases, each as often as the others."""
+
 
 @dataclass(frozen=True)
 class TaskDraw:
@@ -60,9 +63,9 @@ class StepSampler:
             drawn = rng.choices(task.train, k=self.examples_per_task)
             num_answered = self.examples_per_task
         shows_latent = num_shown == 0 or rng.random() >= self.drop_latent
-        return TaskDraw(
-            task.id, rng.choice(task.wordings), tuple(drawn[:num_answered]), tuple(drawn[num_answered:]), shows_latent
-        )
+        others = task.task.paraphrases
+        wording = rng.choice(others) if others and rng.random() >= _INSTRUCTION_SHARE else task.task.instruction
+        return TaskDraw(task.id, wording, tuple(drawn[:num_answered]), tuple(drawn[num_answered:]), shows_latent)
 
 
 @lru_cache(maxsize=8)

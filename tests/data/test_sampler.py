@@ -14,7 +14,7 @@ def _task(index: int, num_examples: int = 12) -> SplitTask:
     return SplitTask(Task(f"t{index}", f"instruction {index}", examples, (f"paraphrase {index}",)), examples, ())
 
 
-def _sampler(num_tasks: int = 24, **changes: float) -> StepSampler:
+def _sampler(num_tasks: int = 24, **changes: object) -> StepSampler:
     return replace(StepSampler([_task(i) for i in range(num_tasks)], 3, 8, 2, 4, 0.5), **changes)  # type: ignore[arg-type]
 
 
@@ -62,12 +62,16 @@ def test_shown_examples_are_others_than_the_answered_and_at_most_so_many() -> No
             assert len(draw.answered) == 2 and not set(draw.answered) & set(draw.shown)
             assert len({*draw.answered, *draw.shown}) == 2 + len(draw.shown)
             numbers.add(len(draw.shown))
+        assert len({len(draw.shown) for draw in _sampler().draw_step(step)}) == 1
     assert numbers == {0, 1, 2, 3, 4}
 
 
-def test_every_wording_is_drawn_from_the_tasks_own() -> None:
-    wordings = Counter(draw.wording.split()[0] for step in range(60) for draw in _sampler().draw_step(step))
-    assert set(wordings) == {"instruction", "paraphrase"} and min(wordings.values()) > 150
+def test_half_of_the_draws_are_the_instruction_and_the_paraphrases_share_the_rest() -> None:
+    task = replace(_task(0), task=replace(_task(0).task, paraphrases=("one", "two")))
+    sampler = _sampler(tasks=[task])
+    wordings = Counter(draw.wording for step in range(100) for draw in sampler.draw_step(step))
+    assert wordings["instruction 0"] == pytest.approx(400, abs=50)
+    assert wordings["one"] == pytest.approx(200, abs=50) and set(wordings) == {"instruction 0", "one", "two"}
 
 
 def test_z_is_dropped_as_often_as_asked_and_never_with_the_examples() -> None:
