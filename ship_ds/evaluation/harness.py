@@ -1,7 +1,7 @@
 """The evaluation of a run: every method in every direction, on seen and on unseen rules, as one report.
 
     ship-ds evaluate --run runs/quickstart --methods all
-    torchrun --nproc-per-node 2 -m ship_ds.cli evaluate --run runs/quickstart --methods all
+    torchrun --nproc-per-node 2 -m -- ship_ds.cli evaluate --run runs/quickstart --methods all    # "--": --run is not torchrun's
 
 All methods are shown the same examples and asked the same inputs. Each rank measures its share of the tasks. A cell that
 is measured already, with the same bundle, data and settings, is not measured again; `<run>/evaluation` holds everything.
@@ -73,7 +73,8 @@ def from_arguments(args: Namespace) -> HarnessConfig:
         return HarnessConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg'].removeprefix('Value error, ')}") from None
+        option = str(first["loc"][0]).replace("_", "-").replace("judges", "judge")
+        raise UserError(f"--{option}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def test_numbers_of_shown_examples_stand_side_by_side(evaluated: Path, tmp_path:
 def test_two_ranks_measure_what_one_does(evaluated: Path, one_rank_run: Path, tmp_path: Path) -> None:
     run = fresh(one_rank_run, tmp_path / "run")
     done = start([
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ship_ds.cli", "evaluate",
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "ship_ds.cli", "evaluate",
         "--run", str(run), "--methods", "random_decode,icl", "--num-tasks", "2",
     ])
     assert done.returncode == 0, done.stderr[-3000:]
