@@ -63,7 +63,9 @@ def show(report: dict[str, Any]) -> None:
     for direction in ("deduction", "induction", "reasoning"):
         header, *rows = table.summary_rows(report, direction, table.PARTS, tuple(table.TITLES), table.value_alone)
         if rows:
-            shown = Table(*header, title=direction)
+            shown = Table(title=direction)
+            for index, title in enumerate(header):
+                shown.add_column(title, no_wrap=index == 0)
             for row in rows:
                 shown.add_row(*row)
             Console(width=140).print(shown)
