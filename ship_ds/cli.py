@@ -205,8 +205,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _plot(args: argparse.Namespace) -> int:
     from ship_ds.evaluation.evaluate import write_latent_map
     from ship_ds.monitor import figures
+    from ship_ds.runtime import ranks
     from ship_ds.train import say
 
+    ranks.hush()
     run, others = Path(args.run), [Path(other) for other in args.runs]
     for folder in (run, *others):
         if not folder.is_dir():

@@ -46,18 +46,18 @@ def losses(runs: Sequence[Path]) -> Figure:
     steps = [row["step"] for row in rows]
     names = {"loss/task": "task (nats a token)", "loss/reconstruction": "reconstruction (nats a token)",
              "loss/kl": "KL to the prior (nats a dimension)"}
-    for (name, label), line, grey in zip(names.items(), _LINES, _GREYS, strict=False):
+    for (name, label), line in zip(names.items(), _LINES, strict=False):
         values = np.array([np.nan if row[name] is None else row[name] for row in rows])
         axes.plot(steps, values, color="0.85", linewidth=0.5)
-        axes.plot(steps, _smoothed(values), linestyle=line, color=grey, label=label, linewidth=1.2)
+        axes.plot(steps, _smoothed(values), linestyle=line, color="black", label=label, linewidth=1.2)
     axes.set(xlabel="training step", ylabel="loss (nats)", yscale="log")
     axes.legend(frameon=False)
     return figure
 
 
 def _smoothed(values: np.ndarray[Any, Any], width: int = 50) -> list[float]:
-    """The mean of the last `width` finite values at each step."""
-    windows = (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))
+    """The mean of the finite values around each step."""
+    windows = (values[max(0, i - width // 2) : i + width // 2] for i in range(len(values)))
     return [float(np.nanmean(window)) if np.isfinite(window).any() else float("nan") for window in windows]
 
 
