@@ -81,6 +81,9 @@ def latents(runs: Sequence[Path]) -> Figure:
         own = [i for i, point in enumerate(points) if point["instruction"] == task and point["kind"] == "encoded"]
         x, y = np.median(placed_P2[own], axis=0)
         axes.annotate(letter, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=11, weight="bold")
+        for i, point in enumerate(points):
+            if point["instruction"] == task and point["kind"] != "encoded":
+                axes.annotate(letter, placed_P2[i], xytext=(3.5, 3), textcoords="offset points", fontsize=6)
         axes.plot([], [], " ", label=f"{letter}: {task}")
     axes.set(xlabel="t-SNE axis 1 (no unit)", ylabel="t-SNE axis 2 (no unit)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
