@@ -33,11 +33,11 @@ class Encoder(nn.Module):
     def __init__(self, lm: nn.Module, hidden_size: int, latent_size: int) -> None:
         super().__init__()
         self.lm = lm
-        last = nn.Linear(2 * hidden_size, 2 * latent_size)
-        self.head = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), last)
+        first, last = nn.Linear(hidden_size, 2 * hidden_size), nn.Linear(2 * hidden_size, 2 * latent_size)
+        self.head = nn.Sequential(first, nn.SiLU(), last)
         # Means of about unit size over small noise: from torch's own initial scale, training first has to lift every mean
         # out of the noise, and neither half learns before.
-        nn.init.normal_(self.head[0].weight, std=1 / math.sqrt(hidden_size))
+        nn.init.normal_(first.weight, std=1 / math.sqrt(hidden_size))
         nn.init.normal_(last.weight[:latent_size], std=2 / math.sqrt(2 * hidden_size))
 
     def forward(self, batch: TokenBatch, embeddings_TSH: Tensor | None = None) -> tuple[Tensor, Tensor]:

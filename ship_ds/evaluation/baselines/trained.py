@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ship_ds.bundle import publish, sha256
+from ship_ds.bundle import sha256
 from ship_ds.data.sampler import StepSampler
 from ship_ds.evaluation.baselines.fitting import Budget, Minutes
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.method import Setting
+from ship_ds.folder import publish
 from ship_ds.runtime import ranks
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
