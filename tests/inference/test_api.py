@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from ship_ds import cli
 from ship_ds.bundle import Ship, bundle_from_checkpoint
 from ship_ds.errors import UserError
-from ship_ds.export.peft_adapter import export_lora
+from ship_ds.export.deduce import export_one
+from ship_ds.export.requests import Request
 from ship_ds.inference.adapters import WeightInduction, read_adapter
 from ship_ds.inference.induction import Induction, InductionConfig
 from tests.model.models import tiny_lm
@@ -26,7 +27,7 @@ PAIRS = [("3 4 9", "4 9"), ("1 2", "2")]
 @pytest.fixture(scope="module")
 def adapter(ship: Ship, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("peft") / "adapter"
-    export_lora(ship, "remove element 2", folder, ["3 4 9"])
+    export_one(ship, Request("adapter", "remove element 2"), folder, ["3 4 9"])
     return folder
 
 
