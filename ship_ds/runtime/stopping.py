@@ -40,6 +40,7 @@ class StopRequest:
         self.grace_seconds = grace_seconds
         self._asked = threading.Event()
         self._everything_is_saved = False
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> "StopRequest":
         self._reader, self._writer = os.pipe()
@@ -54,6 +55,8 @@ class StopRequest:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         os.close(self._writer)
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _listen(self) -> None:
         while received := os.read(self._reader, 1):
@@ -69,9 +72,9 @@ class StopRequest:
         self._asked.set()
         _print(f"{name}: saving at the next step boundary")
         late = f"no checkpoint within {self.grace_seconds:g} s of {name} (training.grace_seconds): leaving without"
-        timer = threading.Timer(self.grace_seconds, self._leave, (NOT_SAVED_IN_TIME, late))
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(self.grace_seconds, self._leave, (NOT_SAVED_IN_TIME, late))
+        self._timer.daemon = True
+        self._timer.start()
 
     @staticmethod
     def _leave(code: int, text: str) -> None:

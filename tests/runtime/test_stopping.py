@@ -41,6 +41,14 @@ def test_a_signal_is_heeded_at_the_next_boundary(number: signal.Signals, capsys:
     assert capsys.readouterr().err.count("saving at the next step boundary") == 1
 
 
+def test_the_forced_exit_is_called_off_once_the_request_is_over() -> None:
+    """Otherwise it ends whatever the process does next."""
+    with StopRequest(grace_seconds=1) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        asked(stop)
+    time.sleep(1.5)
+
+
 def test_the_handlers_before_come_back() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with StopRequest(grace_seconds=1):
