@@ -69,12 +69,12 @@ class StopRequest:
             self._leave(PREEMPTED, f"{name}: everything is saved, leaving")
         if self._asked.is_set():
             return
-        self._asked.set()
-        _print(f"{name}: saving at the next step boundary")
         late = f"no checkpoint within {self.grace_seconds:g} s of {name} (training.grace_seconds): leaving without"
         self._timer = threading.Timer(self.grace_seconds, self._leave, (NOT_SAVED_IN_TIME, late))
         self._timer.daemon = True
         self._timer.start()
+        _print(f"{name}: saving at the next step boundary")
+        self._asked.set()
 
     @staticmethod
     def _leave(code: int, text: str) -> None:
