@@ -20,7 +20,7 @@ from torch import Tensor
 from ship_ds.config import Section
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import Bank, encode_all
-from ship_ds.inference.gradient import descend_on_instruction, descend_on_latent, neutral_embeddings
+from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, descend_on_instruction, descend_on_latent, neutral_embeddings
 from ship_ds.inference.proposals import beams, edits, key_of, sampled, views
 from ship_ds.inference.scoring import Examples, Fit, fit_in_prompt, fit_of_latents
 from ship_ds.model.ship import ShipModel
@@ -158,6 +158,7 @@ def _groups(tasks: Sequence[_Task]) -> list[list[_Task]]:
 def _induce(model: ShipModel, bank: Bank, tasks: list[_Task], config: InductionConfig, seed: int, say: Say) -> None:
     if config.method in ("direct", "indirect"):
         _test(model, tasks, _decode_found(model, tasks, _descended(model, tasks, config, seed), config, seed, 0), config)
+        _fall_back(model, tasks, config)
         return
     texts: Texts = [[] for _ in tasks]
     if config.method in ("bank", "union"):
@@ -168,11 +169,17 @@ def _induce(model: ShipModel, bank: Bank, tasks: list[_Task], config: InductionC
         _extend(texts, _proposed(model, tasks, config, seed))
     say(f"{len(tasks)} tasks: testing {sum(len(dict(own)) for own in texts)} candidates")
     _test(model, tasks, texts, config)
+    _fall_back(model, tasks, config)
     for turn in range(1, config.num_rounds + 1 if config.method != "bank" else 0):
         open_tasks = [task for task in tasks if not task.is_explained]
         if open_tasks:
             say(f"{len(open_tasks)} tasks not explained: refining, round {turn}")
             _refine(model, open_tasks, config, seed, turn)
+
+
+def _fall_back(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig) -> None:
+    """A decoder that has hardly been trained may propose no text at all; an induction still has to answer."""
+    _test(model, tasks, [[] if task.tested else [(NEUTRAL_INSTRUCTION, "neutral")] for task in tasks], config)
 
 
 def _known(model: ShipModel, bank: Bank, tasks: Sequence[_Task], config: InductionConfig) -> Texts:

@@ -97,7 +97,16 @@ def test_every_method_gives_tested_candidates_in_order(ship: Ship, inputs: list[
     keys = [(-(c.num_right + c.num_right_in_prompt), c.loss + c.loss_in_prompt) for c in found.candidates]
     assert keys == sorted(keys) and len({c.instruction for c in found.candidates}) == len(keys) > 0
     assert found.instruction == found.candidates[0].instruction and found.num_examples == 3
-    assert {c.origin for c in found.candidates} <= {"known", "sampled", "beam", "refined", "edit"}
+    assert {c.origin for c in found.candidates} <= {"known", "sampled", "beam", "refined", "edit", "neutral"}
+
+
+def test_a_decoder_that_proposes_nothing_leaves_the_neutral_instruction(
+    ship: Ship, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ship_ds.inference.induction._proposed", lambda model, tasks, config, seed: [[] for _ in tasks])
+    config = InductionConfig.model_validate({**QUICK, "method": "propose", "num_rounds": 0})
+    found = induce_many(ship.model, ship.bank, [behaviour(ship, "add 3", inputs, 3)], config)[0]
+    assert [c.origin for c in found.candidates] == ["neutral"]
 
 
 def test_descent_lowers_the_loss_and_restarts_are_independent(ship: Ship, inputs: list[str]) -> None:
