@@ -161,7 +161,8 @@ class TrainingConfig(Section):
     examples_per_task: PositiveInt = 4
     accumulation: PositiveInt = 1
     max_minutes: PositiveFloat | None = None
-    """The schedule still spans `steps`; None: no limit."""
+    """Ends training, evaluations not counted; the schedule ends with it where the steps would take longer, and then no two
+    runs are alike to the bit. None: no limit."""
     max_bad_steps: PositiveInt = 5
     """Stop after this many non-finite steps in a row."""
     deepspeed: str = "zero3"

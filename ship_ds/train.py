@@ -119,7 +119,7 @@ class Trainer:
         try:
             if self.owes_evaluation:
                 self.look()
-            while self.step < self.num_steps and not self.out_of_time():
+            while self.step < self.num_steps and self.spent_time() < 1:
                 self.stop.raise_if_asked()
                 self.take_step()
                 self.owes_evaluation = is_due(self.step, evaluate_every)
@@ -138,7 +138,7 @@ class Trainer:
     def take_step(self) -> None:
         self.watch.start()
         losses = self.losses_and_gradients(self.next_batches())
-        lr = engines.learning_rate(self.step, self.config.optimiser, self.num_steps)
+        lr = engines.learning_rate(self.step, self.config.optimiser, self.num_steps, self.spent_time())
         engines.set_learning_rate(self.engine, lr)
         skipped = engines.take_step(self.engine)
         self.log(losses, lr)
@@ -249,10 +249,12 @@ class Trainer:
     def known_instructions(self) -> list[str]:
         return [task.task.instruction for task in self.splits.seen]
 
-    def out_of_time(self) -> bool:
+    def spent_time(self) -> float:
+        """The share of training.max_minutes that is used, the same on every rank; 0 without a limit."""
         limit = self.config.training.max_minutes
-        mine = torch.tensor(float(limit is not None and self.watch.seconds > 60 * limit))
-        return bool(ranks.sum_over_ranks(mine) > 0)
+        if limit is None:
+            return 0.0
+        return float(ranks.sum_over_ranks(torch.tensor(self.watch.seconds / (60 * limit)))) / ranks.world_size()
 
     def close(self) -> None:
         """Bundle, then the report from the bundle: what is measured is what a user opens."""

@@ -23,12 +23,13 @@ def parts_per_step(training: TrainingConfig) -> int:
     return ranks.world_size() * training.accumulation
 
 
-def learning_rate(step: int, config: OptimiserConfig, num_steps: int) -> float:
-    """Linear warm-up, then constant or a cosine to 2 % of the peak."""
+def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: float = 0.0) -> float:
+    """Linear warm-up, then constant or a cosine to 2 % of the peak, at the last step or when the time is spent (spent = 1)."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return config.lr * warm
-    return config.lr * min(warm, 0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, step / num_steps))) / 2)
+    done = min(1.0, max(step / num_steps, spent))
+    return config.lr * min(warm, 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: TrainingConfig) -> Any:
