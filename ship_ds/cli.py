@@ -22,15 +22,23 @@ def _train(args: argparse.Namespace) -> int:
     return train.main(["--config", args.config, *args.overrides])
 
 
-def _deduce(args: argparse.Namespace) -> int:
+def _open(run: str) -> "Ship":
+    """The run, without transformers' bars: standard error is for what a user can act on."""
     from ship_ds.bundle import Ship
+    from ship_ds.runtime import ranks
+
+    ranks.hush()
+    return Ship.from_run(run)
+
+
+def _deduce(args: argparse.Namespace) -> int:
     from ship_ds.export.deduce import export_many, export_one
     from ship_ds.export.requests import Request, read_instructions, read_latents
 
     if [args.instruction, args.file, args.latent].count(None) != 2:
         raise UserError("deduce: give one of an instruction, --file or --latent")
     requests = read_instructions(Path(args.file)) if args.file else [Request("adapter", args.instruction)]
-    ship = Ship.from_run(args.run)
+    ship = _open(args.run)
     if args.latent:
         requests = read_latents(Path(args.latent), ship.digest, ship.config.model.latent_size)
     out = Path(args.out)
@@ -59,11 +67,10 @@ def _counter(total: int) -> Callable[[int], None]:
 
 
 def _compose(args: argparse.Namespace) -> int:
-    from ship_ds.bundle import Ship
     from ship_ds.export.compose import compose
 
     parts = [(_weight(weight), text) for weight, text in args.part]
-    made = compose(Ship.from_run(args.run), parts, Path(args.out), args.probe, args.rank)
+    made = compose(_open(args.run), parts, Path(args.out), args.probe, args.rank)
     print(f"{args.out}: rank {made.rank}, {100 * made.error:.2f} % of the exact sum's norm lost; "
           f"peft = live within {made.proof.from_live:.1e}; differs from the bare base by {made.proof.from_base:.2f}")
     return 0
@@ -95,38 +102,35 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _answer(args: argparse.Namespace) -> int:
-    from ship_ds.bundle import Ship
     from ship_ds.inference.lines import STDIN, read_inputs
 
     inputs = args.inputs or read_inputs(args.file or STDIN)
-    ship = Ship.from_run(args.run)
+    ship = _open(args.run)
     for text, answer in zip(inputs, ship.answer(args.instruction, inputs, args.beams), strict=True):
         _print_row({"input": text, "answer": answer})
     return 0
 
 
 def _induce(args: argparse.Namespace) -> int:
-    from ship_ds.bundle import Ship
     from ship_ds.inference.lines import STDIN, induction_row, read_inputs, read_pairs
 
     if args.adapter:
         inputs = read_inputs(args.file) if args.file else []
-        ship = Ship.from_run(args.run)
+        ship = _open(args.run)
         found = ship.induce_from_adapter(args.adapter, inputs, _induction(args, ship), args.seed, _say)
     else:
         pairs = read_pairs(args.file or STDIN)
-        ship = Ship.from_run(args.run)
+        ship = _open(args.run)
         found = ship.induce(pairs, _induction(args, ship), args.seed, _say)
     _print_row(induction_row(found, args.candidates))
     return 0
 
 
 def _reason(args: argparse.Namespace) -> int:
-    from ship_ds.bundle import Ship
     from ship_ds.inference.lines import STDIN, read_pairs, reasoning_rows
 
     pairs = read_pairs(args.file or STDIN)
-    ship = Ship.from_run(args.run)
+    ship = _open(args.run)
     reasoning = ship.reason(pairs, args.inputs, _induction(args, ship), args.rounds, args.seed, _say)
     for row in reasoning_rows(args.inputs, reasoning):
         _print_row(row)
