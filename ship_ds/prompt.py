@@ -103,6 +103,10 @@ class PromptFormat:
         decoded: Any = self.tokenizer.decode(kept, skip_special_tokens=True)
         return decoded.strip()
 
+    def finished_text(self, ids: Sequence[int]) -> str | None:
+        """As `text`, but None where no end-of-sequence came in time: an answer that never ended is none."""
+        return self.text(ids) if ids[-1] == self.eos_id else None
+
     def describe(self) -> dict[str, Any]:
         """The format as saved: what has to be equal for an adapter to mean the same."""
         content = {

@@ -97,10 +97,14 @@ class _Task:
     """What is known of a task so far: each tested text, and the latents found without a text."""
 
     examples: Examples
-    index: int
     tested: dict[str, Candidate]
     found: list[tuple[int, float, Tensor]]
     """(examples right, loss, latent), one of each descent."""
+
+    @property
+    def key(self) -> str:
+        """What the task's draws are keyed by: the same in any company, so on any number of ranks."""
+        return repr(self.examples)
 
     def best(self) -> list[Candidate]:
         return sorted(self.tested.values(), key=_order)
@@ -120,7 +124,7 @@ def widened(
     model: ShipModel, induction: Induction, examples: Examples, latent_CZ: Tensor, config: InductionConfig, seed: int
 ) -> Induction:
     """The same with what the decoder reads out of further latents, tested on the examples."""
-    task = _Task(tuple(examples), 0, {c.instruction: c for c in induction.candidates}, [])
+    task = _Task(tuple(examples), {c.instruction: c for c in induction.candidates}, [])
     found: Found = [[]]
     _note(model, [task], [0] * len(latent_CZ), latent_CZ, [induction.instruction] * len(latent_CZ), found)
     _test(model, [task], _decode_found(model, [task], found, config, seed, config.num_rounds + 1), config)
@@ -140,10 +144,10 @@ def induce_many(
     model: ShipModel, bank: Bank, tasks: Sequence[Examples], config: InductionConfig, seed: int = 0,
     say: Say = silent,
 ) -> list[Induction]:
-    """One induction a task; every draw is keyed by (seed, task index). Raises UserError for a task without examples."""
+    """One induction a task; every draw is keyed by (seed, the task's examples). Raises UserError for a task without examples."""
     if any(not examples for examples in tasks):
         raise UserError("induce: a task has no examples; give at least one line with input and target")
-    running = [_Task(tuple(examples), index, {}, []) for index, examples in enumerate(tasks)]
+    running = [_Task(tuple(examples), {}, []) for examples in tasks]
     for group in _groups(running):
         _induce(model, bank, group, config, seed, say)
     return [_result(model, task) for task in running]
@@ -195,7 +199,7 @@ def _proposed(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig,
         return [[] for _ in tasks]
     shown = [_views(model, task, config.num_views, seed, 0) for task in tasks]
     flat = [view for own in shown for view in own]
-    keys = [key_of(seed, task.index, "proposal", i) for task in tasks for i in range(config.num_views)]
+    keys = [key_of(seed, task.key, "proposal", i) for task in tasks for i in range(config.num_views)]
     found: Texts = [[] for _ in tasks]
     if config.num_samples:
         drawn = sampled(model, flat, None, config.num_samples, config.temperature, keys, config.max_new_tokens)
@@ -206,7 +210,7 @@ def _proposed(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig,
 
 
 def _views(model: ShipModel, task: _Task, count: int, seed: int, turn: int) -> list[Examples]:
-    return list(views(task.examples, model.config.decoder.max_examples, count, key_of(seed, task.index, "views", turn)))
+    return list(views(task.examples, model.config.decoder.max_examples, count, key_of(seed, task.key, "views", turn)))
 
 
 def _refine(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, seed: int, turn: int) -> None:
@@ -266,7 +270,7 @@ def _descended(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig
 
 def _noise(shape: tuple[int, ...], seed: int, task: _Task, restart: int) -> Tensor:
     """Zero for the first start, then half a standard deviation of keyed noise."""
-    generator = torch.Generator().manual_seed(key_of(seed, task.index, "restart", restart))
+    generator = torch.Generator().manual_seed(key_of(seed, task.key, "restart", restart))
     return torch.randn(shape, generator=generator) * (0.5 if restart else 0.0)
 
 
@@ -291,7 +295,7 @@ def _decode_found(
         shown = [_views(model, tasks[t], 1, seed, 10 * turn + i)[0] for i, (t, _) in enumerate(rows)]
     texts: Texts = [[] for _ in tasks]
     likeliest = beams(model, shown, latent_CZ, config.num_beams, config.max_new_tokens)
-    keys = [key_of(seed, tasks[t].index, "refined", turn, i) for i, (t, _) in enumerate(rows)]
+    keys = [key_of(seed, tasks[t].key, "refined", turn, i) for i, (t, _) in enumerate(rows)]
     drawn = sampled(model, shown, latent_CZ, config.num_samples, config.temperature, keys, config.max_new_tokens) \
         if config.num_samples else [[] for _ in rows]
     for (t, _), first, second in zip(rows, likeliest, drawn, strict=True):

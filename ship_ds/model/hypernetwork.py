@@ -10,6 +10,7 @@ P virtual tokens, H hidden.
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -25,7 +26,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 """Module path -> (a_TRI, b_TOR)."""
 
 
-class LoraHead(nn.Module):
+class LoraHead(nn.Module, ABC):
     """Makes the factors of one group of sites; made from (width, rank, those sites)."""
 
     num_embeddings: int
@@ -40,8 +41,9 @@ class LoraHead(nn.Module):
         """What each feature stands for, (U, D), from the group's embeddings."""
         return embeddings_SD
 
+    @abstractmethod
     def forward(self, features_TUD: Tensor) -> Factors:
-        raise NotImplementedError
+        """A and B of each of the group's sites, from the features (T, U, D)."""
 
 
 class ShapeHead(LoraHead):

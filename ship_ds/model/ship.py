@@ -188,7 +188,7 @@ class ShipModel(nn.Module):
         """
         batch = self._questions(adapter, inputs, wordings)
         rows = self.task_llm.generate(adapter, batch, self.prompts.eos_id, max_new_tokens, any_unfinished=any_unfinished)
-        return [self._ended(row) for row in rows]
+        return [self.prompts.finished_text(row) for row in rows]
 
     def answer_by_beams(
         self, adapter: Adapter | None, inputs: Sequence[str], max_new_tokens: int, num_beams: int,
@@ -197,7 +197,7 @@ class ShipModel(nn.Module):
         """As `answer`, the best of a beam search in place of the greedy answer."""
         stream = self.task_llm.stream(adapter, self._questions(adapter, inputs, wordings))
         found = beam_search(stream, num_beams, self.prompts.eos_id, max_new_tokens)
-        return [self._ended(beams[0][1]) for beams in found]
+        return [self.prompts.finished_text(beams[0][1]) for beams in found]
 
     def _questions(self, adapter: Adapter | None, inputs: Sequence[str], wordings: Sequence[str] | None) -> TokenBatch:
         prompts, form = self.prompts, self.config.task_llm.instruction
@@ -208,9 +208,6 @@ class ShipModel(nn.Module):
             return self.task_batch(inputs, None, said)
         ids = [prompts.task_prompt(text, instruction) for text, instruction in zip(inputs, said, strict=True)]
         return TokenBatch.build(ids, None, prompts.pad_id, device=self.device)
-
-    def _ended(self, row: Sequence[int]) -> str | None:
-        return self.prompts.text(row) if row[-1] == self.prompts.eos_id else None
 
     def decode(self, latent_TZ: Tensor, max_new_tokens: int, any_unfinished: Callable[[bool], bool] = bool) -> list[str]:
         """The instruction that the decoder reads out of each z, without examples."""

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from ship_ds.config import CheckpointConfig
 from ship_ds.errors import UserError
 from ship_ds.runtime import ranks, repartition
+from ship_ds.runtime.pickles import foreign_classes, load_shard
 
 STATE, PROGRESS, MANIFEST, LATEST = "state", "progress.json", "manifest.json", "latest"
 _FREE_TO_CHANGE = {
@@ -83,6 +84,7 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
         if ranks.rank() == 0:
             (part / PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n")
         ranks.barrier()
+        _check_can_be_read(part)
         manifest = _hash_shared_out(part)
         if ranks.rank() == 0:
             _write_synced(part / MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -135,6 +137,13 @@ def _load_generators(path: Path) -> None:
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))
     version, values, gauss = json.loads(metadata["python"])
     random.setstate((version, tuple(values), gauss))
+
+
+def _check_can_be_read(part: Path) -> None:
+    """What `problem` would refuse later fails now, while the ones before are there to go back to."""
+    for path in sorted(part.rglob("*.pt"))[ranks.rank() :: ranks.world_size()]:
+        if classes := foreign_classes(path):
+            raise RuntimeError(f"{path}: this version of DeepSpeed writes {classes[0]}: add it to ship_ds/runtime/pickles.py")
 
 
 def _hash_shared_out(folder: Path) -> dict[str, dict[str, Any]]:
@@ -203,6 +212,9 @@ def problem(folder: Path) -> str | None:
     mine = None
     try:
         entries = sorted(json.loads((folder / MANIFEST).read_text()).items())
+        listed = {name for name, _ in entries}
+        unlisted = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.pt"))
+        mine = next((f"{name} is not in {MANIFEST}" for name in unlisted if name not in listed), None)
         for name, entry in entries[ranks.rank() :: ranks.world_size()]:
             path = folder / name
             if not path.is_file():
@@ -213,6 +225,8 @@ def problem(folder: Path) -> str | None:
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                         mine = f"{name} is not the file that was written"
+                if not mine and path.suffix == ".pt" and (classes := foreign_classes(path)):
+                    mine = f"{name} names {classes[0]}, which no shard of DeepSpeed's does"
             if mine:
                 break
     except (OSError, ValueError, KeyError) as error:
@@ -289,8 +303,7 @@ def _check_same_parameters(engine: Any, folder: Path) -> None:
 
 def _parameter_names(path: Path) -> set[str]:
     """The trainable parameters a (verified) DeepSpeed shard lists."""
-    shapes = torch.load(path, map_location="cpu", weights_only=False)["param_shapes"]
-    return {name for group in shapes for name in group}
+    return {name for group in load_shard(path)["param_shapes"] for name in group}
 
 
 class ShardedState(Mapping[str, torch.Tensor]):

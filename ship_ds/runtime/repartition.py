@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ship_ds.errors import UserError
 from ship_ds.runtime import ranks
+from ship_ds.runtime.pickles import load_shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -64,7 +65,7 @@ def read(folder: Path) -> SavedState:
 
 
 def _optimiser(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
+    found: dict[str, Any] = load_shard(path)["optimizer_state_dict"]
     return found
 
 

@@ -134,9 +134,10 @@ def test_a_seed_repeats_an_induction_and_tasks_do_not_touch_each_other(ship: Shi
     tasks = [behaviour(ship, text, inputs, 3) for text in ("add 3", "remove every 5")]
     state = torch.get_rng_state()
     both, again = (induce_many(ship.model, ship.bank, tasks, config, seed=4) for _ in range(2))
-    alone = induce_many(ship.model, ship.bank, tasks[:1], config, seed=4)
+    alone = [induce_many(ship.model, ship.bank, [task], config, seed=4)[0] for task in tasks]
     assert both == again and torch.equal(torch.get_rng_state(), state)
-    assert [c.instruction for c in alone[0].candidates] == [c.instruction for c in both[0].candidates]
+    for own, beside in zip(alone, both, strict=True):
+        assert [c.instruction for c in own.candidates] == [c.instruction for c in beside.candidates]
 
 
 def test_tasks_may_have_different_numbers_of_examples(ship: Ship, inputs: list[str]) -> None:

@@ -58,3 +58,16 @@ def test_an_error_that_is_not_the_disks_is_raised_as_it_is(tmp_path: Path) -> No
 
     with pytest.raises(RuntimeError, match="a bug"):
         checkpoint.save(Broken(0), tmp_path, progress(1), CheckpointConfig())
+
+
+def test_what_could_not_be_read_again_is_not_kept(tmp_path: Path) -> None:
+    """A DeepSpeed whose shards hold another class fails at its first save, not at the resume."""
+    class Newer(Engine):
+        def save_checkpoint(self, folder: str, *args: object, **kwargs: object) -> None:
+            (Path(folder) / "state").mkdir()
+            torch.save({"settings": CheckpointConfig()}, Path(folder) / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+    checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
+    with pytest.raises(RuntimeError, match="writes ship_ds.config.CheckpointConfig: add it to ship_ds/runtime/pickles.py"):
+        checkpoint.save(Newer(0), tmp_path, progress(2), CheckpointConfig())
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000001"]

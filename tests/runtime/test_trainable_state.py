@@ -34,6 +34,10 @@ def write_shards(folder: Path, state: dict[str, Tensor], world_size: int) -> Non
         torch.save({"optimizer_state_dict": {
             "zero_stage": 3, "partition_count": world_size, "fp32_flat_groups": [torch.cat(parts)], "optimizer_state_dict": {},
         }}, f"{names}_optim_states.pt")
+    write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> None:
     manifest = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in folder.rglob("*.pt")
@@ -69,4 +73,30 @@ def test_a_missing_shard_is_one_line(tmp_path: Path) -> None:
     write_shards(tmp_path / "step", {"w": torch.randn(8)}, 2)
     (tmp_path / "step" / "state" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(UserError, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt is missing"):
+        trainable_state(tmp_path / "step")
+
+
+class Marker:
+    """What an untrusted checkpoint would run as it is opened."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("opened",)
+
+
+def test_a_shard_that_names_other_code_is_refused_before_it_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "step", {"w": torch.randn(4)}, 2)
+    shard = tmp_path / "step" / "state" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    torch.save(torch.load(shard) | {"marker": Marker()}, shard)
+    write_manifest(tmp_path / "step")
+    with pytest.raises(UserError, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt names .*print"):
+        trainable_state(tmp_path / "step")
+    assert "opened" not in capsys.readouterr().out
+
+
+def test_a_shard_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path / "step", {"w": torch.randn(4)}, 1)
+    torch.save({}, tmp_path / "step" / "state" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    with pytest.raises(UserError, match=r"rank_1_mp_rank_00_optim_states\.pt is not in manifest\.json"):
         trainable_state(tmp_path / "step")

@@ -70,7 +70,7 @@ class FrozenBase:
         """Greedy texts, task-major under the adapter; None where no end came in time."""
         batch = self.batch(prompts, None, num_virtual_tokens)
         rows = self.task_llm.generate(adapter, batch, self.prompts.eos_id, max_new_tokens)
-        return [self.prompts.text(row) if row[-1] == self.prompts.eos_id else None for row in rows]
+        return [self.prompts.finished_text(row) for row in rows]
 
     def answer(
         self, questions: Sequence[Sequence[Ids]], adapter_of: Callable[[slice], Adapter], num_virtual_tokens: int = 0

@@ -5,23 +5,21 @@ from typing import ClassVar
 
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Answers, Setting
+from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.model.batch import TokenBatch
 
 _ROWS = 240
 
 
-class InContextLearning:
+class InContextLearning(Untrained):
     """n-shot with the bare base. Shots that its context has no room for are left out, the last ones first."""
 
     name: ClassVar[str] = "icl"
-    states_instruction: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
-        self.model, self.max_new_tokens = setting.ship.model, setting.ship.config.evaluation.max_new_tokens
+        super().__init__(setting)
+        self.model, self.max_new_tokens = self.ship.model, self.ship.config.evaluation.max_new_tokens
         self.context: int = self.model.task_llm.lm.config.max_position_embeddings  # type: ignore[union-attr, assignment]
-
-    def prepare(self) -> None:
-        """Nothing is trained."""
 
     def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
         prompts = [self.prompt(text, shots) for shots, row in zip(shown, inputs, strict=True) for text in row]
@@ -38,4 +36,4 @@ class InContextLearning:
         form = self.model.prompts
         batch = TokenBatch.build(prompts, None, form.pad_id, device=self.model.device)
         rows = self.model.task_llm.generate(None, batch, form.eos_id, self.max_new_tokens)
-        return [form.text(row) if row[-1] == form.eos_id else None for row in rows]
+        return [form.finished_text(row) for row in rows]

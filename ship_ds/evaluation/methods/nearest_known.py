@@ -10,5 +10,4 @@ class NearestKnown(Searching):
     """It invents nothing: on unseen rules it is right only where a seen rule answers alike."""
 
     name: ClassVar[str] = "nearest_known"
-    states_instruction: ClassVar[bool] = False
     search: ClassVar[InductionConfig] = InductionConfig(method="bank")

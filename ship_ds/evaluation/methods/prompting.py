@@ -4,21 +4,16 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.method import Answers, Setting
+from ship_ds.evaluation.method import Answers
+from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.deduction import answer_stated
 
 
-class Prompting:
+class Prompting(Untrained):
     """The upper reference of deduction: it pays for the instruction in every query."""
 
     name: ClassVar[str] = "prompting"
     states_instruction: ClassVar[bool] = True
-
-    def __init__(self, setting: Setting) -> None:
-        self.ship = setting.ship
-
-    def prepare(self) -> None:
-        """Nothing is trained."""
 
     def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
         return answer_stated(self.ship.model, wordings, inputs, self.ship.config.evaluation.max_new_tokens)

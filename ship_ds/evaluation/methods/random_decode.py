@@ -4,21 +4,14 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import Example
-from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.model.encoder import posterior_noise
 
 
-class RandomDecode:
+class RandomDecode(Untrained):
     """The control of induction: how often a plausible instruction is right by chance."""
 
     name: ClassVar[str] = "random_decode"
-    states_instruction: ClassVar[bool] = False
-
-    def __init__(self, setting: Setting) -> None:
-        self.ship, self.seed = setting.ship, setting.seed
-
-    def prepare(self) -> None:
-        """Nothing is trained."""
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         keys = [repr(tuple(examples)) for examples in shown]  # of the task, whichever rank it falls to

@@ -6,23 +6,21 @@ from typing import ClassVar
 
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Answers, Setting
+from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.bank import Bank, encode_all
 from ship_ds.inference.deduction import answer_latents
 from ship_ds.inference.induction import InductionConfig, induce_many
 
 
-class Searching:
+class Searching(Untrained):
     """Induction by `search`. What was induced from the same examples before is not searched for again."""
 
     search: ClassVar[InductionConfig]
 
     def __init__(self, setting: Setting) -> None:
-        self.ship, self.seed = setting.ship, setting.seed
+        super().__init__(setting)
         self.known = [task.task.instruction for task in setting.splits.seen]
         self.induced: dict[tuple[Example, ...], str] = {}
-
-    def prepare(self) -> None:
-        """The run is trained already."""
 
     @cached_property
     def bank(self) -> Bank:

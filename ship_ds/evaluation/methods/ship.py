@@ -13,7 +13,6 @@ class ShipMethod(Searching):
     """Deduction by the instruction's adapter; induction by the default search."""
 
     name: ClassVar[str] = "ship"
-    states_instruction: ClassVar[bool] = False
     search: ClassVar[InductionConfig] = InductionConfig()
 
     def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:

@@ -1,0 +1,27 @@
+"""DeepSpeed's shards are pickles, which may name any code to run; here they may name what DeepSpeed's own do, and no more."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _trusted() -> list[Any]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def load_shard(path: Path) -> dict[str, Any]:
+    """Memory-mapped, on the CPU. Raises pickle.UnpicklingError when it names a class that DeepSpeed's shards have no use for."""
+    with torch.serialization.safe_globals(_trusted()):
+        found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return found
+
+
+def foreign_classes(path: Path) -> list[str]:
+    """What a shard names beside tensors, plain values and DeepSpeed's own; nothing is unpickled."""
+    with torch.serialization.safe_globals(_trusted()):
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
