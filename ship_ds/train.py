@@ -35,6 +35,7 @@ from ship_ds.evaluation.deduction import deduction, reconstruction
 from ship_ds.evaluation.metrics import score
 from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.ship import ShipBatch, ShipModel
+from ship_ds.monitor.machine import versions
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
 from ship_ds.runtime import checkpoint, preflight, ranks, shards, starts
 from ship_ds.runtime import engine as engines
@@ -274,7 +275,7 @@ class Trainer:
         report |= {
             "train_seconds": round(self.watch.seconds, 1),
             "tokens_per_second": round(self.watch.tokens / max(self.watch.seconds, 1e-9), 1),
-            "steps": self.step, "world_size": ranks.world_size(), "seed": self.config.run.seed, "versions": reports.versions(),
+            "steps": self.step, "world_size": ranks.world_size(), "seed": self.config.run.seed, "versions": versions(),
         }
         if ranks.rank() == 0:
             path = reports.write(report, self.folder)

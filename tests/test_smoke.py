@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ship_ds import cli
+from ship_ds import cli, train
 from ship_ds.bundle import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
 from ship_ds.model.adapters import LoraAdapter
-from tests.conftest import start
 
 CELLS = [
     *(f"deduction.{part}" for part in ("seen", "unseen", "unseen_paraphrase")),
@@ -109,13 +108,13 @@ def test_missing_run_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_bad_config_is_one_line_and_exit_code_2() -> None:
-    done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", "training.stepz=3"])
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == "ship-ds: quickstart-smoke: training.stepz: unknown key"
-
-
-def test_ranks_that_do_not_divide_the_tasks_are_one_line() -> None:
-    done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", "training.tasks_per_step=6", "training.accumulation=4"])
-    assert done.returncode == 2
-    assert "training.accumulation (4) must divide training.tasks_per_step (6)" in done.stderr.strip().splitlines()[-1]
+@pytest.mark.parametrize(("overrides", "line"), [
+    (["training.stepz=3"], "ship-ds: quickstart-smoke: training.stepz: unknown key"),
+    (["training.tasks_per_step=6", "training.accumulation=4"],
+     "ship-ds: quickstart-smoke: training.accumulation (4) must divide training.tasks_per_step (6): change one of them"),
+])
+def test_bad_config_is_one_line_and_exit_code_2(
+    overrides: list[str], line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert train.main(["--config", "quickstart-smoke", f"run.folder={tmp_path / 'run'}", *overrides]) == 2
+    assert capsys.readouterr().err == line + "\n" and not list(tmp_path.iterdir())

@@ -9,7 +9,6 @@ belong to the kernel's cache and are left out. Whatever way was taken, the gathe
 import argparse
 import hashlib
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ship_ds.monitor.machine import describe_machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 WAYS = ("transformers, then sharded", "one matrix at a time, sharded at once", "one matrix at a time, whole on each rank")
@@ -148,7 +149,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     report = {
         "command": f"python tools/bench_load.py --layers {args.layers} --repeats {args.repeats}",
-        "machine": f"{platform.machine()}, no GPU, two gloo ranks of one thread; torch {torch.__version__}",
+        "ranks": "two, gloo, one thread each", "machine": describe_machine(), "versions": versions(),
         "base_megabytes": round(size / 1e6), "ways": found,
     }
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")

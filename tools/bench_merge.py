@@ -9,7 +9,6 @@ measurement is a process of its own; memory is counted beyond what it held after
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from ship_ds.export.lora import WEIGHTS, Lora, write_lora
 from ship_ds.export.merge import Merge
 from ship_ds.export.origin import Origin
 from ship_ds.export.requests import Request
+from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.monitor.memory import PeakMemory, resident
 from ship_ds.tensor_file import TensorFile
 
@@ -158,10 +158,11 @@ def main() -> None:
         print(json.dumps(measure(args.method, *(args.work / name for name in ("base", "adapter", "out")))))
         return
     rows = bench_merge(args) if args.what == "merge" else bench_adapters(args)
-    machine = {"cpu": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"command": " ".join(sys.argv), "machine": machine, "rows": rows}, indent=2) + "\n")
+        command = " ".join(["python", *sys.argv]).replace(str(args.work), "WORK")
+        report = {"command": command, "machine": describe_machine(), "versions": versions(), "rows": rows}
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

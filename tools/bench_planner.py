@@ -10,7 +10,6 @@ import argparse
 import gc
 import inspect
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from ship_ds.loss import sum_cross_entropy
 from ship_ds.model.adapters import LoraAdapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
+from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.planner.activations import Workload, count_activations
 from ship_ds.planner.plan import Machines, make_plan
 from ship_ds.planner.shapes import build_shapes
@@ -245,7 +245,7 @@ def main() -> None:
         stages = {stage: compare_stage(stage, folder) for stage in STAGES}
     report = {
         "command": "python tools/bench_planner.py",
-        "machine": f"{platform.machine()}, no GPU; torch {torch.__version__}, two gloo ranks",
+        "ranks": "two, gloo", "machine": describe_machine(), "versions": versions(),
         "activations": activations, "stages": stages,
     }
     RESULTS.parent.mkdir(exist_ok=True)

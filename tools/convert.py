@@ -9,6 +9,7 @@ of them is there whole or not at all, and what is there is not made again: after
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ship_ds.bundle import WEIGHTS, Ship, bundle_folder, bundle_from_checkpoint, verify
@@ -64,7 +65,7 @@ def convert(args: argparse.Namespace) -> None:
             merge_one(args.out / "adapters" / request.name, args.out / "merged" / f"{request.name}-{target}", args, target)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="CHECKPOINT_OR_RUN")
     parser.add_argument("--out", type=Path, required=True)
@@ -79,7 +80,7 @@ def main() -> int:
     parser.add_argument("--shard-gigabytes", type=float, default=2.0)
     parser.add_argument("--no-drift", action="store_true", help="do not load base and result to measure how far logits drift")
     try:
-        convert(parser.parse_args())
+        convert(parser.parse_args(arguments))
     except UserError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2

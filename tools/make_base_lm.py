@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def train(model: LlamaForCausalLM, tasks: tuple[SplitTask, ...], prompts: Prompt
     return sum(losses[-20:]) / len(losses[-20:])
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the recipe or YAML file of the run that will use the base")
     parser.add_argument("--out", type=Path, required=True)
@@ -96,7 +97,8 @@ def main() -> None:
         tokenizer = make_tokenizer(data, args.vocabulary, args.out)
         splits = read_splits(data, tokenizer, print)
     except UserError as error:
-        raise SystemExit(f"make_base_lm: {error}") from None
+        print(f"make_base_lm: {error}", file=sys.stderr)
+        return 2
     prompts = PromptFormat(tokenizer)
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(LlamaConfig(
@@ -109,7 +111,8 @@ def main() -> None:
     model.save_pretrained(args.out)
     (args.out / "training.json").write_text(json.dumps({"loss": loss, **{k: str(v) for k, v in vars(args).items()}}, indent=2))
     print(f"{args.out}: loss {loss:.3f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

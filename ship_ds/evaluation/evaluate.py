@@ -16,7 +16,7 @@ from ship_ds.evaluation.files import write_json
 from ship_ds.evaluation.harness import Harness, HarnessConfig, Run
 from ship_ds.evaluation.latent_map import latent_map
 from ship_ds.evaluation.methods import METHODS, states_instruction
-from ship_ds.evaluation.report import versions
+from ship_ds.monitor.machine import versions
 from ship_ds.runtime import ranks
 
 

@@ -1,9 +1,7 @@
 """The report a run ends with: deduction with all its controls and reconstruction, as report.json and one table."""
 
 import json
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +69,6 @@ def _spread(tasks: Sequence[SplitTask], count: int) -> Sequence[SplitTask]:
 
 def _mine(tasks: Sequence[SplitTask]) -> Sequence[SplitTask]:
     return tasks[ranks.rank() :: ranks.world_size()]
-
-
-def versions() -> dict[str, str]:
-    names = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ship-ds")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def write(report: dict[str, Any], folder: Path) -> Path:

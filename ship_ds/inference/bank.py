@@ -52,8 +52,11 @@ class Bank:
         """For each task about `count` known instructions whose adapters explain its first example best, best first.
 
         A best-first walk over the graph of nearest latents, from evenly spread instructions and from what the decoder finds
-        likeliest: a few hundred pairs a task instead of all. barred: for each task one that may not be found, or -1.
+        likeliest: a few hundred pairs a task instead of all. Where no more than `count` are known it is all of them, as they
+        stand in the bank. barred: for each task one that may not be found, or -1.
         """
+        if len(self) <= count:
+            return [[c for c in range(len(self)) if c != index] for index in barred or [-1] * len(tasks)]
         num_seeds = min(_SEEDS, len(self))
         seeds = self._spread(num_seeds)
         found: list[dict[int, float]] = [{} for _ in tasks]

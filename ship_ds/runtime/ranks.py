@@ -18,7 +18,7 @@ _KNOWN_NOTICES = (
     "Setting accelerator to CPU",
     "A module has unknown inputs or outputs type",  # an adapter leaves the hypernetwork; its linears have hooks of their own
 )
-_SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+_SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def is_launched() -> bool:

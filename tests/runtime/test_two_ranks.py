@@ -56,6 +56,24 @@ def test_one_rank_goes_on_as_two(found: dict[str, Any], one_rank_run: Path, rows
         assert rank["step"] == 16 and rank["losses"] == pytest.approx(whole, rel=1e-5)
 
 
+def test_an_evaluation_in_the_middle_changes_nothing_after_it(found: dict[str, Any]) -> None:
+    for rank in found["evaluation_in_the_middle"]:
+        assert len(rank["quiet"]) == 6 and rank["quiet"] == rank["looking"]
+
+
+def test_a_run_starts_from_another_runs_bundle(found: dict[str, Any]) -> None:
+    started = found["starts_from_a_bundle"][0]
+    assert started["step"] == 0 and started["same names"] and started["same"] and all(started["same"])
+
+
+def test_another_learning_rate_is_refused_by_name(found: dict[str, Any]) -> None:
+    assert all("optimiser.lr was 0.001 and is 0.5 now" in rank["lr"] for rank in found["refused"])
+
+
+def test_starting_from_a_folder_without_a_bundle_is_refused(found: dict[str, Any]) -> None:
+    assert all("no bundle here" in rank["bundle"] for rank in found["refused"])
+
+
 def test_an_evaluation_cut_short_is_made_up_for(found: dict[str, Any]) -> None:
     for rank in found["evaluation_is_cut_short"]:
         assert rank == {"preempted_at": 2, "owed": True, "step": 4}

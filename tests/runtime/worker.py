@@ -10,16 +10,21 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from safetensors.torch import load_file
 
+from ship_ds import train
 from ship_ds.config import load_config
+from ship_ds.errors import UserError
 from ship_ds.model.adapters import Adapter
 from ship_ds.model.ship import ShipBatch
 from ship_ds.runtime import checkpoint, ranks
+from ship_ds.runtime import engine as engines
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.stopping import Preempted, StopRequest
 from ship_ds.train import Trainer
@@ -134,6 +139,42 @@ def one_rank_goes_on_as_two(folder: Path) -> dict[str, Any]:
     return {"step": made.step, "losses": [losses(made) for _ in range(4)]}
 
 
+def evaluation_in_the_middle(folder: Path) -> dict[str, Any]:
+    """Losses of six steps, without a look at the seen and dev rules and with one after every second step."""
+    quiet = trainer(folder / "quiet", "training.steps=6")
+    looking = trainer(folder / "looking", "training.steps=6", "evaluation.num_tasks=4")
+    found: dict[str, Any] = {"quiet": [losses(quiet) for _ in range(6)], "looking": []}
+    for step in range(6):
+        found["looking"].append(losses(looking))
+        if step % 2:
+            looking.look()
+    return found
+
+
+def starts_from_a_bundle(folder: Path) -> dict[str, Any]:
+    """Every weight of a run that starts from another one's bundle, before its first step."""
+    made = trainer(folder, f"run.init_from={ONE_RANK_RUN}")
+    saved, own = load_file(ONE_RANK_RUN / "bundle" / "ship.safetensors"), engines.gathered_state(made.engine)
+    if ranks.rank():
+        return {}
+    return {"step": made.step, "same names": saved.keys() == own.keys(), "same": [saved[n].equal(own[n]) for n in saved]}
+
+
+def refused(folder: Path) -> dict[str, Any]:
+    """What is said to another learning rate, and to a start from a folder without a bundle."""
+    if ranks.rank() == 0:
+        shutil.copytree(ONE_RANK_RUN / "checkpoints" / "step-00000016", folder / "checkpoints" / "step-00000016")
+    ranks.barrier()
+    found = {}
+    for what, overrides in {"lr": ["optimiser.lr=0.5"], "bundle": [f"run.init_from={folder}"]}.items():
+        try:
+            trainer(folder, *overrides)
+            found[what] = "taken"
+        except UserError as error:
+            found[what] = str(error)
+    return found
+
+
 def evaluation_is_cut_short(folder: Path) -> dict[str, Any]:
     """Rank 1 alone is asked to stop while all of them evaluate at step 2; then a fresh start goes on to the end."""
     config = load_config("quickstart-smoke", [
@@ -179,7 +220,10 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "base_is_untouched": base_is_untouched,
     "another_layout": another_layout,
     "one_rank_goes_on_as_two": one_rank_goes_on_as_two,
+    "evaluation_in_the_middle": evaluation_in_the_middle,
     "evaluation_is_cut_short": evaluation_is_cut_short,
+    "starts_from_a_bundle": starts_from_a_bundle,
+    "refused": refused,
     **{f"two_steps_{name}": two_steps(name) for name in ("cpu", "zero3_hpz", "zero3_offload_cpu")},
     **{f"bad_step_{stage}": bad_step_is_skipped_everywhere(stage) for stage in ("zero1", "zero2", "zero3", "zero3_bf16")},
 }
@@ -187,6 +231,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def main(folder: Path) -> None:
     found: dict[str, Any] = {}
+    train.build_world = lru_cache(train.build_world)  # type: ignore[attr-defined]  # two dozen trainers, one world
     for name, check in CHECKS.items():
         found[name] = ranks.gather_objects(check(folder / name))
         if ranks.rank() == 0:

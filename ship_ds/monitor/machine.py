@@ -1,0 +1,30 @@
+"""What a figure was measured on: stands beside it in every report and benchmark."""
+
+import datetime
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+_STACK = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ship-ds")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _STACK}}
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Date, processor, cores that this process may use, torch's threads, and the GPU or "none"."""
+    names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    return {
+        "date": datetime.date.today().isoformat(), "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
