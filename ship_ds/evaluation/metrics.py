@@ -56,6 +56,9 @@ class Score:
     num_examples: int
 
     def interval(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: null where there was no task."""
+        if not self.num_tasks:
+            return {"value": None, "ci95": None}
         return {"value": round(self.value, 4), "ci95": [round(bound, 4) for bound in self.ci95]}
 
     def as_json(self) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def evaluate(model: ShipModel, splits: Splits, config: EvaluationConfig) -> dict
         rows[f"deduction.{part}"] = deduce(_mine(tasks), [t.task.instruction for t in _mine(tasks)])
         rows[f"reconstruction.{part}"] = measure.reconstruction(model, _mine(tasks), config.max_instruction_tokens)
     held_out = [task for task in seen if task.held_out_paraphrases]
-    rows["deduction.unseen_paraphrase"] = deduce(_mine(held_out), [t.held_out_paraphrases[0] for t in _mine(held_out)])
+    if held_out:
+        rows["deduction.unseen_paraphrase"] = deduce(_mine(held_out), [t.held_out_paraphrases[0] for t in _mine(held_out)])
     for kind in sorted({task.kind for task in splits.unseen if task.kind}):
         own = [task for task in splits.unseen if task.kind == kind]
         rows[f"deduction.unseen_{kind}"] = deduce(_mine(own), [t.task.instruction for t in _mine(own)])
@@ -103,4 +104,6 @@ def show(report: dict[str, Any]) -> None:
 
 def _cell(cell: dict[str, Any]) -> str:
     exact = cell["exact_match"]
+    if not cell["n_tasks"]:
+        return "no tasks"
     return f"{exact['value']:.3f} [{exact['ci95'][0]:.3f}, {exact['ci95'][1]:.3f}] n={cell['n_tasks']}"

@@ -121,11 +121,15 @@ def summary_rows(
 
 
 def value_alone(found: Mapping[str, Any] | None) -> str:
-    return "" if found is None else f"{found['value']:.3f}"
+    if found is None or found["value"] is None:
+        return ""
+    return f"{found['value']:.3f}"
 
 
 def value_and_interval(found: Mapping[str, Any] | None) -> str:
-    return "" if found is None else f"{found['value']:.3f} [{found['ci95'][0]:.3f}, {found['ci95'][1]:.3f}]"
+    if found is None or found["value"] is None:
+        return ""
+    return f"{found['value']:.3f} [{found['ci95'][0]:.3f}, {found['ci95'][1]:.3f}]"
 
 
 def _seconds(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> list[list[str]]:

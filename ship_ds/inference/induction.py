@@ -209,7 +209,7 @@ def _proposed(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig,
     return found
 
 
-def _views(model: ShipModel, task: _Task, count: int, seed: int, turn: int) -> list[Examples]:
+def _views(model: ShipModel, task: _Task, count: int, seed: int, turn: object) -> list[Examples]:
     return list(views(task.examples, model.config.decoder.max_examples, count, key_of(seed, task.key, "views", turn)))
 
 
@@ -288,17 +288,18 @@ def _decode_found(
     model: ShipModel, tasks: Sequence[_Task], found: Found, config: InductionConfig, seed: int, turn: int
 ) -> Texts:
     """Texts that the decoder reads out of each latent, beside examples where it was trained to."""
-    rows = [(t, latent_Z) for t, own in enumerate(found) for latent_Z in own]
-    latent_CZ = torch.stack([latent_Z for _, latent_Z in rows])
+    rows = [(tasks[t], place) for t, own in enumerate(found) for place in range(len(own))]
+    latent_CZ = torch.stack([latent_Z for own in found for latent_Z in own])
     shown: list[Examples] = [()] * len(rows)
     if model.config.decoder.max_examples and config.method not in ("direct", "indirect"):
-        shown = [_views(model, tasks[t], 1, seed, 10 * turn + i)[0] for i, (t, _) in enumerate(rows)]
+        shown = [_views(model, task, 1, seed, (turn, place))[0] for task, place in rows]
     texts: Texts = [[] for _ in tasks]
     likeliest = beams(model, shown, latent_CZ, config.num_beams, config.max_new_tokens)
-    keys = [key_of(seed, tasks[t].key, "refined", turn, i) for i, (t, _) in enumerate(rows)]
+    keys = [key_of(seed, task.key, "refined", turn, place) for task, place in rows]
     drawn = sampled(model, shown, latent_CZ, config.num_samples, config.temperature, keys, config.max_new_tokens) \
         if config.num_samples else [[] for _ in rows]
-    for (t, _), first, second in zip(rows, likeliest, drawn, strict=True):
+    owners = [t for t, own in enumerate(found) for _ in own]
+    for t, first, second in zip(owners, likeliest, drawn, strict=True):
         texts[t] += [(text, "refined") for text in (*first, *second)]
     return texts
 

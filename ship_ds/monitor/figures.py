@@ -9,7 +9,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib
 
@@ -172,7 +172,7 @@ def comparison(runs: Sequence[Path]) -> Figure:
         direction, metric = _MEASURES[name]
         for offset, part, hatch, fill in ((-0.2, "seen", "", "0.75"), (0.2, "unseen", "////", "white")):
             found = [methods[m][direction].get(part, {}).get(metric) for m in own]
-            rows = [(row + offset, cell) for row, cell in enumerate(found) if cell is not None]
+            rows = [(row + offset, cell) for row, cell in enumerate(found) if _is_measured(cell)]
             values = [cell["value"] for _, cell in rows]
             errors = [[max(0, c["value"] - c["ci95"][0]) for _, c in rows], [max(0, c["ci95"][1] - c["value"]) for _, c in rows]]
             axes.barh(
@@ -190,8 +190,12 @@ def comparison(runs: Sequence[Path]) -> Figure:
     return figure
 
 
+def _is_measured(cell: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    return cell is not None and cell["value"] is not None
+
+
 def _curve(axes: Axes, xs: Sequence[float], cells: Sequence[Mapping[str, Any] | None], index: int, label: str) -> None:
-    points = [(x, cell) for x, cell in zip(xs, cells, strict=True) if cell is not None]
+    points = [(x, cell) for x, cell in zip(xs, cells, strict=True) if _is_measured(cell)]
     if not points:
         return
     values = [cell["value"] for _, cell in points]

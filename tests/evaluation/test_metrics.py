@@ -1,5 +1,6 @@
 """Exact match by hand, and intervals over tasks."""
 
+import json
 import math
 
 import pytest
@@ -56,6 +57,7 @@ def test_same_rows_give_the_same_interval() -> None:
 def test_no_task_is_not_a_score_of_zero() -> None:
     empty = score([])
     assert math.isnan(empty.value) and (empty.num_tasks, empty.num_examples) == (0, 0)
+    assert json.loads(json.dumps(empty.as_json(), allow_nan=False))["exact_match"] == {"value": None, "ci95": None}
 
 
 def test_json_has_the_reports_keys() -> None:
