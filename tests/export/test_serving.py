@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -57,11 +58,18 @@ def test_vllm_takes_a_folder_as_it_leaves(family: str, tmp_path: Path) -> None:
     assert modules <= {name.removesuffix(".weight") for name in theirs}
 
 
-def test_vllm_itself_loads_a_folder(tmp_path: Path) -> None:
+def test_vllm_itself_loads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loader alone runs without a GPU: `pip install --no-deps --target DIR vllm` and what its imports then ask for."""
     lora_model = pytest.importorskip("vllm.lora.lora_model", reason="vLLM is not installed")
+    monkeypatch.setattr(lora_model, "PIN_MEMORY", torch.cuda.is_available(), raising=False)
     export_one(make_ship("embedded"), Request("a", "reverse the list"), tmp_path / "a", PROBES)
     helper = pytest.importorskip("vllm.lora.peft_helper").PEFTHelper.from_local_dir(str(tmp_path / "a"), 128)
     loaded = lora_model.LoRAModel.from_local_checkpoint(
         str(tmp_path / "a"), LINEARS, helper, lora_model_id=1, device="cpu"
     )
     assert len(loaded.loras) == 28 and loaded.rank == 4
+    saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for name, found in loaded.loras.items():
+        assert found.lora_a.equal(saved[f"base_model.model.{name}.lora_A.weight"])
+        assert found.lora_b.equal(saved[f"base_model.model.{name}.lora_B.weight"])
+        assert found.scaling == helper.lora_alpha / helper.r
