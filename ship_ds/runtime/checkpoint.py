@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from ship_ds.config import CheckpointConfig
 from ship_ds.errors import UserError
 from ship_ds.runtime import ranks, repartition
-from ship_ds.runtime.pickles import foreign_classes, load_shard
+from ship_ds.runtime.pickles import load_shard, shard_problem
 
 STATE, PROGRESS, MANIFEST, LATEST = "state", "progress.json", "manifest.json", "latest"
 _FREE_TO_CHANGE = {
@@ -142,8 +142,8 @@ def _load_generators(path: Path) -> None:
 def _check_can_be_read(part: Path) -> None:
     """What `problem` would refuse later fails now, while the ones before are there to go back to."""
     for path in sorted(part.rglob("*.pt"))[ranks.rank() :: ranks.world_size()]:
-        if classes := foreign_classes(path):
-            raise RuntimeError(f"{path}: this version of DeepSpeed writes {classes[0]}: add it to ship_ds/runtime/pickles.py")
+        if reason := shard_problem(path):
+            raise RuntimeError(f"{path} {reason}: for another version of DeepSpeed add it to ship_ds/runtime/pickles.py")
 
 
 def _hash_shared_out(folder: Path) -> dict[str, dict[str, Any]]:
@@ -225,8 +225,8 @@ def problem(folder: Path) -> str | None:
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                         mine = f"{name} is not the file that was written"
-                if not mine and path.suffix == ".pt" and (classes := foreign_classes(path)):
-                    mine = f"{name} names {classes[0]}, which no shard of DeepSpeed's does"
+                if not mine and path.suffix == ".pt" and (reason := shard_problem(path)):
+                    mine = f"{name} {reason}"
             if mine:
                 break
     except (OSError, ValueError, KeyError) as error:

@@ -1,5 +1,6 @@
 """DeepSpeed's shards are pickles, which may name any code to run; here they may name what DeepSpeed's own do, and no more."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ def load_shard(path: Path) -> dict[str, Any]:
     return found
 
 
-def foreign_classes(path: Path) -> list[str]:
-    """What a shard names beside tensors, plain values and DeepSpeed's own; nothing is unpickled."""
-    with torch.serialization.safe_globals(_trusted()):
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+def shard_problem(path: Path) -> str | None:
+    """Why `load_shard` would not open the file, or None; nothing is unpickled."""
+    try:
+        with torch.serialization.safe_globals(_trusted()):
+            classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):  # not a zip, a broken one, or one without a pickle
+        return "is not a file that torch.save writes today"
+    return f"names {classes[0]}, which no shard of DeepSpeed's does" if classes else None

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ def test_a_shard_that_names_other_code_is_refused_before_it_is_opened(
     with pytest.raises(UserError, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt names .*print"):
         trainable_state(tmp_path / "step")
     assert "opened" not in capsys.readouterr().out
+
+
+def legacy(path: Path) -> None:
+    torch.save({"w": torch.randn(2)}, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [
+    legacy, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PK\x03\x04 and no zip"),
+], ids=["legacy", "empty", "broken zip"])
+def test_a_shard_that_torch_cannot_look_into_is_refused_by_name(tmp_path: Path, write: Callable[[Path], object]) -> None:
+    write_shards(tmp_path / "step", {"w": torch.randn(4)}, 1)
+    write(tmp_path / "step" / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    write_manifest(tmp_path / "step")
+    with pytest.raises(UserError, match=r"rank_0_mp_rank_00_optim_states\.pt is not a file that torch\.save writes"):
+        trainable_state(tmp_path / "step")
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
