@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: setup
 	rm -rf runs/quickstart
 	$(BIN)/torchrun --nproc-per-node 2 -m ship_ds.train --config quickstart
-	$(BIN)/ship-ds deduce "replace 3 by 1" --run runs/quickstart --out runs/quickstart/adapter
+	$(BIN)/ship-ds deduce "add 5 to element 2" --run runs/quickstart --out runs/quickstart/adapter
 
 lint: setup
 	$(BIN)/ruff check .

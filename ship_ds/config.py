@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -26,12 +24,9 @@ from pydantic import (
 from ship_ds.data.files import FilesConfig
 from ship_ds.data.rules import RulesConfig
 from ship_ds.errors import UserError
+from ship_ds.section import Section
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RunConfig(Section):
@@ -73,7 +68,8 @@ class TaskLlmConfig(Section):
 
 
 class EncoderConfig(Section):
-    base: str = "embedded"
+    base: str = ""
+    """As the Task LLM's; empty: that very one."""
     quantisation: Literal["nf4", "none"] = "none"
     tuning: Tuning = FullTuning()
 
@@ -137,6 +133,14 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
     """auto: flash_attn if it is installed, else torch's variable-length kernel; SDPA where there is no CUDA."""
 
+    @model_validator(mode="after")
+    def _one_base_for_all(self) -> "ModelConfig":
+        for name in ("encoder", "decoder"):
+            part = getattr(self, name)
+            if not part.base:
+                object.__setattr__(self, name, part.model_copy(update={"base": self.task_llm.base}))
+        return self
+
 
 class LossConfig(Section):
     task: NonNegativeFloat = 1.0
@@ -167,11 +171,11 @@ class TrainingConfig(Section):
     """Stop after this many non-finite steps in a row."""
     deepspeed: str = "zero3"
     """A file of ds_configs/ (without .json) or a path."""
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """CPU threads a rank; None: torch's own choice."""
-    hang_minutes: PositiveFloat | None = 30
+    hang_minutes: PositiveFloat | None = Field(20, le=25)
     """Without a step for so long, a rank dumps its stacks and ends the run with code 76; an evaluation or a checkpoint has to
-    take less. None: never."""
+    take less. At most 25, since ZeRO's process groups fail by themselves after 30, naming nobody. None: never."""
     grace_seconds: PositiveFloat = 270
     """From USR1 or TERM to the forced exit (code 77) when no step boundary comes; below the seconds of `#SBATCH --signal`."""
 
@@ -191,7 +195,7 @@ class EvaluationConfig(Section):
     num_tasks: PositiveInt = 64
     """Seen rules, and dev rules, looked at while training."""
     num_final_tasks: PositiveInt = 1_000_000
-    """Seen rules in the final report; all unseen ones are always used."""
+    """Seen rules in the final report; all dev and unseen ones are always used."""
     ends_with_report: bool = True
     """False: the run ends with its bundle."""
     examples_per_task: PositiveInt = 5
@@ -199,7 +203,12 @@ class EvaluationConfig(Section):
     max_instruction_tokens: PositiveInt = 40
 
 
-DataConfig = Annotated[RulesConfig | FilesConfig, Field(discriminator="kind")]
+def _rules_unless_a_path(values: Any) -> Any:
+    """So that `data.num_seen=100` needs no kind beside it."""
+    return {"kind": "files" if "path" in values else "rules"} | values if isinstance(values, dict) else values
+
+
+DataConfig = Annotated[RulesConfig | FilesConfig, Field(discriminator="kind"), BeforeValidator(_rules_unless_a_path)]
 
 
 class Config(Section):
@@ -220,6 +229,12 @@ class Config(Section):
             raise ValueError(
                 f"training.accumulation ({self.training.accumulation}) must divide training.tasks_per_step "
                 f"({self.training.tasks_per_step}): change one of them"
+            )
+        bases = [self.model.task_llm.base, self.model.encoder.base, self.model.decoder.base]
+        if isinstance(self.data, RulesConfig) and self.data.seed and "embedded" in bases:
+            raise ValueError(
+                f"data.seed={self.data.seed}: the embedded model learnt the seen rules of seed 0, unseen ones of this seed among "
+                "them: keep 0, or give bases of your own"
             )
         if self.model.decoder.drop_latent and not self.model.decoder.max_examples:
             raise ValueError("model.decoder.drop_latent needs model.decoder.max_examples above 0: set it, or drop_latent to 0")

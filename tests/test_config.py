@@ -63,6 +63,22 @@ def test_file_that_is_no_config_is_one_line(tmp_path: Path, text: str, message: 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("override", "message"), [
+    ("training.steps=true", "training: steps: true and false are no value of it"),
+    ("data.num_seen=true", "data: num_seen: true and false"), ("optimiser.lr=.inf", "optimiser.lr: Input should be a finite"),
+    ("training.threads=-3", "training.threads: "), ("data.test_examples=0", "data.test_examples: "),
+    ("training.hang_minutes=40", "training.hang_minutes: "), ("data.seed=1", "data.seed=1: the embedded model learnt"),
+])
+def test_values_that_mean_nothing_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", [override])
+
+
+def test_encoder_and_decoder_take_the_task_llms_base_unless_they_have_their_own() -> None:
+    model = load_config("quickstart", ["model.task_llm.base=X", "model.decoder.base=Y"]).model
+    assert (model.encoder.base, model.decoder.base, model.task_llm.base) == ("X", "Y", "X")
+
+
 def test_unknown_source_lists_the_recipes() -> None:
     with pytest.raises(UserError, match="no such config file, and no recipe of that name; the recipes are .*quickstart"):
         load_config("quikstart")

@@ -1,6 +1,6 @@
 """From what a training run left to what other software loads: checkpoint -> bundle -> adapters -> merged models.
 
-    python tools/convert.py runs/quickstart --out deploy --instruction "replace 3 by 1" --target original --target nf4
+    python tools/convert.py runs/quickstart --out deploy --instruction "add 5 to element 2" --target original --target nf4
     python tools/convert.py runs/x/checkpoints/step-00000400 --out deploy --file instructions.txt
 
 writes deploy/bundle (unless the run has one), deploy/adapters/NAME for each instruction and deploy/merged/NAME-TARGET. Each

@@ -4,22 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from ship_ds.data.filters import FilterConfig, apply_filters
 from ship_ds.data.readers import Format, read_tasks
 from ship_ds.data.splits import SplitConfig, split_tasks
 from ship_ds.data.task import Splits
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
+from ship_ds.section import Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class FilesConfig(BaseModel):
+class FilesConfig(Section):
     """Tasks of a file or folder in any format of data/readers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["files"] = "files"
     path: str

@@ -4,19 +4,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 
 from ship_ds.data.splits import HeldOutExample
 from ship_ds.data.task import Example, Task
+from ship_ds.section import Section
 
 
-class FilterConfig(BaseModel):
+class FilterConfig(Section):
     """None: no limit. An input's words are parted by single spaces, as in SHIP's code; an instruction's by white space.
 
     Whatever the limits, exact repeats of an example are left out, and tasks with nothing to train or to test on.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_input_words: PositiveInt | None = None
     """Examples whose input has this many words or more are left out."""

@@ -7,7 +7,8 @@ the world a fair test of instruction -> parameters:
 - rules are distinct by behaviour: two that agree on 95 % of 500 fixed inputs are one, and only the first is kept;
 - inputs are drawn around a rule's own parameters, so that a neighbouring rule (greater than 5) answers them wrongly;
 - dev and unseen rules are parted before anything is trained, the tiny language model included, and an unseen rule is
-  unseen for a named reason: its parameters, its pairing of two steps, or its whole family.
+  unseen for a named reason: its parameters, its pairing of two steps (one of which may be unseen too), or its whole
+  family. It is no step of a seen composition either.
 
 Letters: U rules, F fixed inputs.
 """
@@ -19,9 +20,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import PositiveInt
 
 from ship_ds.data.task import Example, Splits, SplitTask, Task
+from ship_ds.errors import UserError
+from ship_ds.section import Section
 
 MAX_VALUE = 9
 MIN_LENGTH, MAX_LENGTH = 4, 6
@@ -32,16 +35,14 @@ Numbers = tuple[int, ...]
 Step = Callable[[Numbers], Numbers]
 
 
-class RulesConfig(BaseModel):
+class RulesConfig(Section):
     """The generated world: `seed` fixes rules and split; the counts are per rule (examples) or in all (unseen, dev)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["rules"] = "rules"
     seed: int = 0
-    train_examples: int = 48
-    test_examples: int = 10
-    num_seen: int | None = None
+    train_examples: PositiveInt = 48
+    test_examples: PositiveInt = 10
+    num_seen: PositiveInt | None = None
     """Train on the first `num_seen` seen rules alone (spread over the families); None: all of them."""
 
 
@@ -61,7 +62,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Rule:
-    """One behaviour with its wordings; `held_out` is the wording that training never shows."""
+    """One behaviour with its wordings; `held_out` is the wording that training never shows. steps: the two of a composition."""
 
     family: str
     name: str
@@ -69,6 +70,7 @@ class Rule:
     wordings: tuple[str, ...]
     held_out: str
     hints: Numbers
+    steps: tuple["Rule", ...] = ()
 
 
 def _singles(values: Sequence[int]) -> tuple[Numbers, ...]:
@@ -310,7 +312,7 @@ UNSEEN_FAMILIES: tuple[Family, ...] = (
 _COMPOSED_FIRST = ("keep_greater", "keep_less", "remove_value", "add", "remove_at", "reverse", "keep_even", "keep_odd",
                    "replace_value", "swap", "take_first", "take_last", "drop_last")
 _COMPOSED_SECOND = ("add", "prepend", "append", "reverse", "remove_value", "take_first", "take_last", "remove_at")
-_RULES_PER_PAIR = 12
+_RULES_PER_PAIR = 15
 _NUM_SEEN_PAIRS, _NUM_UNSEEN_PAIRS = 64, 8
 _RULES_PER_UNSEEN_PAIR = 4
 _NUM_DEV_PARAMETER, _NUM_UNSEEN_PARAMETER = 48, 84
@@ -320,9 +322,11 @@ _JOINTS = ("{first} and then {second}", "first {first} then {second}", "{first} 
 
 
 def build_world(config: RulesConfig) -> Splits:
-    """Every rule with its examples, parted into seen, dev and unseen."""
+    """Every rule with its examples, parted into seen, dev and unseen. Raises UserError where fewer are seen than asked for."""
     seen, dev, unseen = part_rules(config.seed)
     if config.num_seen is not None:
+        if config.num_seen > len(seen):
+            raise UserError(f"data.num_seen: {config.num_seen} of {len(seen)} seen rules: give fewer, or null for all")
         seen = random.Random(config.seed).sample(seen, config.num_seen)
     return Splits(
         seen=tuple(_split_task(rule, "", config) for rule in seen),
@@ -348,9 +352,10 @@ def part_rules(seed: int) -> tuple[list[Rule], list[tuple[Rule, str]], list[tupl
     parameterised = [rule for rule in known if sum(other.family == rule.family for other in known) >= 8]
     held = rng.sample(parameterised, _NUM_DEV_PARAMETER + _NUM_UNSEEN_PARAMETER)
     held_names = {rule.name for rule in held}
+    known = [rule for rule in known if not {rule.name, *(step.name for step in rule.steps)} & held_names]
     dev_held, unseen_held = held[:_NUM_DEV_PARAMETER], held[_NUM_DEV_PARAMETER:]
     return (
-        [rule for rule in known if rule.name not in held_names],
+        known,
         [(rule, "parameter") for rule in dev_held] + [(rule, "composition") for rule in dev_composition],
         [(rule, "parameter") for rule in unseen_held] + [(rule, "composition") for rule in composition]
         + [(rule, "family") for rule in family],
@@ -397,7 +402,43 @@ def _composed_rule(first: Rule, second: Rule) -> Rule:
         wordings=wordings[:-1],
         held_out=wordings[-1],
         hints=first.hints + second.hints,
+        steps=(first, second),
     )
+
+
+def other_compositions(seed: int, per_pair: int) -> list[Rule]:
+    """Compositions outside the world, at most `per_pair` of each pairing: what a base model may learn besides seen rules.
+
+    None of them is paired like, behaves like, or has as a step a dev or an unseen rule.
+    """
+    seen, dev, unseen = part_rules(seed)
+    held = [rule for rule, _ in dev + unseen]
+    held_names = {rule.name for rule in held}
+    names = held_names | {rule.name for rule in seen}
+    held_pairs = {rule.family for rule, kind in dev + unseen if kind == "composition"}
+    by_name = {family.name: family for family in FAMILIES}
+    rng = random.Random(f"other compositions {seed}")
+    rules = [
+        rule
+        for first, second in itertools.product(_COMPOSED_FIRST, _COMPOSED_SECOND)
+        if first != second and f"{first}+{second}" not in held_pairs
+        for rule in _compose((by_name[first], by_name[second]), per_pair, rng)
+        if rule.name not in names and not {step.name for step in rule.steps} & held_names
+    ]
+    answers_UF = behaviour([*held, *rules])
+    of_held_UF, of_rules_UF = answers_UF[: len(held)], answers_UF[len(held) :]
+    return [
+        rule for rule, answers_F in zip(rules, of_rules_UF, strict=True)
+        if (of_held_UF == answers_F).mean(axis=1).max() < SAME_RULE_AGREEMENT
+    ]
+
+
+def draw_wording(rule: Rule, rng: random.Random) -> str:
+    """One of the rule's wordings; of a composition also such as put other wordings of its steps together."""
+    if not rule.steps:
+        return rng.choice(rule.wordings)
+    first, second = (rng.choice(step.wordings) for step in rule.steps)
+    return rng.choice(_JOINTS[:-1]).format(first=first, second=second)
 
 
 def fixed_inputs() -> list[Numbers]:

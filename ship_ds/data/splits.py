@@ -7,9 +7,10 @@ sets with a Jaccard index of 0.8 or more (Super-NaturalInstructions has many nea
 import random
 from collections.abc import Iterable, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from ship_ds.data.task import DataError, Example, Splits, SplitTask, Task
+from ship_ds.section import Section
 
 SAME_RULE_JACCARD = 0.8
 
@@ -22,10 +23,8 @@ def hold_out(example: Example) -> HeldOutExample:
     return HeldOutExample(example.input, example.target, example.references)
 
 
-class SplitConfig(BaseModel):
+class SplitConfig(Section):
     """The shares are of rules."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = 0
     unseen_share: float = Field(0.1, gt=0, lt=1)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 
 from ship_ds.data.task import DataError, Example, Task
+from ship_ds.section import Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,10 +20,8 @@ Policy = Literal["cut_end", "cut_middle", "cut_start", "drop"]
 _CHUNK = 4096
 
 
-class FieldLimit(BaseModel):
+class FieldLimit(Section):
     """At most `tokens` (None: any number). `drop` leaves out the text: a wording, an answer, or an input with its example."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: PositiveInt | None = None
     policy: Policy = "cut_end"
@@ -46,9 +45,7 @@ class TargetLimit(FieldLimit):
     policy: Policy = "drop"
 
 
-class TruncationConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class TruncationConfig(Section):
     instruction: InstructionLimit = InstructionLimit()
     input: InputLimit = InputLimit()
     target: TargetLimit = TargetLimit()

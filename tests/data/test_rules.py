@@ -1,5 +1,6 @@
 """The generated world keeps what its docstring promises."""
 
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -7,8 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ship_ds.data.rules import FAMILIES, UNSEEN_FAMILIES, RulesConfig, behaviour, build_world, draw_examples, part_rules
+from ship_ds.data.rules import (
+    FAMILIES,
+    UNSEEN_FAMILIES,
+    RulesConfig,
+    behaviour,
+    build_world,
+    draw_examples,
+    draw_wording,
+    other_compositions,
+    part_rules,
+)
 from ship_ds.data.task import Splits
+from ship_ds.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +78,32 @@ def test_the_same_seed_gives_the_same_world(world: Splits) -> None:
     assert build_world(RulesConfig(seed=1)).seen[0].train != world.seen[0].train
 
 
-def test_drawn_inputs_are_distinct() -> None:
-    import random
+def test_what_a_base_model_learns_besides_is_no_dev_or_unseen_rule_by_name_pairing_or_behaviour() -> None:
+    seen, dev, unseen = part_rules(0)
+    held = [rule for rule, _ in dev + unseen]
+    other = other_compositions(0, per_pair=12)
+    assert len(other) > 200 and not {rule.name for rule in other} & {rule.name for rule in (*seen, *held)}
+    assert not {rule.family for rule in other} & {rule.family for rule, kind in dev + unseen if kind == "composition"}
+    assert not {step.name for rule in (*seen, *other) for step in rule.steps} & {rule.name for rule in held}
+    answers_UF = behaviour([*held, *other])
+    for answers_F in answers_UF[len(held) :]:
+        assert (answers_UF[: len(held)] == answers_F).mean(axis=1).max() < 0.95
 
+
+def test_more_seen_rules_than_there_are_is_one_line() -> None:
+    with pytest.raises(UserError, match="data.num_seen: 100000 of "):
+        build_world(RulesConfig(num_seen=100_000))
+
+
+def test_a_wording_is_drawn_from_those_that_training_may_show() -> None:
+    rule = next(rule for rule in part_rules(0)[0] if rule.steps)
+    rng = random.Random(0)
+    drawn = {draw_wording(rule, rng) for _ in range(400)}
+    assert drawn > set(rule.wordings) and rule.held_out not in drawn
+    assert not [text for text in drawn for step in rule.steps if step.held_out in text]
+
+
+def test_drawn_inputs_are_distinct() -> None:
     rule = part_rules(0)[0][0]
     assert len({example.input for example in draw_examples(rule, 50, random.Random(0))}) == 50
 
