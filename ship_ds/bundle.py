@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ship_ds.config import Config, parse_config
+from ship_ds.config import Config, LoraTuning, parse_config
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
+from ship_ds.export.base_weights import BaseWeights
 from ship_ds.folder import refuse_existing, whole_folder
 from ship_ds.inference import checks
 from ship_ds.inference.adapters import WeightInduction, induce_from_behaviour, induce_from_weights, read_adapter
@@ -28,12 +29,14 @@ from ship_ds.inference.induction import Induction, InductionConfig, Say, induce_
 from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
 from ship_ds.inference.reasoning import Reasoning, reason_many
 from ship_ds.model.adapters import Adapter
-from ship_ds.model.backbone import load_tokenizer
+from ship_ds.model.backbone import base_folder, load_tokenizer
 from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
 from ship_ds.tensor_file import TensorFile
 
 WEIGHTS, CONFIG, PROMPT, MANIFEST = "ship.safetensors", "config.json", "prompt_format.json", "manifest.json"
+BASES = "bases.json"
+"""Fingerprints of the frozen models, which are not in the bundle: under others of the same shape it would do other things."""
 KNOWN = "known_instructions.json"
 """One wording of every rule the run was trained on: what induction looks among first."""
 
@@ -58,10 +61,11 @@ def sha256(path: Path) -> str:
 
 
 def write_bundle(
-    folder: Path, state: Mapping[str, Tensor], config: Config, prompt_format: Mapping[str, Any], known: Sequence[str]
+    folder: Path, state: Mapping[str, Tensor], config: Config, prompt_format: Mapping[str, Any], bases: Mapping[str, str],
+    known: Sequence[str],
 ) -> None:
     """state: every trainable parameter of ShipModel by name; each is asked for once, and let go when it is on disk.
-    known: the instructions of the seen tasks.
+    bases: `frozen_bases` as training began. known: the instructions of the seen tasks.
 
     Raises UserError, leaving no bundle, when the disk is full."""
     with whole_folder(folder) as part:
@@ -70,10 +74,18 @@ def write_bundle(
                 file.add(name, state[name])
         (part / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
         (part / PROMPT).write_text(json.dumps(prompt_format, indent=2) + "\n")
+        (part / BASES).write_text(json.dumps(dict(bases), indent=2) + "\n")
         (part / KNOWN).write_text(json.dumps(list(known), indent=0, ensure_ascii=False) + "\n")
-        names = (WEIGHTS, CONFIG, PROMPT, KNOWN)
+        names = (WEIGHTS, CONFIG, PROMPT, BASES, KNOWN)
         manifest = {name: {"bytes": (part / name).stat().st_size, "sha256": sha256(part / name)} for name in names}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def frozen_bases(config: Config) -> dict[str, str]:
+    """Fingerprint of each model that the run did not train whole, by its name in the config (see BaseWeights)."""
+    model = config.model
+    names = [model.task_llm.base, *(role.base for role in (model.encoder, model.decoder) if isinstance(role.tuning, LoraTuning))]
+    return {name: BaseWeights(base_folder(name)).fingerprint for name in names}
 
 
 def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
@@ -87,7 +99,8 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     config = parse_config(progress.config, str(checkpoint_folder / checkpoint.PROGRESS))
     state = checkpoint.trainable_state(checkpoint_folder)
     prompts = PromptFormat(load_tokenizer(config.model.task_llm.base))
-    write_bundle(out, state, config, prompts.describe(), progress.known_instructions)
+    check_bases(checkpoint_folder, frozen_bases(config), progress.bases)
+    write_bundle(out, state, config, prompts.describe(), progress.bases, progress.known_instructions)
 
 
 def bundle_folder(path: str | Path) -> Path:
@@ -103,6 +116,22 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
             raise UserError(f"{path}: missing or not the file that {MANIFEST} lists; write the bundle again")
+
+
+def read_bases(folder: Path) -> dict[str, str]:
+    """Empty for a bundle of an earlier version, which does not say what it was trained around."""
+    found: dict[str, str] = json.loads((folder / BASES).read_text()) if (folder / BASES).is_file() else {}
+    return found
+
+
+def check_bases(folder: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """found: the frozen models as they are now. Raises UserError where one is not what the bundle or checkpoint expects."""
+    for name in found.keys() & expected.keys():
+        if found[name] != expected[name]:
+            raise UserError(
+                f"{folder}: trained around {name} with fingerprint {expected[name][:12]}, and this one has {found[name][:12]}: "
+                "put that model back, or train again"
+            )
 
 
 class Ship:
@@ -124,6 +153,7 @@ class Ship:
         model = ShipModel(config.model.model_copy(update={"attention": "auto"}), device=device)
         if model.prompts.describe() != json.loads((folder / PROMPT).read_text()):
             raise UserError(f"{folder / PROMPT}: the base model's tokenizer or this version gives another prompt format")
+        check_bases(folder, frozen_bases(config), read_bases(folder))
         load_trainable(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
         # Bundles of earlier versions know no instructions.
         known = json.loads((folder / KNOWN).read_text()) if (folder / KNOWN).is_file() else []

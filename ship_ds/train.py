@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +22,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ship_ds.bundle import WEIGHTS, Ship, bundle_folder, load_trainable, verify, write_bundle
+from ship_ds.bundle import (
+    WEIGHTS,
+    Ship,
+    bundle_folder,
+    check_bases,
+    frozen_bases,
+    load_trainable,
+    read_bases,
+    verify,
+    write_bundle,
+)
 from ship_ds.config import Config, TrainingConfig, load_config
 from ship_ds.data import files
 from ship_ds.data.rules import RulesConfig, build_world
@@ -71,15 +81,17 @@ class Trainer:
         ranks.start(config.training.threads, offloads_optimiser(read_deepspeed_config(config.training.deepspeed)))
         self.parts = engines.parts_per_step(config.training)
         torch.manual_seed(config.run.seed)
+        self.bases = frozen_bases(config)
         self.splits = read_splits(config, say)
         self.data_fingerprint = hashlib.sha256(repr(self.splits).encode()).hexdigest()
         model = ShipModel(config.model, engines.engine_dtype(config.training), shard=shards.at_load(config.training))
         say("parameters: " + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items()))
         cache_tokens(config, model, self.splits)
         if config.run.init_from is not None:
-            init_from(model, config.run.init_from)
+            init_from(model, config.run.init_from, self.bases)
         self.engine = engines.build_engine(model, config.optimiser, config.training)
         self.engine.train()
+        torch.manual_seed((config.run.seed << 16) + ranks.rank())  # dropout: a mask of its own on each rank
         self.model: ShipModel = self.engine.module
         self.sampler = StepSampler(
             self.splits.seen, config.run.seed, config.training.tasks_per_step, config.training.examples_per_task,
@@ -91,7 +103,8 @@ class Trainer:
         self.num_bad_steps = 0
         self.dev_score: tuple[int, float] | None = None
         self.owes_evaluation = False
-        self.saved: checkpoint.Progress | None = None
+        self.saved: tuple[int, bool, float | None] | None = None
+        """Of the newest checkpoint: step, whether its evaluation is owed, score on dev."""
         self.resume()
         self.monitor = self.open_monitor() if ranks.rank() == 0 else None
 
@@ -105,12 +118,15 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint of the run folder, when there is one."""
-        good = checkpoint.newest_good(self.folder / "checkpoints", say)
+        good = checkpoint.newest_good_alone(self.folder / "checkpoints", say)
         if good is None:
             return
+        check_bases(good, self.bases, checkpoint.read_progress(good).bases)
         progress = checkpoint.load(self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint, say)
         self.step, self.num_bad_steps, self.owes_evaluation = progress.step, progress.num_bad_steps, progress.owes_evaluation
         self.watch.seconds, self.watch.tokens = progress.seconds, progress.tokens
+        self.dev_score = None if progress.dev_score is None else (progress.step, progress.dev_score)
+        self.saved = (progress.step, progress.owes_evaluation, progress.dev_score)
         say(f"resumed from {good}, after step {progress.step}")
 
     def train(self) -> None:
@@ -223,11 +239,14 @@ class Trainer:
         for part, tasks in (("seen", self.splits.seen), ("dev", self.splits.dev)):
             self.stop.raise_if_asked()
             few = tasks[:: max(1, len(tasks) // config.num_tasks)][: config.num_tasks]
-            rows = deduction(self.model, few, [t.task.instruction for t in few], config.examples_per_task, config.max_new_tokens)
+            rows = deduction(
+                self.model, few, [t.task.instruction for t in few], config.examples_per_task, config.max_new_tokens,
+                ranks.any_over_ranks,
+            )
             scalars[f"deduction/{part}"] = score(rows).value
         pairs: list[tuple[str, str]] = []
         reconstruction(self.model, self.splits.seen[:4] + self.splits.dev[:4], config.max_instruction_tokens,
-                       lambda true, text: pairs.append((true, text)))
+                       lambda true, text: pairs.append((true, text)), ranks.any_over_ranks)
         self.model.train()
         self.dev_score = (self.step, scalars["deduction/dev"])
         self.owes_evaluation = False
@@ -238,14 +257,16 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""
         score_here = self.dev_score[1] if self.dev_score is not None and self.dev_score[0] == self.step else None
+        state = (self.step, self.owes_evaluation, score_here)
+        if state == self.saved:
+            return
         progress = checkpoint.Progress(
             self.step, self.watch.seconds, self.watch.tokens, self.num_bad_steps, ranks.world_size(),
             self.config.model_dump(mode="json"), self.data_fingerprint, score_here, self.owes_evaluation,
-            self.known_instructions(),
+            self.known_instructions(), self.bases,
         )
-        if progress != self.saved:
-            checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
-            self.saved = progress
+        checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
+        self.saved = state
 
     def known_instructions(self) -> list[str]:
         return [task.task.instruction for task in self.splits.seen]
@@ -263,7 +284,9 @@ class Trainer:
         self.stop.leave_at_once()
         state = engines.gathered_state(self.engine)
         if ranks.rank() == 0:
-            write_bundle(self.folder / "bundle", state, self.config, self.model.prompts.describe(), self.known_instructions())
+            write_bundle(
+                self.folder / "bundle", state, self.config, self.model.prompts.describe(), self.bases, self.known_instructions()
+            )
         if self.monitor is not None:
             self.monitor.close()
         ranks.barrier()
@@ -321,10 +344,11 @@ def cache_tokens(config: Config, model: ShipModel, splits: Splits) -> None:
         ranks.barrier()
 
 
-def init_from(model: ShipModel, source: str) -> None:
-    """Start from the weights of another run's bundle; its model section has to be the same."""
+def init_from(model: ShipModel, source: str, bases: Mapping[str, str]) -> None:
+    """Start from the weights of another run's bundle, trained around the same bases."""
     folder = bundle_folder(source)
     verify(folder)
+    check_bases(folder, bases, read_bases(folder))
     load_trainable(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
 
 

@@ -2,8 +2,9 @@
 # Train on a Slurm cluster: one process per GPU, or per task on CPU nodes. Preempted, out of time, or after the loss of a
 # node, the job is requeued and goes on from its last checkpoint.
 #
-#   sbatch slurm/train.sh --config pretrain-7b data.path=DATA                            # one node of 8 GPUs
-#   sbatch --nodes=4 --time=12:00:00 slurm/train.sh --config pretrain-7b data.path=DATA  # sbatch's options before the script
+#   sbatch slurm/train.sh --config pretrain-7b model.task_llm.base=MODEL data.path=DATA                    # one node of 8 GPUs
+#   sbatch --nodes=4 --time=12:00:00 slurm/train.sh --config pretrain-7b model.task_llm.base=MODEL data.path=DATA \
+#       training.tasks_per_step=32                                                       # sbatch's options before the script
 #   sbatch --gres=none --ntasks-per-node=2 --cpus-per-task=1 slurm/train.sh --config quickstart            # without GPUs
 #   sbatch --array=0-4 slurm/train.sh --config quickstart run.seed=%a run.folder=runs/seed-%a              # %a: the index
 #   SWEEP=sweep.txt sbatch --array=1-6 slurm/train.sh --config quickstart run.folder=runs/sweep-%a         # + its line %a
@@ -47,19 +48,25 @@ cd "$REPOSITORY"
 
 ARGUMENTS=("$@")
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    [[ "$*" == *%a* ]] || fail "an array needs %a in run.folder, such as run.folder=runs/seed-%a; else its jobs share a folder"
     if [[ -n $SWEEP ]]; then
         LINE=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP") || fail "$SWEEP: cannot be read"
         [[ -n $LINE ]] || fail "$SWEEP: has no line $SLURM_ARRAY_TASK_ID"
         read -ra MORE <<<"$LINE"
         ARGUMENTS+=("${MORE[@]}")
     fi
+    [[ " ${ARGUMENTS[*]}" =~ " run.folder="[^[:space:]]*%a ]] ||
+        fail "an array needs %a in run.folder, such as run.folder=runs/seed-%a; else its jobs share a folder"
     ARGUMENTS=("${ARGUMENTS[@]//%a/$SLURM_ARRAY_TASK_ID}")
 fi
 
 # Bad input ends here, in seconds and with one line, before the ranks start and load a model.
 RUN=$($CONTAINER "$PYTHON" -m ship_ds.runtime.preflight "${ARGUMENTS[@]}")
 LOGS=$RUN/logs/job-${SLURM_JOB_ID:-N}
+# The ranks need no `scontrol`, which containers lack.
+if [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
+    SHIP_DS_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
+    export SHIP_DS_NODES
+fi
 # --wait, not --kill-on-bad-exit: ranks that were preempted leave one by one with 75, and all of them have to.
 JOB=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=120 --open-mode=append --output="$LOGS/rank-%t.log"
      $CONTAINER "$PYTHON" -u -m ship_ds.train "${ARGUMENTS[@]}")

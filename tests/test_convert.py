@@ -12,7 +12,7 @@ from tools import convert
 def test_a_checkpoint_becomes_a_merged_model_and_nothing_is_made_twice(
     two_rank_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["tools/convert.py", str(two_rank_run / "checkpoints" / "step-00000020"), "--out", str(tmp_path / "out"),
+    command = ["tools/convert.py", str(two_rank_run / "checkpoints" / "step-00000012"), "--out", str(tmp_path / "out"),
                "--instruction", "put 7 at the front", "--target", "dequantised", "--no-drift"]
     done = start(command)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -48,17 +48,27 @@ def test_one_rank_and_two_take_the_same_losses(
 ) -> None:
     """Both in fp32; the tolerance is bf16's rounding, far above what another order of summation does."""
     one, two = rows(one_rank_run), rows(two_rank_run)
-    assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(20))
+    assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(12))
     for left, right in zip(one, two, strict=True):
         for name in ("loss/total", "loss/task", "loss/reconstruction", "loss/kl"):
             assert left[name] == pytest.approx(right[name], rel=4e-3), (left["step"], name)
+
+
+def test_an_evaluation_joins_the_row_of_the_step_before_it(
+    two_rank_run: Path, rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    looked = [json.loads(line) for line in (two_rank_run / "evaluations.jsonl").read_text().splitlines()]
+    joined = {row["step"]: row for row in rows(two_rank_run) if "deduction/dev" in row}
+    assert [row["step"] for row in looked] == [step + 1 for step in joined] == [4, 8, 12]
+    assert all(joined[row["step"] - 1]["deduction/dev"] == row["deduction/dev"] for row in looked)
+    assert all("loss/total" in row and "deduction/seen" in row for row in joined.values())
 
 
 def test_tensorboard_has_the_scalars_of_every_step(two_rank_run: Path) -> None:
     board = EventAccumulator(str(two_rank_run / "tensorboard"))
     board.Reload()
     for name in ("loss/total", "loss/task", "loss/reconstruction", "loss/kl", "latent/active_units", "optimiser/lr"):
-        assert [event.step for event in board.Scalars(name)] == list(range(20))
+        assert [event.step for event in board.Scalars(name)] == list(range(12))
     assert "deduction/dev" in board.Tags()["scalars"]
     assert (two_rank_run / "loss.png").stat().st_size > 1000
 

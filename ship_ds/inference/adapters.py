@@ -20,11 +20,14 @@ from torch import Tensor
 
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
+from ship_ds.export.base_weights import BaseWeights
+from ship_ds.export.origin import ORIGIN, read_origin
 from ship_ds.inference.bank import Bank, encode_all
 from ship_ds.inference.gradient import descend_on, descend_to_behaviour
 from ship_ds.inference.induction import Induction, InductionConfig, Say, induce_many, silent, widened
 from ship_ds.inference.proposals import beams, key_of, sampled
 from ship_ds.model.adapters import AdaptedLinear, LoraAdapter
+from ship_ds.model.backbone import base_folder
 from ship_ds.model.ship import ShipModel
 
 _SETTINGS, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -54,6 +57,7 @@ class WeightInduction:
 def read_adapter(model: ShipModel, folder: Path) -> LoraAdapter:
     """A PEFT LoRA folder as an adapter of one task. Raises UserError when it is no such folder or of another base."""
     settings = _settings(folder)
+    _check_origin(model, folder)
     try:
         tensors = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -62,7 +66,10 @@ def read_adapter(model: ShipModel, folder: Path) -> LoraAdapter:
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name in sorted(name for name in tensors if name.endswith("lora_A.weight")):
         path = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        a_RI, b_OR = tensors[name].float(), tensors[name.replace("lora_A", "lora_B")].float()
+        partner = name.replace("lora_A", "lora_B")
+        if partner not in tensors:
+            raise UserError(f"{folder / _WEIGHTS}: has {name} and no {partner}; save the adapter again")
+        a_RI, b_OR = tensors[name].float(), tensors[partner].float()
         _check_site(folder, path, a_RI, b_OR, sites)
         factors[path] = (a_RI[None].to(model.device), b_OR[None].to(model.device))
     if not factors:
@@ -81,10 +88,24 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON: {error}") from None
     if settings.get("peft_type") != "LORA" or "r" not in settings or "lora_alpha" not in settings:
         raise UserError(f"{path}: peft_type is {settings.get('peft_type')}; only LORA with r and lora_alpha can be read")
+    if settings.get("bias", "none") != "none":
+        raise UserError(f"{path}: bias is {settings['bias']}, which this reader does not know; save the adapter without it")
     for key in _UNSUPPORTED:
         if settings.get(key):
             raise UserError(f"{path}: {key} is set, which this reader does not know; save the adapter without it")
     return settings
+
+
+def _check_origin(model: ShipModel, folder: Path) -> None:
+    """Our own adapters say which weights they were made for; one of the same shapes would pass every other check."""
+    if not (folder / ORIGIN).is_file():
+        return
+    origin, base = read_origin(folder), model.config.task_llm.base
+    if BaseWeights(base_folder(base)).fingerprint != origin.base_fingerprint:
+        raise UserError(
+            f"{folder}: made for {origin.base} with fingerprint {origin.base_fingerprint[:12]}, which is not this run's {base}: "
+            "an adapter of another base model"
+        )
 
 
 def _check_site(folder: Path, path: str, a_RI: Tensor, b_OR: Tensor, sites: dict[str, torch.nn.Module]) -> None:

@@ -19,6 +19,7 @@ class Monitor:
         self.folder = folder
         self._drop_rows_after(first_step)
         self.rows = (folder / "metrics.jsonl").open("a")
+        self._last_row: dict[str, float | None] = {}
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", mininterval=5, dynamic_ncols=True)
 
@@ -35,24 +36,36 @@ class Monitor:
     def step(self, step: int, scalars: Mapping[str, float]) -> None:
         """A value that is not finite is null in metrics.jsonl (JSON has no NaN) and NaN in TensorBoard."""
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self.rows.write(json.dumps({"step": step, **finite}) + "\n")
-        self.rows.flush()
+        self._last_row = {"step": step, **finite}
+        self._place = self.rows.tell()
+        self._write_row()
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step)
         self.bar.update()
         speed = scalars["speed/tokens_per_second"]
         self.bar.set_postfix_str(f"loss {scalars['loss/total']:.3f}, {speed:.0f} tokens/s", refresh=False)
 
+    def _write_row(self) -> None:
+        self.rows.write(json.dumps(self._last_row) + "\n")
+        self.rows.flush()
+
     def evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
+        """After `step` steps: joins the row of the last of them, whose number is one less, in metrics.jsonl and TensorBoard.
+        A run that has resumed has no such row; evaluations.jsonl has every evaluation."""
         for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
+            self.board.add_scalar(name, value, step - 1)
+        if self._last_row.get("step") == step - 1:
+            self.rows.truncate(self._place)
+            self._last_row |= scalars
+            self._write_row()
         with (self.folder / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         self.bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scalars.items()))
 
     def texts(self, step: int, pairs: Sequence[tuple[str, str]]) -> None:
-        table = "| instruction | reconstructed |\n|---|---|\n" + "\n".join(f"| {true} | {text} |" for true, text in pairs)
-        self.board.add_text("reconstruction", table, step)
+        rows = [f"| {_cell(true)} | {_cell(text)} |" for true, text in pairs]
+        table = "\n".join(["| instruction | reconstructed |", "|---|---|", *rows])
+        self.board.add_text("reconstruction", table, step - 1)
 
     def kl_per_dimension(self, step: int, kl_Z: torch.Tensor) -> None:
         self.board.add_histogram("latent/kl_per_dimension", kl_Z, step)
@@ -66,10 +79,14 @@ class Monitor:
         figures.save("loss", figures.losses, [self.folder], self.folder)
 
 
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def memory_gigabytes() -> float:
-    """What this process holds now: allocated on its GPU, or resident without one."""
+    """The most that this process has had allocated on its GPU; without one, what it has resident now."""
     if torch.cuda.is_available():
-        return torch.cuda.memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated() / 1e9
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 

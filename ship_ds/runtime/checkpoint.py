@@ -5,7 +5,7 @@
         rank-0.safetensors    the random generators of each rank (torch CPU and CUDA), with Python's and numpy's as metadata
         progress.json         step, seconds, tokens, config, data fingerprint, git revision, dev score
         manifest.json         size and SHA-256 of every other file
-    RUN/checkpoints/latest    the newest one's name, moved last
+    RUN/checkpoints/latest    the newest one's name, moved last; for people and scripts, a resume looks for itself
 
 It is written as step-N.part, synced, hashed (the files are shared out over the ranks), and renamed. Loading verifies the
 manifest before DeepSpeed opens a file, and goes back to the newest good checkpoint, saying so.
@@ -59,6 +59,8 @@ class Progress:
     """The evaluation that is due at this step was cut short by a signal."""
     known_instructions: list[str] = field(default_factory=list)
     """Of the seen tasks: what a bundle made from this checkpoint alone has to carry."""
+    bases: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the frozen models; see `bundle.frozen_bases`."""
     git_revision: str = field(default_factory=lambda: git_revision())
 
 
@@ -89,8 +91,7 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
         if ranks.rank() == 0:
             _write_synced(part / MANIFEST, json.dumps(manifest, indent=2) + "\n")
             _sync_folder(part)
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
+            _publish(part, folder)
             _point_latest(root, folder.name)
             _prune(root, config)
     except Exception as error:
@@ -171,6 +172,29 @@ def _sync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
+_REPLACED, _DAMAGED = ".replaced", ".damaged"
+
+
+def _publish(part: Path, folder: Path) -> None:
+    """A checkpoint of the same step gives way only once the new one is in its place."""
+    replaced = folder.with_name(folder.name + _REPLACED)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    part.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _put_back(root: Path) -> None:
+    """What a kill within `_publish` left aside."""
+    for replaced in root.glob(f"step-*{_REPLACED}"):
+        folder = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)
+
+
 def _point_latest(root: Path, name: str) -> None:
     part = root / (LATEST + ".part")
     _write_synced(part, name + "\n")
@@ -179,8 +203,8 @@ def _point_latest(root: Path, name: str) -> None:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; not verified."""
-    return sorted(path for path in root.glob("step-*") if path.suffix != ".part" and (path / MANIFEST).is_file())
+    """Written checkpoints, oldest first; not verified."""
+    return sorted(path for path in root.glob("step-*") if not path.suffix)
 
 
 def read_progress(folder: Path) -> Progress:
@@ -190,7 +214,7 @@ def read_progress(folder: Path) -> Progress:
 def _prune(root: Path, config: CheckpointConfig) -> None:
     """Keep the last K and the best on dev; then, under the disk cap, drop the oldest that is neither newest nor best."""
     whole = checkpoints(root)
-    scores = {path: score for path in whole if (score := read_progress(path).dev_score) is not None}
+    scores = {path: score for path in whole if (score := _dev_score(path)) is not None}
     best = max(scores, key=lambda path: (scores[path], path), default=None)
     kept = [path for path in whole if path in whole[-config.keep_last :] or path == best]
     cap = config.max_gigabytes
@@ -201,6 +225,14 @@ def _prune(root: Path, config: CheckpointConfig) -> None:
         kept.remove(droppable[0])
     for path in set(whole) - set(kept):
         shutil.rmtree(path)
+
+
+def _dev_score(folder: Path) -> float | None:
+    """None as well where the folder has been damaged since."""
+    try:
+        return read_progress(folder).dev_score
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _bytes(folder: Path) -> int:
@@ -229,7 +261,9 @@ def problem(folder: Path) -> str | None:
                     mine = f"{name} {reason}"
             if mine:
                 break
-    except (OSError, ValueError, KeyError) as error:
+    except FileNotFoundError as error:
+        mine = f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         mine = f"{MANIFEST}: {error}"
     return next((text for text in ranks.gather_objects(mine) if text), None)
 
@@ -237,17 +271,35 @@ def problem(folder: Path) -> str | None:
 def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose files are all as written; each one passed over is said with its reason."""
     names = ranks.gather_objects([path.name for path in checkpoints(root)])[0]
-    passed: list[str] = []
+    passed: dict[str, str] = {}
     for name in reversed(names):
         reason = problem(root / name)
         if reason is None:
-            for text in passed:
-                say(f"{text}; going on from {name}")
+            for damaged, text in passed.items():
+                say(f"{root / damaged}: {text}; going on from {name}")
             return root / name
-        passed.append(f"{root / name}: {reason}")
+        passed[name] = reason
     if passed:
-        raise UserError(f"{passed[0]}; no good checkpoint is left: remove {root} to start from the beginning")
+        damaged, text = next(iter(passed.items()))
+        raise UserError(f"{root / damaged}: {text}; no good checkpoint is left: remove {root} to start from the beginning")
     return None
+
+
+def newest_good_alone(root: Path, say: Callable[[str], None]) -> Path | None:
+    """As `newest_good`, for the run that will write here: later ones, all damaged, are set aside as step-N.damaged, or they
+    would count as newer than what it saves."""
+    if ranks.rank() == 0:
+        _put_back(root)
+    ranks.barrier()
+    good = newest_good(root, say)
+    if ranks.rank() == 0 and good is not None:
+        for path in checkpoints(root):
+            if path > good:
+                aside = path.with_name(path.name + _DAMAGED)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+    ranks.barrier()
+    return good
 
 
 def load(

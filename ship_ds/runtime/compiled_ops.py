@@ -20,10 +20,10 @@ DEFAULT_FOLDER = Path.home() / ".cache" / "ship_ds" / "torch_extensions"
 
 
 def needed(offloads_optimiser: bool) -> list[str]:
-    """DeepSpeed's builders that a run will ask for; on the CPU the optimiser is torch's own."""
+    """DeepSpeed's builders that a run will ask for; the optimiser is torch's own unless a GPU offloads it."""
     if not torch.cuda.is_available():
         return ["ShareMemCommBuilder"]
-    return ["CPUAdamBuilder" if offloads_optimiser else "FusedAdamBuilder"]
+    return ["CPUAdamBuilder"] if offloads_optimiser else []
 
 
 def build(names: Sequence[str], say: Callable[[str], None]) -> None:

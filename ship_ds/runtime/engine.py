@@ -8,7 +8,7 @@ from torch import nn
 
 from ship_ds.config import OptimiserConfig, TrainingConfig
 from ship_ds.runtime import ranks
-from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import offloads_optimiser, read_deepspeed_config
 from ship_ds.runtime.preflight import check_division
 
 
@@ -38,8 +38,9 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
     from ship_ds.runtime import shards
 
     config = read_deepspeed_config(training.deepspeed)
-    # On a CPU, torch's fused AdamW: one pass over the flat partition where the plain one makes a dozen.
-    on_cpu = not torch.cuda.is_available()
+    # torch's fused AdamW: one pass over the flat partition, and nothing to compile with nvcc. State that a GPU offloads is
+    # DeepSpeed's own op's.
+    fused = not (torch.cuda.is_available() and offloads_optimiser(config))
     micro = training.tasks_per_step // parts_per_step(training)
     config |= {
         "train_micro_batch_size_per_gpu": micro,
@@ -50,7 +51,7 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
             "type": "AdamW",
             "params": {
                 "lr": optimiser.lr, "weight_decay": optimiser.weight_decay, "betas": [0.9, 0.98],
-                "torch_adam": on_cpu, **({"fused": True} if on_cpu else {}),
+                "torch_adam": fused, **({"fused": True} if fused else {}),
             },
         },
         "steps_per_print": 10**9,

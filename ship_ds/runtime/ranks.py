@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ or slurm_ranks(os.environ) is not None
 
 
+_WAIT = timedelta(hours=6)
+"""For the slowest rank before training: rank 0 reads and tokenises the data first. Later the watchdog is quicker."""
+
+
 def start(threads: int | None, offloads_optimiser: bool = False) -> None:
     """Compile DeepSpeed's ops, then join the process group; a process started by none of the launchers is a group of one.
 
@@ -42,7 +47,8 @@ def start(threads: int | None, offloads_optimiser: bool = False) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     ops = compiled_ops.needed(offloads_optimiser)
     compiled_ops.build(ops, lambda text: print(f"ship-ds: {text}", file=sys.stderr, flush=True))
-    deepspeed.init_distributed(dist_backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)
 
 
 def hush() -> None:
@@ -66,14 +72,19 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str] | None:
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
         return None
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-    ).stdout.split()
+    hosts = slurm_nodes(environment["SLURM_STEP_NODELIST"], environment)
     return {
         "RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"], "MASTER_ADDR": environment.get("MASTER_ADDR", hosts[0]),
         "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)),
     }
+
+
+def slurm_nodes(compact: str, environment: Mapping[str, str]) -> list[str]:
+    """"node[1-2]" -> ["node1", "node2"]; `slurm/train.sh` has asked already, since a container has no `scontrol`."""
+    if "SHIP_DS_NODES" in environment:
+        return environment["SHIP_DS_NODES"].split()
+    return subprocess.run(["scontrol", "show", "hostnames", compact], capture_output=True, text=True, check=True).stdout.split()
 
 
 def rank() -> int:
@@ -94,6 +105,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def any_over_ranks(flag: bool) -> bool:
+    """Whether it is so on any rank, the same answer on all: what keeps generation in step where ZeRO-3 gathers weights."""
+    return bool(sum_over_ranks(torch.tensor(float(flag)))) if world_size() > 1 else flag
 
 
 def gather_objects(value: Any) -> list[Any]:

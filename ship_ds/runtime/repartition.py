@@ -104,7 +104,7 @@ def load(engine: Any, folder: Path) -> None:
     flats = optimiser.fp32_partitioned_groups_flat if is_stage_3 else optimiser.single_partition_of_fp32_groups
     for flat in flats:
         moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-        optimiser.optimizer.state[flat] = {**{k: _copy(v) for k, v in saved.scalars.items()}, **moments}
+        optimiser.optimizer.state[flat] = {**{k: _copy(v, flat.device) for k, v in saved.scalars.items()}, **moments}
     for group in optimiser.optimizer.param_groups:
         group |= saved.group
     put = _put_stage_3 if is_stage_3 else _put_stage_1_or_2
@@ -115,8 +115,9 @@ def load(engine: Any, folder: Path) -> None:
             put(parameter, saved.weights[name].contiguous(), {key: saved.moments[key][name].contiguous() for key in MOMENTS})
 
 
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _copy(value: Any, device: torch.device) -> Any:
+    """Fused AdamW counts its steps on the device."""
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _put_stage_3(parameter: nn.Parameter, weight: Tensor, moments: Mapping[str, Tensor]) -> None:

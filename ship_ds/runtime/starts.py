@@ -3,8 +3,8 @@
 import json
 import os
 import platform
-import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from ship_ds.runtime import checkpoint, ranks
@@ -16,15 +16,13 @@ def record(folder: Path, step: int) -> None:
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "world_size": ranks.world_size(),
         "host": platform.node(), "job": variables.get("SLURM_JOB_ID"), "array_task": variables.get("SLURM_ARRAY_TASK_ID"),
-        "nodes": _nodes(variables.get("SLURM_JOB_NODELIST")), "restarts": int(variables.get("SLURM_RESTART_COUNT", "0")),
+        "nodes": _nodes(variables), "restarts": int(variables.get("SLURM_RESTART_COUNT", "0")),
         "git_revision": checkpoint.git_revision(),
     }
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def _nodes(compact: str | None) -> list[str] | None:
-    """"node[1-2]" -> ["node1", "node2"]."""
-    if compact is None:
-        return None
-    return subprocess.run(["scontrol", "show", "hostnames", compact], capture_output=True, text=True, check=True).stdout.split()
+def _nodes(environment: Mapping[str, str]) -> list[str] | None:
+    compact = environment.get("SLURM_JOB_NODELIST")
+    return None if compact is None else ranks.slurm_nodes(compact, environment)

@@ -79,7 +79,7 @@ class Watchdog:
 
     def _give_up(self, standing: Standing, limit: float) -> None:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        absent = "; ".join(missing(self.folder, ranks.world_size(), 3 * self.period)) or "none: all wait in a collective"
+        absent = "; ".join(missing(self.folder, ranks.world_size(), 3 * self.period)) or all_wait(self.folder, ranks.world_size())
         print(
             f"ship-ds: rank {ranks.rank()}: no step for {limit / 60:g} minutes (training.hang_minutes): waiting at {standing}. "
             f"Missing: {absent}. The stacks are above; leaving with code {HUNG}", file=sys.stderr, flush=True,
@@ -102,6 +102,14 @@ def missing(folder: Path, world_size: int, stale_seconds: float) -> list[str]:
         elif standing.collective is None:
             found.append(f"rank {rank} ({standing})")
     return found
+
+
+def all_wait(folder: Path, world_size: int) -> str:
+    """No rank is missing: they wait for each other, and in different places where their programs went different ways."""
+    standings = [Standing(**json.loads((folder / f"rank-{rank}.json").read_text())) for rank in range(world_size)]
+    if len({(one.step, one.collective, one.line) for one in standings}) == 1:
+        return "none: all wait in the same collective, so the network or a device hangs"
+    return "none, but they wait in different places: " + "; ".join(f"rank {i} at {one}" for i, one in enumerate(standings))
 
 
 def _whereabouts() -> tuple[str | None, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ship_ds.bundle import Ship, write_bundle
+from ship_ds.bundle import Ship, frozen_bases, write_bundle
 from ship_ds.config import load_config
 from ship_ds.model.ship import ShipModel
 
@@ -23,7 +23,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for head in model.hypernetwork.heads:
             head.to_b.weight.normal_(std=0.05)
     state = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    write_bundle(folder, state, config, model.prompts.describe(), KNOWN)
+    write_bundle(folder, state, config, model.prompts.describe(), frozen_bases(config), KNOWN)
     return folder
 
 

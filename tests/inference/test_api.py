@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ship_ds import cli
-from ship_ds.bundle import Ship, bundle_from_checkpoint
+from ship_ds.bundle import Ship, bundle_from_checkpoint, sha256
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
@@ -97,7 +98,7 @@ def test_a_foreign_adapter_of_peft_is_read(ship: Ship, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [("shape", "another base model"), ("path", "another base model"), ("dora", "use_dora"), ("kind", "only LORA"),
-     ("empty", "no adapter here"), ("half", "cannot be read")],
+     ("empty", "no adapter here"), ("half", "cannot be read"), ("bias", "bias is all"), ("b", "and no .*lora_B")],
 )
 def test_an_adapter_that_does_not_fit_is_one_line(ship: Ship, adapter: Path, tmp_path: Path, change: str, message: str) -> None:
     settings = json.loads((adapter / "adapter_config.json").read_text())
@@ -106,7 +107,9 @@ def test_an_adapter_that_does_not_fit_is_one_line(ship: Ship, adapter: Path, tmp
         tensors = {name: torch.zeros(tensor.shape[0], tensor.shape[1] + 1) for name, tensor in tensors.items()}
     if change == "path":
         tensors = {name.replace("self_attn", "attention"): tensor for name, tensor in tensors.items()}
-    settings |= {"dora": {"use_dora": True}, "kind": {"peft_type": "IA3"}}.get(change, {})
+    if change == "b":
+        tensors = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.down_proj.lora_B" not in name}
+    settings |= {"dora": {"use_dora": True}, "kind": {"peft_type": "IA3"}, "bias": {"bias": "all"}}.get(change, {})
     if change != "empty":
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
         save_file(tensors, tmp_path / "adapter_model.safetensors")
@@ -115,6 +118,26 @@ def test_an_adapter_that_does_not_fit_is_one_line(ship: Ship, adapter: Path, tmp
     with pytest.raises(UserError, match=message) as caught:
         ship.induce_from_adapter(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_ours_for_other_weights_of_the_same_shape_is_one_line(ship: Ship, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    origin = json.loads((adapter / "ship.json").read_text())
+    (tmp_path / "adapter" / "ship.json").write_text(json.dumps(origin | {"base_fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match="made for embedded with fingerprint 000000000000.* another base model"):
+        ship.induce_from_adapter(tmp_path / "adapter")
+
+
+def test_a_bundle_around_other_weights_of_the_same_shape_is_one_line(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    bases = tmp_path / "bundle" / "bases.json"
+    assert list(json.loads(bases.read_text())) == ["embedded"]
+    bases.write_text(json.dumps({"embedded": "0" * 64}))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["bases.json"] = {"bytes": bases.stat().st_size, "sha256": sha256(bases)}
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="trained around embedded with fingerprint 000000000000"):
+        Ship.from_run(tmp_path)
 
 
 def test_an_adapter_of_another_base_made_by_peft_is_one_line(ship: Ship, tmp_path: Path) -> None:
@@ -213,7 +236,7 @@ def test_contradiction_is_one_line_on_the_command_line(
 
 def test_a_runs_bundle_and_one_from_its_checkpoint_know_the_seen_instructions(one_rank_run: Path, tmp_path: Path) -> None:
     seen = json.loads((one_rank_run / "splits.json").read_text())["seen"]
-    bundle_from_checkpoint(one_rank_run / "checkpoints" / "step-00000020", tmp_path / "bundle")
+    bundle_from_checkpoint(one_rank_run / "checkpoints" / "step-00000012", tmp_path / "bundle")
     known = [Ship.from_run(folder).known for folder in (one_rank_run, tmp_path / "bundle")]
     assert known[0] == known[1] and len(known[0]) == len(seen) == 24
 

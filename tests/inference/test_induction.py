@@ -69,6 +69,17 @@ def test_the_walk_over_the_bank_is_the_exhaustive_search_on_a_small_one(ship: Sh
     assert walked[0][0] not in barred[0] and barred[1] == walked[1]
 
 
+def test_trying_all_known_misses_none_of_the_best_in_a_bank_too_large_to_walk_whole(ship: Ship, inputs: list[str]) -> None:
+    texts = [f"{start} {number}" for number in range(10) for start in ("add", "append", "put", "replace 3 by", "keep", "sort")]
+    bank = Bank.build(ship.model, texts)
+    tasks = [behaviour(ship, text, inputs, 2) for text in ("put 7", "sort 0", "reverse the list")]
+    found, walked = bank.shortlist_of_all(ship.model, tasks, 4), bank.shortlist(ship.model, tasks, 4)
+    for task, row, others in zip(tasks, found, walked, strict=True):
+        losses = fit_of_latents(ship.model, bank.latent_CZ, texts, [task[:1]] * len(texts)).loss_CM[:, 0]
+        assert losses[row].tolist() == pytest.approx(losses.topk(4, largest=False).values.tolist(), abs=1e-4)
+        assert (losses[row] <= losses[others] + 1e-4).all(), "the walk cannot do better"
+
+
 def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list[str]) -> None:
     """With a beam as wide as the bank the tree gives every instruction, ordered as whole texts are."""
     from ship_ds.inference.proposals import _soft

@@ -1,8 +1,8 @@
-"""A full disk: a clear line, the checkpoints before it intact, and nothing half written."""
+"""Full disks and damaged files: a clear line, the checkpoints before intact, and nothing half written."""
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,8 +35,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def progress(step: int) -> checkpoint.Progress:
-    return checkpoint.Progress(step, 0.0, 0, 0, 1, {}, "")
+def progress(step: int, dev_score: float | None = None) -> checkpoint.Progress:
+    return checkpoint.Progress(step, 0.0, 0, 0, 1, {}, "", dev_score)
 
 
 @pytest.mark.parametrize(("room", "num_bytes"), [(1_000_000, 9_000_000), (8_192, 0)])
@@ -68,6 +68,62 @@ def test_what_could_not_be_read_again_is_not_kept(tmp_path: Path) -> None:
             torch.save({"settings": CheckpointConfig()}, Path(folder) / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
     checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
-    with pytest.raises(RuntimeError, match="writes ship_ds.config.CheckpointConfig: add it to ship_ds/runtime/pickles.py"):
+    with pytest.raises(RuntimeError, match="names ship_ds.config.CheckpointConfig.* add it to ship_ds/runtime/pickles.py"):
         checkpoint.save(Newer(0), tmp_path, progress(2), CheckpointConfig())
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["state/zero_pp_rank_0_mp_rank_00_optim_states.pt", "rank-0.safetensors", "progress.json", "manifest.json"]
+)
+def test_whatever_happened_to_the_newest_the_one_before_is_taken_and_saving_goes_on(
+    name: str, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    config, said = CheckpointConfig(keep_last=1), []
+    first = checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
+    second = checkpoint.save(Engine(1000), tmp_path, progress(3), CheckpointConfig())
+    damage(second / name)
+    assert checkpoint.newest_good(tmp_path, [].append) == first == checkpoint.newest_good_alone(tmp_path, said.append)
+    assert len(said) == 1 and "step-00000003: " in said[0] and "going on from step-00000001" in said[0]
+    assert name in said[0] or (damage, name) == (flip, "manifest.json")  # which then disagrees with some file
+    third = checkpoint.save(Engine(1000), tmp_path, progress(2), config)
+    assert checkpoint.newest_good(tmp_path, said.append) == third and len(said) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003.damaged"]
+
+
+def test_saving_a_step_again_never_leaves_it_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
+    assert checkpoint.save(Engine(1000), tmp_path, progress(1, 0.5), CheckpointConfig()) == first
+    rename, names = Path.rename, []
+
+    def killed_at_the_second(path: Path, target: Path) -> Path:
+        names.append(path.name)
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(Engine(1000), tmp_path, progress(1, 0.7), CheckpointConfig())
+    monkeypatch.undo()
+    assert names == ["step-00000001", "step-00000001.part"] and not first.exists()
+    assert checkpoint.newest_good_alone(tmp_path, print) == first and checkpoint.read_progress(first).dev_score == 0.5
+
+
+def test_the_best_on_dev_is_kept_beside_the_newest_and_the_disk_cap_spares_both(tmp_path: Path) -> None:
+    for step, score in enumerate((0.1, 0.9, 0.3, None, 0.2), 1):
+        checkpoint.save(Engine(100_000), tmp_path, progress(step, score), CheckpointConfig(keep_last=2))
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "4", "5"]
+    checkpoint.save(Engine(100_000), tmp_path, progress(6), CheckpointConfig(keep_last=3, max_gigabytes=3e-4))
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "6"]

@@ -63,7 +63,7 @@ def _ranks_of(folder: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def resumed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed") / "run"
-    assert 6 <= kill_after(folder, 6) < 20
+    assert 6 <= kill_after(folder, 6) < 12
     assert not (folder / "bundle").exists()
     done = start(command(folder))
     assert done.returncode == 0, done.stderr[-4000:]
@@ -73,7 +73,7 @@ def resumed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_and_resumed_run_repeats_the_losses_bit_for_bit(two_rank_run: Path, resumed_run: Path, rows: Rows) -> None:
     whole, resumed = rows(two_rank_run), rows(resumed_run)
-    assert [row["step"] for row in resumed] == list(range(20))
+    assert [row["step"] for row in resumed] == list(range(12))
     for left, right in zip(whole, resumed, strict=True):
         assert {name: left[name] for name in LOSSES} == {name: right[name] for name in LOSSES}, left["step"]
 
@@ -85,8 +85,8 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(two_rank_run: Path,
 
 def test_the_last_two_and_the_best_on_dev_are_kept(two_rank_run: Path) -> None:
     names = sorted(path.name for path in (two_rank_run / "checkpoints").glob("step-*"))
-    assert names[-2:] == ["step-00000016", "step-00000020"]
-    assert (two_rank_run / "checkpoints" / "latest").read_text() == "step-00000020\n"
+    assert names[-2:] == ["step-00000008", "step-00000012"]
+    assert (two_rank_run / "checkpoints" / "latest").read_text() == "step-00000012\n"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def gone_on_as_one(two_rank_run: Path, tmp_path_factory: pytest.TempPathFactory)
     """The two-rank run, its newest checkpoint damaged, started again as one process; what it said is in `stderr`."""
     run = tmp_path_factory.mktemp("damaged") / "run"
     shutil.copytree(two_rank_run, run)
-    shard = min((run / "checkpoints" / "step-00000020" / "state").glob("*optim_states.pt"))
+    shard = min((run / "checkpoints" / "step-00000012" / "state").glob("*optim_states.pt"))
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size // 2)
     done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={run}", *QUICK])
@@ -105,14 +105,14 @@ def gone_on_as_one(two_rank_run: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(gone_on_as_one: Path, rows: Rows) -> None:
     said = (gone_on_as_one / "stderr").read_text()
-    assert "zero_pp_rank_0_mp_rank_00_optim_states.pt has" in said and "going on from step-00000016" in said
-    assert [row["step"] for row in rows(gone_on_as_one)] == list(range(20))
+    assert "zero_pp_rank_0_mp_rank_00_optim_states.pt has" in said and "going on from step-00000008" in said
+    assert [row["step"] for row in rows(gone_on_as_one)] == list(range(12))
 
 
 def test_two_ranks_go_on_as_one(two_rank_run: Path, gone_on_as_one: Path, rows: Rows) -> None:
     """Without Adam's moments the losses of the last steps would be off by more than 1e-4."""
     said = (gone_on_as_one / "stderr").read_text()
-    assert "step-00000016: written by 2 rank(s) under ZeRO-3: shared out anew over 1 under ZeRO-3" in said
+    assert "step-00000008: written by 2 rank(s) under ZeRO-3: shared out anew over 1 under ZeRO-3" in said
     for left, right in zip(rows(two_rank_run), rows(gone_on_as_one), strict=True):
         assert {name: left[name] for name in LOSSES} == pytest.approx({name: right[name] for name in LOSSES}, rel=1e-5)
 
@@ -120,7 +120,7 @@ def test_two_ranks_go_on_as_one(two_rank_run: Path, gone_on_as_one: Path, rows: 
 def test_bundle_from_a_two_rank_checkpoint_is_the_runs_own(
     two_rank_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = two_rank_run / "checkpoints" / "step-00000020"
+    checkpoint = two_rank_run / "checkpoints" / "step-00000012"
     assert cli.main(["bundle", str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
     made, own = (load_file(folder / "ship.safetensors") for folder in (tmp_path / "bundle", two_rank_run / "bundle"))
     assert made.keys() == own.keys() and all(made[name].equal(own[name]) for name in own)
@@ -128,6 +128,6 @@ def test_bundle_from_a_two_rank_checkpoint_is_the_runs_own(
 
 
 def test_progress_names_step_config_and_revision(two_rank_run: Path) -> None:
-    progress = json.loads((two_rank_run / "checkpoints" / "step-00000020" / "progress.json").read_text())
-    assert progress["step"] == 20 and progress["world_size"] == 2 and progress["config"]["run"]["seed"] == 0
+    progress = json.loads((two_rank_run / "checkpoints" / "step-00000012" / "progress.json").read_text())
+    assert progress["step"] == 12 and progress["world_size"] == 2 and progress["config"]["run"]["seed"] == 0
     assert progress["dev_score"] is not None and len(progress["data_fingerprint"]) == 64

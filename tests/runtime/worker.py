@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from ship_ds import train
+from ship_ds.bundle import Ship
 from ship_ds.config import load_config
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import Adapter
@@ -130,10 +131,87 @@ def losses(made: Trainer) -> float:
     return logged[0]
 
 
+def zero2_goes_on(folder: Path) -> dict[str, Any]:
+    """Losses of steps 2 and 3 of a ZeRO-2 engine, and after a resume under the same stage and under ZeRO-3."""
+    made = trainer(folder / "whole", "training.deepspeed=zero2", *FOUR_STEPS)
+    made.take_step()
+    made.take_step()
+    made.save()
+    found = {"whole": [losses(made) for _ in range(2)]}
+    for stage in ("zero2", "zero3"):
+        if ranks.rank() == 0:
+            shutil.copytree(folder / "whole" / "checkpoints", folder / stage / "checkpoints")
+        ranks.barrier()
+        other = trainer(folder / stage, f"training.deepspeed={stage}", *FOUR_STEPS)
+        found[stage] = [losses(other) for _ in range(2)]
+    return found
+
+
+LORA_ROLES = [
+    f"model.{role}={{quantisation: nf4, tuning: {{kind: lora, rank: 4, dropout: 0.2}}}}" for role in ("encoder", "decoder")
+]
+
+
+def sharded_base_resumes(folder: Path) -> dict[str, Any]:
+    """4-bit bases inside ZeRO-3, static LoRAs over two of them, dropout: the loss of step 1, never stopped and resumed."""
+    made = trainer(folder, *SHARDED, *LORA_ROLES, *FOUR_STEPS)
+    made.take_step()
+    made.save()
+    whole = losses(made)
+    mask = torch.nn.functional.dropout(torch.ones(64)).tolist()
+    again = trainer(folder, *SHARDED, *LORA_ROLES, *FOUR_STEPS)
+    return {"step": again.step, "whole": whole, "resumed": losses(again), "mask": mask}
+
+
+def accumulation(folder: Path) -> dict[str, Any]:
+    """Losses of three steps in micro-batches."""
+    found = {}
+    for stage in ("zero1", "zero2", "zero3"):
+        made = trainer(folder / stage, f"training.deepspeed={stage}", "training.accumulation=2", *FOUR_STEPS)
+        found[stage] = [losses(made) for _ in range(3)]
+    return found
+
+
+def too_many_bad_steps(folder: Path) -> dict[str, Any]:
+    made = trainer(folder, "training.max_bad_steps=2")
+    collate = made.model.collate
+
+    def poisoned(draws: Any, seed: int, step: int) -> ShipBatch:
+        batch = collate(draws, seed, step)
+        batch.noise_TZ.fill_(float("nan") if step else 0.0)
+        return batch
+
+    made.model.collate = poisoned  # type: ignore[method-assign]
+    try:
+        made.train()
+        said = ""
+    except UserError as error:
+        said = str(error)
+    return {"said": said, "step": made.step}
+
+
+def published_recipes(folder: Path) -> dict[str, Any]:
+    """pretrain-7b and, from its bundle, in-domain-7b: everything as published but the base, which is the embedded one."""
+    small = [
+        "data={kind: rules, train_examples: 12, test_examples: 3, num_seen: 24}", "training.epochs=null", "training.steps=1",
+        "model.task_llm.base=embedded", "model.latent_size=1280", "evaluation.every_steps=0", "evaluation.ends_with_report=false",
+        "optimiser.lr=1e-2", "optimiser.warmup_steps=0",
+    ]
+    found = {}
+    for name, more in (("pretrain", []), ("in-domain", [f"run.init_from={folder / 'pretrain'}"])):
+        made = Trainer(load_config(f"{name}-7b", [f"run.folder={folder / name}", *small, *more]))
+        found[f"{name} starts at"] = whole(made).flatten()[:8].tolist()
+        found[name] = losses(made)
+        found[f"{name} ends at"] = whole(made).flatten()[:8].tolist()
+        made.close()
+        found[f"{name} answers"] = Ship.from_run(folder / name).answer("reverse the list", ["1 2 3"])
+    return found
+
+
 def one_rank_goes_on_as_two(folder: Path) -> dict[str, Any]:
     """The last four steps of the finished one-rank run, from its checkpoint before them."""
     if ranks.rank() == 0:
-        shutil.copytree(ONE_RANK_RUN / "checkpoints" / "step-00000016", folder / "checkpoints" / "step-00000016")
+        shutil.copytree(ONE_RANK_RUN / "checkpoints" / "step-00000008", folder / "checkpoints" / "step-00000008")
     ranks.barrier()
     made = trainer(folder)
     return {"step": made.step, "losses": [losses(made) for _ in range(4)]}
@@ -163,7 +241,7 @@ def starts_from_a_bundle(folder: Path) -> dict[str, Any]:
 def refused(folder: Path) -> dict[str, Any]:
     """What is said to another learning rate, and to a start from a folder without a bundle."""
     if ranks.rank() == 0:
-        shutil.copytree(ONE_RANK_RUN / "checkpoints" / "step-00000016", folder / "checkpoints" / "step-00000016")
+        shutil.copytree(ONE_RANK_RUN / "checkpoints" / "step-00000008", folder / "checkpoints" / "step-00000008")
     ranks.barrier()
     found = {}
     for what, overrides in {"lr": ["optimiser.lr=0.5"], "bundle": [f"run.init_from={folder}"]}.items():
@@ -219,6 +297,11 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_rank_holds_half": each_rank_holds_half,
     "base_is_untouched": base_is_untouched,
     "another_layout": another_layout,
+    "zero2_goes_on": zero2_goes_on,
+    "sharded_base_resumes": sharded_base_resumes,
+    "accumulation": accumulation,
+    "too_many_bad_steps": too_many_bad_steps,
+    "published_recipes": published_recipes,
     "one_rank_goes_on_as_two": one_rank_goes_on_as_two,
     "evaluation_in_the_middle": evaluation_in_the_middle,
     "evaluation_is_cut_short": evaluation_is_cut_short,
