@@ -4,7 +4,8 @@
     for seed in 1 2; do
         torchrun --nproc-per-node 2 -m ship_ds.train --config quickstart run.seed=$seed run.folder=runs/quickstart-$seed
     done
-    for run in runs/quickstart runs/quickstart-1 runs/quickstart-2; do ship-ds evaluate --run $run --methods all; done
+    ship-ds evaluate --run runs/quickstart --methods all
+    for seed in 1 2; do ship-ds evaluate --run runs/quickstart-$seed --methods all --seed $seed; done
     python tools/median_of_seeds.py runs/quickstart runs/quickstart-1 runs/quickstart-2 --out tools/results/quickstart_seeds.json
 
 A score that some of the runs lack is left out. Writes JSON, prints a line a score: median [lowest, highest].

@@ -25,13 +25,17 @@ def _chunks(tasks: Sequence[SplitTask]) -> list[Sequence[SplitTask]]:
 
 
 def deduction(
-    model: ShipModel, tasks: Sequence[SplitTask], wordings: Sequence[str], num_examples: int, max_new_tokens: int
+    model: ShipModel, tasks: Sequence[SplitTask], wordings: Sequence[str], num_examples: int, max_new_tokens: int,
+    any_unfinished: Callable[[bool], bool] = bool,
 ) -> Rows:
-    """Answers under the adapter of each task's given wording, which the prompt itself states only if the model's config says."""
+    """Answers under the adapter of each task's given wording, which the prompt itself states only if the model's config says.
+
+    any_unfinished: see `greedy`; an all-reduce where the model's weights are sharded.
+    """
     rows: Rows = []
     for start, chunk in zip(range(0, len(tasks), _CHUNK), _chunks(tasks), strict=True):
         said = wordings[start : start + len(chunk)]
-        rows += _answer(model, model.adapt(model.encode(said)), chunk, num_examples, max_new_tokens, said)
+        rows += _answer(model, model.adapt(model.encode(said)), chunk, num_examples, max_new_tokens, said, any_unfinished)
     return rows
 
 
@@ -49,12 +53,12 @@ def instruction_in_prompt(model: ShipModel, tasks: Sequence[SplitTask], num_exam
 
 def _answer(
     model: ShipModel, adapter: Adapter | None, tasks: Sequence[SplitTask], num_examples: int, max_new_tokens: int,
-    wordings: Sequence[str] | None,
+    wordings: Sequence[str] | None, any_unfinished: Callable[[bool], bool] = bool,
 ) -> Rows:
     """Tasks with fewer than `num_examples` test examples repeat them in the batch and count them once."""
     asked = [[task.test[i % len(task.test)] for i in range(num_examples)] for task in tasks]
     said = None if wordings is None else [text for text in wordings for _ in range(num_examples)]
-    answers = model.answer(adapter, [e.input for row in asked for e in row], max_new_tokens, said)
+    answers = model.answer(adapter, [e.input for row in asked for e in row], max_new_tokens, said, any_unfinished)
     right = [exact_match(answer, e.answers) for answer, e in zip(answers, (e for row in asked for e in row), strict=True)]
     return [
         right[t * num_examples : t * num_examples + min(num_examples, len(task.test))] for t, task in enumerate(tasks)
@@ -85,13 +89,14 @@ def nearest_seen(model: ShipModel, tasks: Sequence[SplitTask], seen: Sequence[Sp
 
 
 def reconstruction(
-    model: ShipModel, tasks: Sequence[SplitTask], max_new_tokens: int, on_text: Callable[[str, str], None] | None = None
+    model: ShipModel, tasks: Sequence[SplitTask], max_new_tokens: int, on_text: Callable[[str, str], None] | None = None,
+    any_unfinished: Callable[[bool], bool] = bool,
 ) -> Rows:
     """Instruction -> z (the mean) -> text; right when the text is the very instruction, without examples."""
     rows: Rows = []
     for chunk in _chunks(tasks):
         truths = [task.task.instruction for task in chunk]
-        texts = model.decode(model.encode(truths), max_new_tokens)
+        texts = model.decode(model.encode(truths), max_new_tokens, any_unfinished)
         for truth, text in zip(truths, texts, strict=True):
             rows.append([text.split() == truth.split()])
             if on_text is not None:

@@ -27,13 +27,13 @@ from ship_ds.errors import UserError
 from ship_ds.evaluation.cells import Cell, CellStore, Measured, Row, cells_of, changed
 from ship_ds.evaluation.endpoint import EndpointConfig
 from ship_ds.evaluation.judges import Columns, Judge, JudgeName, build_judges
-from ship_ds.evaluation.method import Answers, Deduces, Induces, Method, Reasons, Setting
+from ship_ds.evaluation.method import Answers, Deduces, Induces, Method, Reasons, ReasonsOtherwise, Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED, own_settings
 from ship_ds.evaluation.metrics import exact_match, rouge_l
 from ship_ds.evaluation.questions import Question, ask, spread
 from ship_ds.runtime import ranks
 
-_VERSION = 1
+_VERSION = 2
 """Of the way in which cells are measured; another one measures them again."""
 
 
@@ -211,8 +211,13 @@ def _deduction(method: Any, questions: Sequence[Question], judges: Sequence[Judg
 
 def _reasoning(method: Any, questions: Sequence[Question], judges: Sequence[Judge]) -> Said:
     reasons: Reasons = method
-    answers = reasons.reason([q.shown for q in questions], [q.inputs for q in questions])
-    return answers, _answer_columns(answers, questions)
+    shown, inputs = [q.shown for q in questions], [q.inputs for q in questions]
+    answers = reasons.reason(shown, inputs)
+    columns = _answer_columns(answers, questions)
+    if isinstance(method, ReasonsOtherwise):
+        for way, others in method.reason_otherwise(shown, inputs).items():
+            columns[f"exact_match_{way}"] = _answer_columns(others, questions)["exact_match"]
+    return answers, columns
 
 
 def _induction(method: Any, questions: Sequence[Question], judges: Sequence[Judge]) -> Said:

@@ -56,3 +56,11 @@ class Induces(Protocol):
 class Reasons(Protocol):
     def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
         """Answer each task's inputs, knowing its shown examples alone."""
+
+
+@runtime_checkable
+class ReasonsOtherwise(Protocol):
+    def reason_otherwise(
+        self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
+    ) -> dict[str, Answers]:
+        """The same answered in other ways, each scored as `exact_match_<way>`."""

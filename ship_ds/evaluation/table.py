@@ -13,6 +13,7 @@ from ship_ds.evaluation.metrics import score
 TITLES = {
     "exact_match": "exact match", "rouge_l": "ROUGE-L", "execution_accuracy": "execution, text in the prompt",
     "execution_accuracy_encoder": "execution, through the encoder", "judged_equivalence": "judged the same",
+    "exact_match_found": "exact match by the latent found", "exact_match_stated": "exact match, induced text in the prompt",
 }
 _LEADING = {"deduction": "exact_match", "induction": "execution_accuracy", "reasoning": "exact_match"}
 """What the per-task tables show."""
@@ -140,7 +141,7 @@ def _seconds(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> li
 
 def _by_task(measured: Mapping[Cell, Measured], direction: str, num_shown: int) -> list[list[str]]:
     """Header and one row a task: each method's mean over its examples."""
-    tasks: dict[tuple[str, str], dict[str, str]] = {}
+    tasks: dict[tuple[str, str, str], dict[str, str]] = {}
     names: dict[str, None] = {}
     metric = _LEADING[direction]
     for cell, found in measured.items():
@@ -148,8 +149,9 @@ def _by_task(measured: Mapping[Cell, Measured], direction: str, num_shown: int) 
             names[cell.method] = None
             for row in found.rows:
                 values = row[metric]
-                tasks.setdefault((cell.part, row["instruction"]), {})[cell.method] = f"{sum(values) / len(values):.2f}"
-    rows = [[part, instruction, *(values.get(name, "") for name in names)] for (part, instruction), values in tasks.items()]
+                own = tasks.setdefault((cell.part, row["task"], row["instruction"]), {})
+                own[cell.method] = f"{sum(values) / len(values):.2f}"
+    rows = [[part, instruction, *(values.get(name, "") for name in names)] for (part, _, instruction), values in tasks.items()]
     return [["part", "task", *names], *rows]
 
 

@@ -46,6 +46,13 @@ class Bank:
     def __len__(self) -> int:
         return len(self.instructions)
 
+    def shortlist_of_all(self, model: ShipModel, tasks: Sequence[Examples], count: int) -> list[list[int]]:
+        """As `shortlist`, but by the loss of the first example under every known adapter: nothing is missed, at several times
+        the cost."""
+        first = [task[0] for task in tasks]
+        losses_CT = fit_of_latents(model, self.latent_CZ, self.instructions, [first] * len(self)).loss_CM
+        return losses_CT.T.topk(min(count, len(self)), largest=False).indices.tolist()
+
     def shortlist(
         self, model: ShipModel, tasks: Sequence[Examples], count: int, barred: Sequence[int] | None = None
     ) -> list[list[int]]:

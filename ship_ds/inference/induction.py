@@ -31,7 +31,9 @@ Method = Literal["direct", "indirect", "bank", "propose", "union"]
 class InductionConfig(Section):
     method: Method = "union"
     num_known: PositiveInt = 24
-    """Known instructions that the bank's walk hands on to be tested."""
+    """Known instructions that the bank hands on to be tested."""
+    tries_all_known: bool = False
+    """Whether the bank tries every known adapter on the first example instead of walking to those that fit."""
     num_views: PositiveInt = 4
     """Choices and orders of the examples that the decoder proposes from."""
     num_samples: NonNegativeInt = 6
@@ -189,7 +191,8 @@ def _fall_back(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig
 def _known(model: ShipModel, bank: Bank, tasks: Sequence[_Task], config: InductionConfig) -> Texts:
     if not len(bank):
         raise UserError("induce: the bundle knows no instructions of its training; use method propose, direct or indirect")
-    chosen = bank.shortlist(model, [task.examples for task in tasks], config.num_known)
+    shortlist = bank.shortlist_of_all if config.tries_all_known else bank.shortlist
+    chosen = shortlist(model, [task.examples for task in tasks], config.num_known)
     return [[(bank.instructions[c], "known") for c in own] for own in chosen]
 
 

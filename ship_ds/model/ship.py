@@ -174,7 +174,7 @@ class ShipModel(nn.Module):
 
     @torch.no_grad()
     def adapt(self, latent_TZ: Tensor) -> Adapter:
-        adapter: Adapter = self.hypernetwork(latent_TZ)
+        adapter: Adapter = self.hypernetwork(latent_TZ.to(self.device))
         return adapter
 
     def answer(

@@ -35,6 +35,9 @@ _MEASURES = {
 """What stands for each direction where one curve has to."""
 
 
+_LENGTH = ("steps", "epochs", "tasks_per_step", "examples_per_task", "max_minutes")
+
+
 class NotDrawn(UserError):
     """What the figure needs is not there."""
 
@@ -116,6 +119,7 @@ def shown_examples(runs: Sequence[Path]) -> Figure:
 
 def training_rules(runs: Sequence[Path]) -> Figure:
     """Each direction's accuracy against the share of the training rules that a run was trained on."""
+    runs = _alike(runs, ("data", "num_seen"))
     counts = {run: len(json.loads(_read(run / "splits.json", "train it first"))["seen"]) for run in runs}
     return _over_runs(
         runs, {run: 100 * count / max(counts.values()) for run, count in counts.items()},
@@ -125,12 +129,26 @@ def training_rules(runs: Sequence[Path]) -> Figure:
 
 def reconstruction_weight(runs: Sequence[Path]) -> Figure:
     """Each direction's accuracy against the weight of the reconstruction loss."""
+    runs = _alike(runs, ("loss", "reconstruction"))
     weights = {run: json.loads(_read(run / "config.json", "train it first"))["loss"]["reconstruction"] for run in runs}
     figure = _over_runs(runs, weights, "weight of the reconstruction loss (no unit)", "weights of reconstruction")
     if min(weights.values()) > 0:
         for axes in figure.axes:
             axes.set_xscale("log")
     return figure
+
+
+def _alike(runs: Sequence[Path], key: tuple[str, str]) -> list[Path]:
+    """The runs that were trained as the first one but for `key` and the seed: no other difference is drawn as its."""
+    def rest(run: Path) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(_read(run / "config.json", "train it first"))
+        trained = {name: config.get(name, {}) for name in ("data", "model", "loss", "optimiser")}
+        training = {name: config.get("training", {}).get(name) for name in _LENGTH}
+        start = config.get("run", {}).get("init_from")
+        section = {name: value for name, value in trained[key[0]].items() if name != key[1]}
+        return {**trained, "training": training, "init_from": start, key[0]: section}
+
+    return [run for run in runs if rest(run) == rest(runs[0])]
 
 
 def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what: str) -> Figure:

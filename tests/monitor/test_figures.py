@@ -26,7 +26,9 @@ def write_run(folder: Path, num_seen: int, weight: float, value: float) -> Path:
     rows = [{"step": s, "loss/task": 2 / (s + 1), "loss/reconstruction": 3 / (s + 1), "loss/kl": 0.1 * s} for s in range(80)]
     rows[3]["loss/task"] = None
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.json").write_text(json.dumps({"loss": {"reconstruction": weight}}))
+    run = {"folder": str(folder), "seed": num_seen}
+    config = {"data": {"num_seen": num_seen}, "loss": {"reconstruction": weight}, "run": run}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "splits.json").write_text(json.dumps({"seen": [str(i) for i in range(num_seen)], "dev": [], "unseen": []}))
     induction = {part: {**cell(value), "by_num_shown": {str(n): cell(value * n / 5) for n in (1, 3, 5)}}
                  for part in ("seen", "unseen")}
@@ -44,7 +46,10 @@ def write_run(folder: Path, num_seen: int, weight: float, value: float) -> Path:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    return [write_run(tmp_path / "whole", 40, 1.0, 0.8), write_run(tmp_path / "half", 20, 0.1, 0.5)]
+    return [
+        write_run(tmp_path / "whole", 40, 1.0, 0.8), write_run(tmp_path / "half", 20, 1.0, 0.5),
+        write_run(tmp_path / "light", 40, 0.1, 0.6),
+    ]
 
 
 def test_every_figure_is_drawn_in_black_and_white(runs: list[Path], tmp_path: Path) -> None:
@@ -75,11 +80,15 @@ def test_one_run_without_an_evaluation_gives_its_losses_and_reasons(runs: list[P
     assert "give runs that differ in it by --runs" in next(line for line in said if line.startswith("training_rules"))
 
 
-def test_curve_over_runs_goes_through_their_scores(runs: list[Path]) -> None:
-    seen = figures.training_rules(runs).axes[0]
-    line = seen.get_lines()[0]
-    np.testing.assert_allclose(line.get_xdata(), [50, 100])
-    np.testing.assert_allclose(line.get_ydata(), [0.5, 0.8])
+@pytest.mark.parametrize(("draw", "xs", "ys"), [
+    (figures.training_rules, [50, 100], [0.5, 0.8]), (figures.reconstruction_weight, [0.1, 1], [0.6, 0.8]),
+])
+def test_curve_goes_through_the_scores_of_runs_that_differ_in_that_alone(
+    draw: Callable[..., Any], xs: list[float], ys: list[float], runs: list[Path]
+) -> None:
+    line = draw(runs).axes[0].get_lines()[0]
+    np.testing.assert_allclose(line.get_xdata(), xs)
+    np.testing.assert_allclose(line.get_ydata(), ys)
 
 
 def test_missing_run_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

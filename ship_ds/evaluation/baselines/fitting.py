@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-_WARMUP_STEPS = 20
+_WARMUP = 0.1
+"""Of the budget: a fixed number of steps would be all that a short training has."""
 
 
 class Budget(Protocol):
@@ -64,7 +65,7 @@ def fit(
     started = time.perf_counter()
     with tqdm(desc=title, unit="step", mininterval=5, dynamic_ncols=True) as bar:
         while (spent := budget.spent(len(losses), time.perf_counter() - started)) < 1:
-            factor = min(1.0, (len(losses) + 1) / _WARMUP_STEPS) * (1 + math.cos(math.pi * spent)) / 2
+            factor = min(1.0, 0.05 + spent / _WARMUP) * (1 + math.cos(math.pi * spent)) / 2
             for group in optimiser.param_groups:
                 group["lr"] = lr * factor
             optimiser.zero_grad()

@@ -6,10 +6,13 @@
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +30,19 @@ from ship_ds.folder import publish
 from ship_ds.runtime import ranks
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+_TRAINING = 2
+"""Of the way in which `fit` and `prepare` train; under another one weights are trained again."""
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """All that this process may use: the other ranks wait meanwhile, and torchrun gives each process one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class TrainedMethod(ABC):
@@ -59,7 +75,7 @@ class TrainedMethod(ABC):
         """Rank 0 trains unless good weights for this very setting are there; every rank loads what is on the disk."""
         if ranks.rank() == 0 and not self._is_stored():
             started = time.perf_counter()
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), _all_cores():
                 torch.manual_seed(self.setting.seed)
                 self.train()
             self._store(time.perf_counter() - started)
@@ -74,7 +90,8 @@ class TrainedMethod(ABC):
     def _identity(self) -> dict[str, Any]:
         """All that decides the weights."""
         return {
-            "method": self.name, "recipe": asdict(self.recipe), "budget": repr(self.budget), "seed": self.setting.seed,
+            "method": self.name, "training": _TRAINING, "recipe": asdict(self.recipe), "budget": repr(self.budget),
+            "seed": self.setting.seed,
             "seen": hashlib.sha256(repr(self.setting.splits.seen).encode()).hexdigest()[:16], "base": self.base.fingerprint(),
         }
 

@@ -35,5 +35,5 @@ def states_instruction(method: type[Method], config: ModelConfig) -> bool:
 def own_settings(method: type[Method]) -> dict[str, Any]:
     """What a method has to set by itself; where it changes, the method is measured again."""
     if issubclass(method, Searching):
-        return {"search": method.search.model_dump(mode="json")}
+        return {"search": method.recipe.model_dump(mode="json")}
     return {"recipe": asdict(method.recipe)} if issubclass(method, TrainedMethod) else {}

@@ -10,4 +10,4 @@ class NearestKnown(Searching):
     """It invents nothing: on unseen rules it is right only where a seen rule answers alike."""
 
     name: ClassVar[str] = "nearest_known"
-    search: ClassVar[InductionConfig] = InductionConfig(method="bank")
+    recipe: ClassVar[InductionConfig] = InductionConfig(method="bank", num_known=48, num_finalists=48, tries_all_known=True)

@@ -4,38 +4,56 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar
 
+import torch
+
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Answers, Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.bank import Bank, encode_all
-from ship_ds.inference.deduction import answer_latents
-from ship_ds.inference.induction import InductionConfig, induce_many
+from ship_ds.inference.deduction import answer_latents, answer_stated
+from ship_ds.inference.induction import Induction, InductionConfig, induce_many
 
 
 class Searching(Untrained):
-    """Induction by `search`. What was induced from the same examples before is not searched for again."""
+    """Induction by `recipe`, with texts as long as the run's own limit. What was induced from the same examples before is not
+    searched for again."""
 
-    search: ClassVar[InductionConfig]
+    recipe: ClassVar[InductionConfig]
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.known = [task.task.instruction for task in setting.splits.seen]
-        self.induced: dict[tuple[Example, ...], str] = {}
+        self.search = self.recipe.model_copy(update={"max_new_tokens": self.ship.config.evaluation.max_instruction_tokens})
+        self.induced: dict[tuple[Example, ...], Induction] = {}
 
     @cached_property
     def bank(self) -> Bank:
         return Bank.build(self.ship.model, self.known)
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
-        keys = [tuple(examples) for examples in shown]
-        new = list(dict.fromkeys(key for key in keys if key not in self.induced))
-        found = induce_many(self.ship.model, self.bank, new, self.search, self.seed)
-        self.induced |= {key: induction.instruction for key, induction in zip(new, found, strict=True)}
-        return [self.induced[key] for key in keys]
+        return [induction.instruction for induction in self._inductions(shown)]
 
     def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
         """By the refined latent: the induced text, encoded again."""
         return self.answer(self.induce(shown), inputs)
+
+    def reason_otherwise(
+        self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
+    ) -> dict[str, Answers]:
+        """By the latent that the search found, and with the induced text in the prompt."""
+        found = self._inductions(shown)
+        texts, latent_TZ = [one.instruction for one in found], torch.tensor([one.latent for one in found])
+        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
+        return {
+            "found": answer_latents(model, latent_TZ, texts, inputs, length),
+            "stated": answer_stated(model, texts, inputs, length),
+        }
+
+    def _inductions(self, shown: Sequence[Sequence[Example]]) -> list[Induction]:
+        keys = [tuple(examples) for examples in shown]
+        new = list(dict.fromkeys(key for key in keys if key not in self.induced))
+        self.induced |= zip(new, induce_many(self.ship.model, self.bank, new, self.search, self.seed), strict=True)
+        return [self.induced[key] for key in keys]
 
     def answer(self, wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
         model = self.ship.model

@@ -13,7 +13,7 @@ class ShipMethod(Searching):
     """Deduction by the instruction's adapter; induction by the default search."""
 
     name: ClassVar[str] = "ship"
-    search: ClassVar[InductionConfig] = InductionConfig()
+    recipe: ClassVar[InductionConfig] = InductionConfig()
 
     def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
         return self.answer(wordings, inputs)
