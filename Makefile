@@ -1,5 +1,7 @@
 # `make quickstart` and `make test` set everything up themselves in .venv/ and .build/ (a compiled DeepSpeed op).
 PYTHON ?= python3
+# More for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu: PyPI's torch for Linux brings CUDA along.
+PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.build/torch_extensions
@@ -9,11 +11,11 @@ export HF_HUB_OFFLINE := 1
 
 setup: $(VENV)/.installed
 
-# torch first: DeepSpeed's build asks for it, and the constraints keep pip from pulling CUDA builds.
+# torch first: DeepSpeed's build asks for it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools
-	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt torch numpy setuptools
+	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[test]'
 	touch $@
 
 # Two ranks on two CPU cores; then one unseen instruction becomes an adapter.

@@ -57,7 +57,9 @@ def _variance(factor: Tensor) -> Tensor:
 class OracleRecipe:
     share: float = 0.4
     """Of the method's budget, at most."""
-    steps: int = 24
+    steps: int = 40
+    """Of 60 seen rules of the quickstart, test inputs: 0.67 after 24 steps (10 s on two cores), 0.80 after 40 (16 s), 0.88 after
+    80 (27 s); one run each."""
     lr: float = 1e-2
 
 
