@@ -10,6 +10,8 @@ def _package(name: str, distribution: str) -> str | None:
 
 
 def _cuda() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return None
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

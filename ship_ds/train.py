@@ -368,9 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ship-ds: {error}", file=sys.stderr)
         return BAD_INPUT
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print("ship-ds: run.folder: its disk is full: make room and start the same command again", file=sys.stderr)
+        print("ship-ds: run.folder: its disk or quota is full: make room and start the same command again", file=sys.stderr)
         return BAD_INPUT
     except Preempted:
         return PREEMPTED

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ship_ds import cli
+from ship_ds import cli, doctor
 from ship_ds.config import load_config, recipe_names
 
 
@@ -19,6 +19,12 @@ def test_recipes_show_each_with_its_command(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_a_good_config(name: str) -> None:
     assert load_config(name).run.folder.startswith("runs/")
+
+
+def test_doctor_says_what_is_missing_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    found = {name: value for name, value, _ in doctor.findings()}
+    assert all(found[name] is None for name in ("torch", "CUDA", "deepspeed", "bitsandbytes", "flash-attn"))
 
 
 def test_doctor_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
