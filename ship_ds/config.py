@@ -148,9 +148,14 @@ class LossConfig(Section):
     kl: NonNegativeFloat = 1e-3
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimiserConfig(Section):
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[_Decay, _Decay] = (0.9, 0.98)
+    """Adam's; torch's own are 0.9 and 0.999."""
     clip: PositiveFloat = 1.0
     warmup_steps: int = Field(50, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -163,6 +168,9 @@ class TrainingConfig(Section):
     tasks_per_step: PositiveInt = 24
     """Global: ranks and accumulation divide it."""
     examples_per_task: PositiveInt = 4
+    family_alpha: float = Field(1.0, ge=0, le=1)
+    """How often a family of tasks is met grows with its size to this power: at 1 all tasks are met equally often, at 0 all
+    families are. Below 1 the tasks of large families get fewer passes than `epochs`."""
     accumulation: PositiveInt = 1
     max_minutes: PositiveFloat | None = None
     """Ends training, evaluations not counted; the schedule ends with it where the steps would take longer, and then no two

@@ -36,7 +36,7 @@ from ship_ds.bundle import (
 from ship_ds.config import Config, TrainingConfig, load_config
 from ship_ds.data import files
 from ship_ds.data.rules import RulesConfig, build_world
-from ship_ds.data.sampler import StepSampler
+from ship_ds.data.sampler import StepSampler, balanced
 from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
 from ship_ds.errors import UserError
@@ -93,9 +93,11 @@ class Trainer:
         self.engine.train()
         torch.manual_seed((config.run.seed << 16) + ranks.rank())  # dropout: a mask of its own on each rank
         self.model: ShipModel = self.engine.module
+        if config.training.family_alpha < 1 and len({task.task.family for task in self.splits.seen}) == 1:
+            say("training.family_alpha changes nothing: the tasks of these data are of no families")
         self.sampler = StepSampler(
-            self.splits.seen, config.run.seed, config.training.tasks_per_step, config.training.examples_per_task,
-            config.model.decoder.max_examples, config.model.decoder.drop_latent,
+            balanced(self.splits.seen, config.training.family_alpha), config.run.seed, config.training.tasks_per_step,
+            config.training.examples_per_task, config.model.decoder.max_examples, config.model.decoder.drop_latent,
         )
         self.num_steps = num_steps(config.training, self.splits)
         self.watch = Stopwatch()

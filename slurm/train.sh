@@ -29,7 +29,7 @@ VENV=${VENV:-$REPOSITORY/.venv}             # activated where it exists
 CONTAINER=${CONTAINER:-}                    # put before every command, such as "apptainer exec --nv image.sif"
 PYTHON=${PYTHON:-python}
 SWEEP=${SWEEP:-}                            # a file of overrides, one line an array index
-MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after a crash or a hang; preemption is not counted
+MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after crashes or hangs with no new checkpoint in between; not after preemption that was saved in time
 # The network: NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface, NCCL_IB_HCA the InfiniBand card;
 # NCCL_DEBUG=INFO says what was chosen. MASTER_ADDR and MASTER_PORT replace the first node's name and the job's own port.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
@@ -96,11 +96,13 @@ requeue() {
 }
 case $CODE in
     0) echo "$(date -Is) done: $RUN" ;;
-    2) tail -n 1 "$LOGS/rank-0.log" ;;
-    75|77) requeue "preempted (code $CODE)" ;;
-    *)  tail -n 3 "$LOGS/rank-0.log"
-        echo "$(date -Is) code $CODE" >>"$LOGS/failures"
-        [[ $(wc -l <"$LOGS/failures") -gt $MAX_FAILURES ]] || requeue "failed with code $CODE (76: hung)"
-        echo "failed more than MAX_FAILURES=$MAX_FAILURES times: not requeued" ;;
+    2) tail -n 1 "$LOGS/rank-0.log" || true ;;
+    75|138) requeue "preempted (code $CODE)" ;;  # 138: by USR1 while the ranks were starting, with nothing to save
+    *)  tail -n 3 "$LOGS/rank-0.log" || true
+        NEWEST=$(cat "$RUN/checkpoints/latest" 2>/dev/null || echo the start)
+        echo "$(date -Is) code $CODE after $NEWEST" >>"$LOGS/failures"
+        [[ $(grep -c " after $NEWEST\$" "$LOGS/failures") -gt $MAX_FAILURES ]] ||
+            requeue "failed with code $CODE (76: hung, 77: not saved in time)"
+        echo "failed more than MAX_FAILURES=$MAX_FAILURES times after $NEWEST: not requeued" ;;
 esac
 exit "$CODE"

@@ -17,10 +17,11 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.errors import UserError
@@ -42,8 +43,10 @@ class RulesConfig(Section):
     seed: int = 0
     train_examples: PositiveInt = 48
     test_examples: PositiveInt = 10
+    more_compositions: int = Field(0, ge=0, le=200)
+    """More seen compositions: at most so many beside the world's own of each pairing that no dev or unseen rule has."""
     num_seen: PositiveInt | None = None
-    """Train on the first `num_seen` seen rules alone (spread over the families); None: all of them."""
+    """Train on so many of the seen rules alone, drawn by `seed`; None: on all of them."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +327,9 @@ _JOINTS = ("{first} and then {second}", "first {first} then {second}", "{first} 
 def build_world(config: RulesConfig) -> Splits:
     """Every rule with its examples, parted into seen, dev and unseen. Raises UserError where fewer are seen than asked for."""
     seen, dev, unseen = part_rules(config.seed)
+    if config.more_compositions:
+        more = other_compositions(config.seed, config.more_compositions)
+        (seen,) = _distinct([*seen, *more], [[*seen, *more]])
     if config.num_seen is not None:
         if config.num_seen > len(seen):
             raise UserError(f"data.num_seen: {config.num_seen} of {len(seen)} seen rules: give fewer, or null for all")
@@ -335,7 +341,8 @@ def build_world(config: RulesConfig) -> Splits:
     )
 
 
-def part_rules(seed: int) -> tuple[list[Rule], list[tuple[Rule, str]], list[tuple[Rule, str]]]:
+@lru_cache(maxsize=4)
+def part_rules(seed: int) -> tuple[tuple[Rule, ...], tuple[tuple[Rule, str], ...], tuple[tuple[Rule, str], ...]]:
     """Seen rules, and dev and unseen ones with the kind that says why they are unseen."""
     rng = random.Random(f"parts {seed}")
     seen_pairs, dev_pairs, unseen_pairs = _draw_pairs(rng)
@@ -355,10 +362,10 @@ def part_rules(seed: int) -> tuple[list[Rule], list[tuple[Rule, str]], list[tupl
     known = [rule for rule in known if not {rule.name, *(step.name for step in rule.steps)} & held_names]
     dev_held, unseen_held = held[:_NUM_DEV_PARAMETER], held[_NUM_DEV_PARAMETER:]
     return (
-        known,
-        [(rule, "parameter") for rule in dev_held] + [(rule, "composition") for rule in dev_composition],
-        [(rule, "parameter") for rule in unseen_held] + [(rule, "composition") for rule in composition]
-        + [(rule, "family") for rule in family],
+        tuple(known),
+        (*((rule, "parameter") for rule in dev_held), *((rule, "composition") for rule in dev_composition)),
+        (*((rule, "parameter") for rule in unseen_held), *((rule, "composition") for rule in composition),
+         *((rule, "family") for rule in family)),
     )
 
 
@@ -407,7 +414,8 @@ def _composed_rule(first: Rule, second: Rule) -> Rule:
 
 
 def other_compositions(seed: int, per_pair: int) -> list[Rule]:
-    """Compositions outside the world, at most `per_pair` of each pairing: what a base model may learn besides seen rules.
+    """Compositions that are not among the rules of `part_rules`, at most `per_pair` of each pairing: what a base model may
+    learn besides the seen ones, and what `RulesConfig.more_compositions` adds to these.
 
     None of them is paired like, behaves like, or has as a step a dev or an unseen rule.
     """

@@ -4,13 +4,13 @@ Methods: `direct` and `indirect` descend to a latent and decode it (arXiv 2502.0
 known instructions; `propose` lets the decoder read the examples and tests what it writes; `union`, the default, does the
 last two together. Every candidate is tested on the given examples in both ways it will be used: through the encoder, as
 an adapter, and as text in the prompt. Where no candidate explains everything, the best are refined: their latents by
-gradient, their texts by single tokens; what comes out is tested likewise.
+gradient, their texts by single tokens and by splicing one to another; what comes out is tested likewise.
 
 Letters: T tasks, C candidates, M examples, Z latent.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from ship_ds.config import Section
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import Bank, encode_all
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, descend_on_instruction, descend_on_latent, neutral_embeddings
-from ship_ds.inference.proposals import beams, edits, key_of, sampled, views
+from ship_ds.inference.proposals import beams, edits, key_of, sampled, splices, views
 from ship_ds.inference.scoring import Examples, Fit, fit_in_prompt, fit_of_latents
 from ship_ds.model.ship import ShipModel
 
@@ -49,6 +49,9 @@ class InductionConfig(Section):
     num_edited: PositiveInt = 3
     """Best candidates whose texts are edited in a round."""
     num_edits: PositiveInt = 16
+    num_parents: PositiveInt = 24
+    """Best on the screening examples, whose texts are spliced in a round."""
+    num_splices: NonNegativeInt = 64
     num_refined: PositiveInt = 2
     """Best candidates whose latents are refined by gradient in a round."""
     refine_steps: NonNegativeInt = 10
@@ -102,6 +105,9 @@ class _Task:
     tested: dict[str, Candidate]
     found: list[tuple[int, float, Tensor]]
     """(examples right, loss, latent), one of each descent."""
+    screened: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Of every text that was tried, also of those that were not tested on all examples: how it did on the first few, as
+    (- examples right, loss), both ways of using it together."""
 
     @property
     def key(self) -> str:
@@ -110,6 +116,10 @@ class _Task:
 
     def best(self) -> list[Candidate]:
         return sorted(self.tested.values(), key=_order)
+
+    def parents(self, count: int) -> list[str]:
+        """The best on the first few examples; rounded, since losses in other company differ in their last bits."""
+        return sorted(self.screened, key=lambda text: (self.screened[text][0], round(self.screened[text][1], 2), text))[:count]
 
     @property
     def is_explained(self) -> bool:
@@ -217,7 +227,7 @@ def _views(model: ShipModel, task: _Task, count: int, seed: int, turn: object) -
 
 
 def _refine(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, seed: int, turn: int) -> None:
-    """Edit the best texts; descend from the best latents and let the decoder read what it finds; test both."""
+    """Edit and splice the best texts; descend from the best latents and let the decoder read what it finds; test all."""
     texts: Texts = [[] for _ in tasks]
     best = [task.best() for task in tasks]
     edited = [(t, c) for t, own in enumerate(best) for c in own[: config.num_edited]]
@@ -226,6 +236,10 @@ def _refine(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, s
     changed = edits(model, shown, [c.instruction for _, c in edited], config.num_edits, latent_CZ)
     for (t, _), own in zip(edited, changed, strict=True):
         texts[t] += [(text, "edit") for text in own]
+    for task, own in zip(tasks, texts, strict=True):
+        known = {*task.screened, *(text for text, _ in own)}
+        spliced = splices(model, task.parents(config.num_parents), config.num_splices, config.max_new_tokens, known)
+        own += [(text, "splice") for text in spliced]
     if config.refine_steps:
         starts = [(t, c) for t, own in enumerate(best) for c in own[: config.num_refined]]
         found = _descend_from(model, tasks, starts, config)
@@ -331,7 +345,11 @@ def _test(model: ShipModel, tasks: Sequence[_Task], texts: Texts, config: Induct
     latent_CZ = encode_all(model, distinct)[[places[text] for _, text, _ in pairs]]
     few = slice(0, config.num_screened)
     through, stated = _fits(model, tasks, pairs, latent_CZ, few)
-    finalists = _finalists(tasks, pairs, through, stated, config.num_finalists)
+    right_C = (through.right_CM.sum(1) + stated.right_CM.sum(1)).tolist()
+    loss_C = (through.loss_CM.sum(1) + stated.loss_CM.sum(1)).tolist()
+    for (t, text, _), right, loss in zip(pairs, right_C, loss_C, strict=True):
+        tasks[t].screened[text] = (-right, loss)
+    finalists = _finalists(tasks, pairs, config.num_finalists)
     index = torch.tensor(finalists)
     pairs, latent_CZ = [pairs[i] for i in finalists], latent_CZ[index]
     through, stated = through.rows(index), stated.rows(index)
@@ -356,14 +374,15 @@ def _fits(
     return fit_of_latents(model, latent_CZ, said, examples), fit_in_prompt(model, said, examples)
 
 
-def _finalists(tasks: Sequence[_Task], pairs: Sequence[Pair], through: Fit, stated: Fit, count: int) -> list[int]:
+def _finalists(tasks: Sequence[_Task], pairs: Sequence[Pair], count: int) -> list[int]:
     """Rows of the best of each task on the screening examples."""
-    right_C = (through.right_CM.sum(1) + stated.right_CM.sum(1)).tolist()
-    loss_C = (through.loss_CM.sum(1) + stated.loss_CM.sum(1)).tolist()
     rows: list[list[int]] = [[] for _ in tasks]
     for row, (t, _, _) in enumerate(pairs):
         rows[t].append(row)
-    return [row for own in rows for row in sorted(own, key=lambda row: (-right_C[row], loss_C[row]))[:count]]
+    return [
+        row for task, own in zip(tasks, rows, strict=True)
+        for row in sorted(own, key=lambda row: task.screened[pairs[row][1]])[:count]
+    ]
 
 
 def _result(model: ShipModel, task: _Task) -> Induction:

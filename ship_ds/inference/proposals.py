@@ -1,4 +1,4 @@
-"""Instructions that the decoder proposes from examples, with z beside them or without.
+"""Instructions that the decoder proposes from examples, with z beside them or without; and changes of such texts.
 
 The decoder was trained on at most `model.decoder.max_examples` examples, in any order. When more are given it reads several
 views: random subsets in random order. Every random choice is keyed, so a task's proposals do not depend on its batch.
@@ -7,8 +7,9 @@ Letters: W views, K samples a view, N new tokens, Z latent.
 """
 
 import hashlib
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from ship_ds.model.ship import ShipModel
 Examples = Sequence[Example]
 _ROWS = 512
 """Rows a stream: the cache of more does not pay."""
+_CUTS = 12
+"""Places at which two texts are spliced, at most."""
 
 
 def key_of(*parts: object) -> int:
@@ -123,6 +126,25 @@ def _changes(model: ShipModel, target: Sequence[int], logits_NV: Tensor, num_edi
     best = gain_NV.flatten().topk(min(num_edits, gain_NV.numel())).indices.tolist()
     width = gain_NV.shape[1]
     return [_text(model, [*target[: i // width], i % width, *target[i // width + 1 :]]) for i in best]
+
+
+def splices(model: ShipModel, texts: Sequence[str], count: int, max_tokens: int, known: Container[str]) -> list[str]:
+    """`count` texts that begin as one of `texts` and, from a token that both have, go on as another (one-point crossover).
+
+    texts: best first; splices of the best ones come first, a few of each two. known: texts that are not wanted again.
+    """
+    targets = [model.decoder_prompts.target(text)[:-1] for text in texts]
+    found: dict[str, None] = {}
+    for first, second in sorted(itertools.permutations(targets, 2), key=lambda pair: sum(map(targets.index, pair))):
+        if len(found) >= count:
+            break
+        cuts = (
+            (i, j) for i, j in itertools.product(range(1, len(first)), range(1, len(second)))
+            if first[i] == second[j] and i + len(second) - j < max_tokens
+        )
+        spliced = (_text(model, (*first[:i], *second[j:])) for i, j in itertools.islice(cuts, _CUTS))
+        found |= {text: None for text in spliced if text and text not in known}
+    return list(found)[:count]
 
 
 def _text(model: ShipModel, tokens: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ship_ds.config import parse_config
 from ship_ds.errors import UserError
 
 _LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
@@ -35,7 +36,7 @@ _MEASURES = {
 """What stands for each direction where one curve has to."""
 
 
-_LENGTH = ("steps", "epochs", "tasks_per_step", "examples_per_task", "max_minutes")
+_LENGTH = ("steps", "epochs", "tasks_per_step", "examples_per_task", "family_alpha", "max_minutes")
 
 
 class NotDrawn(UserError):
@@ -141,7 +142,8 @@ def reconstruction_weight(runs: Sequence[Path]) -> Figure:
 def _alike(runs: Sequence[Path], key: tuple[str, str]) -> list[Path]:
     """The runs that were trained as the first one but for `key` and the seed: no other difference is drawn as its."""
     def rest(run: Path) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads(_read(run / "config.json", "train it first"))
+        written: dict[str, Any] = json.loads(_read(run / "config.json", "train it first"))
+        config: dict[str, Any] = parse_config(written, str(run)).model_dump(mode="json")  # with what had no key then
         trained = {name: config.get(name, {}) for name in ("data", "model", "loss", "optimiser")}
         training = {name: config.get("training", {}).get(name) for name in _LENGTH}
         start = config.get("run", {}).get("init_from")

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ship_ds.config import CheckpointConfig
+from ship_ds.config import CheckpointConfig, parse_config
 from ship_ds.errors import UserError
 from ship_ds.runtime import ranks, repartition
 from ship_ds.runtime.pickles import load_shard, shard_problem
@@ -310,7 +310,7 @@ def load(
     On another number of ranks or under another ZeRO stage the generators start anew: dropout differs, and nothing else does.
     """
     progress = read_progress(folder)
-    _check_same_run(folder, progress, config, data_fingerprint)
+    check_same_run(folder, progress, config, data_fingerprint)
     _check_same_parameters(engine, folder)
     stage, num_ranks = repartition.layout(folder / STATE)
     if (stage, num_ranks) == (engine.zero_optimization_stage(), ranks.world_size()):
@@ -324,8 +324,10 @@ def load(
     return progress
 
 
-def _check_same_run(folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str) -> None:
-    then, now = flat(progress.config), flat(config)
+def check_same_run(folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str) -> None:
+    """Raises UserError naming the first setting, or the data, that the checkpoint was not trained with. A key that did not
+    exist then stands at its default."""
+    then, now = flat(parse_config(dict(progress.config), str(folder)).model_dump(mode="json")), flat(config)
     for key in sorted(then.keys() | now.keys()):
         free = any(key == name or key.startswith(name + ".") for name in _FREE_TO_CHANGE)
         if not free and then.get(key) != now.get(key):

@@ -50,7 +50,7 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": optimiser.lr, "weight_decay": optimiser.weight_decay, "betas": [0.9, 0.98],
+                "lr": optimiser.lr, "weight_decay": optimiser.weight_decay, "betas": list(optimiser.betas),
                 "torch_adam": fused, **({"fused": True} if fused else {}),
             },
         },

@@ -90,6 +90,20 @@ def test_what_a_base_model_learns_besides_is_no_dev_or_unseen_rule_by_name_pairi
         assert (answers_UF[: len(held)] == answers_F).mean(axis=1).max() < 0.95
 
 
+def test_more_compositions_are_new_seen_rules_and_change_nothing_else(world: Splits) -> None:
+    more = build_world(RulesConfig(more_compositions=20))
+    assert (more.dev, more.unseen) == (world.dev, world.unseen) and more.seen[: len(world.seen)] == world.seen
+    new = more.seen[len(world.seen) :]
+    assert len(new) > 600 and all("+" in task.task.family for task in new)
+    pairings = {task.task.family for task in more.seen}
+    assert len(pairings - {task.task.family for task in world.seen}) > 20
+    assert not pairings & {task.task.family for task in (*world.dev, *world.unseen) if task.kind == "composition"}
+    rules = {rule.name: rule for rule in (*part_rules(0)[0], *other_compositions(0, 20))}
+    answers_UF = behaviour([rules[task.task.id] for task in more.seen])
+    for i in range(len(world.seen), len(more.seen)):
+        assert (answers_UF[:i] == answers_UF[i]).mean(axis=1).max() < 0.95
+
+
 def test_more_seen_rules_than_there_are_is_one_line() -> None:
     with pytest.raises(UserError, match="data.num_seen: 100000 of "):
         build_world(RulesConfig(num_seen=100_000))

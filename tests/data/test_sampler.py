@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ship_ds.data.sampler import StepSampler, TaskDraw
+from ship_ds.data.sampler import StepSampler, TaskDraw, balanced
 from ship_ds.data.task import Example, SplitTask, Task
 
 
@@ -53,6 +53,21 @@ def test_an_epoch_meets_every_task_once(num_tasks: int) -> None:
         first, second = ([draw.task_id for s in range(e * 3, e * 3 + 3) for draw in sampler.draw_step(s)] for e in (0, 1))
         assert sorted(first) == sorted(second) and len(set(first)) == 24
         assert {draw.task_id for draw in sampler.draw_step(0)} != {draw.task_id for draw in sampler.draw_step(3)}
+
+
+@pytest.mark.parametrize(("alpha", "turns"), [(1.0, (1, 1, 1)), (0.5, (4, 8, 16)), (0.0, (4, 16, 64))])
+def test_small_families_get_more_turns(alpha: float, turns: tuple[int, ...]) -> None:
+    tasks = [replace(_task(i), task=replace(_task(i).task, family="a" if i < 16 else "b" if i < 20 else "c")) for i in range(21)]
+    counts = Counter(task.task.id for task in balanced(tasks, alpha))
+    assert (counts["t0"], counts["t16"], counts["t20"]) == turns and len(counts) == 21
+
+
+def test_families_are_met_in_proportion_to_a_power_of_their_size() -> None:
+    sizes = range(1, 41)
+    tasks = [replace(_task(n), task=replace(_task(n).task, family=str(n))) for n in sizes for _ in range(n)]
+    met = Counter(task.task.family for task in balanced(tasks, 0.7))
+    for n in sizes:
+        assert met[str(n)] / met["40"] == pytest.approx((n / 40) ** 0.7, rel=0.5 / 4)
 
 
 def test_shown_examples_are_others_than_the_answered_and_at_most_so_many() -> None:

@@ -10,7 +10,7 @@ from ship_ds.evaluation.deduction import nearest_seen
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.gradient import descend_on_latent, neutral_prompt
 from ship_ds.inference.induction import InductionConfig, induce_many
-from ship_ds.inference.proposals import edits, key_of, sampled, views
+from ship_ds.inference.proposals import edits, key_of, sampled, splices, views
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
 
 QUICK = {"num_views": 2, "num_samples": 2, "num_beams": 2, "num_rounds": 1, "num_edits": 4, "refine_steps": 2, "steps": 4,
@@ -108,7 +108,7 @@ def test_every_method_gives_tested_candidates_in_order(ship: Ship, inputs: list[
     keys = [(-(c.num_right + c.num_right_in_prompt), c.loss + c.loss_in_prompt) for c in found.candidates]
     assert keys == sorted(keys) and len({c.instruction for c in found.candidates}) == len(keys) > 0
     assert found.instruction == found.candidates[0].instruction and found.num_examples == 3
-    assert {c.origin for c in found.candidates} <= {"known", "sampled", "beam", "refined", "edit", "neutral"}
+    assert {c.origin for c in found.candidates} <= {"known", "sampled", "beam", "refined", "edit", "splice", "neutral"}
 
 
 def test_a_decoder_that_proposes_nothing_leaves_the_neutral_instruction(
@@ -169,6 +169,27 @@ def test_edits_change_one_token(ship: Ship, inputs: list[str]) -> None:
     found = edits(ship.model, [shown], ["remove every 5"], 6)[0]
     assert len(set(found)) == 6
     assert all(sum(a != b for a, b in zip(text.split(), "remove every 5".split(), strict=True)) == 1 for text in found)
+
+
+def test_splices_go_on_as_another_text_from_a_shared_token(ship: Ship) -> None:
+    texts = ["add 3 then reverse the list", "remove every 5 then take the last 2", "sort numbers"]
+    found = splices(ship.model, texts, 20, 12, known=())
+    assert found[:2] == ["add 3 then take the last 2", "add 3 then reverse the last 2"]
+    assert "remove every 5 then reverse the list" in found and len(set(found)) == len(found)
+    assert not [text for text in found if "sort" in text]
+    assert splices(ship.model, texts, 20, 12, known=found[:1]) == found[1:]
+    assert splices(ship.model, texts[:1], 20, 12, known=()) == []
+    assert splices(ship.model, texts, 20, 8, known=()) == [text for text in found if len(text.split()) < 8]
+    assert splices(ship.model, texts, 1, 12, known=()) == found[:1]
+
+
+def test_induction_splices_the_best_texts_unless_told_not_to(ship: Ship, inputs: list[str]) -> None:
+    tasks = [behaviour(ship, text, inputs, 3) for text in ("add 3", "remove every 5", "take the first 2")]
+    config = {**QUICK, "method": "propose", "num_finalists": 80, "num_samples": 6}
+    for num_splices in (0, 40):
+        found = induce_many(ship.model, ship.bank, tasks, InductionConfig.model_validate({**config, "num_splices": num_splices}))
+        origins = {candidate.origin for induction in found for candidate in induction.candidates}
+        assert ("splice" in origins) == (num_splices > 0)
 
 
 def test_sampled_proposals_all_end(ship: Ship, inputs: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Full disks and damaged files: a clear line, the checkpoints before intact, and nothing half written."""
 
+import copy
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ship_ds.config import CheckpointConfig
+from ship_ds.config import CheckpointConfig, load_config
 from ship_ds.errors import UserError
 from ship_ds.runtime import checkpoint
 
@@ -37,6 +38,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def progress(step: int, dev_score: float | None = None) -> checkpoint.Progress:
     return checkpoint.Progress(step, 0.0, 0, 0, 1, {}, "", dev_score)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_had_it_at_its_default(tmp_path: Path) -> None:
+    config = load_config("quickstart-smoke", []).model_dump(mode="json")
+    old = copy.deepcopy(config)
+    del old["training"]["family_alpha"], old["optimiser"]["betas"], old["data"]["more_compositions"]
+    made = checkpoint.Progress(4, 0.0, 0, 0, 1, old, "data")
+    checkpoint.check_same_run(tmp_path, made, config, "data")
+    config["training"]["family_alpha"] = 0.5
+    with pytest.raises(UserError, match="training.family_alpha was 1.0 and is 0.5 now; set it back"):
+        checkpoint.check_same_run(tmp_path, made, config, "data")
 
 
 @pytest.mark.parametrize(("room", "num_bytes"), [(1_000_000, 9_000_000), (8_192, 0)])

@@ -1,10 +1,13 @@
 """The shipped `sbatch slurm/train.sh` on a real Slurm cluster of this machine: train on two nodes, be preempted, go on."""
 
+import http.client
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,59 @@ def check_what_the_run_recorded(run: Path, job: str) -> None:
         log = (run / "logs" / f"job-{job}" / f"rank-{rank}.log").read_text()
         assert log.count("USR1: saving at the next step boundary") == 1
     assert json.loads((run / "config.json").read_text())["training"]["steps"] == 12
+
+
+def test_crashes_are_counted_from_the_newest_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    """A trainer killed by USR1 while it starts (not counted), a crash, a crash behind a new checkpoint, one more: the end."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    trainer = tmp_path / "python"
+    trainer.write_text(f"""#!/bin/bash
+        [[ -n $IN_CONTAINER ]] || exit 7
+        [[ $* != *preflight* ]] || {{ echo {run}; exit; }}
+        echo >> {run}/tries
+        case $(wc -l < {run}/tries) in
+            1) kill -USR1 $$ ;;
+            3) echo step-00000004 > {run}/checkpoints/latest ;;
+        esac
+        exit 9
+    """)
+    trainer.chmod(0o755)
+    job = cluster.sbatch(
+        "slurm/train.sh", "--config", "quickstart-smoke",
+        options=["--nodes=1", "--ntasks-per-node=1", "--gres=none", "--cpus-per-task=1", f"--output={tmp_path / 'out'}"],
+        cwd=REPOSITORY, environment={
+            **job_environment(), "PYTHON": str(trainer), "MAX_FAILURES": "1", "CONTAINER": "env IN_CONTAINER=1",
+        },
+    )
+    assert wait_for_end(cluster, job, 120) == "FAILED"
+    assert (run / "tries").read_text().count("\n") == 4, (tmp_path / "out").read_text()
+    assert "more than MAX_FAILURES=1 times after step-00000004" in (tmp_path / "out").read_text()
+
+
+def test_tensorboard_answers_on_the_port_that_its_job_names(cluster: Cluster, two_rank_run: Path, tmp_path: Path) -> None:
+    log = tmp_path / "out"
+    job = cluster.sbatch(
+        "slurm/tensorboard.sh", str(two_rank_run), options=["--cpus-per-task=1", f"--output={log}"], cwd=REPOSITORY,
+        environment=job_environment(),
+    )
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    runs: list[str] = []
+
+    def answers() -> bool:
+        try:
+            address = re.search(r"http://localhost:\d+", log.read_text())
+            assert address is not None
+            runs[:] = json.loads(direct.open(f"{address[0]}/data/runs", timeout=5).read())
+        except (AssertionError, OSError, http.client.HTTPException):
+            return False
+        return True
+
+    try:
+        cluster.wait("tensorboard", answers, 120)
+    finally:
+        cluster.run("scancel", job)
+    assert runs == ["tensorboard"]
 
 
 @pytest.mark.parametrize(("script", "arguments", "command"), [

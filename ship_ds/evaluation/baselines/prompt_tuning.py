@@ -48,7 +48,7 @@ class PromptTuning(TrainedMethod):
         return StaticSoftPrompt(embedding.weight[ids_P.to(embedding.weight.device)])
 
     def train(self) -> None:
-        sampler = self.sampler()
+        sampler = self.sampler
 
         def loss_at(step: int) -> Tensor:
             return self._loss(self.module, [draw.answered for draw in sampler.draw_step(step)], 1)

@@ -33,7 +33,7 @@ class Sft(TrainedMethod):
         return StaticLora(self.base.sites, self.base.lora)
 
     def train(self) -> None:
-        sampler, prompts = self.sampler(), self.base.prompts
+        sampler, prompts = self.sampler, self.base.prompts
 
         def loss_at(step: int) -> Tensor:
             rows = [(example, draw.wording) for draw in sampler.draw_step(step) for example in draw.answered]

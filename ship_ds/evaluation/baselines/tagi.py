@@ -43,7 +43,7 @@ class Tagi(GeneratedLora):
         return AttentionReader(self.base.hidden_size, latent_size, self.recipe.num_layers, self.recipe.num_queries)
 
     def train(self) -> None:
-        oracles, sampler = self.train_oracles(self.recipe.oracles), self.sampler()
+        oracles, sampler = self.train_oracles(self.recipe.oracles), self.sampler
         budget = self.budget.share(1 - self.recipe.oracles.share)
         fit(
             self.module.parameters(), lambda step: self.student_loss(oracles, sampler.draw_step(step)), budget, self.recipe.lr,

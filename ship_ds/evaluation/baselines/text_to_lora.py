@@ -42,7 +42,7 @@ class TextToLora(GeneratedLora):
     def reconstruct(self, oracles: Oracles) -> None:
         """The pre-stage: generated LoRAs close to the oracles', without the Task LLM; on the tasks that have one."""
         tasks = [task for task in self.setting.splits.seen if task.id in oracles.rows]
-        sampler, recipe = replace(self.sampler(), tasks=tasks), self.recipe
+        sampler, recipe = replace(self.sampler, tasks=tasks), self.recipe
 
         def loss_at(step: int) -> Tensor:
             draws = sampler.draw_step(step)
@@ -52,5 +52,5 @@ class TextToLora(GeneratedLora):
         fit(self.module.parameters(), loss_at, budget, recipe.reconstruction_lr, f"{self.name}: reconstruction")
 
     def _sft_loss(self, step: int) -> Tensor:
-        draws = self.sampler().draw_step(step)
+        draws = self.sampler.draw_step(step)
         return self.base.loss(self.generate([draw.wording for draw in draws]), self.answered(draws), len(draws))

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ship_ds.bundle import sha256
-from ship_ds.data.sampler import StepSampler
+from ship_ds.data.sampler import StepSampler, balanced
 from ship_ds.evaluation.baselines.fitting import Budget, Minutes
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.method import Setting
@@ -30,7 +31,7 @@ from ship_ds.folder import publish
 from ship_ds.runtime import ranks
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
-_TRAINING = 2
+_TRAINING = 3
 """Of the way in which `fit` and `prepare` train; under another one weights are trained again."""
 
 
@@ -89,9 +90,11 @@ class TrainedMethod(ABC):
 
     def _identity(self) -> dict[str, Any]:
         """All that decides the weights."""
+        training = self.setting.ship.config.training
         return {
             "method": self.name, "training": _TRAINING, "recipe": asdict(self.recipe), "budget": repr(self.budget),
             "seed": self.setting.seed,
+            "step": [training.tasks_per_step, training.examples_per_task, training.family_alpha],
             "seen": hashlib.sha256(repr(self.setting.splits.seen).encode()).hexdigest()[:16], "base": self.base.fingerprint(),
         }
 
@@ -117,9 +120,9 @@ class TrainedMethod(ABC):
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         publish(part, self._folder)
 
+    @cached_property
     def sampler(self) -> StepSampler:
         """The seen tasks in SHIP's own order and step size."""
         training = self.setting.ship.config.training
-        return StepSampler(
-            self.setting.splits.seen, self.setting.seed, training.tasks_per_step, training.examples_per_task, 0, 0.0
-        )
+        tasks = balanced(self.setting.splits.seen, training.family_alpha)
+        return StepSampler(tasks, self.setting.seed, training.tasks_per_step, training.examples_per_task, 0, 0.0)
