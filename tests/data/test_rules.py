@@ -99,6 +99,7 @@ def test_more_compositions_are_new_seen_rules_and_change_nothing_else(world: Spl
     assert len(pairings - {task.task.family for task in world.seen}) > 20
     assert not pairings & {task.task.family for task in (*world.dev, *world.unseen) if task.kind == "composition"}
     rules = {rule.name: rule for rule in (*part_rules(0)[0], *other_compositions(0, 20))}
+    test_wordings_are_never_shared_between_rules(more)
     answers_UF = behaviour([rules[task.task.id] for task in more.seen])
     for i in range(len(world.seen), len(more.seen)):
         assert (answers_UF[:i] == answers_UF[i]).mean(axis=1).max() < 0.95
