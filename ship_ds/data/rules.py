@@ -326,10 +326,11 @@ _JOINTS = ("{first} and then {second}", "first {first} then {second}", "{first} 
 
 def build_world(config: RulesConfig) -> Splits:
     """Every rule with its examples, parted into seen, dev and unseen. Raises UserError where fewer are seen than asked for."""
-    seen, dev, unseen = part_rules(config.seed)
+    own, dev, unseen = part_rules(config.seed)
+    seen = list(own)
     if config.more_compositions:
-        more = other_compositions(config.seed, config.more_compositions)
-        (seen,) = _distinct([*seen, *more], [[*seen, *more]])
+        seen += other_compositions(config.seed, config.more_compositions)
+        (seen,) = _distinct(seen, [seen])
     if config.num_seen is not None:
         if config.num_seen > len(seen):
             raise UserError(f"data.num_seen: {config.num_seen} of {len(seen)} seen rules: give fewer, or null for all")

@@ -236,10 +236,10 @@ def _refine(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, s
     changed = edits(model, shown, [c.instruction for _, c in edited], config.num_edits, latent_CZ)
     for (t, _), own in zip(edited, changed, strict=True):
         texts[t] += [(text, "edit") for text in own]
-    for task, own in zip(tasks, texts, strict=True):
-        known = {*task.screened, *(text for text, _ in own)}
+    for task, wanted in zip(tasks, texts, strict=True):
+        known = {*task.screened, *(text for text, _ in wanted)}
         spliced = splices(model, task.parents(config.num_parents), config.num_splices, config.max_new_tokens, known)
-        own += [(text, "splice") for text in spliced]
+        wanted += [(text, "splice") for text in spliced]
     if config.refine_steps:
         starts = [(t, c) for t, own in enumerate(best) for c in own[: config.num_refined]]
         found = _descend_from(model, tasks, starts, config)
