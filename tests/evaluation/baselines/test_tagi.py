@@ -14,7 +14,7 @@ from tests.evaluation.baselines.test_frozen_base import awake_lora
 @torch.no_grad()
 def test_three_losses(make: Callable[..., Any]) -> None:
     method = make(Tagi)
-    draws = method.sampler().draw_step(0)
+    draws = method.sampler.draw_step(0)
     known = [draws[0].task_id, draws[2].task_id]
     oracles = Oracles({name: t for t, name in enumerate(known)}, awake_lora(method.base, 2)())
     wordings = [draw.wording for draw in draws]
