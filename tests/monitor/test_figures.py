@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ship_ds import cli
+from ship_ds.config import load_config
 from ship_ds.monitor import figures
 
 
@@ -26,9 +27,9 @@ def write_run(folder: Path, num_seen: int, weight: float, value: float) -> Path:
     rows = [{"step": s, "loss/task": 2 / (s + 1), "loss/reconstruction": 3 / (s + 1), "loss/kl": 0.1 * s} for s in range(80)]
     rows[3]["loss/task"] = None
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = {"folder": str(folder), "seed": num_seen}
-    config = {"data": {"num_seen": num_seen}, "loss": {"reconstruction": weight}, "run": run}
-    (folder / "config.json").write_text(json.dumps(config))
+    changes = {"data.num_seen": num_seen, "loss.reconstruction": weight, "run.folder": folder, "run.seed": num_seen}
+    config = load_config("quickstart-smoke", [f"{key}={value}" for key, value in changes.items()])
+    (folder / "config.json").write_text(config.model_dump_json())
     (folder / "splits.json").write_text(json.dumps({"seen": [str(i) for i in range(num_seen)], "dev": [], "unseen": []}))
     induction = {part: {**cell(value), "by_num_shown": {str(n): cell(value * n / 5) for n in (1, 3, 5)}}
                  for part in ("seen", "unseen")}
