@@ -31,7 +31,7 @@ def scores(report: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
                 yield prefix + key, float(value["value"])
             else:
                 yield from scores(value, f"{prefix}{key}.")
-        elif key in ("train_seconds", "tokens_per_second"):
+        elif key in ("steps", "train_seconds", "tokens_per_second"):
             yield prefix + key, float(value)
 
 
