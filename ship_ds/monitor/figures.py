@@ -204,7 +204,7 @@ def comparison(runs: Sequence[Path]) -> Figure:
         axes.invert_yaxis()
         axes.set_title(f"{name}: {metric.replace('_', ' ')}", loc="left", fontsize=10)
         axes.set_xlim(0, 1)
-    all_axes[0, 0].legend(frameon=False, loc="lower right")
+    all_axes[0, 0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     all_axes[-1, 0].xaxis.set_major_formatter(PercentFormatter(1))
     all_axes[-1, 0].set_xlabel("accuracy (%), mean over tasks with 95 % interval; * instruction in every query")
     return figure
