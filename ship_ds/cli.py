@@ -199,10 +199,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     ranks.hush()
     if ranks.is_launched():
         ranks.start(None)
-    report = evaluate(Path(args.run), config, args.arguments, say)
-    if ranks.rank() == 0:
-        show(report)
-        print(Path(args.run) / "evaluation" / "report.md")
+    try:
+        report = evaluate(Path(args.run), config, args.arguments, say)
+        if ranks.rank() == 0:
+            show(report)
+            print(Path(args.run) / "evaluation" / "report.md")
+    finally:
+        ranks.leave()
     return 0
 
 

@@ -181,9 +181,9 @@ class TrainingConfig(Section):
     """A file of ds_configs/ (without .json) or a path."""
     threads: PositiveInt | None = None
     """CPU threads a rank; None: torch's own choice."""
-    hang_minutes: PositiveFloat | None = Field(20, le=25)
+    hang_minutes: PositiveFloat | None = 20
     """Without a step for so long, a rank dumps its stacks and ends the run with code 76; an evaluation or a checkpoint has to
-    take less. At most 25, since ZeRO's process groups fail by themselves after 30, naming nobody. None: never."""
+    take less. At most 25 where a run starts (preflight.py). None: never."""
     grace_seconds: PositiveFloat = 270
     """From USR1 or TERM to the forced exit (code 77) when no step boundary comes; below the seconds of `#SBATCH --signal`."""
 

@@ -29,7 +29,7 @@ VENV=${VENV:-$REPOSITORY/.venv}             # activated where it exists
 CONTAINER=${CONTAINER:-}                    # put before every command, such as "apptainer exec --nv image.sif"
 PYTHON=${PYTHON:-python}
 SWEEP=${SWEEP:-}                            # a file of overrides, one line an array index
-MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after crashes or hangs with no new checkpoint in between; not after preemption that was saved in time
+MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after crashes or hangs with no new checkpoint in between
 # The network: NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface, NCCL_IB_HCA the InfiniBand card;
 # NCCL_DEBUG=INFO says what was chosen. MASTER_ADDR and MASTER_PORT replace the first node's name and the job's own port.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}

@@ -114,6 +114,7 @@ def work(way: str, folder: Path, out: Path) -> None:
     everyone = ranks.gather_objects(mine)
     if ranks.rank() == 0:
         out.write_text(json.dumps(everyone))
+    ranks.leave()
 
 
 def measure(way: str, folder: Path, repeats: int) -> dict[str, Any]:

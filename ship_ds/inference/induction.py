@@ -107,7 +107,7 @@ class _Task:
     """(examples right, loss, latent), one of each descent."""
     screened: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Of every text that was tried, also of those that were not tested on all examples: how it did on the first few, as
-    (- examples right, loss), both ways of using it together."""
+    (- examples right, loss in nats), both ways of using it together."""
 
     @property
     def key(self) -> str:

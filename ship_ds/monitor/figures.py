@@ -36,7 +36,8 @@ _MEASURES = {
 """What stands for each direction where one curve has to."""
 
 
-_LENGTH = ("steps", "epochs", "tasks_per_step", "examples_per_task", "family_alpha", "max_minutes")
+_TRAINED_ON = ("steps", "epochs", "tasks_per_step", "examples_per_task", "family_alpha", "max_minutes")
+"""What of the training section decides what a run comes to."""
 
 
 class NotDrawn(UserError):
@@ -145,7 +146,7 @@ def _alike(runs: Sequence[Path], key: tuple[str, str]) -> list[Path]:
         written: dict[str, Any] = json.loads(_read(run / "config.json", "train it first"))
         config: dict[str, Any] = parse_config(written, str(run)).model_dump(mode="json")  # with what had no key then
         trained = {name: config.get(name, {}) for name in ("data", "model", "loss", "optimiser")}
-        training = {name: config.get("training", {}).get(name) for name in _LENGTH}
+        training = {name: config.get("training", {}).get(name) for name in _TRAINED_ON}
         start = config.get("run", {}).get("init_from")
         section = {name: value for name, value in trained[key[0]].items() if name != key[1]}
         return {**trained, "training": training, "init_from": start, key[0]: section}

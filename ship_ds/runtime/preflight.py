@@ -17,9 +17,12 @@ from ship_ds.data.files import FilesConfig
 from ship_ds.errors import UserError
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
+MOST_HANG_MINUTES = 25
+
 
 def check(config: Config, environment: Mapping[str, str]) -> None:
-    """Raises UserError for what would stop the run later: files, folders, GPUs."""
+    """Raises UserError for what would stop the run later: files, folders, GPUs, time."""
+    _check_hang_minutes(config.training.hang_minutes)
     read_deepspeed_config(config.training.deepspeed)
     for key in ("task_llm", "encoder", "decoder"):
         _check_base(f"model.{key}.base", getattr(config.model, key).base)
@@ -27,6 +30,15 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
         _check_readable(Path(config.data.path))
     _check_writable(Path(config.run.folder))
     _check_gpus(environment)
+
+
+def _check_hang_minutes(minutes: float | None) -> None:
+    """Here and not in the config's types: bundles and checkpoints of earlier versions say 30, and have to open."""
+    if minutes is not None and minutes > MOST_HANG_MINUTES:
+        raise UserError(
+            f"training.hang_minutes: {minutes:g} is above {MOST_HANG_MINUTES}, and ZeRO's process groups fail by themselves "
+            "after 30, naming nobody: set it lower, or null for never"
+        )
 
 
 def check_division(tasks_per_step: int, num_ranks: int, accumulation: int) -> None:

@@ -51,6 +51,19 @@ def start(threads: int | None, offloads_optimiser: bool = False) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)
 
 
+def leave() -> None:
+    """Leave the process group before the interpreter ends, on the way out of every program that `start`ed.
+
+    gloo's threads may still hold a finished collective and its Python objects; to drop them while the interpreter is taken
+    down aborts the process ("terminate called without an active exception", pytorch/pytorch#179291), and a run that is done
+    would count as crashed.
+    """
+    if dist.is_initialized():
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
+
+
 def hush() -> None:
     """Keep the terminal for what a user can act on: no progress bar a model loaded, no notice that repeats at every step."""
     from transformers.utils import logging as transformers_logging

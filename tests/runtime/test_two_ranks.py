@@ -55,6 +55,8 @@ def test_another_zero_stage_goes_on_with_the_same_losses(found: dict[str, Any], 
 def test_a_checkpoint_of_zero2_goes_on(found: dict[str, Any], stage: str, tolerance: float) -> None:
     for rank in found["zero2_goes_on"]:
         assert rank[stage] == pytest.approx(rank["whole"], rel=tolerance, abs=0)
+        assert rank["betas"] == [0.8, 0.95]
+        assert sum(rank["turns"].values()) == rank["rules"] and {"4"} < set(rank["turns"]), "small families come oftener"
 
 
 def test_a_resume_with_sharded_4_bit_bases_and_dropout_repeats_the_losses_bit_for_bit(found: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -133,16 +134,20 @@ def losses(made: Trainer) -> float:
 
 def zero2_goes_on(folder: Path) -> dict[str, Any]:
     """Losses of steps 2 and 3 of a ZeRO-2 engine, and after a resume under the same stage and under ZeRO-3."""
-    made = trainer(folder / "whole", "training.deepspeed=zero2", *FOUR_STEPS)
+    settings = [*FOUR_STEPS, "training.family_alpha=0.5", "optimiser.betas=[0.8, 0.95]"]
+    made = trainer(folder / "whole", "training.deepspeed=zero2", *settings)
     made.take_step()
     made.take_step()
     made.save()
-    found = {"whole": [losses(made) for _ in range(2)]}
+    found: dict[str, Any] = {
+        "whole": [losses(made) for _ in range(2)], "betas": list(made.engine.optimizer.param_groups[0]["betas"]),
+        "turns": Counter(Counter(task.id for task in made.sampler.tasks).values()), "rules": len(made.splits.seen),
+    }
     for stage in ("zero2", "zero3"):
         if ranks.rank() == 0:
             shutil.copytree(folder / "whole" / "checkpoints", folder / stage / "checkpoints")
         ranks.barrier()
-        other = trainer(folder / stage, f"training.deepspeed={stage}", *FOUR_STEPS)
+        other = trainer(folder / stage, f"training.deepspeed={stage}", *settings)
         found[stage] = [losses(other) for _ in range(2)]
     return found
 
@@ -324,3 +329,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     ONE_RANK_RUN = Path(sys.argv[2])
     main(Path(sys.argv[1]))
+    ranks.leave()

@@ -31,7 +31,7 @@ from ship_ds.folder import publish
 from ship_ds.runtime import ranks
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
-_TRAINING = 3
+TRAINING = 3
 """Of the way in which `fit` and `prepare` train; under another one weights are trained again."""
 
 
@@ -92,7 +92,7 @@ class TrainedMethod(ABC):
         """All that decides the weights."""
         training = self.setting.ship.config.training
         return {
-            "method": self.name, "training": _TRAINING, "recipe": asdict(self.recipe), "budget": repr(self.budget),
+            "method": self.name, "training": TRAINING, "recipe": asdict(self.recipe), "budget": repr(self.budget),
             "seed": self.setting.seed,
             "step": [training.tasks_per_step, training.examples_per_task, training.family_alpha],
             "seen": hashlib.sha256(repr(self.setting.splits.seen).encode()).hexdigest()[:16], "base": self.base.fingerprint(),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ship_ds.config import ModelConfig
 from ship_ds.evaluation.baselines import Itd, PromptTuning, Sft, Tagi, TextToLora, TrainedMethod
+from ship_ds.evaluation.baselines.trained import TRAINING
 from ship_ds.evaluation.method import Method
 from ship_ds.evaluation.methods.controls import BareBase, ShuffledInstruction
 from ship_ds.evaluation.methods.icl import InContextLearning
@@ -36,4 +37,4 @@ def own_settings(method: type[Method]) -> dict[str, Any]:
     """What a method has to set by itself; where it changes, the method is measured again."""
     if issubclass(method, Searching):
         return {"search": method.recipe.model_dump(mode="json")}
-    return {"recipe": asdict(method.recipe)} if issubclass(method, TrainedMethod) else {}
+    return {"recipe": asdict(method.recipe), "training": TRAINING} if issubclass(method, TrainedMethod) else {}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ship_ds.bundle import Ship
+from ship_ds.data.sampler import balanced
 from ship_ds.data.task import Splits
 from ship_ds.evaluation.baselines import TRAINED
 from ship_ds.evaluation.baselines.sft import Sft
@@ -78,6 +79,12 @@ def test_seed_decides_the_weights_and_the_base_is_left_alone(method: Any, make: 
         assert weight.grad is None, name
     assert all(torch.equal(weight, before[name]) for name, weight in ship.model.task_llm.lm.named_parameters())
     assert not {id(p) for p in runs[0].module.parameters()} & {id(p) for p in ship.model.task_llm.parameters()}
+
+
+def test_baselines_meet_families_as_ship_does(make: Make, ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = ship.config.training.model_copy(update={"family_alpha": 0.5})
+    monkeypatch.setattr(ship, "config", ship.config.model_copy(update={"training": training}))
+    assert make(Sft).sampler.tasks == balanced(splits.seen, 0.5) != splits.seen
 
 
 def test_weights_for_something_else_are_trained_again(make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
