@@ -42,21 +42,19 @@ class TokenBatch:
         """Sequences [virtual tokens, instruction, prompt, target]; labels on the target. No targets: prompts alone."""
         empty: list[Sequence[int]] = [()] * len(prompts)
         rows = [
-            ([pad_id] * num_virtual_tokens, before, prompt, target)
+            ([pad_id] * num_virtual_tokens, list(before), list(prompt), list(target))
             for before, prompt, target in zip(instructions or empty, prompts, targets or empty, strict=True)
         ]
-        lengths = [sum(map(len, row)) for row in rows]
-        longest = max(lengths)
-        ids, labels, slots, instruction = [], [], [], []
-        for (virtual, before, prompt, target), length in zip(rows, lengths, strict=True):
-            after = longest - length
-            ids.append([*virtual, *before, *prompt, *target, *[pad_id] * after])
-            labels.append([IGNORE] * (length - len(target)) + [*target, *[IGNORE] * after])
-            slots.append([True] * len(virtual) + [False] * (longest - len(virtual)))
-            start = len(virtual) + len(before)
-            instruction.append([False] * len(virtual) + [True] * len(before) + [False] * (longest - start))
-        ids_ES, labels_ES, lengths_E = (torch.tensor(rows, dtype=torch.long) for rows in (ids, labels, lengths))
-        slots_ES, instruction_ES = (torch.tensor(rows, dtype=torch.bool) for rows in (slots, instruction))
+        lengths_E = torch.tensor([sum(map(len, row)) for row in rows])
+        shape = len(rows), int(lengths_E.max())
+        ids_ES, labels_ES = torch.full(shape, pad_id), torch.full(shape, IGNORE)
+        slots_ES, instruction_ES = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        for e, (virtual, before, prompt, target) in enumerate(rows):
+            ids = torch.tensor(virtual + before + prompt + target, dtype=torch.long)
+            ids_ES[e, : len(ids)] = ids
+            labels_ES[e, len(ids) - len(target) : len(ids)] = ids[len(ids) - len(target) :]
+            slots_ES[e, : len(virtual)] = True
+            instruction_ES[e, len(virtual) : len(virtual) + len(before)] = True
         return cls(*(tensor.to(device) for tensor in (ids_ES, labels_ES, lengths_E, slots_ES, instruction_ES)))
 
     @property
