@@ -19,7 +19,7 @@ _KNOWN_NOTICES = (
     "Setting accelerator to CPU",
     "A module has unknown inputs or outputs type",  # an adapter leaves the hypernetwork; its linears have hooks of their own
 )
-_SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def is_launched() -> bool:
@@ -40,7 +40,7 @@ def start(threads: int | None, offloads_optimiser: bool = False) -> None:
     import deepspeed
 
     if "WORLD_SIZE" not in os.environ:
-        os.environ.update(slurm_ranks(os.environ) or _SINGLE)
+        os.environ.update(slurm_ranks(os.environ) or SINGLE)
     if threads is not None:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():

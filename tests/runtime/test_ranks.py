@@ -13,7 +13,7 @@ from ship_ds.runtime import ranks
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for name, value in ranks.SINGLE.items():
         monkeypatch.setenv(name, value)
 
 
