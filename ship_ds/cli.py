@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ship_ds.errors import UserError
 
@@ -199,13 +199,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     ranks.hush()
     if ranks.is_launched():
         ranks.start(None)
-    try:
-        report = evaluate(Path(args.run), config, args.arguments, say)
-        if ranks.rank() == 0:
-            show(report)
-            print(Path(args.run) / "evaluation" / "report.md")
-    finally:
-        ranks.leave()
+    report = evaluate(Path(args.run), config, args.arguments, say)
+    if ranks.rank() == 0:
+        show(report)
+        print(Path(args.run) / "evaluation" / "report.md")
     return 0
 
 
@@ -365,5 +362,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def run() -> NoReturn:
+    """The console script."""
+    code = main()
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    from ship_ds.runtime import ranks
+
+    ranks.leave(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -360,15 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     args = parser.parse_intermixed_args(arguments)
-    code = _train(args.config, args.overrides)
-    ranks.leave()
-    return code
-
-
-def _train(config_name: str, overrides: Sequence[str]) -> int:
-    """The exit code."""
     try:
-        config = load_config(config_name, overrides)
+        config = load_config(args.config, args.overrides)
         with StopRequest(config.training.grace_seconds) as stop:
             trainer = Trainer(config, stop)
             trainer.train()
@@ -387,4 +380,4 @@ def _train(config_name: str, overrides: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.leave(main())

@@ -2,13 +2,15 @@
 
     python tools/bench_load.py            # two gloo ranks, a random Llama of 1.5 GB in bf16; about five minutes on two cores
 
-Memory is RssAnon, sampled every two milliseconds, beyond what the process held before: pages of a memory-mapped file
-belong to the kernel's cache and are left out. Whatever way was taken, the gathered weights have the same hash.
+Memory is RssAnon and VmSwap, sampled every two milliseconds, beyond what the process held before: pages of a memory-mapped
+file belong to the kernel's cache and are left out. The C library is told to give freed blocks back at once, or what it keeps
+for later would be counted, which is up to the size of the model. Whatever way was taken, the gathered weights have the same hash.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,10 +39,9 @@ def make_base(folder: Path, layers: int) -> None:
 
 
 def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status: no RssAnon; this runs on Linux alone")
+    """Linux alone has them."""
+    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(rows[key].split()[0]) for key in ("RssAnon", "VmSwap")) * 1024
 
 
 class Peak:
@@ -114,7 +115,7 @@ def work(way: str, folder: Path, out: Path) -> None:
     everyone = ranks.gather_objects(mine)
     if ranks.rank() == 0:
         out.write_text(json.dumps(everyone))
-    ranks.leave()
+    ranks.leave(0)
 
 
 def measure(way: str, folder: Path, repeats: int) -> dict[str, Any]:
@@ -122,7 +123,8 @@ def measure(way: str, folder: Path, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         out = folder / "measured.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-        subprocess.run([*command, "--way", way, "--folder", str(folder), "--out", str(out)], check=True)
+        frees_at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": "0"}
+        subprocess.run([*command, "--way", way, "--folder", str(folder), "--out", str(out)], check=True, env=frees_at_once)
         runs += json.loads(out.read_text())
     assert len({run["sha256"] for run in runs}) == 1
     return {

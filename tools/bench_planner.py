@@ -120,7 +120,7 @@ def on_a_rank(stage: str, folder: Path) -> None:
     found = ranks.gather_objects({**alive(trainer), **sent})
     if ranks.rank() == 0:
         (folder / "measured.json").write_text(json.dumps(found[0]))
-    ranks.leave()
+    ranks.leave(0)
 
 
 def planned(stage: str, folder: Path) -> dict[str, int]:

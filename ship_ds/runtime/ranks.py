@@ -1,5 +1,6 @@
 """Ranks of a run: started by deepspeed, torchrun or srun, or a single process."""
 
+import atexit
 import logging
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -51,17 +52,19 @@ def start(threads: int | None, offloads_optimiser: bool = False) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)
 
 
-def leave() -> None:
-    """Leave the process group before the interpreter ends, on the way out of every program that `start`ed.
+def leave(code: int) -> NoReturn:
+    """End this program, which may have `start`ed: everything is flushed, and the interpreter is not taken down.
 
     gloo's threads may still hold a finished collective and its Python objects; to drop them while the interpreter is taken
     down aborts the process ("terminate called without an active exception", pytorch/pytorch#179291), and a run that is done
-    would count as crashed.
+    would count as crashed. `destroy_process_group` does not wait for those threads while DeepSpeed holds the groups.
     """
     if dist.is_initialized():
-        import deepspeed
-
-        deepspeed.comm.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def hush() -> None:

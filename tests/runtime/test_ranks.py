@@ -1,46 +1,27 @@
-"""Programs that joined a process group leave it: see `ranks.leave` for what happens to those that do not."""
+"""How a program that joined a process group ends: see `ranks.leave`."""
 
 from pathlib import Path
 
-import pytest
-import torch.distributed as dist
+from tests.conftest import start
 
-from ship_ds import cli, train
-from ship_ds.errors import UserError
-from ship_ds.evaluation import evaluate
+_PROGRAM = """
+import atexit, sys
 from ship_ds.runtime import ranks
 
+class Watch:
+    def __del__(self):
+        sys.stderr.write("taken down")
 
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in ranks.SINGLE.items():
-        monkeypatch.setenv(name, value)
-
-
-def test_training_leaves_its_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refused(*_: object) -> None:
-        assert dist.is_initialized()
-        raise UserError("as the real one would")
-
-    monkeypatch.setattr(train, "build_world", refused)
-    assert train.main(["--config", "quickstart-smoke", f"run.folder={tmp_path / 'run'}"]) == 2
-    assert not dist.is_initialized()
+ranks.start(1)
+watch = Watch()
+atexit.register(print, "at exit")
+print("said", end=" ")
+ranks.leave(3)
+"""
 
 
-def test_evaluation_leaves_its_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refused(*_: object) -> None:
-        assert dist.is_initialized()
-        raise UserError("as the real one would")
-
-    monkeypatch.setattr(evaluate, "evaluate", refused)
-    assert cli.main(["evaluate", "--run", str(tmp_path), "--methods", "ship"]) == 2
-    assert not dist.is_initialized()
-
-
-def test_to_leave_twice_is_to_leave_once() -> None:
-    ranks.start(None)
-    ranks.leave()
-    ranks.leave()
-    ranks.start(None)
-    ranks.leave()
-    assert not dist.is_initialized()
+def test_leaving_flushes_and_takes_nothing_down(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(_PROGRAM)
+    done = start([str(tmp_path / "program.py")], timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.endswith("said at exit\n") and "taken down" not in done.stderr

@@ -329,4 +329,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     ONE_RANK_RUN = Path(sys.argv[2])
     main(Path(sys.argv[1]))
-    ranks.leave()
+    ranks.leave(0)
