@@ -1,6 +1,6 @@
 """Peak memory of a rank while a 4-bit base loads: transformers' way and one matrix at a time. Writes tools/results/load.json.
 
-    python tools/bench_load.py            # two gloo ranks, a random Llama of 1.5 GB in bf16; about five minutes on two cores
+    python tools/bench_load.py            # two gloo ranks, a random Llama of 1.2 GB in bf16; about six minutes on two cores
 
 Memory is RssAnon and VmSwap, sampled every two milliseconds, beyond what the process held before: pages of a memory-mapped
 file belong to the kernel's cache and are left out. The C library is told to give freed blocks back at once, or what it keeps
@@ -33,7 +33,7 @@ def make_base(folder: Path, layers: int) -> None:
     torch.manual_seed(0)
     settings = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16,
-        vocab_size=32000,
+        vocab_size=2000,  # whole matrices in 16 bits would hide what is saved
     )
     LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(folder, max_shard_size="300MB")
 
