@@ -1,6 +1,6 @@
 """Peak memory of a rank while a 4-bit base loads: transformers' way and one matrix at a time. Writes tools/results/load.json.
 
-    python tools/bench_load.py            # two gloo ranks, a random Llama of 1.2 GB in bf16; about six minutes on two cores
+    python tools/bench_load.py            # two gloo ranks, a random Llama of 1.2 GB in bf16; three minutes a repeat
 
 Memory is RssAnon and VmSwap, sampled every two milliseconds, beyond what the process held before: pages of a memory-mapped
 file belong to the kernel's cache and are left out. The C library is told to give freed blocks back at once, or what it keeps

@@ -5,23 +5,25 @@ from pathlib import Path
 from tests.conftest import start
 
 _PROGRAM = """
-import atexit, sys
+import atexit, os
+atexit.register(print, "at exit")  # runs last, after logging has flushed what it writes to
 from ship_ds.runtime import ranks
 
 class Watch:
-    def __del__(self):
-        sys.stderr.write("taken down")
+    def __del__(self, write=os.write):  # by then the module's own names are gone
+        write(2, b"taken down")
 
 ranks.start(1)
 watch = Watch()
-atexit.register(print, "at exit")
 print("said", end=" ")
-ranks.leave(3)
+{end}
 """
 
 
 def test_leaving_flushes_and_takes_nothing_down(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(_PROGRAM)
-    done = start([str(tmp_path / "program.py")], timeout=120)
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.endswith("said at exit\n") and "taken down" not in done.stderr
+    (tmp_path / "leaves.py").write_text(_PROGRAM.format(end="ranks.leave(3)"))
+    (tmp_path / "exits.py").write_text(_PROGRAM.format(end="raise SystemExit(3)"))
+    leaves, exits = (start([str(tmp_path / name)], timeout=120) for name in ("leaves.py", "exits.py"))
+    assert leaves.returncode == exits.returncode == 3, leaves.stderr
+    assert leaves.stdout.endswith("said at exit\n")
+    assert "taken down" in exits.stderr and "taken down" not in leaves.stderr
