@@ -2,9 +2,10 @@
 
 Methods: `direct` and `indirect` descend to a latent and decode it (arXiv 2502.02315, section 3.3); `bank` looks among the
 known instructions; `propose` lets the decoder read the examples and tests what it writes; `union`, the default, does the
-last two together. Every candidate is tested on the given examples in both ways it will be used: through the encoder, as
-an adapter, and as text in the prompt. Where no candidate explains everything, the best are refined: their latents by
-gradient, their texts by single tokens and by splicing one to another; what comes out is tested likewise.
+last two together, and looks among what follows from the known instructions by analogy. Every candidate is tested on the
+given examples in both ways it will be used: through the encoder, as an adapter, and as text in the prompt. Where no
+candidate explains everything, the best are refined: their latents by gradient, their texts by single tokens and by splicing
+one to another; what comes out is tested likewise.
 
 Letters: T tasks, C candidates, M examples, Z latent.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ship_ds.config import Section
 from ship_ds.errors import UserError
-from ship_ds.inference.bank import Bank, encode_all
+from ship_ds.inference.bank import THOROUGH, Bank, encode_all
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, descend_on_instruction, descend_on_latent, neutral_embeddings
 from ship_ds.inference.proposals import beams, edits, key_of, sampled, splices, views
 from ship_ds.inference.scoring import Examples, Fit, fit_in_prompt, fit_of_latents
@@ -34,6 +35,10 @@ class InductionConfig(Section):
     """Known instructions that the bank hands on to be tested."""
     tries_all_known: bool = False
     """Whether the bank tries every known adapter on the first example instead of walking to those that fit."""
+    analogies: bool = True
+    """Whether `union` looks, beside the known instructions, among those that follow from them by analogy (analogies.py).
+    Execution accuracy in the prompt and through the encoder of the quickstart's 55 dev rules, seed 0: without 0.740 and 0.655,
+    with them and the walk that finds them (bank.py) 0.771 and 0.684, once each, in the same time."""
     num_views: PositiveInt = 4
     """Choices and orders of the examples that the decoder proposes from."""
     num_samples: NonNegativeInt = 6
@@ -203,9 +208,14 @@ def _fall_back(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig
 def _known(model: ShipModel, bank: Bank, tasks: Sequence[_Task], config: InductionConfig) -> Texts:
     if not len(bank):
         raise UserError("induce: the bundle knows no instructions of its training; use method propose, direct or indirect")
-    shortlist = bank.shortlist_of_all if config.tries_all_known else bank.shortlist
-    chosen = shortlist(model, [task.examples for task in tasks], config.num_known)
-    return [[(bank.instructions[c], "known") for c in own] for own in chosen]
+    goes_further = config.analogies and config.method == "union"
+    wider = bank.with_analogies(model) if goes_further else bank
+    examples = [task.examples for task in tasks]
+    if config.tries_all_known:
+        chosen = wider.shortlist_of_all(model, examples, config.num_known)
+    else:
+        chosen = wider.shortlist(model, examples, config.num_known, walk=THOROUGH)
+    return [[(wider.instructions[c], "known" if c < len(bank) else "analogy") for c in own] for own in chosen]
 
 
 def _proposed(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, seed: int) -> Texts:

@@ -7,7 +7,7 @@ from ship_ds.bundle import Ship
 from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation.deduction import nearest_seen
-from ship_ds.inference.bank import Bank
+from ship_ds.inference.bank import BRIEF, THOROUGH, Bank
 from ship_ds.inference.gradient import descend_on_latent, neutral_prompt
 from ship_ds.inference.induction import InductionConfig, induce_many
 from ship_ds.inference.proposals import edits, key_of, sampled, splices, views
@@ -67,6 +67,34 @@ def test_the_walk_over_the_bank_is_the_exhaustive_search_on_a_small_one(ship: Sh
         assert row == losses.topk(5, largest=False).indices.tolist()
     barred = bank.shortlist(ship.model, tasks, 5, [walked[0][0], -1])
     assert walked[0][0] not in barred[0] and barred[1] == walked[1]
+
+
+def test_the_union_finds_an_instruction_that_follows_by_analogy_and_the_bank_does_not(ship: Ship, inputs: list[str]) -> None:
+    """No text but the bank's and what follows from it is tried: neither proposals nor refinements."""
+    texts = [f"{start} {number}" for number in (1, 2, 3, 4, 5) for start in ("add", "remove every", "append")]
+    bank = Bank.build(ship.model, [text for text in texts if text != "remove every 4"])
+    task = behaviour(ship, "remove every 4", inputs)
+    settings = {**QUICK, "num_known": 15, "num_finalists": 15, "num_rounds": 0}
+    (union,), (known,), (without,) = (
+        induce_many(ship.model, bank, [task], InductionConfig.model_validate(settings | changes))
+        for changes in ({}, {"method": "bank"}, {"analogies": False})
+    )
+    assert {c.instruction: c.origin for c in union.candidates}["remove every 4"] == "analogy" and union.num_right == 5
+    for other in (known, without):
+        assert "remove every 4" not in {c.instruction for c in other.candidates}
+    assert "analogy" not in {c.origin for c in without.candidates}
+
+
+def test_a_thorough_walk_goes_by_more_examples(ship: Ship, inputs: list[str]) -> None:
+    """Two adapters may explain the first example alike; what the walk returns is ordered by all that it tried."""
+    task, bank = behaviour(ship, "put 7", inputs, 3), ship.bank
+    losses_CM = fit_of_latents(ship.model, bank.latent_CZ, bank.instructions, [task] * len(bank)).loss_CM
+    for walk in (BRIEF, THOROUGH):
+        found = bank.shortlist(ship.model, [task], 3, walk=walk)[0]
+        losses_C = losses_CM[:, : walk.num_tried].sum(1)
+        assert losses_C[found].tolist() == pytest.approx(losses_C.topk(3, largest=False).values.tolist(), rel=1e-4)
+    by_one, by_two = (losses_CM[:, :count].sum(1).topk(3, largest=False).indices.tolist() for count in (1, 2))
+    assert by_one != by_two
 
 
 def test_trying_all_known_misses_none_of_the_best_in_a_bank_too_large_to_walk_whole(ship: Ship, inputs: list[str]) -> None:

@@ -1,0 +1,34 @@
+"""What follows from known instructions by analogy."""
+
+from ship_ds.inference.analogies import analogies
+
+ADD = [f"add {n} to every number" for n in (1, 2, 3, 4)]
+
+
+def test_a_slot_takes_the_words_of_slots_like_it() -> None:
+    """A word that one of them never had comes from the others."""
+    removed = [f"remove every {n}" for n in (1, 2, 3, 5)]
+    assert set(analogies([*ADD, *removed])) == {"add 5 to every number", "remove every 4"}
+
+
+def test_slots_that_share_few_words_take_none() -> None:
+    assert analogies([*ADD, *(f"put {word} first" for word in ("1", "zeros", "ones", "names", "lists"))]) == []
+
+
+def test_two_that_differ_in_a_word_are_no_pattern() -> None:
+    assert analogies([*ADD, "keep 1", "keep 2"]) == []
+
+
+def test_what_is_known_does_not_follow_and_each_comes_once() -> None:
+    texts = [f"swap {a} and {b}" for a in "1234" for b in "1234" if a != b]
+    found = analogies(texts)
+    assert sorted(found) == [f"swap {a} and {a}" for a in "1234"]
+
+
+def test_order_and_repetition_of_the_known_do_not_matter() -> None:
+    texts = [*ADD, *(f"remove every {n}" for n in (1, 2, 3, 5))]
+    assert set(analogies(texts)) == set(analogies([*reversed(texts), *texts])) != set()
+
+
+def test_texts_without_a_common_pattern_imply_nothing() -> None:
+    assert analogies(["Name the capital of the country.", "Sort the list.", ""]) == []
