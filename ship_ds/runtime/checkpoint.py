@@ -81,6 +81,7 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         ranks.barrier()
+        _check_room(engine, part, progress.step)
         engine.save_checkpoint(str(part), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
         _save_generators(part / f"rank-{ranks.rank()}.safetensors")
         if ranks.rank() == 0:
@@ -105,6 +106,19 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
         ) from None
     ranks.barrier()
     return folder
+
+
+def _check_room(engine: Any, part: Path, step: int) -> None:
+    """Raises UserError on every rank where the disk has not even room for Adam's fp32 weights and two moments: one rank that
+    fails within DeepSpeed's own writing leaves the others waiting for it."""
+    trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    least = 12 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
+    free = ranks.gather_objects(shutil.disk_usage(part).free)[0]
+    if free < least:
+        raise UserError(
+            f"{part}: {free / 1e9:.3f} GB are free and it takes at least {least / 1e9:.3f}: the checkpoint of step {step} was "
+            "not written; the ones before are intact. Make room and start the same command again"
+        )
 
 
 def _write_error(error: Exception) -> str | None:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ship_ds.config import Config, load_config
 from ship_ds.data.files import FilesConfig
@@ -23,7 +24,7 @@ MOST_HANG_MINUTES = 25
 def check(config: Config, environment: Mapping[str, str]) -> None:
     """Raises UserError for what would stop the run later: files, folders, GPUs, time."""
     _check_hang_minutes(config.training.hang_minutes)
-    read_deepspeed_config(config.training.deepspeed)
+    _check_nvme(read_deepspeed_config(config.training.deepspeed))
     for key in ("task_llm", "encoder", "decoder"):
         _check_base(f"model.{key}.base", getattr(config.model, key).base)
     if isinstance(config.data, FilesConfig):
@@ -39,6 +40,18 @@ def _check_hang_minutes(minutes: float | None) -> None:
             f"training.hang_minutes: {minutes:g} is above {MOST_HANG_MINUTES}, and ZeRO's process groups fail by themselves "
             "after 30, naming nobody: set it lower, or null for never"
         )
+
+
+def _check_nvme(settings: Mapping[str, Any]) -> None:
+    """DeepSpeed would make the folder where it can, on whatever disk that is."""
+    for part in ("offload_param", "offload_optimizer"):
+        offload = settings.get("zero_optimization", {}).get(part, {})
+        path = offload.get("nvme_path", "")
+        if offload.get("device") == "nvme" and not (path and os.access(path, os.W_OK | os.X_OK)):
+            raise UserError(
+                f"training.deepspeed: {part}.nvme_path: {path or '(none)'}: no folder that can be written; mount a local disk "
+                "there, or give a copy of the file that names another folder"
+            )
 
 
 def check_division(tasks_per_step: int, num_ranks: int, accumulation: int) -> None:

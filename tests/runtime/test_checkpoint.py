@@ -17,6 +17,8 @@ from ship_ds.runtime import checkpoint
 class Engine:
     """Writes `num_bytes` as DeepSpeed does."""
 
+    module: torch.nn.Module = torch.nn.Linear(1, 1)
+
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
 
@@ -59,6 +61,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk: Path, room: int, n
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
     with pytest.raises(UserError, match="the checkpoint of step 2 was not written; the ones before are intact. Make room"):
         checkpoint.save(Engine(num_bytes), root, progress(2), CheckpointConfig())
+    assert checkpoint.newest_good(root, print) == first
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_without_room_for_weights_and_moments_nothing_is_begun(small_disk: Path) -> None:
+    class Large(Engine):
+        module = torch.nn.Linear(600, 600)  # 12 bytes each: 4.3 MB on a disk of 3
+
+        def save_checkpoint(self, *args: object, **kwargs: object) -> None:
+            raise AssertionError("this would fill the disk")
+
+    root = small_disk / "checkpoints"
+    first = checkpoint.save(Engine(1000), root, progress(1), CheckpointConfig())
+    with pytest.raises(UserError, match=r"0\.00\d GB are free .* takes at least 0\.004: the checkpoint of step 2 was"):
+        checkpoint.save(Large(0), root, progress(2), CheckpointConfig())
     assert checkpoint.newest_good(root, print) == first
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
 

@@ -27,6 +27,7 @@ def test_a_good_run_passes_and_leaves_an_empty_folder(tmp_path: Path) -> None:
     (["data={kind: files, path: /nowhere}"], "data.path: /nowhere: No such file"),
     (["model.task_llm.base=/nowhere"], "model.task_llm.base: /nowhere: expected a model folder"),
     (["training.deepspeed=zero9"], "ds_configs/ has cpu, zero1, zero2"),
+    (["training.deepspeed=zero3_offload_nvme"], "training.deepspeed: offload_param.nvme_path: /local_nvme: no folder that can"),
     (["training.hang_minutes=26"], "training.hang_minutes: 26 is above 25.*set it lower, or null"),
     (["run.folder=/dev/null/run"], "run.folder: /dev/null/run: Not a directory"),
 ])
