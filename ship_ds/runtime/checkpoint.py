@@ -330,12 +330,21 @@ def load(
     if (stage, num_ranks) == (engine.zero_optimization_stage(), ranks.world_size()):
         engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
         _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
+        if _lost_swapped_moments(engine):
+            say(f"{folder}: DeepSpeed does not take Adam's moments back from NVMe: they start anew (docs/cluster.md)")
     else:
         say(f"{folder}: written by {num_ranks} rank(s) under ZeRO-{stage}: shared out anew over {ranks.world_size()} "
             f"under ZeRO-{engine.zero_optimization_stage()}; dropout differs from here on")
         repartition.load(engine, folder / STATE)
         torch.manual_seed(int(progress.config["run"]["seed"]) + progress.step * ranks.world_size() + ranks.rank())
     return progress
+
+
+def _lost_swapped_moments(engine: Any) -> bool:
+    """DeepSpeed 0.19 copies the moments' files back and then forgets that a parameter has any (seen with torch's AdamW on CPU
+    ranks): the weights are exact, and the next step is a first step of Adam's."""
+    swapper = getattr(engine.optimizer, "optimizer_swapper", None)
+    return swapper is not None and not any(info.has_state_tensors for info in swapper.swap_params_info.values())
 
 
 def check_same_run(folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str) -> None:
