@@ -16,8 +16,8 @@ MIN_OVERLAP = 0.5
 def analogies(instructions: Sequence[str]) -> list[str]:
     """Those that are not among `instructions`, each once.
 
-    A slot that at least `MIN_WORDS` words fill takes those of every slot with which it shares at least half of the words that
-    fill the one or the other (Jaccard index).
+    A slot that at least `MIN_WORDS` words fill takes those of every such slot with which it shares at least half of the words
+    that fill the one or the other (Jaccard index). Words are parted by single spaces in what follows.
     """
     fillers: dict[Slot, set[str]] = defaultdict(set)
     for words in map(str.split, instructions):
@@ -28,7 +28,7 @@ def analogies(instructions: Sequence[str]) -> list[str]:
     found = (
         " ".join((*before, word, *after)) for (before, after), words in open_slots.items() for word in sorted(kinds[words])
     )
-    known = set(instructions)
+    known = {" ".join(text.split()) for text in instructions}
     return [text for text in dict.fromkeys(found) if text not in known]
 
 

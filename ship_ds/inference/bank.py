@@ -1,4 +1,5 @@
-"""The bank of known instructions: every rule that training saw, its latent, and the search for those that fit examples.
+"""The bank of known instructions: every rule that training saw (and what follows from them by analogy), its latent, and the
+search for those that fit examples.
 
 Scoring each known adapter on each task's examples costs a forward per pair, so a shortlist comes first: by the loss of one
 example under every adapter, or, far cheaper, by the decoder's likelihood of each known instruction given the examples, which
@@ -55,7 +56,7 @@ class Bank:
 
     instructions: tuple[str, ...]
     latent_CZ: Tensor
-    _wider: list["Bank"] = field(default_factory=list, repr=False, compare=False)
+    _wider: list["Bank"] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def build(cls, model: ShipModel, instructions: Sequence[str]) -> "Bank":

@@ -110,10 +110,10 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
 
 def _check_room(engine: Any, part: Path, step: int) -> None:
     """Raises UserError on every rank where the disk has not even room for Adam's fp32 weights and two moments: one rank that
-    fails within DeepSpeed's own writing leaves the others waiting for it."""
+    fails within DeepSpeed's own writing leaves the others waiting for it. A quota is not seen here."""
     trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     least = 12 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
-    free = ranks.gather_objects(shutil.disk_usage(part).free)[0]
+    free = ranks.gather_objects(shutil.disk_usage(part).free if ranks.rank() == 0 else None)[0]
     if free < least:
         raise UserError(
             f"{part}: {free / 1e9:.3f} GB are free and it takes at least {least / 1e9:.3f}: the checkpoint of step {step} was "
@@ -341,8 +341,9 @@ def load(
 
 
 def _lost_swapped_moments(engine: Any) -> bool:
-    """DeepSpeed 0.19 copies the moments' files back and then forgets that a parameter has any (seen with torch's AdamW on CPU
-    ranks): the weights are exact, and the next step is a first step of Adam's."""
+    """DeepSpeed 0.19 copies the moments' files back and then forgets that a parameter has any: the next step is a first one of
+    Adam's. Seen with torch's AdamW on CPU ranks, where the weights were exact; what is too small to be swapped (less than
+    1 MiB a rank) was not looked at."""
     swapper = getattr(engine.optimizer, "optimizer_swapper", None)
     return swapper is not None and not any(info.has_state_tensors for info in swapper.swap_params_info.values())
 

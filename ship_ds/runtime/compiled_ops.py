@@ -15,19 +15,21 @@ from pathlib import Path
 import ninja
 import torch
 
+from ship_ds.errors import UserError
+
 DEFAULT_FOLDER = Path.home() / ".cache" / "ship_ds" / "torch_extensions"
 """Of this project's own, since only its processes keep to the lock."""
 
 
-def needed(offloads_optimiser: bool) -> list[str]:
+def needed(offloads_optimiser: bool, offloads_to_nvme: bool = False) -> list[str]:
     """DeepSpeed's builders that a run will ask for; the optimiser is torch's own unless a GPU offloads it."""
-    if not torch.cuda.is_available():
-        return ["ShareMemCommBuilder"]
-    return ["CPUAdamBuilder"] if offloads_optimiser else []
+    own = ["CPUAdamBuilder"] if offloads_optimiser else []
+    return [*(own if torch.cuda.is_available() else ["ShareMemCommBuilder"]), *(["AsyncIOBuilder"] if offloads_to_nvme else [])]
 
 
 def build(names: Sequence[str], say: Callable[[str], None]) -> None:
-    """Compile and load the ops, one process at a time; the later ones find them done."""
+    """Compile and load the ops, one process at a time; the later ones find them done. Raises UserError for an op that a run
+    cannot do without and that cannot be built here."""
     from deepspeed.accelerator import get_accelerator
 
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
@@ -41,6 +43,8 @@ def build(names: Sequence[str], say: Callable[[str], None]) -> None:
             builder = get_accelerator().create_op_builder(name)
             if builder is not None and builder.is_compatible():
                 builder.load(verbose=False)
+            elif name == "AsyncIOBuilder":
+                raise UserError("training.deepspeed: offload to NVMe needs libaio with its headers: install libaio-dev")
 
 
 @contextmanager

@@ -28,5 +28,15 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
+def offloads(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the file says of `offload_param` and `offload_optimizer`; {} where it says nothing or null."""
+    zero = config.get("zero_optimization") or {}
+    return {part: zero.get(part) or {} for part in ("offload_param", "offload_optimizer")}
+
+
 def offloads_optimiser(config: dict[str, Any]) -> bool:
-    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    return bool(offloads(config)["offload_optimizer"].get("device", "none") != "none")
+
+
+def offloads_to_nvme(config: dict[str, Any]) -> bool:
+    return any(offload.get("device") == "nvme" for offload in offloads(config).values())

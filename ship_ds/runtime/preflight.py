@@ -16,7 +16,7 @@ from typing import Any
 from ship_ds.config import Config, load_config
 from ship_ds.data.files import FilesConfig
 from ship_ds.errors import UserError
-from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
 
 MOST_HANG_MINUTES = 25
 
@@ -42,12 +42,11 @@ def _check_hang_minutes(minutes: float | None) -> None:
         )
 
 
-def _check_nvme(settings: Mapping[str, Any]) -> None:
+def _check_nvme(settings: dict[str, Any]) -> None:
     """DeepSpeed would make the folder where it can, on whatever disk that is."""
-    for part in ("offload_param", "offload_optimizer"):
-        offload = settings.get("zero_optimization", {}).get(part, {})
-        path = offload.get("nvme_path", "")
-        if offload.get("device") == "nvme" and not (path and os.access(path, os.W_OK | os.X_OK)):
+    for part, offload in offloads(settings).items():
+        path = offload.get("nvme_path") or ""
+        if offload.get("device") == "nvme" and not (Path(path).is_dir() and path and os.access(path, os.W_OK | os.X_OK)):
             raise UserError(
                 f"training.deepspeed: {part}.nvme_path: {path or '(none)'}: no folder that can be written; mount a local disk "
                 "there, or give a copy of the file that names another folder"

@@ -25,6 +25,15 @@ def test_what_is_known_does_not_follow_and_each_comes_once() -> None:
     assert sorted(found) == [f"swap {a} and {a}" for a in "1234"]
 
 
+def test_blanks_and_line_ends_make_no_other_instruction() -> None:
+    assert analogies(["add  1 now", "add 2\nnow", "add 3 now "]) == []
+
+
+def test_slots_that_share_exactly_half_take_each_others_words() -> None:
+    assert set(analogies([*ADD[:3], *(f"cut {n}" for n in (2, 3, 4))])) == {"add 4 to every number", "cut 1"}
+    assert analogies([*ADD[:3], *(f"cut {n}" for n in (3, 4, 5))]) == []
+
+
 def test_order_and_repetition_of_the_known_do_not_matter() -> None:
     texts = [*ADD, *(f"remove every {n}" for n in (1, 2, 3, 5))]
     assert set(analogies(texts)) == set(analogies([*reversed(texts), *texts])) != set()

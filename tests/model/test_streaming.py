@@ -35,6 +35,9 @@ def _bits(model: Any) -> dict[str, torch.Tensor]:
             outer = {"absmax": state.absmax, "code": state.code, "offset": state.offset}
             parts = outer | {"absmax2": state.state2.absmax, "code2": state.state2.code}
             found |= {f"{name}.{part}": value for part, value in parts.items()}
+            assert (state.nested, state.blocksize, state.quant_type) == (True, 64, "nf4")
+            found[f"{name}.shape"] = torch.tensor(state.shape)
+            found[f"{name}.dtype"] = torch.tensor(state.dtype.itemsize)
     return {name: value.detach().reshape(-1).contiguous().view(torch.uint8) for name, value in found.items()}
 
 

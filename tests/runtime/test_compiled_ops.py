@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
+from ship_ds.errors import UserError
 from ship_ds.runtime import compiled_ops
 
 
@@ -37,3 +39,16 @@ def test_a_build_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mo
     compiled_ops.build([], print)
     assert time.monotonic() - started > 1.5
     other.join()
+
+
+def test_nvme_asks_for_libaio_and_says_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Incompatible:
+        def is_compatible(self) -> bool:
+            return False
+
+    assert "AsyncIOBuilder" in compiled_ops.needed(True, True) and "AsyncIOBuilder" not in compiled_ops.needed(True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(type(get_accelerator()), "create_op_builder", lambda self, name: Incompatible())
+    compiled_ops.build(["CPUAdamBuilder"], print)
+    with pytest.raises(UserError, match="offload to NVMe needs libaio with its headers: install libaio-dev"):
+        compiled_ops.build(["AsyncIOBuilder"], print)

@@ -1,5 +1,6 @@
 """What stops a run in seconds, with one line and without torch."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,25 @@ def test_a_good_run_passes_and_leaves_an_empty_folder(tmp_path: Path) -> None:
     (["data={kind: files, path: /nowhere}"], "data.path: /nowhere: No such file"),
     (["model.task_llm.base=/nowhere"], "model.task_llm.base: /nowhere: expected a model folder"),
     (["training.deepspeed=zero9"], "ds_configs/ has cpu, zero1, zero2"),
-    (["training.deepspeed=zero3_offload_nvme"], "training.deepspeed: offload_param.nvme_path: /local_nvme: no folder that can"),
     (["training.hang_minutes=26"], "training.hang_minutes: 26 is above 25.*set it lower, or null"),
     (["run.folder=/dev/null/run"], "run.folder: /dev/null/run: Not a directory"),
 ])
 def test_bad_input_is_named(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("part", ["offload_param", "offload_optimizer"])
+def test_an_nvme_path_that_is_no_folder_is_named(tmp_path: Path, part: str) -> None:
+    path, disk = tmp_path / "own.json", tmp_path / "disk"
+    disk.touch(mode=0o777)
+    other = "offload_param" if part == "offload_optimizer" else "offload_optimizer"
+    for where in (str(tmp_path / "nowhere"), str(disk), ""):
+        path.write_text(json.dumps({"zero_optimization": {part: {"device": "nvme", "nvme_path": where}, other: None}}))
+        with pytest.raises(UserError, match=rf"training.deepspeed: {part}.nvme_path: .*: no folder that can be written"):
+            check(tmp_path, f"training.deepspeed={path}")
+    path.write_text(json.dumps({"zero_optimization": {part: {"device": "nvme", "nvme_path": str(tmp_path)}}}))
+    check(tmp_path, f"training.deepspeed={path}")
 
 
 def test_an_empty_folder_and_an_unreadable_file_are_named(tmp_path: Path) -> None:
