@@ -31,7 +31,7 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest
 
-# Twenty kills, a lost node and other numbers of ranks; the figures are in runs/soak.json.
+# Twenty kills, a lost node and other numbers of ranks (figures in runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed.
 soak: setup
 	$(BIN)/python -m pytest -m soak -s tests/soak
 

@@ -49,7 +49,7 @@ from ship_ds.monitor.machine import versions
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
 from ship_ds.runtime import checkpoint, preflight, ranks, shards, starts
 from ship_ds.runtime import engine as engines
-from ship_ds.runtime.deepspeed_config import offloads_optimiser, offloads_to_nvme, read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopRequest
 from ship_ds.runtime.watchdog import Watchdog
 
@@ -78,8 +78,7 @@ class Trainer:
         preflight.check(config, os.environ)
         self.stop = stop or StopRequest(config.training.grace_seconds)
         self.watchdog = Watchdog(self.folder, config.training.hang_minutes)
-        deepspeed = read_deepspeed_config(config.training.deepspeed)
-        ranks.start(config.training.threads, offloads_optimiser(deepspeed), offloads_to_nvme(deepspeed))
+        ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
         self.parts = engines.parts_per_step(config.training)
         torch.manual_seed(config.run.seed)
         self.bases = frozen_bases(config)

@@ -7,8 +7,6 @@ From "remove every 3", "remove every 5" and "remove every 8" beside "put 3 at th
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-Slot = tuple[tuple[str, ...], tuple[str, ...]]
-"""The words before and after one that is left out."""
 MIN_WORDS = 3
 MIN_OVERLAP = 0.5
 
@@ -17,19 +15,40 @@ def analogies(instructions: Sequence[str]) -> list[str]:
     """Those that are not among `instructions`, each once.
 
     A slot that at least `MIN_WORDS` words fill takes those of every such slot with which it shares at least half of the words
-    that fill the one or the other (Jaccard index). Words are parted by single spaces in what follows.
+    that fill the one or the other (Jaccard index). Words are parted by single spaces in what follows. Memory grows with the
+    number of words in all; time too, beside the square of the number of different sets of words that fill slots.
     """
-    fillers: dict[Slot, set[str]] = defaultdict(set)
+    befores, afters = _Interned(), _Interned()
+    fillers: dict[tuple[int, int], set[str]] = defaultdict(set)
+    seen_in: dict[tuple[int, int], tuple[list[str], int]] = {}
     for words in map(str.split, instructions):
-        for i, word in enumerate(words):
-            fillers[tuple(words[:i]), tuple(words[i + 1 :])].add(word)
+        slots = zip(befores.of_all(words), reversed(afters.of_all(words[::-1])), strict=True)
+        for i, slot in enumerate(slots):
+            fillers[slot].add(words[i])
+            seen_in.setdefault(slot, (words, i))
     open_slots = {slot: frozenset(words) for slot, words in fillers.items() if len(words) >= MIN_WORDS}
-    kinds = {words: _kind(words, open_slots.values()) for words in set(open_slots.values())}
-    found = (
-        " ".join((*before, word, *after)) for (before, after), words in open_slots.items() for word in sorted(kinds[words])
-    )
+    kinds = {words: sorted(_kind(words, open_slots.values())) for words in set(open_slots.values())}
+    found = (_filled(*seen_in[slot], word) for slot, words in open_slots.items() for word in kinds[words])
     known = {" ".join(text.split()) for text in instructions}
     return [text for text in dict.fromkeys(found) if text not in known]
+
+
+class _Interned:
+    """Numbers for the beginnings of texts: equal ones have the same, and none is kept as text."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, str], int] = {}
+
+    def of_all(self, words: Sequence[str]) -> list[int]:
+        """Of words[:0], words[:1] and so on, all but the whole."""
+        numbers = [0] if words else []
+        for word in words[:-1]:
+            numbers.append(self._numbers.setdefault((numbers[-1], word), len(self._numbers) + 1))
+        return numbers
+
+
+def _filled(words: Sequence[str], i: int, word: str) -> str:
+    return " ".join((*words[:i], word, *words[i + 1 :]))
 
 
 def _kind(words: frozenset[str], others: Iterable[frozenset[str]]) -> frozenset[str]:

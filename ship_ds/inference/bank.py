@@ -100,11 +100,12 @@ class Bank:
             for own, found_by_decoder in zip(frontier, likely, strict=True):
                 own.update(found_by_decoder)
         neighbours_CB = self._neighbours()
+        tried = [task[: walk.num_tried] for task in tasks]
         for _ in range(_HOPS):
             pairs = [(t, c) for t, own in enumerate(frontier) for c in sorted(own - found[t].keys())]
             if not pairs:
                 break
-            for (t, c), loss in zip(pairs, self._losses(model, [task[: walk.num_tried] for task in tasks], pairs), strict=True):
+            for (t, c), loss in zip(pairs, self._losses(model, tried, pairs), strict=True):
                 found[t][c] = loss
             best = [sorted(own, key=own.__getitem__)[: walk.num_kept] for own in found]
             frontier = [{n for c in own for n in neighbours_CB[c]} for own in best]

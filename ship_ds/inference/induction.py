@@ -185,8 +185,7 @@ def _induce(model: ShipModel, bank: Bank, tasks: list[_Task], config: InductionC
         return
     texts: Texts = [[] for _ in tasks]
     if config.method in ("bank", "union"):
-        say(f"{len(tasks)} tasks: looking among {len(bank)} known instructions")
-        _extend(texts, _known(model, bank, tasks, config))
+        _extend(texts, _known(model, bank, tasks, config, say))
     if config.method in ("propose", "union"):
         say(f"{len(tasks)} tasks: the decoder proposes")
         _extend(texts, _proposed(model, tasks, config, seed))
@@ -205,11 +204,13 @@ def _fall_back(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig
     _test(model, tasks, [[] if task.tested else [(NEUTRAL_INSTRUCTION, "neutral")] for task in tasks], config)
 
 
-def _known(model: ShipModel, bank: Bank, tasks: Sequence[_Task], config: InductionConfig) -> Texts:
+def _known(model: ShipModel, bank: Bank, tasks: Sequence[_Task], config: InductionConfig, say: Say) -> Texts:
     if not len(bank):
         raise UserError("induce: the bundle knows no instructions of its training; use method propose, direct or indirect")
     goes_further = config.analogies and config.method == "union"
     wider = bank.with_analogies(model) if goes_further else bank
+    more = f" and {len(wider) - len(bank)} that follow by analogy" if goes_further else ""
+    say(f"{len(tasks)} tasks: looking among {len(bank)} known instructions{more}")
     examples = [task.examples for task in tasks]
     if config.tries_all_known:
         chosen = wider.shortlist_of_all(model, examples, config.num_known)

@@ -12,6 +12,7 @@ manifest before DeepSpeed opens a file, and goes back to the newest good checkpo
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 
 from ship_ds.config import CheckpointConfig, parse_config
 from ship_ds.errors import UserError
-from ship_ds.runtime import ranks, repartition
+from ship_ds.runtime import nvme, ranks, repartition
 from ship_ds.runtime.pickles import load_shard, shard_problem
 
 STATE, PROGRESS, MANIFEST, LATEST = "state", "progress.json", "manifest.json", "latest"
@@ -81,8 +82,9 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         ranks.barrier()
-        _check_room(engine, part, progress.step)
-        engine.save_checkpoint(str(part), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
+        _check_room(engine, part)
+        with nvme.mapped(engine):
+            engine.save_checkpoint(str(part), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
         _save_generators(part / f"rank-{ranks.rank()}.safetensors")
         if ranks.rank() == 0:
             (part / PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n")
@@ -108,17 +110,14 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
     return folder
 
 
-def _check_room(engine: Any, part: Path, step: int) -> None:
-    """Raises UserError on every rank where the disk has not even room for Adam's fp32 weights and two moments: one rank that
+def _check_room(engine: Any, part: Path) -> None:
+    """Raises OSError on every rank where the disk has not even room for Adam's fp32 weights and two moments: one rank that
     fails within DeepSpeed's own writing leaves the others waiting for it. A quota is not seen here."""
     trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     least = 12 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     free = ranks.gather_objects(shutil.disk_usage(part).free if ranks.rank() == 0 else None)[0]
     if free < least:
-        raise UserError(
-            f"{part}: {free / 1e9:.3f} GB are free and it takes at least {least / 1e9:.3f}: the checkpoint of step {step} was "
-            "not written; the ones before are intact. Make room and start the same command again"
-        )
+        raise OSError(errno.ENOSPC, f"{free / 1e9:.3f} GB are free, at least {least / 1e9:.3f} GB are needed")
 
 
 def _write_error(error: Exception) -> str | None:
@@ -327,25 +326,18 @@ def load(
     check_same_run(folder, progress, config, data_fingerprint)
     _check_same_parameters(engine, folder)
     stage, num_ranks = repartition.layout(folder / STATE)
-    if (stage, num_ranks) == (engine.zero_optimization_stage(), ranks.world_size()):
+    is_same_layout = (stage, num_ranks) == (engine.zero_optimization_stage(), ranks.world_size())
+    if is_same_layout and not nvme.is_used(engine):
         engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
+    else:
+        repartition.load(engine, folder / STATE)
+    if is_same_layout:
         _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
-        if _lost_swapped_moments(engine):
-            say(f"{folder}: DeepSpeed does not take Adam's moments back from NVMe: they start anew (docs/cluster.md)")
     else:
         say(f"{folder}: written by {num_ranks} rank(s) under ZeRO-{stage}: shared out anew over {ranks.world_size()} "
             f"under ZeRO-{engine.zero_optimization_stage()}; dropout differs from here on")
-        repartition.load(engine, folder / STATE)
         torch.manual_seed(int(progress.config["run"]["seed"]) + progress.step * ranks.world_size() + ranks.rank())
     return progress
-
-
-def _lost_swapped_moments(engine: Any) -> bool:
-    """DeepSpeed 0.19 copies the moments' files back and then forgets that a parameter has any: the next step is a first one of
-    Adam's. Seen with torch's AdamW on CPU ranks, where the weights were exact; what is too small to be swapped (less than
-    1 MiB a rank) was not looked at."""
-    swapper = getattr(engine.optimizer, "optimizer_swapper", None)
-    return swapper is not None and not any(info.has_state_tensors for info in swapper.swap_params_info.values())
 
 
 def check_same_run(folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str) -> None:

@@ -8,23 +8,26 @@ versions, as with and without an activated environment, reject each other's log 
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ninja
 import torch
 
 from ship_ds.errors import UserError
+from ship_ds.runtime.deepspeed_config import offloads_optimiser, offloads_to_nvme
 
 DEFAULT_FOLDER = Path.home() / ".cache" / "ship_ds" / "torch_extensions"
 """Of this project's own, since only its processes keep to the lock."""
 
 
-def needed(offloads_optimiser: bool, offloads_to_nvme: bool = False) -> list[str]:
-    """DeepSpeed's builders that a run will ask for; the optimiser is torch's own unless a GPU offloads it."""
-    own = ["CPUAdamBuilder"] if offloads_optimiser else []
-    return [*(own if torch.cuda.is_available() else ["ShareMemCommBuilder"]), *(["AsyncIOBuilder"] if offloads_to_nvme else [])]
+def needed(deepspeed: Mapping[str, Any]) -> list[str]:
+    """The builders that a run with this config will ask for; the optimiser is torch's own unless a GPU offloads it."""
+    on_gpu = ["CPUAdamBuilder"] if offloads_optimiser(deepspeed) else []
+    own = on_gpu if torch.cuda.is_available() else ["ShareMemCommBuilder"]
+    return [*own, *(["AsyncIOBuilder"] if offloads_to_nvme(deepspeed) else [])]
 
 
 def build(names: Sequence[str], say: Callable[[str], None]) -> None:

@@ -1,6 +1,7 @@
 """The files of ds_configs/: ZeRO and precision alone. Imports no torch."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,15 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
-def offloads(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def offloads(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the file says of `offload_param` and `offload_optimizer`; {} where it says nothing or null."""
     zero = config.get("zero_optimization") or {}
     return {part: zero.get(part) or {} for part in ("offload_param", "offload_optimizer")}
 
 
-def offloads_optimiser(config: dict[str, Any]) -> bool:
+def offloads_optimiser(config: Mapping[str, Any]) -> bool:
     return bool(offloads(config)["offload_optimizer"].get("device", "none") != "none")
 
 
-def offloads_to_nvme(config: dict[str, Any]) -> bool:
+def offloads_to_nvme(config: Mapping[str, Any]) -> bool:
     return any(offload.get("device") == "nvme" for offload in offloads(config).values())

@@ -32,8 +32,10 @@ _WAIT = timedelta(hours=6)
 """For the slowest rank before training: rank 0 reads and tokenises the data first. Later the watchdog is quicker."""
 
 
-def start(threads: int | None, offloads_optimiser: bool = False, offloads_to_nvme: bool = False) -> None:
-    """Compile DeepSpeed's ops, then join the process group; a process started by none of the launchers is a group of one.
+def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None) -> None:
+    """Compile the ops that this config of DeepSpeed asks for, then join the process group.
+
+    A process started by none of the launchers is a group of one.
 
     Tensors on the CPU travel by gloo, those on a GPU by NCCL.
     """
@@ -46,7 +48,7 @@ def start(threads: int | None, offloads_optimiser: bool = False, offloads_to_nvm
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    ops = compiled_ops.needed(offloads_optimiser, offloads_to_nvme)
+    ops = compiled_ops.needed(deepspeed_config or {})
     compiled_ops.build(ops, lambda text: print(f"ship-ds: {text}", file=sys.stderr, flush=True))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)

@@ -5,8 +5,6 @@ by parameter name from all ranks' shards, as DeepSpeed's own zero_to_fp32 does f
 engine takes its slices. The frozen base is in no checkpoint and takes no part. (DeepSpeed's universal checkpoint wants the
 same, but writes a second copy on the disk first.) The shards are memory-mapped: a node reads them once, and holds one
 parameter of each kind at a time.
-
-Not with optimiser state on NVMe, whose slices are files of the old ranks.
 """
 
 import contextlib
@@ -19,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ship_ds.errors import UserError
 from ship_ds.runtime import ranks
 from ship_ds.runtime.pickles import load_shard
 
@@ -88,61 +85,65 @@ def _merge(folder: Path, shard: Mapping[str, Any], flat: list[list[Tensor]]) -> 
 
 
 def load(engine: Any, folder: Path) -> None:
-    """Put weights and optimiser state into the engine's own slices; every rank calls it."""
+    """Put weights and optimiser state into the slices of an engine that has taken no step; every rank calls it."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     saved = read(folder)
     optimiser = engine.optimizer
-    if getattr(optimiser, "swap_optimizer", False) or getattr(optimiser, "params_in_nvme_and_cpu", False):
-        raise UserError(
-            "training.deepspeed: a checkpoint of another number of ranks or ZeRO stage cannot be taken into NVMe; go on with "
-            "zero3_offload_cpu or as many ranks as before"
-        )
     assert isinstance(optimiser, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3)
-    is_stage_3 = isinstance(optimiser, DeepSpeedZeroOptimizer_Stage3)
-    flats = optimiser.fp32_partitioned_groups_flat if is_stage_3 else optimiser.single_partition_of_fp32_groups
-    for flat in flats:
-        moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-        optimiser.optimizer.state[flat] = {**{k: _copy(v, flat.device) for k, v in saved.scalars.items()}, **moments}
     for group in optimiser.optimizer.param_groups:
         group |= saved.group
-    put = _put_stage_3 if is_stage_3 else _put_stage_1_or_2
-    if not is_stage_3:
-        optimiser._lazy_init_hp_params_optimizer_state()
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            put(parameter, saved.weights[name].contiguous(), {key: saved.moments[key][name].contiguous() for key in MOMENTS})
+    trainable = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    put = _put_stage_3 if isinstance(optimiser, DeepSpeedZeroOptimizer_Stage3) else _put_stage_1_or_2
+    put(optimiser, trainable, saved)
 
 
-def _copy(value: Any, device: torch.device) -> Any:
-    """Fused AdamW counts its steps on the device."""
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+def _adam_state(saved: SavedState, flat: Tensor) -> dict[str, Any]:
+    """For a flat slice: moments that are zero still, and the scalars; fused AdamW counts its steps on the device."""
+    scalars = {k: v.to(flat.device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.scalars.items()}
+    return {**scalars, **{key: torch.zeros_like(flat.data) for key in MOMENTS}}
 
 
-def _put_stage_3(parameter: nn.Parameter, weight: Tensor, moments: Mapping[str, Tensor]) -> None:
-    import deepspeed
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+def _put_stage_3(optimiser: Any, trainable: Mapping[str, nn.Parameter], saved: SavedState) -> None:
+    """As a step does it: one sub-group after the other is there (read from NVMe, where it is kept), changed, and put back."""
+    names = {parameter: name for name, parameter in trainable.items()}
+    optimiser.checkpoint_event_prologue()
+    for i, (parameters, flat) in enumerate(zip(optimiser.fp16_groups, optimiser.fp32_partitioned_groups_flat, strict=True)):
+        is_swapped = optimiser._swappable_optimizer_subgroup(i)
+        if is_swapped:
+            optimiser._optimizer_states_and_gradient_swap_in(i)
+        state = optimiser.optimizer.state[flat] = _adam_state(saved, flat)
+        start = 0
+        for parameter in parameters:
+            length = parameter.partition_numel()
+            own = slice(start, start + length)
+            flat.data[own] = _slice_of_rank(saved.weights[names[parameter]], length)
+            for key in MOMENTS:
+                state[key][own] = _slice_of_rank(saved.moments[key][names[parameter]], length)
+            start += length
+        optimiser._reassign_or_swap_out_partitioned_parameters(i)
+        if is_swapped:
+            optimiser._optimizer_states_and_gradient_swap_out(i)
+    optimiser.checkpoint_event_epilogue()
 
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if ranks.rank() == 0:
-            parameter.data.copy_(weight)
-    length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
 
-    # Slices are of equal length, so the last one ends in padding.
-    def mine(whole: Tensor) -> Tensor:
-        padded = nn.functional.pad(whole.flatten(), (0, length * ranks.world_size() - whole.numel()))
-        return padded[length * ranks.rank() : length * (ranks.rank() + 1)]
-
-    safe_set_local_fp32_param(parameter, mine(weight))
-    for key, value in moments.items():
-        safe_set_local_optimizer_state(parameter, mine(value), key)
+def _slice_of_rank(whole: Any, length: int) -> Tensor:
+    """This rank's of equally long slices; the last ones end in padding."""
+    flat: Tensor = whole.contiguous().flatten()
+    own = flat[length * ranks.rank() : length * (ranks.rank() + 1)]
+    return nn.functional.pad(own, (0, length - len(own)))
 
 
-def _put_stage_1_or_2(parameter: nn.Parameter, weight: Tensor, moments: Mapping[str, Tensor]) -> None:
+def _put_stage_1_or_2(optimiser: Any, trainable: Mapping[str, nn.Parameter], saved: SavedState) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    parameter.data.copy_(weight)
-    safe_set_full_fp32_param(parameter, weight)
-    for key, value in moments.items():
-        safe_set_full_optimizer_state(parameter, value, key)
+    for flat in optimiser.single_partition_of_fp32_groups:
+        optimiser.optimizer.state[flat] = _adam_state(saved, flat)
+    optimiser._lazy_init_hp_params_optimizer_state()
+    for name, parameter in trainable.items():
+        weight = saved.weights[name].contiguous()
+        parameter.data.copy_(weight)
+        safe_set_full_fp32_param(parameter, weight)
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, saved.moments[key][name].contiguous(), key)

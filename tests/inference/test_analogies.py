@@ -34,6 +34,16 @@ def test_slots_that_share_exactly_half_take_each_others_words() -> None:
     assert analogies([*ADD[:3], *(f"cut {n}" for n in (3, 4, 5))]) == []
 
 
+def test_a_word_at_either_end_and_an_instruction_of_one_word() -> None:
+    assert set(analogies([*(f"{word} it" for word in ("sort", "flip", "cut")), "sort", "flip", "drop"])) == {"drop it", "cut"}
+    assert analogies(["sort it", "flip it", "cut it", "it sort", "it flip", "it cut"]) == []
+
+
+def test_slots_are_told_apart_by_what_stands_on_both_sides() -> None:
+    """The same beginning with another end is another slot, filled here by too few."""
+    assert analogies(["put 1 first", "put 2 first", "put 3 last", "put 1 last"]) == []
+
+
 def test_order_and_repetition_of_the_known_do_not_matter() -> None:
     texts = [*ADD, *(f"remove every {n}" for n in (1, 2, 3, 5))]
     assert set(analogies(texts)) == set(analogies([*reversed(texts), *texts])) != set()

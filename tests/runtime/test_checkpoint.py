@@ -74,7 +74,7 @@ def test_without_room_for_weights_and_moments_nothing_is_begun(small_disk: Path)
 
     root = small_disk / "checkpoints"
     first = checkpoint.save(Engine(1000), root, progress(1), CheckpointConfig())
-    with pytest.raises(UserError, match=r"0\.00\d GB are free .* takes at least 0\.004: the checkpoint of step 2 was"):
+    with pytest.raises(UserError, match=r"0\.00\d GB are free, at least 0\.004 GB are needed: the checkpoint of step 2 was"):
         checkpoint.save(Large(0), root, progress(2), CheckpointConfig())
     assert checkpoint.newest_good(root, print) == first
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]

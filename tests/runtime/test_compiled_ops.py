@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ship_ds.errors import UserError
 from ship_ds.runtime import compiled_ops
+from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
 
 def test_a_lock_left_behind_is_removed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +47,8 @@ def test_nvme_asks_for_libaio_and_says_where_it_is_missing(tmp_path: Path, monke
         def is_compatible(self) -> bool:
             return False
 
-    assert "AsyncIOBuilder" in compiled_ops.needed(True, True) and "AsyncIOBuilder" not in compiled_ops.needed(True)
+    asks = {name: compiled_ops.needed(read_deepspeed_config(f"zero3_offload_{name}")) for name in ("nvme", "cpu")}
+    assert "AsyncIOBuilder" in asks["nvme"] and "AsyncIOBuilder" not in asks["cpu"]
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(type(get_accelerator()), "create_op_builder", lambda self, name: Incompatible())
     compiled_ops.build(["CPUAdamBuilder"], print)

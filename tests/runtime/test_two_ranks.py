@@ -108,6 +108,12 @@ def test_starting_from_a_folder_without_a_bundle_is_refused(found: dict[str, Any
     assert all("no bundle here" in rank["bundle"] for rank in found["refused"])
 
 
+def test_a_disk_without_room_stops_every_rank_with_the_same_line(found: dict[str, Any]) -> None:
+    for rank in found["full_disk"]:
+        assert rank["needed"] in rank["said"] and "the checkpoint of step 2 was not written" in rank["said"]
+        assert rank["left"] == ["latest", "step-00000001"]
+
+
 def test_an_evaluation_cut_short_is_made_up_for(found: dict[str, Any]) -> None:
     for rank in found["evaluation_is_cut_short"]:
         assert rank == {"preempted_at": 2, "owed": True, "step": 4}

@@ -258,6 +258,29 @@ def refused(folder: Path) -> dict[str, Any]:
     return found
 
 
+def full_disk(folder: Path) -> dict[str, Any]:
+    """What is said where rank 0 finds no room for the second checkpoint, and what there is then."""
+    made = trainer(folder, "training.deepspeed=zero3_shard_all")
+    made.take_step()
+    made.save()
+    made.take_step()
+    needed = 12 * sum(p.ds_numel for p in made.model.parameters() if p.requires_grad)
+    if ranks.rank() == 0:
+        usage = shutil.disk_usage
+        shutil.disk_usage = lambda path: usage(path)._replace(free=needed - 1)  # type: ignore[assignment]
+    try:
+        made.save()
+        said = ""
+    except UserError as error:
+        said = str(error)
+    finally:
+        if ranks.rank() == 0:
+            shutil.disk_usage = usage
+    ranks.barrier()
+    left = sorted(os.listdir(folder / "checkpoints"))
+    return {"said": said, "needed": f"at least {needed / 1e9:.3f} GB are needed", "left": left}
+
+
 def evaluation_is_cut_short(folder: Path) -> dict[str, Any]:
     """Rank 1 alone is asked to stop while all of them evaluate at step 2; then a fresh start goes on to the end."""
     config = load_config("quickstart-smoke", [
@@ -312,6 +335,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "evaluation_is_cut_short": evaluation_is_cut_short,
     "starts_from_a_bundle": starts_from_a_bundle,
     "refused": refused,
+    "full_disk": full_disk,
     **{f"two_steps_{name}": two_steps(name) for name in ("cpu", "zero3_hpz", "zero3_offload_cpu")},
     **{f"bad_step_{stage}": bad_step_is_skipped_everywhere(stage) for stage in ("zero1", "zero2", "zero3", "zero3_bf16")},
 }

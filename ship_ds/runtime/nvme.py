@@ -1,0 +1,38 @@
+"""Checkpoints of runs whose state is on NVMe: the same files as those of any other run.
+
+DeepSpeed 0.19 copies its swap files beside shards that hold no weights, and on loading forgets that there were any moments
+(the next step is a first one of Adam's). So nothing but a resume on as many ranks could read such a checkpoint, and that
+not exactly. Here the swap files are mapped into memory while DeepSpeed writes its shards, and `repartition` reads those.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def is_used(engine: Any) -> bool:
+    """Whether weights or optimiser state are on NVMe between steps."""
+    return any(getattr(engine.optimizer, name, False) for name in ("swap_optimizer", "params_in_nvme_and_cpu"))
+
+
+@contextmanager
+def mapped(engine: Any) -> Iterator[None]:
+    """At a step boundary, for `engine.save_checkpoint`: the optimiser's tensors that are swapped out are there to be read, page
+    by page from their files, and DeepSpeed makes no copy of these."""
+    swapper = getattr(engine.optimizer, "optimizer_swapper", None)
+    if swapper is None:
+        yield
+        return
+    swapped = list(swapper.swap_params_info.values())
+    for info in swapped:
+        for tensor, path in zip(info.get_compute_tensors(), info.get_swap_paths(), strict=True):
+            tensor.data = torch.from_file(path, size=info.numel(), dtype=info.dtype())
+    engine.zero_nvme_offload_optimizer = lambda: False
+    try:
+        yield
+    finally:
+        del engine.zero_nvme_offload_optimizer
+        for info in swapped:
+            info.release_memory()
