@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 
 MIN_WORDS = 3
 MIN_OVERLAP = 0.5
+MOST = 20_000
 
 
 def analogies(instructions: Sequence[str]) -> list[str]:
     """Those that are not among `instructions`, each once.
 
     A slot that at least `MIN_WORDS` words fill takes those of every such slot with which it shares at least half of the words
-    that fill the one or the other (Jaccard index). Words are parted by single spaces in what follows. Memory grows with the
-    number of words in all; time too, beside the square of the number of different sets of words that fill slots.
+    that fill the one or the other (Jaccard index). Words are parted by single spaces in what follows. At most the first `MOST`.
     """
     befores, afters = _Interned(), _Interned()
     fillers: dict[tuple[int, int], set[str]] = defaultdict(set)
@@ -27,10 +27,15 @@ def analogies(instructions: Sequence[str]) -> list[str]:
             fillers[slot].add(words[i])
             seen_in.setdefault(slot, (words, i))
     open_slots = {slot: frozenset(words) for slot, words in fillers.items() if len(words) >= MIN_WORDS}
-    kinds = {words: sorted(_kind(words, open_slots.values())) for words in set(open_slots.values())}
-    found = (_filled(*seen_in[slot], word) for slot, words in open_slots.items() for word in kinds[words])
+    distinct = set(open_slots.values())
+    kinds = {words: sorted(_kind(words, distinct)) for words in distinct}
     known = {" ".join(text.split()) for text in instructions}
-    return [text for text in dict.fromkeys(found) if text not in known]
+    found: dict[str, None] = {}
+    for slot, fillers_of_slot in open_slots.items():
+        found |= dict.fromkeys(text for word in kinds[fillers_of_slot] if (text := _filled(*seen_in[slot], word)) not in known)
+        if len(found) >= MOST:
+            break
+    return list(found)[:MOST]
 
 
 class _Interned:
@@ -52,5 +57,4 @@ def _filled(words: Sequence[str], i: int, word: str) -> str:
 
 
 def _kind(words: frozenset[str], others: Iterable[frozenset[str]]) -> frozenset[str]:
-    alike = (other for other in set(others) if len(words & other) >= MIN_OVERLAP * len(words | other))
-    return frozenset().union(*alike)
+    return frozenset().union(*(other for other in others if len(words & other) >= MIN_OVERLAP * len(words | other)))

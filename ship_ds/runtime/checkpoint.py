@@ -324,10 +324,12 @@ def load(
     """
     progress = read_progress(folder)
     check_same_run(folder, progress, config, data_fingerprint)
+    if (folder / STATE / "offloaded_tensors").exists():
+        raise UserError(f"{folder}: an earlier version kept Adam's moments beside it on NVMe: start anew in another run.folder")
     _check_same_parameters(engine, folder)
     stage, num_ranks = repartition.layout(folder / STATE)
     is_same_layout = (stage, num_ranks) == (engine.zero_optimization_stage(), ranks.world_size())
-    if is_same_layout and not nvme.is_used(engine):
+    if is_same_layout and stage < 3:
         engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
     else:
         repartition.load(engine, folder / STATE)

@@ -12,11 +12,6 @@ from typing import Any
 import torch
 
 
-def is_used(engine: Any) -> bool:
-    """Whether weights or optimiser state are on NVMe between steps."""
-    return any(getattr(engine.optimizer, name, False) for name in ("swap_optimizer", "params_in_nvme_and_cpu"))
-
-
 @contextmanager
 def mapped(engine: Any) -> Iterator[None]:
     """At a step boundary, for `engine.save_checkpoint`: the optimiser's tensors that are swapped out are there to be read, page
@@ -25,14 +20,16 @@ def mapped(engine: Any) -> Iterator[None]:
     if swapper is None:
         yield
         return
-    swapped = list(swapper.swap_params_info.values())
-    for info in swapped:
-        for tensor, path in zip(info.get_compute_tensors(), info.get_swap_paths(), strict=True):
-            tensor.data = torch.from_file(path, size=info.numel(), dtype=info.dtype())
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
     engine.zero_nvme_offload_optimizer = lambda: False
     try:
+        for info in swapper.swap_params_info.values():
+            for tensor, path in zip(info.get_compute_tensors(), info.get_swap_paths(), strict=True):
+                before.append((tensor, tensor.data))
+                # shared, or the kernel would count every page as memory that may be asked for
+                tensor.data = torch.from_file(path, shared=True, size=info.numel(), dtype=info.dtype())
         yield
     finally:
         del engine.zero_nvme_offload_optimizer
-        for info in swapped:
-            info.release_memory()
+        for tensor, data in before:
+            tensor.data = data

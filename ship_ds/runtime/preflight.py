@@ -24,7 +24,7 @@ MOST_HANG_MINUTES = 25
 def check(config: Config, environment: Mapping[str, str]) -> None:
     """Raises UserError for what would stop the run later: files, folders, GPUs, time."""
     _check_hang_minutes(config.training.hang_minutes)
-    _check_nvme(read_deepspeed_config(config.training.deepspeed))
+    _check_offloads(read_deepspeed_config(config.training.deepspeed))
     for key in ("task_llm", "encoder", "decoder"):
         _check_base(f"model.{key}.base", getattr(config.model, key).base)
     if isinstance(config.data, FilesConfig):
@@ -42,9 +42,15 @@ def _check_hang_minutes(minutes: float | None) -> None:
         )
 
 
-def _check_nvme(settings: dict[str, Any]) -> None:
-    """DeepSpeed would make the folder where it can, on whatever disk that is."""
+def _check_offloads(settings: dict[str, Any]) -> None:
+    """DeepSpeed would make the folder where it can, on whatever disk that is. What `ratio` leaves on the GPU has an optimiser
+    of its own, which no checkpoint holds."""
     for part, offload in offloads(settings).items():
+        if offload.get("ratio", 1) != 1:
+            raise UserError(
+                f"training.deepspeed: {part}.ratio: {offload['ratio']}: DeepSpeed saves no moments of the part that stays on the "
+                "GPU, so a resume would lose them: take it out"
+            )
         path = offload.get("nvme_path") or ""
         if offload.get("device") == "nvme" and not (Path(path).is_dir() and path and os.access(path, os.W_OK | os.X_OK)):
             raise UserError(

@@ -1,18 +1,18 @@
-"""A checkpoint goes on with another number of ranks, or under another ZeRO stage.
+"""A checkpoint goes on with another number of ranks, under another ZeRO stage, or with its state on NVMe.
 
-DeepSpeed's shards are flat slices, whose layout depends on both. Here the fp32 weights and Adam's moments are put together
-by parameter name from all ranks' shards, as DeepSpeed's own zero_to_fp32 does for the weights, and each rank of the new
-engine takes its slices. The frozen base is in no checkpoint and takes no part. (DeepSpeed's universal checkpoint wants the
-same, but writes a second copy on the disk first.) The shards are memory-mapped: a node reads them once, and holds one
-parameter of each kind at a time.
+DeepSpeed's shards are flat slices, whose layout depends on the first two. Here the fp32 weights and Adam's moments are put
+together by parameter name from all ranks' shards, as DeepSpeed's own zero_to_fp32 does for the weights, and each rank of the
+new engine takes its slices. Under ZeRO-3 with as many ranks as before each rank's own shard has them as they are. The frozen
+base is in no checkpoint and takes no part. (DeepSpeed's universal checkpoint wants the same, but writes a second copy on the
+disk first.) The shards are memory-mapped: a node reads them once, and holds one parameter of each kind at a time.
 """
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class SavedState:
     """Whole tensors by parameter name (or DeepSpeed's stand-ins, whole once `.contiguous()` is called), in fp32.
 
-    `scalars` is the rest of Adam's state of a parameter ("step"); `group` that of its parameter group.
+    moments: by kind, {} where every step so far was skipped. num_steps: Adam's. group: the rest of its parameter group's state.
     """
 
     weights: Mapping[str, Any]
     moments: Mapping[str, Mapping[str, Any]]
-    scalars: Mapping[str, Any]
+    num_steps: int
     group: Mapping[str, Any]
 
 
@@ -49,16 +49,24 @@ def read(folder: Path) -> SavedState:
     weights = [shard["fp32_flat_groups" if is_stage_3 else "single_partition_of_fp32_groups"] for shard in shards]
     inner = [shard["optimizer_state_dict" if is_stage_3 else "base_optimizer_state"] for shard in shards]
     states = [[state for _, state in sorted(own["state"].items())] for own in inner]
-    moments = {key: [[state[key] for state in own] for own in states] for key in MOMENTS}
+    moments = {key: [[state[key] for state in own] for own in states] for key in MOMENTS if states[0]}
     if not is_stage_3:
         # The weights were saved without the padding at the end of the last rank's slice, the moments with it.
         moments = {key: [[m[: len(w)] for m, w in zip(*pair, strict=True)] for pair in zip(flat, weights, strict=True)]
                    for key, flat in moments.items()}
     return SavedState(
         _merge(folder, shards[0], weights), {key: _merge(folder, shards[0], flat) for key, flat in moments.items()},
-        {key: value for key, value in states[0][0].items() if key not in MOMENTS},
-        {key: value for key, value in inner[0]["param_groups"][0].items() if key == "step"},
+        _num_steps(inner[0]), _group_state(inner[0]),
     )
+
+
+def _num_steps(inner: Mapping[str, Any]) -> int:
+    """The same for all parameters. torch's AdamW counts in a tensor, DeepSpeed's for the CPU in an int."""
+    return int(next((state["step"] for state in inner["state"].values()), 0))
+
+
+def _group_state(inner: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in inner["param_groups"][0].items() if key == "step"}
 
 
 def _optimiser(path: Path) -> dict[str, Any]:
@@ -73,10 +81,10 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
 
 
 def _merge(folder: Path, shard: Mapping[str, Any], flat: list[list[Tensor]]) -> dict[str, Any]:
-    """flat: of each rank, the flat slices of its groups. DeepSpeed's script does it, saying on standard output what it does."""
+    """flat: of each rank, the flat slices of its groups. DeepSpeed's script does it, with notices and bars that nobody needs."""
     from deepspeed.utils import zero_to_fp32
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         models = zero_to_fp32.parse_model_states([str(path) for path in _by_rank(folder, "*_model_states.pt")])
         if int(shard["zero_stage"]) == 3:
             return dict(zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(len(flat), flat, models, True))
@@ -89,43 +97,74 @@ def load(engine: Any, folder: Path) -> None:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    saved = read(folder)
     optimiser = engine.optimizer
-    assert isinstance(optimiser, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3)
-    for group in optimiser.optimizer.param_groups:
-        group |= saved.group
     trainable = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
-    put = _put_stage_3 if isinstance(optimiser, DeepSpeedZeroOptimizer_Stage3) else _put_stage_1_or_2
-    put(optimiser, trainable, saved)
+    if isinstance(optimiser, DeepSpeedZeroOptimizer_Stage3):
+        source = _OwnShard.fitting(optimiser, folder) or _ByName(read(folder), {p: name for name, p in trainable.items()})
+        _put_stage_3(optimiser, source)
+    else:
+        assert isinstance(optimiser, DeepSpeedZeroOptimizer)
+        _put_stage_1_or_2(optimiser, trainable, read(folder))
 
 
-def _adam_state(saved: SavedState, flat: Tensor) -> dict[str, Any]:
-    """For a flat slice: moments that are zero still, and the scalars; fused AdamW counts its steps on the device."""
-    scalars = {k: v.to(flat.device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.scalars.items()}
-    return {**scalars, **{key: torch.zeros_like(flat.data) for key in MOMENTS}}
+class _Source(Protocol):
+    """Where the slices of a ZeRO-3 sub-group come from."""
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def group(self) -> Mapping[str, Any]: ...
+
+    def slices(self, index: int, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's of the sub-group's weights, and of its moments by kind ({} where there are none)."""
+        ...
 
 
-def _put_stage_3(optimiser: Any, trainable: Mapping[str, nn.Parameter], saved: SavedState) -> None:
-    """As a step does it: one sub-group after the other is there (read from NVMe, where it is kept), changed, and put back."""
-    names = {parameter: name for name, parameter in trainable.items()}
-    optimiser.checkpoint_event_prologue()
-    for i, (parameters, flat) in enumerate(zip(optimiser.fp16_groups, optimiser.fp32_partitioned_groups_flat, strict=True)):
-        is_swapped = optimiser._swappable_optimizer_subgroup(i)
-        if is_swapped:
-            optimiser._optimizer_states_and_gradient_swap_in(i)
-        state = optimiser.optimizer.state[flat] = _adam_state(saved, flat)
-        start = 0
-        for parameter in parameters:
-            length = parameter.partition_numel()
-            own = slice(start, start + length)
-            flat.data[own] = _slice_of_rank(saved.weights[names[parameter]], length)
-            for key in MOMENTS:
-                state[key][own] = _slice_of_rank(saved.moments[key][names[parameter]], length)
-            start += length
-        optimiser._reassign_or_swap_out_partitioned_parameters(i)
-        if is_swapped:
-            optimiser._optimizer_states_and_gradient_swap_out(i)
-    optimiser.checkpoint_event_epilogue()
+@dataclass(frozen=True)
+class _OwnShard:
+    """What this rank of as many wrote, whose sub-groups were cut as the engine's are."""
+
+    weights: Sequence[Tensor]
+    states: Sequence[Mapping[str, Any]]
+    num_steps: int
+    group: Mapping[str, Any]
+
+    @classmethod
+    def fitting(cls, optimiser: Any, folder: Path) -> "_OwnShard | None":
+        paths = _by_rank(folder, "*_optim_states.pt")
+        shard = _optimiser(paths[ranks.rank() % len(paths)])
+        if len(paths) != ranks.world_size() or int(shard["zero_stage"]) != 3:
+            return None
+        weights, inner = shard["fp32_flat_groups"], shard["optimizer_state_dict"]
+        if [len(flat) for flat in weights] != [int(length) for length in optimiser.fp16_partitioned_groups_flat_numel]:
+            return None
+        return cls(weights, [state for _, state in sorted(inner["state"].items())], _num_steps(inner), _group_state(inner))
+
+    def slices(self, index: int, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.weights[index], {key: self.states[index][key] for key in MOMENTS if self.states}
+
+
+@dataclass(frozen=True)
+class _ByName:
+    """Out of whole parameters."""
+
+    saved: SavedState
+    names: Mapping[nn.Parameter, str]
+
+    @property
+    def num_steps(self) -> int:
+        return self.saved.num_steps
+
+    @property
+    def group(self) -> Mapping[str, Any]:
+        return self.saved.group
+
+    def slices(self, index: int, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, dict[str, Tensor]]:
+        def joined(whole: Mapping[str, Any]) -> Tensor:
+            return torch.cat([_slice_of_rank(whole[self.names[p]], p.partition_numel()) for p in parameters])  # type: ignore[attr-defined]
+
+        return joined(self.saved.weights), {key: joined(whole) for key, whole in self.saved.moments.items()}
 
 
 def _slice_of_rank(whole: Any, length: int) -> Tensor:
@@ -135,15 +174,46 @@ def _slice_of_rank(whole: Any, length: int) -> Tensor:
     return nn.functional.pad(own, (0, length - len(own)))
 
 
+def _put_stage_3(optimiser: Any, source: _Source) -> None:
+    """As a step does it: one sub-group after the other is there (read from NVMe, where it is kept), changed, and put back."""
+    for group in optimiser.optimizer.param_groups:
+        group |= source.group
+    optimiser.checkpoint_event_prologue()
+    for i, (parameters, flat) in enumerate(zip(optimiser.fp16_groups, optimiser.fp32_partitioned_groups_flat, strict=True)):
+        is_swapped = optimiser._swappable_optimizer_subgroup(i)
+        if is_swapped:
+            optimiser._optimizer_states_and_gradient_swap_in(i)
+        weights, moments = source.slices(i, parameters)
+        flat.data.copy_(weights)
+        if moments:
+            own = {key: value.to(flat.device, copy=True) for key, value in moments.items()}
+            optimiser.optimizer.state[flat] = {"step": _counted(optimiser, source.num_steps, flat), **own}
+        optimiser._reassign_or_swap_out_partitioned_parameters(i)
+        if is_swapped:
+            optimiser._optimizer_states_and_gradient_swap_out(i)
+    optimiser.checkpoint_event_epilogue()
+
+
+def _counted(optimiser: Any, num_steps: int, flat: Tensor) -> Any:
+    """As the engine's optimiser keeps it: fused AdamW on the device, DeepSpeed's for what a GPU offloads as a number."""
+    if isinstance(optimiser.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return torch.tensor(float(num_steps), device=flat.device)
+    return num_steps
+
+
 def _put_stage_1_or_2(optimiser: Any, trainable: Mapping[str, nn.Parameter], saved: SavedState) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    for flat in optimiser.single_partition_of_fp32_groups:
-        optimiser.optimizer.state[flat] = _adam_state(saved, flat)
-    optimiser._lazy_init_hp_params_optimizer_state()
+    for group in optimiser.optimizer.param_groups:
+        group |= saved.group
+    if saved.moments:
+        for flat in optimiser.single_partition_of_fp32_groups:
+            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
+            optimiser.optimizer.state[flat] = {"step": _counted(optimiser, saved.num_steps, flat), **moments}
+        optimiser._lazy_init_hp_params_optimizer_state()
     for name, parameter in trainable.items():
         weight = saved.weights[name].contiguous()
         parameter.data.copy_(weight)
         safe_set_full_fp32_param(parameter, weight)
-        for key in MOMENTS:
-            safe_set_full_optimizer_state(parameter, saved.moments[key][name].contiguous(), key)
+        for key, whole in saved.moments.items():
+            safe_set_full_optimizer_state(parameter, whole[name].contiguous(), key)

@@ -1,5 +1,7 @@
 """What follows from known instructions by analogy."""
 
+import pytest
+
 from ship_ds.inference.analogies import analogies
 
 ADD = [f"add {n} to every number" for n in (1, 2, 3, 4)]
@@ -42,6 +44,15 @@ def test_a_word_at_either_end_and_an_instruction_of_one_word() -> None:
 def test_slots_are_told_apart_by_what_stands_on_both_sides() -> None:
     """The same beginning with another end is another slot, filled here by too few."""
     assert analogies(["put 1 first", "put 2 first", "put 3 last", "put 1 last"]) == []
+
+
+def test_of_very_many_the_first_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots of which each takes the odd word of every other: the square of the number of instructions follows."""
+    texts = [f"{slot} {word}" for slot in range(40) for word in ("b", "c", f"a{slot}")]
+    everything = analogies(texts)
+    assert len(everything) == 40 * 39
+    monkeypatch.setattr("ship_ds.inference.analogies.MOST", 100)
+    assert analogies(texts) == everything[:100]
 
 
 def test_order_and_repetition_of_the_known_do_not_matter() -> None:

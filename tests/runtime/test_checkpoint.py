@@ -18,6 +18,7 @@ class Engine:
     """Writes `num_bytes` as DeepSpeed does."""
 
     module: torch.nn.Module = torch.nn.Linear(1, 1)
+    optimizer = None
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes

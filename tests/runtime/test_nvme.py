@@ -31,10 +31,6 @@ class Swapped:
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def release_memory(self) -> None:
-        for tensor in self.tensors:
-            tensor.data = torch.empty(0)
-
 
 class Engine:
     def __init__(self, optimizer: SimpleNamespace) -> None:
@@ -53,17 +49,9 @@ def test_swapped_tensors_are_there_and_gone_again_even_after_an_error(tmp_path: 
         assert not engine.zero_nvme_offload_optimizer(), "or DeepSpeed copies the files as well"
         torch.save(swapped.tensors[1], tmp_path / "shard.pt")
         raise OSError("the disk is full")
-    assert all(tensor.numel() == 0 for tensor in swapped.tensors) and engine.zero_nvme_offload_optimizer()
+    assert [tensor.numel() for tensor in swapped.tensors] == [0, 0] and engine.zero_nvme_offload_optimizer()
     assert torch.load(tmp_path / "shard.pt").tolist() == values["moment.swp"]
     assert (tmp_path / "shard.pt").stat().st_size < 5000
-
-
-@pytest.mark.parametrize(("optimiser", "is_used"), [
-    ({}, False), ({"swap_optimizer": False, "params_in_nvme_and_cpu": False}, False), ({"swap_optimizer": True}, True),
-    ({"swap_optimizer": False, "params_in_nvme_and_cpu": True}, True),
-])
-def test_weights_or_moments_on_nvme_are_noticed(optimiser: dict[str, bool], is_used: bool) -> None:
-    assert nvme.is_used(Engine(SimpleNamespace(**optimiser))) == is_used
 
 
 def test_without_nvme_nothing_is_mapped(tmp_path: Path) -> None:

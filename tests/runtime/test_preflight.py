@@ -49,6 +49,17 @@ def test_an_nvme_path_that_is_no_folder_is_named(tmp_path: Path, part: str) -> N
     check(tmp_path, f"training.deepspeed={path}")
 
 
+def test_an_optimiser_that_is_offloaded_in_part_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    for ratio in (0.5, 1.0):
+        path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": ratio}}}))
+        if ratio == 1:
+            check(tmp_path, f"training.deepspeed={path}")
+        else:
+            with pytest.raises(UserError, match=r"training.deepspeed: offload_optimizer.ratio: 0.5: .* a resume would lose them"):
+                check(tmp_path, f"training.deepspeed={path}")
+
+
 def test_an_empty_folder_and_an_unreadable_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the folder is empty"):
         check(tmp_path, f"data={{kind: files, path: {tmp_path}}}")

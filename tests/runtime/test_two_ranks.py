@@ -45,7 +45,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(found: dict[str
     assert all(row["wording"] and row["answered"] for row in rows)
 
 
-@pytest.mark.parametrize("stage", ["zero3_shard_all", "zero2", "zero1"])
+@pytest.mark.parametrize("stage", ["zero3_shard_all", "zero2", "zero1", "sub-groups"])
 def test_another_zero_stage_goes_on_with_the_same_losses(found: dict[str, Any], stage: str) -> None:
     for rank in found["another_layout"]:
         assert rank[stage] == pytest.approx(rank["zero3"], rel=1e-6)
@@ -106,6 +106,13 @@ def test_another_learning_rate_is_refused_by_name(found: dict[str, Any]) -> None
 
 def test_starting_from_a_folder_without_a_bundle_is_refused(found: dict[str, Any]) -> None:
     assert all("no bundle here" in rank["bundle"] for rank in found["refused"])
+
+
+def test_a_run_whose_steps_were_all_skipped_goes_on(found: dict[str, Any]) -> None:
+    for rank in found["nothing_learnt_yet"]:
+        assert rank["bad"] == 1
+        for stage in ("zero3", "zero2"):
+            assert rank[stage]["step"] == 1 and rank[stage]["whole"] == rank["whole"] and math.isfinite(rank[stage]["loss"])
 
 
 def test_a_disk_without_room_stops_every_rank_with_the_same_line(found: dict[str, Any]) -> None:

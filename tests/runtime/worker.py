@@ -107,19 +107,33 @@ def whole(made: Trainer) -> torch.Tensor:
 
 
 def another_layout(folder: Path) -> dict[str, Any]:
-    """Losses of steps 2 and 3 in the engine that took steps 0 and 1, and after a resume under other ZeRO stages."""
+    """Losses of steps 2 and 3 in the engine that took steps 0 and 1, and after a resume under other ZeRO stages, or with the
+    parameters in many sub-groups."""
     made = trainer(folder / "zero3", *FOUR_STEPS)
     first = [losses(made) for _ in range(2)]
     made.save()
     found: dict[str, Any] = {"first": first, "zero3": [losses(made) for _ in range(2)]}
-    for stage in ("zero3_shard_all", "zero2", "zero1"):
+    small = read_deepspeed_config("zero3")
+    small["zero_optimization"]["sub_group_size"] = 100_000
+    for stage, file in {
+        "zero3_shard_all": "zero3_shard_all", "zero2": "zero2", "zero1": "zero1", "sub-groups": own_file(folder, small),
+    }.items():
         if ranks.rank() == 0:
             shutil.copytree(folder / "zero3" / "checkpoints", folder / stage / "checkpoints")
         ranks.barrier()
-        other = trainer(folder / stage, f"training.deepspeed={stage}", *FOUR_STEPS)
+        other = trainer(folder / stage, f"training.deepspeed={file}", *FOUR_STEPS)
         assert other.step == 2
+        assert stage != "sub-groups" or len(other.engine.optimizer.fp16_groups) > 3
         found[stage] = [losses(other) for _ in range(2)]
     return found
+
+
+def own_file(folder: Path, config: dict[str, Any]) -> str:
+    """A config of DeepSpeed as this rank's file."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"rank-{ranks.rank()}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
 
 
 def losses(made: Trainer) -> float:
@@ -258,6 +272,29 @@ def refused(folder: Path) -> dict[str, Any]:
     return found
 
 
+def nothing_learnt_yet(folder: Path) -> dict[str, Any]:
+    """A checkpoint after a first step that was skipped, when Adam has no state: a matrix as it was, and after resumes."""
+    made = trainer(folder / "zero3", "training.deepspeed=zero3")
+    collate = made.model.collate
+
+    def poisoned(draws: Any, seed: int, step: int) -> ShipBatch:
+        batch = collate(draws, seed, step)
+        batch.noise_TZ.fill_(float("nan"))
+        return batch
+
+    made.model.collate = poisoned  # type: ignore[method-assign]
+    made.take_step()
+    made.save()
+    found: dict[str, Any] = {"whole": whole(made).flatten()[:8].tolist(), "bad": made.num_bad_steps}
+    for stage in ("zero3", "zero2"):
+        if stage != "zero3" and ranks.rank() == 0:
+            shutil.copytree(folder / "zero3" / "checkpoints", folder / stage / "checkpoints")
+        ranks.barrier()
+        other = trainer(folder / stage, f"training.deepspeed={stage}")
+        found[stage] = {"step": other.step, "whole": whole(other).flatten()[:8].tolist(), "loss": losses(other)}
+    return found
+
+
 def full_disk(folder: Path) -> dict[str, Any]:
     """What is said where rank 0 finds no room for the second checkpoint, and what there is then."""
     made = trainer(folder, "training.deepspeed=zero3_shard_all")
@@ -312,10 +349,7 @@ def two_steps(name: str) -> Callable[[Path], dict[str, Any]]:
         config = read_deepspeed_config(name)
         if "zero_hpz_partition_size" in config["zero_optimization"]:
             config["zero_optimization"]["zero_hpz_partition_size"] = ranks.world_size()
-        folder.mkdir(exist_ok=True)
-        path = folder / f"rank-{ranks.rank()}.json"
-        path.write_text(json.dumps(config))
-        made = trainer(folder / "run", f"training.deepspeed={path}", *FOUR_STEPS)
+        made = trainer(folder / "run", f"training.deepspeed={own_file(folder, config)}", *FOUR_STEPS)
         return {"losses": [losses(made) for _ in range(2)]}
 
     return check
@@ -336,6 +370,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "starts_from_a_bundle": starts_from_a_bundle,
     "refused": refused,
     "full_disk": full_disk,
+    "nothing_learnt_yet": nothing_learnt_yet,
     **{f"two_steps_{name}": two_steps(name) for name in ("cpu", "zero3_hpz", "zero3_offload_cpu")},
     **{f"bad_step_{stage}": bad_step_is_skipped_everywhere(stage) for stage in ("zero1", "zero2", "zero3", "zero3_bf16")},
 }
