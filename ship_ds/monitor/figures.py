@@ -124,19 +124,24 @@ def training_rules(runs: Sequence[Path]) -> Figure:
     runs = _alike(runs, ("data", "num_seen"))
     counts = {run: len(json.loads(_read(run / "splits.json", "train it first"))["seen"]) for run in runs}
     return _over_runs(
-        runs, {run: 100 * count / max(counts.values()) for run, count in counts.items()},
+        runs, {run: round(100 * count / max(counts.values())) for run, count in counts.items()},
         f"training rules (% of {max(counts.values())})", "numbers of training rules",
     )
 
 
 def reconstruction_weight(runs: Sequence[Path]) -> Figure:
-    """Each direction's accuracy against the weight of the reconstruction loss."""
+    """Each direction's accuracy, and how often the decoder gives an instruction back from its own latent, against the weight of
+    the reconstruction loss."""
     runs = _alike(runs, ("loss", "reconstruction"))
     weights = {run: json.loads(_read(run / "config.json", "train it first"))["loss"]["reconstruction"] for run in runs}
     figure = _over_runs(runs, weights, "weight of the reconstruction loss (no unit)", "weights of reconstruction")
-    if min(weights.values()) > 0:
-        for axes in figure.axes:
-            axes.set_xscale("log")
+    shown = sorted(set(weights.values()))
+    smallest = next(weight for weight in shown if weight > 0)
+    for axes in figure.axes:  # a weight of 0 stands at the left of the decades
+        axes.set_xscale("symlog", linthresh=smallest, linscale=0.5)
+        axes.set_xticks(shown, [f"{weight:g}" for weight in shown])
+        axes.minorticks_off()
+        axes.set_xlim(shown[0] - smallest / 3, shown[-1] * 1.4)
     return figure
 
 
@@ -158,10 +163,11 @@ def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what:
     """SHIP's seen and unseen accuracy over runs; runs at the same x, seeds, are points around their median."""
     if len(set(xs.values())) < 2:
         raise NotDrawn(f"{', '.join(map(str, runs))}: no two {what}; give runs that differ in it by --runs")
-    cells = {run: _report(run)["methods"].get("ship", {}) for run in runs}
+    cells = {run: _report(run)["methods"].get("ship", {}) | _reconstruction(run) for run in runs}
     figure, all_axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
     for axes, part in zip(all_axes, ("seen", "unseen"), strict=True):
-        for index, (name, (direction, metric)) in enumerate(_MEASURES.items()):
+        measures = {**_MEASURES, "reconstruction": ("reconstruction", "exact_match")}
+        for index, (name, (direction, metric)) in enumerate(measures.items()):
             values: dict[float, list[float]] = {}
             for run in runs:
                 found = cells[run].get(direction, {}).get(part, {}).get(metric)
@@ -170,14 +176,23 @@ def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what:
             points = [(x, value) for x, own in values.items() for value in own]
             axes.scatter(*zip(*points, strict=True), marker=_MARKERS[index], color="0.6", s=14) if points else None
             ordered = sorted(values)
+            if not ordered:
+                continue
             axes.plot(
                 ordered, [statistics.median(values[x]) for x in ordered], linestyle=_LINES[index], marker=_MARKERS[index],
-                color="black", label=name, markersize=5, linewidth=1,
+                color="black", label=name, markersize=5, linewidth=1, clip_on=False,
             )
-        axes.set(xlabel=label, title=f"{part} rules")
+        axes.set(xlabel=label, title=f"{part} rules", xticks=sorted(set(xs.values())))
     _as_accuracy(all_axes[0], "accuracy (%)")
     all_axes[1].legend(frameon=False)
     return figure
+
+
+def _reconstruction(run: Path) -> dict[str, Any]:
+    """From the report that ends a training; a run may be without."""
+    path = run / "report.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: cells for name, cells in found.items() if name == "reconstruction"}
 
 
 def comparison(runs: Sequence[Path]) -> Figure:

@@ -39,6 +39,7 @@ def write_run(folder: Path, num_seen: int, weight: float, value: float) -> Path:
         "prompting": {"instruction_in_query": True, "deduction": both},
     }
     (folder / "evaluation" / "report.json").write_text(json.dumps({"methods": methods}))
+    (folder / "report.json").write_text(json.dumps({"reconstruction": {part: cell(1 - value) for part in ("seen", "unseen")}}))
     points = [{"instruction": f"task {t}", "kind": kind, "latent": [rng.gauss(t, 1) for _ in range(4)]}
               for t in range(3) for kind in ("encoded", "trained", "re-encoded") for _ in range(4)]
     (folder / "evaluation" / "latents.json").write_text(json.dumps({"points": points}))
@@ -90,6 +91,20 @@ def test_curve_goes_through_the_scores_of_runs_that_differ_in_that_alone(
     line = draw(runs).axes[0].get_lines()[0]
     np.testing.assert_allclose(line.get_xdata(), xs)
     np.testing.assert_allclose(line.get_ydata(), ys)
+
+
+def test_reconstruction_stands_beside_where_the_training_ended_with_a_report(runs: list[Path], tmp_path: Path) -> None:
+    """And a weight of 0 has a place on the axis of decades."""
+    (runs[2] / "report.json").unlink()
+    runs.append(write_run(tmp_path / "none", 40, 0.0, 0.7))
+    axes = figures.reconstruction_weight(runs).axes[1]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    np.testing.assert_allclose(lines["reconstruction"].get_xdata(), [0, 1])
+    np.testing.assert_allclose(lines["reconstruction"].get_ydata(), [0.3, 0.2])
+    np.testing.assert_allclose(lines["deduction"].get_xdata(), [0, 0.1, 1])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "0.1", "1"]
+    left, middle, right = axes.transData.transform([(0, 0), (0.1, 0), (1, 0)])[:, 0]
+    assert left < middle < right and (middle - left) > (right - middle) / 4
 
 
 def test_missing_run_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
