@@ -16,7 +16,8 @@ def analogies(instructions: Sequence[str]) -> list[str]:
     """Those that are not among `instructions`, each once.
 
     A slot that at least `MIN_WORDS` words fill takes those of every such slot with which it shares at least half of the words
-    that fill the one or the other (Jaccard index). Words are parted by single spaces in what follows. At most the first `MOST`.
+    that fill the one or the other (Jaccard index). Words are parted by single spaces in what follows. At most the first `MOST`;
+    time grows with the square of the number of different sets of words that fill slots.
     """
     befores, afters = _Interned(), _Interned()
     fillers: dict[tuple[int, int], set[str]] = defaultdict(set)
@@ -28,11 +29,13 @@ def analogies(instructions: Sequence[str]) -> list[str]:
             seen_in.setdefault(slot, (words, i))
     open_slots = {slot: frozenset(words) for slot, words in fillers.items() if len(words) >= MIN_WORDS}
     distinct = set(open_slots.values())
-    kinds = {words: sorted(_kind(words, distinct)) for words in distinct}
+    kinds: dict[frozenset[str], list[str]] = {}
     known = {" ".join(text.split()) for text in instructions}
     found: dict[str, None] = {}
-    for slot, fillers_of_slot in open_slots.items():
-        found |= dict.fromkeys(text for word in kinds[fillers_of_slot] if (text := _filled(*seen_in[slot], word)) not in known)
+    for slot, filled_by in open_slots.items():
+        if filled_by not in kinds:
+            kinds[filled_by] = sorted(_kind(filled_by, distinct))
+        found |= dict.fromkeys(text for word in kinds[filled_by] if (text := _filled(*seen_in[slot], word)) not in known)
         if len(found) >= MOST:
             break
     return list(found)[:MOST]

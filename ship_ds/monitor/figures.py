@@ -124,7 +124,7 @@ def training_rules(runs: Sequence[Path]) -> Figure:
     runs = _alike(runs, ("data", "num_seen"))
     counts = {run: len(json.loads(_read(run / "splits.json", "train it first"))["seen"]) for run in runs}
     return _over_runs(
-        runs, {run: round(100 * count / max(counts.values())) for run, count in counts.items()},
+        runs, {run: 100 * count / max(counts.values()) for run, count in counts.items()},
         f"training rules (% of {max(counts.values())})", "numbers of training rules",
     )
 
@@ -182,7 +182,8 @@ def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what:
                 ordered, [statistics.median(values[x]) for x in ordered], linestyle=_LINES[index], marker=_MARKERS[index],
                 color="black", label=name, markersize=5, linewidth=1, clip_on=False,
             )
-        axes.set(xlabel=label, title=f"{part} rules", xticks=sorted(set(xs.values())))
+        axes.set(xlabel=label, title=f"{part} rules")
+        axes.set_xticks(sorted(set(xs.values())), [f"{x:.0f}" for x in sorted(set(xs.values()))])
     _as_accuracy(all_axes[0], "accuracy (%)")
     all_axes[1].legend(frameon=False)
     return figure

@@ -365,17 +365,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _check_same_parameters(engine: Any, folder: Path) -> None:
-    """DeepSpeed loads without strictness, since the frozen base is not saved; so the names are compared here."""
-    saved = {name for path in sorted((folder / STATE).glob("*model_states.pt"))[:1] for name in _parameter_names(path)}
-    own = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
-    if saved != own:
-        different = sorted(saved ^ own)
+    """DeepSpeed loads without strictness, since the frozen base is not saved; so names and shapes are compared here."""
+    listed = load_shard(sorted((folder / STATE).glob("*model_states.pt"))[0])["param_shapes"]
+    saved = {(name, tuple(shape)) for group in listed for name, shape in group.items()}
+    trainable = ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
+    own = {(name, tuple(getattr(parameter, "ds_shape", parameter.shape))) for name, parameter in trainable}
+    if different := sorted({name for name, _ in saved ^ own}):
         raise UserError(f"{folder}: {different[0]} and {len(different) - 1} more trainable parameters differ from this model's")
-
-
-def _parameter_names(path: Path) -> set[str]:
-    """The trainable parameters a (verified) DeepSpeed shard lists."""
-    return {name for group in load_shard(path)["param_shapes"] for name in group}
 
 
 class ShardedState(Mapping[str, torch.Tensor]):

@@ -15,7 +15,7 @@ _OWNED_BY_RUN = {
 
 
 def read_deepspeed_config(name: str) -> dict[str, Any]:
-    """A file of ds_configs/ by name, or any path. Raises UserError when it is neither or holds what the run's config owns."""
+    """A file of ds_configs/ by name, or any path. Raises UserError when it is neither, or holds fp16 or the run's keys."""
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
@@ -26,6 +26,8 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON: {error}") from None
     for key in sorted(_OWNED_BY_RUN & config.keys()):
         raise UserError(f"{path}: {key}: comes from the run's config (training and optimiser); remove it here")
+    if (config.get("fp16") or {}).get("enabled"):
+        raise UserError(f"{path}: fp16: not supported, since its loss scale is in no checkpoint of ZeRO-3; use bf16, or neither")
     return config
 
 

@@ -12,7 +12,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ship_ds.runtime import ranks
 from ship_ds.runtime.pickles import load_shard
 
+WEIGHTS = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -27,13 +28,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class SavedState:
     """Whole tensors by parameter name (or DeepSpeed's stand-ins, whole once `.contiguous()` is called), in fp32.
 
-    moments: by kind, {} where every step so far was skipped. num_steps: Adam's. group: the rest of its parameter group's state.
+    moments: by kind, {} where every step so far was skipped. num_steps: Adam's.
     """
 
     weights: Mapping[str, Any]
     moments: Mapping[str, Mapping[str, Any]]
     num_steps: int
-    group: Mapping[str, Any]
 
 
 def layout(folder: Path) -> tuple[int, int]:
@@ -56,17 +56,13 @@ def read(folder: Path) -> SavedState:
                    for key, flat in moments.items()}
     return SavedState(
         _merge(folder, shards[0], weights), {key: _merge(folder, shards[0], flat) for key, flat in moments.items()},
-        _num_steps(inner[0]), _group_state(inner[0]),
+        _num_steps(inner[0]),
     )
 
 
 def _num_steps(inner: Mapping[str, Any]) -> int:
     """The same for all parameters. torch's AdamW counts in a tensor, DeepSpeed's for the CPU in an int."""
     return int(next((state["step"] for state in inner["state"].values()), 0))
-
-
-def _group_state(inner: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in inner["param_groups"][0].items() if key == "step"}
 
 
 def _optimiser(path: Path) -> dict[str, Any]:
@@ -100,54 +96,27 @@ def load(engine: Any, folder: Path) -> None:
     optimiser = engine.optimizer
     trainable = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     if isinstance(optimiser, DeepSpeedZeroOptimizer_Stage3):
-        source = _OwnShard.fitting(optimiser, folder) or _ByName(read(folder), {p: name for name, p in trainable.items()})
-        _put_stage_3(optimiser, source)
+        _put_stage_3(optimiser, source(optimiser, trainable, folder))
     else:
         assert isinstance(optimiser, DeepSpeedZeroOptimizer)
         _put_stage_1_or_2(optimiser, trainable, read(folder))
 
 
-class _Source(Protocol):
-    """Where the slices of a ZeRO-3 sub-group come from."""
-
-    @property
-    def num_steps(self) -> int: ...
-
-    @property
-    def group(self) -> Mapping[str, Any]: ...
-
-    def slices(self, index: int, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's of the sub-group's weights, and of its moments by kind ({} where there are none)."""
-        ...
-
-
 @dataclass(frozen=True)
-class _OwnShard:
-    """What this rank of as many wrote, whose sub-groups were cut as the engine's are."""
+class OwnShard:
+    """What this rank of as many wrote under ZeRO-3, with the engine's parameters in its sub-groups and order."""
 
     weights: Sequence[Tensor]
     states: Sequence[Mapping[str, Any]]
     num_steps: int
-    group: Mapping[str, Any]
 
-    @classmethod
-    def fitting(cls, optimiser: Any, folder: Path) -> "_OwnShard | None":
-        paths = _by_rank(folder, "*_optim_states.pt")
-        shard = _optimiser(paths[ranks.rank() % len(paths)])
-        if len(paths) != ranks.world_size() or int(shard["zero_stage"]) != 3:
-            return None
-        weights, inner = shard["fp32_flat_groups"], shard["optimizer_state_dict"]
-        if [len(flat) for flat in weights] != [int(length) for length in optimiser.fp16_partitioned_groups_flat_numel]:
-            return None
-        return cls(weights, [state for _, state in sorted(inner["state"].items())], _num_steps(inner), _group_state(inner))
-
-    def slices(self, index: int, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.weights[index], {key: self.states[index][key] for key in MOMENTS if self.states}
+    def fill(self, kind: str, index: int, parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
+        flat.copy_(self.weights[index] if kind == WEIGHTS else self.states[index][kind])
 
 
 @dataclass(frozen=True)
-class _ByName:
-    """Out of whole parameters."""
+class ByName:
+    """Out of whole parameters, one after the other."""
 
     saved: SavedState
     names: Mapping[nn.Parameter, str]
@@ -156,15 +125,28 @@ class _ByName:
     def num_steps(self) -> int:
         return self.saved.num_steps
 
-    @property
-    def group(self) -> Mapping[str, Any]:
-        return self.saved.group
+    def fill(self, kind: str, index: int, parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
+        whole = self.saved.weights if kind == WEIGHTS else self.saved.moments[kind]
+        start = 0
+        for parameter in parameters:
+            length = parameter.partition_numel()  # type: ignore[attr-defined]
+            flat[start : start + length] = _slice_of_rank(whole[self.names[parameter]], length)
+            start += length
 
-    def slices(self, index: int, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, dict[str, Tensor]]:
-        def joined(whole: Mapping[str, Any]) -> Tensor:
-            return torch.cat([_slice_of_rank(whole[self.names[p]], p.partition_numel()) for p in parameters])  # type: ignore[attr-defined]
 
-        return joined(self.saved.weights), {key: joined(whole) for key, whole in self.saved.moments.items()}
+def source(optimiser: Any, trainable: Mapping[str, nn.Parameter], folder: Path) -> OwnShard | ByName:
+    """Where the slices of a ZeRO-3 optimiser come from: `fill` puts this rank's of one kind (`WEIGHTS` or a moment's name) of
+    sub-group `index` into `flat`."""
+    names = {parameter: name for name, parameter in trainable.items()}
+    shards, models = (_by_rank(folder, f"*_{what}_states.pt") for what in ("optim", "model"))
+    shard = _optimiser(shards[ranks.rank() % len(shards)])
+    if len(shards) == ranks.world_size() and int(shard["zero_stage"]) == 3:
+        written = [[(name, tuple(shape)) for name, shape in group.items()] for group in load_shard(models[0])["param_shapes"]]
+        if written == [[(names[p], tuple(p.ds_shape)) for p in group] for group in optimiser.fp16_groups]:
+            inner = shard["optimizer_state_dict"]
+            states = [state for _, state in sorted(inner["state"].items())]
+            return OwnShard(shard["fp32_flat_groups"], states, _num_steps(inner))
+    return ByName(read(folder), names)
 
 
 def _slice_of_rank(whole: Any, length: int) -> Tensor:
@@ -174,46 +156,41 @@ def _slice_of_rank(whole: Any, length: int) -> Tensor:
     return nn.functional.pad(own, (0, length - len(own)))
 
 
-def _put_stage_3(optimiser: Any, source: _Source) -> None:
+def _put_stage_3(optimiser: Any, found: OwnShard | ByName) -> None:
     """As a step does it: one sub-group after the other is there (read from NVMe, where it is kept), changed, and put back."""
-    for group in optimiser.optimizer.param_groups:
-        group |= source.group
     optimiser.checkpoint_event_prologue()
     for i, (parameters, flat) in enumerate(zip(optimiser.fp16_groups, optimiser.fp32_partitioned_groups_flat, strict=True)):
         is_swapped = optimiser._swappable_optimizer_subgroup(i)
         if is_swapped:
             optimiser._optimizer_states_and_gradient_swap_in(i)
-        weights, moments = source.slices(i, parameters)
-        flat.data.copy_(weights)
-        if moments:
-            own = {key: value.to(flat.device, copy=True) for key, value in moments.items()}
-            optimiser.optimizer.state[flat] = {"step": _counted(optimiser, source.num_steps, flat), **own}
+        found.fill(WEIGHTS, i, parameters, flat.data)
+        if found.num_steps:
+            state = optimiser.optimizer.state[flat] = _adam_state(optimiser, found.num_steps, flat)
+            for kind in MOMENTS:
+                found.fill(kind, i, parameters, state[kind])
         optimiser._reassign_or_swap_out_partitioned_parameters(i)
         if is_swapped:
             optimiser._optimizer_states_and_gradient_swap_out(i)
     optimiser.checkpoint_event_epilogue()
 
 
-def _counted(optimiser: Any, num_steps: int, flat: Tensor) -> Any:
-    """As the engine's optimiser keeps it: fused AdamW on the device, DeepSpeed's for what a GPU offloads as a number."""
-    if isinstance(optimiser.optimizer, torch.optim.Adam | torch.optim.AdamW):
-        return torch.tensor(float(num_steps), device=flat.device)
-    return num_steps
+def _adam_state(optimiser: Any, num_steps: int, flat: Tensor) -> dict[str, Any]:
+    """With moments that are zero still. Fused AdamW counts its steps on the device, DeepSpeed's Adam for the CPU in an int."""
+    is_torchs = isinstance(optimiser.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    count = torch.tensor(float(num_steps), device=flat.device) if is_torchs else num_steps
+    return {"step": count, **{kind: torch.zeros_like(flat.data) for kind in MOMENTS}}
 
 
 def _put_stage_1_or_2(optimiser: Any, trainable: Mapping[str, nn.Parameter], saved: SavedState) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    for group in optimiser.optimizer.param_groups:
-        group |= saved.group
-    if saved.moments:
+    if saved.num_steps:
         for flat in optimiser.single_partition_of_fp32_groups:
-            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-            optimiser.optimizer.state[flat] = {"step": _counted(optimiser, saved.num_steps, flat), **moments}
+            optimiser.optimizer.state[flat] = _adam_state(optimiser, saved.num_steps, flat)
         optimiser._lazy_init_hp_params_optimizer_state()
     for name, parameter in trainable.items():
         weight = saved.weights[name].contiguous()
         parameter.data.copy_(weight)
         safe_set_full_fp32_param(parameter, weight)
-        for key, whole in saved.moments.items():
-            safe_set_full_optimizer_state(parameter, whole[name].contiguous(), key)
+        for kind, whole in saved.moments.items():
+            safe_set_full_optimizer_state(parameter, whole[name].contiguous(), kind)

@@ -51,6 +51,7 @@ def test_of_very_many_the_first_are_given(monkeypatch: pytest.MonkeyPatch) -> No
     texts = [f"{slot} {word}" for slot in range(40) for word in ("b", "c", f"a{slot}")]
     everything = analogies(texts)
     assert len(everything) == 40 * 39
+    assert everything == analogies(texts)
     monkeypatch.setattr("ship_ds.inference.analogies.MOST", 100)
     assert analogies(texts) == everything[:100]
 

@@ -32,6 +32,9 @@ def test_a_file_with_a_key_of_the_run_or_without_json_is_refused(tmp_path: Path)
     path.write_text(json.dumps({"gradient_clipping": 1.0}))
     with pytest.raises(UserError, match="gradient_clipping: comes from the run's config"):
         read_deepspeed_config(str(path))
+    path.write_text(json.dumps({"fp16": {"enabled": True}}))
+    with pytest.raises(UserError, match="fp16: not supported"):
+        read_deepspeed_config(str(path))
     path.write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         read_deepspeed_config(str(path))

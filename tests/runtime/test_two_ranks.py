@@ -104,6 +104,10 @@ def test_another_learning_rate_is_refused_by_name(found: dict[str, Any]) -> None
     assert all("optimiser.lr was 0.001 and is 0.5 now" in rank["lr"] for rank in found["refused"])
 
 
+def test_a_checkpoint_whose_moments_are_elsewhere_is_refused(found: dict[str, Any]) -> None:
+    assert all("kept Adam's moments beside it on NVMe: start anew" in rank["nvme"] for rank in found["refused"])
+
+
 def test_starting_from_a_folder_without_a_bundle_is_refused(found: dict[str, Any]) -> None:
     assert all("no bundle here" in rank["bundle"] for rank in found["refused"])
 
@@ -128,8 +132,20 @@ def test_an_evaluation_cut_short_is_made_up_for(found: dict[str, Any]) -> None:
     assert [json.loads(line)["step"] for line in (folder / "evaluations.jsonl").read_text().splitlines()] == [2, 4]
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("cpu", 1e-6), ("zero3_hpz", 2e-2), ("zero3_offload_cpu", 2e-2)])
-def test_a_config_trains_two_steps(found: dict[str, Any], name: str, tolerance: float) -> None:
-    """Beside fp32 ZeRO-3; the other two are in bf16. zero1, zero2, zero3, zero3_bf16 and zero3_shard_all train above."""
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("cpu", 1e-6), ("zero3_bf16", 2e-2), ("zero3_hpz", 2e-2), ("zero3_offload_cpu", 2e-2)]
+)
+def test_a_config_trains_two_steps_and_repeats_the_second_from_a_checkpoint(
+    found: dict[str, Any], name: str, tolerance: float
+) -> None:
+    """Beside fp32 ZeRO-3; all but the first are in bf16. zero1, zero2, zero3 and zero3_shard_all train above."""
     for rank, reference in zip(found[f"two_steps_{name}"], found["another_layout"], strict=True):
         assert rank["losses"] == pytest.approx(reference["first"], rel=tolerance)
+        assert rank["resumed"] == rank["losses"][1]
+
+
+def test_each_rank_reads_its_own_shard_where_the_parameters_lie_as_they_did(found: dict[str, Any]) -> None:
+    for rank in found["another_layout"]:
+        assert rank["zero3_shard_all read"] == "1 OwnShard"
+        groups, kind = rank["sub-groups read"].split()
+        assert int(groups) > 3 and kind == "ByName"

@@ -25,7 +25,7 @@ from ship_ds.config import load_config
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import Adapter
 from ship_ds.model.ship import ShipBatch
-from ship_ds.runtime import checkpoint, ranks
+from ship_ds.runtime import checkpoint, ranks, repartition
 from ship_ds.runtime import engine as engines
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.stopping import Preempted, StopRequest
@@ -123,9 +123,16 @@ def another_layout(folder: Path) -> dict[str, Any]:
         ranks.barrier()
         other = trainer(folder / stage, f"training.deepspeed={file}", *FOUR_STEPS)
         assert other.step == 2
-        assert stage != "sub-groups" or len(other.engine.optimizer.fp16_groups) > 3
+        if stage in ("zero3_shard_all", "sub-groups"):
+            found[f"{stage} read"] = where_from(other, folder / "zero3" / "checkpoints" / "step-00000002")
         found[stage] = [losses(other) for _ in range(2)]
     return found
+
+
+def where_from(made: Trainer, folder: Path) -> str:
+    trainable = {name: parameter for name, parameter in made.model.named_parameters() if parameter.requires_grad}
+    found = repartition.source(made.engine.optimizer, trainable, folder / checkpoint.STATE)
+    return f"{len(made.engine.optimizer.fp16_groups)} {type(found).__name__}"
 
 
 def own_file(folder: Path, config: dict[str, Any]) -> str:
@@ -258,12 +265,15 @@ def starts_from_a_bundle(folder: Path) -> dict[str, Any]:
 
 
 def refused(folder: Path) -> dict[str, Any]:
-    """What is said to another learning rate, and to a start from a folder without a bundle."""
+    """What is said to another learning rate, a start from a folder without a bundle, and moments that are elsewhere."""
     if ranks.rank() == 0:
         shutil.copytree(ONE_RANK_RUN / "checkpoints" / "step-00000008", folder / "checkpoints" / "step-00000008")
     ranks.barrier()
     found = {}
-    for what, overrides in {"lr": ["optimiser.lr=0.5"], "bundle": [f"run.init_from={folder}"]}.items():
+    for what, overrides in {"lr": ["optimiser.lr=0.5"], "bundle": [f"run.init_from={folder}"], "nvme": []}.items():
+        if what == "nvme":
+            ranks.barrier()
+            (folder / "checkpoints" / "step-00000008" / checkpoint.STATE / "offloaded_tensors").mkdir(exist_ok=True)
         try:
             trainer(folder, *overrides)
             found[what] = "taken"
@@ -349,8 +359,11 @@ def two_steps(name: str) -> Callable[[Path], dict[str, Any]]:
         config = read_deepspeed_config(name)
         if "zero_hpz_partition_size" in config["zero_optimization"]:
             config["zero_optimization"]["zero_hpz_partition_size"] = ranks.world_size()
-        made = trainer(folder / "run", f"training.deepspeed={own_file(folder, config)}", *FOUR_STEPS)
-        return {"losses": [losses(made) for _ in range(2)]}
+        settings = [f"training.deepspeed={own_file(folder, config)}", *FOUR_STEPS]
+        made = trainer(folder / "run", *settings)
+        first = losses(made)
+        made.save()
+        return {"losses": [first, losses(made)], "resumed": losses(trainer(folder / "run", *settings))}
 
     return check
 
@@ -371,7 +384,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "refused": refused,
     "full_disk": full_disk,
     "nothing_learnt_yet": nothing_learnt_yet,
-    **{f"two_steps_{name}": two_steps(name) for name in ("cpu", "zero3_hpz", "zero3_offload_cpu")},
+    **{f"two_steps_{name}": two_steps(name) for name in ("cpu", "zero3_bf16", "zero3_hpz", "zero3_offload_cpu")},
     **{f"bad_step_{stage}": bad_step_is_skipped_everywhere(stage) for stage in ("zero1", "zero2", "zero3", "zero3_bf16")},
 }
 
