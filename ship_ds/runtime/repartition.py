@@ -104,7 +104,10 @@ def load(engine: Any, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class OwnShard:
-    """What this rank of as many wrote under ZeRO-3, with the engine's parameters in its sub-groups and order."""
+    """What this rank of as many wrote under ZeRO-3, with the engine's parameters in its sub-groups and order.
+
+    weights: a flat fp32 vector a sub-group. states: Adam's of each, its moments of the same lengths.
+    """
 
     weights: Sequence[Tensor]
     states: Sequence[Mapping[str, Any]]
@@ -136,7 +139,7 @@ class ByName:
 
 def source(optimiser: Any, trainable: Mapping[str, nn.Parameter], folder: Path) -> OwnShard | ByName:
     """Where the slices of a ZeRO-3 optimiser come from: `fill` puts this rank's of one kind (`WEIGHTS` or a moment's name) of
-    sub-group `index` into `flat`."""
+    sub-group `index`, which `parameters` make up, into `flat`, a vector as long as their slices together."""
     names = {parameter: name for name, parameter in trainable.items()}
     shards, models = (_by_rank(folder, f"*_{what}_states.pt") for what in ("optim", "model"))
     shard = _optimiser(shards[ranks.rank() % len(shards)])
