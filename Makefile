@@ -25,6 +25,7 @@ quickstart: setup
 	$(BIN)/ship-ds deduce "add 5 to element 2" --run runs/quickstart --out runs/quickstart/adapter
 
 lint: setup
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -1,4 +1,5 @@
-"""The bundle: what a run leaves behind, one folder of safetensors and config that opens on a CPU without DeepSpeed.
+"""The bundle: what a run leaves behind, one folder of safetensors and config that opens on a CPU
+without DeepSpeed.
 
     ship = Ship.from_run("runs/quickstart")
     ship.answer("keep the numbers greater than 4", ["3 9 5"])
@@ -22,7 +23,12 @@ from ship_ds.errors import UserError
 from ship_ds.export.base_weights import BaseWeights
 from ship_ds.folder import refuse_existing, whole_folder
 from ship_ds.inference import checks
-from ship_ds.inference.adapters import WeightInduction, induce_from_behaviour, induce_from_weights, read_adapter
+from ship_ds.inference.adapters import (
+    WeightInduction,
+    induce_from_behaviour,
+    induce_from_weights,
+    read_adapter,
+)
 from ship_ds.inference.bank import Bank, encode_all
 from ship_ds.inference.deduction import answer_latents
 from ship_ds.inference.induction import Induction, InductionConfig, Say, induce_many, silent
@@ -34,9 +40,15 @@ from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
 from ship_ds.tensor_file import TensorFile
 
-WEIGHTS, CONFIG, PROMPT, MANIFEST = "ship.safetensors", "config.json", "prompt_format.json", "manifest.json"
+WEIGHTS, CONFIG, PROMPT, MANIFEST = (
+    "ship.safetensors",
+    "config.json",
+    "prompt_format.json",
+    "manifest.json",
+)
 BASES = "bases.json"
-"""Fingerprints of the frozen models, which are not in the bundle: under others of the same shape it would do other things."""
+"""Fingerprints of the frozen models, which are not in the bundle: under others of the same shape it
+would do other things."""
 KNOWN = "known_instructions.json"
 """One wording of every rule the run was trained on: what induction looks among first."""
 
@@ -47,7 +59,8 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Deduction:
-    """An instruction's latent and adapter. familiarity: how it lies among the known instructions; None where none are known."""
+    """An instruction's latent and adapter. familiarity: how it lies among the known instructions;
+    None where none are known."""
 
     instruction: str
     latent: tuple[float, ...]
@@ -61,10 +74,15 @@ def sha256(path: Path) -> str:
 
 
 def write_bundle(
-    folder: Path, state: Mapping[str, Tensor], config: Config, prompt_format: Mapping[str, Any], bases: Mapping[str, str],
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: Config,
+    prompt_format: Mapping[str, Any],
+    bases: Mapping[str, str],
     known: Sequence[str],
 ) -> None:
-    """state: every trainable parameter of ShipModel by name; each is asked for once, and let go when it is on disk.
+    """state: every trainable parameter of ShipModel by name; each is asked for once, and let go
+    when it is on disk.
     bases: `frozen_bases` as training began. known: the instructions of the seen tasks.
 
     Raises UserError, leaving no bundle, when the disk is full."""
@@ -77,30 +95,46 @@ def write_bundle(
         (part / BASES).write_text(json.dumps(dict(bases), indent=2) + "\n")
         (part / KNOWN).write_text(json.dumps(list(known), indent=0, ensure_ascii=False) + "\n")
         names = (WEIGHTS, CONFIG, PROMPT, BASES, KNOWN)
-        manifest = {name: {"bytes": (part / name).stat().st_size, "sha256": sha256(part / name)} for name in names}
+        manifest = {
+            name: {"bytes": (part / name).stat().st_size, "sha256": sha256(part / name)}
+            for name in names
+        }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def frozen_bases(config: Config) -> dict[str, str]:
-    """Fingerprint of each model that the run did not train whole, by its name in the config (see BaseWeights)."""
+    """Fingerprint of each model that the run did not train whole, by its name in the config (see
+    BaseWeights)."""
     model = config.model
-    names = [model.task_llm.base, *(role.base for role in (model.encoder, model.decoder) if isinstance(role.tuning, LoraTuning))]
+    names = [
+        model.task_llm.base,
+        *(
+            role.base
+            for role in (model.encoder, model.decoder)
+            if isinstance(role.tuning, LoraTuning)
+        ),
+    ]
     return {name: BaseWeights(base_folder(name)).fingerprint for name in names}
 
 
 def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
-    """What the run would have left had it ended there. Raises UserError when the checkpoint is missing or damaged."""
+    """What the run would have left had it ended there. Raises UserError when the checkpoint is
+    missing or damaged."""
     from ship_ds.runtime import checkpoint
 
     if not (checkpoint_folder / checkpoint.PROGRESS).is_file():
-        raise UserError(f"{checkpoint_folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N")
+        raise UserError(
+            f"{checkpoint_folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N"
+        )
     refuse_existing(out)
     progress = checkpoint.read_progress(checkpoint_folder)
     config = parse_config(progress.config, str(checkpoint_folder / checkpoint.PROGRESS))
     state = checkpoint.trainable_state(checkpoint_folder)
     prompts = PromptFormat(load_tokenizer(config.model.task_llm.base))
     check_bases(checkpoint_folder, frozen_bases(config), progress.bases)
-    write_bundle(out, state, config, prompts.describe(), progress.bases, progress.known_instructions)
+    write_bundle(
+        out, state, config, prompts.describe(), progress.bases, progress.known_instructions
+    )
 
 
 def bundle_folder(path: str | Path) -> Path:
@@ -111,25 +145,37 @@ def bundle_folder(path: str | Path) -> Path:
 def verify(folder: Path) -> None:
     """Raises UserError naming the first file that is missing or not what the manifest says."""
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: no bundle here (no {MANIFEST}); a finished run has one in RUN/bundle")
+        raise UserError(
+            f"{folder}: no bundle here (no {MANIFEST}); a finished run has one in RUN/bundle"
+        )
     for name, expected in json.loads((folder / MANIFEST).read_text()).items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            raise UserError(f"{path}: missing or not the file that {MANIFEST} lists; write the bundle again")
+        if (
+            not path.is_file()
+            or path.stat().st_size != expected["bytes"]
+            or sha256(path) != expected["sha256"]
+        ):
+            raise UserError(
+                f"{path}: missing or not the file that {MANIFEST} lists; write the bundle again"
+            )
 
 
 def read_bases(folder: Path) -> dict[str, str]:
     """Empty for a bundle of an earlier version, which does not say what it was trained around."""
-    found: dict[str, str] = json.loads((folder / BASES).read_text()) if (folder / BASES).is_file() else {}
+    found: dict[str, str] = (
+        json.loads((folder / BASES).read_text()) if (folder / BASES).is_file() else {}
+    )
     return found
 
 
 def check_bases(folder: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """found: the frozen models as they are now. Raises UserError where one is not what the bundle or checkpoint expects."""
+    """found: the frozen models as they are now. Raises UserError where one is not what the bundle
+    or checkpoint expects."""
     for name in found.keys() & expected.keys():
         if found[name] != expected[name]:
             raise UserError(
-                f"{folder}: trained around {name} with fingerprint {expected[name][:12]}, and this one has {found[name][:12]}: "
+                f"{folder}: trained around {name} with fingerprint {expected[name][:12]}, and this "
+                f"one has {found[name][:12]}: "
                 "put that model back, or train again"
             )
 
@@ -140,19 +186,25 @@ class Ship:
     Every method raises UserError, one line, for text that the models cannot read.
     """
 
-    def __init__(self, model: ShipModel, config: Config, digest: str, known: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: ShipModel, config: Config, digest: str, known: Sequence[str] = ()
+    ) -> None:
         self.model, self.config, self.digest, self.known = model, config, digest, tuple(known)
 
     @classmethod
     def from_run(cls, path: str | Path, device: torch.device | str = "cpu") -> "Ship":
-        """Raises UserError when the folder holds no good bundle, or one made under another prompt format."""
+        """Raises UserError when the folder holds no good bundle, or one made under another prompt
+        format."""
         folder = bundle_folder(path)
         verify(folder)
         config = parse_config(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
         # The attention it was trained with may not run here; what it computes is the same.
         model = ShipModel(config.model.model_copy(update={"attention": "auto"}), device=device)
         if model.prompts.describe() != json.loads((folder / PROMPT).read_text()):
-            raise UserError(f"{folder / PROMPT}: the base model's tokenizer or this version gives another prompt format")
+            raise UserError(
+                f"{folder / PROMPT}: the base model's tokenizer or this version gives "
+                "another prompt format"
+            )
         check_bases(folder, frozen_bases(config), read_bases(folder))
         load_trainable(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
         # Bundles of earlier versions know no instructions.
@@ -174,14 +226,24 @@ class Ship:
 
     @torch.no_grad()
     def deduce(self, instruction: str) -> Deduction:
-        """The adapter that the hypernetwork makes of an instruction, with a warning where that is far from training."""
+        """The adapter that the hypernetwork makes of an instruction, with a warning where that is
+        far from training."""
         checks.check_instruction(self.model, instruction)
         latent_1Z = self.model.encode([instruction])
-        familiarity = self._surroundings.familiarity(self.model, self.bank, instruction) if len(self.known) > 1 else None
-        return Deduction(instruction, tuple(latent_1Z[0].tolist()), self.model.adapt(latent_1Z), familiarity)
+        familiarity = (
+            self._surroundings.familiarity(self.model, self.bank, instruction)
+            if len(self.known) > 1
+            else None
+        )
+        return Deduction(
+            instruction, tuple(latent_1Z[0].tolist()), self.model.adapt(latent_1Z), familiarity
+        )
 
-    def answer(self, instruction: str, inputs: Sequence[str], num_beams: int = 1) -> list[str | None]:
-        """Answers without the instruction in the prompt; None where no end came within the configured length."""
+    def answer(
+        self, instruction: str, inputs: Sequence[str], num_beams: int = 1
+    ) -> list[str | None]:
+        """Answers without the instruction in the prompt; None where no end came within the
+        configured length."""
         return self.answer_many([instruction], [inputs], num_beams)[0]
 
     def answer_many(
@@ -200,32 +262,53 @@ class Ship:
         return self.model.answer(None, inputs, self._length)
 
     def induce(
-        self, examples: Sequence[Pair], config: InductionConfig | None = None, seed: int = 0, say: Say = silent
+        self,
+        examples: Sequence[Pair],
+        config: InductionConfig | None = None,
+        seed: int = 0,
+        say: Say = silent,
     ) -> Induction:
-        """The instruction that explains (input, target) pairs, with the other candidates; one pair is enough to start."""
+        """The instruction that explains (input, target) pairs, with the other candidates; one pair
+        is enough to start."""
         shown = self._examples(examples)
         return induce_many(self.model, self.bank, [shown], self._induction(config), seed, say)[0]
 
     def induce_from_adapter(
-        self, folder: str | Path, inputs: Sequence[str] = (), config: InductionConfig | None = None, seed: int = 0,
+        self,
+        folder: str | Path,
+        inputs: Sequence[str] = (),
+        config: InductionConfig | None = None,
+        seed: int = 0,
         say: Say = silent,
     ) -> Induction | WeightInduction:
-        """What a PEFT LoRA folder does, by its answers to `inputs`, or by its weights where there are none."""
+        """What a PEFT LoRA folder does, by its answers to `inputs`, or by its weights where there
+        are none."""
         checks.check_inputs(self.model, inputs, self._length)
         adapter = read_adapter(self.model, Path(folder))
         if not inputs:
-            return induce_from_weights(self.model, self.bank, adapter, self._induction(config), seed)
-        return induce_from_behaviour(self.model, self.bank, adapter, inputs, self._induction(config), self._length, seed, say)
+            return induce_from_weights(
+                self.model, self.bank, adapter, self._induction(config), seed
+            )
+        return induce_from_behaviour(
+            self.model, self.bank, adapter, inputs, self._induction(config), self._length, seed, say
+        )
 
     def reason(
-        self, examples: Sequence[Pair], inputs: Sequence[str], config: InductionConfig | None = None, num_rounds: int = 1,
-        seed: int = 0, say: Say = silent,
+        self,
+        examples: Sequence[Pair],
+        inputs: Sequence[str],
+        config: InductionConfig | None = None,
+        num_rounds: int = 1,
+        seed: int = 0,
+        say: Say = silent,
     ) -> Reasoning:
         """Induce, encode again, answer."""
         shown = self._examples(examples)
         checks.check_inputs(self.model, inputs, self._length)
         settings = self._induction(config)
-        return reason_many(self.model, self.bank, [shown], [inputs], settings, self._length, num_rounds, seed, say)[0]
+        return reason_many(
+            self.model, self.bank, [shown], [inputs], settings, self._length, num_rounds, seed, say
+        )[0]
 
     def encode(self, instruction: str) -> tuple[float, ...]:
         """The posterior mean."""
@@ -235,14 +318,21 @@ class Ship:
     def decode(self, latent: Sequence[float]) -> str:
         """The instruction that the decoder reads out of z alone."""
         if len(latent) != self.config.model.latent_size:
-            raise UserError(f"latent: has {len(latent)} numbers and this run's has {self.config.model.latent_size}")
-        return self.model.decode(torch.tensor([latent], device=self.model.device), self._induction(None).max_new_tokens)[0]
+            raise UserError(
+                f"latent: has {len(latent)} numbers and this run's has "
+                f"{self.config.model.latent_size}"
+            )
+        return self.model.decode(
+            torch.tensor([latent], device=self.model.device), self._induction(None).max_new_tokens
+        )[0]
 
     def nearest_known(self, latent: Sequence[float], count: int = 5) -> list[Neighbour]:
         return nearest_known(self.bank, torch.tensor(latent, device=self.model.device), count)
 
     def _induction(self, config: InductionConfig | None) -> InductionConfig:
-        return config or InductionConfig(max_new_tokens=self.config.evaluation.max_instruction_tokens)
+        return config or InductionConfig(
+            max_new_tokens=self.config.evaluation.max_instruction_tokens
+        )
 
     def _examples(self, pairs: Sequence[Pair]) -> list[Example]:
         examples = [Example(x, y) for x, y in pairs]
@@ -252,10 +342,15 @@ class Ship:
 
 def load_trainable(model: ShipModel, state: Mapping[str, Tensor], source: Path) -> None:
     """Every trainable parameter has to be there, and nothing else."""
-    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     if own.keys() != state.keys():
         different = sorted(own.keys() ^ state.keys())
-        raise UserError(f"{source}: {different[0]} and {len(different) - 1} more names differ from the model in its config")
+        raise UserError(
+            f"{source}: {different[0]} and {len(different) - 1} more names differ from "
+            "the model in its config"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])

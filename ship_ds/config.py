@@ -1,8 +1,10 @@
-"""The run's config: typed, frozen and strict; a YAML recipe plus `a.b=c` overrides. Imports no torch.
+"""The run's config: typed, frozen and strict; a YAML recipe plus `a.b=c` overrides. Imports no
+torch.
 
     load_config("quickstart", ["training.steps=10", "run.folder=runs/short"])
 
-An unknown key, a wrong type and an impossible pair each raise UserError with one line. Each component gets its own slice.
+An unknown key, a wrong type and an impossible pair each raise UserError with one line. Each
+component gets its own slice.
 """
 
 from collections.abc import Sequence
@@ -34,7 +36,8 @@ class RunConfig(Section):
     """Everything the run writes goes below it."""
     seed: int = 0
     init_from: str | None = None
-    """A run or bundle folder whose weights this run starts from (pre-training before in-domain training)."""
+    """A run or bundle folder whose weights this run starts from (pre-training before in-domain
+    training)."""
 
 
 class FullTuning(Section):
@@ -61,10 +64,12 @@ class TaskLlmConfig(Section):
     """A folder in transformers' format, or "embedded" for the tiny LM in ship_ds/assets."""
     quantisation: Literal["nf4", "none"] = "nf4"
     shard: Literal["auto", "always", "never"] = "auto"
-    """Under ZeRO-3: partition the frozen base over the ranks, or keep it whole on each; auto: only above 8 GB of weights."""
+    """Under ZeRO-3: partition the frozen base over the ranks, or keep it whole on each; auto: only
+    above 8 GB of weights."""
     checkpointing: bool = False
     instruction: Literal["none", "hard", "soft"] = "none"
-    """The instruction before each input as well: not at all, as text, or as embeddings of its tokens (see ship.py)."""
+    """The instruction before each input as well: not at all, as text, or as embeddings of its
+    tokens (see ship.py)."""
 
 
 class EncoderConfig(Section):
@@ -76,7 +81,10 @@ class EncoderConfig(Section):
     @model_validator(mode="after")
     def _trainable(self) -> "EncoderConfig":
         if self.quantisation != "none" and isinstance(self.tuning, FullTuning):
-            raise ValueError("quantisation=nf4 needs tuning.kind=lora, since 4-bit weights cannot be trained: change one of them")
+            raise ValueError(
+                "quantisation=nf4 needs tuning.kind=lora, since 4-bit weights cannot "
+                "be trained: change one of them"
+            )
         return self
 
 
@@ -87,7 +95,8 @@ class DecoderConfig(EncoderConfig):
     drop_latent: float = Field(0.0, ge=0, lt=1)
     """How often z is left out where examples are shown."""
     fusion: Literal["mlp", "reshape"] = "mlp"
-    """z becomes the soft tokens through an MLP, or is them (as published: latent_size = num_soft_tokens x hidden size)."""
+    """z becomes the soft tokens through an MLP, or is them (as published: latent_size =
+    num_soft_tokens x hidden size)."""
 
 
 class LoraHypernetworkConfig(Section):
@@ -97,7 +106,8 @@ class LoraHypernetworkConfig(Section):
     targets: tuple[str, ...] = Field(ALL_PROJECTIONS, min_length=1)
     width: PositiveInt = 128
     heads: Literal["per_module", "per_layer", "per_rank"] = "per_module"
-    """One head a module shape, one a layer (largest), or one a shape that makes a single rank (smallest)."""
+    """One head a module shape, one a layer (largest), or one a shape that makes a single rank
+    (smallest)."""
 
 
 class SoftPromptHypernetworkConfig(Section):
@@ -107,7 +117,8 @@ class SoftPromptHypernetworkConfig(Section):
 
 
 class ReshapeHypernetworkConfig(Section):
-    """z itself is the soft prompt, so latent_size is num_virtual_tokens x the Task LLM's hidden size."""
+    """z itself is the soft prompt, so latent_size is num_virtual_tokens x the Task LLM's hidden
+    size."""
 
     kind: Literal["reshape"] = "reshape"
     num_virtual_tokens: PositiveInt = 10
@@ -120,7 +131,8 @@ def _lora_unless_said(values: Any) -> Any:
 
 HypernetworkConfig = Annotated[
     LoraHypernetworkConfig | SoftPromptHypernetworkConfig | ReshapeHypernetworkConfig,
-    Field(discriminator="kind"), BeforeValidator(_lora_unless_said),
+    Field(discriminator="kind"),
+    BeforeValidator(_lora_unless_said),
 ]
 
 
@@ -131,7 +143,8 @@ class ModelConfig(Section):
     task_llm: TaskLlmConfig = TaskLlmConfig()
     hypernetwork: HypernetworkConfig = LoraHypernetworkConfig()
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
-    """auto: flash_attn if it is installed, else torch's variable-length kernel; SDPA where there is no CUDA."""
+    """auto: flash_attn if it is installed, else torch's variable-length kernel; SDPA where there is
+    no CUDA."""
 
     @model_validator(mode="after")
     def _one_base_for_all(self) -> "ModelConfig":
@@ -164,17 +177,19 @@ class OptimiserConfig(Section):
 class TrainingConfig(Section):
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
-    """Instead of steps: how often each training example of the seen tasks is answered, on average."""
+    """Instead of steps: how often each training example of the seen tasks is answered, on
+    average."""
     tasks_per_step: PositiveInt = 24
     """Global: ranks and accumulation divide it."""
     examples_per_task: PositiveInt = 4
     family_alpha: float = Field(1.0, ge=0, le=1)
-    """How often a family of tasks is met grows with its size to this power: at 1 all tasks are met equally often, at 0 all
-    families are. Below 1 the tasks of large families get fewer passes than `epochs`."""
+    """How often a family of tasks is met grows with its size to this power: at 1 all tasks are met
+    equally often, at 0 all families are. Below 1 the tasks of large families get fewer passes than
+    `epochs`."""
     accumulation: PositiveInt = 1
     max_minutes: PositiveFloat | None = None
-    """Ends training, evaluations not counted; the schedule ends with it where the steps would take longer, and then no two
-    runs are alike to the bit. None: no limit."""
+    """Ends training, evaluations not counted; the schedule ends with it where the steps would take
+    longer, and then no two runs are alike to the bit. None: no limit."""
     max_bad_steps: PositiveInt = 5
     """Stop after this many non-finite steps in a row."""
     deepspeed: str = "zero3"
@@ -182,10 +197,12 @@ class TrainingConfig(Section):
     threads: PositiveInt | None = None
     """CPU threads a rank; None: torch's own choice."""
     hang_minutes: PositiveFloat | None = 20
-    """Without a step for so long, a rank dumps its stacks and ends the run with code 76; an evaluation or a checkpoint has to
-    take less. At most 25 where a run starts (preflight.py). None: never."""
+    """Without a step for so long, a rank dumps its stacks and ends the run with code 76; an
+    evaluation or a checkpoint has to take less. At most 25 where a run starts (preflight.py). None:
+    never."""
     grace_seconds: PositiveFloat = 270
-    """From USR1 or TERM to the forced exit (code 77) when no step boundary comes; below the seconds of `#SBATCH --signal`."""
+    """From USR1 or TERM to the forced exit (code 77) when no step boundary comes; below the seconds
+    of `#SBATCH --signal`."""
 
 
 class CheckpointConfig(Section):
@@ -213,10 +230,16 @@ class EvaluationConfig(Section):
 
 def _rules_unless_a_path(values: Any) -> Any:
     """So that `data.num_seen=100` needs no kind beside it."""
-    return {"kind": "files" if "path" in values else "rules"} | values if isinstance(values, dict) else values
+    return (
+        {"kind": "files" if "path" in values else "rules"} | values
+        if isinstance(values, dict)
+        else values
+    )
 
 
-DataConfig = Annotated[RulesConfig | FilesConfig, Field(discriminator="kind"), BeforeValidator(_rules_unless_a_path)]
+DataConfig = Annotated[
+    RulesConfig | FilesConfig, Field(discriminator="kind"), BeforeValidator(_rules_unless_a_path)
+]
 
 
 class Config(Section):
@@ -232,26 +255,36 @@ class Config(Section):
     @model_validator(mode="after")
     def _pairs(self) -> "Config":
         if (self.training.steps is None) == (self.training.epochs is None):
-            raise ValueError("training.steps or training.epochs: give one of them (and set the other to null)")
+            raise ValueError(
+                "training.steps or training.epochs: give one of them (and set the other to null)"
+            )
         if self.training.tasks_per_step % self.training.accumulation:
             raise ValueError(
-                f"training.accumulation ({self.training.accumulation}) must divide training.tasks_per_step "
+                f"training.accumulation ({self.training.accumulation}) must divide "
+                "training.tasks_per_step "
                 f"({self.training.tasks_per_step}): change one of them"
             )
         bases = [self.model.task_llm.base, self.model.encoder.base, self.model.decoder.base]
         if isinstance(self.data, RulesConfig) and self.data.seed and "embedded" in bases:
             raise ValueError(
-                f"data.seed={self.data.seed}: the embedded model learnt the seen rules of seed 0, unseen ones of this seed among "
+                f"data.seed={self.data.seed}: the embedded model learnt the seen rules of seed 0, "
+                "unseen ones of this seed among "
                 "them: keep 0, or give bases of your own"
             )
         if self.model.decoder.drop_latent and not self.model.decoder.max_examples:
-            raise ValueError("model.decoder.drop_latent needs model.decoder.max_examples above 0: set it, or drop_latent to 0")
+            raise ValueError(
+                "model.decoder.drop_latent needs model.decoder.max_examples above 0: "
+                "set it, or drop_latent to 0"
+            )
         return self
 
 
 def recipe_names() -> list[str]:
-    return sorted(path.name.removesuffix(".yaml") for path in (resources.files("ship_ds") / "recipes").iterdir()
-                  if path.name.endswith(".yaml"))
+    return sorted(
+        path.name.removesuffix(".yaml")
+        for path in (resources.files("ship_ds") / "recipes").iterdir()
+        if path.name.endswith(".yaml")
+    )
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
@@ -276,7 +309,11 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = _key(first["loc"], values)
-        message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        message = (
+            "unknown key"
+            if first["type"] == "extra_forbidden"
+            else first["msg"].removeprefix("Value error, ")
+        )
         raise UserError(f"{source}: {key + ': ' if key else ''}{message}") from None
 
 
@@ -284,7 +321,8 @@ _KINDS = ("full", "lora", "soft_prompt", "reshape", "rules", "files")
 
 
 def _key(location: Sequence[int | str], values: Any) -> str:
-    """The key as the user wrote it: pydantic puts a section's kind in between, which is no key of the section."""
+    """The key as the user wrote it: pydantic puts a section's kind in between, which is no key of
+    the section."""
     parts = []
     for part in location:
         if part in _KINDS and not (isinstance(values, dict) and part in values):
@@ -301,13 +339,18 @@ def _read(source: str) -> dict[str, Any]:
     elif path.is_file():
         text = path.read_text()
     else:
-        raise UserError(f"{source}: no such config file, and no recipe of that name; the recipes are {', '.join(recipe_names())}")
+        raise UserError(
+            f"{source}: no such config file, and no recipe of that name; the recipes "
+            f"are {', '.join(recipe_names())}"
+        )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{source}: expected a mapping of sections at the top, got {type(values).__name__}")
+        raise UserError(
+            f"{source}: expected a mapping of sections at the top, got {type(values).__name__}"
+        )
     return values
 
 
@@ -323,4 +366,6 @@ def _override(values: dict[str, Any], override: str) -> None:
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{override}: the value is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{override}: the value is not YAML: {' '.join(str(error).split())}"
+        ) from None

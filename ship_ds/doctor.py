@@ -22,10 +22,26 @@ def findings() -> list[tuple[str, str | None, str]]:
     return [
         ("torch", _package("torch", "torch"), "nothing runs without it: pip install torch"),
         ("CUDA", _cuda(), "training runs on the CPU: fit for the embedded default and for tests"),
-        ("C++ compiler", shutil.which("c++") or shutil.which("g++"), "DeepSpeed cannot build its CPU op: install g++"),
-        ("ninja", shutil.which("ninja") or _package("ninja", "ninja"), "DeepSpeed cannot build its CPU op: pip install ninja"),
-        ("deepspeed", _package("deepspeed", "deepspeed"), "no training; opening a bundle still works"),
-        ("bitsandbytes", _package("bitsandbytes", "bitsandbytes"), "no NF4: set model.task_llm.quantisation=none"),
+        (
+            "C++ compiler",
+            shutil.which("c++") or shutil.which("g++"),
+            "DeepSpeed cannot build its CPU op: install g++",
+        ),
+        (
+            "ninja",
+            shutil.which("ninja") or _package("ninja", "ninja"),
+            "DeepSpeed cannot build its CPU op: pip install ninja",
+        ),
+        (
+            "deepspeed",
+            _package("deepspeed", "deepspeed"),
+            "no training; opening a bundle still works",
+        ),
+        (
+            "bitsandbytes",
+            _package("bitsandbytes", "bitsandbytes"),
+            "no NF4: set model.task_llm.quantisation=none",
+        ),
         ("flash-attn", _package("flash_attn", "flash-attn"), "attention falls back to torch's own"),
         ("Slurm", shutil.which("sbatch"), "no `sbatch`; deepspeed and torchrun still start a run"),
     ]
@@ -33,5 +49,6 @@ def findings() -> list[tuple[str, str | None, str]]:
 
 def lines() -> list[str]:
     return [
-        f"{'ok  ' if found else 'none'}  {what:<14} {found or cost}" for what, found, cost in findings()
+        f"{'ok  ' if found else 'none'}  {what:<14} {found or cost}"
+        for what, found, cost in findings()
     ]

@@ -15,7 +15,8 @@ def part_of(folder: Path) -> Path:
 
 
 def publish(part: Path, folder: Path) -> None:
-    """Sync every file of `part` and put it in `folder`'s place; a reader never sees half of either."""
+    """Sync every file of `part` and put it in `folder`'s place; a reader never sees half of
+    either."""
     for path in part.rglob("*"):
         if path.is_file():
             sync(path)
@@ -42,8 +43,8 @@ def refuse_existing(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives the folder to write to; what was in `folder` is replaced. Raises UserError when the disk is full. When the
-    block fails nothing is left of it, and `folder` is as it was."""
+    """Gives the folder to write to; what was in `folder` is replaced. Raises UserError when the
+    disk is full. When the block fails nothing is left of it, and `folder` is as it was."""
     part = part_of(folder)
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -51,7 +52,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield part
         publish(part, folder)
     except OSError as error:
-        raise disk_error(folder, error, "nothing was written; make room and run the same command again") from None
+        raise disk_error(
+            folder, error, "nothing was written; make room and run the same command again"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

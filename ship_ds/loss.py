@@ -1,4 +1,5 @@
-"""SHIP's three losses as pure functions, in fp32 whatever the engine's dtype (arXiv 2502.02315, section 3).
+"""SHIP's three losses as pure functions, in fp32 whatever the engine's dtype (arXiv 2502.02315,
+section 3).
 
 Letters: T tasks, Z latent size, K labelled tokens, V vocabulary.
 """

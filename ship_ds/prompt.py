@@ -1,7 +1,9 @@
-"""The prompt format: how instructions, inputs and examples become token ids. It is part of the model.
+"""The prompt format: how instructions, inputs and examples become token ids. It is part of the
+model.
 
-Adapters only work under the prompt they were trained with, so the format is one versioned value that is saved, with its
-hash, in the run, the bundle and every exported adapter's card. Labels go on the answer and the end-of-sequence token alone.
+Adapters only work under the prompt they were trained with, so the format is one versioned value
+that is saved, with its hash, in the run, the bundle and every exported adapter's card. Labels go on
+the answer and the end-of-sequence token alone.
 """
 
 import hashlib
@@ -29,17 +31,24 @@ def _asked(text: str) -> str:
 
 
 class PromptFormat:
-    """Token ids for the three roles. Every method returns ids without padding; `eos_id` ends each target.
+    """Token ids for the three roles. Every method returns ids without padding; `eos_id` ends each
+    target.
 
-    Raises ValueError when the tokenizer has no end-of-sequence token, since answers could then never end.
+    Raises ValueError when the tokenizer has no end-of-sequence token, since answers could then
+    never end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token; set one in its tokenizer_config.json")
+            raise ValueError(
+                f"{tokenizer.name_or_path}: the tokenizer has no eos_token; set one "
+                "in its tokenizer_config.json"
+            )
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
-        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
+        self.pad_id: int = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
+        )
         self.before, self.after = self._split_template()
         self._known: Mapping[str, tuple[int, ...]] = {}
         self._ids = lru_cache(maxsize=1 << 18)(self._tokenise)
@@ -55,7 +64,8 @@ class PromptFormat:
         return before, after
 
     def texts(self, tasks: Iterable[SplitTask]) -> list[str]:
-        """The very strings that answering and encoding these tasks will tokenise; what a token cache is made of."""
+        """The very strings that answering and encoding these tasks will tokenise; what a token
+        cache is made of."""
         found: dict[str, None] = {}
         for task in tasks:
             for wording in (*task.wordings, *task.held_out_paraphrases):
@@ -69,7 +79,11 @@ class PromptFormat:
         self._known = ids
 
     def _tokenise(self, text: str) -> tuple[int, ...]:
-        return self._known[text] if text in self._known else tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return (
+            self._known[text]
+            if text in self._known
+            else tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        )
 
     def _wrap(self, user_text: str) -> str:
         return self.before + user_text + self.after
@@ -80,7 +94,9 @@ class PromptFormat:
     def target(self, text: str) -> tuple[int, ...]:
         return (*self._ids(text), self.eos_id)
 
-    def task_prompt(self, text: str, instruction: str | None = None, shots: Sequence[Example] = ()) -> tuple[int, ...]:
+    def task_prompt(
+        self, text: str, instruction: str | None = None, shots: Sequence[Example] = ()
+    ) -> tuple[int, ...]:
         """What the Task LLM reads before it answers `text`; n-shot when `shots` are given."""
         lines = [_stated(instruction)] if instruction is not None else []
         for shot in shots:
@@ -88,12 +104,16 @@ class PromptFormat:
         return self._prompt("\n".join([*lines, _asked(text)]))
 
     def encoder_prompt(self, instruction: str) -> tuple[int, ...]:
-        """What the encoder reads; the posterior is taken from the hidden state of the last token."""
+        """What the encoder reads; the posterior is taken from the hidden state of the last
+        token."""
         return self._prompt(_stated(instruction))
 
     def decoder_prompt(self, examples: Sequence[Example]) -> tuple[int, ...]:
-        """What the decoder reads after the soft tokens of z (SHIP, section 3.2: "input: x, target: y. This task is to:")."""
-        shown = " ".join(f"input: {example.input}, target: {example.target}." for example in examples)
+        """What the decoder reads after the soft tokens of z (SHIP, section 3.2: "input: x, target:
+        y. This task is to:")."""
+        shown = " ".join(
+            f"input: {example.input}, target: {example.target}." for example in examples
+        )
         return self._prompt(f"{shown} This task is to:".strip())
 
     def text(self, ids: Sequence[int]) -> str:
@@ -104,7 +124,8 @@ class PromptFormat:
         return decoded.strip()
 
     def finished_text(self, ids: Sequence[int]) -> str | None:
-        """As `text`, but None where no end-of-sequence came in time: an answer that never ended is none."""
+        """As `text`, but None where no end-of-sequence came in time: an answer that never ended is
+        none."""
         return self.text(ids) if ids[-1] == self.eos_id else None
 
     def describe(self) -> dict[str, Any]:

@@ -14,6 +14,10 @@ class Section(BaseModel):
     @classmethod
     def _booleans_are_no_numbers(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+            if (
+                isinstance(value, bool)
+                and name in cls.model_fields
+                and cls.model_fields[name].annotation is not bool
+            ):
                 raise ValueError(f"{name}: true and false are no value of it")
         return values

@@ -54,12 +54,14 @@ from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopReques
 from ship_ds.runtime.watchdog import Watchdog
 
 _ACTIVE_NATS = 0.01
-"""A latent unit is active when its KL, averaged over a step's tasks, is above this (Burda et al. 2016, section 4.3)."""
+"""A latent unit is active when its KL, averaged over a step's tasks, is above this (Burda et al.
+2016, section 4.3)."""
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """The losses of a whole step, the same on every rank: means over its tokens, tasks and dimensions, in nats."""
+    """The losses of a whole step, the same on every rank: means over its tokens, tasks and
+    dimensions, in nats."""
 
     total: float
     task: float
@@ -84,20 +86,35 @@ class Trainer:
         self.bases = frozen_bases(config)
         self.splits = read_splits(config, say)
         self.data_fingerprint = hashlib.sha256(repr(self.splits).encode()).hexdigest()
-        model = ShipModel(config.model, engines.engine_dtype(config.training), shard=shards.at_load(config.training))
-        say("parameters: " + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items()))
+        model = ShipModel(
+            config.model,
+            engines.engine_dtype(config.training),
+            shard=shards.at_load(config.training),
+        )
+        say(
+            "parameters: "
+            + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items())
+        )
         cache_tokens(config, model, self.splits)
         if config.run.init_from is not None:
             init_from(model, config.run.init_from, self.bases)
         self.engine = engines.build_engine(model, config.optimiser, config.training)
         self.engine.train()
-        torch.manual_seed((config.run.seed << 16) + ranks.rank())  # dropout: a mask of its own on each rank
+        # dropout: a mask of its own on each rank
+        torch.manual_seed((config.run.seed << 16) + ranks.rank())
         self.model: ShipModel = self.engine.module
-        if config.training.family_alpha < 1 and len({task.task.family for task in self.splits.seen}) == 1:
+        if (
+            config.training.family_alpha < 1
+            and len({task.task.family for task in self.splits.seen}) == 1
+        ):
             say("training.family_alpha changes nothing: the tasks of these data are of no families")
         self.sampler = StepSampler(
-            balanced(self.splits.seen, config.training.family_alpha), config.run.seed, config.training.tasks_per_step,
-            config.training.examples_per_task, config.model.decoder.max_examples, config.model.decoder.drop_latent,
+            balanced(self.splits.seen, config.training.family_alpha),
+            config.run.seed,
+            config.training.tasks_per_step,
+            config.training.examples_per_task,
+            config.model.decoder.max_examples,
+            config.model.decoder.drop_latent,
         )
         self.num_steps = num_steps(config.training, self.splits)
         self.watch = Stopwatch()
@@ -112,8 +129,13 @@ class Trainer:
 
     def open_monitor(self) -> Monitor:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n")
-        parts = {part: [task.id for task in getattr(self.splits, part)] for part in ("seen", "dev", "unseen")}
+        (self.folder / "config.json").write_text(
+            json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n"
+        )
+        parts = {
+            part: [task.id for task in getattr(self.splits, part)]
+            for part in ("seen", "dev", "unseen")
+        }
         (self.folder / "splits.json").write_text(json.dumps(parts, indent=1) + "\n")
         starts.record(self.folder, self.step)
         return Monitor(self.folder, self.num_steps, self.step)
@@ -124,16 +146,26 @@ class Trainer:
         if good is None:
             return
         check_bases(good, self.bases, checkpoint.read_progress(good).bases)
-        progress = checkpoint.load(self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint, say)
-        self.step, self.num_bad_steps, self.owes_evaluation = progress.step, progress.num_bad_steps, progress.owes_evaluation
+        progress = checkpoint.load(
+            self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint, say
+        )
+        self.step, self.num_bad_steps, self.owes_evaluation = (
+            progress.step,
+            progress.num_bad_steps,
+            progress.owes_evaluation,
+        )
         self.watch.seconds, self.watch.tokens = progress.seconds, progress.tokens
         self.dev_score = None if progress.dev_score is None else (progress.step, progress.dev_score)
         self.saved = (progress.step, progress.owes_evaluation, progress.dev_score)
         say(f"resumed from {good}, after step {progress.step}")
 
     def train(self) -> None:
-        """To the last step. Raises Preempted on every rank, everything saved, when any of them was asked to stop."""
-        evaluate_every, save_every = self.config.evaluation.every_steps, self.config.checkpoint.every_steps
+        """To the last step. Raises Preempted on every rank, everything saved, when any of them was
+        asked to stop."""
+        evaluate_every, save_every = (
+            self.config.evaluation.every_steps,
+            self.config.checkpoint.every_steps,
+        )
         self.watchdog.start()
         try:
             if self.owes_evaluation:
@@ -157,7 +189,9 @@ class Trainer:
     def take_step(self) -> None:
         self.watch.start()
         losses = self.losses_and_gradients(self.next_batches())
-        lr = engines.learning_rate(self.step, self.config.optimiser, self.num_steps, self.spent_time())
+        lr = engines.learning_rate(
+            self.step, self.config.optimiser, self.num_steps, self.spent_time()
+        )
         engines.set_learning_rate(self.engine, lr)
         skipped = engines.take_step(self.engine)
         self.log(losses, lr)
@@ -170,16 +204,31 @@ class Trainer:
         accumulation = self.config.training.accumulation
         first = ranks.rank() * accumulation
         return [
-            self.model.collate(self.sampler.draw_rank(self.step, first + part, self.parts), self.config.run.seed, self.step)
+            self.model.collate(
+                self.sampler.draw_rank(self.step, first + part, self.parts),
+                self.config.run.seed,
+                self.step,
+            )
             for part in range(accumulation)
         ]
 
     def losses_and_gradients(self, batches: Sequence[ShipBatch]) -> StepLosses:
-        """Backward through the whole step; each loss is its sum over the count of the *whole* step, all ranks included."""
-        counts = torch.tensor([
-            [batch.answers.num_targets, batch.decoded.num_targets, len(batch.noise_TZ), batch.answers.num_tokens
-             + batch.decoded.num_tokens + batch.instructions.num_tokens] for batch in batches
-        ], dtype=torch.float64).sum(0)
+        """Backward through the whole step; each loss is its sum over the count of the *whole* step,
+        all ranks included."""
+        counts = torch.tensor(
+            [
+                [
+                    batch.answers.num_targets,
+                    batch.decoded.num_targets,
+                    len(batch.noise_TZ),
+                    batch.answers.num_tokens
+                    + batch.decoded.num_tokens
+                    + batch.instructions.num_tokens,
+                ]
+                for batch in batches
+            ],
+            dtype=torch.float64,
+        ).sum(0)
         num_answer, num_text, num_tasks, num_tokens = ranks.sum_over_ranks(counts).tolist()
         weights = self.config.loss
         totals = torch.zeros(3, dtype=torch.float64)
@@ -188,7 +237,9 @@ class Trainer:
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             sums = self.engine(batch)
             parts = (sums.task / num_answer, sums.reconstruction / num_text, sums.kl / num_tasks)
-            loss = weights.task * parts[0] + weights.reconstruction * parts[1] + weights.kl * parts[2]
+            loss = (
+                weights.task * parts[0] + weights.reconstruction * parts[1] + weights.kl * parts[2]
+            )
             # The engine averages over ranks and micro-batches; the counts above already did.
             self.engine.backward(loss * ranks.world_size() * len(batches))
             totals += torch.stack([part.detach().double().cpu() for part in parts])
@@ -198,7 +249,8 @@ class Trainer:
         return StepLosses(total, task, text, kl, ranks.sum_over_ranks(kl_Z), int(num_tokens))
 
     def count_bad_steps(self, skipped: bool) -> None:
-        """The ranks agreed on `skipped`. The step's examples are written down; too many in a row stop the run."""
+        """The ranks agreed on `skipped`. The step's examples are written down; too many in a row
+        stop the run."""
         self.num_bad_steps = self.num_bad_steps + 1 if skipped else 0
         if not skipped:
             return
@@ -208,10 +260,14 @@ class Trainer:
             with path.open("a") as file:
                 for draw in self.sampler.draw_step(step):
                     file.write(json.dumps({"step": step, **asdict(draw)}) + "\n")
-        say(f"step {step}: loss or gradient not finite on some rank: skipped on all of them; its examples are in {path}")
+        say(
+            f"step {step}: loss or gradient not finite on some rank: skipped on all of them; its "
+            f"examples are in {path}"
+        )
         if self.num_bad_steps >= self.config.training.max_bad_steps:
             raise UserError(
-                f"training: not finite in {self.num_bad_steps} steps in a row; lower optimiser.lr or look at {path} "
+                f"training: not finite in {self.num_bad_steps} steps in a row; lower optimiser.lr "
+                f"or look at {path} "
                 "(training.max_bad_steps sets the number)"
             )
 
@@ -220,18 +276,27 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         if self.monitor is None:
             return
-        self.monitor.step(self.step, {
-            "loss/total": losses.total, "loss/task": losses.task, "loss/reconstruction": losses.reconstruction,
-            "loss/kl": losses.kl, "latent/active_units": float((losses.kl_Z > _ACTIVE_NATS).sum()), "optimiser/lr": lr,
-            "optimiser/gradient_norm": float(norm) if norm is not None else float("nan"),
-            "speed/tokens_per_second": losses.num_tokens / seconds, "speed/step_seconds": seconds,
-            "memory/gigabytes": memory_gigabytes(),
-        })
+        self.monitor.step(
+            self.step,
+            {
+                "loss/total": losses.total,
+                "loss/task": losses.task,
+                "loss/reconstruction": losses.reconstruction,
+                "loss/kl": losses.kl,
+                "latent/active_units": float((losses.kl_Z > _ACTIVE_NATS).sum()),
+                "optimiser/lr": lr,
+                "optimiser/gradient_norm": float(norm) if norm is not None else float("nan"),
+                "speed/tokens_per_second": losses.num_tokens / seconds,
+                "speed/step_seconds": seconds,
+                "memory/gigabytes": memory_gigabytes(),
+            },
+        )
         if self.step % 100 == 0:
             self.monitor.kl_per_dimension(self.step, losses.kl_Z)
 
     def look(self) -> None:
-        """Deduction on a few seen and dev rules, and a few reconstructions; every rank takes part and calls as often.
+        """Deduction on a few seen and dev rules, and a few reconstructions; every rank takes part
+        and calls as often.
 
         Raises Preempted between its parts; the step then still owes its evaluation.
         """
@@ -242,13 +307,22 @@ class Trainer:
             self.stop.raise_if_asked()
             few = tasks[:: max(1, len(tasks) // config.num_tasks)][: config.num_tasks]
             rows = deduction(
-                self.model, few, [t.task.instruction for t in few], config.examples_per_task, config.max_new_tokens,
+                self.model,
+                few,
+                [t.task.instruction for t in few],
+                config.examples_per_task,
+                config.max_new_tokens,
                 ranks.any_over_ranks,
             )
             scalars[f"deduction/{part}"] = score(rows).value
         pairs: list[tuple[str, str]] = []
-        reconstruction(self.model, self.splits.seen[:4] + self.splits.dev[:4], config.max_instruction_tokens,
-                       lambda true, text: pairs.append((true, text)), ranks.any_over_ranks)
+        reconstruction(
+            self.model,
+            self.splits.seen[:4] + self.splits.dev[:4],
+            config.max_instruction_tokens,
+            lambda true, text: pairs.append((true, text)),
+            ranks.any_over_ranks,
+        )
         self.model.train()
         self.dev_score = (self.step, scalars["deduction/dev"])
         self.owes_evaluation = False
@@ -258,14 +332,26 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""
-        score_here = self.dev_score[1] if self.dev_score is not None and self.dev_score[0] == self.step else None
+        score_here = (
+            self.dev_score[1]
+            if self.dev_score is not None and self.dev_score[0] == self.step
+            else None
+        )
         state = (self.step, self.owes_evaluation, score_here)
         if state == self.saved:
             return
         progress = checkpoint.Progress(
-            self.step, self.watch.seconds, self.watch.tokens, self.num_bad_steps, ranks.world_size(),
-            self.config.model_dump(mode="json"), self.data_fingerprint, score_here, self.owes_evaluation,
-            self.known_instructions(), self.bases,
+            self.step,
+            self.watch.seconds,
+            self.watch.tokens,
+            self.num_bad_steps,
+            ranks.world_size(),
+            self.config.model_dump(mode="json"),
+            self.data_fingerprint,
+            score_here,
+            self.owes_evaluation,
+            self.known_instructions(),
+            self.bases,
         )
         checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
         self.saved = state
@@ -274,11 +360,15 @@ class Trainer:
         return [task.task.instruction for task in self.splits.seen]
 
     def spent_time(self) -> float:
-        """The share of training.max_minutes that is used, the same on every rank; 0 without a limit."""
+        """The share of training.max_minutes that is used, the same on every rank; 0 without a
+        limit."""
         limit = self.config.training.max_minutes
         if limit is None:
             return 0.0
-        return float(ranks.sum_over_ranks(torch.tensor(self.watch.seconds / (60 * limit)))) / ranks.world_size()
+        return (
+            float(ranks.sum_over_ranks(torch.tensor(self.watch.seconds / (60 * limit))))
+            / ranks.world_size()
+        )
 
     def close(self) -> None:
         """Bundle, then the report from the bundle: what is measured is what a user opens."""
@@ -287,7 +377,12 @@ class Trainer:
         state = engines.gathered_state(self.engine)
         if ranks.rank() == 0:
             write_bundle(
-                self.folder / "bundle", state, self.config, self.model.prompts.describe(), self.bases, self.known_instructions()
+                self.folder / "bundle",
+                state,
+                self.config,
+                self.model.prompts.describe(),
+                self.bases,
+                self.known_instructions(),
             )
         if self.monitor is not None:
             self.monitor.close()
@@ -296,11 +391,16 @@ class Trainer:
             self.report()
 
     def report(self) -> None:
-        report = reports.evaluate(Ship.from_run(self.folder, ranks.device()).model, self.splits, self.config.evaluation)
+        report = reports.evaluate(
+            Ship.from_run(self.folder, ranks.device()).model, self.splits, self.config.evaluation
+        )
         report |= {
             "train_seconds": round(self.watch.seconds, 1),
             "tokens_per_second": round(self.watch.tokens / max(self.watch.seconds, 1e-9), 1),
-            "steps": self.step, "world_size": ranks.world_size(), "seed": self.config.run.seed, "versions": versions(),
+            "steps": self.step,
+            "world_size": ranks.world_size(),
+            "seed": self.config.run.seed,
+            "versions": versions(),
         }
         if ranks.rank() == 0:
             path = reports.write(report, self.folder)
@@ -323,7 +423,9 @@ def num_steps(training: TrainingConfig, splits: Splits) -> int:
     if training.steps is not None:
         return training.steps
     examples = sum(len(task.train) for task in splits.seen)
-    return math.ceil((training.epochs or 0) * examples / (training.tasks_per_step * training.examples_per_task))
+    return math.ceil(
+        (training.epochs or 0) * examples / (training.tasks_per_step * training.examples_per_task)
+    )
 
 
 def read_splits(config: Config, say: Callable[[str], None]) -> Splits:
@@ -341,7 +443,9 @@ def cache_tokens(config: Config, model: ShipModel, splits: Splits) -> None:
     tasks = (*splits.seen, *splits.dev, *splits.unseen)
     for turn in (ranks.rank() == 0, ranks.rank() != 0):
         if turn:
-            for prompts in {id(p): p for p in (model.prompts, model.encoder_prompts, model.decoder_prompts)}.values():
+            for prompts in {
+                id(p): p for p in (model.prompts, model.encoder_prompts, model.decoder_prompts)
+            }.values():
                 prompts.remember(tokenise_all(prompts.texts(tasks), prompts.tokenizer, folder))
         ranks.barrier()
 
@@ -355,10 +459,13 @@ def init_from(model: ShipModel, source: str, bases: Mapping[str, str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a recipe's name or a YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    # the deepspeed launcher appends it
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(args.config, args.overrides)
@@ -372,7 +479,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print("ship-ds: run.folder: its disk or quota is full: make room and start the same command again", file=sys.stderr)
+        print(
+            "ship-ds: run.folder: its disk or quota is full: make room and start the same "
+            "command again",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     except Preempted:
         return PREEMPTED

@@ -1,4 +1,5 @@
-"""Shared by the tests: runs of the smoke recipe, each started once a session as a user starts it."""
+"""Shared by the tests: runs of the smoke recipe, each started once a session as a user starts
+it."""
 
 import json
 import os
@@ -18,15 +19,26 @@ TIMEOUT_SECONDS = 240
 def environment() -> dict[str, str]:
     """The repository's own op cache and no hub."""
     return {
-        **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY),
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".build" / "torch_extensions")),
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "TORCH_EXTENSIONS_DIR": os.environ.get(
+            "TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".build" / "torch_extensions")
+        ),
     }
 
 
-def start(arguments: Sequence[str], timeout: int = TIMEOUT_SECONDS) -> subprocess.CompletedProcess[str]:
+def start(
+    arguments: Sequence[str], timeout: int = TIMEOUT_SECONDS
+) -> subprocess.CompletedProcess[str]:
     """Run a python command from the repository to its end."""
     return subprocess.run(
-        [sys.executable, *arguments], cwd=REPOSITORY, env=environment(), text=True, capture_output=True, timeout=timeout
+        [sys.executable, *arguments],
+        cwd=REPOSITORY,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=timeout,
     )
 
 
@@ -41,7 +53,13 @@ def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By DeepSpeed's launcher; runs that others start are compared with it to the bit."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", port)
+    launcher = (
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        port,
+    )
     return train_smoke(tmp_path_factory.mktemp("two") / "run", (*launcher, "ship_ds/train.py"))
 
 
@@ -52,4 +70,6 @@ def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows() -> Callable[[Path], list[dict[str, Any]]]:
-    return lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lambda folder: [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]

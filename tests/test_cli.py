@@ -21,10 +21,14 @@ def test_every_recipe_is_a_good_config(name: str) -> None:
     assert load_config(name).run.folder.startswith("runs/")
 
 
-def test_doctor_says_what_is_missing_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_what_is_missing_where_nothing_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     found = {name: value for name, value, _ in doctor.findings()}
-    assert all(found[name] is None for name in ("torch", "CUDA", "deepspeed", "bitsandbytes", "flash-attn"))
+    assert all(
+        found[name] is None for name in ("torch", "CUDA", "deepspeed", "bitsandbytes", "flash-attn")
+    )
 
 
 def test_doctor_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,9 +38,15 @@ def test_doctor_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in shown
 
 
-def test_data_describes_a_file_of_our_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_data_describes_a_file_of_our_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     rows = [
-        {"id": f"t{i}", "instruction": f"add {i}", "examples": [{"input": str(n), "target": str(n + i)} for n in range(4)]}
+        {
+            "id": f"t{i}",
+            "instruction": f"add {i}",
+            "examples": [{"input": str(n), "target": str(n + i)} for n in range(4)],
+        }
         for i in range(3)
     ]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -49,10 +59,16 @@ def test_data_describes_a_file_of_our_own(capsys: pytest.CaptureFixture[str], tm
 
 @pytest.mark.parametrize(
     "arguments",
-    [["data", "nowhere"], ["bundle", "nowhere", "--out", "out"], ["deduce", "x", "--run", "nowhere", "--out", "out"],
-     ["train", "--config", "nowhere"]],
+    [
+        ["data", "nowhere"],
+        ["bundle", "nowhere", "--out", "out"],
+        ["deduce", "x", "--run", "nowhere", "--out", "out"],
+        ["train", "--config", "nowhere"],
+    ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1 and "nowhere" in shown.err and not shown.out

@@ -1,4 +1,5 @@
-"""The config is strict: each mistake is one line that names the key; every shipped recipe parses."""
+"""The config is strict: each mistake is one line that names the key; every shipped recipe
+parses."""
 
 import subprocess
 import sys
@@ -8,7 +9,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ship_ds.config import LoraHypernetworkConfig, LoraTuning, load_config, parse_config, recipe_names
+from ship_ds.config import (
+    LoraHypernetworkConfig,
+    LoraTuning,
+    load_config,
+    parse_config,
+    recipe_names,
+)
 from ship_ds.errors import UserError
 
 MINIMAL = {"run": {"folder": "runs/x"}, "training": {"steps": 3}}
@@ -29,32 +36,56 @@ def test_every_recipe_parses_and_opens_with_its_command(name: str) -> None:
     assert first.startswith("# ") and f"--config {name}" in first
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("training.stepz=3", "training.stepz: unknown key"),
-    ("modle.latent_size=3", "modle: unknown key"),
-    ("training.steps=many", "training.steps: .*valid integer"),
-    ("training.steps=0", "training.steps: .*greater than 0"),
-    ("model.encoder.quantisation=int8", "model.encoder.quantisation: .*'nf4' or 'none'"),
-    ("model.decoder.drop_latent=1", "model.decoder.drop_latent: .*less than 1"),
-    ("model.hypernetwork.kind=ia3", "model.hypernetwork: .*'ia3'"),
-    ("model.hypernetwork={kind: lora, targets: []}", "targets: .*at least 1"),
-    ("model.hypernetwork={kind: lora, heads: per_token}", "heads: .*'per_module', 'per_layer' or 'per_rank'"),
-    ("model.task_llm.instruction=loud", "model.task_llm.instruction: .*'none', 'hard' or 'soft'"),
-    ("model.attention=eager", "model.attention: .*'auto', 'sdpa', 'varlen' or 'flash'"),
-    ("model.encoder.quantisation=nf4", "model.encoder: quantisation=nf4 needs tuning.kind=lora"),
-    ("model.decoder.quantisation=nf4", "model.decoder: quantisation=nf4 needs tuning.kind=lora"),
-    ("training.accumulation=5", r"training.accumulation \(5\) must divide training.tasks_per_step \(24\)"),
-    ("model.decoder={max_examples: 0, drop_latent: 0.5}", "model.decoder.drop_latent needs model.decoder.max_examples"),
-    ("training.steps", "an override has the form section.key=value"),
-    ("run.folder.name=x", "folder is a value, not a section"),
-])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stepz=3", "training.stepz: unknown key"),
+        ("modle.latent_size=3", "modle: unknown key"),
+        ("training.steps=many", "training.steps: .*valid integer"),
+        ("training.steps=0", "training.steps: .*greater than 0"),
+        ("model.encoder.quantisation=int8", "model.encoder.quantisation: .*'nf4' or 'none'"),
+        ("model.decoder.drop_latent=1", "model.decoder.drop_latent: .*less than 1"),
+        ("model.hypernetwork.kind=ia3", "model.hypernetwork: .*'ia3'"),
+        ("model.hypernetwork={kind: lora, targets: []}", "targets: .*at least 1"),
+        (
+            "model.hypernetwork={kind: lora, heads: per_token}",
+            "heads: .*'per_module', 'per_layer' or 'per_rank'",
+        ),
+        (
+            "model.task_llm.instruction=loud",
+            "model.task_llm.instruction: .*'none', 'hard' or 'soft'",
+        ),
+        ("model.attention=eager", "model.attention: .*'auto', 'sdpa', 'varlen' or 'flash'"),
+        (
+            "model.encoder.quantisation=nf4",
+            "model.encoder: quantisation=nf4 needs tuning.kind=lora",
+        ),
+        (
+            "model.decoder.quantisation=nf4",
+            "model.decoder: quantisation=nf4 needs tuning.kind=lora",
+        ),
+        (
+            "training.accumulation=5",
+            r"training.accumulation \(5\) must divide training.tasks_per_step \(24\)",
+        ),
+        (
+            "model.decoder={max_examples: 0, drop_latent: 0.5}",
+            "model.decoder.drop_latent needs model.decoder.max_examples",
+        ),
+        ("training.steps", "an override has the form section.key=value"),
+        ("run.folder.name=x", "folder is a value, not a section"),
+    ],
+)
 def test_a_mistake_is_one_line_with_its_key(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         _load(tmp_path, override)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("- 1", "expected a mapping"), ("a: [", "not YAML"), ("", "expected a mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- 1", "expected a mapping"), ("a: [", "not YAML"), ("", "expected a mapping")],
+)
 def test_file_that_is_no_config_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
@@ -63,32 +94,53 @@ def test_file_that_is_no_config_is_one_line(tmp_path: Path, text: str, message: 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("training.steps=true", "training: steps: true and false are no value of it"),
-    ("data.num_seen=true", "data: num_seen: true and false"), ("optimiser.lr=.inf", "optimiser.lr: Input should be a finite"),
-    ("training.threads=-3", "training.threads: "), ("data.test_examples=0", "data.test_examples: "),
-    ("data.seed=1", "data.seed=1: the embedded model learnt"),
-])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps=true", "training: steps: true and false are no value of it"),
+        ("data.num_seen=true", "data: num_seen: true and false"),
+        ("optimiser.lr=.inf", "optimiser.lr: Input should be a finite"),
+        ("training.threads=-3", "training.threads: "),
+        ("data.test_examples=0", "data.test_examples: "),
+        ("data.seed=1", "data.seed=1: the embedded model learnt"),
+    ],
+)
 def test_values_that_mean_nothing_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config("quickstart", [override])
 
 
 def test_what_earlier_versions_wrote_still_opens() -> None:
-    """A bundle or a checkpoint of a time when fewer keys existed and training.hang_minutes was 30."""
+    """A bundle or a checkpoint of a time when fewer keys existed and training.hang_minutes was
+    30."""
     values = load_config("quickstart").model_dump(mode="json")
     values["training"]["hang_minutes"] = 30.0
-    del values["training"]["family_alpha"], values["optimiser"]["betas"], values["data"]["more_compositions"]
+    del (
+        values["training"]["family_alpha"],
+        values["optimiser"]["betas"],
+        values["data"]["more_compositions"],
+    )
     config = parse_config(values, "config.json")
-    assert (config.training.family_alpha, config.optimiser.betas, config.data.kind) == (1.0, (0.9, 0.98), "rules")
+    assert (config.training.family_alpha, config.optimiser.betas, config.data.kind) == (
+        1.0,
+        (0.9, 0.98),
+        "rules",
+    )
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("data.more_compositions=201", "data.more_compositions: .*less than or equal to 200"),
-    ("data.more_compositions=-1", "data.more_compositions: "), ("training.family_alpha=1.5", "training.family_alpha: "),
-    ("optimiser.betas=[0.9]", "optimiser.betas.1: Field required"), ("optimiser.betas=[0.9, 1]", "optimiser.betas.1: "),
-])
-def test_settings_of_the_quickstart_out_of_their_range_are_one_line(override: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.more_compositions=201", "data.more_compositions: .*less than or equal to 200"),
+        ("data.more_compositions=-1", "data.more_compositions: "),
+        ("training.family_alpha=1.5", "training.family_alpha: "),
+        ("optimiser.betas=[0.9]", "optimiser.betas.1: Field required"),
+        ("optimiser.betas=[0.9, 1]", "optimiser.betas.1: "),
+    ],
+)
+def test_settings_of_the_quickstart_out_of_their_range_are_one_line(
+    override: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_config("quickstart", [override])
     assert "\n" not in str(error.value)
@@ -100,24 +152,45 @@ def test_encoder_and_decoder_take_the_task_llms_base_unless_they_have_their_own(
 
 
 def test_unknown_source_lists_the_recipes() -> None:
-    with pytest.raises(UserError, match="no such config file, and no recipe of that name; the recipes are .*quickstart"):
+    with pytest.raises(
+        UserError,
+        match="no such config file, and no recipe of that name; the recipes are .*quickstart",
+    ):
         load_config("quikstart")
 
 
 def test_overrides_reach_their_keys_and_the_last_wins() -> None:
     config = load_config(
         "quickstart-smoke",
-        ["training.steps=10", "optimiser.lr=1e-3", "training.steps=11", "model.hypernetwork.rank=3", "training.max_minutes=null",
-         "model.encoder={quantisation: nf4, tuning: {kind: lora, rank: 2}}"],
+        [
+            "training.steps=10",
+            "optimiser.lr=1e-3",
+            "training.steps=11",
+            "model.hypernetwork.rank=3",
+            "training.max_minutes=null",
+            "model.encoder={quantisation: nf4, tuning: {kind: lora, rank: 2}}",
+        ],
     )
-    assert (config.training.steps, config.optimiser.lr, config.training.max_minutes) == (11, 1e-3, None)
-    assert isinstance(config.model.hypernetwork, LoraHypernetworkConfig) and config.model.hypernetwork.rank == 3
-    assert isinstance(config.model.encoder.tuning, LoraTuning) and config.model.encoder.tuning.rank == 2
+    assert (config.training.steps, config.optimiser.lr, config.training.max_minutes) == (
+        11,
+        1e-3,
+        None,
+    )
+    assert (
+        isinstance(config.model.hypernetwork, LoraHypernetworkConfig)
+        and config.model.hypernetwork.rank == 3
+    )
+    assert (
+        isinstance(config.model.encoder.tuning, LoraTuning)
+        and config.model.encoder.tuning.rank == 2
+    )
 
 
 def test_dumped_config_is_read_back_equal(tmp_path: Path) -> None:
     """The bundle holds it as JSON."""
-    config = load_config("quickstart", ["model.hypernetwork={kind: soft_prompt, num_virtual_tokens: 3}"])
+    config = load_config(
+        "quickstart", ["model.hypernetwork={kind: soft_prompt, num_virtual_tokens: 3}"]
+    )
     path = tmp_path / "config.yaml"
     path.write_text(config.model_dump_json())
     assert load_config(str(path)) == config
@@ -130,5 +203,13 @@ def test_config_cannot_be_changed_after_parsing() -> None:
 
 
 def test_reading_a_config_imports_no_torch() -> None:
-    program = "import sys; from ship_ds.config import load_config; load_config('quickstart'); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=False).returncode == 0
+    program = (
+        "import sys; from ship_ds.config import load_config; load_config('quickstart'); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=False
+        ).returncode
+        == 0
+    )

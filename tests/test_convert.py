@@ -1,4 +1,5 @@
-"""tools/convert.py as a user or a Slurm job starts it: checkpoint -> bundle -> adapters -> merged models."""
+"""tools/convert.py as a user or a Slurm job starts it: checkpoint -> bundle -> adapters -> merged
+models."""
 
 from pathlib import Path
 
@@ -12,11 +13,23 @@ from tools import convert
 def test_a_checkpoint_becomes_a_merged_model_and_nothing_is_made_twice(
     two_rank_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["tools/convert.py", str(two_rank_run / "checkpoints" / "step-00000012"), "--out", str(tmp_path / "out"),
-               "--instruction", "put 7 at the front", "--target", "dequantised", "--no-drift"]
+    command = [
+        "tools/convert.py",
+        str(two_rank_run / "checkpoints" / "step-00000012"),
+        "--out",
+        str(tmp_path / "out"),
+        "--instruction",
+        "put 7 at the front",
+        "--target",
+        "dequantised",
+        "--no-drift",
+    ]
     done = start(command)
     assert done.returncode == 0, done.stderr[-3000:]
-    made, own = (load_file(folder / "ship.safetensors") for folder in (tmp_path / "out" / "bundle", two_rank_run / "bundle"))
+    made, own = (
+        load_file(folder / "ship.safetensors")
+        for folder in (tmp_path / "out" / "bundle", two_rank_run / "bundle")
+    )
     assert made.keys() == own.keys() and all(made[name].equal(own[name]) for name in own)
     merged = tmp_path / "out" / "merged" / "00001-put-7-at-the-front-dequantised"
     written = (merged / "model.safetensors").stat().st_mtime_ns
@@ -24,6 +37,8 @@ def test_a_checkpoint_becomes_a_merged_model_and_nothing_is_made_twice(
     assert (merged / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_folder_with_nothing_in_it_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_nothing_in_it_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert convert.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no checkpoint here" in capsys.readouterr().err.strip().splitlines()[-1]

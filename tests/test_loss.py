@@ -22,9 +22,13 @@ def test_kl_values() -> None:
 def test_cross_entropy_is_the_sum_of_token_losses() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 11), torch.randint(0, 11, (6,))
-    tokens = torch.stack([-row.log_softmax(0)[label] for row, label in zip(logits, labels, strict=True)])
+    tokens = torch.stack(
+        [-row.log_softmax(0)[label] for row, label in zip(logits, labels, strict=True)]
+    )
     torch.testing.assert_close(sum_cross_entropy(logits, labels), tokens.sum())
-    assert float(sum_cross_entropy(torch.zeros(3, 4), torch.tensor([0, 1, 3]))) == pytest.approx(3 * 1.3862944)
+    assert float(sum_cross_entropy(torch.zeros(3, 4), torch.tensor([0, 1, 3]))) == pytest.approx(
+        3 * 1.3862944
+    )
 
 
 def test_no_label_is_no_loss() -> None:

@@ -10,14 +10,21 @@ from tests.conftest import start
 
 def write_run(folder: Path, seed: int, value: float, lr: float = 1.0) -> str:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"run": {"seed": seed, "folder": str(folder)}, "optimiser": {"lr": lr}}))
+    (folder / "config.json").write_text(
+        json.dumps({"run": {"seed": seed, "folder": str(folder)}, "optimiser": {"lr": lr}})
+    )
     cell = {"exact_match": {"value": value, "ci95": [0, 1]}, "n_tasks": 3}
-    (folder / "report.json").write_text(json.dumps({"deduction": {"seen": cell}, "train_seconds": 10 * seed, "seed": seed}))
+    (folder / "report.json").write_text(
+        json.dumps({"deduction": {"seen": cell}, "train_seconds": 10 * seed, "seed": seed})
+    )
     return str(folder)
 
 
 def test_medians_stand_beside_every_runs_value(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / str(seed), seed, value) for seed, value in ((0, 0.25), (1, 0.75), (2, 0.5))]
+    runs = [
+        write_run(tmp_path / str(seed), seed, value)
+        for seed, value in ((0, 0.25), (1, 0.75), (2, 0.5))
+    ]
     done = start(["tools/median_of_seeds.py", *runs, "--out", str(tmp_path / "out.json")])
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
@@ -28,8 +35,13 @@ def test_medians_stand_beside_every_runs_value(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("lr", "ended", "line"), [(2.0, True, "by more than `run`"), (1.0, False, "report.json: missing")])
-def test_runs_that_cannot_be_compared_are_one_line(lr: float, ended: bool, line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lr", "ended", "line"),
+    [(2.0, True, "by more than `run`"), (1.0, False, "report.json: missing")],
+)
+def test_runs_that_cannot_be_compared_are_one_line(
+    lr: float, ended: bool, line: str, tmp_path: Path
+) -> None:
     runs = [write_run(tmp_path / "a", 0, 0.5), write_run(tmp_path / "b", 1, 0.5, lr)]
     if not ended:
         (tmp_path / "b" / "report.json").unlink()

@@ -16,7 +16,8 @@ from ship_ds.prompt import PromptFormat
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a byte, so that nothing of a text is lost (the embedded tokenizer drops punctuation)."""
+    """One token a byte, so that nothing of a text is lost (the embedded tokenizer drops
+    punctuation)."""
     alphabet = sorted(ByteLevel.alphabet())
     inner = Tokenizer(BPE({token: i for i, token in enumerate(alphabet)}, []))
     inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
@@ -44,7 +45,10 @@ def _without_template(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
 
 def test_chat_template_wraps_the_users_text(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = PromptFormat(tokenizer)
-    assert _text(prompts, prompts.task_prompt("3", "double it")) == "[user: instruction: double it\ninput: 3][assistant: "
+    assert (
+        _text(prompts, prompts.task_prompt("3", "double it"))
+        == "[user: instruction: double it\ninput: 3][assistant: "
+    )
 
 
 def test_embedded_model_has_a_chat_template() -> None:
@@ -52,14 +56,21 @@ def test_embedded_model_has_a_chat_template() -> None:
     assert prompts.before and prompts.after
 
 
-def test_base_model_without_a_template_gets_the_text_and_a_line_end(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_base_model_without_a_template_gets_the_text_and_a_line_end(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     prompts = _without_template(tokenizer)
     assert _text(prompts, prompts.task_prompt("3")) == "input: 3\n"
-    assert _text(prompts, prompts.task_prompt("3", "double it")) == "instruction: double it\ninput: 3\n"
+    assert (
+        _text(prompts, prompts.task_prompt("3", "double it"))
+        == "instruction: double it\ninput: 3\n"
+    )
     assert _text(prompts, prompts.encoder_prompt("double it")) == "instruction: double it\n"
 
 
-def test_begin_of_sequence_token_is_kept_without_a_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_begin_of_sequence_token_is_kept_without_a_template(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     tokenizer.bos_token = tokenizer.eos_token
     assert _without_template(tokenizer).task_prompt("3")[0] == tokenizer.eos_token_id
 
@@ -67,12 +78,18 @@ def test_begin_of_sequence_token_is_kept_without_a_template(tokenizer: PreTraine
 def test_shots_precede_the_input(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = _without_template(tokenizer)
     shots = [Example("1", "2"), Example("2", "4")]
-    assert _text(prompts, prompts.task_prompt("3", shots=shots)) == "input: 1\noutput: 2\ninput: 2\noutput: 4\ninput: 3\n"
+    assert (
+        _text(prompts, prompts.task_prompt("3", shots=shots))
+        == "input: 1\noutput: 2\ninput: 2\noutput: 4\ninput: 3\n"
+    )
 
 
 def test_decoder_reads_the_published_sentence(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = _without_template(tokenizer)
-    assert _text(prompts, prompts.decoder_prompt([Example("1", "2")])) == "input: 1, target: 2. This task is to:\n"
+    assert (
+        _text(prompts, prompts.decoder_prompt([Example("1", "2")]))
+        == "input: 1, target: 2. This task is to:\n"
+    )
     assert _text(prompts, prompts.decoder_prompt(())) == "This task is to:\n"
 
 
@@ -80,7 +97,9 @@ def test_labels_are_on_the_target_and_its_end_alone(tokenizer: PreTrainedTokeniz
     prompts = PromptFormat(tokenizer)
     asked, target = prompts.task_prompt("3 1"), prompts.target("1 3")
     assert target[-1] == tokenizer.eos_token_id and prompts.eos_id not in target[:-1]
-    batch = TokenBatch.build([asked, prompts.task_prompt("3")], [target, prompts.target("3")], prompts.pad_id, 2)
+    batch = TokenBatch.build(
+        [asked, prompts.task_prompt("3")], [target, prompts.target("3")], prompts.pad_id, 2
+    )
     labelled = batch.labels_ES[0] != IGNORE
     first = 2 + len(asked)
     assert labelled.nonzero().flatten().tolist() == list(range(first, first + len(target)))
@@ -97,11 +116,17 @@ def test_hash_changes_with_what_the_model_would_read(tokenizer: PreTrainedTokeni
     with_template = PromptFormat(tokenizer).describe()
     assert with_template == PromptFormat(_bytes_tokenizer()).describe()
     tokenizer.chat_template = str(tokenizer.chat_template) + "!"
-    hashes = {with_template["hash"], PromptFormat(tokenizer).describe()["hash"], _without_template(tokenizer).describe()["hash"]}
+    hashes = {
+        with_template["hash"],
+        PromptFormat(tokenizer).describe()["hash"],
+        _without_template(tokenizer).describe()["hash"],
+    }
     assert len(hashes) == 3
 
 
-def test_tokenizer_without_an_end_of_sequence_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_without_an_end_of_sequence_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="the tokenizer has no eos_token"):
         PromptFormat(tokenizer)

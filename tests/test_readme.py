@@ -22,6 +22,10 @@ def named_in_readme() -> set[str]:
 
 def test_tree_is_true() -> None:
     command = ["git", "ls-files", "-co", "--exclude-standard"]
-    names = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
-    files = {name for name in names if not name.endswith("__init__.py") and (REPOSITORY / name).exists()}
+    names = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    files = {
+        name for name in names if not name.endswith("__init__.py") and (REPOSITORY / name).exists()
+    }
     assert named_in_readme() == files

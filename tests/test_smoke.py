@@ -20,9 +20,18 @@ from ship_ds.model.adapters import LoraAdapter
 
 CELLS = [
     *(f"deduction.{part}" for part in ("seen", "unseen", "unseen_paraphrase")),
-    *(f"controls.{name}.{part}" for name in ("bare_base", "shuffled_instruction", "nearest_seen_rule", "instruction_in_prompt")
-      for part in ("seen", "unseen")),
-    "reconstruction.seen", "reconstruction.unseen",
+    *(
+        f"controls.{name}.{part}"
+        for name in (
+            "bare_base",
+            "shuffled_instruction",
+            "nearest_seen_rule",
+            "instruction_in_prompt",
+        )
+        for part in ("seen", "unseen")
+    ),
+    "reconstruction.seen",
+    "reconstruction.unseen",
 ]
 
 
@@ -38,15 +47,20 @@ def test_report_has_every_cell(two_rank_run: Path) -> None:
     assert report["world_size"] == 2 and report["seed"] == 0 and report["train_seconds"] > 0
 
 
-def test_report_counts_every_unseen_task_once_over_the_ranks(two_rank_run: Path, one_rank_run: Path) -> None:
-    one, two = (json.loads((run / "report.json").read_text()) for run in (one_rank_run, two_rank_run))
+def test_report_counts_every_unseen_task_once_over_the_ranks(
+    two_rank_run: Path, one_rank_run: Path
+) -> None:
+    one, two = (
+        json.loads((run / "report.json").read_text()) for run in (one_rank_run, two_rank_run)
+    )
     assert one["deduction"]["unseen"]["n_tasks"] == two["deduction"]["unseen"]["n_tasks"] >= 100
 
 
 def test_one_rank_and_two_take_the_same_losses(
     two_rank_run: Path, one_rank_run: Path, rows: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
-    """Both in fp32; the tolerance is bf16's rounding, far above what another order of summation does."""
+    """Both in fp32; the tolerance is bf16's rounding, far above what another order of summation
+    does."""
     one, two = rows(one_rank_run), rows(two_rank_run)
     assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(12))
     for left, right in zip(one, two, strict=True):
@@ -57,7 +71,9 @@ def test_one_rank_and_two_take_the_same_losses(
 def test_an_evaluation_joins_the_row_of_the_step_before_it(
     two_rank_run: Path, rows: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
-    looked = [json.loads(line) for line in (two_rank_run / "evaluations.jsonl").read_text().splitlines()]
+    looked = [
+        json.loads(line) for line in (two_rank_run / "evaluations.jsonl").read_text().splitlines()
+    ]
     joined = {row["step"]: row for row in rows(two_rank_run) if "deduction/dev" in row}
     assert [row["step"] for row in looked] == [step + 1 for step in joined] == [4, 8, 12]
     assert all(joined[row["step"] - 1]["deduction/dev"] == row["deduction/dev"] for row in looked)
@@ -67,7 +83,14 @@ def test_an_evaluation_joins_the_row_of_the_step_before_it(
 def test_tensorboard_has_the_scalars_of_every_step(two_rank_run: Path) -> None:
     board = EventAccumulator(str(two_rank_run / "tensorboard"))
     board.Reload()
-    for name in ("loss/total", "loss/task", "loss/reconstruction", "loss/kl", "latent/active_units", "optimiser/lr"):
+    for name in (
+        "loss/total",
+        "loss/task",
+        "loss/reconstruction",
+        "loss/kl",
+        "latent/active_units",
+        "optimiser/lr",
+    ):
         assert [event.step for event in board.Scalars(name)] == list(range(12))
     assert "deduction/dev" in board.Tags()["scalars"]
     assert (two_rank_run / "loss.png").stat().st_size > 1000
@@ -81,19 +104,27 @@ def _with_effect(ship: Ship) -> None:
             head.to_b.weight.normal_(std=0.1)
 
 
-def test_exported_adapter_is_loaded_by_peft_and_equals_the_live_one(two_rank_run: Path, tmp_path: Path) -> None:
+def test_exported_adapter_is_loaded_by_peft_and_equals_the_live_one(
+    two_rank_run: Path, tmp_path: Path
+) -> None:
     ship = Ship.from_run(two_rank_run)
     _with_effect(ship)
-    proof = export_one(ship, Request("adapter", "put 7 at the front"), tmp_path / "adapter", ["3 4 9"])
+    proof = export_one(
+        ship, Request("adapter", "put 7 at the front"), tmp_path / "adapter", ["3 4 9"]
+    )
     assert proof.from_live <= 1e-4 < 1e-2 < proof.from_base
     live = ship.model.adapt(ship.model.encode(["put 7 at the front"]))
     assert isinstance(live, LoraAdapter)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     path = "model.layers.3.mlp.down_proj"
-    torch.testing.assert_close(saved[f"base_model.model.{path}.lora_B.weight"], live.factors[path][1][0])
+    torch.testing.assert_close(
+        saved[f"base_model.model.{path}.lora_B.weight"], live.factors[path][1][0]
+    )
 
 
-def test_adapter_that_does_nothing_is_refused_and_leaves_nothing(two_rank_run: Path, tmp_path: Path) -> None:
+def test_adapter_that_does_nothing_is_refused_and_leaves_nothing(
+    two_rank_run: Path, tmp_path: Path
+) -> None:
     ship = Ship.from_run(two_rank_run)
     with torch.no_grad():
         for head in ship.model.hypernetwork.heads:
@@ -113,18 +144,33 @@ def test_damaged_bundle_is_refused(two_rank_run: Path, tmp_path: Path) -> None:
         Ship.from_run(tmp_path)
 
 
-def test_missing_run_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["deduce", "x", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+def test_missing_run_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert (
+        cli.main(["deduce", "x", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+        == 2
+    )
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("overrides", "line"), [
-    (["training.stepz=3"], "ship-ds: quickstart-smoke: training.stepz: unknown key"),
-    (["training.tasks_per_step=6", "training.accumulation=4"],
-     "ship-ds: quickstart-smoke: training.accumulation (4) must divide training.tasks_per_step (6): change one of them"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["training.stepz=3"], "ship-ds: quickstart-smoke: training.stepz: unknown key"),
+        (
+            ["training.tasks_per_step=6", "training.accumulation=4"],
+            "ship-ds: quickstart-smoke: training.accumulation (4) must divide "
+            "training.tasks_per_step "
+            "(6): change one of them",
+        ),
+    ],
+)
 def test_bad_config_is_one_line_and_exit_code_2(
     overrides: list[str], line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert train.main(["--config", "quickstart-smoke", f"run.folder={tmp_path / 'run'}", *overrides]) == 2
+    assert (
+        train.main(["--config", "quickstart-smoke", f"run.folder={tmp_path / 'run'}", *overrides])
+        == 2
+    )
     assert capsys.readouterr().err == line + "\n" and not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""A safetensors file written one tensor at a time: the library reads it back, and half a file does not open."""
+"""A safetensors file written one tensor at a time: the library reads it back, and half a file does
+not open."""
 
 from pathlib import Path
 
@@ -10,8 +11,13 @@ from safetensors.torch import load_file
 from ship_ds.tensor_file import TensorFile
 
 TENSORS = {
-    "odd": torch.arange(7, dtype=torch.uint8), "scalar": torch.tensor(2.5), "bf16": torch.randn(3, 5).bfloat16(),
-    "rows": torch.randn(4, 6)[:, ::2], "none": torch.zeros(0, 4), "half": torch.randn(9).half(), "ids": torch.arange(3),
+    "odd": torch.arange(7, dtype=torch.uint8),
+    "scalar": torch.tensor(2.5),
+    "bf16": torch.randn(3, 5).bfloat16(),
+    "rows": torch.randn(4, 6)[:, ::2],
+    "none": torch.zeros(0, 4),
+    "half": torch.randn(9).half(),
+    "ids": torch.arange(3),
 }
 
 
@@ -27,7 +33,11 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape and found[name].equal(tensor), name
+        assert (
+            found[name].dtype == tensor.dtype
+            and found[name].shape == tensor.shape
+            and found[name].equal(tensor)
+        ), name
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "why": "said last"}
 

@@ -1,10 +1,13 @@
-"""Peak memory of a rank while a 4-bit base loads: transformers' way and one matrix at a time. Writes tools/results/load.json.
+"""Peak memory of a rank while a 4-bit base loads: transformers' way and one matrix at a time.
+Writes tools/results/load.json.
 
-    python tools/bench_load.py            # two gloo ranks, a random Llama of 1.2 GB in bf16; three minutes a repeat
+    # two gloo ranks, a random Llama of 1.2 GB in bf16; three minutes a repeat
+    python tools/bench_load.py
 
-Memory is RssAnon and VmSwap, sampled every two milliseconds, beyond what the process held before: pages of a memory-mapped
-file belong to the kernel's cache and are left out. The C library is told to give freed blocks back at once, or what it keeps
-for later would be counted, which is up to the size of the model. Whatever way was taken, the gathered weights have the same hash.
+Memory is RssAnon and VmSwap, sampled every two milliseconds, beyond what the process held before:
+pages of a memory-mapped file belong to the kernel's cache and are left out. The C library is told
+to give freed blocks back at once, or what it keeps for later would be counted, which is up to the
+size of the model. Whatever way was taken, the gathered weights have the same hash.
 """
 
 import argparse
@@ -24,7 +27,11 @@ import torch
 from ship_ds.monitor.machine import describe_machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
-WAYS = ("transformers, then sharded", "one matrix at a time, sharded at once", "one matrix at a time, whole on each rank")
+WAYS = (
+    "transformers, then sharded",
+    "one matrix at a time, sharded at once",
+    "one matrix at a time, whole on each rank",
+)
 
 
 def make_base(folder: Path, layers: int) -> None:
@@ -32,7 +39,11 @@ def make_base(folder: Path, layers: int) -> None:
 
     torch.manual_seed(0)
     settings = LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
         vocab_size=2000,  # whole matrices in 16 bits would hide what is saved
     )
     LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(folder, max_shard_size="300MB")
@@ -77,12 +88,23 @@ def load(way: str, folder: Path) -> Any:
     from ship_ds.runtime.engine import read_deepspeed_config
 
     if way == WAYS[1]:
-        return load_lm(str(folder), "nf4", torch.bfloat16, shard=shards.at_load(TrainingConfig(deepspeed="zero3_bf16")))
+        return load_lm(
+            str(folder),
+            "nf4",
+            torch.bfloat16,
+            shard=shards.at_load(TrainingConfig(deepspeed="zero3_bf16")),
+        )
     if way == WAYS[2]:
         return load_lm(str(folder), "nf4", torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        folder,
+        local_files_only=True,
+        dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
         ),
     )
     settings = read_deepspeed_config("zero3_bf16") | {"train_micro_batch_size_per_gpu": 1}
@@ -97,7 +119,9 @@ def digest(model: Any) -> str:
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            found.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(
+                name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
+            )
     return found.hexdigest()
 
 
@@ -109,8 +133,10 @@ def work(way: str, folder: Path, out: Path) -> None:
     with Peak() as peak:
         model = load(way, folder)
     mine = {
-        "peak_bytes": peak.grew, "held_bytes": anonymous_bytes() - peak.before,
-        "seconds": round(time.perf_counter() - started, 1), "sha256": digest(model),
+        "peak_bytes": peak.grew,
+        "held_bytes": anonymous_bytes() - peak.before,
+        "seconds": round(time.perf_counter() - started, 1),
+        "sha256": digest(model),
     }
     everyone = ranks.gather_objects(mine)
     if ranks.rank() == 0:
@@ -122,20 +148,38 @@ def measure(way: str, folder: Path, repeats: int) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     for _ in range(repeats):
         out = folder / "measured.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-        frees_at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": "0"}
-        subprocess.run([*command, "--way", way, "--folder", str(folder), "--out", str(out)], check=True, env=frees_at_once)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            __file__,
+        ]
+        frees_at_once = os.environ | {
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+            "MALLOC_TRIM_THRESHOLD_": "0",
+        }
+        subprocess.run(
+            [*command, "--way", way, "--folder", str(folder), "--out", str(out)],
+            check=True,
+            env=frees_at_once,
+        )
         runs += json.loads(out.read_text())
     assert len({run["sha256"] for run in runs}) == 1
     return {
         "peak_megabytes": [round(run["peak_bytes"] / 1e6) for run in runs],
-        "held_megabytes": [round(run["held_bytes"] / 1e6) for run in runs], "seconds": [run["seconds"] for run in runs],
+        "held_megabytes": [round(run["held_bytes"] / 1e6) for run in runs],
+        "seconds": [run["seconds"] for run in runs],
         "sha256": runs[0]["sha256"],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=2)
     for name in ("way", "folder", "out"):
@@ -152,8 +196,11 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     report = {
         "command": f"python tools/bench_load.py --layers {args.layers} --repeats {args.repeats}",
-        "ranks": "two, gloo, one thread each", "machine": describe_machine(), "versions": versions(),
-        "base_megabytes": round(size / 1e6), "ways": found,
+        "ranks": "two, gloo, one thread each",
+        "machine": describe_machine(),
+        "versions": versions(),
+        "base_megabytes": round(size / 1e6),
+        "ways": found,
     }
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     print(RESULTS.read_text())

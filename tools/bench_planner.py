@@ -1,9 +1,11 @@
 """The planner's figures against measured ones; writes tools/results/planner.json.
 
-    python tools/bench_planner.py         # two gloo ranks and one process; about four minutes on two cores
+    # two gloo ranks and one process; about four minutes on two cores
+    python tools/bench_planner.py
 
-Measured: under each stage, after two steps, the bytes of every tensor alive in a rank, told apart by what they are; what
-a rank's links carry in the third step; what autograd keeps of each part's forward pass, and the peak of forward and backward.
+Measured: under each stage, after two steps, the bytes of every tensor alive in a rank, told apart
+by what they are; what a rank's links carry in the third step; what autograd keeps of each part's
+forward pass, and the peak of forward and backward.
 """
 
 import argparse
@@ -36,10 +38,18 @@ from ship_ds.runtime.engine import engine_dtype
 
 RESULTS = Path(__file__).parent / "results" / "planner.json"
 STAGES = ("zero1", "zero2", "zero3", "zero3_bf16", "zero3_shard_all", "short reuse")
-NARROW = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
-          "num_key_value_heads": 8, "vocab_size": 266}
+NARROW = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 266,
+}
 _SENT = {
-    "all_gather_into_tensor": ("output_tensor", 1), "reduce_scatter_tensor": ("input", 1), "all_reduce": ("tensor", 2),
+    "all_gather_into_tensor": ("output_tensor", 1),
+    "reduce_scatter_tensor": ("input", 1),
+    "all_reduce": ("tensor", 2),
 }
 """Which argument of a collective is the whole, and how often a ring moves it."""
 
@@ -48,37 +58,80 @@ def stage_config(stage: str, folder: Path) -> Config:
     name = stage
     if stage == "short reuse":
         name = str(folder / "short_reuse.json")
-        zero = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1_000_000,
-                "stage3_max_reuse_distance": 1_000_000, "stage3_prefetch_bucket_size": 0}
-        Path(name).write_text(json.dumps({"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}))
+        zero = {
+            "stage": 3,
+            "overlap_comm": False,
+            "stage3_param_persistence_threshold": 0,
+            "reduce_bucket_size": 1_000_000,
+            "stage3_max_reuse_distance": 1_000_000,
+            "stage3_prefetch_bucket_size": 0,
+        }
+        Path(name).write_text(
+            json.dumps({"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False})
+        )
     shard = "always" if stage in ("zero3_shard_all", "short reuse") else "never"
-    return load_config("quickstart-smoke", [
-        f"run.folder={folder / 'run'}", "evaluation.every_steps=0", f"training.deepspeed={name}",
-        f"model.task_llm.shard={shard}",
-    ])
+    return load_config(
+        "quickstart-smoke",
+        [
+            f"run.folder={folder / 'run'}",
+            "evaluation.every_steps=0",
+            f"training.deepspeed={name}",
+            f"model.task_llm.shard={shard}",
+        ],
+    )
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     return sum(storages.values())
 
 
 def alive(trainer: Any) -> dict[str, int]:
     """Bytes by the planner's names."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and not thing.is_meta]
+    tensors = [
+        thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and not thing.is_meta
+    ]
     total = num_bytes(tensors)
     parameters = [*trainer.model.parameters(), *trainer.model.task_llm.parameters()]
     shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
-    buckets = [tensor for tensor in tensors if tensor.numel() == trainer.engine.optimizer.reduce_bucket_size]
+    buckets = [
+        tensor
+        for tensor in tensors
+        if tensor.numel() == trainer.engine.optimizer.reduce_bucket_size
+    ]
     states = trainer.engine.optimizer.optimizer.state
-    flat = [tensor for state in states.values() for tensor in state.values() if torch.is_tensor(tensor) and tensor.dim()]
+    flat = [
+        tensor
+        for state in states.values()
+        for tensor in state.values()
+        if torch.is_tensor(tensor) and tensor.dim()
+    ]
     nf4 = [p for p in parameters if getattr(p, "quant_state", None) is not None]
-    scales = [t for p in nf4 for t in (p.quant_state.absmax, p.quant_state.code, p.quant_state.offset,
-                                       p.quant_state.state2.absmax, p.quant_state.state2.code)]
+    scales = [
+        t
+        for p in nf4
+        for t in (
+            p.quant_state.absmax,
+            p.quant_state.code,
+            p.quant_state.offset,
+            p.quant_state.state2.absmax,
+            p.quant_state.state2.code,
+        )
+    ]
     return {
-        "trained weights": num_bytes([p for p in parameters if p.requires_grad] + [s for s, p in zip(
-            shards, [p for p in parameters if hasattr(p, "ds_tensor")], strict=True) if p.requires_grad]),
+        "trained weights": num_bytes(
+            [p for p in parameters if p.requires_grad]
+            + [
+                s
+                for s, p in zip(
+                    shards, [p for p in parameters if hasattr(p, "ds_tensor")], strict=True
+                )
+                if p.requires_grad
+            ]
+        ),
         "4-bit weights": num_bytes([getattr(p, "ds_tensor", p) for p in nf4] + nf4),
         "quantisation scales": num_bytes(scales),
         "optimiser state": num_bytes([*flat, *states]),
@@ -93,7 +146,9 @@ def watch_collectives(sent: Counter[str]) -> None:
         setattr(dist, name, _counted(getattr(dist, name), argument, times, sent))
 
 
-def _counted(real: Callable[..., Any], argument: str, times: int, sent: Counter[str]) -> Callable[..., Any]:
+def _counted(
+    real: Callable[..., Any], argument: str, times: int, sent: Counter[str]
+) -> Callable[..., Any]:
     signature = inspect.signature(real)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -124,9 +179,16 @@ def on_a_rank(stage: str, folder: Path) -> None:
 
 
 def planned(stage: str, folder: Path) -> dict[str, int]:
-    """At a step boundary nothing is gathered but under ZeRO-3, the first stages' buckets come with the backward pass."""
+    """At a step boundary nothing is gathered but under ZeRO-3, the first stages' buckets come with
+    the backward pass."""
     plan = make_plan(stage_config(stage, folder), Machines(1, 2, 10**12))
-    names = ("trained weights", "4-bit weights", "quantisation scales", "optimiser state", "communication buckets")
+    names = (
+        "trained weights",
+        "4-bit weights",
+        "quantisation scales",
+        "optimiser state",
+        "communication buckets",
+    )
     found = {name: plan.memory[name] for name in names}
     if stage in ("zero1", "zero2"):
         found["communication buckets"] = 0
@@ -137,14 +199,25 @@ def planned(stage: str, folder: Path) -> dict[str, int]:
 
 
 def compare_stage(stage: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+    ]
     subprocess.run([*command, "--stage", stage, "--folder", str(folder)], check=True)
     return table(planned(stage, folder), json.loads((folder / "measured.json").read_text()))
 
 
 def table(plan: dict[str, int], measured: dict[str, int]) -> dict[str, Any]:
     pairs = {name: (value, measured.get(name, 0)) for name, value in plan.items()}
-    return {name: {"planned": a, "measured": b, "error_percent": error(a, b)} for name, (a, b) in pairs.items()}
+    return {
+        name: {"planned": a, "measured": b, "error_percent": error(a, b)}
+        for name, (a, b) in pairs.items()
+    }
 
 
 def error(plan: int, measured: int) -> float | None:
@@ -152,14 +225,21 @@ def error(plan: int, measured: int) -> float | None:
 
 
 def compare_activations(base: str) -> dict[str, Any]:
-    """What autograd keeps of each part, and the peak of forward and backward; on the CPU in fp32."""
+    """What autograd keeps of each part, and the peak of forward and backward; on the CPU in
+    fp32."""
     planned, measured = {}, {}
     for checkpointing in (False, True):
-        config = load_config("quickstart", [
-            *(f"model.{role}.base={base}" for role in ("encoder", "decoder", "task_llm")),
-            f"model.task_llm.checkpointing={str(checkpointing).lower()}",
-        ])
-        work, shapes = Workload(4, 4, 24, 64, 24, 2), build_shapes(config.model, engine_dtype(config.training))
+        config = load_config(
+            "quickstart",
+            [
+                *(f"model.{role}.base={base}" for role in ("encoder", "decoder", "task_llm")),
+                f"model.task_llm.checkpointing={str(checkpointing).lower()}",
+            ],
+        )
+        work, shapes = (
+            Workload(4, 4, 24, 64, 24, 2),
+            build_shapes(config.model, engine_dtype(config.training)),
+        )
         plan = count_activations(shapes, work)
         model = ShipModel(config.model).train()
         if not checkpointing:
@@ -171,10 +251,15 @@ def compare_activations(base: str) -> dict[str, Any]:
     return table(planned, measured)
 
 
-def losses(model: ShipModel, work: Workload, keep: Callable[[str, Callable[[], Any]], Any]) -> Tensor:
+def losses(
+    model: ShipModel, work: Workload, keep: Callable[[str, Callable[[], Any]], Any]
+) -> Tensor:
     """SHIP's forward on a micro-batch of `work`; `keep(part, run)` runs each part."""
+
     def rows(count: int, prompt: int, target: int, virtual: int = 0) -> TokenBatch:
-        return TokenBatch.build([[5] * prompt] * count, [[6] * target] * count if target else None, 0, virtual)
+        return TokenBatch.build(
+            [[5] * prompt] * count, [[6] * target] * count if target else None, 0, virtual
+        )
 
     latent = keep("encoder", lambda: model.encoder(rows(work.tasks, work.instruction_tokens, 0))[0])
     adapter = keep("hypernetwork", lambda: model.hypernetwork(latent))
@@ -182,13 +267,19 @@ def losses(model: ShipModel, work: Workload, keep: Callable[[str, Callable[[], A
     task = keep("task LLM", lambda: model.task_llm(adapter, answers, work.tasks))
     shown = work.shown_examples * (work.input_tokens + work.target_tokens)
     decoded = rows(work.tasks, shown, work.instruction_tokens, model.decoder.num_soft_tokens)
-    text = keep("decoder", lambda: model.decoder(latent, torch.ones(work.tasks, dtype=torch.bool), decoded))
+    text = keep(
+        "decoder", lambda: model.decoder(latent, torch.ones(work.tasks, dtype=torch.bool), decoded)
+    )
     return keep("logits at labels", lambda: sum_cross_entropy(*task) + sum_cross_entropy(*text))
 
 
 def kept_by_parts(model: ShipModel, work: Workload) -> dict[str, int]:
-    """Bytes that autograd saves; weights and generated adapters left out, each storage counted where it comes first."""
-    known = {p.untyped_storage().data_ptr(): p for p in (*model.parameters(), *model.task_llm.parameters())}
+    """Bytes that autograd saves; weights and generated adapters left out, each storage counted
+    where it comes first."""
+    known = {
+        p.untyped_storage().data_ptr(): p
+        for p in (*model.parameters(), *model.task_llm.parameters())
+    }
     found: dict[str, int] = {}
 
     def keep(part: str, run: Callable[[], Any]) -> Any:
@@ -203,7 +294,13 @@ def kept_by_parts(model: ShipModel, work: Workload) -> dict[str, int]:
             out = run()
         known.update(kept)
         if isinstance(out, LoraAdapter):
-            known.update({t.untyped_storage().data_ptr(): t for factors in out.factors.values() for t in factors})
+            known.update(
+                {
+                    t.untyped_storage().data_ptr(): t
+                    for factors in out.factors.values()
+                    for t in factors
+                }
+            )
         found[part] = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         return out
 
@@ -213,10 +310,16 @@ def kept_by_parts(model: ShipModel, work: Workload) -> dict[str, int]:
 
 def peak_of_a_step(model: ShipModel, work: Workload) -> int:
     """The most that forward and backward hold beyond the model, as the allocator reports it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         losses(model, work, lambda part, run: run()).backward()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
+    changes = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    return max(
+        accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    )
 
 
 def make_narrow(folder: Path) -> str:
@@ -231,7 +334,9 @@ def make_narrow(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -240,20 +345,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         activations = {
-            label: compare_activations(base) for label, base in
-            (("embedded, width 128", "embedded"), ("random, width 512", make_narrow(folder / "narrow")))
+            label: compare_activations(base)
+            for label, base in (
+                ("embedded, width 128", "embedded"),
+                ("random, width 512", make_narrow(folder / "narrow")),
+            )
         }
         stages = {stage: compare_stage(stage, folder) for stage in STAGES}
     report = {
         "command": "python tools/bench_planner.py",
-        "ranks": "two, gloo", "machine": describe_machine(), "versions": versions(),
-        "activations": activations, "stages": stages,
+        "ranks": "two, gloo",
+        "machine": describe_machine(),
+        "versions": versions(),
+        "activations": activations,
+        "stages": stages,
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     for where, rows in {**activations, **stages}.items():
         for what, row in rows.items():
-            print(f"{where:<22} {what:<24} {row['planned']:>14,} {row['measured']:>14,} {row['error_percent']} %")
+            print(
+                f"{where:<22} {what:<24} {row['planned']:>14,} {row['measured']:>14,} "
+                f"{row['error_percent']} %"
+            )
 
 
 if __name__ == "__main__":

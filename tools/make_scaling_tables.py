@@ -1,6 +1,6 @@
 """Write the tables of docs/scaling.md anew; a test fails while they are not what this writes.
 
-    python tools/make_scaling_tables.py
+python tools/make_scaling_tables.py
 """
 
 from pathlib import Path

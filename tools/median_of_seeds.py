@@ -1,14 +1,19 @@
-"""Medians over runs that differ by their seed alone: every score of report.json and evaluation/report.json.
+r"""Medians over runs that differ by their seed alone: every score of report.json and
+evaluation/report.json.
 
     make quickstart
     for seed in 1 2; do
-        torchrun --nproc-per-node 2 -m ship_ds.train --config quickstart run.seed=$seed run.folder=runs/quickstart-$seed
+        torchrun --nproc-per-node 2 -m ship_ds.train --config quickstart \
+            run.seed=$seed run.folder=runs/quickstart-$seed
     done
     ship-ds evaluate --run runs/quickstart --methods all
-    for seed in 1 2; do ship-ds evaluate --run runs/quickstart-$seed --methods all --seed $seed; done
-    python tools/median_of_seeds.py runs/quickstart runs/quickstart-1 runs/quickstart-2 --out tools/results/quickstart_seeds.json
+    for seed in 1 2; do ship-ds evaluate --run runs/quickstart-$seed --methods all \
+        --seed $seed; done
+    python tools/median_of_seeds.py runs/quickstart runs/quickstart-1 runs/quickstart-2 \
+        --out tools/results/quickstart_seeds.json
 
-A score that some of the runs lack is left out. Writes JSON, prints a line a score: median [lowest, highest].
+A score that some of the runs lack is left out. Writes JSON, prints a line a score: median [lowest,
+highest].
 """
 
 import argparse
@@ -54,24 +59,38 @@ def same_but_for_seed(runs: list[Path]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    missing = [path for run in args.runs for path in (run / "report.json", run / "config.json") if not path.is_file()]
+    missing = [
+        path
+        for run in args.runs
+        for path in (run / "report.json", run / "config.json")
+        if not path.is_file()
+    ]
     if missing:
         parser.error(f"{missing[0]}: missing; train that run to its end first")
     if not same_but_for_seed(args.runs):
-        parser.error("the runs' config.json differ by more than `run`: their median would mean nothing")
+        parser.error(
+            "the runs' config.json differ by more than `run`: their median would mean nothing"
+        )
     of_runs = [scores_of(run) for run in args.runs]
     common = [name for name in of_runs[0] if all(name in found for found in of_runs)]
     values = {name: [found[name] for found in of_runs] for name in common}
     for name, row in values.items():
         print(f"{name:72} {median(row):9.3f}  [{min(row):.3f}, {max(row):.3f}]")
     done = {
-        "command": f"python tools/median_of_seeds.py {' '.join(map(str, args.runs))} --out {args.out}",
-        "machine": describe_machine(), "versions": versions(), "seeds": [seed_of(run) for run in args.runs],
-        "rows": {name: {"median": round(median(row), 4), "values": row} for name, row in values.items()},
+        "command": f"python tools/median_of_seeds.py {' '.join(map(str, args.runs))} --out "
+        f"{args.out}",
+        "machine": describe_machine(),
+        "versions": versions(),
+        "seeds": [seed_of(run) for run in args.runs],
+        "rows": {
+            name: {"median": round(median(row), 4), "values": row} for name, row in values.items()
+        },
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(done, indent=1) + "\n")

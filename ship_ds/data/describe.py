@@ -10,8 +10,11 @@ NUM_SAMPLES = 3
 _WIDTH = 100
 
 
-def describe(path: Path, format: str = "auto", filters: FilterConfig | None = None) -> dict[str, Any]:
-    """Counts before the filters, what the filters leave out by reason and what then stays, and three tasks with an example."""
+def describe(
+    path: Path, format: str = "auto", filters: FilterConfig | None = None
+) -> dict[str, Any]:
+    """Counts before the filters, what the filters leave out by reason and what then stays, and
+    three tasks with an example."""
     tasks = read_tasks(path, format)
     kept, filtered = apply_filters(tasks, filters or FilterConfig())
     picked = tasks[:: max(1, len(tasks) // NUM_SAMPLES)][:NUM_SAMPLES]
@@ -23,8 +26,14 @@ def describe(path: Path, format: str = "auto", filters: FilterConfig | None = No
         "filtered": filtered,
         "kept": {"tasks": len(kept), "examples": sum(len(task.examples) for task in kept)},
         "samples": [
-            {"id": task.id, "instruction": task.instruction, "input": task.examples[0].input, "target": task.examples[0].target}
-            for task in picked if task.examples
+            {
+                "id": task.id,
+                "instruction": task.instruction,
+                "input": task.examples[0].input,
+                "target": task.examples[0].target,
+            }
+            for task in picked
+            if task.examples
         ],
     }
 
@@ -32,7 +41,8 @@ def describe(path: Path, format: str = "auto", filters: FilterConfig | None = No
 def show(description: dict[str, Any]) -> str:
     kept = description["kept"]
     lines = [
-        f"format {description['format']}: {description['tasks']} tasks, {description['examples']} examples, "
+        f"format {description['format']}: {description['tasks']} tasks, {description['examples']} "
+        "examples, "
         f"{description['families']} families",
         *(f"left out: {reason}: {count}" for reason, count in description["filtered"].items()),
         f"kept: {kept['tasks']} tasks, {kept['examples']} examples",

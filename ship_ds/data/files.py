@@ -1,4 +1,5 @@
-"""The data section of a run on files: read, filter, cut to length, split; each step says what it left out."""
+"""The data section of a run on files: read, filter, cut to length, split; each step says what it
+left out."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,15 +29,24 @@ class FilesConfig(Section):
     """Folder of the token cache; None: below the run's folder."""
 
 
-def read_splits(config: FilesConfig, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]) -> Splits:
+def read_splits(
+    config: FilesConfig, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]
+) -> Splits:
     """Raises DataError where the files are not as their format says."""
     tasks = read_tasks(Path(config.path), config.format)
     say(f"{config.path}: {len(tasks)} tasks, {sum(len(task.examples) for task in tasks)} examples")
     tasks, filtered = apply_filters(tasks, config.filters)
     tasks, cut = truncate_tasks(tasks, tokenizer, config.truncation)
-    # Cutting can leave a task with too few examples, or make two of them equal; the second pass says so.
-    tasks, emptied = apply_filters(tasks, FilterConfig(min_examples_per_task=config.filters.min_examples_per_task))
-    for step, counts in (("left out", filtered), ("cut to length", cut), ("left out after cutting", emptied)):
+    # Cutting can leave a task with too few examples, or make two of them equal; the second pass
+    # says so.
+    tasks, emptied = apply_filters(
+        tasks, FilterConfig(min_examples_per_task=config.filters.min_examples_per_task)
+    )
+    for step, counts in (
+        ("left out", filtered),
+        ("cut to length", cut),
+        ("left out after cutting", emptied),
+    ):
         for reason, count in counts.items():
             say(f"{step}: {reason}: {count}")
     splits = split_tasks(tasks, config.split)

@@ -1,4 +1,5 @@
-"""Which examples and tasks a run leaves out, counted by reason (SHIP's own filter: inputs under 20 words, 27 examples a task)."""
+"""Which examples and tasks a run leaves out, counted by reason (SHIP's own filter: inputs under 20
+words, 27 examples a task)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from ship_ds.section import Section
 
 
 class FilterConfig(Section):
-    """None: no limit. An input's words are parted by single spaces, as in SHIP's code; an instruction's by white space.
+    """None: no limit. An input's words are parted by single spaces, as in SHIP's code; an
+    instruction's by white space.
 
-    Whatever the limits, exact repeats of an example are left out, and tasks with nothing to train or to test on.
+    Whatever the limits, exact repeats of an example are left out, and tasks with nothing to train
+    or to test on.
     """
 
     max_input_words: PositiveInt | None = None
@@ -31,7 +34,10 @@ def apply_filters(tasks: Sequence[Task], config: FilterConfig) -> tuple[list[Tas
     counts: Counter[str] = Counter()
     kept = []
     for task in tasks:
-        if config.max_instruction_words is not None and len(task.instruction.split()) > config.max_instruction_words:
+        if (
+            config.max_instruction_words is not None
+            and len(task.instruction.split()) > config.max_instruction_words
+        ):
             counts[f"tasks: instruction of more than {config.max_instruction_words} words"] += 1
             continue
         examples = _keep_examples(task.examples, config, counts)
@@ -40,14 +46,18 @@ def apply_filters(tasks: Sequence[Task], config: FilterConfig) -> tuple[list[Tas
             counts[f"tasks: fewer than {config.min_examples_per_task} examples left"] += 1
         elif len(inputs) < 2:
             counts["tasks: the same input in every example"] += 1
-        elif inputs == {example.input for example in examples if isinstance(example, HeldOutExample)}:
+        elif inputs == {
+            example.input for example in examples if isinstance(example, HeldOutExample)
+        }:
             counts["tasks: only the format's test examples left"] += 1
         else:
             kept.append(replace(task, examples=tuple(examples)))
     return kept, dict(counts)
 
 
-def _keep_examples(examples: Sequence[Example], config: FilterConfig, counts: Counter[str]) -> list[Example]:
+def _keep_examples(
+    examples: Sequence[Example], config: FilterConfig, counts: Counter[str]
+) -> list[Example]:
     kept: dict[Example, None] = {}
     num_counted = 0
     for example in examples:
@@ -55,11 +65,16 @@ def _keep_examples(examples: Sequence[Example], config: FilterConfig, counts: Co
             counts["examples: exact repeats"] += 1
         elif config.drop_empty_targets and not example.target:
             counts["examples: empty target"] += 1
-        elif config.max_input_words is not None and len(example.input.split(" ")) >= config.max_input_words:
+        elif (
+            config.max_input_words is not None
+            and len(example.input.split(" ")) >= config.max_input_words
+        ):
             counts[f"examples: input of {config.max_input_words} words or more"] += 1
         elif isinstance(example, HeldOutExample):
             kept[example] = None
-        elif config.max_examples_per_task is not None and num_counted >= config.max_examples_per_task:
+        elif (
+            config.max_examples_per_task is not None and num_counted >= config.max_examples_per_task
+        ):
             counts[f"examples: beyond the first {config.max_examples_per_task} of a task"] += 1
         else:
             kept[example] = None

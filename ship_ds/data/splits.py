@@ -1,7 +1,9 @@
-"""Seen, dev and unseen tasks, parted by rule and not by task; train and test examples parted within a task.
+"""Seen, dev and unseen tasks, parted by rule and not by task; train and test examples parted within
+a task.
 
-Two tasks are one rule when a wording of one and a wording of the other are equal (list functions repeat some) or have token
-sets with a Jaccard index of 0.8 or more (Super-NaturalInstructions has many near copies).
+Two tasks are one rule when a wording of one and a wording of the other are equal (list functions
+repeat some) or have token sets with a Jaccard index of 0.8 or more (Super-NaturalInstructions has
+many near copies).
 """
 
 import random
@@ -30,46 +32,64 @@ class SplitConfig(Section):
     unseen_share: float = Field(0.1, gt=0, lt=1)
     dev_share: float = Field(0.05, gt=0, lt=1)
     test_examples: PositiveInt = 5
-    """Drawn for each task (files are often sorted), or the format's own; at least half of the inputs stay for training."""
+    """Drawn for each task (files are often sorted), or the format's own; at least half of the
+    inputs stay for training."""
     train_examples: PositiveInt | None = None
     """The first ones that are left; None: all."""
 
     @model_validator(mode="after")
     def _leaves_seen(self) -> "SplitConfig":
         if self.unseen_share + self.dev_share >= 1:
-            raise ValueError("unseen_share and dev_share leave nothing to train on: lower them to a sum below 1")
+            raise ValueError(
+                "unseen_share and dev_share leave nothing to train on: lower them to a sum below 1"
+            )
         return self
 
 
 def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
-    """A pure function of tasks and config; each part has a rule. Raises DataError with fewer than three rules."""
+    """A pure function of tasks and config; each part has a rule. Raises DataError with fewer than
+    three rules."""
     groups = rule_groups(tasks)
     if len(groups) < 3:
         raise DataError(
-            f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for a seen, a dev and an unseen part; give more"
+            f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for a seen, a dev "
+            "and an unseen part; give more"
         )
     num_unseen = min(max(1, round(config.unseen_share * len(groups))), len(groups) - 2)
     num_dev = min(max(1, round(config.dev_share * len(groups))), len(groups) - num_unseen - 1)
     random.Random(f"split {config.seed}").shuffle(groups)
-    parts = groups[num_unseen + num_dev :], groups[num_unseen : num_unseen + num_dev], groups[:num_unseen]
+    parts = (
+        groups[num_unseen + num_dev :],
+        groups[num_unseen : num_unseen + num_dev],
+        groups[:num_unseen],
+    )
     seen, dev, unseen = (
-        tuple(_split_examples(tasks[i], config) for i in sorted(i for group in part for i in group)) for part in parts
+        tuple(_split_examples(tasks[i], config) for i in sorted(i for group in part for i in group))
+        for part in parts
     )
     return Splits(seen, dev, unseen)
 
 
 def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
-    """Examples with equal inputs stay on one side, so that no test input was trained on. Both sides are in file order."""
+    """Examples with equal inputs stay on one side, so that no test input was trained on. Both sides
+    are in file order."""
     inputs = list(dict.fromkeys(example.input for example in task.examples))
     tested = {example.input for example in task.examples if isinstance(example, HeldOutExample)}
     if not tested:
-        drawn = random.Random(f"test {config.seed} {task.id}").sample(inputs, min(config.test_examples, len(inputs) // 2))
+        drawn = random.Random(f"test {config.seed} {task.id}").sample(
+            inputs, min(config.test_examples, len(inputs) // 2)
+        )
         tested = set(drawn)
     if not 0 < len(tested) < len(inputs):
-        raise DataError(f"{task.source}: task {task.id!r} has {len(inputs)} distinct inputs, too few to train and to test on")
+        raise DataError(
+            f"{task.source}: task {task.id!r} has {len(inputs)} distinct inputs, too "
+            "few to train and to test on"
+        )
     train = [example for example in task.examples if example.input not in tested]
     test = [example for example in task.examples if example.input in tested]
-    return SplitTask(task, tuple(train[: config.train_examples]), tuple(test[: config.test_examples]))
+    return SplitTask(
+        task, tuple(train[: config.train_examples]), tuple(test[: config.test_examples])
+    )
 
 
 def rule_groups(tasks: Sequence[Task]) -> list[list[int]]:
@@ -95,15 +115,16 @@ def rule_groups(tasks: Sequence[Task]) -> list[list[int]]:
 
 
 def _tokens(text: str) -> frozenset[str]:
-    """Lower-case words; punctuation after a word is not part of it, while a sign of its own ("=") is a word."""
+    """Lower-case words; punctuation after a word is not part of it, while a sign of its own ("=")
+    is a word."""
     return frozenset(word.strip(".,:;!?\"'()") or word for word in text.lower().split())
 
 
 def _similar(sets: Iterable[frozenset[str]]) -> list[tuple[frozenset[str], frozenset[str]]]:
     """Pairs with a Jaccard index J >= t, without looking at every pair.
 
-    Two such sets share one of their |x| - t|x| + 1 rarest tokens (prefix filtering, Bayardo et al. 2007), so only those are
-    looked up.
+    Two such sets share one of their |x| - t|x| + 1 rarest tokens (prefix filtering, Bayardo et al.
+    2007), so only those are looked up.
     """
     sets = list(sets)
     counts: dict[str, int] = {}
@@ -113,7 +134,9 @@ def _similar(sets: Iterable[frozenset[str]]) -> list[tuple[frozenset[str], froze
     pairs = []
     holders: dict[str, list[frozenset[str]]] = {}
     for own in sets:
-        rarest = sorted(own, key=lambda word: (counts[word], word))[: len(own) - int(SAME_RULE_JACCARD * len(own)) + 1]
+        rarest = sorted(own, key=lambda word: (counts[word], word))[
+            : len(own) - int(SAME_RULE_JACCARD * len(own)) + 1
+        ]
         for other in {other for word in rarest for other in holders.get(word, ())}:
             common = len(own & other)
             if common >= SAME_RULE_JACCARD * (len(own) + len(other) - common):

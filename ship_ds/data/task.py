@@ -1,6 +1,8 @@
-"""What every reader yields and everything downstream consumes: a task is an instruction with examples of it.
+"""What every reader yields and everything downstream consumes: a task is an instruction with
+examples of it.
 
-Plain frozen values without tensors, so readers, splits and the generator can be tested without torch.
+Plain frozen values without tensors, so readers, splits and the generator can be tested without
+torch.
 """
 
 from dataclasses import dataclass
@@ -10,12 +12,14 @@ from ship_ds.errors import UserError
 
 
 class DataError(UserError):
-    """A row or file that cannot be read; the message is one line: file, line or key, what was expected, what to do."""
+    """A row or file that cannot be read; the message is one line: file, line or key, what was
+    expected, what to do."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One input with its target. `references` lists every right answer, the target first; empty means the target alone."""
+    """One input with its target. `references` lists every right answer, the target first; empty
+    means the target alone."""
 
     input: str
     target: str
@@ -30,8 +34,9 @@ class Example:
 class Task:
     """An instruction, examples that follow it, and other wordings of it.
 
-    `source` says where it was read (a file, or "rules"); `family` groups tasks for macro-averages and is the task's own
-    category where the format has one (SNI `Categories`, the generator's rule family), else empty.
+    `source` says where it was read (a file, or "rules"); `family` groups tasks for macro-averages
+    and is the task's own category where the format has one (SNI `Categories`, the generator's rule
+    family), else empty.
     """
 
     id: str
@@ -44,9 +49,11 @@ class Task:
 
 @dataclass(frozen=True)
 class SplitTask:
-    """A task with its examples parted into train and test, and the paraphrases that training never shows.
+    """A task with its examples parted into train and test, and the paraphrases that training never
+    shows.
 
-    `kind` says of an unseen task why it is unseen ("parameter", "composition", "family"; "" where that is not known).
+    `kind` says of an unseen task why it is unseen ("parameter", "composition", "family"; "" where
+    that is not known).
     """
 
     task: Task
@@ -61,13 +68,15 @@ class SplitTask:
 
     @property
     def wordings(self) -> tuple[str, ...]:
-        """Every instruction text that training may show: the instruction first, then its paraphrases."""
+        """Every instruction text that training may show: the instruction first, then its
+        paraphrases."""
         return (self.task.instruction, *self.task.paraphrases)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Rules parted three ways: seen (trained on), dev (every tuning decision), unseen (the final evaluation alone)."""
+    """Rules parted three ways: seen (trained on), dev (every tuning decision), unseen (the final
+    evaluation alone)."""
 
     seen: tuple[SplitTask, ...]
     dev: tuple[SplitTask, ...]
@@ -75,5 +84,6 @@ class Splits:
 
 
 def read_error(path: Path | str, where: str, problem: str) -> DataError:
-    """The one-line form every reader uses, e.g. `tasks/a.json: Instances[3].output: expected a list of strings, got int`."""
+    """The one-line form every reader uses, e.g. `tasks/a.json: Instances[3].output: expected a list
+    of strings, got int`."""
     return DataError(f"{path}: {where}: {problem}")

@@ -1,7 +1,8 @@
-"""Token ids of many texts, computed once with `datasets` and kept in a folder under a fingerprint of tokenizer and texts.
+"""Token ids of many texts, computed once with `datasets` and kept in a folder under a fingerprint
+of tokenizer and texts.
 
-The caller lets rank 0 go first; the others then find the folder and only read it. Where ranks do not share a disk, each node's
-first to finish is kept.
+The caller lets rank 0 go first; the others then find the folder and only read it. Where ranks do
+not share a disk, each node's first to finish is kept.
 """
 
 import hashlib
@@ -31,11 +32,15 @@ def _definition(tokenizer: "PreTrainedTokenizerBase") -> str:
     if backend is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True)
     content = json.loads(backend.to_str())
-    return json.dumps(content | {"truncation": None, "padding": None})  # what the last call asked for, no part of the tokenizer
+    # what the last call asked for, no part of the tokenizer
+    return json.dumps(content | {"truncation": None, "padding": None})
 
 
-def tokenise_all(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", folder: Path) -> dict[str, tuple[int, ...]]:
-    """text -> ids without special tokens. A cache that is missing, unfinished or damaged is made anew."""
+def tokenise_all(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", folder: Path
+) -> dict[str, tuple[int, ...]]:
+    """text -> ids without special tokens. A cache that is missing, unfinished or damaged is made
+    anew."""
     if not texts:
         return {}
     import datasets
@@ -45,8 +50,12 @@ def tokenise_all(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", fol
     found = _read(name)
     if found is None:
         made = datasets.Dataset.from_dict({"text": list(texts)}).map(
-            lambda rows: {"ids": tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]}, batched=True,
-            remove_columns=["text"], load_from_cache_file=False,
+            lambda rows: {
+                "ids": tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+            },
+            batched=True,
+            remove_columns=["text"],
+            load_from_cache_file=False,
         )
         _write(made, name)
         found = made["ids"]

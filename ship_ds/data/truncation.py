@@ -1,6 +1,8 @@
-"""Cutting instructions, inputs and targets to a number of tokens, before anything else sees them; every cut is counted.
+"""Cutting instructions, inputs and targets to a number of tokens, before anything else sees them;
+every cut is counted.
 
-The text itself is cut at a token's edge, so that training, evaluation and the printed samples speak of the same text.
+The text itself is cut at a token's edge, so that training, evaluation and the printed samples speak
+of the same text.
 """
 
 from collections import Counter
@@ -21,7 +23,8 @@ _CHUNK = 4096
 
 
 class FieldLimit(Section):
-    """At most `tokens` (None: any number). `drop` leaves out the text: a wording, an answer, or an input with its example."""
+    """At most `tokens` (None: any number). `drop` leaves out the text: a wording, an answer, or an
+    input with its example."""
 
     tokens: PositiveInt | None = None
     policy: Policy = "cut_end"
@@ -54,21 +57,47 @@ class TruncationConfig(Section):
 def truncate_tasks(
     tasks: Sequence[Task], tokenizer: "PreTrainedTokenizerBase", config: TruncationConfig
 ) -> tuple[list[Task], dict[str, int]]:
-    """The tasks within the limits, and how often each field was cut or dropped. Raises DataError for a slow tokenizer."""
+    """The tasks within the limits, and how often each field was cut or dropped. Raises DataError
+    for a slow tokenizer."""
     if not tokenizer.is_fast:
-        raise DataError(f"{tokenizer.name_or_path}: a slow tokenizer; cutting needs a fast one, with a tokenizer.json")
+        raise DataError(
+            f"{tokenizer.name_or_path}: a slow tokenizer; cutting needs a fast one, "
+            "with a tokenizer.json"
+        )
     counts: Counter[str] = Counter()
     examples = [example for task in tasks for example in task.examples]
-    wording = _Cutter("instruction", config.instruction, tokenizer, counts, (w for task in tasks for w in _wordings(task)))
-    question = _Cutter("input", config.input, tokenizer, counts, (example.input for example in examples))
-    answer = _Cutter("target", config.target, tokenizer, counts, (a for example in examples for a in example.answers))
+    wording = _Cutter(
+        "instruction",
+        config.instruction,
+        tokenizer,
+        counts,
+        (w for task in tasks for w in _wordings(task)),
+    )
+    question = _Cutter(
+        "input", config.input, tokenizer, counts, (example.input for example in examples)
+    )
+    answer = _Cutter(
+        "target",
+        config.target,
+        tokenizer,
+        counts,
+        (a for example in examples for a in example.answers),
+    )
     kept = []
     for task in tasks:
         wordings = wording(_wordings(task))
-        within = [short for example in task.examples if (short := _cut_example(example, question, answer)) is not None]
+        within = [
+            short
+            for example in task.examples
+            if (short := _cut_example(example, question, answer)) is not None
+        ]
         counts["examples: left without input or target"] += len(task.examples) - len(within)
         if wordings and within:
-            kept.append(replace(task, instruction=wordings[0], paraphrases=wordings[1:], examples=tuple(within)))
+            kept.append(
+                replace(
+                    task, instruction=wordings[0], paraphrases=wordings[1:], examples=tuple(within)
+                )
+            )
         else:
             counts["tasks: left without instruction or examples"] += 1
     return kept, {what: count for what, count in counts.items() if count}
@@ -82,14 +111,21 @@ def _cut_example(example: Example, question: "_Cutter", answer: "_Cutter") -> Ex
     inputs, answers = question((example.input,)), answer(example.answers)
     if not inputs or not answers:
         return None
-    return replace(example, input=inputs[0], target=answers[0], references=answers if len(answers) > 1 else ())
+    return replace(
+        example, input=inputs[0], target=answers[0], references=answers if len(answers) > 1 else ()
+    )
 
 
 class _Cutter:
     """One field's limit: texts -> what is left of them, without repeats that cutting makes."""
 
     def __init__(
-        self, name: str, limit: FieldLimit, tokenizer: "PreTrainedTokenizerBase", counts: Counter[str], texts: Iterable[str]
+        self,
+        name: str,
+        limit: FieldLimit,
+        tokenizer: "PreTrainedTokenizerBase",
+        counts: Counter[str],
+        texts: Iterable[str],
     ) -> None:
         self.counts, self.cut = counts, dict[str, str | None]()
         done = "dropped" if limit.policy == "drop" else limit.policy
@@ -100,23 +136,33 @@ class _Cutter:
 
     def __call__(self, texts: Sequence[str]) -> tuple[str, ...]:
         self.counts[self.reason] += sum(text in self.cut for text in texts)
-        return tuple(dict.fromkeys(short for text in texts if (short := self.cut.get(text, text)) is not None))
+        return tuple(
+            dict.fromkeys(
+                short for text in texts if (short := self.cut.get(text, text)) is not None
+            )
+        )
 
 
 def _longer(texts: Iterable[str], most: int, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     distinct = list(dict.fromkeys(texts))
     for start in range(0, len(distinct), _CHUNK):
         chunk = distinct[start : start + _CHUNK]
-        ids: Any = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids: Any = tokenizer(
+            chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
         yield from (text for text, own in zip(chunk, ids, strict=True) if len(own) > most)
 
 
 def _cut(text: str, most: int, policy: Policy, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """None where the text is to be dropped, and where not even one token's letters are within the limit."""
+    """None where the text is to be dropped, and where not even one token's letters are within the
+    limit."""
     if policy == "drop":
         return None
-    offsets: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    for num_kept in range(most, 0, -1):  # the parts may have more tokens than the whole had: letters of several bytes, a seam
+    offsets: Any = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )["offset_mapping"]
+    # the parts may have more tokens than the whole had: letters of several bytes, a seam
+    for num_kept in range(most, 0, -1):
         head = {"cut_end": num_kept, "cut_start": 0, "cut_middle": (num_kept + 1) // 2}[policy]
         tail = num_kept - head
         start = text[: offsets[head - 1][1]].strip() if head else ""

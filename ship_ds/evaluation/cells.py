@@ -1,6 +1,8 @@
-"""A cell of the evaluation: one method, one direction, one part of the rules. It is stored as soon as it is measured.
+"""A cell of the evaluation: one method, one direction, one part of the rules. It is stored as soon
+as it is measured.
 
-A stored cell carries the fingerprint of everything that it depends on; under another fingerprint it is measured again.
+A stored cell carries the fingerprint of everything that it depends on; under another fingerprint it
+is measured again.
 """
 
 import json
@@ -13,9 +15,14 @@ from ship_ds.evaluation.files import write_json
 from ship_ds.evaluation.method import Deduces, Induces, Method, Reasons
 
 Direction = Literal["deduction", "induction", "reasoning"]
-PROTOCOLS: dict[Direction, type] = {"deduction": Deduces, "induction": Induces, "reasoning": Reasons}
+PROTOCOLS: dict[Direction, type] = {
+    "deduction": Deduces,
+    "induction": Induces,
+    "reasoning": Reasons,
+}
 Row = dict[str, Any]
-"""One task of a cell: its id, kind and instruction, what the method said, and a list of values for each metric."""
+"""One task of a cell: its id, kind and instruction, what the method said, and a list of values for
+each metric."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell's rows with what they cost. prepare_seconds: training or loading the method, before any of its cells."""
+    """A cell's rows with what they cost. prepare_seconds: training or loading the method, before
+    any of its cells."""
 
     fingerprint: Mapping[str, Any]
     metrics: Sequence[str]
@@ -45,7 +53,9 @@ class Measured:
     num_ranks: int
 
 
-def cells_of(method: type[Method], parts: Sequence[str], num_shown: Sequence[int]) -> Iterator[Cell]:
+def cells_of(
+    method: type[Method], parts: Sequence[str], num_shown: Sequence[int]
+) -> Iterator[Cell]:
     """The cells of each direction whose protocol the method fulfils."""
     for direction, protocol in PROTOCOLS.items():
         if issubclass(method, protocol):
@@ -67,7 +77,11 @@ class CellStore:
 
     def read(self, cell: Cell) -> Measured | None:
         """None: not measured yet, under whatever fingerprint."""
-        return Measured(**json.loads(self.path(cell).read_text())) if self.path(cell).is_file() else None
+        return (
+            Measured(**json.loads(self.path(cell).read_text()))
+            if self.path(cell).is_file()
+            else None
+        )
 
 
 def changed(measured: Measured, fingerprint: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,5 @@
-"""A judge behind an OpenAI-compatible endpoint: is the induced instruction the same as the true one?"""
+"""A judge behind an OpenAI-compatible endpoint: is the induced instruction the same as the true
+one?"""
 
 import json
 import os
@@ -15,13 +16,15 @@ from ship_ds.evaluation.files import write_json
 from ship_ds.evaluation.questions import Question
 
 _QUESTION = (
-    "Two instructions for the same kind of input follow. Would a careful reader who follows them give the same output for "
+    "Two instructions for the same kind of input follow. Would a careful reader who follows them "
+    "give the same output for "
     "every input? Answer with one word, yes or no."
 )
 
 
 class EndpointConfig(Section):
-    """A server that speaks OpenAI's /chat/completions; its key is read from OPENAI_API_KEY, where it needs one."""
+    """A server that speaks OpenAI's /chat/completions; its key is read from OPENAI_API_KEY, where
+    it needs one."""
 
     url: str = "http://localhost:8000/v1"
     model: str = "default"
@@ -30,22 +33,32 @@ class EndpointConfig(Section):
 
 
 class EndpointJudge:
-    """A language model behind an OpenAI-compatible endpoint says whether the text means the same as the instruction.
+    """A language model behind an OpenAI-compatible endpoint says whether the text means the same as
+    the instruction.
 
     Every reply is kept in `folder` under the hash of its request, and is not asked for again.
     """
 
     def __init__(self, config: EndpointConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        # The client retries with backoff by itself: connection errors, 408, 409, 429 and 5xx. Local servers take any key.
+        # The client retries with backoff by itself: connection errors, 408, 409, 429 and 5xx. Local
+        # servers take any key.
         self.client = OpenAI(
-            base_url=config.url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=config.retries,
+            base_url=config.url,
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            max_retries=config.retries,
             timeout=config.timeout_seconds,
         )
 
-    def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> dict[str, list[list[float]]]:
-        return {"judged_equivalence": [[self.is_same(text, q.task.task.instruction)]
-                                       for text, q in zip(induced, questions, strict=True)]}
+    def columns(
+        self, induced: Sequence[str], questions: Sequence[Question]
+    ) -> dict[str, list[list[float]]]:
+        return {
+            "judged_equivalence": [
+                [self.is_same(text, q.task.task.instruction)]
+                for text, q in zip(induced, questions, strict=True)
+            ]
+        }
 
     def is_same(self, text: str, instruction: str) -> bool:
         """Anything but a reply that starts with "yes" is a no."""
@@ -53,17 +66,31 @@ class EndpointJudge:
         return reply.strip().strip("*\"'").lower().startswith("yes")
 
     def reply(self, content: str) -> str:
-        request = {"model": self.config.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        path = self.folder / f"{sha256(json.dumps([self.config.url, request]).encode()).hexdigest()}.json"
+        request = {
+            "model": self.config.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+        }
+        path = (
+            self.folder
+            / f"{sha256(json.dumps([self.config.url, request]).encode()).hexdigest()}.json"
+        )
         if not path.is_file():
-            write_json(path, {"url": self.config.url, "request": request, "reply": self._ask(request)})
+            write_json(
+                path, {"url": self.config.url, "request": request, "reply": self._ask(request)}
+            )
         return json.loads(path.read_text())["reply"]["choices"][0]["message"]["content"] or ""
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
             answer = self.client.chat.completions.create(**request)
         except OpenAIError as error:
-            raise UserError(f"{self.config.url}: the judge gave no answer: {' '.join(str(error).split())}") from None
+            raise UserError(
+                f"{self.config.url}: the judge gave no answer: {' '.join(str(error).split())}"
+            ) from None
         if not answer.choices:
-            raise UserError(f"{self.config.url}: the judge's reply has no choices; is it an OpenAI-compatible endpoint?")
+            raise UserError(
+                f"{self.config.url}: the judge's reply has no choices; is it an "
+                "OpenAI-compatible endpoint?"
+            )
         return answer.model_dump(mode="json")

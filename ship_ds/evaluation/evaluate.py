@@ -20,16 +20,26 @@ from ship_ds.monitor.machine import versions
 from ship_ds.runtime import ranks
 
 
-def evaluate(folder: Path, config: HarnessConfig, arguments: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """The report; rank 0 writes it. Methods measured earlier under the same setting are in it as well."""
+def evaluate(
+    folder: Path, config: HarnessConfig, arguments: Sequence[str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The report; rank 0 writes it. Methods measured earlier under the same setting are in it as
+    well."""
     run = Run.open(folder, say)
     harness = Harness(run, config, say)
     harness.measure_all()
     measured = valid_cells(harness)
     present = {cell.method for cell in measured}
     origin = table.Origin(
-        str(folder), shlex.join(["ship-ds", *arguments]), versions(), config.model_dump(mode="json"),
-        {name: states_instruction(method, run.ship.config.model) for name, method in METHODS.items() if name in present},
+        str(folder),
+        shlex.join(["ship-ds", *arguments]),
+        versions(),
+        config.model_dump(mode="json"),
+        {
+            name: states_instruction(method, run.ship.config.model)
+            for name, method in METHODS.items()
+            if name in present
+        },
         config.num_shown[0],
     )
     report = table.build(measured, origin)
@@ -40,7 +50,8 @@ def evaluate(folder: Path, config: HarnessConfig, arguments: Sequence[str], say:
 
 
 def write_latent_map(folder: Path, say: Callable[[str], None]) -> None:
-    """`<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run has none yet."""
+    """`<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run has none
+    yet."""
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
     if not (bundle / WEIGHTS).is_file():
         return
@@ -61,7 +72,9 @@ def valid_cells(harness: Harness) -> dict[Cell, Measured]:
 def show(report: dict[str, Any]) -> None:
     """The values alone; intervals, kinds and tasks are in report.md."""
     for direction in ("deduction", "induction", "reasoning"):
-        header, *rows = table.summary_rows(report, direction, table.PARTS, tuple(table.TITLES), table.value_alone)
+        header, *rows = table.summary_rows(
+            report, direction, table.PARTS, tuple(table.TITLES), table.value_alone
+        )
         if rows:
             shown = Table(title=direction)
             for index, title in enumerate(header):

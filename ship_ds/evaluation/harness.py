@@ -1,10 +1,13 @@
-"""The evaluation of a run: every method in every direction, on seen and on unseen rules, as one report.
+"""The evaluation of a run: every method in every direction, on seen and on unseen rules, as one
+report.
 
     ship-ds evaluate --run runs/quickstart --methods all
-    torchrun --nproc-per-node 2 -m -- ship_ds.cli evaluate --run runs/quickstart --methods all    # "--": --run is not torchrun's
+    # "--": --run is not torchrun's
+    torchrun --nproc-per-node 2 -m -- ship_ds.cli evaluate --run runs/quickstart --methods all
 
-All methods are shown the same examples and asked the same inputs. Each rank measures its share of the tasks. A cell that
-is measured already, with the same bundle, data and settings, is not measured again; `<run>/evaluation` holds everything.
+All methods are shown the same examples and asked the same inputs. Each rank measures its share of
+the tasks. A cell that is measured already, with the same bundle, data and settings, is not measured
+again; `<run>/evaluation` holds everything.
 """
 
 import json
@@ -27,7 +30,15 @@ from ship_ds.errors import UserError
 from ship_ds.evaluation.cells import Cell, CellStore, Measured, Row, cells_of, changed
 from ship_ds.evaluation.endpoint import EndpointConfig
 from ship_ds.evaluation.judges import Columns, Judge, JudgeName, build_judges
-from ship_ds.evaluation.method import Answers, Deduces, Induces, Method, Reasons, ReasonsOtherwise, Setting
+from ship_ds.evaluation.method import (
+    Answers,
+    Deduces,
+    Induces,
+    Method,
+    Reasons,
+    ReasonsOtherwise,
+    Setting,
+)
 from ship_ds.evaluation.methods import METHODS, TRAINED, own_settings
 from ship_ds.evaluation.metrics import exact_match, rouge_l
 from ship_ds.evaluation.questions import Question, ask, spread
@@ -43,7 +54,8 @@ class HarnessConfig(Section):
     num_tasks: PositiveInt = 120
     """Of each part at most, evenly spaced."""
     num_shown: tuple[PositiveInt, ...] = Field((5,), min_length=1)
-    """Examples shown in induction and reasoning; the first is the report's own, the others are beside it."""
+    """Examples shown in induction and reasoning; the first is the report's own, the others are
+    beside it."""
     minutes: PositiveFloat = Field(5, le=5)
     """Training time of each baseline."""
     judges: tuple[JudgeName, ...] = ("execution", "rouge")
@@ -61,10 +73,19 @@ class HarnessConfig(Section):
 
 def from_arguments(args: Namespace) -> HarnessConfig:
     """Of `ship-ds evaluate`. Raises UserError naming the option."""
-    listed = {"parts": args.parts, "num_shown": args.num_shown, "judges": "" if args.judge == "none" else args.judge}
+    listed = {
+        "parts": args.parts,
+        "num_shown": args.num_shown,
+        "judges": "" if args.judge == "none" else args.judge,
+    }
     values = {
-        **{key: [part.strip() for part in text.split(",") if part.strip()] for key, text in listed.items()},
-        "num_tasks": args.num_tasks, "minutes": args.minutes, "seed": args.seed,
+        **{
+            key: [part.strip() for part in text.split(",") if part.strip()]
+            for key, text in listed.items()
+        },
+        "num_tasks": args.num_tasks,
+        "minutes": args.minutes,
+        "seed": args.seed,
         "endpoint": {"url": args.endpoint, "model": args.endpoint_model},
     }
     if args.methods != "all":
@@ -87,7 +108,8 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, say: Callable[[str], None]) -> "Run":
-        """Raises UserError where there is no bundle, or where the data are no longer those of the run."""
+        """Raises UserError where there is no bundle, or where the data are no longer those of the
+        run."""
         from ship_ds.train import read_splits
 
         ship = Ship.from_run(folder, ranks.device())
@@ -95,7 +117,10 @@ class Run:
         if (folder / "splits.json").is_file():
             for part, ids in json.loads((folder / "splits.json").read_text()).items():
                 if ids != [task.id for task in getattr(splits, part)]:
-                    raise UserError(f"{folder / 'splits.json'}: the data now give other {part} tasks than the run was made with")
+                    raise UserError(
+                        f"{folder / 'splits.json'}: the data now give other {part} "
+                        "tasks than the run was made with"
+                    )
         return cls(folder, ship, splits)
 
     @cached_property
@@ -122,16 +147,24 @@ class Harness:
         return list(cells_of(METHODS[name], self.config.parts, self.config.num_shown))
 
     def stored(self, name: str) -> list[Cell]:
-        """Cells of the method on disk, whatever was asked for this time, in the order of parts and numbers shown."""
+        """Cells of the method on disk, whatever was asked for this time, in the order of parts and
+        numbers shown."""
         files = {path.name for path in self.store.folder.glob(f"{name}.*.json")}
-        numbers = sorted({int(file.split(".")[-2].removesuffix("_shown")) for file in files if "_shown" in file})
+        numbers = sorted(
+            {int(file.split(".")[-2].removesuffix("_shown")) for file in files if "_shown" in file}
+        )
         cells = cells_of(METHODS[name], ("seen", "dev", "unseen"), numbers)
         return [cell for cell in cells if self.store.path(cell).name in files]
 
     def fingerprint(self, cell: Cell) -> dict[str, Any]:
         """What the cell depends on, and no more, so that little is measured again."""
         config = self.config
-        found = {**self.run.fingerprint, "harness": _VERSION, "num_tasks": config.num_tasks, "seed": config.seed}
+        found = {
+            **self.run.fingerprint,
+            "harness": _VERSION,
+            "num_tasks": config.num_tasks,
+            "seed": config.seed,
+        }
         if cell.method in TRAINED:
             found["minutes"] = config.minutes
         found |= own_settings(METHODS[cell.method])
@@ -145,7 +178,11 @@ class Harness:
     def valid(self, cell: Cell) -> Measured | None:
         """The stored cell where it still holds."""
         measured = self.store.read(cell)
-        return measured if measured is not None and not changed(measured, self.fingerprint(cell)) else None
+        return (
+            measured
+            if measured is not None and not changed(measured, self.fingerprint(cell))
+            else None
+        )
 
     def _missing(self, name: str) -> list[Cell]:
         """Rank 0 looks, so that all ranks agree whatever a shared disk shows them."""
@@ -154,7 +191,10 @@ class Harness:
             measured = self.store.read(cell)
             keys = changed(measured, self.fingerprint(cell)) if measured is not None else []
             if keys:
-                self.say(f"{cell.name}: measured again, since it was measured with another {', '.join(keys)}")
+                self.say(
+                    f"{cell.name}: measured again, since it was measured with another "
+                    f"{', '.join(keys)}"
+                )
             if measured is None or keys:
                 missing.append(cell)
         agreed: list[Cell] = ranks.gather_objects(missing)[0]
@@ -162,7 +202,11 @@ class Harness:
 
     def _measure_method(self, name: str, cells: Sequence[Cell]) -> None:
         setting = Setting(
-            self.run.ship, self.run.splits, self.folder / "methods" / name, self.config.minutes, self.config.seed
+            self.run.ship,
+            self.run.splits,
+            self.folder / "methods" / name,
+            self.config.minutes,
+            self.config.seed,
         )
         started = time.perf_counter()
         method = METHODS[name](setting)
@@ -179,13 +223,24 @@ class Harness:
         shares = ranks.gather_objects(self._rows(method, cell))
         seconds = time.perf_counter() - started
         metrics: list[str] = max((names for names, _ in shares), key=len)
-        rows = [row for turn in zip_longest(*(rows for _, rows in shares)) for row in turn if row is not None]
+        rows = [
+            row
+            for turn in zip_longest(*(rows for _, rows in shares))
+            for row in turn
+            if row is not None
+        ]
         return Measured(
-            self.fingerprint(cell), metrics, rows, round(seconds, 2), round(prepare_seconds, 2), ranks.world_size()
+            self.fingerprint(cell),
+            metrics,
+            rows,
+            round(seconds, 2),
+            round(prepare_seconds, 2),
+            ranks.world_size(),
         )
 
     def _rows(self, method: Method, cell: Cell) -> tuple[list[str], list[Row]]:
-        """The metrics' names and the rows of this rank's tasks: every `world_size`-th, so that gathered turns are in order."""
+        """The metrics' names and the rows of this rank's tasks: every `world_size`-th, so that
+        gathered turns are in order."""
         tasks = spread(getattr(self.run.splits, cell.part), self.config.num_tasks)
         mine = tasks[ranks.rank() :: ranks.world_size()]
         questions = [ask(task, cell.num_shown or 0, self.config.seed) for task in mine]
@@ -193,8 +248,13 @@ class Harness:
             return [], []
         said, columns = _MEASURES[cell.direction](method, questions, self.judges)
         return list(columns), [
-            {"task": q.task.id, "kind": q.task.kind, "instruction": q.task.task.instruction, "said": text,
-             **{name: values[i] for name, values in columns.items()}}
+            {
+                "task": q.task.id,
+                "kind": q.task.kind,
+                "instruction": q.task.task.instruction,
+                "said": text,
+                **{name: values[i] for name, values in columns.items()},
+            }
             for i, (q, text) in enumerate(zip(questions, said, strict=True))
         ]
 
@@ -205,7 +265,9 @@ Said = tuple[Sequence[Any], Columns]
 def _deduction(method: Any, questions: Sequence[Question], judges: Sequence[Judge]) -> Said:
     deduces: Deduces = method
     tasks = [q.task for q in questions]
-    answers = deduces.deduce(tasks, [task.task.instruction for task in tasks], [q.inputs for q in questions])
+    answers = deduces.deduce(
+        tasks, [task.task.instruction for task in tasks], [q.inputs for q in questions]
+    )
     return answers, _answer_columns(answers, questions)
 
 
@@ -230,13 +292,19 @@ def _induction(method: Any, questions: Sequence[Question], judges: Sequence[Judg
 
 
 _MEASURES: dict[str, Callable[[Any, Sequence[Question], Sequence[Judge]], Said]] = {
-    "deduction": _deduction, "induction": _induction, "reasoning": _reasoning,
+    "deduction": _deduction,
+    "induction": _induction,
+    "reasoning": _reasoning,
 }
 
 
 def _answer_columns(answers: Answers, questions: Sequence[Question]) -> Columns:
-    pairs = [list(zip(row, q.asked, strict=True)) for row, q in zip(answers, questions, strict=True)]
+    pairs = [
+        list(zip(row, q.asked, strict=True)) for row, q in zip(answers, questions, strict=True)
+    ]
     return {
-        "exact_match": [[exact_match(answer, example.answers) for answer, example in row] for row in pairs],
+        "exact_match": [
+            [exact_match(answer, example.answers) for answer, example in row] for row in pairs
+        ],
         "rouge_l": [[rouge_l(answer, example.answers) for answer, example in row] for row in pairs],
     }

@@ -1,4 +1,5 @@
-"""Judges of induced instructions: each reads the texts beside the tasks that they should name and adds columns of its own."""
+"""Judges of induced instructions: each reads the texts beside the tasks that they should name and
+adds columns of its own."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,19 +26,29 @@ class ExactMatchJudge:
     """Equal, word for word, to any wording of the task."""
 
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
-        return {"exact_match": [[exact_match(_one_line(text), [_one_line(wording) for wording in q.wordings])]
-                                for text, q in zip(induced, questions, strict=True)]}
+        return {
+            "exact_match": [
+                [exact_match(_one_line(text), [_one_line(wording) for wording in q.wordings])]
+                for text, q in zip(induced, questions, strict=True)
+            ]
+        }
 
 
 class RougeJudge:
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
-        return {"rouge_l": [[rouge_l(text, q.wordings)] for text, q in zip(induced, questions, strict=True)]}
+        return {
+            "rouge_l": [
+                [rouge_l(text, q.wordings)] for text, q in zip(induced, questions, strict=True)
+            ]
+        }
 
 
 class ExecutionJudge:
-    """Held-out inputs answered rightly with the text in the Task LLM's prompt, and with the adapter of the text.
+    """Held-out inputs answered rightly with the text in the Task LLM's prompt, and with the adapter
+    of the text.
 
-    The second takes the text through encoder and hypernetwork: a text can smuggle a latent that it does not say.
+    The second takes the text through encoder and hypernetwork: a text can smuggle a latent that it
+    does not say.
     """
 
     def __init__(self, ship: Ship) -> None:
@@ -48,7 +59,10 @@ class ExecutionJudge:
         latent_TZ = encode_all(self.model, induced)
         stated = answer_stated(self.model, induced, inputs, self.max_new_tokens)
         through = answer_latents(self.model, latent_TZ, induced, inputs, self.max_new_tokens)
-        return {"execution_accuracy": _right(stated, questions), "execution_accuracy_encoder": _right(through, questions)}
+        return {
+            "execution_accuracy": _right(stated, questions),
+            "execution_accuracy_encoder": _right(through, questions),
+        }
 
 
 def _one_line(text: str) -> str:
@@ -56,13 +70,22 @@ def _one_line(text: str) -> str:
 
 
 def _right(answers: Answers, questions: Sequence[Question]) -> list[list[float]]:
-    return [[exact_match(answer, example.answers) for answer, example in zip(row, q.checked, strict=True)]
-            for row, q in zip(answers, questions, strict=True)]
+    return [
+        [
+            exact_match(answer, example.answers)
+            for answer, example in zip(row, q.checked, strict=True)
+        ]
+        for row, q in zip(answers, questions, strict=True)
+    ]
 
 
-def build_judges(names: Sequence[JudgeName], ship: Ship, endpoint: EndpointConfig, folder: Path) -> list[Judge]:
+def build_judges(
+    names: Sequence[JudgeName], ship: Ship, endpoint: EndpointConfig, folder: Path
+) -> list[Judge]:
     """Exact match needs no judge and is always there."""
     makers: dict[JudgeName, Callable[[], Judge]] = {
-        "execution": lambda: ExecutionJudge(ship), "rouge": RougeJudge, "endpoint": lambda: EndpointJudge(endpoint, folder),
+        "execution": lambda: ExecutionJudge(ship),
+        "rouge": RougeJudge,
+        "endpoint": lambda: EndpointJudge(endpoint, folder),
     }
     return [ExactMatchJudge(), *(makers[name]() for name in names)]

@@ -1,7 +1,8 @@
-"""Latents of a few tasks by where they are from, for the t-SNE figure (arXiv 2502.02315, section 4).
+"""Latents of a few tasks by where they are from, for the t-SNE figure (arXiv 2502.02315, section
+4).
 
-encoded: each wording's posterior mean. trained: found by gradient on a draw of the task's examples, from the prior's mean.
-re-encoded: what the decoder says of a trained latent, encoded again.
+encoded: each wording's posterior mean. trained: found by gradient on a draw of the task's examples,
+from the prior's mean. re-encoded: what the decoder says of a trained latent, encoded again.
 """
 
 from collections.abc import Sequence
@@ -24,19 +25,31 @@ _NUM_SHOWN = 5
 
 def latent_map(ship: Ship, splits: Splits, seed: int = 0) -> dict[str, Any]:
     """`points`: instruction, kind and latent of each."""
-    tasks = [*spread(splits.seen, NUM_TASKS // 2), *spread(splits.unseen, NUM_TASKS - NUM_TASKS // 2)]
+    tasks = [
+        *spread(splits.seen, NUM_TASKS // 2),
+        *spread(splits.unseen, NUM_TASKS - NUM_TASKS // 2),
+    ]
     draws = [(task, draw) for task in tasks for draw in range(_NUM_DRAWS)]
     trained_CZ = _trained(ship, draws, seed)
     texts = ship.model.decode(trained_CZ, ship.config.evaluation.max_instruction_tokens)
     owners = [task for task, _ in draws]
-    wordings = [(task, text) for task in tasks for text in (*task.wordings, *task.held_out_paraphrases)]
-    points = _points("encoded", [task for task, _ in wordings], encode_all(ship.model, [text for _, text in wordings]))
-    points += _points("trained", owners, trained_CZ) + _points("re-encoded", owners, encode_all(ship.model, texts))
+    wordings = [
+        (task, text) for task in tasks for text in (*task.wordings, *task.held_out_paraphrases)
+    ]
+    points = _points(
+        "encoded",
+        [task for task, _ in wordings],
+        encode_all(ship.model, [text for _, text in wordings]),
+    )
+    points += _points("trained", owners, trained_CZ) + _points(
+        "re-encoded", owners, encode_all(ship.model, texts)
+    )
     return {"bundle": ship.digest, "seed": seed, "points": points}
 
 
 def _trained(ship: Ship, draws: Sequence[tuple[SplitTask, int]], seed: int) -> Tensor:
-    """One latent a draw; tasks with fewer examples than asked for repeat theirs, since all rows want equally many."""
+    """One latent a draw; tasks with fewer examples than asked for repeat theirs, since all rows
+    want equally many."""
     config = InductionConfig(method="direct")
     shown = [ask(task, _NUM_SHOWN, seed + draw).shown for task, draw in draws]
     equal = [[own[i % len(own)] for i in range(_NUM_SHOWN)] for own in shown]
@@ -48,6 +61,10 @@ def _trained(ship: Ship, draws: Sequence[tuple[SplitTask, int]], seed: int) -> T
 
 def _points(kind: str, tasks: Sequence[SplitTask], latent_CZ: Tensor) -> list[dict[str, Any]]:
     return [
-        {"instruction": task.task.instruction, "kind": kind, "latent": [round(value, 5) for value in latent_Z]}
+        {
+            "instruction": task.task.instruction,
+            "kind": kind,
+            "latent": [round(value, 5) for value in latent_Z],
+        }
         for task, latent_Z in zip(tasks, latent_CZ.tolist(), strict=True)
     ]

@@ -1,7 +1,8 @@
 """What the harness measures: SHIP and every baseline behind one signature.
 
-A method answers in one, two or all three directions; the class says which by the protocols below that it fulfils. Each is
-made from a `Setting` alone, so that all of them stand on the same split, base model and time.
+A method answers in one, two or all three directions; the class says which by the protocols below
+that it fulfils. Each is made from a `Setting` alone, so that all of them stand on the same split,
+base model and time.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from ship_ds.data.task import Example, Splits, SplitTask
 
 @dataclass(frozen=True)
 class Setting:
-    """What every method starts from. `folder`: its own, for weights that it trains once and loads afterwards."""
+    """What every method starts from. `folder`: its own, for weights that it trains once and loads
+    afterwards."""
 
     ship: Ship
     splits: Splits
@@ -32,17 +34,21 @@ Answers = list[list[str | None]]
 class Method(Protocol):
     name: ClassVar[str]
     states_instruction: ClassVar[bool]
-    """Whether each query's prompt holds the instruction: such a method pays for it again in every query."""
+    """Whether each query's prompt holds the instruction: such a method pays for it again in every
+    query."""
 
     def __init__(self, setting: Setting) -> None: ...
 
     def prepare(self) -> None:
-        """Train, or load what an earlier call trained; called once, on every rank alike, before anything is asked."""
+        """Train, or load what an earlier call trained; called once, on every rank alike, before
+        anything is asked."""
 
 
 @runtime_checkable
 class Deduces(Protocol):
-    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         """Answer each task's inputs, knowing the wording of it alone."""
 
 
@@ -54,7 +60,9 @@ class Induces(Protocol):
 
 @runtime_checkable
 class Reasons(Protocol):
-    def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
+    def reason(
+        self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         """Answer each task's inputs, knowing its shown examples alone."""
 
 

@@ -1,4 +1,5 @@
-"""What the harness shows of a task and what it asks: the same for every method, whatever else is measured beside it."""
+"""What the harness shows of a task and what it asks: the same for every method, whatever else is
+measured beside it."""
 
 import random
 from collections.abc import Sequence
@@ -7,14 +8,16 @@ from dataclasses import dataclass
 from ship_ds.data.task import Example, SplitTask
 
 MIN_CHECKED = 10
-"""Held-out inputs that an induced instruction is executed on, at least, where the task has as many."""
+"""Held-out inputs that an induced instruction is executed on, at least, where the task has as
+many."""
 
 
 @dataclass(frozen=True)
 class Question:
     """A task with the examples that a method is shown, drawn from its training examples.
 
-    asked: its test examples. checked: these and, where they are fewer than ten, training examples that were not shown.
+    asked: its test examples. checked: these and, where they are fewer than ten, training examples
+    that were not shown.
     """
 
     task: SplitTask
@@ -33,12 +36,15 @@ class Question:
 
 
 def ask(task: SplitTask, num_shown: int, seed: int) -> Question:
-    """Keyed by (seed, task id) alone; the examples of a smaller `num_shown` are among those of a larger one."""
+    """Keyed by (seed, task id) alone; the examples of a smaller `num_shown` are among those of a
+    larger one."""
     order = random.Random(f"{seed} {task.id}").sample(task.train, len(task.train))
     shown = tuple(order[:num_shown])
     known = {example.input for example in (*shown, *task.test)}
     spare = [example for example in order[num_shown:] if example.input not in known]
-    return Question(task, shown, task.test, (*task.test, *spare[: max(0, MIN_CHECKED - len(task.test))]))
+    return Question(
+        task, shown, task.test, (*task.test, *spare[: max(0, MIN_CHECKED - len(task.test))])
+    )
 
 
 def spread(tasks: Sequence[SplitTask], count: int) -> Sequence[SplitTask]:

@@ -1,4 +1,5 @@
-"""The report a run ends with: deduction with all its controls and reconstruction, as report.json and one table."""
+"""The report a run ends with: deduction with all its controls and reconstruction, as report.json
+and one table."""
 
 import json
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from ship_ds.model.ship import ShipModel
 from ship_ds.runtime import ranks
 
 _NUM_CONTROL_TASKS = 114
-"""Seen rules in the controls: as many as there are unseen ones in the generated world; the nearest-rule search is the cost."""
+"""Seen rules in the controls: as many as there are unseen ones in the generated world; the
+nearest-rule search is the cost."""
 
 
 def evaluate(model: ShipModel, splits: Splits, config: EvaluationConfig) -> dict[str, Any]:
-    """Every cell of the report; each rank answers its share of the tasks and all ranks return the whole."""
+    """Every cell of the report; each rank answers its share of the tasks and all ranks return the
+    whole."""
     seen = _spread(splits.seen, config.num_final_tasks)
     some_seen = _spread(seen, _NUM_CONTROL_TASKS)
     few, tokens = config.examples_per_task, config.max_new_tokens
@@ -37,19 +40,31 @@ def evaluate(model: ShipModel, splits: Splits, config: EvaluationConfig) -> dict
     }
     for part, tasks in parts.items():
         rows[f"deduction.{part}"] = deduce(_mine(tasks), [t.task.instruction for t in _mine(tasks)])
-        rows[f"reconstruction.{part}"] = measure.reconstruction(model, _mine(tasks), config.max_instruction_tokens)
+        rows[f"reconstruction.{part}"] = measure.reconstruction(
+            model, _mine(tasks), config.max_instruction_tokens
+        )
     held_out = [task for task in seen if task.held_out_paraphrases]
     if held_out:
-        rows["deduction.unseen_paraphrase"] = deduce(_mine(held_out), [t.held_out_paraphrases[0] for t in _mine(held_out)])
+        rows["deduction.unseen_paraphrase"] = deduce(
+            _mine(held_out), [t.held_out_paraphrases[0] for t in _mine(held_out)]
+        )
     for kind in sorted({task.kind for task in splits.unseen if task.kind}):
         own = [task for task in splits.unseen if task.kind == kind]
-        rows[f"deduction.unseen_{kind}"] = deduce(_mine(own), [t.task.instruction for t in _mine(own)])
+        rows[f"deduction.unseen_{kind}"] = deduce(
+            _mine(own), [t.task.instruction for t in _mine(own)]
+        )
     for part, tasks in controls.items():
         mine = _mine(tasks)
         rows[f"controls.bare_base.{part}"] = measure.bare_base(model, mine, few, tokens)
-        rows[f"controls.shuffled_instruction.{part}"] = deduce(mine, [shuffled[part][task.id] for task in mine])
-        rows[f"controls.instruction_in_prompt.{part}"] = measure.instruction_in_prompt(model, mine, few, tokens)
-        rows[f"controls.nearest_seen_rule.{part}"] = deduce(mine, measure.nearest_seen(model, mine, splits.seen))
+        rows[f"controls.shuffled_instruction.{part}"] = deduce(
+            mine, [shuffled[part][task.id] for task in mine]
+        )
+        rows[f"controls.instruction_in_prompt.{part}"] = measure.instruction_in_prompt(
+            model, mine, few, tokens
+        )
+        rows[f"controls.nearest_seen_rule.{part}"] = deduce(
+            mine, measure.nearest_seen(model, mine, splits.seen)
+        )
     report: dict[str, Any] = {}
     for share in zip(*[list(piece.items()) for piece in ranks.gather_objects(rows)], strict=True):
         whole = [row for _, piece in share for row in piece]
@@ -86,10 +101,15 @@ def show(report: dict[str, Any]) -> None:
     for column in ("", "seen", "dev", "unseen"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {"deduction (SHIP)": report["deduction"]}
-    rows |= {f"control: {name.replace('_', ' ')}": cell for name, cell in report["controls"].items()}
+    rows |= {
+        f"control: {name.replace('_', ' ')}": cell for name, cell in report["controls"].items()
+    }
     rows |= {"reconstruction": report["reconstruction"]}
     for name, cells in rows.items():
-        table.add_row(name, *(_cell(cells[part]) if part in cells else "" for part in ("seen", "dev", "unseen")))
+        table.add_row(
+            name,
+            *(_cell(cells[part]) if part in cells else "" for part in ("seen", "dev", "unseen")),
+        )
     for name, cell in report["deduction"].items():
         if name not in ("seen", "dev", "unseen"):
             columns = (_cell(cell), "", "") if "paraphrase" in name else ("", "", _cell(cell))
@@ -106,4 +126,6 @@ def _cell(cell: dict[str, Any]) -> str:
     exact = cell["exact_match"]
     if not cell["n_tasks"]:
         return "no tasks"
-    return f"{exact['value']:.3f} [{exact['ci95'][0]:.3f}, {exact['ci95'][1]:.3f}] n={cell['n_tasks']}"
+    return (
+        f"{exact['value']:.3f} [{exact['ci95'][0]:.3f}, {exact['ci95'][1]:.3f}] n={cell['n_tasks']}"
+    )

@@ -1,4 +1,5 @@
-"""The report of the harness, from its measured cells: report.json, report.md and the rows of every task as JSON lines."""
+"""The report of the harness, from its measured cells: report.json, report.md and the rows of every
+task as JSON lines."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +12,19 @@ from ship_ds.evaluation.files import write_json, write_text
 from ship_ds.evaluation.metrics import score
 
 TITLES = {
-    "exact_match": "exact match", "rouge_l": "ROUGE-L", "execution_accuracy": "execution, text in the prompt",
-    "execution_accuracy_encoder": "execution, through the encoder", "judged_equivalence": "judged the same",
-    "exact_match_found": "exact match by the latent found", "exact_match_stated": "exact match, induced text in the prompt",
+    "exact_match": "exact match",
+    "rouge_l": "ROUGE-L",
+    "execution_accuracy": "execution, text in the prompt",
+    "execution_accuracy_encoder": "execution, through the encoder",
+    "judged_equivalence": "judged the same",
+    "exact_match_found": "exact match by the latent found",
+    "exact_match_stated": "exact match, induced text in the prompt",
 }
-_LEADING = {"deduction": "exact_match", "induction": "execution_accuracy", "reasoning": "exact_match"}
+_LEADING = {
+    "deduction": "exact_match",
+    "induction": "execution_accuracy",
+    "reasoning": "exact_match",
+}
 """What the per-task tables show."""
 _ABOUT_METHOD = ("method", "instruction in query")
 PARTS = ("seen", "dev", "unseen")
@@ -37,7 +46,8 @@ class Origin:
 
 
 def build(measured: Mapping[Cell, Measured], origin: Origin) -> dict[str, Any]:
-    """`methods.<name>.<direction>.<part>`; of an unseen part each kind as well, and other numbers of shown examples."""
+    """`methods.<name>.<direction>.<part>`; of an unseen part each kind as well, and other numbers
+    of shown examples."""
     methods: dict[str, Any] = {
         name: {"instruction_in_query": stated} for name, stated in origin.states_instruction.items()
     }
@@ -46,16 +56,24 @@ def build(measured: Mapping[Cell, Measured], origin: Origin) -> dict[str, Any]:
         if cell.num_shown in (None, origin.leading_num_shown):
             direction[cell.part] = direction.get(cell.part, {}) | summary(found, found.rows)
             for kind in sorted({row["kind"] for row in found.rows} & set(_KINDS)):
-                direction[f"{cell.part}_{kind}"] = summary(found, [row for row in found.rows if row["kind"] == kind])
+                direction[f"{cell.part}_{kind}"] = summary(
+                    found, [row for row in found.rows if row["kind"] == kind]
+                )
         if cell.num_shown is not None:
             by_number = direction.setdefault(cell.part, {}).setdefault("by_num_shown", {})
             by_number[str(cell.num_shown)] = summary(found, found.rows)
     return {
-        "methods": methods, "run": origin.run, "command": origin.command, "versions": dict(origin.versions),
+        "methods": methods,
+        "run": origin.run,
+        "command": origin.command,
+        "versions": dict(origin.versions),
         "setting": dict(origin.setting),
         "seconds": {cell.name: found.seconds for cell, found in measured.items()},
         "prepare_seconds": {
-            name: max(found.prepare_seconds for cell, found in measured.items() if cell.method == name) for name in methods
+            name: max(
+                found.prepare_seconds for cell, found in measured.items() if cell.method == name
+            )
+            for name in methods
         },
     }
 
@@ -65,14 +83,24 @@ def summary(found: Measured, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
     scores = {metric: score([row[metric] for row in rows]) for metric in found.metrics}
     return {
         **{metric: result.interval() for metric, result in scores.items()},
-        "n_tasks": len(rows), "n_examples": max((result.num_examples for result in scores.values()), default=0),
+        "n_tasks": len(rows),
+        "n_examples": max((result.num_examples for result in scores.values()), default=0),
     }
 
 
 def write(report: Mapping[str, Any], measured: Mapping[Cell, Measured], folder: Path) -> Path:
     lines = [
-        json.dumps({"method": cell.method, "direction": cell.direction, "part": cell.part, "num_shown": cell.num_shown, **row})
-        for cell, found in measured.items() for row in found.rows
+        json.dumps(
+            {
+                "method": cell.method,
+                "direction": cell.direction,
+                "part": cell.part,
+                "num_shown": cell.num_shown,
+                **row,
+            }
+        )
+        for cell, found in measured.items()
+        for row in found.rows
     ]
     write_text(folder / "tasks.jsonl", "".join(line + "\n" for line in lines))
     write_text(folder / "report.md", markdown(report, measured))
@@ -86,12 +114,16 @@ def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> st
     parts = [
         f"# Evaluation of {report['run']}",
         f"    {report['command']}",
-        f"Every score is the mean over tasks with its 95 % bootstrap interval over tasks. Methods see {shown} examples in "
-        "induction and reasoning, none in deduction. A method with the instruction in its query pays for it in every query.",
+        "Every score is the mean over tasks with its 95 % bootstrap interval over tasks. Methods "
+        f"see {shown} examples in "
+        "induction and reasoning, none in deduction. A method with the instruction in its query "
+        "pays for it in every query.",
     ]
     for direction in directions:
         rows = summary_rows(report, direction, PARTS, tuple(TITLES), value_and_interval)
-        kinds = summary_rows(report, direction, _KIND_PARTS, (_LEADING[direction],), value_and_interval)
+        kinds = summary_rows(
+            report, direction, _KIND_PARTS, (_LEADING[direction],), value_and_interval
+        )
         parts += [f"## {direction.capitalize()}", _table(rows)]
         if len(kinds[0]) > len(_ABOUT_METHOD):
             parts += ["By the reason why a task is unseen:", _table(kinds)]
@@ -100,25 +132,50 @@ def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> st
         title = f"## {direction.capitalize()}, task by task: {TITLES[_LEADING[direction]]}"
         parts += [title, _table(_by_task(measured, direction, shown))]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return "\n\n".join([*parts, "## Versions and settings", versions, f"    {json.dumps(setting)}"]) + "\n"
+    return (
+        "\n\n".join([*parts, "## Versions and settings", versions, f"    {json.dumps(setting)}"])
+        + "\n"
+    )
 
 
 def summary_rows(
-    report: Mapping[str, Any], direction: str, parts: Sequence[str], metrics: Sequence[str], cell_text: Callable[[Any], str]
+    report: Mapping[str, Any],
+    direction: str,
+    parts: Sequence[str],
+    metrics: Sequence[str],
+    cell_text: Callable[[Any], str],
 ) -> list[list[str]]:
     """Header and one row a method; a column for each part and metric that some method has."""
-    methods = {name: method[direction] for name, method in report["methods"].items() if direction in method}
-    counts = {part: cell["n_tasks"] for cells in methods.values() for part, cell in cells.items() if "n_tasks" in cell}
+    methods = {
+        name: method[direction] for name, method in report["methods"].items() if direction in method
+    }
+    counts = {
+        part: cell["n_tasks"]
+        for cells in methods.values()
+        for part, cell in cells.items()
+        if "n_tasks" in cell
+    }
     columns = [
-        (part, metric) for part in parts for metric in metrics
+        (part, metric)
+        for part in parts
+        for metric in metrics
         if any(metric in cells.get(part, {}) for cells in methods.values())
     ]
-    header = [*_ABOUT_METHOD, *(f"{part}, n={counts[part]}: {TITLES[metric]}" for part, metric in columns)]
-    return [header, *(
-        [name, "yes" if report["methods"][name]["instruction_in_query"] else "no",
-         *(cell_text(cells.get(part, {}).get(metric)) for part, metric in columns)]
-        for name, cells in methods.items()
-    )]
+    header = [
+        *_ABOUT_METHOD,
+        *(f"{part}, n={counts[part]}: {TITLES[metric]}" for part, metric in columns),
+    ]
+    return [
+        header,
+        *(
+            [
+                name,
+                "yes" if report["methods"][name]["instruction_in_query"] else "no",
+                *(cell_text(cells.get(part, {}).get(metric)) for part, metric in columns),
+            ]
+            for name, cells in methods.items()
+        ),
+    ]
 
 
 def value_alone(found: Mapping[str, Any] | None) -> str:
@@ -134,8 +191,14 @@ def value_and_interval(found: Mapping[str, Any] | None) -> str:
 
 
 def _seconds(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> list[list[str]]:
-    rows = [[f"{name}, before its cells", f"{seconds:.1f}", ""] for name, seconds in report["prepare_seconds"].items()]
-    rows += [[cell.name, f"{found.seconds:.1f}", str(found.num_ranks)] for cell, found in measured.items()]
+    rows = [
+        [f"{name}, before its cells", f"{seconds:.1f}", ""]
+        for name, seconds in report["prepare_seconds"].items()
+    ]
+    rows += [
+        [cell.name, f"{found.seconds:.1f}", str(found.num_ranks)]
+        for cell, found in measured.items()
+    ]
     return [["cell", "seconds", "ranks"], *rows]
 
 
@@ -145,17 +208,27 @@ def _by_task(measured: Mapping[Cell, Measured], direction: str, num_shown: int) 
     names: dict[str, None] = {}
     metric = _LEADING[direction]
     for cell, found in measured.items():
-        if cell.direction == direction and cell.num_shown in (None, num_shown) and metric in found.metrics:
+        if (
+            cell.direction == direction
+            and cell.num_shown in (None, num_shown)
+            and metric in found.metrics
+        ):
             names[cell.method] = None
             for row in found.rows:
                 values = row[metric]
                 own = tasks.setdefault((cell.part, row["task"], row["instruction"]), {})
                 own[cell.method] = f"{sum(values) / len(values):.2f}"
-    rows = [[part, instruction, *(values.get(name, "") for name in names)] for (part, _, instruction), values in tasks.items()]
+    rows = [
+        [part, instruction, *(values.get(name, "") for name in names)]
+        for (part, _, instruction), values in tasks.items()
+    ]
     return [["part", "task", *names], *rows]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """Markdown; the first row is the header."""
-    lines = ["| " + " | ".join(" ".join(text.replace("|", "\\|").split()) for text in row) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(" ".join(text.replace("|", "\\|").split()) for text in row) + " |"
+        for row in rows
+    ]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

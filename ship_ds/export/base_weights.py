@@ -37,7 +37,10 @@ class BaseWeights:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         for file in self._files():
-            self.entries |= {name: entry for name, entry in sorted(self._read_header(file).items(), key=lambda e: e[1].start)}
+            self.entries |= {
+                name: entry
+                for name, entry in sorted(self._read_header(file).items(), key=lambda e: e[1].start)
+            }
 
     def _files(self) -> list[str]:
         index = self.folder / INDEX
@@ -45,26 +48,40 @@ class BaseWeights:
             return sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
-        raise UserError(f"{self.folder}: has neither {SINGLE} nor {INDEX}; give the folder of a model saved as safetensors")
+        raise UserError(
+            f"{self.folder}: has neither {SINGLE} nor {INDEX}; give the folder of a "
+            "model saved as safetensors"
+        )
 
     def _read_header(self, file: str) -> dict[str, Entry]:
         path = self.folder / file
         if not path.is_file():
-            raise UserError(f"{path}: this shard is missing, and {INDEX} lists it; download the model again")
+            raise UserError(
+                f"{path}: this shard is missing, and {INDEX} lists it; download the model again"
+            )
         with path.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
             try:
                 header: dict[str, Any] = json.loads(opened.read(size))
             except (ValueError, MemoryError, OverflowError):
-                raise UserError(f"{path}: not a safetensors file; download the model again") from None
+                raise UserError(
+                    f"{path}: not a safetensors file; download the model again"
+                ) from None
         header.pop("__metadata__", None)
         found = {}
         for name, entry in header.items():
             start, end = (8 + size + offset for offset in entry["data_offsets"])
-            found[name] = Entry(file, _TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
-        expected, there = max((entry.end for entry in found.values()), default=0), path.stat().st_size
+            found[name] = Entry(
+                file, _TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end
+            )
+        expected, there = (
+            max((entry.end for entry in found.values()), default=0),
+            path.stat().st_size,
+        )
         if there < expected:
-            raise UserError(f"{path}: cut short: has {there} bytes of {expected}; download the model again")
+            raise UserError(
+                f"{path}: cut short: has {there} bytes of {expected}; download the model again"
+            )
         return found
 
     def get(self, name: str) -> Tensor:
@@ -74,13 +91,16 @@ class BaseWeights:
             with safe_open(self.folder / entry.file, "pt") as file:
                 tensor: Tensor = file.get_tensor(name)
         except SafetensorError as error:
-            raise UserError(f"{self.folder / entry.file}: {error}; download the model again") from None
+            raise UserError(
+                f"{self.folder / entry.file}: {error}; download the model again"
+            ) from None
         return tensor
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, dtypes and the first 4 KiB of every tensor: tells fine-tunes of one model apart
-        without reading all of it, and does not depend on how the tensors are spread over shards."""
+        """SHA-256 over names, shapes, dtypes and the first 4 KiB of every tensor: tells fine-tunes
+        of one model apart without reading all of it, and does not depend on how the tensors are
+        spread over shards."""
         digest = hashlib.sha256()
         for name, entry in sorted(self.entries.items()):
             with (self.folder / entry.file).open("rb") as file:

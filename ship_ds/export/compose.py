@@ -17,7 +17,8 @@ from ship_ds.model.adapters import LoraAdapter
 
 @dataclass(frozen=True)
 class Composition:
-    """error: Frobenius norm of what compression lost over that of the exact sum; zero when exact."""
+    """error: Frobenius norm of what compression lost over that of the exact sum; zero when
+    exact."""
 
     proof: Proof
     rank: int
@@ -26,12 +27,20 @@ class Composition:
 
 @torch.no_grad()
 def compose(
-    ship: Ship, parts: Sequence[tuple[float, str]], folder: Path, probes: Sequence[str], rank: int | None = None
+    ship: Ship,
+    parts: Sequence[tuple[float, str]],
+    folder: Path,
+    probes: Sequence[str],
+    rank: int | None = None,
 ) -> Composition:
-    """parts: (weight, instruction). rank: None for the exact sum, whose rank is the sum of the parts'. Raises UserError."""
+    """parts: (weight, instruction). rank: None for the exact sum, whose rank is the sum of the
+    parts'. Raises UserError."""
     adapter = ship.model.adapt(ship.model.encode([text for _, text in parts]))
     if not isinstance(adapter, LoraAdapter):
-        raise UserError("compose: this run's hypernetwork makes soft prompts, whose sum means nothing; it needs kind=lora")
+        raise UserError(
+            "compose: this run's hypernetwork makes soft prompts, whose sum means "
+            "nothing; it needs kind=lora"
+        )
     lora = add([(weight, Lora.of(adapter, task)) for task, (weight, _) in enumerate(parts)])
     lora, error = (lora, 0.0) if rank is None else compressed(lora, rank)
     made_from = " + ".join(f"{weight:g} x ({text})" for weight, text in parts)

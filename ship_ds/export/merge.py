@@ -1,10 +1,14 @@
 """Base + adapter -> a model folder that transformers loads, one tensor in memory at a time.
 
-    OUT.part/plan.json                        what is being merged; another merge does not go on here
-    OUT.part/model-00001-of-00004.safetensors finished shards, each synced before it gets its name; a restart keeps them
-    OUT/                                      when all is there: shards, index, config, tokenizer, generation config, merge.json
+    OUT.part/plan.json                        what is being merged; another merge does not go on
+                                              here
+    OUT.part/model-00001-of-00004.safetensors finished shards, each synced before it gets its name;
+                                              a restart keeps them
+    OUT/                                      when all is there: shards, index, config, tokenizer,
+                                              generation config, merge.json
 
-The largest thing held is one matrix's update in fp32; the base's own pages are mapped, and the result is written in pieces.
+The largest thing held is one matrix's update in fp32; the base's own pages are mapped, and the
+result is written in pieces.
 
 Letters: O out, I in.
 """
@@ -54,12 +58,19 @@ class Plan:
 
 
 class Merge:
-    """One merge: checked as it is made, so that a wrong base or rank ends it before anything is written."""
+    """One merge: checked as it is made, so that a wrong base or rank ends it before anything is
+    written."""
 
     def __init__(
-        self, adapter: Path, target: TargetName, base: str | None = None, dtype: Dtype = "auto", shard_gigabytes: float = 2.0
+        self,
+        adapter: Path,
+        target: TargetName,
+        base: str | None = None,
+        dtype: Dtype = "auto",
+        shard_gigabytes: float = 2.0,
     ) -> None:
-        """adapter: a LoRA folder of ours; base: None for the one it was made for. Raises UserError."""
+        """adapter: a LoRA folder of ours; base: None for the one it was made for. Raises
+        UserError."""
         self.adapter, self.origin, self.lora = adapter, read_origin(adapter), read_lora(adapter)
         self.folder = base_folder(base or self.origin.base)
         self.base = BaseWeights(self.folder)
@@ -67,7 +78,10 @@ class Merge:
         check_base(self.base, self.config, self.lora, self.origin)
         self.plan = Plan(self.origin.adapter, self.base.fingerprint, target, dtype, shard_gigabytes)
         if sha256(adapter / WEIGHTS) != self.origin.adapter:
-            raise UserError(f"{adapter / WEIGHTS}: not the file that its ship.json lists; export the adapter again")
+            raise UserError(
+                f"{adapter / WEIGHTS}: not the file that its ship.json lists; export "
+                "the adapter again"
+            )
         self.target = build_target(target, self.folder, self.origin.quantisation)
         self.shards = self._shards()
 
@@ -88,11 +102,17 @@ class Merge:
             size += num_bytes
         if len(groups) == 1:
             return [Shard(SINGLE, tuple(groups[0]))]
-        return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
+        return [
+            Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g))
+            for i, g in enumerate(groups, 1)
+        ]
 
-    def run(self, out: Path, finish: Callable[[Path], Mapping[str, Any]] = lambda part: {}) -> dict[str, Any]:
-        """Write `out` and return what merge.json says. finish: looks at the whole model before it gets its name and adds to
-        the report. Raises UserError when the disk is full; then, as after a kill, the same command goes on."""
+    def run(
+        self, out: Path, finish: Callable[[Path], Mapping[str, Any]] = lambda part: {}
+    ) -> dict[str, Any]:
+        """Write `out` and return what merge.json says. finish: looks at the whole model before it
+        gets its name and adds to the report. Raises UserError when the disk is full; then, as after
+        a kill, the same command goes on."""
         refuse_existing(out)
         part = part_of(out)
         try:
@@ -100,8 +120,13 @@ class Merge:
             num_kept = [self._write_shard(part, shard) for shard in self.shards].count(False)
             self._write_rest(part)
             report = {
-                **asdict(self.plan), "adapter_folder": str(self.adapter), "made_from": self.origin.made_from,
-                "num_shards": len(self.shards), "num_shards_kept": num_kept, **self._rounding(part), **finish(part),
+                **asdict(self.plan),
+                "adapter_folder": str(self.adapter),
+                "made_from": self.origin.made_from,
+                "num_shards": len(self.shards),
+                "num_shards_kept": num_kept,
+                **self._rounding(part),
+                **finish(part),
             }
             (part / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
             publish(part, out)
@@ -114,8 +139,15 @@ class Merge:
     def _begin(self, part: Path) -> None:
         plan = json.dumps(asdict(self.plan), indent=2) + "\n"
         is_ours = (part / PLAN).is_file() and (part / PLAN).read_text() == plan
-        if part.exists() and not is_ours and any(path.name != PLAN + ".part" for path in part.iterdir()):
-            raise UserError(f"{part}: is left from another merge; run that one's command again, or remove the folder")
+        if (
+            part.exists()
+            and not is_ours
+            and any(path.name != PLAN + ".part" for path in part.iterdir())
+        ):
+            raise UserError(
+                f"{part}: is left from another merge; run that one's command again, or "
+                "remove the folder"
+            )
         part.mkdir(parents=True, exist_ok=True)
         beside = part / (PLAN + ".part")
         beside.write_text(plan)
@@ -128,7 +160,9 @@ class Merge:
             return False
         self.target.loss.clear()
         try:
-            with TensorFile(beside, [key for name in shard.names for key in self.target.names(name)]) as file:
+            with TensorFile(
+                beside, [key for name in shard.names for key in self.target.names(name)]
+            ) as file:
                 for name in shard.names:
                     dtype, module = self.dtype_of(name), name.removesuffix(".weight")
                     delta = self.lora.delta(module) if module in self.lora.factors else None
@@ -141,44 +175,77 @@ class Merge:
         return True
 
     def _rounding(self, part: Path) -> dict[str, float]:
-        """What NF4 lost of the adapter's update; the shards carry their shares, so that a restart has them all."""
+        """What NF4 lost of the adapter's update; the shards carry their shares, so that a restart
+        has them all."""
         total = Loss()
         for shard in self.shards:
             with safe_open(part / shard.file, "pt") as file:
                 total += Loss(**json.loads(file.metadata()[_LOSS]))
-        return {"rounding_error_of_update": math.sqrt(total.lost / total.update)} if total.update else {}
+        return (
+            {"rounding_error_of_update": math.sqrt(total.lost / total.update)}
+            if total.update
+            else {}
+        )
 
     def _write_rest(self, part: Path) -> None:
         """Index, config, card, and the base's tokenizer, generation config and licence."""
         dtype = self.dtype_of(f"{next(iter(self.lora.factors))}.weight")
-        config = {key: value for key, value in self.config.items() if key not in ("torch_dtype", "_name_or_path")}
-        (part / "config.json").write_text(json.dumps(config | self.target.settings(dtype), indent=2) + "\n")
+        config = {
+            key: value
+            for key, value in self.config.items()
+            if key not in ("torch_dtype", "_name_or_path")
+        }
+        (part / "config.json").write_text(
+            json.dumps(config | self.target.settings(dtype), indent=2) + "\n"
+        )
         if len(self.shards) > 1:
-            places = {key: s.file for s in self.shards for name in s.names for key in self.target.names(name)}
+            places = {
+                key: s.file
+                for s in self.shards
+                for name in s.names
+                for key in self.target.names(name)
+            }
             size = sum((part / shard.file).stat().st_size for shard in self.shards)
-            (part / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n")
+            (part / INDEX).write_text(
+                json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
+                + "\n"
+            )
         for path in sorted(filter(Path.is_file, self.folder.iterdir())):
-            if path.suffix not in _WEIGHT_SUFFIXES and path.name not in ("config.json", CARD, INDEX):
+            if path.suffix not in _WEIGHT_SUFFIXES and path.name not in (
+                "config.json",
+                CARD,
+                INDEX,
+            ):
                 shutil.copyfile(path, part / path.name)
         (part / CARD).write_text(
-            f"# {self.origin.base} with an adapter merged in\n\n- made from: {json.dumps(self.origin.made_from)}\n"
-            f"- target: {self.plan.target}, {dtype}\n- adapter weights sha256: {self.plan.adapter}\n"
-            f"- base fingerprint: {self.plan.base}\n- run: {self.origin.run}, weights sha256 {self.origin.bundle}\n"
+            f"# {self.origin.base} with an adapter merged in\n\n- made from: "
+            f"{json.dumps(self.origin.made_from)}\n"
+            f"- target: {self.plan.target}, {dtype}\n- adapter weights sha256: "
+            f"{self.plan.adapter}\n"
+            f"- base fingerprint: {self.plan.base}\n- run: {self.origin.run}, weights sha256 "
+            f"{self.origin.bundle}\n"
             f"- figures: {REPORT}\n"
         )
 
 
 def check_base(base: BaseWeights, config: Mapping[str, Any], lora: Lora, origin: Origin) -> None:
-    """Raises UserError unless the adapter was made for this very base, and the base has plain weights."""
+    """Raises UserError unless the adapter was made for this very base, and the base has plain
+    weights."""
     if "quantization_config" in config:
-        raise UserError(f"{base.folder}: is quantised already; give the base it was made from, in 16 or 32 bits")
+        raise UserError(
+            f"{base.folder}: is quantised already; give the base it was made from, in 16 or 32 bits"
+        )
     for path, (a_RI, b_OR) in lora.factors.items():
         entry, wanted = base.entries.get(f"{path}.weight"), (b_OR.shape[0], a_RI.shape[1])
         if entry is None or entry.shape != wanted:
             there = "no such weight" if entry is None else f"one of {entry.shape}"
-            raise UserError(f"{base.folder}: the adapter changes {path}.weight of {wanted}, and the base has {there}: wrong base")
+            raise UserError(
+                f"{base.folder}: the adapter changes {path}.weight of {wanted}, and "
+                f"the base has {there}: wrong base"
+            )
     if base.fingerprint != origin.base_fingerprint:
         raise UserError(
-            f"{base.folder}: same shapes, other weights than the base this adapter was made for ({origin.base}, fingerprint "
+            f"{base.folder}: same shapes, other weights than the base this adapter was made for "
+            f"({origin.base}, fingerprint "
             f"{origin.base_fingerprint[:12]}): give that one as --base"
         )

@@ -1,7 +1,9 @@
-"""NF4 with double quantisation (Dettmers et al. 2023), a piece of a matrix at a time and bit for bit as bitsandbytes does.
+"""NF4 with double quantisation (Dettmers et al. 2023), a piece of a matrix at a time and bit for
+bit as bitsandbytes does.
 
-bitsandbytes makes several fp32 copies of what it quantises. Blocks of 64 weights are independent of each other, so pieces of
-whole blocks give the same codes; only the second level, over the blocks' scales, needs all of them, and that is 1/64 of it.
+bitsandbytes makes several fp32 copies of what it quantises. Blocks of 64 weights are independent of
+each other, so pieces of whole blocks give the same codes; only the second level, over the blocks'
+scales, needs all of them, and that is 1/64 of it.
 """
 
 import math
@@ -41,21 +43,37 @@ class Nf4:
 
     @classmethod
     def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype, pieces: Pieces) -> "Nf4":
-        """dtype: what a reader will dequantise to. Raises UserError for a matrix that does not split into blocks by row."""
+        """dtype: what a reader will dequantise to. Raises UserError for a matrix that does not
+        split into blocks by row."""
         if shape[-1] % BLOCK:
-            raise UserError(f"{name}: has {shape[-1]} inputs; nf4 needs a multiple of {BLOCK}: use --target original")
+            raise UserError(
+                f"{name}: has {shape[-1]} inputs; nf4 needs a multiple of {BLOCK}: use "
+                "--target original"
+            )
         size = math.prod(shape)
         packed = torch.empty((size // 2, 1), dtype=torch.uint8)
         scales = torch.empty(size // BLOCK)
         for start, end in spans(size):
             codes, state = bnb.quantize_4bit(pieces(start, end), quant_type="nf4", blocksize=BLOCK)
-            packed[start // 2 : end // 2], scales[start // BLOCK : end // BLOCK] = codes, state.absmax
+            packed[start // 2 : end // 2], scales[start // BLOCK : end // BLOCK] = (
+                codes,
+                state.absmax,
+            )
         offset = scales.mean()
         absmax, second = bnb.quantize_blockwise(scales - offset, blocksize=256)
-        return cls(packed, bnb.QuantState(
-            absmax=absmax, shape=torch.Size(shape), dtype=dtype, blocksize=BLOCK, code=state.code, quant_type="nf4",
-            offset=offset, state2=second,
-        ))
+        return cls(
+            packed,
+            bnb.QuantState(
+                absmax=absmax,
+                shape=torch.Size(shape),
+                dtype=dtype,
+                blocksize=BLOCK,
+                code=state.code,
+                quant_type="nf4",
+                offset=offset,
+                state2=second,
+            ),
+        )
 
     def pieces(self) -> Pieces:
         """The weights that training and serving compute with."""
@@ -63,8 +81,12 @@ class Nf4:
 
         def piece(start: int, end: int) -> Tensor:
             part = bnb.QuantState(
-                absmax=scales[start // BLOCK : end // BLOCK].contiguous(), shape=torch.Size((end - start,)),
-                dtype=torch.float32, blocksize=BLOCK, code=self.state.code, quant_type="nf4",
+                absmax=scales[start // BLOCK : end // BLOCK].contiguous(),
+                shape=torch.Size((end - start,)),
+                dtype=torch.float32,
+                blocksize=BLOCK,
+                code=self.state.code,
+                quant_type="nf4",
             )
             out: Tensor = bnb.dequantize_4bit(self.packed[start // 2 : end // 2], part).reshape(-1)
             return out
@@ -73,10 +95,15 @@ class Nf4:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """As bitsandbytes saves them beside the packed weight."""
-        found = {name: self.packed} | {f"{name}.{key}": value for key, value in self.state.as_dict(packed=True).items()}
+        found = {name: self.packed} | {
+            f"{name}.{key}": value for key, value in self.state.as_dict(packed=True).items()
+        }
         blob = f"{name}.quant_state.bitsandbytes__nf4"
-        # JSON ignores trailing spaces, and whole multiples of 8 bytes keep what follows in the file aligned.
-        found[blob] = torch.nn.functional.pad(found[blob], (0, -len(found[blob]) % 8), value=ord(" "))
+        # JSON ignores trailing spaces, and whole multiples of 8 bytes keep what follows in the file
+        # aligned.
+        found[blob] = torch.nn.functional.pad(
+            found[blob], (0, -len(found[blob]) % 8), value=ord(" ")
+        )
         return found
 
 
@@ -86,5 +113,11 @@ def stored_bytes(num_weights: int) -> int:
 
 
 def stored_names(name: str) -> list[str]:
-    keys = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+    keys = (
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        "quant_state.bitsandbytes__nf4",
+    )
     return [name, *(f"{name}.{key}" for key in keys)]

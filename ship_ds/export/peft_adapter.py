@@ -1,7 +1,9 @@
-"""Adapters that the hypernetwork made, as PEFT folders that have been proved before they are left behind.
+"""Adapters that the hypernetwork made, as PEFT folders that have been proved before they are left
+behind.
 
-An adapter whose keys match nothing is served as the bare base in silence. So each export is loaded back with `peft` on the
-same base: its logits on probe prompts must equal the live hypernetwork's and differ from the base's.
+An adapter whose keys match nothing is served as the bare base in silence. So each export is loaded
+back with `peft` on the same base: its logits on probe prompts must equal the live hypernetwork's
+and differ from the base's.
 
 Letters: T tasks, P virtual tokens, H hidden, S length, V vocabulary.
 """
@@ -69,12 +71,24 @@ class SoftPromptExport:
         settings: Any = lm.config
         with TensorFile(part / WEIGHTS, ["prompt_embeddings"]) as file:
             file.add("prompt_embeddings", self.prompt_PH.cpu())
-        (part / CONFIG).write_text(json.dumps({
-            "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-            "num_virtual_tokens": self.prompt_PH.shape[0], "token_dim": self.prompt_PH.shape[1],
-            "num_transformer_submodules": 1, "num_attention_heads": settings.num_attention_heads,
-            "num_layers": settings.num_hidden_layers, "prompt_tuning_init": "RANDOM",
-        }, indent=2) + "\n")
+        (part / CONFIG).write_text(
+            json.dumps(
+                {
+                    "peft_type": "PROMPT_TUNING",
+                    "task_type": "CAUSAL_LM",
+                    "base_model_name_or_path": base,
+                    "inference_mode": True,
+                    "num_virtual_tokens": self.prompt_PH.shape[0],
+                    "token_dim": self.prompt_PH.shape[1],
+                    "num_transformer_submodules": 1,
+                    "num_attention_heads": settings.num_attention_heads,
+                    "num_layers": settings.num_hidden_layers,
+                    "prompt_tuning_init": "RANDOM",
+                },
+                indent=2,
+            )
+            + "\n"
+        )
 
     def shape(self) -> str:
         return f"soft prompt, {self.prompt_PH.shape[0]} virtual tokens"
@@ -86,7 +100,9 @@ def exports_of(adapter: Adapter, num_tasks: int, pad_to: int | None = None) -> l
         loras = [Lora.of(adapter, task) for task in range(num_tasks)]
         return [LoraExport(lora if pad_to is None else lora.padded(pad_to)) for lora in loras]
     if pad_to is not None:
-        raise UserError("--pad-to: this run's hypernetwork makes soft prompts, which have no rank; leave it out")
+        raise UserError(
+            "--pad-to: this run's hypernetwork makes soft prompts, which have no rank; leave it out"
+        )
     assert isinstance(adapter, SoftPrompt)
     return [SoftPromptExport(adapter.prompt_TPH[task]) for task in range(num_tasks)]
 
@@ -99,25 +115,36 @@ class Exporter:
             raise UserError("--probe: give at least one input to prove the adapter on")
         config = ship.config.model.task_llm
         self.ship, self.probes = ship, probes
-        self.base = PeftBase(load_lm(config.base, config.quantisation, torch.float32), ship.model.device)
+        self.base = PeftBase(
+            load_lm(config.base, config.quantisation, torch.float32), ship.model.device
+        )
         self.fingerprint = BaseWeights(base_folder(config.base)).fingerprint
 
     @torch.no_grad()
     def write(self, part: Path, export: Exportable, made_from: str, wording: str | None) -> Proof:
-        """Everything into the existing folder `part`. wording: what a prompt states when this run's prompts state the
-        instruction. Raises UserError when the proof fails."""
+        """Everything into the existing folder `part`. wording: what a prompt states when this run's
+        prompts state the instruction. Raises UserError when the proof fails."""
         config = self.ship.config.model.task_llm
         if wording is None and config.instruction != "none":
             raise UserError(
-                f"model.task_llm.instruction={config.instruction}: this run's prompts state the instruction, and a bare latent "
+                f"model.task_llm.instruction={config.instruction}: this run's prompts state the "
+                "instruction, and a bare latent "
                 "or a sum of adapters has none; give one instruction each"
             )
         export.write(part, str(base_folder(config.base).resolve()), self.base.base)
         questions = [self.ship.model.question(text, wording) for text in self.probes]
         proof = self._prove(part, export, questions)
         Origin(
-            made_from, self.ship.config.run.folder, self.ship.digest, config.base, self.fingerprint, config.quantisation,
-            export.shape(), self.ship.model.prompts.describe(), [list(ids) for ids in questions], asdict(proof),
+            made_from,
+            self.ship.config.run.folder,
+            self.ship.digest,
+            config.base,
+            self.fingerprint,
+            config.quantisation,
+            export.shape(),
+            self.ship.model.prompts.describe(),
+            [list(ids) for ids in questions],
+            asdict(proof),
             sha256(part / WEIGHTS),
         ).write(part)
         return proof
@@ -129,8 +156,10 @@ class Exporter:
         proof = Proof(largest_difference(exported, live), largest_difference(exported, bare))
         if not (proof.from_live <= MAX_DIFFERENCE < proof.from_base):
             raise UserError(
-                f"{self.ship.config.model.task_llm.base}: the exported adapter's logits differ from the live one's by "
-                f"{proof.from_live:.2e} (at most {MAX_DIFFERENCE:.0e}) and from the bare base's by {proof.from_base:.2e} "
+                f"{self.ship.config.model.task_llm.base}: the exported adapter's logits differ "
+                "from the live one's by "
+                f"{proof.from_live:.2e} (at most {MAX_DIFFERENCE:.0e}) and from the bare base's by "
+                f"{proof.from_base:.2e} "
                 "(more than that); nothing was written"
             )
         return proof
@@ -142,5 +171,7 @@ def live_logits(ship: Ship, adapter: Adapter, ids: Sequence[int]) -> Tensor:
     num_virtual = 0 if virtual is None else virtual.shape[1]
     batch = TokenBatch.build([ids], None, ship.model.prompts.pad_id, num_virtual, ship.model.device)
     lm = ship.model.task_llm.lm
-    out: Tensor = lm(inputs_embeds=embed(lm, batch, virtual), use_cache=False, ship_adapter=adapter).logits
+    out: Tensor = lm(
+        inputs_embeds=embed(lm, batch, virtual), use_cache=False, ship_adapter=adapter
+    ).logits
     return out[0, num_virtual:]

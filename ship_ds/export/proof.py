@@ -53,14 +53,18 @@ class PeftBase:
         return [self._bare[tuple(ids)] for ids in questions]
 
     def _load(self, folder: Path) -> None:
-        """Folders with the same settings share the modules that the first one's load put in; injection takes longest."""
+        """Folders with the same settings share the modules that the first one's load put in;
+        injection takes longest."""
         from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
         from peft.tuners.lora import LoraModel
 
         settings = (folder / CONFIG).read_text()
         if settings == self._settings:
-            # A key that matched nothing would leave the last adapter's weights, and the comparison with the live one fails.
-            set_peft_model_state_dict(self._model, load_peft_weights(str(folder), device=str(self.device)))
+            # A key that matched nothing would leave the last adapter's weights, and the comparison
+            # with the live one fails.
+            set_peft_model_state_dict(
+                self._model, load_peft_weights(str(folder), device=str(self.device))
+            )
             return
         if self._model is not None and isinstance(self._model.base_model, LoraModel):
             self._model.unload()

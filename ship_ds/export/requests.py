@@ -1,7 +1,8 @@
 """What is to be exported: one instruction, a file of them, or saved latents.
 
-A latent file is safetensors with `latent_TZ` and, in its metadata, the SHA-256 of the bundle it belongs to (a latent means
-nothing to another run) and one instruction for each z where there is one.
+A latent file is safetensors with `latent_TZ` and, in its metadata, the SHA-256 of the bundle it
+belongs to (a latent means nothing to another run) and one instruction for each z where there is
+one.
 """
 
 import json
@@ -21,7 +22,8 @@ LATENT = "latent_TZ"
 
 @dataclass(frozen=True)
 class Request:
-    """latent_Z: None when it is to be encoded from the instruction; instruction: None when z alone is known."""
+    """latent_Z: None when it is to be encoded from the instruction; instruction: None when z alone
+    is known."""
 
     name: str
     instruction: str | None
@@ -29,9 +31,13 @@ class Request:
 
 
 def read_instructions(path: Path) -> list[Request]:
-    """One a line, or JSON lines with `instruction` and perhaps `id`. Raises UserError with file and line."""
+    """One a line, or JSON lines with `instruction` and perhaps `id`. Raises UserError with file and
+    line."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected one instruction a line, or .jsonl with an instruction in each row")
+        raise UserError(
+            f"{path}: no such file; expected one instruction a line, or .jsonl with an "
+            "instruction in each row"
+        )
     lines = path.read_text().splitlines()
     found = _read_rows(path, lines) if path.suffix == ".jsonl" else read_lines(lines)
     if not found:
@@ -50,7 +56,11 @@ def _request(number: int, instruction: str, name: str | None = None) -> Request:
 
 
 def _read_rows(path: Path, lines: Iterable[str]) -> list[Request]:
-    return [_request(n, *_read_row(f"{path}:{n}", line)) for n, line in enumerate(lines, 1) if line.strip()]
+    return [
+        _request(n, *_read_row(f"{path}:{n}", line))
+        for n, line in enumerate(lines, 1)
+        if line.strip()
+    ]
 
 
 def _read_row(place: str, line: str) -> tuple[str, str | None]:
@@ -59,10 +69,16 @@ def _read_row(place: str, line: str) -> tuple[str, str | None]:
         instruction, name = row["instruction"], row.get("id")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{place}: expected a JSON object with an "instruction"') from None
-    if not isinstance(instruction, str) or not instruction.strip() or not isinstance(name, str | None):
+    if (
+        not isinstance(instruction, str)
+        or not instruction.strip()
+        or not isinstance(name, str | None)
+    ):
         raise UserError(f"{place}: expected text in instruction (and in id, where it is given)")
     if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
-        raise UserError(f"{place}: id {name!r} becomes a folder's name: use letters, digits, '.', '_' and '-'")
+        raise UserError(
+            f"{place}: id {name!r} becomes a folder's name: use letters, digits, '.', '_' and '-'"
+        )
     return instruction, name
 
 
@@ -74,12 +90,20 @@ def _check_names(path: Path, requests: Iterable[Request]) -> None:
     seen: set[str] = set()
     for request in requests:
         if request.name in seen:
-            raise UserError(f"{path}: id {request.name!r} is there twice; each becomes a folder of its own")
+            raise UserError(
+                f"{path}: id {request.name!r} is there twice; each becomes a folder of its own"
+            )
         seen.add(request.name)
 
 
-def write_latents(path: Path, latent_TZ: Tensor, bundle: str, instructions: Sequence[str | None]) -> None:
-    save_file({LATENT: latent_TZ.cpu().contiguous()}, path, {"bundle": bundle, "instructions": json.dumps(list(instructions))})
+def write_latents(
+    path: Path, latent_TZ: Tensor, bundle: str, instructions: Sequence[str | None]
+) -> None:
+    save_file(
+        {LATENT: latent_TZ.cpu().contiguous()},
+        path,
+        {"bundle": bundle, "instructions": json.dumps(list(instructions))},
+    )
 
 
 def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
@@ -88,11 +112,19 @@ def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
         with safe_open(path, "pt") as file:
             latent_TZ, metadata = file.get_tensor(LATENT), file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a latent file: {error}; expected safetensors with {LATENT}") from None
+        raise UserError(
+            f"{path}: not a latent file: {error}; expected safetensors with {LATENT}"
+        ) from None
     if metadata.get("bundle", bundle) != bundle:
-        raise UserError(f"{path}: was made with another run's weights ({metadata['bundle'][:12]}); use the run it came from")
+        raise UserError(
+            f"{path}: was made with another run's weights ({metadata['bundle'][:12]}); "
+            "use the run it came from"
+        )
     if latent_TZ.ndim != 2 or latent_TZ.shape[1] != latent_size or not latent_TZ.isfinite().all():
-        raise UserError(f"{path}: {LATENT} is {tuple(latent_TZ.shape)}; expected finite numbers, rows of {latent_size}")
+        raise UserError(
+            f"{path}: {LATENT} is {tuple(latent_TZ.shape)}; expected finite numbers, "
+            f"rows of {latent_size}"
+        )
     instructions = json.loads(metadata.get("instructions", "null")) or [None] * len(latent_TZ)
     return [
         Request(f"{t:05d}-{_slug(text or 'latent')}", text, latent_Z)

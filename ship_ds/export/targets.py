@@ -1,8 +1,9 @@
 """What base + adapter can become. Each target is a type here; a new one is a new class.
 
-- original: the base's own weights, W + (alpha / R) B A in fp32, rounded once. Training saw another base where it saw NF4, so
-  this one's logits drift from the live model's by the quantisation error.
-- dequantised: the NF4 base that training saw, as plain weights; least drift, but 16-bit rounding of what was 4-bit.
+- original: the base's own weights, W + (alpha / R) B A in fp32, rounded once. Training saw another
+  base where it saw NF4, so this one's logits drift from the live model's by the quantisation error.
+- dequantised: the NF4 base that training saw, as plain weights; least drift, but 16-bit rounding of
+  what was 4-bit.
 - nf4: that base plus the adapter, in NF4 again; small, and part of the adapter is lost in rounding.
 """
 
@@ -27,7 +28,8 @@ TargetName = Literal["original", "dequantised", "nf4"]
 
 @dataclass
 class Loss:
-    """Squared Frobenius norms, over the matrices that the adapter changes: what rounding to NF4 lost, and the update."""
+    """Squared Frobenius norms, over the matrices that the adapter changes: what rounding to NF4
+    lost, and the update."""
 
     lost: float = 0.0
     update: float = 0.0
@@ -54,10 +56,18 @@ class Original:
         """What the adapter is added to."""
         return pieces_of(weight)
 
-    def write(self, file: TensorFile, name: str, weight: Tensor, dtype: torch.dtype, delta: Tensor | None) -> None:
-        """The tensor `name` of the merged model. weight: the base's; delta: fp32 (O, I), or None where no adapter acts."""
+    def write(
+        self, file: TensorFile, name: str, weight: Tensor, dtype: torch.dtype, delta: Tensor | None
+    ) -> None:
+        """The tensor `name` of the merged model. weight: the base's; delta: fp32 (O, I), or None
+        where no adapter acts."""
         pieces = _sum(self.pieces(name, weight), delta)
-        file.add_pieces(name, dtype, weight.shape, (pieces(start, end).to(dtype) for start, end in spans(weight.numel())))
+        file.add_pieces(
+            name,
+            dtype,
+            weight.shape,
+            (pieces(start, end).to(dtype) for start, end in spans(weight.numel())),
+        )
 
     def names(self, name: str) -> list[str]:
         """What `write` adds to the file for this tensor."""
@@ -68,13 +78,15 @@ class Original:
         return math.prod(shape) * dtype.itemsize
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
-        """What the merged model's config.json has beside the base's. dtype: of its weights, dequantised."""
+        """What the merged model's config.json has beside the base's. dtype: of its weights,
+        dequantised."""
         return {"dtype": str(dtype).removeprefix("torch.")}
 
 
 @dataclass(frozen=True)
 class Dequantised(Original):
-    """What training saw as NF4, in plain weights. quantised: names of the weights that are in NF4 there."""
+    """What training saw as NF4, in plain weights. quantised: names of the weights that are in NF4
+    there."""
 
     quantised: frozenset[str] = frozenset()
 
@@ -91,10 +103,13 @@ class Requantised(Original):
     quantised: frozenset[str] = frozenset()
     seen: Original = Original()
 
-    def write(self, file: TensorFile, name: str, weight: Tensor, dtype: torch.dtype, delta: Tensor | None) -> None:
+    def write(
+        self, file: TensorFile, name: str, weight: Tensor, dtype: torch.dtype, delta: Tensor | None
+    ) -> None:
         if name not in self.quantised:
             return super().write(file, name, weight, dtype, delta)
-        # Untouched weights keep their codes: to quantise a dequantised matrix once more would move its scales.
+        # Untouched weights keep their codes: to quantise a dequantised matrix once more would move
+        # its scales.
         merged = pieces_of(weight) if delta is None else _sum(self.seen.pieces(name, weight), delta)
         stored = Nf4.of(name, weight.shape, dtype, merged)
         if delta is not None:
@@ -106,39 +121,58 @@ class Requantised(Original):
         return stored_names(name) if name in self.quantised else [name]
 
     def num_bytes(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> int:
-        return stored_bytes(math.prod(shape)) if name in self.quantised else super().num_bytes(name, shape, dtype)
+        return (
+            stored_bytes(math.prod(shape))
+            if name in self.quantised
+            else super().num_bytes(name, shape, dtype)
+        )
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
         return super().settings(dtype) | {"quantization_config": nf4_config(dtype).to_dict()}
 
 
 def build_target(name: TargetName, base: Path, quantisation: str) -> Original:
-    """quantisation: of the Task LLM in training. Raises UserError for a target that makes no sense with it."""
+    """quantisation: of the Task LLM in training. Raises UserError for a target that makes no sense
+    with it."""
     match name:
         case "original":
             return Original()
         case "dequantised":
             if quantisation != "nf4":
-                raise UserError("--target dequantised: this adapter was trained on a base that was not quantised; use original")
+                raise UserError(
+                    "--target dequantised: this adapter was trained on a base that was "
+                    "not quantised; use original"
+                )
             return Dequantised(quantised=quantised_names(base))
         case "nf4":
             names = quantised_names(base)
-            return Requantised(quantised=names, seen=Dequantised(quantised=names) if quantisation == "nf4" else Original())
+            return Requantised(
+                quantised=names,
+                seen=Dequantised(quantised=names) if quantisation == "nf4" else Original(),
+            )
 
 
 def quantised_names(base: Path) -> frozenset[str]:
-    """The weights that transformers puts in NF4, asked of transformers itself on a model without storage."""
+    """The weights that transformers puts in NF4, asked of transformers itself on a model without
+    storage."""
     config = AutoConfig.from_pretrained(base, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     quantiser = AutoHfQuantizer.from_config(nf4_config(torch.float32))
     quantiser._process_model_before_weight_loading(model, device_map=None)
-    return frozenset(f"{path}.weight" for path, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit))
+    return frozenset(
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    )
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

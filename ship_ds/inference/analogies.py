@@ -1,7 +1,9 @@
-"""Instructions that the known ones imply: where several differ in one word alone, the same with another word of that kind.
+"""Instructions that the known ones imply: where several differ in one word alone, the same with
+another word of that kind.
 
-From "remove every 3", "remove every 5" and "remove every 8" beside "put 3 at the end", "put 4 at the end" and so on follows
-"remove every 4". Nothing is known here of what words mean, and what follows need not make sense; it is tested on examples.
+From "remove every 3", "remove every 5" and "remove every 8" beside "put 3 at the end", "put 4 at
+the end" and so on follows "remove every 4". Nothing is known here of what words mean, and what
+follows need not make sense; it is tested on examples.
 """
 
 from collections import defaultdict
@@ -15,9 +17,10 @@ MOST = 20_000
 def analogies(instructions: Sequence[str]) -> list[str]:
     """Those that are not among `instructions`, each once.
 
-    A slot that at least `MIN_WORDS` words fill takes those of every such slot with which it shares at least half of the words
-    that fill the one or the other (Jaccard index). Words are parted by single spaces in what follows. At most the first `MOST`;
-    time grows with the square of the number of different sets of words that fill slots.
+    A slot that at least `MIN_WORDS` words fill takes those of every such slot with which it shares
+    at least half of the words that fill the one or the other (Jaccard index). Words are parted by
+    single spaces in what follows. At most the first `MOST`; time grows with the square of the
+    number of different sets of words that fill slots.
     """
     befores, afters = _Interned(), _Interned()
     fillers: dict[tuple[int, int], set[str]] = defaultdict(set)
@@ -27,7 +30,9 @@ def analogies(instructions: Sequence[str]) -> list[str]:
         for i, slot in enumerate(slots):
             fillers[slot].add(words[i])
             seen_in.setdefault(slot, (words, i))
-    open_slots = {slot: frozenset(words) for slot, words in fillers.items() if len(words) >= MIN_WORDS}
+    open_slots = {
+        slot: frozenset(words) for slot, words in fillers.items() if len(words) >= MIN_WORDS
+    }
     distinct = set(open_slots.values())
     kinds: dict[frozenset[str], list[str]] = {}
     known = {" ".join(text.split()) for text in instructions}
@@ -35,7 +40,11 @@ def analogies(instructions: Sequence[str]) -> list[str]:
     for slot, filled_by in open_slots.items():
         if filled_by not in kinds:
             kinds[filled_by] = sorted(_kind(filled_by, distinct))
-        found |= dict.fromkeys(text for word in kinds[filled_by] if (text := _filled(*seen_in[slot], word)) not in known)
+        found |= dict.fromkeys(
+            text
+            for word in kinds[filled_by]
+            if (text := _filled(*seen_in[slot], word)) not in known
+        )
         if len(found) >= MOST:
             break
     return list(found)[:MOST]
@@ -60,4 +69,6 @@ def _filled(words: Sequence[str], i: int, word: str) -> str:
 
 
 def _kind(words: frozenset[str], others: Iterable[frozenset[str]]) -> frozenset[str]:
-    return frozenset().union(*(other for other in others if len(words & other) >= MIN_OVERLAP * len(words | other)))
+    return frozenset().union(
+        *(other for other in others if len(words & other) >= MIN_OVERLAP * len(words | other))
+    )

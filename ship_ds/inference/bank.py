@@ -1,9 +1,10 @@
-"""The bank of known instructions: every rule that training saw (and what follows from them by analogy), its latent, and the
-search for those that fit examples.
+"""The bank of known instructions: every rule that training saw (and what follows from them by
+analogy), its latent, and the search for those that fit examples.
 
-Scoring each known adapter on each task's examples costs a forward per pair, so a shortlist comes first: by the loss of one
-example under every adapter, or, far cheaper, by the decoder's likelihood of each known instruction given the examples, which
-a beam over the tree of all of them finds without reading most.
+Scoring each known adapter on each task's examples costs a forward per pair, so a shortlist comes
+first: by the loss of one example under every adapter, or, far cheaper, by the decoder's likelihood
+of each known instruction given the examples, which a beam over the tree of all of them finds
+without reading most.
 
 Letters: C known instructions, T tasks, M examples, Z latent, B beams.
 """
@@ -28,10 +29,12 @@ _SEEDS, _NEIGHBOURS, _HOPS = 32, 8, 5
 
 @dataclass(frozen=True)
 class Walk:
-    """How thoroughly a bank is searched: examples an adapter is tried on, starts that the decoder finds, how many go on.
+    """How thoroughly a bank is searched: examples an adapter is tried on, starts that the decoder
+    finds, how many go on.
 
-    Of 33 dev rules of the quickstart whose instruction is in the bank or follows by analogy (`Bank.with_analogies`, 2,198
-    instructions), the shortlist of 24 has 27 after `BRIEF` (0.19 s a task on two cores) and 31 after `THOROUGH` (0.36 s).
+    Of 33 dev rules of the quickstart whose instruction is in the bank or follows by analogy
+    (`Bank.with_analogies`, 2,198 instructions), the shortlist of 24 has 27 after `BRIEF` (0.19 s a
+    task on two cores) and 31 after `THOROUGH` (0.36 s).
     """
 
     num_tried: int
@@ -67,29 +70,46 @@ class Bank:
         return len(self.instructions)
 
     def with_analogies(self, model: ShipModel) -> "Bank":
-        """The same instructions and, after them, what follows from them by analogy; encoded once."""
+        """The same instructions and, after them, what follows from them by analogy; encoded
+        once."""
         if not self._wider:
-            self._wider.append(Bank.build(model, (*self.instructions, *analogies(self.instructions))))
+            self._wider.append(
+                Bank.build(model, (*self.instructions, *analogies(self.instructions)))
+            )
         return self._wider[0]
 
-    def shortlist_of_all(self, model: ShipModel, tasks: Sequence[Examples], count: int) -> list[list[int]]:
-        """As `shortlist`, but by the loss of the first example under every known adapter: nothing is missed, at several times
-        the cost."""
+    def shortlist_of_all(
+        self, model: ShipModel, tasks: Sequence[Examples], count: int
+    ) -> list[list[int]]:
+        """As `shortlist`, but by the loss of the first example under every known adapter: nothing
+        is missed, at several times the cost."""
         first = [task[0] for task in tasks]
-        losses_CT = fit_of_latents(model, self.latent_CZ, self.instructions, [first] * len(self)).loss_CM
+        losses_CT = fit_of_latents(
+            model, self.latent_CZ, self.instructions, [first] * len(self)
+        ).loss_CM
         return losses_CT.T.topk(min(count, len(self)), largest=False).indices.tolist()
 
     def shortlist(
-        self, model: ShipModel, tasks: Sequence[Examples], count: int, barred: Sequence[int] | None = None, walk: Walk = BRIEF
+        self,
+        model: ShipModel,
+        tasks: Sequence[Examples],
+        count: int,
+        barred: Sequence[int] | None = None,
+        walk: Walk = BRIEF,
     ) -> list[list[int]]:
-        """For each task about `count` known instructions whose adapters explain its first examples best, best first.
+        """For each task about `count` known instructions whose adapters explain its first examples
+        best, best first.
 
-        A best-first walk over the graph of nearest latents, from evenly spread instructions and from what the decoder finds
-        likeliest: a few hundred pairs a task instead of all. Where no more than `count` are known it is all of them, as they
-        stand in the bank. barred: for each task one that may not be found, or -1.
+        A best-first walk over the graph of nearest latents, from evenly spread instructions and
+        from what the decoder finds
+        likeliest: a few hundred pairs a task instead of all. Where no more than `count` are known
+        it is all of them, as they stand in the bank. barred: for each task one that may not be
+        found, or -1.
         """
         if len(self) <= count:
-            return [[c for c in range(len(self)) if c != index] for index in barred or [-1] * len(tasks)]
+            return [
+                [c for c in range(len(self)) if c != index] for index in barred or [-1] * len(tasks)
+            ]
         num_seeds = min(_SEEDS, len(self))
         seeds = self._spread(num_seeds)
         found: list[dict[int, float]] = [{} for _ in tasks]
@@ -102,7 +122,9 @@ class Bank:
         neighbours_CB = self._neighbours()
         tried = [task[: walk.num_tried] for task in tasks]
         for _ in range(_HOPS):
-            pairs = [(t, c) for t, own in enumerate(frontier) for c in sorted(own - found[t].keys())]
+            pairs = [
+                (t, c) for t, own in enumerate(frontier) for c in sorted(own - found[t].keys())
+            ]
             if not pairs:
                 break
             for (t, c), loss in zip(pairs, self._losses(model, tried, pairs), strict=True):
@@ -113,30 +135,44 @@ class Bank:
             losses.pop(index, None)
         return [sorted(losses, key=losses.__getitem__)[:count] for losses in found]
 
-    def _losses(self, model: ShipModel, tasks: Sequence[Examples], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    def _losses(
+        self, model: ShipModel, tasks: Sequence[Examples], pairs: Sequence[tuple[int, int]]
+    ) -> list[float]:
         latent_CZ = self.latent_CZ[[c for _, c in pairs]]
         texts, examples = [self.instructions[c] for _, c in pairs], [tasks[t] for t, _ in pairs]
         return fit_of_latents(model, latent_CZ, texts, examples).loss_CM.sum(1).tolist()
 
     def _spread(self, count: int) -> list[int]:
-        """Instructions far from one another: each next one is the farthest from those before (Gonzalez 1985)."""
+        """Instructions far from one another: each next one is the farthest from those before
+        (Gonzalez 1985)."""
         chosen = [0]
         distance_C = torch.full((len(self),), torch.inf)
         while len(chosen) < count:
-            distance_C = torch.minimum(distance_C, (self.latent_CZ.cpu() - self.latent_CZ[chosen[-1]].cpu()).square().sum(1))
+            distance_C = torch.minimum(
+                distance_C,
+                (self.latent_CZ.cpu() - self.latent_CZ[chosen[-1]].cpu()).square().sum(1),
+            )
             chosen.append(int(distance_C.argmax()))
         return chosen
 
     def _neighbours(self) -> list[list[int]]:
         """The nearest latents of each, itself among them."""
-        return torch.cdist(self.latent_CZ, self.latent_CZ).topk(min(_NEIGHBOURS, len(self)), largest=False).indices.tolist()
+        return (
+            torch.cdist(self.latent_CZ, self.latent_CZ)
+            .topk(min(_NEIGHBOURS, len(self)), largest=False)
+            .indices.tolist()
+        )
 
     @torch.no_grad()
-    def shortlist_by_decoder(self, model: ShipModel, shown: Sequence[Examples], count: int) -> list[list[int]]:
-        """For each view of examples the known instructions that the decoder finds likeliest, best first."""
+    def shortlist_by_decoder(
+        self, model: ShipModel, shown: Sequence[Examples], count: int
+    ) -> list[list[int]]:
+        """For each view of examples the known instructions that the decoder finds likeliest, best
+        first."""
         root = self._tree(model)
         return [
-            found for start in range(0, len(shown), _TASKS_AT_ONCE)
+            found
+            for start in range(0, len(shown), _TASKS_AT_ONCE)
             for found in _likeliest(model, root, shown[start : start + _TASKS_AT_ONCE], count)
         ]
 
@@ -160,31 +196,47 @@ class _Path:
     node: _Node
 
 
-def _likeliest(model: ShipModel, root: _Node, shown: Sequence[Examples], count: int) -> list[list[int]]:
-    """A beam of `count` paths a view. Log-probabilities only fall, so a finished path stays while it is among the best."""
+def _likeliest(
+    model: ShipModel, root: _Node, shown: Sequence[Examples], count: int
+) -> list[list[int]]:
+    """A beam of `count` paths a view. Log-probabilities only fall, so a finished path stays while
+    it is among the best."""
     stream = read(model, shown, None)
     beams = [[_Path(0.0, t, -1, root)] for t in range(len(shown))]
     while any(path.node.children for beam in beams for path in beam):
         nodes = {path.row: path.node for beam in beams for path in beam if path.node.children}
-        tokens = [list(nodes[row].children) if row in nodes else [] for row in range(len(stream.logits_EV))]
+        tokens = [
+            list(nodes[row].children) if row in nodes else []
+            for row in range(len(stream.logits_EV))
+        ]
         widest = max(map(len, tokens))
-        wanted = torch.tensor([row + [0] * (widest - len(row)) for row in tokens], device=stream.logits_EV.device)
+        wanted = torch.tensor(
+            [row + [0] * (widest - len(row)) for row in tokens], device=stream.logits_EV.device
+        )
         log_probs = stream.logits_EV.float().log_softmax(-1).gather(1, wanted).tolist()
-        beams = [heapq.nlargest(count, _steps(beam, log_probs), key=lambda path: path.log_prob) for beam in beams]
+        beams = [
+            heapq.nlargest(count, _steps(beam, log_probs), key=lambda path: path.log_prob)
+            for beam in beams
+        ]
         going = [path for beam in beams for path in beam if path.node.children]
         if not going:
             break
         rows = {id(path): row for row, path in enumerate(going)}
         stream.select(torch.tensor([path.row for path in going], device=stream.logits_EV.device))
         stream.advance(torch.tensor([path.token for path in going], device=stream.logits_EV.device))
-        beams = [[_Path(p.log_prob, rows.get(id(p), -1), p.token, p.node) for p in beam] for beam in beams]
+        beams = [
+            [_Path(p.log_prob, rows.get(id(p), -1), p.token, p.node) for p in beam]
+            for beam in beams
+        ]
     return [[path.node.known for path in beam] for beam in beams]
 
 
 def _steps(beam: Sequence[_Path], log_probs: Sequence[Sequence[float]]) -> list[_Path]:
     found = [path for path in beam if not path.node.children]
     for path in beam:
-        for (token, child), log_prob in zip(path.node.children.items(), log_probs[path.row], strict=False):
+        for (token, child), log_prob in zip(
+            path.node.children.items(), log_probs[path.row], strict=False
+        ):
             found.append(_Path(path.log_prob + log_prob, path.row, token, child))
     return found
 
@@ -193,6 +245,9 @@ def encode_all(model: ShipModel, instructions: Sequence[str]) -> Tensor:
     """Posterior means (C, Z), a few hundred at a time."""
     if not instructions:
         return torch.zeros(0, model.config.latent_size)
-    return torch.cat([
-        model.encode(instructions[start : start + _ENCODED_AT_ONCE]) for start in range(0, len(instructions), _ENCODED_AT_ONCE)
-    ])
+    return torch.cat(
+        [
+            model.encode(instructions[start : start + _ENCODED_AT_ONCE])
+            for start in range(0, len(instructions), _ENCODED_AT_ONCE)
+        ]
+    )

@@ -13,7 +13,12 @@ def check_instruction(model: ShipModel, instruction: str) -> None:
     if not instruction.strip():
         raise UserError("instruction: is empty; say what to do with the input")
     _check_known(model.encoder_prompts, instruction, "instruction")
-    _check_length(len(model.encoder_prompts.encoder_prompt(instruction)), model.encoder.lm, "instruction", "encoder")
+    _check_length(
+        len(model.encoder_prompts.encoder_prompt(instruction)),
+        model.encoder.lm,
+        "instruction",
+        "encoder",
+    )
 
 
 def check_inputs(model: ShipModel, inputs: Sequence[str], max_new_tokens: int) -> None:
@@ -21,11 +26,17 @@ def check_inputs(model: ShipModel, inputs: Sequence[str], max_new_tokens: int) -
     for number, text in enumerate(inputs, start=1):
         _check_known(model.prompts, text, f"input {number}")
         length = model.num_virtual_tokens + len(model.question(text)) + max_new_tokens
-        _check_length(length, model.task_llm.lm, f"input {number} with an answer of {max_new_tokens} tokens", "Task LLM")
+        _check_length(
+            length,
+            model.task_llm.lm,
+            f"input {number} with an answer of {max_new_tokens} tokens",
+            "Task LLM",
+        )
 
 
 def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
-    """Raises UserError, naming the example by its number from 1, also where two contradict each other."""
+    """Raises UserError, naming the example by its number from 1, also where two contradict each
+    other."""
     if not examples:
         raise UserError("examples: there are none; give at least one line with input and target")
     first: dict[str, int] = {}
@@ -33,25 +44,41 @@ def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
         for part, text in (("input", example.input), ("target", example.target)):
             _check_known(model.prompts, text, f"example {number}, {part}")
         length = len(model.question(example.input)) + len(model.prompts.target(example.target))
-        _check_length(model.num_virtual_tokens + length, model.task_llm.lm, f"example {number}", "Task LLM")
+        _check_length(
+            model.num_virtual_tokens + length, model.task_llm.lm, f"example {number}", "Task LLM"
+        )
         other = first.setdefault(example.input, number)
         before = examples[other - 1].target
         if before != example.target:
             raise UserError(
-                f"examples {other} and {number}: the same input {example.input!r} has two targets, {before!r} and "
+                f"examples {other} and {number}: the same input {example.input!r} has two targets, "
+                f"{before!r} and "
                 f"{example.target!r}, and no instruction gives both: remove one"
             )
 
 
 def _check_known(prompts: PromptFormat, text: str, what: str) -> None:
     unknown = prompts.tokenizer.unk_token_id
-    if unknown is None or unknown not in prompts.tokenizer(text, add_special_tokens=False)["input_ids"]:
+    if (
+        unknown is None
+        or unknown not in prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ):
         return
-    words = [word for word in text.split() if unknown in prompts.tokenizer(word, add_special_tokens=False)["input_ids"]]
-    raise UserError(f"{what}: {(words or [text])[0]!r} is not in the base model's vocabulary, so it would not be read: reword it")
+    words = [
+        word
+        for word in text.split()
+        if unknown in prompts.tokenizer(word, add_special_tokens=False)["input_ids"]
+    ]
+    raise UserError(
+        f"{what}: {(words or [text])[0]!r} is not in the base model's vocabulary, so "
+        "it would not be read: reword it"
+    )
 
 
 def _check_length(length: int, lm: object, what: str, reader: str) -> None:
     limit = getattr(lm.config, "max_position_embeddings", None)  # type: ignore[attr-defined]
     if limit is not None and length > limit:
-        raise UserError(f"{what}: is {length} tokens long in its prompt and the {reader} reads at most {limit}: shorten it")
+        raise UserError(
+            f"{what}: is {length} tokens long in its prompt and the {reader} reads at "
+            f"most {limit}: shorten it"
+        )

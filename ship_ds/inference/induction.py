@@ -1,11 +1,12 @@
 """Induction: examples -> instruction, for many tasks at once.
 
-Methods: `direct` and `indirect` descend to a latent and decode it (arXiv 2502.02315, section 3.3); `bank` looks among the
-known instructions; `propose` lets the decoder read the examples and tests what it writes; `union`, the default, does the
-last two together, and looks among what follows from the known instructions by analogy. Every candidate is tested on the
-given examples in both ways it will be used: through the encoder, as an adapter, and as text in the prompt. Where no
-candidate explains everything, the best are refined: their latents by gradient, their texts by single tokens and by splicing
-one to another; what comes out is tested likewise.
+Methods: `direct` and `indirect` descend to a latent and decode it (arXiv 2502.02315, section 3.3);
+`bank` looks among the known instructions; `propose` lets the decoder read the examples and tests
+what it writes; `union`, the default, does the last two together, and looks among what follows from
+the known instructions by analogy. Every candidate is tested on the given examples in both ways it
+will be used: through the encoder, as an adapter, and as text in the prompt. Where no candidate
+explains everything, the best are refined: their latents by gradient, their texts by single tokens
+and by splicing one to another; what comes out is tested likewise.
 
 Letters: T tasks, C candidates, M examples, Z latent.
 """
@@ -21,7 +22,12 @@ from torch import Tensor
 from ship_ds.config import Section
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import THOROUGH, Bank, encode_all
-from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, descend_on_instruction, descend_on_latent, neutral_embeddings
+from ship_ds.inference.gradient import (
+    NEUTRAL_INSTRUCTION,
+    descend_on_instruction,
+    descend_on_latent,
+    neutral_embeddings,
+)
 from ship_ds.inference.proposals import beams, edits, key_of, sampled, splices, views
 from ship_ds.inference.scoring import Examples, Fit, fit_in_prompt, fit_of_latents
 from ship_ds.model.ship import ShipModel
@@ -34,11 +40,13 @@ class InductionConfig(Section):
     num_known: PositiveInt = 24
     """Known instructions that the bank hands on to be tested."""
     tries_all_known: bool = False
-    """Whether the bank tries every adapter it has on the first example instead of walking to those that fit."""
+    """Whether the bank tries every adapter it has on the first example instead of walking to those
+    that fit."""
     analogies: bool = True
-    """Whether `union` looks, beside the known instructions, among those that follow from them by analogy (analogies.py).
-    Execution accuracy in the prompt and through the encoder of the quickstart's 55 dev rules, seed 0: without them, by the
-    brief walk (bank.py), 0.740 and 0.655; with them, by the thorough one, 0.771 and 0.684; about 100 s each in all, once."""
+    """Whether `union` looks, beside the known instructions, among those that follow from them by
+    analogy (analogies.py). Execution accuracy in the prompt and through the encoder of the
+    quickstart's 55 dev rules, seed 0: without them, by the brief walk (bank.py), 0.740 and 0.655;
+    with them, by the thorough one, 0.771 and 0.684; about 100 s each in all, once."""
     num_views: PositiveInt = 4
     """Choices and orders of the examples that the decoder proposes from."""
     num_samples: NonNegativeInt = 6
@@ -57,8 +65,9 @@ class InductionConfig(Section):
     num_parents: PositiveInt = 60
     """Best on the screening examples, whose texts are spliced in a round."""
     num_splices: NonNegativeInt = 160
-    """With 60 parents. Execution accuracy in the prompt of the quickstart's 55 dev rules, seed 0: 64 of 24 parents 0.707, 160 of
-    60 0.740, 320 of 100 0.715; once each, differences that 55 rules hardly tell from noise."""
+    """With 60 parents. Execution accuracy in the prompt of the quickstart's 55 dev rules, seed 0:
+    64 of 24 parents 0.707, 160 of 60 0.740, 320 of 100 0.715; once each, differences that 55 rules
+    hardly tell from noise."""
     num_refined: PositiveInt = 2
     """Best candidates whose latents are refined by gradient in a round."""
     refine_steps: NonNegativeInt = 10
@@ -75,8 +84,9 @@ class InductionConfig(Section):
 
 @dataclass(frozen=True)
 class Candidate:
-    """An instruction and how it explains the given examples: how many greedy decoding answers exactly, and the mean loss in
-    nats, each through the encoder (its adapter) and as text in the prompt. `latent` is its posterior mean."""
+    """An instruction and how it explains the given examples: how many greedy decoding answers
+    exactly, and the mean loss in nats, each through the encoder (its adapter) and as text in the
+    prompt. `latent` is its posterior mean."""
 
     instruction: str
     num_right: int
@@ -89,7 +99,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Induction:
-    """candidates: best first. latent: the point whose adapter explains the examples best, found or encoded."""
+    """candidates: best first. latent: the point whose adapter explains the examples best, found or
+    encoded."""
 
     instruction: str
     candidates: tuple[Candidate, ...]
@@ -99,9 +110,13 @@ class Induction:
 
     @property
     def that_fit(self) -> tuple[Candidate, ...]:
-        """The distinct candidates that answer every example, through the encoder or in the prompt: more than one means that
-        the examples do not tell them apart."""
-        return tuple(c for c in self.candidates if max(c.num_right, c.num_right_in_prompt) == self.num_examples)
+        """The distinct candidates that answer every example, through the encoder or in the prompt:
+        more than one means that the examples do not tell them apart."""
+        return tuple(
+            c
+            for c in self.candidates
+            if max(c.num_right, c.num_right_in_prompt) == self.num_examples
+        )
 
 
 @dataclass
@@ -113,40 +128,68 @@ class _Task:
     found: list[tuple[int, float, Tensor]]
     """(examples right, loss, latent), one of each descent."""
     screened: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Of every text that was tried, also of those that were not tested on all examples: how it did on the first few, as
-    (- examples right, loss in nats), both ways of using it together."""
+    """Of every text that was tried, also of those that were not tested on all examples: how it did
+    on the first few, as (- examples right, loss in nats), both ways of using it together."""
 
     @property
     def key(self) -> str:
-        """What the task's draws are keyed by: the same in any company, so on any number of ranks."""
+        """What the task's draws are keyed by: the same in any company, so on any number of
+        ranks."""
         return repr(self.examples)
 
     def best(self) -> list[Candidate]:
         return sorted(self.tested.values(), key=_order)
 
     def parents(self, count: int) -> list[str]:
-        """The best on the first few examples; rounded, since losses in other company differ in their last bits."""
-        return sorted(self.screened, key=lambda text: (self.screened[text][0], round(self.screened[text][1], 2), text))[:count]
+        """The best on the first few examples; rounded, since losses in other company differ in
+        their last bits."""
+        return sorted(
+            self.screened,
+            key=lambda text: (self.screened[text][0], round(self.screened[text][1], 2), text),
+        )[:count]
 
     @property
     def is_explained(self) -> bool:
-        """One way of using a text is enough: going on until both work picks texts that suit an adapter's mistakes."""
-        return any(max(c.num_right, c.num_right_in_prompt) == len(self.examples) for c in self.tested.values())
+        """One way of using a text is enough: going on until both work picks texts that suit an
+        adapter's mistakes."""
+        return any(
+            max(c.num_right, c.num_right_in_prompt) == len(self.examples)
+            for c in self.tested.values()
+        )
 
 
 def _order(candidate: Candidate) -> tuple[int, float]:
     """Exactly right first, both ways together; then the loss."""
-    return -(candidate.num_right + candidate.num_right_in_prompt), candidate.loss + candidate.loss_in_prompt
+    return -(
+        candidate.num_right + candidate.num_right_in_prompt
+    ), candidate.loss + candidate.loss_in_prompt
 
 
 def widened(
-    model: ShipModel, induction: Induction, examples: Examples, latent_CZ: Tensor, config: InductionConfig, seed: int
+    model: ShipModel,
+    induction: Induction,
+    examples: Examples,
+    latent_CZ: Tensor,
+    config: InductionConfig,
+    seed: int,
 ) -> Induction:
     """The same with what the decoder reads out of further latents, tested on the examples."""
     task = _Task(tuple(examples), {c.instruction: c for c in induction.candidates}, [])
     found: Found = [[]]
-    _note(model, [task], [0] * len(latent_CZ), latent_CZ, [induction.instruction] * len(latent_CZ), found)
-    _test(model, [task], _decode_found(model, [task], found, config, seed, config.num_rounds + 1), config)
+    _note(
+        model,
+        [task],
+        [0] * len(latent_CZ),
+        latent_CZ,
+        [induction.instruction] * len(latent_CZ),
+        found,
+    )
+    _test(
+        model,
+        [task],
+        _decode_found(model, [task], found, config, seed, config.num_rounds + 1),
+        config,
+    )
     return _result(model, task)
 
 
@@ -160,12 +203,19 @@ def silent(text: str) -> None:
 
 
 def induce_many(
-    model: ShipModel, bank: Bank, tasks: Sequence[Examples], config: InductionConfig, seed: int = 0,
+    model: ShipModel,
+    bank: Bank,
+    tasks: Sequence[Examples],
+    config: InductionConfig,
+    seed: int = 0,
     say: Say = silent,
 ) -> list[Induction]:
-    """One induction a task; every draw is keyed by (seed, the task's examples). Raises UserError for a task without examples."""
+    """One induction a task; every draw is keyed by (seed, the task's examples). Raises UserError
+    for a task without examples."""
     if any(not examples for examples in tasks):
-        raise UserError("induce: a task has no examples; give at least one line with input and target")
+        raise UserError(
+            "induce: a task has no examples; give at least one line with input and target"
+        )
     running = [_Task(tuple(examples), {}, []) for examples in tasks]
     for group in _groups(running):
         _induce(model, bank, group, config, seed, say)
@@ -178,9 +228,16 @@ def _groups(tasks: Sequence[_Task]) -> list[list[_Task]]:
     return [[task for task in tasks if len(task.examples) == size] for size in sizes]
 
 
-def _induce(model: ShipModel, bank: Bank, tasks: list[_Task], config: InductionConfig, seed: int, say: Say) -> None:
+def _induce(
+    model: ShipModel, bank: Bank, tasks: list[_Task], config: InductionConfig, seed: int, say: Say
+) -> None:
     if config.method in ("direct", "indirect"):
-        _test(model, tasks, _decode_found(model, tasks, _descended(model, tasks, config, seed), config, seed, 0), config)
+        _test(
+            model,
+            tasks,
+            _decode_found(model, tasks, _descended(model, tasks, config, seed), config, seed, 0),
+            config,
+        )
         _fall_back(model, tasks, config)
         return
     texts: Texts = [[] for _ in tasks]
@@ -200,13 +257,24 @@ def _induce(model: ShipModel, bank: Bank, tasks: list[_Task], config: InductionC
 
 
 def _fall_back(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig) -> None:
-    """A decoder that has hardly been trained may propose no text at all; an induction still has to answer."""
-    _test(model, tasks, [[] if task.tested else [(NEUTRAL_INSTRUCTION, "neutral")] for task in tasks], config)
+    """A decoder that has hardly been trained may propose no text at all; an induction still has to
+    answer."""
+    _test(
+        model,
+        tasks,
+        [[] if task.tested else [(NEUTRAL_INSTRUCTION, "neutral")] for task in tasks],
+        config,
+    )
 
 
-def _known(model: ShipModel, bank: Bank, tasks: Sequence[_Task], config: InductionConfig, say: Say) -> Texts:
+def _known(
+    model: ShipModel, bank: Bank, tasks: Sequence[_Task], config: InductionConfig, say: Say
+) -> Texts:
     if not len(bank):
-        raise UserError("induce: the bundle knows no instructions of its training; use method propose, direct or indirect")
+        raise UserError(
+            "induce: the bundle knows no instructions of its training; use method "
+            "propose, direct or indirect"
+        )
     goes_further = config.analogies and config.method == "union"
     wider = bank.with_analogies(model) if goes_further else bank
     more = f" and {len(wider) - len(bank)} that follow by analogy" if goes_further else ""
@@ -216,19 +284,28 @@ def _known(model: ShipModel, bank: Bank, tasks: Sequence[_Task], config: Inducti
         chosen = wider.shortlist_of_all(model, examples, config.num_known)
     else:
         chosen = wider.shortlist(model, examples, config.num_known, walk=THOROUGH)
-    return [[(wider.instructions[c], "known" if c < len(bank) else "analogy") for c in own] for own in chosen]
+    return [
+        [(wider.instructions[c], "known" if c < len(bank) else "analogy") for c in own]
+        for own in chosen
+    ]
 
 
-def _proposed(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, seed: int) -> Texts:
+def _proposed(
+    model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, seed: int
+) -> Texts:
     """From the examples alone; a decoder that reads none proposes nothing."""
     if not model.config.decoder.max_examples:
         return [[] for _ in tasks]
     shown = [_views(model, task, config.num_views, seed, 0) for task in tasks]
     flat = [view for own in shown for view in own]
-    keys = [key_of(seed, task.key, "proposal", i) for task in tasks for i in range(config.num_views)]
+    keys = [
+        key_of(seed, task.key, "proposal", i) for task in tasks for i in range(config.num_views)
+    ]
     found: Texts = [[] for _ in tasks]
     if config.num_samples:
-        drawn = sampled(model, flat, None, config.num_samples, config.temperature, keys, config.max_new_tokens)
+        drawn = sampled(
+            model, flat, None, config.num_samples, config.temperature, keys, config.max_new_tokens
+        )
         _extend(found, _regroup(drawn, config.num_views, "sampled"))
     likeliest = beams(model, flat, None, config.num_beams, config.max_new_tokens)
     _extend(found, _regroup(likeliest, config.num_views, "beam"))
@@ -236,11 +313,21 @@ def _proposed(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig,
 
 
 def _views(model: ShipModel, task: _Task, count: int, seed: int, turn: object) -> list[Examples]:
-    return list(views(task.examples, model.config.decoder.max_examples, count, key_of(seed, task.key, "views", turn)))
+    return list(
+        views(
+            task.examples,
+            model.config.decoder.max_examples,
+            count,
+            key_of(seed, task.key, "views", turn),
+        )
+    )
 
 
-def _refine(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, seed: int, turn: int) -> None:
-    """Edit and splice the best texts; descend from the best latents and let the decoder read what it finds; test all."""
+def _refine(
+    model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, seed: int, turn: int
+) -> None:
+    """Edit and splice the best texts; descend from the best latents and let the decoder read what
+    it finds; test all."""
     texts: Texts = [[] for _ in tasks]
     best = [task.best() for task in tasks]
     edited = [(t, c) for t, own in enumerate(best) for c in own[: config.num_edited]]
@@ -251,7 +338,13 @@ def _refine(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, s
         texts[t] += [(text, "edit") for text in own]
     for task, wanted in zip(tasks, texts, strict=True):
         known = {*task.screened, *(text for text, _ in wanted)}
-        spliced = splices(model, task.parents(config.num_parents), config.num_splices, config.max_new_tokens, known)
+        spliced = splices(
+            model,
+            task.parents(config.num_parents),
+            config.num_splices,
+            config.max_new_tokens,
+            known,
+        )
         wanted += [(text, "splice") for text in spliced]
     if config.refine_steps:
         starts = [(t, c) for t, own in enumerate(best) for c in own[: config.num_refined]]
@@ -265,35 +358,58 @@ Found = list[list[Tensor]]
 
 
 def _descend_from(
-    model: ShipModel, tasks: Sequence[_Task], starts: Sequence[tuple[int, Candidate]], config: InductionConfig
+    model: ShipModel,
+    tasks: Sequence[_Task],
+    starts: Sequence[tuple[int, Candidate]],
+    config: InductionConfig,
 ) -> Found:
     found: Found = [[] for _ in tasks]
     for start in range(0, len(starts), 48):
         chunk = starts[start : start + 48]
         examples, said = [tasks[t].examples for t, _ in chunk], [c.instruction for _, c in chunk]
         descent = descend_on_latent(
-            model, torch.tensor([c.latent for _, c in chunk]), said, examples, config.refine_steps, config.refine_lr,
-            config.prior, hold_back=False,
+            model,
+            torch.tensor([c.latent for _, c in chunk]),
+            said,
+            examples,
+            config.refine_steps,
+            config.refine_lr,
+            config.prior,
+            hold_back=False,
         )
         _note(model, tasks, [t for t, _ in chunk], descent.latent_CZ, said, found)
     return found
 
 
-def _descended(model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, seed: int) -> Found:
-    """`direct` from the prior's mean and from draws of it; `indirect` from the neutral instruction, bare and disturbed."""
+def _descended(
+    model: ShipModel, tasks: Sequence[_Task], config: InductionConfig, seed: int
+) -> Found:
+    """`direct` from the prior's mean and from draws of it; `indirect` from the neutral instruction,
+    bare and disturbed."""
     found: Found = [[] for _ in tasks]
     rows = [(t, restart) for t in range(len(tasks)) for restart in range(config.num_restarts)]
     for start in range(0, len(rows), 48):
         chunk = rows[start : start + 48]
         examples, said = [tasks[t].examples for t, _ in chunk], [""] * len(chunk)
         if config.method == "direct":
-            points = torch.stack([_noise((model.config.latent_size,), seed, tasks[t], restart) for t, restart in chunk])
-            descent = descend_on_latent(model, points, said, examples, config.steps, config.direct_lr, config.prior)
+            points = torch.stack(
+                [
+                    _noise((model.config.latent_size,), seed, tasks[t], restart)
+                    for t, restart in chunk
+                ]
+            )
+            descent = descend_on_latent(
+                model, points, said, examples, config.steps, config.direct_lr, config.prior
+            )
         else:
             neutral_NH = neutral_embeddings(model).cpu()
             spread, shape = float(neutral_NH.std()), tuple(neutral_NH.shape)
-            points_NH = [neutral_NH + spread * _noise(shape, seed, tasks[t], restart) for t, restart in chunk]
-            descent = descend_on_instruction(model, points_NH, said, examples, config.steps, config.indirect_lr, config.prior)
+            points_NH = [
+                neutral_NH + spread * _noise(shape, seed, tasks[t], restart) for t, restart in chunk
+            ]
+            descent = descend_on_instruction(
+                model, points_NH, said, examples, config.steps, config.indirect_lr, config.prior
+            )
         _note(model, tasks, [t for t, _ in chunk], descent.latent_CZ, said, found)
     return found
 
@@ -305,17 +421,29 @@ def _noise(shape: tuple[int, ...], seed: int, task: _Task, restart: int) -> Tens
 
 
 def _note(
-    model: ShipModel, tasks: Sequence[_Task], owners: Sequence[int], latent_CZ: Tensor, said: Sequence[str], found: Found
+    model: ShipModel,
+    tasks: Sequence[_Task],
+    owners: Sequence[int],
+    latent_CZ: Tensor,
+    said: Sequence[str],
+    found: Found,
 ) -> None:
     """Keep what was found, and how it explains all of its task's examples."""
     fit = fit_of_latents(model, latent_CZ, said, [tasks[t].examples for t in owners])
     for row, t in enumerate(owners):
         found[t].append(latent_CZ[row])
-        tasks[t].found.append((int(fit.right_CM[row].sum()), float(fit.loss_CM[row].mean()), latent_CZ[row].cpu()))
+        tasks[t].found.append(
+            (int(fit.right_CM[row].sum()), float(fit.loss_CM[row].mean()), latent_CZ[row].cpu())
+        )
 
 
 def _decode_found(
-    model: ShipModel, tasks: Sequence[_Task], found: Found, config: InductionConfig, seed: int, turn: int
+    model: ShipModel,
+    tasks: Sequence[_Task],
+    found: Found,
+    config: InductionConfig,
+    seed: int,
+    turn: int,
 ) -> Texts:
     """Texts that the decoder reads out of each latent, beside examples where it was trained to."""
     rows = [(tasks[t], place) for t, own in enumerate(found) for place in range(len(own))]
@@ -326,8 +454,19 @@ def _decode_found(
     texts: Texts = [[] for _ in tasks]
     likeliest = beams(model, shown, latent_CZ, config.num_beams, config.max_new_tokens)
     keys = [key_of(seed, task.key, "refined", turn, place) for task, place in rows]
-    drawn = sampled(model, shown, latent_CZ, config.num_samples, config.temperature, keys, config.max_new_tokens) \
-        if config.num_samples else [[] for _ in rows]
+    drawn = (
+        sampled(
+            model,
+            shown,
+            latent_CZ,
+            config.num_samples,
+            config.temperature,
+            keys,
+            config.max_new_tokens,
+        )
+        if config.num_samples
+        else [[] for _ in rows]
+    )
     owners = [t for t, own in enumerate(found) for _ in own]
     for t, first, second in zip(owners, likeliest, drawn, strict=True):
         texts[t] += [(text, "refined") for text in (*first, *second)]
@@ -341,15 +480,19 @@ def _extend(texts: Texts, more: Texts) -> None:
 
 def _regroup(rows: Sequence[Sequence[str]], per_task: int, origin: str) -> Texts:
     return [
-        [(text, origin) for row in rows[start : start + per_task] for text in row] for start in range(0, len(rows), per_task)
+        [(text, origin) for row in rows[start : start + per_task] for text in row]
+        for start in range(0, len(rows), per_task)
     ]
 
 
 def _test(model: ShipModel, tasks: Sequence[_Task], texts: Texts, config: InductionConfig) -> None:
-    """Put the best of the new texts among each task's tested ones: all on a few examples, the finalists on the others."""
+    """Put the best of the new texts among each task's tested ones: all on a few examples, the
+    finalists on the others."""
     pairs = [
-        (t, text, origin) for t, (task, own) in enumerate(zip(tasks, texts, strict=True))
-        for text, origin in dict(reversed(own)).items() if text and text not in task.tested
+        (t, text, origin)
+        for t, (task, own) in enumerate(zip(tasks, texts, strict=True))
+        for text, origin in dict(reversed(own)).items()
+        if text and text not in task.tested
     ]
     if not pairs:
         return
@@ -367,12 +510,19 @@ def _test(model: ShipModel, tasks: Sequence[_Task], texts: Texts, config: Induct
     pairs, latent_CZ = [pairs[i] for i in finalists], latent_CZ[index]
     through, stated = through.rows(index), stated.rows(index)
     if len(tasks[0].examples) > config.num_screened:
-        rest_through, rest_stated = _fits(model, tasks, pairs, latent_CZ, slice(config.num_screened, None))
+        rest_through, rest_stated = _fits(
+            model, tasks, pairs, latent_CZ, slice(config.num_screened, None)
+        )
         through, stated = through.beside(rest_through), stated.beside(rest_stated)
     for row, (t, text, origin) in enumerate(pairs):
         tasks[t].tested[text] = Candidate(
-            text, int(through.right_CM[row].sum()), float(through.loss_CM[row].mean()), int(stated.right_CM[row].sum()),
-            float(stated.loss_CM[row].mean()), tuple(latent_CZ[row].tolist()), origin,
+            text,
+            int(through.right_CM[row].sum()),
+            float(through.loss_CM[row].mean()),
+            int(stated.right_CM[row].sum()),
+            float(stated.loss_CM[row].mean()),
+            tuple(latent_CZ[row].tolist()),
+            origin,
         )
 
 
@@ -393,7 +543,8 @@ def _finalists(tasks: Sequence[_Task], pairs: Sequence[Pair], count: int) -> lis
     for row, (t, _, _) in enumerate(pairs):
         rows[t].append(row)
     return [
-        row for task, own in zip(tasks, rows, strict=True)
+        row
+        for task, own in zip(tasks, rows, strict=True)
         for row in sorted(own, key=lambda row: task.screened[pairs[row][1]])[:count]
     ]
 
@@ -401,7 +552,9 @@ def _finalists(tasks: Sequence[_Task], pairs: Sequence[Pair], count: int) -> lis
 def _result(model: ShipModel, task: _Task) -> Induction:
     best = task.best()
     if not best:
-        raise UserError("induce: the decoder wrote no instruction that ends; train it longer or use method bank")
+        raise UserError(
+            "induce: the decoder wrote no instruction that ends; train it longer or use method bank"
+        )
     points = [(c.num_right, c.loss, c.latent) for c in best]
     points += [(right, loss, tuple(latent_Z.tolist())) for right, loss, latent_Z in task.found]
     num_right, _, latent = min(points, key=lambda point: (-point[0], point[1]))

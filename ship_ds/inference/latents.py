@@ -1,4 +1,5 @@
-"""What the latent space holds: arithmetic on instructions, the prior, neighbours, and how far an instruction is from training.
+"""What the latent space holds: arithmetic on instructions, the prior, neighbours, and how far an
+instruction is from training.
 
 Letters: C known instructions, Z latent.
 """
@@ -13,7 +14,8 @@ from ship_ds.inference.bank import Bank
 from ship_ds.model.ship import ShipModel
 
 FAR_QUANTILE = 0.99
-"""An instruction is far from training when it is more uncertain or lonelier than this share of the known ones."""
+"""An instruction is far from training when it is more uncertain or lonelier than this share of the
+known ones."""
 _AT_ONCE = 256
 
 
@@ -27,8 +29,9 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Familiarity:
-    """Shares of the known instructions that are less uncertain (posterior entropy) and less lonely (distance to the nearest
-    other known one) than this instruction; `is_far` when either is above FAR_QUANTILE."""
+    """Shares of the known instructions that are less uncertain (posterior entropy) and less lonely
+    (distance to the nearest other known one) than this instruction; `is_far` when either is above
+    FAR_QUANTILE."""
 
     uncertainty: float
     loneliness: float
@@ -42,32 +45,42 @@ def interpolate(start_Z: Tensor, end_Z: Tensor, num_points: int) -> Tensor:
 
 
 def combine(model: ShipModel, weights: Mapping[str, float]) -> Tensor:
-    """Task arithmetic (Ilharco et al. 2023) on posterior means: the weighted sum (Z,) of instructions."""
+    """Task arithmetic (Ilharco et al. 2023) on posterior means: the weighted sum (Z,) of
+    instructions."""
     mean_TZ = model.encode(list(weights))
     return torch.tensor(list(weights.values()), device=mean_TZ.device) @ mean_TZ
 
 
 def sample_prior(model: ShipModel, count: int, seed: int) -> Tensor:
     """(count, Z) from N(0, I), by a generator of its own."""
-    return torch.randn(count, model.config.latent_size, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    return torch.randn(
+        count, model.config.latent_size, generator=torch.Generator().manual_seed(seed)
+    ).to(model.device)
 
 
 def nearest_known(bank: Bank, latent_Z: Tensor, count: int) -> list[Neighbour]:
     distance_C = torch.cdist(latent_Z[None], bank.latent_CZ)[0]
     found = distance_C.topk(min(count, len(bank)), largest=False)
-    return [Neighbour(bank.instructions[c], d) for c, d in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
+    return [
+        Neighbour(bank.instructions[c], d)
+        for c, d in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The known instructions' own entropy and distance to the nearest other, sorted; what an instruction is compared with."""
+    """The known instructions' own entropy and distance to the nearest other, sorted; what an
+    instruction is compared with."""
 
     entropy_C: Tensor
     distance_C: Tensor
 
     @classmethod
     def of(cls, model: ShipModel, bank: Bank) -> "Surroundings":
-        entropy = [_entropy(model, bank.instructions[start : start + _AT_ONCE]) for start in range(0, len(bank), _AT_ONCE)]
+        entropy = [
+            _entropy(model, bank.instructions[start : start + _AT_ONCE])
+            for start in range(0, len(bank), _AT_ONCE)
+        ]
         apart_CC = torch.cdist(bank.latent_CZ, bank.latent_CZ).fill_diagonal_(torch.inf)
         return cls(torch.cat(entropy).sort().values, apart_CC.amin(1).sort().values)
 

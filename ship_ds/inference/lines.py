@@ -1,4 +1,5 @@
-"""JSON lines in and out of the verbs: `{"input": ..., "target": ...}` a line, from a file or from standard input."""
+"""JSON lines in and out of the verbs: `{"input": ..., "target": ...}` a line, from a file or from
+standard input."""
 
 import json
 import math
@@ -18,7 +19,10 @@ STDIN = "-"
 
 def read_pairs(source: str) -> list[tuple[str, str]]:
     """Examples (input, target). Raises UserError naming file and line."""
-    return [(_field(source, number, row, "input"), _field(source, number, row, "target")) for number, row in _rows(source)]
+    return [
+        (_field(source, number, row, "input"), _field(source, number, row, "target"))
+        for number, row in _rows(source)
+    ]
 
 
 def read_inputs(source: str) -> list[str]:
@@ -26,7 +30,9 @@ def read_inputs(source: str) -> list[str]:
     found = []
     for number, line in _lines(source):
         row = _parsed(line)
-        found.append(_field(source, number, row, "input") if isinstance(row, dict) else line.strip())
+        found.append(
+            _field(source, number, row, "input") if isinstance(row, dict) else line.strip()
+        )
     return found
 
 
@@ -35,7 +41,11 @@ def _rows(source: str) -> list[tuple[int, dict[str, Any]]]:
     for number, line in _lines(source):
         row = _parsed(line)
         if not isinstance(row, dict):
-            raise read_error(_name(source), f"line {number}", 'expected a JSON object {"input": ..., "target": ...}')
+            raise read_error(
+                _name(source),
+                f"line {number}",
+                'expected a JSON object {"input": ..., "target": ...}',
+            )
         rows.append((number, row))
     return rows
 
@@ -46,7 +56,9 @@ def _lines(source: str) -> list[tuple[int, str]]:
         text = sys.stdin.read() if source == STDIN else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{_name(source)}: cannot be read: {error}") from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [
+        (number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()
+    ]
     if not lines:
         raise UserError(f"{_name(source)}: is empty; give one JSON object a line")
     return lines
@@ -61,7 +73,11 @@ def _parsed(line: str) -> Any:
 
 def _field(source: str, number: int, row: dict[str, Any], key: str) -> str:
     if not isinstance(row.get(key), str):
-        raise read_error(_name(source), f"line {number}: {key}", f"expected a string, got {type(row.get(key)).__name__}")
+        raise read_error(
+            _name(source),
+            f"line {number}: {key}",
+            f"expected a string, got {type(row.get(key)).__name__}",
+        )
     return str(row[key])
 
 
@@ -70,18 +86,29 @@ def _name(source: str) -> str:
 
 
 def induction_row(found: Induction | WeightInduction, num_candidates: int) -> dict[str, Any]:
-    """The best candidates without their latents; `alternatives` are the other texts that fit every example."""
+    """The best candidates without their latents; `alternatives` are the other texts that fit every
+    example."""
     row: dict[str, Any] = {"instruction": found.instruction}
     if isinstance(found, Induction):
-        row |= {"alternatives": [c.instruction for c in found.that_fit if c.instruction != found.instruction]}
+        row |= {
+            "alternatives": [
+                c.instruction for c in found.that_fit if c.instruction != found.instruction
+            ]
+        }
         row |= {"num_examples": found.num_examples}
-    return row | {"candidates": [_candidate(c) for c in found.candidates[:num_candidates]], "latent": _short(found.latent)}
+    return row | {
+        "candidates": [_candidate(c) for c in found.candidates[:num_candidates]],
+        "latent": _short(found.latent),
+    }
 
 
 def _candidate(candidate: Any) -> dict[str, Any]:
     row = asdict(candidate)
     del row["latent"]
-    return {key: round(value, 4) if isinstance(value, float) and math.isfinite(value) else value for key, value in row.items()}
+    return {
+        key: round(value, 4) if isinstance(value, float) and math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def _short(latent: tuple[float, ...]) -> list[float]:
@@ -93,5 +120,7 @@ def reasoning_rows(inputs: list[str], reasoning: Reasoning) -> list[dict[str, An
     said = reasoning.induction.instruction
     return [
         {"input": text, "instruction": said, "found": found, "refined": refined, "stated": stated}
-        for text, found, refined, stated in zip(inputs, reasoning.found, reasoning.refined, reasoning.stated, strict=True)
+        for text, found, refined, stated in zip(
+            inputs, reasoning.found, reasoning.refined, reasoning.stated, strict=True
+        )
     ]

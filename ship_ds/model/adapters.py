@@ -1,10 +1,12 @@
 """Adapters: what the hypernetwork builds and the Task LLM applies. A new kind is a new class here.
 
-An adapter is an explicit value. It travels as a keyword argument through the transformers model into every decoder block,
-and a checkpointed block's recomputation sees the very adapter that its forward saw: the block hands it to its linear
-layers inside the checkpointed function, so nothing depends on what is current when the backward pass runs.
+An adapter is an explicit value. It travels as a keyword argument through the transformers model
+into every decoder block, and a checkpointed block's recomputation sees the very adapter that its
+forward saw: the block hands it to its linear layers inside the checkpointed function, so nothing
+depends on what is current when the backward pass runs.
 
-Letters: T tasks (or rows), R rank, I in, O out, P virtual tokens, H hidden; "..." any token layout, task-major.
+Letters: T tasks (or rows), R rank, I in, O out, P virtual tokens, H hidden; "..." any token layout,
+task-major.
 """
 
 from collections.abc import Mapping
@@ -27,16 +29,19 @@ class Adapter(Protocol):
         """T, or how many rows it was expanded to."""
 
     def delta(self, path: str, x: Tensor) -> Tensor | None:
-        """What is added to the output of the linear at module `path` for input x (..., I); None: nothing."""
+        """What is added to the output of the linear at module `path` for input x (..., I); None:
+        nothing."""
 
     def virtual_tokens(self) -> Tensor | None:
         """Embeddings put before every prompt, (T, P, H); None: none."""
 
     def rows(self, index: Tensor) -> "Adapter":
-        """The adapter whose row e is this one's row index[e]; it expands, reorders and compacts a batch."""
+        """The adapter whose row e is this one's row index[e]; it expands, reorders and compacts a
+        batch."""
 
     def over(self, offsets: Tensor | None) -> "Adapter":
-        """The same for tokens laid end to end, task t ending at offsets[t]; None: every task has equally many tokens."""
+        """The same for tokens laid end to end, task t ending at offsets[t]; None: every task has
+        equally many tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,18 @@ class LoraAdapter:
         if path not in self.factors:
             return None
         a_TRI, b_TOR = self.factors[path]
-        return segment_lora(x, a_TRI, b_TOR * self.scaling, self.offsets)  # B is far smaller than the output
+        # B is far smaller than the output
+        return segment_lora(x, a_TRI, b_TOR * self.scaling, self.offsets)
 
     def virtual_tokens(self) -> Tensor | None:
         return None
 
     def rows(self, index: Tensor) -> "LoraAdapter":
-        return replace(self, factors={path: (a[index], b[index]) for path, (a, b) in self.factors.items()}, offsets=None)
+        return replace(
+            self,
+            factors={path: (a[index], b[index]) for path, (a, b) in self.factors.items()},
+            offsets=None,
+        )
 
     def over(self, offsets: Tensor | None) -> "LoraAdapter":
         return replace(self, offsets=offsets)
@@ -94,7 +104,8 @@ class SoftPrompt:
 
 
 class AdaptedLinear(nn.Module):
-    """A target linear, wrapped once. It calls `base(x)`, where ZeRO-3 gathers and bitsandbytes dequantises."""
+    """A target linear, wrapped once. It calls `base(x)`, where ZeRO-3 gathers and bitsandbytes
+    dequantises."""
 
     def __init__(self, base: nn.Module, path: str) -> None:
         super().__init__()
@@ -109,7 +120,8 @@ class AdaptedLinear(nn.Module):
 
 
 class AdaptedBlock(nn.Module):
-    """A decoder block that takes `ship_adapter` and, with `ship_checkpoint`, recomputes itself in the backward pass."""
+    """A decoder block that takes `ship_adapter` and, with `ship_checkpoint`, recomputes itself in
+    the backward pass."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -118,7 +130,12 @@ class AdaptedBlock(nn.Module):
         self.sites = [module for module in block.modules() if isinstance(module, AdaptedLinear)]
 
     def forward(
-        self, hidden: Tensor, *args: Any, ship_adapter: Adapter | None = None, ship_checkpoint: bool = False, **kwargs: Any
+        self,
+        hidden: Tensor,
+        *args: Any,
+        ship_adapter: Adapter | None = None,
+        ship_checkpoint: bool = False,
+        **kwargs: Any,
     ) -> Any:
         def run(hidden: Tensor) -> Any:
             for site in self.sites:
@@ -135,14 +152,17 @@ class AdaptedBlock(nn.Module):
 
 
 def wrap_sites(model: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """Wrap the target linears and the blocks of a decoder-only transformers model; path -> (in, out) of each site.
+    """Wrap the target linears and the blocks of a decoder-only transformers model; path -> (in,
+    out) of each site.
 
-    Raises UserError naming the first target that a block lacks, or the part of the model that is missing.
+    Raises UserError naming the first target that a block lacks, or the part of the model that is
+    missing.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UserError(
-            f"{type(model).__name__}: has no model.layers; only decoder-only models with a list of blocks there can be adapted"
+            f"{type(model).__name__}: has no model.layers; only decoder-only models with a list of "
+            "blocks there can be adapted"
         )
     found = {index: _find_linears(model, block, targets) for index, block in enumerate(layers)}
     sites: dict[str, tuple[int, int]] = {}
@@ -155,8 +175,12 @@ def wrap_sites(model: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[in
     return sites
 
 
-def _find_linears(model: nn.Module, block: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
-    linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+def _find_linears(
+    model: nn.Module, block: nn.Module, targets: tuple[str, ...]
+) -> dict[str, nn.Linear]:
+    linears = {
+        path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)
+    }
     names = {path.rpartition(".")[2] for path in linears}
     for target in targets:
         if target not in names:
@@ -164,5 +188,8 @@ def _find_linears(model: nn.Module, block: nn.Module, targets: tuple[str, ...]) 
                 f"hypernetwork.targets: {type(model).__name__} has no linear module {target!r}; "
                 f"its blocks have {', '.join(sorted(names))}"
             )
-    wanted = {target: [path for path in linears if path.rpartition(".")[2] == target] for target in targets}
+    wanted = {
+        target: [path for path in linears if path.rpartition(".")[2] == target]
+        for target in targets
+    }
     return {path: linears[path] for target in targets for path in wanted[target]}

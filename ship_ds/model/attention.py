@@ -1,8 +1,10 @@
-"""Which attention runs: SDPA on the CPU; on CUDA `flash_attn`, or torch's variable-length kernel, which meet no padding.
+"""Which attention runs: SDPA on the CPU; on CUDA `flash_attn`, or torch's variable-length kernel,
+which meet no padding.
 
-`ship_varlen` is registered with transformers as a mask and an attention function. It takes torch's kernel where that one
-runs (CUDA, 16 bits) and the tokens lie as in training: packed, or whole rows. Everything else, generation with a cache and
-left padding included, goes through SDPA with transformers' own mask, so one loaded model serves both.
+`ship_varlen` is registered with transformers as a mask and an attention function. It takes torch's
+kernel where that one runs (CUDA, 16 bits) and the tokens lie as in training: packed, or whole rows.
+Everything else, generation with a cache and left padding included, goes through SDPA with
+transformers' own mask, so one loaded model serves both.
 
 Letters: B rows, S length, N tokens (B*S), A attention heads, G key and value heads, D head size.
 """
@@ -33,16 +35,25 @@ def this_machine() -> torch.device:
 def resolve(choice: Choice, device: torch.device, caps_scores: bool = False) -> str:
     """The transformers `attn_implementation` for a model that will run on `device`.
 
-    caps_scores: the model soft-caps its attention scores (Gemma 2), which neither SDPA nor torch's kernel can.
-    Raises UserError when the choice cannot run there.
+    caps_scores: the model soft-caps its attention scores (Gemma 2), which neither SDPA nor torch's
+    kernel can. Raises UserError when the choice cannot run there.
     """
     on_cuda, has_flash = device.type == "cuda", importlib.util.find_spec("flash_attn") is not None
     if choice in ("varlen", "flash") and not on_cuda:
-        raise UserError(f"model.attention={choice}: needs CUDA, and the model runs on {device.type}; set it to auto or sdpa")
+        raise UserError(
+            f"model.attention={choice}: needs CUDA, and the model runs on "
+            f"{device.type}; set it to auto or sdpa"
+        )
     if choice == "flash" and not has_flash:
-        raise UserError("model.attention=flash: flash_attn is not installed; install ship-ds[flash] or set it to auto")
+        raise UserError(
+            "model.attention=flash: flash_attn is not installed; install "
+            "ship-ds[flash] or set it to auto"
+        )
     if choice in ("varlen", "sdpa") and caps_scores:
-        raise UserError(f"model.attention={choice}: this model soft-caps its attention scores, which needs auto or flash")
+        raise UserError(
+            f"model.attention={choice}: this model soft-caps its attention scores, "
+            "which needs auto or flash"
+        )
     if choice == "flash" or (choice == "auto" and on_cuda and has_flash):
         return FLASH
     if caps_scores:
@@ -55,51 +66,92 @@ def kernel_runs(device: torch.device | str, dtype: torch.dtype) -> bool:
 
 
 def varlen_mask(
-    *, q_length: int, kv_length: int, attention_mask: Tensor | None = None, dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu", **kwargs: Any,
+    *,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
 ) -> Tensor | None:
     """None where `varlen_forward` takes the kernel, else the mask that SDPA needs."""
     if attention_mask is None and q_length == kv_length and kernel_runs(device, dtype):
         return None
     mask: Tensor | None = sdpa_mask(
-        q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, dtype=dtype, device=device, **kwargs
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        dtype=dtype,
+        device=device,
+        **kwargs,
     )
     return mask
 
 
 def varlen_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature: query (B, A, S, D), key and value (B, G, S, D) -> (B, S, A, D).
 
-    Sequences end where `cu_seq_lens_q` says, else where `position_ids` start again, else at the end of each row.
+    Sequences end where `cu_seq_lens_q` says, else where `position_ids` start again, else at the end
+    of each row.
     """
     ends: Tensor | None = kwargs.get("cu_seq_lens_q")
-    if attention_mask is not None or query.shape[2] != key.shape[2] or not kernel_runs(query.device, query.dtype):
+    if (
+        attention_mask is not None
+        or query.shape[2] != key.shape[2]
+        or not kernel_runs(query.device, query.dtype)
+    ):
         # SDPA would let packed samples see each other: the mask has to be there by now.
         assert attention_mask is not None or ends is None or len(ends) == 2
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
     if dropout:
-        raise UserError("model.attention: torch's variable-length kernel has no attention dropout; set model.attention=sdpa")
+        raise UserError(
+            "model.attention: torch's variable-length kernel has no attention dropout; "
+            "set model.attention=sdpa"
+        )
     rows, num_heads, length, head_size = query.shape
     longest = kwargs.get("max_length_q")
     if ends is None or longest is None:
         ends, longest = _ends(kwargs.get("position_ids"), rows, length, query.device)
-    query_NAD, key_NGD, value_NGD = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    query_NAD, key_NGD, value_NGD = (
+        states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)
+    )
     # transformers' window counts the token itself, the kernel's those to its left.
     out_NAD = varlen_attn(
-        query_NAD, key_NGD, value_NGD, ends, ends, longest, longest, scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0), enable_gqa=num_heads != key.shape[1],
+        query_NAD,
+        key_NGD,
+        value_NGD,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=num_heads != key.shape[1],
     )
     assert isinstance(out_NAD, Tensor)
     return out_NAD.view(rows, length, num_heads, head_size), None
 
 
-def _ends(position_ids: Tensor | None, rows: int, length: int, device: torch.device) -> tuple[Tensor, int]:
+def _ends(
+    position_ids: Tensor | None, rows: int, length: int, device: torch.device
+) -> tuple[Tensor, int]:
     """Cumulative lengths (one more than there are sequences, int32) and the longest length."""
     if position_ids is None:
-        return torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device), length
+        return torch.arange(
+            0, (rows + 1) * length, length, dtype=torch.int32, device=device
+        ), length
     (ends, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids.expand(rows, length))
     return ends, int(longest)
 

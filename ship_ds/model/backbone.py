@@ -1,4 +1,5 @@
-"""Language models from a folder: the embedded tiny LM or the user's own, plain or in NF4; never looked up on a hub."""
+"""Language models from a folder: the embedded tiny LM or the user's own, plain or in NF4; never
+looked up on a hub."""
 
 import warnings
 from importlib import resources
@@ -29,9 +30,16 @@ _BLOCK = 64
 
 def base_folder(base: str) -> Path:
     """Where the model is; raises UserError when it is not a model folder."""
-    folder = Path(str(resources.files("ship_ds") / "assets" / "tiny_lm")) if base == "embedded" else Path(base)
+    folder = (
+        Path(str(resources.files("ship_ds") / "assets" / "tiny_lm"))
+        if base == "embedded"
+        else Path(base)
+    )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{base}: expected a model folder with a config.json; download the model first and give its folder")
+        raise UserError(
+            f"{base}: expected a model folder with a config.json; download the model "
+            "first and give its folder"
+        )
     return folder
 
 
@@ -40,43 +48,64 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 
 def load_lm(
-    base: str, quantisation: Quantisation, dtype: torch.dtype, attention: Choice = "auto", device: torch.device | None = None,
+    base: str,
+    quantisation: Quantisation,
+    dtype: torch.dtype,
+    attention: Choice = "auto",
+    device: torch.device | None = None,
     shard: Shard | None = None,
 ) -> nn.Module:
-    """The causal LM in `dtype`; with "nf4" its linears in 4 bits with double quantisation (Dettmers et al. 2023).
+    """The causal LM in `dtype`; with "nf4" its linears in 4 bits with double quantisation (Dettmers
+    et al. 2023).
 
-    device: where it will run (None: on CUDA if this machine has it); it decides the attention. 16- and 32-bit weights load
-    on the CPU, 4-bit ones are made on the device. shard: see streaming.py; for 4-bit weights alone.
+    device: where it will run (None: on CUDA if this machine has it); it decides the attention. 16-
+    and 32-bit weights load on the CPU, 4-bit ones are made on the device. shard: see streaming.py;
+    for 4-bit weights alone.
 
-    The 4-bit storage stays uint8: DeepSpeed casts every floating-point parameter to the engine's dtype, which would
-    destroy a floating-point storage of another width.
+    The 4-bit storage stays uint8: DeepSpeed casts every floating-point parameter to the engine's
+    dtype, which would destroy a floating-point storage of another width.
     """
     folder, device = base_folder(base), device or this_machine()
     settings = AutoConfig.from_pretrained(folder, local_files_only=True)
-    kernel = resolve(attention, device, getattr(settings, "attn_logit_softcapping", None) is not None)
+    kernel = resolve(
+        attention, device, getattr(settings, "attn_logit_softcapping", None) is not None
+    )
     if quantisation == "none":
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype, attn_implementation=kernel)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, attn_implementation=kernel
+        )
     else:
         model = _load_nf4(folder, settings, dtype, kernel, device, shard)
     for path, module in model.named_modules():
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
-        # A no-grad forward on a CPU with AVX512-BF16 repacks the weight in place; the next training step is then wrong.
+        # A no-grad forward on a CPU with AVX512-BF16 repacks the weight in place; the next training
+        # step is then wrong.
         module.support_avx512bf16_for_cpu = False
         if device.type == "cpu" and module.in_features % _BLOCK:
             raise UserError(
-                f"{base}: {path} has {module.in_features} inputs, and in nf4 bitsandbytes computes wrongly on a CPU unless they "
+                f"{base}: {path} has {module.in_features} inputs, and in nf4 bitsandbytes computes "
+                "wrongly on a CPU unless they "
                 f"are a multiple of {_BLOCK}: set quantisation=none"
             )
     return model
 
 
 def _load_nf4(
-    folder: Path, settings: PreTrainedConfig, dtype: torch.dtype, kernel: str, device: torch.device, shard: Shard | None
+    folder: Path,
+    settings: PreTrainedConfig,
+    dtype: torch.dtype,
+    kernel: str,
+    device: torch.device,
+    shard: Shard | None,
 ) -> Any:
-    """One matrix at a time where the files allow it, else through transformers, which holds the model whole."""
+    """One matrix at a time where the files allow it, else through transformers, which holds the
+    model whole."""
     quantised = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
     reason: str | None = "it is quantised already"
     if getattr(settings, "quantization_config", None) is None:
@@ -86,9 +115,16 @@ def _load_nf4(
             fill(model, folder, dtype, device, shard)
             return model.eval()
     if shard is not None:
-        warnings.warn(f"{folder}: every rank loads the model whole before it is sharded: {reason}", stacklevel=2)
+        warnings.warn(
+            f"{folder}: every rank loads the model whole before it is sharded: {reason}",
+            stacklevel=2,
+        )
     return AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, dtype=dtype, attn_implementation=kernel, quantization_config=quantised
+        folder,
+        local_files_only=True,
+        dtype=dtype,
+        attn_implementation=kernel,
+        quantization_config=quantised,
     )
 
 
@@ -98,19 +134,31 @@ def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> i
         settings = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     packed = {id(weight) for weight in quantised_weights(model)} if quantisation == "nf4" else set()
-    return sum((p.numel() + 1) // 2 if id(p) in packed else p.numel() * dtype.itemsize for p in model.parameters())
+    return sum(
+        (p.numel() + 1) // 2 if id(p) in packed else p.numel() * dtype.itemsize
+        for p in model.parameters()
+    )
 
 
 def quantised_weights(model: Any) -> list[torch.Tensor]:
     """What transformers quantises: every linear but the output layer."""
     head = model.get_output_embeddings()
-    return [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
 
 
 def embedding_spread(model: Any) -> float:
-    """Standard deviation of the token embeddings; on the meta device, where they have none, that of a fresh model."""
+    """Standard deviation of the token embeddings; on the meta device, where they have none, that of
+    a fresh model."""
     weight: torch.Tensor = model.get_input_embeddings().weight
-    return float(model.config.initializer_range) if weight.is_meta else float(weight.detach().float().std())
+    return (
+        float(model.config.initializer_range)
+        if weight.is_meta
+        else float(weight.detach().float().std())
+    )
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -118,18 +166,26 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def add_static_lora(model: nn.Module, tuning: LoraTuning) -> nn.Module:
-    """The frozen model with a trained LoRA of its own, through `peft`. Raises UserError for a target it does not have."""
+    """The frozen model with a trained LoRA of its own, through `peft`. Raises UserError for a
+    target it does not have."""
     from peft import LoraConfig, inject_adapter_in_model
 
     freeze(model)
-    linears = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     for target in tuning.targets:
         if target not in linears:
             raise UserError(
-                f"tuning.targets: {type(model).__name__} has no linear module {target!r}; it has {', '.join(sorted(linears))}"
+                f"tuning.targets: {type(model).__name__} has no linear module {target!r}; it has "
+                f"{', '.join(sorted(linears))}"
             )
     config = LoraConfig(
-        r=tuning.rank, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout,  # type: ignore[arg-type]
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,  # type: ignore[arg-type]
+        lora_dropout=tuning.dropout,
         target_modules=list(tuning.targets),
     )
     return inject_adapter_in_model(config, model)

@@ -1,6 +1,8 @@
-"""One way into every transformers causal LM: embed, insert soft tokens, run, logits only where there is a label.
+"""One way into every transformers causal LM: embed, insert soft tokens, run, logits only where
+there is a label.
 
-Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary, P soft tokens, H hidden.
+Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary, P soft
+tokens, H hidden.
 """
 
 from typing import Any
@@ -12,24 +14,39 @@ from ship_ds.model.adapters import Adapter
 from ship_ds.model.batch import IGNORE, TokenBatch
 
 
-def embed(model: nn.Module, batch: TokenBatch, soft: Tensor | None = None, instruction: Tensor | None = None) -> Tensor:
-    """Embeddings (E, S, H): `soft` (E, P, H) in the batch's slots, `instruction` (E, *, H) in place of the instruction's."""
+def embed(
+    model: nn.Module,
+    batch: TokenBatch,
+    soft: Tensor | None = None,
+    instruction: Tensor | None = None,
+) -> Tensor:
+    """Embeddings (E, S, H): `soft` (E, P, H) in the batch's slots, `instruction` (E, *, H) in place
+    of the instruction's."""
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     hidden_ESH: Tensor = embedding(batch.ids_ES)
     for places_ES, source in ((batch.slots_ES, soft), (batch.instruction_ES, instruction)):
         if source is not None:
-            hidden_ESH = hidden_ESH.masked_scatter(places_ES[..., None].expand_as(hidden_ESH), source.to(hidden_ESH.dtype))
+            hidden_ESH = hidden_ESH.masked_scatter(
+                places_ES[..., None].expand_as(hidden_ESH), source.to(hidden_ESH.dtype)
+            )
     return hidden_ESH
 
 
 def label_logits(
-    model: nn.Module, batch: TokenBatch, soft: Tensor | None = None, adapter: Adapter | None = None, *,
-    instruction: Tensor | None = None, packed: bool = False, checkpointing: bool = False, num_tasks: int = 1,
+    model: nn.Module,
+    batch: TokenBatch,
+    soft: Tensor | None = None,
+    adapter: Adapter | None = None,
+    *,
+    instruction: Tensor | None = None,
+    packed: bool = False,
+    checkpointing: bool = False,
+    num_tasks: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Logits (K, V) that predict the batch's labels, and those labels (K,), in row-major order.
 
-    soft, instruction: as in `embed`. packed: one sequence of all real tokens, isolated by their positions. adapter: its
-    rows are the batch's `num_tasks` tasks.
+    soft, instruction: as in `embed`. packed: one sequence of all real tokens, isolated by their
+    positions. adapter: its rows are the batch's `num_tasks` tasks.
     """
     extra: dict[str, Any] = {"use_cache": False}
     if adapter is not None:
@@ -49,7 +66,13 @@ def label_logits(
     ends = torch.nn.functional.pad(batch.lengths_E.cumsum(0), (1, 0)).to(torch.int32)
     keep_K = predicts_ES[real_ES].nonzero()[:, 0]
     out = model(
-        inputs_embeds=hidden_ESH[real_ES][None], position_ids=positions_N[None], logits_to_keep=keep_K,
-        cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=real_ES.shape[1], max_length_k=real_ES.shape[1], **extra,
+        inputs_embeds=hidden_ESH[real_ES][None],
+        position_ids=positions_N[None],
+        logits_to_keep=keep_K,
+        cu_seq_lens_q=ends,
+        cu_seq_lens_k=ends,
+        max_length_q=real_ES.shape[1],
+        max_length_k=real_ES.shape[1],
+        **extra,
     )
     return out.logits[0], labels_K

@@ -18,19 +18,28 @@ from ship_ds.model.hypernetwork import check_reshape
 
 
 class Decoder(nn.Module):
-    """z -> MLP -> P soft tokens before [examples, "this task is to:", instruction]; learned tokens where z is left out."""
+    """z -> MLP -> P soft tokens before [examples, "this task is to:", instruction]; learned tokens
+    where z is left out."""
 
     def __init__(
-        self, lm: nn.Module, hidden_size: int, latent_size: int, num_soft_tokens: int, fusion: Literal["mlp", "reshape"] = "mlp"
+        self,
+        lm: nn.Module,
+        hidden_size: int,
+        latent_size: int,
+        num_soft_tokens: int,
+        fusion: Literal["mlp", "reshape"] = "mlp",
     ) -> None:
         super().__init__()
         self.lm = lm
         self.num_soft_tokens = num_soft_tokens
-        # Soft tokens start as large as token embeddings: from near zero, each RMSNorm multiplies the gradient by a thousand.
+        # Soft tokens start as large as token embeddings: from near zero, each RMSNorm multiplies
+        # the gradient by a thousand.
         spread = embedding_spread(lm)
         self.from_latent: nn.Module
         if fusion == "reshape":
-            check_reshape("model.decoder.num_soft_tokens", num_soft_tokens, latent_size, hidden_size)
+            check_reshape(
+                "model.decoder.num_soft_tokens", num_soft_tokens, latent_size, hidden_size
+            )
             self.from_latent = nn.Identity()
         else:
             last = nn.Linear(2 * hidden_size, num_soft_tokens * hidden_size)
@@ -52,11 +61,19 @@ class Decoder(nn.Module):
         self, latent_TZ: Tensor, shows_latent_T: Tensor, batch: TokenBatch, packed: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Label logits (K, V) and labels (K,) of the instructions."""
-        return label_logits(self.lm, batch, self.soft_tokens(latent_TZ, shows_latent_T), packed=packed)
+        return label_logits(
+            self.lm, batch, self.soft_tokens(latent_TZ, shows_latent_T), packed=packed
+        )
 
     def generate(
-        self, latent_TZ: Tensor, prompts: TokenBatch, eos_id: int, max_new_tokens: int,
+        self,
+        latent_TZ: Tensor,
+        prompts: TokenBatch,
+        eos_id: int,
+        max_new_tokens: int,
         any_unfinished: Callable[[bool], bool] = bool,
     ) -> list[list[int]]:
         soft_TPH = self.soft_tokens(latent_TZ)
-        return greedy(self.lm, prompts, soft_TPH, None, eos_id, max_new_tokens, any_unfinished=any_unfinished)
+        return greedy(
+            self.lm, prompts, soft_TPH, None, eos_id, max_new_tokens, any_unfinished=any_unfinished
+        )

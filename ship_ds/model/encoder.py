@@ -33,28 +33,43 @@ class Encoder(nn.Module):
     def __init__(self, lm: nn.Module, hidden_size: int, latent_size: int) -> None:
         super().__init__()
         self.lm = lm
-        first, last = nn.Linear(hidden_size, 2 * hidden_size), nn.Linear(2 * hidden_size, 2 * latent_size)
+        first, last = (
+            nn.Linear(hidden_size, 2 * hidden_size),
+            nn.Linear(2 * hidden_size, 2 * latent_size),
+        )
         self.head = nn.Sequential(first, nn.SiLU(), last)
-        # Means of about unit size over small noise: from torch's own initial scale, training first has to lift every mean
-        # out of the noise, and neither half learns before.
+        # Means of about unit size over small noise: from torch's own initial scale, training first
+        # has to lift every mean out of the noise, and neither half learns before.
         nn.init.normal_(first.weight, std=1 / math.sqrt(hidden_size))
         nn.init.normal_(last.weight[:latent_size], std=2 / math.sqrt(2 * hidden_size))
 
-    def forward(self, batch: TokenBatch, embeddings_TSH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: TokenBatch, embeddings_TSH: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """mean_TZ and log_variance_TZ, as a plain tuple: ZeRO-3 looks for tensors in those alone.
 
         embeddings_TSH: read in place of the batch's tokens (induction optimises them).
         """
-        read = {"input_ids": batch.ids_ES} if embeddings_TSH is None else {"inputs_embeds": embeddings_TSH}
+        read = (
+            {"input_ids": batch.ids_ES}
+            if embeddings_TSH is None
+            else {"inputs_embeds": embeddings_TSH}
+        )
         hidden_TSH = self.lm.model(**read, use_cache=False).last_hidden_state  # type: ignore[operator]
-        last_TH = hidden_TSH[torch.arange(len(hidden_TSH), device=hidden_TSH.device), batch.lengths_E - 1]
-        mean_TZ, raw_TZ = self.head(last_TH.to(next(self.head.parameters()).dtype)).float().chunk(2, dim=-1)
+        last_TH = hidden_TSH[
+            torch.arange(len(hidden_TSH), device=hidden_TSH.device), batch.lengths_E - 1
+        ]
+        mean_TZ, raw_TZ = (
+            self.head(last_TH.to(next(self.head.parameters()).dtype)).float().chunk(2, dim=-1)
+        )
         return mean_TZ, raw_TZ + _FIRST_LOG_VARIANCE
 
 
 def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int) -> Tensor:
     """eps_TZ keyed by (seed, step, task id) alone: the same on any number of ranks."""
-    return torch.stack([_task_noise(f"{seed} {step} {task_id}", latent_size) for task_id in task_ids])
+    return torch.stack(
+        [_task_noise(f"{seed} {step} {task_id}", latent_size) for task_id in task_ids]
+    )
 
 
 def _task_noise(key: str, latent_size: int) -> Tensor:

@@ -1,11 +1,13 @@
-"""Hypernetworks: z -> adapter. Each kind of adapter has its own class, and so has each kind of LoRA head.
+"""Hypernetworks: z -> adapter. Each kind of adapter has its own class, and so has each kind of LoRA
+head.
 
-A LoRA hypernetwork is a trunk shared by all sites (z plus a learned embedding -> MLP) and heads. Each head serves a group
-of sites, says how many embeddings they need, and turns the trunk's features into their A and B. B starts at exactly zero,
-so step 0 is the base model; A starts as in `peft`.
+A LoRA hypernetwork is a trunk shared by all sites (z plus a learned embedding -> MLP) and heads.
+Each head serves a group of sites, says how many embeddings they need, and turns the trunk's
+features into their A and B. B starts at exactly zero, so step 0 is the base model; A starts as in
+`peft`.
 
-Letters: T tasks, Z latent, D hypernetwork width, S sites of a group, U features of a group, R rank, I in, O out,
-P virtual tokens, H hidden.
+Letters: T tasks, Z latent, D hypernetwork width, S sites of a group, U features of a group, R rank,
+I in, O out, P virtual tokens, H hidden.
 """
 
 import math
@@ -16,7 +18,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ship_ds.config import LoraHypernetworkConfig, ReshapeHypernetworkConfig, SoftPromptHypernetworkConfig
+from ship_ds.config import (
+    LoraHypernetworkConfig,
+    ReshapeHypernetworkConfig,
+    SoftPromptHypernetworkConfig,
+)
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import LoraAdapter, SoftPrompt
 
@@ -35,7 +41,10 @@ class LoraHead(nn.Module, ABC):
     @staticmethod
     def groups(sites: Sites) -> list[Sites]:
         """All sites parted into those that one head serves: here, those of one (in, out) shape."""
-        return [{path: sites[path] for path in sites if sites[path] == shape} for shape in sorted(set(sites.values()))]
+        return [
+            {path: sites[path] for path in sites if sites[path] == shape}
+            for shape in sorted(set(sites.values()))
+        ]
 
     def units(self, embeddings_SD: Tensor) -> Tensor:
         """What each feature stands for, (U, D), from the group's embeddings."""
@@ -47,7 +56,8 @@ class LoraHead(nn.Module, ABC):
 
 
 class ShapeHead(LoraHead):
-    """`per_module`: all ranks of A and B of a site from one feature; shared by the sites of one shape."""
+    """`per_module`: all ranks of A and B of a site from one feature; shared by the sites of one
+    shape."""
 
     def __init__(self, width: int, rank: int, sites: Sites) -> None:
         super().__init__()
@@ -66,12 +76,15 @@ class ShapeHead(LoraHead):
 
 
 class LayerHead(LoraHead):
-    """`per_layer`: A and B of every module of one layer from one feature; no layer shares it, so it is the largest."""
+    """`per_layer`: A and B of every module of one layer from one feature; no layer shares it, so it
+    is the largest."""
 
     def __init__(self, width: int, rank: int, sites: Sites) -> None:
         super().__init__()
         self.num_embeddings = 1
-        self.parts = nn.ModuleList(ShapeHead(width, rank, {path: shape}) for path, shape in sites.items())
+        self.parts = nn.ModuleList(
+            ShapeHead(width, rank, {path: shape}) for path, shape in sites.items()
+        )
 
     @staticmethod
     def groups(sites: Sites) -> list[Sites]:
@@ -82,11 +95,14 @@ class LayerHead(LoraHead):
         return list(layers.values())
 
     def forward(self, features_TUD: Tensor) -> Factors:
-        return {path: factors for part in self.parts for path, factors in part(features_TUD).items()}
+        return {
+            path: factors for part in self.parts for path, factors in part(features_TUD).items()
+        }
 
 
 class RankHead(LoraHead):
-    """`per_rank`: one row of A and one column of B from one feature, which a learned rank embedding tells apart; smallest."""
+    """`per_rank`: one row of A and one column of B from one feature, which a learned rank embedding
+    tells apart; smallest."""
 
     def __init__(self, width: int, rank: int, sites: Sites) -> None:
         super().__init__()
@@ -95,13 +111,15 @@ class RankHead(LoraHead):
         self.rank_embedding = nn.Embedding(rank, width)
         self.to_a = nn.Linear(width, num_in)
         self.to_b = nn.Linear(width, num_out)
-        # All of A's variance is in the weight: a bias, shared by the ranks, would make their rows alike.
+        # All of A's variance is in the weight: a bias, shared by the ranks, would make their rows
+        # alike.
         nn.init.normal_(self.to_a.weight, std=1 / math.sqrt(3 * num_in))
         nn.init.zeros_(self.to_a.bias)
         _zero(self.to_b)
 
     def units(self, embeddings_SD: Tensor) -> Tensor:
-        """Before the trunk: behind it, two linear maps would give all ranks the same dependence on z."""
+        """Before the trunk: behind it, two linear maps would give all ranks the same dependence on
+        z."""
         ranks_RD = self.rank_embedding(torch.arange(self.rank, device=embeddings_SD.device))
         return (embeddings_SD[:, None] + ranks_RD).flatten(0, 1)
 
@@ -117,7 +135,9 @@ def _zero(linear: nn.Linear) -> None:
 
 
 HEADS: Mapping[str, type[ShapeHead] | type[LayerHead] | type[RankHead]] = {
-    "per_module": ShapeHead, "per_layer": LayerHead, "per_rank": RankHead,
+    "per_module": ShapeHead,
+    "per_layer": LayerHead,
+    "per_rank": RankHead,
 }
 
 
@@ -132,8 +152,11 @@ class LoraHypernetwork(nn.Module):
         width, head_type = config.width, HEADS[config.heads]
         heads = [head_type(width, config.rank, group) for group in head_type.groups(sites)]
         self.from_latent = nn.Linear(latent_size, width)
-        nn.init.normal_(self.from_latent.weight, std=1 / math.sqrt(latent_size))  # z weighs as much as a site's embedding
-        self.site_embeddings = nn.ModuleList(nn.Embedding(head.num_embeddings, width) for head in heads)
+        # z weighs as much as a site's embedding
+        nn.init.normal_(self.from_latent.weight, std=1 / math.sqrt(latent_size))
+        self.site_embeddings = nn.ModuleList(
+            nn.Embedding(head.num_embeddings, width) for head in heads
+        )
         self.trunk = nn.Sequential(
             nn.SiLU(), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
         )
@@ -147,8 +170,12 @@ class LoraHypernetwork(nn.Module):
             assert isinstance(head, LoraHead)
             embeddings_SD = embedding(torch.arange(head.num_embeddings, device=latent_TZ.device))
             features_TUD = from_latent_T1D + head.units(embeddings_SD)
-            # Adam moves every weight by about lr; without 1 / sqrt(D) its first steps would move A and B by D times that.
-            factors |= head(self.norm(features_TUD + self.trunk(features_TUD)) / math.sqrt(self.norm.normalized_shape[0]))
+            # Adam moves every weight by about lr; without 1 / sqrt(D) its first steps would move A
+            # and B by D times that.
+            factors |= head(
+                self.norm(features_TUD + self.trunk(features_TUD))
+                / math.sqrt(self.norm.normalized_shape[0])
+            )
         return LoraAdapter(factors, self.scaling)
 
     def head_modules(self) -> list[nn.Module]:
@@ -159,12 +186,16 @@ class LoraHypernetwork(nn.Module):
 class SoftPromptHypernetwork(nn.Module):
     """z -> MLP -> P embeddings before the prompt."""
 
-    def __init__(self, config: SoftPromptHypernetworkConfig, latent_size: int, hidden_size: int) -> None:
+    def __init__(
+        self, config: SoftPromptHypernetworkConfig, latent_size: int, hidden_size: int
+    ) -> None:
         super().__init__()
         self.num_virtual_tokens: int = config.num_virtual_tokens
         self.hidden_size = hidden_size
         self.layers = nn.Sequential(
-            nn.Linear(latent_size, config.width), nn.SiLU(), nn.Linear(config.width, config.num_virtual_tokens * hidden_size)
+            nn.Linear(latent_size, config.width),
+            nn.SiLU(),
+            nn.Linear(config.width, config.num_virtual_tokens * hidden_size),
         )
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
@@ -176,11 +207,19 @@ class SoftPromptHypernetwork(nn.Module):
 
 
 class ReshapeHypernetwork(nn.Module):
-    """z itself, cut into P embeddings before the prompt: the published "p-tuning" fusion (arXiv 2502.02315). No weights."""
+    """z itself, cut into P embeddings before the prompt: the published "p-tuning" fusion (arXiv
+    2502.02315). No weights."""
 
-    def __init__(self, config: ReshapeHypernetworkConfig, latent_size: int, hidden_size: int) -> None:
+    def __init__(
+        self, config: ReshapeHypernetworkConfig, latent_size: int, hidden_size: int
+    ) -> None:
         super().__init__()
-        check_reshape("model.hypernetwork.num_virtual_tokens", config.num_virtual_tokens, latent_size, hidden_size)
+        check_reshape(
+            "model.hypernetwork.num_virtual_tokens",
+            config.num_virtual_tokens,
+            latent_size,
+            hidden_size,
+        )
         self.num_virtual_tokens: int = config.num_virtual_tokens
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
@@ -194,16 +233,21 @@ def check_reshape(key: str, num_tokens: int, latent_size: int, hidden_size: int)
     """Raises UserError unless z is exactly `num_tokens` embeddings of the base model."""
     if num_tokens * hidden_size != latent_size:
         raise UserError(
-            f"{key} ({num_tokens}) x the base's hidden size ({hidden_size}) is {num_tokens * hidden_size}, and "
+            f"{key} ({num_tokens}) x the base's hidden size ({hidden_size}) is "
+            f"{num_tokens * hidden_size}, and "
             f"model.latent_size is {latent_size}: z is reshaped, so make them equal"
         )
 
 
 Hypernetwork = LoraHypernetwork | SoftPromptHypernetwork | ReshapeHypernetwork
-HypernetworkConfig = LoraHypernetworkConfig | SoftPromptHypernetworkConfig | ReshapeHypernetworkConfig
+HypernetworkConfig = (
+    LoraHypernetworkConfig | SoftPromptHypernetworkConfig | ReshapeHypernetworkConfig
+)
 
 
-def build_hypernetwork(config: HypernetworkConfig, latent_size: int, sites: Sites, hidden_size: int) -> Hypernetwork:
+def build_hypernetwork(
+    config: HypernetworkConfig, latent_size: int, sites: Sites, hidden_size: int
+) -> Hypernetwork:
     """sites: the Task LLM's wrapped linears; hidden_size: that of its embeddings."""
     match config:
         case LoraHypernetworkConfig():

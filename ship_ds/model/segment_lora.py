@@ -1,4 +1,5 @@
-"""The adapted linear's low-rank part over task-major tokens: two grouped products, never one adapter copy per token.
+"""The adapted linear's low-rank part over task-major tokens: two grouped products, never one
+adapter copy per token.
 
 Letters: T tasks, R rank, I in, O out, N tokens.
 """
@@ -13,7 +14,8 @@ _ALIGNMENT_BYTES = 16
 def segment_lora(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, offsets: Tensor | None) -> Tensor:
     """B A x for x (..., I) whose tokens lie task after task; the result is (..., O).
 
-    offsets: None when every task has equally many tokens, else (T,) int32 ends of the tasks' token ranges.
+    offsets: None when every task has equally many tokens, else (T,) int32 ends of the tasks' token
+    ranges.
     """
     a_TRI, b_TOR = a_TRI.to(x.dtype), b_TOR.to(x.dtype)
     if offsets is None:

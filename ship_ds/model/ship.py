@@ -1,8 +1,9 @@
-"""SHIP (Sun et al. 2025, arXiv 2502.02315): encoder, hypernetwork, Task LLM and decoder in one module, for one engine.
+"""SHIP (Sun et al. 2025, arXiv 2502.02315): encoder, hypernetwork, Task LLM and decoder in one
+module, for one engine.
 
-What the Task LLM reads (model.task_llm.instruction), V being the adapter's virtual tokens, k the instruction, x the input:
-`none` [V, prompt(x)]; `hard` [V, prompt(k, x)]; `soft` [V, embeddings of k's tokens, prompt(x)], where induction may put
-optimised embeddings in place of the table's.
+What the Task LLM reads (model.task_llm.instruction), V being the adapter's virtual tokens, k the
+instruction, x the input: `none` [V, prompt(x)]; `hard` [V, prompt(k, x)]; `soft` [V, embeddings of
+k's tokens, prompt(x)], where induction may put optimised embeddings in place of the table's.
 
 Letters: T tasks, M examples a task, Z latent.
 """
@@ -14,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ship_ds.config import EncoderConfig, LoraHypernetworkConfig, LoraTuning, ModelConfig, TaskLlmConfig
+from ship_ds.config import (
+    EncoderConfig,
+    LoraHypernetworkConfig,
+    LoraTuning,
+    ModelConfig,
+    TaskLlmConfig,
+)
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.loss import kl_to_prior, sum_cross_entropy
 from ship_ds.model.adapters import Adapter, wrap_sites
@@ -43,7 +50,8 @@ class ShipBatch:
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over this micro-batch: task and reconstruction over target tokens, KL over tasks (mean over dimensions)."""
+    """Sums over this micro-batch: task and reconstruction over target tokens, KL over tasks (mean
+    over dimensions)."""
 
     task: Tensor
     reconstruction: Tensor
@@ -52,14 +60,19 @@ class LossSums:
 
 
 class ShipModel(nn.Module):
-    """All of SHIP. The Task LLM is a submodule only when it is to be sharded; a replicated one stays outside the engine."""
+    """All of SHIP. The Task LLM is a submodule only when it is to be sharded; a replicated one
+    stays outside the engine."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
         shard: Shard | None = None,
     ) -> None:
-        """dtype: of the language models' weights. device: where it will run, None for CUDA where there is any; the weights
-        are on the CPU until `to` or the engine moves them. shard: for frozen 4-bit bases, while they load (streaming.py)."""
+        """dtype: of the language models' weights. device: where it will run, None for CUDA where
+        there is any; the weights are on the CPU until `to` or the engine moves them. shard: for
+        frozen 4-bit bases, while they load (streaming.py)."""
         super().__init__()
         self.config = config
         device = torch.device(device) if device is not None else this_machine()
@@ -67,10 +80,21 @@ class ShipModel(nn.Module):
         self.encoder_prompts = PromptFormat(load_tokenizer(config.encoder.base))
         self.decoder_prompts = PromptFormat(load_tokenizer(config.decoder.base))
         sharded = is_sharded(config.task_llm, dtype)
-        task_lm = freeze(load_lm(
-            config.task_llm.base, config.task_llm.quantisation, dtype, config.attention, device, shard if sharded else None
-        ))
-        targets = config.hypernetwork.targets if isinstance(config.hypernetwork, LoraHypernetworkConfig) else ()
+        task_lm = freeze(
+            load_lm(
+                config.task_llm.base,
+                config.task_llm.quantisation,
+                dtype,
+                config.attention,
+                device,
+                shard if sharded else None,
+            )
+        )
+        targets = (
+            config.hypernetwork.targets
+            if isinstance(config.hypernetwork, LoraHypernetworkConfig)
+            else ()
+        )
         sites = wrap_sites(task_lm, targets)
         task_llm = TaskLlm(task_lm, config.task_llm.checkpointing)
         self._outside = [] if sharded else [task_llm]
@@ -79,12 +103,19 @@ class ShipModel(nn.Module):
         encoder_lm = _role_lm(config.encoder, dtype, config.attention, device, shard)
         decoder_lm = _role_lm(config.decoder, dtype, config.attention, device, shard)
         self.encoder = Encoder(encoder_lm, _hidden_size(encoder_lm), config.latent_size)
-        # The encoder reads hidden states; its output layer is never used and would be a dead trainable parameter.
+        # The encoder reads hidden states; its output layer is never used and would be a dead
+        # trainable parameter.
         encoder_lm.lm_head = nn.Identity()
         self.decoder = Decoder(
-            decoder_lm, _hidden_size(decoder_lm), config.latent_size, config.decoder.num_soft_tokens, config.decoder.fusion
+            decoder_lm,
+            _hidden_size(decoder_lm),
+            config.latent_size,
+            config.decoder.num_soft_tokens,
+            config.decoder.fusion,
         )
-        self.hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, sites, _hidden_size(task_lm))
+        self.hypernetwork = build_hypernetwork(
+            config.hypernetwork, config.latent_size, sites, _hidden_size(task_lm)
+        )
 
     @property
     def task_llm(self) -> TaskLlm:
@@ -114,21 +145,33 @@ class ShipModel(nn.Module):
         encoder, decoder = self.encoder_prompts, self.decoder_prompts
         answered = [(example, draw.wording) for draw in draws for example in draw.answered]
         return ShipBatch(
-            TokenBatch.build([encoder.encoder_prompt(draw.wording) for draw in draws], None, encoder.pad_id, device=self.device),
+            TokenBatch.build(
+                [encoder.encoder_prompt(draw.wording) for draw in draws],
+                None,
+                encoder.pad_id,
+                device=self.device,
+            ),
             self.task_batch(
-                [example.input for example, _ in answered], [example.target for example, _ in answered],
+                [example.input for example, _ in answered],
+                [example.target for example, _ in answered],
                 [wording for _, wording in answered],
             ),
             TokenBatch.build(
-                [decoder.decoder_prompt(draw.shown) for draw in draws], [decoder.target(draw.wording) for draw in draws],
-                decoder.pad_id, self.config.decoder.num_soft_tokens, self.device,
+                [decoder.decoder_prompt(draw.shown) for draw in draws],
+                [decoder.target(draw.wording) for draw in draws],
+                decoder.pad_id,
+                self.config.decoder.num_soft_tokens,
+                self.device,
             ),
             torch.tensor([draw.shows_latent for draw in draws], device=self.device),
-            posterior_noise(seed, step, [draw.task_id for draw in draws], self.config.latent_size).to(self.device),
+            posterior_noise(
+                seed, step, [draw.task_id for draw in draws], self.config.latent_size
+            ).to(self.device),
         )
 
     def question(self, text: str, wording: str | None = None) -> tuple[int, ...]:
-        """The ids before an answer, without virtual tokens, in the form of `model.task_llm.instruction`."""
+        """The ids before an answer, without virtual tokens, in the form of
+        `model.task_llm.instruction`."""
         return (*self._before(wording), *self.prompts.task_prompt(text, self._stated(wording)))
 
     def _stated(self, wording: str | None) -> str | None:
@@ -141,11 +184,18 @@ class ShipModel(nn.Module):
     def task_batch(
         self, inputs: Sequence[str], targets: Sequence[str] | None, wordings: Sequence[str | None]
     ) -> TokenBatch:
-        """What the Task LLM reads under an adapter, one wording an input; no targets: to be answered."""
+        """What the Task LLM reads under an adapter, one wording an input; no targets: to be
+        answered."""
         return TokenBatch.build(
-            [self.prompts.task_prompt(text, self._stated(said)) for text, said in zip(inputs, wordings, strict=True)],
+            [
+                self.prompts.task_prompt(text, self._stated(said))
+                for text, said in zip(inputs, wordings, strict=True)
+            ],
             None if targets is None else [self.prompts.target(text) for text in targets],
-            self.prompts.pad_id, self.num_virtual_tokens, self.device, [self._before(said) for said in wordings],
+            self.prompts.pad_id,
+            self.num_virtual_tokens,
+            self.device,
+            [self._before(said) for said in wordings],
         )
 
     def forward(self, batch: ShipBatch) -> LossSums:
@@ -153,12 +203,18 @@ class ShipModel(nn.Module):
         packed = self.packs
         posterior = Posterior(*self.encoder(batch.instructions))
         latent_TZ = posterior.sample(batch.noise_TZ)
-        task_logits, task_labels = self.task_llm(self.hypernetwork(latent_TZ), batch.answers, len(latent_TZ), packed)
-        text_logits, text_labels = self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed)
+        task_logits, task_labels = self.task_llm(
+            self.hypernetwork(latent_TZ), batch.answers, len(latent_TZ), packed
+        )
+        text_logits, text_labels = self.decoder(
+            latent_TZ, batch.shows_latent_T, batch.decoded, packed
+        )
         kl_TZ = kl_to_prior(posterior.mean_TZ, posterior.log_variance_TZ)
         return LossSums(
-            sum_cross_entropy(task_logits, task_labels), sum_cross_entropy(text_logits, text_labels),
-            kl_TZ.mean(1).sum(), kl_TZ.detach(),
+            sum_cross_entropy(task_logits, task_labels),
+            sum_cross_entropy(text_logits, text_labels),
+            kl_TZ.mean(1).sum(),
+            kl_TZ.detach(),
         )
 
     @torch.no_grad()
@@ -170,7 +226,9 @@ class ShipModel(nn.Module):
     def posterior(self, instructions: Sequence[str]) -> Posterior:
         prompts = self.encoder_prompts
         ids = [prompts.encoder_prompt(text) for text in instructions]
-        return Posterior(*self.encoder(TokenBatch.build(ids, None, prompts.pad_id, device=self.device)))
+        return Posterior(
+            *self.encoder(TokenBatch.build(ids, None, prompts.pad_id, device=self.device))
+        )
 
     @torch.no_grad()
     def adapt(self, latent_TZ: Tensor) -> Adapter:
@@ -178,20 +236,32 @@ class ShipModel(nn.Module):
         return adapter
 
     def answer(
-        self, adapter: Adapter | None, inputs: Sequence[str], max_new_tokens: int, wordings: Sequence[str] | None = None,
+        self,
+        adapter: Adapter | None,
+        inputs: Sequence[str],
+        max_new_tokens: int,
+        wordings: Sequence[str] | None = None,
         any_unfinished: Callable[[bool], bool] = bool,
     ) -> list[str | None]:
-        """Greedy answers, one an input, task-major under `adapter`; None where no end-of-sequence came in time.
+        """Greedy answers, one an input, task-major under `adapter`; None where no end-of-sequence
+        came in time.
 
-        wordings: one instruction an input. Under an adapter the prompt states it as `model.task_llm.instruction` says, by
-        default not at all; without one it states it as text (the upper reference). any_unfinished: see `greedy`.
+        wordings: one instruction an input. Under an adapter the prompt states it as
+        `model.task_llm.instruction` says, by default not at all; without one it states it as text
+        (the upper reference). any_unfinished: see `greedy`.
         """
         batch = self._questions(adapter, inputs, wordings)
-        rows = self.task_llm.generate(adapter, batch, self.prompts.eos_id, max_new_tokens, any_unfinished=any_unfinished)
+        rows = self.task_llm.generate(
+            adapter, batch, self.prompts.eos_id, max_new_tokens, any_unfinished=any_unfinished
+        )
         return [self.prompts.finished_text(row) for row in rows]
 
     def answer_by_beams(
-        self, adapter: Adapter | None, inputs: Sequence[str], max_new_tokens: int, num_beams: int,
+        self,
+        adapter: Adapter | None,
+        inputs: Sequence[str],
+        max_new_tokens: int,
+        num_beams: int,
         wordings: Sequence[str] | None = None,
     ) -> list[str | None]:
         """As `answer`, the best of a beam search in place of the greedy answer."""
@@ -199,45 +269,76 @@ class ShipModel(nn.Module):
         found = beam_search(stream, num_beams, self.prompts.eos_id, max_new_tokens)
         return [self.prompts.finished_text(beams[0][1]) for beams in found]
 
-    def _questions(self, adapter: Adapter | None, inputs: Sequence[str], wordings: Sequence[str] | None) -> TokenBatch:
+    def _questions(
+        self, adapter: Adapter | None, inputs: Sequence[str], wordings: Sequence[str] | None
+    ) -> TokenBatch:
         prompts, form = self.prompts, self.config.task_llm.instruction
         if adapter is not None and wordings is None and form != "none":
-            raise ValueError(f"model.task_llm.instruction={form}: this Task LLM answers with the wordings alone; pass them")
+            raise ValueError(
+                f"model.task_llm.instruction={form}: this Task LLM answers with the "
+                "wordings alone; pass them"
+            )
         said = wordings if wordings is not None else [None] * len(inputs)
         if adapter is not None:
             return self.task_batch(inputs, None, said)
-        ids = [prompts.task_prompt(text, instruction) for text, instruction in zip(inputs, said, strict=True)]
+        ids = [
+            prompts.task_prompt(text, instruction)
+            for text, instruction in zip(inputs, said, strict=True)
+        ]
         return TokenBatch.build(ids, None, prompts.pad_id, device=self.device)
 
-    def decode(self, latent_TZ: Tensor, max_new_tokens: int, any_unfinished: Callable[[bool], bool] = bool) -> list[str]:
+    def decode(
+        self, latent_TZ: Tensor, max_new_tokens: int, any_unfinished: Callable[[bool], bool] = bool
+    ) -> list[str]:
         """The instruction that the decoder reads out of each z, without examples."""
         prompts = self.decoder_prompts
         batch = TokenBatch.build(
-            [prompts.decoder_prompt(())] * len(latent_TZ), None, prompts.pad_id, self.config.decoder.num_soft_tokens, self.device
+            [prompts.decoder_prompt(())] * len(latent_TZ),
+            None,
+            prompts.pad_id,
+            self.config.decoder.num_soft_tokens,
+            self.device,
         )
-        rows = self.decoder.generate(latent_TZ, batch, prompts.eos_id, max_new_tokens, any_unfinished)
+        rows = self.decoder.generate(
+            latent_TZ, batch, prompts.eos_id, max_new_tokens, any_unfinished
+        )
         return [prompts.text(row) for row in rows]
 
     def parameter_counts(self) -> dict[str, int]:
         """Weights of each part, 4-bit ones counted one by one, and how many of all are trained."""
-        heads = {id(parameter) for module in self.hypernetwork.head_modules() for parameter in module.parameters()}
+        heads = {
+            id(parameter)
+            for module in self.hypernetwork.head_modules()
+            for parameter in module.parameters()
+        }
         hypernetwork = list(self.hypernetwork.parameters())
         return {
             "encoder": _count(self.encoder.parameters()),
-            "hypernetwork trunk": _count(parameter for parameter in hypernetwork if id(parameter) not in heads),
-            "hypernetwork heads": _count(parameter for parameter in hypernetwork if id(parameter) in heads),
+            "hypernetwork trunk": _count(
+                parameter for parameter in hypernetwork if id(parameter) not in heads
+            ),
+            "hypernetwork heads": _count(
+                parameter for parameter in hypernetwork if id(parameter) in heads
+            ),
             "decoder": _count(self.decoder.parameters()),
             "task LLM": _count(self.task_llm.parameters()),
-            "trained": _count(parameter for parameter in self.parameters() if parameter.requires_grad),
+            "trained": _count(
+                parameter for parameter in self.parameters() if parameter.requires_grad
+            ),
         }
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
-    """A 4-bit weight holds two values a byte and knows its true shape; one that ZeRO-3 has sharded knows its whole size."""
+    """A 4-bit weight holds two values a byte and knows its true shape; one that ZeRO-3 has sharded
+    knows its whole size."""
     total = 0
     for parameter in parameters:
         quantised = getattr(parameter, "quant_state", None)
-        total += quantised.shape.numel() if quantised is not None else getattr(parameter, "ds_numel", parameter.numel())
+        total += (
+            quantised.shape.numel()
+            if quantised is not None
+            else getattr(parameter, "ds_numel", parameter.numel())
+        )
     return total
 
 
@@ -252,7 +353,11 @@ def is_sharded(config: TaskLlmConfig, dtype: torch.dtype) -> bool:
 
 
 def _role_lm(
-    config: EncoderConfig, dtype: torch.dtype, attention: Choice, device: torch.device, shard: Shard | None
+    config: EncoderConfig,
+    dtype: torch.dtype,
+    attention: Choice,
+    device: torch.device,
+    shard: Shard | None,
 ) -> nn.Module:
     lm = load_lm(config.base, config.quantisation, dtype, attention, device, shard)
     return add_static_lora(lm, config.tuning) if isinstance(config.tuning, LoraTuning) else lm

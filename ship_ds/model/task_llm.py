@@ -1,4 +1,5 @@
-"""The frozen Task LLM: applies an adapter and answers. It never sees the instruction unless a prompt states it.
+"""The frozen Task LLM: applies an adapter and answers. It never sees the instruction unless a
+prompt states it.
 
 Letters: E = T*M examples, T tasks, M examples a task, H hidden.
 """
@@ -16,7 +17,8 @@ from ship_ds.model.generation import Stream, greedy
 class TaskLlm(nn.Module):
     """Rows are task-major: E rows of a batch share T adapters, E / T consecutive rows each.
 
-    instruction: embeddings (T, *, H) in place of the instruction tokens that the batch reserved before each prompt.
+    instruction: embeddings (T, *, H) in place of the instruction tokens that the batch reserved
+    before each prompt.
     """
 
     def __init__(self, lm: nn.Module, checkpointing: bool) -> None:
@@ -26,29 +28,53 @@ class TaskLlm(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "TaskLlm":
-        """Frozen, so never in training mode: its own dropout stays off while the rest of SHIP trains."""
+        """Frozen, so never in training mode: its own dropout stays off while the rest of SHIP
+        trains."""
         return super().train(False)
 
     def forward(
-        self, adapter: Adapter | None, batch: TokenBatch, num_tasks: int, packed: bool = False, instruction: Tensor | None = None
+        self,
+        adapter: Adapter | None,
+        batch: TokenBatch,
+        num_tasks: int,
+        packed: bool = False,
+        instruction: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Label logits (K, V) and labels (K,) of the answers; no adapter: those of the bare base."""
+        """Label logits (K, V) and labels (K,) of the answers; no adapter: those of the bare
+        base."""
         num_rows = len(batch.ids_ES)
         soft = None if adapter is None else _per_row(adapter.virtual_tokens(), num_rows)
         return label_logits(
-            self.lm, batch, soft, adapter, instruction=_per_row(instruction, num_rows),
-            packed=packed, checkpointing=self.checkpointing, num_tasks=num_tasks,
+            self.lm,
+            batch,
+            soft,
+            adapter,
+            instruction=_per_row(instruction, num_rows),
+            packed=packed,
+            checkpointing=self.checkpointing,
+            num_tasks=num_tasks,
         )
 
     def generate(
-        self, adapter: Adapter | None, prompts: TokenBatch, eos_id: int, max_new_tokens: int,
-        instruction: Tensor | None = None, any_unfinished: Callable[[bool], bool] = bool,
+        self,
+        adapter: Adapter | None,
+        prompts: TokenBatch,
+        eos_id: int,
+        max_new_tokens: int,
+        instruction: Tensor | None = None,
+        any_unfinished: Callable[[bool], bool] = bool,
     ) -> list[list[int]]:
         num_rows = len(prompts.ids_ES)
         soft = None if adapter is None else _per_row(adapter.virtual_tokens(), num_rows)
         return greedy(
-            self.lm, prompts, soft, adapter, eos_id, max_new_tokens,
-            instruction=_per_row(instruction, num_rows), any_unfinished=any_unfinished,
+            self.lm,
+            prompts,
+            soft,
+            adapter,
+            eos_id,
+            max_new_tokens,
+            instruction=_per_row(instruction, num_rows),
+            any_unfinished=any_unfinished,
         )
 
     def stream(self, adapter: Adapter | None, prompts: TokenBatch) -> Stream:

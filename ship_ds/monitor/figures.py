@@ -1,8 +1,10 @@
-"""Figures from what runs leave behind in JSON, readable in black and white: markers, line styles and hatches tell curves apart.
+"""Figures from what runs leave behind in JSON, readable in black and white: markers, line styles
+and hatches tell curves apart.
 
     ship-ds plot --run runs/quickstart --runs runs/half runs/quarter
 
-Each figure is one function of run folders. It raises NotDrawn, saying which command makes what it lacks.
+Each figure is one function of run folders. It raises NotDrawn, saying which command makes what it
+lacks.
 """
 
 import json
@@ -30,13 +32,21 @@ _GREYS = ("0.0", "0.35", "0.6")
 _KINDS = {"encoded": ("o", "white"), "trained": ("x", "black"), "re-encoded": ("s", "0.6")}
 """Of latents: marker and fill."""
 _MEASURES = {
-    "deduction": ("deduction", "exact_match"), "induction": ("induction", "execution_accuracy"),
+    "deduction": ("deduction", "exact_match"),
+    "induction": ("induction", "execution_accuracy"),
     "reasoning": ("reasoning", "exact_match"),
 }
 """What stands for each direction where one curve has to."""
 
 
-_TRAINED_ON = ("steps", "epochs", "tasks_per_step", "examples_per_task", "family_alpha", "max_minutes")
+_TRAINED_ON = (
+    "steps",
+    "epochs",
+    "tasks_per_step",
+    "examples_per_task",
+    "family_alpha",
+    "max_minutes",
+)
 """What of the training section decides what a run comes to."""
 
 
@@ -46,15 +56,22 @@ class NotDrawn(UserError):
 
 def losses(runs: Sequence[Path]) -> Figure:
     """The three losses of the first run over its steps, each step and smoothed over fifty."""
-    rows = [json.loads(line) for line in _read(runs[0] / "metrics.jsonl", "train it first").splitlines()]
+    rows = [
+        json.loads(line) for line in _read(runs[0] / "metrics.jsonl", "train it first").splitlines()
+    ]
     figure, axes = plt.subplots(figsize=(7, 4))
     steps = [row["step"] for row in rows]
-    names = {"loss/task": "task (nats a token)", "loss/reconstruction": "reconstruction (nats a token)",
-             "loss/kl": "KL to the prior (nats a dimension)"}
+    names = {
+        "loss/task": "task (nats a token)",
+        "loss/reconstruction": "reconstruction (nats a token)",
+        "loss/kl": "KL to the prior (nats a dimension)",
+    }
     for (name, label), line in zip(names.items(), _LINES, strict=False):
         values = np.array([np.nan if row[name] is None else row[name] for row in rows])
         axes.plot(steps, values, color="0.85", linewidth=0.5)
-        axes.plot(steps, _smoothed(values), linestyle=line, color="black", label=label, linewidth=1.2)
+        axes.plot(
+            steps, _smoothed(values), linestyle=line, color="black", label=label, linewidth=1.2
+        )
     axes.set(xlabel="training step", ylabel="loss (nats)", yscale="log")
     axes.legend(frameon=False)
     return figure
@@ -63,14 +80,20 @@ def losses(runs: Sequence[Path]) -> Figure:
 def _smoothed(values: np.ndarray[Any, Any], width: int = 50) -> list[float]:
     """The mean of the finite values around each step."""
     windows = (values[max(0, i - width // 2) : i + width // 2] for i in range(len(values)))
-    return [float(np.nanmean(window)) if np.isfinite(window).any() else float("nan") for window in windows]
+    return [
+        float(np.nanmean(window)) if np.isfinite(window).any() else float("nan")
+        for window in windows
+    ]
 
 
 def latents(runs: Sequence[Path]) -> Figure:
-    """t-SNE (van der Maaten & Hinton 2008) of a few tasks' latents: a letter a task, a marker for where a latent is from."""
+    """t-SNE (van der Maaten & Hinton 2008) of a few tasks' latents: a letter a task, a marker for
+    where a latent is from."""
     from sklearn.manifold import TSNE
 
-    points = json.loads(_read(runs[0] / "evaluation" / "latents.json", "`ship-ds plot` makes it from the bundle"))["points"]
+    points = json.loads(
+        _read(runs[0] / "evaluation" / "latents.json", "`ship-ds plot` makes it from the bundle")
+    )["points"]
     latent_PZ = np.array([point["latent"] for point in points])
     perplexity = min(15, (len(points) - 1) / 3)
     placed_P2 = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(latent_PZ)
@@ -79,16 +102,31 @@ def latents(runs: Sequence[Path]) -> Figure:
     for kind, (marker, fill) in _KINDS.items():
         own = [i for i, point in enumerate(points) if point["kind"] == kind]
         axes.plot(
-            placed_P2[own, 0], placed_P2[own, 1], linestyle="", marker=marker, markerfacecolor=fill, markeredgecolor="black",
-            markersize=5.5, markeredgewidth=0.8, label=kind,
+            placed_P2[own, 0],
+            placed_P2[own, 1],
+            linestyle="",
+            marker=marker,
+            markerfacecolor=fill,
+            markeredgecolor="black",
+            markersize=5.5,
+            markeredgewidth=0.8,
+            label=kind,
         )
     for letter, task in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", tasks, strict=False):
-        own = [i for i, point in enumerate(points) if point["instruction"] == task and point["kind"] == "encoded"]
+        own = [
+            i
+            for i, point in enumerate(points)
+            if point["instruction"] == task and point["kind"] == "encoded"
+        ]
         x, y = np.median(placed_P2[own], axis=0)
-        axes.annotate(letter, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=11, weight="bold")
+        axes.annotate(
+            letter, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=11, weight="bold"
+        )
         for i, point in enumerate(points):
             if point["instruction"] == task and point["kind"] != "encoded":
-                axes.annotate(letter, placed_P2[i], xytext=(3.5, 3), textcoords="offset points", fontsize=6)
+                axes.annotate(
+                    letter, placed_P2[i], xytext=(3.5, 3), textcoords="offset points", fontsize=6
+                )
         axes.plot([], [], " ", label=f"{letter}: {task}")
     axes.set(xlabel="t-SNE axis 1 (no unit)", ylabel="t-SNE axis 2 (no unit)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
@@ -96,16 +134,25 @@ def latents(runs: Sequence[Path]) -> Figure:
 
 
 def shown_examples(runs: Sequence[Path]) -> Figure:
-    """Induction's execution accuracy of the first run's methods against the number of observed examples, seen beside unseen."""
+    """Induction's execution accuracy of the first run's methods against the number of observed
+    examples, seen beside unseen."""
     methods = _report(runs[0])["methods"]
     curves = {
-        (name, part): method["induction"][part]["by_num_shown"] for name, method in methods.items() if "induction" in method
-        for part in ("seen", "unseen") if len(method["induction"].get(part, {}).get("by_num_shown", {})) > 1
+        (name, part): method["induction"][part]["by_num_shown"]
+        for name, method in methods.items()
+        if "induction" in method
+        for part in ("seen", "unseen")
+        if len(method["induction"].get(part, {}).get("by_num_shown", {})) > 1
     }
     if not curves:
-        raise NotDrawn(f"{runs[0]}: one number of shown examples alone; ship-ds evaluate --num-shown 5,1,2,3 measures more")
+        raise NotDrawn(
+            f"{runs[0]}: one number of shown examples alone; ship-ds evaluate "
+            "--num-shown 5,1,2,3 measures more"
+        )
     parts = [part for part in ("seen", "unseen") if any(own == part for _, own in curves)]
-    figure, all_axes = plt.subplots(1, len(parts), figsize=(4.5 * len(parts), 4), sharey=True, squeeze=False)
+    figure, all_axes = plt.subplots(
+        1, len(parts), figsize=(4.5 * len(parts), 4), sharey=True, squeeze=False
+    )
     names = list(dict.fromkeys(name for name, _ in curves))
     numbers = sorted({int(x) for cells in curves.values() for x in cells})
     for axes, part in zip(all_axes[0], parts, strict=True):
@@ -120,21 +167,31 @@ def shown_examples(runs: Sequence[Path]) -> Figure:
 
 
 def training_rules(runs: Sequence[Path]) -> Figure:
-    """Each direction's accuracy against the share of the training rules that a run was trained on."""
+    """Each direction's accuracy against the share of the training rules that a run was trained
+    on."""
     runs = _alike(runs, ("data", "num_seen"))
-    counts = {run: len(json.loads(_read(run / "splits.json", "train it first"))["seen"]) for run in runs}
+    counts = {
+        run: len(json.loads(_read(run / "splits.json", "train it first"))["seen"]) for run in runs
+    }
     return _over_runs(
-        runs, {run: 100 * count / max(counts.values()) for run, count in counts.items()},
-        f"training rules (% of {max(counts.values())})", "numbers of training rules",
+        runs,
+        {run: 100 * count / max(counts.values()) for run, count in counts.items()},
+        f"training rules (% of {max(counts.values())})",
+        "numbers of training rules",
     )
 
 
 def reconstruction_weight(runs: Sequence[Path]) -> Figure:
-    """Each direction's accuracy, and how often the decoder gives an instruction back from its own latent, against the weight of
-    the reconstruction loss."""
+    """Each direction's accuracy, and how often the decoder gives an instruction back from its own
+    latent, against the weight of the reconstruction loss."""
     runs = _alike(runs, ("loss", "reconstruction"))
-    weights = {run: json.loads(_read(run / "config.json", "train it first"))["loss"]["reconstruction"] for run in runs}
-    figure = _over_runs(runs, weights, "weight of the reconstruction loss (no unit)", "weights of reconstruction")
+    weights = {
+        run: json.loads(_read(run / "config.json", "train it first"))["loss"]["reconstruction"]
+        for run in runs
+    }
+    figure = _over_runs(
+        runs, weights, "weight of the reconstruction loss (no unit)", "weights of reconstruction"
+    )
     shown = sorted(set(weights.values()))
     smallest = next(weight for weight in shown if weight > 0)
     for axes in figure.axes:  # a weight of 0 stands at the left of the decades
@@ -146,10 +203,13 @@ def reconstruction_weight(runs: Sequence[Path]) -> Figure:
 
 
 def _alike(runs: Sequence[Path], key: tuple[str, str]) -> list[Path]:
-    """The runs that were trained as the first one but for `key` and the seed: no other difference is drawn as its."""
+    """The runs that were trained as the first one but for `key` and the seed: no other difference
+    is drawn as its."""
+
     def rest(run: Path) -> dict[str, Any]:
         written: dict[str, Any] = json.loads(_read(run / "config.json", "train it first"))
-        config: dict[str, Any] = parse_config(written, str(run)).model_dump(mode="json")  # with what had no key then
+        # with what had no key then
+        config: dict[str, Any] = parse_config(written, str(run)).model_dump(mode="json")
         trained = {name: config.get(name, {}) for name in ("data", "model", "loss", "optimiser")}
         training = {name: config.get("training", {}).get(name) for name in _TRAINED_ON}
         start = config.get("run", {}).get("init_from")
@@ -160,9 +220,12 @@ def _alike(runs: Sequence[Path], key: tuple[str, str]) -> list[Path]:
 
 
 def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what: str) -> Figure:
-    """SHIP's seen and unseen accuracy over runs; runs at the same x, seeds, are points around their median."""
+    """SHIP's seen and unseen accuracy over runs; runs at the same x, seeds, are points around their
+    median."""
     if len(set(xs.values())) < 2:
-        raise NotDrawn(f"{', '.join(map(str, runs))}: no two {what}; give runs that differ in it by --runs")
+        raise NotDrawn(
+            f"{', '.join(map(str, runs))}: no two {what}; give runs that differ in it by --runs"
+        )
     cells = {run: _report(run)["methods"].get("ship", {}) | _reconstruction(run) for run in runs}
     figure, all_axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
     for axes, part in zip(all_axes, ("seen", "unseen"), strict=True):
@@ -174,13 +237,22 @@ def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what:
                 if found is not None:
                     values.setdefault(xs[run], []).append(found["value"])
             points = [(x, value) for x, own in values.items() for value in own]
-            axes.scatter(*zip(*points, strict=True), marker=_MARKERS[index], color="0.6", s=14) if points else None
+            axes.scatter(
+                *zip(*points, strict=True), marker=_MARKERS[index], color="0.6", s=14
+            ) if points else None
             ordered = sorted(values)
             if not ordered:
                 continue
             axes.plot(
-                ordered, [statistics.median(values[x]) for x in ordered], linestyle=_LINES[index], marker=_MARKERS[index],
-                color="black", label=name, markersize=5, linewidth=1, clip_on=False,
+                ordered,
+                [statistics.median(values[x]) for x in ordered],
+                linestyle=_LINES[index],
+                marker=_MARKERS[index],
+                color="black",
+                label=name,
+                markersize=5,
+                linewidth=1,
+                clip_on=False,
             )
         axes.set(xlabel=label, title=f"{part} rules")
         axes.set_xticks(sorted(set(xs.values())), [f"{x:.0f}" for x in sorted(set(xs.values()))])
@@ -197,33 +269,57 @@ def _reconstruction(run: Path) -> dict[str, Any]:
 
 
 def comparison(runs: Sequence[Path]) -> Figure:
-    """The first run's methods as bars with their 95 % intervals, seen beside unseen, a panel a direction."""
+    """The first run's methods as bars with their 95 % intervals, seen beside unseen, a panel a
+    direction."""
     methods = _report(runs[0])["methods"]
     panels = {name: [m for m in methods if name in methods[m]] for name in _MEASURES}
     panels = {name: own for name, own in panels.items() if own}
     heights = [len(own) + 1 for own in panels.values()]
     figure, all_axes = plt.subplots(
-        len(panels), 1, figsize=(7, 0.42 * sum(heights) + 1), sharex=True, squeeze=False, height_ratios=heights
+        len(panels),
+        1,
+        figsize=(7, 0.42 * sum(heights) + 1),
+        sharex=True,
+        squeeze=False,
+        height_ratios=heights,
     )
     for axes, (name, own) in zip(all_axes[:, 0], panels.items(), strict=True):
         direction, metric = _MEASURES[name]
-        for offset, part, hatch, fill in ((-0.2, "seen", "", "0.75"), (0.2, "unseen", "////", "white")):
+        for offset, part, hatch, fill in (
+            (-0.2, "seen", "", "0.75"),
+            (0.2, "unseen", "////", "white"),
+        ):
             found = [methods[m][direction].get(part, {}).get(metric) for m in own]
             rows = [(row + offset, cell) for row, cell in enumerate(found) if _is_measured(cell)]
             values = [cell["value"] for _, cell in rows]
-            errors = [[max(0, c["value"] - c["ci95"][0]) for _, c in rows], [max(0, c["ci95"][1] - c["value"]) for _, c in rows]]
+            errors = [
+                [max(0, c["value"] - c["ci95"][0]) for _, c in rows],
+                [max(0, c["ci95"][1] - c["value"]) for _, c in rows],
+            ]
             axes.barh(
-                [y for y, _ in rows], values, 0.38, xerr=errors, color=fill, edgecolor="black", hatch=hatch, linewidth=0.7,
-                error_kw={"linewidth": 0.8, "capsize": 2}, label=part,
+                [y for y, _ in rows],
+                values,
+                0.38,
+                xerr=errors,
+                color=fill,
+                edgecolor="black",
+                hatch=hatch,
+                linewidth=0.7,
+                error_kw={"linewidth": 0.8, "capsize": 2},
+                label=part,
             )
         stated = {m: " *" if methods[m]["instruction_in_query"] else "" for m in own}
         axes.set_yticks(range(len(own)), [m.replace("_", " ") + stated[m] for m in own])
         axes.invert_yaxis()
         axes.set_title(f"{name}: {metric.replace('_', ' ')}", loc="left", fontsize=10)
         axes.set_xlim(0, 1)
-    all_axes[0, 0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
+    all_axes[0, 0].legend(
+        frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0
+    )
     all_axes[-1, 0].xaxis.set_major_formatter(PercentFormatter(1))
-    all_axes[-1, 0].set_xlabel("accuracy (%), mean over tasks with 95 % interval; * instruction in every query")
+    all_axes[-1, 0].set_xlabel(
+        "accuracy (%), mean over tasks with 95 % interval; * instruction in every query"
+    )
     return figure
 
 
@@ -231,15 +327,32 @@ def _is_measured(cell: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]
     return cell is not None and cell["value"] is not None
 
 
-def _curve(axes: Axes, xs: Sequence[float], cells: Sequence[Mapping[str, Any] | None], index: int, label: str) -> None:
+def _curve(
+    axes: Axes,
+    xs: Sequence[float],
+    cells: Sequence[Mapping[str, Any] | None],
+    index: int,
+    label: str,
+) -> None:
     points = [(x, cell) for x, cell in zip(xs, cells, strict=True) if _is_measured(cell)]
     if not points:
         return
     values = [cell["value"] for _, cell in points]
-    errors = [[max(0, c["value"] - c["ci95"][0]) for _, c in points], [max(0, c["ci95"][1] - c["value"]) for _, c in points]]
+    errors = [
+        [max(0, c["value"] - c["ci95"][0]) for _, c in points],
+        [max(0, c["ci95"][1] - c["value"]) for _, c in points],
+    ]
     axes.errorbar(
-        [x for x, _ in points], values, errors, linestyle=_LINES[index % len(_LINES)], marker=_MARKERS[index % len(_MARKERS)],
-        color=_GREYS[index % len(_GREYS)], label=label, capsize=2, linewidth=1, markersize=5,
+        [x for x, _ in points],
+        values,
+        errors,
+        linestyle=_LINES[index % len(_LINES)],
+        marker=_MARKERS[index % len(_MARKERS)],
+        color=_GREYS[index % len(_GREYS)],
+        label=label,
+        capsize=2,
+        linewidth=1,
+        markersize=5,
     )
 
 
@@ -249,7 +362,9 @@ def _as_accuracy(axes: Axes, label: str) -> None:
 
 
 def _report(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_read(run / "evaluation" / "report.json", f"run ship-ds evaluate --run {run}"))
+    found: dict[str, Any] = json.loads(
+        _read(run / "evaluation" / "report.json", f"run ship-ds evaluate --run {run}")
+    )
     return found
 
 
@@ -260,13 +375,18 @@ def _read(path: Path, remedy: str) -> str:
 
 
 FIGURES: dict[str, Callable[[Sequence[Path]], Figure]] = {
-    "losses": losses, "latents": latents, "comparison": comparison, "shown_examples": shown_examples,
-    "training_rules": training_rules, "reconstruction_weight": reconstruction_weight,
+    "losses": losses,
+    "latents": latents,
+    "comparison": comparison,
+    "shown_examples": shown_examples,
+    "training_rules": training_rules,
+    "reconstruction_weight": reconstruction_weight,
 }
 
 
 def plot(runs: Sequence[Path], out: Path, say: Callable[[str], None]) -> list[Path]:
-    """Write OUT/NAME.png of every figure that the runs have the data for; `say` names what the others lack."""
+    """Write OUT/NAME.png of every figure that the runs have the data for; `say` names what the
+    others lack."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in FIGURES.items():
@@ -277,7 +397,9 @@ def plot(runs: Sequence[Path], out: Path, say: Callable[[str], None]) -> list[Pa
     return written
 
 
-def save(name: str, draw: Callable[[Sequence[Path]], Figure], runs: Sequence[Path], out: Path) -> Path:
+def save(
+    name: str, draw: Callable[[Sequence[Path]], Figure], runs: Sequence[Path], out: Path
+) -> Path:
     part, path = out / f"{name}.part.png", out / f"{name}.png"
     figure = draw(runs)
     figure.savefig(part, dpi=150, bbox_inches="tight")

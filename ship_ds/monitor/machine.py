@@ -19,8 +19,10 @@ def describe_machine() -> dict[str, str | int]:
     """Date, processor, cores that this process may use, torch's threads, and the GPU or "none"."""
     names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
     return {
-        "date": datetime.date.today().isoformat(), "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 

@@ -1,6 +1,7 @@
 """The most memory a block of code holds: its own pages, and pages of files that it maps, apart.
 
-The kernel keeps a high-water mark of both together (VmHWM); a thread samples the two parts (RssAnon, RssFile). Linux only.
+The kernel keeps a high-water mark of both together (VmHWM); a thread samples the two parts
+(RssAnon, RssFile). Linux only.
 """
 
 import threading
@@ -15,7 +16,8 @@ def resident() -> dict[str, int]:
 
 
 class PeakMemory:
-    """own, mapped: the largest seen while the block ran, in bytes beyond what was there when it began."""
+    """own, mapped: the largest seen while the block ran, in bytes beyond what was there when it
+    began."""
 
     own = mapped = 0
 
@@ -34,7 +36,12 @@ class PeakMemory:
         self.own = max(self.own, now["RssAnon"] - self._before["RssAnon"])
         self.mapped = max(self.mapped, now["RssFile"] - self._before["RssFile"])
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._done.set()
         self._thread.join()
         self._look()

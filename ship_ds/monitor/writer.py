@@ -1,4 +1,5 @@
-"""One row a step to metrics.jsonl and TensorBoard, a progress bar on rank 0, and the picture of the losses at the end."""
+"""One row a step to metrics.jsonl and TensorBoard, a progress bar on rank 0, and the picture of the
+losses at the end."""
 
 import json
 import math
@@ -21,20 +22,28 @@ class Monitor:
         self.rows = (folder / "metrics.jsonl").open("a")
         self._last_row: dict[str, float | None] = {}
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self.bar = tqdm(total=num_steps, initial=first_step, unit="step", mininterval=5, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=num_steps, initial=first_step, unit="step", mininterval=5, dynamic_ncols=True
+        )
 
     def _drop_rows_after(self, first_step: int) -> None:
-        """A resumed run writes each step once: rows of steps that will be taken again go, and so does a half-written one."""
+        """A resumed run writes each step once: rows of steps that will be taken again go, and so
+        does a half-written one."""
         for name, last in (("metrics.jsonl", first_step - 1), ("evaluations.jsonl", first_step)):
             path = self.folder / name
             if path.exists():
-                whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                whole = [
+                    line
+                    for line in path.read_text().splitlines(keepends=True)
+                    if line.endswith("\n")
+                ]
                 part = path.with_suffix(".part")
                 part.write_text("".join(line for line in whole if json.loads(line)["step"] <= last))
                 part.replace(path)
 
     def step(self, step: int, scalars: Mapping[str, float]) -> None:
-        """A value that is not finite is null in metrics.jsonl (JSON has no NaN) and NaN in TensorBoard."""
+        """A value that is not finite is null in metrics.jsonl (JSON has no NaN) and NaN in
+        TensorBoard."""
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._last_row = {"step": step, **finite}
         self._place = self.rows.tell()
@@ -43,15 +52,18 @@ class Monitor:
             self.board.add_scalar(name, value, step)
         self.bar.update()
         speed = scalars["speed/tokens_per_second"]
-        self.bar.set_postfix_str(f"loss {scalars['loss/total']:.3f}, {speed:.0f} tokens/s", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {scalars['loss/total']:.3f}, {speed:.0f} tokens/s", refresh=False
+        )
 
     def _write_row(self) -> None:
         self.rows.write(json.dumps(self._last_row) + "\n")
         self.rows.flush()
 
     def evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
-        """After `step` steps: joins the row of the last of them, whose number is one less, in metrics.jsonl and TensorBoard.
-        A run that has resumed has no such row; evaluations.jsonl has every evaluation."""
+        """After `step` steps: joins the row of the last of them, whose number is one less, in
+        metrics.jsonl and TensorBoard. A run that has resumed has no such row; evaluations.jsonl has
+        every evaluation."""
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step - 1)
         if self._last_row.get("step") == step - 1:
@@ -60,7 +72,9 @@ class Monitor:
             self._write_row()
         with (self.folder / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self.bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scalars.items()))
+        self.bar.write(
+            f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scalars.items())
+        )
 
     def texts(self, step: int, pairs: Sequence[tuple[str, str]]) -> None:
         rows = [f"| {_cell(true)} | {_cell(text)} |" for true, text in pairs]
@@ -84,7 +98,8 @@ def _cell(text: str) -> str:
 
 
 def memory_gigabytes() -> float:
-    """The most that this process has had allocated on its GPU; without one, what it has resident now."""
+    """The most that this process has had allocated on its GPU; without one, what it has resident
+    now."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     with open("/proc/self/statm") as file:

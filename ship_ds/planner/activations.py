@@ -1,7 +1,8 @@
-"""Activations a rank holds when the backward pass begins, counted by running the real forward on the meta device.
+"""Activations a rank holds when the backward pass begins, counted by running the real forward on
+the meta device.
 
-Autograd hands every tensor that it keeps to a hook, and the storages are counted once each, so the count follows the code
-of the model family and of the adapters, whatever they are.
+Autograd hands every tensor that it keeps to a hook, and the storages are counted once each, so the
+count follows the code of the model family and of the adapters, whatever they are.
 
 Letters: T tasks, E = T*M examples, S length, P soft tokens, H hidden, V vocabulary.
 """
@@ -43,10 +44,21 @@ class Workload:
         limits = _RULES
         if isinstance(config.data, FilesConfig):
             cuts = config.data.truncation
-            limits = (cuts.instruction.tokens or 256, cuts.input.tokens or 512, cuts.target.tokens or 128)
-        instruction, text, target = (asked or limit for asked, limit in zip(tokens, limits, strict=True))
+            limits = (
+                cuts.instruction.tokens or 256,
+                cuts.input.tokens or 512,
+                cuts.target.tokens or 128,
+            )
+        instruction, text, target = (
+            asked or limit for asked, limit in zip(tokens, limits, strict=True)
+        )
         return cls(
-            tasks, config.training.examples_per_task, instruction, text, target, config.model.decoder.max_examples
+            tasks,
+            config.training.examples_per_task,
+            instruction,
+            text,
+            target,
+            config.model.decoder.max_examples,
         )
 
     @property
@@ -55,7 +67,9 @@ class Workload:
 
     def answer_length(self, shapes: Shapes) -> int:
         stated = self.instruction_tokens if shapes.config.task_llm.instruction != "none" else 0
-        return shapes.hypernetwork.num_virtual_tokens + stated + self.input_tokens + self.target_tokens
+        return (
+            shapes.hypernetwork.num_virtual_tokens + stated + self.input_tokens + self.target_tokens
+        )
 
     def decoded_length(self, shapes: Shapes) -> int:
         shown = self.shown_examples * (self.input_tokens + self.target_tokens)
@@ -64,15 +78,18 @@ class Workload:
     def tokens(self, shapes: Shapes) -> dict[str, int]:
         """Of each part that runs over tokens."""
         return {
-            "encoder": self.tasks * self.instruction_tokens, "decoder": self.tasks * self.decoded_length(shapes),
+            "encoder": self.tasks * self.instruction_tokens,
+            "decoder": self.tasks * self.decoded_length(shapes),
             "task LLM": self.examples * self.answer_length(shapes),
         }
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes. kept: by the parts, adapters and logits apart; adapters: the generated weights, without their gradients;
-    logits: the log-probabilities kept for the loss; working: of the heaviest moment beside these."""
+    """Bytes. kept: by the parts, adapters and logits apart; adapters: the generated weights,
+    without their gradients;
+    logits: the log-probabilities kept for the loss; working: of the heaviest moment beside
+    these."""
 
     kept: dict[str, int]
     adapters: int
@@ -95,10 +112,13 @@ class _Count:
         self.dtype_bytes = shapes.dtype.itemsize
         self.known: dict[int, Any] = {}
         self.total = 0
-        self.remember(parameter for module in shapes.parts.values() for parameter in module.parameters())
+        self.remember(
+            parameter for module in shapes.parts.values() for parameter in module.parameters()
+        )
 
     def remember(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes of the storages that are new among these; they are kept alive, so that no address comes twice."""
+        """Bytes of the storages that are new among these; they are kept alive, so that no address
+        comes twice."""
         total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -129,7 +149,13 @@ class _Count:
         text_logits, kept["decoder"] = self.kept_by(lambda: self.decode(latent_TZ, work))
         if shapes.config.task_llm.checkpointing:
             # The backward pass has freed the decoder's by the time that a block is recomputed.
-            inputs = len(blocks) * work.examples * work.answer_length(shapes) * hidden_size(shapes.task_lm) * self.dtype_bytes
+            inputs = (
+                len(blocks)
+                * work.examples
+                * work.answer_length(shapes)
+                * hidden_size(shapes.task_lm)
+                * self.dtype_bytes
+            )
             kept["task LLM"] += inputs - sum(blocks) + max(0, max(blocks) - kept["decoder"])
         logits, heaviest = 0, 0
         for logits_KV in (task_logits, text_logits):
@@ -151,8 +177,12 @@ class _Count:
     def decode(self, latent_TZ: Tensor, work: Workload) -> Tensor:
         decoder = self.shapes.decoder
         soft_TPH = decoder.soft_tokens(latent_TZ, torch.zeros(work.tasks, dtype=torch.bool))
-        rest = self.embedded(decoder.lm, work.tasks, work.decoded_length(self.shapes) - decoder.num_soft_tokens)
-        return self.logits(decoder.lm, torch.cat([soft_TPH.to(rest.dtype), rest], 1), work.instruction_tokens)
+        rest = self.embedded(
+            decoder.lm, work.tasks, work.decoded_length(self.shapes) - decoder.num_soft_tokens
+        )
+        return self.logits(
+            decoder.lm, torch.cat([soft_TPH.to(rest.dtype), rest], 1), work.instruction_tokens
+        )
 
     def answer(self, adapter: Adapter, work: Workload) -> tuple[Tensor, list[int]]:
         """Logits, and the bytes that each block keeps."""
@@ -161,9 +191,11 @@ class _Count:
         virtual_TPH = adapter.virtual_tokens()
         if virtual_TPH is not None:
             rows_EPH = virtual_TPH.repeat_interleave(work.examples_per_task, 0).to(hidden_ESH.dtype)
-            hidden_ESH = torch.cat([rows_EPH, hidden_ESH[:, rows_EPH.shape[1]:]], 1)
+            hidden_ESH = torch.cat([rows_EPH, hidden_ESH[:, rows_EPH.shape[1] :]], 1)
         blocks: list[int] = []
-        logits = self.logits(shapes.task_lm, hidden_ESH, work.target_tokens, ship_adapter=adapter, block_bytes=blocks)
+        logits = self.logits(
+            shapes.task_lm, hidden_ESH, work.target_tokens, ship_adapter=adapter, block_bytes=blocks
+        )
         return logits, blocks
 
     def embedded(self, lm: Any, rows: int, length: int) -> Tensor:
@@ -174,13 +206,19 @@ class _Count:
         logits: Tensor = self.through(lm, hidden_ESH, logits_to_keep=num_labels, **extra).logits
         return logits.flatten(0, 1)
 
-    def through(self, lm: nn.Module, hidden_ESH: Tensor, block_bytes: list[int] | None = None, **extra: Any) -> Any:
+    def through(
+        self, lm: nn.Module, hidden_ESH: Tensor, block_bytes: list[int] | None = None, **extra: Any
+    ) -> Any:
         """A mask of four dimensions: transformers would compute one, and look into it."""
         rows, length, _ = hidden_ESH.shape
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
         hooks = [] if block_bytes is None else self.watch_blocks(lm, block_bytes)
         out = lm(
-            inputs_embeds=hidden_ESH, attention_mask=mask, position_ids=torch.arange(length)[None], use_cache=False, **extra
+            inputs_embeds=hidden_ESH,
+            attention_mask=mask,
+            position_ids=torch.arange(length)[None],
+            use_cache=False,
+            **extra,
         )
         for hook in hooks:
             hook.remove()
@@ -192,20 +230,31 @@ class _Count:
         hooks: list[Any] = []
         for block in (module for module in lm.modules() if isinstance(module, AdaptedBlock)):
             hooks.append(block.register_forward_pre_hook(lambda *_: before.append(self.total)))
-            hooks.append(block.register_forward_hook(lambda *_: block_bytes.append(self.total - before[-1])))
+            hooks.append(
+                block.register_forward_hook(lambda *_: block_bytes.append(self.total - before[-1]))
+            )
         return hooks
 
     def block_working(self, work: Workload) -> int:
-        """Beside what is kept: one matrix dequantised, and the gradients inside one feed-forward layer."""
-        blocks = [linear for lm in (self.shapes.task_lm, self.shapes.decoder.lm) for linear in _block_linears(lm)]
+        """Beside what is kept: one matrix dequantised, and the gradients inside one feed-forward
+        layer."""
+        blocks = [
+            linear
+            for lm in (self.shapes.task_lm, self.shapes.decoder.lm)
+            for linear in _block_linears(lm)
+        ]
         widest = max(max(linear.in_features, linear.out_features) for linear in blocks)
         tokens = max(work.tokens(self.shapes).values())
-        return self.dtype_bytes * (max(linear.weight.numel() for linear in blocks) + 3 * tokens * widest)
+        return self.dtype_bytes * (
+            max(linear.weight.numel() for linear in blocks) + 3 * tokens * widest
+        )
 
 
 def _block_linears(lm: Any) -> list[nn.Linear]:
     head = lm.get_output_embeddings()
-    return [module for module in lm.modules() if isinstance(module, nn.Linear) and module is not head]
+    return [
+        module for module in lm.modules() if isinstance(module, nn.Linear) and module is not head
+    ]
 
 
 def _generated(adapter: Adapter) -> list[Tensor]:

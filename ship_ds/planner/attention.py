@@ -1,4 +1,5 @@
-"""Attention on the meta device: the output's shape, and what a fused kernel keeps for its backward pass.
+"""Attention on the meta device: the output's shape, and what a fused kernel keeps for its backward
+pass.
 
 SDPA on the meta device would take the unfused path and count a whole attention matrix.
 
@@ -15,12 +16,14 @@ PLANNED = "ship_planned"
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps query, key, value, output and the row sums, as flash attention does (Dao et al. 2022)."""
+    """Keeps query, key, value, output and the row sums, as flash attention does (Dao et al.
+    2022)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, heads, length, size = query.shape
-        out = query.new_empty(rows, length, heads, size).transpose(1, 2)  # as the kernels lay it out: no copy follows
+        # as the kernels lay it out: no copy follows
+        out = query.new_empty(rows, length, heads, size).transpose(1, 2)
         row_sums_BAS = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, row_sums_BAS)
         return out
@@ -31,7 +34,12 @@ class _Fused(torch.autograd.Function):
 
 
 def planned_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature: query (B, A, S, D) -> (B, S, A, D)."""
     return _Fused.apply(query, key, value).transpose(1, 2), None

@@ -1,4 +1,5 @@
-"""`ship-ds plan`: does a recipe fit its GPUs, what takes the memory, what does a step send, and what to change.
+"""`ship-ds plan`: does a recipe fit its GPUs, what takes the memory, what does a step send, and
+what to change.
 
     ship-ds plan --config pretrain-7b --shapes llama-2-7b --gpus 8 --gpu-memory 80
 """
@@ -19,7 +20,8 @@ from ship_ds.planner.zero import Held, Traffic, Zero, held, traffic
 from ship_ds.runtime.engine import engine_dtype, read_deepspeed_config
 
 RESERVED = 2 * 10**9
-"""Bytes of a GPU left to the CUDA context, NCCL and the allocator's fragments: an assumption, not a count."""
+"""Bytes of a GPU left to the CUDA context, NCCL and the allocator's fragments: an assumption, not a
+count."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Machines:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one rank: `memory` by term on its GPU, `host` beside it; `traffic` of one optimiser step."""
+    """Bytes of one rank: `memory` by term on its GPU, `host` beside it; `traffic` of one optimiser
+    step."""
 
     config: Config
     machines: Machines
@@ -67,22 +70,37 @@ def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None
 def shapes_of(config: Config) -> Shapes:
     """Where the Task LLM lies changes no shape, so that one set of shapes, kept, serves both."""
     anywhere = config.model.task_llm.model_copy(update={"shard": "auto"})
-    return build_shapes(config.model.model_copy(update={"task_llm": anywhere}), engine_dtype(config.training))
+    return build_shapes(
+        config.model.model_copy(update={"task_llm": anywhere}), engine_dtype(config.training)
+    )
 
 
-def plan_under(zero: Zero, config: Config, machines: Machines, lengths: Lengths = (None, None, None)) -> Plan:
-    """The same under other settings than those of training.deepspeed, of which the dtype alone is used."""
+def plan_under(
+    zero: Zero, config: Config, machines: Machines, lengths: Lengths = (None, None, None)
+) -> Plan:
+    """The same under other settings than those of training.deepspeed, of which the dtype alone is
+    used."""
     shapes = shapes_of(config)
     work = Workload.of(config, _tasks_per_micro_batch(config, machines), lengths)
-    is_sharded = shards_task_llm(config.model.task_llm, shapes.weights("task LLM"), zero.dtype_bytes)
+    is_sharded = shards_task_llm(
+        config.model.task_llm, shapes.weights("task LLM"), zero.dtype_bytes
+    )
     inside = [part for part in shapes.parts if part != "task LLM" or is_sharded]
     engine = [weight for part in inside for weight in shapes.weights(part)]
     outside = [] if is_sharded else shapes.weights("task LLM")
     kept = held(zero, engine, outside)
     return Plan(
-        config, machines, work, _memory(kept, count_activations(shapes, work)), kept.host,
-        traffic(zero, engine, config.training.accumulation, _recomputed(shapes) if is_sharded else ()),
-        _parameters(shapes), is_sharded, _largest(zero, engine),
+        config,
+        machines,
+        work,
+        _memory(kept, count_activations(shapes, work)),
+        kept.host,
+        traffic(
+            zero, engine, config.training.accumulation, _recomputed(shapes) if is_sharded else ()
+        ),
+        _parameters(shapes),
+        is_sharded,
+        _largest(zero, engine),
     )
 
 
@@ -95,7 +113,8 @@ def _tasks_per_micro_batch(config: Config, machines: Machines) -> int:
     parts = machines.num_ranks * config.training.accumulation
     if config.training.tasks_per_step % parts:
         raise UserError(
-            f"training.tasks_per_step ({config.training.tasks_per_step}) must be a multiple of ranks x training.accumulation "
+            f"training.tasks_per_step ({config.training.tasks_per_step}) must be a multiple of "
+            "ranks x training.accumulation "
             f"({machines.num_ranks} x {config.training.accumulation}): change one of them"
         )
     return config.training.tasks_per_step // parts
@@ -104,24 +123,37 @@ def _tasks_per_micro_batch(config: Config, machines: Machines) -> int:
 def _memory(kept: Held, activations: Activations) -> dict[str, int]:
     """Adapters count twice: the generated weights and their gradients."""
     return {
-        **kept.gpu, "adapters and gradients": 2 * activations.adapters,
-        **{f"activations, {part}": num_bytes for part, num_bytes in activations.kept.items() if num_bytes},
-        "logits at labels": activations.logits, "working memory": activations.working,
+        **kept.gpu,
+        "adapters and gradients": 2 * activations.adapters,
+        **{
+            f"activations, {part}": num_bytes
+            for part, num_bytes in activations.kept.items()
+            if num_bytes
+        },
+        "logits at labels": activations.logits,
+        "working memory": activations.working,
     }
 
 
 def _recomputed(shapes: Shapes) -> list[Weight]:
     if not shapes.config.task_llm.checkpointing:
         return []
-    blocks = [path for path, module in shapes.task_lm.named_modules() if isinstance(module, AdaptedBlock)]
-    return [weight for weight in shapes.weights("task LLM") if weight.path.startswith(tuple(f"{path}." for path in blocks))]
+    blocks = [
+        path for path, module in shapes.task_lm.named_modules() if isinstance(module, AdaptedBlock)
+    ]
+    return [
+        weight
+        for weight in shapes.weights("task LLM")
+        if weight.path.startswith(tuple(f"{path}." for path in blocks))
+    ]
 
 
 def _parameters(shapes: Shapes) -> dict[str, int]:
     counts = {part: sum(weight.numel for weight in shapes.weights(part)) for part in shapes.parts}
     everything = [weight for part in shapes.parts for weight in shapes.weights(part)]
     return {
-        **counts, "trained": sum(weight.numel for weight in everything if weight.is_trained),
+        **counts,
+        "trained": sum(weight.numel for weight in everything if weight.is_trained),
         "frozen": sum(weight.numel for weight in everything if not weight.is_trained),
     }
 
@@ -142,7 +174,8 @@ class Change:
 
 
 def advise(plan: Plan, lengths: Lengths = (None, None, None)) -> list[Change]:
-    """Changes to make one after the other, cheapest first, until the run fits; the last one's plan says whether it does."""
+    """Changes to make one after the other, cheapest first, until the run fits; the last one's plan
+    says whether it does."""
     done: list[Change] = []
     current = plan
     for candidate in _candidates(plan):
@@ -156,14 +189,16 @@ def advise(plan: Plan, lengths: Lengths = (None, None, None)) -> list[Change]:
 
 
 def _candidates(plan: Plan) -> list[tuple[str, ...]]:
-    """Each raises the cost of a step: recomputation, smaller micro-batches, more traffic, the host's memory."""
+    """Each raises the cost of a step: recomputation, smaller micro-batches, more traffic, the
+    host's memory."""
     config = plan.config
     found: list[tuple[str, ...]] = []
     if not config.model.task_llm.checkpointing:
         found.append(("model.task_llm.checkpointing=true",))
     found += [
         (f"training.accumulation={config.training.accumulation * factor}",)
-        for factor in (2, 4, 8, 16, 32, 64) if plan.work.tasks % factor == 0
+        for factor in (2, 4, 8, 16, 32, 64)
+        if plan.work.tasks % factor == 0
     ]
     is_bf16 = engine_dtype(config.training) == torch.bfloat16
     settings: dict[str, Any] = read_deepspeed_config(config.training.deepspeed)["zero_optimization"]

@@ -1,7 +1,8 @@
 """The planner's arithmetic for 7B and 70B on 8 to 1,024 GPUs, as the tables of docs/scaling.md.
 
-Time is a bound, not a forecast: multiplications of the frozen language models at a sustained rate, nothing else. The
-bandwidth at which sending takes as long as computing follows from it; below it a step waits for the network.
+Time is a bound, not a forecast: multiplications of the frozen language models at a sustained rate,
+nothing else. The bandwidth at which sending takes as long as computing follows from it; below it a
+step waits for the network.
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,9 @@ class Way:
 
 
 WAYS = (
-    Way("ZeRO-3, all sharded", 3, True), Way("ZeRO-3 with hpZ", 3, True, True), Way("ZeRO-3, Task LLM whole", 3, False),
+    Way("ZeRO-3, all sharded", 3, True),
+    Way("ZeRO-3 with hpZ", 3, True, True),
+    Way("ZeRO-3, Task LLM whole", 3, False),
     Way("ZeRO-2, all whole", 2, False),
 )
 
@@ -56,10 +59,14 @@ class Row:
 def recipe(model: str, num_ranks: int, tasks: int, way: Way) -> Config:
     """The published recipe, its latent as wide as the base asks for."""
     hidden = public_shapes()[model].hidden_size
-    config = load_config("pretrain-7b", [
-        f"model.latent_size={10 * hidden}", f"training.tasks_per_step={num_ranks * tasks}",
-        f"model.task_llm.shard={'always' if way.shard_task_llm else 'never'}",
-    ])
+    config = load_config(
+        "pretrain-7b",
+        [
+            f"model.latent_size={10 * hidden}",
+            f"training.tasks_per_step={num_ranks * tasks}",
+            f"model.task_llm.shard={'always' if way.shard_task_llm else 'never'}",
+        ],
+    )
     return with_shapes(config, model)
 
 
@@ -72,20 +79,32 @@ def row(model: str, num_ranks: int, tasks: int, way: Way) -> Row:
 
 
 def compute_seconds(config: Config, plan: Plan) -> float:
-    """Forward and the gradients of inputs; a third pass where the Task LLM is recomputed. Weights' gradients are left out."""
+    """Forward and the gradients of inputs; a third pass where the Task LLM is recomputed. Weights'
+    gradients are left out."""
     shapes = shapes_of(config)
     tokens = plan.work.tokens(shapes)
-    passes = {"encoder": 2, "decoder": 2, "task LLM": 3 if config.model.task_llm.checkpointing else 2}
-    weights = {part: sum(weight.numel for weight in shapes.weights(part) if weight.is_nf4) for part in passes}
+    passes = {
+        "encoder": 2,
+        "decoder": 2,
+        "task LLM": 3 if config.model.task_llm.checkpointing else 2,
+    }
+    weights = {
+        part: sum(weight.numel for weight in shapes.weights(part) if weight.is_nf4)
+        for part in passes
+    }
     return sum(2 * passes[part] * weights[part] * tokens[part] for part in passes) / SUSTAINED
 
 
 def tables() -> str:
     """Markdown."""
-    return "\n\n".join([
-        "### Memory and traffic of one GPU, one task a micro-batch", _markdown(_by_gpus()),
-        "### The bandwidth below which a step waits, on 1,024 GPUs", _markdown(_by_tasks()),
-    ])
+    return "\n\n".join(
+        [
+            "### Memory and traffic of one GPU, one task a micro-batch",
+            _markdown(_by_gpus()),
+            "### The bandwidth below which a step waits, on 1,024 GPUs",
+            _markdown(_by_tasks()),
+        ]
+    )
 
 
 def _by_gpus() -> Iterator[tuple[str, ...]]:
@@ -95,8 +114,13 @@ def _by_gpus() -> Iterator[tuple[str, ...]]:
             for way in WAYS:
                 found = row(model, num_ranks, 1, way)
                 yield (
-                    model, f"{num_ranks:,}", way.name, size(found.plan.needed), "yes" if found.plan.fits else "no",
-                    size(found.plan.traffic.total), f"{size(found.critical_bandwidth)}/s",
+                    model,
+                    f"{num_ranks:,}",
+                    way.name,
+                    size(found.plan.needed),
+                    "yes" if found.plan.fits else "no",
+                    size(found.plan.traffic.total),
+                    f"{size(found.critical_bandwidth)}/s",
                 )
 
 
@@ -104,7 +128,8 @@ def _by_tasks() -> Iterator[tuple[str, ...]]:
     yield ("model", "way", *(f"{tasks} task{'s' if tasks > 1 else ''}" for tasks in TASKS))
     for model in MODELS:
         for way in WAYS:
-            one = row(model, GPUS[-1], 1, way).critical_bandwidth  # what is sent is the same however many tasks there are
+            # what is sent is the same however many tasks there are
+            one = row(model, GPUS[-1], 1, way).critical_bandwidth
             yield (model, way.name, *(f"{size(one / tasks)}/s" for tasks in TASKS))
 
 

@@ -1,6 +1,7 @@
 """SHIP on the meta device: every weight has its shape and takes no memory.
 
-A base is a folder with a config.json (weights are not needed), "embedded", or the name of a public shape.
+A base is a folder with a config.json (weights are not needed), "embedded", or the name of a public
+shape.
 """
 
 from collections.abc import Mapping
@@ -10,9 +11,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
-from ship_ds.config import Config, EncoderConfig, LoraHypernetworkConfig, LoraTuning, ModelConfig, override_config
+from ship_ds.config import (
+    Config,
+    EncoderConfig,
+    LoraHypernetworkConfig,
+    LoraTuning,
+    ModelConfig,
+    override_config,
+)
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.backbone import add_static_lora, base_folder, freeze, quantised_weights
@@ -22,15 +37,22 @@ from ship_ds.model.hypernetwork import Hypernetwork, build_hypernetwork
 from ship_ds.planner.attention import PLANNED
 
 _BLOCK, _SUPERBLOCK = 64, 256
-"""Weights that share an NF4 scale, and scales that share a scale of their own (double quantisation)."""
+"""Weights that share an NF4 scale, and scales that share a scale of their own (double
+quantisation)."""
 _TABLES = (16 + 256 + 1 + 1) * 4
 """Bytes a 4-bit matrix has beside its scales: two code books, the offset and a scalar, fp32."""
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> LlamaConfig:
+def _llama(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int
+) -> LlamaConfig:
     return LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
     )
 
 
@@ -43,12 +65,21 @@ def public_shapes() -> Mapping[str, PreTrainedConfig]:
         "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
         "llama-3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
         "mistral-7b": MistralConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
             vocab_size=32000,
         ),
         "qwen2.5-7b": Qwen2Config(
-            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-            vocab_size=152064, tie_word_embeddings=False,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152064,
+            tie_word_embeddings=False,
         ),
     }
 
@@ -92,37 +123,57 @@ class Shapes:
     @property
     def parts(self) -> dict[str, nn.Module]:
         return {
-            "encoder": self.encoder, "hypernetwork": self.hypernetwork, "decoder": self.decoder, "task LLM": self.task_lm,
+            "encoder": self.encoder,
+            "hypernetwork": self.hypernetwork,
+            "decoder": self.decoder,
+            "task LLM": self.task_lm,
         }
 
     def weights(self, part: str) -> list[Weight]:
         return [
-            Weight(path, parameter.numel(), parameter.requires_grad, f"{part}.{path}" in self.nf4_paths)
+            Weight(
+                path, parameter.numel(), parameter.requires_grad, f"{part}.{path}" in self.nf4_paths
+            )
             for path, parameter in self.parts[part].named_parameters()
         ]
 
 
 @lru_cache(maxsize=4)
 def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
-    """Raises UserError for what the real model would refuse too: a missing base or target, sizes that do not fit."""
+    """Raises UserError for what the real model would refuse too: a missing base or target, sizes
+    that do not fit."""
     with torch.device("meta"):
         task_lm = freeze(meta_lm(config.task_llm.base, dtype))
-        nf4 = {"task LLM": quantised_weights(task_lm) if config.task_llm.quantisation == "nf4" else []}
-        targets = config.hypernetwork.targets if isinstance(config.hypernetwork, LoraHypernetworkConfig) else ()
+        nf4 = {
+            "task LLM": quantised_weights(task_lm) if config.task_llm.quantisation == "nf4" else []
+        }
+        targets = (
+            config.hypernetwork.targets
+            if isinstance(config.hypernetwork, LoraHypernetworkConfig)
+            else ()
+        )
         sites = wrap_sites(task_lm, targets)
-        hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, sites, hidden_size(task_lm))
+        hypernetwork = build_hypernetwork(
+            config.hypernetwork, config.latent_size, sites, hidden_size(task_lm)
+        )
         encoder_lm, nf4["encoder"] = _role_lm(config.encoder, dtype)
         encoder = Encoder(encoder_lm, hidden_size(encoder_lm), config.latent_size)
         encoder_lm.lm_head = nn.Identity()
         decoder_lm, nf4["decoder"] = _role_lm(config.decoder, dtype)
         decoder = Decoder(
-            decoder_lm, hidden_size(decoder_lm), config.latent_size, config.decoder.num_soft_tokens, config.decoder.fusion
+            decoder_lm,
+            hidden_size(decoder_lm),
+            config.latent_size,
+            config.decoder.num_soft_tokens,
+            config.decoder.fusion,
         )
     parts: dict[str, nn.Module] = {"encoder": encoder, "decoder": decoder, "task LLM": task_lm}
     marked = {id(weight) for weights in nf4.values() for weight in weights}
     paths = {
-        f"{part}.{path}" for part, module in parts.items()
-        for path, parameter in module.named_parameters() if id(parameter) in marked
+        f"{part}.{path}"
+        for part, module in parts.items()
+        for path, parameter in module.named_parameters()
+        if id(parameter) in marked
     }
     for module in (*parts.values(), hypernetwork):
         module.to(dtype)
@@ -130,11 +181,16 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
 
 
 def with_shapes(config: Config, name: str) -> Config:
-    """The config with a public shape in place of the Task LLM's base, and of every base that is the same one."""
+    """The config with a public shape in place of the Task LLM's base, and of every base that is the
+    same one."""
     if name not in public_shapes():
         raise UserError(f"--shapes {name}: unknown; known are {', '.join(public_shapes())}")
     model = config.model
-    same = [role for role in ("encoder", "decoder", "task_llm") if getattr(model, role).base == model.task_llm.base]
+    same = [
+        role
+        for role in ("encoder", "decoder", "task_llm")
+        if getattr(model, role).base == model.task_llm.base
+    ]
     return override_config(config, [f"model.{role}.base={name}" for role in same])
 
 
@@ -144,11 +200,15 @@ def base_config(base: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
     except UserError as error:
-        raise UserError(f"{error}; or plan with --shapes and one of {', '.join(public_shapes())}") from None
+        raise UserError(
+            f"{error}; or plan with --shapes and one of {', '.join(public_shapes())}"
+        ) from None
 
 
 def meta_lm(base: str, dtype: torch.dtype) -> nn.Module:
-    return AutoModelForCausalLM.from_config(base_config(base), dtype=dtype, attn_implementation=PLANNED)
+    return AutoModelForCausalLM.from_config(
+        base_config(base), dtype=dtype, attn_implementation=PLANNED
+    )
 
 
 def hidden_size(lm: Any) -> int:
@@ -159,4 +219,6 @@ def hidden_size(lm: Any) -> int:
 def _role_lm(config: EncoderConfig, dtype: torch.dtype) -> tuple[nn.Module, list[torch.Tensor]]:
     lm = meta_lm(config.base, dtype)
     quantised = quantised_weights(lm) if config.quantisation == "nf4" else []
-    return (add_static_lora(lm, config.tuning) if isinstance(config.tuning, LoraTuning) else lm), quantised
+    return (
+        add_static_lora(lm, config.tuning) if isinstance(config.tuning, LoraTuning) else lm
+    ), quantised

@@ -22,36 +22,57 @@ def verdict(plan: Plan, changes: list[Change]) -> str:
     need, have = size(plan.needed), size(plan.machines.gpu_memory)
     if plan.fits:
         return f"fits: {need} of {have} on each of {plan.machines.num_ranks} GPUs"
-    overrides = " ".join(override for change in changes for override in _last_of_each(changes, change))
+    overrides = " ".join(
+        override for change in changes for override in _last_of_each(changes, change)
+    )
     if changes and changes[-1].plan.fits:
-        return f"does not fit: {need} of {have}; fits with {overrides} ({size(changes[-1].plan.needed)})"
+        needed = size(changes[-1].plan.needed)
+        return f"does not fit: {need} of {have}; fits with {overrides} ({needed})"
     last = changes[-1].plan if changes else plan
     largest = max(last.memory, key=lambda name: last.memory[name])
     tried = f", nor with {overrides} ({size(last.needed)})" if overrides else ""
     return (
-        f"does not fit: {need} of {have}{tried}; the largest term left is {largest} ({size(last.memory[largest])}): "
+        f"does not fit: {need} of {have}{tried}; the largest term left is {largest} "
+        f"({size(last.memory[largest])}): "
         "use more or larger GPUs, shorter texts or a smaller model"
     )
 
 
 def _last_of_each(changes: list[Change], change: Change) -> tuple[str, ...]:
     """The overrides of `change` that no later change replaces."""
-    later = {override.partition("=")[0] for other in changes[changes.index(change) + 1 :] for override in other.overrides}
-    return tuple(override for override in change.overrides if override.partition("=")[0] not in later)
+    later = {
+        override.partition("=")[0]
+        for other in changes[changes.index(change) + 1 :]
+        for override in other.overrides
+    }
+    return tuple(
+        override for override in change.overrides if override.partition("=")[0] not in later
+    )
 
 
 def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
     """Bytes throughout."""
     return {
-        "fits": plan.fits, "verdict": verdict(plan, changes), "ranks": plan.machines.num_ranks, "needed": plan.needed,
-        "gpu_memory": plan.machines.gpu_memory, "memory": plan.memory, "reserved": RESERVED, "host": plan.host,
-        "traffic_per_step": plan.traffic.wire, "traffic_inside_node": plan.traffic.inside_node, "parameters": plan.parameters,
+        "fits": plan.fits,
+        "verdict": verdict(plan, changes),
+        "ranks": plan.machines.num_ranks,
+        "needed": plan.needed,
+        "gpu_memory": plan.machines.gpu_memory,
+        "memory": plan.memory,
+        "reserved": RESERVED,
+        "host": plan.host,
+        "traffic_per_step": plan.traffic.wire,
+        "traffic_inside_node": plan.traffic.inside_node,
+        "parameters": plan.parameters,
         "task_llm_is_sharded": plan.is_sharded,
         "largest_gathered": {"weight": plan.largest_gathered[0], "bytes": plan.largest_gathered[1]},
         "micro_batch": {
-            "tasks": plan.work.tasks, "examples_per_task": plan.work.examples_per_task,
-            "instruction_tokens": plan.work.instruction_tokens, "input_tokens": plan.work.input_tokens,
-            "target_tokens": plan.work.target_tokens, "shown_examples": plan.work.shown_examples,
+            "tasks": plan.work.tasks,
+            "examples_per_task": plan.work.examples_per_task,
+            "instruction_tokens": plan.work.instruction_tokens,
+            "input_tokens": plan.work.input_tokens,
+            "target_tokens": plan.work.target_tokens,
+            "shown_examples": plan.work.shown_examples,
         },
         "changes": [list(change.overrides) for change in changes],
     }
@@ -60,16 +81,34 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
 def show(plan: Plan, changes: list[Change]) -> str:
     console = Console(width=100, force_terminal=False, highlight=False)
     with console.capture() as captured:
-        console.print("parameters: " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()))
+        console.print(
+            "parameters: "
+            + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
+        )
         console.print(_micro_batch(plan))
-        console.print(_table("on each GPU", {**plan.memory, "context, NCCL, fragments (assumed)": RESERVED}, plan.needed))
+        console.print(
+            _table(
+                "on each GPU",
+                {**plan.memory, "context, NCCL, fragments (assumed)": RESERVED},
+                plan.needed,
+            )
+        )
         if plan.host:
-            console.print(_table("beside each GPU, in the host's memory or on NVMe", plan.host, sum(plan.host.values())))
+            console.print(
+                _table(
+                    "beside each GPU, in the host's memory or on NVMe",
+                    plan.host,
+                    sum(plan.host.values()),
+                )
+            )
         console.print(_table("sent by each GPU in a step", plan.traffic.wire, plan.traffic.total))
         if plan.traffic.inside_node:
             console.print(f"inside a node (hpZ): {size(plan.traffic.inside_node)}")
         if plan.largest_gathered[1]:
-            console.print(f"largest weight gathered at once: {plan.largest_gathered[0]}, {size(plan.largest_gathered[1])}")
+            console.print(
+                f"largest weight gathered at once: {plan.largest_gathered[0]}, "
+                f"{size(plan.largest_gathered[1])}"
+            )
         console.print(verdict(plan, changes), soft_wrap=True)
     return captured.get().rstrip()
 
@@ -77,8 +116,10 @@ def show(plan: Plan, changes: list[Change]) -> str:
 def _micro_batch(plan: Plan) -> str:
     work = plan.work
     return (
-        f"a micro-batch: {work.tasks} tasks x {work.examples_per_task} examples; at most {work.instruction_tokens} tokens of "
-        f"instruction, {work.input_tokens} of input, {work.target_tokens} of target; {work.shown_examples} examples shown; "
+        f"a micro-batch: {work.tasks} tasks x {work.examples_per_task} examples; at most "
+        f"{work.instruction_tokens} tokens of "
+        f"instruction, {work.input_tokens} of input, {work.target_tokens} of target; "
+        f"{work.shown_examples} examples shown; "
         f"Task LLM {'sharded' if plan.is_sharded else 'whole on every GPU'}"
     )
 

@@ -1,6 +1,7 @@
 """What DeepSpeed's ZeRO keeps on a rank and sends in a step, as arithmetic over the weights' sizes.
 
-The constants were read off DeepSpeed 0.19.8 and are compared with running ranks by tools/bench_planner.py.
+The constants were read off DeepSpeed 0.19.8 and are compared with running ranks by
+tools/bench_planner.py.
 
 Letters: N ranks, D reuse distance in elements (a packed NF4 byte is one element).
 """
@@ -13,10 +14,14 @@ from ship_ds.planner.shapes import Weight
 
 Device = Literal["gpu", "cpu", "nvme"]
 _MASTER_AND_MOMENTS = 12
-"""Bytes a trained weight: the master copy and Adam's two moments, fp32 whatever the engine's dtype."""
+"""Bytes a trained weight: the master copy and Adam's two moments, fp32 whatever the engine's
+dtype."""
 DEFAULTS = {
-    "reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e7, "stage3_param_persistence_threshold": 1e5,
-    "stage3_max_reuse_distance": 1e9, "zero_hpz_partition_size": 1,
+    "reduce_bucket_size": 5e8,
+    "stage3_prefetch_bucket_size": 5e7,
+    "stage3_param_persistence_threshold": 1e5,
+    "stage3_max_reuse_distance": 1e9,
+    "zero_hpz_partition_size": 1,
 }
 """DeepSpeed's own, in elements and ranks."""
 
@@ -44,10 +49,17 @@ class Zero:
         overlaps = zero.get("overlap_comm", stage == 3)
         numbers = {key: int(zero.get(key, default)) for key, default in DEFAULTS.items()}
         return cls(
-            stage, 2 if deepspeed_config.get("bf16", {}).get("enabled") else 4, num_ranks,
-            numbers["reduce_bucket_size"], 2 if stage < 3 and overlaps else 1, numbers["stage3_prefetch_bucket_size"],
-            numbers["stage3_param_persistence_threshold"], numbers["stage3_max_reuse_distance"],
-            numbers["zero_hpz_partition_size"], _device(zero.get("offload_optimizer")), _device(zero.get("offload_param")),
+            stage,
+            2 if deepspeed_config.get("bf16", {}).get("enabled") else 4,
+            num_ranks,
+            numbers["reduce_bucket_size"],
+            2 if stage < 3 and overlaps else 1,
+            numbers["stage3_prefetch_bucket_size"],
+            numbers["stage3_param_persistence_threshold"],
+            numbers["stage3_max_reuse_distance"],
+            numbers["zero_hpz_partition_size"],
+            _device(zero.get("offload_optimizer")),
+            _device(zero.get("offload_param")),
         )
 
     def share(self, num_bytes: int) -> int:
@@ -61,7 +73,8 @@ def _device(offload: dict[str, Any] | None) -> Device:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one rank at a step boundary, and the buffers of the step itself, by name; host: outside the GPU."""
+    """Bytes of one rank at a step boundary, and the buffers of the step itself, by name; host:
+    outside the GPU."""
 
     gpu: dict[str, int]
     host: dict[str, int]
@@ -69,7 +82,8 @@ class Held:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one rank's links in one step (ring algorithms: an all-gather of b bytes moves b (N-1)/N), by what they are.
+    """Bytes of one rank's links in one step (ring algorithms: an all-gather of b bytes moves b
+    (N-1)/N), by what they are.
 
     inside_node: what hpZ moves between the GPUs of one node; it is not in `wire`.
     """
@@ -91,11 +105,17 @@ def held(zero: Zero, engine: Sequence[Weight], outside: Sequence[Weight]) -> Hel
         on_gpu = zero.stage < 3 or zero.parameters_on == "gpu"
         (gpu if on_gpu else host)[name] = _stored(zero, kind)
         if not on_gpu:
-            gpu[name] = sum(weight.stored_bytes(zero.dtype_bytes) for weight in kind if _is_persistent(zero, weight))
+            gpu[name] = sum(
+                weight.stored_bytes(zero.dtype_bytes)
+                for weight in kind
+                if _is_persistent(zero, weight)
+            )
     for name, kind in _kinds(zero, outside).items():
         gpu[name] += sum(weight.stored_bytes(zero.dtype_bytes) for weight in kind)
     gpu["quantisation scales"] = sum(weight.quant_state_bytes for weight in (*engine, *outside))
-    (gpu if zero.optimiser_on == "gpu" else host)["optimiser state"] = zero.share(_MASTER_AND_MOMENTS * trained)
+    (gpu if zero.optimiser_on == "gpu" else host)["optimiser state"] = zero.share(
+        _MASTER_AND_MOMENTS * trained
+    )
     gradients = trained * zero.dtype_bytes
     (gpu if zero.optimiser_on == "gpu" or zero.stage < 3 else host)["gradients"] = (
         gradients if zero.stage < 2 else zero.share(gradients)
@@ -103,14 +123,18 @@ def held(zero: Zero, engine: Sequence[Weight], outside: Sequence[Weight]) -> Hel
     gpu["communication buckets"] = zero.bucket_elements * zero.num_buckets * zero.dtype_bytes
     gpu["gathered layers"] = _gathered(zero, engine)
     if zero.stage == 3 and zero.hpz_ranks > 1:
-        gpu["node's second copy (hpZ)"] = sum(weight.stored_bytes(zero.dtype_bytes) for weight in engine) // zero.hpz_ranks
+        gpu["node's second copy (hpZ)"] = (
+            sum(weight.stored_bytes(zero.dtype_bytes) for weight in engine) // zero.hpz_ranks
+        )
     return Held(gpu, host)
 
 
 def _kinds(zero: Zero, weights: Sequence[Weight]) -> dict[str, list[Weight]]:
     return {
         "trained weights": [weight for weight in weights if weight.is_trained],
-        "frozen weights": [weight for weight in weights if not weight.is_trained and not weight.is_nf4],
+        "frozen weights": [
+            weight for weight in weights if not weight.is_trained and not weight.is_nf4
+        ],
         "4-bit weights": [weight for weight in weights if weight.is_nf4],
     }
 
@@ -124,7 +148,11 @@ def _stored(zero: Zero, weights: Sequence[Weight]) -> int:
     total = 0
     for weight in weights:
         num_bytes = weight.stored_bytes(zero.dtype_bytes)
-        total += num_bytes if zero.stage < 3 else zero.share(num_bytes) + num_bytes * _is_persistent(zero, weight)
+        total += (
+            num_bytes
+            if zero.stage < 3
+            else zero.share(num_bytes) + num_bytes * _is_persistent(zero, weight)
+        )
     return total
 
 
@@ -133,7 +161,8 @@ def _sharded(zero: Zero, engine: Sequence[Weight]) -> list[Weight]:
 
 
 def _gathered(zero: Zero, engine: Sequence[Weight]) -> int:
-    """Whole weights at once under ZeRO-3: those used again within D elements, or the largest and what is fetched ahead."""
+    """Whole weights at once under ZeRO-3: those used again within D elements, or the largest and
+    what is fetched ahead."""
     weights = _sharded(zero, engine)
     if zero.stage < 3 or zero.num_ranks == 1 or not weights:
         return 0
@@ -144,34 +173,56 @@ def _gathered(zero: Zero, engine: Sequence[Weight]) -> int:
     return min(total, largest + total * window // elements)
 
 
-def traffic(zero: Zero, engine: Sequence[Weight], micro_steps: int, recomputed: Sequence[Weight] = ()) -> Traffic:
+def traffic(
+    zero: Zero, engine: Sequence[Weight], micro_steps: int, recomputed: Sequence[Weight] = ()
+) -> Traffic:
     """recomputed: weights of checkpointed blocks, which a third pass uses."""
     trained = sum(weight.numel * zero.dtype_bytes for weight in engine if weight.is_trained)
     ring = (zero.num_ranks - 1) / zero.num_ranks
     if zero.num_ranks == 1:
         return Traffic({})
     if zero.stage < 3:
-        # DeepSpeed reduces whole buckets (use_multi_rank_bucket_allreduce), in ZeRO-2 too; ZeRO-1 once a step.
+        # DeepSpeed reduces whole buckets (use_multi_rank_bucket_allreduce), in ZeRO-2 too; ZeRO-1
+        # once a step.
         reductions = 1 if zero.stage == 1 else micro_steps
-        return Traffic({
-            "gradients, reduced": int(2 * ring * trained * reductions), "trained weights, gathered": int(ring * trained),
-        })
+        return Traffic(
+            {
+                "gradients, reduced": int(2 * ring * trained * reductions),
+                "trained weights, gathered": int(ring * trained),
+            }
+        )
     forward, backward = _gathers(zero, engine, recomputed)
     over_nodes = forward if zero.hpz_ranks > 1 else forward + backward
-    inside = int(backward * micro_steps * (zero.hpz_ranks - 1) / zero.hpz_ranks) if zero.hpz_ranks > 1 else 0
-    small = sum(weight.numel * zero.dtype_bytes for weight in engine if weight.is_trained and _is_persistent(zero, weight))
-    return Traffic({
-        "weights, gathered": int(ring * (over_nodes * micro_steps + small)),
-        "gradients, reduced": int(ring * trained * micro_steps),
-    }, inside)
+    inside = (
+        int(backward * micro_steps * (zero.hpz_ranks - 1) / zero.hpz_ranks)
+        if zero.hpz_ranks > 1
+        else 0
+    )
+    small = sum(
+        weight.numel * zero.dtype_bytes
+        for weight in engine
+        if weight.is_trained and _is_persistent(zero, weight)
+    )
+    return Traffic(
+        {
+            "weights, gathered": int(ring * (over_nodes * micro_steps + small)),
+            "gradients, reduced": int(ring * trained * micro_steps),
+        },
+        inside,
+    )
 
 
 def _gathers(zero: Zero, engine: Sequence[Weight], recomputed: Sequence[Weight]) -> tuple[int, int]:
-    """Bytes gathered for one forward and one backward pass. A weight stays from the one to the other where its next use is
-    fewer than D elements away, so the last D / 2 elements are gathered once."""
+    """Bytes gathered for one forward and one backward pass. A weight stays from the one to the
+    other where its next use is fewer than D elements away, so the last D / 2 elements are gathered
+    once."""
     weights = _sharded(zero, engine)
     total = sum(weight.stored_bytes(zero.dtype_bytes) for weight in weights)
     elements = sum(weight.stored_elements for weight in weights)
     stays = min(1.0, zero.reuse_distance / 2 / elements) if elements else 1.0
-    again = sum(weight.stored_bytes(zero.dtype_bytes) for weight in recomputed) if zero.reuse_distance == 0 else 0
+    again = (
+        sum(weight.stored_bytes(zero.dtype_bytes) for weight in recomputed)
+        if zero.reuse_distance == 0
+        else 0
+    )
     return total, int(total * (1 - stays)) + again

@@ -1,14 +1,19 @@
-"""Checkpoints: a training run's whole state, written so that it is either there and good or not there at all.
+"""Checkpoints: a training run's whole state, written so that it is either there and good or not
+there at all.
 
     RUN/checkpoints/step-00000400/
         state/                DeepSpeed's own shards, trainable parameters and optimiser alone
-        rank-0.safetensors    the random generators of each rank (torch CPU and CUDA), with Python's and numpy's as metadata
-        progress.json         step, seconds, tokens, config, data fingerprint, git revision, dev score
+        rank-0.safetensors    the random generators of each rank (torch CPU and CUDA), with
+                              Python's and numpy's as metadata
+        progress.json         step, seconds, tokens, config, data fingerprint, git revision,
+                              dev score
         manifest.json         size and SHA-256 of every other file
-    RUN/checkpoints/latest    the newest one's name, moved last; for people and scripts, a resume looks for itself
+    RUN/checkpoints/latest    the newest one's name, moved last; for people and scripts, a
+                              resume looks for itself
 
-It is written as step-N.part, synced, hashed (the files are shared out over the ranks), and renamed. Loading verifies the
-manifest before DeepSpeed opens a file, and goes back to the newest good checkpoint, saying so.
+It is written as step-N.part, synced, hashed (the files are shared out over the ranks), and renamed.
+Loading verifies the manifest before DeepSpeed opens a file, and goes back to the newest good
+checkpoint, saying so.
 """
 
 import contextlib
@@ -37,8 +42,17 @@ from ship_ds.runtime.pickles import load_shard, shard_problem
 
 STATE, PROGRESS, MANIFEST, LATEST = "state", "progress.json", "manifest.json", "latest"
 _FREE_TO_CHANGE = {
-    "run.folder", "run.init_from", "training.max_minutes", "training.max_bad_steps", "training.deepspeed", "checkpoint",
-    "evaluation", "model.attention", "training.accumulation", "training.threads", "training.hang_minutes",
+    "run.folder",
+    "run.init_from",
+    "training.max_minutes",
+    "training.max_bad_steps",
+    "training.deepspeed",
+    "checkpoint",
+    "evaluation",
+    "model.attention",
+    "training.accumulation",
+    "training.threads",
+    "training.hang_minutes",
     "training.grace_seconds",
 }
 """What a resumed run may set otherwise than the run that wrote the checkpoint."""
@@ -46,7 +60,8 @@ _FREE_TO_CHANGE = {
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `step` steps. `dev_score` is that of an evaluation at this very step."""
+    """Where a run stands after `step` steps. `dev_score` is that of an evaluation at this very
+    step."""
 
     step: int
     seconds: float
@@ -67,14 +82,23 @@ class Progress:
 
 def git_revision() -> str:
     """The checkout's commit, or "" outside one."""
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ) if shutil.which("git") else None
+    done = (
+        subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shutil.which("git")
+        else None
+    )
     return done.stdout.strip() if done and not done.returncode else ""
 
 
 def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) -> Path:
-    """Every rank calls it at a step boundary. Raises UserError when the disk is full; older checkpoints are untouched."""
+    """Every rank calls it at a step boundary. Raises UserError when the disk is full; older
+    checkpoints are untouched."""
     folder = root / f"step-{progress.step:08d}"
     part = folder.with_name(folder.name + ".part")
     try:
@@ -84,7 +108,9 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
         ranks.barrier()
         _check_room(engine, part)
         with nvme.mapped(engine):
-            engine.save_checkpoint(str(part), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
+            engine.save_checkpoint(
+                str(part), tag=STATE, save_latest=False, exclude_frozen_parameters=True
+            )
         _save_generators(part / f"rank-{ranks.rank()}.safetensors")
         if ranks.rank() == 0:
             (part / PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n")
@@ -111,33 +137,48 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
 
 
 def _check_room(engine: Any, part: Path) -> None:
-    """Raises OSError on every rank where the disk has not even room for Adam's fp32 weights and two moments: one rank that
-    fails within DeepSpeed's own writing leaves the others waiting for it. A quota is not seen here."""
+    """Raises OSError on every rank where the disk has not even room for Adam's fp32 weights and two
+    moments: one rank that fails within DeepSpeed's own writing leaves the others waiting for it. A
+    quota is not seen here."""
     trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     least = 12 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     free = ranks.gather_objects(shutil.disk_usage(part).free if ranks.rank() == 0 else None)[0]
     if free < least:
-        raise OSError(errno.ENOSPC, f"{free / 1e9:.3f} GB are free, at least {least / 1e9:.3f} GB are needed")
+        raise OSError(
+            errno.ENOSPC, f"{free / 1e9:.3f} GB are free, at least {least / 1e9:.3f} GB are needed"
+        )
 
 
 def _write_error(error: Exception) -> str | None:
     """Why a file could not be written, or None for any other error.
 
-    Of a full disk torch.save says that its zip writer is at an unexpected position; safetensors gives the system's words.
+    Of a full disk torch.save says that its zip writer is at an unexpected position; safetensors
+    gives the system's words.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+    if (
+        isinstance(error, SafetensorError)
+        or "PytorchStreamWriter" in str(error)
+        or "unexpected pos" in str(error)
+    ):
         return "the disk is full or a file cannot be written"
     return None
 
 
 def _save_generators(path: Path) -> None:
     tensors = {"torch": torch.get_rng_state()}
-    tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])}
+    tensors |= {
+        f"cuda{i}": state
+        for i, state in enumerate(
+            torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        )
+    }
     name, keys, *rest = np.random.get_state()
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
-    save_file(tensors, path, {"python": json.dumps(random.getstate()), "numpy": json.dumps([name, *rest])})
+    save_file(
+        tensors, path, {"python": json.dumps(random.getstate()), "numpy": json.dumps([name, *rest])}
+    )
 
 
 def _load_generators(path: Path) -> None:
@@ -146,7 +187,9 @@ def _load_generators(path: Path) -> None:
         metadata = file.metadata()
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([tensors[f"cuda{i}"] for i in range(torch.cuda.device_count())])
+        torch.cuda.set_rng_state_all(
+            [tensors[f"cuda{i}"] for i in range(torch.cuda.device_count())]
+        )
     name, *rest = json.loads(metadata["numpy"])
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))
     version, values, gauss = json.loads(metadata["python"])
@@ -154,10 +197,14 @@ def _load_generators(path: Path) -> None:
 
 
 def _check_can_be_read(part: Path) -> None:
-    """What `problem` would refuse later fails now, while the ones before are there to go back to."""
+    """What `problem` would refuse later fails now, while the ones before are there to go back
+    to."""
     for path in sorted(part.rglob("*.pt"))[ranks.rank() :: ranks.world_size()]:
         if reason := shard_problem(path):
-            raise RuntimeError(f"{path} {reason}: for another version of DeepSpeed add it to ship_ds/runtime/pickles.py")
+            raise RuntimeError(
+                f"{path} {reason}: for another version of DeepSpeed add it to "
+                "ship_ds/runtime/pickles.py"
+            )
 
 
 def _hash_shared_out(folder: Path) -> dict[str, dict[str, Any]]:
@@ -169,7 +216,9 @@ def _hash_shared_out(folder: Path) -> dict[str, dict[str, Any]]:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         mine[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
-    return {name: entry for share in ranks.gather_objects(mine) for name, entry in sorted(share.items())}
+    return {
+        name: entry for share in ranks.gather_objects(mine) for name, entry in sorted(share.items())
+    }
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -225,7 +274,8 @@ def read_progress(folder: Path) -> Progress:
 
 
 def _prune(root: Path, config: CheckpointConfig) -> None:
-    """Keep the last K and the best on dev; then, under the disk cap, drop the oldest that is neither newest nor best."""
+    """Keep the last K and the best on dev; then, under the disk cap, drop the oldest that is
+    neither newest nor best."""
     whole = checkpoints(root)
     scores = {path: score for path in whole if (score := _dev_score(path)) is not None}
     best = max(scores, key=lambda path: (scores[path], path), default=None)
@@ -253,13 +303,16 @@ def _bytes(folder: Path) -> int:
 
 
 def problem(folder: Path) -> str | None:
-    """Why this checkpoint cannot be used, or None; every rank calls it and checks its share of the files."""
+    """Why this checkpoint cannot be used, or None; every rank calls it and checks its share of the
+    files."""
     mine = None
     try:
         entries = sorted(json.loads((folder / MANIFEST).read_text()).items())
         listed = {name for name, _ in entries}
         unlisted = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.pt"))
-        mine = next((f"{name} is not in {MANIFEST}" for name in unlisted if name not in listed), None)
+        mine = next(
+            (f"{name} is not in {MANIFEST}" for name in unlisted if name not in listed), None
+        )
         for name, entry in entries[ranks.rank() :: ranks.world_size()]:
             path = folder / name
             if not path.is_file():
@@ -282,7 +335,8 @@ def problem(folder: Path) -> str | None:
 
 
 def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are all as written; each one passed over is said with its reason."""
+    """The newest checkpoint whose files are all as written; each one passed over is said with its
+    reason."""
     names = ranks.gather_objects([path.name for path in checkpoints(root)])[0]
     passed: dict[str, str] = {}
     for name in reversed(names):
@@ -294,13 +348,16 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
         passed[name] = reason
     if passed:
         damaged, text = next(iter(passed.items()))
-        raise UserError(f"{root / damaged}: {text}; no good checkpoint is left: remove {root} to start from the beginning")
+        raise UserError(
+            f"{root / damaged}: {text}; no good checkpoint is left: remove {root} to "
+            "start from the beginning"
+        )
     return None
 
 
 def newest_good_alone(root: Path, say: Callable[[str], None]) -> Path | None:
-    """As `newest_good`, for the run that will write here: later ones, all damaged, are set aside as step-N.damaged, or they
-    would count as newer than what it saves."""
+    """As `newest_good`, for the run that will write here: later ones, all damaged, are set aside as
+    step-N.damaged, or they would count as newer than what it saves."""
     if ranks.rank() == 0:
         _put_back(root)
     ranks.barrier()
@@ -316,16 +373,25 @@ def newest_good_alone(root: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def load(
-    engine: Any, folder: Path, config: Mapping[str, Any], data_fingerprint: str, say: Callable[[str], None]
+    engine: Any,
+    folder: Path,
+    config: Mapping[str, Any],
+    data_fingerprint: str,
+    say: Callable[[str], None],
 ) -> Progress:
-    """Put the engine and this rank's generators where `save` found them. Raises UserError when the run is another one.
+    """Put the engine and this rank's generators where `save` found them. Raises UserError when the
+    run is another one.
 
-    On another number of ranks or under another ZeRO stage the generators start anew: dropout differs, and nothing else does.
+    On another number of ranks or under another ZeRO stage the generators start anew: dropout
+    differs, and nothing else does.
     """
     progress = read_progress(folder)
     check_same_run(folder, progress, config, data_fingerprint)
     if (folder / STATE / "offloaded_tensors").exists():
-        raise UserError(f"{folder}: an earlier version kept Adam's moments beside it on NVMe: start anew in another run.folder")
+        raise UserError(
+            f"{folder}: an earlier version kept Adam's moments beside it on NVMe: "
+            "start anew in another run.folder"
+        )
     _check_same_parameters(engine, folder)
     stage, num_ranks = repartition.layout(folder / STATE)
     is_same_layout = (stage, num_ranks) == (engine.zero_optimization_stage(), ranks.world_size())
@@ -336,46 +402,74 @@ def load(
     if is_same_layout:
         _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
     else:
-        say(f"{folder}: written by {num_ranks} rank(s) under ZeRO-{stage}: shared out anew over {ranks.world_size()} "
-            f"under ZeRO-{engine.zero_optimization_stage()}; dropout differs from here on")
-        torch.manual_seed(int(progress.config["run"]["seed"]) + progress.step * ranks.world_size() + ranks.rank())
+        say(
+            f"{folder}: written by {num_ranks} rank(s) under ZeRO-{stage}: shared out anew over "
+            f"{ranks.world_size()} "
+            f"under ZeRO-{engine.zero_optimization_stage()}; dropout differs from here on"
+        )
+        torch.manual_seed(
+            int(progress.config["run"]["seed"]) + progress.step * ranks.world_size() + ranks.rank()
+        )
     return progress
 
 
-def check_same_run(folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str) -> None:
-    """Raises UserError naming the first setting, or the data, that the checkpoint was not trained with. A key that did not
-    exist then stands at its default."""
-    then, now = flat(parse_config(dict(progress.config), str(folder)).model_dump(mode="json")), flat(config)
+def check_same_run(
+    folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str
+) -> None:
+    """Raises UserError naming the first setting, or the data, that the checkpoint was not trained
+    with. A key that did not exist then stands at its default."""
+    then, now = (
+        flat(parse_config(dict(progress.config), str(folder)).model_dump(mode="json")),
+        flat(config),
+    )
     for key in sorted(then.keys() | now.keys()):
         free = any(key == name or key.startswith(name + ".") for name in _FREE_TO_CHANGE)
         if not free and then.get(key) != now.get(key):
             raise UserError(
-                f"{folder}: {key} was {then.get(key)} and is {now.get(key)} now; set it back, or choose another run.folder"
+                f"{folder}: {key} was {then.get(key)} and is {now.get(key)} now; set it back, or "
+                "choose another run.folder"
             )
     if progress.data_fingerprint != data_fingerprint:
-        raise UserError(f"{folder}: the data are not the ones this run was trained on; restore them or choose another run.folder")
+        raise UserError(
+            f"{folder}: the data are not the ones this run was trained on; restore "
+            "them or choose another run.folder"
+        )
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
     return found
 
 
 def _check_same_parameters(engine: Any, folder: Path) -> None:
-    """DeepSpeed loads without strictness, since the frozen base is not saved; so names and shapes are compared here."""
+    """DeepSpeed loads without strictness, since the frozen base is not saved; so names and shapes
+    are compared here."""
     listed = load_shard(sorted((folder / STATE).glob("*model_states.pt"))[0])["param_shapes"]
     saved = {(name, tuple(shape)) for group in listed for name, shape in group.items()}
-    trainable = ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
-    own = {(name, tuple(getattr(parameter, "ds_shape", parameter.shape))) for name, parameter in trainable}
+    trainable = (
+        (name, parameter)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    )
+    own = {
+        (name, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+        for name, parameter in trainable
+    }
     if different := sorted({name for name, _ in saved ^ own}):
-        raise UserError(f"{folder}: {different[0]} and {len(different) - 1} more trainable parameters differ from this model's")
+        raise UserError(
+            f"{folder}: {different[0]} and {len(different) - 1} more trainable "
+            "parameters differ from this model's"
+        )
 
 
 class ShardedState(Mapping[str, torch.Tensor]):
-    """Trainable parameters by name, in fp32; each is put together from the ranks' mapped shards when it is asked for."""
+    """Trainable parameters by name, in fp32; each is put together from the ranks' mapped shards
+    when it is asked for."""
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         self._parts = parts
@@ -392,14 +486,16 @@ class ShardedState(Mapping[str, torch.Tensor]):
 
 
 def trainable_state(folder: Path) -> ShardedState:
-    """From a checkpoint of any world size. Under ZeRO-3 no more than one parameter is ever in memory; ZeRO-1 and 2 cut
-    their one flat vector without regard to parameters, and DeepSpeed joins it. Raises UserError when it is damaged."""
+    """From a checkpoint of any world size. Under ZeRO-3 no more than one parameter is ever in
+    memory; ZeRO-1 and 2 cut their one flat vector without regard to parameters, and DeepSpeed joins
+    it. Raises UserError when it is damaged."""
     from deepspeed.utils import zero_to_fp32
 
     reason = problem(folder)
     if reason is not None:
         raise UserError(f"{folder}: {reason}")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its notices and bars
+    # its notices and bars
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         parts = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
             str(folder), tag=STATE, exclude_frozen_parameters=True, lazy_mode=True
         )

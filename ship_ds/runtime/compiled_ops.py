@@ -1,9 +1,12 @@
-"""DeepSpeed compiles its C++ ops at the first start; this makes that safe against being killed in the middle.
+"""DeepSpeed compiles its C++ ops at the first start; this makes that safe against being killed in
+the middle.
 
-PyTorch guards such a build with a file called `lock`, which a killed process leaves behind, and every later start then
-waits for it without a word. Here each process builds under an advisory lock of the kernel's, which dies with its holder: who
-holds it knows that a `lock` file found in the op's folder is nobody's. And each uses the `ninja` of the Python package: two
-versions, as with and without an activated environment, reject each other's log and compile everything again at every change.
+PyTorch guards such a build with a file called `lock`, which a killed process leaves behind, and
+every later start then waits for it without a word. Here each process builds under an advisory lock
+of the kernel's, which dies with its holder: who holds it knows that a `lock` file found in the op's
+folder is nobody's. And each uses the `ninja` of the Python package: two versions, as with and
+without an activated environment, reject each other's log and compile everything again at every
+change.
 """
 
 import fcntl
@@ -24,15 +27,16 @@ DEFAULT_FOLDER = Path.home() / ".cache" / "ship_ds" / "torch_extensions"
 
 
 def needed(deepspeed: Mapping[str, Any]) -> list[str]:
-    """The builders that a run with this config will ask for; the optimiser is torch's own unless a GPU offloads it."""
+    """The builders that a run with this config will ask for; the optimiser is torch's own unless a
+    GPU offloads it."""
     on_gpu = ["CPUAdamBuilder"] if offloads_optimiser(deepspeed) else []
     own = on_gpu if torch.cuda.is_available() else ["ShareMemCommBuilder"]
     return [*own, *(["AsyncIOBuilder"] if offloads_to_nvme(deepspeed) else [])]
 
 
 def build(names: Sequence[str], say: Callable[[str], None]) -> None:
-    """Compile and load the ops, one process at a time; the later ones find them done. Raises UserError for an op that a run
-    cannot do without and that cannot be built here."""
+    """Compile and load the ops, one process at a time; the later ones find them done. Raises
+    UserError for an op that a run cannot do without and that cannot be built here."""
     from deepspeed.accelerator import get_accelerator
 
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
@@ -47,7 +51,10 @@ def build(names: Sequence[str], say: Callable[[str], None]) -> None:
             if builder is not None and builder.is_compatible():
                 builder.load(verbose=False)
             elif name == "AsyncIOBuilder":
-                raise UserError("training.deepspeed: offload to NVMe needs libaio with its headers: install libaio-dev")
+                raise UserError(
+                    "training.deepspeed: offload to NVMe needs libaio with its "
+                    "headers: install libaio-dev"
+                )
 
 
 @contextmanager

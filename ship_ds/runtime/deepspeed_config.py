@@ -9,13 +9,18 @@ from ship_ds.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 _OWNED_BY_RUN = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "scheduler", "optimizer",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "scheduler",
+    "optimizer",
 }
 
 
 def read_deepspeed_config(name: str) -> dict[str, Any]:
-    """A file of ds_configs/ by name, or any path. Raises UserError when it is neither, or holds fp16 or the run's keys."""
+    """A file of ds_configs/ by name, or any path. Raises UserError when it is neither, or holds
+    fp16 or the run's keys."""
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
@@ -25,14 +30,20 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     for key in sorted(_OWNED_BY_RUN & config.keys()):
-        raise UserError(f"{path}: {key}: comes from the run's config (training and optimiser); remove it here")
+        raise UserError(
+            f"{path}: {key}: comes from the run's config (training and optimiser); remove it here"
+        )
     if (config.get("fp16") or {}).get("enabled"):
-        raise UserError(f"{path}: fp16: not supported, since its loss scale is in no checkpoint of ZeRO-3; use bf16, or neither")
+        raise UserError(
+            f"{path}: fp16: not supported, since its loss scale is in no checkpoint of "
+            "ZeRO-3; use bf16, or neither"
+        )
     return config
 
 
 def offloads(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the file says of `offload_param` and `offload_optimizer`; {} where it says nothing or null."""
+    """What the file says of `offload_param` and `offload_optimizer`; {} where it says nothing or
+    null."""
     zero = config.get("zero_optimization") or {}
     return {part: zero.get(part) or {} for part in ("offload_param", "offload_optimizer")}
 

@@ -14,17 +14,23 @@ from ship_ds.runtime.preflight import check_division
 
 def engine_dtype(training: TrainingConfig) -> torch.dtype:
     """The dtype that training.deepspeed makes of every floating-point parameter."""
-    return torch.bfloat16 if read_deepspeed_config(training.deepspeed).get("bf16", {}).get("enabled") else torch.float32
+    return (
+        torch.bfloat16
+        if read_deepspeed_config(training.deepspeed).get("bf16", {}).get("enabled")
+        else torch.float32
+    )
 
 
 def parts_per_step(training: TrainingConfig) -> int:
-    """Micro-batches of a global step over all ranks; raises UserError when they do not divide its tasks."""
+    """Micro-batches of a global step over all ranks; raises UserError when they do not divide its
+    tasks."""
     check_division(training.tasks_per_step, ranks.world_size(), training.accumulation)
     return ranks.world_size() * training.accumulation
 
 
 def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: float = 0.0) -> float:
-    """Linear warm-up, then constant or a cosine to 2 % of the peak, at the last step or when the time is spent (spent = 1)."""
+    """Linear warm-up, then constant or a cosine to 2 % of the peak, at the last step or when the
+    time is spent (spent = 1)."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return config.lr * warm
@@ -38,8 +44,8 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
     from ship_ds.runtime import shards
 
     config = read_deepspeed_config(training.deepspeed)
-    # torch's fused AdamW: one pass over the flat partition, and nothing to compile with nvcc. State that a GPU offloads is
-    # DeepSpeed's own op's.
+    # torch's fused AdamW: one pass over the flat partition, and nothing to compile with nvcc. State
+    # that a GPU offloads is DeepSpeed's own op's.
     fused = not (torch.cuda.is_available() and offloads_optimiser(config))
     micro = training.tasks_per_step // parts_per_step(training)
     config |= {
@@ -50,8 +56,11 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": optimiser.lr, "weight_decay": optimiser.weight_decay, "betas": list(optimiser.betas),
-                "torch_adam": fused, **({"fused": True} if fused else {}),
+                "lr": optimiser.lr,
+                "weight_decay": optimiser.weight_decay,
+                "betas": list(optimiser.betas),
+                "torch_adam": fused,
+                **({"fused": True} if fused else {}),
             },
         },
         "steps_per_print": 10**9,
@@ -68,13 +77,15 @@ def set_learning_rate(engine: Any, value: float) -> None:
 
 
 def take_step(engine: Any) -> bool:
-    """The optimiser's step. Where loss or gradients are not finite on any rank DeepSpeed skips it on all; True says so."""
+    """The optimiser's step. Where loss or gradients are not finite on any rank DeepSpeed skips it
+    on all; True says so."""
     engine.step()
     return bool(engine.optimizer.overflow)
 
 
 def gathered_state(engine: Any) -> dict[str, torch.Tensor]:
-    """Every trainable parameter whole, on rank 0 alone (empty elsewhere), one gathered at a time."""
+    """Every trainable parameter whole, on rank 0 alone (empty elsewhere), one gathered at a
+    time."""
     import deepspeed
 
     state = {}

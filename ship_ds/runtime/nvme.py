@@ -1,8 +1,9 @@
 """Checkpoints of runs whose state is on NVMe: the same files as those of any other run.
 
-DeepSpeed 0.19 copies its swap files beside shards that hold no weights, and on loading forgets that there were any moments
-(the next step is a first one of Adam's). So nothing but a resume on as many ranks could read such a checkpoint, and that
-not exactly. Here the swap files are mapped into memory while DeepSpeed writes its shards, and `repartition` reads those.
+DeepSpeed 0.19 copies its swap files beside shards that hold no weights, and on loading forgets that
+there were any moments (the next step is a first one of Adam's). So nothing but a resume on as many
+ranks could read such a checkpoint, and that not exactly. Here the swap files are mapped into memory
+while DeepSpeed writes its shards, and `repartition` reads those.
 """
 
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ import torch
 
 @contextmanager
 def mapped(engine: Any) -> Iterator[None]:
-    """At a step boundary, for `engine.save_checkpoint`: the optimiser's tensors that are swapped out are there to be read, page
-    by page from their files, and DeepSpeed makes no copy of these."""
+    """At a step boundary, for `engine.save_checkpoint`: the optimiser's tensors that are swapped
+    out are there to be read, page by page from their files, and DeepSpeed makes no copy of
+    these."""
     swapper = getattr(engine.optimizer, "optimizer_swapper", None)
     if swapper is None:
         yield
@@ -27,7 +29,9 @@ def mapped(engine: Any) -> Iterator[None]:
             for tensor, path in zip(info.get_compute_tensors(), info.get_swap_paths(), strict=True):
                 before.append((tensor, tensor.data))
                 # shared, or the kernel would count every page as memory that may be asked for
-                tensor.data = torch.from_file(path, shared=True, size=info.numel(), dtype=info.dtype())
+                tensor.data = torch.from_file(
+                    path, shared=True, size=info.numel(), dtype=info.dtype()
+                )
         yield
     finally:
         del engine.zero_nvme_offload_optimizer

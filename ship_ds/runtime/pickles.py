@@ -1,4 +1,5 @@
-"""DeepSpeed's shards are pickles, which may name any code to run; here they may name what DeepSpeed's own do, and no more."""
+"""DeepSpeed's shards are pickles, which may name any code to run; here they may name what
+DeepSpeed's own do, and no more."""
 
 import pickle
 from pathlib import Path
@@ -16,7 +17,8 @@ def _trusted() -> list[Any]:
 
 
 def load_shard(path: Path) -> dict[str, Any]:
-    """Memory-mapped, on the CPU. Raises pickle.UnpicklingError when it names a class that DeepSpeed's shards have no use for."""
+    """Memory-mapped, on the CPU. Raises pickle.UnpicklingError when it names a class that
+    DeepSpeed's shards have no use for."""
     with torch.serialization.safe_globals(_trusted()):
         found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return found
@@ -27,6 +29,7 @@ def shard_problem(path: Path) -> str | None:
     try:
         with torch.serialization.safe_globals(_trusted()):
             classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):  # not a zip, a broken one, or one without a pickle
+    # not a zip, a broken one, or one without a pickle
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
         return "is not a file that torch.save writes today"
     return f"names {classes[0]}, which no shard of DeepSpeed's does" if classes else None

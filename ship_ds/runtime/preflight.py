@@ -1,6 +1,8 @@
-"""What can be known before anything is loaded, in seconds: `slurm/train.sh` asks it before it starts the ranks.
+"""What can be known before anything is loaded, in seconds: `slurm/train.sh` asks it before it
+starts the ranks.
 
-    python -m ship_ds.runtime.preflight --config RECIPE [section.key=value ...]     # prints the run folder, or one line
+    # prints the run folder, or one line
+    python -m ship_ds.runtime.preflight --config RECIPE [section.key=value ...]
 
 Imports no torch.
 """
@@ -34,27 +36,33 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
 
 
 def _check_hang_minutes(minutes: float | None) -> None:
-    """Here and not in the config's types: bundles and checkpoints of earlier versions say 30, and have to open."""
+    """Here and not in the config's types: bundles and checkpoints of earlier versions say 30, and
+    have to open."""
     if minutes is not None and minutes > MOST_HANG_MINUTES:
         raise UserError(
-            f"training.hang_minutes: {minutes:g} is above {MOST_HANG_MINUTES}, and ZeRO's process groups fail by themselves "
+            f"training.hang_minutes: {minutes:g} is above {MOST_HANG_MINUTES}, and ZeRO's process "
+            "groups fail by themselves "
             "after 30, naming nobody: set it lower, or null for never"
         )
 
 
 def _check_offloads(settings: dict[str, Any]) -> None:
-    """DeepSpeed would make the folder where it can, on whatever disk that is. What `ratio` leaves on the GPU has an optimiser
-    of its own, which no checkpoint holds."""
+    """DeepSpeed would make the folder where it can, on whatever disk that is. What `ratio` leaves
+    on the GPU has an optimiser of its own, which no checkpoint holds."""
     for part, offload in offloads(settings).items():
         if offload.get("ratio", 1) != 1:
             raise UserError(
-                f"training.deepspeed: {part}.ratio: {offload['ratio']}: DeepSpeed saves no moments of the part that stays on the "
+                f"training.deepspeed: {part}.ratio: {offload['ratio']}: DeepSpeed saves no moments "
+                "of the part that stays on the "
                 "GPU, so a resume would lose them: take it out"
             )
         path = offload.get("nvme_path") or ""
-        if offload.get("device") == "nvme" and not (Path(path).is_dir() and path and os.access(path, os.W_OK | os.X_OK)):
+        if offload.get("device") == "nvme" and not (
+            Path(path).is_dir() and path and os.access(path, os.W_OK | os.X_OK)
+        ):
             raise UserError(
-                f"training.deepspeed: {part}.nvme_path: {path or '(none)'}: no folder that can be written; mount a local disk "
+                f"training.deepspeed: {part}.nvme_path: {path or '(none)'}: no folder that can be "
+                "written; mount a local disk "
                 "there, or give a copy of the file that names another folder"
             )
 
@@ -62,25 +70,35 @@ def _check_offloads(settings: dict[str, Any]) -> None:
 def check_division(tasks_per_step: int, num_ranks: int, accumulation: int) -> None:
     if tasks_per_step % (num_ranks * accumulation):
         raise UserError(
-            f"training.tasks_per_step ({tasks_per_step}) must be a multiple of ranks x training.accumulation "
+            f"training.tasks_per_step ({tasks_per_step}) must be a multiple of ranks x "
+            "training.accumulation "
             f"({num_ranks} x {accumulation}): change one of them"
         )
 
 
 def _check_base(key: str, base: str) -> None:
     if base != "embedded" and not (Path(base) / "config.json").is_file():
-        raise UserError(f"{key}: {base}: expected a model folder with a config.json; download the model and give its folder")
+        raise UserError(
+            f"{key}: {base}: expected a model folder with a config.json; download the "
+            "model and give its folder"
+        )
 
 
 def _check_readable(path: Path) -> None:
-    """A folder can be listed and its files opened; with thousands of them the first ones stand for all."""
+    """A folder can be listed and its files opened; with thousands of them the first ones stand for
+    all."""
     try:
-        files = [path / name for name in sorted(os.listdir(path))[:100]] if path.is_dir() else [path]
+        files = (
+            [path / name for name in sorted(os.listdir(path))[:100]] if path.is_dir() else [path]
+        )
         for file in files:
             if file.is_file() or file == path:
                 file.open("rb").close()
     except OSError as error:
-        raise UserError(f"data.path: {error.filename}: {error.strerror}; give a readable file or folder of tasks") from None
+        raise UserError(
+            f"data.path: {error.filename}: {error.strerror}; give a readable file or "
+            "folder of tasks"
+        ) from None
     if not files:
         raise UserError(f"data.path: {path}: the folder is empty; give a file or folder of tasks")
 
@@ -92,11 +110,14 @@ def _check_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"run.folder: {folder}: {error.strerror}; choose a folder that can be written") from None
+        raise UserError(
+            f"run.folder: {folder}: {error.strerror}; choose a folder that can be written"
+        ) from None
 
 
 def _check_gpus(environment: Mapping[str, str]) -> None:
-    """SLURM_TASKS_PER_NODE reads "8(x2),4"; a node without SLURM_GPUS_ON_NODE has none, and the run is one on CPUs."""
+    """SLURM_TASKS_PER_NODE reads "8(x2),4"; a node without SLURM_GPUS_ON_NODE has none, and the run
+    is one on CPUs."""
     gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
     counts = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_TASKS_PER_NODE", ""))
     tasks = max(map(int, counts), default=0)

@@ -18,9 +18,16 @@ from ship_ds.runtime import compiled_ops
 
 _KNOWN_NOTICES = (
     "Setting accelerator to CPU",
-    "A module has unknown inputs or outputs type",  # an adapter leaves the hypernetwork; its linears have hooks of their own
+    # an adapter leaves the hypernetwork; its linears have hooks of their own
+    "A module has unknown inputs or outputs type",
 )
-SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+SINGLE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
 
 
 def is_launched() -> bool:
@@ -29,7 +36,8 @@ def is_launched() -> bool:
 
 
 _WAIT = timedelta(hours=6)
-"""For the slowest rank before training: rank 0 reads and tokenises the data first. Later the watchdog is quicker."""
+"""For the slowest rank before training: rank 0 reads and tokenises the data first. Later the
+watchdog is quicker."""
 
 
 def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None) -> None:
@@ -55,11 +63,13 @@ def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None
 
 
 def leave(code: int) -> NoReturn:
-    """End this program, which may have `start`ed: everything is flushed, and the interpreter is not taken down.
+    """End this program, which may have `start`ed: everything is flushed, and the interpreter is not
+    taken down.
 
-    gloo's threads may still hold a finished collective and its Python objects; to drop them while the interpreter is taken
-    down aborts the process ("terminate called without an active exception", pytorch/pytorch#179291), and a run that is done
-    would count as crashed. `destroy_process_group` does not wait for those threads while DeepSpeed holds the groups.
+    gloo's threads may still hold a finished collective and its Python objects; to drop them while
+    the interpreter is taken down aborts the process ("terminate called without an active
+    exception", pytorch/pytorch#179291), and a run that is done would count as crashed.
+    `destroy_process_group` does not wait for those threads while DeepSpeed holds the groups.
     """
     if dist.is_initialized():
         atexit._run_exitfuncs()
@@ -70,39 +80,55 @@ def leave(code: int) -> NoReturn:
 
 
 def hush() -> None:
-    """Keep the terminal for what a user can act on: no progress bar a model loaded, no notice that repeats at every step."""
+    """Keep the terminal for what a user can act on: no progress bar a model loaded, no notice that
+    repeats at every step."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_KNOWN_NOTICES))
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: not record.getMessage().startswith(_KNOWN_NOTICES)
+    )
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def device() -> torch.device:
     """This rank's own: its GPU, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """What torch wants to know, from the variables that `srun` sets for every task; None outside `srun`.
+    """What torch wants to know, from the variables that `srun` sets for every task; None outside
+    `srun`.
 
-    The port follows the job id, so that two jobs on a node do not meet; MASTER_ADDR and MASTER_PORT can be set beforehand.
+    The port follows the job id, so that two jobs on a node do not meet; MASTER_ADDR and MASTER_PORT
+    can be set beforehand.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
         return None
     hosts = slurm_nodes(environment["SLURM_STEP_NODELIST"], environment)
     return {
-        "RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"], "MASTER_ADDR": environment.get("MASTER_ADDR", hosts[0]),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)),
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", hosts[0]),
+        "MASTER_PORT": environment.get(
+            "MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
+        ),
     }
 
 
 def slurm_nodes(compact: str, environment: Mapping[str, str]) -> list[str]:
-    """"node[1-2]" -> ["node1", "node2"]; `slurm/train.sh` has asked already, since a container has no `scontrol`."""
+    """ "node[1-2]" -> ["node1", "node2"]; `slurm/train.sh` has asked already, since a container has
+    no `scontrol`."""
     if "SHIP_DS_NODES" in environment:
         return environment["SHIP_DS_NODES"].split()
-    return subprocess.run(["scontrol", "show", "hostnames", compact], capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        ["scontrol", "show", "hostnames", compact], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def rank() -> int:
@@ -126,7 +152,8 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def any_over_ranks(flag: bool) -> bool:
-    """Whether it is so on any rank, the same answer on all: what keeps generation in step where ZeRO-3 gathers weights."""
+    """Whether it is so on any rank, the same answer on all: what keeps generation in step where
+    ZeRO-3 gathers weights."""
     return bool(sum_over_ranks(torch.tensor(float(flag)))) if world_size() > 1 else flag
 
 

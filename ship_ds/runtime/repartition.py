@@ -1,10 +1,13 @@
-"""A checkpoint goes on with another number of ranks, under another ZeRO stage, or with its state on NVMe.
+"""A checkpoint goes on with another number of ranks, under another ZeRO stage, or with its state on
+NVMe.
 
-DeepSpeed's shards are flat slices, whose layout depends on the first two. Here the fp32 weights and Adam's moments are put
-together by parameter name from all ranks' shards, as DeepSpeed's own zero_to_fp32 does for the weights, and each rank of the
-new engine takes its slices. Under ZeRO-3 with as many ranks as before each rank's own shard has them as they are. The frozen
-base is in no checkpoint and takes no part. (DeepSpeed's universal checkpoint wants the same, but writes a second copy on the
-disk first.) The shards are memory-mapped: a node reads them once, and holds one parameter of each kind at a time.
+DeepSpeed's shards are flat slices, whose layout depends on the first two. Here the fp32 weights and
+Adam's moments are put together by parameter name from all ranks' shards, as DeepSpeed's own
+zero_to_fp32 does for the weights, and each rank of the new engine takes its slices. Under ZeRO-3
+with as many ranks as before each rank's own shard has them as they are. The frozen base is in no
+checkpoint and takes no part. (DeepSpeed's universal checkpoint wants the same, but writes a second
+copy on the disk first.) The shards are memory-mapped: a node reads them once, and holds one
+parameter of each kind at a time.
 """
 
 import contextlib
@@ -26,7 +29,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class SavedState:
-    """Whole tensors by parameter name (or DeepSpeed's stand-ins, whole once `.contiguous()` is called), in fp32.
+    """Whole tensors by parameter name (or DeepSpeed's stand-ins, whole once `.contiguous()` is
+    called), in fp32.
 
     moments: by kind, {} where every step so far was skipped. num_steps: Adam's.
     """
@@ -43,25 +47,41 @@ def layout(folder: Path) -> tuple[int, int]:
 
 
 def read(folder: Path) -> SavedState:
-    """From DeepSpeed shards of any number of ranks; they have been verified against their manifest."""
+    """From DeepSpeed shards of any number of ranks; they have been verified against their
+    manifest."""
     shards = [_optimiser(path) for path in _by_rank(folder, "*_optim_states.pt")]
     is_stage_3 = int(shards[0]["zero_stage"]) == 3
-    weights = [shard["fp32_flat_groups" if is_stage_3 else "single_partition_of_fp32_groups"] for shard in shards]
-    inner = [shard["optimizer_state_dict" if is_stage_3 else "base_optimizer_state"] for shard in shards]
+    weights = [
+        shard["fp32_flat_groups" if is_stage_3 else "single_partition_of_fp32_groups"]
+        for shard in shards
+    ]
+    inner = [
+        shard["optimizer_state_dict" if is_stage_3 else "base_optimizer_state"] for shard in shards
+    ]
     states = [[state for _, state in sorted(own["state"].items())] for own in inner]
-    moments = {key: [[state[key] for state in own] for own in states] for key in MOMENTS if states[0]}
+    moments = {
+        key: [[state[key] for state in own] for own in states] for key in MOMENTS if states[0]
+    }
     if not is_stage_3:
-        # The weights were saved without the padding at the end of the last rank's slice, the moments with it.
-        moments = {key: [[m[: len(w)] for m, w in zip(*pair, strict=True)] for pair in zip(flat, weights, strict=True)]
-                   for key, flat in moments.items()}
+        # The weights were saved without the padding at the end of the last rank's slice, the
+        # moments with it.
+        moments = {
+            key: [
+                [m[: len(w)] for m, w in zip(*pair, strict=True)]
+                for pair in zip(flat, weights, strict=True)
+            ]
+            for key, flat in moments.items()
+        }
     return SavedState(
-        _merge(folder, shards[0], weights), {key: _merge(folder, shards[0], flat) for key, flat in moments.items()},
+        _merge(folder, shards[0], weights),
+        {key: _merge(folder, shards[0], flat) for key, flat in moments.items()},
         _num_steps(inner[0]),
     )
 
 
 def _num_steps(inner: Mapping[str, Any]) -> int:
-    """The same for all parameters. torch's AdamW counts in a tensor, DeepSpeed's for the CPU in an int."""
+    """The same for all parameters. torch's AdamW counts in a tensor, DeepSpeed's for the CPU in an
+    int."""
     return int(next((state["step"] for state in inner["state"].values()), 0))
 
 
@@ -77,24 +97,40 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
 
 
 def _merge(folder: Path, shard: Mapping[str, Any], flat: list[list[Tensor]]) -> dict[str, Any]:
-    """flat: of each rank, the flat slices of its groups. DeepSpeed's script does it, with notices and bars that nobody needs."""
+    """flat: of each rank, the flat slices of its groups. DeepSpeed's script does it, with notices
+    and bars that nobody needs."""
     from deepspeed.utils import zero_to_fp32
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        models = zero_to_fp32.parse_model_states([str(path) for path in _by_rank(folder, "*_model_states.pt")])
+        models = zero_to_fp32.parse_model_states(
+            [str(path) for path in _by_rank(folder, "*_model_states.pt")]
+        )
         if int(shard["zero_stage"]) == 3:
-            return dict(zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(len(flat), flat, models, True))
+            return dict(
+                zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(
+                    len(flat), flat, models, True
+                )
+            )
         paddings = shard.get("param_alignment_paddings")
-        return dict(zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(flat), flat, models, True, paddings))
+        return dict(
+            zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(
+                len(flat), flat, models, True, paddings
+            )
+        )
 
 
 def load(engine: Any, folder: Path) -> None:
-    """Put weights and optimiser state into the slices of an engine that has taken no step; every rank calls it."""
+    """Put weights and optimiser state into the slices of an engine that has taken no step; every
+    rank calls it."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     optimiser = engine.optimizer
-    trainable = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    trainable = {
+        name: parameter
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
     if isinstance(optimiser, DeepSpeedZeroOptimizer_Stage3):
         _put_stage_3(optimiser, source(optimiser, trainable, folder))
     else:
@@ -104,9 +140,11 @@ def load(engine: Any, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class OwnShard:
-    """What this rank of as many wrote under ZeRO-3, with the engine's parameters in its sub-groups and order.
+    """What this rank of as many wrote under ZeRO-3, with the engine's parameters in its sub-groups
+    and order.
 
-    weights: a flat fp32 vector a sub-group. states: Adam's of each, its moments of the same lengths.
+    weights: a flat fp32 vector a sub-group. states: Adam's of each, its moments of the same
+    lengths.
     """
 
     weights: Sequence[Tensor]
@@ -137,15 +175,23 @@ class ByName:
             start += length
 
 
-def source(optimiser: Any, trainable: Mapping[str, nn.Parameter], folder: Path) -> OwnShard | ByName:
-    """Where the slices of a ZeRO-3 optimiser come from: `fill` puts this rank's of one kind (`WEIGHTS` or a moment's name) of
-    sub-group `index`, which `parameters` make up, into `flat`, a vector as long as their slices together."""
+def source(
+    optimiser: Any, trainable: Mapping[str, nn.Parameter], folder: Path
+) -> OwnShard | ByName:
+    """Where the slices of a ZeRO-3 optimiser come from: `fill` puts this rank's of one kind
+    (`WEIGHTS` or a moment's name) of sub-group `index`, which `parameters` make up, into `flat`, a
+    vector as long as their slices together."""
     names = {parameter: name for name, parameter in trainable.items()}
     shards, models = (_by_rank(folder, f"*_{what}_states.pt") for what in ("optim", "model"))
     shard = _optimiser(shards[ranks.rank() % len(shards)])
     if len(shards) == ranks.world_size() and int(shard["zero_stage"]) == 3:
-        written = [[(name, tuple(shape)) for name, shape in group.items()] for group in load_shard(models[0])["param_shapes"]]
-        if written == [[(names[p], tuple(p.ds_shape)) for p in group] for group in optimiser.fp16_groups]:
+        written = [
+            [(name, tuple(shape)) for name, shape in group.items()]
+            for group in load_shard(models[0])["param_shapes"]
+        ]
+        if written == [
+            [(names[p], tuple(p.ds_shape)) for p in group] for group in optimiser.fp16_groups
+        ]:
             inner = shard["optimizer_state_dict"]
             states = [state for _, state in sorted(inner["state"].items())]
             return OwnShard(shard["fp32_flat_groups"], states, _num_steps(inner))
@@ -160,9 +206,12 @@ def _slice_of_rank(whole: Any, length: int) -> Tensor:
 
 
 def _put_stage_3(optimiser: Any, found: OwnShard | ByName) -> None:
-    """As a step does it: one sub-group after the other is there (read from NVMe, where it is kept), changed, and put back."""
+    """As a step does it: one sub-group after the other is there (read from NVMe, where it is kept),
+    changed, and put back."""
     optimiser.checkpoint_event_prologue()
-    for i, (parameters, flat) in enumerate(zip(optimiser.fp16_groups, optimiser.fp32_partitioned_groups_flat, strict=True)):
+    for i, (parameters, flat) in enumerate(
+        zip(optimiser.fp16_groups, optimiser.fp32_partitioned_groups_flat, strict=True)
+    ):
         is_swapped = optimiser._swappable_optimizer_subgroup(i)
         if is_swapped:
             optimiser._optimizer_states_and_gradient_swap_in(i)
@@ -178,13 +227,16 @@ def _put_stage_3(optimiser: Any, found: OwnShard | ByName) -> None:
 
 
 def _adam_state(optimiser: Any, num_steps: int, flat: Tensor) -> dict[str, Any]:
-    """With moments that are zero still. Fused AdamW counts its steps on the device, DeepSpeed's Adam for the CPU in an int."""
+    """With moments that are zero still. Fused AdamW counts its steps on the device, DeepSpeed's
+    Adam for the CPU in an int."""
     is_torchs = isinstance(optimiser.optimizer, torch.optim.Adam | torch.optim.AdamW)
     count = torch.tensor(float(num_steps), device=flat.device) if is_torchs else num_steps
     return {"step": count, **{kind: torch.zeros_like(flat.data) for kind in MOMENTS}}
 
 
-def _put_stage_1_or_2(optimiser: Any, trainable: Mapping[str, nn.Parameter], saved: SavedState) -> None:
+def _put_stage_1_or_2(
+    optimiser: Any, trainable: Mapping[str, nn.Parameter], saved: SavedState
+) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if saved.num_steps:

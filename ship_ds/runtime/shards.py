@@ -1,7 +1,8 @@
-"""Under ZeRO-3, a frozen base is sharded while it is loaded, and what DeepSpeed then no longer does for the rest is done.
+"""Under ZeRO-3, a frozen base is sharded while it is loaded, and what DeepSpeed then no longer does
+for the rest is done.
 
-DeepSpeed takes a model with sharded parameters as one that was built under `zero.Init`: `initialize` shards the others, but
-neither casts nor moves them.
+DeepSpeed takes a model with sharded parameters as one that was built under `zero.Init`:
+`initialize` shards the others, but neither casts nor moves them.
 """
 
 from typing import Any
@@ -16,9 +17,11 @@ from ship_ds.runtime.engine import read_deepspeed_config
 
 
 def at_load(training: TrainingConfig) -> Shard | None:
-    """Shards a module's own parameters over the ranks, in place; None unless training.deepspeed is ZeRO-3.
+    """Shards a module's own parameters over the ranks, in place; None unless training.deepspeed is
+    ZeRO-3.
 
-    Every rank has to call it for the same modules in the same order: rank 0's weights are the ones that count.
+    Every rank has to call it for the same modules in the same order: rank 0's weights are the ones
+    that count.
     """
     import deepspeed
 
@@ -32,7 +35,10 @@ def at_load(training: TrainingConfig) -> Shard | None:
         if first:
             first[0].convert_to_zero_parameters(param_list=own)
         else:
-            deepspeed.zero.Init(module=_Own(own), config_dict_or_path=settings | {"train_micro_batch_size_per_gpu": 1})
+            deepspeed.zero.Init(
+                module=_Own(own),
+                config_dict_or_path=settings | {"train_micro_batch_size_per_gpu": 1},
+            )
             first.append(own[0])
 
     return shard
@@ -47,13 +53,16 @@ class _Own(nn.Module):
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
-    """Where some parameters are sharded already: cast the others to the engine's dtype and move them and the buffers."""
+    """Where some parameters are sharded already: cast the others to the engine's dtype and move
+    them and the buffers."""
     parameters = list(model.parameters())
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return
     device = ranks.device()
     for parameter in parameters:
         if not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(device, dtype if parameter.dtype.is_floating_point else parameter.dtype)
+            parameter.data = parameter.data.to(
+                device, dtype if parameter.dtype.is_floating_point else parameter.dtype
+            )
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)

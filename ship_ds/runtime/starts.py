@@ -1,4 +1,5 @@
-"""RUN/starts.jsonl: one row for every start of a run, saying where it ran and from which step and code."""
+"""RUN/starts.jsonl: one row for every start of a run, saying where it ran and from which step and
+code."""
 
 import json
 import os
@@ -14,9 +15,14 @@ def record(folder: Path, step: int) -> None:
     """Rank 0 calls it. `job`, `nodes` and `restarts` are Slurm's, null elsewhere."""
     variables = os.environ
     row = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "world_size": ranks.world_size(),
-        "host": platform.node(), "job": variables.get("SLURM_JOB_ID"), "array_task": variables.get("SLURM_ARRAY_TASK_ID"),
-        "nodes": _nodes(variables), "restarts": int(variables.get("SLURM_RESTART_COUNT", "0")),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "world_size": ranks.world_size(),
+        "host": platform.node(),
+        "job": variables.get("SLURM_JOB_ID"),
+        "array_task": variables.get("SLURM_ARRAY_TASK_ID"),
+        "nodes": _nodes(variables),
+        "restarts": int(variables.get("SLURM_RESTART_COUNT", "0")),
         "git_revision": checkpoint.git_revision(),
     }
     with (folder / "starts.jsonl").open("a") as file:

@@ -1,7 +1,8 @@
 """Ending early without losing a step: preemption, time limits, and the codes a run ends with.
 
-USR1 (a time limit that nears, by `#SBATCH --signal`) and TERM (preemption) may reach any rank at any time. The ranks agree
-on it at the next step boundary, write a checkpoint and leave with PREEMPTED, upon which slurm/train.sh requeues the job.
+USR1 (a time limit that nears, by `#SBATCH --signal`) and TERM (preemption) may reach any rank at
+any time. The ranks agree on it at the next step boundary, write a checkpoint and leave with
+PREEMPTED, upon which slurm/train.sh requeues the job.
 """
 
 import os
@@ -32,8 +33,9 @@ class Preempted(Exception):
 class StopRequest:
     """Whether this run was asked to stop; the signals after the first change nothing.
 
-    Python runs its handlers in the main thread, and not while that waits in a collective. So a thread of its own reads the
-    signals from the wake-up pipe and starts the timer of the forced exit.
+    Python runs its handlers in the main thread, and not while that waits in a collective. So a
+    thread of its own reads the signals from the wake-up pipe and starts the timer of the forced
+    exit.
     """
 
     def __init__(self, grace_seconds: float) -> None:
@@ -50,7 +52,12 @@ class StopRequest:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         signal.set_wakeup_fd(self._old_writer)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -69,7 +76,10 @@ class StopRequest:
             self._leave(PREEMPTED, f"{name}: everything is saved, leaving")
         if self._asked.is_set():
             return
-        late = f"no checkpoint within {self.grace_seconds:g} s of {name} (training.grace_seconds): leaving without"
+        late = (
+            f"no checkpoint within {self.grace_seconds:g} s of {name} (training.grace_seconds): "
+            "leaving without"
+        )
         self._timer = threading.Timer(self.grace_seconds, self._leave, (NOT_SAVED_IN_TIME, late))
         self._timer.daemon = True
         self._timer.start()
@@ -82,12 +92,14 @@ class StopRequest:
         os._exit(code)
 
     def raise_if_asked(self) -> None:
-        """Every rank calls it at the same boundaries; Preempted is raised on all of them or on none."""
+        """Every rank calls it at the same boundaries; Preempted is raised on all of them or on
+        none."""
         if ranks.sum_over_ranks(torch.tensor(float(self._asked.is_set()))) > 0:
             raise Preempted
 
     def leave_at_once(self) -> None:
-        """From here on nothing can be lost, and no boundary follows: a signal ends the process where it is."""
+        """From here on nothing can be lost, and no boundary follows: a signal ends the process
+        where it is."""
         self._everything_is_saved = True
         if self._asked.is_set():
             self._leave(PREEMPTED, "everything is saved, leaving")

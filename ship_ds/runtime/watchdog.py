@@ -1,7 +1,9 @@
-"""The hang detector: a rank that takes no step for some minutes says where everybody is and ends the job.
+"""The hang detector: a rank that takes no step for some minutes says where everybody is and ends
+the job.
 
-Each rank's watching thread writes where its process stands to RUN/ranks/rank-N.json every few seconds, so that the others
-can tell a rank that waits in a collective from one that is somewhere else, and both from one that is gone.
+Each rank's watching thread writes where its process stands to RUN/ranks/rank-N.json every few
+seconds, so that the others can tell a rank that waits in a collective from one that is somewhere
+else, and both from one that is gone.
 """
 
 import contextlib
@@ -21,14 +23,18 @@ from ship_ds.runtime.stopping import HUNG
 
 _PACKAGE = str(Path(ship_ds.__file__).parent)
 _COLLECTIVES = (
-    "torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py", "deepspeed/runtime/zero/partition_parameters.py",
+    "torch/distributed/distributed_c10d.py",
+    "deepspeed/comm/comm.py",
+    "deepspeed/runtime/zero/partition_parameters.py",
 )
-"""Files in whose functions a thread waits for other ranks; ZeRO-3 waits for its gathers in the last."""
+"""Files in whose functions a thread waits for other ranks; ZeRO-3 waits for its gathers in the
+last."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a rank is: `collective` it waits in, or None; `line` of ship_ds that led there; `time` in seconds of the epoch."""
+    """Where a rank is: `collective` it waits in, or None; `line` of ship_ds that led there; `time`
+    in seconds of the epoch."""
 
     step: int
     collective: str | None
@@ -40,7 +46,8 @@ class Standing:
 
 
 class Watchdog:
-    """Watches from `start` to `stop`; `beat` says that a step was taken. minutes=None watches nothing."""
+    """Watches from `start` to `stop`; `beat` says that a step was taken. minutes=None watches
+    nothing."""
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
         self.folder = folder / "ranks"
@@ -54,7 +61,9 @@ class Watchdog:
             return
         self.beat(self._step)
         self.folder.mkdir(parents=True, exist_ok=True)
-        threading.Thread(target=self._watch, args=(self.limit,), name="watchdog", daemon=True).start()
+        threading.Thread(
+            target=self._watch, args=(self.limit,), name="watchdog", daemon=True
+        ).start()
 
     def beat(self, step: int) -> None:
         self._step, self._last_beat = step, time.monotonic()
@@ -72,17 +81,24 @@ class Watchdog:
         standing = Standing(self._step, *_whereabouts(), time.time())
         path = self.folder / f"rank-{ranks.rank()}.json"
         part = path.with_suffix(".part")
-        with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with its own line, but not the watching
+        # a full disk ends the run elsewhere, with its own line, but not the watching
+        with contextlib.suppress(OSError):
             part.write_text(json.dumps(asdict(standing)) + "\n")
             part.replace(path)
         return standing
 
     def _give_up(self, standing: Standing, limit: float) -> None:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        absent = "; ".join(missing(self.folder, ranks.world_size(), 3 * self.period)) or all_wait(self.folder, ranks.world_size())
+        absent = "; ".join(missing(self.folder, ranks.world_size(), 3 * self.period)) or all_wait(
+            self.folder, ranks.world_size()
+        )
         print(
-            f"ship-ds: rank {ranks.rank()}: no step for {limit / 60:g} minutes (training.hang_minutes): waiting at {standing}. "
-            f"Missing: {absent}. The stacks are above; leaving with code {HUNG}", file=sys.stderr, flush=True,
+            f"ship-ds: rank {ranks.rank()}: no step for {limit / 60:g} minutes "
+            f"(training.hang_minutes): waiting at {standing}. "
+            f"Missing: {absent}. The stacks are above; leaving with code "
+            f"{HUNG}",
+            file=sys.stderr,
+            flush=True,
         )
         os._exit(HUNG)
 
@@ -105,15 +121,22 @@ def missing(folder: Path, world_size: int, stale_seconds: float) -> list[str]:
 
 
 def all_wait(folder: Path, world_size: int) -> str:
-    """No rank is missing: they wait for each other, and in different places where their programs went different ways."""
-    standings = [Standing(**json.loads((folder / f"rank-{rank}.json").read_text())) for rank in range(world_size)]
+    """No rank is missing: they wait for each other, and in different places where their programs
+    went different ways."""
+    standings = [
+        Standing(**json.loads((folder / f"rank-{rank}.json").read_text()))
+        for rank in range(world_size)
+    ]
     if len({(one.step, one.collective, one.line) for one in standings}) == 1:
         return "none: all wait in the same collective, so the network or a device hangs"
-    return "none, but they wait in different places: " + "; ".join(f"rank {i} at {one}" for i, one in enumerate(standings))
+    return "none, but they wait in different places: " + "; ".join(
+        f"rank {i} at {one}" for i, one in enumerate(standings)
+    )
 
 
 def _whereabouts() -> tuple[str | None, str]:
-    """The collective that a thread of this process is in, and the innermost line of ship_ds above it."""
+    """The collective that a thread of this process is in, and the innermost line of ship_ds above
+    it."""
     here = threading.get_ident()
     stacks = [_stack(frame) for thread, frame in sys._current_frames().items() if thread != here]
     line = next((text for text in map(_own_line, stacks) if text), "outside ship_ds")

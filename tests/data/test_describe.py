@@ -8,21 +8,37 @@ from ship_ds.data.filters import FilterConfig
 
 
 def test_describe_and_show(tmp_path: Path) -> None:
-    rows = [{"id": f"t{i}", "instruction": f"add {i}", "family": f"f{i % 2}",
-             "examples": [{"input": f"{n}\n" + "x" * 200, "target": str(n)} for n in range(i + 1)]} for i in range(7)]
+    rows = [
+        {
+            "id": f"t{i}",
+            "instruction": f"add {i}",
+            "family": f"f{i % 2}",
+            "examples": [{"input": f"{n}\n" + "x" * 200, "target": str(n)} for n in range(i + 1)],
+        }
+        for i in range(7)
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = describe(tmp_path, filters=FilterConfig(max_examples_per_task=4))
     samples = found.pop("samples")
     assert found == {
-        "format": "jsonl", "tasks": 7, "examples": 28, "families": 2,
-        "filtered": {"tasks: fewer than 2 examples left": 1, "examples: beyond the first 4 of a task": 6},
+        "format": "jsonl",
+        "tasks": 7,
+        "examples": 28,
+        "families": 2,
+        "filtered": {
+            "tasks: fewer than 2 examples left": 1,
+            "examples: beyond the first 4 of a task": 6,
+        },
         "kept": {"tasks": 6, "examples": 21},
     }
     assert [sample["id"] for sample in samples] == ["t0", "t2", "t4"]
     assert samples[0].keys() == {"id", "instruction", "input", "target"}
     lines = show({**found, "samples": samples}).splitlines()
     assert lines[0] == "format jsonl: 7 tasks, 28 examples, 2 families"
-    assert "left out: examples: beyond the first 4 of a task: 6" in lines and "kept: 6 tasks, 21 examples" in lines
+    assert (
+        "left out: examples: beyond the first 4 of a task: 6" in lines
+        and "kept: 6 tasks, 21 examples" in lines
+    )
     assert sum("add " in line for line in lines) == 3 and max(map(len, lines)) < 130
 
 

@@ -1,4 +1,5 @@
-"""Each reader on a small file written here in its format, with the format's oddities; then all of ../shared/data."""
+"""Each reader on a small file written here in its format, with the format's oddities; then all of
+../shared/data."""
 
 import json
 from pathlib import Path
@@ -21,9 +22,15 @@ def write(path: Path, content: Any) -> Path:
 
 def sni(**changes: Any) -> dict[str, Any]:
     return {
-        "Contributors": ["x"], "Categories": ["Answering"], "Definition": ["Say the colour. "],
-        "Positive Examples": [], "Instances": [{"id": "a", "input": "sky ", "output": ["blue", "azure", "blue"]},
-                                               {"id": "b", "input": "nothing", "output": [""]}], **changes,
+        "Contributors": ["x"],
+        "Categories": ["Answering"],
+        "Definition": ["Say the colour. "],
+        "Positive Examples": [],
+        "Instances": [
+            {"id": "a", "input": "sky ", "output": ["blue", "azure", "blue"]},
+            {"id": "b", "input": "nothing", "output": [""]},
+        ],
+        **changes,
     }
 
 
@@ -33,7 +40,11 @@ def test_natural_instructions(tmp_path: Path) -> None:
     (tmp_path / "tasks.tsv").write_text("an index that is no task\n")
     first, second = read_tasks(tmp_path)
     assert detect_format(tmp_path) == "natural-instructions" and first.id == "task1_a"
-    assert (first.instruction, first.paraphrases, first.family) == ("First.", ("Second.",), "Answering")
+    assert (first.instruction, first.paraphrases, first.family) == (
+        "First.",
+        ("Second.",),
+        "Answering",
+    )
     assert second.instruction == "One text, not a list"
     assert first.examples == (Example("sky", "blue", ("blue", "azure")), Example("nothing", ""))
 
@@ -42,16 +53,27 @@ def test_natural_instructions(tmp_path: Path) -> None:
     ("changes", "complaint"),
     [
         ({"Definition": []}, "task.Definition: expected at least one text, got an empty list"),
-        ({"Instances": [{"input": "x", "output": 3}]}, "Instances[0].output: expected a list, got a whole number"),
-        ({"Instances": [{"input": "x", "output": ["y", None]}]}, "Instances[0].output[1]: expected a text, got null"),
+        (
+            {"Instances": [{"input": "x", "output": 3}]},
+            "Instances[0].output: expected a list, got a whole number",
+        ),
+        (
+            {"Instances": [{"input": "x", "output": ["y", None]}]},
+            "Instances[0].output[1]: expected a text, got null",
+        ),
         ({"Instances": [{"output": ["y"]}]}, "Instances[0]: has no 'input'"),
         ({"Instances": ["x"]}, "Instances[0]: expected an object, got a text"),
-        ({"Instances": [{"input": "x\ud83d", "output": ["y"]}]}, "Instances[0].input: letter 1 is half a surrogate pair"),
+        (
+            {"Instances": [{"input": "x\ud83d", "output": ["y"]}]},
+            "Instances[0].input: letter 1 is half a surrogate pair",
+        ),
         ({"Definition": "\udc00"}, "task.Definition: letter 0 is half a surrogate pair"),
         ({"Definition": " "}, "task 'task' has an empty instruction"),
     ],
 )
-def test_malformed_natural_instructions_are_one_line(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+def test_malformed_natural_instructions_are_one_line(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
     path = write(tmp_path / "task.json", sni(**changes))
     with pytest.raises(DataError) as caught:
         read_tasks(path)
@@ -67,20 +89,40 @@ def test_broken_json_names_the_line(tmp_path: Path) -> None:
 
 def test_instruction_induction(tmp_path: Path) -> None:
     def raw(part: str, name: str, rows: list[dict[str, Any]]) -> None:
-        write(tmp_path / "raw" / part / f"{name}.json", {"metadata": {}, "examples": dict(enumerate(rows, 1))})
+        write(
+            tmp_path / "raw" / part / f"{name}.json",
+            {"metadata": {}, "examples": dict(enumerate(rows, 1))},
+        )
 
-    write(tmp_path / "annotations" / "rhymes.json", {"annotations": ["find a rhyme", "rhyme it", "find a rhyme"]})
-    raw("execute", "rhymes", [{"input": "cat", "output": "hat", "other_rhymes": ["cat", "bat"], "rhyme_group": "at"}])
+    write(
+        tmp_path / "annotations" / "rhymes.json",
+        {"annotations": ["find a rhyme", "rhyme it", "find a rhyme"]},
+    )
+    raw(
+        "execute",
+        "rhymes",
+        [{"input": "cat", "output": "hat", "other_rhymes": ["cat", "bat"], "rhyme_group": "at"}],
+    )
     raw("induce", "rhymes", [{"input": "sun", "output": "run"}, {"input": "sun", "output": "run"}])
     write(tmp_path / "annotations" / "cause_and_effect.json", {"annotations": ["find the cause"]})
     raw("induce", "cause_and_effect", [{"cause": "It rained.", "effect": "He got wet."}])
     write(tmp_path / "annotations" / "common_concept.json", {"annotations": ["what is common"]})
-    raw("execute", "common_concept", [{"concept": "fly", "items": ["bird", "plane"], "all_common_concepts": ["fly", "move"]}])
+    raw(
+        "execute",
+        "common_concept",
+        [{"concept": "fly", "items": ["bird", "plane"], "all_common_concepts": ["fly", "move"]}],
+    )
     cause, concept, rhymes = read_tasks(tmp_path)
     assert detect_format(tmp_path) == "instruction-induction"
-    assert cause.examples == (Example("Sentence 1: He got wet. Sentence 2: It rained.", "It rained."),)
+    assert cause.examples == (
+        Example("Sentence 1: He got wet. Sentence 2: It rained.", "It rained."),
+    )
     assert concept.examples == (Example("bird, plane", "fly", ("fly", "move")),)
-    assert rhymes.examples == (Example("cat", "hat", ("hat", "bat")), Example("sun", "run"), Example("sun", "run"))
+    assert rhymes.examples == (
+        Example("cat", "hat", ("hat", "bat")),
+        Example("sun", "run"),
+        Example("sun", "run"),
+    )
     assert (rhymes.instruction, rhymes.paraphrases) == ("find a rhyme", ("rhyme it",))
     (tmp_path / "annotations" / "lost.json").write_text('{"annotations": ["x"]}')
     with pytest.raises(DataError, match=r"lost\.json: file: has no examples"):
@@ -92,9 +134,16 @@ def test_instruction_induction(tmp_path: Path) -> None:
 
 def test_list_functions(tmp_path: Path) -> None:
     row = {"input": "[1, 2]", "target": "[]"}
-    write(tmp_path / "c001" / "task.json", {"description": 'The target function is "drop "all" of it".', "examples": [row]})
-    task, = read_tasks(tmp_path)
-    assert (task.id, task.instruction, task.examples) == ("c001", 'drop "all" of it', (Example("[1, 2]", "[]"),))
+    write(
+        tmp_path / "c001" / "task.json",
+        {"description": 'The target function is "drop "all" of it".', "examples": [row]},
+    )
+    (task,) = read_tasks(tmp_path)
+    assert (task.id, task.instruction, task.examples) == (
+        "c001",
+        'drop "all" of it',
+        (Example("[1, 2]", "[]"),),
+    )
     assert read_tasks(tmp_path / "c001") == read_tasks(tmp_path / "c001" / "task.json") == [task]
     path = write(tmp_path / "c002" / "task.json", {"description": "no quotes", "examples": [row]})
     with pytest.raises(DataError, match="expected the rule in double quotes"):
@@ -103,20 +152,34 @@ def test_list_functions(tmp_path: Path) -> None:
 
 def test_p3_sample(tmp_path: Path) -> None:
     def row(text: str, **changes: Any) -> dict[str, Any]:
-        return {"sub_task_id": 12, "input": f"<input>{text}</input>", "target": "<output> Yes.</output>",
-                "knowledge": "<instruction>\nIs it?\n</instruction>", **changes}
+        return {
+            "sub_task_id": 12,
+            "input": f"<input>{text}</input>",
+            "target": "<output> Yes.</output>",
+            "knowledge": "<instruction>\nIs it?\n</instruction>",
+            **changes,
+        }
 
-    write(tmp_path / "p3.json", {"train": [row("a\nb")], "test": [row("c"), row("d", sub_task_id=3)]})
+    write(
+        tmp_path / "p3.json", {"train": [row("a\nb")], "test": [row("c"), row("d", sub_task_id=3)]}
+    )
     first, second = read_tasks(tmp_path)
     assert detect_format(tmp_path) == "p3-sample" and (first.id, second.id) == ("p3-3", "p3-12")
-    assert second.instruction == "Is it?" and second.examples == (Example("a\nb", "Yes."), hold_out(Example("c", "Yes.")))
+    assert second.instruction == "Is it?" and second.examples == (
+        Example("a\nb", "Yes."),
+        hold_out(Example("c", "Yes.")),
+    )
     write(tmp_path / "p3.json", {"train": [row("a", target="Yes")], "test": []})
     with pytest.raises(DataError, match=r"train\[0\].target: expected a text between"):
         read_tasks(tmp_path)
 
 
 def p3(text: str, answer: str | None) -> dict[str, Any]:
-    return {"inputs_pretokenized": f"Is this good? Review: {text}\nAnswer:", "targets_pretokenized": answer, "inputs": [1]}
+    return {
+        "inputs_pretokenized": f"Is this good? Review: {text}\nAnswer:",
+        "targets_pretokenized": answer,
+        "inputs": [1],
+    }
 
 
 def write_p3(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -142,16 +205,24 @@ def test_p3_columns(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
     write_p3(tmp_path / "p3" / "imdb_sentiment" / f"train-00000{suffix}", rows)
     write_p3(tmp_path / "p3" / "yelp_sentiment" / f"data{suffix}", rows[:2])
     task, other = read_tasks(tmp_path / "p3")
-    assert detect_format(tmp_path / "p3") == "p3" and (task.id, other.id) == ("imdb_sentiment", "yelp_sentiment")
+    assert detect_format(tmp_path / "p3") == "p3" and (task.id, other.id) == (
+        "imdb_sentiment",
+        "yelp_sentiment",
+    )
     assert task.instruction == "Is this good? Review: Answer:"
     bad = Example("bad film", "no")
     assert task.examples == (Example("great film", "yes"), bad, Example("grîm", ""), bad)
     assert not (tmp_path / "cache").exists()
     single = next((tmp_path / "p3" / "imdb_sentiment").glob(f"*{suffix}"))
-    assert read_tasks(single)[0].examples == task.examples and read_tasks(single.parent)[0].id == "imdb_sentiment"
+    assert (
+        read_tasks(single)[0].examples == task.examples
+        and read_tasks(single.parent)[0].id == "imdb_sentiment"
+    )
 
 
-@pytest.mark.parametrize("test_file", ["test/0000.parquet", "test-00000-of-00001.parquet", "validation.jsonl"])
+@pytest.mark.parametrize(
+    "test_file", ["test/0000.parquet", "test-00000-of-00001.parquet", "validation.jsonl"]
+)
 def test_p3_splits_are_kept(tmp_path: Path, test_file: str) -> None:
     train_file = "train/0000.parquet" if "/" in test_file else "train-00000-of-00001.parquet"
     for name in ("a", "b"):
@@ -159,22 +230,44 @@ def test_p3_splits_are_kept(tmp_path: Path, test_file: str) -> None:
         write_p3(tmp_path / name / test_file, [p3("fine", "yes")])
     tasks = read_tasks(tmp_path)
     assert [task.id for task in tasks] == ["a", "b"]
-    held, = (example for example in tasks[0].examples if example.input == "fine")
+    (held,) = (example for example in tasks[0].examples if example.input == "fine")
     assert held == hold_out(Example("fine", "yes")) and len(tasks[0].examples) == 3
 
 
 @pytest.mark.parametrize(
     ("file", "rows", "complaint"),
     [
-        ("a.jsonl", [p3("a", "b"), p3("a", None)], r"a\.jsonl: line 2\.targets_pretokenized: expected a text, got null"),
-        ("a.jsonl", [p3("a", "b"), {"inputs_pretokenized": "x"}], r"a\.jsonl: line 2: has no 'targets_pretokenized'"),
-        ("a.parquet", [p3("a", "b"), p3("a", None)], r"a\.parquet: row 1\.targets_pretokenized: expected a text, got null"),
-        ("a.parquet", [{"inputs_pretokenized": "x"}] * 2, r"a\.parquet: row 0: has no 'targets_pretokenized'"),
+        (
+            "a.jsonl",
+            [p3("a", "b"), p3("a", None)],
+            r"a\.jsonl: line 2\.targets_pretokenized: expected a text, got null",
+        ),
+        (
+            "a.jsonl",
+            [p3("a", "b"), {"inputs_pretokenized": "x"}],
+            r"a\.jsonl: line 2: has no 'targets_pretokenized'",
+        ),
+        (
+            "a.parquet",
+            [p3("a", "b"), p3("a", None)],
+            r"a\.parquet: row 1\.targets_pretokenized: expected a text, got null",
+        ),
+        (
+            "a.parquet",
+            [{"inputs_pretokenized": "x"}] * 2,
+            r"a\.parquet: row 0: has no 'targets_pretokenized'",
+        ),
         ("a.parquet", [p3("a", "b")], "rows: expected at least two"),
-        ("a.jsonl", [{**p3("a", "b"), "inputs_pretokenized": text} for text in ("x y", "z w")], "share no text at their start"),
+        (
+            "a.jsonl",
+            [{**p3("a", "b"), "inputs_pretokenized": text} for text in ("x y", "z w")],
+            "share no text at their start",
+        ),
     ],
 )
-def test_malformed_p3_columns(tmp_path: Path, file: str, rows: list[dict[str, Any]], complaint: str) -> None:
+def test_malformed_p3_columns(
+    tmp_path: Path, file: str, rows: list[dict[str, Any]], complaint: str
+) -> None:
     write_p3(tmp_path / file, rows)
     with pytest.raises(DataError, match=complaint) as caught:
         read_tasks(tmp_path, "p3")
@@ -190,11 +283,19 @@ def test_a_broken_table_is_said(tmp_path: Path, suffix: str) -> None:
 
 
 def test_our_jsonl(tmp_path: Path) -> None:
-    good = {"id": "t", "instruction": "dö it", "paraphrases": ["do"], "family": "f",
-            "examples": [{"input": "a", "target": "b", "references": ["c"]}, {"input": "x", "target": ""}]}
+    good = {
+        "id": "t",
+        "instruction": "dö it",
+        "paraphrases": ["do"],
+        "family": "f",
+        "examples": [
+            {"input": "a", "target": "b", "references": ["c"]},
+            {"input": "x", "target": ""},
+        ],
+    }
     path = tmp_path / "tasks.jsonl"
     path.write_text(json.dumps(good) + "\n\n")
-    task, = read_tasks(path)
+    (task,) = read_tasks(path)
     assert (task.instruction, task.paraphrases, task.family) == ("dö it", ("do",), "f")
     assert task.examples == (Example("a", "b", ("b", "c")), Example("x", ""))
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "exmaples": []}) + "\n")
@@ -209,13 +310,17 @@ def test_jsonl_from_other_machines(tmp_path: Path) -> None:
     row = {"id": "t", "instruction": " do ", "paraphrases": ["do", " make "], "examples": []}
     path = tmp_path / "tasks.jsonl"
     path.write_bytes("\ufeff".encode() + json.dumps(row).encode() + b"\r\n")
-    task, = read_tasks(path)
+    (task,) = read_tasks(path)
     assert (task.instruction, task.paraphrases) == ("do", ("make",))
     for content, complaint in (
-        (b'{"id": "\xff"}', "line 1: not UTF-8"), (b'\n{"id": ]', "line 2: not JSON"),
+        (b'{"id": "\xff"}', "line 1: not UTF-8"),
+        (b'\n{"id": ]', "line 2: not JSON"),
         (b"[1]", "line 1: expected an object, got a list"),
         (b'{"id": "", "instruction": "k", "examples": []}', "task id is empty"),
-        (b'{"id": "t", "instruction": "k", "paraphrases": [""], "examples": []}', "has an empty instruction"),
+        (
+            b'{"id": "t", "instruction": "k", "paraphrases": [""], "examples": []}',
+            "has an empty instruction",
+        ),
     ):
         path.write_bytes(content + b"\n")
         with pytest.raises(DataError, match=complaint):
@@ -228,7 +333,9 @@ def test_the_configs_formats_are_the_readers() -> None:
 
 def test_what_is_no_format_is_said_with_the_formats(tmp_path: Path) -> None:
     write(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(DataError, match="not a format that is read here; the formats are natural-instructions, "):
+    with pytest.raises(
+        DataError, match="not a format that is read here; the formats are natural-instructions, "
+    ):
         read_tasks(tmp_path)
     with pytest.raises(DataError, match="no such file or folder"):
         read_tasks(tmp_path / "nowhere")
@@ -239,8 +346,13 @@ def test_what_is_no_format_is_said_with_the_formats(tmp_path: Path) -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 @pytest.mark.parametrize(
     ("name", "num_tasks", "num_examples"),
-    [("natural-instructions", 104, 6177), ("natural-instructions-large", 773, 46234), ("list-functions", 225, 7200),
-     ("instruction-induction", 21, 62614), ("p3-sample", 28, 700)],
+    [
+        ("natural-instructions", 104, 6177),
+        ("natural-instructions-large", 773, 46234),
+        ("list-functions", 225, 7200),
+        ("instruction-induction", 21, 62614),
+        ("p3-sample", 28, 700),
+    ],
 )
 def test_shared_data(name: str, num_tasks: int, num_examples: int) -> None:
     """The counts are those of its README; instruction-induction's are the rows of its files."""
@@ -248,7 +360,9 @@ def test_shared_data(name: str, num_tasks: int, num_examples: int) -> None:
     assert detect_format(SHARED / name) == name.removesuffix("-large")
     assert len(tasks) == num_tasks
     assert sum(len(task.examples) for task in tasks) == num_examples
-    assert all(task.instruction and all(example.input for example in task.examples) for task in tasks)
+    assert all(
+        task.instruction and all(example.input for example in task.examples) for task in tasks
+    )
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")

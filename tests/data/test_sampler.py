@@ -11,7 +11,9 @@ from ship_ds.data.task import Example, SplitTask, Task
 
 def _task(index: int, num_examples: int = 12) -> SplitTask:
     examples = tuple(Example(f"{index} {i}", str(i)) for i in range(num_examples))
-    return SplitTask(Task(f"t{index}", f"instruction {index}", examples, (f"paraphrase {index}",)), examples, ())
+    return SplitTask(
+        Task(f"t{index}", f"instruction {index}", examples, (f"paraphrase {index}",)), examples, ()
+    )
 
 
 def _sampler(num_tasks: int = 24, **changes: object) -> StepSampler:
@@ -44,27 +46,48 @@ def test_parts_together_are_the_step(num_parts: int) -> None:
 
 @pytest.mark.parametrize("num_tasks", [24, 20])
 def test_an_epoch_meets_every_task_once(num_tasks: int) -> None:
-    """20 tasks in steps of 8: the third epoch begins in the middle of a step, and counting stays even."""
+    """20 tasks in steps of 8: the third epoch begins in the middle of a step, and counting stays
+    even."""
     sampler = _sampler(num_tasks)
-    counts = Counter(draw.task_id for step in range(5 * num_tasks // 8 // 5 * 5) for draw in sampler.draw_step(step))
+    counts = Counter(
+        draw.task_id
+        for step in range(5 * num_tasks // 8 // 5 * 5)
+        for draw in sampler.draw_step(step)
+    )
     epochs = sum(counts.values()) / num_tasks
     assert set(counts.values()) <= {int(epochs), int(epochs) + 1} and len(counts) == num_tasks
     if num_tasks == 24:
-        first, second = ([draw.task_id for s in range(e * 3, e * 3 + 3) for draw in sampler.draw_step(s)] for e in (0, 1))
+        first, second = (
+            [draw.task_id for s in range(e * 3, e * 3 + 3) for draw in sampler.draw_step(s)]
+            for e in (0, 1)
+        )
         assert sorted(first) == sorted(second) and len(set(first)) == 24
-        assert {draw.task_id for draw in sampler.draw_step(0)} != {draw.task_id for draw in sampler.draw_step(3)}
+        assert {draw.task_id for draw in sampler.draw_step(0)} != {
+            draw.task_id for draw in sampler.draw_step(3)
+        }
 
 
-@pytest.mark.parametrize(("alpha", "turns"), [(1.0, (1, 1, 1)), (0.5, (4, 8, 16)), (0.0, (4, 16, 64))])
+@pytest.mark.parametrize(
+    ("alpha", "turns"), [(1.0, (1, 1, 1)), (0.5, (4, 8, 16)), (0.0, (4, 16, 64))]
+)
 def test_small_families_get_more_turns(alpha: float, turns: tuple[int, ...]) -> None:
-    tasks = [replace(_task(i), task=replace(_task(i).task, family="a" if i < 16 else "b" if i < 20 else "c")) for i in range(21)]
+    tasks = [
+        replace(
+            _task(i), task=replace(_task(i).task, family="a" if i < 16 else "b" if i < 20 else "c")
+        )
+        for i in range(21)
+    ]
     counts = Counter(task.task.id for task in balanced(tasks, alpha))
     assert (counts["t0"], counts["t16"], counts["t20"]) == turns and len(counts) == 21
 
 
 def test_families_are_met_in_proportion_to_a_power_of_their_size() -> None:
     sizes = range(1, 41)
-    tasks = [replace(_task(n), task=replace(_task(n).task, family=str(n))) for n in sizes for _ in range(n)]
+    tasks = [
+        replace(_task(n), task=replace(_task(n).task, family=str(n)))
+        for n in sizes
+        for _ in range(n)
+    ]
     met = Counter(task.task.family for task in balanced(tasks, 0.7))
     for n in sizes:
         assert met[str(n)] / met["40"] == pytest.approx((n / 40) ** 0.7, rel=0.5 / 4)
@@ -86,7 +109,11 @@ def test_half_of_the_draws_are_the_instruction_and_the_paraphrases_share_the_res
     sampler = _sampler(tasks=[task])
     wordings = Counter(draw.wording for step in range(100) for draw in sampler.draw_step(step))
     assert wordings["instruction 0"] == pytest.approx(400, abs=50)
-    assert wordings["one"] == pytest.approx(200, abs=50) and set(wordings) == {"instruction 0", "one", "two"}
+    assert wordings["one"] == pytest.approx(200, abs=50) and set(wordings) == {
+        "instruction 0",
+        "one",
+        "two",
+    }
 
 
 def test_z_is_dropped_as_often_as_asked_and_never_with_the_examples() -> None:
@@ -95,7 +122,11 @@ def test_z_is_dropped_as_often_as_asked_and_never_with_the_examples() -> None:
     with_examples = [draw for draw in draws if draw.shown]
     dropped = sum(not draw.shows_latent for draw in with_examples) / len(with_examples)
     assert dropped == pytest.approx(0.5, abs=0.06)
-    assert all(draw.shows_latent for step in range(20) for draw in _sampler(drop_latent=0.0).draw_step(step))
+    assert all(
+        draw.shows_latent
+        for step in range(20)
+        for draw in _sampler(drop_latent=0.0).draw_step(step)
+    )
 
 
 def test_small_task_repeats_examples_and_shows_none() -> None:

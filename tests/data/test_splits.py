@@ -11,27 +11,42 @@ from ship_ds.data.task import DataError, Example, SplitTask, Task
 
 
 def task(name: str, instruction: str, *paraphrases: str, num: int = 6) -> Task:
-    return Task(name, instruction, tuple(Example(str(i), str(i)) for i in range(num)), paraphrases, source="here")
+    return Task(
+        name,
+        instruction,
+        tuple(Example(str(i), str(i)) for i in range(num)),
+        paraphrases,
+        source="here",
+    )
 
 
 def only(examples: tuple[Example, ...], config: SplitConfig) -> SplitTask:
-    splits = split_tasks([Task("a", "first", examples), task("b", "second"), task("c", "third")], config)
-    found, = (part for part in splits.seen + splits.dev + splits.unseen if part.id == "a")
+    splits = split_tasks(
+        [Task("a", "first", examples), task("b", "second"), task("c", "third")], config
+    )
+    (found,) = (part for part in splits.seen + splits.dev + splits.unseen if part.id == "a")
     return found
 
 
 def test_equal_and_near_equal_wordings_are_one_rule() -> None:
     tasks = [
-        task("a", "Sort the list up"), task("b", "reverse it"), task("c", "sort the LIST up."),
-        task("d", "one two three four five six seven eight nine"), task("e", "one two three four five six seven eight ten"),
-        task("f", "if element 1 = 2"), task("g", "if element 1 > 2"), task("h", "other words", "turn it round", "reverse it"),
+        task("a", "Sort the list up"),
+        task("b", "reverse it"),
+        task("c", "sort the LIST up."),
+        task("d", "one two three four five six seven eight nine"),
+        task("e", "one two three four five six seven eight ten"),
+        task("f", "if element 1 = 2"),
+        task("g", "if element 1 > 2"),
+        task("h", "other words", "turn it round", "reverse it"),
     ]
     assert rule_groups(tasks) == [[0, 2], [1, 7], [3, 4], [5], [6]]
 
 
 def test_one_rule_reaches_over_a_chain_of_near_copies() -> None:
     words = [f"w{i}" for i in range(30)]
-    assert rule_groups([task(str(i), " ".join(words[i : i + 20])) for i in (0, 4, 2)]) == [[0, 1, 2]]
+    assert rule_groups([task(str(i), " ".join(words[i : i + 20])) for i in (0, 4, 2)]) == [
+        [0, 1, 2]
+    ]
 
 
 def test_rule_groups_are_those_of_comparing_every_pair() -> None:
@@ -44,24 +59,37 @@ def test_rule_groups_are_those_of_comparing_every_pair() -> None:
             groups.remove(other)
             one |= other
     found = rule_groups([task(str(i), " ".join(sorted(own))) for i, own in enumerate(sets)])
-    assert {frozenset(group) for group in found} == {frozenset(group) for group in groups} and 1 < len(found) < 120
+    assert {frozenset(group) for group in found} == {
+        frozenset(group) for group in groups
+    } and 1 < len(found) < 120
 
 
 @pytest.mark.parametrize("num_shared", range(1, 25))
 def test_the_jaccard_index_is_looked_up_exactly(num_shared: int) -> None:
     """At 0.8 and just below it, whichever of the two sets has the words that no other has."""
-    shared, own = [f"s{i}" for i in range(num_shared)], [f"o{i}" for i in range(num_shared // 4 + 1)]
+    shared, own = (
+        [f"s{i}" for i in range(num_shared)],
+        [f"o{i}" for i in range(num_shared // 4 + 1)],
+    )
     for num_left in range(len(own)):
         for num_right in range(len(own) - num_left):
-            two = [task("a", " ".join(shared + own[:num_left])), task("b", " ".join(shared + own[::-1][:num_right]))]
+            two = [
+                task("a", " ".join(shared + own[:num_left])),
+                task("b", " ".join(shared + own[::-1][:num_right])),
+            ]
             assert rule_groups(two) == [[0, 1]]
-    assert rule_groups([task("a", " ".join(shared)), task("b", " ".join(shared + own))]) == [[0], [1]]
+    assert rule_groups([task("a", " ".join(shared)), task("b", " ".join(shared + own))]) == [
+        [0],
+        [1],
+    ]
 
 
 def test_a_rule_lies_in_one_part_and_every_part_is_there() -> None:
     tasks = [task(f"{i}-{copy}", f"rule number {i}") for i in range(20) for copy in range(2)]
     splits = split_tasks(tasks, SplitConfig())
-    parts = [{t.task.instruction for t in part} for part in (splits.seen, splits.dev, splits.unseen)]
+    parts = [
+        {t.task.instruction for t in part} for part in (splits.seen, splits.dev, splits.unseen)
+    ]
     assert [len(part) for part in parts] == [17, 1, 2] and len(set.union(*parts)) == 20
     assert split_tasks(tasks, SplitConfig()) == splits != split_tasks(tasks, SplitConfig(seed=1))
 
@@ -93,7 +121,10 @@ def test_test_examples_are_drawn_by_seed_from_the_whole_file() -> None:
     parts = [only(examples, SplitConfig(seed=seed)) for seed in range(4)]
     assert parts[0].test != examples[-5:] and len({part.test for part in parts}) == 4
     for part in parts:
-        assert sorted(part.train + part.test, key=lambda e: e.input) == list(examples) and len(part.test) == 5
+        assert (
+            sorted(part.train + part.test, key=lambda e: e.input) == list(examples)
+            and len(part.test) == 5
+        )
         assert part.train == tuple(sorted(part.train, key=lambda e: e.input))
     assert only(examples, SplitConfig(train_examples=9)).train == parts[0].train[:9]
 

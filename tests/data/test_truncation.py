@@ -31,9 +31,13 @@ def limits(**changes: Any) -> TruncationConfig:
     return TruncationConfig.model_validate({**NO_LIMITS, **changes})
 
 
-def cut_input(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, policy: str) -> str | None:
+def cut_input(
+    text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, policy: str
+) -> str | None:
     task = Task("t", "k", (Example("x", "y"), Example(text, "y")))
-    kept, counts = truncate_tasks([task], tokenizer, limits(input={"tokens": tokens, "policy": policy}))
+    kept, counts = truncate_tasks(
+        [task], tokenizer, limits(input={"tokens": tokens, "policy": policy})
+    )
     assert sum(count for what, count in counts.items() if what.startswith("input: ")) == 1
     return kept[0].examples[1].input if len(kept[0].examples) == 2 else None
 
@@ -46,7 +50,8 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "left"), [("cut_end", "1 2 3"), ("cut_start", "4 5 6"), ("cut_middle", "1 2 6"), ("drop", None)]
+    ("policy", "left"),
+    [("cut_end", "1 2 3"), ("cut_start", "4 5 6"), ("cut_middle", "1 2 6"), ("drop", None)],
 )
 def test_policies(tokenizer: PreTrainedTokenizerBase, policy: str, left: str | None) -> None:
     assert cut_input("1 2 3 4 5 6", tokenizer, 3, policy) == left
@@ -54,35 +59,70 @@ def test_policies(tokenizer: PreTrainedTokenizerBase, policy: str, left: str | N
 
 def test_counts_by_field_and_policy(tokenizer: PreTrainedTokenizerBase) -> None:
     config = limits(
-        instruction={"tokens": 2}, input={"tokens": 3, "policy": "cut_middle"}, target={"tokens": 2, "policy": "drop"}
+        instruction={"tokens": 2},
+        input={"tokens": 3, "policy": "cut_middle"},
+        target={"tokens": 2, "policy": "drop"},
     )
-    task = Task("t", "put 7 at the front", (Example("1 2 3 4 5 6", "1"), Example("1 2", "1 2 3")), ("put 7", "put 8 at the end"))
+    task = Task(
+        "t",
+        "put 7 at the front",
+        (Example("1 2 3 4 5 6", "1"), Example("1 2", "1 2 3")),
+        ("put 7", "put 8 at the end"),
+    )
     kept, counts = truncate_tasks([task], tokenizer, config)
     assert (kept[0].instruction, kept[0].paraphrases) == ("put 7", ("put 8",))
     assert kept[0].examples == (Example("1 2 6", "1"),)
     assert counts == {
-        "instruction: cut_end at 2 tokens": 2, "input: cut_middle at 3 tokens": 1, "target: dropped at 2 tokens": 1,
+        "instruction: cut_end at 2 tokens": 2,
+        "input: cut_middle at 3 tokens": 1,
+        "target: dropped at 2 tokens": 1,
         "examples: left without input or target": 1,
     }
 
 
-def test_a_right_answer_within_the_limit_stands_in_for_a_dropped_target(tokenizer: PreTrainedTokenizerBase) -> None:
-    task = Task("t", "put 7", (Example("1", "1 2 3", ("1 2 3", "4", "5")), Example("2", "6", ("6", "1 2 3"))))
+def test_a_right_answer_within_the_limit_stands_in_for_a_dropped_target(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    task = Task(
+        "t",
+        "put 7",
+        (Example("1", "1 2 3", ("1 2 3", "4", "5")), Example("2", "6", ("6", "1 2 3"))),
+    )
     kept, _ = truncate_tasks([task], tokenizer, limits(target={"tokens": 1, "policy": "drop"}))
     assert kept[0].examples == (Example("1", "4", ("4", "5")), Example("2", "6"))
 
 
 def test_a_task_whose_every_wording_is_dropped_goes(tokenizer: PreTrainedTokenizerBase) -> None:
-    tasks = [Task("t", "put 7 at the front", (Example("1", "2"),)), Task("u", "put 7", (Example("1", "2"),))]
-    kept, counts = truncate_tasks(tasks, tokenizer, limits(instruction={"tokens": 2, "policy": "drop"}))
+    tasks = [
+        Task("t", "put 7 at the front", (Example("1", "2"),)),
+        Task("u", "put 7", (Example("1", "2"),)),
+    ]
+    kept, counts = truncate_tasks(
+        tasks, tokenizer, limits(instruction={"tokens": 2, "policy": "drop"})
+    )
     assert kept == tasks[1:]
-    assert counts == {"instruction: dropped at 2 tokens": 1, "tasks: left without instruction or examples": 1}
+    assert counts == {
+        "instruction: dropped at 2 tokens": 1,
+        "tasks: left without instruction or examples": 1,
+    }
 
 
 def test_what_is_within_the_limits_is_untouched(tokenizer: PreTrainedTokenizerBase) -> None:
-    tasks = [Task("t", "put 7", (Example("1  2", "", ("", "1")), hold_out(Example("3", "4"))), ("at the front",), "here", "f")]
+    tasks = [
+        Task(
+            "t",
+            "put 7",
+            (Example("1  2", "", ("", "1")), hold_out(Example("3", "4"))),
+            ("at the front",),
+            "here",
+            "f",
+        )
+    ]
     assert truncate_tasks(tasks, tokenizer, TruncationConfig()) == (tasks, {})
-    assert isinstance(truncate_tasks(tasks, tokenizer, limits(input={"tokens": 1}))[0][0].examples[1], HeldOutExample)
+    assert isinstance(
+        truncate_tasks(tasks, tokenizer, limits(input={"tokens": 1}))[0][0].examples[1],
+        HeldOutExample,
+    )
 
 
 @pytest.mark.parametrize("policy", ["cut_end", "cut_start", "cut_middle"])
@@ -96,7 +136,9 @@ def test_letters_of_several_tokens_stay_whole_and_within_the_limit(
     assert policy == "cut_middle" or left in text
 
 
-def test_a_letter_that_is_too_long_alone_leaves_nothing(byte_level: PreTrainedTokenizerFast) -> None:
+def test_a_letter_that_is_too_long_alone_leaves_nothing(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
     assert cut_input("😀😀", byte_level, 3, "cut_end") is None
 
 

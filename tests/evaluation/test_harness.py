@@ -16,8 +16,13 @@ from ship_ds.evaluation.methods.icl import InContextLearning
 from tests.conftest import start
 
 DIRECTIONS = {
-    "ship": ["deduction", "induction", "reasoning"], "nearest_known": ["induction", "reasoning"], "prompting": ["deduction"],
-    "icl": ["reasoning"], "instruction_induction": ["induction"], "random_decode": ["induction"], "bare_base": ["deduction"],
+    "ship": ["deduction", "induction", "reasoning"],
+    "nearest_known": ["induction", "reasoning"],
+    "prompting": ["deduction"],
+    "icl": ["reasoning"],
+    "instruction_induction": ["induction"],
+    "random_decode": ["induction"],
+    "bare_base": ["deduction"],
     "shuffled_instruction": ["deduction"],
 }
 SMALL = HarnessConfig(methods=tuple(name for name in METHODS if name not in TRAINED), num_tasks=2)
@@ -25,7 +30,9 @@ SMALL = HarnessConfig(methods=tuple(name for name in METHODS if name not in TRAI
 
 def fresh(run: Path, folder: Path) -> Path:
     """The run without what it was evaluated to."""
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "evaluation", "tensorboard"))
+    shutil.copytree(
+        run, folder, ignore=shutil.ignore_patterns("checkpoints", "evaluation", "tensorboard")
+    )
     return folder
 
 
@@ -60,22 +67,34 @@ def test_report_has_the_layout_of_every_method(evaluated: Path) -> None:
                     metrics += ["exact_match_found", "exact_match_stated"]
                 for metric in metrics:
                     low, high = cell[metric]["ci95"]
-                    assert 0 <= low <= cell[metric]["value"] <= high <= 1, (name, direction, part, metric)
+                    assert 0 <= low <= cell[metric]["value"] <= high <= 1, (
+                        name,
+                        direction,
+                        part,
+                        metric,
+                    )
                 asked = 10 if direction == "induction" else 3
                 assert (cell["n_tasks"], cell["n_examples"]) == (2, 2 * asked)
     assert report["command"] == "ship-ds evaluate" and "torch" in report["versions"]
 
 
 def test_kinds_of_unseen_tasks_add_up(evaluated: Path) -> None:
-    cells = json.loads((evaluated / "evaluation" / "report.json").read_text())["methods"]["prompting"]["deduction"]
+    cells = json.loads((evaluated / "evaluation" / "report.json").read_text())["methods"][
+        "prompting"
+    ]["deduction"]
     kinds = [cell for part, cell in cells.items() if part.startswith("unseen_")]
     assert kinds and sum(cell["n_tasks"] for cell in kinds) == cells["unseen"]["n_tasks"]
 
 
 def test_every_task_has_a_line_and_a_row(evaluated: Path) -> None:
-    rows = [json.loads(line) for line in (evaluated / "evaluation" / "tasks.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (evaluated / "evaluation" / "tasks.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 4 * sum(map(len, DIRECTIONS.values()))
-    named = next(row for row in rows if row["method"] == "nearest_known" and row["direction"] == "induction")
+    named = next(
+        row for row in rows if row["method"] == "nearest_known" and row["direction"] == "induction"
+    )
     assert isinstance(named["said"], str) and len(named["execution_accuracy"]) == 10
     page = (evaluated / "evaluation" / "report.md").read_text()
     assert "| prompting | yes |" in page and "| icl | no |" in page
@@ -94,7 +113,9 @@ def test_nothing_is_measured_twice(evaluated: Path, tmp_path: Path) -> None:
     assert report["methods"] == before["methods"]
 
 
-def test_cell_of_another_bundle_or_setting_is_measured_again_and_says_so(evaluated: Path, tmp_path: Path) -> None:
+def test_cell_of_another_bundle_or_setting_is_measured_again_and_says_so(
+    evaluated: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(evaluated, run)
     path = run / "evaluation" / "cells" / "prompting.deduction.seen.json"
@@ -103,38 +124,84 @@ def test_cell_of_another_bundle_or_setting_is_measured_again_and_says_so(evaluat
     path.write_text(json.dumps(stored))
     config = SMALL.model_copy(update={"methods": ("prompting",)})
     _, measured = measure(run, config)
-    assert measured[0] == "prompting.deduction.seen: measured again, since it was measured with another bundle"
+    assert (
+        measured[0]
+        == "prompting.deduction.seen: measured again, since it was measured with another bundle"
+    )
     assert len(measured) == 2
     report, measured = measure(run, config.model_copy(update={"num_tasks": 3}))
-    assert [line for line in measured if "num_tasks" in line] == [line for line in measured if "again" in line] != []
-    assert list(report["methods"]) == ["prompting"], "cells of the old setting are not in the new report"
+    assert (
+        [line for line in measured if "num_tasks" in line]
+        == [line for line in measured if "again" in line]
+        != []
+    )
+    assert list(report["methods"]) == ["prompting"], (
+        "cells of the old setting are not in the new report"
+    )
 
 
 def test_numbers_of_shown_examples_stand_side_by_side(evaluated: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(evaluated, run)
-    report, measured = measure(run, SMALL.model_copy(update={"methods": ("icl",), "num_shown": (5, 1)}))
-    assert [line.split(":")[0] for line in measured] == ["icl.reasoning.seen.1_shown", "icl.reasoning.unseen.1_shown"]
+    report, measured = measure(
+        run, SMALL.model_copy(update={"methods": ("icl",), "num_shown": (5, 1)})
+    )
+    assert [line.split(":")[0] for line in measured] == [
+        "icl.reasoning.seen.1_shown",
+        "icl.reasoning.unseen.1_shown",
+    ]
     cell = report["methods"]["icl"]["reasoning"]["unseen"]
-    assert list(cell["by_num_shown"]) == ["1", "5"] and cell["by_num_shown"]["5"]["exact_match"] == cell["exact_match"]
+    assert (
+        list(cell["by_num_shown"]) == ["1", "5"]
+        and cell["by_num_shown"]["5"]["exact_match"] == cell["exact_match"]
+    )
 
 
-def test_two_ranks_measure_what_one_does(evaluated: Path, one_rank_run: Path, tmp_path: Path) -> None:
+def test_two_ranks_measure_what_one_does(
+    evaluated: Path, one_rank_run: Path, tmp_path: Path
+) -> None:
     run = fresh(one_rank_run, tmp_path / "run")
-    done = start([
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "ship_ds.cli", "evaluate",
-        "--run", str(run), "--methods", "random_decode,icl", "--num-tasks", "2",
-    ])
+    done = start(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "--",
+            "ship_ds.cli",
+            "evaluate",
+            "--run",
+            str(run),
+            "--methods",
+            "random_decode,icl",
+            "--num-tasks",
+            "2",
+        ]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = ((folder / "evaluation" / "tasks.jsonl").read_text().splitlines() for folder in (evaluated, run))
-    assert len(two) == 8 and two == [line for line in one if json.loads(line)["method"] in ("random_decode", "icl")]
+    one, two = (
+        (folder / "evaluation" / "tasks.jsonl").read_text().splitlines()
+        for folder in (evaluated, run)
+    )
+    assert len(two) == 8 and two == [
+        line for line in one if json.loads(line)["method"] in ("random_decode", "icl")
+    ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--methods", "ship,magic"], "--methods: there is no method 'magic'"), (["--num-shown", "0"], "--num-shown: "),
-    (["--minutes", "6"], "--minutes: "), (["--parts", "all"], "--parts: "), (["--judge", "jury"], "--judge: "),
-    (["--num-tasks", "0"], "--num-tasks: "), ([], "nowhere: no bundle here"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "ship,magic"], "--methods: there is no method 'magic'"),
+        (["--num-shown", "0"], "--num-shown: "),
+        (["--minutes", "6"], "--minutes: "),
+        (["--parts", "all"], "--parts: "),
+        (["--judge", "jury"], "--judge: "),
+        (["--num-tasks", "0"], "--num-tasks: "),
+        ([], "nowhere: no bundle here"),
+    ],
+)
 def test_bad_option_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -160,4 +227,8 @@ def test_shots_that_do_not_fit_are_left_out_last_first(one_rank_run: Path, tmp_p
     whole = method.prompt(task.test[0].input, task.train[:3])
     assert whole == run.ship.model.prompts.task_prompt(task.test[0].input, None, task.train[:3])
     method.context = len(whole) + method.max_new_tokens - 1
-    assert method.prompt(task.test[0].input, task.train[:3]) == method.prompt(task.test[0].input, task.train[:2]) != whole
+    assert (
+        method.prompt(task.test[0].input, task.train[:3])
+        == method.prompt(task.test[0].input, task.train[:2])
+        != whole
+    )

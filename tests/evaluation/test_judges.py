@@ -1,4 +1,5 @@
-"""Judges of induced instructions; the endpoint's against a local server that speaks the protocol."""
+"""Judges of induced instructions; the endpoint's against a local server that speaks the
+protocol."""
 
 import json
 import threading
@@ -40,17 +41,32 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
+        self.server.requests.append(
+            {"path": self.path, "key": self.headers["Authorization"], **body}
+        )
         if len(self.server.requests) <= self.server.num_failures:
-            return self.reply(self.server.status, {"error": {"message": "overloaded", "type": "server_error"}})
+            return self.reply(
+                self.server.status, {"error": {"message": "overloaded", "type": "server_error"}}
+            )
         lines = body["messages"][-1]["content"].splitlines()
-        said = "Yes." if lines[-2].removeprefix("First: ") == lines[-1].removeprefix("Second: ") else "No."
+        said = (
+            "Yes."
+            if lines[-2].removeprefix("First: ") == lines[-1].removeprefix("Second: ")
+            else "No."
+        )
         message = {"role": "assistant", "content": said}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        self.reply(200, {
-            "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice],
-            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-        })
+        self.reply(
+            200,
+            {
+                "id": "chatcmpl-1",
+                "object": "chat.completion",
+                "created": 1,
+                "model": body["model"],
+                "choices": [choice],
+                "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+            },
+        )
 
     def reply(self, status: int, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()
@@ -97,37 +113,60 @@ def test_endpoint_is_asked_once_a_question(
         assert judge.columns(induced, questions[:2]) == {"judged_equivalence": [[True], [False]]}
     assert len(server.requests) == 2
     asked = server.requests[0]
-    assert (asked["path"], asked["key"], asked["model"]) == ("/v1/chat/completions", "Bearer secret", "judge-1")
+    assert (asked["path"], asked["key"], asked["model"]) == (
+        "/v1/chat/completions",
+        "Bearer secret",
+        "judge-1",
+    )
     assert asked["temperature"] == 0 and induced[0] in asked["messages"][0]["content"]
     stored = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
-    assert sorted(kept["reply"]["choices"][0]["message"]["content"] for kept in stored) == ["No.", "Yes."]
+    assert sorted(kept["reply"]["choices"][0]["message"]["content"] for kept in stored) == [
+        "No.",
+        "Yes.",
+    ]
     assert "secret" not in json.dumps(stored)
 
 
-def test_endpoint_is_asked_again_by_another_model_name(server: Server, questions: list[Question], tmp_path: Path) -> None:
+def test_endpoint_is_asked_again_by_another_model_name(
+    server: Server, questions: list[Question], tmp_path: Path
+) -> None:
     for name in ("one", "two"):
-        EndpointJudge(EndpointConfig(url=server.url, model=name), tmp_path).columns(["x"], questions[:1])
+        EndpointJudge(EndpointConfig(url=server.url, model=name), tmp_path).columns(
+            ["x"], questions[:1]
+        )
     assert [asked["model"] for asked in server.requests] == ["one", "two"]
 
 
 def test_failures_are_retried(shaky: Server, questions: list[Question], tmp_path: Path) -> None:
     judge = EndpointJudge(EndpointConfig(url=shaky.url), tmp_path)
-    assert judge.columns([questions[0].task.task.instruction], questions[:1]) == {"judged_equivalence": [[True]]}
+    assert judge.columns([questions[0].task.task.instruction], questions[:1]) == {
+        "judged_equivalence": [[True]]
+    }
     assert len(shaky.requests) == 3
 
 
-def test_refusal_is_one_line_and_nothing_is_stored(closed: Server, questions: list[Question], tmp_path: Path) -> None:
+def test_refusal_is_one_line_and_nothing_is_stored(
+    closed: Server, questions: list[Question], tmp_path: Path
+) -> None:
     judge = EndpointJudge(EndpointConfig(url=closed.url), tmp_path / "judged")
     with pytest.raises(UserError, match=r"the judge gave no answer: .*401") as caught:
         judge.columns(["x"], questions[:1])
-    assert "\n" not in str(caught.value) and len(closed.requests) == 1 and not (tmp_path / "judged").exists()
+    assert (
+        "\n" not in str(caught.value)
+        and len(closed.requests) == 1
+        and not (tmp_path / "judged").exists()
+    )
 
 
 def test_any_wording_matches_exactly(questions: list[Question]) -> None:
     task = questions[0].task
     for wording in (*task.task.paraphrases, *task.held_out_paraphrases):
-        assert ExactMatchJudge().columns([f" {wording} "], questions[:1]) == {"exact_match": [[True]]}
-    assert ExactMatchJudge().columns([task.task.instruction + " twice"], questions[:1]) == {"exact_match": [[False]]}
+        assert ExactMatchJudge().columns([f" {wording} "], questions[:1]) == {
+            "exact_match": [[True]]
+        }
+    assert ExactMatchJudge().columns([task.task.instruction + " twice"], questions[:1]) == {
+        "exact_match": [[False]]
+    }
 
 
 def test_rouge_l_by_hand() -> None:
@@ -143,9 +182,14 @@ def test_rouge_judge_takes_the_best_wording(questions: list[Question]) -> None:
     assert RougeJudge().columns([held_out], questions[:1]) == {"rouge_l": [[1.0]]}
 
 
-def test_execution_tells_the_true_instruction_from_another(one_rank_run: Path, questions: list[Question]) -> None:
+def test_execution_tells_the_true_instruction_from_another(
+    one_rank_run: Path, questions: list[Question]
+) -> None:
     judge = ExecutionJudge(Ship.from_run(one_rank_run))
     true = [q.task.task.instruction for q in questions]
-    right, wrong = (judge.columns(texts, questions)["execution_accuracy"] for texts in (true, true[1:] + true[:1]))
+    right, wrong = (
+        judge.columns(texts, questions)["execution_accuracy"]
+        for texts in (true, true[1:] + true[:1])
+    )
     assert sum(map(sum, right)) >= 45 and sum(map(sum, wrong)) <= 15
     assert all(len(row) == 10 for row in right)

@@ -8,18 +8,39 @@ import pytest
 from ship_ds.evaluation.metrics import exact_match, score
 
 
-@pytest.mark.parametrize(("answer", "reference", "right"), [
-    ("[1, 2, 3]", "[1,2,3]", True), ("1 2 3", "[1, 2, 3]", True), (" 1  2 ", "1 2", True), ("[]", "[ ]", True),
-    ("1 2", "2 1", False), ("1 2", "1 2 3", False), ("[]", "[0]", False), ("-1 2", "1 2", False), ("12", "1 2", False),
-    ("yes", " yes\n", True), ("Yes", "yes", False), ("", "", True), ("", "[]", False), ("1 2 three", "1 2 three", True),
-    ("1 2 three", "1, 2, three", False), ("3.5", "3 5", False),
-])
-def test_lists_are_compared_as_lists_and_the_rest_as_text(answer: str, reference: str, right: bool) -> None:
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("[1, 2, 3]", "[1,2,3]", True),
+        ("1 2 3", "[1, 2, 3]", True),
+        (" 1  2 ", "1 2", True),
+        ("[]", "[ ]", True),
+        ("1 2", "2 1", False),
+        ("1 2", "1 2 3", False),
+        ("[]", "[0]", False),
+        ("-1 2", "1 2", False),
+        ("12", "1 2", False),
+        ("yes", " yes\n", True),
+        ("Yes", "yes", False),
+        ("", "", True),
+        ("", "[]", False),
+        ("1 2 three", "1 2 three", True),
+        ("1 2 three", "1, 2, three", False),
+        ("3.5", "3 5", False),
+    ],
+)
+def test_lists_are_compared_as_lists_and_the_rest_as_text(
+    answer: str, reference: str, right: bool
+) -> None:
     assert exact_match(answer, [reference]) is right
 
 
 def test_any_reference_is_enough() -> None:
-    assert exact_match("b", ["a", "b"]) and not exact_match("c", ["a", "b"]) and not exact_match("a", [])
+    assert (
+        exact_match("b", ["a", "b"])
+        and not exact_match("c", ["a", "b"])
+        and not exact_match("a", [])
+    )
 
 
 def test_answer_that_never_ended_is_wrong() -> None:
@@ -57,10 +78,15 @@ def test_same_rows_give_the_same_interval() -> None:
 def test_no_task_is_not_a_score_of_zero() -> None:
     empty = score([])
     assert math.isnan(empty.value) and (empty.num_tasks, empty.num_examples) == (0, 0)
-    assert json.loads(json.dumps(empty.as_json(), allow_nan=False))["exact_match"] == {"value": None, "ci95": None}
+    assert json.loads(json.dumps(empty.as_json(), allow_nan=False))["exact_match"] == {
+        "value": None,
+        "ci95": None,
+    }
 
 
 def test_json_has_the_reports_keys() -> None:
     assert score([[True, False]]).as_json() == {
-        "exact_match": {"value": 0.5, "ci95": [0.5, 0.5]}, "n_tasks": 1, "n_examples": 2
+        "exact_match": {"value": 0.5, "ci95": [0.5, 0.5]},
+        "n_tasks": 1,
+        "n_examples": 2,
     }

@@ -6,7 +6,11 @@ from ship_ds.evaluation.questions import ask, spread
 
 def task(name: str, num_train: int, num_test: int) -> SplitTask:
     examples = [Example(str(i), str(i)) for i in range(num_train + num_test)]
-    return SplitTask(Task(name, f"do {name}", tuple(examples)), tuple(examples[:num_train]), tuple(examples[num_train:]))
+    return SplitTask(
+        Task(name, f"do {name}", tuple(examples)),
+        tuple(examples[:num_train]),
+        tuple(examples[num_train:]),
+    )
 
 
 def test_shown_examples_are_never_asked() -> None:
@@ -36,4 +40,6 @@ def test_draw_depends_on_seed_and_task_alone_and_grows() -> None:
 
 def test_spread_is_even() -> None:
     tasks = [task(str(i), 1, 1) for i in range(10)]
-    assert [t.id for t in spread(tasks, 5)] == ["0", "2", "4", "6", "8"] and spread(tasks, 99) is tasks
+    assert [t.id for t in spread(tasks, 5)] == ["0", "2", "4", "6", "8"] and spread(
+        tasks, 99
+    ) is tasks

@@ -1,8 +1,10 @@
-"""Merges, killed with SIGKILL at moments before and after writes, renames and publishing, and then started again.
+"""Merges, killed with SIGKILL at moments before and after writes, renames and publishing, and then
+started again.
 
     python -m tests.export.killed_merge ADAPTER OUT        # prints a JSON row for each moment
 
-Each merge is a fork of this process, which itself computes nothing, so that a start costs no imports.
+Each merge is a fork of this process, which itself computes nothing, so that a start costs no
+imports.
 """
 
 import hashlib
@@ -19,15 +21,22 @@ from ship_ds.export import merge
 from ship_ds.tensor_file import TensorFile
 
 PLACES = (
-    (TensorFile, "_write"), (TensorFile, "_finish"), (merge.Merge, "_begin"), (merge.Merge, "_write_rest"),
-    (merge, "publish"), (Path, "replace"), (Path, "rename"), (Path, "unlink"),
+    (TensorFile, "_write"),
+    (TensorFile, "_finish"),
+    (merge.Merge, "_begin"),
+    (merge.Merge, "_write_rest"),
+    (merge, "publish"),
+    (Path, "replace"),
+    (Path, "rename"),
+    (Path, "unlink"),
 )
 
 _STEP, _LAST = 11, 9
 
 
 def kill_at(point: int, counter: Path) -> None:
-    """Count the moments, into a file at the last one; kill this process at the one asked for. Zero: never."""
+    """Count the moments, into a file at the last one; kill this process at the one asked for. Zero:
+    never."""
     count = 0
 
     def pass_by() -> None:
@@ -71,7 +80,11 @@ def merge_in_child(adapter: Path, out: Path, point: int) -> bool:
 
 def digests(out: Path) -> dict[str, str]:
     skipped = ("merge.json", "plan.json")  # the first says how many shards a restart kept
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir()) if p.name not in skipped}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(out.iterdir())
+        if p.name not in skipped
+    }
 
 
 def main(adapter: Path, out: Path) -> None:
@@ -88,7 +101,10 @@ def main(adapter: Path, out: Path) -> None:
             assert not merge_in_child(adapter, out, 0)
             kept = json.loads((out / "merge.json").read_text())["num_shards_kept"]
         same = digests(out) == wanted and not part.exists()
-        print(json.dumps({"point": point, "left": left, "both": both, "kept": kept, "same": same}), flush=True)
+        print(
+            json.dumps({"point": point, "left": left, "both": both, "kept": kept, "same": same}),
+            flush=True,
+        )
         shutil.rmtree(out)
 
 

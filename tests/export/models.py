@@ -15,15 +15,29 @@ FAMILIES = ("llama", "qwen2", "mistral")
 PROBES = ("3 7 3 5", "1 3 9")
 
 
-def make_base(folder: Path, family: str = "llama", tied: bool = False, shard_size: str = "5GB", seed: int = 0) -> Path:
+def make_base(
+    folder: Path, family: str = "llama", tied: bool = False, shard_size: str = "5GB", seed: int = 0
+) -> Path:
     """A random bf16 model with grouped-query attention and the embedded tokenizer."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
-        family, vocab_size=266, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-        tie_word_embeddings=tied, initializer_range=0.2,
+        family,
+        vocab_size=266,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
     )
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard_size)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(
+        folder, max_shard_size=shard_size
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(base_folder("embedded") / name, folder / name)
     return folder
@@ -31,13 +45,20 @@ def make_base(folder: Path, family: str = "llama", tied: bool = False, shard_siz
 
 def make_ship(base: Path | str, *, quantisation: str = "nf4", **hypernetwork: object) -> Ship:
     """Adapters large enough that logits tell mistakes apart; the embedded tiny LM encodes."""
-    config: Config = parse_config({
-        "run": {"folder": "runs/none"}, "training": {"steps": 1},
-        "model": {
-            "latent_size": 64, "task_llm": {"base": str(base), "quantisation": quantisation},
-            "hypernetwork": {"rank": 4, "alpha": 6, "width": 32, **hypernetwork} if "kind" not in hypernetwork else hypernetwork,
+    config: Config = parse_config(
+        {
+            "run": {"folder": "runs/none"},
+            "training": {"steps": 1},
+            "model": {
+                "latent_size": 64,
+                "task_llm": {"base": str(base), "quantisation": quantisation},
+                "hypernetwork": {"rank": 4, "alpha": 6, "width": 32, **hypernetwork}
+                if "kind" not in hypernetwork
+                else hypernetwork,
+            },
         },
-    }, "test")
+        "test",
+    )
     torch.manual_seed(1)
     model = ShipModel(config.model, device="cpu").eval()
     with torch.no_grad():

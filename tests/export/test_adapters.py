@@ -1,4 +1,5 @@
-"""Adapters out of the hypernetwork: equal to the live ones for every shape, many in one go, composed, and never useless."""
+"""Adapters out of the hypernetwork: equal to the live ones for every shape, many in one go,
+composed, and never useless."""
 
 import json
 from pathlib import Path
@@ -23,13 +24,17 @@ TEXTS = ("put 7 at the front", "reverse the list", "keep the numbers greater tha
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_equals_the_live_adapter_for_every_shape(family: str, tied: bool, tmp_path: Path) -> None:
+def test_peft_equals_the_live_adapter_for_every_shape(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
     """All seven projections, grouped-query attention; NF4 as trained, padded as vLLM wants it."""
     ship = make_ship(make_base(tmp_path / "base", family, tied))
     proof = export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES, pad_to=8)
     assert proof.from_live <= 1e-4 < 0.1 < proof.from_base
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (settings["r"], settings["lora_alpha"]) == (8, 12) and len(settings["target_modules"]) == 7
+    assert (settings["r"], settings["lora_alpha"]) == (8, 12) and len(
+        settings["target_modules"]
+    ) == 7
     assert len(load_file(tmp_path / "a" / "adapter_model.safetensors")) == 2 * 2 * 7
 
 
@@ -37,10 +42,18 @@ def test_card_and_record_say_where_it_comes_from(tmp_path: Path) -> None:
     ship = make_ship("embedded")
     export_one(ship, Request("a", 'two lines\nand "quotes"'), tmp_path / "a", PROBES)
     card = (tmp_path / "a" / "README.md").read_text()
-    for part in (r'instruction: "two lines\nand \"quotes\""', "base: embedded", "runs/none", "0" * 64, "rank 4, scaling 1.5"):
+    for part in (
+        r'instruction: "two lines\nand \"quotes\""',
+        "base: embedded",
+        "runs/none",
+        "0" * 64,
+        "rank 4, scaling 1.5",
+    ):
         assert part in card
     record = json.loads((tmp_path / "a" / "ship.json").read_text())
-    assert record["quantisation"] == "nf4" and len(record["probes"]) == 2 and record["adapter"] in card
+    assert (
+        record["quantisation"] == "nf4" and len(record["probes"]) == 2 and record["adapter"] in card
+    )
 
 
 @pytest.mark.parametrize("kind", ["soft_prompt", "reshape"])
@@ -67,8 +80,13 @@ def test_a_saved_latent_makes_the_same_adapter(tmp_path: Path) -> None:
 def test_many_are_what_they_are_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deduce, "_CHUNK", 2)
     ship = make_ship("embedded")
-    batch = export_many(ship, [Request(f"r{i}", text) for i, text in enumerate(TEXTS)], tmp_path / "many", PROBES)
-    assert (batch.num_written, batch.num_kept) == (3, 0) and batch.worst.from_live <= 1e-4 < batch.worst.from_base
+    batch = export_many(
+        ship, [Request(f"r{i}", text) for i, text in enumerate(TEXTS)], tmp_path / "many", PROBES
+    )
+    assert (batch.num_written, batch.num_kept) == (
+        3,
+        0,
+    ) and batch.worst.from_live <= 1e-4 < batch.worst.from_base
     for i, text in enumerate(TEXTS):
         [(_, alone)] = generate(ship, [Request("x", text)])
         assert isinstance(alone, LoraExport)
@@ -94,8 +112,11 @@ def test_a_batch_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "many.part").exists()
 
 
-def test_keys_that_match_nothing_fail_the_proof_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The silent failure that the proof is for; also for the second folder of a batch, whose modules are there already."""
+def test_keys_that_match_nothing_fail_the_proof_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The silent failure that the proof is for; also for the second folder of a batch, whose
+    modules are there already."""
     ship = make_ship("embedded")
     own = LoraExport.write
     written: list[Path] = []
@@ -103,13 +124,17 @@ def test_keys_that_match_nothing_fail_the_proof_and_leave_nothing(tmp_path: Path
     def renamed(self: LoraExport, part: Path, base: str, lm: torch.nn.Module) -> None:
         written.append(part)
         if len(written) == 2:
-            factors = {path.replace("layers", "blocks"): pair for path, pair in self.lora.factors.items()}
+            factors = {
+                path.replace("layers", "blocks"): pair for path, pair in self.lora.factors.items()
+            }
             self = LoraExport(type(self.lora)(factors, self.lora.scaling))
         own(self, part, base, lm)
 
     monkeypatch.setattr(LoraExport, "write", renamed)
     with pytest.raises(UserError, match="nothing was written"):
-        export_many(ship, [Request("a", TEXTS[0]), Request("b", TEXTS[1])], tmp_path / "many", PROBES)
+        export_many(
+            ship, [Request("a", TEXTS[0]), Request("b", TEXTS[1])], tmp_path / "many", PROBES
+        )
     assert len(written) == 2 and not list(tmp_path.iterdir())
 
 
@@ -117,7 +142,11 @@ def test_a_sum_is_what_its_parts_do_to_the_weights(tmp_path: Path) -> None:
     ship = make_ship("embedded")
     made = compose(ship, [(0.5, TEXTS[0]), (-1.0, TEXTS[1])], tmp_path / "sum", PROBES)
     assert (made.rank, made.error) == (8, 0.0) and made.proof.from_live <= 1e-4
-    loras = [export.lora for _, export in generate(ship, [Request("a", t) for t in TEXTS[:2]]) if isinstance(export, LoraExport)]
+    loras = [
+        export.lora
+        for _, export in generate(ship, [Request("a", t) for t in TEXTS[:2]])
+        if isinstance(export, LoraExport)
+    ]
     exact = add([(0.5, loras[0]), (-1.0, loras[1])])
     saved = read_lora(tmp_path / "sum")
     assert saved.scaling == 1.5
@@ -145,7 +174,9 @@ def test_prompts_that_state_the_instruction_are_proved_with_it(tmp_path: Path) -
 def test_several_adapters_serve_one_batch_in_peft(tmp_path: Path) -> None:
     """Rows choose their adapter, the bare base among them."""
     ship = make_ship("embedded")
-    export_many(ship, [Request(f"r{i}", text) for i, text in enumerate(TEXTS)], tmp_path / "many", PROBES)
+    export_many(
+        ship, [Request(f"r{i}", text) for i, text in enumerate(TEXTS)], tmp_path / "many", PROBES
+    )
     base = load_lm("embedded", "nf4", torch.float32)
     served = PeftModel.from_pretrained(base, str(tmp_path / "many" / "r0"), adapter_name="r0")
     for name in ("r1", "r2"):
@@ -155,7 +186,10 @@ def test_several_adapters_serve_one_batch_in_peft(tmp_path: Path) -> None:
     with torch.no_grad():
         rows = served.eval()(input_ids=torch.tensor([ids] * 4), adapter_names=names).logits
         bare = Exporter(ship, PROBES).base.bare([ids])[0]
-    exports = {request.name: export for request, export in generate(ship, [Request(f"r{i}", t) for i, t in enumerate(TEXTS)])}
+    exports = {
+        request.name: export
+        for request, export in generate(ship, [Request(f"r{i}", t) for i, t in enumerate(TEXTS)])
+    }
     with torch.no_grad():
         for name, row in zip(names, rows, strict=True):
             wanted = bare if name == "__base__" else live_logits(ship, exports[name].live(), ids)

@@ -13,10 +13,16 @@ from ship_ds.export.lora import CONFIG, WEIGHTS, Lora, add, compressed, read_lor
 def random_lora(seed: int, rank: int = 3, scaling: float = 1.5) -> Lora:
     generator = torch.Generator().manual_seed(seed)
     sites = {"model.layers.0.mlp.up_proj": (8, 12), "model.layers.1.mlp.down_proj": (12, 8)}
-    return Lora({
-        path: (torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator))
-        for path, (num_in, num_out) in sites.items()
-    }, scaling)
+    return Lora(
+        {
+            path: (
+                torch.randn(rank, num_in, generator=generator),
+                torch.randn(num_out, rank, generator=generator),
+            )
+            for path, (num_in, num_out) in sites.items()
+        },
+        scaling,
+    )
 
 
 def dense(lora: Lora) -> dict[str, torch.Tensor]:
@@ -29,7 +35,9 @@ def test_padding_keeps_the_function_and_scales_alpha(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / CONFIG).read_text())
     assert (settings["r"], settings["lora_alpha"]) == (8, 12)
     back = read_lora(tmp_path)
-    assert back.rank == 8 and all(back.delta(path).equal(lora.padded(8).delta(path)) for path in lora.factors)
+    assert back.rank == 8 and all(
+        back.delta(path).equal(lora.padded(8).delta(path)) for path in lora.factors
+    )
     for path, wanted in dense(lora).items():
         torch.testing.assert_close(dense(back)[path], wanted)
 
@@ -44,7 +52,9 @@ def test_the_exact_sum_is_the_sum() -> None:
     total = add([(0.25, one), (-2.0, two)])
     assert total.rank == 5
     for path, found in dense(total).items():
-        torch.testing.assert_close(found, 0.25 * dense(one)[path] - 2.0 * dense(two)[path], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            found, 0.25 * dense(one)[path] - 2.0 * dense(two)[path], atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -52,10 +62,19 @@ def test_compression_is_the_best_of_its_rank_and_says_its_error(rank: int) -> No
     whole = add([(1.0, random_lora(0)), (1.0, random_lora(1))])
     small, error = compressed(whole, rank)
     assert small.rank == rank
-    lost = sum(float((dense(small)[path] - wanted).square().sum()) for path, wanted in dense(whole).items())
+    lost = sum(
+        float((dense(small)[path] - wanted).square().sum()) for path, wanted in dense(whole).items()
+    )
     norm = sum(float(wanted.square().sum()) for wanted in dense(whole).values())
-    best = sum(float(torch.linalg.svdvals(wanted)[rank:].square().sum()) for wanted in dense(whole).values())
-    assert error == pytest.approx((lost / norm) ** 0.5, rel=1e-5) == pytest.approx((best / norm) ** 0.5, rel=1e-5)
+    best = sum(
+        float(torch.linalg.svdvals(wanted)[rank:].square().sum())
+        for wanted in dense(whole).values()
+    )
+    assert (
+        error
+        == pytest.approx((lost / norm) ** 0.5, rel=1e-5)
+        == pytest.approx((best / norm) ** 0.5, rel=1e-5)
+    )
 
 
 def test_a_rank_that_the_config_does_not_say_is_one_line(tmp_path: Path) -> None:
@@ -66,7 +85,10 @@ def test_a_rank_that_the_config_does_not_say_is_one_line(tmp_path: Path) -> None
         read_lora(tmp_path)
 
 
-@pytest.mark.parametrize("setting", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"peft_type": "IA3"}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"peft_type": "IA3"}],
+)
 def test_what_is_no_plain_lora_is_refused(setting: dict[str, object], tmp_path: Path) -> None:
     write_lora(tmp_path, random_lora(0), "base")
     settings = json.loads((tmp_path / CONFIG).read_text())

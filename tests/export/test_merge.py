@@ -1,4 +1,5 @@
-"""Merged model folders: bit for bit what the definition says, loaded by transformers, whole or not there at all."""
+"""Merged model folders: bit for bit what the definition says, loaded by transformers, whole or not
+there at all."""
 
 import json
 import os
@@ -30,7 +31,9 @@ from tests.export.models import FAMILIES, PROBES, make_base, make_ship
 TEXT = "put 7 at the front"
 
 
-def made(folder: Path, family: str = "llama", tied: bool = False, shard_size: str = "5GB") -> tuple[Path, Path, Ship]:
+def made(
+    folder: Path, family: str = "llama", tied: bool = False, shard_size: str = "5GB"
+) -> tuple[Path, Path, Ship]:
     """Base, adapter and the live model."""
     ship = make_ship(make_base(folder / "base", family, tied, shard_size))
     export_one(ship, Request("a", TEXT), folder / "adapter", PROBES)
@@ -38,7 +41,11 @@ def made(folder: Path, family: str = "llama", tied: bool = False, shard_size: st
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -60,22 +67,32 @@ def test_original_is_the_definition_bit_for_bit(family: str, tied: bool, tmp_pat
     assert set(index["weight_map"]) == set(before) and len(set(index["weight_map"].values())) > 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16 and loaded.config.tie_word_embeddings is tied
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     assert not (tmp_path / "out" / "plan.json").exists() and not (tmp_path / "out.part").exists()
 
 
 def test_peft_merges_the_same_unless_it_merges_safely(tmp_path: Path) -> None:
-    """Its default adds an fp32 update to the 16-bit weight in place, which rounds once, as we do. `safe_merge=True` rounds
-    the update to 16 bits first and the sum again, so that it is off by a unit in the last place here and there."""
+    """Its default adds an fp32 update to the 16-bit weight in place, which rounds once, as we do.
+    `safe_merge=True` rounds the update to 16 bits first and the sum again, so that it is off by a
+    unit in the last place here and there."""
     base, adapter, _ = made(tmp_path)
     Merge(adapter, "original").run(tmp_path / "out")
     ours = tensors(tmp_path / "out")
     differing = {}
     for safely in (False, True):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), str(adapter))
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), str(adapter)
+        )
         theirs = model.merge_and_unload(safe_merge=safely).state_dict()
-        differing[safely] = sum(int((theirs[name] != tensor).sum()) for name, tensor in ours.items())
+        differing[safely] = sum(
+            int((theirs[name] != tensor).sum()) for name, tensor in ours.items()
+        )
         for name, tensor in ours.items():
             gap = (theirs[name].float() - tensor.float()).abs()
             assert bool((gap <= tensor.float().abs() * 2**-7 + 2**-9).all()), name
@@ -84,8 +101,13 @@ def test_peft_merges_the_same_unless_it_merges_safely(tmp_path: Path) -> None:
 
 def test_dequantised_is_what_training_saw_plus_the_adapter(tmp_path: Path) -> None:
     base, adapter, ship = made(tmp_path)
-    report = Merge(adapter, "dequantised", dtype="float32").run(tmp_path / "out", lambda part: drift(part, adapter, base))
-    assert report["logit_drift"] < 1e-3 < 0.1 < report["adapter_effect"] and report["same_next_token"] == 1
+    report = Merge(adapter, "dequantised", dtype="float32").run(
+        tmp_path / "out", lambda part: drift(part, adapter, base)
+    )
+    assert (
+        report["logit_drift"] < 1e-3 < 0.1 < report["adapter_effect"]
+        and report["same_next_token"] == 1
+    )
     ids = ship.model.question(PROBES[0])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32
@@ -96,18 +118,32 @@ def test_dequantised_is_what_training_saw_plus_the_adapter(tmp_path: Path) -> No
 
 def test_nf4_again_is_bitsandbytes_own_and_counts_what_rounding_lost(tmp_path: Path) -> None:
     base, adapter, _ = made(tmp_path, shard_size="60KB")
-    report = Merge(adapter, "nf4", shard_gigabytes=3e-5).run(tmp_path / "out", lambda part: drift(part, adapter, base))
-    lora, before, loaded = read_lora(adapter), tensors(base), load_lm(str(tmp_path / "out"), "none", torch.bfloat16)
+    report = Merge(adapter, "nf4", shard_gigabytes=3e-5).run(
+        tmp_path / "out", lambda part: drift(part, adapter, base)
+    )
+    lora, before, loaded = (
+        read_lora(adapter),
+        tensors(base),
+        load_lm(str(tmp_path / "out"), "none", torch.bfloat16),
+    )
     quantised, lost, update = 0, 0.0, 0.0
     for path, module in loaded.named_modules():
         if type(module).__name__ != "Linear4bit":
             continue
         weight, quantised = before[f"{path}.weight"], quantised + 1
-        seen = Nf4.of(path, weight.shape, torch.bfloat16, pieces_of(weight)).pieces()(0, weight.numel()).view_as(weight)
+        seen = (
+            Nf4.of(path, weight.shape, torch.bfloat16, pieces_of(weight))
+            .pieces()(0, weight.numel())
+            .view_as(weight)
+        )
         merged = seen + lora.delta(path)
         wanted = Nf4.of(path, weight.shape, torch.bfloat16, pieces_of(merged))
-        assert module.weight.data.equal(wanted.packed) and module.weight.quant_state.absmax.equal(wanted.state.absmax)
-        lost += float((wanted.pieces()(0, weight.numel()) - merged.flatten()).double().square().sum())
+        assert module.weight.data.equal(wanted.packed) and module.weight.quant_state.absmax.equal(
+            wanted.state.absmax
+        )
+        lost += float(
+            (wanted.pieces()(0, weight.numel()) - merged.flatten()).double().square().sum()
+        )
         update += float(lora.delta(path).double().square().sum())
     assert quantised == 14 and report["num_shards"] > 2
     assert report["rounding_error_of_update"] == pytest.approx((lost / update) ** 0.5, rel=1e-6)
@@ -118,22 +154,37 @@ def test_nf4_again_is_bitsandbytes_own_and_counts_what_rounding_lost(tmp_path: P
 
 def test_what_nf4_holds_is_asked_of_transformers() -> None:
     lm = load_lm("embedded", "nf4", torch.float32)
-    quantised = {f"{path}.weight" for path, module in lm.named_modules() if type(module).__name__ == "Linear4bit"}
-    assert quantised_names(base_folder("embedded")) == quantised and "lm_head.weight" not in quantised
+    quantised = {
+        f"{path}.weight"
+        for path, module in lm.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    assert (
+        quantised_names(base_folder("embedded")) == quantised and "lm_head.weight" not in quantised
+    )
 
 
 def test_untouched_weights_keep_their_codes(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
-    export_one(make_ship(base, targets=["q_proj"]), Request("a", TEXT), tmp_path / "adapter", PROBES)
+    export_one(
+        make_ship(base, targets=["q_proj"]), Request("a", TEXT), tmp_path / "adapter", PROBES
+    )
     Merge(tmp_path / "adapter", "nf4").run(tmp_path / "out")
-    trained_on, merged = load_lm(str(base), "nf4", torch.float32), load_lm(str(tmp_path / "out"), "none", torch.float32)
+    trained_on, merged = (
+        load_lm(str(base), "nf4", torch.float32),
+        load_lm(str(tmp_path / "out"), "none", torch.float32),
+    )
     for path in ("self_attn.k_proj", "mlp.down_proj"):
-        left, right = (model.get_submodule(f"model.layers.1.{path}").weight.data for model in (trained_on, merged))
+        left, right = (
+            model.get_submodule(f"model.layers.1.{path}").weight.data
+            for model in (trained_on, merged)
+        )
         assert left.equal(right)
 
 
 def test_a_kill_at_any_moment_leaves_nothing_or_what_says_it_is_incomplete(tmp_path: Path) -> None:
-    """Before and after writes, renames and the publishing; then the same command finishes it, with the same bytes."""
+    """Before and after writes, renames and the publishing; then the same command finishes it, with
+    the same bytes."""
     _, adapter, _ = made(tmp_path, shard_size="60KB")
     done = start(["-m", "tests.export.killed_merge", str(adapter), str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -158,13 +209,18 @@ def test_wrong_bases_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
 
     def said(base: Path) -> str:
-        assert cli.main(["merge", str(adapter), "--base", str(base), "--out", str(tmp_path / "out")]) == 2
+        assert (
+            cli.main(["merge", str(adapter), "--base", str(base), "--out", str(tmp_path / "out")])
+            == 2
+        )
         shown = capsys.readouterr()
         assert shown.err.count("\n") == 1 and not shown.out and not list(tmp_path.glob("out*"))
         return shown.err
 
     assert "same shapes, other weights than the base" in said(other)
-    assert "and the base has one of (128, 384): wrong base" in said(REPOSITORY / "ship_ds" / "assets" / "tiny_lm")
+    assert "and the base has one of (128, 384): wrong base" in said(
+        REPOSITORY / "ship_ds" / "assets" / "tiny_lm"
+    )
     assert "expected a model folder" in said(tmp_path / "none")
     shards = sorted(base.glob("*.safetensors"))
     content = shards[1].read_bytes()
@@ -177,7 +233,9 @@ def test_wrong_bases_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFix
 def test_an_adapter_whose_weights_were_exchanged_is_refused(tmp_path: Path) -> None:
     _, adapter, ship = made(tmp_path)
     export_one(ship, Request("b", "reverse the list"), tmp_path / "b", PROBES)
-    shutil.copyfile(tmp_path / "b" / "adapter_model.safetensors", adapter / "adapter_model.safetensors")
+    shutil.copyfile(
+        tmp_path / "b" / "adapter_model.safetensors", adapter / "adapter_model.safetensors"
+    )
     with pytest.raises(UserError, match="not the file that its ship.json lists"):
         Merge(adapter, "original")
 
@@ -197,14 +255,22 @@ def test_a_full_disk_is_one_line_and_the_finished_shards_stay(tmp_path: Path) ->
     _, adapter, _ = made(tmp_path, shard_size="60KB")
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small)], check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small)], check=False
+    ).returncode:
         pytest.skip("no mount in this container")
     try:
-        with pytest.raises(UserError, match=r"No space left on device: .*out\.part keeps the finished shards") as full:
+        with pytest.raises(
+            UserError, match=r"No space left on device: .*out\.part keeps the finished shards"
+        ) as full:
             Merge(adapter, "original", shard_gigabytes=5e-5).run(small / "out")
         assert "\n" not in str(full.value)
         left = sorted(path.name for path in (small / "out.part").glob("model*"))
-        assert left and not any(name.endswith(".part") for name in left) and not (small / "out").exists()
+        assert (
+            left
+            and not any(name.endswith(".part") for name in left)
+            and not (small / "out").exists()
+        )
         with pytest.raises(UserError, match="No space left on device: nothing was written"):
             export_one(make_ship("embedded"), Request("a", TEXT), small / "adapter", PROBES)
         assert not list(small.glob("adapter*"))

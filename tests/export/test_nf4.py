@@ -14,14 +14,22 @@ from ship_ds.tensor_file import TensorFile
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_codes_scales_and_values_are_those_of_bitsandbytes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_scales_and_values_are_those_of_bitsandbytes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nf4, "_PIECE", 64 * 100)
     torch.manual_seed(0)
     weight = torch.randn(300, 192).to(dtype)
     own = Nf4.of("w", weight.shape, dtype, pieces_of(weight))
-    theirs = bnb.nn.Params4bit(weight.clone(), requires_grad=False, compress_statistics=True, quant_type="nf4").to("cpu")
+    theirs = bnb.nn.Params4bit(
+        weight.clone(), requires_grad=False, compress_statistics=True, quant_type="nf4"
+    ).to("cpu")
     state = theirs.quant_state
-    assert own.packed.equal(theirs.data) and own.state.absmax.equal(state.absmax) and own.state.offset.equal(state.offset)
+    assert (
+        own.packed.equal(theirs.data)
+        and own.state.absmax.equal(state.absmax)
+        and own.state.offset.equal(state.offset)
+    )
     assert own.state.state2.absmax.equal(state.state2.absmax)
     state.dtype = torch.float32
     values, whole = own.pieces(), bnb.functional.dequantize_4bit(theirs.data, state).reshape(-1)
@@ -40,7 +48,11 @@ def test_what_is_stored_comes_back_through_a_file(tmp_path: Path) -> None:
     packed = found.pop("w")
     stats = {name.removeprefix("w."): tensor for name, tensor in found.items()}
     back = bnb.nn.Params4bit.from_prequantized(packed, stats, device="cpu")
-    assert bnb.functional.dequantize_4bit(back.data, back.quant_state).reshape(-1).equal(own.pieces()(0, weight.numel()))
+    assert (
+        bnb.functional.dequantize_4bit(back.data, back.quant_state)
+        .reshape(-1)
+        .equal(own.pieces()(0, weight.numel()))
+    )
 
 
 def test_rows_that_do_not_split_into_blocks_are_refused() -> None:

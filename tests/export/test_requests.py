@@ -13,23 +13,33 @@ def test_lines_are_named_by_number_and_words(tmp_path: Path) -> None:
     (tmp_path / "i.txt").write_text("reverse the list\n\nKeep > 4!\n")
     found = read_instructions(tmp_path / "i.txt")
     assert [(r.name, r.instruction) for r in found] == [
-        ("00001-reverse-the-list", "reverse the list"), ("00003-keep-4", "Keep > 4!"),
+        ("00001-reverse-the-list", "reverse the list"),
+        ("00003-keep-4", "Keep > 4!"),
     ]
 
 
 def test_rows_may_name_themselves(tmp_path: Path) -> None:
-    (tmp_path / "i.jsonl").write_text('{"instruction": "a\\nb", "id": "x.1"}\n{"instruction": "c"}\n')
+    (tmp_path / "i.jsonl").write_text(
+        '{"instruction": "a\\nb", "id": "x.1"}\n{"instruction": "c"}\n'
+    )
     found = read_instructions(tmp_path / "i.jsonl")
     assert [(r.name, r.instruction) for r in found] == [("x.1", "a\nb"), ("00002-c", "c")]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ('{"instruction": "a"}\n{"text": "b"}\n', r"i\.jsonl:2: expected a JSON object"),
-    ("[1]\n", r"i\.jsonl:1: expected a JSON object"),
-    ('{"instruction": "a", "id": "../x"}\n', r"becomes a folder's name"),
-    ('{"instruction": "a", "id": "x"}\n{"instruction": "b", "id": "x"}\n', "'x' is there twice"),
-    ('{"instruction": 3}\n', "expected text"), ("\n", "has no instructions"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"instruction": "a"}\n{"text": "b"}\n', r"i\.jsonl:2: expected a JSON object"),
+        ("[1]\n", r"i\.jsonl:1: expected a JSON object"),
+        ('{"instruction": "a", "id": "../x"}\n', r"becomes a folder's name"),
+        (
+            '{"instruction": "a", "id": "x"}\n{"instruction": "b", "id": "x"}\n',
+            "'x' is there twice",
+        ),
+        ('{"instruction": 3}\n', "expected text"),
+        ("\n", "has no instructions"),
+    ],
+)
 def test_bad_rows_are_one_line_with_their_place(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "i.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -40,7 +50,11 @@ def test_latents_come_back_with_their_instructions(tmp_path: Path) -> None:
     latent_TZ = torch.randn(2, 5)
     write_latents(tmp_path / "z.safetensors", latent_TZ, "digest", ["reverse", None])
     one, two = read_latents(tmp_path / "z.safetensors", "digest", 5)
-    assert one.instruction == "reverse" and one.latent_Z is not None and one.latent_Z.equal(latent_TZ[0])
+    assert (
+        one.instruction == "reverse"
+        and one.latent_Z is not None
+        and one.latent_Z.equal(latent_TZ[0])
+    )
     assert two.instruction is None and two.name == "00001-latent"
 
 

@@ -1,5 +1,6 @@
-"""The rules of vLLM's LoRA loader, as its source (vllm/lora/lora_model.py, peft_helper.py, utils.py and
-vllm/config/lora.py, read in November 2026) states them, put to folders that we write; the loader itself where it is installed.
+"""The rules of vLLM's LoRA loader, as its source (vllm/lora/lora_model.py, peft_helper.py, utils.py
+and vllm/config/lora.py, read in November 2026) states them, put to folders that we write; the
+loader itself where it is installed.
 """
 
 import json
@@ -18,13 +19,16 @@ from tests.export.models import FAMILIES, PROBES, make_base, make_ship
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be; 16 by default."""
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-"""vLLM's qkv_proj and gate_up_proj unpacked by its packed_modules_mapping; what it expects of Llama, Qwen and Mistral."""
+"""vLLM's qkv_proj and gate_up_proj unpacked by its packed_modules_mapping; what it expects of
+Llama, Qwen and Mistral."""
 
 
 def refusals(folder: Path, max_lora_rank: int) -> list[str]:
     """Why vLLM would refuse the folder."""
     settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    found = [f"{key} is missing" for key in ("r", "lora_alpha", "target_modules") if key not in settings]
+    found = [
+        f"{key} is missing" for key in ("r", "lora_alpha", "target_modules") if key not in settings
+    ]
     assert max_lora_rank in RANKS
     if settings["r"] > max_lora_rank:
         found.append(f"LoRA rank {settings['r']} is greater than max_lora_rank {max_lora_rank}")
@@ -34,7 +38,11 @@ def refusals(folder: Path, max_lora_rank: int) -> list[str]:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for name in file.keys():
             parts = name.split(".")
-            if not name.startswith("base_model.model.") or parts[-1] != "weight" or parts[-2] not in ("lora_A", "lora_B"):
+            if (
+                not name.startswith("base_model.model.")
+                or parts[-1] != "weight"
+                or parts[-2] not in ("lora_A", "lora_B")
+            ):
                 found.append(f"{name} is unsupported LoRA weight")
             elif parts[-3] not in LINEARS:
                 found.append(f"{name}: unexpected module")
@@ -52,18 +60,25 @@ def test_vllm_takes_a_folder_as_it_leaves(family: str, tmp_path: Path) -> None:
     export_one(ship, Request("a", "reverse the list"), tmp_path / "padded", PROBES, pad_to=32)
     assert not refusals(tmp_path / "a", 8) and not refusals(tmp_path / "padded", 32)
     assert refusals(tmp_path / "padded", 16) == ["LoRA rank 32 is greater than max_lora_rank 16"]
-    # Every key names a module of the base: one that did not would be served as the bare base in silence.
-    own, theirs = load_file(tmp_path / "a" / "adapter_model.safetensors"), load_file(base / "model.safetensors")
+    # Every key names a module of the base: one that did not would be served as the bare base in
+    # silence.
+    own, theirs = (
+        load_file(tmp_path / "a" / "adapter_model.safetensors"),
+        load_file(base / "model.safetensors"),
+    )
     modules = {name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in own}
     assert modules <= {name.removesuffix(".weight") for name in theirs}
 
 
 def test_vllm_itself_loads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its loader alone runs without a GPU: `pip install --no-deps --target DIR vllm` and what its imports then ask for."""
+    """Its loader alone runs without a GPU: `pip install --no-deps --target DIR vllm` and what its
+    imports then ask for."""
     lora_model = pytest.importorskip("vllm.lora.lora_model", reason="vLLM is not installed")
     monkeypatch.setattr(lora_model, "PIN_MEMORY", torch.cuda.is_available(), raising=False)
     export_one(make_ship("embedded"), Request("a", "reverse the list"), tmp_path / "a", PROBES)
-    helper = pytest.importorskip("vllm.lora.peft_helper").PEFTHelper.from_local_dir(str(tmp_path / "a"), 128)
+    helper = pytest.importorskip("vllm.lora.peft_helper").PEFTHelper.from_local_dir(
+        str(tmp_path / "a"), 128
+    )
     loaded = lora_model.LoRAModel.from_local_checkpoint(
         str(tmp_path / "a"), LINEARS, helper, lora_model_id=1, device="cpu"
     )

@@ -1,4 +1,5 @@
-"""A bundle whose adapters do something without any training: random heads, so each instruction has behaviour of its own."""
+"""A bundle whose adapters do something without any training: random heads, so each instruction has
+behaviour of its own."""
 
 from pathlib import Path
 
@@ -9,20 +10,30 @@ from ship_ds.bundle import Ship, frozen_bases, write_bundle
 from ship_ds.config import load_config
 from ship_ds.model.ship import ShipModel
 
-KNOWN = [f"{start} {number}" for number in range(1, 7) for start in ("add", "remove every", "take the first", "remove element")]
+KNOWN = [
+    f"{start} {number}"
+    for number in range(1, 7)
+    for start in ("add", "remove every", "take the first", "remove element")
+]
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random") / "bundle"
-    config = load_config("quickstart-smoke", ["evaluation.max_new_tokens=6", "evaluation.max_instruction_tokens=8"])
+    config = load_config(
+        "quickstart-smoke", ["evaluation.max_new_tokens=6", "evaluation.max_instruction_tokens=8"]
+    )
     torch.manual_seed(0)
     model = ShipModel(config.model)
     with torch.no_grad():
         model.encoder.head[-1].weight.mul_(20)  # or all instructions would have nearly one latent
         for head in model.hypernetwork.heads:
             head.to_b.weight.normal_(std=0.05)
-    state = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     write_bundle(folder, state, config, model.prompts.describe(), frozen_bases(config), KNOWN)
     return folder
 
@@ -35,4 +46,7 @@ def ship(bundle: Path) -> Ship:
 @pytest.fixture(scope="session")
 def inputs() -> list[str]:
     generator = torch.Generator().manual_seed(0)
-    return [" ".join(map(str, torch.randint(0, 10, (5,), generator=generator).tolist())) for _ in range(12)]
+    return [
+        " ".join(map(str, torch.randint(0, 10, (5,), generator=generator).tolist()))
+        for _ in range(12)
+    ]

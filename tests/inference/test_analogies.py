@@ -14,7 +14,12 @@ def test_a_slot_takes_the_words_of_slots_like_it() -> None:
 
 
 def test_slots_that_share_few_words_take_none() -> None:
-    assert analogies([*ADD, *(f"put {word} first" for word in ("1", "zeros", "ones", "names", "lists"))]) == []
+    assert (
+        analogies(
+            [*ADD, *(f"put {word} first" for word in ("1", "zeros", "ones", "names", "lists"))]
+        )
+        == []
+    )
 
 
 def test_two_that_differ_in_a_word_are_no_pattern() -> None:
@@ -32,12 +37,17 @@ def test_blanks_and_line_ends_make_no_other_instruction() -> None:
 
 
 def test_slots_that_share_exactly_half_take_each_others_words() -> None:
-    assert set(analogies([*ADD[:3], *(f"cut {n}" for n in (2, 3, 4))])) == {"add 4 to every number", "cut 1"}
+    assert set(analogies([*ADD[:3], *(f"cut {n}" for n in (2, 3, 4))])) == {
+        "add 4 to every number",
+        "cut 1",
+    }
     assert analogies([*ADD[:3], *(f"cut {n}" for n in (3, 4, 5))]) == []
 
 
 def test_a_word_at_either_end_and_an_instruction_of_one_word() -> None:
-    assert set(analogies([*(f"{word} it" for word in ("sort", "flip", "cut")), "sort", "flip", "drop"])) == {"drop it", "cut"}
+    assert set(
+        analogies([*(f"{word} it" for word in ("sort", "flip", "cut")), "sort", "flip", "drop"])
+    ) == {"drop it", "cut"}
     assert analogies(["sort it", "flip it", "cut it", "it sort", "it flip", "it cut"]) == []
 
 
@@ -47,7 +57,8 @@ def test_slots_are_told_apart_by_what_stands_on_both_sides() -> None:
 
 
 def test_of_very_many_the_first_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots of which each takes the odd word of every other: the square of the number of instructions follows."""
+    """Slots of which each takes the odd word of every other: the square of the number of
+    instructions follows."""
     texts = [f"{slot} {word}" for slot in range(40) for word in ("b", "c", f"a{slot}")]
     everything = analogies(texts)
     assert len(everything) == 40 * 39

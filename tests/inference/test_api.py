@@ -1,4 +1,5 @@
-"""`Ship` and its verbs: plain types in, values and JSON lines out, one line for each kind of bad input."""
+"""`Ship` and its verbs: plain types in, values and JSON lines out, one line for each kind of bad
+input."""
 
 import dataclasses
 import io
@@ -20,8 +21,18 @@ from ship_ds.inference.adapters import WeightInduction, read_adapter
 from ship_ds.inference.induction import Induction, InductionConfig
 from tests.model.models import tiny_lm
 
-QUICK = InductionConfig(num_views=1, num_samples=2, num_beams=2, num_rounds=1, num_edits=4, refine_steps=2, steps=4,
-                        num_known=8, num_restarts=2, max_new_tokens=8)
+QUICK = InductionConfig(
+    num_views=1,
+    num_samples=2,
+    num_beams=2,
+    num_rounds=1,
+    num_edits=4,
+    refine_steps=2,
+    steps=4,
+    num_known=8,
+    num_restarts=2,
+    max_new_tokens=8,
+)
 PAIRS = [("3 4 9", "4 9"), ("1 2", "2")]
 
 
@@ -45,7 +56,9 @@ def test_many_instructions_at_once_are_each_alone(ship: Ship, inputs: list[str])
     asked = [inputs[:4], inputs[:1], inputs[4:8]]
     for num_beams in (1, 3):
         together = ship.answer_many(said, asked, num_beams)
-        assert together == [ship.answer(text, own, num_beams) for text, own in zip(said, asked, strict=True)]
+        assert together == [
+            ship.answer(text, own, num_beams) for text, own in zip(said, asked, strict=True)
+        ]
     assert together[0] != ship.answer("remove every 5", inputs[:4])
 
 
@@ -54,7 +67,9 @@ def test_one_example_is_enough_and_ambiguity_is_reported(ship: Ship, inputs: lis
     assert answer is not None
     found = ship.induce([(inputs[0], answer)], QUICK)
     assert found.num_examples == 1 and found.num_right == 1
-    assert all(max(c.num_right, c.num_right_in_prompt) == 1 for c in found.that_fit) and found.that_fit
+    assert (
+        all(max(c.num_right, c.num_right_in_prompt) == 1 for c in found.that_fit) and found.that_fit
+    )
 
 
 def test_reason_answers_by_latent_refined_latent_and_text(ship: Ship, inputs: list[str]) -> None:
@@ -62,7 +77,9 @@ def test_reason_answers_by_latent_refined_latent_and_text(ship: Ship, inputs: li
         found = ship.reason(PAIRS, inputs[:3], QUICK, num_rounds)
         assert found.refined == ship.answer(found.induction.instruction, inputs[:3])
         said = [found.induction.instruction] * 3
-        assert found.stated == ship.model.answer(None, inputs[:3], 6, said) and len(found.found) == 3
+        assert (
+            found.stated == ship.model.answer(None, inputs[:3], 6, said) and len(found.found) == 3
+        )
 
 
 def test_an_adapters_weights_lead_back_to_its_instruction(ship: Ship, adapter: Path) -> None:
@@ -72,7 +89,9 @@ def test_an_adapters_weights_lead_back_to_its_instruction(ship: Ship, adapter: P
     assert found.candidates[1].distance > 1e-2 and found.latent_distance < 1e-2
 
 
-def test_an_adapters_behaviour_leads_back_to_its_instruction(ship: Ship, adapter: Path, inputs: list[str]) -> None:
+def test_an_adapters_behaviour_leads_back_to_its_instruction(
+    ship: Ship, adapter: Path, inputs: list[str]
+) -> None:
     every = QUICK.model_copy(update={"method": "bank", "num_known": 24, "num_finalists": 24})
     found = ship.induce_from_adapter(adapter, inputs, every)
     assert isinstance(found, Induction)
@@ -87,8 +106,12 @@ def test_a_foreign_adapter_of_peft_is_read(ship: Ship, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(1)
-    tuned = get_peft_model(LlamaForCausalLM(base), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"],
-                                                              init_lora_weights=False))
+    tuned = get_peft_model(
+        LlamaForCausalLM(base),
+        LoraConfig(
+            r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+        ),
+    )
     tuned.save_pretrained(tmp_path)
     read = read_adapter(ship.model, tmp_path)
     assert read.scaling == 2.0 and len(read.factors) == 2 * base.num_hidden_layers
@@ -97,19 +120,42 @@ def test_a_foreign_adapter_of_peft_is_read(ship: Ship, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("shape", "another base model"), ("path", "another base model"), ("dora", "use_dora"), ("kind", "only LORA"),
-     ("empty", "no adapter here"), ("half", "cannot be read"), ("bias", "bias is all"), ("b", "and no .*lora_B")],
+    [
+        ("shape", "another base model"),
+        ("path", "another base model"),
+        ("dora", "use_dora"),
+        ("kind", "only LORA"),
+        ("empty", "no adapter here"),
+        ("half", "cannot be read"),
+        ("bias", "bias is all"),
+        ("b", "and no .*lora_B"),
+    ],
 )
-def test_an_adapter_that_does_not_fit_is_one_line(ship: Ship, adapter: Path, tmp_path: Path, change: str, message: str) -> None:
+def test_an_adapter_that_does_not_fit_is_one_line(
+    ship: Ship, adapter: Path, tmp_path: Path, change: str, message: str
+) -> None:
     settings = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
     if change == "shape":
-        tensors = {name: torch.zeros(tensor.shape[0], tensor.shape[1] + 1) for name, tensor in tensors.items()}
+        tensors = {
+            name: torch.zeros(tensor.shape[0], tensor.shape[1] + 1)
+            for name, tensor in tensors.items()
+        }
     if change == "path":
-        tensors = {name.replace("self_attn", "attention"): tensor for name, tensor in tensors.items()}
+        tensors = {
+            name.replace("self_attn", "attention"): tensor for name, tensor in tensors.items()
+        }
     if change == "b":
-        tensors = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.down_proj.lora_B" not in name}
-    settings |= {"dora": {"use_dora": True}, "kind": {"peft_type": "IA3"}, "bias": {"bias": "all"}}.get(change, {})
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if "layers.0.mlp.down_proj.lora_B" not in name
+        }
+    settings |= {
+        "dora": {"use_dora": True},
+        "kind": {"peft_type": "IA3"},
+        "bias": {"bias": "all"},
+    }.get(change, {})
     if change != "empty":
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
         save_file(tensors, tmp_path / "adapter_model.safetensors")
@@ -120,15 +166,23 @@ def test_an_adapter_that_does_not_fit_is_one_line(ship: Ship, adapter: Path, tmp
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_of_ours_for_other_weights_of_the_same_shape_is_one_line(ship: Ship, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_ours_for_other_weights_of_the_same_shape_is_one_line(
+    ship: Ship, adapter: Path, tmp_path: Path
+) -> None:
     shutil.copytree(adapter, tmp_path / "adapter")
     origin = json.loads((adapter / "ship.json").read_text())
-    (tmp_path / "adapter" / "ship.json").write_text(json.dumps(origin | {"base_fingerprint": "0" * 64}))
-    with pytest.raises(UserError, match="made for embedded with fingerprint 000000000000.* another base model"):
+    (tmp_path / "adapter" / "ship.json").write_text(
+        json.dumps(origin | {"base_fingerprint": "0" * 64})
+    )
+    with pytest.raises(
+        UserError, match="made for embedded with fingerprint 000000000000.* another base model"
+    ):
         ship.induce_from_adapter(tmp_path / "adapter")
 
 
-def test_a_bundle_around_other_weights_of_the_same_shape_is_one_line(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_around_other_weights_of_the_same_shape_is_one_line(
+    bundle: Path, tmp_path: Path
+) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     bases = tmp_path / "bundle" / "bases.json"
     assert list(json.loads(bases.read_text())) == ["embedded"]
@@ -141,7 +195,9 @@ def test_a_bundle_around_other_weights_of_the_same_shape_is_one_line(bundle: Pat
 
 
 def test_an_adapter_of_another_base_made_by_peft_is_one_line(ship: Ship, tmp_path: Path) -> None:
-    get_peft_model(tiny_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    get_peft_model(tiny_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(UserError, match="another base model"):
         ship.induce_from_adapter(tmp_path)
 
@@ -149,14 +205,26 @@ def test_an_adapter_of_another_base_made_by_peft_is_one_line(ship: Ship, tmp_pat
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda ship: ship.induce([("1 2", "2"), ("1 2", "1")]), "examples 1 and 2: the same input '1 2' has two targets"),
+        (
+            lambda ship: ship.induce([("1 2", "2"), ("1 2", "1")]),
+            "examples 1 and 2: the same input '1 2' has two targets",
+        ),
         (lambda ship: ship.induce([]), "there are none"),
-        (lambda ship: ship.induce([("1 2", "\u5b57")]), "example 1, target: '\u5b57' is not in the base model's vocabulary"),
+        (
+            lambda ship: ship.induce([("1 2", "\u5b57")]),
+            "example 1, target: '\u5b57' is not in the base model's vocabulary",
+        ),
         (lambda ship: ship.answer("add \u5b57 3", ["1"]), "instruction: '\u5b57' is not in"),
         (lambda ship: ship.answer("add 3", ["1", "\u5b57"]), "input 2: '\u5b57' is not in"),
         (lambda ship: ship.answer(" ", ["1"]), "instruction: is empty"),
-        (lambda ship: ship.answer("add 3 " * 300, ["1"]), "instruction: is 6.. tokens long .* the encoder reads at most 512"),
-        (lambda ship: ship.answer("add 3", ["1 " * 600]), "input 1 with an answer .* the Task LLM reads at most 512"),
+        (
+            lambda ship: ship.answer("add 3 " * 300, ["1"]),
+            "instruction: is 6.. tokens long .* the encoder reads at most 512",
+        ),
+        (
+            lambda ship: ship.answer("add 3", ["1 " * 600]),
+            "input 1 with an answer .* the Task LLM reads at most 512",
+        ),
         (lambda ship: ship.decode([0.0]), "has 1 numbers and this run's has 64"),
     ],
 )
@@ -177,9 +245,16 @@ def _rows(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
 
 
 def test_answer_verb_reads_arguments_a_file_and_standard_input(
-    bundle: Path, ship: Ship, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    bundle: Path,
+    ship: Ship,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = [{"input": x, "answer": y} for x, y in zip(["1 2", "3 4 9"], ship.answer("add 3", ["1 2", "3 4 9"]), strict=True)]
+    expected = [
+        {"input": x, "answer": y}
+        for x, y in zip(["1 2", "3 4 9"], ship.answer("add 3", ["1 2", "3 4 9"]), strict=True)
+    ]
     assert cli.main(["answer", "add 3", "1 2", "3 4 9", "--run", str(bundle)]) == 0
     assert _rows(capsys) == expected
     path = _file(tmp_path, '{"input": "1 2"}\n\n3 4 9\n')
@@ -194,18 +269,42 @@ def test_induce_verb_shows_candidates_and_progress(
     bundle: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = _file(tmp_path, '{"input": "3 4 9", "target": "4 9"}\n')
-    assert cli.main(["induce", "--run", str(bundle), "--file", path, "--method", "bank", "--candidates", "2"]) == 0
+    assert (
+        cli.main(
+            [
+                "induce",
+                "--run",
+                str(bundle),
+                "--file",
+                path,
+                "--method",
+                "bank",
+                "--candidates",
+                "2",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     row = json.loads(shown.out)
     assert row["instruction"] == row["candidates"][0]["instruction"] and len(row["candidates"]) == 2
-    assert row["num_examples"] == 1 and len(row["latent"]) == 64 and "known instructions" in shown.err
+    assert (
+        row["num_examples"] == 1 and len(row["latent"]) == 64 and "known instructions" in shown.err
+    )
     assert cli.main(["induce", "--run", str(bundle), "--adapter", str(adapter)]) == 0
     assert _rows(capsys)[0]["instruction"] == "remove element 2"
 
 
-def test_reason_verb_gives_a_row_an_input(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reason_verb_gives_a_row_an_input(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = _file(tmp_path, '{"input": "3 4 9", "target": "4 9"}\n')
-    assert cli.main(["reason", "1 2", "5 5 5", "--run", str(bundle), "--file", path, "--method", "bank"]) == 0
+    assert (
+        cli.main(
+            ["reason", "1 2", "5 5 5", "--run", str(bundle), "--file", path, "--method", "bank"]
+        )
+        == 0
+    )
     rows = _rows(capsys)
     assert [row["input"] for row in rows] == ["1 2", "5 5 5"]
     assert all(row.keys() == {"input", "instruction", "found", "refined", "stated"} for row in rows)
@@ -217,7 +316,12 @@ def test_reason_verb_gives_a_row_an_input(bundle: Path, tmp_path: Path, capsys: 
     [("", "is empty"), ('{"input": 3}\n', "line 1: input: expected a string, got int")],
 )
 def test_a_bad_file_is_one_line(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: list[str], text: str, message: str
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    verb: list[str],
+    text: str,
+    message: str,
 ) -> None:
     assert cli.main([*verb, "--run", str(bundle), "--file", _file(tmp_path, text)]) == 2
     shown = capsys.readouterr()
@@ -234,7 +338,9 @@ def test_contradiction_is_one_line_on_the_command_line(
     assert "no instruction gives both" in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
-def test_a_runs_bundle_and_one_from_its_checkpoint_know_the_seen_instructions(one_rank_run: Path, tmp_path: Path) -> None:
+def test_a_runs_bundle_and_one_from_its_checkpoint_know_the_seen_instructions(
+    one_rank_run: Path, tmp_path: Path
+) -> None:
     seen = json.loads((one_rank_run / "splits.json").read_text())["seen"]
     bundle_from_checkpoint(one_rank_run / "checkpoints" / "step-00000012", tmp_path / "bundle")
     known = [Ship.from_run(folder).known for folder in (one_rank_run, tmp_path / "bundle")]
@@ -243,6 +349,8 @@ def test_a_runs_bundle_and_one_from_its_checkpoint_know_the_seen_instructions(on
 
 def test_results_are_plain_frozen_values(ship: Ship) -> None:
     found = ship.induce(PAIRS, QUICK.model_copy(update={"method": "bank"}))
-    assert dataclasses.is_dataclass(found) and all(isinstance(value, float) for value in found.latent)
+    assert dataclasses.is_dataclass(found) and all(
+        isinstance(value, float) for value in found.latent
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.instruction = "other"  # type: ignore[misc]

@@ -1,4 +1,5 @@
-"""Induction on behaviour that an adapter of the model itself made, so the right answer is known exactly."""
+"""Induction on behaviour that an adapter of the model itself made, so the right answer is known
+exactly."""
 
 import pytest
 import torch
@@ -13,8 +14,18 @@ from ship_ds.inference.induction import InductionConfig, induce_many
 from ship_ds.inference.proposals import edits, key_of, sampled, splices, views
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
 
-QUICK = {"num_views": 2, "num_samples": 2, "num_beams": 2, "num_rounds": 1, "num_edits": 4, "refine_steps": 2, "steps": 4,
-         "num_known": 8, "num_restarts": 2, "max_new_tokens": 8}
+QUICK = {
+    "num_views": 2,
+    "num_samples": 2,
+    "num_beams": 2,
+    "num_rounds": 1,
+    "num_edits": 4,
+    "refine_steps": 2,
+    "steps": 4,
+    "num_known": 8,
+    "num_restarts": 2,
+    "max_new_tokens": 8,
+}
 
 
 def behaviour(ship: Ship, instruction: str, inputs: list[str], count: int = 5) -> list[Example]:
@@ -32,9 +43,13 @@ def test_a_fit_is_the_greedy_answer_and_its_loss(ship: Ship, inputs: list[str]) 
     texts = ["add 3", "remove every 5"]
     fit = fit_of_latents(ship.model, ship.model.encode(texts), texts, [own, own])
     assert fit.right_CM[0].all() and not fit.right_CM[1].all()
-    assert fit.right_CM[1].tolist() == [example.target == answer for example, answer in zip(own, other, strict=True)]
+    assert fit.right_CM[1].tolist() == [
+        example.target == answer for example, answer in zip(own, other, strict=True)
+    ]
     logits, labels = ship.model.task_llm(
-        ship.model.adapt(ship.model.encode(["add 3"])), ship.model.task_batch([own[2].input], [own[2].target], ["add 3"]), 1
+        ship.model.adapt(ship.model.encode(["add 3"])),
+        ship.model.task_batch([own[2].input], [own[2].target], ["add 3"]),
+        1,
     )
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     assert float(fit.loss_CM[0, 2]) == pytest.approx(float(expected), rel=1e-3)
@@ -48,30 +63,48 @@ def test_fit_in_prompt_is_the_bare_models_answer(ship: Ship, inputs: list[str]) 
 
 
 def test_the_bank_finds_the_instruction_behind_the_behaviour(ship: Ship, inputs: list[str]) -> None:
-    config = InductionConfig.model_validate({**QUICK, "method": "bank", "num_known": 24, "num_finalists": 24})
+    config = InductionConfig.model_validate(
+        {**QUICK, "method": "bank", "num_known": 24, "num_finalists": 24}
+    )
     said = ["add 3", "remove every 5", "take the first 2"]
-    found = induce_many(ship.model, ship.bank, [behaviour(ship, text, inputs) for text in said], config)
+    found = induce_many(
+        ship.model, ship.bank, [behaviour(ship, text, inputs) for text in said], config
+    )
     for text, induction in zip(said, found, strict=True):
         right = {c.instruction: c.num_right for c in induction.candidates}
-        assert right[text] == 5 == induction.num_right and list(right.values()).count(5) < len(right) / 2
+        assert (
+            right[text] == 5 == induction.num_right
+            and list(right.values()).count(5) < len(right) / 2
+        )
         assert {c.origin for c in induction.candidates} == {"known"}
 
 
-def test_the_walk_over_the_bank_is_the_exhaustive_search_on_a_small_one(ship: Ship, inputs: list[str]) -> None:
+def test_the_walk_over_the_bank_is_the_exhaustive_search_on_a_small_one(
+    ship: Ship, inputs: list[str]
+) -> None:
     tasks = [behaviour(ship, text, inputs, 1) for text in ("add 3", "remove every 5")]
     bank = ship.bank
     walked = bank.shortlist(ship.model, tasks, 5)
     texts = list(bank.instructions)
     for task, row in zip(tasks, walked, strict=True):
-        losses = fit_of_latents(ship.model, bank.latent_CZ, texts, [task] * len(texts)).loss_CM[:, 0]
+        losses = fit_of_latents(ship.model, bank.latent_CZ, texts, [task] * len(texts)).loss_CM[
+            :, 0
+        ]
         assert row == losses.topk(5, largest=False).indices.tolist()
     barred = bank.shortlist(ship.model, tasks, 5, [walked[0][0], -1])
     assert walked[0][0] not in barred[0] and barred[1] == walked[1]
 
 
-def test_the_union_finds_an_instruction_that_follows_by_analogy_and_the_bank_does_not(ship: Ship, inputs: list[str]) -> None:
-    """By the walk, since fewer are handed on than there are; the untrained decoder writes nothing of the kind."""
-    texts = [f"{start} {number}" for number in (1, 2, 3, 4, 5) for start in ("add", "remove every", "append")]
+def test_the_union_finds_an_instruction_that_follows_by_analogy_and_the_bank_does_not(
+    ship: Ship, inputs: list[str]
+) -> None:
+    """By the walk, since fewer are handed on than there are; the untrained decoder writes nothing
+    of the kind."""
+    texts = [
+        f"{start} {number}"
+        for number in (1, 2, 3, 4, 5)
+        for start in ("add", "remove every", "append")
+    ]
     bank = Bank.build(ship.model, [text for text in texts if text != "remove every 4"])
     task = behaviour(ship, "remove every 4", inputs)
     settings = {**QUICK, "num_known": 6, "num_samples": 0, "num_finalists": 15, "num_rounds": 0}
@@ -79,37 +112,60 @@ def test_the_union_finds_an_instruction_that_follows_by_analogy_and_the_bank_doe
         induce_many(ship.model, bank, [task], InductionConfig.model_validate(settings | changes))
         for changes in ({}, {"method": "bank"}, {"analogies": False})
     )
-    assert {c.instruction: c.origin for c in union.candidates}["remove every 4"] == "analogy" and union.num_right == 5
+    assert {c.instruction: c.origin for c in union.candidates}[
+        "remove every 4"
+    ] == "analogy" and union.num_right == 5
     for other in (known, without):
         assert "remove every 4" not in {c.instruction for c in other.candidates}
     assert "analogy" not in {c.origin for c in without.candidates}
 
 
 def test_a_thorough_walk_goes_by_more_examples(ship: Ship, inputs: list[str]) -> None:
-    """Two adapters may explain the first example alike; what the walk returns is ordered by all that it tried."""
+    """Two adapters may explain the first example alike; what the walk returns is ordered by all
+    that it tried."""
     task, bank = behaviour(ship, "put 7", inputs, 3), ship.bank
-    losses_CM = fit_of_latents(ship.model, bank.latent_CZ, bank.instructions, [task] * len(bank)).loss_CM
+    losses_CM = fit_of_latents(
+        ship.model, bank.latent_CZ, bank.instructions, [task] * len(bank)
+    ).loss_CM
     for walk in (BRIEF, THOROUGH):
         found = bank.shortlist(ship.model, [task], 3, walk=walk)[0]
         losses_C = losses_CM[:, : walk.num_tried].sum(1)
-        assert losses_C[found].tolist() == pytest.approx(losses_C.topk(3, largest=False).values.tolist(), rel=1e-4)
-    by_one, by_two = (losses_CM[:, :count].sum(1).topk(3, largest=False).indices.tolist() for count in (1, 2))
+        assert losses_C[found].tolist() == pytest.approx(
+            losses_C.topk(3, largest=False).values.tolist(), rel=1e-4
+        )
+    by_one, by_two = (
+        losses_CM[:, :count].sum(1).topk(3, largest=False).indices.tolist() for count in (1, 2)
+    )
     assert by_one != by_two
 
 
-def test_trying_all_known_misses_none_of_the_best_in_a_bank_too_large_to_walk_whole(ship: Ship, inputs: list[str]) -> None:
-    texts = [f"{start} {number}" for number in range(10) for start in ("add", "append", "put", "replace 3 by", "keep", "sort")]
+def test_trying_all_known_misses_none_of_the_best_in_a_bank_too_large_to_walk_whole(
+    ship: Ship, inputs: list[str]
+) -> None:
+    texts = [
+        f"{start} {number}"
+        for number in range(10)
+        for start in ("add", "append", "put", "replace 3 by", "keep", "sort")
+    ]
     bank = Bank.build(ship.model, texts)
     tasks = [behaviour(ship, text, inputs, 2) for text in ("put 7", "sort 0", "reverse the list")]
-    found, walked = bank.shortlist_of_all(ship.model, tasks, 4), bank.shortlist(ship.model, tasks, 4)
+    found, walked = (
+        bank.shortlist_of_all(ship.model, tasks, 4),
+        bank.shortlist(ship.model, tasks, 4),
+    )
     for task, row, others in zip(tasks, found, walked, strict=True):
-        losses = fit_of_latents(ship.model, bank.latent_CZ, texts, [task[:1]] * len(texts)).loss_CM[:, 0]
-        assert losses[row].tolist() == pytest.approx(losses.topk(4, largest=False).values.tolist(), abs=1e-4)
+        losses = fit_of_latents(ship.model, bank.latent_CZ, texts, [task[:1]] * len(texts)).loss_CM[
+            :, 0
+        ]
+        assert losses[row].tolist() == pytest.approx(
+            losses.topk(4, largest=False).values.tolist(), abs=1e-4
+        )
         assert (losses[row] <= losses[others] + 1e-4).all(), "the walk cannot do better"
 
 
 def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list[str]) -> None:
-    """With a beam as wide as the bank the tree gives every instruction, ordered as whole texts are."""
+    """With a beam as wide as the bank the tree gives every instruction, ordered as whole texts
+    are."""
     from ship_ds.inference.proposals import _soft
     from ship_ds.inference.scoring import losses_by_example
     from ship_ds.model.batch import TokenBatch
@@ -119,7 +175,9 @@ def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list
     found = bank.shortlist_by_decoder(model, [shown], len(bank))[0]
     prompts = model.decoder_prompts
     batch = TokenBatch.build(
-        [prompts.decoder_prompt(shown)] * len(bank), [prompts.target(text) for text in bank.instructions], prompts.pad_id,
+        [prompts.decoder_prompt(shown)] * len(bank),
+        [prompts.target(text) for text in bank.instructions],
+        prompts.pad_id,
         model.config.decoder.num_soft_tokens,
     )
     with torch.no_grad():
@@ -130,45 +188,73 @@ def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list
 
 
 @pytest.mark.parametrize("method", ["direct", "indirect", "propose", "union"])
-def test_every_method_gives_tested_candidates_in_order(ship: Ship, inputs: list[str], method: str) -> None:
+def test_every_method_gives_tested_candidates_in_order(
+    ship: Ship, inputs: list[str], method: str
+) -> None:
     config = InductionConfig.model_validate({"method": method, **QUICK})
     found = induce_many(ship.model, ship.bank, [behaviour(ship, "add 3", inputs, 3)], config)[0]
-    keys = [(-(c.num_right + c.num_right_in_prompt), c.loss + c.loss_in_prompt) for c in found.candidates]
+    keys = [
+        (-(c.num_right + c.num_right_in_prompt), c.loss + c.loss_in_prompt)
+        for c in found.candidates
+    ]
     assert keys == sorted(keys) and len({c.instruction for c in found.candidates}) == len(keys) > 0
     assert found.instruction == found.candidates[0].instruction and found.num_examples == 3
-    assert {c.origin for c in found.candidates} <= {"known", "sampled", "beam", "refined", "edit", "splice", "neutral"}
+    assert {c.origin for c in found.candidates} <= {
+        "known",
+        "sampled",
+        "beam",
+        "refined",
+        "edit",
+        "splice",
+        "neutral",
+    }
 
 
 def test_a_decoder_that_proposes_nothing_leaves_the_neutral_instruction(
     ship: Ship, inputs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ship_ds.inference.induction._proposed", lambda model, tasks, config, seed: [[] for _ in tasks])
+    monkeypatch.setattr(
+        "ship_ds.inference.induction._proposed",
+        lambda model, tasks, config, seed: [[] for _ in tasks],
+    )
     config = InductionConfig.model_validate({**QUICK, "method": "propose", "num_rounds": 0})
     found = induce_many(ship.model, ship.bank, [behaviour(ship, "add 3", inputs, 3)], config)[0]
     assert [c.origin for c in found.candidates] == ["neutral"]
 
 
-def test_descent_lowers_the_loss_and_restarts_are_independent(ship: Ship, inputs: list[str]) -> None:
+def test_descent_lowers_the_loss_and_restarts_are_independent(
+    ship: Ship, inputs: list[str]
+) -> None:
     examples = behaviour(ship, "add 3", inputs)
     start = torch.zeros(2, ship.config.model.latent_size)
     start[1] = ship.model.encode(["remove every 5"])[0]
     before = fit_of_latents(ship.model, start, ["", ""], [examples] * 2).loss_CM.mean(1)
-    both = descend_on_latent(ship.model, start, ["", ""], [examples] * 2, 8, 0.05, 0.0, hold_back=False)
+    both = descend_on_latent(
+        ship.model, start, ["", ""], [examples] * 2, 8, 0.05, 0.0, hold_back=False
+    )
     assert (both.loss_C < before).all()
-    alone = descend_on_latent(ship.model, start[1:], [""], [examples], 8, 0.05, 0.0, hold_back=False)
+    alone = descend_on_latent(
+        ship.model, start[1:], [""], [examples], 8, 0.05, 0.0, hold_back=False
+    )
     torch.testing.assert_close(alone.latent_CZ[0], both.latent_CZ[1], rtol=1e-3, atol=1e-4)
 
 
 def test_the_prior_pulls_z_to_zero(ship: Ship, inputs: list[str]) -> None:
     examples, start = [behaviour(ship, "add 3", inputs)], ship.model.encode(["remove every 5"])
     norms = [
-        float(descend_on_latent(ship.model, start, [""], examples, 5, 0.05, prior, hold_back=False).latent_CZ.norm())
+        float(
+            descend_on_latent(
+                ship.model, start, [""], examples, 5, 0.05, prior, hold_back=False
+            ).latent_CZ.norm()
+        )
         for prior in (0.0, 100.0)
     ]
     assert norms[1] < norms[0]
 
 
-def test_a_seed_repeats_an_induction_and_tasks_do_not_touch_each_other(ship: Ship, inputs: list[str]) -> None:
+def test_a_seed_repeats_an_induction_and_tasks_do_not_touch_each_other(
+    ship: Ship, inputs: list[str]
+) -> None:
     config = InductionConfig(method="propose", **QUICK)
     tasks = [behaviour(ship, text, inputs, 3) for text in ("add 3", "remove every 5")]
     state = torch.get_rng_state()
@@ -181,7 +267,9 @@ def test_a_seed_repeats_an_induction_and_tasks_do_not_touch_each_other(ship: Shi
 
 def test_tasks_may_have_different_numbers_of_examples(ship: Ship, inputs: list[str]) -> None:
     config = InductionConfig(method="bank", **QUICK)
-    found = induce_many(ship.model, ship.bank, [behaviour(ship, "add 3", inputs, n) for n in (1, 4, 2)], config)
+    found = induce_many(
+        ship.model, ship.bank, [behaviour(ship, "add 3", inputs, n) for n in (1, 4, 2)], config
+    )
     assert [induction.num_examples for induction in found] == [1, 4, 2]
 
 
@@ -196,7 +284,10 @@ def test_edits_change_one_token(ship: Ship, inputs: list[str]) -> None:
     shown = behaviour(ship, "add 3", inputs, 2)
     found = edits(ship.model, [shown], ["remove every 5"], 6)[0]
     assert len(set(found)) == 6
-    assert all(sum(a != b for a, b in zip(text.split(), "remove every 5".split(), strict=True)) == 1 for text in found)
+    assert all(
+        sum(a != b for a, b in zip(text.split(), "remove every 5".split(), strict=True)) == 1
+        for text in found
+    )
 
 
 def test_splices_go_on_as_another_text_from_a_shared_token(ship: Ship) -> None:
@@ -207,15 +298,24 @@ def test_splices_go_on_as_another_text_from_a_shared_token(ship: Ship) -> None:
     assert not [text for text in found if "sort" in text]
     assert splices(ship.model, texts, 20, 12, known=found[:1]) == found[1:]
     assert splices(ship.model, texts[:1], 20, 12, known=()) == []
-    assert splices(ship.model, texts, 20, 8, known=()) == [text for text in found if len(text.split()) < 8]
+    assert splices(ship.model, texts, 20, 8, known=()) == [
+        text for text in found if len(text.split()) < 8
+    ]
     assert splices(ship.model, texts, 1, 12, known=()) == found[:1]
 
 
 def test_induction_splices_the_best_texts_unless_told_not_to(ship: Ship, inputs: list[str]) -> None:
-    tasks = [behaviour(ship, text, inputs, 3) for text in ("add 3", "remove every 5", "take the first 2")]
+    tasks = [
+        behaviour(ship, text, inputs, 3) for text in ("add 3", "remove every 5", "take the first 2")
+    ]
     config = {**QUICK, "method": "propose", "num_finalists": 80, "num_samples": 6}
     for num_splices in (0, 40):
-        found = induce_many(ship.model, ship.bank, tasks, InductionConfig.model_validate({**config, "num_splices": num_splices}))
+        found = induce_many(
+            ship.model,
+            ship.bank,
+            tasks,
+            InductionConfig.model_validate({**config, "num_splices": num_splices}),
+        )
         origins = {candidate.origin for induction in found for candidate in induction.candidates}
         assert ("splice" in origins) == (num_splices > 0)
 
@@ -242,6 +342,11 @@ def test_no_bank_and_no_examples_are_one_line(ship: Ship) -> None:
 
 
 def test_nearest_seen_does_not_take_a_tasks_own_instruction(ship: Ship, inputs: list[str]) -> None:
-    seen = [SplitTask(Task(text, text, ()), tuple(behaviour(ship, text, inputs)), ()) for text in ship.known[:8]]
+    seen = [
+        SplitTask(Task(text, text, ()), tuple(behaviour(ship, text, inputs)), ())
+        for text in ship.known[:8]
+    ]
     found = nearest_seen(ship.model, seen[:2], seen)
-    assert all(text in ship.known[:8] and text != task.id for text, task in zip(found, seen, strict=False))
+    assert all(
+        text in ship.known[:8] and text != task.id for text, task in zip(found, seen, strict=False)
+    )

@@ -22,15 +22,24 @@ from ship_ds.model.adapters import LoraAdapter
 
 VOCABULARY, HIDDEN, EOS = 61, 64, 1
 _SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": EOS,
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": EOS,
     "bos_token_id": None,
 }
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
 
 
 def tiny_lm(family: str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
-    """Random weights large enough that logits tell mistakes apart; sliding windows of 4 tokens, Gemma tied and capped."""
+    """Random weights large enough that logits tell mistakes apart; sliding windows of 4 tokens,
+    Gemma tied and capped."""
     torch.manual_seed(seed)
     sliding = {"sliding_window": 4}
     attention = attention or ("eager" if family == "gemma2" else "sdpa")
@@ -40,31 +49,47 @@ def tiny_lm(family: str, attention: str | None = None, seed: int = 0) -> PreTrai
             model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**sizes))
         case "qwen2":
             sizes.pop("head_dim")
-            model = Qwen2ForCausalLM(Qwen2Config(**sizes, use_sliding_window=True, max_window_layers=1, **sliding))
+            model = Qwen2ForCausalLM(
+                Qwen2Config(**sizes, use_sliding_window=True, max_window_layers=1, **sliding)
+            )
         case "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**sizes))
         case "mistral":
             model = MistralForCausalLM(MistralConfig(**sizes, **sliding))
         case _:
-            model = Gemma2ForCausalLM(Gemma2Config(
-                **sizes, **sliding, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
-                tie_word_embeddings=True,
-            ))
+            model = Gemma2ForCausalLM(
+                Gemma2Config(
+                    **sizes,
+                    **sliding,
+                    query_pre_attn_scalar=16,
+                    attn_logit_softcapping=2.0,
+                    final_logit_softcapping=3.0,
+                    tie_word_embeddings=True,
+                )
+            )
     return model.eval()
 
 
-def random_lora(sites: Mapping[str, tuple[int, int]], num_tasks: int, rank: int = 3, seed: int = 1) -> LoraAdapter:
+def random_lora(
+    sites: Mapping[str, tuple[int, int]], num_tasks: int, rank: int = 3, seed: int = 1
+) -> LoraAdapter:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=generator) * 0.2).requires_grad_()
 
     return LoraAdapter(
-        {path: (draw(num_tasks, rank, num_in), draw(num_tasks, num_out, rank)) for path, (num_in, num_out) in sites.items()}, 2.0
+        {
+            path: (draw(num_tasks, rank, num_in), draw(num_tasks, num_out, rank))
+            for path, (num_in, num_out) in sites.items()
+        },
+        2.0,
     )
 
 
 def random_rows(lengths: Sequence[int], seed: int = 2) -> list[list[int]]:
     """Token ids without padding and end-of-sequence."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [
+        torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths
+    ]

@@ -1,4 +1,5 @@
-"""Adapters as explicit values: applied per row, seen again by a recomputation, nothing left behind."""
+"""Adapters as explicit values: applied per row, seen again by a recomputation, nothing left
+behind."""
 
 import pytest
 import torch
@@ -15,12 +16,17 @@ TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
 def _batch(num_virtual: int = 0, seed: int = 2) -> TokenBatch:
-    return TokenBatch.build(random_rows([5, 3, 6, 4], seed), random_rows([2, 4, 1, 3], seed + 1), 0, num_virtual)
+    return TokenBatch.build(
+        random_rows([5, 3, 6, 4], seed), random_rows([2, 4, 1, 3], seed + 1), 0, num_virtual
+    )
 
 
 def _lora_pair(sites: dict[str, tuple[int, int]]) -> list[tuple[Adapter, list[Tensor]]]:
     adapters = [random_lora(sites, 2, seed=seed) for seed in (1, 2)]
-    return [(adapter, [tensor for pair in adapter.factors.values() for tensor in pair]) for adapter in adapters]
+    return [
+        (adapter, [tensor for pair in adapter.factors.values() for tensor in pair])
+        for adapter in adapters
+    ]
 
 
 def _prompt_pair(sites: dict[str, tuple[int, int]]) -> list[tuple[Adapter, list[Tensor]]]:
@@ -44,12 +50,20 @@ def test_two_forwards_then_two_backwards_with_checkpointing(kind: str, packed: b
             tokens = adapter.virtual_tokens()
             soft = None if tokens is None else tokens.repeat_interleave(2, 0)
             logits, labels = label_logits(
-                model, _batch(num_virtual, seed), soft, adapter, packed=packed, checkpointing=checkpointing, num_tasks=2
+                model,
+                _batch(num_virtual, seed),
+                soft,
+                adapter,
+                packed=packed,
+                checkpointing=checkpointing,
+                num_tasks=2,
             )
             losses.append(nn.functional.cross_entropy(logits, labels))
         for loss in losses:
             loss.backward()
-        gradients[checkpointing] = [tensor.grad for _, leaves in pairs for tensor in leaves if tensor.grad is not None]
+        gradients[checkpointing] = [
+            tensor.grad for _, leaves in pairs for tensor in leaves if tensor.grad is not None
+        ]
         assert len(gradients[checkpointing]) == sum(len(leaves) for _, leaves in pairs)
     for plain, recomputed in zip(gradients[False], gradients[True], strict=True):
         assert plain.abs().max() > 0
@@ -62,7 +76,9 @@ def test_checkpointing_recomputes_every_block() -> None:
     calls = []
     for block in model.model.layers:
         block.block.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
-    logits, _ = label_logits(model, _batch(), adapter=random_lora(sites, 2), checkpointing=True, num_tasks=2)
+    logits, _ = label_logits(
+        model, _batch(), adapter=random_lora(sites, 2), checkpointing=True, num_tasks=2
+    )
     assert len(calls) == 2
     logits.sum().backward()
     assert len(calls) == 4
@@ -72,8 +88,11 @@ def test_no_adapter_stays_current_after_a_forward_that_raised() -> None:
     model = tiny_lm("llama")
     sites = wrap_sites(model, TARGETS)
     with pytest.raises(RuntimeError):
-        label_logits(model, _batch(), adapter=random_lora(sites, 3), num_tasks=3)  # 4 rows cannot belong to 3 tasks
-    assert all(module.adapter is None for module in model.modules() if isinstance(module, AdaptedLinear))
+        # 4 rows cannot belong to 3 tasks
+        label_logits(model, _batch(), adapter=random_lora(sites, 3), num_tasks=3)
+    assert all(
+        module.adapter is None for module in model.modules() if isinstance(module, AdaptedLinear)
+    )
 
 
 def test_rows_of_tasks_answer_as_each_task_alone() -> None:
@@ -83,9 +102,13 @@ def test_rows_of_tasks_answer_as_each_task_alone() -> None:
     prompts, targets = random_rows([5, 3, 6, 4], 2), random_rows([2, 4, 1, 3], 3)
     for task, rows in enumerate((slice(0, 2), slice(2, 4))):
         alone, _ = label_logits(
-            model, TokenBatch.build(prompts[rows], targets[rows], 0), adapter=adapter.rows(torch.tensor([task]))
+            model,
+            TokenBatch.build(prompts[rows], targets[rows], 0),
+            adapter=adapter.rows(torch.tensor([task])),
         )
-        torch.testing.assert_close(both[slice(0, 6) if task == 0 else slice(6, 10)], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            both[slice(0, 6) if task == 0 else slice(6, 10)], alone, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("index", [[0, 0, 1, 1], [1, 0], [1]])
@@ -95,7 +118,9 @@ def test_rows_expand_reorder_and_compact(index: list[int]) -> None:
     picked = lora.rows(chosen)
     x = torch.randn(len(index), 5, 4)
     a_TRI, b_TOR = lora.factors["a"]
-    expected = torch.stack([2.0 * row @ a_TRI[t].T @ b_TOR[t].T for row, t in zip(x, index, strict=True)])
+    expected = torch.stack(
+        [2.0 * row @ a_TRI[t].T @ b_TOR[t].T for row, t in zip(x, index, strict=True)]
+    )
     delta = picked.delta("a", x)
     assert delta is not None and picked.delta("another", x) is None
     torch.testing.assert_close(delta, expected)
@@ -107,23 +132,30 @@ def test_zero_b_is_the_base_model() -> None:
     model, stock = tiny_lm("llama"), tiny_lm("llama")
     sites = wrap_sites(model, TARGETS)
     adapter = random_lora(sites, 2)
-    silent = LoraAdapter({path: (a, torch.zeros_like(b)) for path, (a, b) in adapter.factors.items()}, 2.0)
+    silent = LoraAdapter(
+        {path: (a, torch.zeros_like(b)) for path, (a, b) in adapter.factors.items()}, 2.0
+    )
     base, _ = label_logits(stock, _batch())
     assert torch.equal(label_logits(model, _batch(), adapter=silent, num_tasks=2)[0], base)
-    assert not torch.allclose(label_logits(model, _batch(), adapter=adapter, num_tasks=2)[0], base, atol=1e-2)
+    assert not torch.allclose(
+        label_logits(model, _batch(), adapter=adapter, num_tasks=2)[0], base, atol=1e-2
+    )
 
 
 def test_sites_are_keyed_by_module_path_with_their_shapes() -> None:
     sites = wrap_sites(tiny_lm("llama"), ("k_proj", "down_proj"))
     assert sites == {
-        f"model.layers.{layer}.{name}": shape for layer in (0, 1)
+        f"model.layers.{layer}.{name}": shape
+        for layer in (0, 1)
         for name, shape in (("self_attn.k_proj", (HIDDEN, 32)), ("mlp.down_proj", (128, HIDDEN)))
     }
 
 
 def test_missing_target_is_named_and_nothing_is_wrapped() -> None:
     model = tiny_lm("llama")
-    with pytest.raises(UserError, match="'c_attn'; its blocks have down_proj, gate_proj, k_proj") as error:
+    with pytest.raises(
+        UserError, match="'c_attn'; its blocks have down_proj, gate_proj, k_proj"
+    ) as error:
         wrap_sites(model, ("q_proj", "c_attn"))
     assert "\n" not in str(error.value)
     assert not any(isinstance(module, AdaptedLinear) for module in model.modules())

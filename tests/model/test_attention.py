@@ -1,6 +1,7 @@
 """Which attention is chosen, and torch's variable-length kernel behind transformers' interface.
 
-The kernel needs CUDA: here a reference with its signature, one masked SDPA a sequence, stands in for it.
+The kernel needs CUDA: here a reference with its signature, one masked SDPA a sequence, stands in
+for it.
 """
 
 import importlib.util
@@ -32,21 +33,39 @@ def flash_attn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
 
 
-@pytest.mark.parametrize(("choice", "device", "flash_attn", "caps", "expected"), [
-    ("auto", CPU, True, False, "sdpa"), ("sdpa", CPU, False, False, "sdpa"), ("auto", CPU, False, True, "eager"),
-    ("auto", CUDA, True, False, FLASH), ("auto", CUDA, False, False, VARLEN), ("auto", CUDA, False, True, "eager"),
-    ("auto", CUDA, True, True, FLASH), ("varlen", CUDA, True, False, VARLEN), ("flash", CUDA, True, False, FLASH),
-    ("sdpa", CUDA, True, False, "sdpa"),
-], indirect=["flash_attn"])
-def test_choice_resolves(choice: Any, device: torch.device, flash_attn: None, caps: bool, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("choice", "device", "flash_attn", "caps", "expected"),
+    [
+        ("auto", CPU, True, False, "sdpa"),
+        ("sdpa", CPU, False, False, "sdpa"),
+        ("auto", CPU, False, True, "eager"),
+        ("auto", CUDA, True, False, FLASH),
+        ("auto", CUDA, False, False, VARLEN),
+        ("auto", CUDA, False, True, "eager"),
+        ("auto", CUDA, True, True, FLASH),
+        ("varlen", CUDA, True, False, VARLEN),
+        ("flash", CUDA, True, False, FLASH),
+        ("sdpa", CUDA, True, False, "sdpa"),
+    ],
+    indirect=["flash_attn"],
+)
+def test_choice_resolves(
+    choice: Any, device: torch.device, flash_attn: None, caps: bool, expected: str
+) -> None:
     assert resolve(choice, device, caps) == expected
 
 
-@pytest.mark.parametrize(("choice", "device", "flash_attn", "caps", "message"), [
-    ("varlen", CPU, True, False, "model.attention=varlen: needs CUDA"), ("flash", CPU, True, False, "needs CUDA"),
-    ("flash", CUDA, False, False, "flash_attn is not installed"), ("varlen", CUDA, False, True, "soft-caps"),
-    ("sdpa", CPU, False, True, "soft-caps"),
-], indirect=["flash_attn"])
+@pytest.mark.parametrize(
+    ("choice", "device", "flash_attn", "caps", "message"),
+    [
+        ("varlen", CPU, True, False, "model.attention=varlen: needs CUDA"),
+        ("flash", CPU, True, False, "needs CUDA"),
+        ("flash", CUDA, False, False, "flash_attn is not installed"),
+        ("varlen", CUDA, False, True, "soft-caps"),
+        ("sdpa", CPU, False, True, "soft-caps"),
+    ],
+    indirect=["flash_attn"],
+)
 def test_choice_that_cannot_run_is_one_line(
     choice: Any, device: torch.device, flash_attn: None, caps: bool, message: str
 ) -> None:
@@ -62,13 +81,27 @@ class Kernel:
         self.num_calls = 0
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor | None,
+        max_q: int,
+        max_k: int,
         **options: Any,
     ) -> Tensor:
-        inspect.signature(varlen_attn).bind(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+        inspect.signature(varlen_attn).bind(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options
+        )
         self.num_calls += 1
         ends = cu_seq_q.tolist()
-        assert cu_seq_q.dtype == torch.int32 and isinstance(max_q, int) and ends[0] == 0 and ends[-1] == len(query) == len(key)
+        assert (
+            cu_seq_q.dtype == torch.int32
+            and isinstance(max_q, int)
+            and ends[0] == 0
+            and ends[-1] == len(query) == len(key)
+        )
         assert max(b - a for a, b in zip(ends, ends[1:], strict=False)) <= max_q
         assert options["enable_gqa"] == (query.shape[1] != key.shape[1])
         left, right = options["window_size"]
@@ -78,7 +111,9 @@ class Kernel:
             q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
             distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
             visible = (distance >= 0) & ((distance <= left) if left >= 0 else torch.tensor(True))
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=options["scale"], enable_gqa=True)
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, visible, scale=options["scale"], enable_gqa=True
+            )
             parts.append(out.transpose(0, 1))
         return torch.cat(parts)
 
@@ -97,12 +132,16 @@ def _batch() -> TokenBatch:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", UNCAPPED)
-def test_kernel_gives_the_stock_logits_and_gradients(family: str, packed: bool, kernel: Kernel) -> None:
+def test_kernel_gives_the_stock_logits_and_gradients(
+    family: str, packed: bool, kernel: Kernel
+) -> None:
     results = []
     for implementation in ("sdpa", VARLEN):
         model = tiny_lm(family, implementation).requires_grad_(False)
         adapter = random_lora(wrap_sites(model, ("q_proj", "v_proj")), 2)
-        logits, labels = label_logits(model, _batch(), None, adapter, packed=packed, num_tasks=2, checkpointing=True)
+        logits, labels = label_logits(
+            model, _batch(), None, adapter, packed=packed, num_tasks=2, checkpointing=True
+        )
         torch.nn.functional.cross_entropy(logits, labels).backward()
         results.append((logits, *(a.grad for a, _ in adapter.factors.values())))
     for ours, stock in zip(*results, strict=True):
@@ -114,14 +153,20 @@ def test_kernel_finds_the_sequences_from_the_positions_alone(kernel: Kernel) -> 
     ids = torch.tensor([random_rows([9])[0]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])
     ours = tiny_lm("llama", VARLEN)(input_ids=ids, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(ours, tiny_lm("llama")(input_ids=ids, position_ids=positions, use_cache=False).logits)
+    torch.testing.assert_close(
+        ours, tiny_lm("llama")(input_ids=ids, position_ids=positions, use_cache=False).logits
+    )
     assert kernel.num_calls == 2
 
 
 @pytest.mark.parametrize("family", UNCAPPED)
-def test_generation_with_padding_and_cache_leaves_the_kernel_alone(family: str, kernel: Kernel) -> None:
+def test_generation_with_padding_and_cache_leaves_the_kernel_alone(
+    family: str, kernel: Kernel
+) -> None:
     prompts = TokenBatch.build(random_rows([9, 4, 7]), None, 0)
-    assert greedy(tiny_lm(family, VARLEN), prompts, None, None, EOS, 8) == greedy(tiny_lm(family), prompts, None, None, EOS, 8)
+    assert greedy(tiny_lm(family, VARLEN), prompts, None, None, EOS, 8) == greedy(
+        tiny_lm(family), prompts, None, None, EOS, 8
+    )
     assert kernel.num_calls == 0
 
 

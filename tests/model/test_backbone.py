@@ -26,23 +26,39 @@ def _four_bit(model: Any) -> list[bnb.nn.Linear4bit]:
     return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
-def test_nf4_holds_every_linear_in_uint8_and_computes_with_its_dequantised_weight(folder: str) -> None:
+def test_nf4_holds_every_linear_in_uint8_and_computes_with_its_dequantised_weight(
+    folder: str,
+) -> None:
     plain, quantised = load_lm(folder, "none", torch.float32), load_lm(folder, "nf4", torch.float32)
-    layers = {name: module for name, module in quantised.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    layers = {
+        name: module
+        for name, module in quantised.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    }
     assert len(layers) == 2 * 7
     for name, layer in layers.items():
         state = layer.weight.quant_state
         assert layer.weight.dtype == torch.uint8 and state.quant_type == "nf4" and state.nested
-        exact, held = plain.get_submodule(name).weight.detach(), bnb.functional.dequantize_4bit(layer.weight.data, state)
-        assert 0.02 < float((held - exact).norm() / exact.norm()) < 0.12  # 9 % is what NF4 loses on a normal distribution
+        exact, held = (
+            plain.get_submodule(name).weight.detach(),
+            bnb.functional.dequantize_4bit(layer.weight.data, state),
+        )
+        # 9 % is what NF4 loses on a normal distribution
+        assert 0.02 < float((held - exact).norm() / exact.norm()) < 0.12
         x = torch.randn(3, layer.in_features)
         torch.testing.assert_close(layer(x), x @ held.T, rtol=1e-4, atol=1e-4)
 
 
 def test_nf4_rows_that_the_cpu_kernel_gets_wrong_are_refused(tmp_path: Path) -> None:
-    """bitsandbytes 0.50 on a CPU: a third of the weights' norm is wrong where rows are no multiple of a block, in silence."""
+    """bitsandbytes 0.50 on a CPU: a third of the weights' norm is wrong where rows are no multiple
+    of a block, in silence."""
     config = LlamaConfig(
-        vocab_size=9, hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=3
+        vocab_size=9,
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        num_key_value_heads=3,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model.layers.0.self_attn.q_proj has 96 inputs") as error:
@@ -51,7 +67,9 @@ def test_nf4_rows_that_the_cpu_kernel_gets_wrong_are_refused(tmp_path: Path) -> 
     load_lm(str(tmp_path), "none", torch.float32)
 
 
-def test_eval_forward_on_avx512_bf16_leaves_the_packed_weights_alone(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_forward_on_avx512_bf16_leaves_the_packed_weights_alone(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Repacked in place, the weights make the next training step wrong (design.md, section 4)."""
     repacked = []
 
@@ -67,11 +85,15 @@ def test_eval_forward_on_avx512_bf16_leaves_the_packed_weights_alone(folder: str
     with torch.no_grad():
         model(IDS)
     assert not repacked and not any(layer.support_avx512bf16_for_cpu for layer in layers)
-    assert all(torch.equal(layer.weight.data, old) for layer, old in zip(layers, before, strict=True))
+    assert all(
+        torch.equal(layer.weight.data, old) for layer, old in zip(layers, before, strict=True)
+    )
     layers[0].support_avx512bf16_for_cpu = True
     with torch.no_grad():
         model(IDS)
-    assert len(repacked) == 1, "bitsandbytes would repack here: if it no longer does, this test shows nothing"
+    assert len(repacked) == 1, (
+        "bitsandbytes would repack here: if it no longer does, this test shows nothing"
+    )
 
 
 def test_training_steps_around_an_evaluation_take_the_same_loss(folder: str) -> None:
@@ -103,7 +125,9 @@ def test_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
 def test_static_lora_alone_is_trained(folder: str, quantisation: Any) -> None:
     tuning = LoraTuning(rank=2, alpha=6, dropout=0.25, targets=("q_proj", "down_proj"))
     model: Any = add_static_lora(load_lm(folder, quantisation, torch.float32), tuning)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     assert len(trained) == 2 * 2 * 2 and all("lora_" in name for name in trained)
     layer = model.model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == 3.0 and layer.lora_dropout["default"].p == 0.25
@@ -114,12 +138,19 @@ def test_static_lora_alone_is_trained(folder: str, quantisation: Any) -> None:
             if "lora_B" in name:
                 parameter.normal_()
     model(IDS).logits.square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained.values())
-    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0
+        for parameter in trained.values()
+    )
+    assert all(
+        parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad
+    )
 
 
 def test_static_lora_dropout_acts_in_training_alone(folder: str) -> None:
-    model = add_static_lora(load_lm(folder, "none", torch.float32), LoraTuning(rank=2, dropout=0.5, targets=("q_proj",)))
+    model = add_static_lora(
+        load_lm(folder, "none", torch.float32), LoraTuning(rank=2, dropout=0.5, targets=("q_proj",))
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -130,6 +161,11 @@ def test_static_lora_dropout_acts_in_training_alone(folder: str) -> None:
 
 
 def test_missing_target_of_the_static_lora_is_named(folder: str) -> None:
-    with pytest.raises(UserError, match="LlamaForCausalLM has no linear module 'query'; it has down_proj, gate_proj") as error:
-        add_static_lora(load_lm(folder, "none", torch.float32), LoraTuning(rank=2, targets=("query",)))
+    with pytest.raises(
+        UserError,
+        match="LlamaForCausalLM has no linear module 'query'; it has down_proj, gate_proj",
+    ) as error:
+        add_static_lora(
+            load_lm(folder, "none", torch.float32), LoraTuning(rank=2, targets=("query",))
+        )
     assert "\n" not in str(error.value)

@@ -17,11 +17,19 @@ PROMPTS, ANSWERS = [9, 4, 7, 12], [2, 5, 1, 3]
 NUM_VIRTUAL = 3
 
 
-def _setting(family: str, with_adapter: bool, with_soft: bool) -> tuple[Any, TokenBatch, Tensor | None, Any]:
+def _setting(
+    family: str, with_adapter: bool, with_soft: bool
+) -> tuple[Any, TokenBatch, Tensor | None, Any]:
     model = tiny_lm(family)
     sites = wrap_sites(model, TARGETS)
-    batch = TokenBatch.build(random_rows(PROMPTS), random_rows(ANSWERS, 5), 0, NUM_VIRTUAL if with_soft else 0)
-    soft = torch.randn(4, NUM_VIRTUAL, HIDDEN, generator=torch.Generator().manual_seed(9)) if with_soft else None
+    batch = TokenBatch.build(
+        random_rows(PROMPTS), random_rows(ANSWERS, 5), 0, NUM_VIRTUAL if with_soft else 0
+    )
+    soft = (
+        torch.randn(4, NUM_VIRTUAL, HIDDEN, generator=torch.Generator().manual_seed(9))
+        if with_soft
+        else None
+    )
     return model, batch, soft, random_lora(sites, 2) if with_adapter else None
 
 
@@ -34,7 +42,9 @@ def _merged(family: str, adapter: Any, task: int) -> Any:
     return model
 
 
-def _stock_label_logits(family: str, batch: TokenBatch, soft: Tensor | None, adapter: Any) -> Tensor:
+def _stock_label_logits(
+    family: str, batch: TokenBatch, soft: Tensor | None, adapter: Any
+) -> Tensor:
     """Each row alone through the stock model, without padding; all its logits."""
     found = []
     for e, length in enumerate(batch.lengths_E.tolist()):
@@ -51,7 +61,9 @@ def _stock_label_logits(family: str, batch: TokenBatch, soft: Tensor | None, ada
 @pytest.mark.parametrize("with_adapter", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_label_logits_padded_and_packed_are_the_stock_models(family: str, with_adapter: bool, with_soft: bool) -> None:
+def test_label_logits_padded_and_packed_are_the_stock_models(
+    family: str, with_adapter: bool, with_soft: bool
+) -> None:
     model, batch, soft, adapter = _setting(family, with_adapter, with_soft)
     expected = _stock_label_logits(family, batch, soft, adapter)
     assert len(expected) == sum(ANSWERS) and expected.std() > 0.1
@@ -66,9 +78,12 @@ def test_label_logits_padded_and_packed_are_the_stock_models(family: str, with_a
 def test_packed_samples_do_not_see_each_other(family: str) -> None:
     model = tiny_lm(family)
     targets = random_rows(ANSWERS, 5)
-    changed = [row if e != 1 else random_rows([4], 99)[0] for e, row in enumerate(random_rows(PROMPTS))]
+    changed = [
+        row if e != 1 else random_rows([4], 99)[0] for e, row in enumerate(random_rows(PROMPTS))
+    ]
     logits, moved = (
-        label_logits(model, TokenBatch.build(prompts, targets, 0), packed=True)[0] for prompts in (random_rows(PROMPTS), changed)
+        label_logits(model, TokenBatch.build(prompts, targets, 0), packed=True)[0]
+        for prompts in (random_rows(PROMPTS), changed)
     )
     own = slice(2, 7)  # the labels of sequence 1
     assert not torch.allclose(logits[own], moved[own], atol=1e-2)
@@ -86,7 +101,12 @@ def _generate(model: Any, batch: TokenBatch, soft: Tensor | None, length: int) -
         rows[e, width - n :] = hidden[e, :n]
         mask[e, width - n :] = 1
     out = model.generate(
-        inputs_embeds=rows, attention_mask=mask, max_new_tokens=length, do_sample=False, eos_token_id=EOS, pad_token_id=EOS
+        inputs_embeds=rows,
+        attention_mask=mask,
+        max_new_tokens=length,
+        do_sample=False,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
     ).tolist()
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
 
@@ -95,9 +115,16 @@ def _generate(model: Any, batch: TokenBatch, soft: Tensor | None, length: int) -
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_greedy_is_transformers_greedy_with_finished_rows(family: str, with_soft: bool) -> None:
-    """A biased end-of-sequence logit ends rows at different lengths; the longest outlives the sliding window."""
-    prompts = TokenBatch.build(random_rows([9, 4, 7, 12, 5, 6]), None, 0, NUM_VIRTUAL if with_soft else 0)
-    soft = torch.randn(6, NUM_VIRTUAL, HIDDEN, generator=torch.Generator().manual_seed(9)) if with_soft else None
+    """A biased end-of-sequence logit ends rows at different lengths; the longest outlives the
+    sliding window."""
+    prompts = TokenBatch.build(
+        random_rows([9, 4, 7, 12, 5, 6]), None, 0, NUM_VIRTUAL if with_soft else 0
+    )
+    soft = (
+        torch.randn(6, NUM_VIRTUAL, HIDDEN, generator=torch.Generator().manual_seed(9))
+        if with_soft
+        else None
+    )
     lengths: set[int] = set()
     for seed in range(4):
         model = tiny_lm(family, seed=seed)
@@ -127,7 +154,15 @@ def test_greedy_asks_the_ranks_before_each_further_step() -> None:
         asked.append(mine)
         return len(asked) < 3
 
-    rows = greedy(tiny_lm("llama"), TokenBatch.build(random_rows([3]), None, 0), None, None, -1, 8, any_unfinished=agree)
+    rows = greedy(
+        tiny_lm("llama"),
+        TokenBatch.build(random_rows([3]), None, 0),
+        None,
+        None,
+        -1,
+        8,
+        any_unfinished=agree,
+    )
     assert asked == [True, True, True] and [len(row) for row in rows] == [3]
 
 
@@ -137,7 +172,9 @@ def test_instruction_tokens_from_the_table_equal_their_ids_and_can_be_replaced()
     prompts, targets, before = random_rows([4, 6]), random_rows([2, 3], 5), random_rows([3, 3], 8)
     batch = TokenBatch.build(prompts, targets, 0, NUM_VIRTUAL, instructions=before)
     soft = torch.randn(2, NUM_VIRTUAL, HIDDEN)
-    as_ids = TokenBatch.build([b + p for b, p in zip(before, prompts, strict=True)], targets, 0, NUM_VIRTUAL)
+    as_ids = TokenBatch.build(
+        [b + p for b, p in zip(before, prompts, strict=True)], targets, 0, NUM_VIRTUAL
+    )
     expected, _ = label_logits(model, as_ids, soft)
     assert torch.equal(label_logits(model, batch, soft)[0], expected)
     table = model.get_input_embeddings()(torch.tensor(before))
@@ -149,8 +186,17 @@ def test_instruction_tokens_from_the_table_equal_their_ids_and_can_be_replaced()
 
 
 def test_gradients_reach_the_soft_tokens_and_the_instruction() -> None:
-    batch = TokenBatch.build(random_rows([4, 6]), random_rows([2, 3], 5), 0, NUM_VIRTUAL, instructions=random_rows([3, 3], 8))
-    soft, instruction = torch.randn(2, NUM_VIRTUAL, HIDDEN, requires_grad=True), torch.randn(2, 3, HIDDEN, requires_grad=True)
+    batch = TokenBatch.build(
+        random_rows([4, 6]),
+        random_rows([2, 3], 5),
+        0,
+        NUM_VIRTUAL,
+        instructions=random_rows([3, 3], 8),
+    )
+    soft, instruction = (
+        torch.randn(2, NUM_VIRTUAL, HIDDEN, requires_grad=True),
+        torch.randn(2, 3, HIDDEN, requires_grad=True),
+    )
     logits, labels = label_logits(tiny_lm("llama"), batch, soft, instruction=instruction)
     torch.nn.functional.cross_entropy(logits, labels).backward()
     for leaf in (soft, instruction):

@@ -1,4 +1,5 @@
-"""What z carries before any training: the scale that decides how soon both halves begin to learn."""
+"""What z carries before any training: the scale that decides how soon both halves begin to
+learn."""
 
 import torch
 

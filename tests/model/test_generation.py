@@ -20,11 +20,22 @@ def _ending(family: str, seed: int = 0) -> Any:
     return model
 
 
-def _transformers_beams(model: Any, row: list[int], num_beams: int, length: int, penalty: float) -> list[tuple[float, list[int]]]:
+def _transformers_beams(
+    model: Any, row: list[int], num_beams: int, length: int, penalty: float
+) -> list[tuple[float, list[int]]]:
     out = model.generate(
-        torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long), max_new_tokens=length, do_sample=False,
-        num_beams=num_beams, num_return_sequences=num_beams, length_penalty=penalty, early_stopping=False, eos_token_id=EOS,
-        pad_token_id=0, return_dict_in_generate=True, output_scores=True,
+        torch.tensor([row]),
+        attention_mask=torch.ones(1, len(row), dtype=torch.long),
+        max_new_tokens=length,
+        do_sample=False,
+        num_beams=num_beams,
+        num_return_sequences=num_beams,
+        length_penalty=penalty,
+        early_stopping=False,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     found = []
     for ids, score in zip(out.sequences.tolist(), out.sequences_scores.tolist(), strict=True):
@@ -42,25 +53,38 @@ def test_beam_search_is_transformers_own(family: str, penalty: float) -> None:
     for row, found in zip(rows, ours, strict=True):
         expected = _transformers_beams(model, row, 4, 9, penalty)
         assert [tokens for _, tokens in found] == [tokens for _, tokens in expected]
-        assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-4)
+        assert [score for score, _ in found] == pytest.approx(
+            [score for score, _ in expected], rel=1e-4
+        )
         lengths |= {len(tokens) for _, tokens in found}
-    assert len(lengths) > 2, "hypotheses have to end at different steps for this test to mean anything"
+    assert len(lengths) > 2, (
+        "hypotheses have to end at different steps for this test to mean anything"
+    )
 
 
 def test_one_beam_is_greedy() -> None:
     model, batch = _ending("llama"), TokenBatch.build(random_rows(LENGTHS), None, 0)
-    assert [found[0][1] for found in beam_search(Stream(model, batch), 1, EOS, 9)] == greedy(model, batch, None, None, EOS, 9)
+    assert [found[0][1] for found in beam_search(Stream(model, batch), 1, EOS, 9)] == greedy(
+        model, batch, None, None, EOS, 9
+    )
 
 
 def test_beams_under_an_adapter_are_each_tasks_own() -> None:
-    """Two tasks of two prompts each; a prompt alone under its task's adapter finds the same beams."""
+    """Two tasks of two prompts each; a prompt alone under its task's adapter finds the same
+    beams."""
     model, rows = tiny_lm("llama"), random_rows(LENGTHS)
     adapter = random_lora(wrap_sites(model, TARGETS), 2)
     model.get_output_embeddings().weight.data[EOS] *= 3
-    together = beam_search(Stream(model, TokenBatch.build(rows, None, 0), adapter=adapter), 3, EOS, 8)
+    together = beam_search(
+        Stream(model, TokenBatch.build(rows, None, 0), adapter=adapter), 3, EOS, 8
+    )
     for e, row in enumerate(rows):
-        alone = Stream(model, TokenBatch.build([row], None, 0), adapter=adapter.rows(torch.tensor([e // 2])))
-        assert [tokens for _, tokens in beam_search(alone, 3, EOS, 8)[0]] == [tokens for _, tokens in together[e]]
+        alone = Stream(
+            model, TokenBatch.build([row], None, 0), adapter=adapter.rows(torch.tensor([e // 2]))
+        )
+        assert [tokens for _, tokens in beam_search(alone, 3, EOS, 8)[0]] == [
+            tokens for _, tokens in together[e]
+        ]
 
 
 @torch.no_grad()
@@ -80,7 +104,9 @@ def test_a_samples_draw_does_not_depend_on_the_batch() -> None:
     uniform = torch.rand(4, 10, generator=torch.Generator().manual_seed(3))
     together = sample(Stream(model, TokenBatch.build(rows, None, 0)), uniform, 1.0, EOS)
     for e, row in enumerate(rows):
-        assert sample(Stream(model, TokenBatch.build([row], None, 0)), uniform[e : e + 1], 1.0, EOS) == [together[e]]
+        assert sample(
+            Stream(model, TokenBatch.build([row], None, 0)), uniform[e : e + 1], 1.0, EOS
+        ) == [together[e]]
     assert together != greedy(model, TokenBatch.build(rows, None, 0), None, None, EOS, 10)
 
 
@@ -89,11 +115,18 @@ def test_samples_follow_the_models_probabilities() -> None:
     stream = Stream(model, TokenBatch.build(row, None, 0))
     expected = (stream.logits_EV[0] / 0.7).softmax(-1)
     stream.select(torch.zeros(4000, dtype=torch.long))
-    drawn = sample(stream, torch.rand(4000, 1, generator=torch.Generator().manual_seed(0)), 0.7, EOS)
-    counts = torch.bincount(torch.tensor([tokens[0] for tokens in drawn]), minlength=len(expected)) / 4000
+    drawn = sample(
+        stream, torch.rand(4000, 1, generator=torch.Generator().manual_seed(0)), 0.7, EOS
+    )
+    counts = (
+        torch.bincount(torch.tensor([tokens[0] for tokens in drawn]), minlength=len(expected))
+        / 4000
+    )
     assert (counts - expected).abs().max() < 0.03 and expected.max() > 0.05
 
 
 def test_a_cold_sample_is_greedy() -> None:
     model, batch = _ending("llama"), TokenBatch.build(random_rows(LENGTHS), None, 0)
-    assert sample(Stream(model, batch), torch.full((4, 9), 0.5), 1e-4, EOS) == greedy(model, batch, None, None, EOS, 9)
+    assert sample(Stream(model, batch), torch.full((4, 9), 0.5), 1e-4, EOS) == greedy(
+        model, batch, None, None, EOS, 9
+    )

@@ -1,11 +1,16 @@
-"""Every kind of head: the base model at step 0, shapes, gradients, sizes; soft prompts and the reshaped z."""
+"""Every kind of head: the base model at step 0, shapes, gradients, sizes; soft prompts and the
+reshaped z."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from ship_ds.config import LoraHypernetworkConfig, ReshapeHypernetworkConfig, SoftPromptHypernetworkConfig
+from ship_ds.config import (
+    LoraHypernetworkConfig,
+    ReshapeHypernetworkConfig,
+    SoftPromptHypernetworkConfig,
+)
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import LoraAdapter, wrap_sites
 from ship_ds.model.batch import TokenBatch
@@ -16,14 +21,22 @@ from tests.model.models import random_rows, tiny_lm
 Z, WIDTH, RANK = 6, 16, 4
 KINDS = ("per_module", "per_layer", "per_rank")
 SITES = {
-    f"model.layers.{layer}.{name}": shape for layer in range(3)
-    for name, shape in (("attn.q", (8, 8)), ("attn.k", (8, 4)), ("mlp.up", (8, 12)), ("mlp.gate", (8, 12)))
+    f"model.layers.{layer}.{name}": shape
+    for layer in range(3)
+    for name, shape in (
+        ("attn.q", (8, 8)),
+        ("attn.k", (8, 4)),
+        ("mlp.up", (8, 12)),
+        ("mlp.gate", (8, 12)),
+    )
 }
 
 
 def _hypernetwork(heads: Any, sites: dict[str, tuple[int, int]] = SITES) -> LoraHypernetwork:
     torch.manual_seed(0)
-    return LoraHypernetwork(LoraHypernetworkConfig(rank=RANK, alpha=8, width=WIDTH, heads=heads), Z, sites)
+    return LoraHypernetwork(
+        LoraHypernetworkConfig(rank=RANK, alpha=8, width=WIDTH, heads=heads), Z, sites
+    )
 
 
 def _latent(num_tasks: int = 2) -> torch.Tensor:
@@ -55,7 +68,9 @@ def test_step_0_is_the_base_model(heads: str) -> None:
     hypernetwork = _hypernetwork(heads, wrap_sites(model, ("q_proj", "k_proj", "down_proj")))
     batch = TokenBatch.build(random_rows([5, 3, 6, 4]), random_rows([2, 4, 1, 3], 3), 0)
     base, _ = label_logits(tiny_lm("llama"), batch)
-    assert torch.equal(label_logits(model, batch, adapter=hypernetwork(_latent()), num_tasks=2)[0], base)
+    assert torch.equal(
+        label_logits(model, batch, adapter=hypernetwork(_latent()), num_tasks=2)[0], base
+    )
 
 
 def _awake(hypernetwork: LoraHypernetwork) -> LoraHypernetwork:
@@ -77,7 +92,9 @@ def test_z_the_layer_the_module_and_the_rank_all_matter(heads: str) -> None:
         for left, right in ((q0[0], q0[1]), (q0, q1), (up, gate), (ranks[:, 0], ranks[:, 1])):
             assert not torch.allclose(left, right, atol=1e-3)
     shift = factors["model.layers.0.attn.q"][1][0] - factors["model.layers.0.attn.q"][1][1]
-    assert torch.linalg.matrix_rank(shift, rtol=1e-3) > 1, "the ranks of B must depend on z each in its own way"
+    assert torch.linalg.matrix_rank(shift, rtol=1e-3) > 1, (
+        "the ranks of B must depend on z each in its own way"
+    )
 
 
 @pytest.mark.parametrize("heads", KINDS)
@@ -95,15 +112,23 @@ def test_state_names_of_the_default() -> None:
     """Bundles hold them."""
     names = {name.rpartition(".")[0] for name in _hypernetwork("per_module").state_dict()}
     assert names == {
-        "from_latent", "trunk.1", "trunk.3", "norm", *(f"site_embeddings.{i}" for i in range(3)),
+        "from_latent",
+        "trunk.1",
+        "trunk.3",
+        "norm",
+        *(f"site_embeddings.{i}" for i in range(3)),
         *(f"heads.{i}.{part}" for i in range(3) for part in ("to_a", "to_b")),
     }
 
 
 def test_head_sizes_by_hand() -> None:
-    """Shapes (8, 8), (8, 4) and (8, 12), twice a layer the last; every linear has width + 1 weights an output."""
+    """Shapes (8, 8), (8, 4) and (8, 12), twice a layer the last; every linear has width + 1 weights
+    an output."""
     sizes = {
-        heads: sum(p.numel() for module in _hypernetwork(heads).head_modules() for p in module.parameters()) for heads in KINDS
+        heads: sum(
+            p.numel() for module in _hypernetwork(heads).head_modules() for p in module.parameters()
+        )
+        for heads in KINDS
     }
     one_of_each = (8 + 8) + (8 + 4) + (8 + 12)
     assert sizes == {
@@ -114,9 +139,13 @@ def test_head_sizes_by_hand() -> None:
 
 
 def test_soft_prompt_shape_and_gradient() -> None:
-    hypernetwork = build_hypernetwork(SoftPromptHypernetworkConfig(num_virtual_tokens=3, width=8), Z, {}, 10)
+    hypernetwork = build_hypernetwork(
+        SoftPromptHypernetworkConfig(num_virtual_tokens=3, width=8), Z, {}, 10
+    )
     tokens = hypernetwork(_latent()).virtual_tokens()
-    assert tokens is not None and tokens.shape == (2, 3, 10) and hypernetwork.num_virtual_tokens == 3
+    assert (
+        tokens is not None and tokens.shape == (2, 3, 10) and hypernetwork.num_virtual_tokens == 3
+    )
     tokens.sum().backward()
     assert all(parameter.grad is not None for parameter in hypernetwork.parameters())
 
@@ -125,8 +154,14 @@ def test_reshape_is_z_itself() -> None:
     hypernetwork = build_hypernetwork(ReshapeHypernetworkConfig(num_virtual_tokens=3), Z, {}, 2)
     latent = _latent()
     tokens = hypernetwork(latent).virtual_tokens()
-    assert tokens is not None and torch.equal(tokens, latent.view(2, 3, 2)) and not list(hypernetwork.parameters())
-    with pytest.raises(UserError, match=r"\(3\) x the base's hidden size \(4\) is 12, and model.latent_size is 6"):
+    assert (
+        tokens is not None
+        and torch.equal(tokens, latent.view(2, 3, 2))
+        and not list(hypernetwork.parameters())
+    )
+    with pytest.raises(
+        UserError, match=r"\(3\) x the base's hidden size \(4\) is 12, and model.latent_size is 6"
+    ):
         build_hypernetwork(ReshapeHypernetworkConfig(num_virtual_tokens=3), Z, {}, 4)
 
 

@@ -1,4 +1,5 @@
-"""SHIP as a whole on the embedded tiny LM: what is trained, what the Task LLM reads, sizes, modes and dtypes."""
+"""SHIP as a whole on the embedded tiny LM: what is trained, what the Task LLM reads, sizes, modes
+and dtypes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,9 @@ PLAIN = TaskLlmConfig(quantisation="none")
 
 def _config(**sections: Any) -> ModelConfig:
     defaults: dict[str, Any] = {
-        "latent_size": 16, "task_llm": PLAIN, "hypernetwork": LoraHypernetworkConfig(rank=2, width=8, targets=("q_proj",)),
+        "latent_size": 16,
+        "task_llm": PLAIN,
+        "hypernetwork": LoraHypernetworkConfig(rank=2, width=8, targets=("q_proj",)),
     }
     return ModelConfig(**(defaults | sections))
 
@@ -62,11 +65,13 @@ def _wake_up(ship: ShipModel) -> None:
 def test_lora_roles_train_lora_and_heads_alone(quantisation: Any) -> None:
     ship = _ship(
         encoder=EncoderConfig(quantisation=quantisation, tuning=TUNING),
-        decoder=DecoderConfig(quantisation=quantisation, tuning=TUNING), task_llm=TaskLlmConfig(shard="always"),
+        decoder=DecoderConfig(quantisation=quantisation, tuning=TUNING),
+        task_llm=TaskLlmConfig(shard="always"),
     )
     _wake_up(ship)
     draws = _draws()
-    draws[1] = TaskDraw("b", WORDINGS[1], draws[1].answered, draws[1].answered, False)  # the decoder without z
+    # the decoder without z
+    draws[1] = TaskDraw("b", WORDINGS[1], draws[1].answered, draws[1].answered, False)
     sums = ship(ship.collate(draws, 0, 0))
     (sums.task + sums.reconstruction + sums.kl).backward()
     trained = {name for name, parameter in ship.named_parameters() if parameter.requires_grad}
@@ -76,7 +81,9 @@ def test_lora_roles_train_lora_and_heads_alone(quantisation: Any) -> None:
         assert all("lora_" in name or name.startswith(own) for name in names)
     assert not any(name.startswith("sharded_task_llm") for name in trained)
     for name, parameter in ship.named_parameters():
-        assert (parameter.grad is not None and bool(parameter.grad.any())) == (name in trained), name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (name in trained), (
+            name
+        )
 
 
 def test_full_tuning_trains_all_of_both_roles() -> None:
@@ -88,11 +95,17 @@ def test_full_tuning_trains_all_of_both_roles() -> None:
     assert idle == {"decoder.without_latent"}  # both draws showed z
 
 
-@pytest.mark.parametrize("hypernetwork", [
-    LoraHypernetworkConfig(rank=2, width=8, heads="per_layer"), LoraHypernetworkConfig(rank=2, width=8, heads="per_rank"),
-    SoftPromptHypernetworkConfig(num_virtual_tokens=3, width=8),
-])
-def test_padded_and_packed_steps_have_the_same_loss(hypernetwork: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "hypernetwork",
+    [
+        LoraHypernetworkConfig(rank=2, width=8, heads="per_layer"),
+        LoraHypernetworkConfig(rank=2, width=8, heads="per_rank"),
+        SoftPromptHypernetworkConfig(num_virtual_tokens=3, width=8),
+    ],
+)
+def test_padded_and_packed_steps_have_the_same_loss(
+    hypernetwork: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ship = _ship(hypernetwork=hypernetwork)
     _wake_up(ship)
     batch = ship.collate(_draws(), 0, 0)
@@ -101,23 +114,32 @@ def test_padded_and_packed_steps_have_the_same_loss(hypernetwork: Any, monkeypat
         monkeypatch.setattr(ShipModel, "packs", True)
         packed = ship(batch)
     for name in ("task", "reconstruction", "kl"):
-        torch.testing.assert_close(getattr(packed, name), getattr(padded, name), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            getattr(packed, name), getattr(padded, name), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_published_fusion_has_no_weights_between_z_and_the_soft_tokens() -> None:
     ship = _ship(
-        latent_size=2 * 128, hypernetwork=ReshapeHypernetworkConfig(num_virtual_tokens=2),
+        latent_size=2 * 128,
+        hypernetwork=ReshapeHypernetworkConfig(num_virtual_tokens=2),
         decoder=DecoderConfig(num_soft_tokens=2, fusion="reshape"),
     )
     latent = torch.randn(1, 256)
     assert torch.equal(ship.decoder.soft_tokens(latent), latent.view(1, 2, 128))
-    assert ship.parameter_counts()["hypernetwork trunk"] == ship.parameter_counts()["hypernetwork heads"] == 0
+    assert (
+        ship.parameter_counts()["hypernetwork trunk"]
+        == ship.parameter_counts()["hypernetwork heads"]
+        == 0
+    )
     assert ship(ship.collate(_draws(), 0, 0)).task.isfinite()
     with pytest.raises(UserError, match="model.decoder.num_soft_tokens"):
         _ship(latent_size=16, decoder=DecoderConfig(num_soft_tokens=2, fusion="reshape"))
 
 
-def _by_hand(ship: ShipModel, prompts: Sequence[Sequence[int]], adapter: Any, num_virtual: int = 0) -> list[list[int]]:
+def _by_hand(
+    ship: ShipModel, prompts: Sequence[Sequence[int]], adapter: Any, num_virtual: int = 0
+) -> list[list[int]]:
     batch = TokenBatch.build(prompts, None, ship.prompts.pad_id, num_virtual)
     return ship.task_llm.generate(adapter, batch, ship.prompts.eos_id, 6)
 
@@ -125,19 +147,34 @@ def _by_hand(ship: ShipModel, prompts: Sequence[Sequence[int]], adapter: Any, nu
 @pytest.mark.parametrize("num_virtual", [0, 3])
 @pytest.mark.parametrize("form", ["none", "hard", "soft"])
 def test_instruction_in_the_task_llms_prompt(form: Any, num_virtual: int) -> None:
-    """Training and answering read the same: the prompt built by hand, and for `soft` the tokens before it."""
-    hypernetwork = SoftPromptHypernetworkConfig(num_virtual_tokens=3, width=8) if num_virtual else _config().hypernetwork
-    ship = _ship(task_llm=TaskLlmConfig(quantisation="none", instruction=form), hypernetwork=hypernetwork)
+    """Training and answering read the same: the prompt built by hand, and for `soft` the tokens
+    before it."""
+    hypernetwork = (
+        SoftPromptHypernetworkConfig(num_virtual_tokens=3, width=8)
+        if num_virtual
+        else _config().hypernetwork
+    )
+    ship = _ship(
+        task_llm=TaskLlmConfig(quantisation="none", instruction=form), hypernetwork=hypernetwork
+    )
     _wake_up(ship)
     prompts, said = ship.prompts, [WORDINGS[0]] * 2 + [WORDINGS[1]] * 2
-    before = [prompts.tokenizer(text, add_special_tokens=False)["input_ids"] if form == "soft" else [] for text in said]
-    asked = [list(prompts.task_prompt(x, k if form == "hard" else None)) for x, k in zip(INPUTS, said, strict=True)]
+    before = [
+        prompts.tokenizer(text, add_special_tokens=False)["input_ids"] if form == "soft" else []
+        for text in said
+    ]
+    asked = [
+        list(prompts.task_prompt(x, k if form == "hard" else None))
+        for x, k in zip(INPUTS, said, strict=True)
+    ]
     answers = ship.collate(_draws(), 0, 0).answers
     for e, (first, prompt, text) in enumerate(zip(before, asked, INPUTS, strict=True)):
         expected = first + prompt + list(prompts.target(text))
         assert answers.ids_ES[e, num_virtual : answers.lengths_E[e]].tolist() == expected
         assert answers.slots_ES[e].nonzero().flatten().tolist() == list(range(num_virtual))
-        assert answers.instruction_ES[e].nonzero().flatten().tolist() == list(range(num_virtual, num_virtual + len(first)))
+        assert answers.instruction_ES[e].nonzero().flatten().tolist() == list(
+            range(num_virtual, num_virtual + len(first))
+        )
     adapter = ship.adapt(ship.encode(WORDINGS))
     read = [first + prompt for first, prompt in zip(before, asked, strict=True)]
     rows = _by_hand(ship, read, adapter, num_virtual)
@@ -154,15 +191,21 @@ def test_optimised_embeddings_stand_in_for_a_soft_instruction() -> None:
     table = ship.task_llm.lm.get_input_embeddings()(torch.tensor([ids]))
     expected, _ = ship.task_llm(adapter, batch, 1)
     torch.testing.assert_close(ship.task_llm(adapter, batch, 1, instruction=table)[0], expected)
-    assert not torch.allclose(ship.task_llm(adapter, batch, 1, instruction=-table)[0], expected, atol=1e-2)
+    assert not torch.allclose(
+        ship.task_llm(adapter, batch, 1, instruction=-table)[0], expected, atol=1e-2
+    )
 
 
 def test_control_states_the_instruction_as_text_whatever_the_form() -> None:
     for form in ("none", "soft"):
         ship = _ship(task_llm=TaskLlmConfig(quantisation="none", instruction=form))
         said = [WORDINGS[0]] * 4
-        rows = _by_hand(ship, [ship.prompts.task_prompt(x, k) for x, k in zip(INPUTS, said, strict=True)], None)
-        expected = [ship.prompts.text(row) if row[-1] == ship.prompts.eos_id else None for row in rows]
+        rows = _by_hand(
+            ship, [ship.prompts.task_prompt(x, k) for x, k in zip(INPUTS, said, strict=True)], None
+        )
+        expected = [
+            ship.prompts.text(row) if row[-1] == ship.prompts.eos_id else None for row in rows
+        ]
         assert ship.answer(None, INPUTS, 6, said) == expected
         assert any(answer is not None for answer in expected)
 
@@ -178,7 +221,10 @@ def test_parameter_counts_count_a_4_bit_weight_as_one() -> None:
     counts = plain.parameter_counts()
     lm = sum(parameter.numel() for parameter in plain.task_llm.parameters())
     assert counts == quantised.parameter_counts() and counts["task LLM"] == lm
-    output_layer, head = quantised.task_llm.lm.get_input_embeddings().num_embeddings * 128, 128 * 256 + 256 + 256 * 32 + 32
+    output_layer, head = (
+        quantised.task_llm.lm.get_input_embeddings().num_embeddings * 128,
+        128 * 256 + 256 + 256 * 32 + 32,
+    )
     assert counts["encoder"] == lm - output_layer + head
     assert counts["hypernetwork heads"] == (8 + 1) * 2 * (128 + 128)
     assert counts["trained"] == sum(counts.values()) - counts["task LLM"] - counts["trained"]
@@ -210,7 +256,9 @@ def test_attention_of_another_machine_is_one_line() -> None:
 
 def test_noise_is_keyed_by_seed_step_and_task_alone() -> None:
     both = posterior_noise(3, 5, ["a", "b"], 4000)
-    assert torch.equal(both[1:], posterior_noise(3, 5, ["b"], 4000)) and not torch.equal(both[0], both[1])
+    assert torch.equal(both[1:], posterior_noise(3, 5, ["b"], 4000)) and not torch.equal(
+        both[0], both[1]
+    )
     for seed, step in ((4, 5), (3, 6)):
         assert not torch.equal(posterior_noise(seed, step, ["a"], 4000)[0], both[0])
     assert abs(float(both.mean())) < 0.05 and float(both.std()) == pytest.approx(1, abs=0.05)
@@ -219,6 +267,8 @@ def test_noise_is_keyed_by_seed_step_and_task_alone() -> None:
 def test_encoder_reads_the_last_real_token() -> None:
     """Padding beside a longer instruction changes nothing."""
     ship = _ship()
-    both = ship.encode(["put 7 at the front", "keep the numbers greater than 4 and then reverse them"])
+    both = ship.encode(
+        ["put 7 at the front", "keep the numbers greater than 4 and then reverse them"]
+    )
     torch.testing.assert_close(both[:1], ship.encode(["put 7 at the front"]), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(both[0], both[1], atol=1e-3)

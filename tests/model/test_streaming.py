@@ -1,4 +1,5 @@
-"""A 4-bit base read one matrix at a time: the same bits as transformers' own loading, and clear lines for bad files."""
+"""A 4-bit base read one matrix at a time: the same bits as transformers' own loading, and clear
+lines for bad files."""
 
 import json
 from pathlib import Path
@@ -20,9 +21,14 @@ CPU = torch.device("cpu")
 def _whole(folder: Path, dtype: torch.dtype) -> Any:
     """What transformers loads."""
     quantised = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype, quantization_config=quantised)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, dtype=dtype, quantization_config=quantised
+    )
 
 
 def _bits(model: Any) -> dict[str, torch.Tensor]:
@@ -38,7 +44,10 @@ def _bits(model: Any) -> dict[str, torch.Tensor]:
             assert (state.nested, state.blocksize, state.quant_type) == (True, 64, "nf4")
             found[f"{name}.shape"] = torch.tensor(state.shape)
             found[f"{name}.dtype"] = torch.tensor(state.dtype.itemsize)
-    return {name: value.detach().reshape(-1).contiguous().view(torch.uint8) for name, value in found.items()}
+    return {
+        name: value.detach().reshape(-1).contiguous().view(torch.uint8)
+        for name, value in found.items()
+    }
 
 
 def _save(folder: Path, family: str, max_shard_size: str = "5GB", **changes: Any) -> Any:
@@ -54,7 +63,8 @@ def _save(folder: Path, family: str, max_shard_size: str = "5GB", **changes: Any
 def test_the_bits_are_those_of_transformers_loading(
     tmp_path: Path, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_BLOCKS_A_SLICE", 3)  # these matrices have 32 to 128 blocks: the last slice is shorter
+    # these matrices have 32 to 128 blocks: the last slice is shorter
+    monkeypatch.setattr(streaming, "_BLOCKS_A_SLICE", 3)
     _save(tmp_path, family)
     ours, theirs = load_lm(str(tmp_path), "nf4", dtype, device=CPU), _whole(tmp_path, dtype)
     expected, found = _bits(theirs), _bits(ours)
@@ -71,7 +81,10 @@ def test_several_files_with_an_index(tmp_path: Path) -> None:
     _save(tmp_path / "one", "llama")
     _save(tmp_path / "many", "llama", max_shard_size="60KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
-    one, many = (_bits(load_lm(str(tmp_path / name), "nf4", torch.float32, device=CPU)) for name in ("one", "many"))
+    one, many = (
+        _bits(load_lm(str(tmp_path / name), "nf4", torch.float32, device=CPU))
+        for name in ("one", "many")
+    )
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
 
 
@@ -88,8 +101,14 @@ def test_every_matrix_is_sharded_before_the_next_is_read(tmp_path: Path) -> None
             parameter.data = parameter.data.new_empty(0)
 
     model: Any = load_lm(str(tmp_path), "nf4", torch.float32, device=CPU, shard=shard)
-    assert seen.count("Linear4bit") == 14 and seen.count("LlamaRMSNorm") == 5 and seen.count("Linear") == 1
-    assert [name for name, parameter in model.named_parameters() if parameter.numel()] == ["model.embed_tokens.weight"]
+    assert (
+        seen.count("Linear4bit") == 14
+        and seen.count("LlamaRMSNorm") == 5
+        and seen.count("Linear") == 1
+    )
+    assert [name for name, parameter in model.named_parameters() if parameter.numel()] == [
+        "model.embed_tokens.weight"
+    ]
     assert not any(parameter.is_meta for parameter in model.parameters()) and all(whole)
 
 
@@ -114,7 +133,9 @@ def test_missing_weight_and_other_shape_are_named(tmp_path: Path) -> None:
     kept = state.pop(name)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     _one_line(tmp_path, f"no weight {name}")
-    save_file({**state, name: kept[:-1].contiguous()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**state, name: kept[:-1].contiguous()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     _one_line(tmp_path, rf"{name} is \(127, 64\), and config.json says \(128, 64\)")
 
 
@@ -123,7 +144,11 @@ def test_tied_model_whose_files_repeat_the_weight(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     state = load_file(path)
     assert "lm_head.weight" not in state
-    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    save_file(
+        {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()},
+        path,
+        {"format": "pt"},
+    )
     model: Any = load_lm(str(tmp_path), "nf4", torch.float32, device=CPU)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -132,8 +157,13 @@ def test_quantised_checkpoint_goes_through_transformers_and_says_so(tmp_path: Pa
     _save(tmp_path / "plain", "llama")
     _whole(tmp_path / "plain", torch.float32).save_pretrained(tmp_path / "nf4")
     assert "quantization_config" in json.loads((tmp_path / "nf4" / "config.json").read_text())
-    with pytest.warns(UserWarning, match="every rank loads the model whole before it is sharded: it is quantised already"):
-        model = load_lm(str(tmp_path / "nf4"), "nf4", torch.float32, device=CPU, shard=lambda module: None)
+    with pytest.warns(
+        UserWarning,
+        match="every rank loads the model whole before it is sharded: it is quantised already",
+    ):
+        model = load_lm(
+            str(tmp_path / "nf4"), "nf4", torch.float32, device=CPU, shard=lambda module: None
+        )
     plain = _bits(load_lm(str(tmp_path / "plain"), "nf4", torch.float32, device=CPU))
     found = _bits(model)
     name = "model.layers.0.mlp.up_proj.weight"

@@ -24,24 +24,52 @@ def cell(value: float) -> dict[str, Any]:
 def write_run(folder: Path, num_seen: int, weight: float, value: float) -> Path:
     rng = random.Random(num_seen)
     (folder / "evaluation").mkdir(parents=True)
-    rows = [{"step": s, "loss/task": 2 / (s + 1), "loss/reconstruction": 3 / (s + 1), "loss/kl": 0.1 * s} for s in range(80)]
+    rows = [
+        {
+            "step": s,
+            "loss/task": 2 / (s + 1),
+            "loss/reconstruction": 3 / (s + 1),
+            "loss/kl": 0.1 * s,
+        }
+        for s in range(80)
+    ]
     rows[3]["loss/task"] = None
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = {"data.num_seen": num_seen, "loss.reconstruction": weight, "run.folder": folder, "run.seed": num_seen}
+    changes = {
+        "data.num_seen": num_seen,
+        "loss.reconstruction": weight,
+        "run.folder": folder,
+        "run.seed": num_seen,
+    }
     config = load_config("quickstart-smoke", [f"{key}={value}" for key, value in changes.items()])
     (folder / "config.json").write_text(config.model_dump_json())
-    (folder / "splits.json").write_text(json.dumps({"seen": [str(i) for i in range(num_seen)], "dev": [], "unseen": []}))
-    induction = {part: {**cell(value), "by_num_shown": {str(n): cell(value * n / 5) for n in (1, 3, 5)}}
-                 for part in ("seen", "unseen")}
+    (folder / "splits.json").write_text(
+        json.dumps({"seen": [str(i) for i in range(num_seen)], "dev": [], "unseen": []})
+    )
+    induction = {
+        part: {**cell(value), "by_num_shown": {str(n): cell(value * n / 5) for n in (1, 3, 5)}}
+        for part in ("seen", "unseen")
+    }
     both = {part: cell(value) for part in ("seen", "unseen")}
     methods = {
-        "ship": {"instruction_in_query": False, "deduction": both, "induction": induction, "reasoning": both},
+        "ship": {
+            "instruction_in_query": False,
+            "deduction": both,
+            "induction": induction,
+            "reasoning": both,
+        },
         "prompting": {"instruction_in_query": True, "deduction": both},
     }
     (folder / "evaluation" / "report.json").write_text(json.dumps({"methods": methods}))
-    (folder / "report.json").write_text(json.dumps({"reconstruction": {part: cell(1 - value) for part in ("seen", "unseen")}}))
-    points = [{"instruction": f"task {t}", "kind": kind, "latent": [rng.gauss(t, 1) for _ in range(4)]}
-              for t in range(3) for kind in ("encoded", "trained", "re-encoded") for _ in range(4)]
+    (folder / "report.json").write_text(
+        json.dumps({"reconstruction": {part: cell(1 - value) for part in ("seen", "unseen")}})
+    )
+    points = [
+        {"instruction": f"task {t}", "kind": kind, "latent": [rng.gauss(t, 1) for _ in range(4)]}
+        for t in range(3)
+        for kind in ("encoded", "trained", "re-encoded")
+        for _ in range(4)
+    ]
     (folder / "evaluation" / "latents.json").write_text(json.dumps({"points": points}))
     return folder
 
@@ -49,7 +77,8 @@ def write_run(folder: Path, num_seen: int, weight: float, value: float) -> Path:
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
     return [
-        write_run(tmp_path / "whole", 40, 1.0, 0.8), write_run(tmp_path / "half", 20, 1.0, 0.5),
+        write_run(tmp_path / "whole", 40, 1.0, 0.8),
+        write_run(tmp_path / "half", 20, 1.0, 0.5),
         write_run(tmp_path / "light", 40, 0.1, 0.6),
     ]
 
@@ -61,7 +90,9 @@ def test_every_figure_is_drawn_in_black_and_white(runs: list[Path], tmp_path: Pa
     for path in paths:
         pixels = matplotlib.image.imread(path)[..., :3]
         assert 0.005 < float((pixels.min(-1) < 0.5).mean()) < 0.5, f"{path.name}: blank, or all ink"
-        assert float((pixels.max(-1) - pixels.min(-1)).max()) < 0.02, f"{path.name}: relies on colour"
+        assert float((pixels.max(-1) - pixels.min(-1)).max()) < 0.02, (
+            f"{path.name}: relies on colour"
+        )
     assert not list((tmp_path / "figures").glob("*.part*"))
 
 
@@ -72,19 +103,31 @@ def test_axes_say_what_they_show(draw: Callable[..., Any], runs: list[Path]) -> 
     assert any(axes.get_ylabel() or axes.get_title(loc="left") for axes in figure.axes)
 
 
-def test_one_run_without_an_evaluation_gives_its_losses_and_reasons(runs: list[Path], tmp_path: Path) -> None:
+def test_one_run_without_an_evaluation_gives_its_losses_and_reasons(
+    runs: list[Path], tmp_path: Path
+) -> None:
     (runs[0] / "evaluation" / "report.json").unlink()
     (runs[0] / "evaluation" / "latents.json").unlink()
     said: list[str] = []
-    assert [path.stem for path in figures.plot(runs[:1], tmp_path / "figures", said.append)] == ["losses"]
+    assert [path.stem for path in figures.plot(runs[:1], tmp_path / "figures", said.append)] == [
+        "losses"
+    ]
     assert len(said) == len(figures.FIGURES) - 1
-    assert "run ship-ds evaluate --run" in next(line for line in said if line.startswith("comparison"))
-    assert "give runs that differ in it by --runs" in next(line for line in said if line.startswith("training_rules"))
+    assert "run ship-ds evaluate --run" in next(
+        line for line in said if line.startswith("comparison")
+    )
+    assert "give runs that differ in it by --runs" in next(
+        line for line in said if line.startswith("training_rules")
+    )
 
 
-@pytest.mark.parametrize(("draw", "xs", "ys"), [
-    (figures.training_rules, [50, 100], [0.5, 0.8]), (figures.reconstruction_weight, [0.1, 1], [0.6, 0.8]),
-])
+@pytest.mark.parametrize(
+    ("draw", "xs", "ys"),
+    [
+        (figures.training_rules, [50, 100], [0.5, 0.8]),
+        (figures.reconstruction_weight, [0.1, 1], [0.6, 0.8]),
+    ],
+)
 def test_curve_goes_through_the_scores_of_runs_that_differ_in_that_alone(
     draw: Callable[..., Any], xs: list[float], ys: list[float], runs: list[Path]
 ) -> None:
@@ -93,7 +136,9 @@ def test_curve_goes_through_the_scores_of_runs_that_differ_in_that_alone(
     np.testing.assert_allclose(line.get_ydata(), ys)
 
 
-def test_reconstruction_stands_beside_where_the_training_ended_with_a_report(runs: list[Path], tmp_path: Path) -> None:
+def test_reconstruction_stands_beside_where_the_training_ended_with_a_report(
+    runs: list[Path], tmp_path: Path
+) -> None:
     """And a weight of 0 has a place on the axis of decades."""
     (runs[2] / "report.json").unlink()
     runs.append(write_run(tmp_path / "none", 40, 0.0, 0.7))
@@ -107,7 +152,9 @@ def test_reconstruction_stands_beside_where_the_training_ended_with_a_report(run
     assert left < middle < right and (middle - left) > (right - middle) / 4
 
 
-def test_missing_run_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_run_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert cli.main(["plot", "--run", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no such run folder" in error

@@ -1,4 +1,5 @@
-"""The planner's arithmetic: counts against the real model and published sizes, the verdict, the command."""
+"""The planner's arithmetic: counts against the real model and published sizes, the verdict, the
+command."""
 
 import json
 from typing import Any
@@ -17,51 +18,81 @@ from ship_ds.planner.show import verdict
 from ship_ds.planner.zero import DEFAULTS, Zero
 
 PUBLISHED = {
-    "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248,
-    "llama-3-70b": 70_553_706_496, "mistral-7b": 7_241_732_096, "qwen2.5-7b": 7_615_616_512,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
 }
 
 
 def test_public_shapes_have_their_published_number_of_parameters() -> None:
     with torch.device("meta"):
-        counts = {name: sum(p.numel() for p in meta_lm(name, torch.bfloat16).parameters()) for name in public_shapes()}
+        counts = {
+            name: sum(p.numel() for p in meta_lm(name, torch.bfloat16).parameters())
+            for name in public_shapes()
+        }
     assert counts == PUBLISHED
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["model.hypernetwork.heads=per_layer"], ["model.hypernetwork={kind: soft_prompt}"],
-     ["model.encoder={quantisation: nf4, tuning: {kind: lora, rank: 4}}", "model.decoder.tuning={kind: lora, rank: 2}"]],
+    [
+        [],
+        ["model.hypernetwork.heads=per_layer"],
+        ["model.hypernetwork={kind: soft_prompt}"],
+        [
+            "model.encoder={quantisation: nf4, tuning: {kind: lora, rank: 4}}",
+            "model.decoder.tuning={kind: lora, rank: 2}",
+        ],
+    ],
     ids=["full", "per_layer", "soft_prompt", "lora"],
 )
 def test_the_shapes_are_those_of_the_real_model(overrides: list[str]) -> None:
     config = load_config("quickstart-smoke", overrides).model
     shapes, model = build_shapes(config, torch.float32), ShipModel(config)
     real = {
-        "encoder": model.encoder, "hypernetwork": model.hypernetwork, "decoder": model.decoder, "task LLM": model.task_llm.lm,
+        "encoder": model.encoder,
+        "hypernetwork": model.hypernetwork,
+        "decoder": model.decoder,
+        "task LLM": model.task_llm.lm,
     }
     for part, module in real.items():
         expected = {
-            name: (getattr(p, "quant_state", None) is not None, p.requires_grad) for name, p in module.named_parameters()
+            name: (getattr(p, "quant_state", None) is not None, p.requires_grad)
+            for name, p in module.named_parameters()
         }
-        assert {weight.path: (weight.is_nf4, weight.is_trained) for weight in shapes.weights(part)} == expected
+        assert {
+            weight.path: (weight.is_nf4, weight.is_trained) for weight in shapes.weights(part)
+        } == expected
     counts = model.parameter_counts()
     for part in ("encoder", "decoder", "task LLM"):
         assert sum(weight.numel for weight in shapes.weights(part)) == counts[part]
     scales = [weight.quant_state_bytes for weight in shapes.weights("task LLM")]
-    states = [p.quant_state for p in model.task_llm.lm.parameters() if getattr(p, "quant_state", None) is not None]
+    states = [
+        p.quant_state
+        for p in model.task_llm.lm.parameters()
+        if getattr(p, "quant_state", None) is not None
+    ]
     tensors = [[s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code] for s in states]
     assert sum(scales) == pytest.approx(sum(t.nbytes for ts in tensors for t in ts), rel=0.01)
 
 
 def test_defaults_are_deepspeeds() -> None:
-    names = {field.alias or name: field.default for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    names = {
+        field.alias or name: field.default
+        for name, field in DeepSpeedZeroConfig.model_fields.items()
+    }
     assert {key: int(names[key]) for key in DEFAULTS} == DEFAULTS
 
 
 def _small(*overrides: str) -> Config:
     """The embedded model in bf16 with buckets that do not dwarf it."""
-    return load_config("quickstart", ["training.deepspeed=zero3_bf16", "training.tasks_per_step=64", *overrides])
+    return load_config(
+        "quickstart", ["training.deepspeed=zero3_bf16", "training.tasks_per_step=64", *overrides]
+    )
 
 
 def test_sharding_divides_what_it_says() -> None:
@@ -69,13 +100,18 @@ def test_sharding_divides_what_it_says() -> None:
     assert one.memory["optimiser state"] == 12 * one.parameters["trained"]
     assert eight.memory["optimiser state"] == pytest.approx(one.memory["optimiser state"] / 8)
     assert one.traffic.total == 0 and eight.traffic.total > 0
-    assert eight.memory["activations, decoder"] == pytest.approx(one.memory["activations, decoder"] / 8, rel=0.01)
+    assert eight.memory["activations, decoder"] == pytest.approx(
+        one.memory["activations, decoder"] / 8, rel=0.01
+    )
 
 
 def test_a_replicated_base_costs_memory_and_saves_traffic() -> None:
     settings = ["training.deepspeed=zero3_shard_all", "training.tasks_per_step=64"]
     replicated, sharded = (
-        make_plan(load_config("quickstart", [*settings, f"model.task_llm.shard={shard}"]), Machines(1, 8, 10**12))
+        make_plan(
+            load_config("quickstart", [*settings, f"model.task_llm.shard={shard}"]),
+            Machines(1, 8, 10**12),
+        )
         for shard in ("never", "always")
     )
     packed = replicated.memory["4-bit weights"]
@@ -92,10 +128,13 @@ def test_advice_is_followed_until_it_fits() -> None:
     assert checkpointed.needed < plan.needed
     machines = Machines(1, 8, checkpointed.needed - 1)
     changes = advise(make_plan(config, machines))
-    assert changes[0].overrides == ("model.task_llm.checkpointing=true",) and not changes[0].plan.fits
+    assert (
+        changes[0].overrides == ("model.task_llm.checkpointing=true",) and not changes[0].plan.fits
+    )
     assert changes[-1].overrides[0].startswith("training.accumulation=") and changes[-1].plan.fits
-    assert "fits with model.task_llm.checkpointing=true training.accumulation=" in verdict(plan.__class__(
-        **{**plan.__dict__, "machines": machines}), changes)
+    assert "fits with model.task_llm.checkpointing=true training.accumulation=" in verdict(
+        plan.__class__(**{**plan.__dict__, "machines": machines}), changes
+    )
 
 
 def test_more_ranks_than_tasks_is_one_line() -> None:
@@ -104,15 +143,34 @@ def test_more_ranks_than_tasks_is_one_line() -> None:
 
 
 def test_offloaded_terms_are_the_hosts() -> None:
-    settings: dict[str, Any] = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+    settings: dict[str, Any] = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}
+    }
     zero = Zero.read(settings, 4)
     assert (zero.optimiser_on, zero.parameters_on, zero.dtype_bytes) == ("nvme", "gpu", 4)
-    plan = make_plan(_small("training.deepspeed=zero3_offload_cpu", "model.task_llm.shard=always"), Machines(1, 8, 80 * 10**9))
-    assert {"optimiser state", "gradients", "4-bit weights"} <= plan.host.keys() and "optimiser state" not in plan.memory
+    plan = make_plan(
+        _small("training.deepspeed=zero3_offload_cpu", "model.task_llm.shard=always"),
+        Machines(1, 8, 80 * 10**9),
+    )
+    assert {
+        "optimiser state",
+        "gradients",
+        "4-bit weights",
+    } <= plan.host.keys() and "optimiser state" not in plan.memory
 
 
 def test_plan_as_a_user_types_it(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", "--config", "pretrain-7b", "--shapes", "llama-2-7b", "--gpus", "8", "--gpu-memory", "80"]
+    arguments = [
+        "plan",
+        "--config",
+        "pretrain-7b",
+        "--shapes",
+        "llama-2-7b",
+        "--gpus",
+        "8",
+        "--gpu-memory",
+        "80",
+    ]
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["needed"] == sum(found["memory"].values()) + found["reserved"]

@@ -1,9 +1,13 @@
-"""A real Slurm cluster on this machine: one controller, three nodes of one CPU and one pretended GPU each.
+"""A real Slurm cluster on this machine: one controller, three nodes of one CPU and one pretended
+GPU each.
 
     with Cluster(folder) as cluster:
-        job = cluster.sbatch("slurm/train.sh", "--config", "quickstart-smoke", options=["--nodes=2"])
+        job = cluster.sbatch(
+            "slurm/train.sh", "--config", "quickstart-smoke", options=["--nodes=2"]
+        )
 
-`lose(node)` kills a node's daemon and everything it started, as a power cut would. Needs root and Debian's slurm-wlm.
+`lose(node)` kills a node's daemon and everything it started, as a power cut would. Needs root and
+Debian's slurm-wlm.
 """
 
 import os
@@ -28,7 +32,8 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Starts on entry and ends, with every process of its jobs, on exit; all its files are in `folder`."""
+    """Starts on entry and ends, with every process of its jobs, on exit; all its files are in
+    `folder`."""
 
     def __init__(self, folder: Path, port: int = 16800) -> None:
         self.folder, self.port = folder, port
@@ -47,7 +52,12 @@ class Cluster:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -73,19 +83,29 @@ class Cluster:
                 continue
 
     def sbatch(
-        self, *command: str, options: Sequence[str] = (), cwd: Path, environment: Mapping[str, str] = {}  # noqa: B006
+        self,
+        *command: str,
+        options: Sequence[str] = (),
+        cwd: Path,
+        environment: Mapping[str, str] = {},  # noqa: B006
     ) -> str:
         """Submit from `cwd`; the job's id."""
         done = subprocess.run(
-            ["sbatch", "--parsable", *options, *command], cwd=cwd, env={**self.environment, **environment}, text=True,
-            capture_output=True, check=False,
+            ["sbatch", "--parsable", *options, *command],
+            cwd=cwd,
+            env={**self.environment, **environment},
+            text=True,
+            capture_output=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def run(self, *command: str) -> str:
         """A Slurm client's standard output."""
-        return subprocess.run(command, env=self.environment, text=True, capture_output=True, check=False).stdout
+        return subprocess.run(
+            command, env=self.environment, text=True, capture_output=True, check=False
+        ).stdout
 
     def field(self, job: str, name: str) -> str:
         """One field of `scontrol show job`, such as JobState, Restarts, ExitCode or NodeList."""
@@ -107,7 +127,11 @@ class Cluster:
     def _start(self, name: str, command: Sequence[str]) -> None:
         log = (self.folder / f"{name}.log").open("ab")
         self.daemons[name] = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**self.environment, "SHIP_DS_NODE": name}, cwd=self.folder
+            command,
+            stdout=log,
+            stderr=log,
+            env={**self.environment, "SHIP_DS_NODE": name},
+            cwd=self.folder,
         )
         log.close()
 
@@ -120,7 +144,9 @@ class Cluster:
                 variables = path.read_bytes().split(b"\0")
             except OSError:
                 continue
-            if f"SLURM_CONF={self.folder / 'slurm.conf'}".encode() in variables and any(mark in variables for mark in marks):
+            if f"SLURM_CONF={self.folder / 'slurm.conf'}".encode() in variables and any(
+                mark in variables for mark in marks
+            ):
                 found.append(int(path.parent.name))
         return found
 
@@ -129,7 +155,8 @@ class Cluster:
             (self.folder / name).mkdir()
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={self.port + 1 + index} CPUs=2 RealMemory=8000 "
+            f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 "
+            f"Port={self.port + 1 + index} CPUs=2 RealMemory=8000 "
             "Gres=gpu:1"
             for index, node in enumerate(NODES)
         )

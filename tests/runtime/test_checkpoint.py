@@ -1,4 +1,5 @@
-"""Full disks and damaged files: a clear line, the checkpoints before intact, and nothing half written."""
+"""Full disks and damaged files: a clear line, the checkpoints before intact, and nothing half
+written."""
 
 import copy
 import shutil
@@ -23,16 +24,25 @@ class Engine:
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
+    def save_checkpoint(
+        self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool
+    ) -> None:
         (Path(folder) / tag).mkdir()
-        torch.save(torch.zeros(self.num_bytes // 4), Path(folder) / tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        torch.save(
+            torch.zeros(self.num_bytes // 4),
+            Path(folder) / tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        )
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
     yield disk
@@ -50,17 +60,24 @@ def test_a_checkpoint_from_before_a_setting_existed_had_it_at_its_default(tmp_pa
     made = checkpoint.Progress(4, 0.0, 0, 0, 1, old, "data")
     checkpoint.check_same_run(tmp_path, made, config, "data")
     config["training"]["family_alpha"] = 0.5
-    with pytest.raises(UserError, match="training.family_alpha was 1.0 and is 0.5 now; set it back"):
+    with pytest.raises(
+        UserError, match="training.family_alpha was 1.0 and is 0.5 now; set it back"
+    ):
         checkpoint.check_same_run(tmp_path, made, config, "data")
 
 
 @pytest.mark.parametrize(("room", "num_bytes"), [(1_000_000, 9_000_000), (8_192, 0)])
-def test_a_full_disk_leaves_the_checkpoint_before(small_disk: Path, room: int, num_bytes: int) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before(
+    small_disk: Path, room: int, num_bytes: int
+) -> None:
     """Full while DeepSpeed writes its shards, and after that, with the generators."""
     root = small_disk / "checkpoints"
     first = checkpoint.save(Engine(1_000_000), root, progress(1), CheckpointConfig())
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
-    with pytest.raises(UserError, match="the checkpoint of step 2 was not written; the ones before are intact. Make room"):
+    with pytest.raises(
+        UserError,
+        match="the checkpoint of step 2 was not written; the ones before are intact. Make room",
+    ):
         checkpoint.save(Engine(num_bytes), root, progress(2), CheckpointConfig())
     assert checkpoint.newest_good(root, print) == first
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
@@ -75,7 +92,10 @@ def test_without_room_for_weights_and_moments_nothing_is_begun(small_disk: Path)
 
     root = small_disk / "checkpoints"
     first = checkpoint.save(Engine(1000), root, progress(1), CheckpointConfig())
-    with pytest.raises(UserError, match=r"0\.00\d GB are free, at least 0\.004 GB are needed: the checkpoint of step 2 was"):
+    with pytest.raises(
+        UserError,
+        match=r"0\.00\d GB are free, at least 0\.004 GB are needed: the checkpoint of step 2 was",
+    ):
         checkpoint.save(Large(0), root, progress(2), CheckpointConfig())
     assert checkpoint.newest_good(root, print) == first
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
@@ -92,13 +112,20 @@ def test_an_error_that_is_not_the_disks_is_raised_as_it_is(tmp_path: Path) -> No
 
 def test_what_could_not_be_read_again_is_not_kept(tmp_path: Path) -> None:
     """A DeepSpeed whose shards hold another class fails at its first save, not at the resume."""
+
     class Newer(Engine):
         def save_checkpoint(self, folder: str, *args: object, **kwargs: object) -> None:
             (Path(folder) / "state").mkdir()
-            torch.save({"settings": CheckpointConfig()}, Path(folder) / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+            torch.save(
+                {"settings": CheckpointConfig()},
+                Path(folder) / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            )
 
     checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
-    with pytest.raises(RuntimeError, match="names ship_ds.config.CheckpointConfig.* add it to ship_ds/runtime/pickles.py"):
+    with pytest.raises(
+        RuntimeError,
+        match="names ship_ds.config.CheckpointConfig.* add it to ship_ds/runtime/pickles.py",
+    ):
         checkpoint.save(Newer(0), tmp_path, progress(2), CheckpointConfig())
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000001"]
 
@@ -115,7 +142,13 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 @pytest.mark.parametrize(
-    "name", ["state/zero_pp_rank_0_mp_rank_00_optim_states.pt", "rank-0.safetensors", "progress.json", "manifest.json"]
+    "name",
+    [
+        "state/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "rank-0.safetensors",
+        "progress.json",
+        "manifest.json",
+    ],
 )
 def test_whatever_happened_to_the_newest_the_one_before_is_taken_and_saving_goes_on(
     name: str, damage: Callable[[Path], None], tmp_path: Path
@@ -124,15 +157,28 @@ def test_whatever_happened_to_the_newest_the_one_before_is_taken_and_saving_goes
     first = checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
     second = checkpoint.save(Engine(1000), tmp_path, progress(3), CheckpointConfig())
     damage(second / name)
-    assert checkpoint.newest_good(tmp_path, [].append) == first == checkpoint.newest_good_alone(tmp_path, said.append)
-    assert len(said) == 1 and "step-00000003: " in said[0] and "going on from step-00000001" in said[0]
-    assert name in said[0] or (damage, name) == (flip, "manifest.json")  # which then disagrees with some file
+    assert (
+        checkpoint.newest_good(tmp_path, [].append)
+        == first
+        == checkpoint.newest_good_alone(tmp_path, said.append)
+    )
+    assert (
+        len(said) == 1 and "step-00000003: " in said[0] and "going on from step-00000001" in said[0]
+    )
+    # which then disagrees with some file
+    assert name in said[0] or (damage, name) == (flip, "manifest.json")
     third = checkpoint.save(Engine(1000), tmp_path, progress(2), config)
     assert checkpoint.newest_good(tmp_path, said.append) == third and len(said) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003.damaged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step-00000002",
+        "step-00000003.damaged",
+    ]
 
 
-def test_saving_a_step_again_never_leaves_it_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_a_step_again_never_leaves_it_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
     assert checkpoint.save(Engine(1000), tmp_path, progress(1, 0.5), CheckpointConfig()) == first
     rename, names = Path.rename, []
@@ -148,12 +194,21 @@ def test_saving_a_step_again_never_leaves_it_without_a_checkpoint(tmp_path: Path
         checkpoint.save(Engine(1000), tmp_path, progress(1, 0.7), CheckpointConfig())
     monkeypatch.undo()
     assert names == ["step-00000001", "step-00000001.part"] and not first.exists()
-    assert checkpoint.newest_good_alone(tmp_path, print) == first and checkpoint.read_progress(first).dev_score == 0.5
+    assert (
+        checkpoint.newest_good_alone(tmp_path, print) == first
+        and checkpoint.read_progress(first).dev_score == 0.5
+    )
 
 
-def test_the_best_on_dev_is_kept_beside_the_newest_and_the_disk_cap_spares_both(tmp_path: Path) -> None:
+def test_the_best_on_dev_is_kept_beside_the_newest_and_the_disk_cap_spares_both(
+    tmp_path: Path,
+) -> None:
     for step, score in enumerate((0.1, 0.9, 0.3, None, 0.2), 1):
-        checkpoint.save(Engine(100_000), tmp_path, progress(step, score), CheckpointConfig(keep_last=2))
+        checkpoint.save(
+            Engine(100_000), tmp_path, progress(step, score), CheckpointConfig(keep_last=2)
+        )
     assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "4", "5"]
-    checkpoint.save(Engine(100_000), tmp_path, progress(6), CheckpointConfig(keep_last=3, max_gigabytes=3e-4))
+    checkpoint.save(
+        Engine(100_000), tmp_path, progress(6), CheckpointConfig(keep_last=3, max_gigabytes=3e-4)
+    )
     assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "6"]

@@ -13,14 +13,18 @@ from ship_ds.runtime import compiled_ops
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
 
-def test_a_lock_left_behind_is_removed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_left_behind_is_removed_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
     said: list[str] = []
     compiled_ops.build([], said.append)
-    assert not lock.exists() and said == [f"{lock}: left behind by a process that was killed while it compiled; removed"]
+    assert not lock.exists() and said == [
+        f"{lock}: left behind by a process that was killed while it compiled; removed"
+    ]
 
 
 def _hold(path: Path, seconds: float) -> None:
@@ -32,7 +36,9 @@ def _hold(path: Path, seconds: float) -> None:
 
 def test_a_build_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    other = multiprocessing.get_context("fork").Process(target=_hold, args=(tmp_path / "ship_ds.lock", 2.0))
+    other = multiprocessing.get_context("fork").Process(
+        target=_hold, args=(tmp_path / "ship_ds.lock", 2.0)
+    )
     other.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
@@ -42,15 +48,24 @@ def test_a_build_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mo
     other.join()
 
 
-def test_nvme_asks_for_libaio_and_says_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvme_asks_for_libaio_and_says_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Incompatible:
         def is_compatible(self) -> bool:
             return False
 
-    asks = {name: compiled_ops.needed(read_deepspeed_config(f"zero3_offload_{name}")) for name in ("nvme", "cpu")}
+    asks = {
+        name: compiled_ops.needed(read_deepspeed_config(f"zero3_offload_{name}"))
+        for name in ("nvme", "cpu")
+    }
     assert "AsyncIOBuilder" in asks["nvme"] and "AsyncIOBuilder" not in asks["cpu"]
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(type(get_accelerator()), "create_op_builder", lambda self, name: Incompatible())
+    monkeypatch.setattr(
+        type(get_accelerator()), "create_op_builder", lambda self, name: Incompatible()
+    )
     compiled_ops.build(["CPUAdamBuilder"], print)
-    with pytest.raises(UserError, match="offload to NVMe needs libaio with its headers: install libaio-dev"):
+    with pytest.raises(
+        UserError, match="offload to NVMe needs libaio with its headers: install libaio-dev"
+    ):
         compiled_ops.build(["AsyncIOBuilder"], print)

@@ -10,8 +10,15 @@ from ship_ds.errors import UserError
 from ship_ds.runtime.deepspeed_config import FOLDER, offloads_optimiser, read_deepspeed_config
 
 STAGES = {
-    "cpu": 2, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_bf16": 3, "zero3_hpz": 3, "zero3_offload_cpu": 3,
-    "zero3_offload_nvme": 3, "zero3_shard_all": 3,
+    "cpu": 2,
+    "zero1": 1,
+    "zero2": 2,
+    "zero3": 3,
+    "zero3_bf16": 3,
+    "zero3_hpz": 3,
+    "zero3_offload_cpu": 3,
+    "zero3_offload_nvme": 3,
+    "zero3_shard_all": 3,
 }
 
 

@@ -1,4 +1,5 @@
-"""What is on NVMe is there while a checkpoint is written; a real disk and DeepSpeed are in the soak (tests/soak/test_nvme.py)."""
+"""What is on NVMe is there while a checkpoint is written; a real disk and DeepSpeed are in the soak
+(tests/soak/test_nvme.py)."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ class Swapped:
         self.tensors = [torch.empty(0) for _ in values]
         self.length = len(next(iter(values.values())))
         for path, value in zip(self.paths, values.values(), strict=True):
-            Path(path).write_bytes(torch.tensor([*value, *([7.0] * 100)]).numpy().tobytes())  # files are aligned, so longer
+            # files are aligned, so longer
+            Path(path).write_bytes(torch.tensor([*value, *([7.0] * 100)]).numpy().tobytes())
 
     def get_compute_tensors(self) -> list[torch.Tensor]:
         return self.tensors
@@ -43,13 +45,18 @@ class Engine:
 def test_swapped_tensors_are_there_and_gone_again_even_after_an_error(tmp_path: Path) -> None:
     values = {"weights.swp": [1.0, 2.0, 3.0], "moment.swp": [0.5, 0.25, 0.125]}
     swapped = Swapped(tmp_path, values)
-    engine = Engine(SimpleNamespace(optimizer_swapper=SimpleNamespace(swap_params_info={"0_4": swapped})))
+    engine = Engine(
+        SimpleNamespace(optimizer_swapper=SimpleNamespace(swap_params_info={"0_4": swapped}))
+    )
     with pytest.raises(OSError, match="the disk is full"), nvme.mapped(engine):
         assert [tensor.tolist() for tensor in swapped.tensors] == list(values.values())
         assert not engine.zero_nvme_offload_optimizer(), "or DeepSpeed copies the files as well"
         torch.save(swapped.tensors[1], tmp_path / "shard.pt")
         raise OSError("the disk is full")
-    assert [tensor.numel() for tensor in swapped.tensors] == [0, 0] and engine.zero_nvme_offload_optimizer()
+    assert [tensor.numel() for tensor in swapped.tensors] == [
+        0,
+        0,
+    ] and engine.zero_nvme_offload_optimizer()
     assert torch.load(tmp_path / "shard.pt", weights_only=True).tolist() == values["moment.swp"]
     assert (tmp_path / "shard.pt").stat().st_size < 5000
 

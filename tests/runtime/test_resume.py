@@ -1,4 +1,5 @@
-"""Kills, damaged checkpoints and changed configs: fresh processes, as a user or a cluster would start and end them."""
+"""Kills, damaged checkpoints and changed configs: fresh processes, as a user or a cluster would
+start and end them."""
 
 import json
 import os
@@ -19,22 +20,39 @@ from ship_ds.bundle import Ship
 from tests.conftest import REPOSITORY, environment, start
 
 QUICK = ("evaluation.every_steps=0", "evaluation.ends_with_report=false")
-"""What comes after the last step and between steps changes no loss; test_an_evaluation_in_the_middle... shows it."""
+"""What comes after the last step and between steps changes no loss;
+test_an_evaluation_in_the_middle... shows it."""
 LOSSES = ("loss/total", "loss/task", "loss/reconstruction", "loss/kl", "optimiser/gradient_norm")
 Rows = Callable[[Path], list[dict[str, Any]]]
 
 
 def command(folder: Path, overrides: Sequence[str] = QUICK) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ship_ds.train",
-            "--config", "quickstart-smoke", f"run.folder={folder}", *overrides]
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "ship_ds.train",
+        "--config",
+        "quickstart-smoke",
+        f"run.folder={folder}",
+        *overrides,
+    ]
 
 
 def kill_after(folder: Path, num_rows: int) -> int:
-    """Start a two-rank run, kill it and its ranks with SIGKILL once it took `num_rows` steps; the rows it had written."""
+    """Start a two-rank run, kill it and its ranks with SIGKILL once it took `num_rows` steps; the
+    rows it had written."""
     metrics = folder / "metrics.jsonl"
     process = subprocess.Popen(
-        [sys.executable, *command(folder)], cwd=REPOSITORY, env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, *command(folder)],
+        cwd=REPOSITORY,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
@@ -49,7 +67,8 @@ def kill_after(folder: Path, num_rows: int) -> int:
 
 
 def _ranks_of(folder: Path) -> list[int]:
-    """Processes that still have the run's folder in their command line: torchrun's ranks lead sessions of their own."""
+    """Processes that still have the run's folder in their command line: torchrun's ranks lead
+    sessions of their own."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -71,16 +90,26 @@ def resumed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_killed_and_resumed_run_repeats_the_losses_bit_for_bit(two_rank_run: Path, resumed_run: Path, rows: Rows) -> None:
+def test_a_killed_and_resumed_run_repeats_the_losses_bit_for_bit(
+    two_rank_run: Path, resumed_run: Path, rows: Rows
+) -> None:
     whole, resumed = rows(two_rank_run), rows(resumed_run)
     assert [row["step"] for row in resumed] == list(range(12))
     for left, right in zip(whole, resumed, strict=True):
-        assert {name: left[name] for name in LOSSES} == {name: right[name] for name in LOSSES}, left["step"]
+        assert {name: left[name] for name in LOSSES} == {name: right[name] for name in LOSSES}, (
+            left["step"]
+        )
 
 
-def test_a_killed_and_resumed_run_ends_with_the_same_weights(two_rank_run: Path, resumed_run: Path) -> None:
-    whole, resumed = (load_file(run / "bundle" / "ship.safetensors") for run in (two_rank_run, resumed_run))
-    assert whole.keys() == resumed.keys() and all(whole[name].equal(resumed[name]) for name in whole)
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(
+    two_rank_run: Path, resumed_run: Path
+) -> None:
+    whole, resumed = (
+        load_file(run / "bundle" / "ship.safetensors") for run in (two_rank_run, resumed_run)
+    )
+    assert whole.keys() == resumed.keys() and all(
+        whole[name].equal(resumed[name]) for name in whole
+    )
 
 
 def test_the_last_two_and_the_best_on_dev_are_kept(two_rank_run: Path) -> None:
@@ -91,13 +120,16 @@ def test_the_last_two_and_the_best_on_dev_are_kept(two_rank_run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def gone_on_as_one(two_rank_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two-rank run, its newest checkpoint damaged, started again as one process; what it said is in `stderr`."""
+    """The two-rank run, its newest checkpoint damaged, started again as one process; what it said
+    is in `stderr`."""
     run = tmp_path_factory.mktemp("damaged") / "run"
     shutil.copytree(two_rank_run, run)
     shard = min((run / "checkpoints" / "step-00000012" / "state").glob("*optim_states.pt"))
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size // 2)
-    done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={run}", *QUICK])
+    done = start(
+        ["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={run}", *QUICK]
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     (run / "stderr").write_text(done.stderr)
     return run
@@ -105,16 +137,24 @@ def gone_on_as_one(two_rank_run: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(gone_on_as_one: Path, rows: Rows) -> None:
     said = (gone_on_as_one / "stderr").read_text()
-    assert "zero_pp_rank_0_mp_rank_00_optim_states.pt has" in said and "going on from step-00000008" in said
+    assert (
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt has" in said
+        and "going on from step-00000008" in said
+    )
     assert [row["step"] for row in rows(gone_on_as_one)] == list(range(12))
 
 
 def test_two_ranks_go_on_as_one(two_rank_run: Path, gone_on_as_one: Path, rows: Rows) -> None:
     """Without Adam's moments the losses of the last steps would be off by more than 1e-4."""
     said = (gone_on_as_one / "stderr").read_text()
-    assert "step-00000008: written by 2 rank(s) under ZeRO-3: shared out anew over 1 under ZeRO-3" in said
+    assert (
+        "step-00000008: written by 2 rank(s) under ZeRO-3: shared out anew over 1 under ZeRO-3"
+        in said
+    )
     for left, right in zip(rows(two_rank_run), rows(gone_on_as_one), strict=True):
-        assert {name: left[name] for name in LOSSES} == pytest.approx({name: right[name] for name in LOSSES}, rel=1e-5)
+        assert {name: left[name] for name in LOSSES} == pytest.approx(
+            {name: right[name] for name in LOSSES}, rel=1e-5
+        )
 
 
 def test_bundle_from_a_two_rank_checkpoint_is_the_runs_own(
@@ -122,12 +162,21 @@ def test_bundle_from_a_two_rank_checkpoint_is_the_runs_own(
 ) -> None:
     checkpoint = two_rank_run / "checkpoints" / "step-00000012"
     assert cli.main(["bundle", str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
-    made, own = (load_file(folder / "ship.safetensors") for folder in (tmp_path / "bundle", two_rank_run / "bundle"))
+    made, own = (
+        load_file(folder / "ship.safetensors")
+        for folder in (tmp_path / "bundle", two_rank_run / "bundle")
+    )
     assert made.keys() == own.keys() and all(made[name].equal(own[name]) for name in own)
     assert Ship.from_run(tmp_path / "bundle").answer("put 7 at the front", ["1 2"])
 
 
 def test_progress_names_step_config_and_revision(two_rank_run: Path) -> None:
-    progress = json.loads((two_rank_run / "checkpoints" / "step-00000012" / "progress.json").read_text())
-    assert progress["step"] == 12 and progress["world_size"] == 2 and progress["config"]["run"]["seed"] == 0
+    progress = json.loads(
+        (two_rank_run / "checkpoints" / "step-00000012" / "progress.json").read_text()
+    )
+    assert (
+        progress["step"] == 12
+        and progress["world_size"] == 2
+        and progress["config"]["run"]["seed"] == 0
+    )
     assert progress["dev_score"] is not None and len(progress["data_fingerprint"]) == 64

@@ -30,7 +30,9 @@ def asked(stop: StopRequest) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_is_heeded_at_the_next_boundary(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_is_heeded_at_the_next_boundary(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
     with StopRequest(grace_seconds=100) as stop:
         stop.raise_if_asked()
         os.kill(os.getpid(), number)
@@ -56,10 +58,14 @@ def test_the_handlers_before_come_back() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before and signal.set_wakeup_fd(-1) == -1
 
 
-@pytest.mark.parametrize(("before", "code"), [("pass", NOT_SAVED_IN_TIME), ("stop.leave_at_once()", PREEMPTED)])
+@pytest.mark.parametrize(
+    ("before", "code"), [("pass", NOT_SAVED_IN_TIME), ("stop.leave_at_once()", PREEMPTED)]
+)
 def test_a_process_stuck_in_a_collective_is_forced_out(before: str, code: int) -> None:
     """In C++ the main thread runs no Python handler, as in a hanging collective."""
     command = [sys.executable, "-c", STUCK.format(before=before)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), text=True, capture_output=True, timeout=200)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), text=True, capture_output=True, timeout=200
+    )
     assert done.returncode == code, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("ship-ds: rank 0: ")

@@ -1,4 +1,5 @@
-"""Bundles out of ZeRO-3 shards of any world size: exact, verified, and never the whole state in memory."""
+"""Bundles out of ZeRO-3 shards of any world size: exact, verified, and never the whole state in
+memory."""
 
 import hashlib
 import json
@@ -19,28 +20,49 @@ from ship_ds.tensor_file import TensorFile
 
 
 def write_shards(folder: Path, state: dict[str, Tensor], world_size: int) -> None:
-    """As DeepSpeed's ZeRO-3 lays them out: every parameter padded and cut in equal parts, each rank's parts end to end."""
+    """As DeepSpeed's ZeRO-3 lays them out: every parameter padded and cut in equal parts, each
+    rank's parts end to end."""
     (folder / "state").mkdir(parents=True)
     shapes = [OrderedDict((name, tensor.shape) for name, tensor in state.items())]
     for rank in range(world_size):
         parts = []
         for tensor in state.values():
             size = math.ceil(tensor.numel() / world_size)
-            flat = torch.nn.functional.pad(tensor.flatten(), (0, size * world_size - tensor.numel()))
+            flat = torch.nn.functional.pad(
+                tensor.flatten(), (0, size * world_size - tensor.numel())
+            )
             parts.append(flat[rank * size : (rank + 1) * size])
         names = folder / "state" / f"zero_pp_rank_{rank}_mp_rank_00"
-        torch.save({
-            "module": {}, "buffer_names": [], "param_shapes": shapes, "shared_params": {}, "ds_version": "0.19.8",
-        }, f"{names}_model_states.pt")
-        torch.save({"optimizer_state_dict": {
-            "zero_stage": 3, "partition_count": world_size, "fp32_flat_groups": [torch.cat(parts)], "optimizer_state_dict": {},
-        }}, f"{names}_optim_states.pt")
+        torch.save(
+            {
+                "module": {},
+                "buffer_names": [],
+                "param_shapes": shapes,
+                "shared_params": {},
+                "ds_version": "0.19.8",
+            },
+            f"{names}_model_states.pt",
+        )
+        torch.save(
+            {
+                "optimizer_state_dict": {
+                    "zero_stage": 3,
+                    "partition_count": world_size,
+                    "fp32_flat_groups": [torch.cat(parts)],
+                    "optimizer_state_dict": {},
+                }
+            },
+            f"{names}_optim_states.pt",
+        )
     write_manifest(folder)
 
 
 def write_manifest(folder: Path) -> None:
     manifest = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        str(path.relative_to(folder)): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
         for path in folder.rglob("*.pt")
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -91,7 +113,9 @@ def test_a_shard_that_names_other_code_is_refused_before_it_is_opened(
     shard = tmp_path / "step" / "state" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     torch.save(torch.load(shard) | {"marker": Marker()}, shard)
     write_manifest(tmp_path / "step")
-    with pytest.raises(UserError, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt names .*print"):
+    with pytest.raises(
+        UserError, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt names .*print"
+    ):
         trainable_state(tmp_path / "step")
     assert "opened" not in capsys.readouterr().out
 
@@ -100,19 +124,31 @@ def legacy(path: Path) -> None:
     torch.save({"w": torch.randn(2)}, path, _use_new_zipfile_serialization=False)
 
 
-@pytest.mark.parametrize("write", [
-    legacy, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PK\x03\x04 and no zip"),
-], ids=["legacy", "empty", "broken zip"])
-def test_a_shard_that_torch_cannot_look_into_is_refused_by_name(tmp_path: Path, write: Callable[[Path], object]) -> None:
+@pytest.mark.parametrize(
+    "write",
+    [
+        legacy,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"PK\x03\x04 and no zip"),
+    ],
+    ids=["legacy", "empty", "broken zip"],
+)
+def test_a_shard_that_torch_cannot_look_into_is_refused_by_name(
+    tmp_path: Path, write: Callable[[Path], object]
+) -> None:
     write_shards(tmp_path / "step", {"w": torch.randn(4)}, 1)
     write(tmp_path / "step" / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     write_manifest(tmp_path / "step")
-    with pytest.raises(UserError, match=r"rank_0_mp_rank_00_optim_states\.pt is not a file that torch\.save writes"):
+    with pytest.raises(
+        UserError, match=r"rank_0_mp_rank_00_optim_states\.pt is not a file that torch\.save writes"
+    ):
         trainable_state(tmp_path / "step")
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path / "step", {"w": torch.randn(4)}, 1)
     torch.save({}, tmp_path / "step" / "state" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
-    with pytest.raises(UserError, match=r"rank_1_mp_rank_00_optim_states\.pt is not in manifest\.json"):
+    with pytest.raises(
+        UserError, match=r"rank_1_mp_rank_00_optim_states\.pt is not in manifest\.json"
+    ):
         trainable_state(tmp_path / "step")

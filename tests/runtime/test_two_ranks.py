@@ -1,4 +1,5 @@
-"""What two real gloo ranks under DeepSpeed do; one pair of processes measures it all (worker.py)."""
+"""What two real gloo ranks under DeepSpeed do; one pair of processes measures it all
+(worker.py)."""
 
 import json
 import math
@@ -15,7 +16,10 @@ from tests.conftest import start
 def found(one_rank_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     worker = ["-m", "tests.runtime.worker", str(folder), str(one_rank_run)]
-    done = start(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker], timeout=400)
+    done = start(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker],
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     (folder / "stderr").write_text(done.stderr)
     return {**json.loads((folder / "found.json").read_text()), "folder": folder}
@@ -23,7 +27,8 @@ def found(one_rank_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.parametrize("what", ["trainable", "optimiser", "nf4"])
 def test_each_rank_holds_half(found: dict[str, Any], what: str) -> None:
-    """Parameters, their optimiser state and the packed 4-bit weights; `quant_state` (absmax, code book) is not sharded."""
+    """Parameters, their optimiser state and the packed 4-bit weights; `quant_state` (absmax, code
+    book) is not sharded."""
     for rank in found["each_rank_holds_half"]:
         held, everything = rank[what]
         assert held == pytest.approx(everything / 2, rel=0.1)
@@ -36,11 +41,18 @@ def test_ten_steps_and_an_evaluation_leave_the_base_as_it_was(found: dict[str, A
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3_bf16"])
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(found: dict[str, Any], stage: str) -> None:
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    found: dict[str, Any], stage: str
+) -> None:
     for rank in found[f"bad_step_{stage}"]:
         assert rank["moved"] == [True, True, False, True]
         assert rank["bad"] == [0, 0, 1, 0] and rank["finite"]
-    rows = [json.loads(line) for line in (found["folder"] / f"bad_step_{stage}" / "bad_steps.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (found["folder"] / f"bad_step_{stage}" / "bad_steps.jsonl")
+        .read_text()
+        .splitlines()
+    ]
     assert len(rows) == 8 and {row["step"] for row in rows} == {2}
     assert all(row["wording"] and row["answered"] for row in rows)
 
@@ -56,10 +68,14 @@ def test_a_checkpoint_of_zero2_goes_on(found: dict[str, Any], stage: str, tolera
     for rank in found["zero2_goes_on"]:
         assert rank[stage] == pytest.approx(rank["whole"], rel=tolerance, abs=0)
         assert rank["betas"] == [0.8, 0.95]
-        assert sum(rank["turns"].values()) == rank["rules"] and {"4"} < set(rank["turns"]), "small families come oftener"
+        assert sum(rank["turns"].values()) == rank["rules"] and {"4"} < set(rank["turns"]), (
+            "small families come oftener"
+        )
 
 
-def test_a_resume_with_sharded_4_bit_bases_and_dropout_repeats_the_losses_bit_for_bit(found: dict[str, Any]) -> None:
+def test_a_resume_with_sharded_4_bit_bases_and_dropout_repeats_the_losses_bit_for_bit(
+    found: dict[str, Any],
+) -> None:
     first, second = found["sharded_base_resumes"]
     assert first["step"] == 1 and first["whole"] == first["resumed"] == second["resumed"]
     assert first["mask"] != second["mask"], "each rank has a dropout mask of its own"
@@ -74,17 +90,23 @@ def test_micro_batches_change_nothing_but_rounding(found: dict[str, Any], stage:
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line(found: dict[str, Any]) -> None:
     for rank in found["too_many_bad_steps"]:
-        assert rank["step"] == 3 and rank["said"].startswith("training: not finite in 2 steps in a row; lower optimiser.lr")
+        assert rank["step"] == 3 and rank["said"].startswith(
+            "training: not finite in 2 steps in a row; lower optimiser.lr"
+        )
 
 
-def test_the_published_recipes_train_and_the_second_starts_from_the_first(found: dict[str, Any]) -> None:
+def test_the_published_recipes_train_and_the_second_starts_from_the_first(
+    found: dict[str, Any],
+) -> None:
     for rank in found["published_recipes"]:
         assert math.isfinite(rank["pretrain"]) and math.isfinite(rank["in-domain"])
         assert rank["pretrain starts at"] != rank["pretrain ends at"] == rank["in-domain starts at"]
         assert len(rank["pretrain answers"]) == len(rank["in-domain answers"]) == 1
 
 
-def test_one_rank_goes_on_as_two(found: dict[str, Any], one_rank_run: Path, rows: Callable[[Path], list[dict[str, Any]]]) -> None:
+def test_one_rank_goes_on_as_two(
+    found: dict[str, Any], one_rank_run: Path, rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
     whole = [row["loss/total"] for row in rows(one_rank_run)[8:]]
     for rank in found["one_rank_goes_on_as_two"]:
         assert rank["step"] == 8 and rank["losses"] == pytest.approx(whole, rel=1e-5)
@@ -97,7 +119,9 @@ def test_an_evaluation_in_the_middle_changes_nothing_after_it(found: dict[str, A
 
 def test_a_run_starts_from_another_runs_bundle(found: dict[str, Any]) -> None:
     started = found["starts_from_a_bundle"][0]
-    assert started["step"] == 0 and started["same names"] and started["same"] and all(started["same"])
+    assert (
+        started["step"] == 0 and started["same names"] and started["same"] and all(started["same"])
+    )
 
 
 def test_another_learning_rate_is_refused_by_name(found: dict[str, Any]) -> None:
@@ -105,7 +129,10 @@ def test_another_learning_rate_is_refused_by_name(found: dict[str, Any]) -> None
 
 
 def test_a_checkpoint_whose_moments_are_elsewhere_is_refused(found: dict[str, Any]) -> None:
-    assert all("kept Adam's moments beside it on NVMe: start anew" in rank["nvme"] for rank in found["refused"])
+    assert all(
+        "kept Adam's moments beside it on NVMe: start anew" in rank["nvme"]
+        for rank in found["refused"]
+    )
 
 
 def test_starting_from_a_folder_without_a_bundle_is_refused(found: dict[str, Any]) -> None:
@@ -116,12 +143,19 @@ def test_a_run_whose_steps_were_all_skipped_goes_on(found: dict[str, Any]) -> No
     for rank in found["nothing_learnt_yet"]:
         assert rank["bad"] == 1
         for stage in ("zero3", "zero2"):
-            assert rank[stage]["step"] == 1 and rank[stage]["whole"] == rank["whole"] and math.isfinite(rank[stage]["loss"])
+            assert (
+                rank[stage]["step"] == 1
+                and rank[stage]["whole"] == rank["whole"]
+                and math.isfinite(rank[stage]["loss"])
+            )
 
 
 def test_a_disk_without_room_stops_every_rank_with_the_same_line(found: dict[str, Any]) -> None:
     for rank in found["full_disk"]:
-        assert rank["needed"] in rank["said"] and "the checkpoint of step 2 was not written" in rank["said"]
+        assert (
+            rank["needed"] in rank["said"]
+            and "the checkpoint of step 2 was not written" in rank["said"]
+        )
         assert rank["left"] == ["latest", "step-00000001"]
 
 
@@ -129,22 +163,28 @@ def test_an_evaluation_cut_short_is_made_up_for(found: dict[str, Any]) -> None:
     for rank in found["evaluation_is_cut_short"]:
         assert rank == {"preempted_at": 2, "owed": True, "step": 4}
     folder = found["folder"] / "evaluation_is_cut_short"
-    assert [json.loads(line)["step"] for line in (folder / "evaluations.jsonl").read_text().splitlines()] == [2, 4]
+    assert [
+        json.loads(line)["step"] for line in (folder / "evaluations.jsonl").read_text().splitlines()
+    ] == [2, 4]
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [("cpu", 1e-6), ("zero3_bf16", 2e-2), ("zero3_hpz", 2e-2), ("zero3_offload_cpu", 2e-2)]
+    ("name", "tolerance"),
+    [("cpu", 1e-6), ("zero3_bf16", 2e-2), ("zero3_hpz", 2e-2), ("zero3_offload_cpu", 2e-2)],
 )
 def test_a_config_trains_two_steps_and_repeats_the_second_from_a_checkpoint(
     found: dict[str, Any], name: str, tolerance: float
 ) -> None:
-    """Beside fp32 ZeRO-3; all but the first are in bf16. zero1, zero2, zero3 and zero3_shard_all train above."""
+    """Beside fp32 ZeRO-3; all but the first are in bf16. zero1, zero2, zero3 and zero3_shard_all
+    train above."""
     for rank, reference in zip(found[f"two_steps_{name}"], found["another_layout"], strict=True):
         assert rank["losses"] == pytest.approx(reference["first"], rel=tolerance)
         assert rank["resumed"] == rank["losses"][1]
 
 
-def test_each_rank_reads_its_own_shard_where_the_parameters_lie_as_they_did(found: dict[str, Any]) -> None:
+def test_each_rank_reads_its_own_shard_where_the_parameters_lie_as_they_did(
+    found: dict[str, Any],
+) -> None:
     for rank in found["another_layout"]:
         assert rank["zero3_shard_all read"] == "1 OwnShard"
         groups, kind = rank["sub-groups read"].split()

@@ -1,4 +1,5 @@
-"""Started once by torchrun with two ranks; runs every check that needs them and writes what it measured as JSON.
+"""Started once by torchrun with two ranks; runs every check that needs them and writes what it
+measured as JSON.
 
     torchrun --nproc-per-node 2 -m tests.runtime.worker FOLDER ONE_RANK_RUN
 """
@@ -36,27 +37,42 @@ SHARDED = ["training.deepspeed=zero3_shard_all", "model.task_llm.shard=always"]
 
 
 def trainer(folder: Path, *overrides: str) -> Trainer:
-    return Trainer(load_config("quickstart-smoke", [f"run.folder={folder}", "evaluation.every_steps=0", *overrides]))
+    return Trainer(
+        load_config(
+            "quickstart-smoke", [f"run.folder={folder}", "evaluation.every_steps=0", *overrides]
+        )
+    )
 
 
 def each_rank_holds_half(folder: Path) -> dict[str, Any]:
-    """Elements this rank holds at a step boundary beside the whole: trainable, optimiser state, 4-bit weights."""
+    """Elements this rank holds at a step boundary beside the whole: trainable, optimiser state,
+    4-bit weights."""
     made = trainer(folder, *SHARDED)
     made.take_step()
     trainable = [p for p in made.model.parameters() if p.requires_grad]
     quantised = {n: p for n, p in made.model.named_parameters() if type(p).__name__ == "Params4bit"}
     states = made.engine.optimizer.optimizer.state.values()
     return {
-        "trainable": [sum(p.ds_tensor.numel() for p in trainable), sum(p.ds_numel for p in trainable)],
-        "optimiser": [sum(state["exp_avg"].numel() for state in states), sum(p.ds_numel for p in trainable)],
-        "nf4": [sum(p.ds_tensor.numel() for p in quantised.values()), sum(p.ds_numel for p in quantised.values())],
+        "trainable": [
+            sum(p.ds_tensor.numel() for p in trainable),
+            sum(p.ds_numel for p in trainable),
+        ],
+        "optimiser": [
+            sum(state["exp_avg"].numel() for state in states),
+            sum(p.ds_numel for p in trainable),
+        ],
+        "nf4": [
+            sum(p.ds_tensor.numel() for p in quantised.values()),
+            sum(p.ds_numel for p in quantised.values()),
+        ],
         "still whole": [n for n, p in quantised.items() if p.numel()],
         "num_nf4": len(quantised),
     }
 
 
 def base_is_untouched(folder: Path) -> dict[str, Any]:
-    """Hashes of the gathered frozen parameters before and after ten steps with an evaluation between them."""
+    """Hashes of the gathered frozen parameters before and after ten steps with an evaluation
+    between them."""
     made = trainer(folder, *SHARDED, "training.steps=10")
 
     def digest() -> str:
@@ -64,7 +80,10 @@ def base_is_untouched(folder: Path) -> dict[str, Any]:
         for name, parameter in made.model.named_parameters():
             if not parameter.requires_grad:
                 with deepspeed.zero.GatheredParameters([parameter]):
-                    found.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+                    found.update(
+                        name.encode()
+                        + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
+                    )
         return found.hexdigest()
 
     before = digest()
@@ -107,8 +126,8 @@ def whole(made: Trainer) -> torch.Tensor:
 
 
 def another_layout(folder: Path) -> dict[str, Any]:
-    """Losses of steps 2 and 3 in the engine that took steps 0 and 1, and after a resume under other ZeRO stages, or with the
-    parameters in many sub-groups."""
+    """Losses of steps 2 and 3 in the engine that took steps 0 and 1, and after a resume under other
+    ZeRO stages, or with the parameters in many sub-groups."""
     made = trainer(folder / "zero3", *FOUR_STEPS)
     first = [losses(made) for _ in range(2)]
     made.save()
@@ -116,7 +135,10 @@ def another_layout(folder: Path) -> dict[str, Any]:
     small = read_deepspeed_config("zero3")
     small["zero_optimization"]["sub_group_size"] = 100_000
     for stage, file in {
-        "zero3_shard_all": "zero3_shard_all", "zero2": "zero2", "zero1": "zero1", "sub-groups": own_file(folder, small),
+        "zero3_shard_all": "zero3_shard_all",
+        "zero2": "zero2",
+        "zero1": "zero1",
+        "sub-groups": own_file(folder, small),
     }.items():
         if ranks.rank() == 0:
             shutil.copytree(folder / "zero3" / "checkpoints", folder / stage / "checkpoints")
@@ -124,13 +146,19 @@ def another_layout(folder: Path) -> dict[str, Any]:
         other = trainer(folder / stage, f"training.deepspeed={file}", *FOUR_STEPS)
         assert other.step == 2
         if stage in ("zero3_shard_all", "sub-groups"):
-            found[f"{stage} read"] = where_from(other, folder / "zero3" / "checkpoints" / "step-00000002")
+            found[f"{stage} read"] = where_from(
+                other, folder / "zero3" / "checkpoints" / "step-00000002"
+            )
         found[stage] = [losses(other) for _ in range(2)]
     return found
 
 
 def where_from(made: Trainer, folder: Path) -> str:
-    trainable = {name: parameter for name, parameter in made.model.named_parameters() if parameter.requires_grad}
+    trainable = {
+        name: parameter
+        for name, parameter in made.model.named_parameters()
+        if parameter.requires_grad
+    }
     found = repartition.source(made.engine.optimizer, trainable, folder / checkpoint.STATE)
     return f"{len(made.engine.optimizer.fp16_groups)} {type(found).__name__}"
 
@@ -154,15 +182,18 @@ def losses(made: Trainer) -> float:
 
 
 def zero2_goes_on(folder: Path) -> dict[str, Any]:
-    """Losses of steps 2 and 3 of a ZeRO-2 engine, and after a resume under the same stage and under ZeRO-3."""
+    """Losses of steps 2 and 3 of a ZeRO-2 engine, and after a resume under the same stage and under
+    ZeRO-3."""
     settings = [*FOUR_STEPS, "training.family_alpha=0.5", "optimiser.betas=[0.8, 0.95]"]
     made = trainer(folder / "whole", "training.deepspeed=zero2", *settings)
     made.take_step()
     made.take_step()
     made.save()
     found: dict[str, Any] = {
-        "whole": [losses(made) for _ in range(2)], "betas": list(made.engine.optimizer.param_groups[0]["betas"]),
-        "turns": Counter(Counter(task.id for task in made.sampler.tasks).values()), "rules": len(made.splits.seen),
+        "whole": [losses(made) for _ in range(2)],
+        "betas": list(made.engine.optimizer.param_groups[0]["betas"]),
+        "turns": Counter(Counter(task.id for task in made.sampler.tasks).values()),
+        "rules": len(made.splits.seen),
     }
     for stage in ("zero2", "zero3"):
         if ranks.rank() == 0:
@@ -174,12 +205,14 @@ def zero2_goes_on(folder: Path) -> dict[str, Any]:
 
 
 LORA_ROLES = [
-    f"model.{role}={{quantisation: nf4, tuning: {{kind: lora, rank: 4, dropout: 0.2}}}}" for role in ("encoder", "decoder")
+    f"model.{role}={{quantisation: nf4, tuning: {{kind: lora, rank: 4, dropout: 0.2}}}}}}}}"
+    for role in ("encoder", "decoder")
 ]
 
 
 def sharded_base_resumes(folder: Path) -> dict[str, Any]:
-    """4-bit bases inside ZeRO-3, static LoRAs over two of them, dropout: the loss of step 1, never stopped and resumed."""
+    """4-bit bases inside ZeRO-3, static LoRAs over two of them, dropout: the loss of step 1, never
+    stopped and resumed."""
     made = trainer(folder, *SHARDED, *LORA_ROLES, *FOUR_STEPS)
     made.take_step()
     made.save()
@@ -193,7 +226,9 @@ def accumulation(folder: Path) -> dict[str, Any]:
     """Losses of three steps in micro-batches."""
     found = {}
     for stage in ("zero1", "zero2", "zero3"):
-        made = trainer(folder / stage, f"training.deepspeed={stage}", "training.accumulation=2", *FOUR_STEPS)
+        made = trainer(
+            folder / stage, f"training.deepspeed={stage}", "training.accumulation=2", *FOUR_STEPS
+        )
         found[stage] = [losses(made) for _ in range(3)]
     return found
 
@@ -217,11 +252,18 @@ def too_many_bad_steps(folder: Path) -> dict[str, Any]:
 
 
 def published_recipes(folder: Path) -> dict[str, Any]:
-    """pretrain-7b and, from its bundle, in-domain-7b: everything as published but the base, which is the embedded one."""
+    """pretrain-7b and, from its bundle, in-domain-7b: everything as published but the base, which
+    is the embedded one."""
     small = [
-        "data={kind: rules, train_examples: 12, test_examples: 3, num_seen: 24}", "training.epochs=null", "training.steps=1",
-        "model.task_llm.base=embedded", "model.latent_size=1280", "evaluation.every_steps=0", "evaluation.ends_with_report=false",
-        "optimiser.lr=1e-2", "optimiser.warmup_steps=0",
+        "data={kind: rules, train_examples: 12, test_examples: 3, num_seen: 24}",
+        "training.epochs=null",
+        "training.steps=1",
+        "model.task_llm.base=embedded",
+        "model.latent_size=1280",
+        "evaluation.every_steps=0",
+        "evaluation.ends_with_report=false",
+        "optimiser.lr=1e-2",
+        "optimiser.warmup_steps=0",
     ]
     found = {}
     for name, more in (("pretrain", []), ("in-domain", [f"run.init_from={folder / 'pretrain'}"])):
@@ -230,21 +272,26 @@ def published_recipes(folder: Path) -> dict[str, Any]:
         found[name] = losses(made)
         found[f"{name} ends at"] = whole(made).flatten()[:8].tolist()
         made.close()
-        found[f"{name} answers"] = Ship.from_run(folder / name).answer("reverse the list", ["1 2 3"])
+        found[f"{name} answers"] = Ship.from_run(folder / name).answer(
+            "reverse the list", ["1 2 3"]
+        )
     return found
 
 
 def one_rank_goes_on_as_two(folder: Path) -> dict[str, Any]:
     """The last four steps of the finished one-rank run, from its checkpoint before them."""
     if ranks.rank() == 0:
-        shutil.copytree(ONE_RANK_RUN / "checkpoints" / "step-00000008", folder / "checkpoints" / "step-00000008")
+        shutil.copytree(
+            ONE_RANK_RUN / "checkpoints" / "step-00000008", folder / "checkpoints" / "step-00000008"
+        )
     ranks.barrier()
     made = trainer(folder)
     return {"step": made.step, "losses": [losses(made) for _ in range(4)]}
 
 
 def evaluation_in_the_middle(folder: Path) -> dict[str, Any]:
-    """Losses of six steps, without a look at the seen and dev rules and with one after every second step."""
+    """Losses of six steps, without a look at the seen and dev rules and with one after every second
+    step."""
     quiet = trainer(folder / "quiet", "training.steps=6")
     looking = trainer(folder / "looking", "training.steps=6", "evaluation.num_tasks=4")
     found: dict[str, Any] = {"quiet": [losses(quiet) for _ in range(6)], "looking": []}
@@ -258,22 +305,38 @@ def evaluation_in_the_middle(folder: Path) -> dict[str, Any]:
 def starts_from_a_bundle(folder: Path) -> dict[str, Any]:
     """Every weight of a run that starts from another one's bundle, before its first step."""
     made = trainer(folder, f"run.init_from={ONE_RANK_RUN}")
-    saved, own = load_file(ONE_RANK_RUN / "bundle" / "ship.safetensors"), engines.gathered_state(made.engine)
+    saved, own = (
+        load_file(ONE_RANK_RUN / "bundle" / "ship.safetensors"),
+        engines.gathered_state(made.engine),
+    )
     if ranks.rank():
         return {}
-    return {"step": made.step, "same names": saved.keys() == own.keys(), "same": [saved[n].equal(own[n]) for n in saved]}
+    return {
+        "step": made.step,
+        "same names": saved.keys() == own.keys(),
+        "same": [saved[n].equal(own[n]) for n in saved],
+    }
 
 
 def refused(folder: Path) -> dict[str, Any]:
-    """What is said to another learning rate, a start from a folder without a bundle, and moments that are elsewhere."""
+    """What is said to another learning rate, a start from a folder without a bundle, and moments
+    that are elsewhere."""
     if ranks.rank() == 0:
-        shutil.copytree(ONE_RANK_RUN / "checkpoints" / "step-00000008", folder / "checkpoints" / "step-00000008")
+        shutil.copytree(
+            ONE_RANK_RUN / "checkpoints" / "step-00000008", folder / "checkpoints" / "step-00000008"
+        )
     ranks.barrier()
     found = {}
-    for what, overrides in {"lr": ["optimiser.lr=0.5"], "bundle": [f"run.init_from={folder}"], "nvme": []}.items():
+    for what, overrides in {
+        "lr": ["optimiser.lr=0.5"],
+        "bundle": [f"run.init_from={folder}"],
+        "nvme": [],
+    }.items():
         if what == "nvme":
             ranks.barrier()
-            (folder / "checkpoints" / "step-00000008" / checkpoint.STATE / "offloaded_tensors").mkdir(exist_ok=True)
+            (
+                folder / "checkpoints" / "step-00000008" / checkpoint.STATE / "offloaded_tensors"
+            ).mkdir(exist_ok=True)
         try:
             trainer(folder, *overrides)
             found[what] = "taken"
@@ -283,7 +346,8 @@ def refused(folder: Path) -> dict[str, Any]:
 
 
 def nothing_learnt_yet(folder: Path) -> dict[str, Any]:
-    """A checkpoint after a first step that was skipped, when Adam has no state: a matrix as it was, and after resumes."""
+    """A checkpoint after a first step that was skipped, when Adam has no state: a matrix as it was,
+    and after resumes."""
     made = trainer(folder / "zero3", "training.deepspeed=zero3")
     collate = made.model.collate
 
@@ -301,7 +365,11 @@ def nothing_learnt_yet(folder: Path) -> dict[str, Any]:
             shutil.copytree(folder / "zero3" / "checkpoints", folder / stage / "checkpoints")
         ranks.barrier()
         other = trainer(folder / stage, f"training.deepspeed={stage}")
-        found[stage] = {"step": other.step, "whole": whole(other).flatten()[:8].tolist(), "loss": losses(other)}
+        found[stage] = {
+            "step": other.step,
+            "whole": whole(other).flatten()[:8].tolist(),
+            "loss": losses(other),
+        }
     return found
 
 
@@ -329,10 +397,17 @@ def full_disk(folder: Path) -> dict[str, Any]:
 
 
 def evaluation_is_cut_short(folder: Path) -> dict[str, Any]:
-    """Rank 1 alone is asked to stop while all of them evaluate at step 2; then a fresh start goes on to the end."""
-    config = load_config("quickstart-smoke", [
-        f"run.folder={folder}", "training.steps=4", "evaluation.every_steps=2", "evaluation.ends_with_report=false",
-    ])
+    """Rank 1 alone is asked to stop while all of them evaluate at step 2; then a fresh start goes
+    on to the end."""
+    config = load_config(
+        "quickstart-smoke",
+        [
+            f"run.folder={folder}",
+            "training.steps=4",
+            "evaluation.every_steps=2",
+            "evaluation.ends_with_report=false",
+        ],
+    )
     with StopRequest(grace_seconds=300) as stop:
         made = Trainer(config, stop)
         adapt = made.model.adapt
@@ -363,7 +438,10 @@ def two_steps(name: str) -> Callable[[Path], dict[str, Any]]:
         made = trainer(folder / "run", *settings)
         first = losses(made)
         made.save()
-        return {"losses": [first, losses(made)], "resumed": losses(trainer(folder / "run", *settings))}
+        return {
+            "losses": [first, losses(made)],
+            "resumed": losses(trainer(folder / "run", *settings)),
+        }
 
     return check
 
@@ -384,8 +462,14 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "refused": refused,
     "full_disk": full_disk,
     "nothing_learnt_yet": nothing_learnt_yet,
-    **{f"two_steps_{name}": two_steps(name) for name in ("cpu", "zero3_bf16", "zero3_hpz", "zero3_offload_cpu")},
-    **{f"bad_step_{stage}": bad_step_is_skipped_everywhere(stage) for stage in ("zero1", "zero2", "zero3", "zero3_bf16")},
+    **{
+        f"two_steps_{name}": two_steps(name)
+        for name in ("cpu", "zero3_bf16", "zero3_hpz", "zero3_offload_cpu")
+    },
+    **{
+        f"bad_step_{stage}": bad_step_is_skipped_everywhere(stage)
+        for stage in ("zero1", "zero2", "zero3", "zero3_bf16")
+    },
 }
 
 

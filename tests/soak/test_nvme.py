@@ -1,4 +1,5 @@
-"""ZeRO-3 with parameters and optimiser state on a local disk by libaio; DeepSpeed's op for it compiles for some minutes."""
+"""ZeRO-3 with parameters and optimiser state on a local disk by libaio; DeepSpeed's op for it
+compiles for some minutes."""
 
 import json
 import shutil
@@ -21,23 +22,44 @@ pytestmark = pytest.mark.soak
 def train(folder: Path, deepspeed: str, *more: str) -> None:
     """Four steps on two ranks, a checkpoint after each two; goes on where the folder has one."""
     settings = [
-        f"run.folder={folder}", f"training.deepspeed={deepspeed}", "training.steps=4", "checkpoint.every_steps=2",
-        "evaluation.every_steps=0", "evaluation.ends_with_report=false", *more,
+        f"run.folder={folder}",
+        f"training.deepspeed={deepspeed}",
+        "training.steps=4",
+        "checkpoint.every_steps=2",
+        "evaluation.every_steps=0",
+        "evaluation.ends_with_report=false",
+        *more,
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ship_ds.train"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "ship_ds.train",
+    ]
     done = subprocess.run(
-        [*launcher, "--config", "quickstart-smoke", *settings], cwd=REPOSITORY, env=environment(), capture_output=True, text=True
+        [*launcher, "--config", "quickstart-smoke", *settings],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 def losses(folder: Path) -> list[tuple[float, ...]]:
-    rows: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return [tuple(row[name] for name in LOSSES) for row in rows]
 
 
 def goes_on(start: Path, folder: Path, deepspeed: str, *more: str) -> list[tuple[float, ...]]:
-    """The losses of all four steps where the last two are repeated from the second step's checkpoint."""
+    """The losses of all four steps where the last two are repeated from the second step's
+    checkpoint."""
     shutil.copytree(start, folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     train(folder, deepspeed, *more)
@@ -64,25 +86,37 @@ def onto(disk: Path, **zero: Any) -> str:
     return str(path)
 
 
-def test_nvme_trains_as_offload_to_memory_does_and_each_goes_on_from_the_others_checkpoint(disk: Path, tmp_path: Path) -> None:
+def test_nvme_trains_as_offload_to_memory_does_and_each_goes_on_from_the_others_checkpoint(
+    disk: Path, tmp_path: Path
+) -> None:
     path = onto(disk)
     train(tmp_path / "nvme", path)
     train(tmp_path / "memory", "zero3_offload_cpu")
     whole = losses(tmp_path / "memory")
     assert len(whole) == 4 and losses(tmp_path / "nvme") == whole
     assert len(list(disk.rglob("exp_avg-*.swp"))) >= 2, "each rank's moments were on the disk"
-    on_disk, in_memory = (trainable_state(tmp_path / name / "checkpoints" / "step-00000004") for name in ("nvme", "memory"))
-    assert on_disk.keys() == in_memory.keys() and all(on_disk[name].equal(in_memory[name]) for name in on_disk)
+    on_disk, in_memory = (
+        trainable_state(tmp_path / name / "checkpoints" / "step-00000004")
+        for name in ("nvme", "memory")
+    )
+    assert on_disk.keys() == in_memory.keys() and all(
+        on_disk[name].equal(in_memory[name]) for name in on_disk
+    )
     assert goes_on(tmp_path / "nvme", tmp_path / "again", path) == whole
     assert goes_on(tmp_path / "nvme", tmp_path / "into memory", "zero3_offload_cpu") == whole
     assert goes_on(tmp_path / "memory", tmp_path / "onto the disk", path) == whole
 
 
-def test_with_large_weights_on_the_disk_in_many_sub_groups_and_pipelined_it_goes_on_too(disk: Path, tmp_path: Path) -> None:
-    """DeepSpeed keeps weights of less than 1 MiB a rank in memory, and the first `max_in_cpu` of the others."""
+def test_with_large_weights_on_the_disk_in_many_sub_groups_and_pipelined_it_goes_on_too(
+    disk: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed keeps weights of less than 1 MiB a rank in memory, and the first `max_in_cpu` of
+    the others."""
     wide = "model.hypernetwork.width=2048"
     pipelined = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12}
-    path = onto(disk, sub_group_size=1_000_000, offload_param={"max_in_cpu": 0}, offload_optimizer=pipelined)
+    path = onto(
+        disk, sub_group_size=1_000_000, offload_param={"max_in_cpu": 0}, offload_optimizer=pipelined
+    )
     train(tmp_path / "nvme", path, wide)
     assert len(list(disk.rglob("exp_avg-*.swp"))) > 4 and list(disk.rglob("*_param.tensor.swp"))
     whole = losses(tmp_path / "nvme")
@@ -90,4 +124,6 @@ def test_with_large_weights_on_the_disk_in_many_sub_groups_and_pipelined_it_goes
     in_memory = goes_on(tmp_path / "nvme", tmp_path / "into memory", "zero3_offload_cpu", wide)
     assert in_memory[:2] == whole[:2]
     for row, expected in zip(in_memory[2:], whole[2:], strict=True):
-        assert row == pytest.approx(expected, rel=1e-4), "another number of sub-groups sums in another order"
+        assert row == pytest.approx(expected, rel=1e-4), (
+            "another number of sub-groups sums in another order"
+        )

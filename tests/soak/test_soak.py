@@ -1,6 +1,8 @@
-"""Kills at random moments, other numbers of ranks, a lost node: the loss curve stays that of the run nobody disturbed.
+"""Kills at random moments, other numbers of ranks, a lost node: the loss curve stays that of the
+run nobody disturbed.
 
-    make soak      # about half an hour on two cores; SOAK_KILLS (20) and SOAK_SEED (0) change it; figures: runs/soak.json
+    # about half an hour on two cores; SOAK_KILLS (20) and SOAK_SEED (0) change it
+    make soak      # figures: runs/soak.json
 
 The tasks are read from a file, so that reading and tokenising them can be killed too.
 """
@@ -34,7 +36,8 @@ SECONDS_A_START = 900
 
 @dataclass
 class Run:
-    """One run folder, started again and again; `extensions` is its own cache of compiled ops where one is given."""
+    """One run folder, started again and again; `extensions` is its own cache of compiled ops where
+    one is given."""
 
     folder: Path
     data: Path
@@ -43,8 +46,13 @@ class Run:
     @property
     def arguments(self) -> list[str]:
         return [
-            "--config", "quickstart-smoke", f"run.folder={self.folder}", f"data={{kind: files, path: {self.data}}}",
-            f"training.steps={NUM_STEPS}", "checkpoint.every_steps=3", "evaluation.every_steps=0",
+            "--config",
+            "quickstart-smoke",
+            f"run.folder={self.folder}",
+            f"data={{kind: files, path: {self.data}}}",
+            f"training.steps={NUM_STEPS}",
+            "checkpoint.every_steps=3",
+            "evaluation.every_steps=0",
             "evaluation.ends_with_report=false",
         ]
 
@@ -53,12 +61,20 @@ class Run:
         return self.folder.with_suffix(".log")
 
     def start(self, num_ranks: int = 2) -> "subprocess.Popen[bytes]":
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+            if num_ranks > 1
+            else []
+        )
         extra = {"TORCH_EXTENSIONS_DIR": str(self.extensions)} if self.extensions else {}
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, *launcher, "-m", "ship_ds.train", *self.arguments], cwd=REPOSITORY, stdout=log, stderr=log,
-                env={**environment(), **extra}, start_new_session=True,
+                [sys.executable, *launcher, "-m", "ship_ds.train", *self.arguments],
+                cwd=REPOSITORY,
+                stdout=log,
+                stderr=log,
+                env={**environment(), **extra},
+                start_new_session=True,
             )
 
     def finish(self, num_ranks: int = 2) -> None:
@@ -69,7 +85,11 @@ class Run:
         return path.read_text().count("\n") if path.exists() else 0
 
     def rows(self) -> list[dict[str, Any]]:
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True) if self.num_rows() else []
+        lines = (
+            (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            if self.num_rows()
+            else []
+        )
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def wait(self, process: "subprocess.Popen[bytes]", condition: Callable[[], object]) -> None:
@@ -80,11 +100,16 @@ class Run:
 
     def ask_one_rank_to_stop(self) -> None:
         """USR1 to a rank, not to its launcher, which it would end."""
-        ranks = [n for n in _ranks_of(self.folder) if b"torch.distributed.run" not in Path(f"/proc/{n}/cmdline").read_bytes()]
+        ranks = [
+            n
+            for n in _ranks_of(self.folder)
+            if b"torch.distributed.run" not in Path(f"/proc/{n}/cmdline").read_bytes()
+        ]
         os.kill(ranks[-1], signal.SIGUSR1)
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
-        """SIGKILL for launcher and ranks, whose compilers it leaves to themselves, as a node's daemon would."""
+        """SIGKILL for launcher and ranks, whose compilers it leaves to themselves, as a node's
+        daemon would."""
         for number in (process.pid, *_ranks_of(self.folder)):
             try:
                 os.kill(number, signal.SIGKILL)
@@ -100,10 +125,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty tasks of the generated world as JSONL."""
     splits = build_world(RulesConfig(train_examples=12, test_examples=3, num_seen=40))
     path = tmp_path_factory.mktemp("data") / "tasks.jsonl"
-    path.write_text("".join(json.dumps({
-        "id": task.id, "instruction": task.task.instruction,
-        "examples": [{"input": e.input, "target": e.target} for e in (*task.train, *task.test)],
-    }) + "\n" for task in splits.seen))
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": task.id,
+                    "instruction": task.task.instruction,
+                    "examples": [
+                        {"input": e.input, "target": e.target} for e in (*task.train, *task.test)
+                    ],
+                }
+            )
+            + "\n"
+            for task in splits.seen
+        )
+    )
     return path
 
 
@@ -130,7 +166,11 @@ def only_losses(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def largest_difference(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
-    return max(abs(one[name] - other[name]) / abs(other[name]) for one, other in zip(left, right, strict=True) for name in LOSSES)
+    return max(
+        abs(one[name] - other[name]) / abs(other[name])
+        for one, other in zip(left, right, strict=True)
+        for name in LOSSES
+    )
 
 
 def moments(run: Run, rng: random.Random) -> dict[str, Callable[[], object]]:
@@ -156,7 +196,9 @@ def test_kills_at_random_moments_change_no_loss(
             shutil.rmtree(tmp_path / "extensions", ignore_errors=True)
         process = run.start()
         run.wait(process, moments(run, rng)[kind])
-        time.sleep(rng.uniform(0, {"compile": 5.0, "data": 1.0, "checkpoint": 0.2, "step": 0.5}[kind]))
+        time.sleep(
+            rng.uniform(0, {"compile": 5.0, "data": 1.0, "checkpoint": 0.2, "step": 0.5}[kind])
+        )
         if process.poll() is None:
             killed[kind] = killed.get(kind, 0) + 1
         run.kill(process)

@@ -1,6 +1,8 @@
-"""Readers: every format becomes the same `Task`. A format is one module with `matches(path)` and `read(path)`.
+"""Readers: every format becomes the same `Task`. A format is one module with `matches(path)` and
+`read(path)`.
 
-Nothing is dropped in silence: a row that is not as its format says raises DataError with file, place and reason.
+Nothing is dropped in silence: a row that is not as its format says raises DataError with file,
+place and reason.
 """
 
 from pathlib import Path
@@ -17,7 +19,15 @@ from ship_ds.data.readers import (
 )
 from ship_ds.data.task import DataError, Task
 
-Format = Literal["auto", "natural-instructions", "instruction-induction", "list-functions", "p3-sample", "p3", "jsonl"]
+Format = Literal[
+    "auto",
+    "natural-instructions",
+    "instruction-induction",
+    "list-functions",
+    "p3-sample",
+    "p3",
+    "jsonl",
+]
 
 FORMATS: dict[str, ModuleType] = {
     "natural-instructions": natural_instructions,
@@ -40,7 +50,8 @@ def detect_format(path: Path) -> str:
 
 
 def read_tasks(path: Path, format: str = "auto") -> list[Task]:
-    """Every task below `path`, in a fixed order, with ids that no two share and no empty instruction."""
+    """Every task below `path`, in a fixed order, with ids that no two share and no empty
+    instruction."""
     name = detect_format(path) if format == "auto" else format
     if name not in FORMATS:
         raise DataError(f"{name}: no such format; the formats are {', '.join(FORMATS)}")
@@ -54,8 +65,13 @@ def read_tasks(path: Path, format: str = "auto") -> list[Task]:
         if not task.id:
             raise DataError(f"{task.source}: the task id is empty; give every task its own")
         if task.id in sources:
-            raise DataError(f"{task.source}: the task id {task.id!r} is also that of {sources[task.id]}; give every task its own")
+            raise DataError(
+                f"{task.source}: the task id {task.id!r} is also that of "
+                f"{sources[task.id]}; give every task its own"
+            )
         if not all((task.instruction, *task.paraphrases)):
-            raise DataError(f"{task.source}: task {task.id!r} has an empty instruction; fill it in or remove it")
+            raise DataError(
+                f"{task.source}: task {task.id!r} has an empty instruction; fill it in or remove it"
+            )
         sources[task.id] = task.source
     return tasks

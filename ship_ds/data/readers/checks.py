@@ -1,4 +1,5 @@
-"""What the readers share: loading JSON and asking for fields, each failure one line that says where."""
+"""What the readers share: loading JSON and asking for fields, each failure one line that says
+where."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -33,24 +34,37 @@ def load_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except UnicodeDecodeError as error:
                 raise read_error(path, where, f"not UTF-8 at its byte {error.start}") from None
             except json.JSONDecodeError as error:
-                raise read_error(path, where, f"not JSON: {error.msg} at column {error.colno}") from None
+                raise read_error(
+                    path, where, f"not JSON: {error.msg} at column {error.colno}"
+                ) from None
 
 
 def expect(value: Any, kind: type, path: Path, where: str) -> Any:
     if not isinstance(value, kind):
-        raise read_error(path, where, f"expected {_NAMES[kind]}, got {_NAMES.get(type(value), type(value).__name__)}")
+        raise read_error(
+            path,
+            where,
+            f"expected {_NAMES[kind]}, got {_NAMES.get(type(value), type(value).__name__)}",
+        )
     if isinstance(value, str):
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no tokenizer takes it
-            raise read_error(path, where, f"letter {error.start} is half a surrogate pair, which is no Unicode text") from None
+        # JSON can spell half of a surrogate pair; no tokenizer takes it
+        except UnicodeEncodeError as error:
+            raise read_error(
+                path,
+                where,
+                f"letter {error.start} is half a surrogate pair, which is no Unicode text",
+            ) from None
     return value
 
 
 def field(row: Mapping[str, Any], key: str, kind: type, path: Path, where: str) -> Any:
     """row[key], which must be there and of `kind`."""
     if key not in row:
-        raise read_error(path, where, f"has no {key!r}; it has {', '.join(map(repr, row)) or 'nothing'}")
+        raise read_error(
+            path, where, f"has no {key!r}; it has {', '.join(map(repr, row)) or 'nothing'}"
+        )
     return expect(row[key], kind, path, f"{where}.{key}")
 
 
@@ -76,6 +90,11 @@ def example(text: str, answers: tuple[str, ...]) -> Example:
 
 
 _NAMES: dict[type, str] = {
-    dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
     type(None): "null",
 }

@@ -1,8 +1,10 @@
-"""Instruction induction (Honovich et al. 2022): `raw/execute`, `raw/induce` and `annotations`, joined by task name.
+"""Instruction induction (Honovich et al. 2022): `raw/execute`, `raw/induce` and `annotations`,
+joined by task name.
 
-SHIP merges execute and induce and takes annotation 0; the other annotations are paraphrases here. Two tasks have fields of
-their own: cause_and_effect (the two events in alphabetical order -> the cause) and common_concept (items -> concept).
-`other_rhymes` lists the input word too; it is no answer here, since copying the input would then always be right.
+SHIP merges execute and induce and takes annotation 0; the other annotations are paraphrases here.
+Two tasks have fields of their own: cause_and_effect (the two events in alphabetical order -> the
+cause) and common_concept (items -> concept). `other_rhymes` lists the input word too; it is no
+answer here, since copying the input would then always be right.
 """
 
 from collections.abc import Mapping
@@ -23,12 +25,16 @@ def read(path: Path) -> list[Task]:
     tasks = []
     for raw in sorted(path.glob("raw/*/*.json")):
         if not (path / "annotations" / raw.name).is_file():
-            raise read_error(raw, "file", f"has no instruction: {path / 'annotations' / raw.name} is not there")
+            raise read_error(
+                raw, "file", f"has no instruction: {path / 'annotations' / raw.name} is not there"
+            )
     for file in sorted((path / "annotations").glob("*.json")):
         wordings = distinct(texts(load_object(file), "annotations", file, "file"))
         parts = [path / "raw" / part / file.name for part in ("execute", "induce")]
         if not any(part.is_file() for part in parts):
-            raise read_error(file, "file", f"has no examples: neither {parts[0]} nor {parts[1]} is there")
+            raise read_error(
+                file, "file", f"has no examples: neither {parts[0]} nor {parts[1]} is there"
+            )
         examples = [row for part in parts if part.is_file() for row in _read_examples(part)]
         tasks.append(Task(file.stem, wordings[0], tuple(examples), wordings[1:], source=str(file)))
     return tasks
@@ -36,7 +42,10 @@ def read(path: Path) -> list[Task]:
 
 def _read_examples(path: Path) -> list[Example]:
     rows = field(load_object(path), "examples", dict, path, "file")
-    return [_read_example(expect(row, dict, path, f"examples.{key}"), path, f"examples.{key}") for key, row in rows.items()]
+    return [
+        _read_example(expect(row, dict, path, f"examples.{key}"), path, f"examples.{key}")
+        for key, row in rows.items()
+    ]
 
 
 def _read_example(row: Mapping[str, Any], path: Path, where: str) -> Example:
@@ -46,10 +55,14 @@ def _read_example(row: Mapping[str, Any], path: Path, where: str) -> Example:
         return example(f"Sentence 1: {first} Sentence 2: {second}", (cause,))
     if "concept" in row:
         concepts = (field(row, "concept", str, path, where),)
-        concepts += texts(row, "all_common_concepts", path, where) if row.get("all_common_concepts") else ()
+        concepts += (
+            texts(row, "all_common_concepts", path, where) if row.get("all_common_concepts") else ()
+        )
         return example(", ".join(texts(row, "items", path, where)), concepts)
     text, output = (field(row, key, str, path, where) for key in ("input", "output"))
-    others = [answer for key in _MORE_ANSWERS if row.get(key) for answer in texts(row, key, path, where)]
+    others = [
+        answer for key in _MORE_ANSWERS if row.get(key) for answer in texts(row, key, path, where)
+    ]
     if "other_rhymes" in row:
         others = [answer for answer in others if answer != text]
     return example(text, (output, *others))

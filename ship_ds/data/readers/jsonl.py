@@ -1,9 +1,11 @@
 """Our own JSONL, one task a line:
 
-    {"id": "t1", "instruction": "...", "examples": [{"input": "...", "target": "...", "references": ["..."]}],
+    {"id": "t1", "instruction": "...", "examples": [
+        {"input": "...", "target": "...", "references": ["..."]}],
      "paraphrases": ["..."], "family": "..."}
 
-`references` (every right answer beside the target), `paraphrases` and `family` may be left out; any other key is an error.
+`references` (every right answer beside the target), `paraphrases` and `family` may be left out; any
+other key is an error.
 """
 
 from pathlib import Path
@@ -12,7 +14,10 @@ from typing import Any
 from ship_ds.data.readers.checks import distinct, example, expect, field, load_lines, texts
 from ship_ds.data.task import Example, Task, read_error
 
-_TASK_KEYS, _EXAMPLE_KEYS = {"id", "instruction", "examples", "paraphrases", "family"}, {"input", "target", "references"}
+_TASK_KEYS, _EXAMPLE_KEYS = (
+    {"id", "instruction", "examples", "paraphrases", "family"},
+    {"input", "target", "references"},
+)
 
 
 def _files(path: Path) -> list[Path]:
@@ -33,9 +38,12 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
     instruction, *others = distinct((field(row, "instruction", str, path, where), *paraphrases))
     rows = field(row, "examples", list, path, where)
     return Task(
-        field(row, "id", str, path, where), instruction,
-        tuple(_read_example(item, path, f"{where}.examples[{i}]") for i, item in enumerate(rows)), tuple(others),
-        source=f"{path}:{where.removeprefix('line ')}", family=expect(row.get("family", ""), str, path, f"{where}.family"),
+        field(row, "id", str, path, where),
+        instruction,
+        tuple(_read_example(item, path, f"{where}.examples[{i}]") for i, item in enumerate(rows)),
+        tuple(others),
+        source=f"{path}:{where.removeprefix('line ')}",
+        family=expect(row.get("family", ""), str, path, f"{where}.family"),
     )
 
 
@@ -50,4 +58,6 @@ def _read_example(row: object, path: Path, where: str) -> Example:
 def _no_other_keys(row: dict[str, Any], known: set[str], path: Path, where: str) -> None:
     for key in row:
         if key not in known:
-            raise read_error(path, where, f"unknown key {key!r}; the keys are {', '.join(sorted(known))}")
+            raise read_error(
+                path, where, f"unknown key {key!r}; the keys are {', '.join(sorted(known))}"
+            )

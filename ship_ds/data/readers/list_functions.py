@@ -1,4 +1,5 @@
-"""BIG-bench list_functions (Rule 2020): `cNNN/task.json`; the instruction is the quoted part of `description`."""
+"""BIG-bench list_functions (Rule 2020): `cNNN/task.json`; the instruction is the quoted part of
+`description`."""
 
 import re
 from pathlib import Path
@@ -12,7 +13,9 @@ _RULE = re.compile(r'"(.*)"', re.DOTALL)
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.name == "task.json" else []
-    return [path / "task.json"] if (path / "task.json").is_file() else sorted(path.glob("*/task.json"))
+    return (
+        [path / "task.json"] if (path / "task.json").is_file() else sorted(path.glob("*/task.json"))
+    )
 
 
 def matches(path: Path) -> bool:
@@ -33,5 +36,7 @@ def _read_file(path: Path) -> Task:
     for i, row in enumerate(field(content, "examples", list, path, "task")):
         where = f"examples[{i}]"
         expect(row, dict, path, where)
-        examples.append(example(field(row, "input", str, path, where), texts(row, "target", path, where)))
+        examples.append(
+            example(field(row, "input", str, path, where), texts(row, "target", path, where))
+        )
     return Task(path.resolve().parent.name, rule[1].strip(), tuple(examples), source=str(path))

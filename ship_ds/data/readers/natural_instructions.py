@@ -1,6 +1,8 @@
-"""Super-NaturalInstructions task JSON (Wang et al. 2022): a task file, a folder of them, or a folder with `tasks/`.
+"""Super-NaturalInstructions task JSON (Wang et al. 2022): a task file, a folder of them, or a
+folder with `tasks/`.
 
-`Definition` may be a text or a list (the first is the instruction, others are paraphrases); `output` is a list of right answers.
+`Definition` may be a text or a list (the first is the instruction, others are paraphrases);
+`output` is a list of right answers.
 """
 
 from pathlib import Path
@@ -35,6 +37,10 @@ def _read_file(path: Path) -> Task:
     for i, row in enumerate(field(content, "Instances", list, path, "task")):
         where = f"Instances[{i}]"
         expect(row, dict, path, where)
-        examples.append(example(field(row, "input", str, path, where), texts(row, "output", path, where)))
+        examples.append(
+            example(field(row, "input", str, path, where), texts(row, "output", path, where))
+        )
     category = texts(content, "Categories", path, "task")[0] if content.get("Categories") else ""
-    return Task(path.stem, wordings[0], tuple(examples), wordings[1:], source=str(path), family=category)
+    return Task(
+        path.stem, wordings[0], tuple(examples), wordings[1:], source=str(path), family=category
+    )

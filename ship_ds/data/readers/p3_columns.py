@@ -1,8 +1,10 @@
-"""P3's own columns (Sanh et al. 2022): `inputs_pretokenized` and `targets_pretokenized`, other columns are ignored.
+"""P3's own columns (Sanh et al. 2022): `inputs_pretokenized` and `targets_pretokenized`, other
+columns are ignored.
 
-A folder of parquet, arrow or JSONL files, or of folders of them. One prompt is one task, as on the hub: its folder, or the
-folder above when that is named after a split (imdb_sentiment/test/0000.parquet). Rows of a file or folder named test,
-validation or dev are held out. The instruction is what all inputs of a task share at their start and end, since P3 stores the
+A folder of parquet, arrow or JSONL files, or of folders of them. One prompt is one task, as on the
+hub: its folder, or the folder above when that is named after a split
+(imdb_sentiment/test/0000.parquet). Rows of a file or folder named test, validation or dev are held
+out. The instruction is what all inputs of a task share at their start and end, since P3 stores the
 filled-in prompt alone; a prompt with text between its fields keeps that in its inputs.
 """
 
@@ -25,7 +27,11 @@ _SPLITS = ("train", *_HELD_OUT)
 def _files(path: Path) -> list[Path]:
     """`cache-*` is what `datasets` leaves of a map in a saved folder."""
     found = [path] if path.is_file() else sorted(path.rglob("*"))
-    return [file for file in found if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(("cache-", "."))]
+    return [
+        file
+        for file in found
+        if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(("cache-", "."))
+    ]
 
 
 def matches(path: Path) -> bool:
@@ -41,7 +47,11 @@ def matches(path: Path) -> bool:
 def read(path: Path) -> list[Task]:
     tasks: dict[Path, list[Path]] = {}
     for file in _files(path):
-        folder = file.parent.parent if file.parent.name in _SPLITS and file.parent != path else file.parent
+        folder = (
+            file.parent.parent
+            if file.parent.name in _SPLITS and file.parent != path
+            else file.parent
+        )
         tasks.setdefault(file if path.is_file() else folder, []).append(file)
     return [_read_task(folder, files, path) for folder, files in sorted(tasks.items())]
 
@@ -49,13 +59,19 @@ def read(path: Path) -> list[Task]:
 def _read_task(folder: Path, files: list[Path], root: Path) -> Task:
     rows = [(*row, _is_held_out(file)) for file in files for row in _rows(file)]
     if len(rows) < 2:
-        raise read_error(folder, "rows", f"expected at least two, to tell instruction and input apart, got {len(rows)}")
+        raise read_error(
+            folder,
+            "rows",
+            f"expected at least two, to tell instruction and input apart, got {len(rows)}",
+        )
     before, after = _shared([text for text, _, _ in rows])
     instruction = " ".join(f"{before} {after}".split())
     if not instruction:
         raise read_error(
-            folder, "rows",
-            "the inputs share no text at their start or end, so there is no instruction to read: leave this prompt out, "
+            folder,
+            "rows",
+            "the inputs share no text at their start or end, so there is no instruction to read: "
+            "leave this prompt out, "
             'or write it as JSONL of {"id", "instruction", "examples"}',
         )
     examples = []
@@ -71,26 +87,38 @@ def _is_held_out(file: Path) -> bool:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, str]]:
-    rows = load_lines(file) if file.suffix == ".jsonl" else ((f"row {i}", row) for i, row in enumerate(_table(file)))
+    rows = (
+        load_lines(file)
+        if file.suffix == ".jsonl"
+        else ((f"row {i}", row) for i, row in enumerate(_table(file)))
+    )
     for where, row in rows:
         yield field(row, _INPUTS, str, file, where), field(row, _TARGETS, str, file, where)
 
 
 def _table(file: Path) -> Any:
-    """A parquet or arrow file in memory. JSONL is read by hand: `datasets` does not name the line of a bad row."""
+    """A parquet or arrow file in memory. JSONL is read by hand: `datasets` does not name the line
+    of a bad row."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        with tempfile.TemporaryDirectory() as cache:  # else every file read is copied to the user's home, and stays there
+        # else every file read is copied to the user's home, and stays there
+        with tempfile.TemporaryDirectory() as cache:
             if file.suffix == ".arrow":
                 table = datasets.Dataset.from_file(str(file), in_memory=True)
             else:
-                table = datasets.Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True)
+                table = datasets.Dataset.from_parquet(
+                    str(file), cache_dir=cache, keep_in_memory=True
+                )
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"{file}: cannot be read as {file.suffix[1:]}: {cause}") from None
-    return table.select_columns([_INPUTS, _TARGETS]) if {_INPUTS, _TARGETS} <= set(table.column_names) else table
+    return (
+        table.select_columns([_INPUTS, _TARGETS])
+        if {_INPUTS, _TARGETS} <= set(table.column_names)
+        else table
+    )
 
 
 def _shared(texts: list[str]) -> tuple[str, str]:

@@ -1,4 +1,5 @@
-"""The processed P3 sample: one JSON with `train` and `test` rows of sub_task_id, input, target and knowledge (the instruction).
+"""The processed P3 sample: one JSON with `train` and `test` rows of sub_task_id, input, target and
+knowledge (the instruction).
 
 Each text carries its tag (<input>, <output>, <instruction>), which is taken off.
 """
@@ -41,20 +42,29 @@ def read(path: Path) -> list[Task]:
             expect(row, dict, file, where)
             number = field(row, "sub_task_id", int, file, where)
             text, target, instruction = (
-                _untagged(field(row, key, str, file, where), file, f"{where}.{key}") for key in ("input", "target", "knowledge")
+                _untagged(field(row, key, str, file, where), file, f"{where}.{key}")
+                for key in ("input", "target", "knowledge")
             )
             row_example = example(text, (target,))
-            examples.setdefault(number, []).append(hold_out(row_example) if part == "test" else row_example)
+            examples.setdefault(number, []).append(
+                hold_out(row_example) if part == "test" else row_example
+            )
             wordings.setdefault(number, {})[instruction] = None
     tasks = []
     for number, rows in sorted(examples.items()):
         instruction, *others = wordings[number]
-        tasks.append(Task(f"p3-{number}", instruction, tuple(rows), tuple(others), source=str(file)))
+        tasks.append(
+            Task(f"p3-{number}", instruction, tuple(rows), tuple(others), source=str(file))
+        )
     return tasks
 
 
 def _untagged(text: str, path: Path, where: str) -> str:
     match = _TAG.fullmatch(text)
     if match is None:
-        raise read_error(path, where, f"expected a text between <input>, <output> or <instruction> tags, got {text[:40]!r}")
+        raise read_error(
+            path,
+            where,
+            f"expected a text between <input>, <output> or <instruction> tags, got {text[:40]!r}",
+        )
     return match[2].strip()

@@ -1,4 +1,5 @@
-"""The baselines that are trained: each a small class behind the signature of method.py, on the run's base, split and minutes."""
+"""The baselines that are trained: each a small class behind the signature of method.py, on the
+run's base, split and minutes."""
 
 from ship_ds.evaluation.baselines.itd import Itd
 from ship_ds.evaluation.baselines.prompt_tuning import PromptTuning

@@ -1,4 +1,5 @@
-"""The loop that every baseline is trained by: Adam, clipping, a warm-up and a cosine over what may be spent."""
+"""The loop that every baseline is trained by: Adam, clipping, a warm-up and a cosine over what may
+be spent."""
 
 import math
 import time
@@ -26,7 +27,8 @@ class Budget(Protocol):
 
 @dataclass(frozen=True)
 class Minutes:
-    """Wall-clock time. How many steps that makes depends on the machine, so two trainings differ."""
+    """Wall-clock time. How many steps that makes depends on the machine, so two trainings
+    differ."""
 
     minutes: float
 
@@ -51,13 +53,18 @@ class Steps:
 
 
 def fit(
-    parameters: Iterable[nn.Parameter], loss_at: Callable[[int], Tensor], budget: Budget, lr: float, title: str,
+    parameters: Iterable[nn.Parameter],
+    loss_at: Callable[[int], Tensor],
+    budget: Budget,
+    lr: float,
+    title: str,
     clip: float = 1.0,
 ) -> list[float]:
     """Minimise `loss_at(step)` until the budget is spent; the losses of all steps, in nats.
 
-    clip: the largest gradient norm; infinity keeps weights of tasks that are trained beside each other independent.
-    Progress goes to stderr. A step whose loss is not finite raises ValueError: a baseline that diverged is no baseline.
+    clip: the largest gradient norm; infinity keeps weights of tasks that are trained beside each
+    other independent. Progress goes to stderr. A step whose loss is not finite raises ValueError: a
+    baseline that diverged is no baseline.
     """
     trained = list(parameters)
     optimiser = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.98))
@@ -72,7 +79,10 @@ def fit(
             loss = loss_at(len(losses))
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise ValueError(f"{title}: the loss of step {len(losses) - 1} is not finite; lower its lr ({lr})")
+                raise ValueError(
+                    f"{title}: the loss of step {len(losses) - 1} is not finite; "
+                    f"lower its lr ({lr})"
+                )
             loss.backward()
             nn.utils.clip_grad_norm_(trained, clip)
             optimiser.step()

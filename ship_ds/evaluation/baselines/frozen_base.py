@@ -1,4 +1,5 @@
-"""The run's frozen Task LLM as every baseline meets it: the same weights, 4-bit format, prompt format and LoRA sites as SHIP.
+"""The run's frozen Task LLM as every baseline meets it: the same weights, 4-bit format, prompt
+format and LoRA sites as SHIP.
 
 Letters: E sequences, T tasks, K labelled positions, V vocabulary, S length, H hidden.
 """
@@ -36,13 +37,20 @@ class FrozenBase:
         self.sites = lora_sites(self.task_llm)
         self.hidden_size: int = self.task_llm.lm.get_input_embeddings().embedding_dim  # type: ignore[operator]
 
-    def batch(self, prompts: Sequence[Ids], targets: Sequence[str] | None, num_virtual_tokens: int = 0) -> TokenBatch:
+    def batch(
+        self, prompts: Sequence[Ids], targets: Sequence[str] | None, num_virtual_tokens: int = 0
+    ) -> TokenBatch:
         """targets: texts with the labels; None where they are to be generated."""
         labels = None if targets is None else [self.prompts.target(text) for text in targets]
-        return TokenBatch.build(prompts, labels, self.prompts.pad_id, num_virtual_tokens, self.device)
+        return TokenBatch.build(
+            prompts, labels, self.prompts.pad_id, num_virtual_tokens, self.device
+        )
 
-    def label_logits(self, adapter: Adapter, batch: TokenBatch, num_tasks: int) -> tuple[Tensor, Tensor]:
-        """Logits (K, V) and labels (K,); the batch's rows are task-major under `num_tasks` adapters."""
+    def label_logits(
+        self, adapter: Adapter, batch: TokenBatch, num_tasks: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (K, V) and labels (K,); the batch's rows are task-major under `num_tasks`
+        adapters."""
         return self.task_llm(adapter, batch, num_tasks, self.packs)
 
     def loss(self, adapter: Adapter, batch: TokenBatch, num_tasks: int) -> Tensor:
@@ -51,13 +59,17 @@ class FrozenBase:
         return sum_cross_entropy(logits_KV, labels_K) / len(labels_K)
 
     def loss_per_task(self, adapter: Adapter, batch: TokenBatch, num_tasks: int) -> Tensor:
-        """The sum over tasks of each one's nats per example: a task's gradient is what it would be without the others."""
+        """The sum over tasks of each one's nats per example: a task's gradient is what it would be
+        without the others."""
         logits_KV, labels_K = self.label_logits(adapter, batch, num_tasks)
         return sum_cross_entropy(logits_KV, labels_K) * num_tasks / len(batch.ids_ES)
 
     @torch.no_grad()
-    def log_likelihoods(self, adapter: Adapter, prompts: Sequence[Ids], targets: Sequence[str]) -> Tensor:
-        """log p(target | prompt) of each row in nats, (E,), end of sequence included; one adapter for all rows."""
+    def log_likelihoods(
+        self, adapter: Adapter, prompts: Sequence[Ids], targets: Sequence[str]
+    ) -> Tensor:
+        """log p(target | prompt) of each row in nats, (E,), end of sequence included; one adapter
+        for all rows."""
         batch = self.batch(prompts, targets)
         logits_KV, labels_K = label_logits(self.task_llm.lm, batch, adapter=adapter)
         token_K = -torch.nn.functional.cross_entropy(logits_KV.float(), labels_K, reduction="none")
@@ -65,7 +77,11 @@ class FrozenBase:
 
     @torch.no_grad()
     def generate(
-        self, adapter: Adapter | None, prompts: Sequence[Ids], max_new_tokens: int, num_virtual_tokens: int = 0
+        self,
+        adapter: Adapter | None,
+        prompts: Sequence[Ids],
+        max_new_tokens: int,
+        num_virtual_tokens: int = 0,
     ) -> list[str | None]:
         """Greedy texts, task-major under the adapter; None where no end came in time."""
         batch = self.batch(prompts, None, num_virtual_tokens)
@@ -73,9 +89,13 @@ class FrozenBase:
         return [self.prompts.finished_text(row) for row in rows]
 
     def answer(
-        self, questions: Sequence[Sequence[Ids]], adapter_of: Callable[[slice], Adapter], num_virtual_tokens: int = 0
+        self,
+        questions: Sequence[Sequence[Ids]],
+        adapter_of: Callable[[slice], Adapter],
+        num_virtual_tokens: int = 0,
     ) -> Answers:
-        """One row of questions a task; `adapter_of(tasks)` is asked for the adapter of some consecutive ones.
+        """One row of questions a task; `adapter_of(tasks)` is asked for the adapter of some
+        consecutive ones.
 
         Tasks of a batch with fewer questions than the widest repeat them there and count them once.
         """
@@ -84,40 +104,59 @@ class FrozenBase:
             chunk = questions[start : start + _CHUNK]
             width = max(map(len, chunk))
             texts = self.generate(
-                adapter_of(slice(start, start + len(chunk))), [row[i % len(row)] for row in chunk for i in range(width)],
-                self.config.evaluation.max_new_tokens, num_virtual_tokens,
+                adapter_of(slice(start, start + len(chunk))),
+                [row[i % len(row)] for row in chunk for i in range(width)],
+                self.config.evaluation.max_new_tokens,
+                num_virtual_tokens,
             )
             answers += [texts[t * width : t * width + len(row)] for t, row in enumerate(chunk)]
         return answers
 
     @torch.no_grad()
     def read(self, wordings: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The bare base's last hidden states (T, S, H) of each instruction, right-padded, and True where they are real (T, S)."""
+        """The bare base's last hidden states (T, S, H) of each instruction, right-padded, and True
+        where they are real (T, S)."""
         batch = self.batch([self.prompts.encoder_prompt(text) for text in wordings], None)
         decoder: Any = self.task_llm.lm.model
         hidden_TSH: Tensor = decoder(input_ids=batch.ids_ES, use_cache=False).last_hidden_state
         return hidden_TSH.float(), batch.real_ES
 
     def fingerprint(self) -> str:
-        """Names the base: its settings, prompt format and a few values of every weight (hashing 70B would take minutes)."""
-        digest = hashlib.sha256(repr((self.config.model.task_llm, self.lora, self.prompts.describe())).encode())
+        """Names the base: its settings, prompt format and a few values of every weight (hashing 70B
+        would take minutes)."""
+        digest = hashlib.sha256(
+            repr((self.config.model.task_llm, self.lora, self.prompts.describe())).encode()
+        )
         for name, weight in self.task_llm.lm.named_parameters():
-            digest.update(name.encode() + weight.detach().flatten()[:256].float().cpu().numpy().tobytes())
+            digest.update(
+                name.encode() + weight.detach().flatten()[:256].float().cpu().numpy().tobytes()
+            )
         return digest.hexdigest()[:16]
 
 
 def lora_sites(task_llm: TaskLlm) -> dict[str, tuple[int, int]]:
     """Module path -> (in, out) of every linear that was wrapped when the Task LLM was built."""
-    wrapped = {module.path: module.base for module in task_llm.lm.modules() if isinstance(module, AdaptedLinear)}
-    return {path: (linear.in_features, linear.out_features) for path, linear in wrapped.items() if isinstance(linear, nn.Linear)}
+    wrapped = {
+        module.path: module.base
+        for module in task_llm.lm.modules()
+        if isinstance(module, AdaptedLinear)
+    }
+    return {
+        path: (linear.in_features, linear.out_features)
+        for path, linear in wrapped.items()
+        if isinstance(linear, nn.Linear)
+    }
 
 
 def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:
-    """The run's own Task LLM; for a run without LoRA a second copy of it with the default LoRA's sites."""
+    """The run's own Task LLM; for a run without LoRA a second copy of it with the default LoRA's
+    sites."""
     config = ship.config.model
     if isinstance(config.hypernetwork, LoraHypernetworkConfig):
         return ship.model.task_llm, config.hypernetwork
     lora, settings = LoraHypernetworkConfig(), config.task_llm
-    lm = freeze(load_lm(settings.base, settings.quantisation, torch.float32, "auto", ship.model.device))
+    lm = freeze(
+        load_lm(settings.base, settings.quantisation, torch.float32, "auto", ship.model.device)
+    )
     wrap_sites(lm, lora.targets)
     return TaskLlm(lm, settings.checkpointing).to(ship.model.device), lora

@@ -1,4 +1,5 @@
-"""What TAGI and Text-to-LoRA have in common: an instruction becomes a LoRA in one forward pass, with no decoder.
+"""What TAGI and Text-to-LoRA have in common: an instruction becomes a LoRA in one forward pass,
+with no decoder.
 
 Letters: T tasks, S length, H hidden, Q queries, Z latent.
 """
@@ -21,12 +22,15 @@ from ship_ds.model.hypernetwork import LoraHypernetwork
 
 
 class PooledReader(nn.Module):
-    """A frozen embedding of the instruction, its last and its mean hidden state, through a trained MLP."""
+    """A frozen embedding of the instruction, its last and its mean hidden state, through a trained
+    MLP."""
 
     def __init__(self, hidden_size: int, latent_size: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.LayerNorm(2 * hidden_size), nn.Linear(2 * hidden_size, 2 * latent_size), nn.SiLU(),
+            nn.LayerNorm(2 * hidden_size),
+            nn.Linear(2 * hidden_size, 2 * latent_size),
+            nn.SiLU(),
             nn.Linear(2 * latent_size, latent_size),
         )
 
@@ -39,12 +43,26 @@ class PooledReader(nn.Module):
 
 
 class AttentionReader(nn.Module):
-    """Trained self-attention over the frozen hidden states, and learned queries that gather from them."""
+    """Trained self-attention over the frozen hidden states, and learned queries that gather from
+    them."""
 
-    def __init__(self, hidden_size: int, latent_size: int, num_layers: int, num_queries: int, num_heads: int = 4) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        latent_size: int,
+        num_layers: int,
+        num_queries: int,
+        num_heads: int = 4,
+    ) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(
-            hidden_size, num_heads, 4 * hidden_size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            hidden_size,
+            num_heads,
+            4 * hidden_size,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.norm = nn.LayerNorm(hidden_size)
         self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
@@ -55,7 +73,9 @@ class AttentionReader(nn.Module):
     def forward(self, hidden_TSH: Tensor, real_TS: Tensor) -> Tensor:
         hidden_TSH = self.encoder(self.norm(hidden_TSH), src_key_padding_mask=~real_TS)
         queries_TQH = self.queries_QH.expand(len(hidden_TSH), -1, -1)
-        gathered_TQH, _ = self.gather(queries_TQH, hidden_TSH, hidden_TSH, key_padding_mask=~real_TS, need_weights=False)
+        gathered_TQH, _ = self.gather(
+            queries_TQH, hidden_TSH, hidden_TSH, key_padding_mask=~real_TS, need_weights=False
+        )
         latent_TZ: Tensor = self.to_latent(gathered_TQH.flatten(1))
         return latent_TZ
 
@@ -80,23 +100,32 @@ class GeneratedLora(TrainedMethod):
 
     def build(self) -> nn.Module:
         latent_size = self.base.lora.width
-        return Generator(self.reader(latent_size), LoraHypernetwork(self.base.lora, latent_size, self.base.sites))
+        return Generator(
+            self.reader(latent_size), LoraHypernetwork(self.base.lora, latent_size, self.base.sites)
+        )
 
     @abstractmethod
     def reader(self, latent_size: int) -> nn.Module:
-        """From the hidden states of an instruction (T, S, H) and where they are real (T, S) to (T, Z)."""
+        """From the hidden states of an instruction (T, S, H) and where they are real (T, S) to (T,
+        Z)."""
 
     def generate(self, wordings: Sequence[str]) -> LoraAdapter:
         return self.module(*self.base.read(wordings))
 
-    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         questions = [[self.base.prompts.task_prompt(text) for text in row] for row in inputs]
         return self.base.answer(questions, lambda chunk: self.generate(wordings[chunk]))
 
     def train_oracles(self, recipe: OracleRecipe) -> Oracles:
         return train_oracles(
-            self.base, self.setting.splits.seen, self.budget.share(recipe.share), recipe,
-            self.setting.ship.config.training.examples_per_task, self.setting.seed,
+            self.base,
+            self.setting.splits.seen,
+            self.budget.share(recipe.share),
+            recipe,
+            self.setting.ship.config.training.examples_per_task,
+            self.setting.seed,
         )
 
     def answered(self, draws: Sequence[TaskDraw]) -> TokenBatch:

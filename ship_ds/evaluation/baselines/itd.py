@@ -42,13 +42,14 @@ class Deduced:
 class Itd(TrainedMethod):
     """The base teaches itself induction by its own deductions (Sun et al. 2024, arXiv 2403.05789).
 
-    Deductive data (section 3.1): instructions f ~ p(f) are the base's own initial inductions from seen tasks' examples and
-    the seen wordings; inputs x come from the seen tasks; y is what the base answers to x with f in its prompt.
-    Naive Bayesian induction (section 3.2): a LoRA is trained on p(f | x, y) with one example at a time, and on p(f) without
-    any; beams are grown by the mean over the shown examples of log p(token | x_i, y_i), and the finished ones ranked by
+    Deductive data (section 3.1): instructions f ~ p(f) are the base's own initial inductions from
+    seen tasks' examples and the seen wordings; inputs x come from the seen tasks; y is what the
+    base answers to x with f in its prompt. Naive Bayesian induction (section 3.2): a LoRA is
+    trained on p(f | x, y) with one example at a time, and on p(f) without any; beams are grown by
+    the mean over the shown examples of log p(token | x_i, y_i), and the finished ones ranked by
     sum_i log p(f | x_i, y_i) - (n - 1) log p(f).
-    Simplified: the initial inductions vary by the examples shown instead of by sampled decoding; x is taken from the
-    data instead of being generated.
+    Simplified: the initial inductions vary by the examples shown instead of by sampled decoding; x
+    is taken from the data instead of being generated.
     """
 
     name: ClassVar[str] = "itd"
@@ -66,15 +67,31 @@ class Itd(TrainedMethod):
 
         def loss_at(step: int) -> Tensor:
             chosen = rng.choices(deduced, k=recipe.rows_per_step)
-            shown = [() if rng.random() < recipe.prior_share else (rng.choice(one.examples),) for one in chosen]
-            batch = self.base.batch([prompts.decoder_prompt(row) for row in shown], [one.instruction for one in chosen])
+            shown = [
+                () if rng.random() < recipe.prior_share else (rng.choice(one.examples),)
+                for one in chosen
+            ]
+            batch = self.base.batch(
+                [prompts.decoder_prompt(row) for row in shown], [one.instruction for one in chosen]
+            )
             return self.base.loss(self.module(), batch, 1)
 
-        fit(self.module.parameters(), loss_at, self.budget.share(1 - recipe.data_share), recipe.lr, self.name)
+        fit(
+            self.module.parameters(),
+            loss_at,
+            self.budget.share(1 - recipe.data_share),
+            recipe.lr,
+            self.name,
+        )
 
     def deduce_data(self) -> list[Deduced]:
-        """Batch after batch of proposed instructions and inputs, answered by the base, until the data's share is spent."""
-        budget, started, num_batches = self.budget.share(self.recipe.data_share), time.perf_counter(), 0
+        """Batch after batch of proposed instructions and inputs, answered by the base, until the
+        data's share is spent."""
+        budget, started, num_batches = (
+            self.budget.share(self.recipe.data_share),
+            time.perf_counter(),
+            0,
+        )
         proposed = self.propose()
         inputs = [e.input for task in self.setting.splits.seen for e in task.train]
         rng = random.Random(f"{self.setting.seed} itd inputs")
@@ -83,7 +100,8 @@ class Itd(TrainedMethod):
         while not num_batches or budget.spent(num_batches, time.perf_counter() - started) < 1:
             asked = [(text, rng.choice(inputs)) for text in islice(turns, _CHUNK)]
             answers = self._generate(
-                [self.base.prompts.task_prompt(x, text) for text, x in asked], self.base.config.evaluation.max_new_tokens
+                [self.base.prompts.task_prompt(x, text) for text, x in asked],
+                self.base.config.evaluation.max_new_tokens,
             )
             for (text, x), y in zip(asked, answers, strict=True):
                 if y:
@@ -92,15 +110,18 @@ class Itd(TrainedMethod):
         return [Deduced(text, tuple(examples)) for text, examples in found.items()]
 
     def propose(self) -> list[str]:
-        """Initial induction: what the bare base says of each seen task's examples, and the seen wordings; each text once."""
+        """Initial induction: what the bare base says of each seen task's examples, and the seen
+        wordings; each text once."""
         rng = random.Random(f"{self.setting.seed} itd proposals")
         seen = self.setting.splits.seen
         shown = [
             draw(task, rng.randint(1, 5), f"{self.setting.seed} {i} {task.id}")
-            for task in seen for i in range(self.recipe.proposals_per_task)
+            for task in seen
+            for i in range(self.recipe.proposals_per_task)
         ]
         own = self._generate(
-            [self.base.prompts.decoder_prompt(row) for row in shown], self.base.config.evaluation.max_instruction_tokens
+            [self.base.prompts.decoder_prompt(row) for row in shown],
+            self.base.config.evaluation.max_instruction_tokens,
         )
         said = [wording for task in seen for wording in task.wordings]
         return list(dict.fromkeys([*said, *(text for text in own if text)]))
@@ -111,7 +132,11 @@ class Itd(TrainedMethod):
         texts: list[str | None] = [None] * len(prompts)
         for start in range(0, len(order), _CHUNK):
             rows = order[start : start + _CHUNK]
-            for row, text in zip(rows, self.base.generate(None, [prompts[r] for r in rows], max_new_tokens), strict=True):
+            for row, text in zip(
+                rows,
+                self.base.generate(None, [prompts[r] for r in rows], max_new_tokens),
+                strict=True,
+            ):
                 texts[row] = text
         return texts
 
@@ -131,21 +156,30 @@ class Itd(TrainedMethod):
     def _induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         prompts, adapter, evaluation = self.base.prompts, self.module(), self.base.config.evaluation
         conditions = [[prompts.decoder_prompt([example]) for example in row] for row in shown]
-        beams = group_beams(self.base, adapter, conditions, self.recipe.num_beams, evaluation.max_instruction_tokens)
+        beams = group_beams(
+            self.base, adapter, conditions, self.recipe.num_beams, evaluation.max_instruction_tokens
+        )
         candidates = [(t, text) for t, texts in enumerate(beams) for text in dict.fromkeys(texts)]
-        given = self.base.log_likelihoods(
-            adapter, [prompt for t, _ in candidates for prompt in conditions[t]],
-            [text for t, text in candidates for _ in conditions[t]],
-        ).view(len(candidates), -1).sum(1)
+        given = (
+            self.base.log_likelihoods(
+                adapter,
+                [prompt for t, _ in candidates for prompt in conditions[t]],
+                [text for t, text in candidates for _ in conditions[t]],
+            )
+            .view(len(candidates), -1)
+            .sum(1)
+        )
         nothing = [prompts.decoder_prompt(())] * len(candidates)
         prior = self.base.log_likelihoods(adapter, nothing, [text for _, text in candidates])
         scores = (given - (len(shown[0]) - 1) * prior).tolist()
-        ranked = sorted(zip(scores, candidates, strict=True))  # the best one of each task last, so it stays
+        # the best one of each task last, so it stays
+        ranked = sorted(zip(scores, candidates, strict=True))
         best = {t: text for _, (t, text) in ranked}
         return [best[t] for t in range(len(shown))]
 
 
 def _in_turn(texts: Sequence[str], rng: random.Random) -> Iterator[str]:
-    """Without end, all of them in a new order each time: every instruction gets as many examples as the others."""
+    """Without end, all of them in a new order each time: every instruction gets as many examples as
+    the others."""
     while True:
         yield from rng.sample(texts, len(texts))

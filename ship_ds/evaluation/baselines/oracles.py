@@ -1,4 +1,5 @@
-"""Oracle adapters: a LoRA for each seen task, trained on that task's examples. What generated adapters are matched to.
+"""Oracle adapters: a LoRA for each seen task, trained on that task's examples. What generated
+adapters are matched to.
 
 Letters: T tasks, R rank, I in, O out.
 """
@@ -27,23 +28,32 @@ class Oracles:
 
     def __init__(self, rows: Mapping[str, int], lora: LoraAdapter) -> None:
         self.rows, self.lora = rows, lora
-        self.variances = {path: (_variance(a_TRI), _variance(b_TOR)) for path, (a_TRI, b_TOR) in lora.factors.items()}
+        self.variances = {
+            path: (_variance(a_TRI), _variance(b_TOR))
+            for path, (a_TRI, b_TOR) in lora.factors.items()
+        }
 
     def of(self, task_ids: Sequence[str]) -> LoraAdapter:
         device = next(iter(self.lora.factors.values()))[0].device
-        return self.lora.rows(torch.tensor([self.rows[task_id] for task_id in task_ids], device=device))
+        return self.lora.rows(
+            torch.tensor([self.rows[task_id] for task_id in task_ids], device=device)
+        )
 
     def distance(self, made: LoraAdapter, task_ids: Sequence[str]) -> Tensor:
-        """Mean squared difference of A and of B in units of their spread over tasks, averaged over the sites.
+        """Mean squared difference of A and of B in units of their spread over tasks, averaged over
+        the sites.
 
-        In those units a site with small weights counts as much as one with large ones, and predicting the mean adapter
-        costs 1 (Charakorn et al. 2025 standardise the targets for the same reason).
+        In those units a site with small weights counts as much as one with large ones, and
+        predicting the mean adapter costs 1 (Charakorn et al. 2025 standardise the targets for the
+        same reason).
         """
         wanted = self.of(task_ids)
         terms = [
             (mine - target).square().mean() / variance
             for path, pair in made.factors.items()
-            for mine, target, variance in zip(pair, wanted.factors[path], self.variances[path], strict=True)
+            for mine, target, variance in zip(
+                pair, wanted.factors[path], self.variances[path], strict=True
+            )
         ]
         return torch.stack(terms).mean()
 
@@ -58,18 +68,23 @@ class OracleRecipe:
     share: float = 0.4
     """Of the method's budget, at most."""
     steps: int = 40
-    """Of 60 seen rules of the quickstart, test inputs: 0.67 after 24 steps (10 s on two cores), 0.80 after 40 (16 s), 0.88 after
-    80 (27 s); one run each."""
+    """Of 60 seen rules of the quickstart, test inputs: 0.67 after 24 steps (10 s on two cores),
+    0.80 after 40 (16 s), 0.88 after 80 (27 s); one run each."""
     lr: float = 1e-2
 
 
 def train_oracles(
-    base: FrozenBase, tasks: Sequence[SplitTask], budget: Budget, recipe: OracleRecipe, examples_per_task: int, seed: int
+    base: FrozenBase,
+    tasks: Sequence[SplitTask],
+    budget: Budget,
+    recipe: OracleRecipe,
+    examples_per_task: int,
+    seed: int,
 ) -> Oracles:
     """A group of tasks batched at a time, in random order; each LoRA sees its own task alone.
 
-    No group is begun once the budget is spent: tasks that were not reached have no oracle, since a half-trained one
-    would teach a wrong adapter. The first group is always trained.
+    No group is begun once the budget is spent: tasks that were not reached have no oracle, since a
+    half-trained one would teach a wrong adapter. The first group is always trained.
     """
     order = random.Random(f"{seed} oracles").sample(tasks, len(tasks))
     num_groups = math.ceil(len(order) / _GROUP)
@@ -83,8 +98,14 @@ def train_oracles(
         own.load_state_dict({name: weight[rows] for name, weight in whole.state_dict().items()})
 
         def loss_at(step: int, own: StaticLora = own, group: Sequence[SplitTask] = group) -> Tensor:
-            drawn = [example for task in group for example in draw(task, examples_per_task, f"{seed} oracle {step} {task.id}")]
-            batch = base.batch([base.prompts.task_prompt(e.input) for e in drawn], [e.target for e in drawn])
+            drawn = [
+                example
+                for task in group
+                for example in draw(task, examples_per_task, f"{seed} oracle {step} {task.id}")
+            ]
+            batch = base.batch(
+                [base.prompts.task_prompt(e.input) for e in drawn], [e.target for e in drawn]
+            )
             return base.loss_per_task(own(), batch, len(group))
 
         title = f"oracles, group {number + 1} of {num_groups}"
@@ -103,6 +124,11 @@ def _fresh(base: FrozenBase, num_tasks: int) -> StaticLora:
 
 
 def draw(task: SplitTask, count: int, key: str) -> list[Example]:
-    """`count` training examples, all different where there are enough; a function of `key` alone."""
+    """`count` training examples, all different where there are enough; a function of `key`
+    alone."""
     rng = random.Random(key)
-    return rng.sample(task.train, count) if count <= len(task.train) else rng.choices(task.train, k=count)
+    return (
+        rng.sample(task.train, count)
+        if count <= len(task.train)
+        else rng.choices(task.train, k=count)
+    )

@@ -30,10 +30,13 @@ class PromptTuningRecipe:
 class PromptTuning(TrainedMethod):
     """Embeddings before the prompt are trained, the base is not (Lester et al. 2021).
 
-    deduction: one soft prompt for all seen tasks, without the instruction, so what the task is remains unknown to it.
-    reasoning: from that prompt on (as SPoT does, Vu et al. 2022), one prompt a task is trained on its shown examples alone;
-    all tasks of a batch at once, each example's loss reaching its own task's prompt only.
-    Simplified: a fixed number of steps instead of a choice by validation, which few examples do not allow.
+    deduction: one soft prompt for all seen tasks, without the instruction, so what the task is
+    remains unknown to it.
+    reasoning: from that prompt on (as SPoT does, Vu et al. 2022), one prompt a task is trained on
+    its shown examples alone; all tasks of a batch at once, each example's loss reaching its own
+    task's prompt only.
+    Simplified: a fixed number of steps instead of a choice by validation, which few examples do not
+    allow.
     """
 
     name: ClassVar[str] = "prompt_tuning"
@@ -55,10 +58,14 @@ class PromptTuning(TrainedMethod):
 
         fit(self.module.parameters(), loss_at, self.budget, self.recipe.lr, self.name)
 
-    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         return self._answer(self.module, inputs)
 
-    def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
+    def reason(
+        self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         answers: Answers = []
         for start in range(0, len(shown), _CHUNK):
             own = self.tune(shown[start : start + _CHUNK])
@@ -66,20 +73,29 @@ class PromptTuning(TrainedMethod):
         return answers
 
     def tune(self, shown: Sequence[Sequence[Example]]) -> StaticSoftPrompt:
-        """One soft prompt a task, from its shown examples; tasks that show fewer than others repeat theirs."""
+        """One soft prompt a task, from its shown examples; tasks that show fewer than others repeat
+        theirs."""
         width = max(map(len, shown))
         even = [[row[i % len(row)] for i in range(width)] for row in shown]
         own = StaticSoftPrompt(self.module.prompt_TPH[0], len(shown)).to(self.base.device)
         fit(
-            own.parameters(), lambda step: self._loss(own, even, len(shown)), Steps(self.recipe.reasoning_steps),
-            self.recipe.reasoning_lr, f"{self.name}: {len(shown)} tasks", clip=math.inf,
+            own.parameters(),
+            lambda step: self._loss(own, even, len(shown)),
+            Steps(self.recipe.reasoning_steps),
+            self.recipe.reasoning_lr,
+            f"{self.name}: {len(shown)} tasks",
+            clip=math.inf,
         )
         return own
 
-    def _loss(self, prompt: StaticSoftPrompt, examples: Sequence[Sequence[Example]], num_tasks: int) -> Tensor:
+    def _loss(
+        self, prompt: StaticSoftPrompt, examples: Sequence[Sequence[Example]], num_tasks: int
+    ) -> Tensor:
         rows = [example for row in examples for example in row]
         asked = [self.base.prompts.task_prompt(example.input) for example in rows]
-        batch = self.base.batch(asked, [example.target for example in rows], self.recipe.num_virtual_tokens)
+        batch = self.base.batch(
+            asked, [example.target for example in rows], self.recipe.num_virtual_tokens
+        )
         return self.base.loss_per_task(prompt(), batch, num_tasks)
 
     def _answer(self, prompt: StaticSoftPrompt, inputs: Sequence[Sequence[str]]) -> Answers:
@@ -87,6 +103,10 @@ class PromptTuning(TrainedMethod):
         num_own = len(prompt.prompt_TPH)
 
         def adapter_of(tasks: slice) -> SoftPrompt:
-            return prompt() if num_own == 1 else prompt().rows(torch.arange(num_own, device=self.base.device)[tasks])
+            return (
+                prompt()
+                if num_own == 1
+                else prompt().rows(torch.arange(num_own, device=self.base.device)[tasks])
+            )
 
         return self.base.answer(questions, adapter_of, self.recipe.num_virtual_tokens)

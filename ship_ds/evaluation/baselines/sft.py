@@ -19,9 +19,11 @@ class SftRecipe:
 
 
 class Sft(TrainedMethod):
-    """One LoRA for all tasks, trained on answers with the instruction in the prompt (Hu et al. 2021; Wei et al. 2022).
+    """One LoRA for all tasks, trained on answers with the instruction in the prompt (Hu et al.
+    2021; Wei et al. 2022).
 
-    An upper reference, not a rival at equal cost: every query pays for the instruction. The LoRA has SHIP's rank and targets.
+    An upper reference, not a rival at equal cost: every query pays for the instruction. The LoRA
+    has SHIP's rank and targets.
     """
 
     name: ClassVar[str] = "sft"
@@ -36,14 +38,23 @@ class Sft(TrainedMethod):
         sampler, prompts = self.sampler, self.base.prompts
 
         def loss_at(step: int) -> Tensor:
-            rows = [(example, draw.wording) for draw in sampler.draw_step(step) for example in draw.answered]
+            rows = [
+                (example, draw.wording)
+                for draw in sampler.draw_step(step)
+                for example in draw.answered
+            ]
             asked = [prompts.task_prompt(example.input, wording) for example, wording in rows]
-            return self.base.loss(self.module(), self.base.batch(asked, [example.target for example, _ in rows]), 1)
+            return self.base.loss(
+                self.module(), self.base.batch(asked, [example.target for example, _ in rows]), 1
+            )
 
         fit(self.module.parameters(), loss_at, self.budget, self.recipe.lr, self.name)
 
-    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         questions = [
-            [self.base.prompts.task_prompt(text, wording) for text in row] for row, wording in zip(inputs, wordings, strict=True)
+            [self.base.prompts.task_prompt(text, wording) for text in row]
+            for row, wording in zip(inputs, wordings, strict=True)
         ]
         return self.base.answer(questions, lambda _: self.module())

@@ -14,7 +14,8 @@ from ship_ds.model.hypernetwork import Sites
 
 
 class StaticLora(nn.Module):
-    """The LoRAs of T tasks, started as `peft` does (A uniform, B zero), with the same A for all: theirs stay comparable."""
+    """The LoRAs of T tasks, started as `peft` does (A uniform, B zero), with the same A for all:
+    theirs stay comparable."""
 
     def __init__(self, sites: Sites, config: LoraHypernetworkConfig, num_tasks: int = 1) -> None:
         super().__init__()
@@ -28,7 +29,10 @@ class StaticLora(nn.Module):
             self.b.append(torch.zeros(num_tasks, num_out, config.rank))
 
     def forward(self) -> LoraAdapter:
-        factors = {path: (a_TRI, b_TOR) for path, a_TRI, b_TOR in zip(self.paths, self.a, self.b, strict=True)}
+        factors = {
+            path: (a_TRI, b_TOR)
+            for path, a_TRI, b_TOR in zip(self.paths, self.a, self.b, strict=True)
+        }
         return LoraAdapter(factors, self.scaling)
 
 

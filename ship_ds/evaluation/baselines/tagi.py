@@ -28,25 +28,32 @@ class TagiRecipe:
 
 
 class Tagi(GeneratedLora):
-    """A hypernetwork taught by task-specific models at three levels (Liao et al. 2024, arXiv 2406.12382).
+    """A hypernetwork taught by task-specific models at three levels (Liao et al. 2024, arXiv
+    2406.12382).
 
-    First an oracle LoRA is trained on each seen task's examples; then the hypernetwork's LoRA is matched to it in its
-    parameters, in the logits that it gives (KL from the oracle's distribution), and to the labels. Simplified: no
-    pre-training of the hypernetwork on plain text (there is none here), the instruction is read by trained attention over the
-    frozen base's states instead of a T5 encoder, and the base reads no instruction (the published one may).
+    First an oracle LoRA is trained on each seen task's examples; then the hypernetwork's LoRA is
+    matched to it in its parameters, in the logits that it gives (KL from the oracle's
+    distribution), and to the labels. Simplified: no pre-training of the hypernetwork on plain text
+    (there is none here), the instruction is read by trained attention over the frozen base's states
+    instead of a T5 encoder, and the base reads no instruction (the published one may).
     """
 
     name: ClassVar[str] = "tagi"
     recipe: ClassVar[TagiRecipe] = TagiRecipe()
 
     def reader(self, latent_size: int) -> nn.Module:
-        return AttentionReader(self.base.hidden_size, latent_size, self.recipe.num_layers, self.recipe.num_queries)
+        return AttentionReader(
+            self.base.hidden_size, latent_size, self.recipe.num_layers, self.recipe.num_queries
+        )
 
     def train(self) -> None:
         oracles, sampler = self.train_oracles(self.recipe.oracles), self.sampler
         budget = self.budget.share(1 - self.recipe.oracles.share)
         fit(
-            self.module.parameters(), lambda step: self.student_loss(oracles, sampler.draw_step(step)), budget, self.recipe.lr,
+            self.module.parameters(),
+            lambda step: self.student_loss(oracles, sampler.draw_step(step)),
+            budget,
+            self.recipe.lr,
             self.name,
         )
 
@@ -55,16 +62,22 @@ class Tagi(GeneratedLora):
         student, batch = self.generate([draw.wording for draw in draws]), self.answered(draws)
         logits_KV, labels_K = self.base.label_logits(student, batch, len(draws))
         loss = sum_cross_entropy(logits_KV, labels_K) / len(labels_K)
-        taught = torch.tensor([t for t, draw in enumerate(draws) if draw.task_id in oracles.rows], device=self.base.device)
+        taught = torch.tensor(
+            [t for t, draw in enumerate(draws) if draw.task_id in oracles.rows],
+            device=self.base.device,
+        )
         if not len(taught):
             return loss
         theirs = [draws[t] for t in taught.tolist()]
         names = [draw.task_id for draw in theirs]
         with torch.no_grad():
-            wanted_KV, _ = self.base.label_logits(oracles.of(names), self.answered(theirs), len(theirs))
+            wanted_KV, _ = self.base.label_logits(
+                oracles.of(names), self.answered(theirs), len(theirs)
+            )
         is_taught_K = torch.isin(batch.label_rows * len(draws) // len(batch.ids_ES), taught)
         return (
-            loss + self.recipe.logit_weight * kl_divergence(wanted_KV, logits_KV[is_taught_K])
+            loss
+            + self.recipe.logit_weight * kl_divergence(wanted_KV, logits_KV[is_taught_K])
             + self.recipe.parameter_weight * oracles.distance(student.rows(taught), names)
         )
 

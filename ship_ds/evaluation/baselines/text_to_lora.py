@@ -19,12 +19,14 @@ class TextToLoraRecipe:
 
 
 class TextToLora(GeneratedLora):
-    """A hypernetwork from a frozen embedding of the instruction to a LoRA (Charakorn et al. 2025, arXiv 2506.06105).
+    """A hypernetwork from a frozen embedding of the instruction to a LoRA (Charakorn et al. 2025,
+    arXiv 2506.06105).
 
-    Both of its trainings, one after the other: reconstruction of oracle LoRAs (section 3.2), then answers through the generated
-    LoRA (section 3.3), which the paper finds the better one on unseen tasks. Simplified: the embedding is the frozen base's own
-    (the paper's ablation; its default is a separate embedding model), the heads are SHIP's, and the oracles get a share of
-    the same minutes.
+    Both of its trainings, one after the other: reconstruction of oracle LoRAs (section 3.2), then
+    answers through the generated LoRA (section 3.3), which the paper finds the better one on unseen
+    tasks. Simplified: the embedding is the frozen base's own (the paper's ablation; its default is
+    a separate embedding model), the heads are SHIP's, and the oracles get a share of the same
+    minutes.
     """
 
     name: ClassVar[str] = "text_to_lora"
@@ -40,17 +42,28 @@ class TextToLora(GeneratedLora):
         fit(self.module.parameters(), self._sft_loss, sft, recipe.sft_lr, f"{self.name}: sft")
 
     def reconstruct(self, oracles: Oracles) -> None:
-        """The pre-stage: generated LoRAs close to the oracles', without the Task LLM; on the tasks that have one."""
+        """The pre-stage: generated LoRAs close to the oracles', without the Task LLM; on the tasks
+        that have one."""
         tasks = [task for task in self.setting.splits.seen if task.id in oracles.rows]
         sampler, recipe = replace(self.sampler, tasks=tasks), self.recipe
 
         def loss_at(step: int) -> Tensor:
             draws = sampler.draw_step(step)
-            return oracles.distance(self.generate([draw.wording for draw in draws]), [draw.task_id for draw in draws])
+            return oracles.distance(
+                self.generate([draw.wording for draw in draws]), [draw.task_id for draw in draws]
+            )
 
         budget = self.budget.share(recipe.reconstruction_share)
-        fit(self.module.parameters(), loss_at, budget, recipe.reconstruction_lr, f"{self.name}: reconstruction")
+        fit(
+            self.module.parameters(),
+            loss_at,
+            budget,
+            recipe.reconstruction_lr,
+            f"{self.name}: reconstruction",
+        )
 
     def _sft_loss(self, step: int) -> Tensor:
         draws = self.sampler.draw_step(step)
-        return self.base.loss(self.generate([draw.wording for draw in draws]), self.answered(draws), len(draws))
+        return self.base.loss(
+            self.generate([draw.wording for draw in draws]), self.answered(draws), len(draws)
+        )

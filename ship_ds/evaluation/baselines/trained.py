@@ -1,7 +1,8 @@
-"""What all trained baselines share: train once within the setting's time, keep the weights, load them afterwards.
+"""What all trained baselines share: train once within the setting's time, keep the weights, load
+them afterwards.
 
     FOLDER/weights/weights.safetensors    the trained tensors
-    FOLDER/weights/manifest.json          what they were trained for, and the file's size and SHA-256
+    FOLDER/weights/manifest.json          what they were trained for; the file's size, SHA-256
 """
 
 import hashlib
@@ -37,7 +38,8 @@ TRAINING = 3
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """All that this process may use: the other ranks wait meanwhile, and torchrun gives each process one thread."""
+    """All that this process may use: the other ranks wait meanwhile, and torchrun gives each
+    process one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
@@ -47,9 +49,11 @@ def _all_cores() -> Iterator[None]:
 
 
 class TrainedMethod(ABC):
-    """A baseline with weights of its own in `self.module`, over the frozen base, which is no part of the module.
+    """A baseline with weights of its own in `self.module`, over the frozen base, which is no part
+    of the module.
 
-    recipe: a frozen dataclass of its numbers; they are in the manifest, so weights trained by other ones are not reused.
+    recipe: a frozen dataclass of its numbers; they are in the manifest, so weights trained by other
+    ones are not reused.
     budget: what training may spend; None for the setting's minutes.
     """
 
@@ -73,7 +77,8 @@ class TrainedMethod(ABC):
         """Fit `self.module` within `self.budget`."""
 
     def prepare(self) -> None:
-        """Rank 0 trains unless good weights for this very setting are there; every rank loads what is on the disk."""
+        """Rank 0 trains unless good weights for this very setting are there; every rank loads what
+        is on the disk."""
         if ranks.rank() == 0 and not self._is_stored():
             started = time.perf_counter()
             with torch.random.fork_rng(), _all_cores():
@@ -92,10 +97,14 @@ class TrainedMethod(ABC):
         """All that decides the weights."""
         training = self.setting.ship.config.training
         return {
-            "method": self.name, "training": TRAINING, "recipe": asdict(self.recipe), "budget": repr(self.budget),
+            "method": self.name,
+            "training": TRAINING,
+            "recipe": asdict(self.recipe),
+            "budget": repr(self.budget),
             "seed": self.setting.seed,
             "step": [training.tasks_per_step, training.examples_per_task, training.family_alpha],
-            "seen": hashlib.sha256(repr(self.setting.splits.seen).encode()).hexdigest()[:16], "base": self.base.fingerprint(),
+            "seen": hashlib.sha256(repr(self.setting.splits.seen).encode()).hexdigest()[:16],
+            "base": self.base.fingerprint(),
         }
 
     def _is_stored(self) -> bool:
@@ -107,16 +116,31 @@ class TrainedMethod(ABC):
         different = [key for key in own if manifest.get(key) != own[key]]
         if not different and manifest["sha256"] == sha256(self._folder / WEIGHTS):
             return True
-        reason = f"other {', '.join(different)}" if different else "the file is not the one in its manifest"
-        print(f"ship-ds: {self._folder}: {reason}; training {self.name} again", file=sys.stderr, flush=True)
+        reason = (
+            f"other {', '.join(different)}"
+            if different
+            else "the file is not the one in its manifest"
+        )
+        print(
+            f"ship-ds: {self._folder}: {reason}; training {self.name} again",
+            file=sys.stderr,
+            flush=True,
+        )
         return False
 
     def _store(self, seconds: float) -> None:
         part = self._folder.with_name("weights.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}, part / WEIGHTS)
-        manifest = {**self._identity(), "train_seconds": round(seconds, 1), "sha256": sha256(part / WEIGHTS)}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()},
+            part / WEIGHTS,
+        )
+        manifest = {
+            **self._identity(),
+            "train_seconds": round(seconds, 1),
+            "sha256": sha256(part / WEIGHTS),
+        }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         publish(part, self._folder)
 
@@ -125,4 +149,6 @@ class TrainedMethod(ABC):
         """The seen tasks in SHIP's own order and step size."""
         training = self.setting.ship.config.training
         tasks = balanced(self.setting.splits.seen, training.family_alpha)
-        return StepSampler(tasks, self.setting.seed, training.tasks_per_step, training.examples_per_task, 0, 0.0)
+        return StepSampler(
+            tasks, self.setting.seed, training.tasks_per_step, training.examples_per_task, 0, 0.0
+        )

@@ -1,6 +1,7 @@
 """The methods of the harness by name, in the order of its tables.
 
-`TRAINED` ones train for `Setting.minutes` before they are asked; the others cost no time of their own.
+`TRAINED` ones train for `Setting.minutes` before they are asked; the others cost no time of their
+own.
 """
 
 from dataclasses import asdict
@@ -20,8 +21,19 @@ from ship_ds.evaluation.methods.searching import Searching
 from ship_ds.evaluation.methods.ship import ShipMethod
 
 _IN_ORDER: tuple[type[Method], ...] = (
-    ShipMethod, NearestKnown, Prompting, InContextLearning, Sft, PromptTuning, Tagi, Itd, InstructionInduction, TextToLora,
-    RandomDecode, BareBase, ShuffledInstruction,
+    ShipMethod,
+    NearestKnown,
+    Prompting,
+    InContextLearning,
+    Sft,
+    PromptTuning,
+    Tagi,
+    Itd,
+    InstructionInduction,
+    TextToLora,
+    RandomDecode,
+    BareBase,
+    ShuffledInstruction,
 )
 METHODS = {method.name: method for method in _IN_ORDER}
 TRAINED = frozenset(method.name for method in (Sft, PromptTuning, Tagi, Itd, TextToLora))
@@ -37,4 +49,8 @@ def own_settings(method: type[Method]) -> dict[str, Any]:
     """What a method has to set by itself; where it changes, the method is measured again."""
     if issubclass(method, Searching):
         return {"search": method.recipe.model_dump(mode="json")}
-    return {"recipe": asdict(method.recipe), "training": TRAINING} if issubclass(method, TrainedMethod) else {}
+    return (
+        {"recipe": asdict(method.recipe), "training": TRAINING}
+        if issubclass(method, TrainedMethod)
+        else {}
+    )

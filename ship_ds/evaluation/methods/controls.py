@@ -1,4 +1,5 @@
-"""Controls of deduction: what the base answers by itself, and whether *this* instruction is what helps."""
+"""Controls of deduction: what the base answers by itself, and whether *this* instruction is what
+helps."""
 
 import random
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ class BareBase(Untrained):
         super().__init__(setting)
         self.without_shots = InContextLearning(setting)
 
-    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         return self.without_shots.reason([()] * len(inputs), inputs)
 
 
@@ -34,10 +37,18 @@ class ShuffledInstruction(Untrained):
         super().__init__(setting)
         self.seen = setting.splits.seen
 
-    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         others = [self._another(task) for task in tasks]
         model = self.ship.model
-        return answer_latents(model, encode_all(model, others), others, inputs, self.ship.config.evaluation.max_new_tokens)
+        return answer_latents(
+            model,
+            encode_all(model, others),
+            others,
+            inputs,
+            self.ship.config.evaluation.max_new_tokens,
+        )
 
     def _another(self, task: SplitTask) -> str:
         others = [seen for seen in self.seen if seen.id != task.id]

@@ -1,4 +1,5 @@
-"""In-context learning: the shown examples before every query (Brown et al. 2020, arXiv 2005.14165)."""
+"""In-context learning: the shown examples before every query (Brown et al. 2020, arXiv
+2005.14165)."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -12,17 +13,27 @@ _ROWS = 240
 
 
 class InContextLearning(Untrained):
-    """n-shot with the bare base. Shots that its context has no room for are left out, the last ones first."""
+    """n-shot with the bare base. Shots that its context has no room for are left out, the last ones
+    first."""
 
     name: ClassVar[str] = "icl"
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.model, self.max_new_tokens = self.ship.model, self.ship.config.evaluation.max_new_tokens
+        self.model, self.max_new_tokens = (
+            self.ship.model,
+            self.ship.config.evaluation.max_new_tokens,
+        )
         self.context: int = self.model.task_llm.lm.config.max_position_embeddings  # type: ignore[union-attr, assignment]
 
-    def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
-        prompts = [self.prompt(text, shots) for shots, row in zip(shown, inputs, strict=True) for text in row]
+    def reason(
+        self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
+        prompts = [
+            self.prompt(text, shots)
+            for shots, row in zip(shown, inputs, strict=True)
+            for text in row
+        ]
         batches = [prompts[start : start + _ROWS] for start in range(0, len(prompts), _ROWS)]
         flat = iter([answer for batch in batches for answer in self._answer(batch)])
         return [[next(flat) for _ in row] for row in inputs]

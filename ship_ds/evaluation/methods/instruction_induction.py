@@ -1,4 +1,5 @@
-"""Instruction Induction (Honovich et al. 2022, arXiv 2205.10782): the base names the task when shown examples of it."""
+"""Instruction Induction (Honovich et al. 2022, arXiv 2205.10782): the base names the task when
+shown examples of it."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -11,7 +12,8 @@ _ROWS = 120
 
 
 class InstructionInduction(Untrained):
-    """The bare base, greedily, with the prompt that SHIP's decoder reads ("This task is to:") instead of the paper's own."""
+    """The bare base, greedily, with the prompt that SHIP's decoder reads ("This task is to:")
+    instead of the paper's own."""
 
     name: ClassVar[str] = "instruction_induction"
 

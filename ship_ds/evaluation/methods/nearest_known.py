@@ -1,4 +1,5 @@
-"""The nearest known instruction: of those seen in training, the one that explains the shown examples best."""
+"""The nearest known instruction: of those seen in training, the one that explains the shown
+examples best."""
 
 from typing import ClassVar
 
@@ -10,4 +11,6 @@ class NearestKnown(Searching):
     """It invents nothing: on unseen rules it is right only where a seen rule answers alike."""
 
     name: ClassVar[str] = "nearest_known"
-    recipe: ClassVar[InductionConfig] = InductionConfig(method="bank", num_known=48, num_finalists=48, tries_all_known=True)
+    recipe: ClassVar[InductionConfig] = InductionConfig(
+        method="bank", num_known=48, num_finalists=48, tries_all_known=True
+    )

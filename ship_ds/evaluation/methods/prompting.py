@@ -15,5 +15,9 @@ class Prompting(Untrained):
     name: ClassVar[str] = "prompting"
     states_instruction: ClassVar[bool] = True
 
-    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
-        return answer_stated(self.ship.model, wordings, inputs, self.ship.config.evaluation.max_new_tokens)
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
+        return answer_stated(
+            self.ship.model, wordings, inputs, self.ship.config.evaluation.max_new_tokens
+        )

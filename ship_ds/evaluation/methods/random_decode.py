@@ -1,4 +1,5 @@
-"""Random decode: what the decoder says of a z drawn from the prior, without having seen an example."""
+"""Random decode: what the decoder says of a z drawn from the prior, without having seen an
+example."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -14,7 +15,10 @@ class RandomDecode(Untrained):
     name: ClassVar[str] = "random_decode"
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
-        keys = [repr(tuple(examples)) for examples in shown]  # of the task, whichever rank it falls to
+        # of the task, whichever rank it falls to
+        keys = [repr(tuple(examples)) for examples in shown]
         config = self.ship.config
-        latent_TZ = posterior_noise(self.seed, 0, keys, config.model.latent_size).to(self.ship.model.device)
+        latent_TZ = posterior_noise(self.seed, 0, keys, config.model.latent_size).to(
+            self.ship.model.device
+        )
         return self.ship.model.decode(latent_TZ, config.evaluation.max_instruction_tokens)

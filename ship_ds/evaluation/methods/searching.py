@@ -1,4 +1,5 @@
-"""What SHIP and its control, the nearest known instruction, share: a search for the text, and answers by its adapter."""
+"""What SHIP and its control, the nearest known instruction, share: a search for the text, and
+answers by its adapter."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,15 +16,17 @@ from ship_ds.inference.induction import Induction, InductionConfig, induce_many
 
 
 class Searching(Untrained):
-    """Induction by `recipe`, with texts as long as the run's own limit. What was induced from the same examples before is not
-    searched for again."""
+    """Induction by `recipe`, with texts as long as the run's own limit. What was induced from the
+    same examples before is not searched for again."""
 
     recipe: ClassVar[InductionConfig]
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.known = [task.task.instruction for task in setting.splits.seen]
-        self.search = self.recipe.model_copy(update={"max_new_tokens": self.ship.config.evaluation.max_instruction_tokens})
+        self.search = self.recipe.model_copy(
+            update={"max_new_tokens": self.ship.config.evaluation.max_instruction_tokens}
+        )
         self.induced: dict[tuple[Example, ...], Induction] = {}
 
     @cached_property
@@ -33,7 +36,9 @@ class Searching(Untrained):
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         return [induction.instruction for induction in self._inductions(shown)]
 
-    def reason(self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]) -> Answers:
+    def reason(
+        self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         """By the refined latent: the induced text, encoded again."""
         return self.answer(self.induce(shown), inputs)
 
@@ -42,7 +47,10 @@ class Searching(Untrained):
     ) -> dict[str, Answers]:
         """By the latent that the search found, and with the induced text in the prompt."""
         found = self._inductions(shown)
-        texts, latent_TZ = [one.instruction for one in found], torch.tensor([one.latent for one in found])
+        texts, latent_TZ = (
+            [one.instruction for one in found],
+            torch.tensor([one.latent for one in found]),
+        )
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
         return {
             "found": answer_latents(model, latent_TZ, texts, inputs, length),
@@ -52,9 +60,17 @@ class Searching(Untrained):
     def _inductions(self, shown: Sequence[Sequence[Example]]) -> list[Induction]:
         keys = [tuple(examples) for examples in shown]
         new = list(dict.fromkeys(key for key in keys if key not in self.induced))
-        self.induced |= zip(new, induce_many(self.ship.model, self.bank, new, self.search, self.seed), strict=True)
+        self.induced |= zip(
+            new, induce_many(self.ship.model, self.bank, new, self.search, self.seed), strict=True
+        )
         return [self.induced[key] for key in keys]
 
     def answer(self, wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
         model = self.ship.model
-        return answer_latents(model, encode_all(model, wordings), wordings, inputs, self.ship.config.evaluation.max_new_tokens)
+        return answer_latents(
+            model,
+            encode_all(model, wordings),
+            wordings,
+            inputs,
+            self.ship.config.evaluation.max_new_tokens,
+        )

@@ -15,5 +15,7 @@ class ShipMethod(Searching):
     name: ClassVar[str] = "ship"
     recipe: ClassVar[InductionConfig] = InductionConfig()
 
-    def deduce(self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> Answers:
         return self.answer(wordings, inputs)

@@ -23,7 +23,8 @@ def test_steps_are_counted_and_shared_out() -> None:
 
 
 def test_learning_rate_warms_up_and_falls_with_what_is_spent() -> None:
-    """Under Adam with a constant gradient every step is the learning rate: 1/20 of lr at first, and a cosine over the budget."""
+    """Under Adam with a constant gradient every step is the learning rate: 1/20 of lr at first, and
+    a cosine over the budget."""
     parameter = nn.Parameter(torch.zeros(1))
     places = []
 
@@ -34,7 +35,9 @@ def test_learning_rate_warms_up_and_falls_with_what_is_spent() -> None:
     fit([parameter], loss_at, Steps(40), 0.1, "test")
     moved = [before - after for before, after in zip(places, places[1:], strict=False)]
     for step, by in enumerate(moved):
-        assert by == pytest.approx(0.1 * min(1, 0.05 + step / 4) * (1 + math.cos(math.pi * step / 40)) / 2, rel=1e-4)
+        assert by == pytest.approx(
+            0.1 * min(1, 0.05 + step / 4) * (1 + math.cos(math.pi * step / 40)) / 2, rel=1e-4
+        )
 
 
 def test_minutes_end_by_the_clock() -> None:
@@ -45,4 +48,10 @@ def test_minutes_end_by_the_clock() -> None:
 def test_loss_that_is_not_finite_stops_with_its_step() -> None:
     parameter = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="one: the loss of step 2 is not finite; lower its lr"):
-        fit([parameter], lambda step: parameter.sum() * (math.inf if step == 2 else 1), Steps(5), 0.1, "one")
+        fit(
+            [parameter],
+            lambda step: parameter.sum() * (math.inf if step == 2 else 1),
+            Steps(5),
+            0.1,
+            "one",
+        )

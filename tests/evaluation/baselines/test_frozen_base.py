@@ -33,13 +33,17 @@ def test_log_likelihood_is_that_of_a_chain_of_single_tokens(ship: Ship) -> None:
         expected = 0.0
         ids = list(prompt)
         for token in base.prompts.target(target):
-            logits = base.task_llm.lm(input_ids=torch.tensor([ids]), ship_adapter=adapter).logits[0, -1]
+            logits = base.task_llm.lm(input_ids=torch.tensor([ids]), ship_adapter=adapter).logits[
+                0, -1
+            ]
             expected += float(logits.log_softmax(-1)[token])
             ids.append(token)
         assert value == pytest.approx(expected, abs=1e-3)
 
 
-def test_answers_of_uneven_tasks_are_those_of_each_task_alone(ship: Ship, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_uneven_tasks_are_those_of_each_task_alone(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = FrozenBase(ship)
     lora = awake_lora(base, 3)()
     rows = [["3 9 5"], ["1 2", "4 4 8", "7"], ["6 0", "2 2"]]
@@ -51,7 +55,9 @@ def test_answers_of_uneven_tasks_are_those_of_each_task_alone(ship: Ship, monkey
     together = base.answer(questions, adapter_of)
     monkeypatch.setattr("ship_ds.evaluation.baselines.frozen_base._CHUNK", 1)
     assert together == base.answer(questions, adapter_of)
-    assert [len(row) for row in together] == [1, 3, 2] and any(text for row in together for text in row)
+    assert [len(row) for row in together] == [1, 3, 2] and any(
+        text for row in together for text in row
+    )
 
 
 def test_task_loss_has_the_gradient_of_the_task_alone(ship: Ship, splits: Splits) -> None:
@@ -63,7 +69,9 @@ def test_task_loss_has_the_gradient_of_the_task_alone(ship: Ship, splits: Splits
         own = StaticLora(base.sites, base.lora, len(tasks))
         own.load_state_dict({name: weight[tasks] for name, weight in lora.state_dict().items()})
         examples = [e for t in tasks for e in rows[t]]
-        batch = base.batch([base.prompts.task_prompt(e.input) for e in examples], [e.target for e in examples])
+        batch = base.batch(
+            [base.prompts.task_prompt(e.input) for e in examples], [e.target for e in examples]
+        )
         base.loss_per_task(own(), batch, len(tasks)).backward()
         return lambda row: [weight.grad[row] for weight in own.parameters()]  # type: ignore[index]
 
@@ -73,11 +81,15 @@ def test_task_loss_has_the_gradient_of_the_task_alone(ship: Ship, splits: Splits
 
 def test_run_without_lora_gets_a_base_with_lora_sites(ship: Ship) -> None:
     hypernetwork = SoftPromptHypernetworkConfig(num_virtual_tokens=2, width=8)
-    config = ship.config.model_copy(update={"model": ship.config.model.model_copy(update={"hypernetwork": hypernetwork})})
+    config = ship.config.model_copy(
+        update={"model": ship.config.model.model_copy(update={"hypernetwork": hypernetwork})}
+    )
     soft = Ship(ShipModel(config.model, device="cpu").eval(), config, "untrained")
     base = FrozenBase(soft)
     assert len(base.sites) == 7 * 4 and base.task_llm is not soft.model.task_llm
     question = base.prompts.task_prompt("3 9 5", "reverse the list")
     bare = StaticLora(base.sites, base.lora)()
-    assert base.generate(bare, [question], 8) == soft.model.answer(None, ["3 9 5"], 8, ["reverse the list"])
+    assert base.generate(bare, [question], 8) == soft.model.answer(
+        None, ["3 9 5"], 8, ["reverse the list"]
+    )
     assert base.fingerprint() != FrozenBase(ship).fingerprint()

@@ -15,10 +15,14 @@ from ship_ds.model.adapters import LoraAdapter
 def right(base: FrozenBase, oracles: Oracles, adapter_of: SplitTask, task: SplitTask) -> int:
     questions = [[base.prompts.task_prompt(e.input) for e in task.train]]
     (answers,) = base.answer(questions, lambda _: oracles.of([adapter_of.id]))
-    return sum(exact_match(answer, e.answers) for answer, e in zip(answers, task.train, strict=True))
+    return sum(
+        exact_match(answer, e.answers) for answer, e in zip(answers, task.train, strict=True)
+    )
 
 
-def test_oracle_fits_the_examples_of_its_task_and_not_of_another(ship: Ship, splits: Splits) -> None:
+def test_oracle_fits_the_examples_of_its_task_and_not_of_another(
+    ship: Ship, splits: Splits
+) -> None:
     base, (one, other) = FrozenBase(ship), (splits.seen[0], splits.seen[3])
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -36,7 +40,9 @@ def test_groups_change_nothing_and_none_begins_without_budget(
     def train(num_steps: int) -> Oracles:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return train_oracles(base, tasks, Steps(num_steps), OracleRecipe(steps=3, lr=1e-3), 2, 0)
+            return train_oracles(
+                base, tasks, Steps(num_steps), OracleRecipe(steps=3, lr=1e-3), 2, 0
+            )
 
     together = train(3)
     monkeypatch.setattr("ship_ds.evaluation.baselines.oracles._GROUP", 1)
@@ -45,17 +51,24 @@ def test_groups_change_nothing_and_none_begins_without_budget(
     for path, pair in together.lora.factors.items():
         for mine, alone in zip(pair, apart.lora.factors[path], strict=True):
             assert not torch.equal(mine[0], mine[1])
-            torch.testing.assert_close(mine, alone, rtol=0, atol=2e-4)  # three steps of at most 1.5e-4 moved them
+            # three steps of at most 1.5e-4 moved them
+            torch.testing.assert_close(mine, alone, rtol=0, atol=2e-4)
     assert list(train(3).rows) == list(together.rows)[:1]
 
 
 def test_distance_is_nought_to_itself_and_one_from_the_mean() -> None:
     torch.manual_seed(0)
-    factors = {path: (torch.randn(5, 2, 7) * scale, torch.randn(5, 3, 2)) for path, scale in (("x", 1.0), ("y", 100.0))}
+    factors = {
+        path: (torch.randn(5, 2, 7) * scale, torch.randn(5, 3, 2))
+        for path, scale in (("x", 1.0), ("y", 100.0))
+    }
     ids = ["a", "b", "c", "d", "e"]
     oracles = Oracles({name: t for t, name in enumerate(ids)}, LoraAdapter(factors, 2.0))
     assert float(oracles.distance(oracles.of(ids), ids)) == 0
-    mean = {path: tuple(f.mean(0, keepdim=True).expand_as(f) for f in pair) for path, pair in factors.items()}
+    mean = {
+        path: tuple(f.mean(0, keepdim=True).expand_as(f) for f in pair)
+        for path, pair in factors.items()
+    }
     assert float(oracles.distance(LoraAdapter(mean, 2.0), ids)) == pytest.approx(1, abs=1e-5)  # type: ignore[arg-type]
     picked = oracles.of(["d", "a"])
     assert torch.equal(picked.factors["y"][0], factors["y"][0][[3, 0]])

@@ -9,8 +9,14 @@ from ship_ds.data.task import Splits
 from ship_ds.evaluation.baselines.prompt_tuning import PromptTuning, PromptTuningRecipe
 
 
-def test_tasks_tuned_together_are_as_if_tuned_alone(make: Callable[..., Any], splits: Splits, monkeypatch: Any) -> None:
-    monkeypatch.setattr(PromptTuning, "recipe", PromptTuningRecipe(num_virtual_tokens=4, reasoning_steps=4, reasoning_lr=1e-3))
+def test_tasks_tuned_together_are_as_if_tuned_alone(
+    make: Callable[..., Any], splits: Splits, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(
+        PromptTuning,
+        "recipe",
+        PromptTuningRecipe(num_virtual_tokens=4, reasoning_steps=4, reasoning_lr=1e-3),
+    )
     method = make(PromptTuning)
     shown = [splits.seen[0].train[:2], splits.seen[3].train[:4]]
     together = method.tune(shown).prompt_TPH
@@ -21,7 +27,9 @@ def test_tasks_tuned_together_are_as_if_tuned_alone(make: Callable[..., Any], sp
     assert float((together[0] - together[1]).detach().abs().max()) > 4e-4
 
 
-def test_shown_examples_are_learnt(make: Callable[..., Any], splits: Splits, monkeypatch: Any) -> None:
+def test_shown_examples_are_learnt(
+    make: Callable[..., Any], splits: Splits, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(PromptTuning, "recipe", PromptTuningRecipe(reasoning_steps=50))
     method = make(PromptTuning)
     shown = [task.train[:2] for task in (splits.seen[0], splits.seen[3])]

@@ -1,4 +1,5 @@
-"""TAGI's loss is the sum of its three parts, of which tasks without an oracle have the first alone."""
+"""TAGI's loss is the sum of its three parts, of which tasks without an oracle have the first
+alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,8 @@ def test_three_losses(make: Callable[..., Any]) -> None:
     wanted, _ = method.base.label_logits(oracles.of(known), batch, 2)
     given, _ = method.base.label_logits(student, batch, 2)
     expected = (
-        labels + method.recipe.logit_weight * kl_divergence(wanted, given)
+        labels
+        + method.recipe.logit_weight * kl_divergence(wanted, given)
         + method.recipe.parameter_weight * oracles.distance(student, known)
     )
     assert float(method.student_loss(oracles, draws)) == pytest.approx(float(expected), rel=1e-4)
@@ -33,7 +35,10 @@ def test_three_losses(make: Callable[..., Any]) -> None:
 
 
 def test_divergence_by_hand() -> None:
-    wanted, given = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log(), torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    wanted, given = (
+        torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log(),
+        torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log(),
+    )
     expected = (0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(0.5 / 0.75).log()) / 2
     assert float(kl_divergence(wanted, given + 3)) == pytest.approx(float(expected), rel=1e-5)
     assert float(kl_divergence(given, given)) == pytest.approx(0, abs=1e-7)

@@ -1,4 +1,5 @@
-"""What holds for every trained baseline: directions, seeds, gradients, and weights that are kept."""
+"""What holds for every trained baseline: directions, seeds, gradients, and weights that are
+kept."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,11 @@ from ship_ds.evaluation.method import Deduces, Induces, Reasons
 
 Make = Callable[..., Any]
 DIRECTIONS = {
-    "sft": [Deduces], "prompt_tuning": [Deduces, Reasons], "tagi": [Deduces], "text_to_lora": [Deduces], "itd": [Induces],
+    "sft": [Deduces],
+    "prompt_tuning": [Deduces, Reasons],
+    "tagi": [Deduces],
+    "text_to_lora": [Deduces],
+    "itd": [Induces],
 }
 every_method = pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
 
@@ -40,7 +45,10 @@ def asked_in_each_direction(method: Any, splits: Splits) -> list[Any]:
 
 
 def test_names_and_directions(make: Make) -> None:
-    found = {method.name: [way for way in (Deduces, Reasons, Induces) if isinstance(make(method), way)] for method in TRAINED}
+    found = {
+        method.name: [way for way in (Deduces, Reasons, Induces) if isinstance(make(method), way)]
+        for method in TRAINED
+    }
     assert found == DIRECTIONS
     assert [method.name for method in TRAINED if method.states_instruction] == ["sft"]
 
@@ -56,16 +64,24 @@ def test_trained_once_then_loaded_with_the_same_answers(
     assert any(not torch.equal(trained[name], tensor) for name, tensor in untrained.items())
     monkeypatch.setattr(method, "train", lambda self: pytest.fail("trained again"))
     second = make(method)
-    assert all(torch.equal(tensor, untrained[name]) for name, tensor in second.module.state_dict().items())
+    assert all(
+        torch.equal(tensor, untrained[name]) for name, tensor in second.module.state_dict().items()
+    )
     second.prepare()
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in second.module.state_dict().items())
+    assert all(
+        torch.equal(tensor, trained[name]) for name, tensor in second.module.state_dict().items()
+    )
     assert asked_in_each_direction(second, splits) == asked_in_each_direction(first, splits)
     assert not list(tmp_path.glob("**/*.part"))
 
 
 @every_method
-def test_seed_decides_the_weights_and_the_base_is_left_alone(method: Any, make: Make, ship: Ship) -> None:
-    before = {name: weight.detach().clone() for name, weight in ship.model.task_llm.lm.named_parameters()}
+def test_seed_decides_the_weights_and_the_base_is_left_alone(
+    method: Any, make: Make, ship: Ship
+) -> None:
+    before = {
+        name: weight.detach().clone() for name, weight in ship.model.task_llm.lm.named_parameters()
+    }
     state = torch.get_rng_state()
     runs = [make(method, steps=2, seed=seed) for seed in (0, 0, 1)]
     for run in runs:
@@ -73,21 +89,32 @@ def test_seed_decides_the_weights_and_the_base_is_left_alone(method: Any, make: 
             torch.manual_seed(run.setting.seed)
             run.train()
     assert torch.equal(torch.get_rng_state(), state)
-    weights = [torch.cat([tensor.flatten() for tensor in run.module.state_dict().values()]) for run in runs]
+    weights = [
+        torch.cat([tensor.flatten() for tensor in run.module.state_dict().values()]) for run in runs
+    ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     for name, weight in ship.model.named_parameters():
         assert weight.grad is None, name
-    assert all(torch.equal(weight, before[name]) for name, weight in ship.model.task_llm.lm.named_parameters())
-    assert not {id(p) for p in runs[0].module.parameters()} & {id(p) for p in ship.model.task_llm.parameters()}
+    assert all(
+        torch.equal(weight, before[name])
+        for name, weight in ship.model.task_llm.lm.named_parameters()
+    )
+    assert not {id(p) for p in runs[0].module.parameters()} & {
+        id(p) for p in ship.model.task_llm.parameters()
+    }
 
 
-def test_baselines_meet_families_as_ship_does(make: Make, ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baselines_meet_families_as_ship_does(
+    make: Make, ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = ship.config.training.model_copy(update={"family_alpha": 0.5})
     monkeypatch.setattr(ship, "config", ship.config.model_copy(update={"training": training}))
     assert make(Sft).sampler.tasks == balanced(splits.seen, 0.5) != splits.seen
 
 
-def test_weights_for_something_else_are_trained_again(make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_weights_for_something_else_are_trained_again(
+    make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     make(Sft, steps=1).prepare()
     make(Sft, steps=2).prepare()
     assert "other budget; training sft again" in capsys.readouterr().err
@@ -101,7 +128,9 @@ def test_weights_for_something_else_are_trained_again(make: Make, capsys: pytest
     assert "again" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", [m for m in TRAINED if m.name != "itd"], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method", [m for m in TRAINED if m.name != "itd"], ids=lambda method: method.name
+)
 def test_instruction_is_in_the_question_only_where_the_class_says_so(
     method: Any, make: Make, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,5 +139,7 @@ def test_instruction_is_in_the_question_only_where_the_class_says_so(
     monkeypatch.setattr(run.base, "answer", lambda rows, *rest: questions.extend(rows))
     task = splits.seen[0]
     run.deduce([task], ["reverse the list"], [["1 2"]])
-    stated = run.base.prompts.task_prompt("1 2", "reverse the list" if method.states_instruction else None)
+    stated = run.base.prompts.task_prompt(
+        "1 2", "reverse the list" if method.states_instruction else None
+    )
     assert questions == [[stated]]
