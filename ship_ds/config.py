@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     ValidationError,
     model_validator,
 )
@@ -26,6 +28,16 @@ from pydantic import (
 from ship_ds.data.files import FilesConfig
 from ship_ds.data.rules import RulesConfig
 from ship_ds.errors import UserError
+from ship_ds.kinds import (
+    ADAPTERS,
+    OBJECTIVES,
+    PRIORS,
+    SOURCES,
+    KindError,
+    first_error,
+    load_plugins,
+    parse_section,
+)
 from ship_ds.section import Section
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -124,16 +136,20 @@ class ReshapeHypernetworkConfig(Section):
     num_virtual_tokens: PositiveInt = 10
 
 
-def _lora_unless_said(values: Any) -> Any:
-    """So that `model.hypernetwork.rank=4` needs no kind beside it."""
-    return {"kind": "lora"} | values if isinstance(values, dict) else values
+ADAPTERS.register(LoraHypernetworkConfig, "ship_ds.model.hypernetwork:LoraHypernetwork")
+ADAPTERS.register(SoftPromptHypernetworkConfig, "ship_ds.model.hypernetwork:SoftPromptHypernetwork")
+ADAPTERS.register(ReshapeHypernetworkConfig, "ship_ds.model.hypernetwork:ReshapeHypernetwork")
+HypernetworkConfig = Annotated[SerializeAsAny[Section], BeforeValidator(ADAPTERS.validate)]
 
 
-HypernetworkConfig = Annotated[
-    LoraHypernetworkConfig | SoftPromptHypernetworkConfig | ReshapeHypernetworkConfig,
-    Field(discriminator="kind"),
-    BeforeValidator(_lora_unless_said),
-]
+class StandardNormalConfig(Section):
+    """N(0, I), as published."""
+
+    kind: Literal["standard_normal"] = "standard_normal"
+
+
+PRIORS.register(StandardNormalConfig, "ship_ds.model.priors:StandardNormal")
+PriorConfig = Annotated[SerializeAsAny[Section], BeforeValidator(PRIORS.validate)]
 
 
 class ModelConfig(Section):
@@ -142,6 +158,8 @@ class ModelConfig(Section):
     decoder: DecoderConfig = DecoderConfig()
     task_llm: TaskLlmConfig = TaskLlmConfig()
     hypernetwork: HypernetworkConfig = LoraHypernetworkConfig()
+    prior: PriorConfig = StandardNormalConfig()
+    """What z is drawn from, and what the posterior is held close to."""
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
     """auto: flash_attn if it is installed, else torch's variable-length kernel; SDPA where there is
     no CUDA."""
@@ -155,10 +173,60 @@ class ModelConfig(Section):
         return self
 
 
+class ObjectiveConfig(Section):
+    """An objective beside the three of the paper; one with more settings adds them."""
+
+    weight: NonNegativeFloat = 1.0
+
+
 class LossConfig(Section):
+    """The weight of each objective; `loss.NAME=WEIGHT` adds a registered one (kinds.py)."""
+
+    model_config = ConfigDict(extra="allow")
+
     task: NonNegativeFloat = 1.0
+    """Cross-entropy of the answers under the generated adapter, nats a token."""
     reconstruction: NonNegativeFloat = 1.0
+    """Cross-entropy of the instruction that the decoder reads out of z, nats a token."""
     kl: NonNegativeFloat = 1e-3
+    """KL(q(z | k) || p(z)), averaged over the dimensions of z, nats."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objectives(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        others = values.keys() - cls.model_fields.keys()
+        return values | {name: cls._objective(name, values[name]) for name in others}
+
+    @staticmethod
+    def _objective(name: str, values: Any) -> Section:
+        """A number is the weight alone."""
+        if name not in OBJECTIVES.names():
+            raise KindError((name,), "extra_forbidden", "unknown key")
+        section = values if isinstance(values, dict | Section) else {"weight": values}
+        try:
+            return parse_section(OBJECTIVES.config_class(name), section)
+        except KindError as error:
+            raise KindError((name, *error.location), error.kind, str(error)) from None
+
+    def objectives(self) -> dict[str, Section]:
+        """The section of every objective by name, in a fixed order: the three of the paper first.
+
+        The loss is summed in this order, so it is part of what repeats bit for bit.
+        """
+        published = {name: ObjectiveConfig(weight=getattr(self, name)) for name in PUBLISHED}
+        return published | dict(self.model_extra or {})
+
+    def weights(self) -> dict[str, float]:
+        """The weight of every objective, in the order of `objectives`."""
+        return {name: float(getattr(s, "weight")) for name, s in self.objectives().items()}  # noqa: B009
+
+
+PUBLISHED = ("task", "reconstruction", "kl")
+OBJECTIVES.register(ObjectiveConfig, "ship_ds.model.objectives:Answers", "task")
+OBJECTIVES.register(ObjectiveConfig, "ship_ds.model.objectives:Reconstruction", "reconstruction")
+OBJECTIVES.register(ObjectiveConfig, "ship_ds.model.objectives:KlToPrior", "kl")
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -228,18 +296,9 @@ class EvaluationConfig(Section):
     max_instruction_tokens: PositiveInt = 40
 
 
-def _rules_unless_a_path(values: Any) -> Any:
-    """So that `data.num_seen=100` needs no kind beside it."""
-    return (
-        {"kind": "files" if "path" in values else "rules"} | values
-        if isinstance(values, dict)
-        else values
-    )
-
-
-DataConfig = Annotated[
-    RulesConfig | FilesConfig, Field(discriminator="kind"), BeforeValidator(_rules_unless_a_path)
-]
+SOURCES.register(RulesConfig, "ship_ds.data.source:RulesSource")
+SOURCES.register(FilesConfig, "ship_ds.data.source:FilesSource")
+DataConfig = Annotated[SerializeAsAny[Section], BeforeValidator(SOURCES.validate)]
 
 
 class Config(Section):
@@ -304,28 +363,34 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
+    """The config of these values, defaults filled in.
+
+    Args:
+        values: sections as YAML or JSON gives them.
+        source: where they are from, for the message.
+
+    Raises:
+        UserError: an unknown key, a wrong type or an impossible pair; one line naming the key.
+    """
+    load_plugins()
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = _key(first["loc"], values)
-        message = (
-            "unknown key"
-            if first["type"] == "extra_forbidden"
-            else first["msg"].removeprefix("Value error, ")
-        )
+        first = first_error(error)
+        key = _key(first.location, values)
+        message = "unknown key" if first.kind == "extra_forbidden" else str(first)
         raise UserError(f"{source}: {key + ': ' if key else ''}{message}") from None
 
 
-_KINDS = ("full", "lora", "soft_prompt", "reshape", "rules", "files")
+_TUNINGS = ("full", "lora")
 
 
 def _key(location: Sequence[int | str], values: Any) -> str:
-    """The key as the user wrote it: pydantic puts a section's kind in between, which is no key of
-    the section."""
+    """The key as the user wrote it: pydantic puts the kind of `tuning`, which is no key of it, in
+    between."""
     parts = []
     for part in location:
-        if part in _KINDS and not (isinstance(values, dict) and part in values):
+        if part in _TUNINGS and not (isinstance(values, dict) and part in values):
             continue
         parts.append(str(part))
         values = values.get(part) if isinstance(values, dict) else None

@@ -432,6 +432,7 @@ def read_splits(config: Config, say: Callable[[str], None]) -> Splits:
     """Generated rules, or the tasks of a folder, cut to length with the Task LLM's tokenizer."""
     if isinstance(config.data, RulesConfig):
         return build_world(config.data)
+    assert isinstance(config.data, files.FilesConfig)
     return files.read_splits(config.data, load_tokenizer(config.model.task_llm.base), say)
 
 
@@ -439,6 +440,7 @@ def cache_tokens(config: Config, model: ShipModel, splits: Splits) -> None:
     """Tokenise a folder's texts once: rank 0 first, then the others load what it wrote."""
     if isinstance(config.data, RulesConfig):
         return
+    assert isinstance(config.data, files.FilesConfig)
     folder = Path(config.data.cache or Path(config.run.folder) / "tokens")
     tasks = (*splits.seen, *splits.dev, *splits.unseen)
     for turn in (ranks.rank() == 0, ranks.rank() != 0):

@@ -45,7 +45,7 @@ def test_every_recipe_parses_and_opens_with_its_command(name: str) -> None:
         ("training.steps=0", "training.steps: .*greater than 0"),
         ("model.encoder.quantisation=int8", "model.encoder.quantisation: .*'nf4' or 'none'"),
         ("model.decoder.drop_latent=1", "model.decoder.drop_latent: .*less than 1"),
-        ("model.hypernetwork.kind=ia3", "model.hypernetwork: .*'ia3'"),
+        ("model.hypernetwork.kind=ia3", "model.hypernetwork.kind: .*'ia3'"),
         ("model.hypernetwork={kind: lora, targets: []}", "targets: .*at least 1"),
         (
             "model.hypernetwork={kind: lora, heads: per_token}",

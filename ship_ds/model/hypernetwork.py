@@ -14,6 +14,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,22 @@ from ship_ds.config import (
     SoftPromptHypernetworkConfig,
 )
 from ship_ds.errors import UserError
+from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters import LoraAdapter, SoftPrompt
+from ship_ds.section import Section
 
 Sites = Mapping[str, tuple[int, int]]
 """Module path -> (in, out)."""
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module path -> (a_TRI, b_TOR)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The Task LLM as hypernetworks see it: its wrapped linears and the size of its embeddings."""
+
+    sites: Sites
+    hidden_size: int
 
 
 class LoraHead(nn.Module, ABC):
@@ -146,11 +157,11 @@ class LoraHypernetwork(nn.Module):
 
     num_virtual_tokens = 0
 
-    def __init__(self, config: LoraHypernetworkConfig, latent_size: int, sites: Sites) -> None:
+    def __init__(self, config: LoraHypernetworkConfig, latent_size: int, target: Target) -> None:
         super().__init__()
         self.scaling = config.alpha / config.rank
         width, head_type = config.width, HEADS[config.heads]
-        heads = [head_type(width, config.rank, group) for group in head_type.groups(sites)]
+        heads = [head_type(width, config.rank, group) for group in head_type.groups(target.sites)]
         self.from_latent = nn.Linear(latent_size, width)
         # z weighs as much as a site's embedding
         nn.init.normal_(self.from_latent.weight, std=1 / math.sqrt(latent_size))
@@ -178,6 +189,11 @@ class LoraHypernetwork(nn.Module):
             )
         return LoraAdapter(factors, self.scaling)
 
+    @staticmethod
+    def targets(config: LoraHypernetworkConfig) -> tuple[str, ...]:
+        """Names of the Task LLM's linears that its adapters change."""
+        return config.targets
+
     def head_modules(self) -> list[nn.Module]:
         """Where most of the weights are; the rest is the trunk."""
         return list(self.heads)
@@ -187,9 +203,10 @@ class SoftPromptHypernetwork(nn.Module):
     """z -> MLP -> P embeddings before the prompt."""
 
     def __init__(
-        self, config: SoftPromptHypernetworkConfig, latent_size: int, hidden_size: int
+        self, config: SoftPromptHypernetworkConfig, latent_size: int, target: Target
     ) -> None:
         super().__init__()
+        hidden_size = target.hidden_size
         self.num_virtual_tokens: int = config.num_virtual_tokens
         self.hidden_size = hidden_size
         self.layers = nn.Sequential(
@@ -202,6 +219,11 @@ class SoftPromptHypernetwork(nn.Module):
         prompt_TX = self.layers(latent_TZ.to(next(self.layers.parameters()).dtype))
         return SoftPrompt(prompt_TX.view(-1, self.num_virtual_tokens, self.hidden_size))
 
+    @staticmethod
+    def targets(config: SoftPromptHypernetworkConfig) -> tuple[str, ...]:
+        """Names of the Task LLM's linears that its adapters change."""
+        return ()
+
     def head_modules(self) -> list[nn.Module]:
         return [self.layers[-1]]
 
@@ -210,20 +232,23 @@ class ReshapeHypernetwork(nn.Module):
     """z itself, cut into P embeddings before the prompt: the published "p-tuning" fusion (arXiv
     2502.02315). No weights."""
 
-    def __init__(
-        self, config: ReshapeHypernetworkConfig, latent_size: int, hidden_size: int
-    ) -> None:
+    def __init__(self, config: ReshapeHypernetworkConfig, latent_size: int, target: Target) -> None:
         super().__init__()
         check_reshape(
             "model.hypernetwork.num_virtual_tokens",
             config.num_virtual_tokens,
             latent_size,
-            hidden_size,
+            target.hidden_size,
         )
         self.num_virtual_tokens: int = config.num_virtual_tokens
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
         return SoftPrompt(latent_TZ.unflatten(1, (self.num_virtual_tokens, -1)))
+
+    @staticmethod
+    def targets(config: ReshapeHypernetworkConfig) -> tuple[str, ...]:
+        """Names of the Task LLM's linears that its adapters change."""
+        return ()
 
     def head_modules(self) -> list[nn.Module]:
         return []
@@ -240,19 +265,26 @@ def check_reshape(key: str, num_tokens: int, latent_size: int, hidden_size: int)
 
 
 Hypernetwork = LoraHypernetwork | SoftPromptHypernetwork | ReshapeHypernetwork
-HypernetworkConfig = (
-    LoraHypernetworkConfig | SoftPromptHypernetworkConfig | ReshapeHypernetworkConfig
-)
+
+
+def targets_of(config: Section) -> tuple[str, ...]:
+    """Names of the Task LLM's linears that adapters of this kind change."""
+    targets: tuple[str, ...] = ADAPTERS.implementation(config).targets(config)
+    return targets
 
 
 def build_hypernetwork(
-    config: HypernetworkConfig, latent_size: int, sites: Sites, hidden_size: int
+    config: Section, latent_size: int, sites: Sites, hidden_size: int
 ) -> Hypernetwork:
-    """sites: the Task LLM's wrapped linears; hidden_size: that of its embeddings."""
-    match config:
-        case LoraHypernetworkConfig():
-            return LoraHypernetwork(config, latent_size, sites)
-        case SoftPromptHypernetworkConfig():
-            return SoftPromptHypernetwork(config, latent_size, hidden_size)
-        case ReshapeHypernetworkConfig():
-            return ReshapeHypernetwork(config, latent_size, hidden_size)
+    """The hypernetwork of the config's kind.
+
+    Args:
+        config: its section, `model.hypernetwork`.
+        latent_size: Z.
+        sites: the Task LLM's wrapped linears.
+        hidden_size: of the Task LLM's embeddings.
+    """
+    hypernetwork: Hypernetwork = ADAPTERS.implementation(config)(
+        config, latent_size, Target(sites, hidden_size)
+    )
+    return hypernetwork

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ship_ds.config import (
     EncoderConfig,
-    LoraHypernetworkConfig,
     LoraTuning,
     ModelConfig,
     TaskLlmConfig,
@@ -31,7 +30,7 @@ from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder, Posterior, posterior_noise
 from ship_ds.model.generation import beam_search
-from ship_ds.model.hypernetwork import build_hypernetwork
+from ship_ds.model.hypernetwork import build_hypernetwork, targets_of
 from ship_ds.model.streaming import Shard
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
@@ -90,12 +89,7 @@ class ShipModel(nn.Module):
                 shard if sharded else None,
             )
         )
-        targets = (
-            config.hypernetwork.targets
-            if isinstance(config.hypernetwork, LoraHypernetworkConfig)
-            else ()
-        )
-        sites = wrap_sites(task_lm, targets)
+        sites = wrap_sites(task_lm, targets_of(config.hypernetwork))
         task_llm = TaskLlm(task_lm, config.task_llm.checkpointing)
         self._outside = [] if sharded else [task_llm]
         if not self._outside:

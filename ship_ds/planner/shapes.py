@@ -23,7 +23,6 @@ from transformers import (
 from ship_ds.config import (
     Config,
     EncoderConfig,
-    LoraHypernetworkConfig,
     LoraTuning,
     ModelConfig,
     override_config,
@@ -33,7 +32,7 @@ from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.backbone import add_static_lora, base_folder, freeze, quantised_weights
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder
-from ship_ds.model.hypernetwork import Hypernetwork, build_hypernetwork
+from ship_ds.model.hypernetwork import Hypernetwork, build_hypernetwork, targets_of
 from ship_ds.planner.attention import PLANNED
 
 _BLOCK, _SUPERBLOCK = 64, 256
@@ -147,12 +146,7 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
         nf4 = {
             "task LLM": quantised_weights(task_lm) if config.task_llm.quantisation == "nf4" else []
         }
-        targets = (
-            config.hypernetwork.targets
-            if isinstance(config.hypernetwork, LoraHypernetworkConfig)
-            else ()
-        )
-        sites = wrap_sites(task_lm, targets)
+        sites = wrap_sites(task_lm, targets_of(config.hypernetwork))
         hypernetwork = build_hypernetwork(
             config.hypernetwork, config.latent_size, sites, hidden_size(task_lm)
         )

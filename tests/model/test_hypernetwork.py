@@ -15,7 +15,7 @@ from ship_ds.errors import UserError
 from ship_ds.model.adapters import LoraAdapter, wrap_sites
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.causal_lm import label_logits
-from ship_ds.model.hypernetwork import LoraHypernetwork, build_hypernetwork
+from ship_ds.model.hypernetwork import LoraHypernetwork, Target, build_hypernetwork
 from tests.model.models import random_rows, tiny_lm
 
 Z, WIDTH, RANK = 6, 16, 4
@@ -35,7 +35,7 @@ SITES = {
 def _hypernetwork(heads: Any, sites: dict[str, tuple[int, int]] = SITES) -> LoraHypernetwork:
     torch.manual_seed(0)
     return LoraHypernetwork(
-        LoraHypernetworkConfig(rank=RANK, alpha=8, width=WIDTH, heads=heads), Z, sites
+        LoraHypernetworkConfig(rank=RANK, alpha=8, width=WIDTH, heads=heads), Z, Target(sites, 64)
     )
 
 

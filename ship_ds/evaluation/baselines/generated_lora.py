@@ -18,7 +18,7 @@ from ship_ds.evaluation.baselines.trained import TrainedMethod
 from ship_ds.evaluation.method import Answers
 from ship_ds.model.adapters import LoraAdapter
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.hypernetwork import LoraHypernetwork
+from ship_ds.model.hypernetwork import LoraHypernetwork, Target
 
 
 class PooledReader(nn.Module):
@@ -101,7 +101,10 @@ class GeneratedLora(TrainedMethod):
     def build(self) -> nn.Module:
         latent_size = self.base.lora.width
         return Generator(
-            self.reader(latent_size), LoraHypernetwork(self.base.lora, latent_size, self.base.sites)
+            self.reader(latent_size),
+            LoraHypernetwork(
+                self.base.lora, latent_size, Target(self.base.sites, self.base.hidden_size)
+            ),
         )
 
     @abstractmethod
