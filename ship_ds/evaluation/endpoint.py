@@ -6,14 +6,15 @@ import os
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
-
-from openai import OpenAI, OpenAIError
+from typing import TYPE_CHECKING, Any
 
 from ship_ds.config import Section
 from ship_ds.errors import UserError
 from ship_ds.evaluation.files import write_json
 from ship_ds.evaluation.questions import Question
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 _QUESTION = (
     "Two instructions for the same kind of input follow. Would a careful reader who follows them "
@@ -27,9 +28,13 @@ class EndpointConfig(Section):
     it needs one."""
 
     url: str = "http://localhost:8000/v1"
+    """Where /chat/completions is found."""
     model: str = "default"
+    """Name of the model that the server is asked for."""
     retries: int = 5
+    """Of a request that failed, each after a longer wait."""
     timeout_seconds: float = 60
+    """For one reply."""
 
 
 class EndpointJudge:
@@ -41,14 +46,7 @@ class EndpointJudge:
 
     def __init__(self, config: EndpointConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        # The client retries with backoff by itself: connection errors, 408, 409, 429 and 5xx. Local
-        # servers take any key.
-        self.client = OpenAI(
-            base_url=config.url,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            max_retries=config.retries,
-            timeout=config.timeout_seconds,
-        )
+        self.client = _client(config)
 
     def columns(
         self, induced: Sequence[str], questions: Sequence[Question]
@@ -82,6 +80,8 @@ class EndpointJudge:
         return json.loads(path.read_text())["reply"]["choices"][0]["message"]["content"] or ""
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        from openai import OpenAIError
+
         try:
             answer = self.client.chat.completions.create(**request)
         except OpenAIError as error:
@@ -94,3 +94,22 @@ class EndpointJudge:
                 "OpenAI-compatible endpoint?"
             )
         return answer.model_dump(mode="json")
+
+
+def _client(config: EndpointConfig) -> "OpenAI":
+    """Imported here: `openai` is an extra, which no other judge needs."""
+    try:
+        from openai import OpenAI
+    except ImportError:
+        raise UserError(
+            "--judge endpoint needs the package openai: pip install 'ship-ds[judge]', or leave "
+            "that judge out"
+        ) from None
+    # The client retries with backoff by itself: connection errors, 408, 409, 429 and 5xx. Local
+    # servers take any key.
+    return OpenAI(
+        base_url=config.url,
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        max_retries=config.retries,
+        timeout=config.timeout_seconds,
+    )

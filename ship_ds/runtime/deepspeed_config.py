@@ -7,7 +7,8 @@ from typing import Any
 
 from ship_ds.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+# In a checkout a link to the folder at the top; in an installed package the files themselves.
+FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 _OWNED_BY_RUN = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
