@@ -5,7 +5,6 @@ without DeepSpeed.
     ship.answer("keep the numbers greater than 4", ["3 9 5"])
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ship_ds.config import Config, LoraTuning, parse_config
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.export.base_weights import BaseWeights
-from ship_ds.folder import refuse_existing, whole_folder
+from ship_ds.files import Manifest, recover, refuse_existing, sha256, whole_folder
 from ship_ds.inference import checks
 from ship_ds.inference.adapters import (
     WeightInduction,
@@ -40,12 +39,7 @@ from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
 from ship_ds.tensor_file import TensorFile
 
-WEIGHTS, CONFIG, PROMPT, MANIFEST = (
-    "ship.safetensors",
-    "config.json",
-    "prompt_format.json",
-    "manifest.json",
-)
+WEIGHTS, CONFIG, PROMPT = "ship.safetensors", "config.json", "prompt_format.json"
 BASES = "bases.json"
 """Fingerprints of the frozen models, which are not in the bundle: under others of the same shape it
 would do other things."""
@@ -66,11 +60,6 @@ class Deduction:
     latent: tuple[float, ...]
     adapter: Adapter
     familiarity: Familiarity | None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bundle(
@@ -94,12 +83,7 @@ def write_bundle(
         (part / PROMPT).write_text(json.dumps(prompt_format, indent=2) + "\n")
         (part / BASES).write_text(json.dumps(dict(bases), indent=2) + "\n")
         (part / KNOWN).write_text(json.dumps(list(known), indent=0, ensure_ascii=False) + "\n")
-        names = (WEIGHTS, CONFIG, PROMPT, BASES, KNOWN)
-        manifest = {
-            name: {"bytes": (part / name).stat().st_size, "sha256": sha256(part / name)}
-            for name in names
-        }
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        Manifest.of(part).write(part)
 
 
 def frozen_bases(config: Config) -> dict[str, str]:
@@ -122,6 +106,7 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     missing or damaged."""
     from ship_ds.runtime import checkpoint
 
+    recover(checkpoint_folder)
     if not (checkpoint_folder / checkpoint.PROGRESS).is_file():
         raise UserError(
             f"{checkpoint_folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N"
@@ -138,26 +123,24 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
 
 
 def bundle_folder(path: str | Path) -> Path:
-    """The bundle inside a run folder, or the folder itself."""
-    return Path(path) / "bundle" if (Path(path) / "bundle").is_dir() else Path(path)
+    """The bundle inside a run folder, or the folder itself; one that a killed write has set aside
+    is put back first."""
+    folder, inner = Path(path), Path(path) / "bundle"
+    recover(folder)
+    recover(inner)
+    return inner if inner.is_dir() else folder
 
 
 def verify(folder: Path) -> None:
     """Raises UserError naming the first file that is missing or not what the manifest says."""
-    if not (folder / MANIFEST).is_file():
+    try:
+        manifest = Manifest.read(folder)
+    except ValueError as error:
         raise UserError(
-            f"{folder}: no bundle here (no {MANIFEST}); a finished run has one in RUN/bundle"
-        )
-    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
-        path = folder / name
-        if (
-            not path.is_file()
-            or path.stat().st_size != expected["bytes"]
-            or sha256(path) != expected["sha256"]
-        ):
-            raise UserError(
-                f"{path}: missing or not the file that {MANIFEST} lists; write the bundle again"
-            )
+            f"{folder}: no bundle here ({error}); a finished run has one in RUN/bundle"
+        ) from None
+    if reason := manifest.problem(folder):
+        raise UserError(f"{folder}: {reason}; write the bundle again")
 
 
 def read_bases(folder: Path) -> dict[str, str]:

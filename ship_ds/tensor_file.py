@@ -11,7 +11,6 @@ nowhere.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -40,8 +39,8 @@ _PIECE_BYTES = 1 << 25
 
 
 class TensorFile:
-    """names: every tensor that may be added. Written under `path` itself; the caller renames.
-    Raises OSError."""
+    """names: every tensor that may be added. Written under `path` itself; the caller syncs and
+    renames. Raises OSError."""
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
         self.path = path
@@ -110,5 +109,3 @@ class TensorFile:
         assert len(header) <= self._room, "more tensors than names"
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.flush()
-        os.fsync(self._file.fileno())

@@ -43,6 +43,7 @@ from ship_ds.errors import UserError
 from ship_ds.evaluation import report as reports
 from ship_ds.evaluation.deduction import deduction, reconstruction
 from ship_ds.evaluation.metrics import score
+from ship_ds.files import write_json
 from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.ship import ShipBatch, ShipModel
 from ship_ds.monitor.machine import versions
@@ -129,14 +130,12 @@ class Trainer:
 
     def open_monitor(self) -> Monitor:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(
-            json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n"
-        )
+        write_json(self.folder / "config.json", self.config.model_dump(mode="json"), indent=2)
         parts = {
             part: [task.id for task in getattr(self.splits, part)]
             for part in ("seen", "dev", "unseen")
         }
-        (self.folder / "splits.json").write_text(json.dumps(parts, indent=1) + "\n")
+        write_json(self.folder / "splits.json", parts)
         starts.record(self.folder, self.step)
         return Monitor(self.folder, self.num_steps, self.step)
 

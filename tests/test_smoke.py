@@ -140,7 +140,7 @@ def test_damaged_bundle_is_refused(two_rank_run: Path, tmp_path: Path) -> None:
     with (tmp_path / "bundle" / "ship.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    with pytest.raises(UserError, match=r"ship\.safetensors: missing or not the file"):
+    with pytest.raises(UserError, match=r"ship\.safetensors is not the file"):
         Ship.from_run(tmp_path)
 
 

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ship_ds.bundle import Ship, sha256
+from ship_ds.bundle import Ship
 from ship_ds.export.base_weights import BaseWeights
 from ship_ds.export.deduce import export_many, generate
 from ship_ds.export.lora import WEIGHTS, Lora, write_lora
 from ship_ds.export.merge import Merge
 from ship_ds.export.origin import Origin
 from ship_ds.export.requests import Request
+from ship_ds.files import sha256
 from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.monitor.memory import PeakMemory, resident
 from ship_ds.tensor_file import TensorFile

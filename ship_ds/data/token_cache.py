@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ship_ds.files import Manifest, part_of, publish
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_MANIFEST = "manifest.json"
 
 
 def fingerprint(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -64,31 +64,25 @@ def tokenise_all(
 
 def _write(table: Any, name: Path) -> None:
     """Whole or not at all: into a folder of this process, which is then renamed."""
-    part = name.with_name(f"{name.name}.{os.getpid()}.part")
+    part = part_of(name.with_name(f"{name.name}.{os.getpid()}"))
     shutil.rmtree(part, ignore_errors=True)
     table.save_to_disk(str(part))
-    (part / _MANIFEST).write_text(json.dumps(_hashes(part)))
-    shutil.rmtree(name, ignore_errors=True)
-    try:
-        part.rename(name)
-    except OSError:
-        if not name.is_dir():
-            raise
+    Manifest.of(part).write(part)
+    if _is_whole(name):
         shutil.rmtree(part)  # another process was first; its ids are the same
+    else:
+        publish(part, name)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.iterdir() if file.name != _MANIFEST)
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def _is_whole(folder: Path) -> bool:
+    try:
+        return Manifest.read(folder).problem(folder) is None
+    except ValueError:
+        return False
 
 
 def _read(folder: Path) -> Any | None:
     """The rows of ids; None where the folder is not there or not what its manifest says."""
     import datasets
 
-    try:
-        if json.loads((folder / _MANIFEST).read_text()) != _hashes(folder):
-            return None
-    except (OSError, ValueError):
-        return None
-    return datasets.load_from_disk(str(folder))["ids"]
+    return datasets.load_from_disk(str(folder))["ids"] if _is_whole(folder) else None

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ship_ds.evaluation.files import write_json
 from ship_ds.evaluation.method import Deduces, Induces, Method, Reasons
+from ship_ds.files import write_json
 
 Direction = Literal["deduction", "induction", "reasoning"]
 PROTOCOLS: dict[Direction, type] = {

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ship_ds.config import Section
 from ship_ds.errors import UserError
-from ship_ds.evaluation.files import write_json
 from ship_ds.evaluation.questions import Question
+from ship_ds.files import write_json
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -75,7 +75,9 @@ class EndpointJudge:
         )
         if not path.is_file():
             write_json(
-                path, {"url": self.config.url, "request": request, "reply": self._ask(request)}
+                path,
+                {"url": self.config.url, "request": request, "reply": self._ask(request)},
+                shared=True,
             )
         return json.loads(path.read_text())["reply"]["choices"][0]["message"]["content"] or ""
 

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ship_ds.bundle import WEIGHTS, bundle_folder, sha256
+from ship_ds.bundle import WEIGHTS, bundle_folder
 from ship_ds.evaluation import table
 from ship_ds.evaluation.cells import Cell, Measured
-from ship_ds.evaluation.files import write_json
 from ship_ds.evaluation.harness import Harness, HarnessConfig, Run
 from ship_ds.evaluation.latent_map import latent_map
 from ship_ds.evaluation.methods import METHODS, states_instruction
+from ship_ds.files import sha256, write_json
 from ship_ds.monitor.machine import versions
 from ship_ds.runtime import ranks
 

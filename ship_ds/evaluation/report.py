@@ -1,7 +1,6 @@
 """The report a run ends with: deduction with all its controls and reconstruction, as report.json
 and one table."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ship_ds.config import EvaluationConfig
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation import deduction as measure
 from ship_ds.evaluation.metrics import score
+from ship_ds.files import write_json
 from ship_ds.model.ship import ShipModel
 from ship_ds.runtime import ranks
 
@@ -89,9 +89,7 @@ def _mine(tasks: Sequence[SplitTask]) -> Sequence[SplitTask]:
 
 def write(report: dict[str, Any], folder: Path) -> Path:
     path = folder / "report.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=2) + "\n")
-    part.replace(path)
+    write_json(path, report, indent=2)
     return path
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.evaluation.cells import Cell, Measured
-from ship_ds.evaluation.files import write_json, write_text
 from ship_ds.evaluation.metrics import score
+from ship_ds.files import write_json, write_text
 
 TITLES = {
     "exact_match": "exact match",

@@ -11,7 +11,7 @@ from ship_ds.errors import UserError
 from ship_ds.export.lora import Lora, add, compressed
 from ship_ds.export.peft_adapter import Exporter, LoraExport
 from ship_ds.export.proof import Proof
-from ship_ds.folder import new_folder
+from ship_ds.files import new_folder
 from ship_ds.model.adapters import LoraAdapter
 
 

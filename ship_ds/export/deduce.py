@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from ship_ds.bundle import Ship, sha256
+from ship_ds.bundle import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.lora import WEIGHTS
 from ship_ds.export.origin import ORIGIN, read_origin
 from ship_ds.export.peft_adapter import Exportable, Exporter, exports_of
 from ship_ds.export.proof import Proof
 from ship_ds.export.requests import Request, write_latents
-from ship_ds.folder import disk_error, new_folder, part_of, publish, refuse_existing
+from ship_ds.files import disk_error, new_folder, part_of, publish, refuse_existing, sha256
 
 LATENT_FILE = "latent.safetensors"
 _CHUNK = 64

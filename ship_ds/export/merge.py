@@ -24,13 +24,21 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from ship_ds.bundle import sha256
 from ship_ds.errors import UserError
 from ship_ds.export.base_weights import INDEX, SINGLE, BaseWeights
 from ship_ds.export.lora import WEIGHTS, Lora, read_lora
 from ship_ds.export.origin import Origin, read_origin
 from ship_ds.export.targets import Loss, TargetName, build_target
-from ship_ds.folder import disk_error, part_of, publish, refuse_existing
+from ship_ds.files import (
+    disk_error,
+    part_of,
+    publish,
+    refuse_existing,
+    sha256,
+    whole_file,
+    write_json,
+    write_text,
+)
 from ship_ds.model.backbone import base_folder
 from ship_ds.tensor_file import TensorFile
 
@@ -128,7 +136,7 @@ class Merge:
                 **self._rounding(part),
                 **finish(part),
             }
-            (part / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            write_json(part / REPORT, report, indent=2)
             publish(part, out)
         except OSError as error:
             advice = f"{part} keeps the finished shards; make room and run the same command again"
@@ -142,36 +150,28 @@ class Merge:
         if (
             part.exists()
             and not is_ours
-            and any(path.name != PLAN + ".part" for path in part.iterdir())
+            and any(path.name != part_of(part / PLAN).name for path in part.iterdir())
         ):
             raise UserError(
                 f"{part}: is left from another merge; run that one's command again, or "
                 "remove the folder"
             )
         part.mkdir(parents=True, exist_ok=True)
-        beside = part / (PLAN + ".part")
-        beside.write_text(plan)
-        beside.replace(part / PLAN)
+        write_text(part / PLAN, plan)
 
     def _write_shard(self, part: Path, shard: Shard) -> bool:
         """False: it was there."""
-        path, beside = part / shard.file, part / (shard.file + ".part")
+        path = part / shard.file
         if path.is_file():
             return False
         self.target.loss.clear()
-        try:
-            with TensorFile(
-                beside, [key for name in shard.names for key in self.target.names(name)]
-            ) as file:
-                for name in shard.names:
-                    dtype, module = self.dtype_of(name), name.removesuffix(".weight")
-                    delta = self.lora.delta(module) if module in self.lora.factors else None
-                    self.target.write(file, name, self.base.get(name), dtype, delta)
-                file.metadata[_LOSS] = json.dumps(asdict(self.target.loss))
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
-        beside.replace(path)
+        keys = [key for name in shard.names for key in self.target.names(name)]
+        with whole_file(path) as beside, TensorFile(beside, keys) as file:
+            for name in shard.names:
+                dtype, module = self.dtype_of(name), name.removesuffix(".weight")
+                delta = self.lora.delta(module) if module in self.lora.factors else None
+                self.target.write(file, name, self.base.get(name), dtype, delta)
+            file.metadata[_LOSS] = json.dumps(asdict(self.target.loss))
         return True
 
     def _rounding(self, part: Path) -> dict[str, float]:

@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ship_ds.bundle import Ship, sha256
+from ship_ds.bundle import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.base_weights import BaseWeights
 from ship_ds.export.lora import CONFIG, WEIGHTS, Lora, write_lora
 from ship_ds.export.origin import Origin
 from ship_ds.export.proof import PeftBase, Proof, largest_difference
+from ship_ds.files import sha256
 from ship_ds.model.adapters import Adapter, LoraAdapter, SoftPrompt
 from ship_ds.model.backbone import base_folder, load_lm
 from ship_ds.model.batch import TokenBatch

@@ -25,6 +25,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ship_ds.config import parse_config
 from ship_ds.errors import UserError
+from ship_ds.files import whole_file
 
 _LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "x", "D", "v", "+")
@@ -400,9 +401,9 @@ def plot(runs: Sequence[Path], out: Path, say: Callable[[str], None]) -> list[Pa
 def save(
     name: str, draw: Callable[[Sequence[Path]], Figure], runs: Sequence[Path], out: Path
 ) -> Path:
-    part, path = out / f"{name}.part.png", out / f"{name}.png"
+    path = out / f"{name}.png"
     figure = draw(runs)
-    figure.savefig(part, dpi=150, bbox_inches="tight")
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
-    part.replace(path)
     return path

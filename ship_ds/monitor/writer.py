@@ -12,6 +12,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ship_ds.files import write_text
+
 
 class Monitor:
     """Lives on rank 0 alone."""
@@ -32,14 +34,12 @@ class Monitor:
         for name, last in (("metrics.jsonl", first_step - 1), ("evaluations.jsonl", first_step)):
             path = self.folder / name
             if path.exists():
-                whole = [
+                rows = [
                     line
                     for line in path.read_text().splitlines(keepends=True)
                     if line.endswith("\n")
                 ]
-                part = path.with_suffix(".part")
-                part.write_text("".join(line for line in whole if json.loads(line)["step"] <= last))
-                part.replace(path)
+                write_text(path, "".join(row for row in rows if json.loads(row)["step"] <= last))
 
     def step(self, step: int, scalars: Mapping[str, float]) -> None:
         """A value that is not finite is null in metrics.jsonl (JSON has no NaN) and NaN in

@@ -18,10 +18,8 @@ checkpoint, saying so.
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -37,10 +35,20 @@ from safetensors.torch import save_file
 
 from ship_ds.config import CheckpointConfig, parse_config
 from ship_ds.errors import UserError
+from ship_ds.files import (
+    MANIFEST,
+    Manifest,
+    part_of,
+    recover,
+    replace_folder,
+    sync,
+    write_json,
+    write_text,
+)
 from ship_ds.runtime import nvme, ranks, repartition
 from ship_ds.runtime.pickles import load_shard, shard_problem
 
-STATE, PROGRESS, MANIFEST, LATEST = "state", "progress.json", "manifest.json", "latest"
+STATE, PROGRESS, LATEST = "state", "progress.json", "latest"
 _FREE_TO_CHANGE = {
     "run.folder",
     "run.init_from",
@@ -100,7 +108,7 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
     """Every rank calls it at a step boundary. Raises UserError when the disk is full; older
     checkpoints are untouched."""
     folder = root / f"step-{progress.step:08d}"
-    part = folder.with_name(folder.name + ".part")
+    part = part_of(folder)
     try:
         if ranks.rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -113,15 +121,16 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
             )
         _save_generators(part / f"rank-{ranks.rank()}.safetensors")
         if ranks.rank() == 0:
-            (part / PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+            write_json(part / PROGRESS, asdict(progress), indent=2)
         ranks.barrier()
         _check_can_be_read(part)
         manifest = _hash_shared_out(part)
         if ranks.rank() == 0:
-            _write_synced(part / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-            _sync_folder(part)
-            _publish(part, folder)
-            _point_latest(root, folder.name)
+            manifest.write(part)
+            sync(part)
+            replace_folder(part, folder)
+            write_text(root / LATEST, folder.name + "\n")
+            sync(root)
             _prune(root, config)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -207,61 +216,24 @@ def _check_can_be_read(part: Path) -> None:
             )
 
 
-def _hash_shared_out(folder: Path) -> dict[str, dict[str, Any]]:
+def _hash_shared_out(folder: Path) -> Manifest:
     """Sync and hash every file, each rank its share; the whole manifest on every rank."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    mine: dict[str, dict[str, Any]] = {}
-    for path in files[ranks.rank() :: ranks.world_size()]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        mine[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
-    return {
-        name: entry for share in ranks.gather_objects(mine) for name, entry in sorted(share.items())
-    }
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names_of_rank = names[ranks.rank() :: ranks.world_size()]
+    for name in names_of_rank:
+        sync(folder / name)
+    shares = ranks.gather_objects(Manifest.of(folder, names_of_rank))
+    return Manifest({name: row for share in shares for name, row in share.files.items()})
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+_DAMAGED = ".damaged"
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-_REPLACED, _DAMAGED = ".replaced", ".damaged"
-
-
-def _publish(part: Path, folder: Path) -> None:
-    """A checkpoint of the same step gives way only once the new one is in its place."""
-    replaced = folder.with_name(folder.name + _REPLACED)
-    if folder.exists():
+def _recover(root: Path) -> None:
+    """Finish what a kill within `replace_folder` left half done."""
+    for replaced in root.glob("step-*.replaced"):
+        recover(replaced.with_suffix(""))
         shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    part.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _put_back(root: Path) -> None:
-    """What a kill within `_publish` left aside."""
-    for replaced in root.glob(f"step-*{_REPLACED}"):
-        folder = replaced.with_name(replaced.name.removesuffix(_REPLACED))
-        if folder.exists():
-            shutil.rmtree(replaced)
-        else:
-            replaced.rename(folder)
-
-
-def _point_latest(root: Path, name: str) -> None:
-    part = root / (LATEST + ".part")
-    _write_synced(part, name + "\n")
-    part.replace(root / LATEST)
-    _sync_folder(root)
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -305,33 +277,25 @@ def _bytes(folder: Path) -> int:
 def problem(folder: Path) -> str | None:
     """Why this checkpoint cannot be used, or None; every rank calls it and checks its share of the
     files."""
-    mine = None
+    reasons = ranks.gather_objects(_problem_of_share(folder))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _problem_of_share(folder: Path) -> str | None:
     try:
-        entries = sorted(json.loads((folder / MANIFEST).read_text()).items())
-        listed = {name for name, _ in entries}
-        unlisted = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.pt"))
-        mine = next(
-            (f"{name} is not in {MANIFEST}" for name in unlisted if name not in listed), None
-        )
-        for name, entry in entries[ranks.rank() :: ranks.world_size()]:
-            path = folder / name
-            if not path.is_file():
-                mine = f"{name} is missing"
-            elif path.stat().st_size != entry["bytes"]:
-                mine = f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            else:
-                with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                        mine = f"{name} is not the file that was written"
-                if not mine and path.suffix == ".pt" and (reason := shard_problem(path)):
-                    mine = f"{name} {reason}"
-            if mine:
-                break
-    except FileNotFoundError as error:
-        mine = f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        mine = f"{MANIFEST}: {error}"
-    return next((text for text in ranks.gather_objects(mine) if text), None)
+        manifest = Manifest.read(folder)
+    except ValueError as error:
+        return str(error)
+    # A pickle that nobody has hashed would be opened all the same: DeepSpeed lists folders.
+    for path in sorted(folder.rglob("*.pt")):
+        if (name := str(path.relative_to(folder))) not in manifest.files:
+            return f"{name} is not in {MANIFEST}"
+    for name in sorted(manifest.files)[ranks.rank() :: ranks.world_size()]:
+        if reason := manifest.problem(folder, [name]):
+            return reason
+        if name.endswith(".pt") and (reason := shard_problem(folder / name)):
+            return f"{name} {reason}"
+    return None
 
 
 def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
@@ -359,7 +323,7 @@ def newest_good_alone(root: Path, say: Callable[[str], None]) -> Path | None:
     """As `newest_good`, for the run that will write here: later ones, all damaged, are set aside as
     step-N.damaged, or they would count as newer than what it saves."""
     if ranks.rank() == 0:
-        _put_back(root)
+        _recover(root)
     ranks.barrier()
     good = newest_good(root, say)
     if ranks.rank() == 0 and good is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 import ship_ds
+from ship_ds.files import write_json
 from ship_ds.runtime import ranks
 from ship_ds.runtime.stopping import HUNG
 
@@ -80,11 +81,9 @@ class Watchdog:
     def _publish(self) -> Standing:
         standing = Standing(self._step, *_whereabouts(), time.time())
         path = self.folder / f"rank-{ranks.rank()}.json"
-        part = path.with_suffix(".part")
         # a full disk ends the run elsewhere, with its own line, but not the watching
         with contextlib.suppress(OSError):
-            part.write_text(json.dumps(asdict(standing)) + "\n")
-            part.replace(path)
+            write_json(path, asdict(standing), indent=None, durable=False)
         return standing
 
     def _give_up(self, standing: Standing, limit: float) -> None:

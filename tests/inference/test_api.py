@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ship_ds import cli
-from ship_ds.bundle import Ship, bundle_from_checkpoint, sha256
+from ship_ds.bundle import Ship, bundle_from_checkpoint
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
+from ship_ds.files import sha256
 from ship_ds.inference.adapters import WeightInduction, read_adapter
 from ship_ds.inference.induction import Induction, InductionConfig
 from tests.model.models import tiny_lm

@@ -8,7 +8,6 @@ them afterwards.
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -23,12 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ship_ds.bundle import sha256
 from ship_ds.data.sampler import StepSampler, balanced
 from ship_ds.evaluation.baselines.fitting import Budget, Minutes
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.method import Setting
-from ship_ds.folder import publish
+from ship_ds.files import recover, sha256, whole_folder
 from ship_ds.runtime import ranks
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
@@ -109,6 +107,7 @@ class TrainedMethod(ABC):
 
     def _is_stored(self) -> bool:
         """Says so on stderr where weights are there but not these."""
+        recover(self._folder)
         if not (self._folder / MANIFEST).is_file():
             return False
         manifest = json.loads((self._folder / MANIFEST).read_text())
@@ -129,20 +128,17 @@ class TrainedMethod(ABC):
         return False
 
     def _store(self, seconds: float) -> None:
-        part = self._folder.with_name("weights.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()},
-            part / WEIGHTS,
-        )
-        manifest = {
-            **self._identity(),
-            "train_seconds": round(seconds, 1),
-            "sha256": sha256(part / WEIGHTS),
-        }
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        publish(part, self._folder)
+        with whole_folder(self._folder) as part:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()},
+                part / WEIGHTS,
+            )
+            manifest = {
+                **self._identity(),
+                "train_seconds": round(seconds, 1),
+                "sha256": sha256(part / WEIGHTS),
+            }
+            (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     @cached_property
     def sampler(self) -> StepSampler:

@@ -1,0 +1,260 @@
+"""Files and folders that are there whole or not at all, and the manifests that prove it.
+
+A file is written beside its place as NAME.part, synced and renamed:
+
+    write_json(run / "report.json", report)
+
+A folder likewise, as FOLDER.part; an old one gives way only once the new one is complete:
+
+    with whole_folder(run / "bundle") as part:
+        (part / "config.json").write_text(...)
+
+POSIX cannot put one folder in place of another in a single step, so the old one is first moved to
+FOLDER.replaced. A process killed between the two renames leaves that name alone, and `recover`,
+which every reader and the next writer call first, gives it its own name back.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ship_ds.errors import UserError
+
+MANIFEST = "manifest.json"
+_PART, _REPLACED = ".part", ".replaced"
+
+
+def part_of(path: Path) -> Path:
+    """Where a file or folder is while it is incomplete: "runs/a/bundle" -> "runs/a/bundle.part"."""
+    return path.with_name(path.name + _PART)
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or the names in a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex; read in pieces, so its size does not matter."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path, *, shared: bool = False, durable: bool = True) -> Iterator[Path]:
+    """Give the path to write to; when the block ends it replaces `path`, in one step.
+
+    When the block fails nothing is left of it, and `path` is as it was.
+
+    Args:
+        path: The file; its folder is made when it is missing.
+        shared: Other processes may write the same file at this moment, so the incomplete one is
+            named after this process.
+        durable: Wait until it is on the disk. A file that is written every few seconds, and that
+            nobody needs after a power cut, does without.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}{_PART}") if shared else part_of(path)
+    try:
+        yield part
+        if durable:
+            sync(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, shared: bool = False, durable: bool = True) -> None:
+    """Replace a text file in one step; the arguments are those of `whole_file`."""
+    with whole_file(path, shared=shared, durable=durable) as part:
+        part.write_text(text)
+
+
+def write_json(
+    path: Path, value: Any, *, indent: int | None = 1, shared: bool = False, durable: bool = True
+) -> None:
+    """Replace a JSON file in one step; the other arguments are those of `whole_file`."""
+    write_text(path, json.dumps(value, indent=indent) + "\n", shared=shared, durable=durable)
+
+
+def recover(folder: Path) -> None:
+    """Put back the folder that a process killed within `replace_folder` had set aside.
+
+    Raises:
+        UserError: It may not be renamed here, as on a disk that is mounted read-only.
+    """
+    replaced = folder.with_name(folder.name + _REPLACED)
+    if folder.exists() or not replaced.exists():
+        return
+    try:
+        replaced.rename(folder)
+    except OSError as error:
+        # Another process that read or wrote it at the same moment was first.
+        if not folder.exists():
+            raise UserError(
+                f"{replaced}: set aside by a write that was killed, and it cannot be renamed to "
+                f"{folder.name}: {error.strerror}: rename it where it may be written"
+            ) from None
+
+
+def replace_folder(part: Path, folder: Path) -> None:
+    """Rename `part` to `folder`; a folder of that name is set aside first and removed last."""
+    replaced = folder.with_name(folder.name + _REPLACED)
+    while True:
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+        try:
+            part.rename(folder)
+            break
+        except OSError:
+            # A reader that came between the two renames has put the old one back: try once more.
+            if not folder.exists():
+                recover(folder)
+                raise
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def publish(part: Path, folder: Path) -> None:
+    """Sync everything in `part` and put it in the place of `folder`: after a kill at any moment
+    the old one or the new one is there, whole."""
+    for path in part.rglob("*"):
+        sync(path)
+    sync(part)
+    replace_folder(part, folder)
+
+
+def refuse_existing(folder: Path) -> None:
+    """End the program where the folder is there already.
+
+    Raises:
+        UserError: It is.
+    """
+    recover(folder)
+    if folder.exists():
+        raise UserError(f"{folder}: already there; name a new folder or remove it")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give the folder to write to; when the block ends it replaces `folder`.
+
+    When the block fails nothing is left of it, and `folder` is as it was.
+
+    Raises:
+        UserError: The disk is full, or a file cannot be written.
+    """
+    recover(folder)
+    part = part_of(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        publish(part, folder)
+    except OSError as error:
+        raise disk_error(
+            folder, error, "nothing was written; make room and run the same command again"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def new_folder(folder: Path) -> AbstractContextManager[Path]:
+    """As `whole_folder`, for a folder that must not be there yet.
+
+    Raises:
+        UserError: It is there already, or the disk is full.
+    """
+    refuse_existing(folder)
+    return whole_folder(folder)
+
+
+def disk_error(folder: Path, error: OSError, advice: str) -> UserError:
+    """One line: the file, the system's reason, and what to do about it."""
+    return UserError(f"{error.filename or folder}: {error.strerror or error}: {advice}")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a manifest says about one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Size and SHA-256 of the files of a folder, by their path in it; kept there as manifest.json:
+
+    {"config.json": {"bytes": 2113, "sha256": "5a0c..."}}
+    """
+
+    files: Mapping[str, Listed]
+
+    @classmethod
+    def of(cls, folder: Path, names: Iterable[str] | None = None) -> "Manifest":
+        """Read the named files, or all but an old manifest, and list them."""
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        chosen = sorted(str(path.relative_to(folder)) for path in paths) if names is None else names
+        return cls(
+            {
+                name: Listed((folder / name).stat().st_size, sha256(folder / name))
+                for name in chosen
+                if name != MANIFEST
+            }
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of a folder.
+
+        Raises:
+            ValueError: It is missing or is no manifest; the message says which.
+        """
+        try:
+            rows = json.loads((folder / MANIFEST).read_text())
+            return cls({name: Listed(**row) for name, row in rows.items()})
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            raise ValueError(
+                f"{MANIFEST} is missing" if missing else f"{MANIFEST}: {error.strerror}"
+            ) from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{MANIFEST}: {error}") from None
+
+    def write(self, folder: Path) -> None:
+        """Put it into the folder; last of all, since what it lists has to be there."""
+        write_json(
+            folder / MANIFEST, {name: asdict(row) for name, row in self.files.items()}, indent=2
+        )
+
+    def problem(self, folder: Path, names: Iterable[str] | None = None) -> str | None:
+        """Why the folder is not what was written, or None.
+
+        Args:
+            folder: The folder.
+            names: The files to check, all of which are listed; None for every one.
+
+        Returns:
+            For example "state/a.pt is missing", of the first file that is not as listed.
+        """
+        for name in self.files if names is None else names:
+            path, listed = folder / name, self.files[name]
+            if not path.is_file():
+                return f"{name} is missing"
+            if (size := path.stat().st_size) != listed.bytes:
+                return f"{name} has {size} bytes instead of {listed.bytes}"
+            if sha256(path) != listed.sha256:
+                return f"{name} is not the file that was written"
+        return None
