@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ship_ds.data.task import Example
 from ship_ds.model.backbone import load_tokenizer
-from ship_ds.model.batch import IGNORE, TokenBatch
+from ship_ds.model.batch import TokenBatch
 from ship_ds.prompt import PromptFormat
 
 
@@ -100,10 +100,11 @@ def test_labels_are_on_the_target_and_its_end_alone(tokenizer: PreTrainedTokeniz
     batch = TokenBatch.build(
         [asked, prompts.task_prompt("3")], [target, prompts.target("3")], prompts.pad_id, 2
     )
-    labelled = batch.labels_ES[0] != IGNORE
+    is_first_K = batch.label_row_K == 0
+    columns = batch.padded.columns[batch.padded.place_K[is_first_K]] + 1
     first = 2 + len(asked)
-    assert labelled.nonzero().flatten().tolist() == list(range(first, first + len(target)))
-    assert batch.labels_ES[0, labelled].tolist() == list(target)
+    assert columns.tolist() == list(range(first, first + len(target)))
+    assert batch.labels_K[is_first_K].tolist() == list(target)
 
 
 def test_text_ends_at_the_first_end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example
-from ship_ds.model.batch import IGNORE, TokenBatch
+from ship_ds.model.batch import TokenBatch
 from ship_ds.model.causal_lm import label_logits
 from ship_ds.model.generation import Stream, beam_search, sample
 from ship_ds.model.ship import ShipModel
@@ -146,8 +146,7 @@ def edits(
         )
         soft = _soft(model, len(ids), None if latent_WZ is None else latent_WZ[chunk])
         logits, _ = label_logits(model.decoder.lm, batch, soft)
-        lengths = (batch.labels_ES != IGNORE).sum(1).tolist()
-        for target, own_NV in zip(targets, logits.split(lengths), strict=True):
+        for target, own_NV in zip(targets, logits.split(batch.target_lengths), strict=True):
             found.append(_changes(model, target, own_NV, num_edits))
     return found
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example
-from ship_ds.model.batch import IGNORE, TokenBatch
+from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
 
 Examples = Sequence[Example]
@@ -107,15 +107,8 @@ def _fit(logits_KV: Tensor, labels_K: Tensor, batch: TokenBatch, num_candidates:
 
 def sum_per_example(values_K: Tensor, batch: TokenBatch, num_candidates: int) -> Tensor:
     """Values of label positions summed over each example, (C, M)."""
-    is_label_ES = batch.labels_ES != IGNORE
-    owner_K = torch.arange(len(is_label_ES), device=values_K.device)[:, None].expand_as(
-        is_label_ES
-    )[is_label_ES]
-    return (
-        values_K.new_zeros(len(is_label_ES))
-        .index_add(0, owner_K, values_K)
-        .view(num_candidates, -1)
-    )
+    sums_E = values_K.new_zeros(len(batch.lengths)).index_add(0, batch.label_row_K, values_K)
+    return sums_E.view(num_candidates, -1)
 
 
 def _chunks(num_candidates: int, num_examples: int) -> list[slice]:

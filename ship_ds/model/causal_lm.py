@@ -1,8 +1,11 @@
-"""One way into every transformers causal LM: embed, insert soft tokens, run, logits only where
-there is a label.
+"""One way into every decoder-only transformers model: embed, insert virtual tokens, run, logits
+only where there is a label.
 
-Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary, P soft
-tokens, H hidden.
+Nothing here looks into a tensor: data are reached by the batch's index tensors, so that a forward
+neither waits for a GPU nor needs data at all. On the meta device it gives the shapes.
+
+Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary,
+P virtual tokens, H hidden size, X other letters flattened.
 """
 
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.model.adapters import Adapter
-from ship_ds.model.batch import IGNORE, TokenBatch
+from ship_ds.model.batch import TokenBatch
 
 
 def embed(
@@ -20,16 +23,40 @@ def embed(
     soft: Tensor | None = None,
     instruction: Tensor | None = None,
 ) -> Tensor:
-    """Embeddings (E, S, H): `soft` (E, P, H) in the batch's slots, `instruction` (E, *, H) in place
-    of the instruction's."""
+    """Embeddings (E, S, H) of a batch.
+
+    Args:
+        model: a transformers model.
+        batch: what to embed.
+        soft: (E, P, H), in the places of the virtual tokens.
+        instruction: (E, instruction length, H), in place of the instruction's tokens.
+    """
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     hidden_ESH: Tensor = embedding(batch.ids_ES)
-    for places_ES, source in ((batch.slots_ES, soft), (batch.instruction_ES, instruction)):
-        if source is not None:
-            hidden_ESH = hidden_ESH.masked_scatter(
-                places_ES[..., None].expand_as(hidden_ESH), source.to(hidden_ESH.dtype)
-            )
+    if soft is not None:
+        assert soft.shape[1] == batch.num_virtual_tokens
+        hidden_ESH = torch.cat([soft.to(hidden_ESH.dtype), hidden_ESH[:, soft.shape[1] :]], 1)
+    if instruction is not None:
+        hidden_XH = hidden_ESH.flatten(0, 1)
+        values_XH = instruction.flatten(0, 1).to(hidden_ESH.dtype)
+        hidden_ESH = hidden_XH.index_put((batch.instruction_X,), values_XH).view_as(hidden_ESH)
     return hidden_ESH
+
+
+def hidden_states(model: nn.Module, batch: TokenBatch, embeddings_ESH: Tensor | None) -> Tensor:
+    """The last layer's states (E, S, H) of right-padded rows.
+
+    Args:
+        model: a transformers model.
+        batch: its tokens.
+        embeddings_ESH: read in place of them; None: their own.
+    """
+    inputs: dict[str, Any] = (
+        {"input_ids": batch.ids_ES} if embeddings_ESH is None else {"inputs_embeds": embeddings_ESH}
+    )
+    inputs |= _mask_without_data(batch.ids_ES, batch.ids_ES.shape[1])
+    hidden: Tensor = model.model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+    return hidden
 
 
 def label_logits(
@@ -45,8 +72,15 @@ def label_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits (K, V) that predict the batch's labels, and those labels (K,), in row-major order.
 
-    soft, instruction: as in `embed`. packed: one sequence of all real tokens, isolated by their
-    positions. adapter: its rows are the batch's `num_tasks` tasks.
+    Args:
+        model: a transformers model, its blocks wrapped if there is an adapter.
+        batch: prompts with targets.
+        soft: see `embed`.
+        adapter: its rows are the batch's `num_tasks` tasks.
+        instruction: see `embed`.
+        packed: run one sequence of all tokens, isolated by their positions, instead of padded rows.
+        checkpointing: recompute each block in the backward pass.
+        num_tasks: T; each has E / T consecutive rows.
     """
     extra: dict[str, Any] = {"use_cache": False}
     if adapter is not None:
@@ -54,25 +88,37 @@ def label_logits(
     if checkpointing:
         extra["ship_checkpoint"] = True
     hidden_ESH = embed(model, batch, soft, instruction)
-    predicts_ES = torch.zeros_like(batch.labels_ES, dtype=torch.bool)
-    predicts_ES[:, :-1] = batch.labels_ES[:, 1:] != IGNORE
-    labels_K = batch.labels_ES[batch.labels_ES != IGNORE]
-    if not packed:
-        columns = predicts_ES.any(0).nonzero()[:, 0]
-        logits = model(inputs_embeds=hidden_ESH, logits_to_keep=columns, **extra).logits
-        return logits[predicts_ES[:, columns]], labels_K
-    real_ES = batch.real_ES
-    positions_N = torch.arange(real_ES.shape[1], device=real_ES.device).expand_as(real_ES)[real_ES]
-    ends = torch.nn.functional.pad(batch.lengths_E.cumsum(0), (1, 0)).to(torch.int32)
-    keep_K = predicts_ES[real_ES].nonzero()[:, 0]
-    out = model(
-        inputs_embeds=hidden_ESH[real_ES][None],
-        position_ids=positions_N[None],
-        logits_to_keep=keep_K,
-        cu_seq_lens_q=ends,
-        cu_seq_lens_k=ends,
-        max_length_q=real_ES.shape[1],
-        max_length_k=real_ES.shape[1],
-        **extra,
-    )
-    return out.logits[0], labels_K
+    if packed:
+        extra |= _packed_inputs(hidden_ESH, batch)
+        return model(**extra).logits[0], batch.labels_K
+    extra |= _mask_without_data(hidden_ESH, hidden_ESH.shape[1])
+    padded = batch.padded
+    logits = model(inputs_embeds=hidden_ESH, logits_to_keep=padded.columns, **extra).logits
+    return logits[padded.row_K, padded.place_K], batch.labels_K
+
+
+def _packed_inputs(hidden_ESH: Tensor, batch: TokenBatch) -> dict[str, Any]:
+    packed, longest = batch.packed, batch.ids_ES.shape[1]
+    return {
+        "inputs_embeds": hidden_ESH.flatten(0, 1)[packed.source_N][None],
+        "position_ids": packed.position_N[None],
+        "logits_to_keep": packed.predicts_K,
+        "cu_seq_lens_q": packed.ends,
+        "cu_seq_lens_k": packed.ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        **_mask_without_data(hidden_ESH, batch.num_tokens),
+    }
+
+
+def _mask_without_data(like: Tensor, length: int) -> dict[str, Tensor]:
+    """On the meta device a mask of four dimensions, else nothing: transformers makes its own mask.
+
+    For that it looks into the positions, which have no data there; one of four dimensions it takes
+    as it is.
+    """
+    if not like.is_meta:
+        return {}
+    return {
+        "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device)
+    }

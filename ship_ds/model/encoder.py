@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.causal_lm import hidden_states
 
 _FIRST_LOG_VARIANCE = -5.0
 
@@ -50,12 +51,7 @@ class Encoder(nn.Module):
 
         embeddings_TSH: read in place of the batch's tokens (induction optimises them).
         """
-        read = (
-            {"input_ids": batch.ids_ES}
-            if embeddings_TSH is None
-            else {"inputs_embeds": embeddings_TSH}
-        )
-        hidden_TSH = self.lm.model(**read, use_cache=False).last_hidden_state  # type: ignore[operator]
+        hidden_TSH = hidden_states(self.lm, batch, embeddings_TSH)
         last_TH = hidden_TSH[
             torch.arange(len(hidden_TSH), device=hidden_TSH.device), batch.lengths_E - 1
         ]

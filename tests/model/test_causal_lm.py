@@ -7,10 +7,18 @@ import torch
 from torch import Tensor
 
 from ship_ds.model.adapters import wrap_sites
-from ship_ds.model.batch import IGNORE, TokenBatch
-from ship_ds.model.causal_lm import embed, label_logits
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.causal_lm import embed, hidden_states, label_logits
 from ship_ds.model.generation import greedy
-from tests.model.models import EOS, FAMILIES, HIDDEN, random_lora, random_rows, tiny_lm
+from tests.model.models import (
+    EOS,
+    FAMILIES,
+    HIDDEN,
+    VOCABULARY,
+    random_lora,
+    random_rows,
+    tiny_lm,
+)
 
 TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
 PROMPTS, ANSWERS = [9, 4, 7, 12], [2, 5, 1, 3]
@@ -53,7 +61,7 @@ def _stock_label_logits(
         if soft is not None:
             hidden = torch.cat([soft[e : e + 1], hidden[:, NUM_VIRTUAL:]], 1)
         logits = model(inputs_embeds=hidden).logits[0]
-        found.append(logits[:-1][batch.labels_ES[e, 1:length] != IGNORE])
+        found.append(logits[length - 1 - batch.target_lengths[e] : length - 1])
     return torch.cat(found)
 
 
@@ -201,3 +209,31 @@ def test_gradients_reach_the_soft_tokens_and_the_instruction() -> None:
     torch.nn.functional.cross_entropy(logits, labels).backward()
     for leaf in (soft, instruction):
         assert leaf.grad is not None and (leaf.grad.abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2"])
+def test_label_logits_run_on_the_meta_device(family: str, packed: bool) -> None:
+    """Shapes alone, as the planner needs them: an adapter of two tasks, virtual tokens, gradients
+    back to both."""
+    with torch.device("meta"):
+        model = tiny_lm(family)
+        adapter = random_lora(wrap_sites(model, TARGETS), 2)
+    soft = torch.empty(4, NUM_VIRTUAL, HIDDEN, device="meta", requires_grad=True)
+    batch = TokenBatch.of_lengths(4, 7, 3, NUM_VIRTUAL)
+    logits, labels = label_logits(model, batch, soft, adapter, packed=packed, num_tasks=2)
+    assert logits.is_meta and logits.shape == (12, VOCABULARY) and labels.shape == (12,)
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    leaves = [factor for factors in adapter.factors.values() for factor in factors]
+    for leaf in (soft, *leaves):
+        assert leaf.grad is not None and leaf.grad.shape == leaf.shape
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2"])
+def test_hidden_states_run_on_the_meta_device(family: str) -> None:
+    with torch.device("meta"):
+        model = tiny_lm(family)
+    batch = TokenBatch.of_lengths(4, 7, 0)
+    assert hidden_states(model, batch, None).shape == (4, 7, HIDDEN)
+    embeddings = torch.empty(4, 7, HIDDEN, device="meta")
+    assert hidden_states(model, batch, embeddings).shape == (4, 7, HIDDEN)

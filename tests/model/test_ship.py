@@ -171,10 +171,12 @@ def test_instruction_in_the_task_llms_prompt(form: Any, num_virtual: int) -> Non
     for e, (first, prompt, text) in enumerate(zip(before, asked, INPUTS, strict=True)):
         expected = first + prompt + list(prompts.target(text))
         assert answers.ids_ES[e, num_virtual : answers.lengths_E[e]].tolist() == expected
-        assert answers.slots_ES[e].nonzero().flatten().tolist() == list(range(num_virtual))
-        assert answers.instruction_ES[e].nonzero().flatten().tolist() == list(
-            range(num_virtual, num_virtual + len(first))
-        )
+    assert answers.num_virtual_tokens == num_virtual
+    assert answers.instruction_X.tolist() == [
+        e * answers.ids_ES.shape[1] + num_virtual + i
+        for e, first in enumerate(before)
+        for i in range(len(first))
+    ]
     adapter = ship.adapt(ship.encode(WORDINGS))
     read = [first + prompt for first, prompt in zip(before, asked, strict=True)]
     rows = _by_hand(ship, read, adapter, num_virtual)

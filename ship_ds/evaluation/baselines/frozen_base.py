@@ -73,7 +73,9 @@ class FrozenBase:
         batch = self.batch(prompts, targets)
         logits_KV, labels_K = label_logits(self.task_llm.lm, batch, adapter=adapter)
         token_K = -torch.nn.functional.cross_entropy(logits_KV.float(), labels_K, reduction="none")
-        return torch.zeros(len(targets), device=self.device).index_add(0, batch.label_rows, token_K)
+        return torch.zeros(len(targets), device=self.device).index_add(
+            0, batch.label_row_K, token_K
+        )
 
     @torch.no_grad()
     def generate(

@@ -74,7 +74,7 @@ class Tagi(GeneratedLora):
             wanted_KV, _ = self.base.label_logits(
                 oracles.of(names), self.answered(theirs), len(theirs)
             )
-        is_taught_K = torch.isin(batch.label_rows * len(draws) // len(batch.ids_ES), taught)
+        is_taught_K = torch.isin(batch.label_row_K * len(draws) // len(batch.ids_ES), taught)
         return (
             loss
             + self.recipe.logit_weight * kl_divergence(wanted_KV, logits_KV[is_taught_K])

@@ -1,0 +1,58 @@
+"""The index tensors of a batch, against the sequences written out by hand."""
+
+import torch
+
+from ship_ds.model.batch import TokenBatch
+
+
+def _batch() -> TokenBatch:
+    """Two rows: virtual, virtual, instruction 9, prompt 5 6, target 7; and prompt 3, target 1 2."""
+    return TokenBatch.build([[5, 6], [3]], [[7], [1, 2]], 0, 2, instructions=[[9], []])
+
+
+def test_a_batch_says_where_everything_is() -> None:
+    batch = _batch()
+    assert batch.ids_ES.tolist() == [[0, 0, 9, 5, 6, 7], [0, 0, 3, 1, 2, 0]]
+    assert batch.lengths == (6, 5) and batch.lengths_E.tolist() == [6, 5]
+    assert batch.labels_K.tolist() == [7, 1, 2] and batch.label_row_K.tolist() == [0, 1, 1]
+    assert batch.padded.columns.tolist() == [2, 3, 4]
+    assert batch.padded.place_K.tolist() == [2, 0, 1]
+    assert batch.packed.source_N.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert batch.packed.position_N.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]
+    assert batch.packed.ends.tolist() == [0, 6, 11] and batch.packed.ends.dtype == torch.int32
+    assert batch.packed.predicts_K.tolist() == [4, 8, 9]
+    assert batch.instruction_X.tolist() == [2]
+    assert (batch.num_targets, batch.num_tokens) == (3, 11)
+    offsets = batch.task_offsets(2)
+    assert offsets is not None and offsets.tolist() == [6, 11]
+    assert batch.task_offsets(1) is None, "one task has as many tokens as every other"
+    assert batch.real_ES.sum(1).tolist() == [6, 5]
+
+
+def test_packed_tokens_skip_the_padding_between_rows() -> None:
+    batch = TokenBatch.build([[3], [5, 6, 4]], [[1], [7]], 0)
+    assert batch.packed.source_N.tolist() == [0, 1, 4, 5, 6, 7]
+    assert batch.ids_ES.flatten()[batch.packed.source_N].tolist() == [3, 1, 5, 6, 4, 7]
+
+
+def test_prompts_alone_have_no_labels() -> None:
+    batch = TokenBatch.build([[5, 6], [3]], None, 0)
+    assert batch.num_targets == 0 and batch.labels_K.shape == (0,)
+    assert batch.padded.columns.shape == (0,) and batch.packed.predicts_K.shape == (0,)
+
+
+def test_a_batch_of_lengths_has_the_shapes_of_one_with_texts() -> None:
+    texts = TokenBatch.build([[5, 6, 4]] * 3, [[1, 2]] * 3, 0, 4)
+    shapes = TokenBatch.of_lengths(3, 3, 2, 4)
+    assert shapes.ids_ES.is_meta and shapes.packed.ends.is_meta and shapes.padded.columns.is_meta
+    assert shapes.ids_ES.shape == texts.ids_ES.shape
+    assert shapes.padded.columns.shape == texts.padded.columns.shape
+    assert shapes.packed.source_N.shape == texts.packed.source_N.shape
+    assert (shapes.num_tokens, shapes.num_targets) == (texts.num_tokens, texts.num_targets)
+
+
+def test_a_batch_is_built_on_the_host_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        built, shapes = _batch(), TokenBatch.of_lengths(2, 3, 1)
+    assert not built.ids_ES.is_meta and built.labels_K.tolist() == [7, 1, 2]
+    assert shapes.ids_ES.is_meta and shapes.num_tokens == 8
