@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.build/torch_extensions
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test soak lint setup clean
+.PHONY: quickstart test soak lint docs setup clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ test: lint
 # Twenty kills, a lost node and other numbers of ranks (figures in runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed.
 soak: setup
 	$(BIN)/python -m pytest -m soak -s tests/soak
+
+# The pages of docs/ as a site, into .build/site.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) .build
