@@ -26,13 +26,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ship_ds.bundle import Ship
 from ship_ds.export.base_weights import BaseWeights
 from ship_ds.export.deduce import export_many, generate
-from ship_ds.export.lora import WEIGHTS, Lora, write_lora
 from ship_ds.export.merge import Merge
-from ship_ds.export.origin import Origin
 from ship_ds.export.requests import Request
 from ship_ds.files import sha256
+from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, write_lora
 from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.monitor.memory import PeakMemory, resident
+from ship_ds.origin import Origin
 from ship_ds.tensor_file import TensorFile
 
 HIDDEN, INNER, VOCABULARY, RANK = 2048, 8192, 32000, 16
@@ -110,7 +110,7 @@ def make_adapter(folder: Path, base: Path) -> None:
         {},
         [[1]],
         {"from_live": 0.0, "from_base": 1.0},
-        sha256(folder / WEIGHTS),
+        sha256(folder / ADAPTER_WEIGHTS),
     ).write(folder)
 
 

@@ -8,10 +8,10 @@ import torch
 
 from ship_ds.bundle import Ship
 from ship_ds.errors import UserError
-from ship_ds.export.lora import Lora, add, compressed
 from ship_ds.export.peft_adapter import Exporter, LoraExport
 from ship_ds.export.proof import Proof
 from ship_ds.files import new_folder
+from ship_ds.lora_folder import add, compressed
 from ship_ds.model.adapters import LoraAdapter
 
 
@@ -41,7 +41,9 @@ def compose(
             "compose: this run's hypernetwork makes soft prompts, whose sum means "
             "nothing; it needs kind=lora"
         )
-    lora = add([(weight, Lora.of(adapter, task)) for task, (weight, _) in enumerate(parts)])
+    lora = add(
+        [(weight, LoraExport.of(adapter, task).lora) for task, (weight, _) in enumerate(parts)]
+    )
     lora, error = (lora, 0.0) if rank is None else compressed(lora, rank)
     made_from = " + ".join(f"{weight:g} x ({text})" for weight, text in parts)
     with new_folder(folder) as part:

@@ -13,12 +13,12 @@ import torch
 
 from ship_ds.bundle import Ship
 from ship_ds.errors import UserError
-from ship_ds.export.lora import WEIGHTS
-from ship_ds.export.origin import ORIGIN, read_origin
 from ship_ds.export.peft_adapter import Exportable, Exporter, exports_of
 from ship_ds.export.proof import Proof
 from ship_ds.export.requests import Request, write_latents
 from ship_ds.files import disk_error, new_folder, part_of, publish, refuse_existing, sha256
+from ship_ds.lora_folder import ADAPTER_WEIGHTS
+from ship_ds.origin import ORIGIN, read_origin
 
 LATENT_FILE = "latent.safetensors"
 _CHUNK = 64
@@ -93,7 +93,7 @@ def _finished(
         exporter.fingerprint,
         _made_from(request),
         export.shape(),
-        sha256(folder / WEIGHTS),
+        sha256(folder / ADAPTER_WEIGHTS),
     )
     there = (origin.bundle, origin.base_fingerprint, origin.made_from, origin.shape, origin.adapter)
     return Proof(**origin.proof) if wanted == there else None

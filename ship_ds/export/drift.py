@@ -11,9 +11,9 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-from ship_ds.export.origin import read_origin
 from ship_ds.export.proof import PeftBase, largest_difference
 from ship_ds.model.backbone import load_lm
+from ship_ds.origin import read_origin
 
 
 def drift(merged: Path, adapter: Path, base: Path) -> dict[str, Any]:

@@ -26,8 +26,6 @@ from safetensors import safe_open
 
 from ship_ds.errors import UserError
 from ship_ds.export.base_weights import INDEX, SINGLE, BaseWeights
-from ship_ds.export.lora import WEIGHTS, Lora, read_lora
-from ship_ds.export.origin import Origin, read_origin
 from ship_ds.export.targets import Loss, TargetName, build_target
 from ship_ds.files import (
     disk_error,
@@ -39,7 +37,9 @@ from ship_ds.files import (
     write_json,
     write_text,
 )
+from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, read_lora
 from ship_ds.model.backbone import base_folder
+from ship_ds.origin import Origin, read_origin
 from ship_ds.tensor_file import TensorFile
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -85,9 +85,9 @@ class Merge:
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
         check_base(self.base, self.config, self.lora, self.origin)
         self.plan = Plan(self.origin.adapter, self.base.fingerprint, target, dtype, shard_gigabytes)
-        if sha256(adapter / WEIGHTS) != self.origin.adapter:
+        if sha256(adapter / ADAPTER_WEIGHTS) != self.origin.adapter:
             raise UserError(
-                f"{adapter / WEIGHTS}: not the file that its ship.json lists; export "
+                f"{adapter / ADAPTER_WEIGHTS}: not the file that its ship.json lists; export "
                 "the adapter again"
             )
         self.target = build_target(target, self.folder, self.origin.quantisation)

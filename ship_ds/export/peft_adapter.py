@@ -8,11 +8,10 @@ and differ from the base's.
 Letters: T tasks, P virtual tokens, H hidden, S length, V vocabulary.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,15 +19,14 @@ from torch import Tensor
 from ship_ds.bundle import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.base_weights import BaseWeights
-from ship_ds.export.lora import CONFIG, WEIGHTS, Lora, write_lora
-from ship_ds.export.origin import Origin
 from ship_ds.export.proof import PeftBase, Proof, largest_difference
 from ship_ds.files import sha256
+from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, write_lora, write_soft_prompt
 from ship_ds.model.adapters import Adapter, LoraAdapter, SoftPrompt
 from ship_ds.model.backbone import base_folder, load_lm
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.causal_lm import embed
-from ship_ds.tensor_file import TensorFile
+from ship_ds.origin import Origin
 
 MAX_DIFFERENCE = 1e-4
 """Largest logit difference in fp32 between the exported adapter and the live hypernetwork."""
@@ -51,8 +49,18 @@ class Exportable(Protocol):
 class LoraExport:
     lora: Lora
 
+    @classmethod
+    def of(cls, adapter: LoraAdapter, task: int) -> "LoraExport":
+        factors = {
+            path: (a_TRI[task], b_TOR[task]) for path, (a_TRI, b_TOR) in adapter.factors.items()
+        }
+        return cls(Lora(factors, adapter.scaling))
+
     def live(self) -> Adapter:
-        return self.lora.live()
+        factors = {
+            path: (a_RI[None], b_OR[None]) for path, (a_RI, b_OR) in self.lora.factors.items()
+        }
+        return LoraAdapter(factors, self.lora.scaling)
 
     def write(self, part: Path, base: str, lm: torch.nn.Module) -> None:
         write_lora(part, self.lora, base)
@@ -69,27 +77,7 @@ class SoftPromptExport:
         return SoftPrompt(self.prompt_PH[None])
 
     def write(self, part: Path, base: str, lm: torch.nn.Module) -> None:
-        settings: Any = lm.config
-        with TensorFile(part / WEIGHTS, ["prompt_embeddings"]) as file:
-            file.add("prompt_embeddings", self.prompt_PH.cpu())
-        (part / CONFIG).write_text(
-            json.dumps(
-                {
-                    "peft_type": "PROMPT_TUNING",
-                    "task_type": "CAUSAL_LM",
-                    "base_model_name_or_path": base,
-                    "inference_mode": True,
-                    "num_virtual_tokens": self.prompt_PH.shape[0],
-                    "token_dim": self.prompt_PH.shape[1],
-                    "num_transformer_submodules": 1,
-                    "num_attention_heads": settings.num_attention_heads,
-                    "num_layers": settings.num_hidden_layers,
-                    "prompt_tuning_init": "RANDOM",
-                },
-                indent=2,
-            )
-            + "\n"
-        )
+        write_soft_prompt(part, self.prompt_PH, base, lm.config)
 
     def shape(self) -> str:
         return f"soft prompt, {self.prompt_PH.shape[0]} virtual tokens"
@@ -98,7 +86,7 @@ class SoftPromptExport:
 def exports_of(adapter: Adapter, num_tasks: int, pad_to: int | None = None) -> list[Exportable]:
     """One of each task. Raises UserError when a soft prompt is to be padded."""
     if isinstance(adapter, LoraAdapter):
-        loras = [Lora.of(adapter, task) for task in range(num_tasks)]
+        loras = [LoraExport.of(adapter, task).lora for task in range(num_tasks)]
         return [LoraExport(lora if pad_to is None else lora.padded(pad_to)) for lora in loras]
     if pad_to is not None:
         raise UserError(
@@ -146,7 +134,7 @@ class Exporter:
             self.ship.model.prompts.describe(),
             [list(ids) for ids in questions],
             asdict(proof),
-            sha256(part / WEIGHTS),
+            sha256(part / ADAPTER_WEIGHTS),
         ).write(part)
         return proof
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ship_ds.export.lora import CONFIG
+from ship_ds.lora_folder import ADAPTER_CONFIG
 
 Questions = Sequence[Sequence[int]]
 """Token ids of prompts."""
@@ -58,7 +58,7 @@ class PeftBase:
         from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
         from peft.tuners.lora import LoraModel
 
-        settings = (folder / CONFIG).read_text()
+        settings = (folder / ADAPTER_CONFIG).read_text()
         if settings == self._settings:
             # A key that matched nothing would leave the last adapter's weights, and the comparison
             # with the live one fails.

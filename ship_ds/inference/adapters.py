@@ -8,22 +8,17 @@ rank-by-rank matrices.
 Letters: C candidates, R rank, I in, O out, Z latent.
 """
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.export.base_weights import BaseWeights
-from ship_ds.export.origin import ORIGIN, read_origin
 from ship_ds.inference.bank import Bank, encode_all
 from ship_ds.inference.gradient import descend_on, descend_to_behaviour
 from ship_ds.inference.induction import (
@@ -35,16 +30,11 @@ from ship_ds.inference.induction import (
     widened,
 )
 from ship_ds.inference.proposals import beams, key_of, sampled
+from ship_ds.lora_folder import read_lora
 from ship_ds.model.adapters import AdaptedLinear, LoraAdapter
 from ship_ds.model.backbone import base_folder
 from ship_ds.model.ship import ShipModel
-
-_SETTINGS, _WEIGHTS, _PREFIX = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "base_model.model.",
-)
-_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "modules_to_save", "alpha_pattern", "rank_pattern")
+from ship_ds.origin import ORIGIN, read_origin
 
 
 @dataclass(frozen=True)
@@ -72,61 +62,16 @@ class WeightInduction:
 def read_adapter(model: ShipModel, folder: Path) -> LoraAdapter:
     """A PEFT LoRA folder as an adapter of one task. Raises UserError when it is no such folder or
     of another base."""
-    settings = _settings(folder)
+    lora = read_lora(folder)
     _check_origin(model, folder)
-    try:
-        tensors = load_file(folder / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder / _WEIGHTS}: cannot be read: {' '.join(str(error).split())}"
-        ) from None
     sites = {m.path: m.base for m in model.task_llm.modules() if isinstance(m, AdaptedLinear)}
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in sorted(name for name in tensors if name.endswith("lora_A.weight")):
-        path = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        partner = name.replace("lora_A", "lora_B")
-        if partner not in tensors:
-            raise UserError(
-                f"{folder / _WEIGHTS}: has {name} and no {partner}; save the adapter again"
-            )
-        a_RI, b_OR = tensors[name].float(), tensors[partner].float()
+    for path, (a_RI, b_OR) in lora.factors.items():
         _check_site(folder, path, a_RI, b_OR, sites)
-        factors[path] = (a_RI[None].to(model.device), b_OR[None].to(model.device))
-    if not factors:
-        raise UserError(
-            f"{folder / _WEIGHTS}: has no lora_A weights; expected a LoRA saved by peft"
-        )
-    rank = settings["r"]
-    return LoraAdapter(
-        factors, settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / _SETTINGS
-    if not path.is_file():
-        raise UserError(f"{folder}: no adapter here (no {_SETTINGS}); expected a PEFT LoRA folder")
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if settings.get("peft_type") != "LORA" or "r" not in settings or "lora_alpha" not in settings:
-        raise UserError(
-            f"{path}: peft_type is {settings.get('peft_type')}; only LORA with r and "
-            "lora_alpha can be read"
-        )
-    if settings.get("bias", "none") != "none":
-        raise UserError(
-            f"{path}: bias is {settings['bias']}, which this reader does not know; "
-            "save the adapter without it"
-        )
-    for key in _UNSUPPORTED:
-        if settings.get(key):
-            raise UserError(
-                f"{path}: {key} is set, which this reader does not know; save the "
-                "adapter without it"
-            )
-    return settings
+    factors = {
+        path: (a_RI.float()[None].to(model.device), b_OR.float()[None].to(model.device))
+        for path, (a_RI, b_OR) in lora.factors.items()
+    }
+    return LoraAdapter(factors, lora.scaling)
 
 
 def _check_origin(model: ShipModel, folder: Path) -> None:

@@ -13,9 +13,9 @@ from ship_ds.errors import UserError
 from ship_ds.export import deduce
 from ship_ds.export.compose import compose
 from ship_ds.export.deduce import export_many, export_one, generate
-from ship_ds.export.lora import add, read_lora
 from ship_ds.export.peft_adapter import Exporter, LoraExport, live_logits
 from ship_ds.export.requests import Request, read_latents
+from ship_ds.lora_folder import add, read_lora
 from ship_ds.model.backbone import load_lm
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship
 

@@ -18,12 +18,12 @@ from ship_ds.bundle import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.drift import drift
-from ship_ds.export.lora import read_lora
 from ship_ds.export.merge import Merge
 from ship_ds.export.nf4 import Nf4, pieces_of
 from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.requests import Request
 from ship_ds.export.targets import quantised_names
+from ship_ds.lora_folder import read_lora
 from ship_ds.model.backbone import base_folder, load_lm
 from tests.conftest import REPOSITORY, start
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from ship_ds.errors import UserError
-from ship_ds.export.lora import CONFIG, WEIGHTS, Lora, add, compressed, read_lora, write_lora
+from ship_ds.lora_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Lora,
+    add,
+    compressed,
+    read_lora,
+    write_lora,
+)
 
 
 def random_lora(seed: int, rank: int = 3, scaling: float = 1.5) -> Lora:
@@ -32,7 +40,7 @@ def dense(lora: Lora) -> dict[str, torch.Tensor]:
 def test_padding_keeps_the_function_and_scales_alpha(tmp_path: Path) -> None:
     lora = random_lora(0)
     write_lora(tmp_path, lora.padded(8), "base")
-    settings = json.loads((tmp_path / CONFIG).read_text())
+    settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert (settings["r"], settings["lora_alpha"]) == (8, 12)
     back = read_lora(tmp_path)
     assert back.rank == 8 and all(
@@ -79,27 +87,89 @@ def test_compression_is_the_best_of_its_rank_and_says_its_error(rank: int) -> No
 
 def test_a_rank_that_the_config_does_not_say_is_one_line(tmp_path: Path) -> None:
     write_lora(tmp_path, random_lora(0), "base")
-    settings = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(settings | {"r": 4}))
+    settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(settings | {"r": 4}))
     with pytest.raises(UserError, match="A has rank 3 and B 3, and adapter_config.json says r=4"):
         read_lora(tmp_path)
 
 
 @pytest.mark.parametrize(
     "setting",
-    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"peft_type": "IA3"}],
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 2}},
+        {"init_lora_weights": "pissa"},
+        {"of_a_newer_peft": 2},
+        {"bias": "all"},
+        {"peft_type": "IA3"},
+        {"peft_type": "NEWER"},
+        {"r": None},
+        {"lora_alpha": "high"},
+    ],
 )
 def test_what_is_no_plain_lora_is_refused(setting: dict[str, object], tmp_path: Path) -> None:
     write_lora(tmp_path, random_lora(0), "base")
-    settings = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(settings | setting))
-    with pytest.raises(UserError, match="expected a plain LoRA"):
+    settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(settings | setting))
+    [key] = setting
+    with pytest.raises(UserError, match=rf"adapter_config\.json: .*{key}.*") as raised:
         read_lora(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_a_newer_peft_leaves_off_is_no_obstacle(tmp_path: Path) -> None:
+    write_lora(tmp_path, random_lora(0), "base")
+    settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(settings | {"of_a_newer_peft": None}))
+    assert read_lora(tmp_path).rank == 3
+
+
+def test_a_rank_stabilised_lora_is_read_with_its_own_scaling(tmp_path: Path) -> None:
+    write_lora(tmp_path, random_lora(0, rank=4), "base")
+    settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(settings | {"use_rslora": True}))
+    assert read_lora(tmp_path).scaling == 6 / 2
+
+
+def test_what_0_1_0_wrote_is_read_the_same(tmp_path: Path) -> None:
+    """It wrote the ten settings that it knew, by hand."""
+    lora = random_lora(0)
+    write_lora(tmp_path, lora, "base")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base",
+        "r": 3,
+        "lora_alpha": 4.5,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": ["down_proj", "up_proj"],
+        "fan_in_fan_out": False,
+    }
+    now = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    assert {key: now[key] for key in settings} == settings
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(settings))
+    read = read_lora(tmp_path)
+    assert read.scaling == 1.5 and read.factors.keys() == lora.factors.keys()
+    for path, (a_RI, b_OR) in lora.factors.items():
+        assert read.factors[path][0].equal(a_RI) and read.factors[path][1].equal(b_OR)
+
+
+def test_two_folders_of_the_same_modules_have_the_same_settings(tmp_path: Path) -> None:
+    """The proof of many adapters puts the second one into the modules of the first."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_lora(tmp_path / name, random_lora(0), "base")
+    assert (tmp_path / "a" / ADAPTER_CONFIG).read_text() == (
+        tmp_path / "b" / ADAPTER_CONFIG
+    ).read_text()
 
 
 def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
     write_lora(tmp_path, random_lora(0), "base")
-    with (tmp_path / WEIGHTS).open("r+b") as file:
+    with (tmp_path / ADAPTER_WEIGHTS).open("r+b") as file:
         file.truncate(900)
-    with pytest.raises(UserError, match="export the adapter again"):
+    with pytest.raises(UserError, match="save the adapter again"):
         read_lora(tmp_path)
