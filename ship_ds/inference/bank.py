@@ -9,7 +9,6 @@ without reading most.
 Letters: C known instructions, T tasks, M examples, Z latent, B beams.
 """
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from ship_ds.inference.analogies import analogies
 from ship_ds.inference.proposals import read
 from ship_ds.inference.scoring import Examples, fit_of_latents
+from ship_ds.model.search import TokenTrie, likeliest_known
 from ship_ds.model.ship import ShipModel
 
 _ENCODED_AT_ONCE = 256
@@ -44,13 +44,6 @@ class Walk:
 
 BRIEF = Walk(1, 32, 6)
 THOROUGH = Walk(2, 64, 12)
-
-
-@dataclass
-class _Node:
-    children: dict[int, "_Node"] = field(default_factory=dict)
-    known: int = -1
-    """The instruction that ends here, or -1."""
 
 
 @dataclass(frozen=True)
@@ -169,76 +162,15 @@ class Bank:
     ) -> list[list[int]]:
         """For each view of examples the known instructions that the decoder finds likeliest, best
         first."""
-        root = self._tree(model)
-        return [
-            found
+        trie = TokenTrie([model.decoder_prompts.target(text) for text in self.instructions])
+        beams = [
+            beams_of_view
             for start in range(0, len(shown), _TASKS_AT_ONCE)
-            for found in _likeliest(model, root, shown[start : start + _TASKS_AT_ONCE], count)
+            for beams_of_view in likeliest_known(
+                read(model, shown[start : start + _TASKS_AT_ONCE], None), trie, count
+            )
         ]
-
-    def _tree(self, model: ShipModel) -> _Node:
-        root = _Node()
-        for index, text in enumerate(self.instructions):
-            node = root
-            for token in model.decoder_prompts.target(text):
-                node = node.children.setdefault(token, _Node())
-            node.known = index
-        return root
-
-
-@dataclass(frozen=True)
-class _Path:
-    """A running or finished path down the tree; `row` is where it is in the stream."""
-
-    log_prob: float
-    row: int
-    token: int
-    node: _Node
-
-
-def _likeliest(
-    model: ShipModel, root: _Node, shown: Sequence[Examples], count: int
-) -> list[list[int]]:
-    """A beam of `count` paths a view. Log-probabilities only fall, so a finished path stays while
-    it is among the best."""
-    stream = read(model, shown, None)
-    beams = [[_Path(0.0, t, -1, root)] for t in range(len(shown))]
-    while any(path.node.children for beam in beams for path in beam):
-        nodes = {path.row: path.node for beam in beams for path in beam if path.node.children}
-        tokens = [
-            list(nodes[row].children) if row in nodes else []
-            for row in range(len(stream.logits_EV))
-        ]
-        widest = max(map(len, tokens))
-        wanted = torch.tensor(
-            [row + [0] * (widest - len(row)) for row in tokens], device=stream.logits_EV.device
-        )
-        log_probs = stream.logits_EV.float().log_softmax(-1).gather(1, wanted).tolist()
-        beams = [
-            heapq.nlargest(count, _steps(beam, log_probs), key=lambda path: path.log_prob)
-            for beam in beams
-        ]
-        going = [path for beam in beams for path in beam if path.node.children]
-        if not going:
-            break
-        rows = {id(path): row for row, path in enumerate(going)}
-        stream.select(torch.tensor([path.row for path in going], device=stream.logits_EV.device))
-        stream.advance(torch.tensor([path.token for path in going], device=stream.logits_EV.device))
-        beams = [
-            [_Path(p.log_prob, rows.get(id(p), -1), p.token, p.node) for p in beam]
-            for beam in beams
-        ]
-    return [[path.node.known for path in beam] for beam in beams]
-
-
-def _steps(beam: Sequence[_Path], log_probs: Sequence[Sequence[float]]) -> list[_Path]:
-    found = [path for path in beam if not path.node.children]
-    for path in beam:
-        for (token, child), log_prob in zip(
-            path.node.children.items(), log_probs[path.row], strict=False
-        ):
-            found.append(_Path(path.log_prob + log_prob, path.row, token, child))
-    return found
+        return [[trie.index(beam.tokens) for beam in beams_of_view] for beams_of_view in beams]
 
 
 def encode_all(model: ShipModel, instructions: Sequence[str]) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor
 from ship_ds.data.task import Example
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.causal_lm import label_logits
-from ship_ds.model.generation import Stream, beam_search, sample
+from ship_ds.model.generation import Stream, sample
+from ship_ds.model.search import beam_search
 from ship_ds.model.ship import ShipModel
 
 Examples = Sequence[Example]
@@ -122,7 +123,7 @@ def beams(
         chunk = slice(start, start + step)
         stream = read(model, shown[chunk], None if latent_WZ is None else latent_WZ[chunk])
         for found in beam_search(stream, num_beams, eos_id, max_new_tokens):
-            texts.append([_text(model, tokens) for _, tokens in found if tokens[-1] == eos_id])
+            texts.append([_text(model, beam.tokens) for beam in found if beam.tokens[-1] == eos_id])
     return texts
 
 

@@ -52,6 +52,11 @@ class Stream:
         self.mask_ES = (columns >= shift_E1).long()
         self._run(inputs_embeds=hidden_ESH, position_ids=(self.mask_ES.cumsum(1) - 1).clamp(min=0))
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows run."""
+        return len(self.mask_ES)
+
     def _run(self, **inputs: Any) -> None:
         extra = {} if self.adapter is None else {"ship_adapter": self.adapter}
         out = self.model(
@@ -162,89 +167,3 @@ def sample(stream: Stream, uniform_EN: Tensor, temperature: float, eos_id: int) 
         )
 
     return continue_rows(stream, choose, eos_id, uniform_EN.shape[1])
-
-
-@torch.no_grad()
-def beam_search(
-    stream: Stream, num_beams: int, eos_id: int, max_new_tokens: int, length_penalty: float = 1.0
-) -> list[list[tuple[float, list[int]]]]:
-    """For each prompt its `num_beams` best continuations with their scores, best first; tokens as
-    `greedy` gives them.
-
-    A score is the sum of log-probabilities over length ** length_penalty. Same search and stopping
-    rule as `generate` in transformers 5 with early_stopping=False.
-    """
-    searches = [_Search(num_beams, length_penalty) for _ in stream.mask_ES]
-    going = list(range(len(searches)))
-    beams_GB = torch.zeros(len(searches), 1, device=stream.logits_EV.device)
-    for length in range(1, max_new_tokens + 1):
-        log_probs_GBV = (
-            stream.logits_EV.float().log_softmax(-1).unflatten(0, beams_GB.shape)
-            + beams_GB[..., None]
-        )
-        num_kept = min(2 * num_beams, log_probs_GBV[0].numel())
-        top = log_probs_GBV.flatten(1).topk(num_kept)
-        vocabulary = log_probs_GBV.shape[-1]
-        origins = (top.indices // vocabulary).tolist()
-        tokens, scores = (top.indices % vocabulary).tolist(), top.values.tolist()
-        is_last = length == max_new_tokens
-        kept: list[tuple[int, int]] = []
-        for g, owner in enumerate(going):
-            kept += [
-                (g * beams_GB.shape[1] + origin, owner)
-                for origin in searches[owner].extend(
-                    list(zip(scores[g], origins[g], tokens[g], strict=True)), eos_id, is_last
-                )
-            ]
-        going = [owner for owner in going if searches[owner].is_going]
-        if is_last or not going:
-            break
-        rows = [row for row, owner in kept if searches[owner].is_going]
-        stream.select(torch.tensor(rows, device=stream.logits_EV.device))
-        stream.advance(
-            torch.tensor(
-                [t for g in going for *_, t in searches[g].running_tokens()], device=beams_GB.device
-            )
-        )
-        beams_GB = torch.tensor(
-            [[score for score, _ in searches[g].running] for g in going], device=beams_GB.device
-        )
-    return [search.finished for search in searches]
-
-
-class _Search:
-    """The beams of one prompt: `running` and `finished`, each a list of (score, tokens), best
-    first."""
-
-    def __init__(self, num_beams: int, length_penalty: float) -> None:
-        self.num_beams, self.length_penalty = num_beams, length_penalty
-        self.running: list[tuple[float, list[int]]] = [(0.0, [])]
-        self.finished: list[tuple[float, list[int]]] = []
-        self.is_going = True
-
-    def running_tokens(self) -> list[list[int]]:
-        return [tokens for _, tokens in self.running]
-
-    def extend(self, best: list[tuple[float, int, int]], eos_id: int, is_last: bool) -> list[int]:
-        """Take the best (sum, beam, token) extensions; the beams that the new running ones
-        continue.
-
-        Of the finished ones only those among the first `num_beams` count; the others are a reserve
-        of running beams.
-        """
-        length = len(self.running[0][1]) + 1
-        ended = [
-            (score / length**self.length_penalty, [*self.running[beam][1], token])
-            for score, beam, token in best[: self.num_beams]
-            if is_last or token == eos_id
-        ]
-        self.finished = sorted(self.finished + ended, key=lambda found: -found[0])[: self.num_beams]
-        going_on = [(score, beam, token) for score, beam, token in best if token != eos_id][
-            : self.num_beams
-        ]
-        self.running = [(score, [*self.running[beam][1], token]) for score, beam, token in going_on]
-        is_full = len(self.finished) == self.num_beams
-        self.is_going = not is_last and (
-            not is_full or self.running[0][0] / length**self.length_penalty > self.finished[-1][0]
-        )
-        return [beam for _, beam, _ in going_on]

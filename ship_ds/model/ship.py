@@ -29,8 +29,8 @@ from ship_ds.model.backbone import add_static_lora, freeze, load_lm, load_tokeni
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder, Posterior, posterior_noise
-from ship_ds.model.generation import beam_search
 from ship_ds.model.hypernetwork import build_hypernetwork, targets_of
+from ship_ds.model.search import beam_search
 from ship_ds.model.streaming import Shard
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
@@ -261,7 +261,7 @@ class ShipModel(nn.Module):
         """As `answer`, the best of a beam search in place of the greedy answer."""
         stream = self.task_llm.stream(adapter, self._questions(adapter, inputs, wordings))
         found = beam_search(stream, num_beams, self.prompts.eos_id, max_new_tokens)
-        return [self.prompts.finished_text(beams[0][1]) for beams in found]
+        return [self.prompts.finished_text(beams[0].tokens) for beams in found]
 
     def _questions(
         self, adapter: Adapter | None, inputs: Sequence[str], wordings: Sequence[str] | None

@@ -1,14 +1,13 @@
-"""Sampling, beam search and the rows of a stream, against transformers' own generate."""
+"""Sampling and the rows of a stream."""
 
 from typing import Any
 
-import pytest
 import torch
 
 from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.generation import Stream, beam_search, greedy, sample
-from tests.model.models import EOS, FAMILIES, random_lora, random_rows, tiny_lm
+from ship_ds.model.generation import Stream, greedy, sample
+from tests.model.models import EOS, random_lora, random_rows, tiny_lm
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
 LENGTHS = [9, 4, 7, 12]
@@ -18,73 +17,6 @@ def _ending(family: str, seed: int = 0) -> Any:
     model = tiny_lm(family, seed=seed)
     model.get_output_embeddings().weight.data[EOS] *= 3
     return model
-
-
-def _transformers_beams(
-    model: Any, row: list[int], num_beams: int, length: int, penalty: float
-) -> list[tuple[float, list[int]]]:
-    out = model.generate(
-        torch.tensor([row]),
-        attention_mask=torch.ones(1, len(row), dtype=torch.long),
-        max_new_tokens=length,
-        do_sample=False,
-        num_beams=num_beams,
-        num_return_sequences=num_beams,
-        length_penalty=penalty,
-        early_stopping=False,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    found = []
-    for ids, score in zip(out.sequences.tolist(), out.sequences_scores.tolist(), strict=True):
-        new = ids[len(row) :]
-        found.append((score, new[: new.index(EOS) + 1] if EOS in new else new))
-    return found
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("penalty", [1.0, 0.0])
-def test_beam_search_is_transformers_own(family: str, penalty: float) -> None:
-    model, rows = _ending(family), random_rows(LENGTHS)
-    ours = beam_search(Stream(model, TokenBatch.build(rows, None, 0)), 4, EOS, 9, penalty)
-    lengths = set()
-    for row, found in zip(rows, ours, strict=True):
-        expected = _transformers_beams(model, row, 4, 9, penalty)
-        assert [tokens for _, tokens in found] == [tokens for _, tokens in expected]
-        assert [score for score, _ in found] == pytest.approx(
-            [score for score, _ in expected], rel=1e-4
-        )
-        lengths |= {len(tokens) for _, tokens in found}
-    assert len(lengths) > 2, (
-        "hypotheses have to end at different steps for this test to mean anything"
-    )
-
-
-def test_one_beam_is_greedy() -> None:
-    model, batch = _ending("llama"), TokenBatch.build(random_rows(LENGTHS), None, 0)
-    assert [found[0][1] for found in beam_search(Stream(model, batch), 1, EOS, 9)] == greedy(
-        model, batch, None, None, EOS, 9
-    )
-
-
-def test_beams_under_an_adapter_are_each_tasks_own() -> None:
-    """Two tasks of two prompts each; a prompt alone under its task's adapter finds the same
-    beams."""
-    model, rows = tiny_lm("llama"), random_rows(LENGTHS)
-    adapter = random_lora(wrap_sites(model, TARGETS), 2)
-    model.get_output_embeddings().weight.data[EOS] *= 3
-    together = beam_search(
-        Stream(model, TokenBatch.build(rows, None, 0), adapter=adapter), 3, EOS, 8
-    )
-    for e, row in enumerate(rows):
-        alone = Stream(
-            model, TokenBatch.build([row], None, 0), adapter=adapter.rows(torch.tensor([e // 2]))
-        )
-        assert [tokens for _, tokens in beam_search(alone, 3, EOS, 8)[0]] == [
-            tokens for _, tokens in together[e]
-        ]
 
 
 @torch.no_grad()
