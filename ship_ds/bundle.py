@@ -19,7 +19,6 @@ from torch import Tensor
 from ship_ds.config import Config, LoraTuning, parse_config
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
-from ship_ds.export.base_weights import BaseWeights
 from ship_ds.files import Manifest, recover, refuse_existing, sha256, whole_folder
 from ship_ds.inference import checks
 from ship_ds.inference.adapters import (
@@ -38,6 +37,7 @@ from ship_ds.model.backbone import base_folder, load_tokenizer
 from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
 from ship_ds.tensor_file import TensorFile
+from ship_ds.weights_folder import WeightsFolder
 
 WEIGHTS, CONFIG, PROMPT = "ship.safetensors", "config.json", "prompt_format.json"
 BASES = "bases.json"
@@ -88,7 +88,7 @@ def write_bundle(
 
 def frozen_bases(config: Config) -> dict[str, str]:
     """Fingerprint of each model that the run did not train whole, by its name in the config (see
-    BaseWeights)."""
+    WeightsFolder)."""
     model = config.model
     names = [
         model.task_llm.base,
@@ -98,7 +98,7 @@ def frozen_bases(config: Config) -> dict[str, str]:
             if isinstance(role.tuning, LoraTuning)
         ),
     ]
-    return {name: BaseWeights(base_folder(name)).fingerprint for name in names}
+    return {name: WeightsFolder(base_folder(name)).fingerprint for name in names}
 
 
 def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ ORIGIN, CARD = "ship.json", "README.md"
 @dataclass(frozen=True)
 class Origin:
     """made_from: the instruction (or what else); bundle: SHA-256 of the bundle's weights;
-    base_fingerprint: see BaseWeights;
+    base_fingerprint: see WeightsFolder;
     probes: token ids the adapter was proved on; proof: largest logit differences there; adapter:
     SHA-256 of its weights."""
 

@@ -80,9 +80,10 @@ class Peak:
 
 def load(way: str, folder: Path) -> Any:
     import deepspeed
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     from ship_ds.config import TrainingConfig
+    from ship_ds.model import nf4
     from ship_ds.model.backbone import load_lm
     from ship_ds.runtime import shards
     from ship_ds.runtime.engine import read_deepspeed_config
@@ -100,12 +101,7 @@ def load(way: str, folder: Path) -> Any:
         folder,
         local_files_only=True,
         dtype=torch.bfloat16,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
+        quantization_config=nf4.config(torch.bfloat16),
     )
     settings = read_deepspeed_config("zero3_bf16") | {"train_micro_batch_size_per_gpu": 1}
     deepspeed.zero.Init(module=model, config_dict_or_path=settings)

@@ -24,7 +24,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ship_ds.bundle import Ship
-from ship_ds.export.base_weights import BaseWeights
 from ship_ds.export.deduce import export_many, generate
 from ship_ds.export.merge import Merge
 from ship_ds.export.requests import Request
@@ -34,6 +33,7 @@ from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.monitor.memory import PeakMemory, resident
 from ship_ds.origin import Origin
 from ship_ds.tensor_file import TensorFile
+from ship_ds.weights_folder import WeightsFolder
 
 HIDDEN, INNER, VOCABULARY, RANK = 2048, 8192, 32000, 16
 SHARD_BYTES = 1_000_000_000
@@ -87,7 +87,7 @@ def make_base(folder: Path, gigabytes: float) -> None:
 
 
 def make_adapter(folder: Path, base: Path) -> None:
-    weights, generator = BaseWeights(base), torch.Generator().manual_seed(1)
+    weights, generator = WeightsFolder(base), torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.02
@@ -136,7 +136,7 @@ def measure(method: str, base: Path, adapter: Path, out: Path) -> dict[str, Any]
     before, started = resident(), time.perf_counter()
     with PeakMemory() as peak:
         work()
-    largest = max(entry.end - entry.start for entry in BaseWeights(base).entries.values())
+    largest = max(entry.end - entry.start for entry in WeightsFolder(base).entries.values())
     return {
         "method": method,
         "seconds": round(time.perf_counter() - started, 1),

@@ -267,13 +267,10 @@ def main() -> None:
     train(model, Drawer(world.seen, prompts, args.seed), args)
     model.save_pretrained(args.out)
 
-    from transformers import BitsAndBytesConfig
+    from ship_ds.model import nf4
 
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
     quantised = LlamaForCausalLM.from_pretrained(
-        args.out, quantization_config=quantisation, dtype=torch.float32
+        args.out, quantization_config=nf4.config(torch.float32), dtype=torch.float32
     )
     scores = {
         "nf4": measure(

@@ -25,7 +25,6 @@ import torch
 from safetensors import safe_open
 
 from ship_ds.errors import UserError
-from ship_ds.export.base_weights import INDEX, SINGLE, BaseWeights
 from ship_ds.export.targets import Loss, TargetName, build_target
 from ship_ds.files import (
     disk_error,
@@ -41,6 +40,7 @@ from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, read_lora
 from ship_ds.model.backbone import base_folder
 from ship_ds.origin import Origin, read_origin
 from ship_ds.tensor_file import TensorFile
+from ship_ds.weights_folder import SINGLE_FILE, WEIGHTS_INDEX, WeightsFolder
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 PLAN, REPORT, CARD = "plan.json", "merge.json", "README.md"
@@ -81,7 +81,7 @@ class Merge:
         UserError."""
         self.adapter, self.origin, self.lora = adapter, read_origin(adapter), read_lora(adapter)
         self.folder = base_folder(base or self.origin.base)
-        self.base = BaseWeights(self.folder)
+        self.base = WeightsFolder(self.folder)
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
         check_base(self.base, self.config, self.lora, self.origin)
         self.plan = Plan(self.origin.adapter, self.base.fingerprint, target, dtype, shard_gigabytes)
@@ -109,7 +109,7 @@ class Merge:
             groups[-1].append(name)
             size += num_bytes
         if len(groups) == 1:
-            return [Shard(SINGLE, tuple(groups[0]))]
+            return [Shard(SINGLE_FILE, tuple(groups[0]))]
         return [
             Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g))
             for i, g in enumerate(groups, 1)
@@ -170,7 +170,7 @@ class Merge:
             for name in shard.names:
                 dtype, module = self.dtype_of(name), name.removesuffix(".weight")
                 delta = self.lora.delta(module) if module in self.lora.factors else None
-                self.target.write(file, name, self.base.get(name), dtype, delta)
+                self.target.write(file, name, self.base.read(name), dtype, delta)
             file.metadata[_LOSS] = json.dumps(asdict(self.target.loss))
         return True
 
@@ -206,7 +206,7 @@ class Merge:
                 for key in self.target.names(name)
             }
             size = sum((part / shard.file).stat().st_size for shard in self.shards)
-            (part / INDEX).write_text(
+            (part / WEIGHTS_INDEX).write_text(
                 json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
                 + "\n"
             )
@@ -214,7 +214,7 @@ class Merge:
             if path.suffix not in _WEIGHT_SUFFIXES and path.name not in (
                 "config.json",
                 CARD,
-                INDEX,
+                WEIGHTS_INDEX,
             ):
                 shutil.copyfile(path, part / path.name)
         (part / CARD).write_text(
@@ -228,7 +228,7 @@ class Merge:
         )
 
 
-def check_base(base: BaseWeights, config: Mapping[str, Any], lora: Lora, origin: Origin) -> None:
+def check_base(base: WeightsFolder, config: Mapping[str, Any], lora: Lora, origin: Origin) -> None:
     """Raises UserError unless the adapter was made for this very base, and the base has plain
     weights."""
     if "quantization_config" in config:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ship_ds.bundle import Ship
 from ship_ds.errors import UserError
-from ship_ds.export.base_weights import BaseWeights
 from ship_ds.export.proof import PeftBase, Proof, largest_difference
 from ship_ds.files import sha256
 from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, write_lora, write_soft_prompt
@@ -27,6 +26,7 @@ from ship_ds.model.backbone import base_folder, load_lm
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.causal_lm import embed
 from ship_ds.origin import Origin
+from ship_ds.weights_folder import WeightsFolder
 
 MAX_DIFFERENCE = 1e-4
 """Largest logit difference in fp32 between the exported adapter and the live hypernetwork."""
@@ -107,7 +107,7 @@ class Exporter:
         self.base = PeftBase(
             load_lm(config.base, config.quantisation, torch.float32), ship.model.device
         )
-        self.fingerprint = BaseWeights(base_folder(config.base)).fingerprint
+        self.fingerprint = WeightsFolder(base_folder(config.base)).fingerprint
 
     @torch.no_grad()
     def write(self, part: Path, export: Exportable, made_from: str, wording: str | None) -> Proof:

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.quantizers import AutoHfQuantizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ship_ds.errors import UserError
-from ship_ds.export.nf4 import Nf4, Pieces, pieces_of, spans, stored_bytes, stored_names
+from ship_ds.model import nf4
+from ship_ds.model.nf4 import Nf4, Pieces, pieces_of, spans
 from ship_ds.tensor_file import TensorFile
 
 TargetName = Literal["original", "dequantised", "nf4"]
@@ -54,7 +53,7 @@ class Original:
 
     def pieces(self, name: str, weight: Tensor) -> Pieces:
         """What the adapter is added to."""
-        return pieces_of(weight)
+        return pieces_of(weight, torch.float32)
 
     def write(
         self, file: TensorFile, name: str, weight: Tensor, dtype: torch.dtype, delta: Tensor | None
@@ -92,8 +91,8 @@ class Dequantised(Original):
 
     def pieces(self, name: str, weight: Tensor) -> Pieces:
         if name not in self.quantised:
-            return pieces_of(weight)
-        return Nf4.of(name, weight.shape, weight.dtype, pieces_of(weight)).pieces()
+            return pieces_of(weight, torch.float32)
+        return _nf4(name, weight, weight.dtype, pieces_of(weight, torch.float32)).pieces()
 
 
 @dataclass(frozen=True)
@@ -110,25 +109,26 @@ class Requantised(Original):
             return super().write(file, name, weight, dtype, delta)
         # Untouched weights keep their codes: to quantise a dequantised matrix once more would move
         # its scales.
-        merged = pieces_of(weight) if delta is None else _sum(self.seen.pieces(name, weight), delta)
-        stored = Nf4.of(name, weight.shape, dtype, merged)
+        base = Original() if delta is None else self.seen
+        merged = _sum(base.pieces(name, weight), delta)
+        stored = _nf4(name, weight, dtype, merged)
         if delta is not None:
             self.loss.count(stored.pieces(), merged, delta)
         for key, tensor in stored.tensors(name).items():
             file.add(key, tensor)
 
     def names(self, name: str) -> list[str]:
-        return stored_names(name) if name in self.quantised else [name]
+        return nf4.file_names(name) if name in self.quantised else [name]
 
     def num_bytes(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> int:
         return (
-            stored_bytes(math.prod(shape))
+            nf4.file_bytes(math.prod(shape))
             if name in self.quantised
             else super().num_bytes(name, shape, dtype)
         )
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
-        return super().settings(dtype) | {"quantization_config": nf4_config(dtype).to_dict()}
+        return super().settings(dtype) | {"quantization_config": nf4.config(dtype).to_dict()}
 
 
 def build_target(name: TargetName, base: Path, quantisation: str) -> Original:
@@ -154,26 +154,20 @@ def build_target(name: TargetName, base: Path, quantisation: str) -> Original:
 
 def quantised_names(base: Path) -> frozenset[str]:
     """The weights that transformers puts in NF4, asked of transformers itself on a model without
-    storage."""
+    weights."""
     config = AutoConfig.from_pretrained(base, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    quantiser = AutoHfQuantizer.from_config(nf4_config(torch.float32))
-    quantiser._process_model_before_weight_loading(model, device_map=None)
-    return frozenset(
-        f"{path}.weight"
-        for path, module in model.named_modules()
-        if isinstance(module, bnb.nn.Linear4bit)
-    )
+    return frozenset(f"{path}.weight" for path in nf4.quantised_linears(model))
 
 
-def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+def _nf4(name: str, weight: Tensor, dtype: torch.dtype, pieces: Pieces) -> Nf4:
+    if weight.shape[-1] % nf4.BLOCK:
+        raise UserError(
+            f"{name}: has {weight.shape[-1]} inputs; nf4 needs a multiple of {nf4.BLOCK}: use "
+            "--target original"
+        )
+    return Nf4.of(weight.shape, dtype, pieces)
 
 
 def _sum(base: Pieces, delta: Tensor | None) -> Pieces:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
-from ship_ds.export.base_weights import BaseWeights
 from ship_ds.inference.bank import Bank, encode_all
 from ship_ds.inference.gradient import descend_on, descend_to_behaviour
 from ship_ds.inference.induction import (
@@ -35,6 +34,7 @@ from ship_ds.model.adapters import AdaptedLinear, LoraAdapter
 from ship_ds.model.backbone import base_folder
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
+from ship_ds.weights_folder import WeightsFolder
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _check_origin(model: ShipModel, folder: Path) -> None:
     if not (folder / ORIGIN).is_file():
         return
     origin, base = read_origin(folder), model.config.task_llm.base
-    if BaseWeights(base_folder(base)).fingerprint != origin.base_fingerprint:
+    if WeightsFolder(base_folder(base)).fingerprint != origin.base_fingerprint:
         raise UserError(
             f"{folder}: made for {origin.base} with fingerprint {origin.base_fingerprint[:12]}, "
             f"which is not this run's {base}: "

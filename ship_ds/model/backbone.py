@@ -6,26 +6,23 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from ship_ds.config import LoraTuning
 from ship_ds.errors import UserError
+from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 
 Quantisation = Literal["nf4", "none"]
-_BLOCK = 64
-"""Weights that share a scale in NF4."""
 
 
 def base_folder(base: str) -> Path:
@@ -61,9 +58,6 @@ def load_lm(
     device: where it will run (None: on CUDA if this machine has it); it decides the attention. 16-
     and 32-bit weights load on the CPU, 4-bit ones are made on the device. shard: see streaming.py;
     for 4-bit weights alone.
-
-    The 4-bit storage stays uint8: DeepSpeed casts every floating-point parameter to the engine's
-    dtype, which would destroy a floating-point storage of another width.
     """
     folder, device = base_folder(base), device or this_machine()
     settings = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -76,18 +70,7 @@ def load_lm(
         )
     else:
         model = _load_nf4(folder, settings, dtype, kernel, device, shard)
-    for path, module in model.named_modules():
-        if not isinstance(module, bnb.nn.Linear4bit):
-            continue
-        # A no-grad forward on a CPU with AVX512-BF16 repacks the weight in place; the next training
-        # step is then wrong.
-        module.support_avx512bf16_for_cpu = False
-        if device.type == "cpu" and module.in_features % _BLOCK:
-            raise UserError(
-                f"{base}: {path} has {module.in_features} inputs, and in nf4 bitsandbytes computes "
-                "wrongly on a CPU unless they "
-                f"are a multiple of {_BLOCK}: set quantisation=none"
-            )
+    nf4.guard_linears(model, device, base)
     return model
 
 
@@ -101,15 +84,9 @@ def _load_nf4(
 ) -> Any:
     """One matrix at a time where the files allow it, else through transformers, which holds the
     model whole."""
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
     reason: str | None = "it is quantised already"
     if getattr(settings, "quantization_config", None) is None:
-        model = empty_nf4_lm(settings, dtype, kernel, quantised)
+        model = empty_nf4_lm(settings, dtype, kernel)
         reason = why_whole(folder, model)
         if reason is None:
             fill(model, folder, dtype, device, shard)
@@ -124,7 +101,7 @@ def _load_nf4(
         local_files_only=True,
         dtype=dtype,
         attn_implementation=kernel,
-        quantization_config=quantised,
+        quantization_config=nf4.config(dtype),
     )
 
 
@@ -133,21 +110,12 @@ def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> i
     with torch.device("meta"):
         settings = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    packed = {id(weight) for weight in quantised_weights(model)} if quantisation == "nf4" else set()
+    linears = nf4.quantised_linears(model).values() if quantisation == "nf4" else ()
+    packed = {id(linear.weight) for linear in linears}
     return sum(
-        (p.numel() + 1) // 2 if id(p) in packed else p.numel() * dtype.itemsize
+        nf4.packed_bytes(p.numel()) if id(p) in packed else p.numel() * dtype.itemsize
         for p in model.parameters()
     )
-
-
-def quantised_weights(model: Any) -> list[torch.Tensor]:
-    """What transformers quantises: every linear but the output layer."""
-    head = model.get_output_embeddings()
-    return [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
 
 
 def embedding_spread(model: Any) -> float:

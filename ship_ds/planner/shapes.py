@@ -28,18 +28,13 @@ from ship_ds.config import (
     override_config,
 )
 from ship_ds.errors import UserError
+from ship_ds.model import nf4
 from ship_ds.model.adapters import wrap_sites
-from ship_ds.model.backbone import add_static_lora, base_folder, freeze, quantised_weights
+from ship_ds.model.backbone import add_static_lora, base_folder, freeze
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder
 from ship_ds.model.hypernetwork import Hypernetwork, build_hypernetwork, targets_of
 from ship_ds.planner.attention import PLANNED
-
-_BLOCK, _SUPERBLOCK = 64, 256
-"""Weights that share an NF4 scale, and scales that share a scale of their own (double
-quantisation)."""
-_TABLES = (16 + 256 + 1 + 1) * 4
-"""Bytes a 4-bit matrix has beside its scales: two code books, the offset and a scalar, fp32."""
 
 
 def _llama(
@@ -93,18 +88,17 @@ class Weight:
     is_nf4: bool
 
     def stored_bytes(self, dtype_bytes: int) -> int:
-        return (self.numel + 1) // 2 if self.is_nf4 else self.numel * dtype_bytes
+        return nf4.packed_bytes(self.numel) if self.is_nf4 else self.numel * dtype_bytes
 
     @property
     def stored_elements(self) -> int:
         """As DeepSpeed counts them: two 4-bit values are one uint8."""
-        return (self.numel + 1) // 2 if self.is_nf4 else self.numel
+        return nf4.packed_bytes(self.numel) if self.is_nf4 else self.numel
 
     @property
     def quant_state_bytes(self) -> int:
         """Scales (a byte a block, scaled in turn) and code books; never sharded."""
-        blocks = -(-self.numel // _BLOCK)
-        return blocks + 4 * -(-blocks // _SUPERBLOCK) + _TABLES if self.is_nf4 else 0
+        return nf4.constants_bytes(self.numel) if self.is_nf4 else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,17 +137,17 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
     that do not fit."""
     with torch.device("meta"):
         task_lm = freeze(meta_lm(config.task_llm.base, dtype))
-        nf4 = {
-            "task LLM": quantised_weights(task_lm) if config.task_llm.quantisation == "nf4" else []
+        quantised = {
+            "task LLM": _quantised(task_lm) if config.task_llm.quantisation == "nf4" else []
         }
         sites = wrap_sites(task_lm, targets_of(config.hypernetwork))
         hypernetwork = build_hypernetwork(
             config.hypernetwork, config.latent_size, sites, hidden_size(task_lm)
         )
-        encoder_lm, nf4["encoder"] = _role_lm(config.encoder, dtype)
+        encoder_lm, quantised["encoder"] = _role_lm(config.encoder, dtype)
         encoder = Encoder(encoder_lm, hidden_size(encoder_lm), config.latent_size)
         encoder_lm.lm_head = nn.Identity()
-        decoder_lm, nf4["decoder"] = _role_lm(config.decoder, dtype)
+        decoder_lm, quantised["decoder"] = _role_lm(config.decoder, dtype)
         decoder = Decoder(
             decoder_lm,
             hidden_size(decoder_lm),
@@ -162,7 +156,7 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
             config.decoder.fusion,
         )
     parts: dict[str, nn.Module] = {"encoder": encoder, "decoder": decoder, "task LLM": task_lm}
-    marked = {id(weight) for weights in nf4.values() for weight in weights}
+    marked = {id(weight) for weights in quantised.values() for weight in weights}
     paths = {
         f"{part}.{path}"
         for part, module in parts.items()
@@ -210,9 +204,13 @@ def hidden_size(lm: Any) -> int:
     return size
 
 
+def _quantised(lm: Any) -> list[torch.Tensor]:
+    return [linear.weight for linear in nf4.quantised_linears(lm).values()]
+
+
 def _role_lm(config: EncoderConfig, dtype: torch.dtype) -> tuple[nn.Module, list[torch.Tensor]]:
     lm = meta_lm(config.base, dtype)
-    quantised = quantised_weights(lm) if config.quantisation == "nf4" else []
+    quantised = _quantised(lm) if config.quantisation == "nf4" else []
     return (
         add_static_lora(lm, config.tuning) if isinstance(config.tuning, LoraTuning) else lm
     ), quantised

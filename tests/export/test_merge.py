@@ -19,12 +19,12 @@ from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.drift import drift
 from ship_ds.export.merge import Merge
-from ship_ds.export.nf4 import Nf4, pieces_of
 from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.requests import Request
 from ship_ds.export.targets import quantised_names
 from ship_ds.lora_folder import read_lora
 from ship_ds.model.backbone import base_folder, load_lm
+from ship_ds.model.nf4 import Nf4, pieces_of
 from tests.conftest import REPOSITORY, start
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship
 
@@ -132,12 +132,12 @@ def test_nf4_again_is_bitsandbytes_own_and_counts_what_rounding_lost(tmp_path: P
             continue
         weight, quantised = before[f"{path}.weight"], quantised + 1
         seen = (
-            Nf4.of(path, weight.shape, torch.bfloat16, pieces_of(weight))
+            Nf4.of(weight.shape, torch.bfloat16, pieces_of(weight, torch.float32))
             .pieces()(0, weight.numel())
             .view_as(weight)
         )
         merged = seen + lora.delta(path)
-        wanted = Nf4.of(path, weight.shape, torch.bfloat16, pieces_of(merged))
+        wanted = Nf4.of(weight.shape, torch.bfloat16, pieces_of(merged, torch.float32))
         assert module.weight.data.equal(wanted.packed) and module.weight.quant_state.absmax.equal(
             wanted.state.absmax
         )
@@ -227,7 +227,7 @@ def test_wrong_bases_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFix
     shards[1].write_bytes(content[:-5])
     assert f"{shards[1]}: cut short: has {len(content) - 5} bytes of {len(content)}" in said(base)
     shards[1].unlink()
-    assert f"{shards[1]}: this shard is missing" in said(base)
+    assert f"{shards[1]}: this file is missing" in said(base)
 
 
 def test_an_adapter_whose_weights_were_exchanged_is_refused(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ship_ds.errors import UserError
-from ship_ds.export import nf4
-from ship_ds.export.nf4 import Nf4, pieces_of, stored_names
+from ship_ds.model import nf4
+from ship_ds.model.nf4 import Nf4, file_names, pieces_of
+from ship_ds.model.streaming import empty_nf4_lm
 from ship_ds.tensor_file import TensorFile
 
 
@@ -20,7 +21,7 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(
     monkeypatch.setattr(nf4, "_PIECE", 64 * 100)
     torch.manual_seed(0)
     weight = torch.randn(300, 192).to(dtype)
-    own = Nf4.of("w", weight.shape, dtype, pieces_of(weight))
+    own = Nf4.of(weight.shape, dtype, pieces_of(weight, torch.float32))
     theirs = bnb.nn.Params4bit(
         weight.clone(), requires_grad=False, compress_statistics=True, quant_type="nf4"
     ).to("cpu")
@@ -39,12 +40,12 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(
 def test_what_is_stored_comes_back_through_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weight = torch.randn(7, 64)
-    own = Nf4.of("w", weight.shape, torch.float32, pieces_of(weight))
-    with TensorFile(tmp_path / "x.safetensors", stored_names("w")) as file:
+    own = Nf4.of(weight.shape, torch.float32, pieces_of(weight, torch.float32))
+    with TensorFile(tmp_path / "x.safetensors", file_names("w")) as file:
         for name, tensor in own.tensors("w").items():
             file.add(name, tensor)
     found = load_file(tmp_path / "x.safetensors")
-    assert set(found) == set(stored_names("w"))
+    assert set(found) == set(file_names("w"))
     packed = found.pop("w")
     stats = {name.removeprefix("w."): tensor for name, tensor in found.items()}
     back = bnb.nn.Params4bit.from_prequantized(packed, stats, device="cpu")
@@ -55,6 +56,25 @@ def test_what_is_stored_comes_back_through_a_file(tmp_path: Path) -> None:
     )
 
 
-def test_rows_that_do_not_split_into_blocks_are_refused() -> None:
-    with pytest.raises(UserError, match="has 96 inputs; nf4 needs a multiple of 64"):
-        Nf4.of("w", (4, 96), torch.float32, pieces_of(torch.zeros(4, 96)))
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_what_is_quantised_is_what_transformers_converts(family: str, tied: bool) -> None:
+    settings = AutoConfig.for_model(family, num_hidden_layers=1, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        named = nf4.quantised_linears(AutoModelForCausalLM.from_config(settings))
+    converted = empty_nf4_lm(settings, torch.float32, "eager")
+    modules = dict(converted.named_modules())
+    assert named and set(named) == {
+        path for path, module in modules.items() if isinstance(module, bnb.nn.Linear4bit)
+    }
+
+
+@pytest.mark.parametrize("num_weights", [64, 96, 64 * 300])
+def test_bytes_are_those_that_bitsandbytes_holds(num_weights: int) -> None:
+    made = Nf4.of(
+        (1, num_weights), torch.float32, pieces_of(torch.ones(num_weights), torch.float32)
+    )
+    state = made.state
+    constants = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    assert made.packed.nbytes == nf4.packed_bytes(num_weights)
+    assert sum(tensor.nbytes for tensor in constants) + 4 == nf4.constants_bytes(num_weights)
