@@ -346,6 +346,11 @@ def recipe_names() -> list[str]:
     )
 
 
+def recipe_text(name: str) -> str:
+    """The YAML of a shipped recipe; its first line is a comment with the command."""
+    return (resources.files("ship_ds") / "recipes" / f"{name}.yaml").read_text()
+
+
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe by name or a YAML file by path, apply overrides, check. Raises UserError."""
     values = _read(source)
@@ -400,7 +405,7 @@ def _key(location: Sequence[int | str], values: Any) -> str:
 def _read(source: str) -> dict[str, Any]:
     path = Path(source)
     if source in recipe_names():
-        text = (resources.files("ship_ds") / "recipes" / f"{source}.yaml").read_text()
+        text = recipe_text(source)
     elif path.is_file():
         text = path.read_text()
     else:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Convert a run or checkpoint: sbatch slurm/convert.sh runs/quickstart --out converted
-# The arguments are those of tools/convert.py. Variables as in train.sh; --dry-run prints the job.
+# The arguments are those of `ship-ds convert`. Variables as in train.sh; --dry-run prints the job.
 #
 #SBATCH --job-name=ship-ds-convert
 #SBATCH --ntasks=1
@@ -11,4 +11,4 @@
 set -euo pipefail
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}
 source "$REPOSITORY/slurm/one_process.sh"
-run_once tools/convert.py "$@"
+run_once -m ship_ds.cli convert "$@"

@@ -1,12 +1,24 @@
 """The verbs as a user types them: output, one line for bad input, exit codes."""
 
 import json
+import re
+import shlex
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+import ship_ds
 from ship_ds import cli, doctor
+from ship_ds.cli.verb import _one_value_each, _refuse_unknown
 from ship_ds.config import load_config, recipe_names
+from ship_ds.errors import UserError
+from ship_ds.files import Manifest, write_json
+from ship_ds.origin import Origin
+from tests.conftest import start
 
 
 def test_recipes_show_each_with_its_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,18 +69,197 @@ def test_data_describes_a_file_of_our_own(
     assert "add 1" in capsys.readouterr().out
 
 
+@dataclass(frozen=True)
+class Bad:
+    """Arguments that are wrong, and what the one line about them has to name."""
+
+    arguments: str
+    names: str
+
+
+NOWHERE = [
+    Bad("train --config nowhere", "nowhere: no such config file, and no recipe"),
+    Bad("train --config quickstart training.stepz=3", "training.stepz: unknown key"),
+    Bad("train --config quickstart training.steps", "section.key=value"),
+    Bad("train --config quickstart training.deepspeed=zero9", "ds_configs/ has cpu"),
+    Bad("train --config quickstart model.task_llm.base=FOLDER", "model.task_llm.base: "),
+    Bad("train --config quickstart run.folder=/proc/x", "run.folder: /proc/x"),
+    Bad(
+        "train --config pretrain-7b data.path=nowhere model.task_llm.base=embedded",
+        "data.path: nowhere",
+    ),
+    Bad("train", "missing option '--config'"),
+    Bad("plan --config nowhere", "nowhere: no such config file"),
+    Bad("plan --config pretrain-7b --gpus 0", "'--gpus'"),
+    Bad("plan --config pretrain-7b --gpu-memory nan", "--gpu-memory: nan"),
+    Bad("deduce x --run nowhere --out OUT", "nowhere: no bundle here"),
+    Bad("deduce x --run FOLDER --out OUT", "no bundle here"),
+    Bad("deduce x --run CUT --out OUT", "ship.safetensors: missing or not the file"),
+    Bad("deduce x --file FILE --run RUN --out OUT", "give one of an instruction, --file or"),
+    Bad("deduce --run RUN --out OUT", "give one of an instruction, --file or"),
+    Bad("deduce --file nowhere --run RUN --out OUT", "nowhere: no such file"),
+    Bad("deduce --file EMPTY --run RUN --out OUT", "has no instructions"),
+    Bad("deduce --latent OTHER --run RUN --out OUT", "made with another run's weights"),
+    Bad("deduce --latent FILE --run RUN --out OUT", "not a latent file"),
+    Bad("deduce --latent nowhere --run RUN --out OUT", "nowhere: not a latent file"),
+    Bad("deduce x --run RUN --out FOLDER", "already there"),
+    Bad("deduce x --run RUN --out OUT --pad-to 0", "'--pad-to'"),
+    Bad("deduce x --run RUN --out OUT --rum", "no option --rum; did you mean --run?"),
+    Bad("compose --part x y --run RUN --out OUT", "--part x: expected a weight"),
+    Bad("compose --part 0.5 --run RUN --out OUT", "--part 0.5: expected a weight"),
+    Bad("compose --part inf y --run RUN --out OUT", "--part inf: expected a weight"),
+    Bad("compose --part 1 y --run nowhere --out OUT", "nowhere: no bundle"),
+    Bad("compose --part 1 y --run RUN --out FOLDER", "already there"),
+    Bad("compose --part 1 y --run RUN --out OUT --rank 0", "'--rank'"),
+    Bad("compose --run RUN --out OUT", "missing option '--part'"),
+    Bad("answer x 1 --run nowhere", "nowhere: no bundle"),
+    Bad("answer x --run RUN", "standard input: is empty"),
+    Bad("answer x --file nowhere --run RUN", "nowhere: cannot be read"),
+    Bad("answer x 1 --run RUN --beams 0", "'--beams'"),
+    Bad("answer --run RUN", "missing argument 'instruction'"),
+    Bad("induce --run nowhere --file PAIRS", "nowhere: no bundle"),
+    Bad("induce --run RUN", "standard input: is empty"),
+    Bad("induce --run RUN --file FILE", "line 1: expected a JSON object"),
+    Bad("induce --run RUN --file FOLDER", "cannot be read"),
+    Bad("induce --run RUN --file PAIRS --method best", "'--method'"),
+    Bad("induce --run RUN --file PAIRS --candidates 0", "'--candidates'"),
+    Bad("induce --run RUN --adapter nowhere", "nowhere: no such folder"),
+    Bad("induce --run RUN --file PAIRS --seed x", "'--seed'"),
+    Bad("reason 1 --run nowhere --file PAIRS", "nowhere: no bundle"),
+    Bad("reason 1 --run RUN --file nowhere", "nowhere: cannot be read"),
+    Bad("reason 1 --run RUN --file PAIRS --rounds 0", "'--rounds'"),
+    Bad("reason --run RUN --file PAIRS", "missing argument 'INPUT...'"),
+    Bad("data nowhere", "nowhere: no such file or folder"),
+    Bad("data FOLDER", "not a format that is read here"),
+    Bad("data FILE --format csv", "csv: no such format"),
+    Bad("data ROWS --format jsonl", "line 1: not JSON"),
+    Bad("data FILE --max-input-words 0", "'--max-input-words'"),
+    Bad("evaluate --run nowhere", "nowhere: no bundle"),
+    Bad("evaluate --run FOLDER", "no bundle here"),
+    Bad("evaluate --run RUN --methods magic", "--methods: there is no method 'magic'"),
+    Bad("evaluate --run RUN --num-shown many", "--num-shown: "),
+    Bad("evaluate --run RUN --minutes 6", "--minutes: "),
+    Bad("plot --run nowhere", "nowhere: no such folder"),
+    Bad("plot --run RUN --runs RUN nowhere", "nowhere: no such folder"),
+    Bad("recipes --all", "recipes: no option --all"),
+    Bad("doctor now", "got unexpected extra argument"),
+    Bad("merge nowhere --out OUT", "nowhere: no ship.json"),
+    Bad("merge FOLDER --out OUT", "no ship.json"),
+    Bad("merge ADAPTER --out OUT --base nowhere", "--base: nowhere: expected a model folder"),
+    Bad("merge ADAPTER --out OUT", "no/such/base: expected a model folder"),
+    Bad("merge ADAPTER --out FOLDER --base embedded", "already there"),
+    Bad("merge ADAPTER --out OUT --target nf5", "'nf5' is not one of 'original'"),
+    Bad("merge ADAPTER --out OUT --dtype int8", "'--dtype'"),
+    Bad("merge ADAPTER --out OUT --shard-gigabytes 0", "--shard-gigabytes: 0"),
+    Bad("bundle nowhere --out OUT", "nowhere: no checkpoint here"),
+    Bad("bundle FOLDER --out OUT", "no checkpoint here"),
+    Bad("bundle CHECKPOINT --out FOLDER", "already there"),
+    Bad("convert nowhere --out OUT", "nowhere: no such folder"),
+    Bad("convert FOLDER --out OUT", "no checkpoint here"),
+    Bad("convert RUN --out OUT --file nowhere", "nowhere: no such file"),
+    Bad("convert RUN --out OUT --base nowhere", "--base: nowhere"),
+    Bad("convert RUN --out OUT --target nf5", "'nf5' is not one of"),
+    Bad("trane", "no such command 'trane'"),
+    Bad("", "which verb?"),
+    Bad("--vresion", "no such option: --vresion"),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of every case of NOWHERE, in one process."""
+    folder = tmp_path_factory.mktemp("bad")
+    places = make_places(folder)
+    cases = [
+        [re.sub(r"[A-Z]{3,}", lambda m: str(places.get(m[0], m[0])), part) for part in parts]
+        for parts in (shlex.split(bad.arguments) for bad in NOWHERE)
+    ]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = start(["-m", "tests.bad_input", str(folder / "cases.json")])
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def make_places(folder: Path) -> dict[str, Path]:
+    """What the cases name in capitals: a bundle that can be checked but holds no weights, and so
+    on."""
+    places = {
+        name: folder / name.lower()
+        for name in "RUN CUT OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT".split()
+    }
+    for name in ("RUN", "CUT", "FOLDER", "ADAPTER", "CHECKPOINT"):
+        places[name].mkdir()
+    (places["FOLDER"] / "notes.txt").write_text("nothing of ours")
+    config = load_config("quickstart-smoke").model_dump(mode="json")
+    for name in ("RUN", "CUT"):
+        write_json(places[name] / "config.json", config)
+        (places[name] / "ship.safetensors").write_text("weights")
+        Manifest.of(places[name], ["ship.safetensors", "config.json"]).write(places[name])
+    (places["CUT"] / "ship.safetensors").write_text("wei")
+    places["FILE"].write_text("reverse the list\n")
+    places["ROWS"] = places["ROWS"].with_suffix(".jsonl")
+    places["ROWS"].write_text("reverse the list\n")
+    places["EMPTY"].write_text("\n")
+    places["PAIRS"].write_text('{"input": "3 9 5", "target": "9 5"}\n')
+    save_file(
+        {"latent_TZ": np.zeros((1, 64), np.float32)}, places["OTHER"], {"bundle": "of another"}
+    )
+    origin = dict.fromkeys((field.name for field in fields(Origin)), "")
+    write_json(places["ADAPTER"] / "ship.json", origin | {"base": "no/such/base"})
+    write_json(places["CHECKPOINT"] / "progress.json", {})
+    return places
+
+
+@pytest.mark.parametrize("index", range(len(NOWHERE)), ids=[bad.arguments for bad in NOWHERE])
+def test_bad_input_is_one_line_at_once(outcomes: list[dict[str, Any]], index: int) -> None:
+    """On standard error alone, with exit code 2, and before torch is imported."""
+    outcome = outcomes[index]
+    assert (outcome["code"], outcome["out"]) == (2, ""), outcome
+    assert outcome["err"].count("\n") == 1 and outcome["err"].startswith("ship-ds: "), outcome
+    assert NOWHERE[index].names in outcome["err"], outcome["err"]
+    assert not outcome["torch"], "torch was imported before the input was checked"
+
+
+def test_every_verb_has_bad_input() -> None:
+    verbs = {str(verb.name or verb.callback.__name__) for verb in cli.app.registered_commands}
+    assert {bad.arguments.partition(" ")[0] for bad in NOWHERE} >= verbs
+
+
+def test_verbs_are_in_panels_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f"─ {panel} ─") for panel in ("Train", "Use", "Inspect", "Convert")]
+    assert places == sorted(places) and "75: preempted" in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ship-ds {ship_ds.__version__}\n"
+
+
+def test_option_takes_several_values_and_texts_that_begin_with_a_hyphen() -> None:
+    options = {"--probe", "--run", "--json"}
+    given = ["answer", "-3 4", "--probe", "a", "-1", "b", "--run", "r", "x"]
+    assert list(_one_value_each(given, options)) == [
+        *("answer", "-3 4", "--probe", "a", "--probe", "-1", "--probe", "b", "--run", "r", "x")
+    ]
+    _refuse_unknown(given, options, "ship-ds answer")
+    with pytest.raises(UserError, match="answer: no option --probes; did you mean --probe?"):
+        _refuse_unknown(["--probes", "a"], options, "ship-ds answer")
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["data", "nowhere"],
-        ["bundle", "nowhere", "--out", "out"],
-        ["deduce", "x", "--run", "nowhere", "--out", "out"],
-        ["train", "--config", "nowhere"],
-    ],
+    "arguments", [["recipes"], ["doctor"], ["data", "FILE"], ["--version"], ["--help"]]
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.err.count("\n") == 1 and "nowhere" in shown.err and not shown.out
+def test_what_needs_no_torch_imports_none(arguments: list[str], tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    examples = [{"input": str(n), "target": str(n + 1)} for n in range(4)]
+    tasks.write_text(json.dumps({"id": "t", "instruction": "add 1", "examples": examples}) + "\n")
+    given = [str(tasks) if part == "FILE" else part for part in arguments]
+    program = (
+        f"import sys; from ship_ds import cli; code = cli.main({given!r}); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = start(["-c", program])
+    assert done.returncode == 0 and done.stdout, done.stderr

@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ship_ds.config import Section
 from ship_ds.errors import UserError
+from ship_ds.evaluation.config import EndpointConfig
 from ship_ds.evaluation.questions import Question
 from ship_ds.files import write_json
 
@@ -21,20 +21,6 @@ _QUESTION = (
     "give the same output for "
     "every input? Answer with one word, yes or no."
 )
-
-
-class EndpointConfig(Section):
-    """A server that speaks OpenAI's /chat/completions; its key is read from OPENAI_API_KEY, where
-    it needs one."""
-
-    url: str = "http://localhost:8000/v1"
-    """Where /chat/completions is found."""
-    model: str = "default"
-    """Name of the model that the server is asked for."""
-    retries: int = 5
-    """Of a request that failed, each after a longer wait."""
-    timeout_seconds: float = 60
-    """For one reply."""
 
 
 class EndpointJudge:

@@ -12,7 +12,8 @@ from rich.table import Table
 from ship_ds.bundle import WEIGHTS, bundle_folder
 from ship_ds.evaluation import table
 from ship_ds.evaluation.cells import Cell, Measured
-from ship_ds.evaluation.harness import Harness, HarnessConfig, Run
+from ship_ds.evaluation.config import HarnessConfig
+from ship_ds.evaluation.harness import Harness, Run
 from ship_ds.evaluation.latent_map import latent_map
 from ship_ds.evaluation.methods import METHODS, states_instruction
 from ship_ds.files import sha256, write_json

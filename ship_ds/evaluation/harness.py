@@ -12,24 +12,20 @@ again; `<run>/evaluation` holds everything.
 
 import json
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from typing import Any
 
 from ship_ds.bundle import Ship
-from ship_ds.config import Section
 from ship_ds.data.task import Splits
 from ship_ds.errors import UserError
 from ship_ds.evaluation.cells import Cell, CellStore, Measured, Row, cells_of, changed
-from ship_ds.evaluation.endpoint import EndpointConfig
-from ship_ds.evaluation.judges import Columns, Judge, JudgeName, build_judges
+from ship_ds.evaluation.config import HarnessConfig
+from ship_ds.evaluation.judges import Columns, Judge, build_judges
 from ship_ds.evaluation.method import (
     Answers,
     Deduces,
@@ -46,56 +42,6 @@ from ship_ds.runtime import ranks
 
 _VERSION = 2
 """Of the way in which cells are measured; another one measures them again."""
-
-
-class HarnessConfig(Section):
-    methods: tuple[str, ...] = Field(tuple(METHODS), min_length=1)
-    parts: tuple[Literal["seen", "dev", "unseen"], ...] = Field(("seen", "unseen"), min_length=1)
-    num_tasks: PositiveInt = 120
-    """Of each part at most, evenly spaced."""
-    num_shown: tuple[PositiveInt, ...] = Field((5,), min_length=1)
-    """Examples shown in induction and reasoning; the first is the report's own, the others are
-    beside it."""
-    minutes: PositiveFloat = Field(5, le=5)
-    """Training time of each baseline."""
-    judges: tuple[JudgeName, ...] = ("execution", "rouge")
-    endpoint: EndpointConfig = EndpointConfig()
-    seed: int = 0
-
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in METHODS:
-                raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
-        return names
-
-
-def from_arguments(args: Namespace) -> HarnessConfig:
-    """Of `ship-ds evaluate`. Raises UserError naming the option."""
-    listed = {
-        "parts": args.parts,
-        "num_shown": args.num_shown,
-        "judges": "" if args.judge == "none" else args.judge,
-    }
-    values = {
-        **{
-            key: [part.strip() for part in text.split(",") if part.strip()]
-            for key, text in listed.items()
-        },
-        "num_tasks": args.num_tasks,
-        "minutes": args.minutes,
-        "seed": args.seed,
-        "endpoint": {"url": args.endpoint, "model": args.endpoint_model},
-    }
-    if args.methods != "all":
-        values["methods"] = [name.strip() for name in args.methods.split(",") if name.strip()]
-    try:
-        return HarnessConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-").replace("judges", "judge")
-        raise UserError(f"--{option}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 @dataclass(frozen=True)

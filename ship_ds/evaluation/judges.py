@@ -3,10 +3,11 @@ adds columns of its own."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from ship_ds.bundle import Ship
-from ship_ds.evaluation.endpoint import EndpointConfig, EndpointJudge
+from ship_ds.evaluation.config import EndpointConfig, JudgeName
+from ship_ds.evaluation.endpoint import EndpointJudge
 from ship_ds.evaluation.method import Answers
 from ship_ds.evaluation.metrics import exact_match, rouge_l
 from ship_ds.evaluation.questions import Question
@@ -15,7 +16,6 @@ from ship_ds.inference.deduction import answer_latents, answer_stated
 
 Columns = dict[str, list[list[float]]]
 """A metric's name -> one row a task, each value from 0 to 1."""
-JudgeName = Literal["execution", "rouge", "endpoint"]
 
 
 class Judge(Protocol):

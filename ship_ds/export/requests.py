@@ -3,6 +3,9 @@
 A latent file is safetensors with `latent_TZ` and, in its metadata, the SHA-256 of the bundle it
 belongs to (a latent means nothing to another run) and one instruction for each z where there is
 one.
+
+Instructions are read, and latents checked, without torch: what is wrong with them is told before it
+is loaded.
 """
 
 import json
@@ -10,12 +13,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ship_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LATENT = "latent_TZ"
 
@@ -27,7 +33,7 @@ class Request:
 
     name: str
     instruction: str | None
-    latent_Z: Tensor | None = None
+    latent_Z: "Tensor | None" = None
 
 
 def read_instructions(path: Path) -> list[Request]:
@@ -97,8 +103,10 @@ def _check_names(path: Path, requests: Iterable[Request]) -> None:
 
 
 def write_latents(
-    path: Path, latent_TZ: Tensor, bundle: str, instructions: Sequence[str | None]
+    path: Path, latent_TZ: "Tensor", bundle: str, instructions: Sequence[str | None]
 ) -> None:
+    from safetensors.torch import save_file
+
     save_file(
         {LATENT: latent_TZ.cpu().contiguous()},
         path,
@@ -107,9 +115,28 @@ def write_latents(
 
 
 def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
-    """Raises UserError when the file is no latent file or of another run or size."""
+    """A request for each latent of a file.
+
+    Raises:
+        UserError: it is no latent file, or of another run or size.
+    """
+    import torch
+
+    latent_TZ, instructions = load_latents(path, bundle, latent_size)
+    return [
+        Request(f"{t:05d}-{_slug(text or 'latent')}", text, latent_Z)
+        for t, (text, latent_Z) in enumerate(
+            zip(instructions, torch.from_numpy(latent_TZ), strict=True)
+        )
+    ]
+
+
+def load_latents(
+    path: Path, bundle: str, latent_size: int
+) -> tuple[np.ndarray[Any, Any], list[str | None]]:
+    """The latents of a file and their instructions, without torch. Raises as `read_latents`."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             latent_TZ, metadata = file.get_tensor(LATENT), file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -120,13 +147,9 @@ def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
             f"{path}: was made with another run's weights ({metadata['bundle'][:12]}); "
             "use the run it came from"
         )
-    if latent_TZ.ndim != 2 or latent_TZ.shape[1] != latent_size or not latent_TZ.isfinite().all():
+    if latent_TZ.ndim != 2 or latent_TZ.shape[1] != latent_size or not np.isfinite(latent_TZ).all():
         raise UserError(
             f"{path}: {LATENT} is {tuple(latent_TZ.shape)}; expected finite numbers, "
             f"rows of {latent_size}"
         )
-    instructions = json.loads(metadata.get("instructions", "null")) or [None] * len(latent_TZ)
-    return [
-        Request(f"{t:05d}-{_slug(text or 'latent')}", text, latent_Z)
-        for t, (text, latent_Z) in enumerate(zip(instructions, latent_TZ, strict=True))
-    ]
+    return latent_TZ, json.loads(metadata.get("instructions", "null")) or [None] * len(latent_TZ)

@@ -1,18 +1,20 @@
 """JSON lines in and out of the verbs: `{"input": ..., "target": ...}` a line, from a file or from
-standard input."""
+standard input. Read without torch, so that a bad line is told at once."""
 
 import json
 import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ship_ds.data.task import read_error
 from ship_ds.errors import UserError
-from ship_ds.inference.adapters import WeightInduction
-from ship_ds.inference.induction import Induction
-from ship_ds.inference.reasoning import Reasoning
+
+if TYPE_CHECKING:
+    from ship_ds.inference.adapters import WeightInduction
+    from ship_ds.inference.induction import Induction
+    from ship_ds.inference.reasoning import Reasoning
 
 STDIN = "-"
 
@@ -85,9 +87,11 @@ def _name(source: str) -> str:
     return "standard input" if source == STDIN else source
 
 
-def induction_row(found: Induction | WeightInduction, num_candidates: int) -> dict[str, Any]:
+def induction_row(found: "Induction | WeightInduction", num_candidates: int) -> dict[str, Any]:
     """The best candidates without their latents; `alternatives` are the other texts that fit every
     example."""
+    from ship_ds.inference.induction import Induction
+
     row: dict[str, Any] = {"instruction": found.instruction}
     if isinstance(found, Induction):
         row |= {
@@ -115,7 +119,7 @@ def _short(latent: tuple[float, ...]) -> list[float]:
     return [round(value, 5) for value in latent]
 
 
-def reasoning_rows(inputs: list[str], reasoning: Reasoning) -> list[dict[str, Any]]:
+def reasoning_rows(inputs: list[str], reasoning: "Reasoning") -> list[dict[str, Any]]:
     """One row an input, each with the induced instruction."""
     said = reasoning.induction.instruction
     return [

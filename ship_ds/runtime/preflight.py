@@ -28,7 +28,7 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
     _check_hang_minutes(config.training.hang_minutes)
     _check_offloads(read_deepspeed_config(config.training.deepspeed))
     for key in ("task_llm", "encoder", "decoder"):
-        _check_base(f"model.{key}.base", getattr(config.model, key).base)
+        check_base(f"model.{key}.base", getattr(config.model, key).base)
     if isinstance(config.data, FilesConfig):
         _check_readable(Path(config.data.path))
     _check_writable(Path(config.run.folder))
@@ -76,7 +76,8 @@ def check_division(tasks_per_step: int, num_ranks: int, accumulation: int) -> No
         )
 
 
-def _check_base(key: str, base: str) -> None:
+def check_base(key: str, base: str) -> None:
+    """A base is "embedded", or a folder with a config.json. Raises UserError."""
     if base != "embedded" and not (Path(base) / "config.json").is_file():
         raise UserError(
             f"{key}: {base}: expected a model folder with a config.json; download the "

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from ship_ds import cli
+from ship_ds.evaluation.config import METHOD_NAMES, HarnessConfig
 from ship_ds.evaluation.evaluate import evaluate
-from ship_ds.evaluation.harness import HarnessConfig, Run
+from ship_ds.evaluation.harness import Run
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.methods.icl import InContextLearning
@@ -208,6 +209,10 @@ def test_bad_option_is_one_line_and_exit_code_2(
     assert cli.main(["evaluate", "--run", str(tmp_path / "nowhere"), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def test_every_method_can_be_named_and_has_its_place_in_the_tables() -> None:
+    assert tuple(METHODS) == METHOD_NAMES
 
 
 def test_data_that_changed_since_training_are_refused(

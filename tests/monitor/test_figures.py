@@ -157,4 +157,4 @@ def test_missing_run_is_one_line_and_exit_code_2(
 ) -> None:
     assert cli.main(["plot", "--run", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "no such run folder" in error
+    assert error.count("\n") == 1 and "no such folder" in error

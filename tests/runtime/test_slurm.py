@@ -231,7 +231,7 @@ def test_tensorboard_answers_on_the_port_that_its_job_names(
         (
             "convert.sh",
             ["runs/quickstart", "--out", "x"],
-            "-u tools/convert.py runs/quickstart --out x",
+            "-u -m ship_ds.cli convert runs/quickstart --out x",
         ),
         (
             "tensorboard.sh",

@@ -1,4 +1,4 @@
-"""tools/convert.py as a user or a Slurm job starts it: checkpoint -> bundle -> adapters -> merged
+"""`ship-ds convert` as a user or a Slurm job starts it: checkpoint -> bundle -> adapters -> merged
 models."""
 
 from pathlib import Path
@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from ship_ds import cli
 from tests.conftest import start
-from tools import convert
 
 
 def test_a_checkpoint_becomes_a_merged_model_and_nothing_is_made_twice(
     two_rank_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [
-        "tools/convert.py",
+        "-m",
+        "ship_ds.cli",
+        "convert",
         str(two_rank_run / "checkpoints" / "step-00000012"),
         "--out",
         str(tmp_path / "out"),
@@ -33,12 +35,12 @@ def test_a_checkpoint_becomes_a_merged_model_and_nothing_is_made_twice(
     assert made.keys() == own.keys() and all(made[name].equal(own[name]) for name in own)
     merged = tmp_path / "out" / "merged" / "00001-put-7-at-the-front-dequantised"
     written = (merged / "model.safetensors").stat().st_mtime_ns
-    assert convert.main(command[1:]) == 0 and not capsys.readouterr().out
+    assert cli.main(command[2:]) == 0 and not capsys.readouterr().out
     assert (merged / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_a_folder_with_nothing_in_it_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert convert.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["convert", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no checkpoint here" in capsys.readouterr().err.strip().splitlines()[-1]

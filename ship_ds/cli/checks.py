@@ -1,0 +1,114 @@
+"""What is wrong with a verb's input, as far as it can be told without torch.
+
+Loading torch, transformers and a model takes many seconds; a missing folder or a mistyped number
+is told before. Each check raises UserError, and those of the library stay as they are: what opens
+a bundle compares every hash, this only looks whether the files are there.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ship_ds.errors import UserError
+from ship_ds.files import MANIFEST, Manifest, recover, refuse_existing
+
+
+def check_positive(option: str, value: float) -> None:
+    """A number above zero; "nan" and "inf" are floats, too."""
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"{option}: {value:g}: expected a number above zero")
+
+
+def check_folder(folder: Path) -> None:
+    """Somebody's run or adapter is there at all."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+
+
+def check_new(folder: Path) -> None:
+    """Nothing is there yet where the result is to go."""
+    refuse_existing(folder)
+
+
+def check_run(path: Path) -> Path:
+    """The bundle of a run, or the path itself where it is one; every file of it has its size."""
+    recover(path / "bundle")
+    folder = path / "bundle" if (path / "bundle").is_dir() else path
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder}: no bundle here (no {MANIFEST}); a finished run has one in RUN/bundle"
+        )
+    try:
+        listed = Manifest.read(folder).files
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; write the bundle again") from None
+    for name, row in listed.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != row.bytes:
+            raise UserError(
+                f"{file}: missing or not the file that {MANIFEST} lists; write the bundle again"
+            )
+    return folder
+
+
+def check_latents(file: Path, bundle: Path) -> None:
+    """Saved latents are of this very bundle."""
+    from ship_ds.config import parse_config
+    from ship_ds.export.requests import load_latents
+
+    config = parse_config(
+        json.loads((bundle / "config.json").read_text()), str(bundle / "config.json")
+    )
+    weights = Manifest.read(bundle).files["ship.safetensors"]
+    load_latents(file, weights.sha256, config.model.latent_size)
+
+
+def weighted(texts: Sequence[str]) -> list[tuple[float, str]]:
+    """["0.5", "reverse the list", ...] -> [(0.5, "reverse the list"), ...]."""
+    if len(texts) % 2:
+        raise UserError(f"--part {texts[-1]}: {_PART}")
+    return [(_weight(w), text) for w, text in zip(texts[::2], texts[1::2], strict=True)]
+
+
+_PART = 'expected a weight and an instruction: --part 0.5 "reverse the list"'
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"--part {text}: {_PART}")
+    return weight
+
+
+def check_adapter(folder: Path, base: str | None) -> None:
+    """An adapter that we exported, and its base."""
+    from ship_ds.origin import read_origin
+
+    check_base(read_origin(folder).base if base is None else base)
+
+
+def check_base(base: str | None) -> None:
+    """A model's folder, as the preflight of a training run asks for it."""
+    if base is not None:
+        from ship_ds.runtime import preflight
+
+        preflight.check_base("--base", base)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """A checkpoint of a training run."""
+    if not (folder / "progress.json").is_file():
+        raise UserError(f"{folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N")
+
+
+def check_source(path: Path) -> None:
+    """What `convert` starts from: a run with a bundle or checkpoints, or a checkpoint."""
+    check_folder(path)
+    if (path / "bundle").is_dir() or (path / MANIFEST).is_file():
+        check_run(path)
+    elif not (path / "checkpoints").is_dir():
+        check_checkpoint(path)

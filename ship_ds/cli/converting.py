@@ -1,0 +1,117 @@
+"""The verbs of the panel "Convert": from what training left to what other software loads."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ship_ds.cli import checks
+from ship_ds.cli.verb import PROBES, Out, PadTo, Probes, verb
+
+_PANEL = "Convert"
+
+
+class Target(StrEnum):
+    """An enumeration, since typer takes no list of literals; targets.py has what each is."""
+
+    ORIGINAL = "original"
+    DEQUANTISED = "dequantised"
+    NF4 = "nf4"
+
+
+Base = Annotated[
+    str | None, typer.Option(help="where the base is now, if not where the adapter says")
+]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(help="of the merged weights; auto: the base's own"),
+]
+ShardSize = Annotated[float, typer.Option(help="of a file of the merged model")]
+NoDrift = Annotated[
+    bool,
+    typer.Option("--no-drift", help="do not load base and result to measure how far logits drift"),
+]
+
+
+@verb(_PANEL)
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="a folder that deduce or compose wrote")],
+    out: Out,
+    base: Base = None,
+    target: Annotated[Target, typer.Option(help="what the adapter is added to")] = Target.ORIGINAL,
+    dtype: Dtype = "auto",
+    shard_gigabytes: ShardSize = 2.0,
+    no_drift: NoDrift = False,
+) -> int:
+    """Base + adapter -> a model folder, one tensor in memory at a time."""
+    checks.check_positive("--shard-gigabytes", shard_gigabytes)
+    checks.check_adapter(adapter, base)
+    checks.check_new(out)
+    from ship_ds.export.convert import describe, merge_into
+    from ship_ds.export.merge import Merge
+
+    merging = Merge(adapter, target.value, base, dtype, shard_gigabytes)
+    print(describe(out, merging, merge_into(out, merging, not no_drift)))
+    return 0
+
+
+@verb(_PANEL)
+def bundle(
+    checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-N")], out: Out
+) -> int:
+    """A training checkpoint -> a bundle, without the run that wrote it."""
+    checks.check_checkpoint(checkpoint)
+    checks.check_new(out)
+    from ship_ds.bundle import bundle_from_checkpoint
+
+    bundle_from_checkpoint(checkpoint, out)
+    print(f"{out}: bundle of {checkpoint}")
+    return 0
+
+
+@verb(_PANEL)
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    out: Annotated[Path, typer.Option(help="gets bundle/, adapters/ and merged/")],
+    instruction: Annotated[
+        list[str] | None, typer.Option(help="may be given several times")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="as in `ship-ds deduce --file`, instead of --instruction")
+    ] = None,
+    probe: Probes = None,
+    pad_to: PadTo = None,
+    target: Annotated[
+        list[Target] | None,
+        typer.Option(
+            help="merge each adapter into this; may be given several times; default: no merging"
+        ),
+    ] = None,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    shard_gigabytes: ShardSize = 2.0,
+    no_drift: NoDrift = False,
+) -> int:
+    """Checkpoint -> bundle -> adapters -> merged models in one go; goes on where it stopped."""
+    checks.check_positive("--shard-gigabytes", shard_gigabytes)
+    checks.check_source(source)
+    checks.check_base(base)
+    from ship_ds.export.requests import read_instructions, read_lines
+
+    requests = read_instructions(file) if file else read_lines(instruction or ())
+    from ship_ds.export.convert import Conversion
+    from ship_ds.export.convert import convert as run_conversion
+
+    conversion = Conversion(
+        requests,
+        probe or PROBES,
+        pad_to,
+        [chosen.value for chosen in target or ()],
+        base,
+        dtype,
+        shard_gigabytes,
+        not no_drift,
+    )
+    run_conversion(source, out, conversion, print)
+    return 0

@@ -1,0 +1,123 @@
+"""The verbs of the panel "Inspect": what there is, what data hold, how good a run is."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ship_ds.cli import checks
+from ship_ds.cli.verb import AsJson, Run, Seed, verb
+
+_PANEL = "Inspect"
+Limit = Annotated[int | None, typer.Option(min=1, help="see data.filters in `ship-ds config`")]
+
+
+@verb(_PANEL)
+def recipes() -> int:
+    """The shipped configs, each with its command."""
+    from ship_ds.config import recipe_names, recipe_text
+
+    for name in recipe_names():
+        print(f"{name:<20} {recipe_text(name).splitlines()[0].removeprefix('# ')}")
+    return 0
+
+
+@verb(_PANEL)
+def doctor() -> int:
+    """What of the stack is here, and what each missing part costs."""
+    from ship_ds import doctor
+
+    print("\n".join(doctor.lines()))
+    return 0
+
+
+@verb(_PANEL)
+def data(
+    path: Annotated[Path, typer.Argument(help="a file or folder of tasks")],
+    format: Annotated[str, typer.Option(help="its format; auto: found out")] = "auto",
+    max_input_words: Limit = None,
+    max_instruction_words: Limit = None,
+    max_examples_per_task: Limit = None,
+    min_examples_per_task: Annotated[int, typer.Option(min=1, help="tasks with fewer go")] = 2,
+    as_json: AsJson = False,
+) -> int:
+    """What a file or folder of tasks holds and what the filters leave out."""
+    from ship_ds.data.describe import describe, show
+    from ship_ds.data.filters import FilterConfig
+
+    filters = FilterConfig(
+        max_input_words=max_input_words,
+        max_instruction_words=max_instruction_words,
+        max_examples_per_task=max_examples_per_task,
+        min_examples_per_task=min_examples_per_task,
+    )
+    description = describe(path, format, filters)
+    print(json.dumps(description, indent=2) if as_json else show(description))
+    return 0
+
+
+@verb(_PANEL)
+def evaluate(
+    context: typer.Context,
+    run: Run,
+    methods: Annotated[str, typer.Option(help="comma-separated names, or all")] = "all",
+    parts: Annotated[str, typer.Option(help="of seen, dev, unseen")] = "seen,unseen",
+    num_tasks: Annotated[int, typer.Option(help="of each part at most, evenly spaced")] = 120,
+    num_shown: Annotated[
+        str, typer.Option(help="examples shown; of several (5,1,2,3) the first is the report's own")
+    ] = "5",
+    minutes: Annotated[float, typer.Option(help="training time of each baseline")] = 5,
+    judge: Annotated[
+        str, typer.Option(help="of execution, rouge, endpoint; or none")
+    ] = "execution,rouge",
+    endpoint: Annotated[
+        str, typer.Option(help="of the judge; OPENAI_API_KEY holds its key")
+    ] = "http://localhost:8000/v1",
+    endpoint_model: Annotated[str, typer.Option(help="name of the judge's model")] = "default",
+    seed: Seed = 0,
+) -> int:
+    """SHIP beside the baselines in every direction; goes on where it stopped."""
+    from ship_ds.evaluation.config import HarnessConfig
+
+    settings = HarnessConfig.from_options(
+        methods, parts, num_tasks, num_shown, minutes, judge, endpoint, endpoint_model, seed
+    )
+    checks.check_run(run)
+    from ship_ds.evaluation.evaluate import evaluate, show
+    from ship_ds.runtime import ranks
+    from ship_ds.train import say
+
+    ranks.hush()
+    if ranks.is_launched():
+        ranks.start(None)
+    report = evaluate(run, settings, context.obj, say)
+    if ranks.rank() == 0:
+        show(report)
+        print(run / "evaluation" / "report.md")
+    return 0
+
+
+@verb(_PANEL)
+def plot(
+    run: Run,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN...", help="others, for the figures over runs"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; default RUN/figures")] = None,
+) -> int:
+    """Figures of a run, and of several runs against each other, as PNG."""
+    folders = [run, *(runs or ())]
+    for folder in folders:
+        checks.check_folder(folder)
+    from ship_ds.evaluation.evaluate import write_latent_map
+    from ship_ds.monitor import figures
+    from ship_ds.runtime import ranks
+    from ship_ds.train import say
+
+    ranks.hush()
+    write_latent_map(run, say)
+    for path in figures.plot(folders, out or run / "figures", say):
+        print(path)
+    return 0

@@ -1,0 +1,218 @@
+"""The verbs of the panel "Use": a trained run at work."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ship_ds.cli import checks
+from ship_ds.cli.verb import PROBES, JsonLines, Out, PadTo, Probes, Run, Seed, log, print_row, verb
+from ship_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from ship_ds.bundle import Ship
+    from ship_ds.inference.induction import InductionConfig
+
+_PANEL = "Use"
+Method = Annotated[
+    Literal["union", "propose", "bank", "direct", "indirect"],
+    typer.Option(help="where instructions are looked for"),
+]
+
+
+def open_run(run: Path) -> "Ship":
+    """The run, without transformers' bars: standard error is for what a user can act on."""
+    from ship_ds.bundle import Ship
+    from ship_ds.runtime import ranks
+
+    ranks.hush()
+    return Ship.from_run(run)
+
+
+@verb(_PANEL)
+def deduce(
+    run: Run,
+    out: Out,
+    instruction: Annotated[str | None, typer.Argument()] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="many: one instruction a line, or .jsonl with instruction and id; a folder each "
+            "in --out"
+        ),
+    ] = None,
+    latent: Annotated[
+        Path | None, typer.Option(help="a latent.safetensors instead of instructions")
+    ] = None,
+    probe: Probes = None,
+    pad_to: PadTo = None,
+) -> int:
+    """Instructions -> PEFT folders, each proved on the way out."""
+    from ship_ds.export.requests import Request, read_instructions, read_latents
+
+    if [instruction, file, latent].count(None) != 2:
+        raise UserError("deduce: give one of an instruction, --file or --latent")
+    requests = read_instructions(file) if file else [Request("adapter", instruction)]
+    bundle = checks.check_run(run)
+    if latent:
+        checks.check_latents(latent, bundle)
+    checks.check_new(out)
+    from ship_ds.export.deduce import export_many, export_one
+
+    probes = probe or PROBES
+    ship = open_run(run)
+    if latent:
+        requests = read_latents(latent, ship.digest, ship.config.model.latent_size)
+    if file or len(requests) > 1:
+        batch = export_many(ship, requests, out, probes, pad_to, _counter(len(requests)))
+        earlier = (
+            f" ({batch.num_kept} were there from a run that was cut off)" if batch.num_kept else ""
+        )
+        print(
+            f"{out}: {len(requests)} adapters{earlier}; peft = live within "
+            f"{batch.worst.from_live:.1e} in each; "
+            f"each differs from the bare base by {batch.worst.from_base:.2f} or more"
+        )
+        return 0
+    proof = export_one(ship, requests[0], out, probes, pad_to)
+    print(
+        f"{out}: peft = live within {proof.from_live:.1e}; differs from the bare base by "
+        f"{proof.from_base:.2f}"
+    )
+    if instruction is not None:
+        _show_answers(ship, instruction, probes)
+    return 0
+
+
+def _show_answers(ship: "Ship", instruction: str, probes: list[str]) -> None:
+    with_adapter, without = ship.answer(instruction, probes), ship.answer_bare(probes)
+    for text, answer, bare in zip(probes, with_adapter, without, strict=True):
+        print(f"  {text}\n    with the adapter:    {answer}\n    without the adapter: {bare}")
+
+
+def _counter(total: int) -> Callable[[int], None]:
+    """Logs how far it is, every hundred."""
+
+    def count(done: int) -> None:
+        if done % 100 == 0:
+            log(f"{done} of {total}")
+
+    return count
+
+
+@verb(_PANEL)
+def compose(
+    part: Annotated[
+        list[str],
+        typer.Option(metavar="WEIGHT INSTRUCTION", help="may be given several times"),
+    ],
+    run: Run,
+    out: Out,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="compress to this rank by SVD; default: exact, the sum of the ranks"
+        ),
+    ] = None,
+    probe: Probes = None,
+) -> int:
+    """Weighted sum of several instructions' adapters -> one PEFT LoRA folder."""
+    parts = checks.weighted(part)
+    checks.check_run(run)
+    checks.check_new(out)
+    from ship_ds.export.compose import compose
+
+    made = compose(open_run(run), parts, out, probe or PROBES, rank)
+    print(
+        f"{out}: rank {made.rank}, {100 * made.error:.2f} % of the exact sum's norm lost; "
+        f"peft = live within {made.proof.from_live:.1e}; differs from the bare base by "
+        f"{made.proof.from_base:.2f}"
+    )
+    return 0
+
+
+@verb(_PANEL)
+def answer(
+    instruction: Annotated[str, typer.Argument()],
+    run: Run,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INPUT]...", help="default: those of --file, or standard input, one a line"
+        ),
+    ] = None,
+    file: JsonLines = None,
+    beams: Annotated[int, typer.Option(min=1, help="1: greedy decoding")] = 1,
+) -> int:
+    """Inputs -> answers as an instruction says; JSON lines."""
+    from ship_ds.inference.lines import STDIN, read_inputs
+
+    texts = inputs or read_inputs(file or STDIN)
+    checks.check_run(run)
+    ship = open_run(run)
+    for text, answered in zip(texts, ship.answer(instruction, texts, beams), strict=True):
+        print_row({"input": text, "answer": answered})
+    return 0
+
+
+@verb(_PANEL)
+def induce(
+    run: Run,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="a PEFT LoRA in place of examples; --file then gives inputs, if any",
+        ),
+    ] = None,
+    file: JsonLines = None,
+    candidates: Annotated[int, typer.Option(min=1, help="how many to show")] = 5,
+    method: Method = "union",
+    seed: Seed = 0,
+) -> int:
+    """Examples, or an adapter -> instruction; JSON."""
+    from ship_ds.inference.lines import STDIN, induction_row, read_inputs, read_pairs
+
+    if adapter:
+        inputs = read_inputs(file) if file else []
+        checks.check_run(run)
+        checks.check_folder(adapter)
+        ship = open_run(run)
+        induced = ship.induce_from_adapter(adapter, inputs, _induction(ship, method), seed, log)
+    else:
+        pairs = read_pairs(file or STDIN)
+        checks.check_run(run)
+        ship = open_run(run)
+        induced = ship.induce(pairs, _induction(ship, method), seed, log)
+    print_row(induction_row(induced, candidates))
+    return 0
+
+
+@verb(_PANEL)
+def reason(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...")],
+    run: Run,
+    file: JsonLines = None,
+    rounds: Annotated[int, typer.Option(min=1, help="of induction and encoding")] = 1,
+    method: Method = "union",
+    seed: Seed = 0,
+) -> int:
+    """Examples and inputs -> answers; JSON lines."""
+    from ship_ds.inference.lines import STDIN, read_pairs, reasoning_rows
+
+    pairs = read_pairs(file or STDIN)
+    checks.check_run(run)
+    ship = open_run(run)
+    reasoning = ship.reason(pairs, inputs, _induction(ship, method), rounds, seed, log)
+    for row in reasoning_rows(inputs, reasoning):
+        print_row(row)
+    return 0
+
+
+def _induction(ship: "Ship", method: str) -> "InductionConfig":
+    from ship_ds.inference.induction import InductionConfig
+
+    return InductionConfig.model_validate(
+        {"method": method, "max_new_tokens": ship.config.evaluation.max_instruction_tokens}
+    )

@@ -1,0 +1,145 @@
+"""What the verbs share: the program, its parser, options that several have, and rows of JSON."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ship_ds import __version__
+from ship_ds.errors import UserError
+
+EXIT_CODES = "\n\n".join(
+    (
+        "Exit codes:",
+        "0: done.",
+        "1: a fault of the program, with its traceback.",
+        "2: bad input, with one line that says what to change.",
+        "75: preempted, after a checkpoint: start the same command again.",
+        "76: hung: no step for training.hang_minutes, stacks are in the log.",
+        "77: no checkpoint within training.grace_seconds of the signal: the one before holds.",
+        "130: interrupted from the keyboard.",
+    )
+)
+PANELS = ("Train", "Use", "Inspect", "Convert")
+"""Of the help, in its order."""
+PROBES = ["3 7 3 5", "1 3 9 3 0"]
+_SEVERAL = ("--probe", "--runs", "--part")
+_LOOKS_LIKE_AN_OPTION = re.compile(r"--?[A-Za-z]\S*")
+
+
+class Verb(TyperCommand):
+    """A verb's parser, which takes two things that typer's own does not.
+
+    Several values after one option:
+
+        --probe "3 7" "1 2"     is     --probe "3 7" --probe "1 2"
+
+    Texts that begin with a hyphen, as inputs do: `answer "negate it" "-3 4"`.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what follows the verb."""
+        options = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        # With unknown options ignored, a text that begins with a hyphen is an argument; what was
+        # meant as an option is told apart here.
+        ctx.ignore_unknown_options = True
+        if not ctx.resilient_parsing:  # it is on while a shell completes half a word
+            _refuse_unknown(args, options, ctx.command_path)
+        return super().parse_args(ctx, list(_one_value_each(args, options)))
+
+
+def _refuse_unknown(args: list[str], options: Collection[str], command: str) -> None:
+    for text in args[: args.index("--")] if "--" in args else args:
+        name = text.partition("=")[0]
+        if _LOOKS_LIKE_AN_OPTION.fullmatch(text) and name not in options:
+            close = get_close_matches(name, options, 1)
+            raise UserError(
+                f"{command.removeprefix('ship-ds ')}: no option {name}"
+                + (f"; did you mean {close[0]}?" if close else f"; see `{command} --help`")
+            )
+
+
+def _one_value_each(args: list[str], options: Collection[str]) -> Iterator[str]:
+    """The option again before each of its values."""
+    several = None
+    num_values = 0
+    for text in args:
+        if text in options or text == "--":
+            several, num_values = (text if text in _SEVERAL else None), 0
+        elif several is not None:
+            num_values += 1
+            if num_values > 1:
+                yield several
+        yield text
+
+
+app = typer.Typer(
+    name="ship-ds",
+    help="Instructions to model parameters and back.",
+    epilog=EXIT_CODES,
+    pretty_exceptions_enable=False,
+)
+
+
+def verb(panel: str) -> Callable[..., Any]:
+    """The decorator of a verb: `@verb("Train")`; the function's docstring is its help."""
+    return app.command(cls=Verb, rich_help_panel=panel)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"ship-ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def program(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="print the version"),
+    ] = False,
+) -> None:
+    """Instructions to model parameters and back."""
+    if context.invoked_subcommand is None:
+        raise UserError("which verb? `ship-ds --help` lists them")
+
+
+Run = Annotated[Path, typer.Option("--run", help="a run or bundle folder")]
+Out = Annotated[Path, typer.Option("--out", help="the folder to write")]
+Recipe = Annotated[str, typer.Option("--config", help="a recipe's name or a YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="see `ship-ds config`")
+]
+Probes = Annotated[
+    list[str] | None,
+    typer.Option("--probe", metavar="INPUT...", help="inputs to prove it on"),
+]
+PadTo = Annotated[
+    int | None,
+    typer.Option(min=1, help="LoRA rank to reach with zero rows; the function stays the same"),
+]
+JsonLines = Annotated[
+    str | None,
+    typer.Option(
+        "--file", help='JSON lines, {"input": ..., "target": ...}; default: standard input'
+    ),
+]
+Seed = Annotated[int, typer.Option(help="of everything that is drawn")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text")]
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """One line of JSON on standard output."""
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def log(text: str) -> None:
+    """One line on standard error."""
+    print(f"ship-ds: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""The settings of `ship-ds evaluate`. Imports no torch, so that a wrong option is told at once."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+
+from ship_ds.errors import UserError
+from ship_ds.section import Section
+
+METHOD_NAMES = (
+    "ship",
+    "nearest_known",
+    "prompting",
+    "icl",
+    "sft",
+    "prompt_tuning",
+    "tagi",
+    "itd",
+    "instruction_induction",
+    "text_to_lora",
+    "random_decode",
+    "bare_base",
+    "shuffled_instruction",
+)
+"""In the order of the tables; methods/__init__.py has the class of each."""
+JudgeName = Literal["execution", "rouge", "endpoint"]
+Part = Literal["seen", "dev", "unseen"]
+
+
+class EndpointConfig(Section):
+    """A server that speaks OpenAI's /chat/completions; its key is read from OPENAI_API_KEY, where
+    it needs one."""
+
+    url: str = "http://localhost:8000/v1"
+    """Where /chat/completions is found."""
+    model: str = "default"
+    """Name of the model that the server is asked for."""
+    retries: int = 5
+    """Of a request that failed, each after a longer wait."""
+    timeout_seconds: float = 60
+    """For one reply."""
+
+
+class HarnessConfig(Section):
+    """What `ship-ds evaluate` measures; its options have the same names."""
+
+    methods: tuple[str, ...] = Field(METHOD_NAMES, min_length=1)
+    """SHIP, baselines and controls by name."""
+    parts: tuple[Part, ...] = Field(("seen", "unseen"), min_length=1)
+    """Of the tasks: those that SHIP was trained on, those it was tuned by, and new ones."""
+    num_tasks: PositiveInt = 120
+    """Of each part at most, evenly spaced."""
+    num_shown: tuple[PositiveInt, ...] = Field((5,), min_length=1)
+    """Examples shown in induction and reasoning; the first is the report's own, the others are
+    beside it."""
+    minutes: PositiveFloat = Field(5, le=5)
+    """Training time of each baseline."""
+    judges: tuple[JudgeName, ...] = ("execution", "rouge")
+    """What scores an induced instruction: do its answers match (execution), do its words (rouge),
+    does a language model call it the same (endpoint)."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """The judge behind an endpoint, where it is one of `judges`."""
+    seed: int = 0
+    """Of the examples that are shown, and of the baselines."""
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in METHOD_NAMES:
+                raise ValueError(
+                    f"there is no method {name!r}; there are {', '.join(METHOD_NAMES)}"
+                )
+        return names
+
+    @classmethod
+    def from_options(
+        cls,
+        methods: str = "all",
+        parts: str = "seen,unseen",
+        num_tasks: int = 120,
+        num_shown: str = "5",
+        minutes: float = 5,
+        judge: str = "execution,rouge",
+        endpoint: str = "http://localhost:8000/v1",
+        endpoint_model: str = "default",
+        seed: int = 0,
+    ) -> "HarnessConfig":
+        """The settings that the options of `ship-ds evaluate` ask for; lists have commas in them.
+
+        Args:
+            methods: names, or "all".
+            judge: names, or "none".
+
+        Raises:
+            UserError: one of them is wrong; the message names the option.
+        """
+        values = {
+            "methods": METHOD_NAMES if methods == "all" else _listed(methods),
+            "parts": _listed(parts),
+            "num_shown": _listed(num_shown),
+            "judges": () if judge == "none" else _listed(judge),
+            "num_tasks": num_tasks,
+            "minutes": minutes,
+            "seed": seed,
+            "endpoint": {"url": endpoint, "model": endpoint_model},
+        }
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = str(first["loc"][0]).replace("_", "-").replace("judges", "judge")
+            raise UserError(f"--{option}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

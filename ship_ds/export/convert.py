@@ -1,0 +1,121 @@
+"""A run or checkpoint -> bundle -> adapters -> merged models, for `ship-ds convert`.
+
+    OUT/bundle                    unless the run has one
+    OUT/adapters/NAME             a PEFT folder for each instruction
+    OUT/merged/NAME-TARGET        a model folder for each of them and each target
+
+Each of them is there whole or not at all, and what is there is not made again: after a kill the
+same command goes on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ship_ds.bundle import WEIGHTS, Ship, bundle_folder, bundle_from_checkpoint, verify
+from ship_ds.errors import UserError
+from ship_ds.export import drift
+from ship_ds.export.deduce import export_many
+from ship_ds.export.merge import Dtype, Merge
+from ship_ds.export.requests import Request
+from ship_ds.export.targets import TargetName
+from ship_ds.runtime import checkpoint
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is made of a run beside its bundle.
+
+    Args:
+        targets: what each adapter is merged into; () for no merging.
+        base: where the base is now, if not where the run had it.
+        measures_drift: load base and result to compare their logits.
+    """
+
+    requests: Sequence[Request]
+    probes: Sequence[str]
+    pad_to: int | None
+    targets: Sequence[TargetName]
+    base: str | None
+    dtype: Dtype
+    shard_gigabytes: float
+    measures_drift: bool
+
+
+def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[str], None]) -> None:
+    """Make what is not there yet.
+
+    Args:
+        source: a run or a checkpoint.
+        report: takes one line about each thing that was made.
+
+    Raises:
+        UserError: there is nothing to start from, or OUT is of other instructions.
+    """
+    bundle = find_bundle(source, out / "bundle", report)
+    if not conversion.requests:
+        return
+    _make_adapters(bundle, out / "adapters", conversion, report)
+    for request in conversion.requests:
+        for target in conversion.targets:
+            merged = out / "merged" / f"{request.name}-{target}"
+            if not merged.exists():
+                adapter = out / "adapters" / request.name
+                merge = Merge(
+                    adapter, target, conversion.base, conversion.dtype, conversion.shard_gigabytes
+                )
+                report(
+                    describe(merged, merge, merge_into(merged, merge, conversion.measures_drift))
+                )
+
+
+def find_bundle(source: Path, out: Path, report: Callable[[str], None]) -> Path:
+    """The run's own bundle; else one made from the checkpoint given, or from the run's newest good
+    one."""
+    if (bundle_folder(source) / WEIGHTS).is_file():
+        return bundle_folder(source)
+    if not out.exists():
+        is_run = (source / "checkpoints").is_dir()
+        chosen = checkpoint.newest_good(source / "checkpoints", report) if is_run else source
+        if chosen is None:
+            raise UserError(
+                f"{source}: has neither a bundle nor a whole checkpoint; train on, or give a "
+                "checkpoint's folder"
+            )
+        bundle_from_checkpoint(chosen, out)
+        report(f"{out}: bundle of {chosen}")
+    verify(out)
+    return out
+
+
+def _make_adapters(
+    bundle: Path, out: Path, conversion: Conversion, report: Callable[[str], None]
+) -> None:
+    requests = conversion.requests
+    if out.exists():
+        missing = [request.name for request in requests if not (out / request.name).is_dir()]
+        if missing:
+            raise UserError(
+                f"{out}: is of other instructions (no {missing[0]}); remove it or choose another "
+                "--out"
+            )
+        return
+    ship = Ship.from_run(bundle)
+    batch = export_many(ship, requests, out, conversion.probes, conversion.pad_to)
+    report(f"{out}: {len(requests)} adapters, peft = live within {batch.worst.from_live:.1e}")
+
+
+def merge_into(out: Path, merge: Merge, measures_drift: bool) -> dict[str, Any]:
+    """What merge.json says, with the drift of the logits where it is measured."""
+    if not measures_drift:
+        return merge.run(out)
+    return merge.run(out, lambda part: drift.drift(part, merge.adapter, merge.folder))
+
+
+def describe(out: Path, merge: Merge, report: dict[str, Any]) -> str:
+    """ "merged: original, 1 shard(s)", and a second line on the drift where it was measured."""
+    num_kept = report["num_shards_kept"]
+    earlier = f", {num_kept} of them from a run that was cut off" if num_kept else ""
+    line = f"{out}: {merge.plan.target}, {report['num_shards']} shard(s){earlier}"
+    return f"{line}\n  {drift.show(report)}" if "logit_drift" in report else line
