@@ -24,7 +24,6 @@ from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, write_lora, write_soft_pr
 from ship_ds.model.adapters import Adapter, LoraAdapter, SoftPrompt
 from ship_ds.model.backbone import base_folder, load_lm
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import embed
 from ship_ds.origin import Origin
 from ship_ds.weights_folder import WeightsFolder
 
@@ -159,8 +158,4 @@ def live_logits(ship: Ship, adapter: Adapter, ids: Sequence[int]) -> Tensor:
     virtual = adapter.virtual_tokens()
     num_virtual = 0 if virtual is None else virtual.shape[1]
     batch = TokenBatch.build([ids], None, ship.model.prompts.pad_id, num_virtual, ship.model.device)
-    lm = ship.model.task_llm.lm
-    out: Tensor = lm(
-        inputs_embeds=embed(lm, batch, virtual), use_cache=False, ship_adapter=adapter
-    ).logits
-    return out[0, num_virtual:]
+    return ship.model.task_llm.logits(adapter, batch)[0, num_virtual:]

@@ -15,7 +15,7 @@ def check_instruction(model: ShipModel, instruction: str) -> None:
     _check_known(model.encoder_prompts, instruction, "instruction")
     _check_length(
         len(model.encoder_prompts.encoder_prompt(instruction)),
-        model.encoder.lm,
+        model.encoder.language_model.context_length,
         "instruction",
         "encoder",
     )
@@ -28,7 +28,7 @@ def check_inputs(model: ShipModel, inputs: Sequence[str], max_new_tokens: int) -
         length = model.num_virtual_tokens + len(model.question(text)) + max_new_tokens
         _check_length(
             length,
-            model.task_llm.lm,
+            model.task_llm.language_model.context_length,
             f"input {number} with an answer of {max_new_tokens} tokens",
             "Task LLM",
         )
@@ -45,7 +45,10 @@ def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
             _check_known(model.prompts, text, f"example {number}, {part}")
         length = len(model.question(example.input)) + len(model.prompts.target(example.target))
         _check_length(
-            model.num_virtual_tokens + length, model.task_llm.lm, f"example {number}", "Task LLM"
+            model.num_virtual_tokens + length,
+            model.task_llm.language_model.context_length,
+            f"example {number}",
+            "Task LLM",
         )
         other = first.setdefault(example.input, number)
         before = examples[other - 1].target
@@ -75,8 +78,7 @@ def _check_known(prompts: PromptFormat, text: str, what: str) -> None:
     )
 
 
-def _check_length(length: int, lm: object, what: str, reader: str) -> None:
-    limit = getattr(lm.config, "max_position_embeddings", None)  # type: ignore[attr-defined]
+def _check_length(length: int, limit: int | None, what: str, reader: str) -> None:
     if limit is not None and length > limit:
         raise UserError(
             f"{what}: is {length} tokens long in its prompt and the {reader} reads at "

@@ -17,7 +17,6 @@ from torch import Tensor
 from ship_ds.inference.scoring import Examples, answers_batch, losses_by_example, sum_per_example
 from ship_ds.model.adapters import Adapter
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import embed
 from ship_ds.model.ship import ShipModel
 
 NEUTRAL_INSTRUCTION = "Generate the output based on the given input."
@@ -70,7 +69,7 @@ def descend_on_instruction(
         [prompt] * len(start_NH), None, model.encoder_prompts.pad_id, device=model.device
     )
     with torch.no_grad():
-        table_CSH = embed(model.encoder.lm, batch)
+        table_CSH = model.encoder.language_model.embed(batch)
     point_CNH = torch.stack(list(start_NH)).detach().to(model.device).clone().requires_grad_()
 
     def latent() -> Tensor:
@@ -112,7 +111,7 @@ def neutral_embeddings(model: ShipModel) -> Tensor:
     """(N, H): where `indirect` starts."""
     prompt, place = neutral_prompt(model)
     batch = TokenBatch.build([prompt], None, model.encoder_prompts.pad_id, device=model.device)
-    return embed(model.encoder.lm, batch)[0, place]
+    return model.encoder.language_model.embed(batch)[0, place]
 
 
 def descend_to_behaviour(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ship_ds.data.task import Example
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import label_logits
-from ship_ds.model.generation import Stream, sample
+from ship_ds.model.generation import sample
+from ship_ds.model.language_model import Stream
 from ship_ds.model.search import beam_search
 from ship_ds.model.ship import ShipModel
 
@@ -63,14 +63,16 @@ def read(model: ShipModel, shown: Sequence[Examples], latent_WZ: Tensor | None) 
     batch = TokenBatch.build(
         ids, None, prompts.pad_id, model.config.decoder.num_soft_tokens, model.device
     )
-    return Stream(model.decoder.lm, batch, _soft(model, len(shown), latent_WZ))
+    latent_WZ, shows_latent_W = _beside(model, len(shown), latent_WZ)
+    return model.decoder.stream(latent_WZ, shows_latent_W, batch)
 
 
-@torch.no_grad()
-def _soft(model: ShipModel, num_views: int, latent_WZ: Tensor | None) -> Tensor:
-    shows = torch.full((num_views,), latent_WZ is not None, device=model.device)
+def _beside(model: ShipModel, num_views: int, latent_WZ: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The latents beside the views, zeros where there are none, and whether the decoder reads
+    them."""
+    shows_latent_W = torch.full((num_views,), latent_WZ is not None, device=model.device)
     latent_WZ = torch.zeros(num_views, model.config.latent_size) if latent_WZ is None else latent_WZ
-    return model.decoder.soft_tokens(latent_WZ.to(model.device), shows)
+    return latent_WZ.to(model.device), shows_latent_W
 
 
 def sampled(
@@ -145,8 +147,8 @@ def edits(
         batch = TokenBatch.build(
             ids, targets, prompts.pad_id, model.config.decoder.num_soft_tokens, model.device
         )
-        soft = _soft(model, len(ids), None if latent_WZ is None else latent_WZ[chunk])
-        logits, _ = label_logits(model.decoder.lm, batch, soft)
+        beside = _beside(model, len(ids), None if latent_WZ is None else latent_WZ[chunk])
+        logits, _ = model.decoder(*beside, batch)
         for target, own_NV in zip(targets, logits.split(batch.target_lengths), strict=True):
             found.append(_changes(model, target, own_NV, num_edits))
     return found

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ship_ds.errors import UserError
+from ship_ds.model.language_model import language_model
 from ship_ds.model.segment_lora import segment_lora
 
 
@@ -152,44 +153,58 @@ class AdaptedBlock(nn.Module):
 
 
 def wrap_sites(model: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """Wrap the target linears and the blocks of a decoder-only transformers model; path -> (in,
-    out) of each site.
+    """Wrap the target linears and the blocks of a transformers model, once.
 
-    Raises UserError naming the first target that a block lacks, or the part of the model that is
-    missing.
+    Args:
+        model: of any architecture that language_model.py knows.
+        targets: names of linear modules, such as "q_proj", in each block.
+
+    Returns:
+        Module path before the wrapping -> (in, out) of each site.
+
+    Raises:
+        UserError: the model cannot be adapted, or a block lacks a target.
     """
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise UserError(
-            f"{type(model).__name__}: has no model.layers; only decoder-only models with a list of "
-            "blocks there can be adapted"
-        )
-    found = {index: _find_linears(model, block, targets) for index, block in enumerate(layers)}
-    sites: dict[str, tuple[int, int]] = {}
-    for index, linears in found.items():
-        for inner, base in linears.items():
-            path = f"model.layers.{index}.{inner}"
-            sites[path] = (base.in_features, base.out_features)
-            layers[index].set_submodule(inner, AdaptedLinear(base, path))
-        layers[index] = AdaptedBlock(layers[index])
-    return sites
-
-
-def _find_linears(
-    model: nn.Module, block: nn.Module, targets: tuple[str, ...]
-) -> dict[str, nn.Linear]:
-    linears = {
-        path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)
+    lm = language_model(model)
+    reason = lm.missing("adapters")
+    if reason is not None:
+        raise UserError(reason)
+    blocks, linears = lm.blocks(), lm.linears()
+    # All targets are looked for before the first module is replaced.
+    found = {path: _targets_in(type(model).__name__, path, linears, targets) for path in blocks}
+    for block_path, block in blocks.items():
+        for path in found[block_path]:
+            model.set_submodule(path, AdaptedLinear(linears[path], path))
+        model.set_submodule(block_path, AdaptedBlock(block))
+    return {
+        path: (linears[path].in_features, linears[path].out_features)
+        for paths in found.values()
+        for path in paths
     }
-    names = {path.rpartition(".")[2] for path in linears}
+
+
+def _targets_in(
+    model_name: str, block_path: str, linears: Mapping[str, nn.Linear], targets: tuple[str, ...]
+) -> list[str]:
+    """Paths of the block's target linears, target by target."""
+    paths = [path for path in linears if path.startswith(f"{block_path}.")]
+    names = {path.rpartition(".")[2] for path in paths}
     for target in targets:
         if target not in names:
             raise UserError(
-                f"hypernetwork.targets: {type(model).__name__} has no linear module {target!r}; "
+                f"hypernetwork.targets: {model_name} has no linear module {target!r}; "
                 f"its blocks have {', '.join(sorted(names))}"
             )
-    wanted = {
-        target: [path for path in linears if path.rpartition(".")[2] == target]
-        for target in targets
+    return [path for target in targets for path in paths if path.rpartition(".")[2] == target]
+
+
+def sites_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """As `wrap_sites` gave them when it wrapped this model."""
+    wrapped = {
+        module.path: module.base for module in model.modules() if isinstance(module, AdaptedLinear)
     }
-    return {path: linears[path] for target in targets for path in wanted[target]}
+    return {
+        path: (linear.in_features, linear.out_features)
+        for path, linear in wrapped.items()
+        if isinstance(linear, nn.Linear)
+    }

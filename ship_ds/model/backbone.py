@@ -118,17 +118,6 @@ def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> i
     )
 
 
-def embedding_spread(model: Any) -> float:
-    """Standard deviation of the token embeddings; on the meta device, where they have none, that of
-    a fresh model."""
-    weight: torch.Tensor = model.get_input_embeddings().weight
-    return (
-        float(model.config.initializer_range)
-        if weight.is_meta
-        else float(weight.detach().float().std())
-    )
-
-
 def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 

@@ -10,11 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ship_ds.model.backbone import embedding_spread
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import label_logits
 from ship_ds.model.generation import greedy
 from ship_ds.model.hypernetwork import check_reshape
+from ship_ds.model.language_model import Stream, language_model
 
 
 class Decoder(nn.Module):
@@ -30,11 +29,11 @@ class Decoder(nn.Module):
         fusion: Literal["mlp", "reshape"] = "mlp",
     ) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.language_model = lm, language_model(lm)
         self.num_soft_tokens = num_soft_tokens
         # Soft tokens start as large as token embeddings: from near zero, each RMSNorm multiplies
         # the gradient by a thousand.
-        spread = embedding_spread(lm)
+        spread = self.language_model.embedding_spread
         self.from_latent: nn.Module
         if fusion == "reshape":
             check_reshape(
@@ -61,9 +60,8 @@ class Decoder(nn.Module):
         self, latent_TZ: Tensor, shows_latent_T: Tensor, batch: TokenBatch, packed: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Label logits (K, V) and labels (K,) of the instructions."""
-        return label_logits(
-            self.lm, batch, self.soft_tokens(latent_TZ, shows_latent_T), packed=packed
-        )
+        soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
+        return self.language_model.score(batch, soft=soft_TPH, packed=packed)
 
     def generate(
         self,
@@ -73,7 +71,10 @@ class Decoder(nn.Module):
         max_new_tokens: int,
         any_unfinished: Callable[[bool], bool] = bool,
     ) -> list[list[int]]:
-        soft_TPH = self.soft_tokens(latent_TZ)
-        return greedy(
-            self.lm, prompts, soft_TPH, None, eos_id, max_new_tokens, any_unfinished=any_unfinished
-        )
+        return greedy(self.stream(latent_TZ, None, prompts), eos_id, max_new_tokens, any_unfinished)
+
+    def stream(
+        self, latent_TZ: Tensor, shows_latent_T: Tensor | None, prompts: TokenBatch
+    ) -> Stream:
+        """The prompts read after each latent's soft tokens, about to write the instruction."""
+        return self.language_model.stream(prompts, soft=self.soft_tokens(latent_TZ, shows_latent_T))

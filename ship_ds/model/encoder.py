@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import hidden_states
+from ship_ds.model.language_model import language_model
 
 _FIRST_LOG_VARIANCE = -5.0
 
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
 
     def __init__(self, lm: nn.Module, hidden_size: int, latent_size: int) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.language_model = lm, language_model(lm)
         first, last = (
             nn.Linear(hidden_size, 2 * hidden_size),
             nn.Linear(2 * hidden_size, 2 * latent_size),
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
 
         embeddings_TSH: read in place of the batch's tokens (induction optimises them).
         """
-        hidden_TSH = hidden_states(self.lm, batch, embeddings_TSH)
+        hidden_TSH = self.language_model.hidden(batch, embeddings_TSH)
         last_TH = hidden_TSH[
             torch.arange(len(hidden_TSH), device=hidden_TSH.device), batch.lengths_E - 1
         ]

@@ -29,7 +29,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from ship_ds.model.generation import Stream
+from ship_ds.model.language_model import Stream
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ship_ds.config import (
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.loss import kl_to_prior, sum_cross_entropy
 from ship_ds.model.adapters import Adapter, wrap_sites
-from ship_ds.model.attention import PACKS, Choice, this_machine
+from ship_ds.model.attention import Choice, this_machine
 from ship_ds.model.backbone import add_static_lora, freeze, load_lm, load_tokenizer, stored_bytes
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder import Decoder
@@ -132,8 +132,7 @@ class ShipModel(nn.Module):
     @property
     def packs(self) -> bool:
         """Whether batches are laid out without padding, for a kernel that gains by it."""
-        settings: Any = self.task_llm.lm.config
-        return self.device.type == "cuda" and settings._attn_implementation in PACKS
+        return self.task_llm.language_model.packs
 
     def collate(self, draws: Sequence[TaskDraw], seed: int, step: int) -> ShipBatch:
         encoder, decoder = self.encoder_prompts, self.decoder_prompts

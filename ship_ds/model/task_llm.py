@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ship_ds.model.adapters import Adapter
+from ship_ds.model.adapters import Adapter, sites_of
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import label_logits
-from ship_ds.model.generation import Stream, greedy
+from ship_ds.model.generation import greedy
+from ship_ds.model.language_model import Stream, language_model
 
 
 class TaskLlm(nn.Module):
@@ -23,7 +23,7 @@ class TaskLlm(nn.Module):
 
     def __init__(self, lm: nn.Module, checkpointing: bool) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.language_model = lm, language_model(lm)
         self.checkpointing = checkpointing
         self.eval()
 
@@ -42,17 +42,15 @@ class TaskLlm(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Label logits (K, V) and labels (K,) of the answers; no adapter: those of the bare
         base."""
-        num_rows = len(batch.ids_ES)
-        soft = None if adapter is None else _per_row(adapter.virtual_tokens(), num_rows)
-        return label_logits(
-            self.lm,
+        num_rows = len(batch.lengths)
+        return self.language_model.score(
             batch,
-            soft,
             adapter,
+            num_tasks,
+            soft=_virtual_tokens(adapter, num_rows),
             instruction=_per_row(instruction, num_rows),
             packed=packed,
             checkpointing=self.checkpointing,
-            num_tasks=num_tasks,
         )
 
     def generate(
@@ -64,23 +62,34 @@ class TaskLlm(nn.Module):
         instruction: Tensor | None = None,
         any_unfinished: Callable[[bool], bool] = bool,
     ) -> list[list[int]]:
-        num_rows = len(prompts.ids_ES)
-        soft = None if adapter is None else _per_row(adapter.virtual_tokens(), num_rows)
-        return greedy(
-            self.lm,
+        """Greedy answers as token ids, each up to and including its end of sequence."""
+        stream = self.stream(adapter, prompts, instruction)
+        return greedy(stream, eos_id, max_new_tokens, any_unfinished)
+
+    def stream(
+        self, adapter: Adapter | None, prompts: TokenBatch, instruction: Tensor | None = None
+    ) -> Stream:
+        """The prompts read under their tasks' adapters, to be continued."""
+        num_rows = len(prompts.lengths)
+        return self.language_model.stream(
             prompts,
-            soft,
             adapter,
-            eos_id,
-            max_new_tokens,
+            soft=_virtual_tokens(adapter, num_rows),
             instruction=_per_row(instruction, num_rows),
-            any_unfinished=any_unfinished,
         )
 
-    def stream(self, adapter: Adapter | None, prompts: TokenBatch) -> Stream:
-        """The prompts read under their tasks' adapters, to be continued."""
-        soft = None if adapter is None else _per_row(adapter.virtual_tokens(), len(prompts.ids_ES))
-        return Stream(self.lm, prompts, soft, adapter)
+    def logits(self, adapter: Adapter | None, prompts: TokenBatch) -> Tensor:
+        """Logits (E, S, V) after every token, virtual ones included."""
+        soft = _virtual_tokens(adapter, len(prompts.lengths))
+        return self.language_model.logits(prompts, adapter, soft)
+
+    def sites(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (in, out) of every linear that an adapter may change."""
+        return sites_of(self.lm)
+
+
+def _virtual_tokens(adapter: Adapter | None, num_rows: int) -> Tensor | None:
+    return None if adapter is None else _per_row(adapter.virtual_tokens(), num_rows)
 
 
 def _per_row(per_task: Tensor | None, num_rows: int) -> Tensor | None:

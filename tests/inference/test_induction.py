@@ -166,10 +166,9 @@ def test_trying_all_known_misses_none_of_the_best_in_a_bank_too_large_to_walk_wh
 def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list[str]) -> None:
     """With a beam as wide as the bank the tree gives every instruction, ordered as whole texts
     are."""
-    from ship_ds.inference.proposals import _soft
+    from ship_ds.inference.proposals import _beside
     from ship_ds.inference.scoring import losses_by_example
     from ship_ds.model.batch import TokenBatch
-    from ship_ds.model.causal_lm import label_logits
 
     model, bank, shown = ship.model, ship.bank, behaviour(ship, "add 3", inputs, 2)
     found = bank.shortlist_by_decoder(model, [shown], len(bank))[0]
@@ -181,7 +180,7 @@ def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list
         model.config.decoder.num_soft_tokens,
     )
     with torch.no_grad():
-        logits, labels = label_logits(model.decoder.lm, batch, _soft(model, len(bank), None))
+        logits, labels = model.decoder(*_beside(model, len(bank), None), batch)
     losses = losses_by_example(logits, labels, batch, len(bank))[:, 0]
     assert sorted(found) == list(range(len(bank)))
     assert losses[found].diff().min() > -1e-3 and losses.max() - losses.min() > 0.1

@@ -1,9 +1,10 @@
 """Tiny random language models of several families, and batches for them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -18,7 +19,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ship_ds.model.adapters import LoraAdapter
+from ship_ds.model.adapters import Adapter, LoraAdapter
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.generation import greedy
+from ship_ds.model.language_model import Stream, language_model
 
 VOCABULARY, HIDDEN, EOS = 61, 64, 1
 _SIZES = {
@@ -93,3 +97,38 @@ def random_rows(lengths: Sequence[int], seed: int = 2) -> list[list[int]]:
     return [
         torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths
     ]
+
+
+def label_logits(
+    model: nn.Module,
+    batch: TokenBatch,
+    soft: Tensor | None = None,
+    adapter: Adapter | None = None,
+    *,
+    num_tasks: int = 1,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`score` of the port around a transformers model."""
+    return language_model(model).score(batch, adapter, num_tasks, soft=soft, **options)
+
+
+def stream_of(
+    model: nn.Module,
+    prompts: TokenBatch,
+    soft: Tensor | None = None,
+    adapter: Adapter | None = None,
+) -> Stream:
+    """`stream` of the port around a transformers model."""
+    return language_model(model).stream(prompts, adapter, soft=soft)
+
+
+def greedy_rows(
+    model: nn.Module,
+    prompts: TokenBatch,
+    soft: Tensor | None,
+    adapter: Adapter | None,
+    eos_id: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Greedy continuations of prompts."""
+    return greedy(stream_of(model, prompts, soft, adapter), eos_id, max_new_tokens)

@@ -9,8 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import AdaptedLinear, Adapter, LoraAdapter, SoftPrompt, wrap_sites
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import label_logits
-from tests.model.models import HIDDEN, random_lora, random_rows, tiny_lm
+from tests.model.models import HIDDEN, label_logits, random_lora, random_rows, tiny_lm
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 

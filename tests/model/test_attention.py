@@ -18,9 +18,7 @@ from ship_ds.model import attention
 from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.attention import FLASH, VARLEN, resolve
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import label_logits
-from ship_ds.model.generation import greedy
-from tests.model.models import EOS, random_lora, random_rows, tiny_lm
+from tests.model.models import EOS, greedy_rows, label_logits, random_lora, random_rows, tiny_lm
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 UNCAPPED = ("llama", "qwen2", "qwen3", "mistral")
@@ -164,7 +162,7 @@ def test_generation_with_padding_and_cache_leaves_the_kernel_alone(
     family: str, kernel: Kernel
 ) -> None:
     prompts = TokenBatch.build(random_rows([9, 4, 7]), None, 0)
-    assert greedy(tiny_lm(family, VARLEN), prompts, None, None, EOS, 8) == greedy(
+    assert greedy_rows(tiny_lm(family, VARLEN), prompts, None, None, EOS, 8) == greedy_rows(
         tiny_lm(family), prompts, None, None, EOS, 8
     )
     assert kernel.num_calls == 0

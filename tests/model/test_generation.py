@@ -6,8 +6,8 @@ import torch
 
 from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.generation import Stream, greedy, sample
-from tests.model.models import EOS, random_lora, random_rows, tiny_lm
+from ship_ds.model.generation import sample
+from tests.model.models import EOS, greedy_rows, random_lora, random_rows, stream_of, tiny_lm
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
 LENGTHS = [9, 4, 7, 12]
@@ -24,27 +24,29 @@ def test_rows_that_end_at_different_steps_leave_an_uneven_adapter_right() -> Non
     model, rows = tiny_lm("llama"), random_rows([5, 6, 7, 5, 8, 4], seed=4)
     adapter = random_lora(wrap_sites(model, TARGETS), 2)
     model.get_output_embeddings().weight.data[EOS] *= 3
-    together = greedy(model, TokenBatch.build(rows, None, 0), None, adapter, EOS, 12)
+    together = greedy_rows(model, TokenBatch.build(rows, None, 0), None, adapter, EOS, 12)
     assert len({len(row) for row in together}) > 2
     for e, row in enumerate(rows):
         one = adapter.rows(torch.tensor([e // 3]))
-        assert greedy(model, TokenBatch.build([row], None, 0), None, one, EOS, 12) == [together[e]]
+        assert greedy_rows(model, TokenBatch.build([row], None, 0), None, one, EOS, 12) == [
+            together[e]
+        ]
 
 
 def test_a_samples_draw_does_not_depend_on_the_batch() -> None:
     model, rows = _ending("llama"), random_rows(LENGTHS)
     uniform = torch.rand(4, 10, generator=torch.Generator().manual_seed(3))
-    together = sample(Stream(model, TokenBatch.build(rows, None, 0)), uniform, 1.0, EOS)
+    together = sample(stream_of(model, TokenBatch.build(rows, None, 0)), uniform, 1.0, EOS)
     for e, row in enumerate(rows):
         assert sample(
-            Stream(model, TokenBatch.build([row], None, 0)), uniform[e : e + 1], 1.0, EOS
+            stream_of(model, TokenBatch.build([row], None, 0)), uniform[e : e + 1], 1.0, EOS
         ) == [together[e]]
-    assert together != greedy(model, TokenBatch.build(rows, None, 0), None, None, EOS, 10)
+    assert together != greedy_rows(model, TokenBatch.build(rows, None, 0), None, None, EOS, 10)
 
 
 def test_samples_follow_the_models_probabilities() -> None:
     model, row = tiny_lm("llama"), random_rows([5])
-    stream = Stream(model, TokenBatch.build(row, None, 0))
+    stream = stream_of(model, TokenBatch.build(row, None, 0))
     expected = (stream.logits_EV[0] / 0.7).softmax(-1)
     stream.select(torch.zeros(4000, dtype=torch.long))
     drawn = sample(
@@ -59,6 +61,6 @@ def test_samples_follow_the_models_probabilities() -> None:
 
 def test_a_cold_sample_is_greedy() -> None:
     model, batch = _ending("llama"), TokenBatch.build(random_rows(LENGTHS), None, 0)
-    assert sample(Stream(model, batch), torch.full((4, 9), 0.5), 1e-4, EOS) == greedy(
+    assert sample(stream_of(model, batch), torch.full((4, 9), 0.5), 1e-4, EOS) == greedy_rows(
         model, batch, None, None, EOS, 9
     )

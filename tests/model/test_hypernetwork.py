@@ -14,9 +14,8 @@ from ship_ds.config import (
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import LoraAdapter, wrap_sites
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import label_logits
 from ship_ds.model.hypernetwork import LoraHypernetwork, Target, build_hypernetwork
-from tests.model.models import random_rows, tiny_lm
+from tests.model.models import label_logits, random_rows, tiny_lm
 
 Z, WIDTH, RANK = 6, 16, 4
 KINDS = ("per_module", "per_layer", "per_rank")

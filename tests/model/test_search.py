@@ -14,9 +14,16 @@ import torch
 
 from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.generation import Stream, greedy
 from ship_ds.model.search import TokenTrie, beam_search, likeliest_known, vote
-from tests.model.models import EOS, FAMILIES, random_lora, random_rows, tiny_lm
+from tests.model.models import (
+    EOS,
+    FAMILIES,
+    greedy_rows,
+    random_lora,
+    random_rows,
+    stream_of,
+    tiny_lm,
+)
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
 LENGTHS = [9, 4, 7, 12]
@@ -57,7 +64,7 @@ def _transformers_beams(
 @pytest.mark.parametrize("penalty", [1.0, 0.0])
 def test_beam_search_is_transformers_own(family: str, penalty: float) -> None:
     model, rows = _ending(family), random_rows(LENGTHS)
-    ours = beam_search(Stream(model, TokenBatch.build(rows, None, 0)), 4, EOS, 9, penalty)
+    ours = beam_search(stream_of(model, TokenBatch.build(rows, None, 0)), 4, EOS, 9, penalty)
     lengths = set()
     for row, beams in zip(rows, ours, strict=True):
         expected = _transformers_beams(model, row, 4, 9, penalty)
@@ -74,8 +81,8 @@ def test_beam_search_is_transformers_own(family: str, penalty: float) -> None:
 def test_one_beam_is_greedy() -> None:
     model, batch = _ending("llama"), TokenBatch.build(random_rows(LENGTHS), None, 0)
     assert [
-        list(beams[0].tokens) for beams in beam_search(Stream(model, batch), 1, EOS, 9)
-    ] == greedy(model, batch, None, None, EOS, 9)
+        list(beams[0].tokens) for beams in beam_search(stream_of(model, batch), 1, EOS, 9)
+    ] == greedy_rows(model, batch, None, None, EOS, 9)
 
 
 def test_beams_under_an_adapter_are_each_tasks_own() -> None:
@@ -85,10 +92,10 @@ def test_beams_under_an_adapter_are_each_tasks_own() -> None:
     adapter = random_lora(wrap_sites(model, TARGETS), 2)
     model.get_output_embeddings().weight.data[EOS] *= 3
     together = beam_search(
-        Stream(model, TokenBatch.build(rows, None, 0), adapter=adapter), 3, EOS, 8
+        stream_of(model, TokenBatch.build(rows, None, 0), adapter=adapter), 3, EOS, 8
     )
     for e, row in enumerate(rows):
-        alone = Stream(
+        alone = stream_of(
             model, TokenBatch.build([row], None, 0), adapter=adapter.rows(torch.tensor([e // 2]))
         )
         assert [beam.tokens for beam in beam_search(alone, 3, EOS, 8)[0]] == [
@@ -103,7 +110,7 @@ def test_votes_of_several_prompts_are_the_recorded_ones(case: str) -> None:
     adapter = random_lora(wrap_sites(model, TARGETS), 1)
     model.get_output_embeddings().weight.data[EOS] *= 3
     prompts = TokenBatch.build(random_rows([9, 4, 7, 12, 5, 6]), None, 0)
-    texts = vote(Stream(model, prompts, adapter=adapter), 3, 4, EOS, int(length))
+    texts = vote(stream_of(model, prompts, adapter=adapter), 3, 4, EOS, int(length))
     without_end = [
         [[token for token in beam.tokens if token != EOS] for beam in beams] for beams in texts
     ]
@@ -118,7 +125,9 @@ def test_likeliest_known_texts_are_the_recorded_ones(case: str) -> None:
     texts = sorted(drawn)
     rng.shuffle(texts)
     trie = TokenTrie(texts)
-    stream = Stream(_ending(family, int(seed)), TokenBatch.build(random_rows([9, 4, 7]), None, 0))
+    stream = stream_of(
+        _ending(family, int(seed)), TokenBatch.build(random_rows([9, 4, 7]), None, 0)
+    )
     beams = likeliest_known(stream, trie, int(num_beams))
     assert [[trie.index(beam.tokens) for beam in own] for own in beams] == RECORDED["trie"][case]
 
@@ -127,7 +136,7 @@ def test_a_beam_as_wide_as_the_trie_orders_all_texts_by_their_likelihood() -> No
     model, prompt = _ending("llama"), random_rows([6])
     texts = [(5, 8, EOS), (5, 9, EOS), (6, EOS), (6, 5, 5, EOS)]
     trie = TokenTrie(texts)
-    beams = likeliest_known(Stream(model, TokenBatch.build(prompt, None, 0)), trie, 4)[0]
+    beams = likeliest_known(stream_of(model, TokenBatch.build(prompt, None, 0)), trie, 4)[0]
     with torch.no_grad():
         for beam in beams:
             ids = torch.tensor([prompt[0] + list(beam.tokens)])

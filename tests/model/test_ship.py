@@ -190,7 +190,7 @@ def test_optimised_embeddings_stand_in_for_a_soft_instruction() -> None:
     ship = _ship(task_llm=TaskLlmConfig(quantisation="none", instruction="soft"))
     batch = ship.task_batch(INPUTS, INPUTS, [WORDINGS[0]] * 4)
     adapter, ids = ship.adapt(ship.encode([WORDINGS[0]])), ship.prompts.target(WORDINGS[0])[:-1]
-    table = ship.task_llm.lm.get_input_embeddings()(torch.tensor([ids]))
+    table = ship.task_llm.language_model.embed_ids(torch.tensor([ids]))
     expected, _ = ship.task_llm(adapter, batch, 1)
     torch.testing.assert_close(ship.task_llm(adapter, batch, 1, instruction=table)[0], expected)
     assert not torch.allclose(

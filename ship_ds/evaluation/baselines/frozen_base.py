@@ -6,19 +6,17 @@ Letters: E sequences, T tasks, K labelled positions, V vocabulary, S length, H h
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ship_ds.bundle import Ship
 from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.evaluation.method import Answers
 from ship_ds.loss import sum_cross_entropy
-from ship_ds.model.adapters import AdaptedLinear, Adapter, wrap_sites
+from ship_ds.model.adapters import Adapter, wrap_sites
 from ship_ds.model.backbone import freeze, load_lm
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import label_logits
 from ship_ds.model.task_llm import TaskLlm
 
 Ids = Sequence[int]
@@ -34,8 +32,8 @@ class FrozenBase:
         self.prompts = ship.model.prompts
         self.device, self.packs = ship.model.device, ship.model.packs
         self.task_llm, self.lora = _with_lora_sites(ship)
-        self.sites = lora_sites(self.task_llm)
-        self.hidden_size: int = self.task_llm.lm.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        self.sites = self.task_llm.sites()
+        self.hidden_size = self.task_llm.language_model.hidden_size
 
     def batch(
         self, prompts: Sequence[Ids], targets: Sequence[str] | None, num_virtual_tokens: int = 0
@@ -71,7 +69,7 @@ class FrozenBase:
         """log p(target | prompt) of each row in nats, (E,), end of sequence included; one adapter
         for all rows."""
         batch = self.batch(prompts, targets)
-        logits_KV, labels_K = label_logits(self.task_llm.lm, batch, adapter=adapter)
+        logits_KV, labels_K = self.task_llm(adapter, batch, 1)
         token_K = -torch.nn.functional.cross_entropy(logits_KV.float(), labels_K, reduction="none")
         return torch.zeros(len(targets), device=self.device).index_add(
             0, batch.label_row_K, token_K
@@ -119,8 +117,7 @@ class FrozenBase:
         """The bare base's last hidden states (T, S, H) of each instruction, right-padded, and True
         where they are real (T, S)."""
         batch = self.batch([self.prompts.encoder_prompt(text) for text in wordings], None)
-        decoder: Any = self.task_llm.lm.model
-        hidden_TSH: Tensor = decoder(input_ids=batch.ids_ES, use_cache=False).last_hidden_state
+        hidden_TSH = self.task_llm.language_model.hidden(batch)
         return hidden_TSH.float(), batch.real_ES
 
     def fingerprint(self) -> str:
@@ -129,25 +126,12 @@ class FrozenBase:
         digest = hashlib.sha256(
             repr((self.config.model.task_llm, self.lora, self.prompts.describe())).encode()
         )
-        for name, weight in self.task_llm.lm.named_parameters():
+        for path, weight in self.task_llm.named_parameters():
+            name = path.removeprefix("lm.")
             digest.update(
                 name.encode() + weight.detach().flatten()[:256].float().cpu().numpy().tobytes()
             )
         return digest.hexdigest()[:16]
-
-
-def lora_sites(task_llm: TaskLlm) -> dict[str, tuple[int, int]]:
-    """Module path -> (in, out) of every linear that was wrapped when the Task LLM was built."""
-    wrapped = {
-        module.path: module.base
-        for module in task_llm.lm.modules()
-        if isinstance(module, AdaptedLinear)
-    }
-    return {
-        path: (linear.in_features, linear.out_features)
-        for path, linear in wrapped.items()
-        if isinstance(linear, nn.Linear)
-    }
 
 
 def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:

@@ -46,9 +46,9 @@ class PromptTuning(TrainedMethod):
 
     def build(self) -> nn.Module:
         """Started from the embeddings of random tokens, as published."""
-        embedding: nn.Embedding = self.base.task_llm.lm.get_input_embeddings()  # type: ignore[operator]
-        ids_P = torch.randint(embedding.num_embeddings, (self.recipe.num_virtual_tokens,))
-        return StaticSoftPrompt(embedding.weight[ids_P.to(embedding.weight.device)])
+        lm = self.base.task_llm.language_model
+        ids_P = torch.randint(lm.vocabulary_size, (self.recipe.num_virtual_tokens,))
+        return StaticSoftPrompt(lm.embed_ids(ids_P.to(self.base.device)))
 
     def train(self) -> None:
         sampler = self.sampler

@@ -24,7 +24,7 @@ class InContextLearning(Untrained):
             self.ship.model,
             self.ship.config.evaluation.max_new_tokens,
         )
-        self.context: int = self.model.task_llm.lm.config.max_position_embeddings  # type: ignore[union-attr, assignment]
+        self.context = self.model.task_llm.language_model.context_length
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
@@ -40,7 +40,7 @@ class InContextLearning(Untrained):
 
     def prompt(self, text: str, shots: Sequence[Example]) -> tuple[int, ...]:
         ids = self.model.prompts.task_prompt(text, None, shots)
-        fits = len(ids) + self.max_new_tokens <= self.context
+        fits = self.context is None or len(ids) + self.max_new_tokens <= self.context
         return ids if fits or not shots else self.prompt(text, shots[:-1])
 
     def _answer(self, prompts: Sequence[tuple[int, ...]]) -> list[str | None]:

@@ -8,15 +8,18 @@ from torch import Tensor
 
 from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.causal_lm import embed, hidden_states, label_logits
 from ship_ds.model.generation import greedy
+from ship_ds.model.language_model import language_model
 from tests.model.models import (
     EOS,
     FAMILIES,
     HIDDEN,
     VOCABULARY,
+    greedy_rows,
+    label_logits,
     random_lora,
     random_rows,
+    stream_of,
     tiny_lm,
 )
 
@@ -101,7 +104,7 @@ def test_packed_samples_do_not_see_each_other(family: str) -> None:
 
 def _generate(model: Any, batch: TokenBatch, soft: Tensor | None, length: int) -> list[list[int]]:
     """transformers' own greedy search over left-padded prompts."""
-    hidden = embed(model, batch, soft)
+    hidden = language_model(model).embed(batch, soft)
     width = hidden.shape[1]
     rows = torch.zeros_like(hidden)
     mask = torch.zeros(rows.shape[:2], dtype=torch.long)
@@ -138,7 +141,7 @@ def test_greedy_is_transformers_greedy_with_finished_rows(family: str, with_soft
         model = tiny_lm(family, seed=seed)
         model.get_output_embeddings().weight[EOS] *= 3
         expected = _generate(model, prompts, soft, 12)
-        assert greedy(model, prompts, soft, None, EOS, 12) == expected
+        assert greedy_rows(model, prompts, soft, None, EOS, 12) == expected
         lengths |= {len(row) for row in expected}
     assert len(lengths) > 2, "rows have to finish at different steps for this test to mean anything"
 
@@ -148,10 +151,13 @@ def test_greedy_under_an_adapter_is_the_merged_models() -> None:
     model = tiny_lm("llama")
     adapter = random_lora(wrap_sites(model, TARGETS), 2)
     batch = TokenBatch.build(random_rows(PROMPTS), None, 0)
-    ours = greedy(model, batch, None, adapter, EOS, 8)
+    ours = greedy_rows(model, batch, None, adapter, EOS, 8)
     for task in (0, 1):
         own = slice(2 * task, 2 * task + 2)
-        assert ours[own] == greedy(_merged("llama", adapter, task), batch, None, None, EOS, 8)[own]
+        assert (
+            ours[own]
+            == greedy_rows(_merged("llama", adapter, task), batch, None, None, EOS, 8)[own]
+        )
 
 
 @torch.no_grad()
@@ -162,15 +168,8 @@ def test_greedy_asks_the_ranks_before_each_further_step() -> None:
         asked.append(mine)
         return len(asked) < 3
 
-    rows = greedy(
-        tiny_lm("llama"),
-        TokenBatch.build(random_rows([3]), None, 0),
-        None,
-        None,
-        -1,
-        8,
-        any_unfinished=agree,
-    )
+    stream = stream_of(tiny_lm("llama"), TokenBatch.build(random_rows([3]), None, 0))
+    rows = greedy(stream, -1, 8, agree)
     assert asked == [True, True, True] and [len(row) for row in rows] == [3]
 
 
@@ -234,6 +233,6 @@ def test_hidden_states_run_on_the_meta_device(family: str) -> None:
     with torch.device("meta"):
         model = tiny_lm(family)
     batch = TokenBatch.of_lengths(4, 7, 0)
-    assert hidden_states(model, batch, None).shape == (4, 7, HIDDEN)
+    assert language_model(model).hidden(batch).shape == (4, 7, HIDDEN)
     embeddings = torch.empty(4, 7, HIDDEN, device="meta")
-    assert hidden_states(model, batch, embeddings).shape == (4, 7, HIDDEN)
+    assert language_model(model).hidden(batch, embeddings).shape == (4, 7, HIDDEN)

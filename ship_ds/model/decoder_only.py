@@ -1,0 +1,200 @@
+"""Decoder-only transformers models: one stack of causal blocks, prompt and target in one row.
+
+Everything goes through the model's own forward, so that soft-capping, scaling and tied heads stay
+right, under ZeRO-3 too. Data are reached by the batch's index tensors alone: a forward neither
+waits for a GPU nor needs data at all, and on the meta device it gives the shapes.
+
+Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary,
+P virtual tokens, H hidden size.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from ship_ds.model.adapters import Adapter
+from ship_ds.model.attention import PACKS
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.language_model import Feature, LanguageModel, Stream
+
+
+class DecoderOnly(LanguageModel):
+    """See `LanguageModel`."""
+
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
+
+    def missing(self, feature: Feature) -> str | None:
+        """See `LanguageModel`."""
+        if feature == "adapters" and self._layers() is None:
+            return (
+                f"{type(self.module).__name__}: has no model.layers; only decoder-only models with "
+                "a list of blocks there can be adapted"
+            )
+        return None
+
+    @property
+    def packs(self) -> bool:
+        """See `LanguageModel`; on CUDA, where a kernel for variable lengths runs."""
+        on_cuda = next(self.module.parameters()).device.type == "cuda"
+        return on_cuda and self.module.config._attn_implementation in PACKS
+
+    def _layers(self) -> nn.ModuleList | None:
+        layers = getattr(getattr(self.module, "model", None), "layers", None)
+        return layers if isinstance(layers, nn.ModuleList) else None
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """See `LanguageModel`."""
+        return {f"model.layers.{i}": block for i, block in enumerate(self._layers() or ())}
+
+    def hidden(self, batch: TokenBatch, embeddings_ESH: Tensor | None = None) -> Tensor:
+        """See `LanguageModel`."""
+        tokens: dict[str, Any] = (
+            {"input_ids": batch.ids_ES}
+            if embeddings_ESH is None
+            else {"inputs_embeds": embeddings_ESH}
+        )
+        # The rows are padded on the right and causal, so no state sees padding.
+        mask = _mask_without_data(batch.ids_ES, batch.ids_ES.shape[1])
+        states: Tensor = self.module.model(**tokens, **mask, use_cache=False).last_hidden_state
+        return states
+
+    def score(
+        self,
+        batch: TokenBatch,
+        adapter: Adapter | None = None,
+        num_tasks: int = 1,
+        *,
+        soft: Tensor | None = None,
+        instruction: Tensor | None = None,
+        packed: bool = False,
+        checkpointing: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See `LanguageModel`."""
+        extra: dict[str, Any] = {"use_cache": False}
+        if adapter is not None:
+            extra["ship_adapter"] = adapter.over(batch.task_offsets(num_tasks) if packed else None)
+        if checkpointing:
+            extra["ship_checkpoint"] = True
+        hidden_ESH = self.embed(batch, soft, instruction)
+        if packed:
+            extra |= _packed_inputs(hidden_ESH, batch)
+            return self.module(**extra).logits[0], batch.labels_K
+        extra |= _mask_without_data(hidden_ESH, hidden_ESH.shape[1])
+        padded = batch.padded
+        # The prompt, the virtual tokens and the padding never meet the V-wide product.
+        logits = self.module(
+            inputs_embeds=hidden_ESH, logits_to_keep=padded.columns, **extra
+        ).logits
+        return logits[padded.row_K, padded.place_K], batch.labels_K
+
+    def logits(
+        self, batch: TokenBatch, adapter: Adapter | None = None, soft: Tensor | None = None
+    ) -> Tensor:
+        """See `LanguageModel`."""
+        out: Tensor = self.module(
+            inputs_embeds=self.embed(batch, soft), use_cache=False, **_under(adapter)
+        ).logits
+        return out
+
+    def stream(
+        self,
+        prompts: TokenBatch,
+        adapter: Adapter | None = None,
+        *,
+        soft: Tensor | None = None,
+        instruction: Tensor | None = None,
+    ) -> "CachedStream":
+        """See `LanguageModel`."""
+        return CachedStream(self, prompts, adapter, soft, instruction)
+
+
+class CachedStream(Stream):
+    """Rows that grow to the right of their prompts, with the keys and values of all before."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        lm: DecoderOnly,
+        prompts: TokenBatch,
+        adapter: Adapter | None,
+        soft: Tensor | None,
+        instruction: Tensor | None,
+    ) -> None:
+        """Read the prompts; arguments as in `LanguageModel.score`."""
+        super().__init__(adapter, prompts)
+        self.module = lm.module
+        self.next_position_E = prompts.lengths_E
+        width = prompts.ids_ES.shape[1]
+        columns = torch.arange(width, device=prompts.ids_ES.device)[None]
+        shift_E1 = (width - prompts.lengths_E)[:, None]
+        # Padding goes to the left, so that the last column is every row's last token.
+        hidden_ESH = lm.embed(prompts, soft, instruction)
+        hidden_ESH = hidden_ESH.gather(
+            1, ((columns - shift_E1) % width)[..., None].expand_as(hidden_ESH)
+        )
+        self.mask_ES = (columns >= shift_E1).long()
+        self._run(inputs_embeds=hidden_ESH, position_ids=(self.mask_ES.cumsum(1) - 1).clamp(min=0))
+
+    def _run(self, **inputs: Any) -> None:
+        out = self.module(
+            attention_mask=self.mask_ES,
+            use_cache=True,
+            logits_to_keep=1,
+            **_under(self.adapter),
+            **inputs,
+        )
+        self.logits_EV = out.logits[:, -1]
+        self.cache = out.past_key_values
+
+    @torch.no_grad()
+    def advance(self, next_E: Tensor) -> None:
+        """See `Stream`."""
+        self.mask_ES = torch.cat([self.mask_ES, torch.ones_like(self.mask_ES[:, :1])], 1)
+        self._run(
+            input_ids=next_E[:, None],
+            position_ids=self.next_position_E[:, None],
+            past_key_values=self.cache,
+        )
+        self.next_position_E = self.next_position_E + 1
+
+    def select_rows(self, index_E: Tensor) -> None:
+        """See `Stream`."""
+        self.cache.batch_select_indices(index_E)
+        self.mask_ES, self.logits_EV = self.mask_ES[index_E], self.logits_EV[index_E]
+        self.next_position_E = self.next_position_E[index_E]
+
+
+def _under(adapter: Adapter | None) -> dict[str, Adapter]:
+    """Stock blocks do not know the argument, so without an adapter it is not passed."""
+    return {} if adapter is None else {"ship_adapter": adapter}
+
+
+def _packed_inputs(hidden_ESH: Tensor, batch: TokenBatch) -> dict[str, Any]:
+    """One row of all tokens. Kernels for variable lengths go by the cumulative lengths; the others
+    get transformers' mask, which keeps samples apart where the positions start again."""
+    packed, longest = batch.packed, batch.ids_ES.shape[1]
+    return {
+        "inputs_embeds": hidden_ESH.flatten(0, 1)[packed.source_N][None],
+        "position_ids": packed.position_N[None],
+        "logits_to_keep": packed.predicts_K,
+        "cu_seq_lens_q": packed.ends,
+        "cu_seq_lens_k": packed.ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        **_mask_without_data(hidden_ESH, batch.num_tokens),
+    }
+
+
+def _mask_without_data(like: Tensor, length: int) -> dict[str, Tensor]:
+    """On the meta device a mask of four dimensions, else nothing: transformers makes its own mask.
+
+    For that it looks into the positions, which have no data there; one of four dimensions it takes
+    as it is.
+    """
+    if not like.is_meta:
+        return {}
+    return {
+        "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device)
+    }

@@ -1,0 +1,256 @@
+"""The language model port: what SHIP needs of a language model, whatever its architecture.
+
+    role (encoder, decoder, Task LLM)             registers the transformers model as `lm`
+        .language_model: LanguageModel            a plain object around it
+            score     prompts with targets   ->   logits where there is a label
+            stream    prompts                ->   rows that grow token by token
+            hidden    texts                  ->   states
+            blocks    module path            ->   what an adapter wraps
+
+An architecture is one class here, found by the class of its transformers config. `DecoderOnly`
+takes every causal LM whose blocks are a list. Another one is added by
+
+    LANGUAGE_MODELS[T5Config] = EncoderDecoder
+
+in a module that SHIP_DS_PLUGINS names (kinds.py). Nobody outside model/ touches `lm`: what depends
+on the architecture stays behind these methods.
+
+What such a class can count on. A `TokenBatch` lays virtual tokens, instruction, prompt and target
+in one row and says on the host how long the target is, so an encoder-decoder reads what is before
+the target with one stack and grows the target with the other. Padded rows are task-major in every
+stack, so an adapter's products need no offsets in any of them. A cache belongs to the `Stream`,
+which alone knows how to reorder it.
+
+Letters: E sequences, S padded length, K labelled positions, V vocabulary, P virtual tokens,
+H hidden size, T tasks.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ship_ds.model.batch import TokenBatch
+
+if TYPE_CHECKING:  # adapters.py wraps what this file finds
+    from ship_ds.model.adapters import Adapter
+
+Feature = Literal["adapters", "packing"]
+"""What a model may lack: sites for adapters; batches without padding."""
+
+
+class Stream(ABC):
+    """Prompts read once; then each `advance` adds a token to every row.
+
+    `logits_EV` predict the next one. Selecting rows moves the cache and each row's adapter
+    together, so one operation drops finished rows, reorders beams and repeats a prompt.
+    """
+
+    logits_EV: Tensor
+
+    def __init__(self, adapter: "Adapter | None", prompts: TokenBatch) -> None:
+        """Say whose adapter each row has; the subclass reads the prompts.
+
+        Args:
+            adapter: its tasks have equally many consecutive rows each.
+            prompts: without targets.
+        """
+        num_rows = len(prompts.lengths)
+        rows_per_task = num_rows // adapter.num_tasks if adapter is not None else 1
+        self.adapter, self.num_rows = adapter, num_rows
+        self.task_E = torch.arange(num_rows, device=prompts.ids_ES.device) // rows_per_task
+
+    @abstractmethod
+    def advance(self, next_E: Tensor) -> None:
+        """Add one token to each row."""
+
+    @abstractmethod
+    def select_rows(self, index_E: Tensor) -> None:
+        """Reorder the cache and `logits_EV`."""
+
+    def select(self, index_E: Tensor) -> None:
+        """Row e becomes what row index_E[e] was.
+
+        Rows of one task have to stay together: an adapter's products run over each task's rows.
+        """
+        self.num_rows = len(index_E)
+        self.select_rows(index_E)
+        if self.adapter is None:
+            return
+        tasks, task_E, counts = torch.unique_consecutive(
+            self.task_E[index_E], return_inverse=True, return_counts=True
+        )
+        if not torch.equal(tasks, torch.arange(self.adapter.num_tasks, device=tasks.device)):
+            self.adapter = self.adapter.rows(tasks)
+        self.task_E = task_E
+        is_even = bool((counts == counts[0]).all())
+        self.adapter = self.adapter.over(None if is_even else counts.cumsum(0).to(torch.int32))
+
+
+class LanguageModel(ABC):
+    """One architecture's way to embed, score, stream and be adapted.
+
+    Holds no weights of its own: a role registers `module` under the name `lm`, so that the names
+    and the order of parameters do not depend on this class.
+    """
+
+    auto_class: ClassVar[Any]
+    """The transformers class that makes it from a folder or a config."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of embeddings and states."""
+        size: int = self.module.get_input_embeddings().embedding_dim
+        return size
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V, rows of the embedding table."""
+        size: int = self.module.get_input_embeddings().num_embeddings
+        return size
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens of prompt and answer together; None: no limit of its own."""
+        length: int | None = getattr(self.module.config, "max_position_embeddings", None)
+        return length
+
+    @property
+    def embedding_spread(self) -> float:
+        """Standard deviation of the token embeddings; on the meta device, where they have none,
+        that of a fresh model."""
+        weight: Tensor = self.module.get_input_embeddings().weight
+        if weight.is_meta:
+            return float(self.module.config.initializer_range)
+        return float(weight.detach().float().std())
+
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """Embeddings (*ids.shape, H), through the model's own module, where ZeRO-3 gathers it."""
+        embeddings: Tensor = self.module.get_input_embeddings()(ids)
+        return embeddings
+
+    def embed(
+        self, batch: TokenBatch, soft: Tensor | None = None, instruction: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (E, S, H) of a batch.
+
+        Args:
+            batch: what to embed.
+            soft: (E, P, H), in the places of the virtual tokens.
+            instruction: (E, instruction length, H), in place of the instruction's tokens.
+        """
+        hidden_ESH = self.embed_ids(batch.ids_ES)
+        if soft is not None:
+            assert soft.shape[1] == batch.num_virtual_tokens
+            hidden_ESH = torch.cat([soft.to(hidden_ESH.dtype), hidden_ESH[:, soft.shape[1] :]], 1)
+        if instruction is not None:
+            hidden_XH = hidden_ESH.flatten(0, 1)
+            values_XH = instruction.flatten(0, 1).to(hidden_ESH.dtype)
+            hidden_ESH = hidden_XH.index_put((batch.instruction_X,), values_XH).view_as(hidden_ESH)
+        return hidden_ESH
+
+    @abstractmethod
+    def missing(self, feature: Feature) -> str | None:
+        """Why this model cannot do it, in one line; None where it can."""
+
+    @property
+    @abstractmethod
+    def packs(self) -> bool:
+        """Whether a batch without padding costs less here than a padded one."""
+
+    @abstractmethod
+    def blocks(self) -> dict[str, nn.Module]:
+        """Module path -> block, in the order of the forward; of all stacks.
+
+        An adapter wraps the linears inside; a block is what gradient checkpointing recomputes.
+        """
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Module path -> linear of all blocks."""
+        return {
+            f"{path}.{inner}": module
+            for path, block in self.blocks().items()
+            for inner, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    @abstractmethod
+    def hidden(self, batch: TokenBatch, embeddings_ESH: Tensor | None = None) -> Tensor:
+        """The last layer's states (E, S, H) of right-padded rows.
+
+        Args:
+            batch: its tokens.
+            embeddings_ESH: read in place of them.
+        """
+
+    @abstractmethod
+    def score(
+        self,
+        batch: TokenBatch,
+        adapter: "Adapter | None" = None,
+        num_tasks: int = 1,
+        *,
+        soft: Tensor | None = None,
+        instruction: Tensor | None = None,
+        packed: bool = False,
+        checkpointing: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (K, V) that predict the batch's labels, and those labels (K,), in row-major order.
+
+        Looks into no tensor: it waits for no GPU and gives shapes on the meta device.
+
+        Args:
+            batch: prompts with targets.
+            adapter: its rows are the batch's `num_tasks` tasks.
+            num_tasks: T; each has E / T consecutive rows.
+            soft: see `embed`.
+            instruction: see `embed`.
+            packed: run one sequence of all tokens instead of padded rows, where `missing` allows.
+            checkpointing: recompute each block in the backward pass.
+        """
+
+    @abstractmethod
+    def logits(
+        self, batch: TokenBatch, adapter: "Adapter | None" = None, soft: Tensor | None = None
+    ) -> Tensor:
+        """Logits (E, S, V) after every token of the prompts."""
+
+    @abstractmethod
+    def stream(
+        self,
+        prompts: TokenBatch,
+        adapter: "Adapter | None" = None,
+        *,
+        soft: Tensor | None = None,
+        instruction: Tensor | None = None,
+    ) -> Stream:
+        """The prompts read, to be continued; arguments as in `score`."""
+
+
+LANGUAGE_MODELS: dict[type[PreTrainedConfig], str | type[LanguageModel]] = {
+    PreTrainedConfig: "ship_ds.model.decoder_only:DecoderOnly"
+}
+"""By the class of the transformers config, or the nearest one that it derives from."""
+
+
+def implementation(config: PreTrainedConfig) -> type[LanguageModel]:
+    """The class that knows models with this transformers config."""
+    nearest = next(base for base in type(config).__mro__ if base in LANGUAGE_MODELS)
+    chosen = LANGUAGE_MODELS[nearest]
+    if isinstance(chosen, str):
+        module, _, name = chosen.partition(":")
+        found: type[LanguageModel] = getattr(importlib.import_module(module), name)
+        return found
+    return chosen
+
+
+def language_model(module: nn.Module) -> LanguageModel:
+    """The port around a transformers model."""
+    config: Any = module.config
+    return implementation(config)(module)
