@@ -33,6 +33,7 @@ from ship_ds.inference.induction import Induction, InductionConfig, Say, induce_
 from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
 from ship_ds.inference.reasoning import Reasoning, reason_many
 from ship_ds.model.adapters import Adapter
+from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.backbone import base_folder, load_tokenizer
 from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
@@ -182,7 +183,7 @@ class Ship:
         verify(folder)
         config = parse_config(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
         # The attention it was trained with may not run here; what it computes is the same.
-        model = ShipModel(config.model.model_copy(update={"attention": "auto"}), device=device)
+        model = build_ship(config.model, LoadedWeights(device=torch.device(device)), config.loss)
         if model.prompts.describe() != json.loads((folder / PROMPT).read_text()):
             raise UserError(
                 f"{folder / PROMPT}: the base model's tokenizer or this version gives "

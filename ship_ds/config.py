@@ -224,9 +224,10 @@ class LossConfig(Section):
 
 
 PUBLISHED = ("task", "reconstruction", "kl")
-OBJECTIVES.register(ObjectiveConfig, "ship_ds.model.objectives:Answers", "task")
-OBJECTIVES.register(ObjectiveConfig, "ship_ds.model.objectives:Reconstruction", "reconstruction")
-OBJECTIVES.register(ObjectiveConfig, "ship_ds.model.objectives:KlToPrior", "kl")
+_OBJECTIVES = "ship_ds.model.objectives"
+OBJECTIVES.register(ObjectiveConfig, f"{_OBJECTIVES}:AnswerLoss", "task")
+OBJECTIVES.register(ObjectiveConfig, f"{_OBJECTIVES}:ReconstructionLoss", "reconstruction")
+OBJECTIVES.register(ObjectiveConfig, f"{_OBJECTIVES}:KlLoss", "kl")
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]

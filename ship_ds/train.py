@@ -44,8 +44,10 @@ from ship_ds.evaluation import report as reports
 from ship_ds.evaluation.deduction import deduction, reconstruction
 from ship_ds.evaluation.metrics import score
 from ship_ds.files import write_json
+from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.backbone import load_tokenizer
-from ship_ds.model.ship import ShipBatch, ShipModel
+from ship_ds.model.ship import ShipModel
+from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
 from ship_ds.runtime import checkpoint, preflight, ranks, shards, starts
@@ -61,13 +63,14 @@ _ACTIVE_NATS = 0.01
 
 @dataclass(frozen=True)
 class StepLosses:
-    """The losses of a whole step, the same on every rank: means over its tokens, tasks and
-    dimensions, in nats."""
+    """The losses of a whole step in nats, the same on every rank.
+
+    terms: each objective's mean by name; total: their weighted sum. kl_Z: KL to the prior by
+    dimension, mean over the step's tasks. num_tokens: of the whole step.
+    """
 
     total: float
-    task: float
-    reconstruction: float
-    kl: float
+    terms: dict[str, float]
     kl_Z: Tensor
     num_tokens: int
 
@@ -87,11 +90,12 @@ class Trainer:
         self.bases = frozen_bases(config)
         self.splits = read_splits(config, say)
         self.data_fingerprint = hashlib.sha256(repr(self.splits).encode()).hexdigest()
-        model = ShipModel(
-            config.model,
+        weights = LoadedWeights(
             engines.engine_dtype(config.training),
+            config.model.attention,
             shard=shards.at_load(config.training),
         )
+        model = build_ship(config.model, weights, config.loss)
         say(
             "parameters: "
             + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items())
@@ -212,40 +216,37 @@ class Trainer:
         ]
 
     def losses_and_gradients(self, batches: Sequence[ShipBatch]) -> StepLosses:
-        """Backward through the whole step; each loss is its sum over the count of the *whole* step,
-        all ranks included."""
+        """Backward through the whole step; each objective is its sum over the count of the *whole*
+        step, all ranks included."""
+        objectives, weights = self.model.objectives, self.config.loss.weights()
         counts = torch.tensor(
             [
                 [
-                    batch.answers.num_targets,
-                    batch.decoded.num_targets,
-                    len(batch.noise_TZ),
-                    batch.answers.num_tokens
-                    + batch.decoded.num_tokens
-                    + batch.instructions.num_tokens,
+                    *(objective.count(batch) for objective in objectives.values()),
+                    batch.num_tasks,
+                    batch.num_tokens,
                 ]
                 for batch in batches
             ],
             dtype=torch.float64,
         ).sum(0)
-        num_answer, num_text, num_tasks, num_tokens = ranks.sum_over_ranks(counts).tolist()
-        weights = self.config.loss
-        totals = torch.zeros(3, dtype=torch.float64)
+        *num_terms, num_tasks, num_tokens = ranks.sum_over_ranks(counts).tolist()
+        # An objective that has nothing to sum in a step divides nothing by one.
+        divisors = {name: max(n, 1.0) for name, n in zip(objectives, num_terms, strict=True)}
+        totals = torch.zeros(len(objectives), dtype=torch.float64)
         kl_Z = torch.zeros(self.config.model.latent_size)
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             sums = self.engine(batch)
-            parts = (sums.task / num_answer, sums.reconstruction / num_text, sums.kl / num_tasks)
-            loss = (
-                weights.task * parts[0] + weights.reconstruction * parts[1] + weights.kl * parts[2]
-            )
+            means = {name: sums.objectives[name] / divisors[name] for name in objectives}
+            loss = sum(weights[name] * mean for name, mean in means.items())
             # The engine averages over ranks and micro-batches; the counts above already did.
             self.engine.backward(loss * ranks.world_size() * len(batches))
-            totals += torch.stack([part.detach().double().cpu() for part in parts])
+            totals += torch.stack([mean.detach().double().cpu() for mean in means.values()])
             kl_Z += sums.kl_TZ.sum(0).cpu() / num_tasks
-        task, text, kl = ranks.sum_over_ranks(totals).tolist()
-        total = weights.task * task + weights.reconstruction * text + weights.kl * kl
-        return StepLosses(total, task, text, kl, ranks.sum_over_ranks(kl_Z), int(num_tokens))
+        terms = dict(zip(objectives, ranks.sum_over_ranks(totals).tolist(), strict=True))
+        total = sum(weights[name] * term for name, term in terms.items())
+        return StepLosses(total, terms, ranks.sum_over_ranks(kl_Z), int(num_tokens))
 
     def count_bad_steps(self, skipped: bool) -> None:
         """The ranks agreed on `skipped`. The step's examples are written down; too many in a row
@@ -279,9 +280,7 @@ class Trainer:
             self.step,
             {
                 "loss/total": losses.total,
-                "loss/task": losses.task,
-                "loss/reconstruction": losses.reconstruction,
-                "loss/kl": losses.kl,
+                **{f"loss/{name}": term for name, term in losses.terms.items()},
                 "latent/active_units": float((losses.kl_Z > _ACTIVE_NATS).sum()),
                 "optimiser/lr": lr,
                 "optimiser/gradient_norm": float(norm) if norm is not None else float("nan"),

@@ -22,7 +22,7 @@ from ship_ds.files import (
     write_json,
     write_text,
 )
-from ship_ds.model.ship import ShipModel
+from ship_ds.model.assemble import LoadedWeights, build_ship
 from tests.conftest import start
 
 
@@ -124,7 +124,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles")
     config = load_config("quickstart-smoke", [])
     torch.manual_seed(0)
-    model = ShipModel(config.model)
+    model = build_ship(config.model, LoadedWeights())
     trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for name in ("old", "new"):
         write_bundle(

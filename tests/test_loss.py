@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from ship_ds.loss import kl_to_prior, sum_cross_entropy
+from ship_ds.config import StandardNormalConfig
+from ship_ds.loss import sum_cross_entropy
+from ship_ds.model.priors import StandardNormal
+
+
+def kl_to_prior(mean_TZ: torch.Tensor, log_variance_TZ: torch.Tensor) -> torch.Tensor:
+    return StandardNormal(StandardNormalConfig(), mean_TZ.shape[1]).kl(mean_TZ, log_variance_TZ)
 
 
 def test_kl_is_that_of_torch_distributions() -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from ship_ds.config import Config, load_config
 from ship_ds.loss import sum_cross_entropy
 from ship_ds.model.adapters import LoraAdapter
+from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
 from ship_ds.monitor.machine import describe_machine, versions
@@ -241,7 +242,7 @@ def compare_activations(base: str) -> dict[str, Any]:
             build_shapes(config.model, engine_dtype(config.training)),
         )
         plan = count_activations(shapes, work)
-        model = ShipModel(config.model).train()
+        model = build_ship(config.model, LoadedWeights()).train()
         if not checkpointing:
             planned |= {**plan.kept, "logits at labels": plan.logits}
             measured |= kept_by_parts(model, work)

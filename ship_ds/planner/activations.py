@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ship_ds.config import Config
 from ship_ds.data.files import FilesConfig
-from ship_ds.loss import kl_to_prior, sum_cross_entropy
+from ship_ds.loss import sum_cross_entropy
 from ship_ds.model.adapters import AdaptedBlock, Adapter, LoraAdapter, SoftPrompt
 from ship_ds.model.encoder import Posterior
 from ship_ds.planner.shapes import Shapes, hidden_size
@@ -170,8 +170,8 @@ class _Count:
         hidden_TSH = self.embedded(shapes.encoder.lm, work.tasks, work.instruction_tokens)
         hidden_TSH = self.through(shapes.encoder.lm.model, hidden_TSH).last_hidden_state  # type: ignore[arg-type]
         mean_TZ, raw_TZ = shapes.encoder.head(hidden_TSH[:, -1]).float().chunk(2, dim=-1)
-        posterior = Posterior(mean_TZ, raw_TZ - 4.0)
-        kl_to_prior(posterior.mean_TZ, posterior.log_variance_TZ).mean(1).sum()
+        posterior = Posterior(mean_TZ, raw_TZ - 5.0)
+        shapes.ship.prior.kl(posterior.mean_TZ, posterior.log_variance_TZ).mean(1).sum()
         return posterior.sample(torch.zeros_like(mean_TZ))
 
     def decode(self, latent_TZ: Tensor, work: Workload) -> Tensor:

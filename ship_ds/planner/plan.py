@@ -13,7 +13,7 @@ import torch
 from ship_ds.config import Config, TaskLlmConfig, override_config
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import AdaptedBlock
-from ship_ds.model.ship import SHARD_ABOVE_BYTES
+from ship_ds.model.assemble import SHARD_ABOVE_BYTES
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
 from ship_ds.planner.zero import Held, Traffic, Zero, held, traffic

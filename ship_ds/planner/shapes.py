@@ -22,18 +22,18 @@ from transformers import (
 
 from ship_ds.config import (
     Config,
-    EncoderConfig,
-    LoraTuning,
     ModelConfig,
+    TaskLlmConfig,
     override_config,
 )
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
-from ship_ds.model.adapters import wrap_sites
-from ship_ds.model.backbone import add_static_lora, base_folder, freeze
+from ship_ds.model.assemble import build_ship
+from ship_ds.model.backbone import Quantisation, base_folder
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder
-from ship_ds.model.hypernetwork import Hypernetwork, build_hypernetwork, targets_of
+from ship_ds.model.hypernetwork import Hypernetwork
+from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
 
 
@@ -103,69 +103,93 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """The parts of SHIP on the meta device, as `ShipModel` puts them together."""
+    """SHIP on the meta device, put together by the same function as the one that trains."""
 
     config: ModelConfig
     dtype: torch.dtype
-    encoder: Encoder
-    decoder: Decoder
-    task_lm: nn.Module
-    hypernetwork: Hypernetwork
+    ship: ShipModel
     nf4_paths: frozenset[str]
 
     @property
     def parts(self) -> dict[str, nn.Module]:
+        """The parts with weights, by the names that a plan shows."""
         return {
-            "encoder": self.encoder,
-            "hypernetwork": self.hypernetwork,
-            "decoder": self.decoder,
+            "encoder": self.ship.encoder,
+            "hypernetwork": self.ship.hypernetwork,
+            "decoder": self.ship.decoder,
             "task LLM": self.task_lm,
         }
 
+    @property
+    def encoder(self) -> Encoder:
+        return self.ship.encoder
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.ship.decoder
+
+    @property
+    def hypernetwork(self) -> Hypernetwork:
+        return self.ship.hypernetwork
+
+    @property
+    def task_lm(self) -> nn.Module:
+        return self.ship.task_llm.lm
+
     def weights(self, part: str) -> list[Weight]:
+        """Every parameter of a part."""
         return [
             Weight(
-                path, parameter.numel(), parameter.requires_grad, f"{part}.{path}" in self.nf4_paths
+                path,
+                parameter.numel(),
+                parameter.requires_grad,
+                f"{part}.{path}" in self.nf4_paths,
             )
             for path, parameter in self.parts[part].named_parameters()
         ]
+
+
+class MetaWeights:
+    """Language models of a config's shapes, on the meta device; see assemble.Weights.
+
+    They are not quantised: what would be is remembered instead, so that a plan counts its bytes.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.nf4: set[int] = set()
+
+    def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
+        """The base's shapes."""
+        lm = meta_lm(base, self.dtype)
+        if quantisation == "nf4":
+            self.nf4 |= {id(linear.weight) for linear in nf4.quantised_linears(lm).values()}
+        return lm
+
+    def prompts(self, base: str) -> None:
+        """A published shape has no tokenizer, and a plan reads no text."""
+
+    def shards(self, config: TaskLlmConfig) -> bool:
+        """Where the Task LLM lies changes no shape."""
+        return True
 
 
 @lru_cache(maxsize=4)
 def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
     """Raises UserError for what the real model would refuse too: a missing base or target, sizes
     that do not fit."""
+    weights = MetaWeights(dtype)
     with torch.device("meta"):
-        task_lm = freeze(meta_lm(config.task_llm.base, dtype))
-        quantised = {
-            "task LLM": _quantised(task_lm) if config.task_llm.quantisation == "nf4" else []
-        }
-        sites = wrap_sites(task_lm, targets_of(config.hypernetwork))
-        hypernetwork = build_hypernetwork(
-            config.hypernetwork, config.latent_size, sites, hidden_size(task_lm)
-        )
-        encoder_lm, quantised["encoder"] = _role_lm(config.encoder, dtype)
-        encoder = Encoder(encoder_lm, hidden_size(encoder_lm), config.latent_size)
-        encoder_lm.lm_head = nn.Identity()
-        decoder_lm, quantised["decoder"] = _role_lm(config.decoder, dtype)
-        decoder = Decoder(
-            decoder_lm,
-            hidden_size(decoder_lm),
-            config.latent_size,
-            config.decoder.num_soft_tokens,
-            config.decoder.fusion,
-        )
-    parts: dict[str, nn.Module] = {"encoder": encoder, "decoder": decoder, "task LLM": task_lm}
-    marked = {id(weight) for weights in quantised.values() for weight in weights}
+        ship = build_ship(config, weights)
+    shapes = Shapes(config, dtype, ship, frozenset())
     paths = {
         f"{part}.{path}"
-        for part, module in parts.items()
+        for part, module in shapes.parts.items()
         for path, parameter in module.named_parameters()
-        if id(parameter) in marked
+        if id(parameter) in weights.nf4
     }
-    for module in (*parts.values(), hypernetwork):
-        module.to(dtype)
-    return Shapes(config, dtype, encoder, decoder, task_lm, hypernetwork, frozenset(paths))
+    ship.to(dtype)
+    return Shapes(config, dtype, ship, frozenset(paths))
 
 
 def with_shapes(config: Config, name: str) -> Config:
@@ -202,15 +226,3 @@ def meta_lm(base: str, dtype: torch.dtype) -> nn.Module:
 def hidden_size(lm: Any) -> int:
     size: int = lm.get_input_embeddings().embedding_dim
     return size
-
-
-def _quantised(lm: Any) -> list[torch.Tensor]:
-    return [linear.weight for linear in nf4.quantised_linears(lm).values()]
-
-
-def _role_lm(config: EncoderConfig, dtype: torch.dtype) -> tuple[nn.Module, list[torch.Tensor]]:
-    lm = meta_lm(config.base, dtype)
-    quantised = _quantised(lm) if config.quantisation == "nf4" else []
-    return (
-        add_static_lora(lm, config.tuning) if isinstance(config.tuning, LoraTuning) else lm
-    ), quantised

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ship_ds.bundle import Ship
 from ship_ds.config import Config, parse_config
+from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.backbone import base_folder
-from ship_ds.model.ship import ShipModel
 
 FAMILIES = ("llama", "qwen2", "mistral")
 PROBES = ("3 7 3 5", "1 3 9")
@@ -60,7 +60,7 @@ def make_ship(base: Path | str, *, quantisation: str = "nf4", **hypernetwork: ob
         "test",
     )
     torch.manual_seed(1)
-    model = ShipModel(config.model, device="cpu").eval()
+    model = build_ship(config.model, LoadedWeights(device=torch.device("cpu"))).eval()
     with torch.no_grad():
         for parameter in model.hypernetwork.parameters():
             if parameter.ndim == 2:

@@ -2,6 +2,7 @@
 composed, and never useless."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,7 @@ def test_prompts_that_state_the_instruction_are_proved_with_it(tmp_path: Path) -
     ship = make_ship("embedded")
     task_llm = ship.config.model.task_llm.model_copy(update={"instruction": "hard"})
     stated = ship.config.model.model_copy(update={"task_llm": task_llm})
+    ship.model._collator = replace(ship.model.collator, instruction="hard")
     ship.model.config, ship.config = stated, ship.config.model_copy(update={"model": stated})
     export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
     record = json.loads((tmp_path / "a" / "ship.json").read_text())

@@ -8,7 +8,7 @@ import torch
 
 from ship_ds.bundle import Ship, frozen_bases, write_bundle
 from ship_ds.config import load_config
-from ship_ds.model.ship import ShipModel
+from ship_ds.model.assemble import LoadedWeights, build_ship
 
 KNOWN = [
     f"{start} {number}"
@@ -24,7 +24,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "quickstart-smoke", ["evaluation.max_new_tokens=6", "evaluation.max_instruction_tokens=8"]
     )
     torch.manual_seed(0)
-    model = ShipModel(config.model)
+    model = build_ship(config.model, LoadedWeights())
     with torch.no_grad():
         model.encoder.head[-1].weight.mul_(20)  # or all instructions would have nearly one latent
         for head in model.hypernetwork.heads:

@@ -20,6 +20,7 @@ from ship_ds.config import (
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
+from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.encoder import posterior_noise
 from ship_ds.model.ship import ShipModel
@@ -41,7 +42,7 @@ def _config(**sections: Any) -> ModelConfig:
 
 def _ship(**sections: Any) -> ShipModel:
     torch.manual_seed(0)
-    return ShipModel(_config(**sections))
+    return build_ship(_config(**sections), LoadedWeights())
 
 
 def _draws() -> list[TaskDraw]:
@@ -73,7 +74,7 @@ def test_lora_roles_train_lora_and_heads_alone(quantisation: Any) -> None:
     # the decoder without z
     draws[1] = TaskDraw("b", WORDINGS[1], draws[1].answered, draws[1].answered, False)
     sums = ship(ship.collate(draws, 0, 0))
-    (sums.task + sums.reconstruction + sums.kl).backward()
+    sum(sums.objectives.values()).backward()
     trained = {name for name, parameter in ship.named_parameters() if parameter.requires_grad}
     for role, own in (("encoder", ("head.",)), ("decoder", ("from_latent.", "without_latent"))):
         names = {name.removeprefix(f"{role}.") for name in trained if name.startswith(role)}
@@ -90,7 +91,7 @@ def test_full_tuning_trains_all_of_both_roles() -> None:
     ship = _ship()
     _wake_up(ship)
     sums = ship(ship.collate(_draws(), 0, 0))
-    (sums.task + sums.reconstruction + sums.kl).backward()
+    sum(sums.objectives.values()).backward()
     idle = {name for name, p in ship.named_parameters() if p.grad is None or not p.grad.any()}
     assert idle == {"decoder.without_latent"}  # both draws showed z
 
@@ -115,7 +116,7 @@ def test_padded_and_packed_steps_have_the_same_loss(
         packed = ship(batch)
     for name in ("task", "reconstruction", "kl"):
         torch.testing.assert_close(
-            getattr(packed, name), getattr(padded, name), rtol=1e-4, atol=1e-4
+            packed.objectives[name], padded.objectives[name], rtol=1e-4, atol=1e-4
         )
 
 
@@ -132,7 +133,7 @@ def test_published_fusion_has_no_weights_between_z_and_the_soft_tokens() -> None
         == ship.parameter_counts()["hypernetwork heads"]
         == 0
     )
-    assert ship(ship.collate(_draws(), 0, 0)).task.isfinite()
+    assert ship(ship.collate(_draws(), 0, 0)).objectives["task"].isfinite()
     with pytest.raises(UserError, match="model.decoder.num_soft_tokens"):
         _ship(latent_size=16, decoder=DecoderConfig(num_soft_tokens=2, fusion="reshape"))
 
@@ -242,18 +243,21 @@ def test_training_mode_and_casts_and_the_task_llm(shard: Any) -> None:
 
 def test_bf16_step_has_fp32_losses_and_finite_gradients() -> None:
     torch.manual_seed(0)
-    ship = ShipModel(_config(), torch.bfloat16)
+    ship = build_ship(_config(), LoadedWeights(torch.bfloat16))
     for model in (ship, ship.bfloat16()):  # as built, and as DeepSpeed casts it
         sums = model(model.collate(_draws(), 0, 0))
-        assert {sums.task.dtype, sums.reconstruction.dtype, sums.kl.dtype} == {torch.float32}
-        (sums.task + sums.reconstruction + sums.kl).backward()
+        assert {term.dtype for term in sums.objectives.values()} == {torch.float32}
+        sum(sums.objectives.values()).backward()
         assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
         model.zero_grad()
 
 
 def test_attention_of_another_machine_is_one_line() -> None:
     with pytest.raises(UserError, match="model.attention=varlen: needs CUDA"):
-        ShipModel(_config(attention="varlen"), device="cpu")
+        build_ship(
+            _config(attention="varlen"),
+            LoadedWeights(attention="varlen", device=torch.device("cpu")),
+        )
 
 
 def test_noise_is_keyed_by_seed_step_and_task_alone() -> None:

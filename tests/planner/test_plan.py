@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from ship_ds import cli
 from ship_ds.config import Config, load_config
 from ship_ds.errors import UserError
-from ship_ds.model.ship import ShipModel
+from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.planner.plan import Machines, advise, make_plan
 from ship_ds.planner.shapes import build_shapes, meta_lm, public_shapes
 from ship_ds.planner.show import verdict
@@ -52,7 +52,7 @@ def test_public_shapes_have_their_published_number_of_parameters() -> None:
 )
 def test_the_shapes_are_those_of_the_real_model(overrides: list[str]) -> None:
     config = load_config("quickstart-smoke", overrides).model
-    shapes, model = build_shapes(config, torch.float32), ShipModel(config)
+    shapes, model = build_shapes(config, torch.float32), build_ship(config, LoadedWeights())
     real = {
         "encoder": model.encoder,
         "hypernetwork": model.hypernetwork,

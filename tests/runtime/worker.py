@@ -25,7 +25,7 @@ from ship_ds.bundle import Ship
 from ship_ds.config import load_config
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import Adapter
-from ship_ds.model.ship import ShipBatch
+from ship_ds.model.step import ShipBatch
 from ship_ds.runtime import checkpoint, ranks, repartition
 from ship_ds.runtime import engine as engines
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config

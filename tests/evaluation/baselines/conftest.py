@@ -26,7 +26,7 @@ from ship_ds.evaluation.baselines.prompt_tuning import PromptTuning, PromptTunin
 from ship_ds.evaluation.baselines.tagi import Tagi, TagiRecipe
 from ship_ds.evaluation.baselines.text_to_lora import TextToLora, TextToLoraRecipe
 from ship_ds.evaluation.method import Setting
-from ship_ds.model.ship import ShipModel
+from ship_ds.model.assemble import LoadedWeights, build_ship
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,11 @@ def ship() -> Ship:
         evaluation=EvaluationConfig(max_new_tokens=8, max_instruction_tokens=16),
     )
     torch.manual_seed(0)
-    return Ship(ShipModel(config.model, device="cpu").eval(), config, "untrained")
+    return Ship(
+        build_ship(config.model, LoadedWeights(device=torch.device("cpu"))).eval(),
+        config,
+        "untrained",
+    )
 
 
 @pytest.fixture(scope="session")

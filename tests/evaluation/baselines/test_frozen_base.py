@@ -11,7 +11,7 @@ from ship_ds.config import SoftPromptHypernetworkConfig
 from ship_ds.data.task import Splits
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
-from ship_ds.model.ship import ShipModel
+from ship_ds.model.assemble import LoadedWeights, build_ship
 
 
 def awake_lora(base: FrozenBase, num_tasks: int) -> StaticLora:
@@ -84,7 +84,11 @@ def test_run_without_lora_gets_a_base_with_lora_sites(ship: Ship) -> None:
     config = ship.config.model_copy(
         update={"model": ship.config.model.model_copy(update={"hypernetwork": hypernetwork})}
     )
-    soft = Ship(ShipModel(config.model, device="cpu").eval(), config, "untrained")
+    soft = Ship(
+        build_ship(config.model, LoadedWeights(device=torch.device("cpu"))).eval(),
+        config,
+        "untrained",
+    )
     base = FrozenBase(soft)
     assert len(base.sites) == 7 * 4 and base.task_llm is not soft.model.task_llm
     question = base.prompts.task_prompt("3 9 5", "reverse the list")

@@ -1,0 +1,152 @@
+"""SHIP put together once, from real weights or from shapes alone.
+
+    build_ship(config.model, LoadedWeights(torch.bfloat16, "auto", device))     # trains and answers
+    build_ship(config.model, MetaWeights(torch.bfloat16))                       # planner/shapes.py
+
+The order in which the parts are made is part of the behaviour: each draws its first weights from
+torch's generator, and a run repeats bit for bit from its seed.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ship_ds.config import EncoderConfig, LoraTuning, LossConfig, ModelConfig, TaskLlmConfig
+from ship_ds.kinds import PRIORS
+from ship_ds.model.adapters import wrap_sites
+from ship_ds.model.attention import Choice, this_machine
+from ship_ds.model.backbone import (
+    Quantisation,
+    add_static_lora,
+    freeze,
+    load_lm,
+    load_tokenizer,
+    stored_bytes,
+)
+from ship_ds.model.collate import Collator, Prompts
+from ship_ds.model.decoder import Decoder
+from ship_ds.model.encoder import Encoder
+from ship_ds.model.hypernetwork import build_hypernetwork, targets_of
+from ship_ds.model.language_model import language_model
+from ship_ds.model.objectives import build_objectives
+from ship_ds.model.priors import Prior
+from ship_ds.model.ship import ShipModel
+from ship_ds.model.step import Parts
+from ship_ds.model.streaming import Shard
+from ship_ds.model.task_llm import TaskLlm
+from ship_ds.prompt import PromptFormat
+
+SHARD_ABOVE_BYTES = 8e9
+
+
+class Weights(Protocol):
+    """Where the language models of a config come from."""
+
+    def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
+        """The base model; sharded: ZeRO-3 will partition it, so it may do so while loading."""
+
+    def prompts(self, base: str) -> PromptFormat | None:
+        """The prompt format with this base's tokenizer; None where there is none."""
+
+    def shards(self, config: TaskLlmConfig) -> bool:
+        """Whether ZeRO-3 partitions the Task LLM over the ranks instead of leaving it whole."""
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """Weights from model folders.
+
+    dtype: of the language models. device: where the model will run; the weights are on the CPU
+    until `to` or the engine moves them. shard: for frozen 4-bit bases, while they load
+    (streaming.py).
+    """
+
+    dtype: torch.dtype = torch.float32
+    attention: Choice = "auto"
+    device: torch.device | None = None
+    shard: Shard | None = None
+
+    def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
+        """The folder's causal LM."""
+        device = self.device or this_machine()
+        shard = self.shard if sharded else None
+        return load_lm(base, quantisation, self.dtype, self.attention, device, shard)
+
+    def prompts(self, base: str) -> PromptFormat:
+        """The format with the folder's tokenizer."""
+        return PromptFormat(load_tokenizer(base))
+
+    def shards(self, config: TaskLlmConfig) -> bool:
+        """As the config says; `auto` goes by the size, known before anything is loaded."""
+        return is_sharded(config, self.dtype)
+
+
+def is_sharded(config: TaskLlmConfig, dtype: torch.dtype) -> bool:
+    """Decided by the shapes, before anything is loaded."""
+    if config.shard == "auto":
+        return stored_bytes(config.base, config.quantisation, dtype) > SHARD_ABOVE_BYTES
+    return config.shard == "always"
+
+
+def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = None) -> ShipModel:
+    """The whole model.
+
+    Args:
+        config: the run's `model` section.
+        weights: real ones, or shapes.
+        loss: the run's `loss` section, which names the objectives; None: the paper's three.
+
+    Raises:
+        UserError: a base or target that is not there, sizes that do not fit, a kernel that cannot
+            run on the device.
+    """
+    prompts = [
+        weights.prompts(role.base) for role in (config.task_llm, config.encoder, config.decoder)
+    ]
+    sharded = weights.shards(config.task_llm)
+    task_lm = freeze(
+        weights.language_model(config.task_llm.base, config.task_llm.quantisation, sharded)
+    )
+    sites = wrap_sites(task_lm, targets_of(config.hypernetwork))
+    encoder_lm, decoder_lm = (_role_lm(role, weights) for role in (config.encoder, config.decoder))
+    encoder = Encoder(encoder_lm, language_model(encoder_lm).hidden_size, config.latent_size)
+    # The encoder reads hidden states; its output layer is never used and would be a dead trainable
+    # parameter.
+    encoder_lm.lm_head = nn.Identity()
+    decoder = Decoder(
+        decoder_lm,
+        language_model(decoder_lm).hidden_size,
+        config.latent_size,
+        config.decoder.num_soft_tokens,
+        config.decoder.fusion,
+    )
+    hypernetwork = build_hypernetwork(
+        config.hypernetwork, config.latent_size, sites, language_model(task_lm).hidden_size
+    )
+    prior: Prior = PRIORS.implementation(config.prior)(config.prior, config.latent_size)
+    task_llm = TaskLlm(task_lm, config.task_llm.checkpointing)
+    parts = Parts(encoder, prior, hypernetwork, task_llm, decoder)
+    objectives = build_objectives((loss or LossConfig()).objectives())
+    return ShipModel(config, parts, objectives, _collator(config, prompts, parts), sharded)
+
+
+def _collator(
+    config: ModelConfig, prompts: list[PromptFormat | None], parts: Parts
+) -> Collator | None:
+    known = [one for one in prompts if one is not None]
+    if len(known) < len(prompts):
+        return None
+    return Collator(
+        Prompts(*known),
+        config.task_llm.instruction,
+        config.latent_size,
+        parts.hypernetwork.num_virtual_tokens,
+        config.decoder.num_soft_tokens,
+    )
+
+
+def _role_lm(config: EncoderConfig, weights: Weights) -> nn.Module:
+    lm = weights.language_model(config.base, config.quantisation, True)
+    return add_static_lora(lm, config.tuning) if isinstance(config.tuning, LoraTuning) else lm

@@ -1,0 +1,130 @@
+"""From drawn tasks and texts to token batches: what each of the three language models reads.
+
+The Task LLM reads (model.task_llm.instruction), V being the adapter's virtual tokens, k the
+instruction, x the input: `none` [V, prompt(x)]; `hard` [V, prompt(k, x)]; `soft` [V, embeddings of
+k's tokens, prompt(x)], where induction may put optimised embeddings in place of the table's.
+
+Letters: T tasks, Z latent size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ship_ds.data.sampler import TaskDraw
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.encoder import posterior_noise
+from ship_ds.model.step import ShipBatch
+from ship_ds.prompt import PromptFormat
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompt format of each role, with its base's tokenizer."""
+
+    task_llm: PromptFormat
+    encoder: PromptFormat
+    decoder: PromptFormat
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes every batch of a model.
+
+    instruction: how the Task LLM's prompts state the instruction. num_virtual_tokens: places that
+    its adapters' virtual tokens take. num_soft_tokens: those of z before the decoder's prompts.
+    """
+
+    prompts: Prompts
+    instruction: Literal["none", "hard", "soft"]
+    latent_size: int
+    num_virtual_tokens: int
+    num_soft_tokens: int
+
+    def step(
+        self, draws: Sequence[TaskDraw], seed: int, step: int, device: torch.device
+    ) -> ShipBatch:
+        """The batch of a micro-step: each task's wording, the examples to answer, those shown."""
+        answered = [(example, draw.wording) for draw in draws for example in draw.answered]
+        return ShipBatch(
+            self.instructions([draw.wording for draw in draws], device),
+            self.answers(
+                [example.input for example, _ in answered],
+                [example.target for example, _ in answered],
+                [wording for _, wording in answered],
+                device,
+            ),
+            TokenBatch.build(
+                [self.prompts.decoder.decoder_prompt(draw.shown) for draw in draws],
+                [self.prompts.decoder.target(draw.wording) for draw in draws],
+                self.prompts.decoder.pad_id,
+                self.num_soft_tokens,
+                device,
+            ),
+            torch.tensor([draw.shows_latent for draw in draws], device=device),
+            posterior_noise(seed, step, [draw.task_id for draw in draws], self.latent_size).to(
+                device
+            ),
+        )
+
+    def instructions(self, wordings: Sequence[str], device: torch.device) -> TokenBatch:
+        """What the encoder reads."""
+        prompts = self.prompts.encoder
+        ids = [prompts.encoder_prompt(text) for text in wordings]
+        return TokenBatch.build(ids, None, prompts.pad_id, device=device)
+
+    def answers(
+        self,
+        inputs: Sequence[str],
+        targets: Sequence[str] | None,
+        wordings: Sequence[str | None],
+        device: torch.device,
+    ) -> TokenBatch:
+        """What the Task LLM reads under an adapter, one wording an input; no targets: to be
+        answered."""
+        prompts = self.prompts.task_llm
+        return TokenBatch.build(
+            [
+                prompts.task_prompt(text, self._in_text(wording))
+                for text, wording in zip(inputs, wordings, strict=True)
+            ],
+            None if targets is None else [prompts.target(text) for text in targets],
+            prompts.pad_id,
+            self.num_virtual_tokens,
+            device,
+            [self._before(wording) for wording in wordings],
+        )
+
+    def bare_questions(
+        self, inputs: Sequence[str], wordings: Sequence[str | None], device: torch.device
+    ) -> TokenBatch:
+        """What the Task LLM reads without an adapter: the instruction as text, where there is
+        one."""
+        prompts = self.prompts.task_llm
+        ids = [
+            prompts.task_prompt(text, wording)
+            for text, wording in zip(inputs, wordings, strict=True)
+        ]
+        return TokenBatch.build(ids, None, prompts.pad_id, device=device)
+
+    def undecoded(self, count: int, device: torch.device) -> TokenBatch:
+        """What the decoder reads of z alone, `count` rows, to be continued."""
+        prompts = self.prompts.decoder
+        return TokenBatch.build(
+            [prompts.decoder_prompt(())] * count, None, prompts.pad_id, self.num_soft_tokens, device
+        )
+
+    def question(self, text: str, wording: str | None = None) -> tuple[int, ...]:
+        """The ids before an answer, without virtual tokens."""
+        prompt = self.prompts.task_llm.task_prompt(text, self._in_text(wording))
+        return (*self._before(wording), *prompt)
+
+    def _in_text(self, wording: str | None) -> str | None:
+        return wording if self.instruction == "hard" else None
+
+    def _before(self, wording: str | None) -> tuple[int, ...]:
+        if wording is None or self.instruction != "soft":
+            return ()
+        return self.prompts.task_llm.target(wording)[:-1]  # without the end of sequence

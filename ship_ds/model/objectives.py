@@ -1,0 +1,87 @@
+"""Objectives: what training minimises, each by its name, with a sum, a count and a weight.
+
+The model's forward gives the sum of every objective over a micro-batch; the trainer divides by the
+count over the whole step, all ranks and accumulation included, and adds up by the weights of the
+config's `loss` section. Trainer, log, TensorBoard, figures and planner loop over the names.
+
+A new objective is a class with a config class in the table `kinds.OBJECTIVES`; it may be an
+nn.Module with parameters of its own, which then train along. docs/extending.md has an example.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ship_ds.data.sampler import TaskDraw
+from ship_ds.kinds import OBJECTIVES
+from ship_ds.model.step import Outputs, ShipBatch
+from ship_ds.section import Section
+
+if TYPE_CHECKING:
+    from ship_ds.model.collate import Collator
+
+
+class Objective(ABC):
+    """One term of the loss; made from its section of the config, whose weight is the trainer's."""
+
+    def __init__(self, config: Section) -> None:
+        super().__init__()
+
+    def prepare(
+        self, draws: Sequence[TaskDraw], collator: "Collator", device: torch.device
+    ) -> Any | None:
+        """What `sum` needs of a micro-batch's texts, on `device`: it will find it in
+        `outputs.batch.extras` under the objective's name. None: nothing."""
+        return None
+
+    @abstractmethod
+    def count(self, batch: ShipBatch) -> int:
+        """Over how many things `sum` sums, known on the host: no tensor on a device is read."""
+
+    @abstractmethod
+    def sum(self, outputs: Outputs) -> Tensor:
+        """A scalar in nats, with its gradient."""
+
+
+class AnswerLoss(Objective):
+    """Cross-entropy of the answers, -log p(y | x, z), by target token."""
+
+    def count(self, batch: ShipBatch) -> int:
+        """Target tokens of the answers."""
+        return batch.answers.num_targets
+
+    def sum(self, outputs: Outputs) -> Tensor:
+        """Over target tokens."""
+        return outputs.answers.sum_cross_entropy()
+
+
+class ReconstructionLoss(Objective):
+    """Cross-entropy of the instruction that the decoder reads, -log p(k | z[, x, y]), by token."""
+
+    def count(self, batch: ShipBatch) -> int:
+        """Tokens of the instructions."""
+        return batch.decoded.num_targets
+
+    def sum(self, outputs: Outputs) -> Tensor:
+        """Over the tokens of the instructions."""
+        return outputs.texts.sum_cross_entropy()
+
+
+class KlLoss(Objective):
+    """KL(q(z | k) || p(z)), averaged over the dimensions of z as published."""
+
+    def count(self, batch: ShipBatch) -> int:
+        """Tasks."""
+        return batch.num_tasks
+
+    def sum(self, outputs: Outputs) -> Tensor:
+        """Over tasks."""
+        return outputs.kl_TZ.mean(1).sum()
+
+
+def build_objectives(sections: Mapping[str, Section]) -> dict[str, Objective]:
+    """Every objective of the config by name, in its order, which is the order of the sum."""
+    return {name: OBJECTIVES.implementation(name)(section) for name, section in sections.items()}

@@ -1,0 +1,102 @@
+"""What goes into SHIP's forward and what comes out of it: the batch, the parts, the sums.
+
+Letters: K labelled positions, T tasks, V vocabulary, Z latent size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ship_ds.loss import sum_cross_entropy
+from ship_ds.model.adapters import Adapter
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.decoder import Decoder
+from ship_ds.model.encoder import Encoder, Posterior
+from ship_ds.model.hypernetwork import Hypernetwork
+from ship_ds.model.priors import Prior
+from ship_ds.model.task_llm import TaskLlm
+
+
+@dataclass(frozen=True)
+class ShipBatch:
+    """A rank's share of one micro-step, tensors only.
+
+    instructions: what the encoder reads, T rows. answers: what the Task LLM reads, task-major.
+    decoded: what the decoder reads, T rows. noise_TZ: the posterior's. extras: what objectives
+    prepared for themselves, by their names.
+    """
+
+    instructions: TokenBatch
+    answers: TokenBatch
+    decoded: TokenBatch
+    shows_latent_T: Tensor
+    noise_TZ: Tensor
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_extra(self, name: str, value: Any) -> "ShipBatch":
+        """The same with what the objective `name` prepared."""
+        return replace(self, extras={**self.extras, name: value})
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return len(self.noise_TZ)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all three, padding left out."""
+        return sum(part.num_tokens for part in (self.answers, self.decoded, self.instructions))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """SHIP's parts; ShipModel registers them, objectives may call them."""
+
+    encoder: Encoder
+    prior: Prior
+    hypernetwork: Hypernetwork
+    task_llm: TaskLlm
+    decoder: Decoder
+
+
+@dataclass(frozen=True)
+class LabelLogits:
+    """Logits (K, V) that predict labels (K,)."""
+
+    logits_KV: Tensor
+    labels_K: Tensor
+
+    def sum_cross_entropy(self) -> Tensor:
+        """Sum of token losses in nats."""
+        return sum_cross_entropy(self.logits_KV, self.labels_K)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """All that the forward of a micro-batch computed; one sample of z feeds everything.
+
+    answers: the Task LLM's under the generated adapter. texts: the decoder's. kl_TZ: from the
+    posterior to the model's prior, by dimension.
+    """
+
+    parts: Parts
+    batch: ShipBatch
+    posterior: Posterior
+    latent_TZ: Tensor
+    kl_TZ: Tensor
+    adapter: Adapter
+    answers: LabelLogits
+    texts: LabelLogits
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over a micro-batch: every objective's by name, in the order of the config's weights.
+
+    kl_TZ: from the posterior to the prior, without gradient; which latent units are in use.
+    """
+
+    objectives: dict[str, Tensor]
+    kl_TZ: Tensor
