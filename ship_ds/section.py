@@ -6,9 +6,14 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
-    """An unknown key is an error; numbers are finite, and `true` is no number."""
+    """An unknown key is an error; numbers are finite, and `true` is no number.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    The text below a field is its description (schema.py prints them all; a test wants each).
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -125,6 +125,11 @@ NOWHERE = [
     Bad("induce --run RUN --file PAIRS --candidates 0", "'--candidates'"),
     Bad("induce --run RUN --adapter nowhere", "nowhere: no such folder"),
     Bad("induce --run RUN --file PAIRS --seed x", "'--seed'"),
+    Bad("induce --run RUN --file PAIRS --set num_viewz=1", "--set num_viewz: unknown key"),
+    Bad("induce --run RUN --file PAIRS --set num_views=0", "--set num_views: "),
+    Bad("induce --run RUN --file PAIRS --set num_views", "section.key=value"),
+    Bad("reason 1 --run RUN --file PAIRS --set steps=true", "--set steps"),
+    Bad("config modle", "config: there is no section 'modle'; there are run, data"),
     Bad("reason 1 --run nowhere --file PAIRS", "nowhere: no bundle"),
     Bad("reason 1 --run RUN --file nowhere", "nowhere: cannot be read"),
     Bad("reason 1 --run RUN --file PAIRS --rounds 0", "'--rounds'"),
@@ -250,7 +255,7 @@ def test_option_takes_several_values_and_texts_that_begin_with_a_hyphen() -> Non
 
 
 @pytest.mark.parametrize(
-    "arguments", [["recipes"], ["doctor"], ["data", "FILE"], ["--version"], ["--help"]]
+    "arguments", [["recipes"], ["doctor"], ["config"], ["data", "FILE"], ["--version"], ["--help"]]
 )
 def test_what_needs_no_torch_imports_none(arguments: list[str], tmp_path: Path) -> None:
     tasks = tmp_path / "tasks.jsonl"

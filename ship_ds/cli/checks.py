@@ -9,9 +9,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ship_ds.errors import UserError
 from ship_ds.files import MANIFEST, Manifest, recover, refuse_existing
+
+if TYPE_CHECKING:
+    from ship_ds.config import Config
 
 
 def check_positive(option: str, value: float) -> None:
@@ -52,16 +56,20 @@ def check_run(path: Path) -> Path:
     return folder
 
 
+def read_config(bundle: Path) -> "Config":
+    """The config that a bundle was trained with."""
+    from ship_ds.config import parse_config
+
+    path = bundle / "config.json"
+    return parse_config(json.loads(path.read_text()), str(path))
+
+
 def check_latents(file: Path, bundle: Path) -> None:
     """Saved latents are of this very bundle."""
-    from ship_ds.config import parse_config
     from ship_ds.export.requests import load_latents
 
-    config = parse_config(
-        json.loads((bundle / "config.json").read_text()), str(bundle / "config.json")
-    )
     weights = Manifest.read(bundle).files["ship.safetensors"]
-    load_latents(file, weights.sha256, config.model.latent_size)
+    load_latents(file, weights.sha256, read_config(bundle).model.latent_size)
 
 
 def weighted(texts: Sequence[str]) -> list[tuple[float, str]]:

@@ -1,6 +1,7 @@
 """The verbs of the panel "Inspect": what there is, what data hold, how good a run is."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,21 @@ def recipes() -> int:
 
     for name in recipe_names():
         print(f"{name:<20} {recipe_text(name).splitlines()[0].removeprefix('# ')}")
+    return 0
+
+
+@verb(_PANEL)
+def config(
+    section: Annotated[
+        str | None, typer.Argument(help="such as training or model.encoder; default: all")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Every setting with its type, default and meaning."""
+    from ship_ds.schema import chosen_groups, show
+
+    chosen = chosen_groups(section)
+    print(json.dumps([asdict(group) for group in chosen], indent=2) if as_json else show(chosen))
     return 0
 
 

@@ -12,12 +12,18 @@ from ship_ds.errors import UserError
 
 if TYPE_CHECKING:
     from ship_ds.bundle import Ship
-    from ship_ds.inference.induction import InductionConfig
+    from ship_ds.inference.config import InductionConfig
 
 _PANEL = "Use"
 Method = Annotated[
     Literal["union", "propose", "bank", "direct", "indirect"],
     typer.Option(help="where instructions are looked for"),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="of the search; `ship-ds config induce` lists them"
+    ),
 ]
 
 
@@ -169,6 +175,7 @@ def induce(
     file: JsonLines = None,
     candidates: Annotated[int, typer.Option(min=1, help="how many to show")] = 5,
     method: Method = "union",
+    settings: Set = None,
     seed: Seed = 0,
 ) -> int:
     """Examples, or an adapter -> instruction; JSON."""
@@ -176,15 +183,13 @@ def induce(
 
     if adapter:
         inputs = read_inputs(file) if file else []
-        checks.check_run(run)
+        search = _search(run, method, settings)
         checks.check_folder(adapter)
-        ship = open_run(run)
-        induced = ship.induce_from_adapter(adapter, inputs, _induction(ship, method), seed, log)
+        induced = open_run(run).induce_from_adapter(adapter, inputs, search, seed, log)
     else:
         pairs = read_pairs(file or STDIN)
-        checks.check_run(run)
-        ship = open_run(run)
-        induced = ship.induce(pairs, _induction(ship, method), seed, log)
+        search = _search(run, method, settings)
+        induced = open_run(run).induce(pairs, search, seed, log)
     print_row(induction_row(induced, candidates))
     return 0
 
@@ -196,23 +201,26 @@ def reason(
     file: JsonLines = None,
     rounds: Annotated[int, typer.Option(min=1, help="of induction and encoding")] = 1,
     method: Method = "union",
+    settings: Set = None,
     seed: Seed = 0,
 ) -> int:
     """Examples and inputs -> answers; JSON lines."""
     from ship_ds.inference.lines import STDIN, read_pairs, reasoning_rows
 
     pairs = read_pairs(file or STDIN)
-    checks.check_run(run)
-    ship = open_run(run)
-    reasoning = ship.reason(pairs, inputs, _induction(ship, method), rounds, seed, log)
+    search = _search(run, method, settings)
+    reasoning = open_run(run).reason(pairs, inputs, search, rounds, seed, log)
     for row in reasoning_rows(inputs, reasoning):
         print_row(row)
     return 0
 
 
-def _induction(ship: "Ship", method: str) -> "InductionConfig":
-    from ship_ds.inference.induction import InductionConfig
+def _search(run: Path, method: str, settings: list[str] | None) -> "InductionConfig":
+    """How this run's instructions are looked for; checks the run as well."""
+    from ship_ds.inference.config import InductionConfig
 
-    return InductionConfig.model_validate(
-        {"method": method, "max_new_tokens": ship.config.evaluation.max_instruction_tokens}
+    config = checks.read_config(checks.check_run(run))
+    search = InductionConfig.model_validate(
+        {"method": method, "max_new_tokens": config.evaluation.max_instruction_tokens}
     )
+    return search.with_overrides(settings or ())

@@ -21,10 +21,15 @@ class FilesConfig(Section):
 
     kind: Literal["files"] = "files"
     path: str
+    """A file, or a folder that is read whole."""
     format: Format = "auto"
+    """Which reader takes it; auto: the first of them that it looks like."""
     filters: FilterConfig = FilterConfig()
+    """Which tasks and examples are left out."""
     truncation: TruncationConfig = TruncationConfig()
+    """How long texts may be, in tokens."""
     split: SplitConfig = SplitConfig()
+    """Which tasks and examples are kept from training."""
     cache: str | None = None
     """Folder of the token cache; None: below the run's folder."""
 

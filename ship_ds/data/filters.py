@@ -23,10 +23,13 @@ class FilterConfig(Section):
     max_input_words: PositiveInt | None = None
     """Examples whose input has this many words or more are left out."""
     max_instruction_words: PositiveInt | None = None
+    """Tasks whose instruction has more words are left out."""
     max_examples_per_task: PositiveInt | None = None
     """The first ones in file order are kept; the format's own test examples do not count."""
     min_examples_per_task: PositiveInt = 2
+    """Tasks with fewer examples left are left out."""
     drop_empty_targets: bool = False
+    """Leave out examples whose target is the empty text."""
 
 
 def apply_filters(tasks: Sequence[Task], config: FilterConfig) -> tuple[list[Task], dict[str, int]]:

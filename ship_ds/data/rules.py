@@ -45,8 +45,11 @@ class RulesConfig(Section):
 
     kind: Literal["rules"] = "rules"
     seed: int = 0
+    """Of the rules, their split and their examples."""
     train_examples: PositiveInt = 48
+    """Of each rule, to train on."""
     test_examples: PositiveInt = 10
+    """Of each rule, to test on."""
     more_compositions: int = Field(0, ge=0, le=200)
     """More seen compositions: at most so many beside the world's own of each pairing that no dev or
     unseen rule has."""

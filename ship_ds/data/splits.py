@@ -29,8 +29,11 @@ class SplitConfig(Section):
     """The shares are of rules."""
 
     seed: int = 0
+    """Of the draw of unseen and dev tasks, and of the test examples."""
     unseen_share: float = Field(0.1, gt=0, lt=1)
+    """Tasks that are never trained on."""
     dev_share: float = Field(0.05, gt=0, lt=1)
+    """Tasks that are never trained on and choose the best checkpoint."""
     test_examples: PositiveInt = 5
     """Drawn for each task (files are often sorted), or the format's own; at least half of the
     inputs stay for training."""

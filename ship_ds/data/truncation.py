@@ -27,31 +27,44 @@ class FieldLimit(Section):
     input with its example."""
 
     tokens: PositiveInt | None = None
+    """At most so many, as the tokenizer of the Task LLM counts them; None: any number."""
     policy: Policy = "cut_end"
+    """What goes where a text is longer: its end, its middle or its start is cut away, or the whole
+    text is left out."""
 
 
 class InstructionLimit(FieldLimit):
     tokens: PositiveInt | None = 256
+    """At most so many; None: any number."""
 
 
 class InputLimit(FieldLimit):
     """Both ends of an input often matter: a question before or after its context."""
 
     tokens: PositiveInt | None = 512
+    """At most so many; None: any number."""
     policy: Policy = "cut_middle"
+    """What goes of a longer text; see data.truncation.instruction."""
 
 
 class TargetLimit(FieldLimit):
     """Half an answer would be a wrong one."""
 
     tokens: PositiveInt | None = 128
+    """At most so many; None: any number."""
     policy: Policy = "drop"
+    """What goes of a longer text; see data.truncation.instruction."""
 
 
 class TruncationConfig(Section):
+    """How long texts may be, in tokens of the Task LLM's tokenizer."""
+
     instruction: InstructionLimit = InstructionLimit()
+    """Of each wording of an instruction."""
     input: InputLimit = InputLimit()
+    """Of each input."""
     target: TargetLimit = TargetLimit()
+    """Of each target."""
 
 
 def truncate_tasks(

@@ -13,15 +13,13 @@ Letters: T tasks, C candidates, M examples, Z latent.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ship_ds.config import Section
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import THOROUGH, Bank, encode_all
+from ship_ds.inference.config import InductionConfig as InductionConfig
 from ship_ds.inference.gradient import (
     NEUTRAL_INSTRUCTION,
     descend_on_instruction,
@@ -31,55 +29,6 @@ from ship_ds.inference.gradient import (
 from ship_ds.inference.proposals import beams, edits, key_of, sampled, splices, views
 from ship_ds.inference.scoring import Examples, Fit, fit_in_prompt, fit_of_latents
 from ship_ds.model.ship import ShipModel
-
-Method = Literal["direct", "indirect", "bank", "propose", "union"]
-
-
-class InductionConfig(Section):
-    method: Method = "union"
-    num_known: PositiveInt = 24
-    """Known instructions that the bank hands on to be tested."""
-    tries_all_known: bool = False
-    """Whether the bank tries every adapter it has on the first example instead of walking to those
-    that fit."""
-    analogies: bool = True
-    """Whether `union` looks, beside the known instructions, among those that follow from them by
-    analogy (analogies.py). Execution accuracy in the prompt and through the encoder of the
-    quickstart's 55 dev rules, seed 0: without them, by the brief walk (bank.py), 0.740 and 0.655;
-    with them, by the thorough one, 0.771 and 0.684; about 100 s each in all, once."""
-    num_views: PositiveInt = 4
-    """Choices and orders of the examples that the decoder proposes from."""
-    num_samples: NonNegativeInt = 6
-    """Proposals sampled from each view."""
-    num_beams: PositiveInt = 4
-    """Beams of each view."""
-    temperature: PositiveFloat = 1.0
-    num_screened: PositiveInt = 2
-    """Examples on which all candidates are tested; the rest see only the best of these."""
-    num_finalists: PositiveInt = 12
-    num_rounds: NonNegativeInt = 2
-    """Refinements of tasks that no candidate explains wholly."""
-    num_edited: PositiveInt = 3
-    """Best candidates whose texts are edited in a round."""
-    num_edits: PositiveInt = 16
-    num_parents: PositiveInt = 60
-    """Best on the screening examples, whose texts are spliced in a round."""
-    num_splices: NonNegativeInt = 160
-    """With 60 parents. Execution accuracy in the prompt of the quickstart's 55 dev rules, seed 0:
-    64 of 24 parents 0.707, 160 of 60 0.740, 320 of 100 0.715; once each, differences that 55 rules
-    hardly tell from noise."""
-    num_refined: PositiveInt = 2
-    """Best candidates whose latents are refined by gradient in a round."""
-    refine_steps: NonNegativeInt = 10
-    refine_lr: PositiveFloat = 0.05
-    steps: PositiveInt = 60
-    """Of `direct` and `indirect`, at most."""
-    num_restarts: PositiveInt = 3
-    direct_lr: PositiveFloat = 0.05
-    indirect_lr: PositiveFloat = 1e-2
-    prior: NonNegativeFloat = Field(1e-3)
-    """Weight of z's negative log-density under the prior beside the mean loss of an example."""
-    max_new_tokens: PositiveInt = 40
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""Every setting with its type, default and meaning, read from pydantic's schema of the sections.
+
+    model.encoder.base    string    ""    As the Task LLM's; empty: that very one.
+
+`ship-ds config` prints them, and tools/make_configuration_page.py makes docs/configuration.md of
+them. Imports no torch.
+"""
+
+import inspect
+import json
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from ship_ds.config import Config
+from ship_ds.errors import UserError
+from ship_ds.evaluation.config import HarnessConfig
+from ship_ds.inference.config import InductionConfig
+from ship_ds.kinds import ADAPTERS, PRIORS, SOURCES, load_plugins
+from ship_ds.section import Section
+
+_TABLES = {table.key: table for table in (ADAPTERS, PRIORS, SOURCES)}
+_BOUNDS = {
+    "exclusiveMinimum": "above",
+    "minimum": "at least",
+    "exclusiveMaximum": "below",
+    "maximum": "at most",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of a section: its name there, and three texts."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A section, or a kind of one; key: where it is in a config, such as "model.encoder"."""
+
+    key: str
+    kind: str | None
+    about: str
+    settings: tuple[Setting, ...]
+
+    @property
+    def title(self) -> str:
+        """ "data, kind: files", or the key alone."""
+        return self.key if self.kind is None else f"{self.key}, kind: {self.kind}"
+
+
+def groups() -> list[Group]:
+    """Every section, from the top down; those of the verbs evaluate and induce come last."""
+    load_plugins()
+    return [
+        *_config_groups(Config, "", ""),
+        *_config_groups(HarnessConfig, "ship-ds evaluate", _about(HarnessConfig)),
+        *_config_groups(InductionConfig, "ship-ds induce", _about(InductionConfig)),
+    ]
+
+
+def chosen_groups(section: str | None) -> list[Group]:
+    """The groups of a section and below it; of all for None.
+
+    Raises:
+        UserError: there is no such section.
+    """
+    everything = groups()
+    chosen = [group for group in everything if section is None or _is_below(group.key, section)]
+    if not chosen:
+        keys = dict.fromkeys(group.key for group in everything)
+        raise UserError(f"config: there is no section {section!r}; there are {', '.join(keys)}")
+    return chosen
+
+
+def _is_below(key: str, section: str) -> bool:
+    return f"{key.removeprefix('ship-ds ')}.".startswith(f"{section.removeprefix('ship-ds ')}.")
+
+
+def show(chosen: Sequence[Group]) -> str:
+    """The groups for a terminal, as wide as it is:
+
+    training.steps = null    integer above 0 or null
+        Optimiser steps of the whole run.
+    """
+    width = min(shutil.get_terminal_size((100, 1)).columns, 100)
+    wrapped = textwrap.TextWrapper(width, initial_indent="    ", subsequent_indent="    ")
+    lines: list[str] = []
+    for group in chosen:
+        lines += ["", group.title, *textwrap.wrap(group.about, width)]
+        for setting in group.settings:
+            lines += ["", f"  {setting.name} = {setting.default}    {setting.type}"]
+            lines += wrapped.wrap(setting.meaning)
+    return "\n".join(lines).lstrip("\n")
+
+
+def _config_groups(section: type[Section], key: str, about: str) -> Iterator[Group]:
+    """The group of one section class, then those of the sections in it."""
+    fields = section.model_fields
+    inner = {name: _sections(field, _join(key, name)) for name, field in fields.items()}
+    schema = section.model_json_schema()
+    settings = tuple(
+        _setting(name, schema["properties"][name], name in schema.get("required", ()), schema)
+        for name in inner
+        if not inner[name] and name != "kind"
+    )
+    kind = fields["kind"].default if "kind" in fields else None
+    if settings or kind:
+        yield Group(key, kind, about, settings)
+    for name, sections in inner.items():
+        meaning = fields[name].description or ""
+        for each in sections:
+            text = f"{meaning} {_about(each)}" if len(sections) > 1 else meaning or _about(each)
+            yield from _config_groups(each, _join(key, name), " ".join(text.split()))
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _sections(field: FieldInfo, key: str) -> list[type[Section]]:
+    """The section classes that a field takes: one, several by their kind, or none."""
+    if key in _TABLES:
+        return [_TABLES[key].config_class(name) for name in _TABLES[key].names()]
+    kinds = get_args(field.annotation) if field.discriminator else (field.annotation,)
+    return [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, Section)]
+
+
+def _about(section: type[Section]) -> str:
+    """Its own docstring; that of a class above it is about something else."""
+    return " ".join((section.__dict__.get("__doc__") or "").split())
+
+
+def _setting(
+    name: str, schema: Mapping[str, Any], is_required: bool, root: Mapping[str, Any]
+) -> Setting:
+    default = "required" if is_required else json.dumps(schema.get("default"), ensure_ascii=False)
+    return Setting(
+        name, type_text(schema, root), default, " ".join(schema.get("description", "").split())
+    )
+
+
+def type_text(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
+    """A JSON schema in words: {"type": "integer", "exclusiveMinimum": 0} -> "integer above 0"."""
+    if "$ref" in schema:
+        return type_text(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
+    if "anyOf" in schema:
+        return " or ".join(type_text(part, root) for part in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
+    if "prefixItems" in schema:
+        return f"[{', '.join(type_text(part, root) for part in schema['prefixItems'])}]"
+    if schema.get("type") == "array":
+        return f"list of: {type_text(schema['items'], root)}"
+    bounds = [f"{word} {schema[bound]:g}" for bound, word in _BOUNDS.items() if bound in schema]
+    return f"{schema.get('type', 'any')} {', '.join(bounds)}".strip()
