@@ -1,12 +1,13 @@
-"""Which attention runs: SDPA on the CPU; on CUDA `flash_attn`, or torch's variable-length kernel,
-which meet no padding.
+"""Which attention runs: SDPA on the CPU; on CUDA `flash_attn` or torch's variable-length kernel,
+which compute nothing for padding.
 
 `ship_varlen` is registered with transformers as a mask and an attention function. It takes torch's
 kernel where that one runs (CUDA, 16 bits) and the tokens lie as in training: packed, or whole rows.
 Everything else, generation with a cache and left padding included, goes through SDPA with
 transformers' own mask, so one loaded model serves both.
 
-Letters: B rows, S length, N tokens (B*S), A attention heads, G key and value heads, D head size.
+Letters: E sequences, S padded length, N packed tokens, A attention heads, G key-value heads,
+F size of an attention head.
 """
 
 import importlib.util
@@ -35,8 +36,14 @@ def this_machine() -> torch.device:
 def resolve(choice: Choice, device: torch.device, caps_scores: bool = False) -> str:
     """The transformers `attn_implementation` for a model that will run on `device`.
 
-    caps_scores: the model soft-caps its attention scores (Gemma 2), which neither SDPA nor torch's
-    kernel can. Raises UserError when the choice cannot run there.
+    Args:
+        choice: what the config asks for.
+        device: where the model will run.
+        caps_scores: the model soft-caps its attention scores (Gemma 2), which neither SDPA nor
+            torch's kernel can do.
+
+    Raises:
+        UserError: the choice cannot run there.
     """
     on_cuda, has_flash = device.type == "cuda", importlib.util.find_spec("flash_attn") is not None
     if choice in ("varlen", "flash") and not on_cuda:
@@ -62,7 +69,23 @@ def resolve(choice: Choice, device: torch.device, caps_scores: bool = False) -> 
 
 
 def kernel_runs(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether torch's variable-length kernel takes tensors of this device and type."""
     return torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def needs_no_mask(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this model's attention goes by lengths alone where tokens lie as in training."""
+    return implementation == VARLEN and kernel_runs(device, dtype)
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A mask that `varlen_forward` takes for none and transformers passes on as it is.
+
+    Where it is given no mask, transformers looks whether the positions start again somewhere, to
+    make one that keeps packed samples apart. That look makes the host wait for the GPU in every
+    forward, for a mask that the kernel does not need.
+    """
+    return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
 
 
 def varlen_mask(
@@ -99,12 +122,14 @@ def varlen_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature: query (B, A, S, D), key and value (B, G, S, D) -> (B, S, A, D).
+    """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F).
 
     Sequences end where `cu_seq_lens_q` says, else where `position_ids` start again, else at the end
     of each row.
     """
     ends: Tensor | None = kwargs.get("cu_seq_lens_q")
+    if attention_mask is not None and not attention_mask.numel():
+        attention_mask = None
     if (
         attention_mask is not None
         or query.shape[2] != key.shape[2]
@@ -124,14 +149,14 @@ def varlen_forward(
     longest = kwargs.get("max_length_q")
     if ends is None or longest is None:
         ends, longest = _ends(kwargs.get("position_ids"), rows, length, query.device)
-    query_NAD, key_NGD, value_NGD = (
+    query_NAF, key_NGF, value_NGF = (
         states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)
     )
     # transformers' window counts the token itself, the kernel's those to its left.
-    out_NAD = varlen_attn(
-        query_NAD,
-        key_NGD,
-        value_NGD,
+    out_NAF = varlen_attn(
+        query_NAF,
+        key_NGF,
+        value_NGF,
         ends,
         ends,
         longest,
@@ -140,8 +165,8 @@ def varlen_forward(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=num_heads != key.shape[1],
     )
-    assert isinstance(out_NAD, Tensor)
-    return out_NAD.view(rows, length, num_heads, head_size), None
+    assert isinstance(out_NAF, Tensor)
+    return out_NAF.view(rows, length, num_heads, head_size), None
 
 
 def _ends(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ship_ds.model.adapters import Adapter
-from ship_ds.model.attention import PACKS
+from ship_ds.model.attention import PACKS, needs_no_mask, no_mask
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import Feature, LanguageModel, Stream
 
@@ -56,8 +56,8 @@ class DecoderOnly(LanguageModel):
             else {"inputs_embeds": embeddings_ESH}
         )
         # The rows are padded on the right and causal, so no state sees padding.
-        mask = _mask_without_data(batch.ids_ES, batch.ids_ES.shape[1])
-        states: Tensor = self.module.model(**tokens, **mask, use_cache=False).last_hidden_state
+        attention = self._whole_rows(batch)
+        states: Tensor = self.module.model(**tokens, **attention, use_cache=False).last_hidden_state
         return states
 
     def score(
@@ -79,15 +79,54 @@ class DecoderOnly(LanguageModel):
             extra["ship_checkpoint"] = True
         hidden_ESH = self.embed(batch, soft, instruction)
         if packed:
-            extra |= _packed_inputs(hidden_ESH, batch)
+            extra |= self._packed_inputs(hidden_ESH, batch)
             return self.module(**extra).logits[0], batch.labels_K
-        extra |= _mask_without_data(hidden_ESH, hidden_ESH.shape[1])
+        extra |= self._whole_rows(batch)
         padded = batch.padded
         # The prompt, the virtual tokens and the padding never meet the V-wide product.
         logits = self.module(
             inputs_embeds=hidden_ESH, logits_to_keep=padded.columns, **extra
         ).logits
         return logits[padded.row_K, padded.place_K], batch.labels_K
+
+    def _packed_inputs(self, hidden_ESH: Tensor, batch: TokenBatch) -> dict[str, Any]:
+        """One row of all tokens.
+
+        Kernels for variable lengths go by the cumulative lengths; the others get transformers'
+        mask, which keeps samples apart where the positions start again.
+        """
+        packed = batch.packed
+        return {
+            "inputs_embeds": hidden_ESH.flatten(0, 1)[packed.source_N][None],
+            "position_ids": packed.position_N[None],
+            "logits_to_keep": packed.predicts_K,
+            **_lengths(packed.ends, batch.ids_ES.shape[1]),
+            **self._mask(packed.ends.device, batch.num_tokens),
+        }
+
+    def _whole_rows(self, batch: TokenBatch) -> dict[str, Any]:
+        """What attention needs for right-padded rows."""
+        num_rows, length = batch.ids_ES.shape
+        mask = self._mask(batch.ids_ES.device, length)
+        if not self._runs_varlen(batch.ids_ES.device):
+            return mask
+        steps = torch.arange(num_rows + 1, dtype=torch.int32, device=batch.ids_ES.device)
+        return mask | _lengths(steps * length, length)
+
+    def _mask(self, device: torch.device, length: int) -> dict[str, Tensor]:
+        """Nothing where transformers may make its own mask, for which it looks into the positions.
+
+        On the meta device they hold no data, and a kernel for variable lengths needs no mask:
+        there it gets one of four dimensions, which it passes on as it is.
+        """
+        if device.type == "meta":
+            ones = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
+            return {"attention_mask": ones}
+        return {"attention_mask": no_mask(device)} if self._runs_varlen(device) else {}
+
+    def _runs_varlen(self, device: torch.device) -> bool:
+        implementation: str = self.module.config._attn_implementation
+        return needs_no_mask(implementation, device, self.module.dtype)
 
     def logits(
         self, batch: TokenBatch, adapter: Adapter | None = None, soft: Tensor | None = None
@@ -171,30 +210,11 @@ def _under(adapter: Adapter | None) -> dict[str, Adapter]:
     return {} if adapter is None else {"ship_adapter": adapter}
 
 
-def _packed_inputs(hidden_ESH: Tensor, batch: TokenBatch) -> dict[str, Any]:
-    """One row of all tokens. Kernels for variable lengths go by the cumulative lengths; the others
-    get transformers' mask, which keeps samples apart where the positions start again."""
-    packed, longest = batch.packed, batch.ids_ES.shape[1]
+def _lengths(ends: Tensor, longest: int) -> dict[str, Any]:
+    """As kernels for variable lengths call them."""
     return {
-        "inputs_embeds": hidden_ESH.flatten(0, 1)[packed.source_N][None],
-        "position_ids": packed.position_N[None],
-        "logits_to_keep": packed.predicts_K,
-        "cu_seq_lens_q": packed.ends,
-        "cu_seq_lens_k": packed.ends,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
-        **_mask_without_data(hidden_ESH, batch.num_tokens),
-    }
-
-
-def _mask_without_data(like: Tensor, length: int) -> dict[str, Tensor]:
-    """On the meta device a mask of four dimensions, else nothing: transformers makes its own mask.
-
-    For that it looks into the positions, which have no data there; one of four dimensions it takes
-    as it is.
-    """
-    if not like.is_meta:
-        return {}
-    return {
-        "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device)
     }

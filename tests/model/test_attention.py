@@ -6,6 +6,7 @@ for it.
 
 import importlib.util
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,16 @@ from ship_ds.model import attention
 from ship_ds.model.adapters import wrap_sites
 from ship_ds.model.attention import FLASH, VARLEN, resolve
 from ship_ds.model.batch import TokenBatch
-from tests.model.models import EOS, greedy_rows, label_logits, random_lora, random_rows, tiny_lm
+from ship_ds.model.language_model import language_model
+from tests.model.models import (
+    EOS,
+    HIDDEN,
+    greedy_rows,
+    label_logits,
+    random_lora,
+    random_rows,
+    tiny_lm,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 UNCAPPED = ("llama", "qwen2", "qwen3", "mistral")
@@ -192,3 +202,33 @@ def test_real_kernel_on_cuda(family: str) -> None:
     expected, _ = label_logits(tiny_lm(family).cuda().bfloat16(), batch)
     ours, _ = label_logits(tiny_lm(family, VARLEN).cuda().bfloat16(), batch, packed=True)
     torch.testing.assert_close(ours.float(), expected.float(), rtol=0.05, atol=0.15)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_on_cuda_never_waits_for_the_gpu(packed: bool) -> None:
+    """Batch to the GPU, label logits under an adapter, loss and backward: torch raises where the
+    host would have to wait."""
+    model = tiny_lm("llama", VARLEN).cuda().bfloat16()
+    adapter = random_lora(wrap_sites(model, ("q_proj", "o_proj", "down_proj")), 2)
+    factors = {path: (a.cuda(), b.cuda()) for path, (a, b) in adapter.factors.items()}
+    soft = torch.randn(4, 3, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    adapter = replace(adapter, factors=factors)
+
+    def step() -> Tensor:
+        prompts, targets = random_rows([9, 4, 7, 12]), random_rows([2, 5, 1, 3], 5)
+        batch = TokenBatch.build(prompts, targets, 0, 3, "cuda")
+        logits, labels = label_logits(model, batch, soft, adapter, packed=packed, num_tasks=2)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        loss.backward()
+        return loss.detach()
+
+    first = step()  # allocates, and compiles what there is to compile
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = step()
+        states = language_model(model).hidden(TokenBatch.build([[3, 4], [5]], None, 0, 0, "cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(first) and states.shape == (2, 2, HIDDEN)
+    torch.testing.assert_close(first, second)
