@@ -182,6 +182,7 @@ class Ship:
         folder = bundle_folder(path)
         verify(folder)
         config = parse_config(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
+        check_bases(folder, frozen_bases(config), read_bases(folder))
         # The attention it was trained with may not run here; what it computes is the same.
         model = build_ship(config.model, LoadedWeights(device=torch.device(device)), config.loss)
         if model.prompts.describe() != json.loads((folder / PROMPT).read_text()):
@@ -189,7 +190,6 @@ class Ship:
                 f"{folder / PROMPT}: the base model's tokenizer or this version gives "
                 "another prompt format"
             )
-        check_bases(folder, frozen_bases(config), read_bases(folder))
         load_trainable(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
         # Bundles of earlier versions know no instructions.
         known = json.loads((folder / KNOWN).read_text()) if (folder / KNOWN).is_file() else []

@@ -1,0 +1,110 @@
+"""What version 0.1.0 wrote opens and goes on: tests/fixtures/v0_1, made by its make.py.
+
+The folder's runs name their base by a path from the root of the repository, where the tests stand.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ship_ds.bundle import Ship, bundle_from_checkpoint, frozen_bases
+from ship_ds.config import load_config, parse_config, recipe_names
+from ship_ds.errors import UserError
+from ship_ds.inference.adapters import WeightInduction
+from ship_ds.origin import read_origin
+from tests.conftest import REPOSITORY, start
+
+FOLDER = Path("tests/fixtures/v0_1")
+RUN = FOLDER / "run"
+RECORDED = json.loads((REPOSITORY / FOLDER / "recorded.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def check_behaviour(bundle: Path, recorded: dict[str, Any]) -> None:
+    """Latents up to another processor's rounding; answers and texts word for word."""
+    ship = Ship.from_run(bundle)
+    for index, instruction in enumerate(RECORDED["instructions"]):
+        assert ship.encode(instruction) == pytest.approx(recorded["latents"][index], rel=1e-4)
+        assert ship.answer(instruction, RECORDED["inputs"]) == recorded["answers"][index]
+        assert ship.decode(recorded["latents"][index]) == recorded["texts"][index]
+
+
+def test_a_bundle_opens_and_answers_as_it_did() -> None:
+    check_behaviour(RUN, RECORDED["bundle"])
+
+
+def test_a_checkpoint_becomes_a_bundle(tmp_path: Path) -> None:
+    bundle_from_checkpoint(RUN / "checkpoints" / "step-00000002", tmp_path / "bundle")
+    check_behaviour(tmp_path / "bundle", RECORDED["bundle of step 2"])
+
+
+def test_a_run_takes_its_last_step_and_leaves_the_bundle_that_it_left(
+    tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """Its third step, which 0.1.0 took as well: optimiser, generators and data came back."""
+    run = tmp_path / "run"
+    shutil.copytree(RUN, run)
+    shutil.rmtree(run / "bundle")
+    overrides = [*RECORDED["settings"], f"run.folder={run}"]
+    done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", *overrides])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "after step 2" in done.stderr
+    was, now = rows(RUN), rows(run)
+    assert [row["step"] for row in now] == [0, 1, 2] and was[:2] == now[:2]
+    for name in ("loss/total", "loss/kl", "optimiser/gradient_norm", "optimiser/lr"):
+        assert now[2][name] == pytest.approx(was[2][name], rel=1e-5), name
+    expected = load_file(RUN / "bundle" / "ship.safetensors")
+    trained = load_file(run / "bundle" / "ship.safetensors")
+    assert list(trained) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_an_adapter_is_read_back_into_words() -> None:
+    """Both ways: a latent that makes these very weights, and what the adapter answers."""
+    assert read_origin(FOLDER / "adapter").made_from == RECORDED["instructions"][0]
+    ship = Ship.from_run(RUN)
+    by_weights = ship.induce_from_adapter(FOLDER / "adapter")
+    assert isinstance(by_weights, WeightInduction) and by_weights.latent_distance < 1e-3
+    by_answers = ship.induce_from_adapter(FOLDER / "adapter", RECORDED["inputs"])
+    assert by_answers.instruction
+
+
+def test_another_base_of_the_same_shape_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(FOLDER, tmp_path / FOLDER)
+    weights = tmp_path / FOLDER / "base" / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="put that model back, or train again") as error:
+        Ship.from_run(RUN)
+    assert "\n" not in str(error.value)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor") as error:
+        Ship.from_run(RUN)
+    assert "\n" not in str(error.value)
+
+
+def test_the_embedded_model_is_the_one_of_0_1_0() -> None:
+    """Else no bundle of a quickstart would open."""
+    assert frozen_bases(load_config("quickstart-smoke"))["embedded"] == RECORDED["embedded"]
+
+
+@pytest.mark.parametrize("name", RECORDED["recipes"])
+def test_the_config_of_a_recipe_means_what_it_meant(name: str) -> None:
+    """A run stores its whole config; what 0.2 added has the default that 0.1 stood for."""
+    assert name in recipe_names()
+    assert parse_config(RECORDED["recipes"][name], name) == load_config(name)
