@@ -86,7 +86,7 @@ def load(way: str, folder: Path) -> Any:
     from ship_ds.model import nf4
     from ship_ds.model.backbone import load_lm
     from ship_ds.runtime import shards
-    from ship_ds.runtime.engine import read_deepspeed_config
+    from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
     if way == WAYS[1]:
         return load_lm(

@@ -6,6 +6,7 @@ Boxes carry their own fill, and everything outside a box is of a grey that has a
 least 4 to white and to a dark page, so that one file serves both.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -103,7 +104,7 @@ def draw() -> str:
     arrows = [
         *(
             arrow((a.right + 2, a.middle), (b.left - 8, b.middle))
-            for a, b in zip(BOXES[:5], BOXES[1:6], strict=True)
+            for a, b in itertools.pairwise(BOXES[:6])
         ),
         arrow((Z.centre, Z.bottom + 2), (Z.centre, DECODER.top - 8)),
         arrow((DECODER.left - 2, DECODER.middle), (INDUCED.right + 8, INDUCED.middle)),

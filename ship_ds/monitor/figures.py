@@ -51,7 +51,7 @@ _TRAINED_ON = (
 """What of the training section decides what a run comes to."""
 
 
-class NotDrawn(UserError):
+class NotDrawn(UserError):  # noqa: N818
     """What the figure needs is not there."""
 
 

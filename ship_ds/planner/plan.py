@@ -17,7 +17,8 @@ from ship_ds.model.assemble import SHARD_ABOVE_BYTES
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
 from ship_ds.planner.zero import Held, Traffic, Zero, held, traffic
-from ship_ds.runtime.engine import engine_dtype, read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+from ship_ds.runtime.engine import engine_dtype
 
 RESERVED = 2 * 10**9
 """Bytes of a GPU left to the CUDA context, NCCL and the allocator's fragments: an assumption, not a

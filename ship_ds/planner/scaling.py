@@ -13,7 +13,7 @@ from ship_ds.planner.plan import Machines, Plan, plan_under, shapes_of
 from ship_ds.planner.shapes import public_shapes, with_shapes
 from ship_ds.planner.show import size
 from ship_ds.planner.zero import Zero
-from ship_ds.runtime.engine import read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
 MODELS = ("llama-2-7b", "llama-2-70b")
 GPUS = (8, 64, 256, 1024)

@@ -13,7 +13,7 @@ from torch import nn
 from ship_ds.config import TrainingConfig
 from ship_ds.model.streaming import Shard
 from ship_ds.runtime import ranks
-from ship_ds.runtime.engine import read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
 
 def at_load(training: TrainingConfig) -> Shard | None:

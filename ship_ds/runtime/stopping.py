@@ -26,7 +26,7 @@ NOT_SAVED_IN_TIME = 77
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
-class Preempted(Exception):
+class Preempted(Exception):  # noqa: N818, it is no error
     """Raised on every rank at the same boundary."""
 
 

@@ -6,6 +6,7 @@ for it.
 
 import importlib.util
 import inspect
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -110,12 +111,12 @@ class Kernel:
             and ends[0] == 0
             and ends[-1] == len(query) == len(key)
         )
-        assert max(b - a for a, b in zip(ends, ends[1:], strict=False)) <= max_q
+        assert max(b - a for a, b in itertools.pairwise(ends)) <= max_q
         assert options["enable_gqa"] == (query.shape[1] != key.shape[1])
         left, right = options["window_size"]
         assert right == 0
         parts = []
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in itertools.pairwise(ends):
             q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
             distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
             visible = (distance >= 0) & ((distance <= left) if left >= 0 else torch.tensor(True))

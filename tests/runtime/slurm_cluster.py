@@ -87,7 +87,7 @@ class Cluster:
         *command: str,
         options: Sequence[str] = (),
         cwd: Path,
-        environment: Mapping[str, str] = {},  # noqa: B006
+        environment: Mapping[str, str] = {},
     ) -> str:
         """Submit from `cwd`; the job's id."""
         done = subprocess.run(

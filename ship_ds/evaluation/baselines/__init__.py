@@ -8,4 +8,6 @@ from ship_ds.evaluation.baselines.tagi import Tagi
 from ship_ds.evaluation.baselines.text_to_lora import TextToLora
 from ship_ds.evaluation.baselines.trained import TrainedMethod
 
+__all__ = ["TRAINED", "Itd", "PromptTuning", "Sft", "Tagi", "TextToLora", "TrainedMethod"]
+
 TRAINED: tuple[type[TrainedMethod], ...] = (Sft, PromptTuning, Tagi, TextToLora, Itd)

@@ -1,5 +1,6 @@
 """The training loop: what is spent, the schedule, and a loss that is not finite."""
 
+import itertools
 import math
 
 import pytest
@@ -33,7 +34,7 @@ def test_learning_rate_warms_up_and_falls_with_what_is_spent() -> None:
         return parameter.sum()
 
     fit([parameter], loss_at, Steps(40), 0.1, "test")
-    moved = [before - after for before, after in zip(places, places[1:], strict=False)]
+    moved = [before - after for before, after in itertools.pairwise(places)]
     for step, by in enumerate(moved):
         assert by == pytest.approx(
             0.1 * min(1, 0.05 + step / 4) * (1 + math.cos(math.pi * step / 40)) / 2, rel=1e-4
