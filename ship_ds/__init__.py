@@ -1,4 +1,25 @@
 """Instructions to model parameters and back: a DeepSpeed-scaled trainer of SHIP (Sun et al. 2025,
-arXiv 2502.02315)."""
+arXiv 2502.02315).
+
+    from ship_ds import Ship, UserError
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ship_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from ship_ds.api import Ship
 
 __version__ = "0.2.0"
+__all__ = ["Ship", "UserError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Ship`, whose module imports torch and transformers, when it is first asked for: importing
+    the package alone takes no time, and a command line may check its arguments before."""
+    if name == "Ship":
+        from ship_ds.api import Ship
+
+        return Ship
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,20 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ship_ds.bundle import (
-    WEIGHTS,
-    Ship,
-    bundle_folder,
-    check_bases,
-    frozen_bases,
-    load_trainable,
-    read_bases,
-    verify,
-    write_bundle,
-)
+from ship_ds.api import Ship
+from ship_ds.bundle import Bundle, check_bases, frozen_bases, probe_inputs, write_bundle
 from ship_ds.config import Config, TrainingConfig, load_config
 from ship_ds.data import files
 from ship_ds.data.rules import RulesConfig, build_world
@@ -350,6 +340,7 @@ class Trainer:
             self.owes_evaluation,
             self.known_instructions(),
             self.bases,
+            probe_inputs(self.splits.seen),
         )
         checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
         self.saved = state
@@ -381,6 +372,7 @@ class Trainer:
                 self.model.prompts.describe(),
                 self.bases,
                 self.known_instructions(),
+                probe_inputs(self.splits.seen),
             )
         if self.monitor is not None:
             self.monitor.close()
@@ -452,10 +444,9 @@ def cache_tokens(config: Config, model: ShipModel, splits: Splits) -> None:
 
 def init_from(model: ShipModel, source: str, bases: Mapping[str, str]) -> None:
     """Start from the weights of another run's bundle, trained around the same bases."""
-    folder = bundle_folder(source)
-    verify(folder)
-    check_bases(folder, bases, read_bases(folder))
-    load_trainable(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
+    bundle = Bundle.open(source)
+    check_bases(bundle.folder, bases, bundle.bases)
+    bundle.load_into(model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

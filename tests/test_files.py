@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ship_ds.bundle import Ship, frozen_bases, write_bundle
+from ship_ds.api import Ship
+from ship_ds.bundle import frozen_bases, write_bundle
 from ship_ds.config import load_config
 from ship_ds.errors import UserError
 from ship_ds.files import (
@@ -126,10 +127,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = build_ship(config.model, LoadedWeights())
     trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    bases, prompt_format = frozen_bases(config), model.prompts.describe()
     for name in ("old", "new"):
-        write_bundle(
-            folder / name, trainable, config, model.prompts.describe(), frozen_bases(config), [name]
-        )
+        write_bundle(folder / name, trainable, config, prompt_format, bases, [name], [])
     return folder
 
 

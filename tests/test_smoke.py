@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ship_ds import cli, train
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.export.deduce import export_many, generate
 from ship_ds.export.merge import Merge
 from ship_ds.export.requests import Request

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ship_ds.bundle import WEIGHTS, bundle_folder
+from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder
 from ship_ds.evaluation import table
 from ship_ds.evaluation.cells import Cell, Measured
 from ship_ds.evaluation.config import HarnessConfig
@@ -54,9 +54,9 @@ def write_latent_map(folder: Path, say: Callable[[str], None]) -> None:
     """`<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run has none
     yet."""
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
-    if not (bundle / WEIGHTS).is_file():
+    if not (bundle / SHIP_WEIGHTS).is_file():
         return
-    if path.is_file() and json.loads(path.read_text())["bundle"] == sha256(bundle / WEIGHTS):
+    if path.is_file() and json.loads(path.read_text())["bundle"] == sha256(bundle / SHIP_WEIGHTS):
         return
     say(f"{path}: latents by gradient descent, for the t-SNE figure")
     run = Run.open(folder, say)

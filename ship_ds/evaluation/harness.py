@@ -20,7 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.data.task import Splits
 from ship_ds.errors import UserError
 from ship_ds.evaluation.cells import Cell, CellStore, Measured, Row, cells_of, changed

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.evaluation.config import EndpointConfig, JudgeName
 from ship_ds.evaluation.endpoint import EndpointJudge
 from ship_ds.evaluation.method import Answers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.questions import ask, spread
 from ship_ds.inference.bank import encode_all

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.data.task import Example, Splits, SplitTask
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.peft_adapter import Exportable, Exporter, exports_of
 from ship_ds.export.proof import Proof

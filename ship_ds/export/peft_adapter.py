@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.proof import PeftBase, Proof, largest_difference
 from ship_ds.files import sha256

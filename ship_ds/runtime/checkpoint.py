@@ -85,6 +85,8 @@ class Progress:
     """Of the seen tasks: what a bundle made from this checkpoint alone has to carry."""
     bases: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the frozen models; see `bundle.frozen_bases`."""
+    probes: list[str] = field(default_factory=list)
+    """Inputs of the seen tasks, for the bundle; see `bundle.probe_inputs`."""
     git_revision: str = field(default_factory=lambda: git_revision())
 
 

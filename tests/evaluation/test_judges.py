@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.errors import UserError
 from ship_ds.evaluation.endpoint import EndpointConfig, EndpointJudge

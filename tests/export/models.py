@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.config import Config, parse_config
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.backbone import base_folder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ship_ds import cli
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.drift import drift

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ship_ds.bundle import Ship, frozen_bases, write_bundle
+from ship_ds.api import Ship
+from ship_ds.bundle import frozen_bases, write_bundle
 from ship_ds.config import load_config
 from ship_ds.model.assemble import LoadedWeights, build_ship
 
@@ -34,7 +35,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    write_bundle(folder, state, config, model.prompts.describe(), frozen_bases(config), KNOWN)
+    write_bundle(folder, state, config, model.prompts.describe(), frozen_bases(config), KNOWN, [])
     return folder
 
 

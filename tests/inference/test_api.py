@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ship_ds import cli
-from ship_ds.bundle import Ship, bundle_from_checkpoint
+from ship_ds.api import Ship
+from ship_ds.bundle import bundle_from_checkpoint
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request

@@ -4,7 +4,7 @@ exactly."""
 import pytest
 import torch
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation.deduction import nearest_seen

@@ -4,7 +4,7 @@ updates."""
 import pytest
 import torch
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.inference.adapters import relative_distance
 from ship_ds.inference.latents import (
     Surroundings,

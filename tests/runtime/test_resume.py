@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ship_ds import cli
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from tests.conftest import REPOSITORY, environment, start
 
 QUICK = ("evaluation.every_steps=0", "evaluation.ends_with_report=false")

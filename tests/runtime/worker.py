@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from ship_ds import train
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.config import load_config
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import Adapter

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.evaluation.method import Answers
 from ship_ds.loss import sum_cross_entropy

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.config import SoftPromptHypernetworkConfig
 from ship_ds.data.task import Splits
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.baselines.fitting import Steps
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase

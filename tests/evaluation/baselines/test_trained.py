@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ship_ds.bundle import Ship
+from ship_ds.api import Ship
 from ship_ds.data.sampler import balanced
 from ship_ds.data.task import Splits
 from ship_ds.evaluation.baselines import TRAINED

@@ -1,0 +1,336 @@
+"""What a program does with a trained run: instructions to adapters and answers, examples to
+instructions. Plain types go in; frozen dataclasses come out.
+
+    from ship_ds import Ship
+
+    ship = Ship.from_run("runs/quickstart")
+    ship.answer("keep the numbers greater than 4", ["3 9 5"])       # ["9 5"]
+    ship.induce([("3 9 5", "9 5"), ("1 7", "7")]).instruction
+
+Letters: T tasks, Z latent size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ship_ds.bundle import Bundle, check_bases, frozen_bases
+from ship_ds.config import Config
+from ship_ds.data.task import Example
+from ship_ds.errors import UserError
+from ship_ds.inference import checks
+from ship_ds.inference.adapters import (
+    WeightCandidate,
+    WeightInduction,
+    induce_from_behaviour,
+    induce_from_weights,
+    read_adapter,
+)
+from ship_ds.inference.bank import Bank, encode_all
+from ship_ds.inference.deduction import answer_latents
+from ship_ds.inference.induction import (
+    Candidate,
+    Induction,
+    InductionConfig,
+    Say,
+    induce_many,
+    silent,
+)
+from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
+from ship_ds.inference.reasoning import Reasoning, reason_many
+from ship_ds.model.adapters import Adapter
+from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.model.ship import ShipModel
+
+__all__ = [
+    "Candidate",
+    "Deduction",
+    "Familiarity",
+    "Induction",
+    "InductionConfig",
+    "Neighbour",
+    "Pair",
+    "Reasoning",
+    "Ship",
+    "WeightCandidate",
+    "WeightInduction",
+]
+
+Pair = tuple[str, str]
+"""An example: (input, target)."""
+_PROBES_OF_0_1_0 = ("3 7 3 5", "1 3 9 3 0")
+"""Lists of digits, as in the generated rules, for bundles that carry no probes of their own."""
+
+
+@dataclass(frozen=True)
+class Deduction:
+    """What an instruction becomes.
+
+    Args:
+        instruction: As it was given.
+        latent: The mean of its posterior, Z numbers.
+        adapter: What the hypernetwork makes of that.
+        familiarity: How the instruction lies among those that were trained on; its `is_far` warns
+            that the adapter may not do what the text says. None where the bundle knows fewer than
+            two instructions.
+    """
+
+    instruction: str
+    latent: tuple[float, ...]
+    adapter: Adapter
+    familiarity: Familiarity | None
+
+
+class Ship:
+    """A trained run, opened from its folder.
+
+    Every method raises UserError, with a message of one line, for text that the models cannot read:
+    an empty instruction, a word outside the vocabulary, a prompt longer than the context.
+
+    Args:
+        model: With its trained weights.
+        config: Of the run.
+        digest: SHA-256 of the trained weights.
+        known: Instructions that the run was trained on.
+        probes: Inputs of these tasks.
+    """
+
+    def __init__(
+        self,
+        model: ShipModel,
+        config: Config,
+        digest: str,
+        known: Sequence[str] = (),
+        probes: Sequence[str] = (),
+    ) -> None:
+        self.model, self.config, self.digest = model, config, digest
+        self.known = tuple(known)
+        self.probes = tuple(probes) or _PROBES_OF_0_1_0
+        """Inputs to try an adapter on: three of the run's own, or lists of digits for a bundle of
+        version 0.1.0, which has none."""
+
+    @classmethod
+    def from_run(cls, path: str | Path, device: torch.device | str = "cpu") -> "Ship":
+        """Open a run.
+
+        Args:
+            path: The run's folder, or that of its bundle.
+            device: Where its models are to be.
+
+        Returns:
+            The run, ready to answer.
+
+        Raises:
+            UserError: There is no bundle or it is damaged; a frozen model has changed since; or
+                prompts would not be rendered as in training.
+        """
+        bundle = Bundle.open(path)
+        check_bases(bundle.folder, frozen_bases(bundle.config), bundle.bases)
+        # The attention it was trained with may not run here; what it computes is the same.
+        weights = LoadedWeights(attention="auto", device=torch.device(device))
+        model = build_ship(bundle.config.model, weights, bundle.config.loss)
+        bundle.check_prompt_format(model.prompts)
+        bundle.load_into(model)
+        known, probes = bundle.known_instructions, bundle.probes
+        return cls(model.to(device).eval(), bundle.config, bundle.digest, known, probes)
+
+    @cached_property
+    def bank(self) -> Bank:
+        """The known instructions with their latents, encoded when they are first needed."""
+        return Bank.build(self.model, self.known)
+
+    @cached_property
+    def _surroundings(self) -> Surroundings:
+        return Surroundings.of(self.model, self.bank)
+
+    @property
+    def _length(self) -> int:
+        return self.config.evaluation.max_new_tokens
+
+    @torch.no_grad()
+    def deduce(self, instruction: str) -> Deduction:
+        """The adapter that the hypernetwork makes of an instruction.
+
+        Args:
+            instruction: What to do with an input.
+
+        Returns:
+            Latent and adapter, and how far the instruction is from those of training.
+        """
+        checks.check_instruction(self.model, instruction)
+        latent_TZ = self.model.encode([instruction])
+        familiarity = (
+            self._surroundings.familiarity(self.model, self.bank, instruction)
+            if len(self.known) > 1
+            else None
+        )
+        adapter = self.model.adapt(latent_TZ)
+        return Deduction(instruction, tuple(latent_TZ[0].tolist()), adapter, familiarity)
+
+    def answer(
+        self, instruction: str, inputs: Sequence[str], num_beams: int = 1
+    ) -> list[str | None]:
+        """Answers under the instruction's adapter, without the instruction in the prompt.
+
+        Args:
+            instruction: What to do with each input.
+            inputs: The inputs.
+            num_beams: 1 decodes greedily.
+
+        Returns:
+            An answer to each input; None where it did not end within the configured length.
+        """
+        return self.answer_many([instruction], [inputs], num_beams)[0]
+
+    def answer_many(
+        self, instructions: Sequence[str], inputs: Sequence[Sequence[str]], num_beams: int = 1
+    ) -> list[list[str | None]]:
+        """As `answer`, for several instructions whose inputs share batches.
+
+        Args:
+            instructions: One of each task.
+            inputs: Those of each task.
+            num_beams: 1 decodes greedily.
+
+        Returns:
+            The answers of each task.
+        """
+        for instruction, texts in zip(instructions, inputs, strict=True):
+            checks.check_instruction(self.model, instruction)
+            checks.check_inputs(self.model, texts, self._length)
+        latent_TZ = encode_all(self.model, instructions)
+        return answer_latents(self.model, latent_TZ, instructions, inputs, self._length, num_beams)
+
+    @torch.no_grad()
+    def answer_bare(self, inputs: Sequence[str]) -> list[str | None]:
+        """What the Task LLM answers without any adapter; None where an answer does not end."""
+        return self.model.answer(None, inputs, self._length)
+
+    def induce(
+        self,
+        examples: Sequence[Pair],
+        config: InductionConfig | None = None,
+        seed: int = 0,
+        say: Say = silent,
+    ) -> Induction:
+        """The instruction that explains examples.
+
+        Args:
+            examples: Pairs of input and target; one is enough to start.
+            config: How to search; None for the defaults.
+            seed: Of the texts that are sampled.
+            say: Takes a line of progress.
+
+        Returns:
+            The best instruction, the other candidates by how many examples each explains, and the
+            best latent.
+        """
+        tasks = [self._examples(examples)]
+        return induce_many(self.model, self.bank, tasks, self._induction(config), seed, say)[0]
+
+    def induce_from_adapter(
+        self,
+        folder: str | Path,
+        inputs: Sequence[str] = (),
+        config: InductionConfig | None = None,
+        seed: int = 0,
+        say: Say = silent,
+    ) -> Induction | WeightInduction:
+        """The instruction that describes an adapter, of ours or trained by somebody else.
+
+        Args:
+            folder: A PEFT LoRA folder for the run's base model.
+            inputs: The adapter's answers to these are explained; where there are none, its weights
+                are.
+            config: How to search; None for the defaults.
+            seed: Of the texts that are sampled.
+            say: Takes a line of progress.
+
+        Returns:
+            Candidates by how many of the adapter's answers they give, or by how near the weights
+            of theirs are.
+
+        Raises:
+            UserError: Also where the folder is no plain LoRA, or of another base model.
+        """
+        checks.check_inputs(self.model, inputs, self._length)
+        adapter, settings = read_adapter(self.model, Path(folder)), self._induction(config)
+        if not inputs:
+            return induce_from_weights(self.model, self.bank, adapter, settings, seed)
+        return induce_from_behaviour(
+            self.model, self.bank, adapter, inputs, settings, self._length, seed, say
+        )
+
+    def reason(
+        self,
+        examples: Sequence[Pair],
+        inputs: Sequence[str],
+        config: InductionConfig | None = None,
+        num_rounds: int = 1,
+        seed: int = 0,
+        say: Say = silent,
+    ) -> Reasoning:
+        """Inductive reasoning: induce an instruction from examples, encode it again, answer.
+
+        Args:
+            examples: Pairs of input and target.
+            inputs: To be answered as the examples are.
+            config: How to search; None for the defaults.
+            num_rounds: How often text and latent take turns.
+            seed: Of the texts that are sampled.
+            say: Takes a line of progress.
+
+        Returns:
+            The induction, and the answers by the latent that it found, by the text encoded again,
+            and with the text in the prompt.
+        """
+        tasks = [self._examples(examples)]
+        checks.check_inputs(self.model, inputs, self._length)
+        settings = self._induction(config)
+        return reason_many(
+            self.model, self.bank, tasks, [inputs], settings, self._length, num_rounds, seed, say
+        )[0]
+
+    def encode(self, instruction: str) -> tuple[float, ...]:
+        """The mean of an instruction's posterior, Z numbers."""
+        checks.check_instruction(self.model, instruction)
+        return tuple(self.model.encode([instruction])[0].tolist())
+
+    def decode(self, latent: Sequence[float]) -> str:
+        """The instruction that the decoder reads out of a latent alone.
+
+        Args:
+            latent: Z numbers.
+
+        Raises:
+            UserError: They are more or fewer than this run's latent has.
+        """
+        if len(latent) != self.config.model.latent_size:
+            raise UserError(
+                f"latent: has {len(latent)} numbers and this run's has "
+                f"{self.config.model.latent_size}"
+            )
+        latent_TZ = torch.tensor([latent], device=self.model.device)
+        return self.model.decode(latent_TZ, self._induction(None).max_new_tokens)[0]
+
+    def nearest_known(self, latent: Sequence[float], count: int = 5) -> list[Neighbour]:
+        """The known instructions whose latents are nearest, nearest first.
+
+        Args:
+            latent: Z numbers.
+            count: How many, at most.
+        """
+        return nearest_known(self.bank, torch.tensor(latent, device=self.model.device), count)
+
+    def _induction(self, config: InductionConfig | None) -> InductionConfig:
+        return config or InductionConfig(
+            max_new_tokens=self.config.evaluation.max_instruction_tokens
+        )
+
+    def _examples(self, pairs: Sequence[Pair]) -> list[Example]:
+        examples = [Example(x, y) for x, y in pairs]
+        checks.check_examples(self.model, examples)
+        return examples

@@ -1,0 +1,85 @@
+"""What a bundle carries beside its weights, and bundles of earlier versions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ship_ds.api import Ship
+from ship_ds.bundle import Bundle, frozen_bases, probe_inputs, write_bundle
+from ship_ds.config import load_config
+from ship_ds.data.task import Example, SplitTask, Task
+from ship_ds.errors import UserError
+from ship_ds.files import Manifest
+from ship_ds.model.assemble import LoadedWeights, build_ship
+
+PROBES = ["4 4 1", "0 9", "é"]
+
+
+def task(name: str, *inputs: str) -> SplitTask:
+    examples = tuple(Example(text, text) for text in inputs)
+    return SplitTask(Task(name, name, examples), examples[:1], examples[1:])
+
+
+def test_probes_are_the_first_three_distinct_test_inputs_of_seen_tasks() -> None:
+    seen = [task("a", "1", "2", "2"), task("b", "3"), task("c", "4", "2", "5", "6", "7")]
+    assert probe_inputs(seen) == ["2", "5", "6"]
+    assert probe_inputs(seen[:2]) == ["2"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = load_config("quickstart-smoke", [])
+    torch.manual_seed(0)
+    model = build_ship(config.model, LoadedWeights())
+    trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    bases, prompt_format = frozen_bases(config), model.prompts.describe()
+    write_bundle(
+        tmp_path / "bundle", trainable, config, prompt_format, bases, ["add 1", "add 2"], PROBES
+    )
+    return tmp_path / "bundle"
+
+
+def without(folder: Path, *names: str) -> None:
+    """Make it the bundle of a version that did not have these files."""
+    for name in names:
+        (folder / name).unlink()
+    Manifest.of(folder).write(folder)
+
+
+def test_a_bundle_gives_back_what_was_written(folder: Path) -> None:
+    ship, bundle = Ship.from_run(folder.parent), Bundle.open(folder)
+    assert ship.probes == tuple(PROBES) and ship.known == ("add 1", "add 2")
+    assert ship.digest == bundle.digest == Manifest.of(folder).files["ship.safetensors"].sha256
+    torch.manual_seed(0)
+    trained = dict(build_ship(bundle.config.model, LoadedWeights()).named_parameters())
+    for name, parameter in ship.model.named_parameters():
+        assert parameter.equal(trained[name]), name
+
+
+def test_bundles_of_0_1_0_and_before_open(folder: Path) -> None:
+    without(folder, "probes.json")
+    ship = Ship.from_run(folder)
+    assert ship.probes == ("3 7 3 5", "1 3 9 3 0") and ship.known == ("add 1", "add 2")
+    without(folder, "known_instructions.json", "bases.json")
+    ship = Ship.from_run(folder)
+    assert ship.known == () and ship.deduce("add 1").familiarity is None
+
+
+def test_a_folder_of_something_else_is_one_line(folder: Path) -> None:
+    without(folder, "ship.safetensors")
+    with pytest.raises(UserError, match="no bundle here: its manifest does not list ship.safe"):
+        Ship.from_run(folder)
+    with pytest.raises(UserError, match=r"no bundle here \(manifest.json is missing\)"):
+        Ship.from_run(folder.parent / "none")
+
+
+def test_weights_of_another_model_are_one_line(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["hypernetwork"] = {"kind": "soft_prompt"}
+    path.write_text(json.dumps(config))
+    Manifest.of(folder).write(folder)
+    with pytest.raises(UserError, match=r"more names differ from the model in its config"):
+        Ship.from_run(folder)

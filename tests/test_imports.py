@@ -1,0 +1,73 @@
+"""Who may import whom, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, environment
+
+PACKAGE = REPOSITORY / "ship_ds"
+GROUND = ("errors", "files", "lora_folder", "origin", "section", "tensor_file", "weights_folder")
+"""Modules that everything may build on; they import nothing of the project but each other."""
+
+
+def imported(path: Path) -> set[str]:
+    """The project's modules that a file imports, anywhere in it: {"ship_ds.errors", ...}."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        elif isinstance(node, ast.Import):
+            modules |= {name.name for name in node.names}
+    return {module for module in modules if module.startswith("ship_ds")}
+
+
+def is_inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("below", ["api.py", "bundle.py", "inference", "model", "data", "runtime"])
+def test_export_builds_on_the_api_and_nothing_below_on_export(below: str) -> None:
+    root = PACKAGE / below
+    files = [root] if root.is_file() else sorted(root.rglob("*.py"))
+    assert files
+    for path in files:
+        assert not [m for m in imported(path) if is_inside(m, "ship_ds.export")], path
+
+
+def test_the_bundle_does_not_import_what_is_made_of_it() -> None:
+    """Its late `Ship` is for programs written for 0.1.0."""
+    above = ("ship_ds.inference", "ship_ds.evaluation", "ship_ds.train", "ship_ds.cli")
+    modules = imported(PACKAGE / "bundle.py")
+    assert not [m for m in modules for package in above if is_inside(m, package)]
+
+
+@pytest.mark.parametrize("name", GROUND)
+def test_the_ground_floor_stands_by_itself(name: str) -> None:
+    allowed = {f"ship_ds.{other}" for other in GROUND}
+    for module in imported(PACKAGE / f"{name}.py") - {"ship_ds"}:
+        assert any(is_inside(module, other) for other in allowed), module
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    program = (
+        "import sys, ship_ds; from ship_ds import UserError; import ship_ds.files;"
+        "heavy = {'torch', 'transformers', 'peft', 'deepspeed', 'numpy'} & set(sys.modules);"
+        "assert not heavy, heavy;"
+        "from ship_ds import Ship; from ship_ds.api import Ship as same; assert Ship is same;"
+        "assert 'torch' in sys.modules and 'deepspeed' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_not_there_is_said_as_by_python() -> None:
+    import ship_ds
+
+    with pytest.raises(AttributeError, match="module 'ship_ds' has no attribute 'Shop'"):
+        _ = ship_ds.Shop
