@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import PROBES, Out, PadTo, Probes, verb
+from ship_ds.cli.verb import Out, PadTo, Probes, verb
 
 _PANEL = "Convert"
 
@@ -105,7 +105,7 @@ def convert(
 
     conversion = Conversion(
         requests,
-        probe or PROBES,
+        probe or (),
         pad_to,
         [chosen.value for chosen in target or ()],
         base,

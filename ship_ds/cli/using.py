@@ -1,17 +1,17 @@
 """The verbs of the panel "Use": a trained run at work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import PROBES, JsonLines, Out, PadTo, Probes, Run, Seed, log, print_row, verb
+from ship_ds.cli.verb import JsonLines, Out, PadTo, Probes, Run, Seed, log, print_row, verb
 from ship_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from ship_ds.bundle import Ship
+    from ship_ds.api import Ship
     from ship_ds.inference.config import InductionConfig
 
 _PANEL = "Use"
@@ -29,7 +29,7 @@ Set = Annotated[
 
 def open_run(run: Path) -> "Ship":
     """The run, without transformers' bars: standard error is for what a user can act on."""
-    from ship_ds.bundle import Ship
+    from ship_ds.api import Ship
     from ship_ds.runtime import ranks
 
     ranks.hush()
@@ -66,8 +66,8 @@ def deduce(
     checks.check_new(out)
     from ship_ds.export.deduce import export_many, export_one
 
-    probes = probe or PROBES
     ship = open_run(run)
+    probes = probe or ship.probes
     if latent:
         requests = read_latents(latent, ship.digest, ship.config.model.latent_size)
     if file or len(requests) > 1:
@@ -91,7 +91,7 @@ def deduce(
     return 0
 
 
-def _show_answers(ship: "Ship", instruction: str, probes: list[str]) -> None:
+def _show_answers(ship: "Ship", instruction: str, probes: Sequence[str]) -> None:
     with_adapter, without = ship.answer(instruction, probes), ship.answer_bare(probes)
     for text, answer, bare in zip(probes, with_adapter, without, strict=True):
         print(f"  {text}\n    with the adapter:    {answer}\n    without the adapter: {bare}")
@@ -129,7 +129,8 @@ def compose(
     checks.check_new(out)
     from ship_ds.export.compose import compose
 
-    made = compose(open_run(run), parts, out, probe or PROBES, rank)
+    ship = open_run(run)
+    made = compose(ship, parts, out, probe or ship.probes, rank)
     print(
         f"{out}: rank {made.rank}, {100 * made.error:.2f} % of the exact sum's norm lost; "
         f"peft = live within {made.proof.from_live:.1e}; differs from the bare base by "

@@ -28,7 +28,6 @@ EXIT_CODES = "\n\n".join(
 )
 PANELS = ("Train", "Use", "Inspect", "Convert")
 """Of the help, in its order."""
-PROBES = ["3 7 3 5", "1 3 9 3 0"]
 _SEVERAL = ("--probe", "--runs", "--part")
 _LOOKS_LIKE_AN_OPTION = re.compile(r"--?[A-Za-z]\S*")
 
@@ -119,7 +118,9 @@ Overrides = Annotated[
 ]
 Probes = Annotated[
     list[str] | None,
-    typer.Option("--probe", metavar="INPUT...", help="inputs to prove it on"),
+    typer.Option(
+        "--probe", metavar="INPUT...", help="inputs to prove it on; default: the run's own"
+    ),
 ]
 PadTo = Annotated[
     int | None,

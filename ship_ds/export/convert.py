@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ship_ds.bundle import WEIGHTS, Ship, bundle_folder, bundle_from_checkpoint, verify
+from ship_ds.api import Ship
+from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder, bundle_from_checkpoint, verify
 from ship_ds.errors import UserError
 from ship_ds.export import drift
 from ship_ds.export.deduce import export_many
@@ -28,6 +29,7 @@ class Conversion:
     """What is made of a run beside its bundle.
 
     Args:
+        probes: inputs to prove each adapter on; () for the run's own.
         targets: what each adapter is merged into; () for no merging.
         base: where the base is now, if not where the run had it.
         measures_drift: load base and result to compare their logits.
@@ -73,7 +75,7 @@ def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[s
 def find_bundle(source: Path, out: Path, report: Callable[[str], None]) -> Path:
     """The run's own bundle; else one made from the checkpoint given, or from the run's newest good
     one."""
-    if (bundle_folder(source) / WEIGHTS).is_file():
+    if (bundle_folder(source) / SHIP_WEIGHTS).is_file():
         return bundle_folder(source)
     if not out.exists():
         is_run = (source / "checkpoints").is_dir()
@@ -102,7 +104,7 @@ def _make_adapters(
             )
         return
     ship = Ship.from_run(bundle)
-    batch = export_many(ship, requests, out, conversion.probes, conversion.pad_to)
+    batch = export_many(ship, requests, out, conversion.probes or ship.probes, conversion.pad_to)
     report(f"{out}: {len(requests)} adapters, peft = live within {batch.worst.from_live:.1e}")
 
 
