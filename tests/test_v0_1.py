@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ship_ds.bundle import Ship, bundle_from_checkpoint, frozen_bases
+from ship_ds.api import Ship
+from ship_ds.bundle import bundle_from_checkpoint, frozen_bases
 from ship_ds.config import load_config, parse_config, recipe_names
 from ship_ds.errors import UserError
 from ship_ds.inference.adapters import WeightInduction
