@@ -26,15 +26,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ship_ds.config import Config, load_config
-from ship_ds.loss import sum_cross_entropy
-from ship_ds.model.adapters import LoraAdapter
 from ship_ds.model.assemble import LoadedWeights, build_ship
-from ship_ds.model.batch import TokenBatch
-from ship_ds.model.ship import ShipModel
 from ship_ds.monitor.machine import describe_machine, versions
-from ship_ds.planner.activations import Workload, count_activations
+from ship_ds.planner.activations import Workload, count_activations, planned_batch
 from ship_ds.planner.plan import Machines, make_plan
-from ship_ds.planner.shapes import build_shapes
+from ship_ds.planner.shapes import Shapes, build_shapes
 from ship_ds.runtime.engine import engine_dtype
 
 RESULTS = Path(__file__).parent / "results" / "planner.json"
@@ -243,78 +239,24 @@ def compare_activations(base: str) -> dict[str, Any]:
         )
         plan = count_activations(shapes, work)
         model = build_ship(config.model, LoadedWeights()).train()
+        real = Shapes(config.model, torch.float32, model, frozenset())
         if not checkpointing:
             planned |= {**plan.kept, "logits at labels": plan.logits}
-            measured |= kept_by_parts(model, work)
+            counted = count_activations(real, work)
+            measured |= {**counted.kept, "logits at labels": counted.logits}
         name = "peak, checkpointed" if checkpointing else "peak"
         planned[name] = sum(plan.kept.values()) + plan.logits + 2 * plan.adapters + plan.working
-        measured[name] = peak_of_a_step(model, work)
+        measured[name] = peak_of_a_step(real, work)
     return table(planned, measured)
 
 
-def losses(
-    model: ShipModel, work: Workload, keep: Callable[[str, Callable[[], Any]], Any]
-) -> Tensor:
-    """SHIP's forward on a micro-batch of `work`; `keep(part, run)` runs each part."""
-
-    def rows(count: int, prompt: int, target: int, virtual: int = 0) -> TokenBatch:
-        return TokenBatch.build(
-            [[5] * prompt] * count, [[6] * target] * count if target else None, 0, virtual
-        )
-
-    latent = keep("encoder", lambda: model.encoder(rows(work.tasks, work.instruction_tokens, 0))[0])
-    adapter = keep("hypernetwork", lambda: model.hypernetwork(latent))
-    answers = rows(work.examples, work.input_tokens, work.target_tokens)
-    task = keep("task LLM", lambda: model.task_llm(adapter, answers, work.tasks))
-    shown = work.shown_examples * (work.input_tokens + work.target_tokens)
-    decoded = rows(work.tasks, shown, work.instruction_tokens, model.decoder.num_soft_tokens)
-    text = keep(
-        "decoder", lambda: model.decoder(latent, torch.ones(work.tasks, dtype=torch.bool), decoded)
-    )
-    return keep("logits at labels", lambda: sum_cross_entropy(*task) + sum_cross_entropy(*text))
-
-
-def kept_by_parts(model: ShipModel, work: Workload) -> dict[str, int]:
-    """Bytes that autograd saves; weights and generated adapters left out, each storage counted
-    where it comes first."""
-    known = {
-        p.untyped_storage().data_ptr(): p
-        for p in (*model.parameters(), *model.task_llm.parameters())
-    }
-    found: dict[str, int] = {}
-
-    def keep(part: str, run: Callable[[], Any]) -> Any:
-        kept: dict[int, Tensor] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in known:
-                kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = run()
-        known.update(kept)
-        if isinstance(out, LoraAdapter):
-            known.update(
-                {
-                    t.untyped_storage().data_ptr(): t
-                    for factors in out.factors.values()
-                    for t in factors
-                }
-            )
-        found[part] = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        return out
-
-    losses(model, work, keep)
-    return found
-
-
-def peak_of_a_step(model: ShipModel, work: Workload) -> int:
+def peak_of_a_step(shapes: Shapes, work: Workload) -> int:
     """The most that forward and backward hold beyond the model, as the allocator reports it."""
+    batch = planned_batch(shapes, work)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        losses(model, work, lambda part, run: run()).backward()
+        sum(shapes.ship(batch).objectives.values()).backward()
     changes = [
         event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
     ]

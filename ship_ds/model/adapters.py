@@ -40,6 +40,13 @@ class Adapter(Protocol):
         """The adapter whose row e is this one's row index[e]; it expands, reorders and compacts a
         batch."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was generated, by name; its first dimension is T."""
+
+    def distance(self, other: "Adapter") -> Tensor:
+        """|each task of this - other|^2 / |other|^2, (T,), with gradient; `other` is of the same
+        kind and of one task, and the norms are of what they do, not of how they are written."""
+
     def over(self, offsets: Tensor | None) -> "Adapter":
         """The same for tokens laid end to end, task t ending at offsets[t]; None: every task has
         equally many tokens."""
@@ -77,8 +84,34 @@ class LoraAdapter:
             offsets=None,
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B of each site."""
+        return {
+            f"{path}.{half}": factor
+            for path, factors in self.factors.items()
+            for half, factor in zip("AB", factors, strict=True)
+        }
+
+    def distance(self, other: Adapter) -> Tensor:
+        """By the updates B A of every site: other factors of the same update are no distance."""
+        assert isinstance(other, LoraAdapter)
+        total = norm = torch.zeros(())
+        for path, (a_TRI, b_TOR) in self.factors.items():
+            total = total + self.scaling**2 * _inner(a_TRI, b_TOR, a_TRI, b_TOR)
+            if path in other.factors:
+                a_1RI, b_1OR = other.factors[path]
+                square = other.scaling**2 * _inner(a_1RI, b_1OR, a_1RI, b_1OR)
+                both = self.scaling * other.scaling * _inner(a_TRI, b_TOR, a_1RI, b_1OR)
+                total, norm = total + square - 2 * both, norm + square
+        return total / norm.clamp(min=1e-12)
+
     def over(self, offsets: Tensor | None) -> "LoraAdapter":
         return replace(self, offsets=offsets)
+
+
+def _inner(a_TRI: Tensor, b_TOR: Tensor, other_a_TRI: Tensor, other_b_TOR: Tensor) -> Tensor:
+    """<B A, B' A'> = sum of (B^T B') * (A A'^T), (T,): no update is ever formed."""
+    return ((b_TOR.mT @ other_b_TOR) * (a_TRI @ other_a_TRI.mT)).sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -99,6 +132,17 @@ class SoftPrompt:
 
     def rows(self, index: Tensor) -> "SoftPrompt":
         return SoftPrompt(self.prompt_TPH[index])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The embeddings."""
+        return {"prompt": self.prompt_TPH}
+
+    def distance(self, other: Adapter) -> Tensor:
+        """By the embeddings."""
+        assert isinstance(other, SoftPrompt)
+        difference_TPH = self.prompt_TPH - other.prompt_TPH
+        norm = other.prompt_TPH.square().sum().clamp(min=1e-12)
+        return difference_TPH.square().sum((1, 2)) / norm
 
     def over(self, offsets: Tensor | None) -> "SoftPrompt":
         return self

@@ -37,6 +37,10 @@ class Objective(ABC):
         `outputs.batch.extras` under the objective's name. None: nothing."""
         return None
 
+    def prepare_shapes(self, batch: ShipBatch) -> Any | None:
+        """As `prepare` for a plan, which has no texts: the batch's shapes, on the meta device."""
+        return None
+
     @abstractmethod
     def count(self, batch: ShipBatch) -> int:
         """Over how many things `sum` sums, known on the host: no tensor on a device is read."""

@@ -58,9 +58,9 @@ class ShipModel(nn.Module):
         self.decoder = parts.decoder
         self.hypernetwork = parts.hypernetwork
         self.prior = parts.prior
-        modules = {name: one for name, one in objectives.items() if isinstance(one, nn.Module)}
-        if modules:
-            self.objective_modules = nn.ModuleDict(modules)
+        self.objective_modules = nn.ModuleDict(
+            {name: one for name, one in objectives.items() if isinstance(one, nn.Module)}
+        )
 
     @property
     def task_llm(self) -> TaskLlm:

@@ -3,13 +3,11 @@ the meta device.
 
 Autograd hands every tensor that it keeps to a hook, and the storages are counted once each, so the
 count follows the code of the model family and of the adapters, whatever they are.
-
-Letters: T tasks, E = T*M examples, S length, P soft tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,10 +15,10 @@ from torch import Tensor, nn
 
 from ship_ds.config import Config
 from ship_ds.data.files import FilesConfig
-from ship_ds.loss import sum_cross_entropy
-from ship_ds.model.adapters import AdaptedBlock, Adapter, LoraAdapter, SoftPrompt
-from ship_ds.model.encoder import Posterior
-from ship_ds.planner.shapes import Shapes, hidden_size
+from ship_ds.model.adapters import AdaptedBlock, Adapter
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.step import ShipBatch
+from ship_ds.planner.shapes import Shapes
 
 Lengths = tuple[int | None, int | None, int | None]
 """Tokens of an instruction, an input and a target; None: the recipe's truncation limits."""
@@ -67,9 +65,7 @@ class Workload:
 
     def answer_length(self, shapes: Shapes) -> int:
         stated = self.instruction_tokens if shapes.config.task_llm.instruction != "none" else 0
-        return (
-            shapes.hypernetwork.num_virtual_tokens + stated + self.input_tokens + self.target_tokens
-        )
+        return shapes.ship.num_virtual_tokens + stated + self.input_tokens + self.target_tokens
 
     def decoded_length(self, shapes: Shapes) -> int:
         shown = self.shown_examples * (self.input_tokens + self.target_tokens)
@@ -99,169 +95,134 @@ class Activations:
 
 @lru_cache(maxsize=16)
 def count_activations(shapes: Shapes, work: Workload) -> Activations:
-    count = _Count(shapes)
-    with torch.device("meta"):
-        return count.run(work)
+    """By one forward of the very model that trains, on the device of its weights: the meta device
+    in a plan, a real one where a benchmark compares the two."""
+    return _Count(shapes, work).run()
+
+
+def planned_batch(shapes: Shapes, work: Workload) -> ShipBatch:
+    """A micro-batch without texts: every row as long as it may be."""
+    device = shapes.ship.device
+    ship, tasks = shapes.ship, work.tasks
+    num_virtual, num_soft = ship.num_virtual_tokens, shapes.config.decoder.num_soft_tokens
+    asked = work.answer_length(shapes) - num_virtual - work.target_tokens
+    shown = work.decoded_length(shapes) - num_soft - work.instruction_tokens
+    batch = ShipBatch(
+        TokenBatch.of_lengths(tasks, work.instruction_tokens, 0, 0, device),
+        TokenBatch.of_lengths(work.examples, asked, work.target_tokens, num_virtual, device),
+        TokenBatch.of_lengths(tasks, shown, work.instruction_tokens, num_soft, device),
+        torch.zeros(tasks, dtype=torch.bool, device=device),
+        torch.zeros(tasks, shapes.config.latent_size, device=device),
+    )
+    for name, objective in ship.objectives.items():
+        extra = objective.prepare_shapes(batch)
+        if extra is not None:
+            batch = batch.with_extra(name, extra)
+    return batch
 
 
 class _Count:
-    """Walks once through SHIP's forward."""
+    """Walks once through SHIP's forward and notes which part autograd keeps a tensor for."""
 
-    def __init__(self, shapes: Shapes) -> None:
-        self.shapes = shapes
-        self.dtype_bytes = shapes.dtype.itemsize
-        self.known: dict[int, Any] = {}
-        self.total = 0
-        self.remember(
-            parameter for module in shapes.parts.values() for parameter in module.parameters()
-        )
+    def __init__(self, shapes: Shapes, work: Workload) -> None:
+        self.shapes, self.work = shapes, work
+        self.storages: dict[int, Any] = {}
+        self.kept = dict.fromkeys(shapes.parts, 0)
+        self.part: str | None = None
+        self.logits = self.adapters = self.heaviest_logits = 0
+        self.blocks: list[int] = []
+        for module in shapes.parts.values():
+            self.new_bytes(module.parameters())
 
-    def remember(self, tensors: Iterable[Tensor]) -> int:
+    def run(self) -> Activations:
+        """The forward, and what it left."""
+        hooks = [*self._watch_parts(), *self._watch_blocks()]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+                self.shapes.ship(planned_batch(self.shapes, self.work))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if self.shapes.config.task_llm.checkpointing:
+            self.kept["task LLM"] += self._checkpointed() - sum(self.blocks)
+        working = self.heaviest_logits * (4 + self.shapes.dtype.itemsize) + self._block_working()
+        return Activations(self.kept, self.adapters, self.logits, working)
+
+    def new_bytes(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the storages that are new among these; they are kept alive, so that no address
         comes twice."""
         total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.known:
-                self.known[storage._cdata] = storage
+            if storage._cdata not in self.storages:
+                self.storages[storage._cdata] = storage
                 total += storage.nbytes()
-        self.total += total
         return total
 
-    def kept_by(self, run: Callable[[], Any]) -> tuple[Any, int]:
-        total = 0
+    def _pack(self, tensor: Tensor) -> Tensor:
+        num_bytes = self.new_bytes([tensor])
+        if self.part is None:
+            self.logits += num_bytes
+        else:
+            self.kept[self.part] += num_bytes
+        return tensor
 
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal total
-            total += self.remember([tensor])
-            return tensor
+    def _watch_parts(self) -> Iterator[Any]:
+        """What comes between two parts counts to the earlier one, what follows a language model
+        that gives logits to these."""
+        ship = self.shapes.ship
+        modules = {
+            "encoder": ship.encoder,
+            "hypernetwork": ship.hypernetwork,
+            "task LLM": ship.task_llm,
+            "decoder": ship.decoder,
+        }
+        for name, module in modules.items():
+            yield module.register_forward_pre_hook(partial(self._enter, name))
+        yield ship.hypernetwork.register_forward_hook(self._after_hypernetwork)
+        for module in (ship.task_llm, ship.decoder):
+            yield module.register_forward_hook(self._after_logits)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = run()
-        return out, total
+    def _enter(self, part: str, *_: Any) -> None:
+        self.part = part
 
-    def run(self, work: Workload) -> Activations:
-        shapes, kept = self.shapes, {}
-        latent_TZ, kept["encoder"] = self.kept_by(lambda: self.encode(work))
-        adapter, kept["hypernetwork"] = self.kept_by(lambda: shapes.hypernetwork(latent_TZ))
-        adapters = self.remember(_generated(adapter))
-        (task_logits, blocks), kept["task LLM"] = self.kept_by(lambda: self.answer(adapter, work))
-        text_logits, kept["decoder"] = self.kept_by(lambda: self.decode(latent_TZ, work))
-        if shapes.config.task_llm.checkpointing:
-            # The backward pass has freed the decoder's by the time that a block is recomputed.
-            inputs = (
-                len(blocks)
-                * work.examples
-                * work.answer_length(shapes)
-                * hidden_size(shapes.task_lm)
-                * self.dtype_bytes
-            )
-            kept["task LLM"] += inputs - sum(blocks) + max(0, max(blocks) - kept["decoder"])
-        logits, heaviest = 0, 0
-        for logits_KV in (task_logits, text_logits):
-            labels_K = torch.zeros(len(logits_KV), dtype=torch.long)
-            logits += self.kept_by(lambda: sum_cross_entropy(logits_KV, labels_K))[1]  # noqa: B023 (called at once)
-            heaviest = max(heaviest, logits_KV.numel())
-        working = heaviest * (4 + self.dtype_bytes) + self.block_working(work)
-        return Activations(kept, adapters, logits, working)
+    def _after_hypernetwork(self, module: nn.Module, inputs: Any, adapter: Adapter) -> None:
+        self.adapters = self.new_bytes(adapter.tensors().values())
 
-    def encode(self, work: Workload) -> Tensor:
-        shapes = self.shapes
-        hidden_TSH = self.embedded(shapes.encoder.lm, work.tasks, work.instruction_tokens)
-        hidden_TSH = self.through(shapes.encoder.lm.model, hidden_TSH).last_hidden_state  # type: ignore[arg-type]
-        mean_TZ, raw_TZ = shapes.encoder.head(hidden_TSH[:, -1]).float().chunk(2, dim=-1)
-        posterior = Posterior(mean_TZ, raw_TZ - 5.0)
-        shapes.ship.prior.kl(posterior.mean_TZ, posterior.log_variance_TZ).mean(1).sum()
-        return posterior.sample(torch.zeros_like(mean_TZ))
+    def _after_logits(self, module: nn.Module, inputs: Any, out: tuple[Tensor, Tensor]) -> None:
+        self.part = None
+        self.heaviest_logits = max(self.heaviest_logits, out[0].numel())
 
-    def decode(self, latent_TZ: Tensor, work: Workload) -> Tensor:
-        decoder = self.shapes.decoder
-        soft_TPH = decoder.soft_tokens(latent_TZ, torch.zeros(work.tasks, dtype=torch.bool))
-        rest = self.embedded(
-            decoder.lm, work.tasks, work.decoded_length(self.shapes) - decoder.num_soft_tokens
-        )
-        return self.logits(
-            decoder.lm, torch.cat([soft_TPH.to(rest.dtype), rest], 1), work.instruction_tokens
-        )
-
-    def answer(self, adapter: Adapter, work: Workload) -> tuple[Tensor, list[int]]:
-        """Logits, and the bytes that each block keeps."""
-        shapes = self.shapes
-        hidden_ESH = self.embedded(shapes.task_lm, work.examples, work.answer_length(shapes))
-        virtual_TPH = adapter.virtual_tokens()
-        if virtual_TPH is not None:
-            rows_EPH = virtual_TPH.repeat_interleave(work.examples_per_task, 0).to(hidden_ESH.dtype)
-            hidden_ESH = torch.cat([rows_EPH, hidden_ESH[:, rows_EPH.shape[1] :]], 1)
-        blocks: list[int] = []
-        logits = self.logits(
-            shapes.task_lm, hidden_ESH, work.target_tokens, ship_adapter=adapter, block_bytes=blocks
-        )
-        return logits, blocks
-
-    def embedded(self, lm: Any, rows: int, length: int) -> Tensor:
-        return torch.zeros(rows, length, hidden_size(lm), dtype=self.shapes.dtype)
-
-    def logits(self, lm: nn.Module, hidden_ESH: Tensor, num_labels: int, **extra: Any) -> Tensor:
-        """(K, V), of the last `num_labels` positions of each row."""
-        logits: Tensor = self.through(lm, hidden_ESH, logits_to_keep=num_labels, **extra).logits
-        return logits.flatten(0, 1)
-
-    def through(
-        self, lm: nn.Module, hidden_ESH: Tensor, block_bytes: list[int] | None = None, **extra: Any
-    ) -> Any:
-        """A mask of four dimensions: transformers would compute one, and look into it."""
-        rows, length, _ = hidden_ESH.shape
-        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
-        hooks = [] if block_bytes is None else self.watch_blocks(lm, block_bytes)
-        out = lm(
-            inputs_embeds=hidden_ESH,
-            attention_mask=mask,
-            position_ids=torch.arange(length)[None],
-            use_cache=False,
-            **extra,
-        )
-        for hook in hooks:
-            hook.remove()
-        return out
-
-    def watch_blocks(self, lm: nn.Module, block_bytes: list[int]) -> list[Any]:
-        """Append what each block keeps, inside `kept_by`."""
+    def _watch_blocks(self) -> Iterator[Any]:
+        """Append what each block of the Task LLM keeps."""
         before: list[int] = []
-        hooks: list[Any] = []
-        for block in (module for module in lm.modules() if isinstance(module, AdaptedBlock)):
-            hooks.append(block.register_forward_pre_hook(lambda *_: before.append(self.total)))
-            hooks.append(
-                block.register_forward_hook(lambda *_: block_bytes.append(self.total - before[-1]))
+        kept = self.kept
+        for block in (
+            m for m in self.shapes.ship.task_llm.modules() if isinstance(m, AdaptedBlock)
+        ):
+            yield block.register_forward_pre_hook(lambda *_: before.append(kept["task LLM"]))
+            yield block.register_forward_hook(
+                lambda *_: self.blocks.append(kept["task LLM"] - before[-1])
             )
-        return hooks
 
-    def block_working(self, work: Workload) -> int:
+    def _checkpointed(self) -> int:
+        """Each block's input, and one block recomputed, less what the backward pass has freed of
+        the decoder by then."""
+        tokens = self.work.tokens(self.shapes)["task LLM"]
+        hidden_size = self.shapes.ship.task_llm.language_model.hidden_size
+        inputs = len(self.blocks) * tokens * hidden_size * self.shapes.dtype.itemsize
+        return inputs + max(0, max(self.blocks) - self.kept["decoder"])
+
+    def _block_working(self) -> int:
         """Beside what is kept: one matrix dequantised, and the gradients inside one feed-forward
         layer."""
-        blocks = [
+        ship = self.shapes.ship
+        linears = [
             linear
-            for lm in (self.shapes.task_lm, self.shapes.decoder.lm)
-            for linear in _block_linears(lm)
+            for role in (ship.task_llm, ship.decoder)
+            for linear in role.language_model.linears().values()
         ]
-        widest = max(max(linear.in_features, linear.out_features) for linear in blocks)
-        tokens = max(work.tokens(self.shapes).values())
-        return self.dtype_bytes * (
-            max(linear.weight.numel() for linear in blocks) + 3 * tokens * widest
-        )
-
-
-def _block_linears(lm: Any) -> list[nn.Linear]:
-    head = lm.get_output_embeddings()
-    return [
-        module for module in lm.modules() if isinstance(module, nn.Linear) and module is not head
-    ]
-
-
-def _generated(adapter: Adapter) -> list[Tensor]:
-    match adapter:
-        case LoraAdapter():
-            return [factor for factors in adapter.factors.values() for factor in factors]
-        case SoftPrompt():
-            return [adapter.prompt_TPH]
-        case _:
-            raise AssertionError(f"{type(adapter).__name__} has no count of its weights yet")
+        widest = max(max(linear.in_features, linear.out_features) for linear in linears)
+        tokens = max(self.work.tokens(self.shapes).values())
+        largest = max(linear.weight.numel() for linear in linears)
+        return self.shapes.dtype.itemsize * (largest + 3 * tokens * widest)

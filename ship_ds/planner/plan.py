@@ -140,7 +140,9 @@ def _recomputed(shapes: Shapes) -> list[Weight]:
     if not shapes.config.task_llm.checkpointing:
         return []
     blocks = [
-        path for path, module in shapes.task_lm.named_modules() if isinstance(module, AdaptedBlock)
+        path
+        for path, module in shapes.ship.task_llm.lm.named_modules()
+        if isinstance(module, AdaptedBlock)
     ]
     return [
         weight

@@ -7,7 +7,6 @@ shape.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,9 +29,6 @@ from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.assemble import build_ship
 from ship_ds.model.backbone import Quantisation, base_folder
-from ship_ds.model.decoder import Decoder
-from ship_ds.model.encoder import Encoder
-from ship_ds.model.hypernetwork import Hypernetwork
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
 
@@ -113,28 +109,14 @@ class Shapes:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The parts with weights, by the names that a plan shows."""
+        own = {"prior": self.ship.prior, "objectives": self.ship.objective_modules}
         return {
             "encoder": self.ship.encoder,
             "hypernetwork": self.ship.hypernetwork,
             "decoder": self.ship.decoder,
-            "task LLM": self.task_lm,
+            "task LLM": self.ship.task_llm.lm,
+            **{name: part for name, part in own.items() if any(True for _ in part.parameters())},
         }
-
-    @property
-    def encoder(self) -> Encoder:
-        return self.ship.encoder
-
-    @property
-    def decoder(self) -> Decoder:
-        return self.ship.decoder
-
-    @property
-    def hypernetwork(self) -> Hypernetwork:
-        return self.ship.hypernetwork
-
-    @property
-    def task_lm(self) -> nn.Module:
-        return self.ship.task_llm.lm
 
     def weights(self, part: str) -> list[Weight]:
         """Every parameter of a part."""
@@ -179,8 +161,11 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
     """Raises UserError for what the real model would refuse too: a missing base or target, sizes
     that do not fit."""
     weights = MetaWeights(dtype)
+    # Recomputed blocks would hide from autograd's hooks what they keep; the count of activations
+    # subtracts it afterwards, block by block.
+    kept_whole = config.task_llm.model_copy(update={"checkpointing": False})
     with torch.device("meta"):
-        ship = build_ship(config, weights)
+        ship = build_ship(config.model_copy(update={"task_llm": kept_whole}), weights)
     shapes = Shapes(config, dtype, ship, frozenset())
     paths = {
         f"{part}.{path}"
@@ -221,8 +206,3 @@ def meta_lm(base: str, dtype: torch.dtype) -> nn.Module:
     return AutoModelForCausalLM.from_config(
         base_config(base), dtype=dtype, attn_implementation=PLANNED
     )
-
-
-def hidden_size(lm: Any) -> int:
-    size: int = lm.get_input_embeddings().embedding_dim
-    return size

@@ -12,8 +12,9 @@ from ship_ds import cli
 from ship_ds.config import Config, load_config
 from ship_ds.errors import UserError
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.planner.activations import Workload, count_activations
 from ship_ds.planner.plan import Machines, advise, make_plan
-from ship_ds.planner.shapes import build_shapes, meta_lm, public_shapes
+from ship_ds.planner.shapes import Shapes, build_shapes, meta_lm, public_shapes
 from ship_ds.planner.show import verdict
 from ship_ds.planner.zero import DEFAULTS, Zero
 
@@ -185,3 +186,18 @@ def test_missing_base_names_the_way_out(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1 and "--shapes" in shown.err and not shown.out
     assert cli.main(["plan", "--config", "pretrain-7b", "--shapes", "gpt"]) == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.hypernetwork={kind: soft_prompt}", "model.task_llm.instruction=hard"]],
+    ids=["lora", "soft_prompt"],
+)
+def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides: list[str]) -> None:
+    """The same forward on the meta device and on real weights, to the byte."""
+    config = load_config("quickstart-smoke", overrides).model
+    model = build_ship(config, LoadedWeights()).train()
+    work = Workload(2, 3, 9, 14, 5, 2)
+    planned = count_activations(build_shapes(config, torch.float32), work)
+    real = count_activations(Shapes(config, torch.float32, model, frozenset()), work)
+    assert planned == real and min(planned.kept["task LLM"], planned.logits) > 0
