@@ -11,6 +11,8 @@ without DeepSpeed.
         manifest.json               size and SHA-256 of all of the above
 
 Bundles of version 0.1.0 have no probes.json, older ones no bases.json and known_instructions.json.
+The module imports torch where a function needs it, so that a command line may look at a bundle
+first.
 """
 
 import json
@@ -20,22 +22,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
 from ship_ds.config import Config, LoraTuning, parse_config
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, recover, refuse_existing, whole_folder
-from ship_ds.model.backbone import base_folder, load_tokenizer
-from ship_ds.model.ship import ShipModel
-from ship_ds.prompt import PromptFormat
-from ship_ds.tensor_file import TensorFile
-from ship_ds.weights_folder import WeightsFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ship_ds.api import Ship as Ship
+    from ship_ds.model.ship import ShipModel
+    from ship_ds.prompt import PromptFormat
 
 SHIP_WEIGHTS = "ship.safetensors"
 _CONFIG, _PROMPT_FORMAT = "config.json", "prompt_format.json"
@@ -96,7 +93,7 @@ class Bundle:
             tuple(_read_json(folder / _PROBES, [])),
         )
 
-    def check_prompt_format(self, prompts: PromptFormat) -> None:
+    def check_prompt_format(self, prompts: "PromptFormat") -> None:
         """Compare with how the Task LLM's prompts are rendered now.
 
         Raises:
@@ -108,12 +105,15 @@ class Bundle:
                 "another prompt format"
             )
 
-    def load_into(self, model: ShipModel) -> None:
+    def load_into(self, model: "ShipModel") -> None:
         """Copy the trained weights into a model that was built from the same config.
 
         Raises:
             UserError: The names of its trainable parameters are others.
         """
+        import torch
+        from safetensors.torch import load_file
+
         state = load_file(self.folder / SHIP_WEIGHTS)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if different := sorted(trainable.keys() ^ state.keys()):
@@ -132,7 +132,7 @@ def _read_json(path: Path, default: Any) -> Any:
 
 def write_bundle(
     folder: Path,
-    state: Mapping[str, Tensor],
+    state: "Mapping[str, Tensor]",
     config: Config,
     prompt_format: Mapping[str, Any],
     bases: Mapping[str, str],
@@ -154,6 +154,8 @@ def write_bundle(
     Raises:
         UserError: The disk is full; no half of a bundle is left.
     """
+    from ship_ds.tensor_file import TensorFile
+
     with whole_folder(folder) as part:
         with TensorFile(part / SHIP_WEIGHTS, state) as file:
             for name in state:
@@ -180,6 +182,9 @@ def probe_inputs(seen: Sequence[SplitTask]) -> list[str]:
 def frozen_bases(config: Config) -> dict[str, str]:
     """Fingerprint of each model that the run does not train whole, by its name in the config; see
     `WeightsFolder.fingerprint`."""
+    from ship_ds.model.backbone import base_folder
+    from ship_ds.weights_folder import WeightsFolder
+
     model = config.model
     tuned = [role for role in (model.encoder, model.decoder) if isinstance(role.tuning, LoraTuning)]
     names = [model.task_llm.base, *(role.base for role in tuned)]
@@ -216,6 +221,8 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     Raises:
         UserError: The checkpoint is missing or damaged, or a frozen model is another one now.
     """
+    from ship_ds.model.backbone import load_tokenizer
+    from ship_ds.prompt import PromptFormat
     from ship_ds.runtime import checkpoint
 
     recover(checkpoint_folder)
@@ -247,8 +254,12 @@ def bundle_folder(path: str | Path) -> Path:
     return inner if inner.is_dir() else folder
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, *, hashes: bool = True) -> Manifest:
     """The manifest of a bundle, whose files are all as it lists them.
+
+    Args:
+        folder: Of the bundle.
+        hashes: Read every file; without, their sizes alone are compared.
 
     Raises:
         UserError: There is none, or a file is missing or damaged.
@@ -262,6 +273,6 @@ def verify(folder: Path) -> Manifest:
     for name in (SHIP_WEIGHTS, _CONFIG, _PROMPT_FORMAT):
         if name not in manifest.files:
             raise UserError(f"{folder}: no bundle here: its manifest does not list {name}")
-    if reason := manifest.problem(folder):
+    if reason := manifest.problem(folder, hashes=hashes):
         raise UserError(f"{folder}: {reason}; write the bundle again")
     return manifest

@@ -94,7 +94,7 @@ NOWHERE = [
     Bad("plan --config pretrain-7b --gpu-memory nan", "--gpu-memory: nan"),
     Bad("deduce x --run nowhere --out OUT", "nowhere: no bundle here"),
     Bad("deduce x --run FOLDER --out OUT", "no bundle here"),
-    Bad("deduce x --run CUT --out OUT", "ship.safetensors: missing or not the file"),
+    Bad("deduce x --run CUT --out OUT", "ship.safetensors has "),
     Bad("deduce x --file FILE --run RUN --out OUT", "give one of an instruction, --file or"),
     Bad("deduce --run RUN --out OUT", "give one of an instruction, --file or"),
     Bad("deduce --file nowhere --run RUN --out OUT", "nowhere: no such file"),
@@ -200,7 +200,8 @@ def make_places(folder: Path) -> dict[str, Path]:
     for name in ("RUN", "CUT"):
         write_json(places[name] / "config.json", config)
         (places[name] / "ship.safetensors").write_text("weights")
-        Manifest.of(places[name], ["ship.safetensors", "config.json"]).write(places[name])
+        write_json(places[name] / "prompt_format.json", {})
+        Manifest.of(places[name]).write(places[name])
     (places["CUT"] / "ship.safetensors").write_text("wei")
     places["FILE"].write_text("reverse the list\n")
     places["ROWS"] = places["ROWS"].with_suffix(".jsonl")

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder, verify
 from ship_ds.errors import UserError
-from ship_ds.files import MANIFEST, Manifest, recover, refuse_existing
+from ship_ds.files import MANIFEST, Manifest, refuse_existing
 
 if TYPE_CHECKING:
     from ship_ds.config import Config
@@ -37,22 +38,8 @@ def check_new(folder: Path) -> None:
 
 def check_run(path: Path) -> Path:
     """The bundle of a run, or the path itself where it is one; every file of it has its size."""
-    recover(path / "bundle")
-    folder = path / "bundle" if (path / "bundle").is_dir() else path
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"{folder}: no bundle here (no {MANIFEST}); a finished run has one in RUN/bundle"
-        )
-    try:
-        listed = Manifest.read(folder).files
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}; write the bundle again") from None
-    for name, row in listed.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != row.bytes:
-            raise UserError(
-                f"{file}: missing or not the file that {MANIFEST} lists; write the bundle again"
-            )
+    folder = bundle_folder(path)
+    verify(folder, hashes=False)
     return folder
 
 
@@ -68,7 +55,7 @@ def check_latents(file: Path, bundle: Path) -> None:
     """Saved latents are of this very bundle."""
     from ship_ds.export.requests import load_latents
 
-    weights = Manifest.read(bundle).files["ship.safetensors"]
+    weights = Manifest.read(bundle).files[SHIP_WEIGHTS]
     load_latents(file, weights.sha256, read_config(bundle).model.latent_size)
 
 
