@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ship_ds.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 LATENT = "latent_TZ"
@@ -133,8 +133,10 @@ def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
 
 def load_latents(
     path: Path, bundle: str, latent_size: int
-) -> tuple[np.ndarray[Any, Any], list[str | None]]:
+) -> tuple["np.ndarray[Any, Any]", list[str | None]]:
     """The latents of a file and their instructions, without torch. Raises as `read_latents`."""
+    import numpy as np
+
     try:
         with safe_open(path, "np") as file:
             latent_TZ, metadata = file.get_tensor(LATENT), file.metadata() or {}
