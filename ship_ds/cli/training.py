@@ -45,16 +45,23 @@ def plan(
 ) -> int:
     """What a recipe needs of each GPU and sends in a step, from its shapes alone."""
     from ship_ds.config import load_config
+    from ship_ds.planner.public_shapes import check_bases, with_shapes
+    from ship_ds.runtime import preflight
+    from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
     checks.check_positive("--gpu-memory", gpu_memory)
     settings = load_config(config, overrides or ())
+    if shapes is not None:
+        settings = with_shapes(settings, shapes)
+    check_bases(settings)
+    read_deepspeed_config(settings.training.deepspeed)
+    preflight.check_division(
+        settings.training.tasks_per_step, nodes * gpus, settings.training.accumulation
+    )
     from ship_ds.planner.plan import Machines, advise, make_plan
-    from ship_ds.planner.shapes import with_shapes
     from ship_ds.planner.show import as_json as to_json
     from ship_ds.planner.show import show
 
-    if shapes is not None:
-        settings = with_shapes(settings, shapes)
     lengths = (instruction_tokens, input_tokens, target_tokens)
     planned = make_plan(settings, Machines(nodes, gpus, int(gpu_memory * 1e9)), lengths)
     changes = advise(planned, lengths)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ship_ds.config import Config, TaskLlmConfig, override_config
-from ship_ds.errors import UserError
 from ship_ds.model.adapters import AdaptedBlock
 from ship_ds.model.assemble import SHARD_ABOVE_BYTES
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
@@ -19,6 +18,7 @@ from ship_ds.planner.shapes import Shapes, Weight, build_shapes
 from ship_ds.planner.zero import Held, Traffic, Zero, held, traffic
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import engine_dtype
+from ship_ds.runtime.preflight import check_division
 
 RESERVED = 2 * 10**9
 """Bytes of a GPU left to the CUDA context, NCCL and the allocator's fragments: an assumption, not a
@@ -111,14 +111,9 @@ def shards_task_llm(config: TaskLlmConfig, weights: Sequence[Weight], dtype_byte
 
 
 def _tasks_per_micro_batch(config: Config, machines: Machines) -> int:
-    parts = machines.num_ranks * config.training.accumulation
-    if config.training.tasks_per_step % parts:
-        raise UserError(
-            f"training.tasks_per_step ({config.training.tasks_per_step}) must be a multiple of "
-            "ranks x training.accumulation "
-            f"({machines.num_ranks} x {config.training.accumulation}): change one of them"
-        )
-    return config.training.tasks_per_step // parts
+    training = config.training
+    check_division(training.tasks_per_step, machines.num_ranks, training.accumulation)
+    return training.tasks_per_step // (machines.num_ranks * training.accumulation)
 
 
 def _memory(kept: Held, activations: Activations) -> dict[str, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ship_ds.config import Config, load_config
 from ship_ds.planner.plan import Machines, Plan, plan_under, shapes_of
-from ship_ds.planner.shapes import public_shapes, with_shapes
+from ship_ds.planner.public_shapes import PUBLIC_SHAPES, with_shapes
 from ship_ds.planner.show import size
 from ship_ds.planner.zero import Zero
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
@@ -58,7 +58,7 @@ class Row:
 
 def recipe(model: str, num_ranks: int, tasks: int, way: Way) -> Config:
     """The published recipe, its latent as wide as the base asks for."""
-    hidden = public_shapes()[model].hidden_size
+    hidden = PUBLIC_SHAPES[model]["hidden_size"]
     config = load_config(
         "pretrain-7b",
         [

@@ -13,17 +13,12 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
     PreTrainedConfig,
-    Qwen2Config,
 )
 
 from ship_ds.config import (
-    Config,
     ModelConfig,
     TaskLlmConfig,
-    override_config,
 )
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
@@ -31,47 +26,12 @@ from ship_ds.model.assemble import build_ship
 from ship_ds.model.backbone import Quantisation, base_folder
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
-
-
-def _llama(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int
-) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-    )
+from ship_ds.planner.public_shapes import PUBLIC_SHAPES, WAY_OUT
 
 
 def public_shapes() -> Mapping[str, PreTrainedConfig]:
-    """As in the config.json that each model is published with."""
-    return {
-        "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
-        "llama-2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
-        "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000),
-        "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
-        "llama-3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
-        "mistral-7b": MistralConfig(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=32000,
-        ),
-        "qwen2.5-7b": Qwen2Config(
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            vocab_size=152064,
-            tie_word_embeddings=False,
-        ),
-    }
+    """The config of each model that can be planned with by name."""
+    return {name: AutoConfig.for_model(**shape) for name, shape in PUBLIC_SHAPES.items()}
 
 
 @dataclass(frozen=True)
@@ -177,29 +137,13 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
     return Shapes(config, dtype, ship, frozenset(paths))
 
 
-def with_shapes(config: Config, name: str) -> Config:
-    """The config with a public shape in place of the Task LLM's base, and of every base that is the
-    same one."""
-    if name not in public_shapes():
-        raise UserError(f"--shapes {name}: unknown; known are {', '.join(public_shapes())}")
-    model = config.model
-    same = [
-        role
-        for role in ("encoder", "decoder", "task_llm")
-        if getattr(model, role).base == model.task_llm.base
-    ]
-    return override_config(config, [f"model.{role}.base={name}" for role in same])
-
-
 def base_config(base: str) -> PreTrainedConfig:
     if base in public_shapes():
         return public_shapes()[base]
     try:
         return AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
     except UserError as error:
-        raise UserError(
-            f"{error}; or plan with --shapes and one of {', '.join(public_shapes())}"
-        ) from None
+        raise UserError(f"{error}; {WAY_OUT}") from None
 
 
 def meta_lm(base: str, dtype: torch.dtype) -> nn.Module:
