@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ship_ds import api
 from tools import draw_architecture
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -26,3 +27,10 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 def test_picture_is_what_the_script_draws() -> None:
     assert draw_architecture.PICTURE.read_text() == draw_architecture.draw()
+
+
+def test_api_page_has_every_public_name() -> None:
+    page = (REPOSITORY / "docs" / "api.md").read_text()
+    assert {f"::: ship_ds.api.{name}" for name in api.__all__} == set(
+        line for line in page.splitlines() if line.startswith(":::")
+    )
