@@ -30,9 +30,12 @@ from ship_ds.data.sampler import StepSampler, balanced
 from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
 from ship_ds.errors import UserError
-from ship_ds.evaluation import report as reports
-from ship_ds.evaluation.deduction import deduction, reconstruction
+from ship_ds.evaluation import final_report
+from ship_ds.evaluation.measure import measure
+from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.questions import ask
 from ship_ds.files import write_json
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.backbone import load_tokenizer
@@ -162,13 +165,13 @@ class Trainer:
         self.watchdog.start()
         try:
             if self.owes_evaluation:
-                self.look()
+                self.evaluate()
             while self.step < self.num_steps and self.spent_time() < 1:
                 self.stop.raise_if_asked()
                 self.take_step()
                 self.owes_evaluation = is_due(self.step, evaluate_every)
                 if self.owes_evaluation:
-                    self.look()
+                    self.evaluate()
                 if is_due(self.step, save_every):
                     self.save()
         except Preempted:
@@ -282,7 +285,7 @@ class Trainer:
         if self.step % 100 == 0:
             self.monitor.kl_per_dimension(self.step, losses.kl_Z)
 
-    def look(self) -> None:
+    def evaluate(self) -> None:
         """Deduction on a few seen and dev rules, and a few reconstructions; every rank takes part
         and calls as often.
 
@@ -290,32 +293,32 @@ class Trainer:
         """
         config = self.config.evaluation
         self.model.eval()
+        # The weights may be sharded, so all ranks are asked the same, and agree on when to end.
+        method = ShipMethod(
+            Setting(
+                Ship(self.model, self.config, digest=""),
+                self.splits,
+                self.folder,
+                minutes=0,
+                seed=0,
+                any_unfinished=ranks.any_over_ranks,
+            )
+        )
         scalars = {}
         for part, tasks in (("seen", self.splits.seen), ("dev", self.splits.dev)):
             self.stop.raise_if_asked()
             few = tasks[:: max(1, len(tasks) // config.num_tasks)][: config.num_tasks]
-            rows = deduction(
-                self.model,
-                few,
-                [t.task.instruction for t in few],
-                config.examples_per_task,
-                config.max_new_tokens,
-                ranks.any_over_ranks,
-            )
-            scalars[f"deduction/{part}"] = score(rows).value
-        pairs: list[tuple[str, str]] = []
-        reconstruction(
-            self.model,
-            self.splits.seen[:4] + self.splits.dev[:4],
-            config.max_instruction_tokens,
-            lambda true, text: pairs.append((true, text)),
-            ranks.any_over_ranks,
-        )
+            questions = [ask(task, 0, 0, config.examples_per_task) for task in few]
+            outcome = measure(method, "deduction", questions)
+            scalars[f"deduction/{part}"] = score(outcome.values("exact_match")).value
+        few = self.splits.seen[:4] + self.splits.dev[:4]
+        outcome = measure(method, "reconstruction", [ask(task, 0, 0) for task in few])
         self.model.train()
         self.dev_score = (self.step, scalars["deduction/dev"])
         self.owes_evaluation = False
         if self.monitor is not None:
             self.monitor.evaluation(self.step, scalars)
+            pairs = [(row["instruction"], row["said"]) for row in outcome.rows]
             self.monitor.texts(self.step, pairs)
 
     def save(self) -> None:
@@ -381,9 +384,8 @@ class Trainer:
             self.report()
 
     def report(self) -> None:
-        report = reports.evaluate(
-            Ship.from_run(self.folder, ranks.device()).model, self.splits, self.config.evaluation
-        )
+        ship = Ship.from_run(self.folder, ranks.device())
+        report = final_report.measure_run(ship, self.splits, self.folder)
         report |= {
             "train_seconds": round(self.watch.seconds, 1),
             "tokens_per_second": round(self.watch.tokens / max(self.watch.seconds, 1e-9), 1),
@@ -393,8 +395,8 @@ class Trainer:
             "versions": versions(),
         }
         if ranks.rank() == 0:
-            path = reports.write(report, self.folder)
-            reports.show(report)
+            path = final_report.write(report, self.folder)
+            final_report.show(report)
             print(f"report: {path}")
 
 

@@ -11,27 +11,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ship_ds.evaluation.method import Deduces, Induces, Method, Reasons
+from ship_ds.evaluation.config import Part
+from ship_ds.evaluation.method import Deduces, Induces, Method, Reasons, Reconstructs
 from ship_ds.files import write_json
 
-Direction = Literal["deduction", "induction", "reasoning"]
+Direction = Literal["deduction", "induction", "reasoning", "reconstruction"]
 PROTOCOLS: dict[Direction, type] = {
     "deduction": Deduces,
     "induction": Induces,
     "reasoning": Reasons,
+    "reconstruction": Reconstructs,
 }
-Row = dict[str, Any]
-"""One task of a cell: its id, kind and instruction, what the method said, and a list of values for
-each metric."""
+SHOWS_EXAMPLES: tuple[Direction, ...] = ("induction", "reasoning")
+TaskRow = dict[str, Any]
+"""One task of a cell: its id, kind and instruction, what the method answered (`said`), and a list
+of values for each metric."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """num_shown: examples that the method sees; None in deduction, which sees none."""
+    """num_shown: examples that the method sees; None in a direction that shows none."""
 
     method: str
     direction: Direction
-    part: str
+    part: Part
     num_shown: int | None
 
     @property
@@ -47,20 +50,23 @@ class Measured:
 
     fingerprint: Mapping[str, Any]
     metrics: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[TaskRow]
     seconds: float
     prepare_seconds: float
     num_ranks: int
 
 
 def cells_of(
-    method: type[Method], parts: Sequence[str], num_shown: Sequence[int]
+    method: type[Method], parts: Sequence[Part], num_shown: Sequence[int]
 ) -> Iterator[Cell]:
     """The cells of each direction whose protocol the method fulfils."""
     for direction, protocol in PROTOCOLS.items():
         if issubclass(method, protocol):
-            for shown in [None] if direction == "deduction" else num_shown:
-                yield from (Cell(method.name, direction, part, shown) for part in parts)
+            for number in num_shown if direction in SHOWS_EXAMPLES else [None]:
+                for part in parts:
+                    # examples are the same whatever the wording
+                    if part != "unseen_paraphrase" or direction == "deduction":
+                        yield Cell(method.name, direction, part, number)
 
 
 class CellStore:

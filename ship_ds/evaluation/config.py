@@ -24,7 +24,8 @@ METHOD_NAMES = (
 )
 """In the order of the tables; methods/__init__.py has the class of each."""
 JudgeName = Literal["execution", "rouge", "endpoint"]
-Part = Literal["seen", "dev", "unseen"]
+Part = Literal["seen", "dev", "unseen", "unseen_paraphrase"]
+"""Of the rules; the last one is the seen rules in a wording that training never shows."""
 
 
 class EndpointConfig(Section):

@@ -11,11 +11,12 @@ from rich.table import Table
 
 from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder
 from ship_ds.evaluation import table
-from ship_ds.evaluation.cells import Cell, Measured
+from ship_ds.evaluation.cells import PROTOCOLS, Cell, Measured
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.harness import Harness, Run
 from ship_ds.evaluation.latent_map import latent_map
 from ship_ds.evaluation.methods import METHODS, states_instruction
+from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import sha256, write_json
 from ship_ds.monitor.machine import versions
 from ship_ds.runtime import ranks
@@ -72,9 +73,9 @@ def valid_cells(harness: Harness) -> dict[Cell, Measured]:
 
 def show(report: dict[str, Any]) -> None:
     """The values alone; intervals, kinds and tasks are in report.md."""
-    for direction in ("deduction", "induction", "reasoning"):
+    for direction in PROTOCOLS:
         header, *rows = table.summary_rows(
-            report, direction, table.PARTS, tuple(table.TITLES), table.value_alone
+            report, direction, PARTS, tuple(table.TITLES), table.value_alone
         )
         if rows:
             shown = Table(title=direction)

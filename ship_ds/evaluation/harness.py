@@ -16,28 +16,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Splits
 from ship_ds.errors import UserError
-from ship_ds.evaluation.cells import Cell, CellStore, Measured, Row, cells_of, changed
+from ship_ds.evaluation.cells import Cell, CellStore, Measured, cells_of, changed
 from ship_ds.evaluation.config import HarnessConfig
-from ship_ds.evaluation.judges import Columns, Judge, build_judges
-from ship_ds.evaluation.method import (
-    Answers,
-    Deduces,
-    Induces,
-    Method,
-    Reasons,
-    ReasonsOtherwise,
-    Setting,
-)
+from ship_ds.evaluation.judges import build_judges
+from ship_ds.evaluation.measure import measure_over_ranks
+from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED, own_settings
-from ship_ds.evaluation.metrics import exact_match, rouge_l
-from ship_ds.evaluation.questions import Question, ask, spread
+from ship_ds.evaluation.questions import PARTS, ask, tasks_of
 from ship_ds.runtime import ranks
 
 _VERSION = 2
@@ -99,7 +90,7 @@ class Harness:
         numbers = sorted(
             {int(file.split(".")[-2].removesuffix("_shown")) for file in files if "_shown" in file}
         )
-        cells = cells_of(METHODS[name], ("seen", "dev", "unseen"), numbers)
+        cells = cells_of(METHODS[name], PARTS, numbers)
         return [cell for cell in cells if self.store.path(cell).name in files]
 
     def fingerprint(self, cell: Cell) -> dict[str, Any]:
@@ -166,91 +157,17 @@ class Harness:
 
     def _measure(self, method: Method, cell: Cell, prepare_seconds: float) -> Measured:
         started = time.perf_counter()
-        shares = ranks.gather_objects(self._rows(method, cell))
-        seconds = time.perf_counter() - started
-        metrics: list[str] = max((names for names, _ in shares), key=len)
-        rows = [
-            row
-            for turn in zip_longest(*(rows for _, rows in shares))
-            for row in turn
-            if row is not None
+        config = self.config
+        questions = [
+            ask(task, cell.num_shown or 0, config.seed, part=cell.part)
+            for task in tasks_of(self.run.splits, cell.part, config.num_tasks)
         ]
+        outcome = measure_over_ranks(method, cell.direction, questions, self.judges)
         return Measured(
             self.fingerprint(cell),
-            metrics,
-            rows,
-            round(seconds, 2),
+            outcome.metrics,
+            outcome.rows,
+            round(time.perf_counter() - started, 2),
             round(prepare_seconds, 2),
             ranks.world_size(),
         )
-
-    def _rows(self, method: Method, cell: Cell) -> tuple[list[str], list[Row]]:
-        """The metrics' names and the rows of this rank's tasks: every `world_size`-th, so that
-        gathered turns are in order."""
-        tasks = spread(getattr(self.run.splits, cell.part), self.config.num_tasks)
-        mine = tasks[ranks.rank() :: ranks.world_size()]
-        questions = [ask(task, cell.num_shown or 0, self.config.seed) for task in mine]
-        if not questions:
-            return [], []
-        said, columns = _MEASURES[cell.direction](method, questions, self.judges)
-        return list(columns), [
-            {
-                "task": q.task.id,
-                "kind": q.task.kind,
-                "instruction": q.task.task.instruction,
-                "said": text,
-                **{name: values[i] for name, values in columns.items()},
-            }
-            for i, (q, text) in enumerate(zip(questions, said, strict=True))
-        ]
-
-
-Said = tuple[Sequence[Any], Columns]
-
-
-def _deduction(method: Any, questions: Sequence[Question], judges: Sequence[Judge]) -> Said:
-    deduces: Deduces = method
-    tasks = [q.task for q in questions]
-    answers = deduces.deduce(
-        tasks, [task.task.instruction for task in tasks], [q.inputs for q in questions]
-    )
-    return answers, _answer_columns(answers, questions)
-
-
-def _reasoning(method: Any, questions: Sequence[Question], judges: Sequence[Judge]) -> Said:
-    reasons: Reasons = method
-    shown, inputs = [q.shown for q in questions], [q.inputs for q in questions]
-    answers = reasons.reason(shown, inputs)
-    columns = _answer_columns(answers, questions)
-    if isinstance(method, ReasonsOtherwise):
-        for way, others in method.reason_otherwise(shown, inputs).items():
-            columns[f"exact_match_{way}"] = _answer_columns(others, questions)["exact_match"]
-    return answers, columns
-
-
-def _induction(method: Any, questions: Sequence[Question], judges: Sequence[Judge]) -> Said:
-    induces: Induces = method
-    induced = induces.induce([q.shown for q in questions])
-    columns: Columns = {}
-    for judge in judges:
-        columns |= judge.columns(induced, questions)
-    return induced, columns
-
-
-_MEASURES: dict[str, Callable[[Any, Sequence[Question], Sequence[Judge]], Said]] = {
-    "deduction": _deduction,
-    "induction": _induction,
-    "reasoning": _reasoning,
-}
-
-
-def _answer_columns(answers: Answers, questions: Sequence[Question]) -> Columns:
-    pairs = [
-        list(zip(row, q.asked, strict=True)) for row, q in zip(answers, questions, strict=True)
-    ]
-    return {
-        "exact_match": [
-            [exact_match(answer, example.answers) for answer, example in row] for row in pairs
-        ],
-        "rouge_l": [[rouge_l(answer, example.answers) for answer, example in row] for row in pairs],
-    }

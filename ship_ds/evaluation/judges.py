@@ -8,11 +8,10 @@ from typing import Protocol
 from ship_ds.api import Ship
 from ship_ds.evaluation.config import EndpointConfig, JudgeName
 from ship_ds.evaluation.endpoint import EndpointJudge
-from ship_ds.evaluation.method import Answers
 from ship_ds.evaluation.metrics import exact_match, rouge_l
 from ship_ds.evaluation.questions import Question
 from ship_ds.inference.bank import encode_all
-from ship_ds.inference.deduction import answer_latents, answer_stated
+from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
 
 Columns = dict[str, list[list[float]]]
 """A metric's name -> one row a task, each value from 0 to 1."""
@@ -28,7 +27,7 @@ class ExactMatchJudge:
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         return {
             "exact_match": [
-                [exact_match(_one_line(text), [_one_line(wording) for wording in q.wordings])]
+                [exact_match(one_line(text), [one_line(wording) for wording in q.right_texts])]
                 for text, q in zip(induced, questions, strict=True)
             ]
         }
@@ -38,7 +37,7 @@ class RougeJudge:
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         return {
             "rouge_l": [
-                [rouge_l(text, q.wordings)] for text, q in zip(induced, questions, strict=True)
+                [rouge_l(text, q.right_texts)] for text, q in zip(induced, questions, strict=True)
             ]
         }
 
@@ -65,11 +64,12 @@ class ExecutionJudge:
         }
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The same words, one space between them."""
     return " ".join(text.split())
 
 
-def _right(answers: Answers, questions: Sequence[Question]) -> list[list[float]]:
+def _right(answers: AnswersByTask, questions: Sequence[Question]) -> list[list[float]]:
     return [
         [
             exact_match(answer, example.answers)

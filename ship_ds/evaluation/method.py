@@ -1,34 +1,36 @@
-"""What the harness measures: SHIP and every baseline behind one signature.
+"""What the harness measures: SHIP, its controls and every baseline behind one signature.
 
-A method answers in one, two or all three directions; the class says which by the protocols below
+A method answers in one or more of four directions; the class says in which by the protocols below
 that it fulfils. Each is made from a `Setting` alone, so that all of them stand on the same split,
 base model and time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Example, Splits, SplitTask
+from ship_ds.inference.deduction import AnswersByTask
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every method starts from. `folder`: its own, for weights that it trains once and loads
-    afterwards."""
+    """What every method starts from.
+
+    folder: the method's own, for weights that it trains once and loads afterwards. minutes: the
+    training time of a baseline, at most. any_unfinished: `ranks.any_over_ranks` while training,
+    when SHIP's weights may be sharded over the ranks (see `answer_latents`); the methods that are
+    measured then are `ship` alone.
+    """
 
     ship: Ship
     splits: Splits
     folder: Path
     minutes: float
-    """Training time of a baseline, at most."""
     seed: int
-
-
-Answers = list[list[str | None]]
-"""One row a task, one answer an input; None where no end came in time."""
+    any_unfinished: Callable[[bool], bool] = bool
 
 
 class Method(Protocol):
@@ -48,7 +50,7 @@ class Method(Protocol):
 class Deduces(Protocol):
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         """Answer each task's inputs, knowing the wording of it alone."""
 
 
@@ -62,7 +64,7 @@ class Induces(Protocol):
 class Reasons(Protocol):
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         """Answer each task's inputs, knowing its shown examples alone."""
 
 
@@ -70,5 +72,11 @@ class Reasons(Protocol):
 class ReasonsOtherwise(Protocol):
     def reason_otherwise(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
-    ) -> dict[str, Answers]:
-        """The same answered in other ways, each scored as `exact_match_<way>`."""
+    ) -> dict[str, AnswersByTask]:
+        """The same answered by other routes, each scored as `exact_match_<name>`."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    def reconstruct(self, wordings: Sequence[str]) -> list[str]:
+        """Each instruction as it is decoded from its own latent, without examples."""

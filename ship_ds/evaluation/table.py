@@ -9,6 +9,7 @@ from typing import Any
 
 from ship_ds.evaluation.cells import Cell, Measured
 from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import write_json, write_text
 
 TITLES = {
@@ -24,10 +25,10 @@ _LEADING = {
     "deduction": "exact_match",
     "induction": "execution_accuracy",
     "reasoning": "exact_match",
+    "reconstruction": "exact_match",
 }
 """What the per-task tables show."""
 _ABOUT_METHOD = ("method", "instruction in query")
-PARTS = ("seen", "dev", "unseen")
 _KINDS = ("parameter", "composition", "family")
 _KIND_PARTS = tuple(f"{part}_{kind}" for part in PARTS for kind in _KINDS)
 
@@ -115,9 +116,8 @@ def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> st
         f"# Evaluation of {report['run']}",
         f"    {report['command']}",
         "Every score is the mean over tasks with its 95 % bootstrap interval over tasks. Methods "
-        f"see {shown} examples in "
-        "induction and reasoning, none in deduction. A method with the instruction in its query "
-        "pays for it in every query.",
+        f"see {shown} examples in induction and reasoning, none in deduction and reconstruction. A "
+        "method with the instruction in its query pays for it in every query.",
     ]
     for direction in directions:
         rows = summary_rows(report, direction, PARTS, tuple(TITLES), value_and_interval)

@@ -1,6 +1,12 @@
-"""Answering under many instructions at once: a batch in which every task has its own adapter.
+"""Answering for many tasks at once: under an adapter each, with the instruction in the prompt, or
+by the bare base.
 
-Letters: T tasks, M inputs of each, Z latent.
+    answer_latents(model, latent_TZ, ["add 3", "reverse"], [["1 2"], ["3 4", "5"]], 20)
+    -> [["4 5"], ["4 3", "5"]]
+
+Everybody who wants answers in batches comes here.
+
+Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +18,8 @@ from ship_ds.model.ship import ShipModel
 
 _ROWS = 256
 """Inputs a batch."""
-Answers = list[str | None]
+AnswersByTask = list[list[str | None]]
+"""One row a task, one answer an input; None where no end of sequence came in time."""
 
 
 def answer_latents(
@@ -22,15 +29,23 @@ def answer_latents(
     inputs: Sequence[Sequence[str]],
     max_new_tokens: int,
     num_beams: int = 1,
-) -> list[Answers]:
-    """Each task's inputs under its own latent's adapter. `wordings` matter to a Task LLM that reads
-    them too."""
+    any_unfinished: Callable[[bool], bool] = bool,
+) -> AnswersByTask:
+    """Each task's inputs answered under the adapter of its own latent.
 
-    def answer(tasks: Sequence[int]) -> Answers:
+    Args:
+        wordings: an instruction a task; they matter to a Task LLM that reads them too.
+        inputs: one row a task, of any length.
+        any_unfinished: `ranks.any_over_ranks` where the weights are sharded over the ranks: all of
+            them then have to ask for the same tasks, and stay in step (see `continue_rows`).
+    """
+
+    def answer(tasks: Sequence[int]) -> list[str | None]:
         texts = [text for t in tasks for text in inputs[t]]
-        said = [wordings[t] for t in tasks for _ in inputs[t]]
+        instructions = [wordings[t] for t in tasks for _ in inputs[t]]
+        adapter = model.adapt(latent_TZ[list(tasks)])
         return _answer(
-            model, model.adapt(latent_TZ[list(tasks)]), texts, said, max_new_tokens, num_beams
+            model, adapter, texts, instructions, max_new_tokens, num_beams, any_unfinished
         )
 
     return _by_size(inputs, answer)
@@ -42,18 +57,25 @@ def answer_stated(
     inputs: Sequence[Sequence[str]],
     max_new_tokens: int,
     num_beams: int = 1,
-) -> list[Answers]:
-    """The bare Task LLM with each task's instruction in the prompt."""
+) -> AnswersByTask:
+    """The bare Task LLM's answers with each task's instruction in the prompt."""
 
-    def answer(tasks: Sequence[int]) -> Answers:
+    def answer(tasks: Sequence[int]) -> list[str | None]:
         texts = [text for t in tasks for text in inputs[t]]
+        instructions = [wordings[t] for t in tasks for _ in inputs[t]]
+        return _answer(model, None, texts, instructions, max_new_tokens, num_beams)
+
+    return _by_size(inputs, answer)
+
+
+def answer_bare(
+    model: ShipModel, inputs: Sequence[Sequence[str]], max_new_tokens: int
+) -> AnswersByTask:
+    """The bare Task LLM's answers, with neither adapter nor instruction."""
+
+    def answer(tasks: Sequence[int]) -> list[str | None]:
         return _answer(
-            model,
-            None,
-            texts,
-            [wordings[t] for t in tasks for _ in inputs[t]],
-            max_new_tokens,
-            num_beams,
+            model, None, [text for t in tasks for text in inputs[t]], None, max_new_tokens
         )
 
     return _by_size(inputs, answer)
@@ -63,27 +85,28 @@ def _answer(
     model: ShipModel,
     adapter: Adapter | None,
     texts: Sequence[str],
-    said: Sequence[str],
+    instructions: Sequence[str] | None,
     max_new_tokens: int,
-    num_beams: int,
-) -> Answers:
+    num_beams: int = 1,
+    any_unfinished: Callable[[bool], bool] = bool,
+) -> list[str | None]:
     if num_beams == 1:
-        return model.answer(adapter, texts, max_new_tokens, said)
-    return model.answer_by_beams(adapter, texts, max_new_tokens, num_beams, said)
+        return model.answer(adapter, texts, max_new_tokens, instructions, any_unfinished)
+    return model.answer_by_beams(adapter, texts, max_new_tokens, num_beams, instructions)
 
 
 def _by_size(
-    inputs: Sequence[Sequence[str]], answer: Callable[[Sequence[int]], Answers]
-) -> list[Answers]:
+    inputs: Sequence[Sequence[str]], answer: Callable[[Sequence[int]], list[str | None]]
+) -> AnswersByTask:
     """Tasks with equally many inputs share batches: an adapter's products want equal parts where
     prompts are padded."""
-    found: list[Answers] = [[] for _ in inputs]
-    for size in sorted({len(own) for own in inputs} - {0}):
-        tasks = [t for t, own in enumerate(inputs) if len(own) == size]
+    rows: AnswersByTask = [[] for _ in inputs]
+    for size in sorted({len(row) for row in inputs} - {0}):
+        tasks = [t for t, row in enumerate(inputs) if len(row) == size]
         step = max(1, _ROWS // size)
         for start in range(0, len(tasks), step):
             chunk = tasks[start : start + step]
             answers = answer(chunk)
             for i, t in enumerate(chunk):
-                found[t] = answers[i * size : (i + 1) * size]
-    return found
+                rows[t] = answers[i * size : (i + 1) * size]
+    return rows

@@ -17,7 +17,7 @@ from ship_ds.evaluation.methods.icl import InContextLearning
 from tests.conftest import start
 
 DIRECTIONS = {
-    "ship": ["deduction", "induction", "reasoning"],
+    "ship": ["deduction", "induction", "reasoning", "reconstruction"],
     "nearest_known": ["induction", "reasoning"],
     "prompting": ["deduction"],
     "icl": ["reasoning"],
@@ -74,7 +74,7 @@ def test_report_has_the_layout_of_every_method(evaluated: Path) -> None:
                         part,
                         metric,
                     )
-                asked = 10 if direction == "induction" else 3
+                asked = {"induction": 10, "reconstruction": 1}.get(direction, 3)
                 assert (cell["n_tasks"], cell["n_examples"]) == (2, 2 * asked)
     assert report["command"] == "ship-ds evaluate" and "torch" in report["versions"]
 

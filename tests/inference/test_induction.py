@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
-from ship_ds.data.task import Example, SplitTask, Task
+from ship_ds.data.task import Example
 from ship_ds.errors import UserError
-from ship_ds.evaluation.deduction import nearest_seen
 from ship_ds.inference.bank import BRIEF, THOROUGH, Bank
 from ship_ds.inference.gradient import descend_on_latent, neutral_prompt
 from ship_ds.inference.induction import InductionConfig, induce_many
@@ -338,14 +337,3 @@ def test_no_bank_and_no_examples_are_one_line(ship: Ship) -> None:
         induce_many(ship.model, Bank.build(ship.model, []), [[Example("1", "2")]], config)
     with pytest.raises(UserError, match="no examples"):
         induce_many(ship.model, ship.bank, [[]], config)
-
-
-def test_nearest_seen_does_not_take_a_tasks_own_instruction(ship: Ship, inputs: list[str]) -> None:
-    seen = [
-        SplitTask(Task(text, text, ()), tuple(behaviour(ship, text, inputs)), ())
-        for text in ship.known[:8]
-    ]
-    found = nearest_seen(ship.model, seen[:2], seen)
-    assert all(
-        text in ship.known[:8] and text != task.id for text, task in zip(found, seen, strict=False)
-    )

@@ -90,7 +90,7 @@ def base_is_untouched(folder: Path) -> dict[str, Any]:
     for step in range(10):
         made.take_step()
         if step == 4:
-            made.look()
+            made.evaluate()
     return {"before": before, "after": digest(), "steps": made.step}
 
 
@@ -298,7 +298,7 @@ def evaluation_in_the_middle(folder: Path) -> dict[str, Any]:
     for step in range(6):
         found["looking"].append(losses(looking))
         if step % 2:
-            looking.look()
+            looking.evaluate()
     return found
 
 

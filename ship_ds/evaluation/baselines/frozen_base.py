@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ship_ds.api import Ship
 from ship_ds.config import LoraHypernetworkConfig
-from ship_ds.evaluation.method import Answers
+from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.loss import sum_cross_entropy
 from ship_ds.model.adapters import Adapter, wrap_sites
 from ship_ds.model.backbone import freeze, load_lm
@@ -93,13 +93,13 @@ class FrozenBase:
         questions: Sequence[Sequence[Ids]],
         adapter_of: Callable[[slice], Adapter],
         num_virtual_tokens: int = 0,
-    ) -> Answers:
+    ) -> AnswersByTask:
         """One row of questions a task; `adapter_of(tasks)` is asked for the adapter of some
         consecutive ones.
 
         Tasks of a batch with fewer questions than the widest repeat them there and count them once.
         """
-        answers: Answers = []
+        answers: AnswersByTask = []
         for start in range(0, len(questions), _CHUNK):
             chunk = questions[start : start + _CHUNK]
             width = max(map(len, chunk))

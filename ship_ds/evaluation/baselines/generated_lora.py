@@ -15,7 +15,7 @@ from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles, train_oracles
 from ship_ds.evaluation.baselines.trained import TrainedMethod
-from ship_ds.evaluation.method import Answers
+from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.model.adapters import LoraAdapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.hypernetwork import LoraHypernetwork, Target
@@ -117,7 +117,7 @@ class GeneratedLora(TrainedMethod):
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         questions = [[self.base.prompts.task_prompt(text) for text in row] for row in inputs]
         return self.base.answer(questions, lambda chunk: self.generate(wordings[chunk]))
 

@@ -12,7 +12,7 @@ from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.baselines.fitting import Steps, fit
 from ship_ds.evaluation.baselines.static_adapters import StaticSoftPrompt
 from ship_ds.evaluation.baselines.trained import TrainedMethod
-from ship_ds.evaluation.method import Answers
+from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.model.adapters import SoftPrompt
 
 _CHUNK = 48
@@ -60,13 +60,13 @@ class PromptTuning(TrainedMethod):
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         return self._answer(self.module, inputs)
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
-        answers: Answers = []
+    ) -> AnswersByTask:
+        answers: AnswersByTask = []
         for start in range(0, len(shown), _CHUNK):
             own = self.tune(shown[start : start + _CHUNK])
             answers += self._answer(own, inputs[start : start + _CHUNK])
@@ -98,7 +98,7 @@ class PromptTuning(TrainedMethod):
         )
         return self.base.loss_per_task(prompt(), batch, num_tasks)
 
-    def _answer(self, prompt: StaticSoftPrompt, inputs: Sequence[Sequence[str]]) -> Answers:
+    def _answer(self, prompt: StaticSoftPrompt, inputs: Sequence[Sequence[str]]) -> AnswersByTask:
         questions = [[self.base.prompts.task_prompt(text) for text in row] for row in inputs]
         num_own = len(prompt.prompt_TPH)
 

@@ -10,7 +10,7 @@ from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
 from ship_ds.evaluation.baselines.trained import TrainedMethod
-from ship_ds.evaluation.method import Answers
+from ship_ds.inference.deduction import AnswersByTask
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Sft(TrainedMethod):
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         questions = [
             [self.base.prompts.task_prompt(text, wording) for text in row]
             for row, wording in zip(inputs, wordings, strict=True)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.method import Answers, Setting
-from ship_ds.evaluation.methods.icl import InContextLearning
+from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.bank import encode_all
-from ship_ds.inference.deduction import answer_latents
+from ship_ds.inference.deduction import AnswersByTask, answer_bare, answer_latents
 
 
 class BareBase(Untrained):
@@ -18,14 +17,10 @@ class BareBase(Untrained):
 
     name: ClassVar[str] = "bare_base"
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.without_shots = InContextLearning(setting)
-
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
-        return self.without_shots.reason([()] * len(inputs), inputs)
+    ) -> AnswersByTask:
+        return answer_bare(self.ship.model, inputs, self.ship.config.evaluation.max_new_tokens)
 
 
 class ShuffledInstruction(Untrained):
@@ -39,7 +34,7 @@ class ShuffledInstruction(Untrained):
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         others = [self._another(task) for task in tasks]
         model = self.ship.model
         return answer_latents(

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import Example
-from ship_ds.evaluation.method import Answers, Setting
+from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
+from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.model.batch import TokenBatch
 
 _ROWS = 240
@@ -28,7 +29,7 @@ class InContextLearning(Untrained):
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         prompts = [
             self.prompt(text, shots)
             for shots, row in zip(shown, inputs, strict=True)

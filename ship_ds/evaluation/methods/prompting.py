@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.method import Answers
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.inference.deduction import answer_stated
+from ship_ds.inference.deduction import AnswersByTask, answer_stated
 
 
 class Prompting(Untrained):
@@ -17,7 +16,7 @@ class Prompting(Untrained):
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         return answer_stated(
             self.ship.model, wordings, inputs, self.ship.config.evaluation.max_new_tokens
         )

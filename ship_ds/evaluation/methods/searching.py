@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 
 from ship_ds.data.task import Example
-from ship_ds.evaluation.method import Answers, Setting
+from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.bank import Bank, encode_all
-from ship_ds.inference.deduction import answer_latents, answer_stated
+from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
 from ship_ds.inference.induction import Induction, InductionConfig, induce_many
 
 
@@ -38,13 +38,13 @@ class Searching(Untrained):
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         """By the refined latent: the induced text, encoded again."""
         return self.answer(self.induce(shown), inputs)
 
     def reason_otherwise(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
-    ) -> dict[str, Answers]:
+    ) -> dict[str, AnswersByTask]:
         """By the latent that the search found, and with the induced text in the prompt."""
         found = self._inductions(shown)
         texts, latent_TZ = (
@@ -65,7 +65,7 @@ class Searching(Untrained):
         )
         return [self.induced[key] for key in keys]
 
-    def answer(self, wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def answer(self, wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> AnswersByTask:
         model = self.ship.model
         return answer_latents(
             model,
@@ -73,4 +73,5 @@ class Searching(Untrained):
             wordings,
             inputs,
             self.ship.config.evaluation.max_new_tokens,
+            any_unfinished=self.any_unfinished,
         )

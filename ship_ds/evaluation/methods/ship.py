@@ -4,18 +4,29 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.method import Answers
 from ship_ds.evaluation.methods.searching import Searching
+from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.inference.induction import InductionConfig
+
+_DECODED_AT_ONCE = 48
 
 
 class ShipMethod(Searching):
-    """Deduction by the instruction's adapter; induction by the default search."""
+    """Deduction by the instruction's adapter; induction by the default search; reconstruction by
+    the decoder."""
 
     name: ClassVar[str] = "ship"
     recipe: ClassVar[InductionConfig] = InductionConfig()
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
-    ) -> Answers:
+    ) -> AnswersByTask:
         return self.answer(wordings, inputs)
+
+    def reconstruct(self, wordings: Sequence[str]) -> list[str]:
+        """What the decoder makes of each instruction's posterior mean, without examples."""
+        model, texts = self.ship.model, list[str]()
+        for start in range(0, len(wordings), _DECODED_AT_ONCE):
+            latent_TZ = model.encode(wordings[start : start + _DECODED_AT_ONCE])
+            texts += model.decode(latent_TZ, self.search.max_new_tokens, self.any_unfinished)
+        return texts

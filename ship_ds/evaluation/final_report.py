@@ -1,0 +1,155 @@
+"""The report that a run ends with: SHIP's deduction beside its controls, and reconstruction, as
+report.json and one table.
+
+It is a run of the harness (measure.py) from the bundle, with five of its methods on all dev and
+unseen rules and on some of the seen ones; here is which, and where their scores stand.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from ship_ds.api import Ship
+from ship_ds.data.task import Splits, SplitTask
+from ship_ds.evaluation.cells import SHOWS_EXAMPLES, Direction
+from ship_ds.evaluation.config import Part
+from ship_ds.evaluation.measure import Outcome, measure_over_ranks
+from ship_ds.evaluation.method import Method, Setting
+from ship_ds.evaluation.methods import METHODS
+from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.questions import ask, spread, tasks_of
+from ship_ds.files import write_json
+
+_NUM_CONTROL_TASKS = 114
+"""Seen rules in the controls: as many as there are unseen ones in the generated world; trying every
+known adapter is the cost."""
+_NUM_SHOWN, _SEED = 5, 0
+"""As `ship-ds evaluate` has them by default: a control is shown the same examples in both."""
+_COLUMNS = ("seen", "dev", "unseen")
+
+
+class _Section(NamedTuple):
+    """Cells of one method. key: in report.json, which has kept its keys since the first version;
+    everywhere else a control goes by its method's name."""
+
+    key: str
+    method: str
+    direction: Direction
+    parts: tuple[Part, ...]
+
+
+_SECTIONS = (
+    _Section("deduction", "ship", "deduction", ("seen", "dev", "unseen", "unseen_paraphrase")),
+    _Section("controls.bare_base", "bare_base", "deduction", ("seen", "unseen")),
+    _Section(
+        "controls.shuffled_instruction", "shuffled_instruction", "deduction", ("seen", "unseen")
+    ),
+    _Section("controls.instruction_in_prompt", "prompting", "deduction", ("seen", "unseen")),
+    _Section("controls.nearest_seen_rule", "nearest_known", "reasoning", ("seen", "unseen")),
+    _Section("reconstruction", "ship", "reconstruction", ("seen", "dev", "unseen")),
+)
+
+
+def measure_run(ship: Ship, splits: Splits, folder: Path) -> dict[str, Any]:
+    """Every cell of the report, the same on all ranks, each of which answers a share of the tasks.
+
+    Args:
+        ship: opened from the run's bundle, its weights whole on every rank.
+        splits: the data that the run was trained on.
+        folder: of the run.
+
+    Returns:
+        `deduction.<part>`, `controls.<control>.<part>` and `reconstruction.<part>`, each
+        `{"exact_match": {"value": 0.5, "ci95": [0.4, 0.6]}, "n_tasks": 114, "n_examples": 570}`.
+    """
+    started = time.perf_counter()
+    setting = Setting(ship, splits, folder / "evaluation" / "methods", 0, _SEED)
+    methods: dict[str, Method] = {s.method: METHODS[s.method](setting) for s in _SECTIONS}
+    for method in methods.values():
+        method.prepare()
+    report: dict[str, Any] = {}
+    for section in _SECTIONS:
+        cells = _cells_at(report, section.key)
+        for part in section.parts:
+            tasks = _tasks(splits, section, part, ship.config.evaluation.num_final_tasks)
+            if tasks or part != "unseen_paraphrase":
+                cells |= _scores(methods[section.method], section, part, tasks, ship)
+    return report | {"evaluation_seconds": round(time.perf_counter() - started, 1)}
+
+
+def _tasks(splits: Splits, section: _Section, part: Part, num_seen: int) -> Sequence[SplitTask]:
+    """All dev and unseen rules; of the seen ones at most `num_seen`, in a control fewer."""
+    if part in ("dev", "unseen"):
+        return getattr(splits, part)
+    tasks = tasks_of(splits, part, num_seen)
+    return spread(tasks, _NUM_CONTROL_TASKS) if section.key.startswith("controls.") else tasks
+
+
+def _scores(
+    method: Method, section: _Section, part: Part, tasks: Sequence[SplitTask], ship: Ship
+) -> dict[str, Any]:
+    """The score of the part and, of SHIP's unseen rules, one for each reason why they are."""
+    num_shown = _NUM_SHOWN if section.direction in SHOWS_EXAMPLES else 0
+    num_asked = ship.config.evaluation.examples_per_task
+    questions = [ask(task, num_shown, _SEED, num_asked, part) for task in tasks]
+    outcome = measure_over_ranks(method, section.direction, questions)
+    by_part: dict[str, Outcome] = {part: outcome}
+    if section.key == "deduction" and part == "unseen":
+        for kind in sorted({task.kind for task in tasks if task.kind}):
+            by_part[f"unseen_{kind}"] = outcome.of_kind(kind)
+    return {name: score(some.values("exact_match")).as_json() for name, some in by_part.items()}
+
+
+def _cells_at(report: dict[str, Any], key: str) -> dict[str, Any]:
+    for name in key.split("."):
+        report = report.setdefault(name, {})
+    return report
+
+
+def write(report: dict[str, Any], folder: Path) -> Path:
+    """RUN/report.json, whole or as it was; its path."""
+    write_json(folder / "report.json", report)
+    return folder / "report.json"
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print one table: a row a measurement, seen beside dev (what recipes are chosen by) and
+    unseen."""
+    table = Table(title="exact match, value [95 % interval over tasks]")
+    for column in ("", *_COLUMNS):
+        table.add_column(column, justify="left" if not column else "right")
+    for section in _SECTIONS:
+        cells = _cells_at(report, section.key)
+        table.add_row(_title(section), *(_text(cells.get(part)) for part in _COLUMNS))
+    for name, cell in report["deduction"].items():
+        if name not in _COLUMNS:
+            column = "seen" if "paraphrase" in name else "unseen"
+            texts = (_text(cell if part == column else None) for part in _COLUMNS)
+            table.add_row(f"deduction, {name.replace('_', ' ')}", *texts)
+    console = Console(width=130)
+    console.print(table)
+    console.print(
+        f"{report['train_seconds']:.0f} s of training, {report['tokens_per_second']:.0f} tokens/s, "
+        f"{report['world_size']} rank(s), seed {report['seed']}"
+    )
+
+
+def _title(section: _Section) -> str:
+    if section.key.startswith("controls."):
+        return f"control: {section.method.replace('_', ' ')}"
+    return "deduction (SHIP)" if section.key == "deduction" else section.key
+
+
+def _text(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    exact = cell["exact_match"]
+    if not cell["n_tasks"]:
+        return "no tasks"
+    return (
+        f"{exact['value']:.3f} [{exact['ci95'][0]:.3f}, {exact['ci95'][1]:.3f}] n={cell['n_tasks']}"
+    )
