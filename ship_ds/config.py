@@ -25,8 +25,9 @@ from pydantic import (
     model_validator,
 )
 
-from ship_ds.data.files import FilesConfig
 from ship_ds.data.rules import RulesConfig
+from ship_ds.data.source import source_of
+from ship_ds.data.task_files import FilesConfig
 from ship_ds.errors import UserError
 from ship_ds.kinds import (
     ADAPTERS,
@@ -337,8 +338,8 @@ class EvaluationConfig(Section):
     """Of an instruction that the decoder writes."""
 
 
-SOURCES.register(RulesConfig, "ship_ds.data.source:RulesSource")
-SOURCES.register(FilesConfig, "ship_ds.data.source:FilesSource")
+SOURCES.register(RulesConfig, "ship_ds.data.rules:RulesSource")
+SOURCES.register(FilesConfig, "ship_ds.data.task_files:FilesSource")
 DataConfig = Annotated[SerializeAsAny[Section], BeforeValidator(SOURCES.validate)]
 
 
@@ -373,12 +374,8 @@ class Config(Section):
                 f"({self.training.tasks_per_step}): change one of them"
             )
         bases = [self.model.task_llm.base, self.model.encoder.base, self.model.decoder.base]
-        if isinstance(self.data, RulesConfig) and self.data.seed and "embedded" in bases:
-            raise ValueError(
-                f"data.seed={self.data.seed}: the embedded model learnt the seen rules of seed 0, "
-                "unseen ones of this seed among "
-                "them: keep 0, or give bases of your own"
-            )
+        if conflict := source_of(self.data).conflict(bases):
+            raise ValueError(conflict)
         if self.model.decoder.drop_latent and not self.model.decoder.max_examples:
             raise ValueError(
                 "model.decoder.drop_latent needs model.decoder.max_examples above 0: "

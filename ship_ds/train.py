@@ -9,12 +9,11 @@ The same program runs the embedded default on two CPU cores and a 7B model on a 
 
 import argparse
 import errno
-import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,9 +23,8 @@ from torch import Tensor
 from ship_ds.api import Ship
 from ship_ds.bundle import Bundle, check_bases, frozen_bases, probe_inputs, write_bundle
 from ship_ds.config import Config, TrainingConfig, load_config
-from ship_ds.data import files
-from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.data.sampler import StepSampler, balanced
+from ship_ds.data.source import source_of
 from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
 from ship_ds.errors import UserError
@@ -81,8 +79,9 @@ class Trainer:
         self.parts = engines.parts_per_step(config.training)
         torch.manual_seed(config.run.seed)
         self.bases = frozen_bases(config)
-        self.splits = read_splits(config, say)
-        self.data_fingerprint = hashlib.sha256(repr(self.splits).encode()).hexdigest()
+        source = source_of(config.data)
+        self.splits = source.read(load_tokenizer(config.model.task_llm.base), say)
+        self.data_fingerprint = source.fingerprint(self.splits)
         weights = LoadedWeights(
             engines.engine_dtype(config.training),
             config.model.attention,
@@ -93,7 +92,8 @@ class Trainer:
             "parameters: "
             + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items())
         )
-        cache_tokens(config, model, self.splits)
+        if (folder := source.token_cache(self.folder)) is not None:
+            cache_tokens(folder, model, self.splits)
         if config.run.init_from is not None:
             init_from(model, config.run.init_from, self.bases)
         self.engine = engines.build_engine(model, config.optimiser, config.training)
@@ -420,20 +420,8 @@ def num_steps(training: TrainingConfig, splits: Splits) -> int:
     )
 
 
-def read_splits(config: Config, say: Callable[[str], None]) -> Splits:
-    """Generated rules, or the tasks of a folder, cut to length with the Task LLM's tokenizer."""
-    if isinstance(config.data, RulesConfig):
-        return build_world(config.data)
-    assert isinstance(config.data, files.FilesConfig)
-    return files.read_splits(config.data, load_tokenizer(config.model.task_llm.base), say)
-
-
-def cache_tokens(config: Config, model: ShipModel, splits: Splits) -> None:
-    """Tokenise a folder's texts once: rank 0 first, then the others load what it wrote."""
-    if isinstance(config.data, RulesConfig):
-        return
-    assert isinstance(config.data, files.FilesConfig)
-    folder = Path(config.data.cache or Path(config.run.folder) / "tokens")
+def cache_tokens(folder: Path, model: ShipModel, splits: Splits) -> None:
+    """Tokenise all texts once: rank 0 first, then the others load what it wrote."""
     tasks = (*splits.seen, *splits.dev, *splits.unseen)
     for turn in (ranks.rank() == 0, ranks.rank() != 0):
         if turn:

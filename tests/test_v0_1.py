@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from ship_ds.api import Ship
 from ship_ds.bundle import bundle_from_checkpoint, frozen_bases
 from ship_ds.config import load_config, parse_config, recipe_names
+from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.inference.adapters import WeightInduction
+from ship_ds.model.backbone import load_tokenizer
 from ship_ds.origin import read_origin
 from tests.conftest import REPOSITORY, start
 
@@ -97,6 +99,21 @@ def test_another_base_of_the_same_shape_is_one_line(
     with pytest.raises(UserError, match=r"has neither model\.safetensors nor") as error:
         Ship.from_run(RUN)
     assert "\n" not in str(error.value)
+
+
+def test_files_have_the_fingerprint_that_they_had() -> None:
+    """Else no run on files would go on; that of generated rules is compared by the resume above."""
+    config = load_config(
+        "list-functions",
+        [
+            f"data.path={FOLDER}/tasks.jsonl",
+            "data.filters.min_examples_per_task=2",
+            "model.task_llm.base=embedded",
+        ],
+    )
+    source = source_of(config.data)
+    splits = source.read(load_tokenizer("embedded"), lambda line: None)
+    assert source.fingerprint(splits) == RECORDED["files fingerprint"]
 
 
 def test_the_embedded_model_is_the_one_of_0_1_0() -> None:

@@ -23,9 +23,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ship_ds.config import load_config
-from ship_ds.data.files import FilesConfig, read_splits
 from ship_ds.data.readers import read_tasks
 from ship_ds.data.task import SplitTask
+from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.errors import UserError
 from ship_ds.prompt import PromptFormat
 
@@ -128,7 +128,7 @@ def main() -> int:
                 "base, the embedded one"
             )
         tokenizer = make_tokenizer(data, args.vocabulary, args.out)
-        splits = read_splits(data, tokenizer, print)
+        splits = FilesSource(data).read(tokenizer, print)
     except UserError as error:
         print(f"make_base_lm: {error}", file=sys.stderr)
         return 2

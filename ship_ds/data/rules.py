@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt
 
+from ship_ds.data.source import TaskSource, TextLengths
 from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.section import Section
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedTokenizerBase
 
 MAX_VALUE = 9
 MIN_LENGTH, MAX_LENGTH = 4, 6
@@ -666,6 +668,29 @@ _JOINTS = (
     "{first} and after that {second}",
     "begin with {first} and finish with {second}",
 )
+
+
+class RulesSource(TaskSource):
+    """See `RulesConfig`."""
+
+    config: RulesConfig
+
+    def read(self, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]) -> Splits:
+        """See `TaskSource.read`; nothing is cut, so that no tokenizer matters."""
+        return build_world(self.config)
+
+    def lengths(self) -> TextLengths:
+        """Of the longest texts that the templates make."""
+        return TextLengths(instruction=10, input=30, target=12)
+
+    def conflict(self, bases: Sequence[str]) -> str | None:
+        """See `TaskSource.conflict`."""
+        if not self.config.seed or "embedded" not in bases:
+            return None
+        return (
+            f"data.seed={self.config.seed}: the embedded model learnt the seen rules of seed 0, "
+            "unseen ones of this seed among them: keep 0, or give bases of your own"
+        )
 
 
 def build_world(config: RulesConfig) -> Splits:

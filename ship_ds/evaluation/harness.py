@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ship_ds.api import Ship
+from ship_ds.data.source import source_of
 from ship_ds.data.task import Splits
 from ship_ds.errors import UserError
 from ship_ds.evaluation.cells import Cell, CellStore, Measured, cells_of, changed
@@ -47,10 +47,8 @@ class Run:
     def open(cls, folder: Path, say: Callable[[str], None]) -> "Run":
         """Raises UserError where there is no bundle, or where the data are no longer those of the
         run."""
-        from ship_ds.train import read_splits
-
         ship = Ship.from_run(folder, ranks.device())
-        splits = read_splits(ship.config, say)
+        splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, say)
         if (folder / "splits.json").is_file():
             for part, ids in json.loads((folder / "splits.json").read_text()).items():
                 if ids != [task.id for task in getattr(splits, part)]:
@@ -62,7 +60,10 @@ class Run:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        return {"bundle": self.ship.digest, "data": sha256(repr(self.splits).encode()).hexdigest()}
+        return {
+            "bundle": self.ship.digest,
+            "data": source_of(self.ship.config.data).fingerprint(self.splits),
+        }
 
 
 class Harness:

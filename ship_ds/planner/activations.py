@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.config import Config
-from ship_ds.data.files import FilesConfig
+from ship_ds.data.source import source_of
 from ship_ds.model.adapters import AdaptedBlock, Adapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.step import ShipBatch
@@ -22,8 +22,6 @@ from ship_ds.planner.shapes import Shapes
 
 Lengths = tuple[int | None, int | None, int | None]
 """Tokens of an instruction, an input and a target; None: the recipe's truncation limits."""
-_RULES = (10, 30, 12)
-"""Tokens of an instruction, an input and a target in the generated world."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +37,9 @@ class Workload:
 
     @classmethod
     def of(cls, config: Config, tasks: int, tokens: Lengths = (None, None, None)) -> "Workload":
-        limits = _RULES
-        if isinstance(config.data, FilesConfig):
-            cuts = config.data.truncation
-            limits = (
-                cuts.instruction.tokens or 256,
-                cuts.input.tokens or 512,
-                cuts.target.tokens or 128,
-            )
         instruction, text, target = (
-            asked or limit for asked, limit in zip(tokens, limits, strict=True)
+            given or limit
+            for given, limit in zip(tokens, source_of(config.data).lengths(), strict=True)
         )
         return cls(
             tasks,

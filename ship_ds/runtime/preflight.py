@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.config import Config, load_config
-from ship_ds.data.files import FilesConfig
+from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
 
@@ -29,8 +29,7 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
     _check_offloads(read_deepspeed_config(config.training.deepspeed))
     for key in ("task_llm", "encoder", "decoder"):
         check_base(f"model.{key}.base", getattr(config.model, key).base)
-    if isinstance(config.data, FilesConfig):
-        _check_readable(Path(config.data.path))
+    source_of(config.data).check()
     _check_writable(Path(config.run.folder))
     _check_gpus(environment)
 
@@ -83,25 +82,6 @@ def check_base(key: str, base: str) -> None:
             f"{key}: {base}: expected a model folder with a config.json; download the "
             "model and give its folder"
         )
-
-
-def _check_readable(path: Path) -> None:
-    """A folder can be listed and its files opened; with thousands of them the first ones stand for
-    all."""
-    try:
-        files = (
-            [path / name for name in sorted(os.listdir(path))[:100]] if path.is_dir() else [path]
-        )
-        for file in files:
-            if file.is_file() or file == path:
-                file.open("rb").close()
-    except OSError as error:
-        raise UserError(
-            f"data.path: {error.filename}: {error.strerror}; give a readable file or "
-            "folder of tasks"
-        ) from None
-    if not files:
-        raise UserError(f"data.path: {path}: the folder is empty; give a file or folder of tasks")
 
 
 def _check_writable(folder: Path) -> None:

@@ -20,9 +20,9 @@ import deepspeed
 import torch
 from safetensors.torch import load_file
 
-from ship_ds import train
 from ship_ds.api import Ship
 from ship_ds.config import load_config
+from ship_ds.data import rules
 from ship_ds.errors import UserError
 from ship_ds.model.adapters import Adapter
 from ship_ds.model.step import ShipBatch
@@ -475,7 +475,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def main(folder: Path) -> None:
     found: dict[str, Any] = {}
-    train.build_world = lru_cache(train.build_world)  # type: ignore[attr-defined]  # two dozen trainers, one world
+    rules.build_world = lru_cache(rules.build_world)  # two dozen trainers, one world
     for name, check in CHECKS.items():
         found[name] = ranks.gather_objects(check(folder / name))
         if ranks.rank() == 0:

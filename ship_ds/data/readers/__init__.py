@@ -7,7 +7,7 @@ place and reason.
 
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ship_ds.data.readers import (
     instruction_induction,
@@ -19,16 +19,6 @@ from ship_ds.data.readers import (
 )
 from ship_ds.data.task import DataError, Task
 
-Format = Literal[
-    "auto",
-    "natural-instructions",
-    "instruction-induction",
-    "list-functions",
-    "p3-sample",
-    "p3",
-    "jsonl",
-]
-
 FORMATS: dict[str, ModuleType] = {
     "natural-instructions": natural_instructions,
     "instruction-induction": instruction_induction,
@@ -37,6 +27,13 @@ FORMATS: dict[str, ModuleType] = {
     "p3": p3_columns,
     "jsonl": jsonl,
 }
+"""Every reader by the name that `data.format` calls it; "auto" takes the first that matches."""
+
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal["auto", *FORMATS]
+    """What `data.format` may say: a checker of types cannot read it off a table, pydantic can."""
 
 
 def detect_format(path: Path) -> str:

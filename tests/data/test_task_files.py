@@ -1,5 +1,4 @@
-"""From a folder to splits: each step's counts are said, and nothing heavy is imported on the
-way."""
+"""From a folder to splits: each step's counts are logged, and nothing heavy is imported."""
 
 import json
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ship_ds.data.files import FilesConfig, read_splits
+from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.model.backbone import load_tokenizer
 
 
@@ -20,15 +19,15 @@ def write(folder: Path, num_tasks: int, examples: list[dict[str, str]]) -> None:
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_read_splits_says_every_count(tmp_path: Path) -> None:
+def test_every_count_is_logged(tmp_path: Path) -> None:
     write(tmp_path, 30, [{"input": str(n), "target": str(n)} for n in range(8)])
-    said: list[str] = []
+    lines: list[str] = []
     config = FilesConfig.model_validate(
         {"path": str(tmp_path), "filters": {"max_examples_per_task": 6}}
     )
-    splits = read_splits(config, load_tokenizer("embedded"), said.append)
+    splits = FilesSource(config).read(load_tokenizer("embedded"), lines.append)
     assert (len(splits.seen), len(splits.dev), len(splits.unseen)) == (25, 2, 3)
-    assert said == [
+    assert lines == [
         f"{tmp_path}: 30 tasks, 240 examples",
         "left out: examples: beyond the first 6 of a task: 60",
         "25 seen, 2 dev and 3 unseen tasks",
@@ -37,13 +36,13 @@ def test_read_splits_says_every_count(tmp_path: Path) -> None:
 
 def test_examples_that_cutting_makes_equal_are_one(tmp_path: Path) -> None:
     write(tmp_path, 3, [{"input": text, "target": "1"} for text in ("1 2 3", "1 2 4", "5", "6")])
-    said: list[str] = []
+    lines: list[str] = []
     config = FilesConfig.model_validate(
         {"path": str(tmp_path), "truncation": {"input": {"tokens": 2, "policy": "cut_end"}}}
     )
-    splits = read_splits(config, load_tokenizer("embedded"), said.append)
+    splits = FilesSource(config).read(load_tokenizer("embedded"), lines.append)
     assert sorted(e.input for e in splits.seen[0].train + splits.seen[0].test) == ["1 2", "5", "6"]
-    assert said[1:3] == [
+    assert lines[1:3] == [
         "cut to length: input: cut_end at 2 tokens: 6",
         "left out after cutting: examples: exact repeats: 3",
     ]
@@ -56,7 +55,7 @@ def test_the_config_knows_the_formats() -> None:
 
 def test_the_config_and_readers_import_nothing_heavy() -> None:
     code = """
-import sys, ship_ds.data.files, ship_ds.data.token_cache, ship_ds.data.describe
+import sys, ship_ds.data.task_files, ship_ds.data.token_cache, ship_ds.data.describe
 assert not {"torch", "transformers", "datasets", "pyarrow"} & set(sys.modules)
 """
     done = subprocess.run(

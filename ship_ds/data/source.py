@@ -1,0 +1,93 @@
+"""The port for where tasks come from: what a source offers, and how the source of a run is found.
+
+A source is made from its section of the config, under `data` and by its `kind`:
+
+    source = source_of(config.data)
+    source.check()                                  # paths, before torch is loaded
+    splits = source.read(tokenizer, log)            # seen, dev and unseen tasks
+    source.fingerprint(splits)                      # what a checkpoint compares its data by
+
+`RulesSource` (rules.py) generates tasks and `FilesSource` (task_files.py) reads them. Another one
+is a class and a config class in a file of its own, registered by `SOURCES.register` (kinds.py). It
+knows nothing of sampling, prompts or the trainer. Imports no torch.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ship_ds.data.task import Splits
+from ship_ds.kinds import SOURCES
+from ship_ds.section import Section
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextLengths(NamedTuple):
+    """Tokens of the longest instruction, input and target that the planner has to count with."""
+
+    instruction: int
+    input: int
+    target: int
+
+
+class TaskSource(ABC):
+    """Where the tasks of a run come from.
+
+    Args:
+        config: the section of the config that this class is registered for.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def read(self, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]) -> Splits:
+        """Every task with its examples, parted into seen, dev and unseen.
+
+        The same on every rank, and again at every resume: the sampler draws by positions in it.
+
+        Args:
+            tokenizer: the Task LLM's, by which texts are cut to a number of tokens.
+            log: takes one line for each thing that was read, changed or left out.
+
+        Raises:
+            DataError: a row is not as its format says, or there are too few tasks; one line.
+        """
+
+    @abstractmethod
+    def lengths(self) -> TextLengths:
+        """How long texts may be, without reading them: the planner has no data."""
+
+    def check(self) -> None:  # noqa: B027 (a source without paths has nothing to look at)
+        """Look at paths in a second or two, before torch is loaded and a job waits for GPUs.
+
+        Raises:
+            UserError: something is missing or cannot be read; one line naming the key.
+        """
+
+    def conflict(self, bases: Sequence[str]) -> str | None:
+        """Why these tasks and these base models do not go together, in one line; None: they do.
+
+        Args:
+            bases: "embedded" or a model folder, of the Task LLM, encoder and decoder.
+        """
+        return None
+
+    def token_cache(self, run_folder: Path) -> Path | None:
+        """The folder that keeps the texts' token ids; None where they are made anew at each start,
+        as for texts that are few or short."""
+        return None
+
+    def fingerprint(self, splits: Splits) -> str:
+        """64 hexadecimal digits that change with the data: a checkpoint goes on with no others."""
+        return hashlib.sha256(repr(splits).encode()).hexdigest()
+
+
+def source_of(data: Section) -> TaskSource:
+    """The source that a config's section `data` names by its kind."""
+    source: TaskSource = SOURCES.implementation(data)(data)
+    return source
