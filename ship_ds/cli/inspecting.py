@@ -127,8 +127,8 @@ def plot(
     folders = [run, *(runs or ())]
     for folder in folders:
         checks.check_folder(folder)
+    from ship_ds.evaluation import figures
     from ship_ds.evaluation.evaluate import write_latent_map
-    from ship_ds.monitor import figures
     from ship_ds.runtime import ranks
     from ship_ds.train import say
 

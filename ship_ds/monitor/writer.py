@@ -85,7 +85,9 @@ class Monitor:
         self.board.add_histogram("latent/kl_per_dimension", kl_Z, step)
 
     def close(self) -> None:
-        from ship_ds.monitor import figures  # matplotlib: a second that only the end of a run needs
+        from ship_ds.evaluation import (
+            figures,  # matplotlib: a second that only the end of a run needs
+        )
 
         self.bar.close()
         self.rows.close()

@@ -56,22 +56,23 @@ class NotDrawn(UserError):  # noqa: N818
 
 
 def losses(runs: Sequence[Path]) -> Figure:
-    """The three losses of the first run over its steps, each step and smoothed over fifty."""
+    """Every objective of the first run over its steps, each step and smoothed over fifty."""
     rows = [
         json.loads(line) for line in _read(runs[0] / "metrics.jsonl", "train it first").splitlines()
     ]
+    # a key each, whatever the run was trained on; the total mixes units
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("loss/"))
+    names.pop("loss/total", None)
     figure, axes = plt.subplots(figsize=(7, 4))
     steps = [row["step"] for row in rows]
-    names = {
-        "loss/task": "task (nats a token)",
-        "loss/reconstruction": "reconstruction (nats a token)",
-        "loss/kl": "KL to the prior (nats a dimension)",
-    }
-    for (name, label), line in zip(names.items(), _LINES, strict=False):
-        values = np.array([np.nan if row[name] is None else row[name] for row in rows])
-        axes.plot(steps, values, color="0.85", linewidth=0.5)
+    for index, name in enumerate(names):
+        # a value that was not finite is null in JSON
+        losses = np.array([np.nan if row.get(name) is None else row[name] for row in rows])
+        label = name.removeprefix("loss/").replace("_", " ")
+        line = _LINES[index % len(_LINES)]
+        axes.plot(steps, losses, color="0.85", linewidth=0.5)
         axes.plot(
-            steps, _smoothed(values), linestyle=line, color="black", label=label, linewidth=1.2
+            steps, _smoothed(losses), linestyle=line, color="black", label=label, linewidth=1.2
         )
     axes.set(xlabel="training step", ylabel="loss (nats)", yscale="log")
     axes.legend(frameon=False)

@@ -12,7 +12,7 @@ import pytest
 
 from ship_ds import cli
 from ship_ds.config import load_config
-from ship_ds.monitor import figures
+from ship_ds.evaluation import figures
 
 
 def cell(value: float) -> dict[str, Any]:
@@ -158,3 +158,12 @@ def test_missing_run_is_one_line_and_exit_code_2(
     assert cli.main(["plot", "--run", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no such folder" in error
+
+
+def test_losses_has_a_curve_of_every_objective_whatever_they_are(tmp_path: Path) -> None:
+    rows = [{"step": s, "loss/total": 3.0, "loss/task": 2.0, "loss/distilled": 1.0} for s in (0, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = figures.losses([tmp_path]).axes[0].get_lines()
+    curves = {line.get_label(): line.get_ydata() for line in lines if line.get_color() == "black"}
+    assert list(curves) == ["task", "distilled"]
+    np.testing.assert_allclose(curves["distilled"], [1, 1])
