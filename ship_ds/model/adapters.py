@@ -158,6 +158,11 @@ class AdaptedLinear(nn.Module):
         self.path = path
         self.adapter: Adapter | None = None
 
+    @property
+    def weight(self) -> Any:
+        """The base's: some families (T5) look at its type before they call the linear."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base(x)
         delta = self.adapter.delta(self.path, x) if self.adapter is not None else None

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -20,6 +19,7 @@ from ship_ds.config import LoraTuning
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
+from ship_ds.model.language_model import auto_class
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 
 Quantisation = Literal["nf4", "none"]
@@ -65,7 +65,7 @@ def load_lm(
         attention, device, getattr(settings, "attn_logit_softcapping", None) is not None
     )
     if quantisation == "none":
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(settings).from_pretrained(
             folder, local_files_only=True, dtype=dtype, attn_implementation=kernel
         )
     else:
@@ -96,7 +96,7 @@ def _load_nf4(
             f"{folder}: every rank loads the model whole before it is sharded: {reason}",
             stacklevel=2,
         )
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(settings).from_pretrained(
         folder,
         local_files_only=True,
         dtype=dtype,
@@ -109,7 +109,7 @@ def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> i
     """Of the weights as they are held, by their shapes alone; without the scales of 4-bit ones."""
     with torch.device("meta"):
         settings = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        model = auto_class(settings).from_config(settings, dtype=dtype)
     linears = nf4.quantised_linears(model).values() if quantisation == "nf4" else ()
     packed = {id(linear.weight) for linear in linears}
     return sum(

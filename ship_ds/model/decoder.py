@@ -61,6 +61,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Label logits (K, V) and labels (K,) of the instructions."""
         soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
+        packed = packed and self.language_model.missing("packing") is None
         return self.language_model.score(batch, soft=soft_TPH, packed=packed)
 
     def generate(

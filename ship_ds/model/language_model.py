@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ship_ds.errors import UserError
 from ship_ds.model.batch import TokenBatch
 
 if TYPE_CHECKING:  # adapters.py wraps what this file finds
@@ -247,6 +248,21 @@ def implementation(config: PreTrainedConfig) -> type[LanguageModel]:
         module, _, name = chosen.partition(":")
         found: type[LanguageModel] = getattr(importlib.import_module(module), name)
         return found
+    return chosen
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The transformers class that makes models with this config.
+
+    Raises:
+        UserError: it makes none of this architecture.
+    """
+    chosen = implementation(config).auto_class
+    if type(config) not in chosen._model_mapping:
+        raise UserError(
+            f"{config.model_type}: {chosen.__name__} knows no such model; ship_ds needs a language "
+            "model of its own for it (docs/extending.md)"
+        )
     return chosen
 
 

@@ -15,12 +15,13 @@ import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
+from ship_ds.model.language_model import auto_class
 from ship_ds.model.nf4 import Nf4, pieces_of
 from ship_ds.weights_folder import WeightsFolder
 
@@ -32,7 +33,7 @@ them."""
 def empty_nf4_lm(settings: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Any:
     """The model with its linears for 4 bits and no weights; its buffers are computed."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(settings).from_config(
             settings, dtype=dtype, attn_implementation=attention
         )
     quantiser = AutoHfQuantizer.from_config(nf4.config(dtype), pre_quantized=False)

@@ -49,7 +49,7 @@ class TaskLlm(nn.Module):
             num_tasks,
             soft=_virtual_tokens(adapter, num_rows),
             instruction=_per_row(instruction, num_rows),
-            packed=packed,
+            packed=packed and self.language_model.missing("packing") is None,
             checkpointing=self.checkpointing,
         )
 

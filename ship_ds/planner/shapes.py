@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
 )
 
@@ -24,6 +23,7 @@ from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.assemble import build_ship
 from ship_ds.model.backbone import Quantisation, base_folder
+from ship_ds.model.language_model import auto_class
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
 from ship_ds.planner.public_shapes import PUBLIC_SHAPES, WAY_OUT
@@ -147,6 +147,6 @@ def base_config(base: str) -> PreTrainedConfig:
 
 
 def meta_lm(base: str, dtype: torch.dtype) -> nn.Module:
-    return AutoModelForCausalLM.from_config(
-        base_config(base), dtype=dtype, attn_implementation=PLANNED
-    )
+    config = base_config(base)
+    lm: nn.Module = auto_class(config).from_config(config, dtype=dtype, attn_implementation=PLANNED)
+    return lm
