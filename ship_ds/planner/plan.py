@@ -136,7 +136,7 @@ def _recomputed(shapes: Shapes) -> list[Weight]:
         return []
     blocks = [
         path
-        for path, module in shapes.ship.task_llm.lm.named_modules()
+        for path, module in shapes.ship.task_llm.named_modules()
         if isinstance(module, AdaptedBlock)
     ]
     return [

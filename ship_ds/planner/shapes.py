@@ -74,7 +74,7 @@ class Shapes:
             "encoder": self.ship.encoder,
             "hypernetwork": self.ship.hypernetwork,
             "decoder": self.ship.decoder,
-            "task LLM": self.ship.task_llm.lm,
+            "task LLM": self.ship.task_llm,
             **{name: part for name, part in own.items() if any(True for _ in part.parameters())},
         }
 

@@ -58,7 +58,7 @@ def test_the_shapes_are_those_of_the_real_model(overrides: list[str]) -> None:
         "encoder": model.encoder,
         "hypernetwork": model.hypernetwork,
         "decoder": model.decoder,
-        "task LLM": model.task_llm.lm,
+        "task LLM": model.task_llm,
     }
     for part, module in real.items():
         expected = {
@@ -74,7 +74,7 @@ def test_the_shapes_are_those_of_the_real_model(overrides: list[str]) -> None:
     scales = [weight.quant_state_bytes for weight in shapes.weights("task LLM")]
     states = [
         p.quant_state
-        for p in model.task_llm.lm.parameters()
+        for p in model.task_llm.parameters()
         if getattr(p, "quant_state", None) is not None
     ]
     tensors = [[s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code] for s in states]
