@@ -48,6 +48,17 @@ def train_smoke(folder: Path, command: Sequence[str] = ("-m", "ship_ds.train")) 
     return folder
 
 
+# A test of a run takes as long as the run, and is in the run's tier.
+_TIERS = {"two_rank_run": pytest.mark.distributed, "one_rank_run": pytest.mark.slow}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put each test that asks for a run above into its tier; others say theirs themselves."""
+    for item in items:
+        for name in _TIERS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(_TIERS[name])
+
+
 @pytest.fixture(scope="session")
 def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By DeepSpeed's launcher; runs that others start are compared with it to the bit."""

@@ -89,6 +89,7 @@ NOWHERE = [
         "data.path: nowhere",
     ),
     Bad("train", "missing option '--config'"),
+    Bad("train --config quickstart run.init_from=nowhere", "nowhere: no bundle here"),
     Bad("plan --config nowhere", "nowhere: no such config file"),
     Bad("plan --config pretrain-7b", "model.encoder.base: "),
     Bad("plan --config pretrain-7b --shapes gpt", "--shapes gpt: unknown; known are llama"),
@@ -117,6 +118,7 @@ NOWHERE = [
     Bad("compose --part 1 y --run RUN --out OUT --rank 0", "'--rank'"),
     Bad("compose --run RUN --out OUT", "missing option '--part'"),
     Bad("answer x 1 --run nowhere", "nowhere: no bundle"),
+    Bad("answer x 1 --run LOST", "model.task_llm.base: no/such/base: expected a model folder"),
     Bad("answer x --run RUN", "standard input: is empty"),
     Bad("answer x --file nowhere --run RUN", "nowhere: cannot be read"),
     Bad("answer x 1 --run RUN --beams 0", "'--beams'"),
@@ -195,14 +197,15 @@ def make_places(folder: Path) -> dict[str, Path]:
     on."""
     places = {
         name: folder / name.lower()
-        for name in "RUN CUT OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT".split()
+        for name in "RUN CUT LOST OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT".split()
     }
-    for name in ("RUN", "CUT", "FOLDER", "ADAPTER", "CHECKPOINT"):
+    for name in ("RUN", "CUT", "LOST", "FOLDER", "ADAPTER", "CHECKPOINT"):
         places[name].mkdir()
     (places["FOLDER"] / "notes.txt").write_text("nothing of ours")
-    config = load_config("quickstart-smoke").model_dump(mode="json")
-    for name in ("RUN", "CUT"):
-        write_json(places[name] / "config.json", config)
+    for name in ("RUN", "CUT", "LOST"):
+        base = "no/such/base" if name == "LOST" else "embedded"
+        config = load_config("quickstart-smoke", [f"model.task_llm.base={base}"])
+        write_json(places[name] / "config.json", config.model_dump(mode="json"))
         (places[name] / "ship.safetensors").write_text("weights")
         write_json(places[name] / "prompt_format.json", {})
         Manifest.of(places[name]).write(places[name])

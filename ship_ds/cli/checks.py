@@ -37,9 +37,17 @@ def check_new(folder: Path) -> None:
 
 
 def check_run(path: Path) -> Path:
-    """The bundle of a run, or the path itself where it is one; every file of it has its size."""
+    """The bundle of a run, or the path itself where it is one.
+
+    Every file of it has its size, and the models that it was trained around are there.
+    """
+    from ship_ds.runtime import preflight
+
     folder = bundle_folder(path)
     verify(folder, hashes=False)
+    model = read_config(folder).model
+    for role in ("task_llm", "encoder", "decoder"):
+        preflight.check_base(f"{folder}: model.{role}.base", getattr(model, role).base)
     return folder
 
 

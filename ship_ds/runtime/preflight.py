@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ship_ds.bundle import bundle_folder, verify
 from ship_ds.config import Config, load_config
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
@@ -30,6 +31,8 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
     for key in ("task_llm", "encoder", "decoder"):
         check_base(f"model.{key}.base", getattr(config.model, key).base)
     source_of(config.data).check()
+    if config.run.init_from is not None:
+        verify(bundle_folder(config.run.init_from), hashes=False)
     _check_writable(Path(config.run.folder))
     _check_gpus(environment)
 

@@ -194,6 +194,7 @@ def test_attention_dropout_is_refused(kernel: Kernel) -> None:
         label_logits(model, _batch(), packed=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("family", UNCAPPED)
 @torch.no_grad()
@@ -205,6 +206,7 @@ def test_real_kernel_on_cuda(family: str) -> None:
     torch.testing.assert_close(ours.float(), expected.float(), rtol=0.05, atol=0.15)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_step_on_cuda_never_waits_for_the_gpu(packed: bool) -> None:

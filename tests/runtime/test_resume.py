@@ -19,6 +19,8 @@ from ship_ds import cli
 from ship_ds.api import Ship
 from tests.conftest import REPOSITORY, environment, start
 
+pytestmark = pytest.mark.distributed
+
 QUICK = ("evaluation.every_steps=0", "evaluation.ends_with_report=false")
 """What comes after the last step and between steps changes no loss;
 test_an_evaluation_in_the_middle... shows it."""

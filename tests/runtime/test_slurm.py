@@ -19,6 +19,8 @@ from tests.conftest import REPOSITORY, environment
 from tests.runtime import slurm_cluster
 from tests.runtime.slurm_cluster import Cluster
 
+pytestmark = pytest.mark.slurm
+
 Rows = Callable[[Path], list[dict[str, Any]]]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none"]

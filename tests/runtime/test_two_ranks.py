@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import start
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def found(one_rank_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
