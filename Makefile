@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.build/torch_extensions
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test soak lint docs setup clean
+.PHONY: quickstart test test-fast soak lint docs setup clean
 
 setup: $(VENV)/.installed
 
@@ -29,8 +29,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Everything but `make soak`.
 test: lint
 	$(BIN)/python -m pytest
+
+# What needs no run of its own, no second rank and no cluster: under a minute on two cores.
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow and not distributed and not slurm and not soak"
 
 # Twenty kills, a lost node and other numbers of ranks (figures in runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed.
 soak: setup

@@ -133,6 +133,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_bundle_is_there_after_a_kill_at_any_moment(bundles: Path, tmp_path: Path) -> None:
     done = start(
         ["-m", "tests.killed_publish", str(bundles / "old"), str(bundles / "new"), str(tmp_path)]

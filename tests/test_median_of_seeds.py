@@ -7,6 +7,8 @@ import pytest
 
 from tests.conftest import start
 
+pytestmark = pytest.mark.slow
+
 
 def write_run(folder: Path, seed: int, value: float, lr: float = 1.0) -> str:
     folder.mkdir()

@@ -117,6 +117,7 @@ def run_installed(programs: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_wheel_is_what_runs(installed: Path, tmp_path: Path) -> None:
     program = "import ship_ds; print(ship_ds.__file__)"
     place = subprocess.run(
@@ -130,6 +131,7 @@ def test_wheel_is_what_runs(installed: Path, tmp_path: Path) -> None:
     assert Path(place).is_relative_to(installed.parent)
 
 
+@pytest.mark.slow
 def test_wheel_lists_recipes_and_plans(installed: Path, tmp_path: Path) -> None:
     assert "quickstart-smoke" in run_installed(installed, tmp_path, "recipes")
     plan = run_installed(

@@ -51,6 +51,7 @@ def test_a_checkpoint_becomes_a_bundle(tmp_path: Path) -> None:
     check_behaviour(tmp_path / "bundle", RECORDED["bundle of step 2"])
 
 
+@pytest.mark.slow
 def test_a_run_takes_its_last_step_and_leaves_the_bundle_that_it_left(
     tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]]
 ) -> None:

@@ -182,6 +182,7 @@ def test_untouched_weights_keep_their_codes(tmp_path: Path) -> None:
         assert left.equal(right)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_nothing_or_what_says_it_is_incomplete(tmp_path: Path) -> None:
     """Before and after writes, renames and the publishing; then the same command finishes it, with
     the same bytes."""

@@ -23,6 +23,8 @@ from ship_ds.inference.adapters import WeightInduction, read_adapter
 from ship_ds.inference.induction import Induction, InductionConfig
 from tests.model.models import tiny_lm
 
+pytestmark = pytest.mark.slow
+
 QUICK = InductionConfig(
     num_views=1,
     num_samples=2,

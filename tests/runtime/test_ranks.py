@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import start
 
 _PROGRAM = """
@@ -20,6 +22,7 @@ print("said", end=" ")
 """
 
 
+@pytest.mark.slow
 def test_leaving_flushes_and_takes_nothing_down(tmp_path: Path) -> None:
     """-E: PYTHONUNBUFFERED would do the flushing."""
     (tmp_path / "leaves.py").write_text(_PROGRAM.format(end="ranks.leave(3)"))

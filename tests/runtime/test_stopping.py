@@ -58,6 +58,7 @@ def test_the_handlers_before_come_back() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before and signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "code"), [("pass", NOT_SAVED_IN_TIME), ("stop.leave_at_once()", PREEMPTED)]
 )

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from ship_ds.runtime.stopping import HUNG
 from ship_ds.runtime.watchdog import missing
 from tests.conftest import REPOSITORY, environment
@@ -25,6 +27,7 @@ ranks.barrier() if ranks.rank() == 0 else time.sleep(600)
 """
 
 
+@pytest.mark.distributed
 def test_the_rank_that_is_in_no_collective_is_named(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,6 +11,8 @@ from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles, train_or
 from ship_ds.evaluation.metrics import exact_match
 from ship_ds.model.adapters import LoraAdapter
 
+pytestmark = pytest.mark.slow
+
 
 def right(base: FrozenBase, oracles: Oracles, adapter_of: SplitTask, task: SplitTask) -> int:
     questions = [[base.prompts.task_prompt(e.input) for e in task.train]]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from ship_ds.data.task import Splits
@@ -27,6 +28,7 @@ def test_tasks_tuned_together_are_as_if_tuned_alone(
     assert float((together[0] - together[1]).detach().abs().max()) > 4e-4
 
 
+@pytest.mark.slow
 def test_shown_examples_are_learnt(
     make: Callable[..., Any], splits: Splits, monkeypatch: Any
 ) -> None:

@@ -16,6 +16,8 @@ from ship_ds.evaluation.baselines.sft import Sft
 from ship_ds.evaluation.baselines.trained import WEIGHTS
 from ship_ds.evaluation.method import Deduces, Induces, Reasons
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Any]
 DIRECTIONS = {
     "sft": [Deduces],
