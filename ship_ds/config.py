@@ -45,6 +45,8 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 
 class RunConfig(Section):
+    """Where a run is written, and what it starts from."""
+
     folder: str
     """Everything the run writes goes below it."""
     seed: int = 0
@@ -78,6 +80,8 @@ Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
 
 
 class TaskLlmConfig(Section):
+    """The frozen model that answers under the generated adapter."""
+
     base: str = "embedded"
     """A folder in transformers' format, or "embedded" for the tiny LM in ship_ds/assets."""
     quantisation: Literal["nf4", "none"] = "nf4"
@@ -94,6 +98,8 @@ class TaskLlmConfig(Section):
 
 
 class EncoderConfig(Section):
+    """Reads an instruction and gives the posterior of z."""
+
     base: str = ""
     """As the Task LLM's; empty: that very one."""
     quantisation: Literal["nf4", "none"] = "none"
@@ -112,6 +118,8 @@ class EncoderConfig(Section):
 
 
 class DecoderConfig(EncoderConfig):
+    """Writes an instruction from z, from examples, or from both."""
+
     num_soft_tokens: PositiveInt = 4
     """Embeddings made from z that the decoder reads before the examples."""
     max_examples: int = Field(6, ge=0, le=6)
@@ -176,6 +184,8 @@ PriorConfig = Annotated[SerializeAsAny[Section], BeforeValidator(PRIORS.validate
 
 
 class ModelConfig(Section):
+    """The three language models, z, and what z becomes."""
+
     latent_size: PositiveInt = 64
     """Numbers in z."""
     encoder: EncoderConfig = EncoderConfig()
@@ -263,6 +273,8 @@ _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimiserConfig(Section):
+    """AdamW and its learning rate."""
+
     lr: PositiveFloat = 1e-3
     """The highest learning rate, reached when warm-up ends."""
     weight_decay: NonNegativeFloat = 0.0
@@ -278,6 +290,8 @@ class OptimiserConfig(Section):
 
 
 class TrainingConfig(Section):
+    """How long a run trains, in what batches, and on what."""
+
     steps: PositiveInt | None = None
     """Optimiser steps of the whole run."""
     epochs: PositiveFloat | None = None
@@ -313,6 +327,8 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """How often the whole state is saved, and what stays on disk."""
+
     every_steps: int = Field(0, ge=0)
     """Zero: at the end alone."""
     keep_last: PositiveInt = 2
@@ -322,6 +338,8 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """What is measured while training and at its end."""
+
     every_steps: int = Field(0, ge=0)
     """Deduction on a few seen and dev rules while training; zero: never."""
     num_tasks: PositiveInt = 64
@@ -344,6 +362,8 @@ DataConfig = Annotated[SerializeAsAny[Section], BeforeValidator(SOURCES.validate
 
 
 class Config(Section):
+    """A whole run; `load_config` makes one."""
+
     run: RunConfig
     """Where it is written, and what it starts from."""
     data: DataConfig = RulesConfig()
@@ -385,6 +405,7 @@ class Config(Section):
 
 
 def recipe_names() -> list[str]:
+    """The shipped recipes, sorted."""
     return sorted(
         path.name.removesuffix(".yaml")
         for path in (resources.files("ship_ds") / "recipes").iterdir()

@@ -59,6 +59,7 @@ def findings() -> list[tuple[str, str | None, str]]:
 
 
 def lines() -> list[str]:
+    """The findings as lines for a terminal."""
     return [
         f"{'ok  ' if found else 'none'}  {what:<14} {found or cost}"
         for what, found, cost in findings()

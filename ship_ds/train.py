@@ -407,6 +407,7 @@ def say(text: str) -> None:
 
 
 def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens at this one; never for zero."""
     return every > 0 and step % every == 0
 
 
@@ -440,6 +441,7 @@ def init_from(model: ShipModel, source: str, bases: Mapping[str, str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the arguments say and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -39,6 +39,7 @@ def describe(
 
 
 def show(description: dict[str, Any]) -> str:
+    """The description as lines for a terminal."""
     kept = description["kept"]
     lines = [
         f"format {description['format']}: {description['tasks']} tasks, {description['examples']} "

@@ -909,6 +909,7 @@ def draw_examples(rule: Rule, count: int, rng: random.Random) -> list[Example]:
 
 
 def format_numbers(xs: Numbers) -> str:
+    """(3, 9, 5) -> "3 9 5", as prompts show them."""
     return " ".join(map(str, xs))
 
 

@@ -52,6 +52,8 @@ def balanced(tasks: Sequence[SplitTask], alpha: float) -> tuple[SplitTask, ...]:
 
 @dataclass(frozen=True)
 class StepSampler:
+    """Draws what makes up each step, as a pure function of the seed and the step."""
+
     tasks: Sequence[SplitTask]
     seed: int
     tasks_per_step: int

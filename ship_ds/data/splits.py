@@ -22,6 +22,7 @@ class HeldOutExample(Example):
 
 
 def hold_out(example: Example) -> HeldOutExample:
+    """The example as one that no training may see."""
     return HeldOutExample(example.input, example.target, example.references)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def fingerprint(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A name for these texts under this tokenizer: 16 hex digits of a SHA-256."""
     digest = hashlib.sha256(_definition(tokenizer).encode())
     for text in texts:
         encoded = text.encode()

@@ -34,6 +34,8 @@ class FieldLimit(Section):
 
 
 class InstructionLimit(FieldLimit):
+    """Of instructions: what they ask for is mostly said first."""
+
     tokens: PositiveInt | None = 256
     """At most so many; None: any number."""
 

@@ -402,6 +402,7 @@ def plot(runs: Sequence[Path], out: Path, say: Callable[[str], None]) -> list[Pa
 def save(
     name: str, draw: Callable[[Sequence[Path]], Figure], runs: Sequence[Path], out: Path
 ) -> Path:
+    """Draw one figure into OUT/NAME.png and return its path."""
     path = out / f"{name}.png"
     figure = draw(runs)
     with whole_file(path) as part:

@@ -18,6 +18,8 @@ Columns = dict[str, list[list[float]]]
 
 
 class Judge(Protocol):
+    """Scores induced instructions, one column of numbers for each metric."""
+
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns: ...
 
 
@@ -34,6 +36,8 @@ class ExactMatchJudge:
 
 
 class RougeJudge:
+    """ROUGE-L to the wording of the task that is closest."""
+
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         return {
             "rouge_l": [

@@ -34,6 +34,8 @@ class Setting:
 
 
 class Method(Protocol):
+    """What the harness measures: it is made, prepared once, and then asked."""
+
     name: ClassVar[str]
     states_instruction: ClassVar[bool]
     """Whether each query's prompt holds the instruction: such a method pays for it again in every
@@ -48,6 +50,8 @@ class Method(Protocol):
 
 @runtime_checkable
 class Deduces(Protocol):
+    """Answers inputs from an instruction."""
+
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
@@ -56,12 +60,16 @@ class Deduces(Protocol):
 
 @runtime_checkable
 class Induces(Protocol):
+    """Writes instructions from examples."""
+
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         """One instruction for each task's shown examples."""
 
 
 @runtime_checkable
 class Reasons(Protocol):
+    """Answers inputs from examples."""
+
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
@@ -70,6 +78,8 @@ class Reasons(Protocol):
 
 @runtime_checkable
 class ReasonsOtherwise(Protocol):
+    """Reasons by other routes as well."""
+
     def reason_otherwise(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> dict[str, AnswersByTask]:
@@ -78,5 +88,7 @@ class ReasonsOtherwise(Protocol):
 
 @runtime_checkable
 class Reconstructs(Protocol):
+    """Decodes instructions from their own latents."""
+
     def reconstruct(self, wordings: Sequence[str]) -> list[str]:
         """Each instruction as it is decoded from its own latent, without examples."""

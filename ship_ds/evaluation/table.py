@@ -90,6 +90,7 @@ def summary(found: Measured, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 
 def write(report: Mapping[str, Any], measured: Mapping[Cell, Measured], folder: Path) -> Path:
+    """Write report.json, report.md and the rows of every task; the path of report.md."""
     lines = [
         json.dumps(
             {
@@ -110,6 +111,7 @@ def write(report: Mapping[str, Any], measured: Mapping[Cell, Measured], folder: 
 
 
 def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> str:
+    """The report for people: tables with intervals, and what each number means."""
     setting, directions = report["setting"], {cell.direction: None for cell in measured}
     shown = setting["num_shown"][0]
     parts = [
@@ -179,12 +181,14 @@ def summary_rows(
 
 
 def value_alone(found: Mapping[str, Any] | None) -> str:
+    """ "0.123", or nothing where there is no value."""
     if found is None or found["value"] is None:
         return ""
     return f"{found['value']:.3f}"
 
 
 def value_and_interval(found: Mapping[str, Any] | None) -> str:
+    """ "0.123 [0.100, 0.150]", or nothing where there is no value."""
     if found is None or found["value"] is None:
         return ""
     return f"{found['value']:.3f} [{found['ci95'][0]:.3f}, {found['ci95'][1]:.3f}]"

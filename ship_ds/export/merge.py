@@ -50,6 +50,8 @@ _LOSS = "ship_rounding_loss"
 
 @dataclass(frozen=True)
 class Shard:
+    """A file of the merged model and the tensors in it."""
+
     file: str
     names: tuple[str, ...]
 

@@ -46,6 +46,8 @@ class Exportable(Protocol):
 
 @dataclass(frozen=True)
 class LoraExport:
+    """A LoRA on its way into a PEFT folder."""
+
     lora: Lora
 
     @classmethod
@@ -70,6 +72,8 @@ class LoraExport:
 
 @dataclass(frozen=True)
 class SoftPromptExport:
+    """A soft prompt on its way into a PEFT folder."""
+
     prompt_PH: Tensor
 
     def live(self) -> Adapter:

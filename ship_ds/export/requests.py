@@ -105,6 +105,7 @@ def _check_names(path: Path, requests: Iterable[Request]) -> None:
 def write_latents(
     path: Path, latent_TZ: "Tensor", bundle: str, instructions: Sequence[str | None]
 ) -> None:
+    """Write latents with the digest of the bundle that they belong to and their instructions."""
     from safetensors.torch import save_file
 
     save_file(

@@ -59,6 +59,7 @@ def sample_prior(model: ShipModel, count: int, seed: int) -> Tensor:
 
 
 def nearest_known(bank: Bank, latent_Z: Tensor, count: int) -> list[Neighbour]:
+    """The known instructions whose latents are closest, closest first."""
     distance_C = torch.cdist(latent_Z[None], bank.latent_CZ)[0]
     found = distance_C.topk(min(count, len(bank)), largest=False)
     return [

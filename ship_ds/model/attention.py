@@ -30,6 +30,7 @@ PACKS = (VARLEN, FLASH)
 
 
 def this_machine() -> torch.device:
+    """The GPU, where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -41,6 +41,7 @@ def base_folder(base: str) -> Path:
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base. Raises UserError where there is no such folder."""
     return AutoTokenizer.from_pretrained(base_folder(base), local_files_only=True)
 
 
@@ -119,6 +120,7 @@ def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> i
 
 
 def freeze(model: nn.Module) -> nn.Module:
+    """The same model, without gradients and in evaluation mode."""
     return model.requires_grad_(False).eval()
 
 

@@ -12,6 +12,7 @@ _STACK = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ship-ds
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
     return {"python": platform.python_version(), **{name: version(name) for name in _STACK}}
 
 

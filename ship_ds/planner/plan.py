@@ -106,6 +106,7 @@ def plan_under(
 
 
 def shards_task_llm(config: TaskLlmConfig, weights: Sequence[Weight], dtype_bytes: int) -> bool:
+    """Whether the frozen Task LLM is partitioned, as its setting or its size asks for."""
     stored = sum(weight.stored_bytes(dtype_bytes) for weight in weights)
     return config.shard == "always" or (config.shard == "auto" and stored > SHARD_ABOVE_BYTES)
 

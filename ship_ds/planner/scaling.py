@@ -45,6 +45,8 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Row:
+    """A line of the table: a plan, and the seconds that a step computes."""
+
     model: str
     way: Way
     plan: Plan
@@ -71,6 +73,7 @@ def recipe(model: str, num_ranks: int, tasks: int, way: Way) -> Config:
 
 
 def row(model: str, num_ranks: int, tasks: int, way: Way) -> Row:
+    """Plan one model on so many ranks under one way to shard."""
     config = recipe(model, num_ranks, tasks, way)
     zero = Zero.read(read_deepspeed_config(config.training.deepspeed), num_ranks)
     zero = replace(zero, stage=way.stage, hpz_ranks=GPUS_PER_NODE if way.hpz else 1)

@@ -138,6 +138,7 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
 
 
 def base_config(base: str) -> PreTrainedConfig:
+    """The config of a base: a public shape, the embedded model or a folder. Raises UserError."""
     if base in public_shapes():
         return public_shapes()[base]
     try:
@@ -147,6 +148,7 @@ def base_config(base: str) -> PreTrainedConfig:
 
 
 def meta_lm(base: str, dtype: torch.dtype) -> nn.Module:
+    """The language model of a base on the meta device: shapes without memory."""
     config = base_config(base)
     lm: nn.Module = auto_class(config).from_config(config, dtype=dtype, attn_implementation=PLANNED)
     return lm

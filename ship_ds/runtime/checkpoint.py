@@ -244,6 +244,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def read_progress(folder: Path) -> Progress:
+    """Where the run was when this checkpoint was written."""
     return Progress(**json.loads((folder / PROGRESS).read_text()))
 
 

@@ -50,8 +50,10 @@ def offloads(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def offloads_optimiser(config: Mapping[str, Any]) -> bool:
+    """Whether the optimiser state is kept off the GPU."""
     return bool(offloads(config)["offload_optimizer"].get("device", "none") != "none")
 
 
 def offloads_to_nvme(config: Mapping[str, Any]) -> bool:
+    """Whether anything is kept on NVMe disks."""
     return any(offload.get("device") == "nvme" for offload in offloads(config).values())

@@ -39,6 +39,7 @@ def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: flo
 
 
 def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: TrainingConfig) -> Any:
+    """The DeepSpeed engine around a model, under the run's batches, optimiser and ds_configs."""
     import deepspeed
 
     from ship_ds.runtime import shards
@@ -72,6 +73,7 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
 
 
 def set_learning_rate(engine: Any, value: float) -> None:
+    """Set it for every parameter."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
 

@@ -70,6 +70,7 @@ def _check_offloads(settings: dict[str, Any]) -> None:
 
 
 def check_division(tasks_per_step: int, num_ranks: int, accumulation: int) -> None:
+    """Refuse tasks that ranks and accumulation do not divide. Raises UserError."""
     if tasks_per_step % (num_ranks * accumulation):
         raise UserError(
             f"training.tasks_per_step ({tasks_per_step}) must be a multiple of ranks x "
@@ -113,6 +114,7 @@ def _check_gpus(environment: Mapping[str, str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the run folder and return 0, or print one line about the input and return 2."""
     parser = argparse.ArgumentParser(description="Check a run's input before it is started.")
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*")

@@ -132,19 +132,23 @@ def slurm_nodes(compact: str, environment: Mapping[str, str]) -> list[str]:
 
 
 def rank() -> int:
+    """This process among all of the run; 0 when it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """How many processes the run has."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
+    """Wait until every rank is here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every rank's values, the same on all."""
     values = values.clone()
     if world_size() > 1:
         dist.all_reduce(values)

@@ -10,6 +10,7 @@ from ship_ds.data.task import DataError, Example, read_error
 
 
 def load_json(path: Path) -> Any:
+    """What a JSON file holds. Raises DataError, with the line, where it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -19,6 +20,7 @@ def load_json(path: Path) -> Any:
 
 
 def load_object(path: Path) -> Mapping[str, Any]:
+    """The object that a JSON file holds. Raises DataError where it holds another thing."""
     return expect(load_json(path), dict, path, "the file")
 
 
@@ -40,6 +42,7 @@ def load_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def expect(value: Any, kind: type, path: Path, where: str) -> Any:
+    """The value, if it is of this kind and valid Unicode. Raises DataError with its place."""
     if not isinstance(value, kind):
         raise read_error(
             path,

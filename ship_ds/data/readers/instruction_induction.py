@@ -18,10 +18,12 @@ _MORE_ANSWERS = ("possible_outputs", "possible_translations", "other_rhymes")
 
 
 def matches(path: Path) -> bool:
+    """Whether a folder has the two subfolders of this format."""
     return path.is_dir() and (path / "annotations").is_dir() and (path / "raw").is_dir()
 
 
 def read(path: Path) -> list[Task]:
+    """The tasks of the folder, one for each file below annotations/."""
     tasks = []
     for raw in sorted(path.glob("raw/*/*.json")):
         if not (path / "annotations" / raw.name).is_file():

@@ -25,10 +25,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def matches(path: Path) -> bool:
+    """Whether there is a .jsonl file here."""
     return bool(_files(path))
 
 
 def read(path: Path) -> list[Task]:
+    """The tasks of every .jsonl file, one for each line."""
     return [_read_row(row, file, where) for file in _files(path) for where, row in load_lines(file)]
 
 

@@ -19,11 +19,13 @@ def _files(path: Path) -> list[Path]:
 
 
 def matches(path: Path) -> bool:
+    """Whether the first task.json has a description, as those of this format do."""
     files = _files(path)
     return bool(files) and '"description"' in files[0].read_text(encoding="utf-8", errors="replace")
 
 
 def read(path: Path) -> list[Task]:
+    """The tasks, one for each task.json."""
     return [_read_file(file) for file in _files(path)]
 
 

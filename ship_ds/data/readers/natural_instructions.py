@@ -19,6 +19,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def matches(path: Path) -> bool:
+    """Whether the first file has the two keys of this format."""
     files = _files(path)
     if not files:
         return False
@@ -27,6 +28,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> list[Task]:
+    """The tasks, one for each file."""
     return [_read_file(file) for file in _files(path)]
 
 

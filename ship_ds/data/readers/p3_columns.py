@@ -35,6 +35,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def matches(path: Path) -> bool:
+    """Whether the first file has P3's column of inputs."""
     files = _files(path)
     if not files:
         return False
@@ -45,6 +46,7 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> list[Task]:
+    """The tasks, one for each folder of splits or file."""
     tasks: dict[Path, list[Path]] = {}
     for file in _files(path):
         folder = (

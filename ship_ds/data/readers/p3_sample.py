@@ -21,6 +21,7 @@ def _file(path: Path) -> Path | None:
 
 
 def matches(path: Path) -> bool:
+    """Whether the file has the two keys of this format."""
     file = _file(path)
     if file is None:
         return False

@@ -23,6 +23,8 @@ _CHUNK = 240
 
 @dataclass(frozen=True)
 class ItdRecipe:
+    """How ITD is trained and searches."""
+
     data_share: float = 0.3
     proposals_per_task: int = 2
     prior_share: float = 0.15

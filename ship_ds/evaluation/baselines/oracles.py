@@ -65,6 +65,8 @@ def _variance(factor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OracleRecipe:
+    """How the LoRA of each single task is trained."""
+
     share: float = 0.4
     """Of the method's budget, at most."""
     steps: int = 40

@@ -21,6 +21,8 @@ _CHUNK = 48
 
 @dataclass(frozen=True)
 class PromptTuningRecipe:
+    """How many embeddings are trained, and how fast."""
+
     num_virtual_tokens: int = 10
     lr: float = 1e-2
     reasoning_lr: float = 3e-2

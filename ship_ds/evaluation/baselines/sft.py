@@ -15,6 +15,8 @@ from ship_ds.inference.deduction import AnswersByTask
 
 @dataclass(frozen=True)
 class SftRecipe:
+    """How fast the LoRA is trained."""
+
     lr: float = 2e-3
 
 

@@ -19,6 +19,8 @@ from ship_ds.loss import sum_cross_entropy
 
 @dataclass(frozen=True)
 class TagiRecipe:
+    """How the oracles and the hypernetwork after them are trained."""
+
     oracles: OracleRecipe = OracleRecipe()
     lr: float = 1.5e-3
     num_layers: int = 1

@@ -12,6 +12,8 @@ from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles
 
 @dataclass(frozen=True)
 class TextToLoraRecipe:
+    """How the oracles and the hypernetwork after them are trained."""
+
     oracles: OracleRecipe = OracleRecipe()
     reconstruction_share: float = 0.1
     reconstruction_lr: float = 1e-3
