@@ -1,0 +1,39 @@
+"""One line from rank 0 alone, without torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ship_ds.console import current_rank, log, no_log
+
+
+def test_a_line_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    log("saved")
+    assert capsys.readouterr() == ("", "ship-ds: saved\n")
+
+
+def test_no_log_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    no_log("saved")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_other_ranks_are_silent_before_the_process_group_is_there(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(variable, "1")
+    log("saved")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_launchers_rank_counts_before_that_of_slurm() -> None:
+    # torchrun under `srun`: every rank of a node has the same SLURM_PROCID
+    assert current_rank({"RANK": "3", "SLURM_PROCID": "0"}) == 3
+    assert current_rank({}) == 0
+
+
+def test_imports_no_torch() -> None:
+    code = "import sys; from ship_ds.console import log; log('a'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
