@@ -112,9 +112,7 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     sites = wrap_sites(task_lm, targets_of(config.hypernetwork))
     encoder_lm, decoder_lm = (_role_lm(role, weights) for role in (config.encoder, config.decoder))
     encoder = Encoder(encoder_lm, language_model(encoder_lm).hidden_size, config.latent_size)
-    # The encoder reads hidden states; its output layer is never used and would be a dead trainable
-    # parameter.
-    encoder_lm.lm_head = nn.Identity()
+    encoder.language_model.drop_output_layer()
     decoder = Decoder(
         decoder_lm,
         language_model(decoder_lm).hidden_size,

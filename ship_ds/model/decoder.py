@@ -1,6 +1,7 @@
 """The decoder: z and zero to six examples -> instruction.
 
-Letters: T tasks, Z latent, P soft tokens, H hidden.
+Letters: T tasks, Z latent size, P virtual tokens, H hidden size, K labelled positions,
+V vocabulary, X other letters flattened.
 """
 
 import math
@@ -17,8 +18,10 @@ from ship_ds.model.language_model import Stream, language_model
 
 
 class Decoder(nn.Module):
-    """z -> MLP -> P soft tokens before [examples, "this task is to:", instruction]; learned tokens
-    where z is left out."""
+    """z -> MLP -> P soft tokens before [examples, "this task is to:", instruction].
+
+    Where z is left out, learned tokens stand in their place.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,12 @@ class Decoder(nn.Module):
         self.without_latent = nn.Parameter(spread * torch.randn(num_soft_tokens * hidden_size))
 
     def soft_tokens(self, latent_TZ: Tensor, shows_latent_T: Tensor | None = None) -> Tensor:
-        """(T, P, H); rows where `shows_latent_T` is false get the learned tokens."""
+        """What stands before each prompt, (T, P, H).
+
+        Args:
+            latent_TZ: z of each row.
+            shows_latent_T: where false, the learned tokens; None: z everywhere.
+        """
         soft_TX = self.from_latent(latent_TZ.to(self.without_latent.dtype))
         if shows_latent_T is not None:
             soft_TX = torch.where(shows_latent_T[:, None], soft_TX, self.without_latent)
@@ -59,7 +67,14 @@ class Decoder(nn.Module):
     def forward(
         self, latent_TZ: Tensor, shows_latent_T: Tensor, batch: TokenBatch, packed: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Label logits (K, V) and labels (K,) of the instructions."""
+        """Label logits (K, V) and labels (K,) of the instructions.
+
+        Args:
+            latent_TZ: z of each row.
+            shows_latent_T: see `soft_tokens`.
+            batch: examples with the instruction as target.
+            packed: without padding, where the model can.
+        """
         soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
         packed = packed and self.language_model.missing("packing") is None
         return self.language_model.score(batch, soft=soft_TPH, packed=packed)
@@ -72,6 +87,7 @@ class Decoder(nn.Module):
         max_new_tokens: int,
         any_unfinished: Callable[[bool], bool] = bool,
     ) -> list[list[int]]:
+        """Greedy instructions as token ids, each up to and including its end of sequence."""
         return greedy(self.stream(latent_TZ, None, prompts), eos_id, max_new_tokens, any_unfinished)
 
     def stream(

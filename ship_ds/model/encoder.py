@@ -1,6 +1,6 @@
 """The encoder: instruction -> posterior over z.
 
-Letters: T tasks, S length, H hidden, Z latent.
+Letters: T tasks, S padded length, H hidden size, Z latent size.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import language_model
 
 _FIRST_LOG_VARIANCE = -5.0
+"""Added to what the head gives, so that training starts with little noise (a deviation of 0.08)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Encoder(nn.Module):
     """Last-token hidden state of a language model -> MLP -> posterior."""
 
     def __init__(self, lm: nn.Module, hidden_size: int, latent_size: int) -> None:
+        """Make the head.
+
+        Args:
+            lm: a transformers model, with its static LoRA where it has one.
+            hidden_size: H of the model.
+            latent_size: Z.
+        """
         super().__init__()
         self.lm, self.language_model = lm, language_model(lm)
         first, last = (
@@ -47,22 +55,30 @@ class Encoder(nn.Module):
     def forward(
         self, batch: TokenBatch, embeddings_TSH: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """mean_TZ and log_variance_TZ, as a plain tuple: ZeRO-3 looks for tensors in those alone.
+        """Mean and log-variance of q(z | k), (T, Z) each, in fp32.
 
-        embeddings_TSH: read in place of the batch's tokens (induction optimises them).
+        A plain tuple: ZeRO-3 looks for tensors in those alone.
+
+        Args:
+            batch: one instruction's prompt a row.
+            embeddings_TSH: read in place of the batch's tokens (induction optimises them).
         """
         hidden_TSH = self.language_model.hidden(batch, embeddings_TSH)
-        last_TH = hidden_TSH[
-            torch.arange(len(hidden_TSH), device=hidden_TSH.device), batch.lengths_E - 1
-        ]
-        mean_TZ, raw_TZ = (
-            self.head(last_TH.to(next(self.head.parameters()).dtype)).float().chunk(2, dim=-1)
-        )
+        rows_T = torch.arange(len(hidden_TSH), device=hidden_TSH.device)
+        # A causal model's last real token has read the whole instruction; the columns after it are
+        # padding.
+        last_TH = hidden_TSH[rows_T, batch.lengths_E - 1]
+        dtype = next(self.head.parameters()).dtype
+        # exp of the log-variance and the KL need fp32 whatever the engine's dtype.
+        mean_TZ, raw_TZ = self.head(last_TH.to(dtype)).float().chunk(2, dim=-1)
         return mean_TZ, raw_TZ + _FIRST_LOG_VARIANCE
 
 
 def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int) -> Tensor:
-    """eps_TZ keyed by (seed, step, task id) alone: the same on any number of ranks."""
+    """Standard normal noise (T, Z), keyed by (seed, step, task id) alone.
+
+    So a task's noise at a step is the same on any number of ranks, and no rank's generator moves.
+    """
     return torch.stack(
         [_task_noise(f"{seed} {step} {task_id}", latent_size) for task_id in task_ids]
     )

@@ -156,6 +156,11 @@ class LanguageModel(ABC):
             hidden_ESH = hidden_XH.index_put((batch.instruction_X,), values_XH).view_as(hidden_ESH)
         return hidden_ESH
 
+    def drop_output_layer(self) -> None:
+        """Take the output layer away: for who reads states alone it would be a dead trainable
+        parameter, for which the engine waits in vain."""
+        self.module.set_output_embeddings(nn.Identity())
+
     @abstractmethod
     def missing(self, feature: Feature) -> str | None:
         """Why this model cannot do it, in one line; None where it can."""

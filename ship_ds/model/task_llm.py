@@ -1,7 +1,9 @@
 """The frozen Task LLM: applies an adapter and answers. It never sees the instruction unless a
 prompt states it.
 
-Letters: E = T*M examples, T tasks, M examples a task, H hidden.
+Rows are task-major: E rows of a batch share T adapters, E / T consecutive rows each.
+
+Letters: E sequences, T tasks, K labelled positions, V vocabulary, H hidden size, S padded length.
 """
 
 from collections.abc import Callable
@@ -15,13 +17,15 @@ from ship_ds.model.language_model import Stream, language_model
 
 
 class TaskLlm(nn.Module):
-    """Rows are task-major: E rows of a batch share T adapters, E / T consecutive rows each.
-
-    instruction: embeddings (T, *, H) in place of the instruction tokens that the batch reserved
-    before each prompt.
-    """
+    """A language model under adapters. No weight of it is ever trained."""
 
     def __init__(self, lm: nn.Module, checkpointing: bool) -> None:
+        """Wrap a model.
+
+        Args:
+            lm: a transformers model whose sites are wrapped already.
+            checkpointing: recompute its blocks in the backward pass.
+        """
         super().__init__()
         self.lm, self.language_model = lm, language_model(lm)
         self.checkpointing = checkpointing
@@ -40,8 +44,16 @@ class TaskLlm(nn.Module):
         packed: bool = False,
         instruction: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Label logits (K, V) and labels (K,) of the answers; no adapter: those of the bare
-        base."""
+        """Label logits (K, V) and labels (K,) of the answers.
+
+        Args:
+            adapter: of the tasks; None: the bare base.
+            batch: questions with targets.
+            num_tasks: T.
+            packed: without padding, where the model can.
+            instruction: embeddings (T, instruction length, H) in place of the instruction tokens
+                that the batch has before each prompt.
+        """
         num_rows = len(batch.lengths)
         return self.language_model.score(
             batch,
@@ -89,8 +101,10 @@ class TaskLlm(nn.Module):
 
 
 def _virtual_tokens(adapter: Adapter | None, num_rows: int) -> Tensor | None:
+    """The adapter's virtual tokens, once for each row."""
     return None if adapter is None else _per_row(adapter.virtual_tokens(), num_rows)
 
 
 def _per_row(per_task: Tensor | None, num_rows: int) -> Tensor | None:
+    """Task t's value for each of its consecutive rows."""
     return None if per_task is None else per_task.repeat_interleave(num_rows // len(per_task), 0)
