@@ -15,7 +15,7 @@ from ship_ds.evaluation.cells import PROTOCOLS, Cell, Measured
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.harness import Harness, Run
 from ship_ds.evaluation.latent_map import latent_map
-from ship_ds.evaluation.methods import METHODS, states_instruction
+from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import sha256, write_json
 from ship_ds.monitor.machine import versions
@@ -23,64 +23,75 @@ from ship_ds.runtime import ranks
 
 
 def evaluate(
-    folder: Path, config: HarnessConfig, arguments: Sequence[str], say: Callable[[str], None]
+    folder: Path, config: HarnessConfig, arguments: Sequence[str], log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The report; rank 0 writes it. Methods measured earlier under the same setting are in it as
-    well."""
-    run = Run.open(folder, say)
-    harness = Harness(run, config, say)
+    """Measure what is missing; the report, which rank 0 writes to `<run>/evaluation`.
+
+    Methods that were measured earlier under the same setting are in it as well.
+
+    Args:
+        folder: of the run.
+        arguments: of the command that asked for it; they stand in the report.
+        log: takes a line a cell.
+
+    Raises:
+        UserError: no bundle is there, or the data are no longer those of the run.
+    """
+    run = Run.open(folder, log)
+    harness = Harness(run, config, log)
     harness.measure_all()
     measured = valid_cells(harness)
     present = {cell.method for cell in measured}
-    origin = table.Origin(
+    stated = run.ship.config.model.task_llm.instruction != "none"
+    provenance = table.Provenance(
         str(folder),
         shlex.join(["ship-ds", *arguments]),
         versions(),
         config.model_dump(mode="json"),
         {
-            name: states_instruction(method, run.ship.config.model)
+            name: method.states_instruction or (method.answers_as_ship and stated)
             for name, method in METHODS.items()
             if name in present
         },
         config.num_shown[0],
     )
-    report = table.build(measured, origin)
+    report = table.build(measured, provenance)
     if ranks.rank() == 0:
         table.write(report, measured, harness.folder)
     ranks.barrier()
     return report
 
 
-def write_latent_map(folder: Path, say: Callable[[str], None]) -> None:
-    """`<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run has none
-    yet."""
+def write_latent_map(folder: Path, log: Callable[[str], None]) -> None:
+    """Write `<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run
+    has none yet."""
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
     if not (bundle / SHIP_WEIGHTS).is_file():
         return
     if path.is_file() and json.loads(path.read_text())["bundle"] == sha256(bundle / SHIP_WEIGHTS):
         return
-    say(f"{path}: latents by gradient descent, for the t-SNE figure")
-    run = Run.open(folder, say)
+    log(f"{path}: latents by gradient descent, for the t-SNE figure")
+    run = Run.open(folder, log)
     write_json(path, latent_map(run.ship, run.splits))
 
 
 def valid_cells(harness: Harness) -> dict[Cell, Measured]:
     """Every stored cell that holds under the present setting, in the order of the tables."""
     cells = [cell for name in METHODS for cell in harness.stored(name)]
-    found = {cell: harness.valid(cell) for cell in cells}
-    return {cell: measured for cell, measured in found.items() if measured is not None}
+    stored = {cell: harness.valid(cell) for cell in cells}
+    return {cell: measured for cell, measured in stored.items() if measured is not None}
 
 
 def show(report: dict[str, Any]) -> None:
-    """The values alone; intervals, kinds and tasks are in report.md."""
+    """Print the values alone; intervals, kinds and tasks are in report.md."""
     for direction in PROTOCOLS:
         header, *rows = table.summary_rows(
             report, direction, PARTS, tuple(table.TITLES), table.value_alone
         )
         if rows:
-            shown = Table(title=direction)
+            printed = Table(title=direction)
             for index, title in enumerate(header):
-                shown.add_column(title, no_wrap=index == 0)
+                printed.add_column(title, no_wrap=index == 0)
             for row in rows:
-                shown.add_row(*row)
-            Console(width=140).print(shown)
+                printed.add_row(*row)
+            Console(width=140).print(printed)

@@ -27,7 +27,7 @@ from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.judges import build_judges
 from ship_ds.evaluation.measure import measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
-from ship_ds.evaluation.methods import METHODS, TRAINED, own_settings
+from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.questions import PARTS, ask, tasks_of
 from ship_ds.runtime import ranks
 
@@ -44,11 +44,14 @@ class Run:
     splits: Splits
 
     @classmethod
-    def open(cls, folder: Path, say: Callable[[str], None]) -> "Run":
-        """Raises UserError where there is no bundle, or where the data are no longer those of the
-        run."""
+    def open(cls, folder: Path, log: Callable[[str], None]) -> "Run":
+        """The run in this folder, with the data that it was trained on.
+
+        Raises:
+            UserError: there is no bundle, or the data are no longer those of the run.
+        """
         ship = Ship.from_run(folder, ranks.device())
-        splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, say)
+        splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, log)
         if (folder / "splits.json").is_file():
             for part, ids in json.loads((folder / "splits.json").read_text()).items():
                 if ids != [task.id for task in getattr(splits, part)]:
@@ -67,21 +70,26 @@ class Run:
 
 
 class Harness:
-    """The same calls on every rank; rank 0 alone writes."""
+    """Measures the cells that a config asks for and keeps them in `<run>/evaluation/cells`.
 
-    def __init__(self, run: Run, config: HarnessConfig, say: Callable[[str], None]) -> None:
-        self.run, self.config, self.say = run, config, say
+    The same calls on every rank; rank 0 alone writes.
+    """
+
+    def __init__(self, run: Run, config: HarnessConfig, log: Callable[[str], None]) -> None:
+        self.run, self.config, self.log = run, config, log
         self.folder = run.folder / "evaluation"
         self.store = CellStore(self.folder / "cells")
         self.judges = build_judges(config.judges, run.ship, config.endpoint, self.folder / "judged")
 
     def measure_all(self) -> None:
+        """Measure what is not stored, or was measured under another setting."""
         for name in self.config.methods:
             missing = self._missing(name)
             if missing:
                 self._measure_method(name, missing)
 
     def cells(self, name: str) -> list[Cell]:
+        """What the config asks of a method."""
         return list(cells_of(METHODS[name], self.config.parts, self.config.num_shown))
 
     def stored(self, name: str) -> list[Cell]:
@@ -97,20 +105,21 @@ class Harness:
     def fingerprint(self, cell: Cell) -> dict[str, Any]:
         """What the cell depends on, and no more, so that little is measured again."""
         config = self.config
-        found = {
+        settings = {
             **self.run.fingerprint,
             "harness": _VERSION,
             "num_tasks": config.num_tasks,
             "seed": config.seed,
         }
         if cell.method in TRAINED:
-            found["minutes"] = config.minutes
-        found |= own_settings(METHODS[cell.method])
+            settings["minutes"] = config.minutes
+        settings |= METHODS[cell.method].settings()
         if cell.direction == "induction":
-            found["judges"] = sorted(config.judges)
+            settings["judges"] = sorted(config.judges)
             if "endpoint" in config.judges:
-                found["endpoint"] = [config.endpoint.url, config.endpoint.model]
-        as_stored: dict[str, Any] = json.loads(json.dumps(found))
+                settings["endpoint"] = [config.endpoint.url, config.endpoint.model]
+        # tuples are lists once stored
+        as_stored: dict[str, Any] = json.loads(json.dumps(settings))
         return as_stored
 
     def valid(self, cell: Cell) -> Measured | None:
@@ -123,13 +132,14 @@ class Harness:
         )
 
     def _missing(self, name: str) -> list[Cell]:
-        """Rank 0 looks, so that all ranks agree whatever a shared disk shows them."""
+        """The cells to be measured, as rank 0 finds them: a shared disk may not yet show the others
+        what it shows one of them, and all have to measure the same."""
         missing = []
         for cell in self.cells(name):
             measured = self.store.read(cell)
             keys = changed(measured, self.fingerprint(cell)) if measured is not None else []
             if keys:
-                self.say(
+                self.log(
                     f"{cell.name}: measured again, since it was measured with another "
                     f"{', '.join(keys)}"
                 )
@@ -154,7 +164,7 @@ class Harness:
             measured = self._measure(method, cell, prepare_seconds)
             if ranks.rank() == 0:
                 self.store.write(cell, measured)
-            self.say(f"{cell.name}: {len(measured.rows)} tasks, {measured.seconds:.1f} s")
+            self.log(f"{cell.name}: {len(measured.rows)} tasks, {measured.seconds:.1f} s")
 
     def _measure(self, method: Method, cell: Cell, prepare_seconds: float) -> Measured:
         started = time.perf_counter()

@@ -2,13 +2,14 @@
 4).
 
 encoded: each wording's posterior mean. trained: found by gradient on a draw of the task's examples,
-from the prior's mean. re-encoded: what the decoder says of a trained latent, encoded again.
+from the prior's mean. re-encoded: what the decoder makes of a trained latent, encoded again.
+
+Letters: C candidates, Z latent size.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ship_ds.api import Ship
@@ -52,8 +53,9 @@ def _trained(ship: Ship, draws: Sequence[tuple[SplitTask, int]], seed: int) -> T
     want equally many."""
     config = InductionConfig(method="direct")
     shown = [ask(task, _NUM_SHOWN, seed + draw).shown for task, draw in draws]
-    equal = [[own[i % len(own)] for i in range(_NUM_SHOWN)] for own in shown]
-    start_CZ = torch.zeros(len(draws), ship.config.model.latent_size)
+    # as many of each: a shorter list is repeated
+    equal = [[examples[i % len(examples)] for i in range(_NUM_SHOWN)] for examples in shown]
+    start_CZ = ship.model.prior.mean(len(draws))
     return descend_on_latent(
         ship.model, start_CZ, [""] * len(draws), equal, config.steps, config.direct_lr, config.prior
     ).latent_CZ

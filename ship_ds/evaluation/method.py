@@ -8,7 +8,7 @@ base model and time.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Example, Splits, SplitTask
@@ -40,6 +40,13 @@ class Method(Protocol):
     states_instruction: ClassVar[bool]
     """Whether each query's prompt holds the instruction: such a method pays for it again in every
     query."""
+    answers_as_ship: ClassVar[bool]
+    """Whether it answers as SHIP's Task LLM was trained to, which may be with the instruction in
+    the prompt (`model.task_llm.instruction`)."""
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """The method's own numbers, as JSON: where they change, it is measured again."""
 
     def __init__(self, setting: Setting) -> None: ...
 

@@ -34,7 +34,7 @@ _KIND_PARTS = tuple(f"{part}_{kind}" for part in PARTS for kind in _KINDS)
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What has to be known to make the report again."""
 
     run: str
@@ -46,42 +46,43 @@ class Origin:
     leading_num_shown: int
 
 
-def build(measured: Mapping[Cell, Measured], origin: Origin) -> dict[str, Any]:
+def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str, Any]:
     """`methods.<name>.<direction>.<part>`; of an unseen part each kind as well, and other numbers
     of shown examples."""
     methods: dict[str, Any] = {
-        name: {"instruction_in_query": stated} for name, stated in origin.states_instruction.items()
+        name: {"instruction_in_query": stated}
+        for name, stated in provenance.states_instruction.items()
     }
-    for cell, found in measured.items():
+    for cell, scores in measured.items():
         direction = methods[cell.method].setdefault(cell.direction, {})
-        if cell.num_shown in (None, origin.leading_num_shown):
-            direction[cell.part] = direction.get(cell.part, {}) | summary(found, found.rows)
-            for kind in sorted({row["kind"] for row in found.rows} & set(_KINDS)):
+        if cell.num_shown in (None, provenance.leading_num_shown):
+            direction[cell.part] = direction.get(cell.part, {}) | summary(scores, scores.rows)
+            for kind in sorted({row["kind"] for row in scores.rows} & set(_KINDS)):
                 direction[f"{cell.part}_{kind}"] = summary(
-                    found, [row for row in found.rows if row["kind"] == kind]
+                    scores, [row for row in scores.rows if row["kind"] == kind]
                 )
         if cell.num_shown is not None:
             by_number = direction.setdefault(cell.part, {}).setdefault("by_num_shown", {})
-            by_number[str(cell.num_shown)] = summary(found, found.rows)
+            by_number[str(cell.num_shown)] = summary(scores, scores.rows)
     return {
         "methods": methods,
-        "run": origin.run,
-        "command": origin.command,
-        "versions": dict(origin.versions),
-        "setting": dict(origin.setting),
-        "seconds": {cell.name: found.seconds for cell, found in measured.items()},
+        "run": provenance.run,
+        "command": provenance.command,
+        "versions": dict(provenance.versions),
+        "setting": dict(provenance.setting),
+        "seconds": {cell.name: scores.seconds for cell, scores in measured.items()},
         "prepare_seconds": {
             name: max(
-                found.prepare_seconds for cell, found in measured.items() if cell.method == name
+                scores.prepare_seconds for cell, scores in measured.items() if cell.method == name
             )
             for name in methods
         },
     }
 
 
-def summary(found: Measured, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(measured: Measured, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Each metric as {value, ci95}; n_examples counts the items of the metric that has most."""
-    scores = {metric: score([row[metric] for row in rows]) for metric in found.metrics}
+    scores = {metric: score([row[metric] for row in rows]) for metric in measured.metrics}
     return {
         **{metric: result.interval() for metric, result in scores.items()},
         "n_tasks": len(rows),
@@ -90,7 +91,7 @@ def summary(found: Measured, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 
 def write(report: Mapping[str, Any], measured: Mapping[Cell, Measured], folder: Path) -> Path:
-    """Write report.json, report.md and the rows of every task; the path of report.md."""
+    """Write tasks.jsonl, report.md and report.json; the path of report.md."""
     lines = [
         json.dumps(
             {
@@ -101,8 +102,8 @@ def write(report: Mapping[str, Any], measured: Mapping[Cell, Measured], folder: 
                 **row,
             }
         )
-        for cell, found in measured.items()
-        for row in found.rows
+        for cell, scores in measured.items()
+        for row in scores.rows
     ]
     write_text(folder / "tasks.jsonl", "".join(line + "\n" for line in lines))
     write_text(folder / "report.md", markdown(report, measured))
@@ -111,7 +112,7 @@ def write(report: Mapping[str, Any], measured: Mapping[Cell, Measured], folder: 
 
 
 def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> str:
-    """The report for people: tables with intervals, and what each number means."""
+    """The report as a page: a table a direction, seconds, and a table a direction task by task."""
     setting, directions = report["setting"], {cell.direction: None for cell in measured}
     shown = setting["num_shown"][0]
     parts = [
@@ -180,18 +181,19 @@ def summary_rows(
     ]
 
 
-def value_alone(found: Mapping[str, Any] | None) -> str:
-    """ "0.123", or nothing where there is no value."""
-    if found is None or found["value"] is None:
+def value_alone(interval: Mapping[str, Any] | None) -> str:
+    """ "0.123"; empty where nothing was measured."""
+    if interval is None or interval["value"] is None:
         return ""
-    return f"{found['value']:.3f}"
+    return f"{interval['value']:.3f}"
 
 
-def value_and_interval(found: Mapping[str, Any] | None) -> str:
-    """ "0.123 [0.100, 0.150]", or nothing where there is no value."""
-    if found is None or found["value"] is None:
+def value_and_interval(interval: Mapping[str, Any] | None) -> str:
+    """ "0.123 [0.100, 0.150]"; empty where nothing was measured."""
+    if interval is None or interval["value"] is None:
         return ""
-    return f"{found['value']:.3f} [{found['ci95'][0]:.3f}, {found['ci95'][1]:.3f}]"
+    low, high = interval["ci95"]
+    return f"{interval['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _seconds(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> list[list[str]]:
@@ -200,8 +202,8 @@ def _seconds(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> li
         for name, seconds in report["prepare_seconds"].items()
     ]
     rows += [
-        [cell.name, f"{found.seconds:.1f}", str(found.num_ranks)]
-        for cell, found in measured.items()
+        [cell.name, f"{scores.seconds:.1f}", str(scores.num_ranks)]
+        for cell, scores in measured.items()
     ]
     return [["cell", "seconds", "ranks"], *rows]
 
@@ -211,17 +213,17 @@ def _by_task(measured: Mapping[Cell, Measured], direction: str, num_shown: int) 
     tasks: dict[tuple[str, str, str], dict[str, str]] = {}
     names: dict[str, None] = {}
     metric = _LEADING[direction]
-    for cell, found in measured.items():
+    for cell, scores in measured.items():
         if (
             cell.direction == direction
             and cell.num_shown in (None, num_shown)
-            and metric in found.metrics
+            and metric in scores.metrics
         ):
             names[cell.method] = None
-            for row in found.rows:
+            for row in scores.rows:
                 values = row[metric]
-                own = tasks.setdefault((cell.part, row["task"], row["instruction"]), {})
-                own[cell.method] = f"{sum(values) / len(values):.2f}"
+                scores_of_task = tasks.setdefault((cell.part, row["task"], row["instruction"]), {})
+                scores_of_task[cell.method] = f"{sum(values) / len(values):.2f}"
     rows = [
         [part, instruction, *(values.get(name, "") for name in names)]
         for (part, _, instruction), values in tasks.items()

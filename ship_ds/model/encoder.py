@@ -85,5 +85,10 @@ def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int)
 
 
 def _task_noise(key: str, latent_size: int) -> Tensor:
+    return torch.randn(latent_size, generator=keyed_generator(key))
+
+
+def keyed_generator(key: str) -> torch.Generator:
+    """A generator on the CPU whose draws are a function of the key alone."""
     digest = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
-    return torch.randn(latent_size, generator=torch.Generator().manual_seed(digest))
+    return torch.Generator().manual_seed(digest)

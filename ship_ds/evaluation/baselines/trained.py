@@ -29,7 +29,7 @@ from ship_ds.evaluation.method import Setting
 from ship_ds.files import recover, sha256, whole_folder
 from ship_ds.runtime import ranks
 
-WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+_WEIGHTS, _MANIFEST = "weights.safetensors", "manifest.json"
 TRAINING = 3
 """Of the way in which `fit` and `prepare` train; under another one weights are trained again."""
 
@@ -56,7 +56,14 @@ class TrainedMethod(ABC):
     """
 
     name: ClassVar[str]
+    states_instruction: ClassVar[bool]
+    answers_as_ship: ClassVar[bool] = False
     recipe: ClassVar[Any]
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """The recipe, and the version of the loop that trains by it."""
+        return {"recipe": asdict(cls.recipe), "training": TRAINING}
 
     def __init__(self, setting: Setting, budget: Budget | None = None) -> None:
         self.setting = setting
@@ -84,7 +91,7 @@ class TrainedMethod(ABC):
                 self.train()
             self._store(time.perf_counter() - started)
         ranks.barrier()
-        self.module.load_state_dict(load_file(self._folder / WEIGHTS))
+        self.module.load_state_dict(load_file(self._folder / _WEIGHTS))
         self.module.eval().requires_grad_(False)
 
     @property
@@ -106,14 +113,15 @@ class TrainedMethod(ABC):
         }
 
     def _is_stored(self) -> bool:
-        """Says so on stderr where weights are there but not these."""
+        """Whether the weights of this very setting are on the disk; where others are, a line on
+        standard error says what differs."""
         recover(self._folder)
-        if not (self._folder / MANIFEST).is_file():
+        if not (self._folder / _MANIFEST).is_file():
             return False
-        manifest = json.loads((self._folder / MANIFEST).read_text())
-        own = json.loads(json.dumps(self._identity()))
-        different = [key for key in own if manifest.get(key) != own[key]]
-        if not different and manifest["sha256"] == sha256(self._folder / WEIGHTS):
+        manifest = json.loads((self._folder / _MANIFEST).read_text())
+        identity = json.loads(json.dumps(self._identity()))
+        different = [key for key in identity if manifest.get(key) != identity[key]]
+        if not different and manifest["sha256"] == sha256(self._folder / _WEIGHTS):
             return True
         reason = (
             f"other {', '.join(different)}"
@@ -131,14 +139,14 @@ class TrainedMethod(ABC):
         with whole_folder(self._folder) as part:
             save_file(
                 {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()},
-                part / WEIGHTS,
+                part / _WEIGHTS,
             )
             manifest = {
                 **self._identity(),
                 "train_seconds": round(seconds, 1),
-                "sha256": sha256(part / WEIGHTS),
+                "sha256": sha256(part / _WEIGHTS),
             }
-            (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     @cached_property
     def sampler(self) -> StepSampler:

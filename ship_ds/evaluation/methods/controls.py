@@ -24,9 +24,14 @@ class BareBase(Untrained):
 
 
 class ShuffledInstruction(Untrained):
-    """SHIP under another rule's instruction: a seen one, drawn for each task by its id."""
+    """SHIP under another rule's instruction: a seen one, drawn for each task by its id.
+
+    So it depends on the task and the seed alone, whichever tasks are measured beside it and on
+    however many ranks.
+    """
 
     name: ClassVar[str] = "shuffled_instruction"
+    answers_as_ship: ClassVar[bool] = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

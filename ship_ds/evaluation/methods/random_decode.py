@@ -1,12 +1,17 @@
-"""Random decode: what the decoder says of a z drawn from the prior, without having seen an
-example."""
+"""Random decode: what the decoder makes of a z drawn from the prior, without having seen an
+example.
+
+Letters: T tasks, Z latent size.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
+
 from ship_ds.data.task import Example
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.model.encoder import posterior_noise
+from ship_ds.model.encoder import keyed_generator
 
 
 class RandomDecode(Untrained):
@@ -15,10 +20,9 @@ class RandomDecode(Untrained):
     name: ClassVar[str] = "random_decode"
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
-        # of the task, whichever rank it falls to
-        keys = [repr(tuple(examples)) for examples in shown]
-        config = self.ship.config
-        latent_TZ = posterior_noise(self.seed, 0, keys, config.model.latent_size).to(
-            self.ship.model.device
-        )
-        return self.ship.model.decode(latent_TZ, config.evaluation.max_instruction_tokens)
+        """One decoded draw a task."""
+        model, length = self.ship.model, self.ship.config.evaluation.max_instruction_tokens
+        # keyed by the task's examples, so that it is the same on whichever rank
+        keys = [f"{self.seed} 0 {tuple(examples)!r}" for examples in shown]
+        draws = [model.prior.sample(1, keyed_generator(key)) for key in keys]
+        return model.decode(torch.cat(draws).to(model.device), length) if draws else []

@@ -1,9 +1,12 @@
 """What SHIP and its control, the nearest known instruction, share: a search for the text, and
-answers by its adapter."""
+answers by its adapter.
+
+Letters: T tasks, Z latent size.
+"""
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,10 +19,19 @@ from ship_ds.inference.induction import Induction, InductionConfig, induce_many
 
 
 class Searching(Untrained):
-    """Induction by `recipe`, with texts as long as the run's own limit. What was induced from the
-    same examples before is not searched for again."""
+    """Induction by `recipe`, with texts as long as the run's own limit.
 
+    What was induced from the same examples before is not searched for again: induction and
+    reasoning are asked with the same ones, and the search is what costs.
+    """
+
+    answers_as_ship: ClassVar[bool] = True
     recipe: ClassVar[InductionConfig]
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """Of the search."""
+        return {"search": cls.recipe.model_dump(mode="json")}
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -46,11 +58,9 @@ class Searching(Untrained):
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> dict[str, AnswersByTask]:
         """By the latent that the search found, and with the induced text in the prompt."""
-        found = self._inductions(shown)
-        texts, latent_TZ = (
-            [one.instruction for one in found],
-            torch.tensor([one.latent for one in found]),
-        )
+        inductions = self._inductions(shown)
+        texts = [induction.instruction for induction in inductions]
+        latent_TZ = torch.tensor([induction.latent for induction in inductions])
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
         return {
             "found": answer_latents(model, latent_TZ, texts, inputs, length),

@@ -13,7 +13,6 @@ from ship_ds.data.sampler import balanced
 from ship_ds.data.task import Splits
 from ship_ds.evaluation.baselines import TRAINED
 from ship_ds.evaluation.baselines.sft import Sft
-from ship_ds.evaluation.baselines.trained import WEIGHTS
 from ship_ds.evaluation.method import Deduces, Induces, Reasons
 
 pytestmark = pytest.mark.slow
@@ -122,7 +121,7 @@ def test_weights_for_something_else_are_trained_again(
     assert "other budget; training sft again" in capsys.readouterr().err
     make(Sft, steps=2, seed=1).prepare()
     assert "other seed; training sft again" in capsys.readouterr().err
-    path = tmp_path / "a" / "weights" / WEIGHTS
+    path = tmp_path / "a" / "weights" / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     make(Sft, steps=2, seed=1).prepare()
     assert "the file is not the one in its manifest; training sft again" in capsys.readouterr().err
