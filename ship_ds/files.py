@@ -77,7 +77,7 @@ def whole_file(path: Path, *, shared: bool = False, durable: bool = True) -> Ite
 def write_text(path: Path, text: str, *, shared: bool = False, durable: bool = True) -> None:
     """Replace a text file in one step; the arguments are those of `whole_file`."""
     with whole_file(path, shared=shared, durable=durable) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(

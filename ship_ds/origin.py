@@ -1,5 +1,5 @@
-"""Where an exported adapter comes from: `ship.json` for programs and the model card for people,
-beside the adapter."""
+"""Where an exported adapter comes from, beside it in its folder: `ship.json` for programs and the
+model card for people."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,16 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.errors import UserError
+from ship_ds.files import write_json, write_text
 
 ORIGIN, CARD = "ship.json", "README.md"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """made_from: the instruction (or what else); bundle: SHA-256 of the bundle's weights;
-    base_fingerprint: see WeightsFolder;
-    probes: token ids the adapter was proved on; proof: largest logit differences there; adapter:
-    SHA-256 of its weights."""
+    """What an adapter was made from, and what was proved of it.
+
+    Args:
+        made_from: The instruction, or in words what else.
+        run: The run's folder, as its config names it.
+        bundle: SHA-256 of the bundle's weights.
+        base: The base model, as the config names it.
+        base_fingerprint: Of the base model; see `WeightsFolder.fingerprint`.
+        quantisation: Of the base model in training.
+        shape: The adapter's kind and sizes in words.
+        prompt_format: `PromptFormat.describe()`.
+        probes: Token ids of the prompts on which the adapter was proved.
+        proof: The fields of `Proof` there.
+        adapter: SHA-256 of the adapter's weights.
+    """
 
     made_from: str
     run: str
@@ -30,11 +42,13 @@ class Origin:
     proof: dict[str, float]
     adapter: str
 
-    def write(self, part: Path) -> None:
-        (part / ORIGIN).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
-        (part / CARD).write_text(self.card())
+    def write(self, folder: Path) -> None:
+        """Write both files into the adapter's folder."""
+        write_json(folder / ORIGIN, asdict(self), indent=2)
+        write_text(folder / CARD, self.card())
 
     def card(self) -> str:
+        """The model card, in Markdown."""
         # json.dumps keeps an instruction of several lines on one.
         return (
             f"---\nlibrary_name: peft\n---\n# An adapter made from an instruction\n\n"
@@ -51,11 +65,18 @@ class Origin:
 
 
 def read_origin(folder: Path) -> Origin:
-    """Raises UserError when the folder is no adapter of ours."""
+    """The origin of an adapter of ours.
+
+    Raises:
+        UserError: The folder has none, or not one of this form.
+    """
     path = folder / ORIGIN
     if not path.is_file():
         raise UserError(
             f"{folder}: no {ORIGIN}; expected an adapter folder that `ship-ds deduce` "
             "or `ship-ds compose` wrote"
         )
-    return Origin(**json.loads(path.read_text()))
+    try:
+        return Origin(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}; export the adapter again") from None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder, verify
 from ship_ds.errors import UserError
-from ship_ds.files import MANIFEST, Manifest, refuse_existing
+from ship_ds.files import Manifest, refuse_existing
 
 if TYPE_CHECKING:
     from ship_ds.config import Config
@@ -111,7 +111,9 @@ def check_checkpoint(folder: Path) -> None:
 def check_source(path: Path) -> None:
     """What `convert` starts from: a run with a bundle or checkpoints, or a checkpoint."""
     check_folder(path)
-    if (path / "bundle").is_dir() or (path / MANIFEST).is_file():
+    # A checkpoint has a manifest as well.
+    folder = bundle_folder(path)
+    if folder != path or (folder / SHIP_WEIGHTS).is_file():
         check_run(path)
     elif not (path / "checkpoints").is_dir():
         check_checkpoint(path)

@@ -17,8 +17,13 @@ from ship_ds.model.adapters import LoraAdapter
 
 @dataclass(frozen=True)
 class Composition:
-    """error: Frobenius norm of what compression lost over that of the exact sum; zero when
-    exact."""
+    """What was written.
+
+    Args:
+        proof: Of the adapter.
+        rank: Of the adapter.
+        error: Frobenius norm of what compression lost over that of the exact sum; zero when exact.
+    """
 
     proof: Proof
     rank: int
@@ -33,8 +38,21 @@ def compose(
     probes: Sequence[str],
     rank: int | None = None,
 ) -> Composition:
-    """parts: (weight, instruction). rank: None for the exact sum, whose rank is the sum of the
-    parts'. Raises UserError."""
+    """Write the weighted sum of several instructions' LoRAs as one PEFT folder.
+
+    Args:
+        ship: The run.
+        parts: Weight and instruction of each.
+        folder: Where to; it must not exist yet.
+        probes: Inputs to prove it on.
+        rank: To compress to; None for the exact sum, whose rank is the sum of the parts'.
+
+    Returns:
+        Rank, error and proof.
+
+    Raises:
+        UserError: The run's adapters are no LoRAs, the rank is too high, or the proof fails.
+    """
     adapter = ship.model.adapt(ship.model.encode([text for _, text in parts]))
     if not isinstance(adapter, LoraAdapter):
         raise UserError(

@@ -1,7 +1,7 @@
 """Instructions or latents -> PEFT folders: one forward of encoder and hypernetwork for many, a
 proof for each.
 
-Letters: T tasks, Z latent.
+Letters: T tasks, Z latent size.
 """
 
 import shutil
@@ -28,16 +28,36 @@ _CHUNK = 64
 def export_one(
     ship: Ship, request: Request, folder: Path, probes: Sequence[str], pad_to: int | None = None
 ) -> Proof:
-    """Raises UserError, leaving nothing behind, when the proof fails."""
+    """Write and prove one PEFT folder.
+
+    Args:
+        ship: The run.
+        request: What to make an adapter of.
+        folder: Where to; it must not exist yet.
+        probes: Inputs to prove it on.
+        pad_to: A rank for servers that take certain ones alone.
+
+    Returns:
+        How far it is from the live adapter and from the bare base.
+
+    Raises:
+        UserError: The proof fails, and nothing is left behind; or the folder is there already.
+    """
     exporter = Exporter(ship, probes)
     with new_folder(folder) as part:
-        [(known, export)] = generate(ship, [request], pad_to)
-        return _write(exporter, part, known, export)
+        [(encoded, export)] = generate(ship, [request], pad_to)
+        return _write(exporter, part, encoded, export)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How many adapters were written and how many a killed run had left; the worst proof."""
+    """What `export_many` did.
+
+    Args:
+        num_written: Adapters that it wrote.
+        num_kept: Adapters that a killed run had left whole.
+        worst: The largest difference from a live adapter and the smallest from the base.
+    """
 
     num_written: int
     num_kept: int
@@ -52,9 +72,22 @@ def export_many(
     pad_to: int | None = None,
     each: Callable[[int], None] = lambda done: None,
 ) -> Batch:
-    """`folder` with one PEFT folder a request. Until the last one is proved it is called
-    FOLDER.part; after a kill the same command goes on there. Raises UserError when a proof fails,
-    leaving nothing behind."""
+    """Write and prove a PEFT folder for each request.
+
+    Until the last one is proved, `folder` is called FOLDER.part; after a kill the same command goes
+    on there.
+
+    Args:
+        ship: The run.
+        requests: What to make adapters of; each becomes FOLDER/NAME.
+        folder: Where to; it must not exist yet.
+        probes: Inputs to prove each on.
+        pad_to: A rank for servers that take certain ones alone.
+        each: Is told after every adapter how many are done.
+
+    Raises:
+        UserError: A proof fails, and nothing is left behind; or the disk is full.
+    """
     refuse_existing(folder)
     part, exporter = part_of(folder), Exporter(ship, probes)
     proofs: list[Proof] = []
@@ -83,24 +116,24 @@ def export_many(
 def _finished(
     folder: Path, exporter: Exporter, request: Request, export: Exportable
 ) -> Proof | None:
-    """Its proof, when a run before this one wrote this very adapter there and the weights are as
-    they were."""
+    """The proof of this very adapter, where an earlier start wrote it here and its weights are as
+    they were; else None."""
     if not (folder / ORIGIN).is_file():
         return None
     origin = read_origin(folder)
-    wanted = (
+    expected = (
         exporter.ship.digest,
         exporter.fingerprint,
         _made_from(request),
         export.shape(),
         sha256(folder / ADAPTER_WEIGHTS),
     )
-    there = (origin.bundle, origin.base_fingerprint, origin.made_from, origin.shape, origin.adapter)
-    return Proof(**origin.proof) if wanted == there else None
+    found = (origin.bundle, origin.base_fingerprint, origin.made_from, origin.shape, origin.adapter)
+    return Proof(**origin.proof) if found == expected else None
 
 
 def _write_beside(exporter: Exporter, folder: Path, request: Request, export: Exportable) -> Proof:
-    """Into FOLDER.part first, so that a killed run leaves no half adapter under a whole one's
+    """Write into FOLDER.part first, so that a killed run leaves no half adapter under a whole one's
     name."""
     inner = part_of(folder)
     shutil.rmtree(inner, ignore_errors=True)
@@ -123,7 +156,11 @@ def _made_from(request: Request) -> str:
 def generate(
     ship: Ship, requests: Sequence[Request], pad_to: int | None = None
 ) -> Iterator[tuple[Request, Exportable]]:
-    """Each request with its adapter, and with the latent it was made from."""
+    """Make adapters, many in one forward of encoder and hypernetwork.
+
+    Yields:
+        Each request, now with the latent that it was encoded to, and its adapter.
+    """
     for start in range(0, len(requests), _CHUNK):
         chunk = requests[start : start + _CHUNK]
         texts = [r.instruction for r in chunk if r.latent_Z is None and r.instruction is not None]

@@ -6,27 +6,37 @@ base stands for it here.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 
 from ship_ds.export.proof import PeftBase, largest_difference
-from ship_ds.model.backbone import load_lm
+from ship_ds.model.backbone import Quantisation, load_lm
 from ship_ds.origin import read_origin
 
 
 def drift(merged: Path, adapter: Path, base: Path) -> dict[str, Any]:
-    """Over the adapter's probes: the largest logit difference from the live model, the same over
-    the adapter's own effect, and how many of all next tokens are the same. Both models are held
-    whole, one after the other."""
+    """Measure over the adapter's probes; both models are held whole, one after the other.
+
+    Args:
+        merged: The merged model's folder.
+        adapter: The adapter's, one of ours.
+        base: The base model's.
+
+    Returns:
+        `logit_drift`, the largest difference from the live model's logits; `adapter_effect`, that
+        of the live model's from the bare base's; `drift_of_effect`, the one over the other; and
+        `same_next_token`, the share of positions with the same likeliest next token.
+    """
     origin, cpu = read_origin(adapter), torch.device("cpu")
-    trained_on = PeftBase(load_lm(str(base), origin.quantisation, torch.float32, device=cpu), cpu)  # type: ignore[arg-type]
+    quantisation = cast(Quantisation, origin.quantisation)
+    trained_on = PeftBase(load_lm(str(base), quantisation, torch.float32, device=cpu), cpu)
     live, bare = trained_on.under(adapter, origin.probes), trained_on.bare(origin.probes)
+    # Two models of the size of the base would be in memory at once.
     del trained_on
-    out = PeftBase(_in_fp32(load_lm(str(merged), "none", torch.float32, device=cpu)), cpu).bare(
-        origin.probes
-    )
+    model = _in_fp32(load_lm(str(merged), "none", torch.float32, device=cpu))
+    out = PeftBase(model, cpu).bare(origin.probes)
     from_live, effect = largest_difference(out, live), largest_difference(live, bare)
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(out, live, strict=True)])
     return {
@@ -48,7 +58,7 @@ def _in_fp32(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def show(report: dict[str, Any]) -> str:
-    """One line for people."""
+    """One line for people about what `drift` and the merge measured."""
     line = (
         f"logits differ from the live model's by {report['logit_drift']:.2g}, "
         f"{100 * report['drift_of_effect']:.1f} % of what "

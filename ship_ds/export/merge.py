@@ -1,7 +1,6 @@
 """Base + adapter -> a model folder that transformers loads, one tensor in memory at a time.
 
-    OUT.part/plan.json                        what is being merged; another merge does not go on
-                                              here
+    OUT.part/plan.json                        what is being merged; another merge is refused here
     OUT.part/model-00001-of-00004.safetensors finished shards, each synced before it gets its name;
                                               a restart keeps them
     OUT/                                      when all is there: shards, index, config, tokenizer,
@@ -10,7 +9,7 @@
 The largest thing held is one matrix's update in fp32; the base's own pages are mapped, and the
 result is written in pieces.
 
-Letters: O out, I in.
+Letters: I inputs of a linear, O outputs of a linear, R LoRA rank.
 """
 
 import json
@@ -25,7 +24,7 @@ import torch
 from safetensors import safe_open
 
 from ship_ds.errors import UserError
-from ship_ds.export.targets import Loss, TargetName, build_target
+from ship_ds.export.targets import RoundingError, TargetName, build_target
 from ship_ds.files import (
     disk_error,
     part_of,
@@ -43,22 +42,31 @@ from ship_ds.tensor_file import TensorFile
 from ship_ds.weights_folder import SINGLE_FILE, WEIGHTS_INDEX, WeightsFolder
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-PLAN, REPORT, CARD = "plan.json", "merge.json", "README.md"
+_PLAN, _REPORT, _CARD = "plan.json", "merge.json", "README.md"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_LOSS = "ship_rounding_loss"
+_ROUNDING = "ship_rounding_loss"
+"""The key of a shard's RoundingError in its metadata."""
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file of the merged model and the tensors in it."""
+class OutputFile:
+    """One safetensors file of the merged model and the base's tensors that go into it."""
 
     file: str
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that decides the bytes of the merged model."""
+class MergePlan:
+    """Everything that decides the bytes of the merged model.
+
+    Args:
+        adapter: SHA-256 of the adapter's weights.
+        base: Fingerprint of the base model.
+        target: What is made of the two.
+        dtype: Of the result; "auto" for that of each tensor of the base.
+        shard_gigabytes: Size of a file, at most.
+    """
 
     adapter: str
     base: str
@@ -68,8 +76,19 @@ class Plan:
 
 
 class Merge:
-    """One merge: checked as it is made, so that a wrong base or rank ends it before anything is
-    written."""
+    """One merge, checked when it is made, so that a wrong base or rank ends it before anything is
+    written.
+
+    Args:
+        adapter: A LoRA folder of ours.
+        target: What to make of it and its base.
+        base: The base model; None for the one that the adapter was made for.
+        dtype: Of the result; "auto" for that of each tensor of the base.
+        shard_gigabytes: Size of a file, at most.
+
+    Raises:
+        UserError: The adapter is damaged, or it was made for another base.
+    """
 
     def __init__(
         self,
@@ -79,14 +98,14 @@ class Merge:
         dtype: Dtype = "auto",
         shard_gigabytes: float = 2.0,
     ) -> None:
-        """adapter: a LoRA folder of ours; base: None for the one it was made for. Raises
-        UserError."""
         self.adapter, self.origin, self.lora = adapter, read_origin(adapter), read_lora(adapter)
         self.folder = base_folder(base or self.origin.base)
         self.base = WeightsFolder(self.folder)
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
         check_base(self.base, self.config, self.lora, self.origin)
-        self.plan = Plan(self.origin.adapter, self.base.fingerprint, target, dtype, shard_gigabytes)
+        self.plan = MergePlan(
+            self.origin.adapter, self.base.fingerprint, target, dtype, shard_gigabytes
+        )
         if sha256(adapter / ADAPTER_WEIGHTS) != self.origin.adapter:
             raise UserError(
                 f"{adapter / ADAPTER_WEIGHTS}: not the file that its ship.json lists; export "
@@ -96,11 +115,14 @@ class Merge:
         self.shards = self._shards()
 
     def dtype_of(self, name: str) -> torch.dtype:
-        own = self.base.entries[name].dtype
-        wanted: torch.dtype = own if self.plan.dtype == "auto" else getattr(torch, self.plan.dtype)
-        return wanted if own.is_floating_point else own
+        """Of a tensor of the merged model; integers stay what they are."""
+        dtype = self.base.entries[name].dtype
+        if self.plan.dtype == "auto" or not dtype.is_floating_point:
+            return dtype
+        chosen: torch.dtype = getattr(torch, self.plan.dtype)
+        return chosen
 
-    def _shards(self) -> list[Shard]:
+    def _shards(self) -> list[OutputFile]:
         groups: list[list[str]] = [[]]
         size = 0
         for name, entry in self.base.entries.items():
@@ -111,18 +133,29 @@ class Merge:
             groups[-1].append(name)
             size += num_bytes
         if len(groups) == 1:
-            return [Shard(SINGLE_FILE, tuple(groups[0]))]
+            return [OutputFile(SINGLE_FILE, tuple(groups[0]))]
         return [
-            Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g))
+            OutputFile(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g))
             for i, g in enumerate(groups, 1)
         ]
 
     def run(
         self, out: Path, finish: Callable[[Path], Mapping[str, Any]] = lambda part: {}
     ) -> dict[str, Any]:
-        """Write `out` and return what merge.json says. finish: looks at the whole model before it
-        gets its name and adds to the report. Raises UserError when the disk is full; then, as after
-        a kill, the same command goes on."""
+        """Write the merged model. After a kill, or when the disk was full, the same command goes on
+        where it stopped.
+
+        Args:
+            out: Its folder, which must not exist yet.
+            finish: Is shown the whole model before it gets its name, and adds to the report.
+
+        Returns:
+            What merge.json says.
+
+        Raises:
+            UserError: The folder is there already, or holds the beginning of another merge; or the
+                disk is full.
+        """
         refuse_existing(out)
         part = part_of(out)
         try:
@@ -138,51 +171,51 @@ class Merge:
                 **self._rounding(part),
                 **finish(part),
             }
-            write_json(part / REPORT, report, indent=2)
+            write_json(part / _REPORT, report, indent=2)
             publish(part, out)
         except OSError as error:
             advice = f"{part} keeps the finished shards; make room and run the same command again"
             raise disk_error(part, error, advice) from None
-        (out / PLAN).unlink()
+        (out / _PLAN).unlink()
         return report
 
     def _begin(self, part: Path) -> None:
         plan = json.dumps(asdict(self.plan), indent=2) + "\n"
-        is_ours = (part / PLAN).is_file() and (part / PLAN).read_text() == plan
+        is_ours = (part / _PLAN).is_file() and (part / _PLAN).read_text() == plan
         if (
             part.exists()
             and not is_ours
-            and any(path.name != part_of(part / PLAN).name for path in part.iterdir())
+            and any(path.name != part_of(part / _PLAN).name for path in part.iterdir())
         ):
             raise UserError(
                 f"{part}: is left from another merge; run that one's command again, or "
                 "remove the folder"
             )
         part.mkdir(parents=True, exist_ok=True)
-        write_text(part / PLAN, plan)
+        write_text(part / _PLAN, plan)
 
-    def _write_shard(self, part: Path, shard: Shard) -> bool:
-        """False: it was there."""
+    def _write_shard(self, part: Path, shard: OutputFile) -> bool:
+        """Write a file of the merged model; False where an earlier start had finished it."""
         path = part / shard.file
         if path.is_file():
             return False
-        self.target.loss.clear()
+        self.target.rounding.clear()
         keys = [key for name in shard.names for key in self.target.names(name)]
         with whole_file(path) as beside, TensorFile(beside, keys) as file:
             for name in shard.names:
                 dtype, module = self.dtype_of(name), name.removesuffix(".weight")
-                delta = self.lora.delta(module) if module in self.lora.factors else None
-                self.target.write(file, name, self.base.read(name), dtype, delta)
-            file.metadata[_LOSS] = json.dumps(asdict(self.target.loss))
+                delta_OI = self.lora.delta(module) if module in self.lora.factors else None
+                self.target.write(file, name, self.base.read(name), dtype, delta_OI)
+            file.metadata[_ROUNDING] = json.dumps(asdict(self.target.rounding))
         return True
 
     def _rounding(self, part: Path) -> dict[str, float]:
         """What NF4 lost of the adapter's update; the shards carry their shares, so that a restart
         has them all."""
-        total = Loss()
+        total = RoundingError()
         for shard in self.shards:
             with safe_open(part / shard.file, "pt") as file:
-                total += Loss(**json.loads(file.metadata()[_LOSS]))
+                total += RoundingError(**json.loads(file.metadata()[_ROUNDING]))
         return (
             {"rounding_error_of_update": math.sqrt(total.lost / total.update)}
             if total.update
@@ -215,34 +248,43 @@ class Merge:
         for path in sorted(filter(Path.is_file, self.folder.iterdir())):
             if path.suffix not in _WEIGHT_SUFFIXES and path.name not in (
                 "config.json",
-                CARD,
+                _CARD,
                 WEIGHTS_INDEX,
             ):
                 shutil.copyfile(path, part / path.name)
-        (part / CARD).write_text(
+        (part / _CARD).write_text(
             f"# {self.origin.base} with an adapter merged in\n\n- made from: "
             f"{json.dumps(self.origin.made_from)}\n"
             f"- target: {self.plan.target}, {dtype}\n- adapter weights sha256: "
             f"{self.plan.adapter}\n"
             f"- base fingerprint: {self.plan.base}\n- run: {self.origin.run}, weights sha256 "
             f"{self.origin.bundle}\n"
-            f"- figures: {REPORT}\n"
+            f"- figures: {_REPORT}\n"
         )
 
 
 def check_base(base: WeightsFolder, config: Mapping[str, Any], lora: Lora, origin: Origin) -> None:
-    """Raises UserError unless the adapter was made for this very base, and the base has plain
-    weights."""
+    """See that the adapter was made for this very base, and that its weights are plain.
+
+    Args:
+        base: The base model's weights.
+        config: Its config.json.
+        lora: The adapter.
+        origin: Where that comes from.
+
+    Raises:
+        UserError: They do not belong together, or the base is quantised already.
+    """
     if "quantization_config" in config:
         raise UserError(
             f"{base.folder}: is quantised already; give the base it was made from, in 16 or 32 bits"
         )
     for path, (a_RI, b_OR) in lora.factors.items():
-        entry, wanted = base.entries.get(f"{path}.weight"), (b_OR.shape[0], a_RI.shape[1])
-        if entry is None or entry.shape != wanted:
+        entry, shape = base.entries.get(f"{path}.weight"), (b_OR.shape[0], a_RI.shape[1])
+        if entry is None or entry.shape != shape:
             there = "no such weight" if entry is None else f"one of {entry.shape}"
             raise UserError(
-                f"{base.folder}: the adapter changes {path}.weight of {wanted}, and "
+                f"{base.folder}: the adapter changes {path}.weight of {shape}, and "
                 f"the base has {there}: wrong base"
             )
     if base.fingerprint != origin.base_fingerprint:

@@ -5,7 +5,8 @@ An adapter whose keys match nothing is served as the bare base in silence. So ea
 back with `peft` on the same base: its logits on probe prompts must equal the live hypernetwork's
 and differ from the base's.
 
-Letters: T tasks, P virtual tokens, H hidden, S length, V vocabulary.
+Letters: H hidden size, I inputs of a linear, O outputs of a linear, P virtual tokens, R LoRA rank,
+S padded length, T tasks, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ship_ds.api import Ship
 from ship_ds.errors import UserError
-from ship_ds.export.proof import PeftBase, Proof, largest_difference
+from ship_ds.export.proof import PeftBase, Prompts, Proof, largest_difference
 from ship_ds.files import sha256
 from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, write_lora, write_soft_prompt
 from ship_ds.model.adapters import Adapter, LoraAdapter, SoftPrompt
@@ -100,7 +101,15 @@ def exports_of(adapter: Adapter, num_tasks: int, pad_to: int | None = None) -> l
 
 
 class Exporter:
-    """Writes and proves adapters of one run; the base that `peft` loads them on is read once."""
+    """Writes and proves adapters of one run; the base that `peft` loads them on is read once.
+
+    Args:
+        ship: The run.
+        probes: Inputs on which each adapter is proved.
+
+    Raises:
+        UserError: There are no probes.
+    """
 
     def __init__(self, ship: Ship, probes: Sequence[str]) -> None:
         if not probes:
@@ -114,18 +123,30 @@ class Exporter:
 
     @torch.no_grad()
     def write(self, part: Path, export: Exportable, made_from: str, wording: str | None) -> Proof:
-        """Everything into the existing folder `part`. wording: what a prompt states when this run's
-        prompts state the instruction. Raises UserError when the proof fails."""
+        """Write an adapter with its origin and model card, and prove it.
+
+        Args:
+            part: An existing folder, which gets its own name only when this returns.
+            export: The adapter.
+            made_from: Of what, for the model card.
+            wording: The instruction that the prompts state, where this run's prompts do.
+
+        Returns:
+            How far it is from the live adapter and from the bare base.
+
+        Raises:
+            UserError: The proof fails, or the prompts need a wording and there is none.
+        """
         config = self.ship.config.model.task_llm
         if wording is None and config.instruction != "none":
             raise UserError(
                 f"model.task_llm.instruction={config.instruction}: this run's prompts state the "
-                "instruction, and a bare latent "
-                "or a sum of adapters has none; give one instruction each"
+                "instruction, and a bare latent or a sum of adapters has none; give one "
+                "instruction each"
             )
         export.write(part, str(base_folder(config.base).resolve()), self.base.base)
-        questions = [self.ship.model.question(text, wording) for text in self.probes]
-        proof = self._prove(part, export, questions)
+        prompts = [self.ship.model.question(text, wording) for text in self.probes]
+        proof = self._prove(part, export, prompts)
         Origin(
             made_from,
             self.ship.config.run.folder,
@@ -135,30 +156,37 @@ class Exporter:
             config.quantisation,
             export.shape(),
             self.ship.model.prompts.describe(),
-            [list(ids) for ids in questions],
+            [list(ids) for ids in prompts],
             asdict(proof),
             sha256(part / ADAPTER_WEIGHTS),
         ).write(part)
         return proof
 
-    def _prove(self, part: Path, export: Exportable, questions: Sequence[tuple[int, ...]]) -> Proof:
-        live = [live_logits(self.ship, export.live(), ids) for ids in questions]
-        bare = self.base.bare(questions)
-        exported = self.base.under(part, questions)
+    def _prove(self, part: Path, export: Exportable, prompts: Prompts) -> Proof:
+        live = [live_logits(self.ship, export.live(), ids) for ids in prompts]
+        bare = self.base.bare(prompts)
+        exported = self.base.under(part, prompts)
         proof = Proof(largest_difference(exported, live), largest_difference(exported, bare))
+        # Written so that a NaN fails, too.
         if not (proof.from_live <= MAX_DIFFERENCE < proof.from_base):
             raise UserError(
                 f"{self.ship.config.model.task_llm.base}: the exported adapter's logits differ "
-                "from the live one's by "
-                f"{proof.from_live:.2e} (at most {MAX_DIFFERENCE:.0e}) and from the bare base's by "
-                f"{proof.from_base:.2e} "
-                "(more than that); nothing was written"
+                f"from the live one's by {proof.from_live:.2e} (at most {MAX_DIFFERENCE:.0e}) and "
+                f"from the bare base's by {proof.from_base:.2e} (more than that); nothing was "
+                "written"
             )
         return proof
 
 
 def live_logits(ship: Ship, adapter: Adapter, ids: Sequence[int]) -> Tensor:
-    """(S, V) of the hypernetwork's own Task LLM, without the virtual tokens' places."""
+    """Logits (S, V) of the hypernetwork's own Task LLM under an adapter of one task, without the
+    places of virtual tokens.
+
+    Args:
+        ship: The run.
+        adapter: Of one task.
+        ids: Of the prompt.
+    """
     virtual = adapter.virtual_tokens()
     num_virtual = 0 if virtual is None else virtual.shape[1]
     batch = TokenBatch.build([ids], None, ship.model.prompts.pad_id, num_virtual, ship.model.device)

@@ -1,6 +1,6 @@
 """What software that knows nothing of us computes: logits of a base model with a PEFT folder on it.
 
-Letters: S length, V vocabulary.
+Letters: S padded length, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from ship_ds.lora_folder import ADAPTER_CONFIG
 
-Questions = Sequence[Sequence[int]]
-"""Token ids of prompts."""
+Prompts = Sequence[Sequence[int]]
+"""Token ids of each."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Largest absolute logit differences over the probe prompts."""
+    """Largest absolute logit differences of an exported adapter, over the probes.
+
+    Args:
+        from_live: From the live hypernetwork's adapter.
+        from_base: From the bare base.
+    """
 
     from_live: float
     from_base: float
@@ -31,37 +36,37 @@ class PeftBase:
     def __init__(self, base: nn.Module, device: torch.device) -> None:
         self.base, self.device = base.eval().to(device), device
         self._model: Any = None
-        self._settings = ""
+        self._config = ""
         self._bare: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
-    def under(self, folder: Path, questions: Questions) -> list[Tensor]:
-        """Logits (S, V) of each question under the folder's adapter."""
+    def under(self, folder: Path, prompts: Prompts) -> list[Tensor]:
+        """Logits (S, V) of each prompt under a folder's adapter."""
         self._load(folder)
-        return [_logits(self._model, ids, self.device) for ids in questions]
+        return [_logits(self._model, ids, self.device) for ids in prompts]
 
     @torch.no_grad()
-    def bare(self, questions: Questions) -> list[Tensor]:
-        """Logits (S, V) without any adapter."""
-        for ids in map(tuple, questions):
+    def bare(self, prompts: Prompts) -> list[Tensor]:
+        """Logits (S, V) of each prompt without any adapter; computed once."""
+        for ids in map(tuple, prompts):
             if ids not in self._bare:
                 if self._model is None:
                     self._bare[ids] = _logits(self.base, ids, self.device)
                 else:
                     with self._model.disable_adapter():
                         self._bare[ids] = _logits(self._model, ids, self.device)
-        return [self._bare[tuple(ids)] for ids in questions]
+        return [self._bare[tuple(ids)] for ids in prompts]
 
     def _load(self, folder: Path) -> None:
-        """Folders with the same settings share the modules that the first one's load put in;
+        """Folders with the same config share the modules that the first one's load put in;
         injection takes longest."""
         from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
         from peft.tuners.lora import LoraModel
 
-        settings = (folder / ADAPTER_CONFIG).read_text()
-        if settings == self._settings:
-            # A key that matched nothing would leave the last adapter's weights, and the comparison
-            # with the live one fails.
+        config = (folder / ADAPTER_CONFIG).read_text()
+        if config == self._config:
+            # A key that matches nothing leaves the last adapter's weights in place, and then the
+            # comparison with the live one fails.
             set_peft_model_state_dict(
                 self._model, load_peft_weights(str(folder), device=str(self.device))
             )
@@ -69,15 +74,18 @@ class PeftBase:
         if self._model is not None and isinstance(self._model.base_model, LoraModel):
             self._model.unload()
         self._model = PeftModel.from_pretrained(self.base, str(folder)).eval()
-        self._settings = settings
+        self._config = config
 
 
 def _logits(model: nn.Module, ids: Sequence[int], device: torch.device) -> Tensor:
-    """Those of virtual tokens come first and are dropped."""
-    out: Tensor = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits
-    return out[0, -len(ids) :]
+    """Those of virtual tokens come first and are left out."""
+    logits_SV: Tensor = model(
+        input_ids=torch.tensor([list(ids)], device=device), use_cache=False
+    ).logits[0]
+    return logits_SV[-len(ids) :]
 
 
 def largest_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """NaN when either has one, so that a comparison with it fails."""
+    """Of any two elements in the same place; NaN when either side has one, so that a comparison
+    with the result fails."""
     return float(torch.stack([(a - b).abs().max() for a, b in zip(left, right, strict=True)]).max())

@@ -28,8 +28,13 @@ LATENT = "latent_TZ"
 
 @dataclass(frozen=True)
 class Request:
-    """latent_Z: None when it is to be encoded from the instruction; instruction: None when z alone
-    is known."""
+    """One adapter that is wanted.
+
+    Args:
+        name: Of its folder.
+        instruction: What it is to do; None where a latent alone is known.
+        latent_Z: What it is made from; None until the instruction is encoded.
+    """
 
     name: str
     instruction: str | None
@@ -37,19 +42,23 @@ class Request:
 
 
 def read_instructions(path: Path) -> list[Request]:
-    """One a line, or JSON lines with `instruction` and perhaps `id`. Raises UserError with file and
-    line."""
+    """Read instructions from a file: one a line, or JSON lines such as
+    {"instruction": "reverse the list", "id": "reverse"}, where `id` may be left out.
+
+    Raises:
+        UserError: The file is missing or empty, or a row is wrong; with file and line.
+    """
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; expected one instruction a line, or .jsonl with an "
             "instruction in each row"
         )
     lines = path.read_text().splitlines()
-    found = _read_rows(path, lines) if path.suffix == ".jsonl" else read_lines(lines)
-    if not found:
+    requests = _read_rows(path, lines) if path.suffix == ".jsonl" else read_lines(lines)
+    if not requests:
         raise UserError(f"{path}: has no instructions; expected one a line")
-    _check_names(path, found)
-    return found
+    _check_names(path, requests)
+    return requests
 
 
 def read_lines(lines: Iterable[str]) -> list[Request]:

@@ -1,10 +1,12 @@
-"""What base + adapter can become. Each target is a type here; a new one is a new class.
+"""What a base model and an adapter can become. Each target is a type here.
 
-- original: the base's own weights, W + (alpha / R) B A in fp32, rounded once. Training saw another
-  base where it saw NF4, so this one's logits drift from the live model's by the quantisation error.
+- original: the base's own weights, W + (alpha / R) B A in fp32, rounded once. Where training saw
+  the base in NF4, this one's logits drift from the live model's by the quantisation error.
 - dequantised: the NF4 base that training saw, as plain weights; least drift, but 16-bit rounding of
   what was 4-bit.
 - nf4: that base plus the adapter, in NF4 again; small, and part of the adapter is lost in rounding.
+
+Letters: I inputs of a linear, O outputs of a linear.
 """
 
 import math
@@ -26,41 +28,60 @@ TargetName = Literal["original", "dequantised", "nf4"]
 
 
 @dataclass
-class Loss:
-    """Squared Frobenius norms, over the matrices that the adapter changes: what rounding to NF4
-    lost, and the update."""
+class RoundingError:
+    """What rounding to NF4 lost, over the matrices that the adapter changes.
+
+    Args:
+        lost: Squared Frobenius norm of what is stored less what it should be.
+        update: Squared Frobenius norm of the adapter's update.
+    """
 
     lost: float = 0.0
     update: float = 0.0
 
-    def __add__(self, other: "Loss") -> "Loss":
-        return Loss(self.lost + other.lost, self.update + other.update)
+    def __add__(self, other: "RoundingError") -> "RoundingError":
+        return RoundingError(self.lost + other.lost, self.update + other.update)
 
     def clear(self) -> None:
+        """Start anew."""
         self.lost = self.update = 0.0
 
-    def count(self, rounded: Pieces, merged: Pieces, delta: Tensor) -> None:
-        for start, end in spans(delta.numel()):
-            self.lost += float((rounded(start, end) - merged(start, end)).double().square().sum())
-            self.update += float(delta.reshape(-1)[start:end].double().square().sum())
+    def count(self, stored: Pieces, merged: Pieces, delta_OI: Tensor) -> None:
+        """Add one matrix: as it is stored, as it should be, and its update."""
+        flat = delta_OI.reshape(-1)
+        for start, end in spans(flat.numel()):
+            self.lost += float((stored(start, end) - merged(start, end)).double().square().sum())
+            self.update += float(flat[start:end].double().square().sum())
 
 
 @dataclass(frozen=True)
 class Original:
     """The base's own weights."""
 
-    loss: Loss = field(default_factory=Loss)
+    rounding: RoundingError = field(default_factory=RoundingError)
 
     def pieces(self, name: str, weight: Tensor) -> Pieces:
-        """What the adapter is added to."""
+        """What the adapter is added to, in fp32."""
         return pieces_of(weight, torch.float32)
 
     def write(
-        self, file: TensorFile, name: str, weight: Tensor, dtype: torch.dtype, delta: Tensor | None
+        self,
+        file: TensorFile,
+        name: str,
+        weight: Tensor,
+        dtype: torch.dtype,
+        delta_OI: Tensor | None,
     ) -> None:
-        """The tensor `name` of the merged model. weight: the base's; delta: fp32 (O, I), or None
-        where no adapter acts."""
-        pieces = _sum(self.pieces(name, weight), delta)
+        """Write one tensor of the merged model.
+
+        Args:
+            file: Where to.
+            name: Of the tensor.
+            weight: The base's.
+            dtype: What the result is rounded to.
+            delta_OI: The adapter's update in fp32; None where no adapter acts.
+        """
+        pieces = _sum(self.pieces(name, weight), delta_OI)
         file.add_pieces(
             name,
             dtype,
@@ -69,7 +90,7 @@ class Original:
         )
 
     def names(self, name: str) -> list[str]:
-        """What `write` adds to the file for this tensor."""
+        """What `write` adds to the file for a tensor."""
         return [name]
 
     def num_bytes(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -77,43 +98,60 @@ class Original:
         return math.prod(shape) * dtype.itemsize
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
-        """What the merged model's config.json has beside the base's. dtype: of its weights,
-        dequantised."""
+        """What the merged model's config.json has beside the base's.
+
+        Args:
+            dtype: Of its weights, dequantised.
+        """
         return {"dtype": str(dtype).removeprefix("torch.")}
 
 
 @dataclass(frozen=True)
 class Dequantised(Original):
-    """What training saw as NF4, in plain weights. quantised: names of the weights that are in NF4
-    there."""
+    """What training saw as NF4, in plain weights.
+
+    Args:
+        quantised: The names of the weights that are in NF4 there.
+    """
 
     quantised: frozenset[str] = frozenset()
 
     def pieces(self, name: str, weight: Tensor) -> Pieces:
+        pieces = super().pieces(name, weight)
         if name not in self.quantised:
-            return pieces_of(weight, torch.float32)
-        return _nf4(name, weight, weight.dtype, pieces_of(weight, torch.float32)).pieces()
+            return pieces
+        return _nf4(name, weight, weight.dtype, pieces).pieces()
 
 
 @dataclass(frozen=True)
 class Requantised(Original):
-    """NF4 once more. seen: the base that training saw."""
+    """NF4 once more.
+
+    Args:
+        quantised: The names of the weights that are in NF4.
+        seen: The base that training saw, to which the adapter is added.
+    """
 
     quantised: frozenset[str] = frozenset()
     seen: Original = Original()
 
     def write(
-        self, file: TensorFile, name: str, weight: Tensor, dtype: torch.dtype, delta: Tensor | None
+        self,
+        file: TensorFile,
+        name: str,
+        weight: Tensor,
+        dtype: torch.dtype,
+        delta_OI: Tensor | None,
     ) -> None:
         if name not in self.quantised:
-            return super().write(file, name, weight, dtype, delta)
-        # Untouched weights keep their codes: to quantise a dequantised matrix once more would move
-        # its scales.
-        base = Original() if delta is None else self.seen
-        merged = _sum(base.pieces(name, weight), delta)
+            return super().write(file, name, weight, dtype, delta_OI)
+        # Weights without an update keep their codes: to quantise a dequantised matrix once more
+        # would move its scales.
+        base = Original() if delta_OI is None else self.seen
+        merged = _sum(base.pieces(name, weight), delta_OI)
         stored = _nf4(name, weight, dtype, merged)
-        if delta is not None:
-            self.loss.count(stored.pieces(), merged, delta)
+        if delta_OI is not None:
+            self.rounding.count(stored.pieces(), merged, delta_OI)
         for key, tensor in stored.tensors(name).items():
             file.add(key, tensor)
 
@@ -121,19 +159,25 @@ class Requantised(Original):
         return nf4.file_names(name) if name in self.quantised else [name]
 
     def num_bytes(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> int:
-        return (
-            nf4.file_bytes(math.prod(shape))
-            if name in self.quantised
-            else super().num_bytes(name, shape, dtype)
-        )
+        if name in self.quantised:
+            return nf4.file_bytes(math.prod(shape))
+        return super().num_bytes(name, shape, dtype)
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
         return super().settings(dtype) | {"quantization_config": nf4.config(dtype).to_dict()}
 
 
 def build_target(name: TargetName, base: Path, quantisation: str) -> Original:
-    """quantisation: of the Task LLM in training. Raises UserError for a target that makes no sense
-    with it."""
+    """The target of a name.
+
+    Args:
+        name: Which.
+        base: The base model's folder.
+        quantisation: Of the Task LLM in training.
+
+    Raises:
+        UserError: It makes no sense after that training.
+    """
     match name:
         case "original":
             return Original()
@@ -146,14 +190,12 @@ def build_target(name: TargetName, base: Path, quantisation: str) -> Original:
             return Dequantised(quantised=quantised_names(base))
         case "nf4":
             names = quantised_names(base)
-            return Requantised(
-                quantised=names,
-                seen=Dequantised(quantised=names) if quantisation == "nf4" else Original(),
-            )
+            seen = Dequantised(quantised=names) if quantisation == "nf4" else Original()
+            return Requantised(quantised=names, seen=seen)
 
 
 def quantised_names(base: Path) -> frozenset[str]:
-    """The weights that transformers puts in NF4, asked of transformers itself on a model without
+    """The weights of a model folder that transformers puts in NF4, asked of a model without
     weights."""
     config = AutoConfig.from_pretrained(base, local_files_only=True)
     with torch.device("meta"):
@@ -170,8 +212,8 @@ def _nf4(name: str, weight: Tensor, dtype: torch.dtype, pieces: Pieces) -> Nf4:
     return Nf4.of(weight.shape, dtype, pieces)
 
 
-def _sum(base: Pieces, delta: Tensor | None) -> Pieces:
-    if delta is None:
+def _sum(base: Pieces, delta_OI: Tensor | None) -> Pieces:
+    if delta_OI is None:
         return base
-    flat = delta.reshape(-1)
+    flat = delta_OI.reshape(-1)
     return lambda start, end: base(start, end) + flat[start:end]

@@ -1,4 +1,4 @@
-"""A 4-bit base read one matrix at a time: no rank ever holds the model whole in 16 bits, nor in 4
+"""A 4-bit base model read one matrix at a time: no rank ever holds it whole in 16 bits, nor in 4
 where it is sharded.
 
 transformers' own loading ends with the whole quantised model on every rank, and only then can
@@ -26,12 +26,19 @@ from ship_ds.model.nf4 import Nf4, pieces_of
 from ship_ds.weights_folder import WeightsFolder
 
 Shard = Callable[[nn.Module], None]
-"""Takes a module whose own parameters have just been loaded and leaves this rank's share of
-them."""
+"""Takes a module whose own parameters have just been loaded, and keeps this rank's share of them
+alone."""
 
 
 def empty_nf4_lm(settings: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Any:
-    """The model with its linears for 4 bits and no weights; its buffers are computed."""
+    """A causal LM whose linears are for 4 bits, without weights.
+
+    Args:
+        settings: Its transformers config.
+        dtype: Of all that is not quantised.
+        attention: The name of an attention function of transformers.
+    """
+    # Buffers, such as rotary frequencies, are in no file and have to be computed.
     with init_empty_weights(include_buffers=False):
         model = auto_class(settings).from_config(
             settings, dtype=dtype, attn_implementation=attention
@@ -43,7 +50,13 @@ def empty_nf4_lm(settings: PreTrainedConfig, dtype: torch.dtype, attention: str)
 
 
 def why_whole(folder: Path, model: Any) -> str | None:
-    """Why this model has to be loaded as a whole; None: it can be read one matrix at a time."""
+    """Why transformers has to load this model as a whole; None where `fill` can read it one matrix
+    at a time.
+
+    Args:
+        folder: Of the model.
+        model: What `empty_nf4_lm` made of its config.
+    """
     if not WeightsFolder.is_one(folder):
         return "it has no safetensors files"
     if getattr(model.config, "quantization_config", None) is None:
@@ -60,63 +73,67 @@ def fill(
 ) -> None:
     """Read, quantise and shard the weights of `empty_nf4_lm`, module after module.
 
-    The input embeddings are left whole for the engine to shard, since the decoder looks at their
-    spread. Raises UserError for a missing or damaged file, and for a weight that is missing or of
-    another shape.
+    Args:
+        model: Gets its weights in place.
+        folder: Where they are.
+        dtype: Of all that is not quantised.
+        device: Where the weights go.
+        shard: Called on each module once it is loaded; None leaves all of it here.
+
+    Raises:
+        UserError: A file is missing or damaged, or a weight is missing or of another shape.
     """
-    files = WeightsFolder(folder)
-    tied = _tied(model, files)
+    weights = WeightsFolder(folder)
+    tied = _tied(model, weights)
     for path, module in list(model.named_modules()):
-        names = [name for name in module._parameters if module._parameters[name] is not None]
+        names = [name for name, parameter in module._parameters.items() if parameter is not None]
         for name in names:
-            whole = f"{path}.{name}"
-            if whole not in tied:
-                module._parameters[name] = _loaded(
-                    module, name, _read(files, whole, module._parameters[name]), dtype, device
-                )
-        if (
-            shard is not None
-            and names
-            and module is not model.get_input_embeddings()
-            and f"{path}.{names[0]}" not in tied
-        ):
+            if f"{path}.{name}" not in tied:
+                empty = module._parameters[name]
+                tensor = _read(weights, f"{path}.{name}", empty)
+                module._parameters[name] = _load(empty, tensor, dtype, device)
+        # The decoder looks at the spread of the input embeddings: the engine shards them later.
+        is_whole = not names or module is model.get_input_embeddings()
+        if shard is not None and not is_whole and f"{path}.{names[0]}" not in tied:
             shard(module)
     for name, buffer in model.named_buffers():
-        if name in files.entries and name in model.state_dict():
-            buffer.copy_(files.read(name))
+        if name in weights.entries and name in model.state_dict():
+            buffer.copy_(weights.read(name))
     model.tie_weights(missing_keys=set(tied), recompute_mapping=False)
 
 
-def _tied(model: Any, files: WeightsFolder) -> dict[str, str]:
-    """Weights that are another one: those that the files lack or repeat."""
+def _tied(model: Any, weights: WeightsFolder) -> dict[str, str]:
+    """Parameter -> the one that it is the same as: where the files lack it or repeat the other.
+
+    A config may say that two weights are tied while the files hold different ones, as after a
+    fine-tune of the output layer alone; transformers then keeps both.
+    """
     return {
         target: source
         for target, source in model.all_tied_weights_keys.items()
-        if target not in files.entries
-        or (source in files.entries and torch.equal(files.read(target), files.read(source)))
+        if target not in weights.entries
+        or (source in weights.entries and torch.equal(weights.read(target), weights.read(source)))
     }
 
 
-def _read(files: WeightsFolder, path: str, expected: Tensor) -> Tensor:
-    if path not in files.entries:
+def _read(weights: WeightsFolder, path: str, expected: Tensor) -> Tensor:
+    if path not in weights.entries:
         raise UserError(
-            f"{files.folder}: no weight {path} in its safetensors files; its "
+            f"{weights.folder}: no weight {path} in its safetensors files; its "
             "config.json describes another model"
         )
-    tensor = files.read(path)
+    tensor = weights.read(path)
     if tensor.shape != expected.shape:
         raise UserError(
-            f"{files.folder / files.entries[path].file}: {path} is {tuple(tensor.shape)}, "
+            f"{weights.folder / weights.entries[path].file}: {path} is {tuple(tensor.shape)}, "
             f"and config.json says {tuple(expected.shape)}"
         )
     return tensor
 
 
-def _loaded(
-    module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device
-) -> nn.Parameter:
-    """On `device`, in 4 bits where the module wants it, and no longer backed by the file."""
-    empty: Any = module._parameters[name]
+def _load(empty: Any, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A parameter in the place of `empty`: on `device`, in 4 bits where that one is for them, and
+    no longer backed by the file."""
     if not isinstance(empty, bnb.nn.Params4bit):
         return nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False)
     pieces = pieces_of(tensor, dtype, device)
