@@ -19,6 +19,7 @@ import torch
 
 from ship_ds.bundle import Bundle, check_bases, frozen_bases
 from ship_ds.config import Config
+from ship_ds.console import Log, no_log
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
@@ -35,9 +36,7 @@ from ship_ds.inference.induction import (
     Candidate,
     Induction,
     InductionConfig,
-    Say,
     induce_many,
-    silent,
 )
 from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
 from ship_ds.inference.reasoning import Reasoning, reason_many
@@ -214,7 +213,7 @@ class Ship:
         examples: Sequence[Pair],
         config: InductionConfig | None = None,
         seed: int = 0,
-        say: Say = silent,
+        log: Log = no_log,
     ) -> Induction:
         """The instruction that explains examples.
 
@@ -222,14 +221,14 @@ class Ship:
             examples: Pairs of input and target; one is enough to start.
             config: How to search; None for the defaults.
             seed: Of the texts that are sampled.
-            say: Takes a line of progress.
+            log: Takes a line of progress.
 
         Returns:
             The best instruction, the other candidates by how many examples each explains, and the
             best latent.
         """
         tasks = [self._examples(examples)]
-        return induce_many(self.model, self.bank, tasks, self._induction(config), seed, say)[0]
+        return induce_many(self.model, self.bank, tasks, self._induction(config), seed, log)[0]
 
     def induce_from_adapter(
         self,
@@ -237,7 +236,7 @@ class Ship:
         inputs: Sequence[str] = (),
         config: InductionConfig | None = None,
         seed: int = 0,
-        say: Say = silent,
+        log: Log = no_log,
     ) -> Induction | WeightInduction:
         """The instruction that describes an adapter, of ours or trained by somebody else.
 
@@ -247,7 +246,7 @@ class Ship:
                 are.
             config: How to search; None for the defaults.
             seed: Of the texts that are sampled.
-            say: Takes a line of progress.
+            log: Takes a line of progress.
 
         Returns:
             Candidates by how many of the adapter's answers they give, or by how near the weights
@@ -261,7 +260,7 @@ class Ship:
         if not inputs:
             return induce_from_weights(self.model, self.bank, adapter, settings, seed)
         return induce_from_behaviour(
-            self.model, self.bank, adapter, inputs, settings, self._length, seed, say
+            self.model, self.bank, adapter, inputs, settings, self._length, seed, log
         )
 
     def reason(
@@ -271,7 +270,7 @@ class Ship:
         config: InductionConfig | None = None,
         num_rounds: int = 1,
         seed: int = 0,
-        say: Say = silent,
+        log: Log = no_log,
     ) -> Reasoning:
         """Inductive reasoning: induce an instruction from examples, encode it again, answer.
 
@@ -281,7 +280,7 @@ class Ship:
             config: How to search; None for the defaults.
             num_rounds: How often text and latent take turns.
             seed: Of the texts that are sampled.
-            say: Takes a line of progress.
+            log: Takes a line of progress.
 
         Returns:
             The induction, and the answers by the latent that it found, by the text encoded again,
@@ -291,7 +290,7 @@ class Ship:
         checks.check_inputs(self.model, inputs, self._length)
         settings = self._induction(config)
         return reason_many(
-            self.model, self.bank, tasks, [inputs], settings, self._length, num_rounds, seed, say
+            self.model, self.bank, tasks, [inputs], settings, self._length, num_rounds, seed, log
         )[0]
 
     def encode(self, instruction: str) -> tuple[float, ...]:
