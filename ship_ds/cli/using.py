@@ -13,6 +13,7 @@ from ship_ds.errors import UserError
 if TYPE_CHECKING:
     from ship_ds.api import Ship
     from ship_ds.inference.config import InductionConfig
+    from ship_ds.inference.latents import Familiarity
 
 _PANEL = "Use"
 Method = Annotated[
@@ -88,7 +89,20 @@ def deduce(
     )
     if instruction is not None:
         _show_answers(ship, instruction, probes)
+        if (warning := far_warning(ship.deduce(instruction).familiarity)) is not None:
+            log(warning)
     return 0
+
+
+def far_warning(familiarity: "Familiarity | None") -> str | None:
+    """One line about an instruction that is unlike those of training; else None."""
+    if familiarity is None or not familiarity.is_far:
+        return None
+    return (
+        "this instruction is unlike those that the run was trained on (less certain than "
+        f"{100 * familiarity.uncertainty:.0f} % of them, farther from the next than "
+        f"{100 * familiarity.loneliness:.0f} %): test the adapter before you rely on it"
+    )
 
 
 def _show_answers(ship: "Ship", instruction: str, probes: Sequence[str]) -> None:

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from ship_ds import cli
 from ship_ds.api import Ship
 from ship_ds.bundle import bundle_from_checkpoint
+from ship_ds.cli.using import far_warning
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
 from ship_ds.files import sha256
 from ship_ds.inference.adapters import WeightInduction, read_adapter
 from ship_ds.inference.induction import Induction, InductionConfig
+from ship_ds.inference.latents import Familiarity
 from tests.model.models import tiny_lm
 
 pytestmark = pytest.mark.slow
@@ -267,6 +269,12 @@ def test_answer_verb_reads_arguments_a_file_and_standard_input(
     monkeypatch.setattr("sys.stdin", io.StringIO("1 2\n3 4 9\n"))
     assert cli.main(["answer", "add 3", "--run", str(bundle)]) == 0
     assert _rows(capsys) == expected
+
+
+def test_deduce_verb_warns_of_what_is_unlike_training() -> None:
+    assert far_warning(None) is None and far_warning(Familiarity(0.5, 0.5, False)) is None
+    warning = far_warning(Familiarity(0.5, 1.0, True))
+    assert warning is not None and "50 % of them, farther from the next than 100 %" in warning
 
 
 def test_induce_verb_shows_candidates_and_progress(
