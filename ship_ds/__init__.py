@@ -6,10 +6,14 @@ arXiv 2502.02315).
 
 from typing import TYPE_CHECKING, Any
 
+from ship_ds.console import quiet_bitsandbytes
 from ship_ds.errors import UserError
 
 if TYPE_CHECKING:
     from ship_ds.api import Ship
+
+# Here, since whatever imports torch's friends first is a module of this package.
+quiet_bitsandbytes()
 
 __version__ = "0.2.0"
 __all__ = ["Ship", "UserError", "__version__"]

@@ -5,6 +5,7 @@
 Of several ranks only the first one speaks. Imports no torch.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -39,3 +40,19 @@ def current_rank(environment: Mapping[str, str]) -> int:
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_rank())
     return int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
+
+
+def quiet_bitsandbytes() -> None:
+    """Drop what bitsandbytes prints as it is imported; call it before anything imports that.
+
+    On a CPU with AVX-512 BF16 it warns that a kernel could not be fetched from the hub, and then
+    computes the same by its own code: nothing for a user to act on, and it stood before every
+    one-line error.
+    """
+    # On the logger of the very module that warns (bitsandbytes 0.50): filters of a logger above
+    # do not see what comes from below.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")

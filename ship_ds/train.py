@@ -23,6 +23,7 @@ from torch import Tensor
 from ship_ds.api import Ship
 from ship_ds.bundle import Bundle, check_bases, frozen_bases, probe_inputs, write_bundle
 from ship_ds.config import Config, TrainingConfig, load_config
+from ship_ds.console import log
 from ship_ds.data.sampler import StepSampler, balanced
 from ship_ds.data.source import source_of
 from ship_ds.data.task import Splits
@@ -41,7 +42,7 @@ from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
-from ship_ds.runtime import checkpoint, preflight, ranks, shards, starts
+from ship_ds.runtime import checkpoint, preflight, ranks, shards, start_log
 from ship_ds.runtime import engine as engines
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopRequest
@@ -80,15 +81,15 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.bases = frozen_bases(config)
         source = source_of(config.data)
-        self.splits = source.read(load_tokenizer(config.model.task_llm.base), say)
+        self.splits = source.read(load_tokenizer(config.model.task_llm.base), log)
         self.data_fingerprint = source.fingerprint(self.splits)
         weights = LoadedWeights(
             engines.engine_dtype(config.training),
             config.model.attention,
-            shard=shards.at_load(config.training),
+            shard=shards.sharder(config.training),
         )
         model = build_ship(config.model, weights, config.loss)
-        say(
+        log(
             "parameters: "
             + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items())
         )
@@ -105,7 +106,7 @@ class Trainer:
             config.training.family_alpha < 1
             and len({task.task.family for task in self.splits.seen}) == 1
         ):
-            say("training.family_alpha changes nothing: the tasks of these data are of no families")
+            log("training.family_alpha changes nothing: the tasks of these data are of no families")
         self.sampler = StepSampler(
             balanced(self.splits.seen, config.training.family_alpha),
             config.run.seed,
@@ -133,17 +134,17 @@ class Trainer:
             for part in ("seen", "dev", "unseen")
         }
         write_json(self.folder / "splits.json", parts)
-        starts.record(self.folder, self.step)
+        start_log.append(self.folder, self.step)
         return Monitor(self.folder, self.num_steps, self.step)
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint of the run folder, when there is one."""
-        good = checkpoint.newest_good_alone(self.folder / "checkpoints", say)
+        good = checkpoint.newest_good_to_resume(self.folder / "checkpoints", log)
         if good is None:
             return
         check_bases(good, self.bases, checkpoint.read_progress(good).bases)
         progress = checkpoint.load(
-            self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint, say
+            self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint, log
         )
         self.step, self.num_bad_steps, self.owes_evaluation = (
             progress.step,
@@ -153,7 +154,7 @@ class Trainer:
         self.watch.seconds, self.watch.tokens = progress.seconds, progress.tokens
         self.dev_score = None if progress.dev_score is None else (progress.step, progress.dev_score)
         self.saved = (progress.step, progress.owes_evaluation, progress.dev_score)
-        say(f"resumed from {good}, after step {progress.step}")
+        log(f"resumed from {good}, after step {progress.step}")
 
     def train(self) -> None:
         """To the last step. Raises Preempted on every rank, everything saved, when any of them was
@@ -177,7 +178,7 @@ class Trainer:
         except Preempted:
             if self.step:
                 self.save()
-            say(f"asked to stop: saved after step {self.step}")
+            log(f"asked to stop: saved after step {self.step}")
             raise
         finally:
             self.watchdog.stop()
@@ -190,9 +191,9 @@ class Trainer:
         )
         engines.set_learning_rate(self.engine, lr)
         skipped = engines.take_step(self.engine)
-        self.log(losses, lr)
+        self.record_step(losses, lr)
         self.step += 1
-        self.watchdog.beat(self.step)
+        self.watchdog.record_step(self.step)
         self.count_bad_steps(skipped)
 
     def next_batches(self) -> list[ShipBatch]:
@@ -253,7 +254,7 @@ class Trainer:
             with path.open("a") as file:
                 for draw in self.sampler.draw_step(step):
                     file.write(json.dumps({"step": step, **asdict(draw)}) + "\n")
-        say(
+        log(
             f"step {step}: loss or gradient not finite on some rank: skipped on all of them; its "
             f"examples are in {path}"
         )
@@ -264,7 +265,7 @@ class Trainer:
                 "(training.max_bad_steps sets the number)"
             )
 
-    def log(self, losses: StepLosses, lr: float) -> None:
+    def record_step(self, losses: StepLosses, lr: float) -> None:
         seconds = self.watch.stop(losses.num_tokens)
         norm = self.engine.get_global_grad_norm()
         if self.monitor is None:
@@ -365,7 +366,7 @@ class Trainer:
     def close(self) -> None:
         """Bundle, then the report from the bundle: what is measured is what a user opens."""
         self.save()
-        self.stop.leave_at_once()
+        self.stop.exit_on_signal()
         state = engines.gathered_state(self.engine)
         if ranks.rank() == 0:
             write_bundle(
@@ -398,12 +399,6 @@ class Trainer:
             path = final_report.write(report, self.folder)
             final_report.show(report)
             print(f"report: {path}")
-
-
-def say(text: str) -> None:
-    """One line from rank 0."""
-    if ranks.rank() == 0:
-        print(f"ship-ds: {text}", file=sys.stderr, flush=True)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -474,4 +469,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    ranks.leave(main())
+    ranks.exit_process(main())

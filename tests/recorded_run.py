@@ -95,4 +95,4 @@ def main(folder: Path, cases: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
-    ranks.leave(0)
+    ranks.exit_process(0)

@@ -1,5 +1,6 @@
 """One line from rank 0 alone, without torch."""
 
+import logging
 import subprocess
 import sys
 
@@ -37,3 +38,22 @@ def test_the_launchers_rank_counts_before_that_of_slurm() -> None:
 def test_imports_no_torch() -> None:
     code = "import sys; from ship_ds.console import log; log('a'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_bitsandbytes_notice_of_a_missing_kernel_is_dropped_and_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "offline")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+def test_importing_the_trainer_writes_nothing_of_bitsandbytes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import ship_ds.train, bitsandbytes"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "kernels-community" not in done.stdout + done.stderr

@@ -93,7 +93,7 @@ def load(way: str, folder: Path) -> Any:
             str(folder),
             "nf4",
             torch.bfloat16,
-            shard=shards.at_load(TrainingConfig(deepspeed="zero3_bf16")),
+            shard=shards.sharder(TrainingConfig(deepspeed="zero3_bf16")),
         )
     if way == WAYS[2]:
         return load_lm(str(folder), "nf4", torch.bfloat16)
@@ -137,7 +137,7 @@ def work(way: str, folder: Path, out: Path) -> None:
     everyone = ranks.gather_objects(mine)
     if ranks.rank() == 0:
         out.write_text(json.dumps(everyone))
-    ranks.leave(0)
+    ranks.exit_process(0)
 
 
 def measure(way: str, folder: Path, repeats: int) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def on_a_rank(stage: str, folder: Path) -> None:
     found = ranks.gather_objects({**alive(trainer), **sent})
     if ranks.rank() == 0:
         (folder / "measured.json").write_text(json.dumps(found[0]))
-    ranks.leave(0)
+    ranks.exit_process(0)
 
 
 def planned(stage: str, folder: Path) -> dict[str, int]:

@@ -74,4 +74,4 @@ def run() -> NoReturn:
         sys.exit(code)
     from ship_ds.runtime import ranks
 
-    ranks.leave(code)
+    ranks.exit_process(code)

@@ -100,14 +100,14 @@ def evaluate(
         methods, parts, num_tasks, num_shown, minutes, judge, endpoint, endpoint_model, seed
     )
     checks.check_run(run)
+    from ship_ds.console import log
     from ship_ds.evaluation.evaluate import evaluate, show
     from ship_ds.runtime import ranks
-    from ship_ds.train import say
 
-    ranks.hush()
+    ranks.quiet_libraries()
     if ranks.is_launched():
         ranks.start(None)
-    report = evaluate(run, settings, context.obj, say)
+    report = evaluate(run, settings, context.obj, log)
     if ranks.rank() == 0:
         show(report)
         print(run / "evaluation" / "report.md")
@@ -127,13 +127,13 @@ def plot(
     folders = [run, *(runs or ())]
     for folder in folders:
         checks.check_folder(folder)
+    from ship_ds.console import log
     from ship_ds.evaluation import figures
     from ship_ds.evaluation.evaluate import write_latent_map
     from ship_ds.runtime import ranks
-    from ship_ds.train import say
 
-    ranks.hush()
-    write_latent_map(run, say)
-    for path in figures.plot(folders, out or run / "figures", say):
+    ranks.quiet_libraries()
+    write_latent_map(run, log)
+    for path in figures.plot(folders, out or run / "figures", log):
         print(path)
     return 0

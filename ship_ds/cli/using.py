@@ -33,7 +33,7 @@ def open_run(run: Path) -> "Ship":
     from ship_ds.api import Ship
     from ship_ds.runtime import ranks
 
-    ranks.hush()
+    ranks.quiet_libraries()
     return Ship.from_run(run)
 
 

@@ -13,7 +13,7 @@ there at all.
 
 It is written as step-N.part, synced, hashed (the files are shared out over the ranks), and renamed.
 Loading verifies the manifest before DeepSpeed opens a file, and goes back to the newest good
-checkpoint, saying so.
+checkpoint, with a line about each that it passes over.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import json
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ship_ds.config import CheckpointConfig, parse_config
+from ship_ds.console import Log
 from ship_ds.errors import UserError
 from ship_ds.files import (
     MANIFEST,
@@ -117,7 +118,7 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
             part.mkdir(parents=True)
         ranks.barrier()
         _check_room(engine, part)
-        with nvme.mapped(engine):
+        with nvme.map_swap_files(engine):
             engine.save_checkpoint(
                 str(part), tag=STATE, save_latest=False, exclude_frozen_parameters=True
             )
@@ -301,7 +302,7 @@ def _problem_of_share(folder: Path) -> str | None:
     return None
 
 
-def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
+def newest_good(root: Path, log: Log) -> Path | None:
     """The newest checkpoint whose files are all as written; each one passed over is said with its
     reason."""
     names = ranks.gather_objects([path.name for path in checkpoints(root)])[0]
@@ -310,7 +311,7 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
         reason = problem(root / name)
         if reason is None:
             for damaged, text in passed.items():
-                say(f"{root / damaged}: {text}; going on from {name}")
+                log(f"{root / damaged}: {text}; going on from {name}")
             return root / name
         passed[name] = reason
     if passed:
@@ -322,13 +323,13 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def newest_good_alone(root: Path, say: Callable[[str], None]) -> Path | None:
+def newest_good_to_resume(root: Path, log: Log) -> Path | None:
     """As `newest_good`, for the run that will write here: later ones, all damaged, are set aside as
     step-N.damaged, or they would count as newer than what it saves."""
     if ranks.rank() == 0:
         _recover(root)
     ranks.barrier()
-    good = newest_good(root, say)
+    good = newest_good(root, log)
     if ranks.rank() == 0 and good is not None:
         for path in checkpoints(root):
             if path > good:
@@ -344,7 +345,7 @@ def load(
     folder: Path,
     config: Mapping[str, Any],
     data_fingerprint: str,
-    say: Callable[[str], None],
+    log: Log,
 ) -> Progress:
     """Put the engine and this rank's generators where `save` found them. Raises UserError when the
     run is another one.
@@ -369,7 +370,7 @@ def load(
     if is_same_layout:
         _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
     else:
-        say(
+        log(
             f"{folder}: written by {num_ranks} rank(s) under ZeRO-{stage}: shared out anew over "
             f"{ranks.world_size()} "
             f"under ZeRO-{engine.zero_optimization_stage()}; dropout differs from here on"

@@ -11,7 +11,7 @@ change.
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import ninja
 import torch
 
+from ship_ds.console import Log
 from ship_ds.errors import UserError
 from ship_ds.runtime.deepspeed_config import offloads_optimiser, offloads_to_nvme
 
@@ -34,7 +35,7 @@ def needed(deepspeed: Mapping[str, Any]) -> list[str]:
     return [*own, *(["AsyncIOBuilder"] if offloads_to_nvme(deepspeed) else [])]
 
 
-def build(names: Sequence[str], say: Callable[[str], None]) -> None:
+def build(names: Sequence[str], log: Log) -> None:
     """Compile and load the ops, one process at a time; the later ones find them done. Raises
     UserError for an op that a run cannot do without and that cannot be built here."""
     from deepspeed.accelerator import get_accelerator
@@ -42,9 +43,9 @@ def build(names: Sequence[str], say: Callable[[str], None]) -> None:
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(DEFAULT_FOLDER)))
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root / "ship_ds.lock"):
+    with _one_process_at_a_time(root / "ship_ds.lock"):
         for stale in root.glob("*/lock"):
-            say(f"{stale}: left behind by a process that was killed while it compiled; removed")
+            log(f"{stale}: left behind by a process that was killed while it compiled; removed")
             stale.unlink()
         for name in names:
             builder = get_accelerator().create_op_builder(name)
@@ -58,7 +59,7 @@ def build(names: Sequence[str], say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _one_process_at_a_time(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

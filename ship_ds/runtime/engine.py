@@ -66,7 +66,7 @@ def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: Trainin
         },
         "steps_per_print": 10**9,
     }
-    shards.settle(model, engine_dtype(training))
+    shards.cast_and_move_rest(model, engine_dtype(training))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
     return engine

@@ -14,7 +14,7 @@ import torch
 
 
 @contextmanager
-def mapped(engine: Any) -> Iterator[None]:
+def map_swap_files(engine: Any) -> Iterator[None]:
     """At a step boundary, for `engine.save_checkpoint`: the optimiser's tensors that are swapped
     out are there to be read, page by page from their files, and DeepSpeed makes no copy of
     these."""

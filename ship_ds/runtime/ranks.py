@@ -47,7 +47,7 @@ def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None
 
     Tensors on the CPU travel by gloo, those on a GPU by NCCL.
     """
-    hush()
+    quiet_libraries()
     import deepspeed
 
     if "WORLD_SIZE" not in os.environ:
@@ -57,12 +57,17 @@ def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     ops = compiled_ops.needed(deepspeed_config or {})
-    compiled_ops.build(ops, lambda text: print(f"ship-ds: {text}", file=sys.stderr, flush=True))
+    compiled_ops.build(ops, _log_from_any_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)
 
 
-def leave(code: int) -> NoReturn:
+def _log_from_any_rank(text: str) -> None:
+    """Each node has a folder of compiled ops, and rank 0 sees one of them alone."""
+    print(f"ship-ds: {text}", file=sys.stderr, flush=True)
+
+
+def exit_process(code: int) -> NoReturn:
     """End this program, which may have `start`ed: everything is flushed, and the interpreter is not
     taken down.
 
@@ -79,7 +84,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def hush() -> None:
+def quiet_libraries() -> None:
     """Keep the terminal for what a user can act on: no progress bar a model loaded, no notice that
     repeats at every step."""
     from transformers.utils import logging as transformers_logging

@@ -16,7 +16,7 @@ from ship_ds.runtime import ranks
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
 
-def at_load(training: TrainingConfig) -> Shard | None:
+def sharder(training: TrainingConfig) -> Shard | None:
     """Shards a module's own parameters over the ranks, in place; None unless training.deepspeed is
     ZeRO-3.
 
@@ -52,7 +52,7 @@ class _Own(nn.Module):
         self.own = nn.ParameterList(parameters)
 
 
-def settle(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_and_move_rest(model: nn.Module, dtype: torch.dtype) -> None:
     """Where some parameters are sharded already: cast the others to the engine's dtype and move
     them and the buffers."""
     parameters = list(model.parameters())

@@ -68,26 +68,28 @@ class StopRequest:
     def _listen(self) -> None:
         while received := os.read(self._reader, 1):
             if received[0] in _SIGNALS:
-                self._heed(signal.Signals(received[0]).name)
+                self._handle_signal(signal.Signals(received[0]).name)
         os.close(self._reader)
 
-    def _heed(self, name: str) -> None:
+    def _handle_signal(self, name: str) -> None:
         if self._everything_is_saved:
-            self._leave(PREEMPTED, f"{name}: everything is saved, leaving")
+            self._print_and_exit(PREEMPTED, f"{name}: everything is saved, leaving")
         if self._asked.is_set():
             return
         late = (
             f"no checkpoint within {self.grace_seconds:g} s of {name} (training.grace_seconds): "
             "leaving without"
         )
-        self._timer = threading.Timer(self.grace_seconds, self._leave, (NOT_SAVED_IN_TIME, late))
+        self._timer = threading.Timer(
+            self.grace_seconds, self._print_and_exit, (NOT_SAVED_IN_TIME, late)
+        )
         self._timer.daemon = True
         self._timer.start()
         _print(f"{name}: saving at the next step boundary")
         self._asked.set()
 
     @staticmethod
-    def _leave(code: int, text: str) -> None:
+    def _print_and_exit(code: int, text: str) -> None:
         _print(text)
         os._exit(code)
 
@@ -97,12 +99,12 @@ class StopRequest:
         if ranks.sum_over_ranks(torch.tensor(float(self._asked.is_set()))) > 0:
             raise Preempted
 
-    def leave_at_once(self) -> None:
+    def exit_on_signal(self) -> None:
         """From here on nothing can be lost, and no boundary follows: a signal ends the process
         where it is."""
         self._everything_is_saved = True
         if self._asked.is_set():
-            self._leave(PREEMPTED, "everything is saved, leaving")
+            self._print_and_exit(PREEMPTED, "everything is saved, leaving")
 
 
 def _print(text: str) -> None:

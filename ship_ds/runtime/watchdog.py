@@ -33,7 +33,7 @@ last."""
 
 
 @dataclass(frozen=True)
-class Standing:
+class Position:
     """Where a rank is: `collective` it waits in, or None; `line` of ship_ds that led there; `time`
     in seconds of the epoch."""
 
@@ -47,54 +47,58 @@ class Standing:
 
 
 class Watchdog:
-    """Watches from `start` to `stop`; `beat` says that a step was taken. minutes=None watches
-    nothing."""
+    """Watches from `start` to `stop`; `record_step` tells of each step.
+
+    Args:
+        folder: of the run.
+        minutes: after how many without a step the job ends; None watches nothing.
+    """
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
         self.folder = folder / "ranks"
         self.limit = None if minutes is None else 60 * minutes
         self.period = 0.0 if minutes is None else min(15.0, 60 * minutes / 10)
-        self._step, self._last_beat = 0, time.monotonic()
+        self._step, self._last_step_time = 0, time.monotonic()
         self._done = threading.Event()
 
     def start(self) -> None:
         if self.limit is None:
             return
-        self.beat(self._step)
+        self.record_step(self._step)
         self.folder.mkdir(parents=True, exist_ok=True)
         threading.Thread(
             target=self._watch, args=(self.limit,), name="watchdog", daemon=True
         ).start()
 
-    def beat(self, step: int) -> None:
-        self._step, self._last_beat = step, time.monotonic()
+    def record_step(self, step: int) -> None:
+        self._step, self._last_step_time = step, time.monotonic()
 
     def stop(self) -> None:
         self._done.set()
 
     def _watch(self, limit: float) -> None:
         while not self._done.wait(self.period):
-            standing = self._publish()
-            if time.monotonic() - self._last_beat > limit:
-                self._give_up(standing, limit)
+            position = self._write_position()
+            if time.monotonic() - self._last_step_time > limit:
+                self._report_and_exit(position, limit)
 
-    def _publish(self) -> Standing:
-        standing = Standing(self._step, *_whereabouts(), time.time())
+    def _write_position(self) -> Position:
+        position = Position(self._step, *_current_position(), time.time())
         path = self.folder / f"rank-{ranks.rank()}.json"
         # a full disk ends the run elsewhere, with its own line, but not the watching
         with contextlib.suppress(OSError):
-            write_json(path, asdict(standing), indent=None, durable=False)
-        return standing
+            write_json(path, asdict(position), indent=None, durable=False)
+        return position
 
-    def _give_up(self, standing: Standing, limit: float) -> None:
+    def _report_and_exit(self, position: Position, limit: float) -> None:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        absent = "; ".join(missing(self.folder, ranks.world_size(), 3 * self.period)) or all_wait(
-            self.folder, ranks.world_size()
-        )
+        missing = "; ".join(
+            missing_ranks(self.folder, ranks.world_size(), 3 * self.period)
+        ) or describe_deadlock(self.folder, ranks.world_size())
         print(
             f"ship-ds: rank {ranks.rank()}: no step for {limit / 60:g} minutes "
-            f"(training.hang_minutes): waiting at {standing}. "
-            f"Missing: {absent}. The stacks are above; leaving with code "
+            f"(training.hang_minutes): waiting at {position}. "
+            f"Missing: {missing}. The stacks are above; leaving with code "
             f"{HUNG}",
             file=sys.stderr,
             flush=True,
@@ -102,47 +106,47 @@ class Watchdog:
         os._exit(HUNG)
 
 
-def missing(folder: Path, world_size: int, stale_seconds: float) -> list[str]:
+def missing_ranks(folder: Path, world_size: int, stale_seconds: float) -> list[str]:
     """The ranks that are in no collective or give no sign of life, each with what it last said."""
-    found = []
+    rows = []
     for rank in range(world_size):
         path = folder / f"rank-{rank}.json"
         if not path.is_file():
-            found.append(f"rank {rank} (never seen)")
+            rows.append(f"rank {rank} (never seen)")
             continue
-        standing = Standing(**json.loads(path.read_text()))
-        silent = time.time() - standing.time
-        if silent > stale_seconds:
-            found.append(f"rank {rank} (no sign of life for {silent:.0f} s; last at {standing})")
-        elif standing.collective is None:
-            found.append(f"rank {rank} ({standing})")
-    return found
+        position = Position(**json.loads(path.read_text()))
+        age = time.time() - position.time
+        if age > stale_seconds:
+            rows.append(f"rank {rank} (no sign of life for {age:.0f} s; last at {position})")
+        elif position.collective is None:
+            rows.append(f"rank {rank} ({position})")
+    return rows
 
 
-def all_wait(folder: Path, world_size: int) -> str:
+def describe_deadlock(folder: Path, world_size: int) -> str:
     """No rank is missing: they wait for each other, and in different places where their programs
     went different ways."""
-    standings = [
-        Standing(**json.loads((folder / f"rank-{rank}.json").read_text()))
+    positions = [
+        Position(**json.loads((folder / f"rank-{rank}.json").read_text()))
         for rank in range(world_size)
     ]
-    if len({(one.step, one.collective, one.line) for one in standings}) == 1:
+    if len({(position.step, position.collective, position.line) for position in positions}) == 1:
         return "none: all wait in the same collective, so the network or a device hangs"
     return "none, but they wait in different places: " + "; ".join(
-        f"rank {i} at {one}" for i, one in enumerate(standings)
+        f"rank {i} at {position}" for i, position in enumerate(positions)
     )
 
 
-def _whereabouts() -> tuple[str | None, str]:
+def _current_position() -> tuple[str | None, str]:
     """The collective that a thread of this process is in, and the innermost line of ship_ds above
     it."""
     here = threading.get_ident()
     stacks = [_stack(frame) for thread, frame in sys._current_frames().items() if thread != here]
-    line = next((text for text in map(_own_line, stacks) if text), "outside ship_ds")
+    line = next((text for text in map(_line_of_package, stacks) if text), "outside ship_ds")
     for stack in stacks:
         for frame in stack:
             if frame.f_code.co_filename.endswith(_COLLECTIVES):
-                return frame.f_code.co_name, _own_line(stack) or line
+                return frame.f_code.co_name, _line_of_package(stack) or line
     return None, line
 
 
@@ -155,7 +159,7 @@ def _stack(frame: FrameType | None) -> list[FrameType]:
     return frames
 
 
-def _own_line(stack: list[FrameType]) -> str | None:
+def _line_of_package(stack: list[FrameType]) -> str | None:
     for frame in stack:
         path = frame.f_code.co_filename
         if path.startswith(_PACKAGE) and not path.endswith(("stopping.py", "watchdog.py")):

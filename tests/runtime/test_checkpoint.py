@@ -160,7 +160,7 @@ def test_whatever_happened_to_the_newest_the_one_before_is_taken_and_saving_goes
     assert (
         checkpoint.newest_good(tmp_path, [].append)
         == first
-        == checkpoint.newest_good_alone(tmp_path, said.append)
+        == checkpoint.newest_good_to_resume(tmp_path, said.append)
     )
     assert (
         len(said) == 1 and "step-00000003: " in said[0] and "going on from step-00000001" in said[0]
@@ -195,7 +195,7 @@ def test_saving_a_step_again_never_leaves_it_without_a_checkpoint(
     monkeypatch.undo()
     assert names == ["step-00000001", "step-00000001.part"] and not first.exists()
     assert (
-        checkpoint.newest_good_alone(tmp_path, print) == first
+        checkpoint.newest_good_to_resume(tmp_path, print) == first
         and checkpoint.read_progress(first).dev_score == 0.5
     )
 

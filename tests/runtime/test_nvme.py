@@ -48,7 +48,7 @@ def test_swapped_tensors_are_there_and_gone_again_even_after_an_error(tmp_path: 
     engine = Engine(
         SimpleNamespace(optimizer_swapper=SimpleNamespace(swap_params_info={"0_4": swapped}))
     )
-    with pytest.raises(OSError, match="the disk is full"), nvme.mapped(engine):
+    with pytest.raises(OSError, match="the disk is full"), nvme.map_swap_files(engine):
         assert [tensor.tolist() for tensor in swapped.tensors] == list(values.values())
         assert not engine.zero_nvme_offload_optimizer(), "or DeepSpeed copies the files as well"
         torch.save(swapped.tensors[1], tmp_path / "shard.pt")
@@ -63,5 +63,5 @@ def test_swapped_tensors_are_there_and_gone_again_even_after_an_error(tmp_path: 
 
 def test_without_nvme_nothing_is_mapped(tmp_path: Path) -> None:
     engine = Engine(SimpleNamespace(optimizer_swapper=None))
-    with nvme.mapped(engine):
+    with nvme.map_swap_files(engine):
         assert engine.zero_nvme_offload_optimizer()

@@ -1,4 +1,4 @@
-"""How a program that joined a process group ends: see `ranks.leave`."""
+"""How a program that joined a process group ends: see `ranks.exit_process`."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ print("said", end=" ")
 @pytest.mark.slow
 def test_leaving_flushes_and_takes_nothing_down(tmp_path: Path) -> None:
     """-E: PYTHONUNBUFFERED would do the flushing."""
-    (tmp_path / "leaves.py").write_text(_PROGRAM.format(end="ranks.leave(3)"))
+    (tmp_path / "leaves.py").write_text(_PROGRAM.format(end="ranks.exit_process(3)"))
     (tmp_path / "exits.py").write_text(_PROGRAM.format(end="raise SystemExit(3)"))
     leaves, exits = (
         start(["-E", str(tmp_path / name)], timeout=120) for name in ("leaves.py", "exits.py")

@@ -60,7 +60,7 @@ def test_the_handlers_before_come_back() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("before", "code"), [("pass", NOT_SAVED_IN_TIME), ("stop.leave_at_once()", PREEMPTED)]
+    ("before", "code"), [("pass", NOT_SAVED_IN_TIME), ("stop.exit_on_signal()", PREEMPTED)]
 )
 def test_a_process_stuck_in_a_collective_is_forced_out(before: str, code: int) -> None:
     """In C++ the main thread runs no Python handler, as in a hanging collective."""

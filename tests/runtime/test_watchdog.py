@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ship_ds.runtime.stopping import HUNG
-from ship_ds.runtime.watchdog import missing
+from ship_ds.runtime.watchdog import missing_ranks
 from tests.conftest import REPOSITORY, environment
 
 RANK = """
@@ -22,7 +22,7 @@ from ship_ds.runtime.watchdog import Watchdog
 dist.init_process_group("gloo")
 watchdog = Watchdog(Path(sys.argv[1]), 0.05)
 watchdog.start()
-watchdog.beat(7)
+watchdog.record_step(7)
 ranks.barrier() if ranks.rank() == 0 else time.sleep(600)
 """
 
@@ -69,7 +69,7 @@ def test_a_rank_without_a_sign_of_life_is_missing(tmp_path: Path) -> None:
             "time": time.time() - age,
         }
         (tmp_path / f"rank-{rank}.json").write_text(json.dumps(row))
-    one, two = missing(tmp_path, 3, stale_seconds=30)
+    one, two = missing_ranks(tmp_path, 3, stale_seconds=30)
     assert one.startswith(
         "rank 1 (no sign of life for 60 s; last at step 3, all_reduce, train.py:1 train"
     )

@@ -485,4 +485,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     ONE_RANK_RUN = Path(sys.argv[2])
     main(Path(sys.argv[1]))
-    ranks.leave(0)
+    ranks.exit_process(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ship_ds.runtime import checkpoint, ranks
 
 
-def record(folder: Path, step: int) -> None:
+def append(folder: Path, step: int) -> None:
     """Rank 0 calls it. `job`, `nodes` and `restarts` are Slurm's, null elsewhere."""
     variables = os.environ
     row = {
