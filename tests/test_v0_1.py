@@ -74,6 +74,7 @@ def test_a_run_takes_its_last_step_and_leaves_the_bundle_that_it_left(
         torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_read_back_into_words() -> None:
     """Both ways: a latent that makes these very weights, and what the adapter answers."""
     assert read_origin(FOLDER / "adapter").made_from == RECORDED["instructions"][0]

@@ -83,6 +83,7 @@ def runs(tmp_path: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_in_black_and_white(runs: list[Path], tmp_path: Path) -> None:
     said: list[str] = []
     paths = figures.plot(runs, tmp_path / "figures", said.append)

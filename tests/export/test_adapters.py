@@ -78,6 +78,7 @@ def test_a_saved_latent_makes_the_same_adapter(tmp_path: Path) -> None:
     assert all(one[key].equal(two[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_many_are_what_they_are_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deduce, "_CHUNK", 2)
     ship = make_ship("embedded")

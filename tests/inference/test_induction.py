@@ -250,6 +250,7 @@ def test_the_prior_pulls_z_to_zero(ship: Ship, inputs: list[str]) -> None:
     assert norms[1] < norms[0]
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_an_induction_and_tasks_do_not_touch_each_other(
     ship: Ship, inputs: list[str]
 ) -> None:
@@ -302,6 +303,7 @@ def test_splices_go_on_as_another_text_from_a_shared_token(ship: Ship) -> None:
     assert splices(ship.model, texts, 1, 12, known=()) == found[:1]
 
 
+@pytest.mark.slow
 def test_induction_splices_the_best_texts_unless_told_not_to(ship: Ship, inputs: list[str]) -> None:
     tasks = [
         behaviour(ship, text, inputs, 3) for text in ("add 3", "remove every 5", "take the first 2")

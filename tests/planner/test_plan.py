@@ -160,6 +160,7 @@ def test_offloaded_terms_are_the_hosts() -> None:
     } <= plan.host.keys() and "optimiser state" not in plan.memory
 
 
+@pytest.mark.slow
 def test_plan_as_a_user_types_it(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "plan",
