@@ -131,7 +131,7 @@ class Ship:
         # The attention it was trained with may not run here; what it computes is the same.
         weights = LoadedWeights(attention="auto", device=torch.device(device))
         model = build_ship(bundle.config.model, weights, bundle.config.loss)
-        bundle.check_prompt_format(model.prompts)
+        bundle.check_prompt_format(vars(model.collator.prompts))
         bundle.load_into(model)
         known, probes = bundle.known_instructions, bundle.probes
         return cls(model.to(device).eval(), bundle.config, bundle.digest, known, probes)

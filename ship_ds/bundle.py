@@ -58,7 +58,7 @@ class Bundle:
         digest: SHA-256 of its weights; latents and adapters carry it, since they mean nothing to
             others.
         config: Of the run.
-        prompt_format: Of the Task LLM's prompts, as training rendered them.
+        prompt_format: Of every role's prompts, as training rendered them.
         bases: Fingerprint of each frozen model by its name in the config; empty where an early
             version did not write them.
         known_instructions: One wording of every task that was trained on: what induction tries
@@ -93,13 +93,18 @@ class Bundle:
             tuple(_read_json(folder / _PROBES, [])),
         )
 
-    def check_prompt_format(self, prompts: "PromptFormat") -> None:
-        """Compare with how the Task LLM's prompts are rendered now.
+    def check_prompt_format(self, prompts: Mapping[str, "PromptFormat"]) -> None:
+        """Compare with how prompts are rendered now.
+
+        Args:
+            prompts: By role, as `prompt.describe_roles` takes them.
 
         Raises:
             UserError: They would not be what training rendered.
         """
-        if prompts.describe() != self.prompt_format:
+        from ship_ds.prompt import is_described
+
+        if not is_described(self.prompt_format, prompts):
             raise UserError(
                 f"{self.folder / _PROMPT_FORMAT}: the base model's tokenizer or this version gives "
                 "another prompt format"
@@ -146,7 +151,7 @@ def write_bundle(
         state: Every trainable parameter of ShipModel by name. Each is asked for once, and let go
             when it is on the disk, so that a sharded state may gather them one at a time.
         config: Of the run.
-        prompt_format: `PromptFormat.describe()`.
+        prompt_format: `prompt.describe_roles` of the three roles.
         bases: `frozen_bases` as training began.
         known: The instructions of the tasks that were trained on.
         probes: `probe_inputs` of these tasks.
@@ -222,7 +227,7 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
         UserError: The checkpoint is missing or damaged, or a frozen model is another one now.
     """
     from ship_ds.model.backbone import load_tokenizer
-    from ship_ds.prompt import PromptFormat
+    from ship_ds.prompt import ROLES, PromptFormat, describe_roles
     from ship_ds.runtime import checkpoint
 
     recover(checkpoint_folder)
@@ -234,11 +239,14 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     progress = checkpoint.read_progress(checkpoint_folder)
     config = parse_config(progress.config, str(checkpoint_folder / checkpoint.PROGRESS))
     check_bases(checkpoint_folder, frozen_bases(config), progress.bases)
+    prompts = {
+        role: PromptFormat(load_tokenizer(getattr(config.model, role).base)) for role in ROLES
+    }
     write_bundle(
         out,
         checkpoint.trainable_state(checkpoint_folder),
         config,
-        PromptFormat(load_tokenizer(config.model.task_llm.base)).describe(),
+        describe_roles(prompts),
         progress.bases,
         progress.known_instructions,
         progress.probes,

@@ -2,8 +2,9 @@
 model.
 
 Adapters only work under the prompt they were trained with, so the format is one versioned value
-that is saved, with its hash, in the run, the bundle and every exported adapter's card. Labels go on
-the answer and the end-of-sequence token alone.
+that is saved, with its hash, in the bundle and in every exported adapter's card. The hash is made
+of the token ids of fixed samples, so that no change of a template, of this file or of a tokenizer
+goes unseen. Labels go on the answer and the end-of-sequence token alone.
 """
 
 import hashlib
@@ -16,7 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ship_ds.data.task import Example, SplitTask
 
-VERSION = 1
+VERSION = 2
+"""Of the description that is saved; 0.1.0 wrote the first one, and its bundles still open."""
+ROLES = ("task_llm", "encoder", "decoder")
+"""The language models of a SHIP, as a config names them; each may have its own tokenizer."""
 _MARK = "\x00"
 _PLAIN_TEMPLATE = (f"{_MARK}\n", "\n")
 """Before and after the user's text for a base model without a chat template."""
@@ -128,10 +132,37 @@ class PromptFormat:
         none."""
         return self.text(ids) if ids[-1] == self.eos_id else None
 
+    def samples(self) -> dict[str, tuple[int, ...]]:
+        """Token ids of fixed texts through every method that renders for a model, by a name.
+
+        They have one example, several and none: what stands between two is part of the format too.
+        """
+        instruction, text = "add 2 to it", "3 1"
+        examples = (Example("1 4", "3 6"), Example("5", "7"))
+        return {
+            "input": self.task_prompt(text),
+            "instruction and input": self.task_prompt(text, instruction),
+            "examples and input": self.task_prompt(text, None, examples),
+            "encoder": self.encoder_prompt(instruction),
+            "decoder": self.decoder_prompt(()),
+            "decoder with examples": self.decoder_prompt(examples),
+            "target": self.target("5 3"),
+        }
+
     def describe(self) -> dict[str, Any]:
-        """The format as saved: what has to be equal for an adapter to mean the same."""
+        """The format as saved, for people as texts and for programs as a hash:
+
+        {"version": 2, "samples": {"input": "<user> input: 3 1 <assistant>", ...}, "hash": "0f..."}
+        """
+        samples = self.samples()
+        texts = {name: self.tokenizer.decode(list(ids)) for name, ids in samples.items()}
+        return {"version": VERSION, "samples": texts, "hash": _hash(samples)}
+
+    def describe_as_0_1_0(self) -> dict[str, Any]:
+        """What version 0.1.0 saved for this format: templates in words, beside the chat template's
+        own text. A bundle of it is compared with this."""
         content = {
-            "version": VERSION,
+            "version": 1,
             "before": self.before,
             "after": self.after,
             "task": "instruction: {k}\\ninput: {x}",
@@ -139,5 +170,33 @@ class PromptFormat:
             "eos": self.tokenizer.eos_token,
             "labels": "target and eos",
         }
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        return {**content, "hash": digest}
+        return {**content, "hash": _hash(content)}
+
+
+def describe_roles(prompts: Mapping[str, PromptFormat]) -> dict[str, Any]:
+    """The formats of a whole SHIP as a bundle saves them; each role may have another tokenizer.
+
+    Args:
+        prompts: by role, "task_llm", "encoder" and "decoder".
+
+    Returns:
+        {"version": 2, "roles": {"task_llm": {...}, ...}, "hash": "5c..."}.
+    """
+    roles = {role: role_prompts.describe() for role, role_prompts in prompts.items()}
+    return {"version": VERSION, "roles": roles, "hash": _hash(roles)}
+
+
+def is_described(saved: Mapping[str, Any], prompts: Mapping[str, PromptFormat]) -> bool:
+    """Whether a saved description is that of these formats, each version compared with its like.
+
+    Args:
+        saved: what `describe_roles`, or version 0.1.0, wrote into a bundle.
+        prompts: by role, as `describe_roles` takes them.
+    """
+    if saved.get("version") == 1:
+        return saved == prompts["task_llm"].describe_as_0_1_0()
+    return saved == describe_roles(prompts)
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -42,6 +42,7 @@ from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
+from ship_ds.prompt import describe_roles
 from ship_ds.runtime import checkpoint, preflight, ranks, shards, start_log
 from ship_ds.runtime import engine as engines
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
@@ -373,7 +374,7 @@ class Trainer:
                 self.folder / "bundle",
                 state,
                 self.config,
-                self.model.prompts.describe(),
+                describe_roles(vars(self.model.collator.prompts)),
                 self.bases,
                 self.known_instructions(),
                 probe_inputs(self.splits.seen),

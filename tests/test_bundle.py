@@ -13,6 +13,7 @@ from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.prompt import describe_roles
 
 PROBES = ["4 4 1", "0 9", "é"]
 
@@ -34,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = build_ship(config.model, LoadedWeights())
     trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    bases, prompt_format = frozen_bases(config), model.prompts.describe()
+    bases, prompt_format = frozen_bases(config), describe_roles(vars(model.collator.prompts))
     write_bundle(
         tmp_path / "bundle", trainable, config, prompt_format, bases, ["add 1", "add 2"], PROBES
     )

@@ -24,6 +24,7 @@ from ship_ds.files import (
     write_text,
 )
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.prompt import describe_roles
 from tests.conftest import start
 
 
@@ -127,7 +128,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = build_ship(config.model, LoadedWeights())
     trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    bases, prompt_format = frozen_bases(config), model.prompts.describe()
+    bases, prompt_format = frozen_bases(config), describe_roles(vars(model.collator.prompts))
     for name in ("old", "new"):
         write_bundle(folder / name, trainable, config, prompt_format, bases, [name], [])
     return folder

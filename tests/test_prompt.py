@@ -1,5 +1,6 @@
 """The prompt format: which text, which labels, with and without a chat template, and its hash."""
 
+import json
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ship_ds.data.task import Example
 from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.batch import TokenBatch
-from ship_ds.prompt import PromptFormat
+from ship_ds.prompt import ROLES, PromptFormat, describe_roles, is_described
+from tests.conftest import REPOSITORY
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerBase:
@@ -123,6 +125,54 @@ def test_hash_changes_with_what_the_model_would_read(tokenizer: PreTrainedTokeni
         _without_template(tokenizer).describe()["hash"],
     }
     assert len(hashes) == 3
+
+
+def _roles(prompts: PromptFormat, **others: PromptFormat) -> dict[str, PromptFormat]:
+    return dict.fromkeys(ROLES, prompts) | others
+
+
+def test_description_shows_what_each_model_reads(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert _without_template(tokenizer).describe()["samples"] == {
+        "input": "input: 3 1\n",
+        "instruction and input": "instruction: add 2 to it\ninput: 3 1\n",
+        "examples and input": ("input: 1 4\noutput: 3 6\ninput: 5\noutput: 7\ninput: 3 1\n"),
+        "encoder": "instruction: add 2 to it\n",
+        "decoder": "This task is to:\n",
+        "decoder with examples": (
+            "input: 1 4, target: 3 6. input: 5, target: 7. This task is to:\n"
+        ),
+        "target": "5 3</s>",
+    }
+
+
+@pytest.mark.parametrize("text", ["instruction: ", "input: ", "output: ", ", target: "])
+def test_no_change_of_the_code_goes_unseen(
+    text: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if this text were written otherwise wherever the format puts it."""
+    before = PromptFormat(tokenizer).describe()
+    tokenise = PromptFormat._tokenise
+    monkeypatch.setattr(
+        PromptFormat, "_tokenise", lambda self, line: tokenise(self, line.replace(text, "<>"))
+    )
+    assert PromptFormat(tokenizer).describe()["hash"] != before["hash"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_tokenizer_of_each_role_counts(role: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts, other = PromptFormat(tokenizer), PromptFormat(load_tokenizer("embedded"))
+    saved = json.loads(json.dumps(describe_roles(_roles(prompts))))
+    assert is_described(saved, _roles(PromptFormat(_bytes_tokenizer())))
+    assert not is_described(saved, _roles(prompts, **{role: other}))
+
+
+def test_a_description_of_0_1_0_is_compared_with_its_like() -> None:
+    folder = REPOSITORY / "tests" / "fixtures" / "v0_1" / "run" / "bundle"
+    saved = json.loads((folder / "prompt_format.json").read_text())
+    embedded = PromptFormat(load_tokenizer("embedded"))
+    assert saved["version"] == 1 and is_described(saved, _roles(embedded))
+    assert not is_described(saved | {"after": "?"}, _roles(embedded))
+    assert not is_described(saved, _roles(PromptFormat(_bytes_tokenizer())))
 
 
 def test_tokenizer_without_an_end_of_sequence_is_refused(

@@ -10,6 +10,7 @@ from ship_ds.api import Ship
 from ship_ds.bundle import frozen_bases, write_bundle
 from ship_ds.config import load_config
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.prompt import describe_roles
 
 KNOWN = [
     f"{start} {number}"
@@ -35,7 +36,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    write_bundle(folder, state, config, model.prompts.describe(), frozen_bases(config), KNOWN, [])
+    write_bundle(
+        folder,
+        state,
+        config,
+        describe_roles(vars(model.collator.prompts)),
+        frozen_bases(config),
+        KNOWN,
+        [],
+    )
     return folder
 
 
