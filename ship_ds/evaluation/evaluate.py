@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder
+from ship_ds.console import Log
 from ship_ds.evaluation import table
 from ship_ds.evaluation.cells import PROTOCOLS, Cell, Measured
 from ship_ds.evaluation.config import HarnessConfig
@@ -23,7 +24,7 @@ from ship_ds.runtime import ranks
 
 
 def evaluate(
-    folder: Path, config: HarnessConfig, arguments: Sequence[str], log: Callable[[str], None]
+    folder: Path, config: HarnessConfig, arguments: Sequence[str], log: Log
 ) -> dict[str, Any]:
     """Measure what is missing; the report, which rank 0 writes to `<run>/evaluation`.
 
@@ -62,7 +63,7 @@ def evaluate(
     return report
 
 
-def write_latent_map(folder: Path, log: Callable[[str], None]) -> None:
+def write_latent_map(folder: Path, log: Log) -> None:
     """Write `<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run
     has none yet."""
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ship_ds.config import parse_config
+from ship_ds.console import Log
 from ship_ds.errors import UserError
 from ship_ds.files import whole_file
 
@@ -96,16 +97,16 @@ def latents(runs: Sequence[Path]) -> Figure:
     points = json.loads(
         _read(runs[0] / "evaluation" / "latents.json", "`ship-ds plot` makes it from the bundle")
     )["points"]
-    latent_PZ = np.array([point["latent"] for point in points])
+    latents = np.array([point["latent"] for point in points])
     perplexity = min(15, (len(points) - 1) / 3)
-    placed_P2 = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(latent_PZ)
+    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(latents)
     figure, axes = plt.subplots(figsize=(7.5, 5.5))
     tasks = list(dict.fromkeys(point["instruction"] for point in points))
     for kind, (marker, fill) in _KINDS.items():
-        own = [i for i, point in enumerate(points) if point["kind"] == kind]
+        of_kind = [i for i, point in enumerate(points) if point["kind"] == kind]
         axes.plot(
-            placed_P2[own, 0],
-            placed_P2[own, 1],
+            places[of_kind, 0],
+            places[of_kind, 1],
             linestyle="",
             marker=marker,
             markerfacecolor=fill,
@@ -115,19 +116,19 @@ def latents(runs: Sequence[Path]) -> Figure:
             label=kind,
         )
     for letter, task in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", tasks, strict=False):
-        own = [
+        of_task = [
             i
             for i, point in enumerate(points)
             if point["instruction"] == task and point["kind"] == "encoded"
         ]
-        x, y = np.median(placed_P2[own], axis=0)
+        x, y = np.median(places[of_task], axis=0)
         axes.annotate(
             letter, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=11, weight="bold"
         )
         for i, point in enumerate(points):
             if point["instruction"] == task and point["kind"] != "encoded":
                 axes.annotate(
-                    letter, placed_P2[i], xytext=(3.5, 3), textcoords="offset points", fontsize=6
+                    letter, places[i], xytext=(3.5, 3), textcoords="offset points", fontsize=6
                 )
         axes.plot([], [], " ", label=f"{letter}: {task}")
     axes.set(xlabel="t-SNE axis 1 (no unit)", ylabel="t-SNE axis 2 (no unit)")
@@ -151,7 +152,9 @@ def shown_examples(runs: Sequence[Path]) -> Figure:
             f"{runs[0]}: one number of shown examples alone; ship-ds evaluate "
             "--num-shown 5,1,2,3 measures more"
         )
-    parts = [part for part in ("seen", "unseen") if any(own == part for _, own in curves)]
+    parts = [
+        part for part in ("seen", "unseen") if any(part == curve_part for _, curve_part in curves)
+    ]
     figure, all_axes = plt.subplots(
         1, len(parts), figsize=(4.5 * len(parts), 4), sharey=True, squeeze=False
     )
@@ -194,13 +197,14 @@ def reconstruction_weight(runs: Sequence[Path]) -> Figure:
     figure = _over_runs(
         runs, weights, "weight of the reconstruction loss (no unit)", "weights of reconstruction"
     )
-    shown = sorted(set(weights.values()))
-    smallest = next(weight for weight in shown if weight > 0)
-    for axes in figure.axes:  # a weight of 0 stands at the left of the decades
+    ticks = sorted(set(weights.values()))
+    smallest = next(weight for weight in ticks if weight > 0)
+    for axes in figure.axes:
+        # a weight of 0 stands at the left of the decades
         axes.set_xscale("symlog", linthresh=smallest, linscale=0.5)
-        axes.set_xticks(shown, [f"{weight:g}" for weight in shown])
+        axes.set_xticks(ticks, [f"{weight:g}" for weight in ticks])
         axes.minorticks_off()
-        axes.set_xlim(shown[0] - smallest / 3, shown[-1] * 1.4)
+        axes.set_xlim(ticks[0] - smallest / 3, ticks[-1] * 1.4)
     return figure
 
 
@@ -208,9 +212,9 @@ def _alike(runs: Sequence[Path], key: tuple[str, str]) -> list[Path]:
     """The runs that were trained as the first one but for `key` and the seed: no other difference
     is drawn as its."""
 
-    def rest(run: Path) -> dict[str, Any]:
+    def without_key(run: Path) -> dict[str, Any]:
         written: dict[str, Any] = json.loads(_read(run / "config.json", "train it first"))
-        # with what had no key then
+        # parsed, so that a run of an earlier version has the defaults of keys that it did not know
         config: dict[str, Any] = parse_config(written, str(run)).model_dump(mode="json")
         trained = {name: config.get(name, {}) for name in ("data", "model", "loss", "optimiser")}
         training = {name: config.get("training", {}).get(name) for name in _TRAINED_ON}
@@ -218,7 +222,7 @@ def _alike(runs: Sequence[Path], key: tuple[str, str]) -> list[Path]:
         section = {name: value for name, value in trained[key[0]].items() if name != key[1]}
         return {**trained, "training": training, "init_from": start, key[0]: section}
 
-    return [run for run in runs if rest(run) == rest(runs[0])]
+    return [run for run in runs if without_key(run) == without_key(runs[0])]
 
 
 def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what: str) -> Figure:
@@ -235,13 +239,13 @@ def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what:
         for index, (name, (direction, metric)) in enumerate(measures.items()):
             values: dict[float, list[float]] = {}
             for run in runs:
-                found = cells[run].get(direction, {}).get(part, {}).get(metric)
-                if found is not None:
-                    values.setdefault(xs[run], []).append(found["value"])
-            points = [(x, value) for x, own in values.items() for value in own]
-            axes.scatter(
-                *zip(*points, strict=True), marker=_MARKERS[index], color="0.6", s=14
-            ) if points else None
+                cell = cells[run].get(direction, {}).get(part, {}).get(metric)
+                if _is_measured(cell):
+                    values.setdefault(xs[run], []).append(cell["value"])
+            for x, of_seeds in values.items():
+                axes.scatter(
+                    [x] * len(of_seeds), of_seeds, marker=_MARKERS[index], color="0.6", s=14
+                )
             ordered = sorted(values)
             if not ordered:
                 continue
@@ -264,10 +268,10 @@ def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what:
 
 
 def _reconstruction(run: Path) -> dict[str, Any]:
-    """From the report that ends a training; a run may be without."""
+    """From the report that ends a training, which has it over all rules; a run may be without."""
     path = run / "report.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: cells for name, cells in found.items() if name == "reconstruction"}
+    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: cells for name, cells in report.items() if name == "reconstruction"}
 
 
 def comparison(runs: Sequence[Path]) -> Figure:
@@ -275,8 +279,8 @@ def comparison(runs: Sequence[Path]) -> Figure:
     direction."""
     methods = _report(runs[0])["methods"]
     panels = {name: [m for m in methods if name in methods[m]] for name in _MEASURES}
-    panels = {name: own for name, own in panels.items() if own}
-    heights = [len(own) + 1 for own in panels.values()]
+    panels = {name: drawn for name, drawn in panels.items() if drawn}
+    heights = [len(drawn) + 1 for drawn in panels.values()]
     figure, all_axes = plt.subplots(
         len(panels),
         1,
@@ -285,14 +289,14 @@ def comparison(runs: Sequence[Path]) -> Figure:
         squeeze=False,
         height_ratios=heights,
     )
-    for axes, (name, own) in zip(all_axes[:, 0], panels.items(), strict=True):
+    for axes, (name, drawn) in zip(all_axes[:, 0], panels.items(), strict=True):
         direction, metric = _MEASURES[name]
         for offset, part, hatch, fill in (
             (-0.2, "seen", "", "0.75"),
             (0.2, "unseen", "////", "white"),
         ):
-            found = [methods[m][direction].get(part, {}).get(metric) for m in own]
-            rows = [(row + offset, cell) for row, cell in enumerate(found) if _is_measured(cell)]
+            cells = [methods[m][direction].get(part, {}).get(metric) for m in drawn]
+            rows = [(row + offset, cell) for row, cell in enumerate(cells) if _is_measured(cell)]
             values = [cell["value"] for _, cell in rows]
             errors = [
                 [max(0, c["value"] - c["ci95"][0]) for _, c in rows],
@@ -310,8 +314,8 @@ def comparison(runs: Sequence[Path]) -> Figure:
                 error_kw={"linewidth": 0.8, "capsize": 2},
                 label=part,
             )
-        stated = {m: " *" if methods[m]["instruction_in_query"] else "" for m in own}
-        axes.set_yticks(range(len(own)), [m.replace("_", " ") + stated[m] for m in own])
+        stars = {m: " *" if methods[m]["instruction_in_query"] else "" for m in drawn}
+        axes.set_yticks(range(len(drawn)), [m.replace("_", " ") + stars[m] for m in drawn])
         axes.invert_yaxis()
         axes.set_title(f"{name}: {metric.replace('_', ' ')}", loc="left", fontsize=10)
         axes.set_xlim(0, 1)
@@ -364,10 +368,10 @@ def _as_accuracy(axes: Axes, label: str) -> None:
 
 
 def _report(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
+    report: dict[str, Any] = json.loads(
         _read(run / "evaluation" / "report.json", f"run ship-ds evaluate --run {run}")
     )
-    return found
+    return report
 
 
 def _read(path: Path, remedy: str) -> str:
@@ -386,16 +390,21 @@ FIGURES: dict[str, Callable[[Sequence[Path]], Figure]] = {
 }
 
 
-def plot(runs: Sequence[Path], out: Path, say: Callable[[str], None]) -> list[Path]:
-    """Write OUT/NAME.png of every figure that the runs have the data for; `say` names what the
-    others lack."""
+def plot(runs: Sequence[Path], out: Path, log: Log) -> list[Path]:
+    """Write OUT/NAME.png of every figure that the runs have the data for; the paths written.
+
+    Args:
+        runs: the first one is what figures of a single run are of.
+        out: folder, made where it is not there.
+        log: told what the figures that were not drawn lack.
+    """
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in FIGURES.items():
         try:
             written.append(save(name, draw, runs, out))
         except NotDrawn as error:
-            say(f"{name}: not drawn: {error}")
+            log(f"{name}: not drawn: {error}")
     return written
 
 

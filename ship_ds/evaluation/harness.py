@@ -12,13 +12,14 @@ again; `<run>/evaluation` holds everything.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ship_ds.api import Ship
+from ship_ds.console import Log
 from ship_ds.data.source import source_of
 from ship_ds.data.task import Splits
 from ship_ds.errors import UserError
@@ -44,7 +45,7 @@ class Run:
     splits: Splits
 
     @classmethod
-    def open(cls, folder: Path, log: Callable[[str], None]) -> "Run":
+    def open(cls, folder: Path, log: Log) -> "Run":
         """The run in this folder, with the data that it was trained on.
 
         Raises:
@@ -75,7 +76,7 @@ class Harness:
     The same calls on every rank; rank 0 alone writes.
     """
 
-    def __init__(self, run: Run, config: HarnessConfig, log: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, config: HarnessConfig, log: Log) -> None:
         self.run, self.config, self.log = run, config, log
         self.folder = run.folder / "evaluation"
         self.store = CellStore(self.folder / "cells")

@@ -1,5 +1,8 @@
 """Judges of induced instructions: each reads the texts beside the tasks that they should name and
-adds columns of its own."""
+adds columns of its own.
+
+Letters: T tasks, Z latent size.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

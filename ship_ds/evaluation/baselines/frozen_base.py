@@ -1,7 +1,7 @@
 """The run's frozen Task LLM as every baseline meets it: the same weights, 4-bit format, prompt
 format and LoRA sites as SHIP.
 
-Letters: E sequences, T tasks, K labelled positions, V vocabulary, S length, H hidden.
+Letters: E sequences, T tasks, K labelled positions, V vocabulary, S padded length, H hidden size.
 """
 
 import hashlib

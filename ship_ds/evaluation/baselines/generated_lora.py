@@ -1,7 +1,7 @@
 """What TAGI and Text-to-LoRA have in common: an instruction becomes a LoRA in one forward pass,
 with no decoder.
 
-Letters: T tasks, S length, H hidden, Q queries, Z latent.
+Letters: T tasks, S padded length, H hidden size, Q learned queries, Z latent size.
 """
 
 from abc import abstractmethod

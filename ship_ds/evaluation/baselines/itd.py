@@ -98,7 +98,7 @@ class Itd(TrainedMethod):
         inputs = [e.input for task in self.setting.splits.seen for e in task.train]
         rng = random.Random(f"{self.setting.seed} itd inputs")
         turns = _in_turn(proposed, rng)
-        found: dict[str, list[Example]] = {}
+        examples_of: dict[str, list[Example]] = {}
         while not num_batches or budget.spent(num_batches, time.perf_counter() - started) < 1:
             asked = [(text, rng.choice(inputs)) for text in islice(turns, _CHUNK)]
             answers = self._generate(
@@ -107,9 +107,9 @@ class Itd(TrainedMethod):
             )
             for (text, x), y in zip(asked, answers, strict=True):
                 if y:
-                    found.setdefault(text, []).append(Example(x, y))
+                    examples_of.setdefault(text, []).append(Example(x, y))
             num_batches += 1
-        return [Deduced(text, tuple(examples)) for text, examples in found.items()]
+        return [Deduced(text, tuple(examples)) for text, examples in examples_of.items()]
 
     def propose(self) -> list[str]:
         """Initial induction: what the bare base says of each seen task's examples, and the seen
@@ -121,12 +121,12 @@ class Itd(TrainedMethod):
             for task in seen
             for i in range(self.recipe.proposals_per_task)
         ]
-        own = self._generate(
+        induced = self._generate(
             [self.base.prompts.decoder_prompt(row) for row in shown],
             self.base.config.evaluation.max_instruction_tokens,
         )
-        said = [wording for task in seen for wording in task.wordings]
-        return list(dict.fromkeys([*said, *(text for text in own if text)]))
+        wordings = [wording for task in seen for wording in task.wordings]
+        return list(dict.fromkeys([*wordings, *(text for text in induced if text)]))
 
     def _generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str | None]:
         """By the bare base, batches of like lengths."""
@@ -145,15 +145,15 @@ class Itd(TrainedMethod):
     @torch.no_grad()
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         """Tasks that show equally many examples are decoded together."""
-        found = [""] * len(shown)
+        instructions = [""] * len(shown)
         for size in sorted({len(row) for row in shown}):
-            own = [t for t, row in enumerate(shown) if len(row) == size]
+            tasks = [t for t, row in enumerate(shown) if len(row) == size]
             num_together = max(1, _CHUNK // (size * self.recipe.num_beams))
-            for start in range(0, len(own), num_together):
-                chunk = own[start : start + num_together]
+            for start in range(0, len(tasks), num_together):
+                chunk = tasks[start : start + num_together]
                 for t, text in zip(chunk, self._induce([shown[t] for t in chunk]), strict=True):
-                    found[t] = text
-        return found
+                    instructions[t] = text
+        return instructions
 
     def _induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         prompts, adapter, evaluation = self.base.prompts, self.module(), self.base.config.evaluation

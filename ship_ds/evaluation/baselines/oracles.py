@@ -1,7 +1,7 @@
 """Oracle adapters: a LoRA for each seen task, trained on that task's examples. What generated
 adapters are matched to.
 
-Letters: T tasks, R rank, I in, O out.
+Letters: T tasks, R LoRA rank, I inputs of a linear, O outputs of a linear.
 """
 
 import math
@@ -47,12 +47,12 @@ class Oracles:
         predicting the mean adapter costs 1 (Charakorn et al. 2025 standardise the targets for the
         same reason).
         """
-        wanted = self.of(task_ids)
+        oracles = self.of(task_ids)
         terms = [
-            (mine - target).square().mean() / variance
+            (factor - target).square().mean() / variance
             for path, pair in made.factors.items()
-            for mine, target, variance in zip(
-                pair, wanted.factors[path], self.variances[path], strict=True
+            for factor, target, variance in zip(
+                pair, oracles.factors[path], self.variances[path], strict=True
             )
         ]
         return torch.stack(terms).mean()
@@ -96,10 +96,12 @@ def train_oracles(
         if number and budget.spent(number * recipe.steps, time.perf_counter() - started) >= 1:
             break
         group = order[number * _GROUP : (number + 1) * _GROUP]
-        own, rows = _fresh(base, len(group)), slice(num_trained, num_trained + len(group))
-        own.load_state_dict({name: weight[rows] for name, weight in whole.state_dict().items()})
+        loras, rows = _fresh(base, len(group)), slice(num_trained, num_trained + len(group))
+        loras.load_state_dict({name: weight[rows] for name, weight in whole.state_dict().items()})
 
-        def loss_at(step: int, own: StaticLora = own, group: Sequence[SplitTask] = group) -> Tensor:
+        def loss_at(
+            step: int, loras: StaticLora = loras, group: Sequence[SplitTask] = group
+        ) -> Tensor:
             drawn = [
                 example
                 for task in group
@@ -108,17 +110,17 @@ def train_oracles(
             batch = base.batch(
                 [base.prompts.task_prompt(e.input) for e in drawn], [e.target for e in drawn]
             )
-            return base.loss_per_task(own(), batch, len(group))
+            return base.loss_per_task(loras(), batch, len(group))
 
         title = f"oracles, group {number + 1} of {num_groups}"
-        fit(own.parameters(), loss_at, Steps(recipe.steps), recipe.lr, title, clip=math.inf)
+        fit(loras.parameters(), loss_at, Steps(recipe.steps), recipe.lr, title, clip=math.inf)
         with torch.no_grad():
-            for weight, trained in zip(whole.parameters(), own.parameters(), strict=True):
+            for weight, trained in zip(whole.parameters(), loras.parameters(), strict=True):
                 weight[rows] = trained
         num_trained += len(group)
     whole.requires_grad_(False)
-    kept = whole().rows(torch.arange(num_trained, device=base.device))
-    return Oracles({task.id: t for t, task in enumerate(order[:num_trained])}, kept)
+    trained_rows = whole().rows(torch.arange(num_trained, device=base.device))
+    return Oracles({task.id: t for t, task in enumerate(order[:num_trained])}, trained_rows)
 
 
 def _fresh(base: FrozenBase, num_tasks: int) -> StaticLora:

@@ -1,4 +1,7 @@
-"""Prompt tuning."""
+"""Prompt tuning.
+
+Letters: T tasks, P virtual tokens, H hidden size.
+"""
 
 import math
 from collections.abc import Sequence
@@ -70,8 +73,8 @@ class PromptTuning(TrainedMethod):
     ) -> AnswersByTask:
         answers: AnswersByTask = []
         for start in range(0, len(shown), _CHUNK):
-            own = self.tune(shown[start : start + _CHUNK])
-            answers += self._answer(own, inputs[start : start + _CHUNK])
+            prompts = self.tune(shown[start : start + _CHUNK])
+            answers += self._answer(prompts, inputs[start : start + _CHUNK])
         return answers
 
     def tune(self, shown: Sequence[Sequence[Example]]) -> StaticSoftPrompt:
@@ -79,16 +82,16 @@ class PromptTuning(TrainedMethod):
         theirs."""
         width = max(map(len, shown))
         even = [[row[i % len(row)] for i in range(width)] for row in shown]
-        own = StaticSoftPrompt(self.module.prompt_TPH[0], len(shown)).to(self.base.device)
+        prompts = StaticSoftPrompt(self.module.prompt_TPH[0], len(shown)).to(self.base.device)
         fit(
-            own.parameters(),
-            lambda step: self._loss(own, even, len(shown)),
+            prompts.parameters(),
+            lambda step: self._loss(prompts, even, len(shown)),
             Steps(self.recipe.reasoning_steps),
             self.recipe.reasoning_lr,
             f"{self.name}: {len(shown)} tasks",
             clip=math.inf,
         )
-        return own
+        return prompts
 
     def _loss(
         self, prompt: StaticSoftPrompt, examples: Sequence[Sequence[Example]], num_tasks: int
@@ -102,13 +105,13 @@ class PromptTuning(TrainedMethod):
 
     def _answer(self, prompt: StaticSoftPrompt, inputs: Sequence[Sequence[str]]) -> AnswersByTask:
         questions = [[self.base.prompts.task_prompt(text) for text in row] for row in inputs]
-        num_own = len(prompt.prompt_TPH)
+        num_prompts = len(prompt.prompt_TPH)
 
         def adapter_of(tasks: slice) -> SoftPrompt:
             return (
                 prompt()
-                if num_own == 1
-                else prompt().rows(torch.arange(num_own, device=self.base.device)[tasks])
+                if num_prompts == 1
+                else prompt().rows(torch.arange(num_prompts, device=self.base.device)[tasks])
             )
 
         return self.base.answer(questions, adapter_of, self.recipe.num_virtual_tokens)

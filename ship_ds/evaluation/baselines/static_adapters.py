@@ -1,6 +1,7 @@
 """Adapters that are themselves the trained weights, for one task or for many at once.
 
-Letters: T tasks, R rank, I in, O out, P virtual tokens, H hidden.
+Letters: T tasks, R LoRA rank, I inputs of a linear, O outputs of a linear, P virtual tokens,
+H hidden size.
 """
 
 import math
@@ -14,8 +15,8 @@ from ship_ds.model.hypernetwork import Sites
 
 
 class StaticLora(nn.Module):
-    """The LoRAs of T tasks, started as `peft` does (A uniform, B zero), with the same A for all:
-    theirs stay comparable."""
+    """The LoRAs of T tasks, started as `peft` does (A uniform, B zero), with the same A for
+    all, so that distances between them are of what they learnt."""
 
     def __init__(self, sites: Sites, config: LoraHypernetworkConfig, num_tasks: int = 1) -> None:
         super().__init__()

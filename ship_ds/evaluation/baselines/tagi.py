@@ -1,6 +1,6 @@
 """TAGI: task adapters generation from instructions.
 
-Letters: K labelled positions, V vocabulary.
+Letters: K labelled positions, V vocabulary, E sequences, S padded length.
 """
 
 from collections.abc import Sequence
@@ -70,21 +70,21 @@ class Tagi(GeneratedLora):
         )
         if not len(taught):
             return loss
-        theirs = [draws[t] for t in taught.tolist()]
-        names = [draw.task_id for draw in theirs]
+        taught_draws = [draws[t] for t in taught.tolist()]
+        names = [draw.task_id for draw in taught_draws]
         with torch.no_grad():
-            wanted_KV, _ = self.base.label_logits(
-                oracles.of(names), self.answered(theirs), len(theirs)
+            target_KV, _ = self.base.label_logits(
+                oracles.of(names), self.answered(taught_draws), len(taught_draws)
             )
         is_taught_K = torch.isin(batch.label_row_K * len(draws) // len(batch.ids_ES), taught)
         return (
             loss
-            + self.recipe.logit_weight * kl_divergence(wanted_KV, logits_KV[is_taught_K])
+            + self.recipe.logit_weight * kl_divergence(target_KV, logits_KV[is_taught_K])
             + self.recipe.parameter_weight * oracles.distance(student.rows(taught), names)
         )
 
 
-def kl_divergence(wanted_KV: Tensor, logits_KV: Tensor) -> Tensor:
-    """KL(wanted || given) of next-token distributions in nats, the mean over tokens."""
-    wanted_KV, logits_KV = wanted_KV.float().log_softmax(-1), logits_KV.float().log_softmax(-1)
-    return torch.nn.functional.kl_div(logits_KV, wanted_KV, reduction="batchmean", log_target=True)
+def kl_divergence(target_KV: Tensor, logits_KV: Tensor) -> Tensor:
+    """KL(target || given) of next-token distributions in nats, the mean over tokens."""
+    target_KV, logits_KV = target_KV.float().log_softmax(-1), logits_KV.float().log_softmax(-1)
+    return torch.nn.functional.kl_div(logits_KV, target_KV, reduction="batchmean", log_target=True)

@@ -8,7 +8,6 @@ them afterwards.
 import hashlib
 import json
 import os
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ship_ds.console import log
 from ship_ds.data.sampler import StepSampler, balanced
 from ship_ds.evaluation.baselines.fitting import Budget, Minutes
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
@@ -128,11 +128,7 @@ class TrainedMethod(ABC):
             if different
             else "the file is not the one in its manifest"
         )
-        print(
-            f"ship-ds: {self._folder}: {reason}; training {self.name} again",
-            file=sys.stderr,
-            flush=True,
-        )
+        log(f"{self._folder}: {reason}; training {self.name} again")
         return False
 
     def _store(self, seconds: float) -> None:

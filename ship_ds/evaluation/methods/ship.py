@@ -1,4 +1,7 @@
-"""SHIP itself: the run that is evaluated."""
+"""SHIP itself: the run that is evaluated.
+
+Letters: T tasks, Z latent size.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar
