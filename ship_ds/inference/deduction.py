@@ -10,6 +10,7 @@ Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def answer_latents(
             model, adapter, texts, instructions, max_new_tokens, num_beams, any_unfinished
         )
 
-    return _by_size(inputs, answer)
+    return answer_by_size(inputs, answer)
 
 
 def answer_stated(
@@ -65,7 +66,7 @@ def answer_stated(
         instructions = [wordings[t] for t in tasks for _ in inputs[t]]
         return _answer(model, None, texts, instructions, max_new_tokens, num_beams)
 
-    return _by_size(inputs, answer)
+    return answer_by_size(inputs, answer)
 
 
 def answer_bare(
@@ -78,7 +79,7 @@ def answer_bare(
             model, None, [text for t in tasks for text in inputs[t]], None, max_new_tokens
         )
 
-    return _by_size(inputs, answer)
+    return answer_by_size(inputs, answer)
 
 
 def _answer(
@@ -95,11 +96,18 @@ def _answer(
     return model.answer_by_beams(adapter, texts, max_new_tokens, num_beams, instructions)
 
 
-def _by_size(
-    inputs: Sequence[Sequence[str]], answer: Callable[[Sequence[int]], list[str | None]]
+def answer_by_size(
+    inputs: Sequence[Sequence[Any]], answer: Callable[[Sequence[int]], list[str | None]]
 ) -> AnswersByTask:
-    """Tasks with equally many inputs share batches: an adapter's products want equal parts where
-    prompts are padded."""
+    """Each task's answers, from batches of at most 256 inputs.
+
+    Tasks with equally many inputs share batches: an adapter's products want equal parts where
+    prompts are padded.
+
+    Args:
+        inputs: one row a task, of any length: texts, or prompts as token ids.
+        answer: the answers to all inputs of these tasks, task after task.
+    """
     rows: AnswersByTask = [[] for _ in inputs]
     for size in sorted({len(row) for row in inputs} - {0}):
         tasks = [t for t, row in enumerate(inputs) if len(row) == size]

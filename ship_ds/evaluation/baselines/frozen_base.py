@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ship_ds.api import Ship
 from ship_ds.config import LoraHypernetworkConfig
-from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.inference.deduction import AnswersByTask, answer_by_size
 from ship_ds.loss import sum_cross_entropy
 from ship_ds.model.adapters import Adapter, wrap_sites
 from ship_ds.model.backbone import freeze, load_lm
@@ -20,8 +20,6 @@ from ship_ds.model.batch import TokenBatch
 from ship_ds.model.task_llm import TaskLlm
 
 Ids = Sequence[int]
-_CHUNK = 48
-"""Tasks answered in one batch."""
 
 
 class FrozenBase:
@@ -38,7 +36,13 @@ class FrozenBase:
     def batch(
         self, prompts: Sequence[Ids], targets: Sequence[str] | None, num_virtual_tokens: int = 0
     ) -> TokenBatch:
-        """targets: texts with the labels; None where they are to be generated."""
+        """Prompts with targets on the base's device.
+
+        Args:
+            prompts: token ids.
+            targets: texts with the labels; None where they are to be generated.
+            num_virtual_tokens: places for an adapter's embeddings before each prompt.
+        """
         labels = None if targets is None else [self.prompts.target(text) for text in targets]
         return TokenBatch.build(
             prompts, labels, self.prompts.pad_id, num_virtual_tokens, self.device
@@ -60,7 +64,7 @@ class FrozenBase:
         """The sum over tasks of each one's nats per example: a task's gradient is what it would be
         without the others."""
         logits_KV, labels_K = self.label_logits(adapter, batch, num_tasks)
-        return sum_cross_entropy(logits_KV, labels_K) * num_tasks / len(batch.ids_ES)
+        return sum_cross_entropy(logits_KV, labels_K) * num_tasks / len(batch.lengths)
 
     @torch.no_grad()
     def log_likelihoods(
@@ -91,26 +95,26 @@ class FrozenBase:
     def answer(
         self,
         questions: Sequence[Sequence[Ids]],
-        adapter_of: Callable[[slice], Adapter],
+        adapter_of: Callable[[Sequence[int]], Adapter],
         num_virtual_tokens: int = 0,
     ) -> AnswersByTask:
-        """One row of questions a task; `adapter_of(tasks)` is asked for the adapter of some
-        consecutive ones.
+        """Each task's answers.
 
-        Tasks of a batch with fewer questions than the widest repeat them there and count them once.
+        Args:
+            questions: prompts as token ids, one row a task.
+            adapter_of: the adapter of some tasks, by their places in `questions`.
+            num_virtual_tokens: that the adapter puts before each prompt.
         """
-        answers: AnswersByTask = []
-        for start in range(0, len(questions), _CHUNK):
-            chunk = questions[start : start + _CHUNK]
-            width = max(map(len, chunk))
-            texts = self.generate(
-                adapter_of(slice(start, start + len(chunk))),
-                [row[i % len(row)] for row in chunk for i in range(width)],
+
+        def answer(tasks: Sequence[int]) -> list[str | None]:
+            return self.generate(
+                adapter_of(tasks),
+                [question for t in tasks for question in questions[t]],
                 self.config.evaluation.max_new_tokens,
                 num_virtual_tokens,
             )
-            answers += [texts[t * width : t * width + len(row)] for t, row in enumerate(chunk)]
-        return answers
+
+        return answer_by_size(questions, answer)
 
     @torch.no_grad()
     def read(self, wordings: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,9 @@ class GeneratedLora(TrainedMethod):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         questions = [[self.base.prompts.task_prompt(text) for text in row] for row in inputs]
-        return self.base.answer(questions, lambda chunk: self.generate(wordings[chunk]))
+        return self.base.answer(
+            questions, lambda tasks: self.generate([wordings[t] for t in tasks])
+        )
 
     def train_oracles(self, recipe: OracleRecipe) -> Oracles:
         return train_oracles(

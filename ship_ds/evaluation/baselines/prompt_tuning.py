@@ -107,11 +107,9 @@ class PromptTuning(TrainedMethod):
         questions = [[self.base.prompts.task_prompt(text) for text in row] for row in inputs]
         num_prompts = len(prompt.prompt_TPH)
 
-        def adapter_of(tasks: slice) -> SoftPrompt:
-            return (
-                prompt()
-                if num_prompts == 1
-                else prompt().rows(torch.arange(num_prompts, device=self.base.device)[tasks])
-            )
+        def adapter_of(tasks: Sequence[int]) -> SoftPrompt:
+            if num_prompts == 1:
+                return prompt()
+            return prompt().rows(torch.tensor(tasks, device=self.base.device))
 
         return self.base.answer(questions, adapter_of, self.recipe.num_virtual_tokens)

@@ -7,10 +7,8 @@ from typing import ClassVar
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.inference.deduction import AnswersByTask, answer_by_size
 from ship_ds.model.batch import TokenBatch
-
-_ROWS = 240
 
 
 class InContextLearning(Untrained):
@@ -31,15 +29,17 @@ class InContextLearning(Untrained):
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         prompts = [
-            self.prompt(text, shots)
+            [self.prompt(text, shots) for text in row]
             for shots, row in zip(shown, inputs, strict=True)
-            for text in row
         ]
-        batches = [prompts[start : start + _ROWS] for start in range(0, len(prompts), _ROWS)]
-        flat = iter([answer for batch in batches for answer in self._answer(batch)])
-        return [[next(flat) for _ in row] for row in inputs]
+
+        def answer(tasks: Sequence[int]) -> list[str | None]:
+            return self._answer([ids for t in tasks for ids in prompts[t]])
+
+        return answer_by_size(prompts, answer)
 
     def prompt(self, text: str, shots: Sequence[Example]) -> tuple[int, ...]:
+        """Token ids of the shots and the query, with as many shots as the context has room for."""
         ids = self.model.prompts.task_prompt(text, None, shots)
         fits = self.context is None or len(ids) + self.max_new_tokens <= self.context
         return ids if fits or not shots else self.prompt(text, shots[:-1])

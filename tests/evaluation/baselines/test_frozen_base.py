@@ -1,6 +1,6 @@
 """Losses, likelihoods and answers of the frozen base."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -46,16 +46,20 @@ def test_answers_of_uneven_tasks_are_those_of_each_task_alone(
 ) -> None:
     base = FrozenBase(ship)
     lora = awake_lora(base, 3)()
-    rows = [["3 9 5"], ["1 2", "4 4 8", "7"], ["6 0", "2 2"]]
+    rows = [["3 9 5", "8"], ["1 2", "4 4 8", "7"], ["6 0", "2 2"]]
     questions = [[base.prompts.task_prompt(x, "reverse the list") for x in row] for row in rows]
 
-    def adapter_of(tasks: slice) -> Any:
-        return lora.rows(torch.arange(3)[tasks])
+    batches: list[list[int]] = []
+
+    def adapter_of(tasks: Sequence[int]) -> Any:
+        batches.append(list(tasks))
+        return lora.rows(torch.tensor(tasks))
 
     together = base.answer(questions, adapter_of)
-    monkeypatch.setattr("ship_ds.evaluation.baselines.frozen_base._CHUNK", 1)
-    assert together == base.answer(questions, adapter_of)
-    assert [len(row) for row in together] == [1, 3, 2] and any(
+    assert batches == [[0, 2], [1]], "tasks with equally many questions share a batch"
+    monkeypatch.setattr("ship_ds.inference.deduction._ROWS", 1)
+    assert together == base.answer(questions, adapter_of) and batches[2:] == [[0], [2], [1]]
+    assert [len(row) for row in together] == [2, 3, 2] and any(
         text for row in together for text in row
     )
 
