@@ -12,8 +12,6 @@ examples on every machine. Three properties make the world a fair test of instru
 - dev and unseen rules are parted before anything is trained, the tiny language model included, and
   an unseen rule is unseen for a named reason: its parameters, its pairing of two steps (one of
   which may be unseen too), or its whole family. It is no step of a seen composition either.
-
-Letters: U rules, F fixed inputs.
 """
 
 import itertools
@@ -837,12 +835,12 @@ def other_compositions(seed: int, per_pair: int) -> list[Rule]:
         for rule in _compose((by_name[first], by_name[second]), per_pair, rng)
         if rule.name not in names and not {step.name for step in rule.steps} & held_names
     ]
-    answers_UF = behaviour([*held, *rules])
-    of_held_UF, of_rules_UF = answers_UF[: len(held)], answers_UF[len(held) :]
+    answers = behaviour([*held, *rules])
+    of_held, of_rules = answers[: len(held)], answers[len(held) :]
     return [
         rule
-        for rule, answers_F in zip(rules, of_rules_UF, strict=True)
-        if (of_held_UF == answers_F).mean(axis=1).max() < SAME_RULE_AGREEMENT
+        for rule, answers_of_rule in zip(rules, of_rules, strict=True)
+        if (of_held == answers_of_rule).mean(axis=1).max() < SAME_RULE_AGREEMENT
     ]
 
 
@@ -864,7 +862,7 @@ def fixed_inputs() -> list[Numbers]:
 
 def behaviour(rules: Sequence[Rule]) -> "np.ndarray":
     """What each rule answers to each fixed input, as integers that are equal where the answers are;
-    (U, F)."""
+    (rules, fixed inputs)."""
     # Here, and not above: a config is checked without it, in a third less time.
     import numpy as np
 
@@ -878,10 +876,10 @@ def behaviour(rules: Sequence[Rule]) -> "np.ndarray":
 def _distinct(rules: list[Rule], groups: list[list[Rule]]) -> list[list[Rule]]:
     """`groups` without the rules that behave like an earlier one (or like leaving the list as it
     is)."""
-    answers_UF = behaviour([*rules, Rule("", "identity", lambda xs: xs, (), "", ())])
+    answers = behaviour([*rules, Rule("", "identity", lambda xs: xs, (), "", ())])
     kept = [len(rules)]
     for index in range(len(rules)):
-        agreement = (answers_UF[kept] == answers_UF[index]).mean(axis=1)
+        agreement = (answers[kept] == answers[index]).mean(axis=1)
         if agreement.max() < SAME_RULE_AGREEMENT:
             kept.append(index)
     kept_names = {rules[index].name for index in kept[1:]}

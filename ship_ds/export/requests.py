@@ -6,6 +6,8 @@ one.
 
 Instructions are read, and latents checked, without torch: what is wrong with them is told before it
 is loaded.
+
+Letters: T tasks, Z latent size.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The encoder: instruction -> posterior over z.
 
-Letters: T tasks, S padded length, H hidden size, Z latent size.
+Letters: E sequences, T tasks, S padded length, H hidden size, Z latent size.
 """
 
 import hashlib

@@ -6,6 +6,8 @@ config's `loss` section. Trainer, log, TensorBoard, figures and planner loop ove
 
 A new objective is a class with a config class in the table `kinds.OBJECTIVES`; it may be an
 nn.Module with parameters of its own, which then train along. docs/extending.md has an example.
+
+Letters: T tasks, Z latent size.
 """
 
 from abc import ABC, abstractmethod

@@ -1,5 +1,8 @@
 """One row a step to metrics.jsonl and TensorBoard, a progress bar on rank 0, and the picture of the
-losses at the end."""
+losses at the end.
+
+Letters: Z latent size.
+"""
 
 import json
 import math

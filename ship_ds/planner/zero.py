@@ -2,8 +2,6 @@
 
 The constants were read off DeepSpeed 0.19.8 and are compared with running ranks by
 tools/bench_planner.py.
-
-Letters: N ranks, D reuse distance in elements (a packed NF4 byte is one element).
 """
 
 from collections.abc import Sequence
@@ -28,7 +26,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Zero:
-    """The settings of a ds_configs file that decide memory and traffic, on N ranks."""
+    """The settings of a ds_configs file that decide memory and traffic, on `num_ranks`."""
 
     stage: int
     dtype_bytes: int
@@ -82,8 +80,9 @@ class Held:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one rank's links in one step (ring algorithms: an all-gather of b bytes moves b
-    (N-1)/N), by what they are.
+    """Bytes of one rank's links in one step, by what they are.
+
+    Ring algorithms: an all-gather of b bytes over n ranks moves b (n-1)/n.
 
     inside_node: what hpZ moves between the GPUs of one node; it is not in `wire`.
     """
@@ -161,8 +160,8 @@ def _sharded(zero: Zero, engine: Sequence[Weight]) -> list[Weight]:
 
 
 def _gathered(zero: Zero, engine: Sequence[Weight]) -> int:
-    """Whole weights at once under ZeRO-3: those used again within D elements, or the largest and
-    what is fetched ahead."""
+    """Whole weights at once under ZeRO-3: those used again within `reuse_distance` elements, or
+    the largest and what is fetched ahead."""
     weights = _sharded(zero, engine)
     if zero.stage < 3 or zero.num_ranks == 1 or not weights:
         return 0
@@ -213,9 +212,11 @@ def traffic(
 
 
 def _gathers(zero: Zero, engine: Sequence[Weight], recomputed: Sequence[Weight]) -> tuple[int, int]:
-    """Bytes gathered for one forward and one backward pass. A weight stays from the one to the
-    other where its next use is fewer than D elements away, so the last D / 2 elements are gathered
-    once."""
+    """Bytes gathered for one forward and one backward pass.
+
+    A weight stays from the one to the other where its next use is fewer than `reuse_distance`
+    elements away (a packed NF4 byte is one element), so the last half of that is gathered once.
+    """
     weights = _sharded(zero, engine)
     total = sum(weight.stored_bytes(zero.dtype_bytes) for weight in weights)
     elements = sum(weight.stored_elements for weight in weights)
