@@ -69,6 +69,7 @@ def test_a_run_takes_its_last_step_and_leaves_the_bundle_that_it_left(
         assert now[2][name] == pytest.approx(was[2][name], rel=1e-5), name
     expected = load_file(RUN / "bundle" / "ship.safetensors")
     trained = load_file(run / "bundle" / "ship.safetensors")
+    assert len(json.loads((run / "bundle" / "probes.json").read_text())) == 3
     assert list(trained) == list(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
