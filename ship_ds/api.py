@@ -40,7 +40,7 @@ from ship_ds.inference.induction import (
 )
 from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
 from ship_ds.inference.reasoning import Reasoning, reason_many
-from ship_ds.model.adapters import Adapter
+from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.ship import ShipModel
 

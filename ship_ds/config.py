@@ -167,9 +167,10 @@ class ReshapeHypernetworkConfig(Section):
     """Embeddings that z is cut into."""
 
 
-ADAPTERS.register(LoraHypernetworkConfig, "ship_ds.model.hypernetwork:LoraHypernetwork")
-ADAPTERS.register(SoftPromptHypernetworkConfig, "ship_ds.model.hypernetwork:SoftPromptHypernetwork")
-ADAPTERS.register(ReshapeHypernetworkConfig, "ship_ds.model.hypernetwork:ReshapeHypernetwork")
+_SOFT_PROMPT = "ship_ds.model.adapters.soft_prompt"
+ADAPTERS.register(LoraHypernetworkConfig, "ship_ds.model.adapters.lora:LoraHypernetwork")
+ADAPTERS.register(SoftPromptHypernetworkConfig, f"{_SOFT_PROMPT}:SoftPromptHypernetwork")
+ADAPTERS.register(ReshapeHypernetworkConfig, f"{_SOFT_PROMPT}:ReshapeHypernetwork")
 HypernetworkConfig = Annotated[SerializeAsAny[Section], BeforeValidator(ADAPTERS.validate)]
 
 

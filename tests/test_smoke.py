@@ -16,7 +16,7 @@ from ship_ds.api import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
-from ship_ds.model.adapters import LoraAdapter
+from ship_ds.model.adapters.lora import LoraAdapter
 
 CELLS = [
     *(f"deduction.{part}" for part in ("seen", "unseen", "unseen_paraphrase")),

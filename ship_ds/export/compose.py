@@ -7,12 +7,9 @@ from pathlib import Path
 import torch
 
 from ship_ds.api import Ship
-from ship_ds.errors import UserError
-from ship_ds.export.peft_adapter import Exporter, LoraExport
+from ship_ds.export.peft_adapter import Exporter
 from ship_ds.export.proof import Proof
 from ship_ds.files import new_folder
-from ship_ds.lora_folder import add, compressed
-from ship_ds.model.adapters import LoraAdapter
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,12 @@ def compose(
         UserError: The run's adapters are no LoRAs, the rank is too high, or the proof fails.
     """
     adapter = ship.model.adapt(ship.model.encode([text for _, text in parts]))
-    if not isinstance(adapter, LoraAdapter):
-        raise UserError(
-            "compose: this run's hypernetwork makes soft prompts, whose sum means "
-            "nothing; it needs kind=lora"
-        )
-    lora = add(
-        [(weight, LoraExport.of(adapter, task).lora) for task, (weight, _) in enumerate(parts)]
+    exports = ship.model.hypernetwork.exports(adapter)
+    weights = [weight for weight, _ in parts]
+    total, total_rank, error = type(exports[0]).summed(
+        list(zip(weights, exports, strict=True)), rank
     )
-    lora, error = (lora, 0.0) if rank is None else compressed(lora, rank)
     made_from = " + ".join(f"{weight:g} x ({text})" for weight, text in parts)
     with new_folder(folder) as part:
-        proof = Exporter(ship, probes).write(part, LoraExport(lora), made_from, None)
-    return Composition(proof, lora.rank, error)
+        proof = Exporter(ship, probes).write(part, total, made_from, None)
+    return Composition(proof, total_rank, error)

@@ -13,11 +13,12 @@ import torch
 
 from ship_ds.api import Ship
 from ship_ds.errors import UserError
-from ship_ds.export.peft_adapter import Exportable, Exporter, exports_of
+from ship_ds.export.peft_adapter import Exporter
 from ship_ds.export.proof import Proof
 from ship_ds.export.requests import Request, write_latents
 from ship_ds.files import disk_error, new_folder, part_of, publish, refuse_existing, sha256
 from ship_ds.lora_folder import ADAPTER_WEIGHTS
+from ship_ds.model.adapters.adapter import Export
 from ship_ds.origin import ORIGIN, read_origin
 
 LATENT_FILE = "latent.safetensors"
@@ -113,9 +114,7 @@ def export_many(
     return Batch(len(proofs) - num_kept, num_kept, worst)
 
 
-def _finished(
-    folder: Path, exporter: Exporter, request: Request, export: Exportable
-) -> Proof | None:
+def _finished(folder: Path, exporter: Exporter, request: Request, export: Export) -> Proof | None:
     """The proof of this very adapter, where an earlier start wrote it here and its weights are as
     they were; else None."""
     if not (folder / ORIGIN).is_file():
@@ -132,7 +131,7 @@ def _finished(
     return Proof(**origin.proof) if found == expected else None
 
 
-def _write_beside(exporter: Exporter, folder: Path, request: Request, export: Exportable) -> Proof:
+def _write_beside(exporter: Exporter, folder: Path, request: Request, export: Export) -> Proof:
     """Write into FOLDER.part first, so that a killed run leaves no half adapter under a whole one's
     name."""
     inner = part_of(folder)
@@ -155,7 +154,7 @@ def _made_from(request: Request) -> str:
 @torch.no_grad()
 def generate(
     ship: Ship, requests: Sequence[Request], pad_to: int | None = None
-) -> Iterator[tuple[Request, Exportable]]:
+) -> Iterator[tuple[Request, Export]]:
     """Make adapters, many in one forward of encoder and hypernetwork.
 
     Yields:
@@ -169,12 +168,14 @@ def generate(
             next(encoded) if r.latent_Z is None else r.latent_Z.to(ship.model.device) for r in chunk
         ]
         latent_TZ = torch.stack(latents)
-        exports = exports_of(ship.model.adapt(latent_TZ), len(chunk), pad_to)
+        exports = ship.model.hypernetwork.exports(ship.model.adapt(latent_TZ))
+        if pad_to is not None:
+            exports = [export.padded(pad_to) for export in exports]
         for request, latent_Z, export in zip(chunk, latent_TZ, exports, strict=True):
             yield Request(request.name, request.instruction, latent_Z), export
 
 
-def _write(exporter: Exporter, part: Path, request: Request, export: Exportable) -> Proof:
+def _write(exporter: Exporter, part: Path, request: Request, export: Export) -> Proof:
     assert request.latent_Z is not None
     write_latents(
         part / LATENT_FILE, request.latent_Z[None], exporter.ship.digest, [request.instruction]

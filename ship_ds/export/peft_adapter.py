@@ -5,14 +5,12 @@ An adapter whose keys match nothing is served as the bare base in silence. So ea
 back with `peft` on the same base: its logits on probe prompts must equal the live hypernetwork's
 and differ from the base's.
 
-Letters: H hidden size, I inputs of a linear, O outputs of a linear, P virtual tokens, R LoRA rank,
-S padded length, T tasks, V vocabulary.
+Letters: S padded length, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +19,8 @@ from ship_ds.api import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.proof import PeftBase, Prompts, Proof, largest_difference
 from ship_ds.files import sha256
-from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, write_lora, write_soft_prompt
-from ship_ds.model.adapters import Adapter, LoraAdapter, SoftPrompt
+from ship_ds.lora_folder import ADAPTER_WEIGHTS
+from ship_ds.model.adapters.adapter import Adapter, Export
 from ship_ds.model.backbone import base_folder, load_lm
 from ship_ds.model.batch import TokenBatch
 from ship_ds.origin import Origin
@@ -30,74 +28,6 @@ from ship_ds.weights_folder import WeightsFolder
 
 MAX_DIFFERENCE = 1e-4
 """Largest logit difference in fp32 between the exported adapter and the live hypernetwork."""
-
-
-class Exportable(Protocol):
-    """One adapter on its way out; a new kind is a new class."""
-
-    def live(self) -> Adapter:
-        """As the Task LLM applies it, for one task."""
-
-    def write(self, part: Path, base: str, lm: torch.nn.Module) -> None:
-        """The files that `peft` reads; lm: the base model."""
-
-    def shape(self) -> str:
-        """For the model card."""
-
-
-@dataclass(frozen=True)
-class LoraExport:
-    """A LoRA on its way into a PEFT folder."""
-
-    lora: Lora
-
-    @classmethod
-    def of(cls, adapter: LoraAdapter, task: int) -> "LoraExport":
-        factors = {
-            path: (a_TRI[task], b_TOR[task]) for path, (a_TRI, b_TOR) in adapter.factors.items()
-        }
-        return cls(Lora(factors, adapter.scaling))
-
-    def live(self) -> Adapter:
-        factors = {
-            path: (a_RI[None], b_OR[None]) for path, (a_RI, b_OR) in self.lora.factors.items()
-        }
-        return LoraAdapter(factors, self.lora.scaling)
-
-    def write(self, part: Path, base: str, lm: torch.nn.Module) -> None:
-        write_lora(part, self.lora, base)
-
-    def shape(self) -> str:
-        return f"LoRA, rank {self.lora.rank}, scaling {self.lora.scaling:g}"
-
-
-@dataclass(frozen=True)
-class SoftPromptExport:
-    """A soft prompt on its way into a PEFT folder."""
-
-    prompt_PH: Tensor
-
-    def live(self) -> Adapter:
-        return SoftPrompt(self.prompt_PH[None])
-
-    def write(self, part: Path, base: str, lm: torch.nn.Module) -> None:
-        write_soft_prompt(part, self.prompt_PH, base, lm.config)
-
-    def shape(self) -> str:
-        return f"soft prompt, {self.prompt_PH.shape[0]} virtual tokens"
-
-
-def exports_of(adapter: Adapter, num_tasks: int, pad_to: int | None = None) -> list[Exportable]:
-    """One of each task. Raises UserError when a soft prompt is to be padded."""
-    if isinstance(adapter, LoraAdapter):
-        loras = [LoraExport.of(adapter, task).lora for task in range(num_tasks)]
-        return [LoraExport(lora if pad_to is None else lora.padded(pad_to)) for lora in loras]
-    if pad_to is not None:
-        raise UserError(
-            "--pad-to: this run's hypernetwork makes soft prompts, which have no rank; leave it out"
-        )
-    assert isinstance(adapter, SoftPrompt)
-    return [SoftPromptExport(adapter.prompt_TPH[task]) for task in range(num_tasks)]
 
 
 class Exporter:
@@ -122,7 +52,7 @@ class Exporter:
         self.fingerprint = WeightsFolder(base_folder(config.base)).fingerprint
 
     @torch.no_grad()
-    def write(self, part: Path, export: Exportable, made_from: str, wording: str | None) -> Proof:
+    def write(self, part: Path, export: Export, made_from: str, wording: str | None) -> Proof:
         """Write an adapter with its origin and model card, and prove it.
 
         Args:
@@ -162,7 +92,7 @@ class Exporter:
         ).write(part)
         return proof
 
-    def _prove(self, part: Path, export: Exportable, prompts: Prompts) -> Proof:
+    def _prove(self, part: Path, export: Export, prompts: Prompts) -> Proof:
         live = [live_logits(self.ship, export.live(), ids) for ids in prompts]
         bare = self.base.bare(prompts)
         exported = self.base.under(part, prompts)

@@ -30,7 +30,8 @@ from ship_ds.inference.induction import (
 )
 from ship_ds.inference.proposals import beams, key_of, sampled
 from ship_ds.lora_folder import read_lora
-from ship_ds.model.adapters import AdaptedLinear, LoraAdapter
+from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.model.adapters.sites import AdaptedLinear
 from ship_ds.model.backbone import base_folder
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ship_ds.model.adapters import Adapter
+from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.ship import ShipModel
 
 _ROWS = 256

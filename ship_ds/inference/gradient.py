@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.inference.scoring import Examples, answers_batch, losses_by_example, sum_per_example
-from ship_ds.model.adapters import Adapter
+from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
 

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from ship_ds.config import EncoderConfig, LoraTuning, LossConfig, ModelConfig, TaskLlmConfig
-from ship_ds.kinds import PRIORS
-from ship_ds.model.adapters import wrap_sites
+from ship_ds.errors import UserError
+from ship_ds.kinds import ADAPTERS, PRIORS
+from ship_ds.model.adapters.adapter import Hypernetwork, Target, build_hypernetwork
+from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.attention import Choice, this_machine
 from ship_ds.model.backbone import (
     Quantisation,
@@ -28,7 +30,6 @@ from ship_ds.model.backbone import (
 from ship_ds.model.collate import Collator, Prompts
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder
-from ship_ds.model.hypernetwork import build_hypernetwork, targets_of
 from ship_ds.model.language_model import language_model
 from ship_ds.model.objectives import build_objectives
 from ship_ds.model.priors import Prior
@@ -109,7 +110,11 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     task_lm = freeze(
         weights.language_model(config.task_llm.base, config.task_llm.quantisation, sharded)
     )
-    sites = wrap_sites(task_lm, targets_of(config.hypernetwork))
+    port = language_model(task_lm)
+    kind: type[Hypernetwork] = ADAPTERS.implementation(config.hypernetwork)
+    for reason in filter(None, map(port.missing, kind.needs)):
+        raise UserError(reason)
+    sites = wrap_sites(task_lm, kind.targets(config.hypernetwork))
     encoder_lm, decoder_lm = (_role_lm(role, weights) for role in (config.encoder, config.decoder))
     encoder = Encoder(encoder_lm, language_model(encoder_lm).hidden_size, config.latent_size)
     encoder.language_model.drop_output_layer()
@@ -120,9 +125,8 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
         config.decoder.num_soft_tokens,
         config.decoder.fusion,
     )
-    hypernetwork = build_hypernetwork(
-        config.hypernetwork, config.latent_size, sites, language_model(task_lm).hidden_size
-    )
+    target = Target(sites, port.hidden_size, tuple(port.blocks()), port.key_value_heads)
+    hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, target)
     prior: Prior = PRIORS.implementation(config.prior)(config.prior, config.latent_size)
     task_llm = TaskLlm(task_lm, config.task_llm.checkpointing)
     parts = Parts(encoder, prior, hypernetwork, task_llm, decoder)

@@ -6,6 +6,9 @@ kernel where that one runs (CUDA, 16 bits) and the tokens lie as in training: pa
 Everything else, generation with a cache and left padding included, goes through SDPA with
 transformers' own mask, so one loaded model serves both.
 
+`ship_sdpa` is SDPA with transformers' own mask. Both let each row attend to an adapter's prefix as
+well: keys and values that a block hands down as `ship_prefix` (adapters/sites.py).
+
 Letters: E sequences, S padded length, N packed tokens, A attention heads, G key-value heads,
 F size of an attention head.
 """
@@ -24,9 +27,11 @@ from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_p
 from ship_ds.errors import UserError
 
 Choice = Literal["auto", "sdpa", "varlen", "flash"]
-VARLEN, FLASH = "ship_varlen", "flash_attention_2"
+SDPA, VARLEN, FLASH = "ship_sdpa", "ship_varlen", "flash_attention_2"
 PACKS = (VARLEN, FLASH)
 """Implementations for which a packed batch costs less than a padded one."""
+TAKES_PREFIX = [SDPA, VARLEN]
+"""Implementations that attend to an adapter's prefix; the planner adds its own."""
 
 
 def this_machine() -> torch.device:
@@ -66,7 +71,7 @@ def resolve(choice: Choice, device: torch.device, caps_scores: bool = False) -> 
         return FLASH
     if caps_scores:
         return "eager"
-    return VARLEN if on_cuda and choice in ("auto", "varlen") else "sdpa"
+    return VARLEN if on_cuda and choice in ("auto", "varlen") else SDPA
 
 
 def kernel_runs(device: torch.device | str, dtype: torch.dtype) -> bool:
@@ -135,12 +140,12 @@ def varlen_forward(
         attention_mask is not None
         or query.shape[2] != key.shape[2]
         or not kernel_runs(query.device, query.dtype)
+        or kwargs.get("ship_prefix") is not None
     ):
         # SDPA would let packed samples see each other: the mask has to be there by now.
         assert attention_mask is not None or ends is None or len(ends) == 2
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
-        )
+        kwargs |= {"sliding_window": sliding_window}
+        return sdpa_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
         raise UserError(
             "model.attention: torch's variable-length kernel has no attention dropout; "
@@ -182,5 +187,58 @@ def _ends(
     return ends, int(longest)
 
 
+def prepend(
+    prefix: tuple[Tensor, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sliding_window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with an adapter's before them, and a mask by which every query sees these.
+
+    Args:
+        prefix: keys and values (E, G, P, F), P of each row.
+        query, key, value: see `sdpa_forward`.
+        mask: of the keys there are, boolean or added to the scores; None: causal, within
+            `sliding_window`.
+    """
+    keys, values = (states.to(key.dtype) for states in prefix)
+    length, num_keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(length, num_keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril(num_keys - length)
+        if sliding_window is not None:  # the token itself is one of the window
+            mask = mask.triu(num_keys - length - sliding_window + 1)
+        mask = mask[None, None]
+    seen = True if mask.dtype == torch.bool else 0.0
+    mask = torch.nn.functional.pad(mask, (keys.shape[2], 0), value=seen)
+    return torch.cat([keys, key], 2), torch.cat([values, value], 2), mask
+
+
+def sdpa_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    ship_prefix: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F)."""
+    if ship_prefix is not None:
+        key, value, attention_mask = prepend(
+            ship_prefix, query, key, value, attention_mask, kwargs.get("sliding_window")
+        )
+    out: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    )
+    return out
+
+
+AttentionInterface.register(SDPA, sdpa_forward)
+AttentionMaskInterface.register(SDPA, sdpa_mask)
 AttentionInterface.register(VARLEN, varlen_forward)
 AttentionMaskInterface.register(VARLEN, varlen_mask)

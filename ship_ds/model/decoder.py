@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
-from ship_ds.model.hypernetwork import check_reshape
 from ship_ds.model.language_model import Stream, language_model
+from ship_ds.model.reshape import check_reshape
 
 
 class Decoder(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ship_ds.model.adapters import Adapter
-from ship_ds.model.attention import PACKS, needs_no_mask, no_mask
+from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.attention import PACKS, TAKES_PREFIX, needs_no_mask, no_mask
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import Feature, LanguageModel, Stream
 
@@ -31,6 +31,12 @@ class DecoderOnly(LanguageModel):
             return (
                 f"{type(self.module).__name__}: has no model.layers; only decoder-only models with "
                 "a list of blocks there can be adapted"
+            )
+        attention = self.module.config._attn_implementation
+        if feature == "prefix" and attention not in TAKES_PREFIX:
+            return (
+                f"{type(self.module).__name__}: its attention here is {attention}, which cannot "
+                "attend to a prefix; set model.attention=sdpa, or another model.hypernetwork.kind"
             )
         return None
 

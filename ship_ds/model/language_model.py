@@ -37,10 +37,11 @@ from ship_ds.errors import UserError
 from ship_ds.model.batch import TokenBatch
 
 if TYPE_CHECKING:  # adapters.py wraps what this file finds
-    from ship_ds.model.adapters import Adapter
+    from ship_ds.model.adapters.adapter import Adapter
 
-Feature = Literal["adapters", "packing"]
-"""What a model may lack: sites for adapters; batches without padding."""
+Feature = Literal["adapters", "prefix", "packing"]
+"""What a model may lack: sites for adapters; attention to a prefix of theirs; batches without
+padding."""
 
 
 class Stream(ABC):
@@ -121,6 +122,14 @@ class LanguageModel(ABC):
         """The most tokens of prompt and answer together; None: no limit of its own."""
         length: int | None = getattr(self.module.config, "max_position_embeddings", None)
         return length
+
+    @property
+    def key_value_heads(self) -> tuple[int, int]:
+        """(G, F): key-value heads of a block and the size of one; (0, 0) where it has none."""
+        settings = self.module.config
+        num_heads = getattr(settings, "num_attention_heads", 0)
+        size = getattr(settings, "head_dim", None) or self.hidden_size // max(1, num_heads)
+        return getattr(settings, "num_key_value_heads", None) or num_heads, size
 
     @property
     def embedding_spread(self) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ship_ds.config import ModelConfig
 from ship_ds.data.sampler import TaskDraw
-from ship_ds.model.adapters import Adapter
+from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.collate import Collator
 from ship_ds.model.encoder import Posterior
@@ -107,7 +107,7 @@ class ShipModel(nn.Module):
     @property
     def packs(self) -> bool:
         """Whether batches are laid out without padding, for a kernel that gains by it."""
-        return self.task_llm.language_model.packs
+        return self.task_llm.language_model.packs and self.hypernetwork.packs
 
     def collate(self, draws: Sequence[TaskDraw], seed: int, step: int) -> ShipBatch:
         """The batch of a micro-step, with what the objectives prepare for themselves."""

@@ -10,11 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from ship_ds.loss import sum_cross_entropy
-from ship_ds.model.adapters import Adapter
+from ship_ds.model.adapters.adapter import Adapter, Hypernetwork
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder, Posterior
-from ship_ds.model.hypernetwork import Hypernetwork
 from ship_ds.model.priors import Prior
 from ship_ds.model.task_llm import TaskLlm
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ship_ds.model.adapters import Adapter, sites_of
+from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.sites import sites_of
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import Stream, language_model

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ship_ds.config import Config
 from ship_ds.data.source import source_of
-from ship_ds.model.adapters import AdaptedBlock, Adapter
+from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.sites import AdaptedBlock
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.step import ShipBatch
 from ship_ds.planner.shapes import Shapes

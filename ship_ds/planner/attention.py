@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from ship_ds.model.attention import TAKES_PREFIX, prepend
+
 PLANNED = "ship_planned"
 
 
@@ -42,8 +44,12 @@ def planned_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature: query (B, A, S, D) -> (B, S, A, D)."""
+    prefix = kwargs.get("ship_prefix")
+    if prefix is not None:
+        key, value, _ = prepend(prefix, query, key, value, attention_mask)
     return _Fused.apply(query, key, value).transpose(1, 2), None
 
 
+TAKES_PREFIX.append(PLANNED)
 AttentionInterface.register(PLANNED, planned_attention)
 AttentionMaskInterface.register(PLANNED, lambda *args, **kwargs: None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ship_ds.config import Config, TaskLlmConfig, override_config
-from ship_ds.model.adapters import AdaptedBlock
+from ship_ds.model.adapters.sites import AdaptedBlock
 from ship_ds.model.assemble import SHARD_ABOVE_BYTES
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes

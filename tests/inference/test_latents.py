@@ -13,7 +13,7 @@ from ship_ds.inference.latents import (
     nearest_known,
     sample_prior,
 )
-from ship_ds.model.adapters import LoraAdapter
+from ship_ds.model.adapters.lora import LoraAdapter
 
 
 def test_arithmetic_on_instructions(ship: Ship) -> None:

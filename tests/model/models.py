@@ -19,7 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ship_ds.model.adapters import Adapter, LoraAdapter
+from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.model.attention import SDPA
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import Stream, language_model
@@ -46,7 +48,7 @@ def tiny_lm(family: str, attention: str | None = None, seed: int = 0) -> PreTrai
     Gemma tied and capped."""
     torch.manual_seed(seed)
     sliding = {"sliding_window": 4}
-    attention = attention or ("eager" if family == "gemma2" else "sdpa")
+    attention = attention or ("eager" if family == "gemma2" else SDPA)
     sizes = {**_SIZES, "initializer_range": 0.2, "attn_implementation": attention}
     match family:
         case "llama":

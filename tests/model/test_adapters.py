@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ship_ds.errors import UserError
-from ship_ds.model.adapters import AdaptedLinear, Adapter, LoraAdapter, SoftPrompt, wrap_sites
+from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.model.adapters.sites import AdaptedLinear, wrap_sites
+from ship_ds.model.adapters.soft_prompt import SoftPrompt
 from ship_ds.model.batch import TokenBatch
 from tests.model.models import HIDDEN, label_logits, random_lora, random_rows, tiny_lm
 

@@ -17,8 +17,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from ship_ds.errors import UserError
 from ship_ds.model import attention
-from ship_ds.model.adapters import wrap_sites
-from ship_ds.model.attention import FLASH, VARLEN, resolve
+from ship_ds.model.adapters.sites import wrap_sites
+from ship_ds.model.attention import FLASH, SDPA, VARLEN, resolve
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import language_model
 from tests.model.models import (
@@ -45,8 +45,8 @@ def flash_attn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("choice", "device", "flash_attn", "caps", "expected"),
     [
-        ("auto", CPU, True, False, "sdpa"),
-        ("sdpa", CPU, False, False, "sdpa"),
+        ("auto", CPU, True, False, SDPA),
+        ("sdpa", CPU, False, False, SDPA),
         ("auto", CPU, False, True, "eager"),
         ("auto", CUDA, True, False, FLASH),
         ("auto", CUDA, False, False, VARLEN),
@@ -54,7 +54,7 @@ def flash_attn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         ("auto", CUDA, True, True, FLASH),
         ("varlen", CUDA, True, False, VARLEN),
         ("flash", CUDA, True, False, FLASH),
-        ("sdpa", CUDA, True, False, "sdpa"),
+        ("sdpa", CUDA, True, False, SDPA),
     ],
     indirect=["flash_attn"],
 )
@@ -145,7 +145,7 @@ def test_kernel_gives_the_stock_logits_and_gradients(
     family: str, packed: bool, kernel: Kernel
 ) -> None:
     results = []
-    for implementation in ("sdpa", VARLEN):
+    for implementation in ("sdpa", SDPA, VARLEN):
         model = tiny_lm(family, implementation).requires_grad_(False)
         adapter = random_lora(wrap_sites(model, ("q_proj", "v_proj")), 2)
         logits, labels = label_logits(
@@ -153,8 +153,10 @@ def test_kernel_gives_the_stock_logits_and_gradients(
         )
         torch.nn.functional.cross_entropy(logits, labels).backward()
         results.append((logits, *(a.grad for a, _ in adapter.factors.values())))
-    for ours, stock in zip(*results, strict=True):
-        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=2e-5)
+    stock, sdpa, kernel_results = results
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sdpa, stock, strict=True))
+    for ours, theirs in zip(kernel_results, stock, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
     assert kernel.num_calls == 4  # two layers, and each once more in the backward pass
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ship_ds.model.adapters import wrap_sites
+from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import language_model

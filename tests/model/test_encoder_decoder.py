@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from ship_ds.config import DecoderConfig, LoraHypernetworkConfig, ModelConfig, TaskLlmConfig
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example
-from ship_ds.model.adapters import wrap_sites
+from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.batch import TokenBatch

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ship_ds.model.adapters import wrap_sites
+from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import sample
 from tests.model.models import EOS, greedy_rows, random_lora, random_rows, stream_of, tiny_lm

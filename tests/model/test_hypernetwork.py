@@ -12,9 +12,10 @@ from ship_ds.config import (
     SoftPromptHypernetworkConfig,
 )
 from ship_ds.errors import UserError
-from ship_ds.model.adapters import LoraAdapter, wrap_sites
+from ship_ds.model.adapters.adapter import Target, build_hypernetwork
+from ship_ds.model.adapters.lora import LoraAdapter, LoraHypernetwork
+from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.hypernetwork import LoraHypernetwork, Target, build_hypernetwork
 from tests.model.models import label_logits, random_rows, tiny_lm
 
 Z, WIDTH, RANK = 6, 16, 4
@@ -139,7 +140,7 @@ def test_head_sizes_by_hand() -> None:
 
 def test_soft_prompt_shape_and_gradient() -> None:
     hypernetwork = build_hypernetwork(
-        SoftPromptHypernetworkConfig(num_virtual_tokens=3, width=8), Z, {}, 10
+        SoftPromptHypernetworkConfig(num_virtual_tokens=3, width=8), Z, Target({}, 10)
     )
     tokens = hypernetwork(_latent()).virtual_tokens()
     assert (
@@ -150,7 +151,9 @@ def test_soft_prompt_shape_and_gradient() -> None:
 
 
 def test_reshape_is_z_itself() -> None:
-    hypernetwork = build_hypernetwork(ReshapeHypernetworkConfig(num_virtual_tokens=3), Z, {}, 2)
+    hypernetwork = build_hypernetwork(
+        ReshapeHypernetworkConfig(num_virtual_tokens=3), Z, Target({}, 2)
+    )
     latent = _latent()
     tokens = hypernetwork(latent).virtual_tokens()
     assert (
@@ -161,7 +164,7 @@ def test_reshape_is_z_itself() -> None:
     with pytest.raises(
         UserError, match=r"\(3\) x the base's hidden size \(4\) is 12, and model.latent_size is 6"
     ):
-        build_hypernetwork(ReshapeHypernetworkConfig(num_virtual_tokens=3), Z, {}, 4)
+        build_hypernetwork(ReshapeHypernetworkConfig(num_virtual_tokens=3), Z, Target({}, 4))
 
 
 def test_takes_z_in_another_dtype() -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ship_ds.errors import UserError
-from ship_ds.model.adapters import sites_of, wrap_sites
+from ship_ds.model.adapters.sites import sites_of, wrap_sites
 from ship_ds.model.decoder_only import DecoderOnly
 from ship_ds.model.language_model import language_model
 from tests.model.models import HIDDEN, VOCABULARY, tiny_lm

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ship_ds.model.adapters import wrap_sites
+from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.search import TokenTrie, beam_search, likeliest_known, vote
 from tests.model.models import (

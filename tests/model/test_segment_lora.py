@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ship_ds.model.segment_lora import segment_lora
+from ship_ds.model.adapters.segment_lora import segment_lora
 
 NUM_IN, NUM_OUT = 16, 8
 

@@ -24,7 +24,7 @@ from ship_ds.api import Ship
 from ship_ds.config import load_config
 from ship_ds.data import rules
 from ship_ds.errors import UserError
-from ship_ds.model.adapters import Adapter
+from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.step import ShipBatch
 from ship_ds.runtime import checkpoint, ranks, repartition
 from ship_ds.runtime import engine as engines

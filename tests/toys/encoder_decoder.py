@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
-from ship_ds.model.adapters import Adapter
+from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import LANGUAGE_MODELS, Feature, LanguageModel, Stream
 

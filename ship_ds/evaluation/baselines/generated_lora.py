@@ -16,9 +16,9 @@ from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles, train_oracles
 from ship_ds.evaluation.baselines.trained import TrainedMethod
 from ship_ds.inference.deduction import AnswersByTask
-from ship_ds.model.adapters import LoraAdapter
+from ship_ds.model.adapters.adapter import Target
+from ship_ds.model.adapters.lora import LoraAdapter, LoraHypernetwork
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.hypernetwork import LoraHypernetwork, Target
 
 
 class PooledReader(nn.Module):

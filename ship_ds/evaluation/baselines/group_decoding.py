@@ -4,7 +4,7 @@ prompts at once."""
 from collections.abc import Sequence
 
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase, Ids
-from ship_ds.model.adapters import Adapter
+from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.search import vote
 
 

@@ -17,7 +17,7 @@ from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.baselines.fitting import Budget, Steps, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
-from ship_ds.model.adapters import LoraAdapter
+from ship_ds.model.adapters.lora import LoraAdapter
 
 _GROUP = 60
 """Tasks trained in one batch."""

@@ -16,7 +16,7 @@ from ship_ds.evaluation.baselines.fitting import Steps, fit
 from ship_ds.evaluation.baselines.static_adapters import StaticSoftPrompt
 from ship_ds.evaluation.baselines.trained import TrainedMethod
 from ship_ds.inference.deduction import AnswersByTask
-from ship_ds.model.adapters import SoftPrompt
+from ship_ds.model.adapters.soft_prompt import SoftPrompt
 
 _CHUNK = 48
 """Tasks whose prompts are tuned together."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.config import LoraHypernetworkConfig
-from ship_ds.model.adapters import LoraAdapter, SoftPrompt
-from ship_ds.model.hypernetwork import Sites
+from ship_ds.model.adapters.adapter import Sites
+from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.model.adapters.soft_prompt import SoftPrompt
 
 
 class StaticLora(nn.Module):

@@ -9,7 +9,7 @@ from ship_ds.evaluation.baselines.fitting import Steps
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles, train_oracles
 from ship_ds.evaluation.metrics import exact_match
-from ship_ds.model.adapters import LoraAdapter
+from ship_ds.model.adapters.lora import LoraAdapter
 
 pytestmark = pytest.mark.slow
 

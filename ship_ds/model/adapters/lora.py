@@ -1,46 +1,137 @@
-"""Hypernetworks: z -> adapter. Each kind of adapter has its own class, and so has each kind of LoRA
-head.
+"""LoRA (Hu et al. 2021): z -> A and B of every target linear.
 
-A LoRA hypernetwork is a trunk shared by all sites (z plus a learned embedding -> MLP) and heads.
-Each head serves a group of sites, says how many embeddings they need, and turns the trunk's
-features into their A and B. B starts at exactly zero, so step 0 is the base model; A starts as in
-`peft`.
+A hypernetwork is a trunk shared by all sites (z plus a learned embedding -> MLP) and heads. Each
+head serves a group of sites, says how many embeddings they need, and turns the trunk's features
+into their A and B. B starts at exactly zero, so step 0 is the base model; A starts as in `peft`.
 
-Letters: T tasks, Z latent, D hypernetwork width, S sites of a group, U features of a group, R rank,
-I in, O out, P virtual tokens, H hidden.
+Letters: T tasks, Z latent size, D hypernetwork width, J sites of a group, U features of a group,
+R LoRA rank, I inputs of a linear, O outputs of a linear.
 """
 
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ship_ds.config import (
-    LoraHypernetworkConfig,
-    ReshapeHypernetworkConfig,
-    SoftPromptHypernetworkConfig,
-)
-from ship_ds.errors import UserError
-from ship_ds.kinds import ADAPTERS
-from ship_ds.model.adapters import LoraAdapter, SoftPrompt
-from ship_ds.section import Section
+from ship_ds.config import LoraHypernetworkConfig
+from ship_ds.lora_folder import Lora, add, compressed, read_lora, write_lora
+from ship_ds.model.adapters.adapter import Adapter, Export, Hypernetwork, Sites, Target
+from ship_ds.model.adapters.segment_lora import segment_lora
 
-Sites = Mapping[str, tuple[int, int]]
-"""Module path -> (in, out)."""
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module path -> (a_TRI, b_TOR)."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """The Task LLM as hypernetworks see it: its wrapped linears and the size of its embeddings."""
+class LoraAdapter(Adapter):
+    """Low-rank updates: y += scaling * B A x (Hu et al. 2021), scaling = alpha / R as in `peft`.
 
-    sites: Sites
-    hidden_size: int
+    factors: module path -> (a_TRI, b_TOR).
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    scaling: float
+    offsets: Tensor | None = None
+
+    @property
+    def num_tasks(self) -> int:
+        return len(next(iter(self.factors.values()))[0])
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None:
+        if path not in self.factors:
+            return None
+        a_TRI, b_TOR = self.factors[path]
+        # B is far smaller than the output
+        return segment_lora(x, a_TRI, b_TOR * self.scaling, self.offsets)
+
+    def rows(self, index: Tensor) -> "LoraAdapter":
+        return replace(
+            self,
+            factors={path: (a[index], b[index]) for path, (a, b) in self.factors.items()},
+            offsets=None,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B of each site."""
+        return {
+            f"{path}.{half}": factor
+            for path, factors in self.factors.items()
+            for half, factor in zip("AB", factors, strict=True)
+        }
+
+    def distance(self, other: Adapter) -> Tensor:
+        """By the updates B A of every site: other factors of the same update are no distance."""
+        assert isinstance(other, LoraAdapter)
+        total = norm = torch.zeros(())
+        for path, (a_TRI, b_TOR) in self.factors.items():
+            total = total + self.scaling**2 * _inner(a_TRI, b_TOR, a_TRI, b_TOR)
+            if path in other.factors:
+                a_1RI, b_1OR = other.factors[path]
+                square = other.scaling**2 * _inner(a_1RI, b_1OR, a_1RI, b_1OR)
+                both = self.scaling * other.scaling * _inner(a_TRI, b_TOR, a_1RI, b_1OR)
+                total, norm = total + square - 2 * both, norm + square
+        return total / norm.clamp(min=1e-12)
+
+    def over(self, offsets: Tensor | None) -> "LoraAdapter":
+        return replace(self, offsets=offsets)
+
+
+def _inner(a_TRI: Tensor, b_TOR: Tensor, other_a_TRI: Tensor, other_b_TOR: Tensor) -> Tensor:
+    """<B A, B' A'> = sum of (B^T B') * (A A'^T), (T,): no update is ever formed."""
+    return ((b_TOR.mT @ other_b_TOR) * (a_TRI @ other_a_TRI.mT)).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class LoraExport(Export):
+    """A plain LoRA folder of `peft`."""
+
+    lora: Lora
+
+    def live(self) -> LoraAdapter:
+        """See `Export`."""
+        return as_adapter(self.lora)
+
+    def write(self, part: Path, base: str, lm: Any) -> None:
+        """See `Export`."""
+        write_lora(part, self.lora, base)
+
+    def shape(self) -> str:
+        """See `Export`."""
+        return f"LoRA, rank {self.lora.rank}, scaling {self.lora.scaling:g}"
+
+    def padded(self, rank: int) -> "LoraExport":
+        """With zero rows up to `rank`."""
+        return LoraExport(self.lora.padded(rank))
+
+    @classmethod
+    def summed(
+        cls, parts: Sequence[tuple[float, Any]], rank: int | None
+    ) -> tuple[Export, int, float]:
+        """The ranks side by side, or compressed by SVD."""
+        lora = add([(weight, export.lora) for weight, export in parts])
+        lora, error = (lora, 0.0) if rank is None else compressed(lora, rank)
+        return LoraExport(lora), lora.rank, error
+
+
+def as_adapter(lora: Lora) -> LoraAdapter:
+    """A LoRA on disk as the adapter of one task."""
+    factors = {path: (a_RI[None], b_OR[None]) for path, (a_RI, b_OR) in lora.factors.items()}
+    return LoraAdapter(factors, lora.scaling)
+
+
+def exports_of_lora(adapter: LoraAdapter) -> list[Export]:
+    """One a task; also for kinds whose value can be written as a LoRA."""
+    pairs = list(adapter.factors.items())
+    return [
+        LoraExport(Lora({path: (a[task], b[task]) for path, (a, b) in pairs}, adapter.scaling))
+        for task in range(adapter.num_tasks)
+    ]
 
 
 class LoraHead(nn.Module, ABC):
@@ -152,7 +243,7 @@ HEADS: Mapping[str, type[ShapeHead] | type[LayerHead] | type[RankHead]] = {
 }
 
 
-class LoraHypernetwork(nn.Module):
+class LoraHypernetwork(Hypernetwork):
     """z and the learned embedding of a site (layer and module) -> MLP -> heads."""
 
     num_virtual_tokens = 0
@@ -198,93 +289,10 @@ class LoraHypernetwork(nn.Module):
         """Where most of the weights are; the rest is the trunk."""
         return list(self.heads)
 
+    def exports(self, adapter: LoraAdapter) -> list[Export]:
+        """See `Hypernetwork`."""
+        return exports_of_lora(adapter)
 
-class SoftPromptHypernetwork(nn.Module):
-    """z -> MLP -> P embeddings before the prompt."""
-
-    def __init__(
-        self, config: SoftPromptHypernetworkConfig, latent_size: int, target: Target
-    ) -> None:
-        super().__init__()
-        hidden_size = target.hidden_size
-        self.num_virtual_tokens: int = config.num_virtual_tokens
-        self.hidden_size = hidden_size
-        self.layers = nn.Sequential(
-            nn.Linear(latent_size, config.width),
-            nn.SiLU(),
-            nn.Linear(config.width, config.num_virtual_tokens * hidden_size),
-        )
-
-    def forward(self, latent_TZ: Tensor) -> SoftPrompt:
-        prompt_TX = self.layers(latent_TZ.to(next(self.layers.parameters()).dtype))
-        return SoftPrompt(prompt_TX.view(-1, self.num_virtual_tokens, self.hidden_size))
-
-    @staticmethod
-    def targets(config: SoftPromptHypernetworkConfig) -> tuple[str, ...]:
-        """Names of the Task LLM's linears that its adapters change."""
-        return ()
-
-    def head_modules(self) -> list[nn.Module]:
-        return [self.layers[-1]]
-
-
-class ReshapeHypernetwork(nn.Module):
-    """z itself, cut into P embeddings before the prompt: the published "p-tuning" fusion (arXiv
-    2502.02315). No weights."""
-
-    def __init__(self, config: ReshapeHypernetworkConfig, latent_size: int, target: Target) -> None:
-        super().__init__()
-        check_reshape(
-            "model.hypernetwork.num_virtual_tokens",
-            config.num_virtual_tokens,
-            latent_size,
-            target.hidden_size,
-        )
-        self.num_virtual_tokens: int = config.num_virtual_tokens
-
-    def forward(self, latent_TZ: Tensor) -> SoftPrompt:
-        return SoftPrompt(latent_TZ.unflatten(1, (self.num_virtual_tokens, -1)))
-
-    @staticmethod
-    def targets(config: ReshapeHypernetworkConfig) -> tuple[str, ...]:
-        """Names of the Task LLM's linears that its adapters change."""
-        return ()
-
-    def head_modules(self) -> list[nn.Module]:
-        return []
-
-
-def check_reshape(key: str, num_tokens: int, latent_size: int, hidden_size: int) -> None:
-    """Raises UserError unless z is exactly `num_tokens` embeddings of the base model."""
-    if num_tokens * hidden_size != latent_size:
-        raise UserError(
-            f"{key} ({num_tokens}) x the base's hidden size ({hidden_size}) is "
-            f"{num_tokens * hidden_size}, and "
-            f"model.latent_size is {latent_size}: z is reshaped, so make them equal"
-        )
-
-
-Hypernetwork = LoraHypernetwork | SoftPromptHypernetwork | ReshapeHypernetwork
-
-
-def targets_of(config: Section) -> tuple[str, ...]:
-    """Names of the Task LLM's linears that adapters of this kind change."""
-    targets: tuple[str, ...] = ADAPTERS.implementation(config).targets(config)
-    return targets
-
-
-def build_hypernetwork(
-    config: Section, latent_size: int, sites: Sites, hidden_size: int
-) -> Hypernetwork:
-    """The hypernetwork of the config's kind.
-
-    Args:
-        config: its section, `model.hypernetwork`.
-        latent_size: Z.
-        sites: the Task LLM's wrapped linears.
-        hidden_size: of the Task LLM's embeddings.
-    """
-    hypernetwork: Hypernetwork = ADAPTERS.implementation(config)(
-        config, latent_size, Target(sites, hidden_size)
-    )
-    return hypernetwork
+    def read(self, folder: Path) -> LoraAdapter:
+        """Of any rank and scaling, and of any subset of modules."""
+        return as_adapter(read_lora(folder))

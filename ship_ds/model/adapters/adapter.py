@@ -1,0 +1,177 @@
+"""The port of adapter kinds: an adapter's value, the hypernetwork that makes it, its way out.
+
+An adapter is an explicit value. It travels as a keyword argument through the transformers model
+into every block, and a checkpointed block's recomputation sees the very adapter that its forward
+saw: the block hands it to its linear layers inside the checkpointed function, so nothing depends on
+what is current when the backward pass runs (on CUDA in another thread).
+
+A new kind is one file with three classes, and its config class in the table `kinds.ADAPTERS`.
+
+Letters: T tasks, E sequences, G key-value heads, F size of an attention head, I inputs of a linear,
+O outputs of a linear, P virtual tokens, H hidden size, Z latent size.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ship_ds.errors import UserError
+from ship_ds.kinds import ADAPTERS
+from ship_ds.model.language_model import Feature
+from ship_ds.section import Section
+
+Sites = Mapping[str, tuple[int, int]]
+"""Module path -> (in, out) of each linear that adapters change."""
+Prefix = tuple[Tensor, Tensor]
+"""Keys and values, (E, G, P, F) each, that a block attends to before its own."""
+
+
+class Adapter(ABC):
+    """The adapters of T tasks. What a kind does not do keeps its default: nothing."""
+
+    @property
+    @abstractmethod
+    def num_tasks(self) -> int:
+        """T, or how many rows it was expanded to."""
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None:
+        """What is added to the output of the linear at module `path` for input x (..., I), its
+        tokens task-major; None: nothing."""
+        return None
+
+    def virtual_tokens(self) -> Tensor | None:
+        """Embeddings put before every prompt, (T, P, H); None: none."""
+        return None
+
+    def prefix(self, path: str, num_rows: int) -> Prefix | None:
+        """What every row attends to besides in the block at module `path`; None: nothing."""
+        return None
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> "Adapter":
+        """The adapter whose row e is this one's row index[e]; it reorders and compacts a batch."""
+
+    def over(self, offsets: Tensor | None) -> "Adapter":
+        """The same for tokens laid end to end, task t ending at offsets[t]; None: every task has
+        equally many tokens."""
+        return self
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was generated, by name; its first dimension is T."""
+
+    def distance(self, other: "Adapter") -> Tensor:
+        """|each task of this - other|^2 / |other|^2, (T,), with gradient.
+
+        The norms are of what the two do, not of how that is written.
+
+        Args:
+            other: of the same kind and of one task.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no distance")
+
+
+class Export(ABC):
+    """One task's adapter on its way out."""
+
+    @abstractmethod
+    def live(self) -> Adapter:
+        """As the Task LLM applies it, for one task."""
+
+    @abstractmethod
+    def write(self, part: Path, base: str, lm: Any) -> None:
+        """The files that `peft` reads, into an existing folder.
+
+        Args:
+            part: the folder.
+            base: the base model's folder, as the files name it.
+            lm: the base, a transformers model.
+        """
+
+    @abstractmethod
+    def shape(self) -> str:
+        """For the model card: kind and size in words."""
+
+    def padded(self, rank: int) -> "Export":
+        """The same function at a higher rank. Raises UserError for a kind without ranks."""
+        raise UserError(f"--pad-to: {self.shape()}: has no rank; leave it out")
+
+    @classmethod
+    def summed(
+        cls, parts: Sequence[tuple[float, "Export"]], rank: int | None
+    ) -> tuple["Export", int, float]:
+        """The weighted sum of several, of `rank` or exact.
+
+        Returns:
+            The sum, its rank, and what a lower rank lost of it: the Frobenius norm of the
+            difference over that of the exact sum.
+
+        Raises:
+            UserError: a sum of this kind means nothing.
+        """
+        raise UserError(
+            f"compose: {parts[0][1].shape()}: a sum of such adapters means nothing; it needs a run "
+            "with model.hypernetwork.kind=lora"
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """The Task LLM as hypernetworks see it.
+
+    sites: its wrapped linears. blocks: module paths. hidden_size: of its embeddings. heads:
+    key-value heads and the size of one.
+    """
+
+    sites: Sites
+    hidden_size: int
+    blocks: tuple[str, ...] = ()
+    heads: tuple[int, int] = (0, 0)
+
+
+class Hypernetwork(nn.Module, ABC):
+    """z -> adapter; made from (config, latent_size, target)."""
+
+    num_virtual_tokens: int = 0
+    """Places that its adapters take before each prompt."""
+    needs: ClassVar[tuple[Feature, ...]] = ("adapters",)
+    """What it needs of a language model; see `LanguageModel.missing`."""
+    packs: ClassVar[bool] = True
+    """Whether its adapters can be applied to a batch without padding."""
+
+    @staticmethod
+    def targets(config: Any) -> tuple[str, ...]:
+        """Names of the Task LLM's linears that its adapters change."""
+        return ()
+
+    @abstractmethod
+    def forward(self, latent_TZ: Tensor) -> Adapter:
+        """The adapters of T latents."""
+
+    @abstractmethod
+    def exports(self, adapter: Any) -> list[Export]:
+        """Each task's adapter on its way out."""
+
+    def read(self, folder: Path) -> Adapter:
+        """The value of a folder that was written for one task. Raises UserError."""
+        raise UserError(f"{folder}: adapters of this run's kind cannot be read back")
+
+    def head_modules(self) -> list[nn.Module]:
+        """Where most of the weights are; the rest is the trunk."""
+        return []
+
+
+def build_hypernetwork(config: Section, latent_size: int, target: Target) -> Hypernetwork:
+    """The hypernetwork of the config's kind.
+
+    Args:
+        config: its section, `model.hypernetwork`.
+        latent_size: Z.
+        target: the Task LLM.
+    """
+    hypernetwork: Hypernetwork = ADAPTERS.implementation(config)(config, latent_size, target)
+    return hypernetwork

@@ -1,0 +1,112 @@
+"""Soft prompts (Lester et al. 2021): z -> embeddings before every prompt, by an MLP or as they are.
+
+Letters: T tasks, Z latent size, P virtual tokens, H hidden size, X other letters flattened.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ship_ds.config import ReshapeHypernetworkConfig, SoftPromptHypernetworkConfig
+from ship_ds.lora_folder import write_soft_prompt
+from ship_ds.model.adapters.adapter import Adapter, Export, Hypernetwork, Target
+from ship_ds.model.reshape import check_reshape
+
+
+@dataclass(frozen=True)
+class SoftPrompt(Adapter):
+    """Embeddings that precede the prompt (Lester et al. 2021): prompt_TPH."""
+
+    prompt_TPH: Tensor
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.prompt_TPH)
+
+    def virtual_tokens(self) -> Tensor | None:
+        return self.prompt_TPH
+
+    def rows(self, index: Tensor) -> "SoftPrompt":
+        return SoftPrompt(self.prompt_TPH[index])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The embeddings."""
+        return {"prompt": self.prompt_TPH}
+
+    def distance(self, other: Adapter) -> Tensor:
+        """By the embeddings."""
+        assert isinstance(other, SoftPrompt)
+        difference_TPH = self.prompt_TPH - other.prompt_TPH
+        norm = other.prompt_TPH.square().sum().clamp(min=1e-12)
+        return difference_TPH.square().sum((1, 2)) / norm
+
+
+@dataclass(frozen=True)
+class SoftPromptExport(Export):
+    """A prompt-tuning folder of `peft`."""
+
+    prompt_PH: Tensor
+
+    def live(self) -> SoftPrompt:
+        """See `Export`."""
+        return SoftPrompt(self.prompt_PH[None])
+
+    def write(self, part: Path, base: str, lm: Any) -> None:
+        """See `Export`."""
+        write_soft_prompt(part, self.prompt_PH, base, lm.config)
+
+    def shape(self) -> str:
+        """See `Export`."""
+        return f"soft prompt, {self.prompt_PH.shape[0]} virtual tokens"
+
+
+class SoftPromptHypernetwork(Hypernetwork):
+    """z -> MLP -> P embeddings before the prompt."""
+
+    def __init__(
+        self, config: SoftPromptHypernetworkConfig, latent_size: int, target: Target
+    ) -> None:
+        super().__init__()
+        hidden_size = target.hidden_size
+        self.num_virtual_tokens: int = config.num_virtual_tokens
+        self.hidden_size = hidden_size
+        self.layers = nn.Sequential(
+            nn.Linear(latent_size, config.width),
+            nn.SiLU(),
+            nn.Linear(config.width, config.num_virtual_tokens * hidden_size),
+        )
+
+    def forward(self, latent_TZ: Tensor) -> SoftPrompt:
+        prompt_TX = self.layers(latent_TZ.to(next(self.layers.parameters()).dtype))
+        return SoftPrompt(prompt_TX.view(-1, self.num_virtual_tokens, self.hidden_size))
+
+    def head_modules(self) -> list[nn.Module]:
+        return [self.layers[-1]]
+
+    def exports(self, adapter: SoftPrompt) -> list[Export]:
+        """See `Hypernetwork`."""
+        return [SoftPromptExport(prompt_PH) for prompt_PH in adapter.prompt_TPH]
+
+
+class ReshapeHypernetwork(Hypernetwork):
+    """z itself, cut into P embeddings before the prompt: the published "p-tuning" fusion (arXiv
+    2502.02315). No weights."""
+
+    def __init__(self, config: ReshapeHypernetworkConfig, latent_size: int, target: Target) -> None:
+        super().__init__()
+        check_reshape(
+            "model.hypernetwork.num_virtual_tokens",
+            config.num_virtual_tokens,
+            latent_size,
+            target.hidden_size,
+        )
+        self.num_virtual_tokens: int = config.num_virtual_tokens
+
+    def forward(self, latent_TZ: Tensor) -> SoftPrompt:
+        return SoftPrompt(latent_TZ.unflatten(1, (self.num_virtual_tokens, -1)))
+
+    def exports(self, adapter: SoftPrompt) -> list[Export]:
+        """See `Hypernetwork`."""
+        return [SoftPromptExport(prompt_PH) for prompt_PH in adapter.prompt_TPH]

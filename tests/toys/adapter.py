@@ -1,0 +1,62 @@
+"""An adapter kind of somebody else's: z is the diagonal between a learned A and B of every site.
+
+    SHIP_DS_PLUGINS=tests.toys.adapter ... model.hypernetwork.kind=diagonal_core
+
+The update of a linear is B diag(c(z)) A, so its value is a LoRA and leaves as one.
+
+Letters: T tasks, Z latent size, R LoRA rank, I inputs of a linear, O outputs of a linear.
+"""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ship_ds.kinds import ADAPTERS
+from ship_ds.lora_folder import read_lora
+from ship_ds.model.adapters.adapter import Export, Hypernetwork, Target
+from ship_ds.model.adapters.lora import LoraAdapter, as_adapter, exports_of_lora
+from ship_ds.section import Section
+
+
+class DiagonalCoreConfig(Section):
+    kind: Literal["diagonal_core"] = "diagonal_core"
+    rank: int = 4
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+class DiagonalCore(Hypernetwork):
+    def __init__(self, config: DiagonalCoreConfig, latent_size: int, target: Target) -> None:
+        super().__init__()
+        self.paths = list(target.sites)
+        self.a = nn.ParameterList(
+            torch.randn(config.rank, num_in) / math.sqrt(num_in)
+            for num_in, _ in target.sites.values()
+        )
+        self.b = nn.ParameterList(
+            torch.zeros(num_out, config.rank) for _, num_out in target.sites.values()
+        )
+        self.core = nn.Linear(latent_size, config.rank)
+
+    @staticmethod
+    def targets(config: DiagonalCoreConfig) -> tuple[str, ...]:
+        return config.targets
+
+    def forward(self, latent_TZ: Tensor) -> LoraAdapter:
+        core_TR = self.core(latent_TZ.to(self.core.weight.dtype))
+        factors = {
+            path: (core_TR[:, :, None] * a_RI, b_OR.expand(len(core_TR), -1, -1))
+            for path, a_RI, b_OR in zip(self.paths, self.a, self.b, strict=True)
+        }
+        return LoraAdapter(factors, 1.0)
+
+    def exports(self, adapter: LoraAdapter) -> list[Export]:
+        return exports_of_lora(adapter)
+
+    def read(self, folder: Path) -> LoraAdapter:
+        return as_adapter(read_lora(folder))
+
+
+ADAPTERS.register(DiagonalCoreConfig, DiagonalCore)
