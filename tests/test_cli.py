@@ -5,7 +5,7 @@ import re
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -276,3 +276,15 @@ def test_what_needs_no_torch_imports_none(arguments: list[str], tmp_path: Path) 
     )
     done = start(["-c", program])
     assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_choices_are_those_of_the_library() -> None:
+    """The verbs name them again, since the library's own are beside code that needs torch."""
+    from ship_ds.cli import converting, using
+    from ship_ds.export.merge import Dtype
+    from ship_ds.export.targets import TargetName
+    from ship_ds.inference.config import Method
+
+    assert tuple(target.value for target in converting.Target) == get_args(TargetName)
+    assert get_args(get_args(converting.Dtype)[0]) == get_args(Dtype)
+    assert set(get_args(get_args(using.Method)[0])) == set(get_args(Method))
