@@ -9,6 +9,7 @@ import typer
 
 from ship_ds.cli import checks
 from ship_ds.cli.verb import AsJson, Run, Seed, verb
+from ship_ds.console import log
 
 _PANEL = "Inspect"
 Limit = Annotated[int | None, typer.Option(min=1, help="see data.filters in `ship-ds config`")]
@@ -100,7 +101,6 @@ def evaluate(
         methods, parts, num_tasks, num_shown, minutes, judge, endpoint, endpoint_model, seed
     )
     checks.check_run(run)
-    from ship_ds.console import log
     from ship_ds.evaluation.evaluate import evaluate, show
     from ship_ds.runtime import ranks
 
@@ -127,7 +127,6 @@ def plot(
     folders = [run, *(runs or ())]
     for folder in folders:
         checks.check_folder(folder)
-    from ship_ds.console import log
     from ship_ds.evaluation import figures
     from ship_ds.evaluation.evaluate import write_latent_map
     from ship_ds.runtime import ranks

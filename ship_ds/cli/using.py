@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import JsonLines, Out, PadTo, Probes, Run, Seed, log, print_row, verb
+from ship_ds.cli.verb import JsonLines, Out, PadTo, Probes, Run, Seed, print_row, verb
+from ship_ds.console import log
 from ship_ds.errors import UserError
 
 if TYPE_CHECKING:

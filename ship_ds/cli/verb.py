@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -139,8 +138,3 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text")]
 def print_row(row: dict[str, Any]) -> None:
     """One line of JSON on standard output."""
     print(json.dumps(row, ensure_ascii=False), flush=True)
-
-
-def log(text: str) -> None:
-    """One line on standard error."""
-    print(f"ship-ds: {text}", file=sys.stderr, flush=True)
