@@ -2,7 +2,8 @@
 
 Loading torch, transformers and a model takes many seconds; a missing folder or a mistyped number
 is told before. Each check raises UserError, and those of the library stay as they are: what opens
-a bundle compares every hash, this only looks whether the files are there.
+a bundle compares every hash, this only looks whether the files are there. What reads a config is
+imported inside them, since a mistyped verb needs none.
 """
 
 import json
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder, verify
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, refuse_existing
 
@@ -41,6 +41,7 @@ def check_run(path: Path) -> Path:
 
     Every file of it has its size, and the models that it was trained around are there.
     """
+    from ship_ds.bundle import bundle_folder, verify
     from ship_ds.runtime import preflight
 
     folder = bundle_folder(path)
@@ -61,6 +62,7 @@ def read_config(bundle: Path) -> "Config":
 
 def check_latents(file: Path, bundle: Path) -> None:
     """Saved latents are of this very bundle."""
+    from ship_ds.bundle import SHIP_WEIGHTS
     from ship_ds.export.requests import load_latents
 
     weights = Manifest.read(bundle).files[SHIP_WEIGHTS]
@@ -110,6 +112,8 @@ def check_checkpoint(folder: Path) -> None:
 
 def check_source(path: Path) -> None:
     """What `convert` starts from: a run with a bundle or checkpoints, or a checkpoint."""
+    from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder
+
     check_folder(path)
     # A checkpoint has a manifest as well.
     folder = bundle_folder(path)
