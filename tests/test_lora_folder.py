@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import load_peft_weights
+from safetensors.torch import load_file
 
 from ship_ds.errors import UserError
 from ship_ds.lora_folder import (
@@ -16,6 +18,7 @@ from ship_ds.lora_folder import (
     read_lora,
     write_lora,
 )
+from tests.conftest import REPOSITORY
 
 
 def random_lora(seed: int, rank: int = 3, scaling: float = 1.5) -> Lora:
@@ -173,3 +176,16 @@ def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
         file.truncate(900)
     with pytest.raises(UserError, match="save the adapter again"):
         read_lora(tmp_path)
+
+
+def test_an_adapter_of_0_1_0_written_again_is_the_same(tmp_path: Path) -> None:
+    """Every tensor to the bit, and every setting that it had."""
+    old = REPOSITORY / "tests" / "fixtures" / "v0_1" / "adapter"
+    settings = json.loads((old / ADAPTER_CONFIG).read_text())
+    write_lora(tmp_path, read_lora(old), settings["base_model_name_or_path"])
+    now = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    assert {key: now[key] for key in settings} == settings
+    before, after = (load_file(folder / ADAPTER_WEIGHTS) for folder in (old, tmp_path))
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in after)
+    loaded = load_peft_weights(str(tmp_path), device="cpu")
+    assert all(loaded[name].equal(before[name]) for name in before)
