@@ -23,23 +23,24 @@ from ship_ds.console import Log, no_log
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
-from ship_ds.inference.adapters import (
-    WeightCandidate,
-    WeightInduction,
+from ship_ds.inference.adapter_reading import (
     induce_from_behaviour,
     induce_from_weights,
     read_adapter,
 )
-from ship_ds.inference.bank import Bank, encode_all
+from ship_ds.inference.bank import Bank
+from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents
-from ship_ds.inference.induction import (
+from ship_ds.inference.induction import induce_many
+from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
+from ship_ds.inference.reasoning import reason_many
+from ship_ds.inference.results import (
     Candidate,
     Induction,
-    InductionConfig,
-    induce_many,
+    Reasoning,
+    WeightCandidate,
+    WeightInduction,
 )
-from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
-from ship_ds.inference.reasoning import Reasoning, reason_many
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.ship import ShipModel
@@ -161,13 +162,25 @@ class Ship:
         """
         checks.check_instruction(self.model, instruction)
         latent_TZ = self.model.encode([instruction])
-        familiarity = (
-            self._surroundings.familiarity(self.model, self.bank, instruction)
-            if len(self.known) > 1
-            else None
-        )
-        adapter = self.model.adapt(latent_TZ)
+        adapter, familiarity = self.model.adapt(latent_TZ), self.familiarity(instruction)
         return Deduction(instruction, tuple(latent_TZ[0].tolist()), adapter, familiarity)
+
+    @torch.no_grad()
+    def familiarity(self, instruction: str) -> Familiarity | None:
+        """How an instruction lies among those that were trained on.
+
+        The first call encodes all of these, which takes a while for a large model.
+
+        Args:
+            instruction: What to do with an input.
+
+        Returns:
+            Its uncertainty and isolation; None where the bundle knows fewer than two instructions.
+        """
+        checks.check_instruction(self.model, instruction)
+        if len(self.known) < 2:
+            return None
+        return self._surroundings.familiarity(self.model, self.bank, instruction)
 
     def answer(
         self, instruction: str, inputs: Sequence[str], num_beams: int = 1
@@ -200,7 +213,7 @@ class Ship:
         for instruction, texts in zip(instructions, inputs, strict=True):
             checks.check_instruction(self.model, instruction)
             checks.check_inputs(self.model, texts, self._length)
-        latent_TZ = encode_all(self.model, instructions)
+        latent_TZ = self.model.encode(instructions)
         return answer_latents(self.model, latent_TZ, instructions, inputs, self._length, num_beams)
 
     @torch.no_grad()

@@ -22,8 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ship_ds import __version__
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "tools" / "results" / "errors.json"
 SHIP = ["-m", "ship_ds.cli"]
@@ -97,17 +95,13 @@ def machine() -> dict[str, Any]:
     """What it was measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = ("pydantic", "pyyaml", "typer", "torch")
+    packages = ("ship-ds", "pydantic", "pyyaml", "typer", "torch")
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(os.getloadavg()[0], 2),
-        "versions": {
-            "python": platform.python_version(),
-            "ship-ds": __version__,
-            **{p: version(p) for p in packages},
-        },
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
     }
 
 

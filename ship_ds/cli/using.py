@@ -90,19 +90,23 @@ def deduce(
     )
     if instruction is not None:
         _show_answers(ship, instruction, probes)
-        if (warning := far_warning(ship.deduce(instruction).familiarity)) is not None:
-            log(warning)
+        _warn_if_far(ship, instruction)
     return 0
 
 
+def _warn_if_far(ship: "Ship", instruction: str) -> None:
+    if (warning := far_warning(ship.familiarity(instruction))) is not None:
+        log(warning)
+
+
 def far_warning(familiarity: "Familiarity | None") -> str | None:
-    """One line about an instruction that is unlike those of training; else None."""
+    """One line about an instruction that is far from those of training; else None."""
     if familiarity is None or not familiarity.is_far:
         return None
     return (
-        "this instruction is unlike those that the run was trained on (less certain than "
+        "this instruction is far from the instructions this run was trained on (less certain than "
         f"{100 * familiarity.uncertainty:.0f} % of them, farther from the next than "
-        f"{100 * familiarity.loneliness:.0f} %): test the adapter before you rely on it"
+        f"{100 * familiarity.isolation:.0f} %): test what it does before you rely on it"
     )
 
 
@@ -175,6 +179,7 @@ def answer(
     ship = open_run(run)
     for text, answered in zip(texts, ship.answer(instruction, texts, beams), strict=True):
         print_row({"input": text, "answer": answered})
+    _warn_if_far(ship, instruction)
     return 0
 
 

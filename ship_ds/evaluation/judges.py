@@ -13,7 +13,6 @@ from ship_ds.evaluation.config import EndpointConfig, JudgeName
 from ship_ds.evaluation.endpoint import EndpointJudge
 from ship_ds.evaluation.metrics import exact_match, rouge_l
 from ship_ds.evaluation.questions import Question
-from ship_ds.inference.bank import encode_all
 from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
 
 Columns = dict[str, list[list[float]]]
@@ -62,7 +61,7 @@ class ExecutionJudge:
 
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         inputs = [[example.input for example in q.checked] for q in questions]
-        latent_TZ = encode_all(self.model, induced)
+        latent_TZ = self.model.encode(induced)
         stated = answer_stated(self.model, induced, inputs, self.max_new_tokens)
         through = answer_latents(self.model, latent_TZ, induced, inputs, self.max_new_tokens)
         return {

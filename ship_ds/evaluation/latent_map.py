@@ -15,9 +15,8 @@ from torch import Tensor
 from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.questions import ask, spread
-from ship_ds.inference.bank import encode_all
+from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.gradient import descend_on_latent
-from ship_ds.inference.induction import InductionConfig
 
 NUM_TASKS = 8
 _NUM_DRAWS = 4
@@ -40,10 +39,10 @@ def latent_map(ship: Ship, splits: Splits, seed: int = 0) -> dict[str, Any]:
     points = _points(
         "encoded",
         [task for task, _ in wordings],
-        encode_all(ship.model, [text for _, text in wordings]),
+        ship.model.encode([text for _, text in wordings]),
     )
     points += _points("trained", owners, trained_CZ) + _points(
-        "re-encoded", owners, encode_all(ship.model, texts)
+        "re-encoded", owners, ship.model.encode(texts)
     )
     return {"bundle": ship.digest, "seed": seed, "points": points}
 

@@ -1,11 +1,13 @@
 """Gradient descent to a latent that explains examples: on z itself, or on instruction embeddings
 through the encoder.
 
-Several restarts of several tasks run in one forward. The last example is held back where there are
-at least two: each row keeps the point where the held-back loss was lowest, and a row whose
-held-back loss has not fallen for some steps stops moving (arXiv 2502.02315, section 3.3).
+A row is one descent: several starts of several tasks run in one forward. The last example is held
+back where there are at least two: each row keeps the point where the held-back loss was lowest, and
+a row whose held-back loss has not fallen for some steps stops moving (arXiv 2502.02315, section
+3.3).
 
-Letters: C rows (task by restart), M examples, Z latent, N instruction tokens, H hidden.
+Letters: C candidates, H hidden size, K labelled positions, M examples of a task, S padded length,
+V vocabulary, Z latent size.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +28,12 @@ _PATIENCE = 5
 
 @dataclass(frozen=True)
 class Descent:
-    """Where each row's held-back loss was lowest: the latent and that loss, in nats an example."""
+    """Where each row's held-back loss was lowest.
+
+    Args:
+        latent_CZ: the points.
+        loss_C: that loss, in nats an example.
+    """
 
     latent_CZ: Tensor
     loss_C: Tensor
@@ -39,76 +46,87 @@ def descend_on_latent(
     examples: Sequence[Examples],
     steps: int,
     lr: float,
-    prior: float,
+    prior_weight: float,
     hold_back: bool = True,
 ) -> Descent:
-    """`direct`: Adam on z from `start_CZ`. prior: weight of |z|^2 / 2, the prior's negative
-    log-density up to a constant."""
-    return descend_on(
-        start_CZ.to(model.device),
-        _loss_of_examples(model, wordings, examples, hold_back),
-        steps,
-        lr,
-        prior,
-    )
+    """`direct`: Adam on z.
+
+    Args:
+        model: answers the examples.
+        start_CZ: one start a row.
+        wordings: an instruction a row, for a Task LLM that reads it too.
+        examples: of each row, equally many.
+        steps: at most.
+        lr: of Adam.
+        prior_weight: of z's negative log-density under the prior, beside the mean loss of an
+            example.
+        hold_back: whether the last example decides when to stop instead of being descended on.
+    """
+    loss = _loss_of_examples(model, wordings, examples, hold_back)
+    return descend_on(model, start_CZ, loss, steps, lr, prior_weight)
 
 
 def descend_on_instruction(
     model: ShipModel,
-    start_NH: Sequence[Tensor],
+    start_SH: Sequence[Tensor],
     wordings: Sequence[str],
     examples: Sequence[Examples],
     steps: int,
     lr: float,
-    prior: float,
+    prior_weight: float,
 ) -> Descent:
-    """`indirect`: Adam on the embeddings of the instruction that the encoder reads, one start a
-    row."""
+    """`indirect`: Adam on the embeddings of the instruction that the encoder reads.
+
+    Args:
+        model: encodes, and answers the examples.
+        start_SH: one start a row, each as long as `neutral_embeddings`.
+        wordings: as in `descend_on_latent`, like the rest.
+        examples: of each row.
+        steps: at most.
+        lr: of Adam.
+        prior_weight: of z's negative log-density.
+    """
     prompt, place = neutral_prompt(model)
     batch = TokenBatch.build(
-        [prompt] * len(start_NH), None, model.encoder_prompts.pad_id, device=model.device
+        [prompt] * len(start_SH), None, model.encoder_prompts.pad_id, device=model.device
     )
     with torch.no_grad():
-        table_CSH = model.encoder.language_model.embed(batch)
-    point_CNH = torch.stack(list(start_NH)).detach().to(model.device).clone().requires_grad_()
+        prompt_CSH = model.encoder.language_model.embed(batch)
+    before_CSH, after_CSH = prompt_CSH[:, : place.start], prompt_CSH[:, place.stop :]
+    point_CSH = torch.stack(list(start_SH)).detach().to(model.device).clone().requires_grad_()
 
     def latent() -> Tensor:
-        hidden = torch.cat(
-            [
-                table_CSH[:, : place.start],
-                point_CNH.to(table_CSH.dtype),
-                table_CSH[:, place.stop :],
-            ],
-            1,
-        )
+        hidden = torch.cat([before_CSH, point_CSH.to(prompt_CSH.dtype), after_CSH], 1)
         mean_CZ: Tensor = model.encoder(batch, hidden)[0]
         return mean_CZ
 
-    return _descend(
-        point_CNH, latent, _loss_of_examples(model, wordings, examples, True), steps, lr, prior
-    )
+    loss = _loss_of_examples(model, wordings, examples, True)
+    return _descend(model, point_CSH, latent, loss, steps, lr, prior_weight)
 
 
 def neutral_prompt(model: ShipModel) -> tuple[tuple[int, ...], slice]:
     """What the encoder reads for the neutral instruction, and where in it the instruction's own
-    tokens are."""
-    prompt, empty = (
-        model.encoder_prompts.encoder_prompt(text) for text in (NEUTRAL_INSTRUCTION, "")
-    )
-    before = next(
-        (i for i, (a, b) in enumerate(zip(prompt, empty, strict=False)) if a != b), len(empty)
-    )
-    after = next(
-        (i for i, (a, b) in enumerate(zip(prompt[::-1], empty[::-1], strict=False)) if a != b),
-        len(empty),
-    )
-    after = min(after, len(empty) - before)
+    tokens are.
+
+    They are what the prompts of that instruction and of an empty one do not share.
+    """
+    prompt = model.encoder_prompts.encoder_prompt(NEUTRAL_INSTRUCTION)
+    empty = model.encoder_prompts.encoder_prompt("")
+    before = _num_shared(prompt, empty)
+    # The ends may not reach into what the beginnings share already.
+    after = min(_num_shared(prompt[::-1], empty[::-1]), len(empty) - before)
     return prompt, slice(before, len(prompt) - after)
+
+
+def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with; `second` is the shorter one."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), len(second))
 
 
 @torch.no_grad()
 def neutral_embeddings(model: ShipModel) -> Tensor:
-    """(N, H): where `indirect` starts."""
+    """The neutral instruction's embeddings, (S, H): where `indirect` starts."""
     prompt, place = neutral_prompt(model)
     batch = TokenBatch.build([prompt], None, model.encoder_prompts.pad_id, device=model.device)
     return model.encoder.language_model.embed(batch)[0, place]
@@ -122,82 +140,102 @@ def descend_to_behaviour(
     examples: Examples,
     steps: int,
     lr: float,
-    prior: float,
+    prior_weight: float,
 ) -> Descent:
-    """Adam on z until its adapter answers as the given one: KL between their next-token
+    """Adam on z until its adapter answers as a given one: KL between their next-token
     distributions, nats an example.
 
-    adapter: of one task; examples: inputs with the answers along which both are compared.
+    Args:
+        model: makes adapters and answers.
+        start_CZ: one start a row.
+        wordings: as in `descend_on_latent`.
+        adapter: the given one, of one task.
+        examples: inputs with the answers along which both are compared.
+        steps: at most.
+        lr: of Adam.
+        prior_weight: as in `descend_on_latent`.
     """
-    own = [examples] * len(start_CZ)
-    batch, alone = answers_batch(model, wordings, own), answers_batch(model, wordings[:1], own[:1])
+    repeated = [examples] * len(start_CZ)
+    batch = answers_batch(model, wordings, repeated)
+    once = answers_batch(model, wordings[:1], repeated[:1])
     with torch.no_grad():
-        aims_KV = (
-            model.task_llm(adapter, alone, 1)[0].float().log_softmax(-1).repeat(len(start_CZ), 1)
-        )
+        log_probs_KV = model.task_llm(adapter, once, 1)[0].float().log_softmax(-1)
+    target_KV = log_probs_KV.repeat(len(start_CZ), 1)
 
     def loss(latent_CZ: Tensor) -> tuple[Tensor, Tensor]:
         logits_KV, _ = model.task_llm(model.hypernetwork(latent_CZ), batch, len(latent_CZ))
-        gaps_KV = aims_KV.exp() * (aims_KV - logits_KV.float().log_softmax(-1))
-        gap_C = sum_per_example(gaps_KV.sum(1), batch, len(latent_CZ)).mean(1)
-        return gap_C, gap_C.detach()
+        kl_KV = target_KV.exp() * (target_KV - logits_KV.float().log_softmax(-1))
+        kl_C = sum_per_example(kl_KV.sum(1), batch, len(latent_CZ)).mean(1)
+        return kl_C, kl_C.detach()
 
-    return descend_on(start_CZ.to(model.device), loss, steps, lr, prior)
+    return descend_on(model, start_CZ, loss, steps, lr, prior_weight)
+
+
+Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""(latent_CZ) -> the loss to descend on, and the one that says when to stop, (C,) each."""
 
 
 def descend_on(
+    model: ShipModel,
     start_CZ: Tensor,
-    loss: Callable[[Tensor], tuple[Tensor, Tensor]],
+    loss: Loss,
     steps: int,
     lr: float,
-    prior: float,
+    prior_weight: float,
 ) -> Descent:
-    """Adam on z; `loss` as in `_descend`."""
-    point_CZ = start_CZ.detach().clone().requires_grad_()
-    return _descend(point_CZ, lambda: point_CZ, loss, steps, lr, prior)
+    """Adam on z by any loss; the other arguments are those of `descend_on_latent`."""
+    point_CZ = start_CZ.detach().to(model.device).clone().requires_grad_()
+    return _descend(model, point_CZ, lambda: point_CZ, loss, steps, lr, prior_weight)
 
 
 def _loss_of_examples(
     model: ShipModel, wordings: Sequence[str], examples: Sequence[Examples], hold_back: bool
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The loss to descend on and the one that says when to stop, nats an example, (C,) each."""
+) -> Loss:
+    """The mean loss of an example in nats."""
     batch, num_examples = answers_batch(model, wordings, examples), len(examples[0])
-    splits = hold_back and num_examples > 1
-    fitted = slice(0, num_examples - 1 if splits else num_examples)
-    held = slice(num_examples - 1 if splits else 0, num_examples)
+    holds_back = hold_back and num_examples > 1
+    fitted = slice(0, num_examples - 1 if holds_back else num_examples)
+    held_back = slice(num_examples - 1 if holds_back else 0, num_examples)
 
     def loss(latent_CZ: Tensor) -> tuple[Tensor, Tensor]:
         logits, labels = model.task_llm(model.hypernetwork(latent_CZ), batch, len(latent_CZ))
         loss_CM = losses_by_example(logits, labels, batch, len(latent_CZ))
-        return loss_CM[:, fitted].mean(1), loss_CM[:, held].mean(1).detach()
+        return loss_CM[:, fitted].mean(1), loss_CM[:, held_back].mean(1).detach()
 
     return loss
 
 
 def _descend(
+    model: ShipModel,
     point: Tensor,
     latent: Callable[[], Tensor],
-    loss: Callable[[Tensor], tuple[Tensor, Tensor]],
+    loss: Loss,
     steps: int,
     lr: float,
-    prior: float,
+    prior_weight: float,
 ) -> Descent:
-    """Rows are independent: Adam's step on one does not depend on the others, and each keeps its
-    own best point."""
+    """Adam on `point`, from which `latent` makes z.
+
+    Rows are independent: Adam's step on one does not depend on the others, and each keeps its own
+    best point.
+    """
     best_CZ = latent().detach().clone()
     best_C = torch.full((len(best_CZ),), torch.inf, device=best_CZ.device)
     stale_C = torch.zeros(len(best_CZ), device=best_CZ.device)
     optimiser = torch.optim.Adam([point], lr=lr)
+    # One more look than there are steps: the point after the last step counts too.
     for step in range(steps + 1):
         latent_CZ = latent()
-        fitted_C, held_C = loss(latent_CZ)
-        better_C = (held_C < best_C) & (stale_C < _PATIENCE)
-        best_CZ[better_C], best_C[better_C] = latent_CZ.detach()[better_C], held_C[better_C]
+        fitted_C, held_back_C = loss(latent_CZ)
+        better_C = (held_back_C < best_C) & (stale_C < _PATIENCE)
+        best_CZ[better_C] = latent_CZ.detach()[better_C]
+        best_C[better_C] = held_back_C[better_C]
         stale_C = torch.where(better_C, 0, stale_C + 1)
         if step == steps or bool((stale_C >= _PATIENCE).all()):
             break
-        (point.grad,) = torch.autograd.grad(
-            fitted_C.sum() + prior * latent_CZ.square().sum() / 2, [point]
-        )
+        # A sum over rows: the gradient of each is that of its own loss.
+        total = fitted_C.sum() - prior_weight * model.prior.log_density(latent_CZ).sum()
+        # Not backward(), which would leave gradients in the model's parameters.
+        (point.grad,) = torch.autograd.grad(total, [point])
         optimiser.step()
     return Descent(best_CZ, best_C)

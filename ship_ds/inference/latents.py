@@ -1,10 +1,10 @@
-"""What the latent space holds: arithmetic on instructions, the prior, neighbours, and how far an
-instruction is from training.
+"""Where an instruction lies among those that training saw: its neighbours, and whether it is far
+from them all.
 
-Letters: C known instructions, Z latent.
+Letters: C candidates, Z latent size. The candidates are the known instructions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from ship_ds.inference.bank import Bank
 from ship_ds.model.ship import ShipModel
 
 FAR_QUANTILE = 0.99
-"""An instruction is far from training when it is more uncertain or lonelier than this share of the
-known ones."""
+"""An instruction is far from training when its uncertainty or its isolation is above that of this
+share of the known ones."""
 _AT_ONCE = 256
 
 
@@ -29,70 +29,61 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Familiarity:
-    """Shares of the known instructions that are less uncertain (posterior entropy) and less lonely
-    (distance to the nearest other known one) than this instruction; `is_far` when either is above
-    FAR_QUANTILE."""
+    """How an instruction lies among the known ones.
+
+    Args:
+        uncertainty: share of the known instructions whose posterior has less entropy.
+        isolation: share of them that are nearer to their nearest other known one.
+        is_far: whether either share is above FAR_QUANTILE: the adapter may then not do what the
+            text says.
+    """
 
     uncertainty: float
-    loneliness: float
+    isolation: float
     is_far: bool
 
 
-def interpolate(start_Z: Tensor, end_Z: Tensor, num_points: int) -> Tensor:
-    """`num_points` latents (N, Z) on the straight line, both ends among them."""
-    weights = torch.linspace(0, 1, num_points, device=start_Z.device)[:, None]
-    return torch.lerp(start_Z[None], end_Z[None], weights)
-
-
-def combine(model: ShipModel, weights: Mapping[str, float]) -> Tensor:
-    """Task arithmetic (Ilharco et al. 2023) on posterior means: the weighted sum (Z,) of
-    instructions."""
-    mean_TZ = model.encode(list(weights))
-    return torch.tensor(list(weights.values()), device=mean_TZ.device) @ mean_TZ
-
-
-def sample_prior(model: ShipModel, count: int, seed: int) -> Tensor:
-    """(count, Z) from N(0, I), by a generator of its own."""
-    return torch.randn(
-        count, model.config.latent_size, generator=torch.Generator().manual_seed(seed)
-    ).to(model.device)
-
-
 def nearest_known(bank: Bank, latent_Z: Tensor, count: int) -> list[Neighbour]:
-    """The known instructions whose latents are closest, closest first."""
+    """The `count` known instructions nearest to a latent, nearest first."""
     distance_C = torch.cdist(latent_Z[None], bank.latent_CZ)[0]
-    found = distance_C.topk(min(count, len(bank)), largest=False)
+    nearest = distance_C.topk(min(count, len(bank)), largest=False)
     return [
-        Neighbour(bank.instructions[c], d)
-        for c, d in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        Neighbour(bank.instructions[c], distance)
+        for c, distance in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The known instructions' own entropy and distance to the nearest other, sorted; what an
-    instruction is compared with."""
+    """What an instruction is compared with, sorted.
+
+    Args:
+        entropy_C: of each known instruction's posterior.
+        distance_C: from each to the nearest other known one.
+    """
 
     entropy_C: Tensor
     distance_C: Tensor
 
     @classmethod
     def of(cls, model: ShipModel, bank: Bank) -> "Surroundings":
-        entropy = [
+        """Those of all known instructions; takes one pass of the encoder over them."""
+        entropies = [
             _entropy(model, bank.instructions[start : start + _AT_ONCE])
             for start in range(0, len(bank), _AT_ONCE)
         ]
         apart_CC = torch.cdist(bank.latent_CZ, bank.latent_CZ).fill_diagonal_(torch.inf)
-        return cls(torch.cat(entropy).sort().values, apart_CC.amin(1).sort().values)
+        return cls(torch.cat(entropies).sort().values, apart_CC.amin(1).sort().values)
 
     def familiarity(self, model: ShipModel, bank: Bank, instruction: str) -> Familiarity:
-        """A known instruction is compared with the others."""
-        apart_C = torch.cdist(model.encode([instruction]), bank.latent_CZ)[0]
+        """How an instruction lies among the known ones; a known one is compared with the
+        others."""
+        distance_C = torch.cdist(model.encode([instruction]), bank.latent_CZ)[0]
         if instruction in bank.instructions:
-            apart_C[bank.instructions.index(instruction)] = torch.inf
+            distance_C[bank.instructions.index(instruction)] = torch.inf
         uncertainty = _share_below(self.entropy_C, _entropy(model, [instruction])[0])
-        loneliness = _share_below(self.distance_C, apart_C.min())
-        return Familiarity(uncertainty, loneliness, max(uncertainty, loneliness) > FAR_QUANTILE)
+        isolation = _share_below(self.distance_C, distance_C.min())
+        return Familiarity(uncertainty, isolation, max(uncertainty, isolation) > FAR_QUANTILE)
 
 
 def _entropy(model: ShipModel, instructions: Sequence[str]) -> Tensor:

@@ -6,21 +6,30 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ship_ds.data.task import read_error
 from ship_ds.errors import UserError
-
-if TYPE_CHECKING:
-    from ship_ds.inference.adapters import WeightInduction
-    from ship_ds.inference.induction import Induction
-    from ship_ds.inference.reasoning import Reasoning
+from ship_ds.inference.results import (
+    Candidate,
+    Induction,
+    Reasoning,
+    WeightCandidate,
+    WeightInduction,
+)
 
 STDIN = "-"
 
 
 def read_pairs(source: str) -> list[tuple[str, str]]:
-    """Examples (input, target). Raises UserError naming file and line."""
+    """Examples (input, target) of JSON lines.
+
+    Args:
+        source: a file, or STDIN.
+
+    Raises:
+        UserError: a line is not one; the message names file and line.
+    """
     return [
         (_field(source, number, row, "input"), _field(source, number, row, "target"))
         for number, row in _rows(source)
@@ -29,13 +38,12 @@ def read_pairs(source: str) -> list[tuple[str, str]]:
 
 def read_inputs(source: str) -> list[str]:
     """`input` of each JSON line; a line that is no JSON object is an input as it stands."""
-    found = []
+    inputs = []
     for number, line in _lines(source):
         row = _parsed(line)
-        found.append(
-            _field(source, number, row, "input") if isinstance(row, dict) else line.strip()
-        )
-    return found
+        is_object = isinstance(row, dict)
+        inputs.append(_field(source, number, row, "input") if is_object else line.strip())
+    return inputs
 
 
 def _rows(source: str) -> list[tuple[int, dict[str, Any]]]:
@@ -87,28 +95,24 @@ def _name(source: str) -> str:
     return "standard input" if source == STDIN else source
 
 
-def induction_row(found: "Induction | WeightInduction", num_candidates: int) -> dict[str, Any]:
+def induction_row(induction: Induction | WeightInduction, num_candidates: int) -> dict[str, Any]:
     """The best candidates without their latents; `alternatives` are the other texts that fit every
     example."""
-    from ship_ds.inference.induction import Induction
-
-    row: dict[str, Any] = {"instruction": found.instruction}
-    if isinstance(found, Induction):
-        row |= {
-            "alternatives": [
-                c.instruction for c in found.that_fit if c.instruction != found.instruction
-            ]
-        }
-        row |= {"num_examples": found.num_examples}
+    row: dict[str, Any] = {"instruction": induction.instruction}
+    if isinstance(induction, Induction):
+        fitting = [candidate.instruction for candidate in induction.that_fit]
+        row["alternatives"] = [text for text in fitting if text != induction.instruction]
+        row["num_examples"] = induction.num_examples
     return row | {
-        "candidates": [_candidate(c) for c in found.candidates[:num_candidates]],
-        "latent": _short(found.latent),
+        "candidates": [_candidate(c) for c in induction.candidates[:num_candidates]],
+        "latent": _short(induction.latent),
     }
 
 
-def _candidate(candidate: Any) -> dict[str, Any]:
+def _candidate(candidate: Candidate | WeightCandidate) -> dict[str, Any]:
     row = asdict(candidate)
     del row["latent"]
+    # Infinity is no JSON number that another language reads, but rounding it would raise here.
     return {
         key: round(value, 4) if isinstance(value, float) and math.isfinite(value) else value
         for key, value in row.items()
@@ -119,12 +123,18 @@ def _short(latent: tuple[float, ...]) -> list[float]:
     return [round(value, 5) for value in latent]
 
 
-def reasoning_rows(inputs: list[str], reasoning: "Reasoning") -> list[dict[str, Any]]:
-    """One row an input, each with the induced instruction."""
-    said = reasoning.induction.instruction
+def reasoning_rows(inputs: list[str], reasoning: Reasoning) -> list[dict[str, Any]]:
+    """One row an input, each with the induced instruction: `found` is the answer by the latent that
+    induction found, `refined` by its text encoded again, `stated` with the text in the prompt."""
+    instruction = reasoning.induction.instruction
+    answers = zip(inputs, reasoning.by_latent, reasoning.refined, reasoning.in_prompt, strict=True)
     return [
-        {"input": text, "instruction": said, "found": found, "refined": refined, "stated": stated}
-        for text, found, refined, stated in zip(
-            inputs, reasoning.found, reasoning.refined, reasoning.stated, strict=True
-        )
+        {
+            "input": text,
+            "instruction": instruction,
+            "found": by_latent,
+            "refined": refined,
+            "stated": in_prompt,
+        }
+        for text, by_latent, refined, in_prompt in answers
     ]

@@ -1,18 +1,22 @@
-"""Instructions that the decoder proposes from examples, with z beside them or without; and changes
-of such texts.
+"""Instructions that the decoder writes after reading examples, with z beside them or without; and
+changes of such texts.
 
 The decoder was trained on at most `model.decoder.max_examples` examples, in any order. When more
-are given it reads several
-views: random subsets in random order. Every random choice is keyed, so a task's proposals do not
-depend on its batch.
+are given it reads several views: random subsets in random order. Every random choice has a seed of
+its own, so a task's proposals do not depend on its batch.
 
-Letters: W views, K samples a view, N new tokens, Z latent.
+    views(examples, 2, 3, seed)                     -> 3 pairs of examples
+    sample_texts(model, views, None, 6, ...)        -> up to 6 texts a view
+    edits(model, views, ["add 3"], 2)               -> [["add 4", "remove 3"]]
+    splices(model, ["add 3 first", "put 3 last"])   -> ["add 3 last", "put 3 first"]
+
+Letters: K labelled positions, V vocabulary, W views of the examples, Z latent size.
 """
 
 import hashlib
 import itertools
 import random
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,21 +35,29 @@ _CUTS = 12
 """Places at which two texts are spliced, at most."""
 
 
-def key_of(*parts: object) -> int:
-    """A seed from anything that names a draw."""
-    return (
-        int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "little")
-        >> 1
-    )
+def draw_seed(*parts: object) -> int:
+    """A seed made of whatever names a draw, such as (seed, examples, "views", 0)."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    # A torch seed has to fit a signed 64-bit number.
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
-def views(examples: Examples, max_examples: int, count: int, key: int) -> list[tuple[Example, ...]]:
-    """`count` orders of `max_examples` of the examples; the distinct subsets come first."""
-    rng = random.Random(key)
+def views(
+    examples: Examples, max_examples: int, count: int, seed: int
+) -> list[tuple[Example, ...]]:
+    """Random subsets of the examples in random order; the distinct subsets come first.
+
+    Args:
+        examples: of one task.
+        max_examples: in a view, at most.
+        count: of views.
+        seed: of the draws.
+    """
+    rng = random.Random(seed)
     size = min(max_examples, len(examples))
     drawn: list[tuple[Example, ...]] = []
     subsets: set[frozenset[int]] = set()
-    for _ in range(20 * count):
+    for _ in range(20 * count):  # enough draws to meet nearly every subset there is
         picked = rng.sample(range(len(examples)), size)
         if frozenset(picked) not in subsets:
             subsets.add(frozenset(picked))
@@ -55,19 +67,25 @@ def views(examples: Examples, max_examples: int, count: int, key: int) -> list[t
     return drawn[:count]
 
 
-def read(model: ShipModel, shown: Sequence[Examples], latent_WZ: Tensor | None) -> Stream:
-    """The decoder after reading each view, about to write the instruction; no latents: its learned
-    tokens in their place."""
+def stream_after(model: ShipModel, shown: Sequence[Examples], latent_WZ: Tensor | None) -> Stream:
+    """The decoder after reading each view, about to write the instruction.
+
+    Args:
+        model: holds the decoder.
+        shown: the examples of each view; none: the latent alone.
+        latent_WZ: beside the views; None puts the decoder's learned tokens in their place.
+    """
     prompts = model.decoder_prompts
     ids = [prompts.decoder_prompt(view) for view in shown]
     batch = TokenBatch.build(
         ids, None, prompts.pad_id, model.config.decoder.num_soft_tokens, model.device
     )
-    latent_WZ, shows_latent_W = _beside(model, len(shown), latent_WZ)
-    return model.decoder.stream(latent_WZ, shows_latent_W, batch)
+    return model.decoder.stream(*latents_beside(model, len(shown), latent_WZ), batch)
 
 
-def _beside(model: ShipModel, num_views: int, latent_WZ: Tensor | None) -> tuple[Tensor, Tensor]:
+def latents_beside(
+    model: ShipModel, num_views: int, latent_WZ: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The latents beside the views, zeros where there are none, and whether the decoder reads
     them."""
     shows_latent_W = torch.full((num_views,), latent_WZ is not None, device=model.device)
@@ -75,33 +93,34 @@ def _beside(model: ShipModel, num_views: int, latent_WZ: Tensor | None) -> tuple
     return latent_WZ.to(model.device), shows_latent_W
 
 
-def sampled(
+def sample_texts(
     model: ShipModel,
     shown: Sequence[Examples],
     latent_WZ: Tensor | None,
     num_samples: int,
     temperature: float,
-    keys: Sequence[int],
+    seeds: Sequence[int],
     max_new_tokens: int,
 ) -> list[list[str]]:
-    """`num_samples` instructions from each view, whose draws its key settles; those that do not end
-    are left out."""
+    """Instructions sampled from each view; those that do not end are left out.
+
+    Args:
+        model: holds the decoder.
+        shown: the examples of each view.
+        latent_WZ: see `stream_after`.
+        num_samples: of each view.
+        temperature: below 1 samples are closer to the likeliest text.
+        seeds: one a view.
+        max_new_tokens: of a text.
+    """
+    if num_samples == 0:
+        return [[] for _ in shown]
     prompts, texts = model.decoder_prompts, []
-    step = max(1, _ROWS // num_samples)
-    for start in range(0, len(shown), step):
-        chunk = slice(start, start + step)
-        stream = read(model, shown[chunk], None if latent_WZ is None else latent_WZ[chunk])
-        stream.select(
-            torch.arange(len(shown[chunk]), device=model.device).repeat_interleave(num_samples)
-        )
-        uniform = torch.cat(
-            [
-                torch.rand(
-                    num_samples, max_new_tokens, generator=torch.Generator().manual_seed(key)
-                )
-                for key in keys[chunk]
-            ]
-        )
+    for chunk in _chunks(len(shown), num_samples):
+        stream = stream_after(model, shown[chunk], None if latent_WZ is None else latent_WZ[chunk])
+        views_of_rows = torch.arange(len(shown[chunk]), device=model.device)
+        stream.select(views_of_rows.repeat_interleave(num_samples))
+        uniform = torch.cat([_uniform(num_samples, max_new_tokens, one) for one in seeds[chunk]])
         rows = sample(stream, uniform, temperature, prompts.eos_id)
         texts += [
             [_text(model, row) for row in rows[i : i + num_samples] if row[-1] == prompts.eos_id]
@@ -110,7 +129,12 @@ def sampled(
     return texts
 
 
-def beams(
+def _uniform(num_samples: int, num_tokens: int, seed: int) -> Tensor:
+    """Numbers in [0, 1), by which tokens are drawn, (num_samples, num_tokens)."""
+    return torch.rand(num_samples, num_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+def likeliest_texts(
     model: ShipModel,
     shown: Sequence[Examples],
     latent_WZ: Tensor | None,
@@ -118,14 +142,12 @@ def beams(
     max_new_tokens: int,
 ) -> list[list[str]]:
     """The `num_beams` best instructions by the decoder's own likelihood from each view, best
-    first."""
+    first; those that do not end are left out."""
     texts, eos_id = [], model.decoder_prompts.eos_id
-    step = max(1, _ROWS // num_beams)
-    for start in range(0, len(shown), step):
-        chunk = slice(start, start + step)
-        stream = read(model, shown[chunk], None if latent_WZ is None else latent_WZ[chunk])
-        for found in beam_search(stream, num_beams, eos_id, max_new_tokens):
-            texts.append([_text(model, beam.tokens) for beam in found if beam.tokens[-1] == eos_id])
+    for chunk in _chunks(len(shown), num_beams):
+        stream = stream_after(model, shown[chunk], None if latent_WZ is None else latent_WZ[chunk])
+        for beams in beam_search(stream, num_beams, eos_id, max_new_tokens):
+            texts.append([_text(model, beam.tokens) for beam in beams if beam.tokens[-1] == eos_id])
     return texts
 
 
@@ -138,65 +160,85 @@ def edits(
     latent_WZ: Tensor | None = None,
 ) -> list[list[str]]:
     """For each text its `num_edits` most likely changes of one token, by what the decoder would
-    rather have written there."""
-    prompts, found = model.decoder_prompts, []
-    for start in range(0, len(texts), _ROWS // 4):
-        chunk = slice(start, start + _ROWS // 4)
+    rather have written there.
+
+    Args:
+        model: holds the decoder.
+        shown: a view of the examples for each text.
+        texts: to be changed.
+        num_edits: of each text.
+        latent_WZ: see `stream_after`.
+    """
+    prompts, changes = model.decoder_prompts, []
+    for chunk in _chunks(len(texts), 4):
         targets = [prompts.target(text) for text in texts[chunk]]
         ids = [prompts.decoder_prompt(view) for view in shown[chunk]]
         batch = TokenBatch.build(
             ids, targets, prompts.pad_id, model.config.decoder.num_soft_tokens, model.device
         )
-        beside = _beside(model, len(ids), None if latent_WZ is None else latent_WZ[chunk])
-        logits, _ = model.decoder(*beside, batch)
-        for target, own_NV in zip(targets, logits.split(batch.target_lengths), strict=True):
-            found.append(_changes(model, target, own_NV, num_edits))
-    return found
+        latents = None if latent_WZ is None else latent_WZ[chunk]
+        logits_KV, _ = model.decoder(*latents_beside(model, len(ids), latents), batch)
+        for target, one_KV in zip(targets, logits_KV.split(batch.target_lengths), strict=True):
+            changes.append(_changes(model, target, one_KV, num_edits))
+    return changes
+
+
+def _chunks(num_views: int, rows_per_view: int) -> Iterator[slice]:
+    """Views whose rows go into one stream."""
+    step = max(1, _ROWS // rows_per_view)
+    return (slice(start, start + step) for start in range(0, num_views, step))
 
 
 def _changes(
-    model: ShipModel, target: Sequence[int], logits_NV: Tensor, num_edits: int
+    model: ShipModel, target: Sequence[int], logits_KV: Tensor, num_edits: int
 ) -> list[str]:
     """Single-token substitutions by falling log-probability ratio; the end of sequence is neither
     changed nor written."""
-    log_probs_NV = logits_NV[:-1].float().log_softmax(-1)
-    own_N = torch.tensor(target[:-1], device=log_probs_NV.device)
-    gain_NV = log_probs_NV - log_probs_NV.gather(1, own_N[:, None])
-    gain_NV.scatter_(1, own_N[:, None], -torch.inf)
-    gain_NV[:, model.decoder_prompts.eos_id] = -torch.inf
-    best = gain_NV.flatten().topk(min(num_edits, gain_NV.numel())).indices.tolist()
-    width = gain_NV.shape[1]
-    return [
-        _text(model, [*target[: i // width], i % width, *target[i // width + 1 :]]) for i in best
-    ]
+    log_probs_KV = logits_KV[:-1].float().log_softmax(-1)
+    written_K = torch.tensor(target[:-1], device=log_probs_KV.device)
+    gain_KV = log_probs_KV - log_probs_KV.gather(1, written_K[:, None])
+    gain_KV.scatter_(1, written_K[:, None], -torch.inf)
+    gain_KV[:, model.decoder_prompts.eos_id] = -torch.inf
+    best = gain_KV.flatten().topk(min(num_edits, gain_KV.numel())).indices.tolist()
+    changes = (divmod(place, gain_KV.shape[1]) for place in best)
+    return [_text(model, [*target[:i], token, *target[i + 1 :]]) for i, token in changes]
 
 
 def splices(
-    model: ShipModel, texts: Sequence[str], count: int, max_tokens: int, known: Container[str]
+    model: ShipModel, texts: Sequence[str], count: int, max_tokens: int, excluded: Container[str]
 ) -> list[str]:
-    """`count` texts that begin as one of `texts` and, from a token that both have, go on as another
+    """Texts that begin as one of `texts` and, from a token that both have, go on as another
     (one-point crossover).
 
-    texts: best first; splices of the best ones come first, a few of each two. known: texts that are
-    not wanted again.
+    Args:
+        model: knows the decoder's tokens.
+        texts: best first; splices of the best ones come first, a few of each two.
+        count: of splices, at most.
+        max_tokens: of a splice, which has fewer.
+        excluded: texts that are left out, such as those tried before.
     """
     targets = [model.decoder_prompts.target(text)[:-1] for text in texts]
-    found: dict[str, None] = {}
+    spliced: dict[str, None] = {}
     for first, second in sorted(
         itertools.permutations(targets, 2), key=lambda pair: sum(map(targets.index, pair))
     ):
-        if len(found) >= count:
+        if len(spliced) >= count:
             break
-        cuts = (
-            (i, j)
-            for i, j in itertools.product(range(1, len(first)), range(1, len(second)))
-            if first[i] == second[j] and i + len(second) - j < max_tokens
-        )
-        spliced = (
-            _text(model, (*first[:i], *second[j:])) for i, j in itertools.islice(cuts, _CUTS)
-        )
-        found |= {text: None for text in spliced if text and text not in known}
-    return list(found)[:count]
+        new = (_text(model, tokens) for tokens in _crossovers(first, second, max_tokens))
+        spliced |= {text: None for text in new if text and text not in excluded}
+    return list(spliced)[:count]
+
+
+def _crossovers(
+    first: Sequence[int], second: Sequence[int], max_tokens: int
+) -> Iterator[tuple[int, ...]]:
+    """Beginnings of the first that go on as the second from a token that both have."""
+    cuts = (
+        (i, j)
+        for i, j in itertools.product(range(1, len(first)), range(1, len(second)))
+        if first[i] == second[j] and i + len(second) - j < max_tokens
+    )
+    return ((*first[:i], *second[j:]) for i, j in itertools.islice(cuts, _CUTS))
 
 
 def _text(model: ShipModel, tokens: Sequence[int]) -> str:

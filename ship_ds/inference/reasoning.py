@@ -1,34 +1,25 @@
 """Inductive reasoning: induce an instruction from examples, encode it again, answer new inputs
 (arXiv 2502.02315, section 3.3).
 
-Letters: T tasks, Z latent.
+    reason_many(model, bank, [[Example("1 2", "2 1")]], [["3 4"]], config, 20)
+    -> [Reasoning(induction of "reverse the list", ["4 3"], ["4 3"], ["4 3"])]
+
+Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from ship_ds.console import Log, no_log
 from ship_ds.data.task import Example
-from ship_ds.inference.bank import Bank, encode_all
+from ship_ds.inference.bank import Bank
+from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents, answer_stated
-from ship_ds.inference.induction import Induction, InductionConfig, Say, induce_many, silent
+from ship_ds.inference.induction import induce_many
+from ship_ds.inference.results import Induction, Reasoning
 from ship_ds.inference.scoring import Examples, fit_of_latents
 from ship_ds.model.ship import ShipModel
-
-Answers = list[str | None]
-"""One an input; None where no end came in time."""
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """Answers to the same inputs by the latent that induction found, by the refined latent (the
-    induced text encoded again), and with the induced text in the prompt."""
-
-    induction: Induction
-    found: Answers
-    refined: Answers
-    stated: Answers
 
 
 def reason_many(
@@ -40,31 +31,40 @@ def reason_many(
     max_new_tokens: int,
     num_rounds: int = 1,
     seed: int = 0,
-    say: Say = silent,
+    log: Log = no_log,
 ) -> list[Reasoning]:
-    """num_rounds: after the first, each one shows induction the answers that it is surest of beside
-    the given examples."""
-    inductions = induce_many(model, bank, tasks, config, seed, say)
-    for turn in range(1, num_rounds):
-        say(f"round {turn + 1}: inducing from the given examples and the answers to the inputs")
-        widened = _widened(model, tasks, inputs, inductions, max_new_tokens)
-        again = induce_many(model, bank, widened, config, seed + turn, say)
+    """One reasoning a task.
+
+    Args:
+        model: with its trained weights.
+        bank: the known instructions.
+        tasks: the examples of each.
+        inputs: of each task, to be answered.
+        config: how to search for an instruction.
+        max_new_tokens: of an answer.
+        num_rounds: after the first, each one gives induction the answers that it is surest of
+            beside the given examples.
+        seed: of every draw.
+        log: takes a line of progress.
+
+    Raises:
+        UserError: as `induce_many`.
+    """
+    inductions = induce_many(model, bank, tasks, config, seed, log)
+    for i in range(1, num_rounds):
+        log(f"round {i + 1}: inducing from the given examples and the answers to the inputs")
+        more_examples = _with_agreed_answers(model, tasks, inputs, inductions, max_new_tokens)
+        again = induce_many(model, bank, more_examples, config, seed + i, log)
         inductions = _better(model, tasks, inductions, again)
     texts = [induction.instruction for induction in inductions]
-    found_TZ = torch.tensor([induction.latent for induction in inductions])
-    return [
-        Reasoning(*parts)
-        for parts in zip(
-            inductions,
-            answer_latents(model, found_TZ, texts, inputs, max_new_tokens),
-            answer_latents(model, encode_all(model, texts), texts, inputs, max_new_tokens),
-            answer_stated(model, texts, inputs, max_new_tokens),
-            strict=True,
-        )
-    ]
+    latent_TZ = torch.tensor([induction.latent for induction in inductions])
+    by_latent = answer_latents(model, latent_TZ, texts, inputs, max_new_tokens)
+    refined = answer_latents(model, model.encode(texts), texts, inputs, max_new_tokens)
+    in_prompt = answer_stated(model, texts, inputs, max_new_tokens)
+    return [Reasoning(*row) for row in zip(inductions, by_latent, refined, in_prompt, strict=True)]
 
 
-def _widened(
+def _with_agreed_answers(
     model: ShipModel,
     tasks: Sequence[Examples],
     inputs: Sequence[Sequence[str]],
@@ -72,32 +72,40 @@ def _widened(
     max_new_tokens: int,
 ) -> list[list[Example]]:
     """The given examples and, as further ones, the inputs that both ways of using the induced text
-    answer alike."""
+    answer alike: such an answer is more often right than either alone."""
     texts = [induction.instruction for induction in inductions]
-    through = answer_latents(model, encode_all(model, texts), texts, inputs, max_new_tokens)
-    stated = answer_stated(model, texts, inputs, max_new_tokens)
+    encoded = answer_latents(model, model.encode(texts), texts, inputs, max_new_tokens)
+    in_prompt = answer_stated(model, texts, inputs, max_new_tokens)
     return [
         [
-            *own,
+            *examples,
             *(
                 Example(x, one)
-                for x, one, other in zip(asked, first, second, strict=True)
+                for x, one, other in zip(inputs_of_task, answers, others, strict=True)
                 if one is not None and one == other
             ),
         ]
-        for own, asked, first, second in zip(tasks, inputs, through, stated, strict=True)
+        for examples, inputs_of_task, answers, others in zip(
+            tasks, inputs, encoded, in_prompt, strict=True
+        )
     ]
 
 
 def _better(
-    model: ShipModel, tasks: Sequence[Examples], old: Sequence[Induction], new: Sequence[Induction]
+    model: ShipModel,
+    tasks: Sequence[Examples],
+    before: Sequence[Induction],
+    after: Sequence[Induction],
 ) -> list[Induction]:
-    """Of each pair the one whose text explains the given examples, not its own answers, with more
-    right and then less loss."""
-    chosen = []
-    for examples, first, second in zip(tasks, old, new, strict=True):
-        texts = [first.instruction, second.instruction]
-        fit = fit_of_latents(model, encode_all(model, texts), texts, [examples] * 2)
-        keys = [(-int(fit.right_CM[i].sum()), float(fit.loss_CM[i].sum())) for i in (0, 1)]
-        chosen.append(second if keys[1] < keys[0] else first)
-    return chosen
+    """Of each task's two inductions the one whose text explains the given examples, not its own
+    answers, with more right and then less loss."""
+    better = []
+    for examples, pair in zip(tasks, zip(before, after, strict=True), strict=True):
+        texts = [induction.instruction for induction in pair]
+        fit = fit_of_latents(model, model.encode(texts), texts, [examples] * 2)
+        first, second = (
+            (-int(right_M.sum()), float(loss_M.sum()))
+            for right_M, loss_M in zip(fit.right_CM, fit.loss_CM, strict=True)
+        )
+        better.append(pair[1] if second < first else pair[0])
+    return better

@@ -1,10 +1,11 @@
-"""How well a latent, or an instruction stated in the prompt, explains examples.
+"""How well latents, or instructions in the prompt, explain examples.
 
 One teacher-forced forward gives both the loss of a target and whether greedy decoding would answer
 exactly it: it would where the target's every token, the end of sequence included, is the most
 likely one.
 
-Letters: C candidates, M examples of each, Z latent, K target tokens, E = C*M.
+Letters: C candidates, E sequences, K labelled positions, M examples of a task, V vocabulary,
+Z latent size. The sequences of a batch are the examples of all its candidates.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,12 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Fit:
-    """loss_CM: nats of each target; right_CM: whether greedy decoding gives exactly it."""
+    """How candidates explain examples.
+
+    Args:
+        loss_CM: of each target, in nats.
+        right_CM: whether greedy decoding gives exactly it.
+    """
 
     loss_CM: Tensor
     right_CM: Tensor
@@ -37,17 +43,24 @@ class Fit:
         )
 
     def rows(self, index: Tensor) -> "Fit":
+        """Some of the candidates, in this order."""
         return Fit(self.loss_CM[index], self.right_CM[index])
 
 
 def fit_of_latents(
     model: ShipModel, latent_CZ: Tensor, wordings: Sequence[str], examples: Sequence[Examples]
 ) -> Fit:
-    """Each latent's adapter on its own examples, equally many for all; `wordings` matter to a Task
-    LLM that reads them too."""
+    """How each latent's adapter explains examples.
+
+    Args:
+        model: makes adapters and answers.
+        latent_CZ: one latent a candidate.
+        wordings: an instruction a candidate, for a Task LLM that reads it too.
+        examples: those of each candidate, equally many for all.
+    """
     pieces = []
     with torch.no_grad():
-        for chunk in _chunks(len(latent_CZ), len(examples[0]) if examples else 1):
+        for chunk in _chunks(examples):
             batch = answers_batch(model, wordings[chunk], examples[chunk])
             logits, labels = model.task_llm(
                 model.adapt(latent_CZ[chunk]), batch, len(latent_CZ[chunk])
@@ -57,15 +70,20 @@ def fit_of_latents(
 
 
 def fit_in_prompt(model: ShipModel, wordings: Sequence[str], examples: Sequence[Examples]) -> Fit:
-    """The bare Task LLM on each candidate's own examples with the instruction stated in the
-    prompt."""
+    """How the bare Task LLM explains examples with an instruction in the prompt.
+
+    Args:
+        model: holds the Task LLM.
+        wordings: an instruction a candidate.
+        examples: those of each candidate, equally many for all.
+    """
     prompts, pieces = model.prompts, []
     with torch.no_grad():
-        for chunk in _chunks(len(wordings), len(examples[0]) if examples else 1):
+        for chunk in _chunks(examples):
             pairs = [
                 (text, e)
-                for text, own in zip(wordings[chunk], examples[chunk], strict=True)
-                for e in own
+                for text, examples_M in zip(wordings[chunk], examples[chunk], strict=True)
+                for e in examples_M
             ]
             batch = TokenBatch.build(
                 [prompts.task_prompt(e.input, text) for text, e in pairs],
@@ -83,9 +101,9 @@ def answers_batch(
 ) -> TokenBatch:
     """What the Task LLM reads under one adapter a candidate, with the targets."""
     return model.task_batch(
-        [e.input for own in examples for e in own],
-        [e.target for own in examples for e in own],
-        [text for text, own in zip(wordings, examples, strict=True) for _ in own],
+        [e.input for examples_M in examples for e in examples_M],
+        [e.target for examples_M in examples for e in examples_M],
+        [text for text, examples_M in zip(wordings, examples, strict=True) for _ in examples_M],
     )
 
 
@@ -111,9 +129,11 @@ def sum_per_example(values_K: Tensor, batch: TokenBatch, num_candidates: int) ->
     return sums_E.view(num_candidates, -1)
 
 
-def _chunks(num_candidates: int, num_examples: int) -> list[slice]:
+def _chunks(examples: Sequence[Examples]) -> list[slice]:
+    """Candidates whose examples go through the model together."""
+    num_examples = len(examples[0]) if examples else 1
     step = max(1, _ROWS // max(num_examples, 1))
-    return [slice(start, start + step) for start in range(0, num_candidates, step)]
+    return [slice(start, start + step) for start in range(0, len(examples), step)]
 
 
 def _joined(pieces: Sequence[Fit]) -> Fit:

@@ -22,6 +22,9 @@ from ship_ds.model.step import LabelLogits, Outputs, Parts, ShipBatch, StepSums
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
 
+_ENCODED_AT_ONCE = 256
+"""Instructions of one forward: the hidden states of more do not fit a small machine."""
+
 
 class ShipModel(nn.Module):
     """All of SHIP. The Task LLM is a submodule only when it is to be sharded; a replicated one
@@ -150,8 +153,15 @@ class ShipModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, instructions: Sequence[str]) -> Tensor:
-        """Posterior means (T, Z)."""
-        return self.posterior(instructions).mean_TZ
+        """Posterior means (T, Z) of any number of instructions, a few hundred at a time."""
+        # Where there are none: the encoder cannot read an empty batch.
+        means = [torch.zeros(0, self.config.latent_size)]
+        if instructions:
+            means = [
+                self.posterior(instructions[start : start + _ENCODED_AT_ONCE]).mean_TZ
+                for start in range(0, len(instructions), _ENCODED_AT_ONCE)
+            ]
+        return torch.cat(means)
 
     @torch.no_grad()
     def posterior(self, instructions: Sequence[str]) -> Posterior:

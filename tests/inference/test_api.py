@@ -20,9 +20,10 @@ from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
 from ship_ds.files import sha256
-from ship_ds.inference.adapters import WeightInduction, read_adapter
-from ship_ds.inference.induction import Induction, InductionConfig
+from ship_ds.inference.adapter_reading import read_adapter
+from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.latents import Familiarity
+from ship_ds.inference.results import Induction, WeightInduction
 from tests.model.models import tiny_lm
 
 pytestmark = pytest.mark.slow
@@ -84,7 +85,8 @@ def test_reason_answers_by_latent_refined_latent_and_text(ship: Ship, inputs: li
         assert found.refined == ship.answer(found.induction.instruction, inputs[:3])
         said = [found.induction.instruction] * 3
         assert (
-            found.stated == ship.model.answer(None, inputs[:3], 6, said) and len(found.found) == 3
+            found.in_prompt == ship.model.answer(None, inputs[:3], 6, said)
+            and len(found.by_latent) == 3
         )
 
 
@@ -271,7 +273,19 @@ def test_answer_verb_reads_arguments_a_file_and_standard_input(
     assert _rows(capsys) == expected
 
 
-def test_deduce_verb_warns_of_what_is_unlike_training() -> None:
+def test_answer_verb_warns_of_what_is_far_from_training(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside its rows, in one line; of a known instruction it says nothing."""
+    far = "numbers numbers numbers after after list sort the front and then give"
+    for instruction, num_lines in (("add 3", 0), (far, 1)):
+        assert cli.main(["answer", instruction, "1 2", "--run", str(bundle)]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == num_lines and printed.out.count("\n") == 1
+    assert "far from the instructions this run was trained on" in printed.err
+
+
+def test_a_warning_says_how_far() -> None:
     assert far_warning(None) is None and far_warning(Familiarity(0.5, 0.5, False)) is None
     warning = far_warning(Familiarity(0.5, 1.0, True))
     assert warning is not None and "50 % of them, farther from the next than 100 %" in warning

@@ -8,9 +8,17 @@ from ship_ds.api import Ship
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import BRIEF, THOROUGH, Bank
+from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.gradient import descend_on_latent, neutral_prompt
-from ship_ds.inference.induction import InductionConfig, induce_many
-from ship_ds.inference.proposals import edits, key_of, sampled, splices, views
+from ship_ds.inference.induction import induce_many
+from ship_ds.inference.proposals import (
+    draw_seed,
+    edits,
+    latents_beside,
+    sample_texts,
+    splices,
+    views,
+)
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
 
 QUICK = {
@@ -90,8 +98,6 @@ def test_the_walk_over_the_bank_is_the_exhaustive_search_on_a_small_one(
             :, 0
         ]
         assert row == losses.topk(5, largest=False).indices.tolist()
-    barred = bank.shortlist(ship.model, tasks, 5, [walked[0][0], -1])
-    assert walked[0][0] not in barred[0] and barred[1] == walked[1]
 
 
 def test_the_union_finds_an_instruction_that_follows_by_analogy_and_the_bank_does_not(
@@ -165,7 +171,6 @@ def test_trying_all_known_misses_none_of_the_best_in_a_bank_too_large_to_walk_wh
 def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list[str]) -> None:
     """With a beam as wide as the bank the tree gives every instruction, ordered as whole texts
     are."""
-    from ship_ds.inference.proposals import _beside
     from ship_ds.inference.scoring import losses_by_example
     from ship_ds.model.batch import TokenBatch
 
@@ -179,7 +184,7 @@ def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list
         model.config.decoder.num_soft_tokens,
     )
     with torch.no_grad():
-        logits, labels = model.decoder(*_beside(model, len(bank), None), batch)
+        logits, labels = model.decoder(*latents_beside(model, len(bank), None), batch)
     losses = losses_by_example(logits, labels, batch, len(bank))[:, 0]
     assert sorted(found) == list(range(len(bank)))
     assert losses[found].diff().min() > -1e-3 and losses.max() - losses.min() > 0.1
@@ -212,8 +217,8 @@ def test_a_decoder_that_proposes_nothing_leaves_the_neutral_instruction(
     ship: Ship, inputs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ship_ds.inference.induction._proposed",
-        lambda model, tasks, config, seed: [[] for _ in tasks],
+        "ship_ds.inference.induction._written_by_decoder",
+        lambda model, searches, config, seed: [],
     )
     config = InductionConfig.model_validate({**QUICK, "method": "propose", "num_rounds": 0})
     found = induce_many(ship.model, ship.bank, [behaviour(ship, "add 3", inputs, 3)], config)[0]
@@ -274,7 +279,7 @@ def test_tasks_may_have_different_numbers_of_examples(ship: Ship, inputs: list[s
 
 def test_views_show_every_subset_before_one_twice() -> None:
     examples = [Example(str(i), str(i)) for i in range(4)]
-    drawn = views(examples, 2, 8, key_of(0))
+    drawn = views(examples, 2, 8, draw_seed(0))
     assert len({frozenset(view) for view in drawn[:6]}) == 6 and len(drawn) == 8
     assert views(examples[:1], 6, 2, 0) == [(examples[0],)] * 2
 
@@ -291,16 +296,16 @@ def test_edits_change_one_token(ship: Ship, inputs: list[str]) -> None:
 
 def test_splices_go_on_as_another_text_from_a_shared_token(ship: Ship) -> None:
     texts = ["add 3 then reverse the list", "remove every 5 then take the last 2", "sort numbers"]
-    found = splices(ship.model, texts, 20, 12, known=())
+    found = splices(ship.model, texts, 20, 12, excluded=())
     assert found[:2] == ["add 3 then take the last 2", "add 3 then reverse the last 2"]
     assert "remove every 5 then reverse the list" in found and len(set(found)) == len(found)
     assert not [text for text in found if "sort" in text]
-    assert splices(ship.model, texts, 20, 12, known=found[:1]) == found[1:]
-    assert splices(ship.model, texts[:1], 20, 12, known=()) == []
-    assert splices(ship.model, texts, 20, 8, known=()) == [
+    assert splices(ship.model, texts, 20, 12, excluded=found[:1]) == found[1:]
+    assert splices(ship.model, texts[:1], 20, 12, excluded=()) == []
+    assert splices(ship.model, texts, 20, 8, excluded=()) == [
         text for text in found if len(text.split()) < 8
     ]
-    assert splices(ship.model, texts, 1, 12, known=()) == found[:1]
+    assert splices(ship.model, texts, 1, 12, excluded=()) == found[:1]
 
 
 @pytest.mark.slow
@@ -321,7 +326,7 @@ def test_induction_splices_the_best_texts_unless_told_not_to(ship: Ship, inputs:
 
 
 def test_sampled_proposals_all_end(ship: Ship, inputs: list[str]) -> None:
-    texts = sampled(ship.model, [behaviour(ship, "add 3", inputs, 2)], None, 8, 1.0, [7], 8)[0]
+    texts = sample_texts(ship.model, [behaviour(ship, "add 3", inputs, 2)], None, 8, 1.0, [7], 8)[0]
     assert len(texts) <= 8 and all(len(text.split()) < 8 for text in texts)
 
 

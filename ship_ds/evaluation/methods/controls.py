@@ -8,7 +8,6 @@ from typing import ClassVar
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.inference.bank import encode_all
 from ship_ds.inference.deduction import AnswersByTask, answer_bare, answer_latents
 
 
@@ -44,7 +43,7 @@ class ShuffledInstruction(Untrained):
         model = self.ship.model
         return answer_latents(
             model,
-            encode_all(model, others),
+            model.encode(others),
             others,
             inputs,
             self.ship.config.evaluation.max_new_tokens,

@@ -4,7 +4,7 @@ examples best."""
 from typing import ClassVar
 
 from ship_ds.evaluation.methods.searching import Searching
-from ship_ds.inference.induction import InductionConfig
+from ship_ds.inference.config import InductionConfig
 
 
 class NearestKnown(Searching):

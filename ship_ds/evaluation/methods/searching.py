@@ -13,9 +13,11 @@ import torch
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.inference.bank import Bank, encode_all
+from ship_ds.inference.bank import Bank
+from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
-from ship_ds.inference.induction import Induction, InductionConfig, induce_many
+from ship_ds.inference.induction import induce_many
+from ship_ds.inference.results import Induction
 
 
 class Searching(Untrained):
@@ -79,7 +81,7 @@ class Searching(Untrained):
         model = self.ship.model
         return answer_latents(
             model,
-            encode_all(model, wordings),
+            model.encode(wordings),
             wordings,
             inputs,
             self.ship.config.evaluation.max_new_tokens,

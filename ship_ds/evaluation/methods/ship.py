@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.methods.searching import Searching
+from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask
-from ship_ds.inference.induction import InductionConfig
 
 _DECODED_AT_ONCE = 48
 

@@ -1,0 +1,207 @@
+"""Descents of many tasks at once, and the texts that the decoder reads out of what they find.
+
+Letters: C candidates, Z latent size.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.gradient import (
+    Descent,
+    descend_on_instruction,
+    descend_on_latent,
+    neutral_embeddings,
+)
+from ship_ds.inference.proposals import (
+    draw_seed,
+    likeliest_texts,
+    sample_texts,
+    views,
+)
+from ship_ds.inference.results import Candidate
+from ship_ds.inference.scoring import Examples, fit_of_latents
+from ship_ds.inference.search_state import DescentResult, Proposal, SearchState
+from ship_ds.model.ship import ShipModel
+
+_ROWS = 48
+"""Descents that share a forward: with their activations for the backward, more do not fit a small
+machine."""
+_Item = TypeVar("_Item")
+
+
+class _Start(NamedTuple):
+    """Start number `number` of a task."""
+
+    search: SearchState
+    number: int
+
+
+class _Refinement(NamedTuple):
+    """A candidate whose latent is refined, the `number`-th best of its task."""
+
+    search: SearchState
+    number: int
+    candidate: Candidate
+
+
+def descend_from_scratch(
+    model: ShipModel, searches: Sequence[SearchState], config: InductionConfig, seed: int
+) -> list[DescentResult]:
+    """`direct` from the prior's mean and from draws of it; `indirect` from the neutral instruction,
+    bare and disturbed."""
+    starts = [_Start(search, i) for search in searches for i in range(config.num_restarts)]
+    descend = _descend_directly if config.method == "direct" else _descend_indirectly
+    results = []
+    for chunk in _chunks(starts):
+        descent = descend(model, chunk, config, seed)
+        results += measured(model, chunk, descent.latent_CZ, [""] * len(chunk))
+    return results
+
+
+def _descend_directly(
+    model: ShipModel, starts: Sequence[_Start], config: InductionConfig, seed: int
+) -> Descent:
+    start_CZ = torch.stack([_start_on_latent(model, start, seed) for start in starts])
+    examples, wordings = [start.search.examples for start in starts], [""] * len(starts)
+    return descend_on_latent(
+        model, start_CZ, wordings, examples, config.steps, config.direct_lr, config.prior
+    )
+
+
+def _start_on_latent(model: ShipModel, start: _Start, seed: int) -> Tensor:
+    """The prior's mean first, then points half way from it to a draw of the prior: nearer to where
+    instructions lie than the draw itself."""
+    mean_Z = model.prior.mean(1)[0]
+    if start.number == 0:
+        return mean_Z
+    draw_Z = model.prior.sample(1, _generator(start, seed))[0]
+    return mean_Z + 0.5 * (draw_Z - mean_Z)
+
+
+def _descend_indirectly(
+    model: ShipModel, starts: Sequence[_Start], config: InductionConfig, seed: int
+) -> Descent:
+    neutral = neutral_embeddings(model).cpu()
+    spread = 0.5 * float(neutral.std())
+    points = [
+        neutral + spread * torch.randn(neutral.shape, generator=_generator(start, seed))
+        if start.number
+        else neutral
+        for start in starts
+    ]
+    examples, wordings = [start.search.examples for start in starts], [""] * len(starts)
+    return descend_on_instruction(
+        model, points, wordings, examples, config.steps, config.indirect_lr, config.prior
+    )
+
+
+def _generator(start: _Start, seed: int) -> torch.Generator:
+    key = draw_seed(seed, start.search.key, "restart", start.number)
+    return torch.Generator().manual_seed(key)
+
+
+def descend_from_best(
+    model: ShipModel, searches: Sequence[SearchState], config: InductionConfig
+) -> list[DescentResult]:
+    """A few steps from the latents of each task's best candidates, on all examples."""
+    refinements = [
+        _Refinement(search, number, candidate)
+        for search in searches
+        for number, candidate in enumerate(search.best[: config.num_refined])
+    ]
+    results = []
+    for chunk in _chunks(refinements):
+        wordings = [refined.candidate.instruction for refined in chunk]
+        descent = descend_on_latent(
+            model,
+            torch.tensor([refined.candidate.latent for refined in chunk]),
+            wordings,
+            [refined.search.examples for refined in chunk],
+            config.refine_steps,
+            config.refine_lr,
+            config.prior,
+            hold_back=False,
+        )
+        results += measured(model, chunk, descent.latent_CZ, wordings)
+    return results
+
+
+def latents_of(
+    model: ShipModel, search: SearchState, latent_CZ: Tensor, wording: str
+) -> list[DescentResult]:
+    """Latents that were found elsewhere, as descents of this task."""
+    starts = [_Start(search, i) for i in range(len(latent_CZ))]
+    return measured(model, starts, latent_CZ, [wording] * len(starts))
+
+
+def measured(
+    model: ShipModel,
+    starts: Sequence[_Start | _Refinement],
+    latent_CZ: Tensor,
+    wordings: Sequence[str],
+) -> list[DescentResult]:
+    """How each latent explains all of its task's examples; also kept with the task."""
+    fit = fit_of_latents(model, latent_CZ, wordings, [start.search.examples for start in starts])
+    results = [
+        DescentResult(
+            start.search, start.number, latent_Z, int(right_M.sum()), float(loss_M.mean())
+        )
+        for start, latent_Z, right_M, loss_M in zip(
+            starts, latent_CZ, fit.right_CM, fit.loss_CM, strict=True
+        )
+    ]
+    for result in results:
+        result.search.descents.append(result)
+    return results
+
+
+def decode_descents(
+    model: ShipModel,
+    results: Sequence[DescentResult],
+    config: InductionConfig,
+    seed: int,
+    round_number: int,
+) -> list[Proposal]:
+    """Texts that the decoder reads out of each latent, beside examples where it was trained to.
+
+    `direct` and `indirect` decode the latent alone, as published (arXiv 2502.02315, section 3.3).
+    """
+    latent_CZ = torch.stack([result.latent_Z for result in results])
+    shown: list[Examples] = [()] * len(results)
+    if model.config.decoder.max_examples and config.method not in ("direct", "indirect"):
+        shown = [
+            task_views(model, result.search, 1, seed, (round_number, result.start))[0]
+            for result in results
+        ]
+    beams = likeliest_texts(model, shown, latent_CZ, config.num_beams, config.max_new_tokens)
+    seeds = [draw_seed(seed, r.search.key, "refined", round_number, r.start) for r in results]
+    samples = sample_texts(
+        model,
+        shown,
+        latent_CZ,
+        config.num_samples,
+        config.temperature,
+        seeds,
+        config.max_new_tokens,
+    )
+    return [
+        Proposal(result.search, text, "refined")
+        for result, texts, more in zip(results, beams, samples, strict=True)
+        for text in (*texts, *more)
+    ]
+
+
+def task_views(
+    model: ShipModel, search: SearchState, count: int, seed: int, occasion: object
+) -> list[Examples]:
+    """Views of a task's examples for the decoder; `occasion` tells one draw from another."""
+    key = draw_seed(seed, search.key, "views", occasion)
+    return list(views(search.examples, model.config.decoder.max_examples, count, key))
+
+
+def _chunks(rows: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+    return (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))

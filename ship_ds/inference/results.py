@@ -1,0 +1,123 @@
+"""What induction and reasoning give back: plain frozen values, without torch."""
+
+from dataclasses import dataclass
+
+Answers = list[str | None]
+"""One an input; None where no end of sequence came in time."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An instruction and how it explains the given examples.
+
+    A text is used in two ways, and each is tested: through the encoder, as an adapter, and as text
+    in the prompt of the bare Task LLM.
+
+    Args:
+        instruction: the text.
+        num_right: examples that greedy decoding answers exactly, through the encoder.
+        loss: of an example in nats, on average, through the encoder.
+        num_right_in_prompt: as `num_right`, with the text in the prompt.
+        loss_in_prompt: as `loss`, with the text in the prompt.
+        latent: the mean of its posterior.
+        origin: where it comes from: known, analogy, sampled, beam, refined, edit, splice, neutral.
+    """
+
+    instruction: str
+    num_right: int
+    loss: float
+    num_right_in_prompt: int
+    loss_in_prompt: float
+    latent: tuple[float, ...]
+    origin: str
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Sorts candidates, best first: most exact answers both ways together, then least loss."""
+        num_right = self.num_right + self.num_right_in_prompt
+        return -num_right, self.loss + self.loss_in_prompt
+
+    @property
+    def most_right(self) -> int:
+        """Examples right by the better of the two ways.
+
+        One is enough: going on until both work picks texts that suit an adapter's mistakes.
+        """
+        return max(self.num_right, self.num_right_in_prompt)
+
+
+@dataclass(frozen=True)
+class Induction:
+    """The instruction that explains examples.
+
+    Args:
+        instruction: the best candidate's.
+        candidates: best first.
+        latent: the point whose adapter explains the examples best, by descent or encoded.
+        num_right: examples that this adapter answers exactly.
+        num_examples: how many were given.
+    """
+
+    instruction: str
+    candidates: tuple[Candidate, ...]
+    latent: tuple[float, ...]
+    num_right: int
+    num_examples: int
+
+    @property
+    def that_fit(self) -> tuple[Candidate, ...]:
+        """The candidates that answer every example, through the encoder or in the prompt: more than
+        one means that the examples do not tell them apart."""
+        return tuple(c for c in self.candidates if c.most_right == self.num_examples)
+
+
+@dataclass(frozen=True)
+class WeightCandidate:
+    """An instruction whose adapter is near a given one.
+
+    Args:
+        instruction: the text.
+        distance: |update - the given one's|^2 / |the given one's|^2 over all sites; 1 is as far as
+            no update at all.
+        latent: the mean of its posterior.
+        origin: known or decoded.
+    """
+
+    instruction: str
+    distance: float
+    latent: tuple[float, ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class WeightInduction:
+    """What an adapter's weights say, without inputs.
+
+    Args:
+        instruction: the nearest candidate's.
+        candidates: nearest first.
+        latent: the nearest point that descent found.
+        latent_distance: of that point, before it became text.
+    """
+
+    instruction: str
+    candidates: tuple[WeightCandidate, ...]
+    latent: tuple[float, ...]
+    latent_distance: float
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """Answers to the same inputs in three ways.
+
+    Args:
+        induction: the instruction and where it comes from.
+        by_latent: answers under the adapter of the latent that induction found.
+        refined: answers under the adapter of the induced text, encoded again.
+        in_prompt: answers of the bare Task LLM with the induced text in the prompt.
+    """
+
+    induction: Induction
+    by_latent: Answers
+    refined: Answers
+    in_prompt: Answers

@@ -1,0 +1,197 @@
+"""Testing proposed instructions on a task's examples, in four stages:
+
+    proposals      unique_new_trials   screen        keep_finalists   test_on_rest
+    "add 3"        "add 3"             2 right       "add 3"          5 right -> candidate
+    "sort"         "sort"              0 right
+    "add 3"
+
+Letters: C candidates, M examples of a task, Z latent size.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.results import Candidate
+from ship_ds.inference.scoring import Fit, fit_in_prompt, fit_of_latents
+from ship_ds.inference.search_state import Proposal, ScreeningScore, SearchState
+from ship_ds.model.ship import ShipModel
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A text to be tested for a task.
+
+    Args:
+        search: the task.
+        text: the instruction.
+        origin: who proposed it first.
+        latent_Z: the mean of its posterior.
+    """
+
+    search: SearchState
+    text: str
+    origin: str
+    latent_Z: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TrialTable:
+    """Trials and how each explains the same number of its task's examples; row C of every column is
+    trial C.
+
+    Args:
+        trials: the rows, those of a task together.
+        encoded: the fit of the texts' adapters.
+        in_prompt: the fit of the texts in the prompt.
+    """
+
+    trials: tuple[Trial, ...]
+    encoded: Fit
+    in_prompt: Fit
+
+    @classmethod
+    def measure(cls, model: ShipModel, trials: Sequence[Trial], examples: slice) -> "TrialTable":
+        """Try each on these of its task's examples, both ways of using a text."""
+        latent_CZ = torch.stack([trial.latent_Z for trial in trials])
+        texts = [trial.text for trial in trials]
+        given = [trial.search.examples[examples] for trial in trials]
+        encoded = fit_of_latents(model, latent_CZ, texts, given)
+        return cls(tuple(trials), encoded, fit_in_prompt(model, texts, given))
+
+    @property
+    def num_right_C(self) -> Tensor:
+        """Exact answers, both ways together."""
+        return self.encoded.right_CM.sum(1) + self.in_prompt.right_CM.sum(1)
+
+    @property
+    def loss_C(self) -> Tensor:
+        """Nats, both ways together."""
+        return self.encoded.loss_CM.sum(1) + self.in_prompt.loss_CM.sum(1)
+
+    def rows(self, index: Sequence[int]) -> "TrialTable":
+        """Some of the trials, in this order."""
+        index_C = torch.tensor(index)
+        trials = tuple(self.trials[row] for row in index)
+        return TrialTable(trials, self.encoded.rows(index_C), self.in_prompt.rows(index_C))
+
+    def beside(self, other: "TrialTable") -> "TrialTable":
+        """The same trials on the examples of both tables."""
+        encoded, in_prompt = self.encoded, self.in_prompt
+        return TrialTable(
+            self.trials, encoded.beside(other.encoded), in_prompt.beside(other.in_prompt)
+        )
+
+    def candidates(self) -> list[Candidate]:
+        """One a trial."""
+        return [
+            Candidate(
+                trial.text,
+                int(self.encoded.right_CM[row].sum()),
+                float(self.encoded.loss_CM[row].mean()),
+                int(self.in_prompt.right_CM[row].sum()),
+                float(self.in_prompt.loss_CM[row].mean()),
+                tuple(trial.latent_Z.tolist()),
+                trial.origin,
+            )
+            for row, trial in enumerate(self.trials)
+        ]
+
+
+def test_proposals(
+    model: ShipModel,
+    searches: Sequence[SearchState],
+    proposals: Sequence[Proposal],
+    config: InductionConfig,
+) -> None:
+    """Put the best of the proposals among their tasks' tested candidates.
+
+    Args:
+        model: answers the examples.
+        searches: tasks with equally many examples.
+        proposals: for these tasks.
+        config: how many are kept.
+    """
+    trials = unique_new_trials(model, searches, proposals)
+    if not trials:
+        return
+    table = screen(model, trials, config.num_screened)
+    table = keep_finalists(table, config.num_finalists)
+    table = test_on_rest(model, table, config.num_screened)
+    for trial, candidate in zip(table.trials, table.candidates(), strict=True):
+        trial.search.tested[trial.text] = candidate
+
+
+def unique_new_trials(
+    model: ShipModel, searches: Sequence[SearchState], proposals: Sequence[Proposal]
+) -> list[Trial]:
+    """Each task's texts once, under the origin that came first, without those tested before.
+
+    Why: testing a text is what costs, and several origins propose the same one.
+    """
+    unique = [
+        proposal
+        for search in searches
+        for proposal in _first_of_each_text([p for p in proposals if p.search is search])
+        if proposal.text and proposal.text not in search.tested
+    ]
+    # Tasks share texts too: each is encoded once for all of them.
+    texts = list(dict.fromkeys(proposal.text for proposal in unique))
+    latents = dict(zip(texts, model.encode(texts), strict=True))
+    return [Trial(*proposal, latents[proposal.text]) for proposal in unique]
+
+
+def _first_of_each_text(proposals: Sequence[Proposal]) -> Iterable[Proposal]:
+    """The first proposal of each text, in the order in which the texts come up from behind.
+
+    Why that order: it decides which of two equal candidates is kept and with which others a trial
+    shares its batch, and with it the last bits of a loss; so results stay those of version 0.1.0.
+    """
+    first: dict[str, Proposal] = {}
+    for proposal in proposals:
+        first.setdefault(proposal.text, proposal)
+    return (first[text] for text in dict.fromkeys(p.text for p in reversed(proposals)))
+
+
+def screen(model: ShipModel, trials: Sequence[Trial], num_examples: int) -> TrialTable:
+    """Try every trial on the first few examples, and remember how it did.
+
+    Why: most texts fail on one or two, so the others need not be paid for; and what did best here
+    is spliced later, tested in full or not.
+    """
+    table = TrialTable.measure(model, trials, slice(0, num_examples))
+    scores = zip(trials, table.num_right_C.tolist(), table.loss_C.tolist(), strict=True)
+    for trial, num_right, loss in scores:
+        trial.search.screened[trial.text] = ScreeningScore(-num_right, loss)
+    return table
+
+
+def keep_finalists(table: TrialTable, count: int) -> TrialTable:
+    """The best `count` trials of each task by their screening.
+
+    Why a task at a time: an easy task's many good texts must not push out a hard one's best.
+    """
+    rows_by_task: dict[SearchState, list[int]] = {}
+    for row, trial in enumerate(table.trials):
+        rows_by_task.setdefault(trial.search, []).append(row)
+
+    def score(row: int) -> ScreeningScore:
+        trial = table.trials[row]
+        return trial.search.screened[trial.text]
+
+    best = (sorted(rows, key=score)[:count] for rows in rows_by_task.values())
+    return table.rows(list(chain.from_iterable(best)))
+
+
+def test_on_rest(model: ShipModel, table: TrialTable, num_screened: int) -> TrialTable:
+    """The finalists on all examples: those that screening has left are added.
+
+    Why not all over again: what was measured while screening holds.
+    """
+    if len(table.trials[0].search.examples) <= num_screened:
+        return table
+    return table.beside(TrialTable.measure(model, table.trials, slice(num_screened, None)))

@@ -1,0 +1,90 @@
+"""The stages that a proposed instruction goes through."""
+
+import pytest
+import torch
+
+from ship_ds.api import Ship
+from ship_ds.data.task import Example
+from ship_ds.inference import trials as stages
+from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.results import Candidate
+from ship_ds.inference.scoring import Fit
+from ship_ds.inference.search_state import Proposal, ScreeningScore, SearchState
+from ship_ds.inference.trials import Trial, TrialTable
+
+
+@pytest.fixture
+def searches() -> list[SearchState]:
+    pairs = [("1 2", "2"), ("3 4", "4"), ("5 6 7", "6 7")]
+    examples = tuple(Example(x, y) for x, y in pairs)
+    return [SearchState(examples), SearchState(examples[::-1])]
+
+
+def test_a_text_is_tried_once_under_the_origin_that_came_first(
+    ship: Ship, searches: list[SearchState]
+) -> None:
+    first, second = searches
+    first.tested["add 1"] = Candidate("add 1", 0, 1.0, 0, 1.0, (0.0,), "known")
+    proposals = [
+        Proposal(second, "add 3", "beam"),
+        Proposal(first, "add 3", "known"),
+        Proposal(first, "add 1", "sampled"),
+        Proposal(first, "", "sampled"),
+        Proposal(first, "add 2", "sampled"),
+        Proposal(first, "add 3", "beam"),
+    ]
+    trials = stages.unique_new_trials(ship.model, searches, proposals)
+    assert [(trial.search, trial.text, trial.origin) for trial in trials] == [
+        (first, "add 3", "known"),
+        (first, "add 2", "sampled"),
+        (second, "add 3", "beam"),
+    ]
+    encoded = ship.model.encode(["add 3", "add 2"])
+    torch.testing.assert_close(trials[2].latent_Z, encoded[0])
+    torch.testing.assert_close(trials[1].latent_Z, encoded[1])
+
+
+def test_finalists_are_the_best_of_each_task(searches: list[SearchState]) -> None:
+    """The second task's worst is better than the first one's best."""
+    texts, scores = ["a", "b", "c"], [(0.0, 5.0), (-1.0, 9.0), (0.0, 4.0)]
+    trials = [Trial(search, text, "known", torch.zeros(1)) for search in searches for text in texts]
+    for search, bonus in zip(searches, (0.0, -10.0), strict=True):
+        for text, (num_right, loss) in zip(texts, scores, strict=True):
+            search.screened[text] = ScreeningScore(num_right + bonus, loss)
+    fit = Fit(torch.arange(6.0)[:, None], torch.zeros(6, 1))
+    table = stages.keep_finalists(TrialTable(tuple(trials), fit, fit), 2)
+    assert [trial.text for trial in table.trials] == ["b", "c", "b", "c"]
+    assert [trial.search for trial in table.trials] == [
+        search for search in searches for _ in range(2)
+    ]
+    assert table.encoded.loss_CM[:, 0].tolist() == [1, 2, 4, 5], "rows stay with their trials"
+
+
+def test_screening_and_the_rest_are_together_all_examples(
+    ship: Ship, searches: list[SearchState]
+) -> None:
+    proposals = [Proposal(search, text, "known") for search in searches for text in ship.known[:4]]
+    trials = stages.unique_new_trials(ship.model, searches, proposals)
+    screened = stages.screen(ship.model, trials, 2)
+    assert screened.encoded.loss_CM.shape == (8, 2)
+    rest = stages.test_on_rest(ship.model, screened, 2)
+    whole = TrialTable.measure(ship.model, trials, slice(None))
+    torch.testing.assert_close(rest.encoded.loss_CM, whole.encoded.loss_CM, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        rest.in_prompt.loss_CM, whole.in_prompt.loss_CM, rtol=1e-3, atol=1e-3
+    )
+    assert stages.test_on_rest(ship.model, whole, 3) is whole
+    assert set(searches[0].screened) == set(ship.known[:4])
+
+
+def test_all_that_was_tried_is_remembered_and_the_finalists_are_candidates(
+    ship: Ship, searches: list[SearchState]
+) -> None:
+    proposals = [Proposal(searches[0], text, "known") for text in ship.known[:6]]
+    config = InductionConfig(num_screened=1, num_finalists=2)
+    stages.test_proposals(ship.model, searches, proposals, config)
+    assert len(searches[0].screened) == 6 and len(searches[0].tested) == 2
+    assert not searches[1].screened and not searches[1].tested
+    assert searches[0].parents(2) == sorted(
+        searches[0].tested, key=lambda text: searches[0].screened[text]
+    )
