@@ -97,24 +97,31 @@ def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
 
 
 def rule_groups(tasks: Sequence[Task]) -> list[list[int]]:
-    """Indices of the tasks, grouped into rules, in order of their first task."""
-    roots = list(range(len(tasks)))
+    """Indices of the tasks, grouped into rules, in order of their first task.
 
-    def root(i: int) -> int:
-        while roots[i] != i:
-            roots[i] = roots[roots[i]]
-            i = roots[i]
-        return i
+    Tasks whose wordings are equal or near copies are one rule, and so are tasks that a chain of
+    such pairs joins: [[0, 2], [1], [3, 4]].
+    """
+    # Here: scipy takes half a second to import, and most configs are only read.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    holders: dict[frozenset[str], int] = {}
-    for i, task in enumerate(tasks):
-        for wording in (task.instruction, *task.paraphrases):
-            roots[root(i)] = root(holders.setdefault(_tokens(wording), i))
-    for one, other in _similar(holders):
-        roots[root(holders[one])] = root(holders[other])
+    first_tasks: dict[frozenset[str], int] = {}
+    pairs = [
+        (i, first_tasks.setdefault(_tokens(wording), i))
+        for i, task in enumerate(tasks)
+        for wording in (task.instruction, *task.paraphrases)
+    ]
+    pairs += [(first_tasks[one], first_tasks[other]) for one, other in _similar(first_tasks)]
+    if not pairs:
+        return []
+    rows, columns = zip(*pairs, strict=True)
+    size = len(tasks)
+    graph = coo_array(([1] * len(pairs), (rows, columns)), shape=(size, size))
+    _, labels = connected_components(graph, directed=False)
     groups: dict[int, list[int]] = {}
-    for i in range(len(tasks)):
-        groups.setdefault(root(i), []).append(i)
+    for i, label in enumerate(labels.tolist()):
+        groups.setdefault(label, []).append(i)
     return list(groups.values())
 
 
@@ -132,19 +139,19 @@ def _similar(sets: Iterable[frozenset[str]]) -> list[tuple[frozenset[str], froze
     """
     sets = list(sets)
     counts: dict[str, int] = {}
-    for own in sets:
-        for word in own:
+    for words in sets:
+        for word in words:
             counts[word] = counts.get(word, 0) + 1
     pairs = []
     holders: dict[str, list[frozenset[str]]] = {}
-    for own in sets:
-        rarest = sorted(own, key=lambda word: (counts[word], word))[
-            : len(own) - int(SAME_RULE_JACCARD * len(own)) + 1
+    for words in sets:
+        rarest = sorted(words, key=lambda word: (counts[word], word))[
+            : len(words) - int(SAME_RULE_JACCARD * len(words)) + 1
         ]
         for other in {other for word in rarest for other in holders.get(word, ())}:
-            common = len(own & other)
-            if common >= SAME_RULE_JACCARD * (len(own) + len(other) - common):
-                pairs.append((own, other))
+            common = len(words & other)
+            if common >= SAME_RULE_JACCARD * (len(words) + len(other) - common):
+                pairs.append((words, other))
         for word in rarest:
-            holders.setdefault(word, []).append(own)
+            holders.setdefault(word, []).append(words)
     return pairs
