@@ -122,6 +122,7 @@ def replace_folder(part: Path, folder: Path) -> None:
             if not folder.exists():
                 recover(folder)
                 raise
+    # Before the old one goes, the new one's name has to be on the disk.
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -129,6 +130,7 @@ def replace_folder(part: Path, folder: Path) -> None:
 def publish(part: Path, folder: Path) -> None:
     """Sync everything in `part` and put it in the place of `folder`: after a kill at any moment
     the old one or the new one is there, whole."""
+    # A rename may reach the disk before the bytes do, and after a power cut names would be empty.
     for path in part.rglob("*"):
         sync(path)
     sync(part)

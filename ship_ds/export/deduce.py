@@ -89,6 +89,7 @@ def export_many(
     Raises:
         UserError: A proof fails, and nothing is left behind; or the disk is full.
     """
+    # FOLDER.part is kept on purpose where `new_folder` would begin with an empty one.
     refuse_existing(folder)
     part, exporter = part_of(folder), Exporter(ship, probes)
     proofs: list[Proof] = []

@@ -125,6 +125,7 @@ class Merge:
     def _shards(self) -> list[OutputFile]:
         groups: list[list[str]] = [[]]
         size = 0
+        # In the order of the base's files, so that their pages are read one after the other.
         for name, entry in self.base.entries.items():
             num_bytes = self.target.num_bytes(name, entry.shape, self.dtype_of(name))
             if groups[-1] and size + num_bytes > self.plan.shard_gigabytes * 1e9:
@@ -176,11 +177,13 @@ class Merge:
         except OSError as error:
             advice = f"{part} keeps the finished shards; make room and run the same command again"
             raise disk_error(part, error, advice) from None
+        # After the renaming: without its plan the folder would not be taken for this merge's.
         (out / _PLAN).unlink()
         return report
 
     def _begin(self, part: Path) -> None:
         plan = json.dumps(asdict(self.plan), indent=2) + "\n"
+        # A start that was killed while it wrote its plan has left nothing but a part of that.
         is_ours = (part / _PLAN).is_file() and (part / _PLAN).read_text() == plan
         if (
             part.exists()
@@ -225,6 +228,7 @@ class Merge:
     def _write_rest(self, part: Path) -> None:
         """Index, config, card, and the base's tokenizer, generation config and licence."""
         dtype = self.dtype_of(f"{next(iter(self.lora.factors))}.weight")
+        # Both would contradict what the target says of the weights and where they are now.
         config = {
             key: value
             for key, value in self.config.items()

@@ -46,6 +46,8 @@ class Exporter:
             raise UserError("--probe: give at least one input to prove the adapter on")
         config = ship.config.model.task_llm
         self.ship, self.probes = ship, probes
+        # In fp32, to which peft raises the adapters that it loads: in 16 bits rounding alone would
+        # differ more than the proof allows.
         self.base = PeftBase(
             load_lm(config.base, config.quantisation, torch.float32), ship.model.device
         )
