@@ -22,7 +22,7 @@ stack, so an adapter's products need no offsets in any of them. A cache belongs 
 which alone knows how to reorder it.
 
 Letters: E sequences, S padded length, K labelled positions, V vocabulary, P virtual tokens,
-H hidden size, T tasks.
+H hidden size, T tasks, X other letters flattened.
 """
 
 import importlib

@@ -3,7 +3,7 @@ pass.
 
 SDPA on the meta device would take the unfused path and count a whole attention matrix.
 
-Letters: B rows, A attention heads, S length, D head size.
+Letters: E sequences, A attention heads, S padded length.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ class _Fused(torch.autograd.Function):
         rows, heads, length, size = query.shape
         # as the kernels lay it out: no copy follows
         out = query.new_empty(rows, length, heads, size).transpose(1, 2)
-        row_sums_BAS = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, row_sums_BAS)
+        row_sums_EAS = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, row_sums_EAS)
         return out
 
     @staticmethod
@@ -43,7 +43,7 @@ def planned_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature: query (B, A, S, D) -> (B, S, A, D)."""
+    """transformers' signature: query (E, A, S, size of a head) -> (E, S, A, size)."""
     prefix = kwargs.get("ship_prefix")
     if prefix is not None:
         key, value, _ = prepend(prefix, query, key, value, attention_mask)

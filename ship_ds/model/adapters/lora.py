@@ -148,9 +148,9 @@ class LoraHead(nn.Module, ABC):
             for shape in sorted(set(sites.values()))
         ]
 
-    def units(self, embeddings_SD: Tensor) -> Tensor:
+    def units(self, embeddings_JD: Tensor) -> Tensor:
         """What each feature stands for, (U, D), from the group's embeddings."""
-        return embeddings_SD
+        return embeddings_JD
 
     @abstractmethod
     def forward(self, features_TUD: Tensor) -> Factors:
@@ -172,9 +172,9 @@ class ShapeHead(LoraHead):
         _zero(self.to_b)
 
     def forward(self, features_TUD: Tensor) -> Factors:
-        a_TSRI = self.to_a(features_TUD).unflatten(2, (self.rank, self.num_in))
-        b_TSOR = self.to_b(features_TUD).unflatten(2, (self.num_out, self.rank))
-        return {path: (a_TSRI[:, s], b_TSOR[:, s]) for s, path in enumerate(self.paths)}
+        a_TJRI = self.to_a(features_TUD).unflatten(2, (self.rank, self.num_in))
+        b_TJOR = self.to_b(features_TUD).unflatten(2, (self.num_out, self.rank))
+        return {path: (a_TJRI[:, j], b_TJOR[:, j]) for j, path in enumerate(self.paths)}
 
 
 class LayerHead(LoraHead):
@@ -219,16 +219,16 @@ class RankHead(LoraHead):
         nn.init.zeros_(self.to_a.bias)
         _zero(self.to_b)
 
-    def units(self, embeddings_SD: Tensor) -> Tensor:
+    def units(self, embeddings_JD: Tensor) -> Tensor:
         """Before the trunk: behind it, two linear maps would give all ranks the same dependence on
         z."""
-        ranks_RD = self.rank_embedding(torch.arange(self.rank, device=embeddings_SD.device))
-        return (embeddings_SD[:, None] + ranks_RD).flatten(0, 1)
+        ranks_RD = self.rank_embedding(torch.arange(self.rank, device=embeddings_JD.device))
+        return (embeddings_JD[:, None] + ranks_RD).flatten(0, 1)
 
     def forward(self, features_TUD: Tensor) -> Factors:
-        a_TSRI = self.to_a(features_TUD).unflatten(1, (-1, self.rank))
-        b_TSOR = self.to_b(features_TUD).unflatten(1, (-1, self.rank)).transpose(2, 3)
-        return {path: (a_TSRI[:, s], b_TSOR[:, s]) for s, path in enumerate(self.paths)}
+        a_TJRI = self.to_a(features_TUD).unflatten(1, (-1, self.rank))
+        b_TJOR = self.to_b(features_TUD).unflatten(1, (-1, self.rank)).transpose(2, 3)
+        return {path: (a_TJRI[:, j], b_TJOR[:, j]) for j, path in enumerate(self.paths)}
 
 
 def _zero(linear: nn.Linear) -> None:
@@ -270,8 +270,8 @@ class LoraHypernetwork(Hypernetwork):
         factors: Factors = {}
         for embedding, head in zip(self.site_embeddings, self.heads, strict=True):
             assert isinstance(head, LoraHead)
-            embeddings_SD = embedding(torch.arange(head.num_embeddings, device=latent_TZ.device))
-            features_TUD = from_latent_T1D + head.units(embeddings_SD)
+            embeddings_JD = embedding(torch.arange(head.num_embeddings, device=latent_TZ.device))
+            features_TUD = from_latent_T1D + head.units(embeddings_JD)
             # Adam moves every weight by about lr; without 1 / sqrt(D) its first steps would move A
             # and B by D times that.
             factors |= head(

@@ -1,7 +1,7 @@
 """The adapted linear's low-rank part over task-major tokens: two grouped products, never one
 adapter copy per token.
 
-Letters: T tasks, R rank, I in, O out, N tokens.
+Letters: T tasks, R LoRA rank, I inputs of a linear, O outputs of a linear, N packed tokens.
 """
 
 import torch
