@@ -79,7 +79,9 @@ def evaluate(
     context: typer.Context,
     run: Run,
     methods: Annotated[str, typer.Option(help="comma-separated names, or all")] = "all",
-    parts: Annotated[str, typer.Option(help="of seen, dev, unseen")] = "seen,unseen",
+    parts: Annotated[
+        str, typer.Option(help="of seen, dev, unseen, unseen_paraphrase")
+    ] = "seen,unseen",
     num_tasks: Annotated[int, typer.Option(help="of each part at most, evenly spaced")] = 120,
     num_shown: Annotated[
         str, typer.Option(help="examples shown; of several (5,1,2,3) the first is the report's own")
