@@ -15,39 +15,46 @@ MOST = 20_000
 
 
 def analogies(instructions: Sequence[str]) -> list[str]:
-    """Those that are not among `instructions`, each once.
+    """Instructions that follow from the given ones and are not among them, each once.
 
     A slot that at least `MIN_WORDS` words fill takes those of every such slot with which it shares
-    at least half of the words that fill the one or the other (Jaccard index). Words are parted by
-    single spaces in what follows. At most the first `MOST`; time grows with the square of the
-    number of different sets of words that fill slots.
+    at least half of the words that fill the one or the other (Jaccard index). Time grows with the
+    square of the number of different sets of words that fill slots.
+
+    Args:
+        instructions: the known ones; blanks and line ends between words make no difference.
+
+    Returns:
+        At most the first `MOST`, with single spaces between words.
     """
     befores, afters = _Interned(), _Interned()
     fillers: dict[tuple[int, int], set[str]] = defaultdict(set)
-    seen_in: dict[tuple[int, int], tuple[list[str], int]] = {}
+    first_use: dict[tuple[int, int], tuple[list[str], int]] = {}
     for words in map(str.split, instructions):
+        # A slot is what stands before and after it, whatever fills it.
         slots = zip(befores.of_all(words), reversed(afters.of_all(words[::-1])), strict=True)
         for i, slot in enumerate(slots):
             fillers[slot].add(words[i])
-            seen_in.setdefault(slot, (words, i))
+            first_use.setdefault(slot, (words, i))
     open_slots = {
         slot: frozenset(words) for slot, words in fillers.items() if len(words) >= MIN_WORDS
     }
     distinct = set(open_slots.values())
-    kinds: dict[frozenset[str], list[str]] = {}
+    words_of_kind: dict[frozenset[str], list[str]] = {}
     known = {" ".join(text.split()) for text in instructions}
-    found: dict[str, None] = {}
+    new: dict[str, None] = {}
     for slot, filled_by in open_slots.items():
-        if filled_by not in kinds:
-            kinds[filled_by] = sorted(_kind(filled_by, distinct))
-        found |= dict.fromkeys(
+        if filled_by not in words_of_kind:
+            # Sorted: the order of a set of texts differs from one process to the next.
+            words_of_kind[filled_by] = sorted(_kind(filled_by, distinct))
+        new |= dict.fromkeys(
             text
-            for word in kinds[filled_by]
-            if (text := _filled(*seen_in[slot], word)) not in known
+            for word in words_of_kind[filled_by]
+            if (text := _filled(*first_use[slot], word)) not in known
         )
-        if len(found) >= MOST:
+        if len(new) >= MOST:
             break
-    return list(found)[:MOST]
+    return list(new)[:MOST]
 
 
 class _Interned:
@@ -69,6 +76,7 @@ def _filled(words: Sequence[str], i: int, word: str) -> str:
 
 
 def _kind(words: frozenset[str], others: Iterable[frozenset[str]]) -> frozenset[str]:
+    """The words of every slot that is filled much as this one, its own among them."""
     return frozenset().union(
         *(other for other in others if len(words & other) >= MIN_OVERLAP * len(words | other))
     )

@@ -9,7 +9,15 @@ from ship_ds.prompt import PromptFormat
 
 
 def check_instruction(model: ShipModel, instruction: str) -> None:
-    """Raises UserError for an instruction that the encoder cannot read as it stands."""
+    """Refuse an instruction that the encoder cannot read as it stands.
+
+    Args:
+        model: holds the encoder.
+        instruction: what a user wrote.
+
+    Raises:
+        UserError: it is empty, has a word outside the vocabulary, or is too long.
+    """
     if not instruction.strip():
         raise UserError("instruction: is empty; say what to do with the input")
     _check_known(model.encoder_prompts, instruction, "instruction")
@@ -22,7 +30,16 @@ def check_instruction(model: ShipModel, instruction: str) -> None:
 
 
 def check_inputs(model: ShipModel, inputs: Sequence[str], max_new_tokens: int) -> None:
-    """Raises UserError, naming the input by its number from 1."""
+    """Refuse inputs that the Task LLM cannot read and answer.
+
+    Args:
+        model: holds the Task LLM.
+        inputs: what a user wrote.
+        max_new_tokens: of an answer, which has to fit behind its input.
+
+    Raises:
+        UserError: one cannot be read; the message gives its number from 1.
+    """
     for number, text in enumerate(inputs, start=1):
         _check_known(model.prompts, text, f"input {number}")
         length = model.num_virtual_tokens + len(model.question(text)) + max_new_tokens
@@ -35,8 +52,16 @@ def check_inputs(model: ShipModel, inputs: Sequence[str], max_new_tokens: int) -
 
 
 def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
-    """Raises UserError, naming the example by its number from 1, also where two contradict each
-    other."""
+    """Refuse examples that the Task LLM cannot read, or that no instruction explains.
+
+    Args:
+        model: holds the Task LLM.
+        examples: what a user gave.
+
+    Raises:
+        UserError: there are none, one cannot be read, or two contradict each other; the message
+            gives their numbers from 1.
+    """
     if not examples:
         raise UserError("examples: there are none; give at least one line with input and target")
     first: dict[str, int] = {}
@@ -51,12 +76,11 @@ def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
             "Task LLM",
         )
         other = first.setdefault(example.input, number)
-        before = examples[other - 1].target
-        if before != example.target:
+        earlier = examples[other - 1].target
+        if earlier != example.target:
             raise UserError(
                 f"examples {other} and {number}: the same input {example.input!r} has two targets, "
-                f"{before!r} and "
-                f"{example.target!r}, and no instruction gives both: remove one"
+                f"{earlier!r} and {example.target!r}, and no instruction gives both: remove one"
             )
 
 
@@ -67,6 +91,7 @@ def _check_known(prompts: PromptFormat, text: str, what: str) -> None:
         or unknown not in prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
     ):
         return
+    # The first word that alone is unknown: the line should name what to reword.
     words = [
         word
         for word in text.split()
