@@ -5,6 +5,8 @@
     python -m ship_ds.train --config quickstart-smoke          # one process
 
 The same program runs the embedded default on two CPU cores and a 7B model on a cluster.
+
+Letters: T tasks, Z latent size.
 """
 
 import argparse

@@ -6,7 +6,7 @@ first: by the loss of one example under every adapter, or, far cheaper, by a wal
 the decoder finds known instructions likely, given the examples. A beam over the tree of them all
 (`TokenTrie` of model/search.py) finds these without reading most.
 
-Letters: C candidates, T tasks, Z latent size.
+Letters: C candidates, M examples of a task, T tasks, Z latent size.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Descents of many tasks at once, and the texts that the decoder reads out of what they find.
 
-Letters: C candidates, Z latent size.
+Letters: C candidates, M examples of a task, Z latent size.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """Where an instruction lies among those that training saw: its neighbours, and whether it is far
 from them all.
 
-Letters: C candidates, Z latent size. The candidates are the known instructions.
+Letters: C candidates, T tasks, Z latent size. The candidates are the known instructions.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@
     reason_many(model, bank, [[Example("1 2", "2 1")]], [["3 4"]], config, 20)
     -> [Reasoning(induction of "reverse the list", ["4 3"], ["4 3"], ["4 3"])]
 
-Letters: T tasks, Z latent size.
+Letters: C candidates, M examples of a task, T tasks, Z latent size.
 """
 
 from collections.abc import Sequence
