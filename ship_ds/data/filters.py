@@ -35,7 +35,7 @@ class FilterConfig(Section):
 def apply_filters(tasks: Sequence[Task], config: FilterConfig) -> tuple[list[Task], dict[str, int]]:
     """The tasks that stay, and how many examples and tasks each reason left out."""
     counts: Counter[str] = Counter()
-    kept = []
+    remaining = []
     for task in tasks:
         if (
             config.max_instruction_words is not None
@@ -54,17 +54,17 @@ def apply_filters(tasks: Sequence[Task], config: FilterConfig) -> tuple[list[Tas
         }:
             counts["tasks: only the format's test examples left"] += 1
         else:
-            kept.append(replace(task, examples=tuple(examples)))
-    return kept, dict(counts)
+            remaining.append(replace(task, examples=tuple(examples)))
+    return remaining, dict(counts)
 
 
 def _keep_examples(
     examples: Sequence[Example], config: FilterConfig, counts: Counter[str]
 ) -> list[Example]:
-    kept: dict[Example, None] = {}
+    remaining: dict[Example, None] = {}
     num_counted = 0
     for example in examples:
-        if example in kept:
+        if example in remaining:
             counts["examples: exact repeats"] += 1
         elif config.drop_empty_targets and not example.target:
             counts["examples: empty target"] += 1
@@ -74,12 +74,12 @@ def _keep_examples(
         ):
             counts[f"examples: input of {config.max_input_words} words or more"] += 1
         elif isinstance(example, HeldOutExample):
-            kept[example] = None
+            remaining[example] = None
         elif (
             config.max_examples_per_task is not None and num_counted >= config.max_examples_per_task
         ):
             counts[f"examples: beyond the first {config.max_examples_per_task} of a task"] += 1
         else:
-            kept[example] = None
+            remaining[example] = None
             num_counted += 1
-    return list(kept)
+    return list(remaining)

@@ -694,8 +694,8 @@ class RulesSource(TaskSource):
 def build_world(config: RulesConfig) -> Splits:
     """Every rule with its examples, parted into seen, dev and unseen. Raises UserError where fewer
     are seen than asked for."""
-    own, dev, unseen = part_rules(config.seed)
-    seen = list(own)
+    seen_rules, dev, unseen = part_rules(config.seed)
+    seen = list(seen_rules)
     if config.more_compositions:
         seen += other_compositions(config.seed, config.more_compositions)
         (seen,) = _distinct(seen, [seen])
@@ -877,13 +877,13 @@ def _distinct(rules: list[Rule], groups: list[list[Rule]]) -> list[list[Rule]]:
     """`groups` without the rules that behave like an earlier one (or like leaving the list as it
     is)."""
     answers = behaviour([*rules, Rule("", "identity", lambda xs: xs, (), "", ())])
-    kept = [len(rules)]
+    distinct = [len(rules)]  # the identity, which comes last
     for index in range(len(rules)):
-        agreement = (answers[kept] == answers[index]).mean(axis=1)
+        agreement = (answers[distinct] == answers[index]).mean(axis=1)
         if agreement.max() < SAME_RULE_AGREEMENT:
-            kept.append(index)
-    kept_names = {rules[index].name for index in kept[1:]}
-    return [[rule for rule in group if rule.name in kept_names] for group in groups]
+            distinct.append(index)
+    names = {rules[index].name for index in distinct[1:]}
+    return [[rule for rule in group if rule.name in names] for group in groups]
 
 
 def _draw_list(rng: random.Random, hints: Numbers) -> Numbers:

@@ -48,9 +48,9 @@ def tokenise_all(
 
     datasets.disable_progress_bars()
     name = folder / fingerprint(texts, tokenizer)
-    found = _read(name)
-    if found is None:
-        made = datasets.Dataset.from_dict({"text": list(texts)}).map(
+    ids = _read(name)
+    if ids is None:
+        table = datasets.Dataset.from_dict({"text": list(texts)}).map(
             lambda rows: {
                 "ids": tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
             },
@@ -58,9 +58,9 @@ def tokenise_all(
             remove_columns=["text"],
             load_from_cache_file=False,
         )
-        _write(made, name)
-        found = made["ids"]
-    return {text: tuple(ids) for text, ids in zip(texts, found, strict=True)}
+        _write(table, name)
+        ids = table["ids"]
+    return {text: tuple(row) for text, row in zip(texts, ids, strict=True)}
 
 
 def _write(table: Any, name: Path) -> None:

@@ -98,7 +98,7 @@ def truncate_tasks(
         counts,
         (a for example in examples for a in example.answers),
     )
-    kept = []
+    remaining = []
     for task in tasks:
         wordings = wording(_wordings(task))
         within = [
@@ -108,14 +108,14 @@ def truncate_tasks(
         ]
         counts["examples: left without input or target"] += len(task.examples) - len(within)
         if wordings and within:
-            kept.append(
+            remaining.append(
                 replace(
                     task, instruction=wordings[0], paraphrases=wordings[1:], examples=tuple(within)
                 )
             )
         else:
             counts["tasks: left without instruction or examples"] += 1
-    return kept, {what: count for what, count in counts.items() if count}
+    return remaining, {what: count for what, count in counts.items() if count}
 
 
 def _wordings(task: Task) -> tuple[str, ...]:

@@ -75,15 +75,15 @@ def texts(row: Mapping[str, Any], key: str, path: Path, where: str) -> tuple[str
     """row[key] as one text or a list of at least one."""
     if isinstance(row.get(key), str):
         return (field(row, key, str, path, where),)
-    found = field(row, key, list, path, where)
-    if not found:
+    values = field(row, key, list, path, where)
+    if not values:
         raise read_error(path, f"{where}.{key}", "expected at least one text, got an empty list")
-    return tuple(expect(text, str, path, f"{where}.{key}[{i}]") for i, text in enumerate(found))
+    return tuple(expect(text, str, path, f"{where}.{key}[{i}]") for i, text in enumerate(values))
 
 
-def distinct(found: tuple[str, ...]) -> tuple[str, ...]:
+def distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     """Without white space around them and without repeats, in order."""
-    return tuple(dict.fromkeys(text.strip() for text in found))
+    return tuple(dict.fromkeys(text.strip() for text in values))
 
 
 def example(text: str, answers: tuple[str, ...]) -> Example:

@@ -50,11 +50,11 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
 
 
 def _read_example(row: object, path: Path, where: str) -> Example:
-    found = expect(row, dict, path, where)
-    _no_other_keys(found, _EXAMPLE_KEYS, path, where)
-    answers = (field(found, "target", str, path, where),)
-    answers += texts(found, "references", path, where) if found.get("references") else ()
-    return example(field(found, "input", str, path, where), answers)
+    item = expect(row, dict, path, where)
+    _no_other_keys(item, _EXAMPLE_KEYS, path, where)
+    answers = (field(item, "target", str, path, where),)
+    answers += texts(item, "references", path, where) if item.get("references") else ()
+    return example(field(item, "input", str, path, where), answers)
 
 
 def _no_other_keys(row: dict[str, Any], known: set[str], path: Path, where: str) -> None:

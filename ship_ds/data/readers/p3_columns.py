@@ -26,10 +26,10 @@ _SPLITS = ("train", *_HELD_OUT)
 
 def _files(path: Path) -> list[Path]:
     """`cache-*` is what `datasets` leaves of a map in a saved folder."""
-    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    paths = [path] if path.is_file() else sorted(path.rglob("*"))
     return [
         file
-        for file in found
+        for file in paths
         if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(("cache-", "."))
     ]
 
@@ -78,8 +78,8 @@ def _read_task(folder: Path, files: list[Path], root: Path) -> Task:
         )
     examples = []
     for text, target, is_held_out in rows:
-        found = example(text[len(before) : len(text) - len(after)], (target,))
-        examples.append(hold_out(found) if is_held_out else found)
+        one = example(text[len(before) : len(text) - len(after)], (target,))
+        examples.append(hold_out(one) if is_held_out else one)
     name = folder.relative_to(root).as_posix() if folder != root else folder.resolve().stem
     return Task(name, instruction, tuple(examples), source=str(folder))
 
@@ -128,7 +128,7 @@ def _shared(texts: list[str]) -> tuple[str, str]:
     before = os.path.commonprefix(texts)
     if not before.endswith(("\n", " ")):
         before = before[: max(before.rfind(" "), before.rfind("\n")) + 1]
-    rest = [text[len(before) :] for text in texts]
-    after = os.path.commonprefix([text[::-1] for text in rest])[::-1]
+    endings = [text[len(before) :] for text in texts]
+    after = os.path.commonprefix([text[::-1] for text in endings])[::-1]
     start = next((i for i, letter in enumerate(after) if letter.isspace()), len(after))
     return before, after[start:]
