@@ -17,7 +17,7 @@ from ship_ds.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [
-    REPOSITORY / "README.md",
+    *sorted(REPOSITORY.glob("*.md")),
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
 TREE = REPOSITORY / "docs" / "tree.md"
