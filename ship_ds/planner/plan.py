@@ -71,9 +71,8 @@ def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None
 def shapes_of(config: Config) -> Shapes:
     """Where the Task LLM lies changes no shape, so that one set of shapes, kept, serves both."""
     anywhere = config.model.task_llm.model_copy(update={"shard": "auto"})
-    return build_shapes(
-        config.model.model_copy(update={"task_llm": anywhere}), engine_dtype(config.training)
-    )
+    model = config.model.model_copy(update={"task_llm": anywhere})
+    return build_shapes(model, engine_dtype(config.training), config.loss)
 
 
 def plan_under(

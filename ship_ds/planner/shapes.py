@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from ship_ds.config import (
+    LossConfig,
     ModelConfig,
     TaskLlmConfig,
 )
@@ -117,7 +118,7 @@ class MetaWeights:
 
 
 @lru_cache(maxsize=4)
-def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
+def build_shapes(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None = None) -> Shapes:
     """Raises UserError for what the real model would refuse too: a missing base or target, sizes
     that do not fit."""
     weights = MetaWeights(dtype)
@@ -125,7 +126,7 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
     # subtracts it afterwards, block by block.
     kept_whole = config.task_llm.model_copy(update={"checkpointing": False})
     with torch.device("meta"):
-        ship = build_ship(config.model_copy(update={"task_llm": kept_whole}), weights)
+        ship = build_ship(config.model_copy(update={"task_llm": kept_whole}), weights, loss)
     shapes = Shapes(config, dtype, ship, frozenset())
     paths = {
         f"{part}.{path}"

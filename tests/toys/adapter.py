@@ -27,16 +27,29 @@ class DiagonalCoreConfig(Section):
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
 
+class Factor(nn.Module):
+    """A learned matrix, once a task. A module of its own with a tensor in and a tensor out: under
+    ZeRO-3 a weight is gathered for the forward and again for the backward of such a module, and an
+    adapter that leaves a hypernetwork is no tensor."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, scale_T: Tensor) -> Tensor:
+        return scale_T.reshape(-1, 1, 1) * self.weight
+
+
 class DiagonalCore(Hypernetwork):
     def __init__(self, config: DiagonalCoreConfig, latent_size: int, target: Target) -> None:
         super().__init__()
         self.paths = list(target.sites)
-        self.a = nn.ParameterList(
-            torch.randn(config.rank, num_in) / math.sqrt(num_in)
+        self.a = nn.ModuleList(
+            Factor(torch.randn(config.rank, num_in) / math.sqrt(num_in))
             for num_in, _ in target.sites.values()
         )
-        self.b = nn.ParameterList(
-            torch.zeros(num_out, config.rank) for _, num_out in target.sites.values()
+        self.b = nn.ModuleList(
+            Factor(torch.zeros(num_out, config.rank)) for _, num_out in target.sites.values()
         )
         self.core = nn.Linear(latent_size, config.rank)
 
@@ -46,9 +59,10 @@ class DiagonalCore(Hypernetwork):
 
     def forward(self, latent_TZ: Tensor) -> LoraAdapter:
         core_TR = self.core(latent_TZ.to(self.core.weight.dtype))
+        ones_T = torch.ones_like(core_TR[:, 0])
         factors = {
-            path: (core_TR[:, :, None] * a_RI, b_OR.expand(len(core_TR), -1, -1))
-            for path, a_RI, b_OR in zip(self.paths, self.a, self.b, strict=True)
+            path: (core_TR[:, :, None] * a(ones_T), b(ones_T))
+            for path, a, b in zip(self.paths, self.a, self.b, strict=True)
         }
         return LoraAdapter(factors, 1.0)
 

@@ -134,7 +134,12 @@ class Target:
 
 
 class Hypernetwork(nn.Module, ABC):
-    """z -> adapter; made from (config, latent_size, target)."""
+    """z -> adapter; made from (config, latent_size, target).
+
+    Its parameters belong into submodules with tensors in and out, such as nn.Linear. Under ZeRO-3
+    the hooks that gather a parameter for the backward pass hang on a module's output tensors, and
+    an adapter is none: a parameter of the hypernetwork itself would be empty there.
+    """
 
     num_virtual_tokens: int = 0
     """Places that its adapters take before each prompt."""

@@ -1,0 +1,137 @@
+"""A toy of each port from outside the package trains, resumes, plans and leaves as a folder.
+
+One file each in tests/toys. The toy task sources are in tests/data/test_source.py, the toy language
+model in tests/model/test_encoder_decoder.py.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ship_ds.api import Ship
+from ship_ds.config import load_config
+from ship_ds.errors import UserError
+from ship_ds.export.deduce import export_one
+from ship_ds.export.requests import Request
+from ship_ds.lora_folder import read_lora
+from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.planner.plan import Machines, make_plan
+from tests.conftest import REPOSITORY, environment
+from tests.toys import adapter, objective, prefix, prior
+
+TOYS = ["tests.toys.adapter", "tests.toys.objective", "tests.toys.prefix", "tests.toys.prior"]
+SETTINGS = [
+    "model.hypernetwork={kind: diagonal_core, rank: 3}",
+    "model.prior={kind: toy_mixture, num_components: 2}",
+    "loss.distillation={weight: 0.5, temperature: 2.0}",
+    "evaluation.every_steps=0",
+    "evaluation.ends_with_report=false",
+    "checkpoint.every_steps=2",
+]
+assert all(module.__name__ in TOYS for module in (adapter, objective, prefix, prior))
+
+
+def _train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={folder}"]
+    return subprocess.run(
+        [sys.executable, *command, *SETTINGS, *overrides],
+        cwd=REPOSITORY,
+        env={**environment(), "SHIP_DS_PLUGINS": ",".join(TOYS)},
+        text=True,
+        capture_output=True,
+        timeout=400,
+    )
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps; then, as after a crash, the last two again from the checkpoint before them."""
+    folder = tmp_path_factory.mktemp("toys") / "run"
+    done = _train(folder, "training.steps=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copy(folder / "metrics.jsonl", folder / "first.jsonl")
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    done = _train(folder, "training.steps=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "after step 2" in done.stderr
+    return folder
+
+
+def test_toys_train_and_resume(run: Path) -> None:
+    """The resumed run repeats the steps to the bit; each has a value of the objective's own."""
+    rows = _rows(run)
+    first = [json.loads(line) for line in (run / "first.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    losses = [name for name in rows[0] if name.startswith(("loss/", "optimiser/gradient"))]
+    assert [[row[name] for name in losses] for row in rows] == [
+        [row[name] for name in losses] for row in first
+    ]
+    weights = load_config("quickstart-smoke", SETTINGS).loss.weights()
+    for row in rows:
+        total = sum(weight * row[f"loss/{name}"] for name, weight in weights.items())
+        assert row["loss/total"] == pytest.approx(total)
+    # A teacher that reads the instruction says something else than a base that does not.
+    assert min(row["loss/distillation"] for row in rows) > 0.01
+
+
+def test_toys_leave_as_a_proved_folder(run: Path, tmp_path: Path) -> None:
+    ship = Ship.from_run(run)
+    trained = {name for name, p in ship.model.named_parameters() if p.requires_grad}
+    assert {"hypernetwork.core.weight", "prior.means"} <= trained
+    request = Request("toy", "reverse the list")
+    proof = export_one(ship, request, tmp_path / "adapter", ship.probes)
+    assert proof.from_live <= 1e-4 < proof.from_base
+    live = ship.model.adapt(ship.model.encode(["reverse the list"]))
+    for path, (a_RI, b_OR) in read_lora(tmp_path / "adapter").factors.items():
+        assert torch.equal(live.tensors()[f"{path}.A"][0], a_RI)
+        assert torch.equal(live.tensors()[f"{path}.B"][0], b_OR)
+
+
+def test_toys_are_planned() -> None:
+    """Their weights and what they keep for the backward pass are counted as any other's."""
+    machines = Machines(1, 1, 10**12)
+    plain = make_plan(load_config("quickstart-smoke"), machines)
+    plan = make_plan(load_config("quickstart-smoke", SETTINGS), machines)
+    real = build_ship(load_config("quickstart-smoke", SETTINGS).model, LoadedWeights())
+    parts = ("hypernetwork", "prior")
+    assert sum(plan.parameters[part] for part in parts) == sum(
+        p.numel() for part in parts for p in getattr(real, part).parameters()
+    )
+    assert plan.memory["logits at labels"] > plain.memory["logits at labels"]
+    prefixed = make_plan(
+        load_config("quickstart-smoke", ["model.hypernetwork={kind: toy_prefix}"]), machines
+    )
+    assert 0 < prefixed.memory["adapters and gradients"] < plain.memory["adapters and gradients"]
+
+
+def test_a_prefix_trains(tmp_path: Path) -> None:
+    done = _train(tmp_path / "run", "model.hypernetwork={kind: toy_prefix}", "training.steps=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    norms = [row["optimiser/gradient_norm"] for row in _rows(tmp_path / "run")]
+    ship = Ship.from_run(tmp_path / "run")
+    assert len(norms) == 3 and len(ship.answer("reverse the list", ["3 9 5"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hypernetwork={kind: diagonal_core, rnak: 3}", "model.hypernetwork.rnak: unknown"),
+        ("loss.distillation={temperature: 0}", "loss.distillation.temperature: "),
+        ("loss.distilation=1", "loss.distilation: unknown key"),
+        ("model.prior.kind=flow", "model.prior.kind: there is no 'flow'; there are"),
+    ],
+)
+def test_a_mistake_in_a_toys_section_is_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_config("quickstart-smoke", [override])
+    assert "\n" not in str(error.value)
