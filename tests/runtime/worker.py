@@ -174,10 +174,10 @@ def own_file(folder: Path, config: dict[str, Any]) -> str:
 def losses(made: Trainer) -> float:
     """The total loss of the next step, which is taken."""
     logged: list[float] = []
-    log = made.log
-    made.log = lambda found, lr: logged.append(found.total)  # type: ignore[method-assign]
+    record_step = made.record_step
+    made.record_step = lambda found, lr: logged.append(found.total)  # type: ignore[method-assign]
     made.take_step()
-    made.log = log  # type: ignore[method-assign]
+    made.record_step = record_step  # type: ignore[method-assign]
     return logged[0]
 
 
