@@ -260,8 +260,8 @@ def implementation(config: PreTrainedConfig) -> type[LanguageModel]:
     chosen = LANGUAGE_MODELS[nearest]
     if isinstance(chosen, str):
         module, _, name = chosen.partition(":")
-        found: type[LanguageModel] = getattr(importlib.import_module(module), name)
-        return found
+        imported: type[LanguageModel] = getattr(importlib.import_module(module), name)
+        return imported
     return chosen
 
 

@@ -161,14 +161,14 @@ def _rows(searches: Sequence[Sequence[Beam]], device: torch.device) -> Tensor:
     """(searches, B): the row of each beam; searches with fewer beams than others repeat a row."""
     widest = max(map(len, searches))
     rows = [[beam.row for beam in beams] for beams in searches]
-    return torch.tensor([own + own[:1] * (widest - len(own)) for own in rows], device=device)
+    return torch.tensor([row + row[:1] * (widest - len(row)) for row in rows], device=device)
 
 
 def _scores(searches: Sequence[Sequence[Beam]], device: torch.device) -> Tensor:
     """(searches, B): the score of each beam; -inf for the repeated ones."""
     widest = max(map(len, searches))
     scores = [[beam.score for beam in beams] for beams in searches]
-    return torch.tensor([own + [-torch.inf] * (widest - len(own)) for own in scores], device=device)
+    return torch.tensor([row + [-torch.inf] * (widest - len(row)) for row in scores], device=device)
 
 
 class TokenTrie:
@@ -205,11 +205,11 @@ class AlongTrie:
         self, logits_EV: Tensor, searches: Sequence[Sequence[Beam]]
     ) -> list[list[Extension]]:
         """See `Scorer`; every extension there is, in the trie's order."""
-        beams = [beam for own in searches for beam in own]
+        beams = [beam for search in searches for beam in search]
         tokens = [self.trie.next_tokens(beam.tokens) for beam in beams]
         widest = max(map(len, tokens))
         index = torch.tensor(
-            [[*own, *(0 for _ in range(widest - len(own)))] for own in tokens],
+            [[*row, *(0 for _ in range(widest - len(row)))] for row in tokens],
             device=logits_EV.device,
         )
         rows = torch.tensor([beam.row for beam in beams], device=logits_EV.device)
@@ -218,7 +218,7 @@ class AlongTrie:
         extensions = iter(
             [self._extend(*one) for one in zip(beams, tokens, log_probs, strict=True)]
         )
-        return [[one for _ in own for one in next(extensions)] for own in searches]
+        return [[one for _ in search for one in next(extensions)] for search in searches]
 
     def _extend(
         self, beam: Beam, tokens: Sequence[int], log_probs: Sequence[float]
@@ -289,8 +289,8 @@ class _Joint(_Search):
     longer among the best cannot come back."""
 
     def step(self, extensions: Sequence[Extension], is_last: bool) -> list[Beam]:
-        kept = [Extension(beam, -1, beam.score, True) for beam in self.finished]
-        best = sorted([*kept, *extensions], key=_falling)[: self.num_beams]
+        finished = [Extension(beam, -1, beam.score, True) for beam in self.finished]
+        best = sorted([*finished, *extensions], key=_falling)[: self.num_beams]
         self.finished = [one.beam if one.token < 0 else one.grown() for one in best if one.ends]
         self.running = [one.grown() for one in best if not one.ends]
         self.is_active = bool(self.running)

@@ -56,12 +56,12 @@ class Workload:
         return self.tasks * self.examples_per_task
 
     def answer_length(self, shapes: Shapes) -> int:
-        stated = self.instruction_tokens if shapes.config.task_llm.instruction != "none" else 0
-        return shapes.ship.num_virtual_tokens + stated + self.input_tokens + self.target_tokens
+        in_prompt = self.instruction_tokens if shapes.config.task_llm.instruction != "none" else 0
+        return shapes.ship.num_virtual_tokens + in_prompt + self.input_tokens + self.target_tokens
 
     def decoded_length(self, shapes: Shapes) -> int:
-        shown = self.shown_examples * (self.input_tokens + self.target_tokens)
-        return shapes.config.decoder.num_soft_tokens + shown + self.instruction_tokens
+        examples = self.shown_examples * (self.input_tokens + self.target_tokens)
+        return shapes.config.decoder.num_soft_tokens + examples + self.instruction_tokens
 
     def tokens(self, shapes: Shapes) -> dict[str, int]:
         """Of each part that runs over tokens."""
@@ -97,12 +97,16 @@ def planned_batch(shapes: Shapes, work: Workload) -> ShipBatch:
     device = shapes.ship.device
     ship, tasks = shapes.ship, work.tasks
     num_virtual, num_soft = ship.num_virtual_tokens, shapes.config.decoder.num_soft_tokens
-    asked = work.answer_length(shapes) - num_virtual - work.target_tokens
-    shown = work.decoded_length(shapes) - num_soft - work.instruction_tokens
+    question_length = work.answer_length(shapes) - num_virtual - work.target_tokens
+    decoder_prompt_length = work.decoded_length(shapes) - num_soft - work.instruction_tokens
     batch = ShipBatch(
         TokenBatch.of_lengths(tasks, work.instruction_tokens, 0, 0, device),
-        TokenBatch.of_lengths(work.examples, asked, work.target_tokens, num_virtual, device),
-        TokenBatch.of_lengths(tasks, shown, work.instruction_tokens, num_soft, device),
+        TokenBatch.of_lengths(
+            work.examples, question_length, work.target_tokens, num_virtual, device
+        ),
+        TokenBatch.of_lengths(
+            tasks, decoder_prompt_length, work.instruction_tokens, num_soft, device
+        ),
         torch.zeros(tasks, dtype=torch.bool, device=device),
         torch.zeros(tasks, shapes.config.latent_size, device=device),
     )

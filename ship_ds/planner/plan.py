@@ -15,7 +15,7 @@ from ship_ds.model.adapters.sites import AdaptedBlock
 from ship_ds.model.assemble import SHARD_ABOVE_BYTES
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
-from ship_ds.planner.zero import Held, Traffic, Zero, held, traffic
+from ship_ds.planner.zero import Held, Traffic, Zero, held_by_a_rank, traffic
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import engine_dtype
 from ship_ds.runtime.preflight import check_division
@@ -70,8 +70,8 @@ def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None
 
 def shapes_of(config: Config) -> Shapes:
     """Where the Task LLM lies changes no shape, so that one set of shapes, kept, serves both."""
-    anywhere = config.model.task_llm.model_copy(update={"shard": "auto"})
-    model = config.model.model_copy(update={"task_llm": anywhere})
+    unplaced = config.model.task_llm.model_copy(update={"shard": "auto"})
+    model = config.model.model_copy(update={"task_llm": unplaced})
     return build_shapes(model, engine_dtype(config.training), config.loss)
 
 
@@ -88,13 +88,13 @@ def plan_under(
     inside = [part for part in shapes.parts if part != "task LLM" or is_sharded]
     engine = [weight for part in inside for weight in shapes.weights(part)]
     outside = [] if is_sharded else shapes.weights("task LLM")
-    kept = held(zero, engine, outside)
+    held = held_by_a_rank(zero, engine, outside)
     return Plan(
         config,
         machines,
         work,
-        _memory(kept, count_activations(shapes, work)),
-        kept.host,
+        _memory(held, count_activations(shapes, work)),
+        held.host,
         traffic(
             zero, engine, config.training.accumulation, _recomputed(shapes) if is_sharded else ()
         ),
@@ -116,10 +116,10 @@ def _tasks_per_micro_batch(config: Config, machines: Machines) -> int:
     return training.tasks_per_step // (machines.num_ranks * training.accumulation)
 
 
-def _memory(kept: Held, activations: Activations) -> dict[str, int]:
+def _memory(held: Held, activations: Activations) -> dict[str, int]:
     """Adapters count twice: the generated weights and their gradients."""
     return {
-        **kept.gpu,
+        **held.gpu,
         "adapters and gradients": 2 * activations.adapters,
         **{
             f"activations, {part}": num_bytes
@@ -190,10 +190,10 @@ def _candidates(plan: Plan) -> list[tuple[str, ...]]:
     """Each raises the cost of a step: recomputation, smaller micro-batches, more traffic, the
     host's memory."""
     config = plan.config
-    found: list[tuple[str, ...]] = []
+    candidates: list[tuple[str, ...]] = []
     if not config.model.task_llm.checkpointing:
-        found.append(("model.task_llm.checkpointing=true",))
-    found += [
+        candidates.append(("model.task_llm.checkpointing=true",))
+    candidates += [
         (f"training.accumulation={config.training.accumulation * factor}",)
         for factor in (2, 4, 8, 16, 32, 64)
         if plan.work.tasks % factor == 0
@@ -201,9 +201,9 @@ def _candidates(plan: Plan) -> list[tuple[str, ...]]:
     is_bf16 = engine_dtype(config.training) == torch.bfloat16
     settings: dict[str, Any] = read_deepspeed_config(config.training.deepspeed)["zero_optimization"]
     if settings["stage"] < 3 or not is_bf16:
-        found.append(("training.deepspeed=zero3_bf16",))
+        candidates.append(("training.deepspeed=zero3_bf16",))
     if not plan.is_sharded:
-        found.append(("model.task_llm.shard=always",))
+        candidates.append(("model.task_llm.shard=always",))
     if "offload_param" not in settings:
-        found.append(("training.deepspeed=zero3_offload_cpu",))
-    return found
+        candidates.append(("training.deepspeed=zero3_offload_cpu",))
+    return candidates

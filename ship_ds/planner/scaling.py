@@ -26,7 +26,7 @@ GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
-class Way:
+class Sharding:
     """How the weights lie on the ranks."""
 
     name: str
@@ -35,11 +35,11 @@ class Way:
     hpz: bool = False
 
 
-WAYS = (
-    Way("ZeRO-3, all sharded", 3, True),
-    Way("ZeRO-3 with hpZ", 3, True, True),
-    Way("ZeRO-3, Task LLM whole", 3, False),
-    Way("ZeRO-2, all whole", 2, False),
+SHARDINGS = (
+    Sharding("ZeRO-3, all sharded", 3, True),
+    Sharding("ZeRO-3 with hpZ", 3, True, True),
+    Sharding("ZeRO-3, Task LLM whole", 3, False),
+    Sharding("ZeRO-2, all whole", 2, False),
 )
 
 
@@ -48,7 +48,7 @@ class Row:
     """A line of the table: a plan, and the seconds that a step computes."""
 
     model: str
-    way: Way
+    sharding: Sharding
     plan: Plan
     seconds: float
 
@@ -58,7 +58,7 @@ class Row:
         return self.plan.traffic.total / self.seconds
 
 
-def recipe(model: str, num_ranks: int, tasks: int, way: Way) -> Config:
+def recipe(model: str, num_ranks: int, tasks: int, sharding: Sharding) -> Config:
     """The published recipe, its latent as wide as the base asks for."""
     hidden = PUBLIC_SHAPES[model]["hidden_size"]
     config = load_config(
@@ -66,19 +66,19 @@ def recipe(model: str, num_ranks: int, tasks: int, way: Way) -> Config:
         [
             f"model.latent_size={10 * hidden}",
             f"training.tasks_per_step={num_ranks * tasks}",
-            f"model.task_llm.shard={'always' if way.shard_task_llm else 'never'}",
+            f"model.task_llm.shard={'always' if sharding.shard_task_llm else 'never'}",
         ],
     )
     return with_shapes(config, model)
 
 
-def row(model: str, num_ranks: int, tasks: int, way: Way) -> Row:
+def row(model: str, num_ranks: int, tasks: int, sharding: Sharding) -> Row:
     """Plan one model on so many ranks under one way to shard."""
-    config = recipe(model, num_ranks, tasks, way)
+    config = recipe(model, num_ranks, tasks, sharding)
     zero = Zero.read(read_deepspeed_config(config.training.deepspeed), num_ranks)
-    zero = replace(zero, stage=way.stage, hpz_ranks=GPUS_PER_NODE if way.hpz else 1)
+    zero = replace(zero, stage=sharding.stage, hpz_ranks=GPUS_PER_NODE if sharding.hpz else 1)
     plan = plan_under(zero, config, Machines(num_ranks // GPUS_PER_NODE, GPUS_PER_NODE, GPU_MEMORY))
-    return Row(model, way, plan, compute_seconds(config, plan))
+    return Row(model, sharding, plan, compute_seconds(config, plan))
 
 
 def compute_seconds(config: Config, plan: Plan) -> float:
@@ -114,26 +114,26 @@ def _by_gpus() -> Iterator[tuple[str, ...]]:
     yield ("model", "GPUs", "way", "needs", "fits 80 GB", "sent a step", "waits below")
     for model in MODELS:
         for num_ranks in GPUS:
-            for way in WAYS:
-                found = row(model, num_ranks, 1, way)
+            for sharding in SHARDINGS:
+                planned = row(model, num_ranks, 1, sharding)
                 yield (
                     model,
                     f"{num_ranks:,}",
-                    way.name,
-                    size(found.plan.needed),
-                    "yes" if found.plan.fits else "no",
-                    size(found.plan.traffic.total),
-                    f"{size(found.critical_bandwidth)}/s",
+                    sharding.name,
+                    size(planned.plan.needed),
+                    "yes" if planned.plan.fits else "no",
+                    size(planned.plan.traffic.total),
+                    f"{size(planned.critical_bandwidth)}/s",
                 )
 
 
 def _by_tasks() -> Iterator[tuple[str, ...]]:
     yield ("model", "way", *(f"{tasks} task{'s' if tasks > 1 else ''}" for tasks in TASKS))
     for model in MODELS:
-        for way in WAYS:
+        for sharding in SHARDINGS:
             # what is sent is the same however many tasks there are
-            one = row(model, GPUS[-1], 1, way).critical_bandwidth
-            yield (model, way.name, *(f"{size(one / tasks)}/s" for tasks in TASKS))
+            one = row(model, GPUS[-1], 1, sharding).critical_bandwidth
+            yield (model, sharding.name, *(f"{size(one / tasks)}/s" for tasks in TASKS))
 
 
 def _markdown(rows: Iterator[tuple[str, ...]]) -> str:

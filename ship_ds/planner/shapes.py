@@ -70,13 +70,13 @@ class Shapes:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The parts with weights, by the names that a plan shows."""
-        own = {"prior": self.ship.prior, "objectives": self.ship.objective_modules}
+        others = {"prior": self.ship.prior, "objectives": self.ship.objective_modules}
         return {
             "encoder": self.ship.encoder,
             "hypernetwork": self.ship.hypernetwork,
             "decoder": self.ship.decoder,
             "task LLM": self.ship.task_llm,
-            **{name: part for name, part in own.items() if any(True for _ in part.parameters())},
+            **{name: part for name, part in others.items() if any(True for _ in part.parameters())},
         }
 
     def weights(self, part: str) -> list[Weight]:

@@ -95,7 +95,7 @@ class Traffic:
         return sum(self.wire.values())
 
 
-def held(zero: Zero, engine: Sequence[Weight], outside: Sequence[Weight]) -> Held:
+def held_by_a_rank(zero: Zero, engine: Sequence[Weight], outside: Sequence[Weight]) -> Held:
     """engine: the weights that DeepSpeed manages; outside: those of a replicated Task LLM."""
     trained = sum(weight.numel for weight in engine if weight.is_trained)
     gpu: dict[str, int] = {}

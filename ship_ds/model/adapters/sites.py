@@ -91,14 +91,16 @@ def wrap_sites(model: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[in
         raise UserError(reason)
     blocks, linears = lm.blocks(), lm.linears()
     # All targets are looked for before the first module is replaced.
-    found = {path: _targets_in(type(model).__name__, path, linears, targets) for path in blocks}
+    target_paths = {
+        path: _targets_in(type(model).__name__, path, linears, targets) for path in blocks
+    }
     for block_path, block in blocks.items():
-        for path in found[block_path]:
+        for path in target_paths[block_path]:
             model.set_submodule(path, AdaptedLinear(linears[path], path))
         model.set_submodule(block_path, AdaptedBlock(block, block_path))
     return {
         path: (linears[path].in_features, linears[path].out_features)
-        for paths in found.values()
+        for paths in target_paths.values()
         for path in paths
     }
 
