@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder
 from ship_ds.console import Log
-from ship_ds.evaluation import table
+from ship_ds.evaluation import report as reports
 from ship_ds.evaluation.cells import PROTOCOLS, Cell, Measured
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.harness import Harness, Run
@@ -44,7 +44,7 @@ def evaluate(
     measured = valid_cells(harness)
     present = {cell.method for cell in measured}
     stated = run.ship.config.model.task_llm.instruction != "none"
-    provenance = table.Provenance(
+    provenance = reports.Provenance(
         str(folder),
         shlex.join(["ship-ds", *arguments]),
         versions(),
@@ -56,9 +56,9 @@ def evaluate(
         },
         config.num_shown[0],
     )
-    report = table.build(measured, provenance)
+    report = reports.build(measured, provenance)
     if ranks.rank() == 0:
-        table.write(report, measured, harness.folder)
+        reports.write(report, measured, harness.folder)
     ranks.barrier()
     return report
 
@@ -86,8 +86,8 @@ def valid_cells(harness: Harness) -> dict[Cell, Measured]:
 def show(report: dict[str, Any]) -> None:
     """Print the values alone; intervals, kinds and tasks are in report.md."""
     for direction in PROTOCOLS:
-        header, *rows = table.summary_rows(
-            report, direction, PARTS, tuple(table.TITLES), table.value_alone
+        header, *rows = reports.summary_rows(
+            report, direction, PARTS, tuple(reports.TITLES), reports.value_alone
         )
         if rows:
             printed = Table(title=direction)
