@@ -46,8 +46,8 @@ from ship_ds.monitor.machine import versions
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
 from ship_ds.prompt import describe_roles
 from ship_ds.runtime import checkpoint, preflight, ranks, shards, start_log
-from ship_ds.runtime import engine as engines
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+from ship_ds.runtime.engine import Engine, engine_dtype, learning_rate, parts_per_step
 from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopRequest
 from ship_ds.runtime.watchdog import Watchdog
 
@@ -80,14 +80,14 @@ class Trainer:
         self.stop = stop or StopRequest(config.training.grace_seconds)
         self.watchdog = Watchdog(self.folder, config.training.hang_minutes)
         ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
-        self.parts = engines.parts_per_step(config.training)
+        self.parts = parts_per_step(config.training)
         torch.manual_seed(config.run.seed)
         self.bases = frozen_bases(config)
         source = source_of(config.data)
         self.splits = source.read(load_tokenizer(config.model.task_llm.base), log)
         self.data_fingerprint = source.fingerprint(self.splits)
         weights = LoadedWeights(
-            engines.engine_dtype(config.training),
+            engine_dtype(config.training),
             config.model.attention,
             shard=shards.sharder(config.training),
         )
@@ -100,11 +100,11 @@ class Trainer:
             cache_tokens(folder, model, self.splits)
         if config.run.init_from is not None:
             init_from(model, config.run.init_from, self.bases)
-        self.engine = engines.build_engine(model, config.optimiser, config.training)
+        self.engine = Engine(model, config.optimiser, config.training)
         self.engine.train()
         # dropout: a mask of its own on each rank
         torch.manual_seed((config.run.seed << 16) + ranks.rank())
-        self.model: ShipModel = self.engine.module
+        self.model = self.engine.module
         if (
             config.training.family_alpha < 1
             and len({task.task.family for task in self.splits.seen}) == 1
@@ -189,11 +189,9 @@ class Trainer:
     def take_step(self) -> None:
         self.watch.start()
         losses = self.losses_and_gradients(self.next_batches())
-        lr = engines.learning_rate(
-            self.step, self.config.optimiser, self.num_steps, self.spent_time()
-        )
-        engines.set_learning_rate(self.engine, lr)
-        skipped = engines.take_step(self.engine)
+        lr = learning_rate(self.step, self.config.optimiser, self.num_steps, self.spent_time())
+        self.engine.set_learning_rate(lr)
+        skipped = self.engine.step()
         self.record_step(losses, lr)
         self.step += 1
         self.watchdog.record_step(self.step)
@@ -233,8 +231,7 @@ class Trainer:
         totals = torch.zeros(len(objectives), dtype=torch.float64)
         kl_Z = torch.zeros(self.config.model.latent_size)
         for index, batch in enumerate(batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            sums = self.engine(batch)
+            sums = self.engine.forward(batch, is_last=index == len(batches) - 1)
             means = {name: sums.objectives[name] / divisors[name] for name in objectives}
             loss = sum(weights[name] * mean for name, mean in means.items())
             # The engine averages over ranks and micro-batches; the counts above already did.
@@ -270,7 +267,6 @@ class Trainer:
 
     def record_step(self, losses: StepLosses, lr: float) -> None:
         seconds = self.watch.stop(losses.num_tokens)
-        norm = self.engine.get_global_grad_norm()
         if self.monitor is None:
             return
         self.monitor.step(
@@ -280,7 +276,7 @@ class Trainer:
                 **{f"loss/{name}": term for name, term in losses.terms.items()},
                 "latent/active_units": float((losses.kl_Z > _ACTIVE_NATS).sum()),
                 "optimiser/lr": lr,
-                "optimiser/gradient_norm": float(norm) if norm is not None else float("nan"),
+                "optimiser/gradient_norm": self.engine.gradient_norm(),
                 "speed/tokens_per_second": losses.num_tokens / seconds,
                 "speed/step_seconds": seconds,
                 "memory/gigabytes": memory_gigabytes(),
@@ -370,7 +366,7 @@ class Trainer:
         """Bundle, then the report from the bundle: what is measured is what a user opens."""
         self.save()
         self.stop.exit_on_signal()
-        state = engines.gathered_state(self.engine)
+        state = self.engine.gathered_state()
         if ranks.rank() == 0:
             write_bundle(
                 self.folder / "bundle",

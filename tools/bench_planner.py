@@ -97,9 +97,9 @@ def alive(trainer: Any) -> dict[str, int]:
     buckets = [
         tensor
         for tensor in tensors
-        if tensor.numel() == trainer.engine.optimizer.reduce_bucket_size
+        if tensor.numel() == trainer.engine.deepspeed.optimizer.reduce_bucket_size
     ]
-    states = trainer.engine.optimizer.optimizer.state
+    states = trainer.engine.deepspeed.optimizer.optimizer.state
     flat = [
         tensor
         for state in states.values()

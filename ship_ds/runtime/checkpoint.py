@@ -46,7 +46,8 @@ from ship_ds.files import (
     write_json,
     write_text,
 )
-from ship_ds.runtime import nvme, ranks, repartition
+from ship_ds.runtime import ranks, repartition
+from ship_ds.runtime.engine import Engine
 from ship_ds.runtime.pickles import load_shard, shard_problem
 
 STATE, PROGRESS, LATEST = "state", "progress.json", "latest"
@@ -107,7 +108,7 @@ def git_revision() -> str:
     return done.stdout.strip() if done and not done.returncode else ""
 
 
-def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) -> Path:
+def save(engine: Engine[Any], root: Path, progress: Progress, config: CheckpointConfig) -> Path:
     """Every rank calls it at a step boundary. Raises UserError when the disk is full; older
     checkpoints are untouched."""
     folder = root / f"step-{progress.step:08d}"
@@ -118,10 +119,7 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
             part.mkdir(parents=True)
         ranks.barrier()
         _check_room(engine, part)
-        with nvme.map_swap_files(engine):
-            engine.save_checkpoint(
-                str(part), tag=STATE, save_latest=False, exclude_frozen_parameters=True
-            )
+        engine.save_shards(part, STATE)
         _save_generators(part / f"rank-{ranks.rank()}.safetensors")
         if ranks.rank() == 0:
             write_json(part / PROGRESS, asdict(progress), indent=2)
@@ -148,12 +146,14 @@ def save(engine: Any, root: Path, progress: Progress, config: CheckpointConfig) 
     return folder
 
 
-def _check_room(engine: Any, part: Path) -> None:
+def _check_room(engine: Engine[Any], part: Path) -> None:
     """Raises OSError on every rank where the disk has not even room for Adam's fp32 weights and two
     moments: one rank that fails within DeepSpeed's own writing leaves the others waiting for it. A
     quota is not seen here."""
-    trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    least = 12 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
+    least = 12 * sum(
+        getattr(parameter, "ds_numel", parameter.numel())
+        for parameter in engine.trainable().values()
+    )
     free = ranks.gather_objects(shutil.disk_usage(part).free if ranks.rank() == 0 else None)[0]
     if free < least:
         raise OSError(
@@ -341,7 +341,7 @@ def newest_good_to_resume(root: Path, log: Log) -> Path | None:
 
 
 def load(
-    engine: Any,
+    engine: Engine[Any],
     folder: Path,
     config: Mapping[str, Any],
     data_fingerprint: str,
@@ -362,9 +362,9 @@ def load(
         )
     _check_same_parameters(engine, folder)
     stage, num_ranks = repartition.layout(folder / STATE)
-    is_same_layout = (stage, num_ranks) == (engine.zero_optimization_stage(), ranks.world_size())
+    is_same_layout = (stage, num_ranks) == (engine.zero_stage(), ranks.world_size())
     if is_same_layout and stage < 3:
-        engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
+        engine.load_shards(folder, STATE)
     else:
         repartition.load(engine, folder / STATE)
     if is_same_layout:
@@ -373,7 +373,7 @@ def load(
         log(
             f"{folder}: written by {num_ranks} rank(s) under ZeRO-{stage}: shared out anew over "
             f"{ranks.world_size()} "
-            f"under ZeRO-{engine.zero_optimization_stage()}; dropout differs from here on"
+            f"under ZeRO-{engine.zero_stage()}; dropout differs from here on"
         )
         torch.manual_seed(
             int(progress.config["run"]["seed"]) + progress.step * ranks.world_size() + ranks.rank()
@@ -414,21 +414,16 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_same_parameters(engine: Any, folder: Path) -> None:
+def _check_same_parameters(engine: Engine[Any], folder: Path) -> None:
     """DeepSpeed loads without strictness, since the frozen base is not saved; so names and shapes
     are compared here."""
     listed = load_shard(sorted((folder / STATE).glob("*model_states.pt"))[0])["param_shapes"]
     saved = {(name, tuple(shape)) for group in listed for name, shape in group.items()}
-    trainable = (
-        (name, parameter)
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
-    )
-    own = {
+    current = {
         (name, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-        for name, parameter in trainable
+        for name, parameter in engine.trainable().items()
     }
-    if different := sorted({name for name, _ in saved ^ own}):
+    if different := sorted({name for name, _ in saved ^ current}):
         raise UserError(
             f"{folder}: {different[0]} and {len(different) - 1} more trainable "
             "parameters differ from this model's"

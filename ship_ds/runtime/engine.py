@@ -1,15 +1,18 @@
 """The DeepSpeed engine: every number of the run's config enters its dict here, and nowhere else."""
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from ship_ds.config import OptimiserConfig, TrainingConfig
-from ship_ds.runtime import ranks
+from ship_ds.runtime import nvme, ranks, shards
 from ship_ds.runtime.deepspeed_config import offloads_optimiser, read_deepspeed_config
 from ship_ds.runtime.preflight import check_division
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def engine_dtype(training: TrainingConfig) -> torch.dtype:
@@ -38,63 +41,128 @@ def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: flo
     return config.lr * min(warm, 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def build_engine(model: nn.Module, optimiser: OptimiserConfig, training: TrainingConfig) -> Any:
-    """The DeepSpeed engine around a model, under the run's batches, optimiser and ds_configs."""
-    import deepspeed
+class Engine(Generic[Module]):
+    """DeepSpeed's engine around a module, with what training needs of it and types.
 
-    from ship_ds.runtime import shards
+    Attributes:
+        module: The module that is trained, its parameters cast, moved and perhaps sharded.
+        deepspeed: DeepSpeed's own engine, untyped. Read by the rest of `runtime/` alone.
+    """
 
+    def __init__(
+        self, module: Module, optimiser: OptimiserConfig, training: TrainingConfig
+    ) -> None:
+        """Shard, cast and move the module in place, and make its optimiser.
+
+        Args:
+            module: whole, or with parameters that shards.sharder has sharded already.
+            optimiser: the settings of AdamW.
+            training: batches and the file of ds_configs/.
+
+        Raises:
+            UserError: the micro-batches do not divide the step's tasks.
+        """
+        import deepspeed
+
+        # DeepSpeed leaves these alone where it finds any parameter sharded before.
+        shards.cast_and_move_rest(module, engine_dtype(training))
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.deepspeed: Any = deepspeed.initialize(
+            model=module, model_parameters=trainable, config=_settings(optimiser, training)
+        )[0]
+        self.module = module
+
+    def train(self) -> None:
+        """Turn dropout on."""
+        self.deepspeed.train()
+
+    def forward(self, *inputs: object, is_last: bool) -> Any:
+        """What the module returns for a micro-batch.
+
+        Args:
+            inputs: of the module.
+            is_last: of the step's micro-batches; the ranks average gradients after it.
+        """
+        # Before the forward pass: ZeRO-3 plans its gathers and reductions by it.
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add to the gradients; DeepSpeed averages them over micro-batches and ranks."""
+        self.deepspeed.backward(loss)
+
+    def step(self) -> bool:
+        """Take the optimiser's step; whether it was skipped, the same on all ranks.
+
+        DeepSpeed skips it on all where loss or gradients are not finite on any.
+        """
+        self.deepspeed.step()
+        return bool(self.deepspeed.optimizer.overflow)
+
+    def set_learning_rate(self, value: float) -> None:
+        """Set it for every parameter."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = value
+
+    def gradient_norm(self) -> float:
+        """Of the last step before clipping; NaN where DeepSpeed knows none."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def zero_stage(self) -> int:
+        """0 to 3."""
+        return int(self.deepspeed.zero_optimization_stage())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """By name; under ZeRO-3 each is this rank's share."""
+        named = self.module.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def gathered_state(self) -> dict[str, torch.Tensor]:
+        """Every trainable parameter whole, on rank 0 alone (empty elsewhere), one gathered at a
+        time. Every rank calls it."""
+        import deepspeed
+
+        state = {}
+        for name, parameter in self.trainable().items():
+            is_sharded = hasattr(parameter, "ds_id")
+            with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
+                if ranks.rank() == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+    def save_shards(self, folder: Path, name: str) -> None:
+        """Write every rank's shards of trainable parameters and optimiser to FOLDER/NAME."""
+        with nvme.map_swap_files(self.deepspeed):
+            self.deepspeed.save_checkpoint(
+                str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True
+            )
+
+    def load_shards(self, folder: Path, name: str) -> None:
+        """Read what as many ranks under the same ZeRO stage, 1 or 2, wrote with `save_shards`."""
+        # Not strict, since the frozen base is not saved; checkpoint.py has compared the names.
+        self.deepspeed.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+
+
+def _settings(optimiser: OptimiserConfig, training: TrainingConfig) -> dict[str, Any]:
+    """The file of ds_configs/ with the run's batches and optimiser."""
     config = read_deepspeed_config(training.deepspeed)
     # torch's fused AdamW: one pass over the flat partition, and nothing to compile with nvcc. State
     # that a GPU offloads is DeepSpeed's own op's.
     fused = not (torch.cuda.is_available() and offloads_optimiser(config))
-    micro = training.tasks_per_step // parts_per_step(training)
-    config |= {
-        "train_micro_batch_size_per_gpu": micro,
+    adam = {
+        "lr": optimiser.lr,
+        "weight_decay": optimiser.weight_decay,
+        "betas": list(optimiser.betas),
+        "torch_adam": fused,
+        **({"fused": True} if fused else {}),
+    }
+    return config | {
+        "train_micro_batch_size_per_gpu": training.tasks_per_step // parts_per_step(training),
         "gradient_accumulation_steps": training.accumulation,
         "train_batch_size": training.tasks_per_step,
         "gradient_clipping": optimiser.clip,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimiser.lr,
-                "weight_decay": optimiser.weight_decay,
-                "betas": list(optimiser.betas),
-                "torch_adam": fused,
-                **({"fused": True} if fused else {}),
-            },
-        },
+        "optimizer": {"type": "AdamW", "params": adam},
+        # Never: the monitor logs every step.
         "steps_per_print": 10**9,
     }
-    shards.cast_and_move_rest(model, engine_dtype(training))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
-    return engine
-
-
-def set_learning_rate(engine: Any, value: float) -> None:
-    """Set it for every parameter."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = value
-
-
-def take_step(engine: Any) -> bool:
-    """The optimiser's step. Where loss or gradients are not finite on any rank DeepSpeed skips it
-    on all; True says so."""
-    engine.step()
-    return bool(engine.optimizer.overflow)
-
-
-def gathered_state(engine: Any) -> dict[str, torch.Tensor]:
-    """Every trainable parameter whole, on rank 0 alone (empty elsewhere), one gathered at a
-    time."""
-    import deepspeed
-
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if ranks.rank() == 0:
-                state[name] = parameter.detach().cpu().clone()
-    return state

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.runtime import ranks
+from ship_ds.runtime.engine import Engine
 from ship_ds.runtime.pickles import load_shard
 
 WEIGHTS = "fp32"
@@ -119,18 +120,13 @@ def _merge(folder: Path, shard: Mapping[str, Any], flat: list[list[Tensor]]) -> 
         )
 
 
-def load(engine: Any, folder: Path) -> None:
+def load(engine: Engine[Any], folder: Path) -> None:
     """Put weights and optimiser state into the slices of an engine that has taken no step; every
     rank calls it."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    optimiser = engine.optimizer
-    trainable = {
-        name: parameter
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
-    }
+    optimiser, trainable = engine.deepspeed.optimizer, engine.trainable()
     if isinstance(optimiser, DeepSpeedZeroOptimizer_Stage3):
         _put_stage_3(optimiser, source(optimiser, trainable, folder))
     else:

@@ -27,7 +27,6 @@ from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.step import ShipBatch
 from ship_ds.runtime import checkpoint, ranks, repartition
-from ship_ds.runtime import engine as engines
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.stopping import Preempted, StopRequest
 from ship_ds.train import Trainer
@@ -51,7 +50,7 @@ def each_rank_holds_half(folder: Path) -> dict[str, Any]:
     made.take_step()
     trainable = [p for p in made.model.parameters() if p.requires_grad]
     quantised = {n: p for n, p in made.model.named_parameters() if type(p).__name__ == "Params4bit"}
-    states = made.engine.optimizer.optimizer.state.values()
+    states = made.engine.deepspeed.optimizer.optimizer.state.values()
     return {
         "trainable": [
             sum(p.ds_tensor.numel() for p in trainable),
@@ -159,8 +158,10 @@ def where_from(made: Trainer, folder: Path) -> str:
         for name, parameter in made.model.named_parameters()
         if parameter.requires_grad
     }
-    found = repartition.source(made.engine.optimizer, trainable, folder / checkpoint.STATE)
-    return f"{len(made.engine.optimizer.fp16_groups)} {type(found).__name__}"
+    found = repartition.source(
+        made.engine.deepspeed.optimizer, trainable, folder / checkpoint.STATE
+    )
+    return f"{len(made.engine.deepspeed.optimizer.fp16_groups)} {type(found).__name__}"
 
 
 def own_file(folder: Path, config: dict[str, Any]) -> str:
@@ -191,7 +192,7 @@ def zero2_goes_on(folder: Path) -> dict[str, Any]:
     made.save()
     found: dict[str, Any] = {
         "whole": [losses(made) for _ in range(2)],
-        "betas": list(made.engine.optimizer.param_groups[0]["betas"]),
+        "betas": list(made.engine.deepspeed.optimizer.param_groups[0]["betas"]),
         "turns": Counter(Counter(task.id for task in made.sampler.tasks).values()),
         "rules": len(made.splits.seen),
     }
@@ -307,7 +308,7 @@ def starts_from_a_bundle(folder: Path) -> dict[str, Any]:
     made = trainer(folder, f"run.init_from={ONE_RANK_RUN}")
     saved, own = (
         load_file(ONE_RANK_RUN / "bundle" / "ship.safetensors"),
-        engines.gathered_state(made.engine),
+        made.engine.gathered_state(),
     )
     if ranks.rank():
         return {}
