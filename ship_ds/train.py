@@ -27,7 +27,7 @@ from ship_ds.bundle import Bundle, check_bases, frozen_bases, probe_inputs, writ
 from ship_ds.config import Config, TrainingConfig, load_config
 from ship_ds.console import log
 from ship_ds.data.sampler import StepSampler, balanced
-from ship_ds.data.source import source_of
+from ship_ds.data.source import TaskSource, source_of
 from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
 from ship_ds.errors import UserError
@@ -74,60 +74,82 @@ class Trainer:
     """setup -> train -> close, the same on every rank; rank 0 alone writes."""
 
     def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
+        """Set up everything, and go on from the newest checkpoint of the run folder.
+
+        The order matters: each comment says to what.
+
+        Args:
+            config: of the run.
+            stop: what hears the signals that ask a run to end; None: one that hears none.
+
+        Raises:
+            UserError: the config, the data or the run folder, with what to change.
+        """
         self.config = config
         self.folder = Path(config.run.folder)
+        # Before the process group, where one rank that fails leaves the others waiting.
         preflight.check(config, os.environ)
         self.stop = stop or StopRequest(config.training.grace_seconds)
         self.watchdog = Watchdog(self.folder, config.training.hang_minutes)
         ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
         self.parts = parts_per_step(config.training)
+        # The same on all ranks: each makes the whole initial weights and keeps its share of them,
+        # so that they do not depend on the number of ranks.
         torch.manual_seed(config.run.seed)
-        self.bases = frozen_bases(config)
         source = source_of(config.data)
-        self.splits = source.read(load_tokenizer(config.model.task_llm.base), log)
-        self.data_fingerprint = source.fingerprint(self.splits)
-        weights = LoadedWeights(
-            engine_dtype(config.training),
-            config.model.attention,
-            shard=shards.sharder(config.training),
-        )
-        model = build_ship(config.model, weights, config.loss)
-        log(
-            "parameters: "
-            + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items())
-        )
+        self.read_data(source)
+        model = self.build_model()
+        # Before the engine: ranks other than 0 wait for the tokens, and under ZeRO-3 a rank that is
+        # late holds up every gather of the others.
         if (folder := source.token_cache(self.folder)) is not None:
             cache_tokens(folder, model, self.splits)
+        # Before the engine too: from there on weights may be sharded, and the optimiser has copied
+        # them in fp32.
         if config.run.init_from is not None:
             init_from(model, config.run.init_from, self.bases)
         self.engine = Engine(model, config.optimiser, config.training)
         self.engine.train()
-        # dropout: a mask of its own on each rank
+        # Another on each rank, after everything that has to be equal: dropout's masks differ.
         torch.manual_seed((config.run.seed << 16) + ranks.rank())
         self.model = self.engine.module
-        if (
-            config.training.family_alpha < 1
-            and len({task.task.family for task in self.splits.seen}) == 1
-        ):
-            log("training.family_alpha changes nothing: the tasks of these data are of no families")
-        self.sampler = StepSampler(
-            balanced(self.splits.seen, config.training.family_alpha),
-            config.run.seed,
-            config.training.tasks_per_step,
-            config.training.examples_per_task,
-            config.model.decoder.max_examples,
-            config.model.decoder.drop_latent,
-        )
+        self.sampler = self.make_sampler()
         self.num_steps = num_steps(config.training, self.splits)
-        self.watch = Stopwatch()
-        self.step = 0
-        self.num_bad_steps = 0
-        self.dev_score: tuple[int, float] | None = None
-        self.owes_evaluation = False
-        self.saved: tuple[int, bool, float | None] | None = None
-        """Of the newest checkpoint: step, whether its evaluation is owed, score on dev."""
-        self.resume()
+        # Last, since a checkpoint brings the random generators, and they have to stay as it left
+        # them. The monitor then knows which rows of its files will be written again.
+        self.restore()
         self.monitor = self.open_monitor() if ranks.rank() == 0 else None
+
+    def read_data(self, source: TaskSource) -> None:
+        """The tasks, and fingerprints of what a resume has to find again: data and frozen bases."""
+        self.bases = frozen_bases(self.config)
+        self.splits = source.read(load_tokenizer(self.config.model.task_llm.base), log)
+        self.data_fingerprint = source.fingerprint(self.splits)
+
+    def build_model(self) -> ShipModel:
+        """SHIP around its bases; a frozen 4-bit one is sharded while it loads, under ZeRO-3."""
+        weights = LoadedWeights(
+            engine_dtype(self.config.training),
+            self.config.model.attention,
+            shard=shards.sharder(self.config.training),
+        )
+        model = build_ship(self.config.model, weights, self.config.loss)
+        counts = model.parameter_counts().items()
+        log("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts))
+        return model
+
+    def make_sampler(self) -> StepSampler:
+        """Draws the tasks and examples of any step from its number alone, the same on all ranks."""
+        training, decoder = self.config.training, self.config.model.decoder
+        if training.family_alpha < 1 and len({task.task.family for task in self.splits.seen}) == 1:
+            log("training.family_alpha changes nothing: the tasks of these data are of no families")
+        return StepSampler(
+            balanced(self.splits.seen, training.family_alpha),
+            self.config.run.seed,
+            training.tasks_per_step,
+            training.examples_per_task,
+            decoder.max_examples,
+            decoder.drop_latent,
+        )
 
     def open_monitor(self) -> Monitor:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,8 +162,15 @@ class Trainer:
         start_log.append(self.folder, self.step)
         return Monitor(self.folder, self.num_steps, self.step)
 
-    def resume(self) -> None:
-        """Go on from the newest good checkpoint of the run folder, when there is one."""
+    def restore(self) -> None:
+        """Start at step 0, or go on from the newest good checkpoint of the run folder."""
+        self.watch = Stopwatch()
+        self.step = 0
+        self.num_bad_steps = 0
+        self.dev_score: tuple[int, float] | None = None
+        self.owes_evaluation = False
+        self.saved: tuple[int, bool, float | None] | None = None
+        """Of the newest checkpoint: step, whether its evaluation is owed, score on dev."""
         good = checkpoint.newest_good_to_resume(self.folder / "checkpoints", log)
         if good is None:
             return
@@ -160,12 +189,11 @@ class Trainer:
         log(f"resumed from {good}, after step {progress.step}")
 
     def train(self) -> None:
-        """To the last step. Raises Preempted on every rank, everything saved, when any of them was
-        asked to stop."""
-        evaluate_every, save_every = (
-            self.config.evaluation.every_steps,
-            self.config.checkpoint.every_steps,
-        )
+        """Take every step that is left, evaluating and saving when it is due.
+
+        Raises:
+            Preempted: on every rank, everything saved, when any of them was asked to stop.
+        """
         self.watchdog.start()
         try:
             if self.owes_evaluation:
@@ -173,10 +201,10 @@ class Trainer:
             while self.step < self.num_steps and self.spent_time() < 1:
                 self.stop.raise_if_asked()
                 self.take_step()
-                self.owes_evaluation = is_due(self.step, evaluate_every)
+                self.owes_evaluation = is_due(self.step, self.config.evaluation.every_steps)
                 if self.owes_evaluation:
                     self.evaluate()
-                if is_due(self.step, save_every):
+                if is_due(self.step, self.config.checkpoint.every_steps):
                     self.save()
         except Preempted:
             if self.step:
@@ -187,6 +215,7 @@ class Trainer:
             self.watchdog.stop()
 
     def take_step(self) -> None:
+        """Draw a batch, take its losses and gradients, and let the optimiser step."""
         self.watch.start()
         losses = self.losses_and_gradients(self.next_batches())
         lr = learning_rate(self.step, self.config.optimiser, self.num_steps, self.spent_time())

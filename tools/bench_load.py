@@ -4,10 +4,11 @@ Writes tools/results/load.json.
     # two gloo ranks, a random Llama of 1.2 GB in bf16; three minutes a repeat
     python tools/bench_load.py
 
-Memory is RssAnon and VmSwap, sampled every two milliseconds, beyond what the process held before:
-pages of a memory-mapped file belong to the kernel's cache and are left out. The C library is told
-to give freed blocks back at once, or what it keeps for later would be counted, which is up to the
-size of the model. Whatever way was taken, the gathered weights have the same hash.
+Memory is anonymous pages, in RAM or swapped out, sampled every two milliseconds, beyond what the
+process held before: pages of a memory-mapped file belong to the kernel's cache and are left out.
+The C library is told to give freed blocks back at once, or what it keeps for later would be
+counted, which is up to the size of the model. Whatever way was taken, the gathered weights have the
+same hash.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ship_ds.monitor.machine import describe_machine, versions
+from ship_ds.monitor.memory import PeakMemory, resident
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 WAYS = (
@@ -47,35 +48,6 @@ def make_base(folder: Path, layers: int) -> None:
         vocab_size=2000,  # whole matrices in 16 bits would hide what is saved
     )
     LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(folder, max_shard_size="300MB")
-
-
-def anonymous_bytes() -> int:
-    """Linux alone has them."""
-    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return sum(int(rows[key].split()[0]) for key in ("RssAnon", "VmSwap")) * 1024
-
-
-class Peak:
-    """The most that this process held inside a `with`, beyond what it held before."""
-
-    def __enter__(self) -> "Peak":
-        self.before = self.most = anonymous_bytes()
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def watch(self) -> None:
-        while not self.ended.wait(0.002):
-            self.most = max(self.most, anonymous_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
-
-    @property
-    def grew(self) -> int:
-        return self.most - self.before
 
 
 def load(way: str, folder: Path) -> Any:
@@ -126,11 +98,12 @@ def work(way: str, folder: Path, out: Path) -> None:
 
     ranks.start(1)
     started = time.perf_counter()
-    with Peak() as peak:
+    held_before = resident()["RssAnon"]
+    with PeakMemory() as peak:
         model = load(way, folder)
     mine = {
-        "peak_bytes": peak.grew,
-        "held_bytes": anonymous_bytes() - peak.before,
+        "peak_bytes": peak.anonymous,
+        "held_bytes": resident()["RssAnon"] - held_before,
         "seconds": round(time.perf_counter() - started, 1),
         "sha256": digest(model),
     }

@@ -141,7 +141,7 @@ def measure(method: str, base: Path, adapter: Path, out: Path) -> dict[str, Any]
         "method": method,
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time(), 1),
-        "own_megabytes": round(peak.own / 1e6),
+        "own_megabytes": round(peak.anonymous / 1e6),
         "mapped_megabytes": round(peak.mapped / 1e6),
         "imports_megabytes": round((before["RssAnon"] + before["RssFile"]) / 1e6),
         "high_water_megabytes": round(resident()["VmHWM"] / 1e6),

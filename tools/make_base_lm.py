@@ -12,7 +12,6 @@ folder to the run as model.*.base.
 
 import argparse
 import json
-import math
 import random
 import sys
 import time
@@ -28,6 +27,7 @@ from ship_ds.data.task import SplitTask
 from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.errors import UserError
 from ship_ds.prompt import PromptFormat
+from ship_ds.runtime.engine import cosine
 
 KINDS = {"instruction": 0.6, "shots": 0.15, "naming": 0.25}
 MAX_TOKENS = 384
@@ -80,9 +80,7 @@ def train(
     rng, started, losses = random.Random(args.seed), time.time(), []
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(
-                1, (step + 1) / 50, 0.02 + 0.98 * (1 + math.cos(math.pi * step / args.steps)) / 2
-            )
+            group["lr"] = args.lr * min(1, (step + 1) / 50, cosine(step / args.steps))
         rows = [draw(rng.choice(tasks), prompts, rng) for _ in range(args.batch)]
         rows = [row for row in rows if len(row[0]) + len(row[1]) <= MAX_TOKENS] or rows[:1]
         length = max(len(prompt) + len(target) for prompt, target in rows)

@@ -13,7 +13,6 @@ are measured on the NF4 model, the way SHIP uses it.
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from ship_ds.data.rules import (
 )
 from ship_ds.data.task import Example, SplitTask
 from ship_ds.prompt import PromptFormat
+from ship_ds.runtime.engine import cosine
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<user> {{ message['content'] "
@@ -148,9 +148,7 @@ def train(model: LlamaForCausalLM, drawer: Drawer, args: argparse.Namespace) -> 
     started = time.time()
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(
-                1, (step + 1) / 200, 0.02 + 0.98 * (1 + math.cos(math.pi * step / args.steps)) / 2
-            )
+            group["lr"] = args.lr * min(1, (step + 1) / 200, cosine(step / args.steps))
         kind = drawer.rng.choices(list(KINDS), list(KINDS.values()))[0]
         rows = [
             drawer.row(kind)

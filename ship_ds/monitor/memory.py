@@ -9,31 +9,46 @@ from types import TracebackType
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process by kind: RssAnon, RssFile, VmHWM."""
+    """Bytes of this process by kind.
+
+    Returns:
+        RssAnon: its own pages, those that are swapped out included, or a machine short of memory
+        would seem to need less. RssFile: pages of files that it maps. VmHWM: the kernel's
+        high-water mark of both.
+    """
     with open("/proc/self/status") as file:
         rows = dict(line.split(":", 1) for line in file)
-    return {key: int(rows[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "VmHWM")}
+    num_bytes = {key: int(rows[key].split()[0]) * 1024 for key in (*_KINDS, "VmSwap")}
+    num_bytes["RssAnon"] += num_bytes.pop("VmSwap")
+    return num_bytes
+
+
+_KINDS = ("RssAnon", "RssFile", "VmHWM")
 
 
 class PeakMemory:
-    """own, mapped: the largest seen while the block ran, in bytes beyond what was there when it
-    began."""
+    """The most memory that the process holds inside a `with`, beyond what was there before.
 
-    own = mapped = 0
+    Attributes:
+        anonymous: Bytes of its own pages.
+        mapped: Bytes of pages of files that it maps.
+    """
+
+    anonymous = mapped = 0
 
     def __enter__(self) -> "PeakMemory":
         self._before, self._done = resident(), threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._sample_until_done, daemon=True)
         self._thread.start()
         return self
 
-    def _sample(self) -> None:
+    def _sample_until_done(self) -> None:
         while not self._done.wait(0.002):
-            self._look()
+            self._sample()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         now = resident()
-        self.own = max(self.own, now["RssAnon"] - self._before["RssAnon"])
+        self.anonymous = max(self.anonymous, now["RssAnon"] - self._before["RssAnon"])
         self.mapped = max(self.mapped, now["RssFile"] - self._before["RssFile"])
 
     def __exit__(
@@ -44,4 +59,5 @@ class PeakMemory:
     ) -> None:
         self._done.set()
         self._thread.join()
-        self._look()
+        # Once more here, for a block that ends before the thread's first sample.
+        self._sample()

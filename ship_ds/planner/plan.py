@@ -6,9 +6,6 @@ what to change.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from ship_ds.config import Config, TaskLlmConfig, override_config
 from ship_ds.model.adapters.sites import AdaptedBlock
@@ -16,7 +13,7 @@ from ship_ds.model.assemble import SHARD_ABOVE_BYTES
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
 from ship_ds.planner.zero import Held, Traffic, Zero, held_by_a_rank, traffic
-from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import is_bf16, read_deepspeed_config
 from ship_ds.runtime.engine import engine_dtype
 from ship_ds.runtime.preflight import check_division
 
@@ -198,12 +195,12 @@ def _candidates(plan: Plan) -> list[tuple[str, ...]]:
         for factor in (2, 4, 8, 16, 32, 64)
         if plan.work.tasks % factor == 0
     ]
-    is_bf16 = engine_dtype(config.training) == torch.bfloat16
-    settings: dict[str, Any] = read_deepspeed_config(config.training.deepspeed)["zero_optimization"]
-    if settings["stage"] < 3 or not is_bf16:
+    settings = read_deepspeed_config(config.training.deepspeed)
+    zero = settings["zero_optimization"]
+    if zero["stage"] < 3 or not is_bf16(settings):
         candidates.append(("training.deepspeed=zero3_bf16",))
     if not plan.is_sharded:
         candidates.append(("model.task_llm.shard=always",))
-    if "offload_param" not in settings:
+    if "offload_param" not in zero:
         candidates.append(("training.deepspeed=zero3_offload_cpu",))
     return candidates

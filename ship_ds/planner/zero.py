@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ship_ds.planner.shapes import Weight
+from ship_ds.runtime.deepspeed_config import is_bf16
 
 Device = Literal["gpu", "cpu", "nvme"]
 _MASTER_AND_MOMENTS = 12
@@ -48,7 +49,7 @@ class Zero:
         numbers = {key: int(zero.get(key, default)) for key, default in DEFAULTS.items()}
         return cls(
             stage,
-            2 if deepspeed_config.get("bf16", {}).get("enabled") else 4,
+            2 if is_bf16(deepspeed_config) else 4,
             num_ranks,
             numbers["reduce_bucket_size"],
             2 if stage < 3 and overlaps else 1,

@@ -42,6 +42,11 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
+def is_bf16(config: Mapping[str, Any]) -> bool:
+    """Whether the engine makes every floating-point parameter bf16; else they are fp32."""
+    return bool((config.get("bf16") or {}).get("enabled"))
+
+
 def offloads(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the file says of `offload_param` and `offload_optimizer`; {} where it says nothing or
     null."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from ship_ds.config import OptimiserConfig, TrainingConfig
 from ship_ds.runtime import nvme, ranks, shards
-from ship_ds.runtime.deepspeed_config import offloads_optimiser, read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import is_bf16, offloads_optimiser, read_deepspeed_config
 from ship_ds.runtime.preflight import check_division
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -17,11 +17,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def engine_dtype(training: TrainingConfig) -> torch.dtype:
     """The dtype that training.deepspeed makes of every floating-point parameter."""
-    return (
-        torch.bfloat16
-        if read_deepspeed_config(training.deepspeed).get("bf16", {}).get("enabled")
-        else torch.float32
-    )
+    config = read_deepspeed_config(training.deepspeed)
+    return torch.bfloat16 if is_bf16(config) else torch.float32
 
 
 def parts_per_step(training: TrainingConfig) -> int:
@@ -37,8 +34,12 @@ def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: flo
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return config.lr * warm
-    done = min(1.0, max(step / num_steps, spent))
-    return config.lr * min(warm, 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+    return config.lr * min(warm, cosine(min(1.0, max(step / num_steps, spent))))
+
+
+def cosine(done: float) -> float:
+    """From 1 at the start (done = 0) to 0.02 at the end (done = 1)."""
+    return 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
 
 
 class Engine(Generic[Module]):
