@@ -49,7 +49,7 @@ class Monitor:
         TensorBoard."""
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._last_row = {"step": step, **finite}
-        self._place = self.rows.tell()
+        self._offset_of_last_row = self.rows.tell()
         self._write_row()
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step)
@@ -70,7 +70,7 @@ class Monitor:
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step - 1)
         if self._last_row.get("step") == step - 1:
-            self.rows.truncate(self._place)
+            self.rows.truncate(self._offset_of_last_row)
             self._last_row |= scalars
             self._write_row()
         with (self.folder / "evaluations.jsonl").open("a") as file:
@@ -88,9 +88,8 @@ class Monitor:
         self.board.add_histogram("latent/kl_per_dimension", kl_Z, step)
 
     def close(self) -> None:
-        from ship_ds.evaluation import (
-            figures,  # matplotlib: a second that only the end of a run needs
-        )
+        # Here, for matplotlib: a second that only the end of a run needs.
+        from ship_ds.evaluation import figures
 
         self.bar.close()
         self.rows.close()

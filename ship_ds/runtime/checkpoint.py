@@ -255,14 +255,14 @@ def _prune(root: Path, config: CheckpointConfig) -> None:
     whole = checkpoints(root)
     scores = {path: score for path in whole if (score := _dev_score(path)) is not None}
     best = max(scores, key=lambda path: (scores[path], path), default=None)
-    kept = [path for path in whole if path in whole[-config.keep_last :] or path == best]
+    keep = [path for path in whole if path in whole[-config.keep_last :] or path == best]
     cap = config.max_gigabytes
-    while cap is not None and sum(_bytes(path) for path in kept) > cap * 1e9:
-        droppable = [path for path in kept[:-1] if path != best]
+    while cap is not None and sum(_bytes(path) for path in keep) > cap * 1e9:
+        droppable = [path for path in keep[:-1] if path != best]
         if not droppable:
             break
-        kept.remove(droppable[0])
-    for path in set(whole) - set(kept):
+        keep.remove(droppable[0])
+    for path in set(whole) - set(keep):
         shutil.rmtree(path)
 
 
@@ -303,19 +303,19 @@ def _problem_of_share(folder: Path) -> str | None:
 
 
 def newest_good(root: Path, log: Log) -> Path | None:
-    """The newest checkpoint whose files are all as written; each one passed over is said with its
+    """The newest checkpoint whose files are all as written; each one passed over is logged with its
     reason."""
     names = ranks.gather_objects([path.name for path in checkpoints(root)])[0]
-    passed: dict[str, str] = {}
+    damaged_ones: dict[str, str] = {}
     for name in reversed(names):
         reason = problem(root / name)
         if reason is None:
-            for damaged, text in passed.items():
+            for damaged, text in damaged_ones.items():
                 log(f"{root / damaged}: {text}; going on from {name}")
             return root / name
-        passed[name] = reason
-    if passed:
-        damaged, text = next(iter(passed.items()))
+        damaged_ones[name] = reason
+    if damaged_ones:
+        damaged, text = next(iter(damaged_ones.items()))
         raise UserError(
             f"{root / damaged}: {text}; no good checkpoint is left: remove {root} to "
             "start from the beginning"
@@ -375,6 +375,8 @@ def load(
             f"{ranks.world_size()} "
             f"under ZeRO-{engine.zero_stage()}; dropout differs from here on"
         )
+        # No rank's saved generators fit another number of ranks: each starts anew by
+        # step and rank.
         torch.manual_seed(
             int(progress.config["run"]["seed"]) + progress.step * ranks.world_size() + ranks.rank()
         )
@@ -406,12 +408,12 @@ def check_same_run(
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in values.items():
-        found |= (
+        leaves |= (
             flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
         )
-    return found
+    return leaves
 
 
 def _check_same_parameters(engine: Engine[Any], folder: Path) -> None:

@@ -22,12 +22,14 @@ def map_swap_files(engine: Any) -> Iterator[None]:
     if swapper is None:
         yield
         return
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    swapped_out: list[tuple[torch.Tensor, torch.Tensor]] = []
+    # `save_checkpoint` (DeepSpeed 0.19.8, runtime/engine.py) asks it before it copies swap files.
+    # An attribute of the instance hides the method until it is deleted below.
     engine.zero_nvme_offload_optimizer = lambda: False
     try:
         for info in swapper.swap_params_info.values():
             for tensor, path in zip(info.get_compute_tensors(), info.get_swap_paths(), strict=True):
-                before.append((tensor, tensor.data))
+                swapped_out.append((tensor, tensor.data))
                 # shared, or the kernel would count every page as memory that may be asked for
                 tensor.data = torch.from_file(
                     path, shared=True, size=info.numel(), dtype=info.dtype()
@@ -35,5 +37,5 @@ def map_swap_files(engine: Any) -> Iterator[None]:
         yield
     finally:
         del engine.zero_nvme_offload_optimizer
-        for tensor, data in before:
+        for tensor, data in swapped_out:
             tensor.data = data

@@ -20,8 +20,8 @@ def load_shard(path: Path) -> dict[str, Any]:
     """Memory-mapped, on the CPU. Raises pickle.UnpicklingError when it names a class that
     DeepSpeed's shards have no use for."""
     with torch.serialization.safe_globals(_trusted()):
-        found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return found
+        shard: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return shard
 
 
 def shard_problem(path: Path) -> str | None:

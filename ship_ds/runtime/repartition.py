@@ -24,7 +24,7 @@ from ship_ds.runtime import ranks
 from ship_ds.runtime.engine import Engine
 from ship_ds.runtime.pickles import load_shard
 
-WEIGHTS = "fp32"
+FP32_WEIGHTS = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -59,9 +59,11 @@ def read(folder: Path) -> SavedState:
     inner = [
         shard["optimizer_state_dict" if is_stage_3 else "base_optimizer_state"] for shard in shards
     ]
-    states = [[state for _, state in sorted(own["state"].items())] for own in inner]
+    states = [[state for _, state in sorted(adam["state"].items())] for adam in inner]
     moments = {
-        key: [[state[key] for state in own] for own in states] for key in MOMENTS if states[0]
+        key: [[state[key] for state in of_rank] for of_rank in states]
+        for key in MOMENTS
+        if states[0]
     }
     if not is_stage_3:
         # The weights were saved without the padding at the end of the last rank's slice, the
@@ -87,8 +89,8 @@ def _num_steps(inner: Mapping[str, Any]) -> int:
 
 
 def _optimiser(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = load_shard(path)["optimizer_state_dict"]
-    return found
+    state: dict[str, Any] = load_shard(path)["optimizer_state_dict"]
+    return state
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
@@ -106,6 +108,8 @@ def _merge(folder: Path, shard: Mapping[str, Any], flat: list[list[Tensor]]) -> 
         models = zero_to_fp32.parse_model_states(
             [str(path) for path in _by_rank(folder, "*_model_states.pt")]
         )
+        # Private in DeepSpeed 0.19.8 (utils/zero_to_fp32.py): its public function reads the fp32
+        # weights alone, and these take any flat vectors of the same layout, so the moments, too.
         if int(shard["zero_stage"]) == 3:
             return dict(
                 zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(
@@ -135,7 +139,7 @@ def load(engine: Engine[Any], folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class OwnShard:
+class ShardOfRank:
     """What this rank of as many wrote under ZeRO-3, with the engine's parameters in its sub-groups
     and order.
 
@@ -148,11 +152,11 @@ class OwnShard:
     num_steps: int
 
     def fill(self, kind: str, index: int, parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
-        flat.copy_(self.weights[index] if kind == WEIGHTS else self.states[index][kind])
+        flat.copy_(self.weights[index] if kind == FP32_WEIGHTS else self.states[index][kind])
 
 
 @dataclass(frozen=True)
-class ByName:
+class WholeParameters:
     """Out of whole parameters, one after the other."""
 
     saved: SavedState
@@ -163,7 +167,7 @@ class ByName:
         return self.saved.num_steps
 
     def fill(self, kind: str, index: int, parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
-        whole = self.saved.weights if kind == WEIGHTS else self.saved.moments[kind]
+        whole = self.saved.weights if kind == FP32_WEIGHTS else self.saved.moments[kind]
         start = 0
         for parameter in parameters:
             length = parameter.partition_numel()  # type: ignore[attr-defined]
@@ -173,10 +177,10 @@ class ByName:
 
 def source(
     optimiser: Any, trainable: Mapping[str, nn.Parameter], folder: Path
-) -> OwnShard | ByName:
+) -> ShardOfRank | WholeParameters:
     """Where the slices of a ZeRO-3 optimiser come from: `fill` puts this rank's of one kind
-    (`WEIGHTS` or a moment's name) of sub-group `index`, which `parameters` make up, into `flat`, a
-    vector as long as their slices together."""
+    (`FP32_WEIGHTS` or a moment's name) of sub-group `index`, which `parameters` make up, into
+    `flat`, a vector as long as their slices together."""
     names = {parameter: name for name, parameter in trainable.items()}
     shards, models = (_by_rank(folder, f"*_{what}_states.pt") for what in ("optim", "model"))
     shard = _optimiser(shards[ranks.rank() % len(shards)])
@@ -190,20 +194,23 @@ def source(
         ]:
             inner = shard["optimizer_state_dict"]
             states = [state for _, state in sorted(inner["state"].items())]
-            return OwnShard(shard["fp32_flat_groups"], states, _num_steps(inner))
-    return ByName(read(folder), names)
+            return ShardOfRank(shard["fp32_flat_groups"], states, _num_steps(inner))
+    return WholeParameters(read(folder), names)
 
 
 def _slice_of_rank(whole: Any, length: int) -> Tensor:
     """This rank's of equally long slices; the last ones end in padding."""
     flat: Tensor = whole.contiguous().flatten()
-    own = flat[length * ranks.rank() : length * (ranks.rank() + 1)]
-    return nn.functional.pad(own, (0, length - len(own)))
+    part = flat[length * ranks.rank() : length * (ranks.rank() + 1)]
+    return nn.functional.pad(part, (0, length - len(part)))
 
 
-def _put_stage_3(optimiser: Any, found: OwnShard | ByName) -> None:
+def _put_stage_3(optimiser: Any, saved: ShardOfRank | WholeParameters) -> None:
     """As a step does it: one sub-group after the other is there (read from NVMe, where it is kept),
     changed, and put back."""
+    # What a step of DeepSpeed 0.19.8 calls (runtime/zero/stage3.py); its names are private, so
+    # pyproject.toml caps the version. The prologue shards what is still
+    # gathered, which would else keep its old values.
     optimiser.checkpoint_event_prologue()
     for i, (parameters, flat) in enumerate(
         zip(optimiser.fp16_groups, optimiser.fp32_partitioned_groups_flat, strict=True)
@@ -211,11 +218,11 @@ def _put_stage_3(optimiser: Any, found: OwnShard | ByName) -> None:
         is_swapped = optimiser._swappable_optimizer_subgroup(i)
         if is_swapped:
             optimiser._optimizer_states_and_gradient_swap_in(i)
-        found.fill(WEIGHTS, i, parameters, flat.data)
-        if found.num_steps:
-            state = optimiser.optimizer.state[flat] = _adam_state(optimiser, found.num_steps, flat)
+        saved.fill(FP32_WEIGHTS, i, parameters, flat.data)
+        if saved.num_steps:
+            state = optimiser.optimizer.state[flat] = _adam_state(optimiser, saved.num_steps, flat)
             for kind in MOMENTS:
-                found.fill(kind, i, parameters, state[kind])
+                saved.fill(kind, i, parameters, state[kind])
         optimiser._reassign_or_swap_out_partitioned_parameters(i)
         if is_swapped:
             optimiser._optimizer_states_and_gradient_swap_out(i)
@@ -238,6 +245,8 @@ def _put_stage_1_or_2(
     if saved.num_steps:
         for flat in optimiser.single_partition_of_fp32_groups:
             optimiser.optimizer.state[flat] = _adam_state(optimiser, saved.num_steps, flat)
+        # Private in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py): it ties each parameter to its
+        # place in the moments that have just been made, which a first step would do, too.
         optimiser._lazy_init_hp_params_optimizer_state()
     for name, parameter in trainable.items():
         weight = saved.weights[name].contiguous()

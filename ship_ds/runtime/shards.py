@@ -31,25 +31,27 @@ def sharder(training: TrainingConfig) -> Shard | None:
     first: list[Any] = []
 
     def shard(module: nn.Module) -> None:
-        own = list(module.parameters(recurse=False))
+        parameters = list(module.parameters(recurse=False))
+        # `zero.Init` starts with a model; what it has converted can convert more (DeepSpeed 0.19.8,
+        # runtime/zero/partition_parameters.py), under the same settings and without a new group.
         if first:
-            first[0].convert_to_zero_parameters(param_list=own)
+            first[0].convert_to_zero_parameters(param_list=parameters)
         else:
             deepspeed.zero.Init(
-                module=_Own(own),
+                module=_ParametersAlone(parameters),
                 config_dict_or_path=settings | {"train_micro_batch_size_per_gpu": 1},
             )
-            first.append(own[0])
+            first.append(parameters[0])
 
     return shard
 
 
-class _Own(nn.Module):
+class _ParametersAlone(nn.Module):
     """Parameters without their module's children."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
-        self.own = nn.ParameterList(parameters)
+        self.parameters_alone = nn.ParameterList(parameters)
 
 
 def cast_and_move_rest(model: nn.Module, dtype: torch.dtype) -> None:

@@ -48,6 +48,8 @@ class StopRequest:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        # Written by the C handler at once, though the main thread may be in a collective for long.
+        # Non-blocking, or a full pipe would stop the process inside its signal handler.
         self._old_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
@@ -91,6 +93,7 @@ class StopRequest:
     @staticmethod
     def _print_and_exit(code: int, text: str) -> None:
         _print(text)
+        # Not sys.exit: this is no main thread, and the main one may wait in a collective for ever.
         os._exit(code)
 
     def raise_if_asked(self) -> None:

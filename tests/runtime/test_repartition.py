@@ -11,7 +11,7 @@ from torch import nn
 
 from ship_ds.errors import UserError
 from ship_ds.runtime import checkpoint, repartition
-from ship_ds.runtime.repartition import ByName, OwnShard
+from ship_ds.runtime.repartition import ShardOfRank, WholeParameters
 
 SHAPES = {"first": (2, 3), "second": (3, 2)}
 
@@ -52,9 +52,9 @@ def test_a_shard_is_taken_as_it_is_only_in_the_engines_order(
     for order in (("first", "second"), ("second", "first")):
         optimiser = SimpleNamespace(fp16_groups=[[own[name] for name in order]])
         found[order[0]] = repartition.source(optimiser, own, tmp_path / "state")
-    assert isinstance(found["first"], OwnShard) and isinstance(found["second"], ByName)
+    assert isinstance(found["first"], ShardOfRank) and isinstance(found["second"], WholeParameters)
     flat = torch.zeros(12)
-    found["first"].fill(repartition.WEIGHTS, 0, [], flat)
+    found["first"].fill(repartition.FP32_WEIGHTS, 0, [], flat)
     assert flat.tolist() == list(range(12)) and found["first"].num_steps == 2
 
 

@@ -188,6 +188,6 @@ def test_each_rank_reads_its_own_shard_where_the_parameters_lie_as_they_did(
     found: dict[str, Any],
 ) -> None:
     for rank in found["another_layout"]:
-        assert rank["zero3_shard_all read"] == "1 OwnShard"
+        assert rank["zero3_shard_all read"] == "1 ShardOfRank"
         groups, kind = rank["sub-groups read"].split()
-        assert int(groups) > 3 and kind == "ByName"
+        assert int(groups) > 3 and kind == "WholeParameters"
