@@ -360,7 +360,7 @@ def load(
             f"{folder}: an earlier version kept Adam's moments beside it on NVMe: "
             "start anew in another run.folder"
         )
-    _check_same_parameters(engine, folder)
+    _check_same_parameters(engine.trainable(), folder)
     stage, num_ranks = repartition.layout(folder / STATE)
     is_same_layout = (stage, num_ranks) == (engine.zero_stage(), ranks.world_size())
     if is_same_layout and stage < 3:
@@ -416,14 +416,14 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _check_same_parameters(engine: Engine[Any], folder: Path) -> None:
+def _check_same_parameters(trainable: Mapping[str, torch.nn.Parameter], folder: Path) -> None:
     """DeepSpeed loads without strictness, since the frozen base is not saved; so names and shapes
     are compared here."""
     listed = load_shard(sorted((folder / STATE).glob("*model_states.pt"))[0])["param_shapes"]
     saved = {(name, tuple(shape)) for group in listed for name, shape in group.items()}
     current = {
         (name, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-        for name, parameter in engine.trainable().items()
+        for name, parameter in trainable.items()
     }
     if different := sorted({name for name, _ in saved ^ current}):
         raise UserError(

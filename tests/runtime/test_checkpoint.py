@@ -19,18 +19,18 @@ class Engine:
     """Writes `num_bytes` as DeepSpeed does."""
 
     module: torch.nn.Module = torch.nn.Linear(1, 1)
-    optimizer = None
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
 
-    def save_checkpoint(
-        self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool
-    ) -> None:
-        (Path(folder) / tag).mkdir()
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.module.named_parameters())
+
+    def save_shards(self, folder: Path, name: str) -> None:
+        (folder / name).mkdir()
         torch.save(
             torch.zeros(self.num_bytes // 4),
-            Path(folder) / tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            folder / name / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
         )
 
 
@@ -87,7 +87,7 @@ def test_without_room_for_weights_and_moments_nothing_is_begun(small_disk: Path)
     class Large(Engine):
         module = torch.nn.Linear(600, 600)  # 12 bytes each: 4.3 MB on a disk of 3
 
-        def save_checkpoint(self, *args: object, **kwargs: object) -> None:
+        def save_shards(self, *args: object, **kwargs: object) -> None:
             raise AssertionError("this would fill the disk")
 
     root = small_disk / "checkpoints"
@@ -103,7 +103,7 @@ def test_without_room_for_weights_and_moments_nothing_is_begun(small_disk: Path)
 
 def test_an_error_that_is_not_the_disks_is_raised_as_it_is(tmp_path: Path) -> None:
     class Broken(Engine):
-        def save_checkpoint(self, *args: object, **kwargs: object) -> None:
+        def save_shards(self, *args: object, **kwargs: object) -> None:
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
@@ -114,11 +114,11 @@ def test_what_could_not_be_read_again_is_not_kept(tmp_path: Path) -> None:
     """A DeepSpeed whose shards hold another class fails at its first save, not at the resume."""
 
     class Newer(Engine):
-        def save_checkpoint(self, folder: str, *args: object, **kwargs: object) -> None:
-            (Path(folder) / "state").mkdir()
+        def save_shards(self, folder: Path, *args: object, **kwargs: object) -> None:
+            (folder / "state").mkdir()
             torch.save(
                 {"settings": CheckpointConfig()},
-                Path(folder) / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+                folder / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
             )
 
     checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
