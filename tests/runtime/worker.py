@@ -206,7 +206,7 @@ def zero2_goes_on(folder: Path) -> dict[str, Any]:
 
 
 LORA_ROLES = [
-    f"model.{role}={{quantisation: nf4, tuning: {{kind: lora, rank: 4, dropout: 0.2}}}}}}}}"
+    f"model.{role}={{quantisation: nf4, tuning: {{kind: lora, rank: 4, dropout: 0.2}}}}"
     for role in ("encoder", "decoder")
 ]
 
