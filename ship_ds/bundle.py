@@ -114,7 +114,7 @@ class Bundle:
         """Copy the trained weights into a model that was built from the same config.
 
         Raises:
-            UserError: The names of its trainable parameters are others.
+            UserError: Its trainable parameters have other names or shapes.
         """
         import torch
         from safetensors.torch import load_file
@@ -126,6 +126,13 @@ class Bundle:
                 f"{self.folder / SHIP_WEIGHTS}: {different[0]} and {len(different) - 1} more names "
                 "differ from the model in its config"
             )
+        for name, parameter in trainable.items():
+            if parameter.shape != state[name].shape:
+                raise UserError(
+                    f"{self.folder / SHIP_WEIGHTS}: {name} is {tuple(state[name].shape)}, and the "
+                    f"model in this config has {tuple(parameter.shape)}: give both the same "
+                    "model section"
+                )
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(state[name])

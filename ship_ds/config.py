@@ -31,6 +31,7 @@ from ship_ds.data.task_files import FilesConfig
 from ship_ds.errors import UserError
 from ship_ds.kinds import (
     ADAPTERS,
+    FROM_OUTSIDE,
     OBJECTIVES,
     PRIORS,
     SOURCES,
@@ -243,7 +244,11 @@ class LossConfig(Section):
     def _objective(name: str, values: Any) -> Section:
         """A number is the weight alone."""
         if name not in OBJECTIVES.names():
-            raise KindError((name,), "extra_forbidden", "unknown key")
+            raise KindError(
+                (name,),
+                "value_error",
+                f"unknown key; objectives are {', '.join(OBJECTIVES.names())}, and {FROM_OUTSIDE}",
+            )
         section = values if isinstance(values, dict | Section) else {"weight": values}
         try:
             return parse_section(OBJECTIVES.config_class(name), section)

@@ -93,8 +93,11 @@ def recover(folder: Path) -> None:
     Raises:
         UserError: It may not be renamed here, as on a disk that is mounted read-only.
     """
+    # "." and "/" have no name, and are there.
+    if folder.exists():
+        return
     replaced = folder.with_name(folder.name + _REPLACED)
-    if folder.exists() or not replaced.exists():
+    if not replaced.exists():
         return
     try:
         replaced.rename(folder)

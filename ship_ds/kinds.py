@@ -22,6 +22,7 @@ so that a config is checked before torch is loaded.
 import importlib
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,8 @@ from pydantic import ValidationError
 
 from ship_ds.errors import UserError
 from ship_ds.section import Section
+
+FROM_OUTSIDE = "those of modules that SHIP_DS_PLUGINS names"
 
 
 class KindError(ValueError):
@@ -114,12 +117,10 @@ class Kinds:
         if not isinstance(values, dict):
             raise KindError((), "value_error", f"expected a section, got {type(values).__name__}")
         name = values.get("kind", self._default(values))
-        if name not in self._kinds:
-            raise KindError(
-                ("kind",),
-                "value_error",
-                f"there is no {name!r}; there are {', '.join(self._kinds)}",
-            )
+        if not isinstance(name, str) or name not in self._kinds:
+            known = ", ".join(self._kinds)
+            message = f"there is no {name!r}; there are {known}, and {FROM_OUTSIDE}"
+            raise KindError(("kind",), "value_error", message)
         return parse_section(self._kinds[name].config_class, values)
 
 
@@ -158,7 +159,11 @@ def load_plugins() -> None:
     """
     for entry in importlib.metadata.entry_points(group=_GROUP):
         entry.load()
-    for name in filter(None, map(str.strip, os.environ.get(_VARIABLE, "").split(","))):
+    names = [*filter(None, map(str.strip, os.environ.get(_VARIABLE, "").split(",")))]
+    # A console script has its own folder on the path where `python -m` has the present one.
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:

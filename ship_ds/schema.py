@@ -20,7 +20,7 @@ from ship_ds.config import Config
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.inference.config import InductionConfig
-from ship_ds.kinds import ADAPTERS, PRIORS, SOURCES, load_plugins
+from ship_ds.kinds import ADAPTERS, OBJECTIVES, PRIORS, SOURCES, load_plugins
 from ship_ds.section import Section
 
 _TABLES = {table.key: table for table in (ADAPTERS, PRIORS, SOURCES)}
@@ -120,6 +120,11 @@ def _config_groups(section: type[Section], key: str, about: str) -> Iterator[Gro
         for each in sections:
             text = f"{meaning} {_about(each)}" if len(sections) > 1 else meaning or _about(each)
             yield from _config_groups(each, _join(key, name), " ".join(text.split()))
+    if key == "loss":
+        for name in OBJECTIVES.names():
+            if name not in fields:  # registered from outside the package
+                each = OBJECTIVES.config_class(name)
+                yield from _config_groups(each, _join(key, name), _about(each))
 
 
 def _join(key: str, name: str) -> str:

@@ -84,3 +84,15 @@ def test_weights_of_another_model_are_one_line(folder: Path) -> None:
     Manifest.of(folder).write(folder)
     with pytest.raises(UserError, match=r"more names differ from the model in its config"):
         Ship.from_run(folder)
+
+
+def test_weights_of_other_shapes_are_one_line(folder: Path) -> None:
+    config = load_config("quickstart-smoke", ["model.latent_size=32"])
+    model = build_ship(config.model, LoadedWeights())
+    with pytest.raises(UserError, match=r"encoder\.head\.2\.weight is \(128, .*\(64, "):
+        Bundle.open(folder).load_into(model)
+
+
+def test_a_run_opens_from_inside_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert list(Bundle.open(Path(".")).probes) == PROBES

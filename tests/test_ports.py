@@ -108,6 +108,14 @@ def test_toys_are_planned() -> None:
         p.numel() for part in parts for p in getattr(real, part).parameters()
     )
     assert plan.memory["logits at labels"] > plain.memory["logits at labels"]
+    checkpointing = "model.task_llm.checkpointing=true"
+    blocks = [
+        make_plan(load_config("quickstart-smoke", [*settings, checkpointing]), machines).memory[
+            "activations, task LLM"
+        ]
+        for settings in ([], SETTINGS[2:3])
+    ]
+    assert blocks[0] == blocks[1]  # the teacher's pass keeps nothing
     prefixed = make_plan(
         load_config("quickstart-smoke", ["model.hypernetwork={kind: toy_prefix}"]), machines
     )
@@ -127,8 +135,10 @@ def test_a_prefix_trains(tmp_path: Path) -> None:
     [
         ("model.hypernetwork={kind: diagonal_core, rnak: 3}", "model.hypernetwork.rnak: unknown"),
         ("loss.distillation={temperature: 0}", "loss.distillation.temperature: "),
-        ("loss.distilation=1", "loss.distilation: unknown key"),
-        ("model.prior.kind=flow", "model.prior.kind: there is no 'flow'; there are"),
+        ("loss.distilation=1", "loss.distilation: unknown key; .*SHIP_DS_PLUGINS"),
+        ("model.prior.kind=flow", "model.prior.kind: there is no 'flow'; .*SHIP_DS_PLUGINS"),
+        ("model.prior.kind=[1]", r"model.prior.kind: there is no \[1\]; there are"),
+        ("data.kind={}", "data.kind: there is no {}; there are"),
     ],
 )
 def test_a_mistake_in_a_toys_section_is_one_line(override: str, message: str) -> None:

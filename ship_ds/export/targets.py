@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
+from ship_ds.model.backbone import read_settings
 from ship_ds.model.nf4 import Nf4, Pieces, pieces_of, spans
 from ship_ds.tensor_file import TensorFile
 
@@ -197,7 +198,7 @@ def build_target(name: TargetName, base: Path, quantisation: str) -> Original:
 def quantised_names(base: Path) -> frozenset[str]:
     """The weights of a model folder that transformers puts in NF4, asked of a model without
     weights."""
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    config = read_settings(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return frozenset(f"{path}.weight" for path in nf4.quantised_linears(model))

@@ -30,8 +30,8 @@ class InductionConfig(Section):
     num_known: PositiveInt = 24
     """Known instructions that the bank hands on to be tested."""
     tries_all_known: bool = False
-    """Whether the bank tries every adapter it has on the first example instead of walking to those
-    that fit."""
+    """Whether the bank tries every adapter it has on the first example, where it has 2,000 at most,
+    instead of walking to those that fit."""
     analogies: bool = True
     """Whether `union` looks, beside the known instructions, among those that follow from them by
     analogy (analogies.py). Execution accuracy in the prompt and through the encoder of the

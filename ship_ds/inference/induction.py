@@ -37,6 +37,10 @@ from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals
 from ship_ds.model.ship import ShipModel
 
+MOST_TRIED = 2000
+"""Known instructions that `tries_all_known` tries, at a second a task on one core for 800; where
+more are known it walks, as it does without."""
+
 
 def induce_many(
     model: ShipModel,
@@ -168,7 +172,7 @@ def _known(
     more = f" and {len(larger) - len(bank)} that follow by analogy" if tries_analogies else ""
     log(f"{len(searches)} tasks: looking among {len(bank)} known instructions{more}")
     examples = [search.examples for search in searches]
-    if config.tries_all_known:
+    if config.tries_all_known and len(larger) <= MOST_TRIED:
         shortlists = larger.shortlist_of_all(model, examples, config.num_known)
     else:
         shortlists = larger.shortlist(model, examples, config.num_known, walk=THOROUGH)

@@ -142,8 +142,8 @@ def varlen_forward(
         or not kernel_runs(query.device, query.dtype)
         or kwargs.get("ship_prefix") is not None
     ):
-        # SDPA would let packed samples see each other: the mask has to be there by now.
-        assert attention_mask is not None or ends is None or len(ends) == 2
+        # SDPA would let packed samples see each other: without a mask each row is one sequence.
+        assert attention_mask is not None or ends is None or len(ends) == len(query) + 1
         kwargs |= {"sliding_window": sliding_window}
         return sdpa_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:

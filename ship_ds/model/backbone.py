@@ -25,6 +25,11 @@ from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 Quantisation = Literal["nf4", "none"]
 
 
+_FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is looked up on a hub, and no code of a model folder runs: None, transformers' default,
+would ask on the terminal whether to run it."""
+
+
 def base_folder(base: str) -> Path:
     """Where the model is; raises UserError when it is not a model folder."""
     folder = (
@@ -40,9 +45,23 @@ def base_folder(base: str) -> Path:
     return folder
 
 
+def read_settings(folder: Path) -> PreTrainedConfig:
+    """The transformers config of a model folder, whose own code is never run.
+
+    Raises:
+        UserError: this transformers does not know the model without that code, or the file is none.
+    """
+    try:
+        settings: PreTrainedConfig = AutoConfig.from_pretrained(folder, **_FROM_FOLDER)
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder / 'config.json'}: {reason}") from None
+    return settings
+
+
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base. Raises UserError where there is no such folder."""
-    return AutoTokenizer.from_pretrained(base_folder(base), local_files_only=True)
+    return AutoTokenizer.from_pretrained(base_folder(base), **_FROM_FOLDER)
 
 
 def load_lm(
@@ -61,13 +80,13 @@ def load_lm(
     for 4-bit weights alone.
     """
     folder, device = base_folder(base), device or this_machine()
-    settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+    settings = read_settings(folder)
     kernel = resolve(
         attention, device, getattr(settings, "attn_logit_softcapping", None) is not None
     )
     if quantisation == "none":
         model = auto_class(settings).from_pretrained(
-            folder, local_files_only=True, dtype=dtype, attn_implementation=kernel
+            folder, dtype=dtype, attn_implementation=kernel, **_FROM_FOLDER
         )
     else:
         model = _load_nf4(folder, settings, dtype, kernel, device, shard)
@@ -99,7 +118,7 @@ def _load_nf4(
         )
     return auto_class(settings).from_pretrained(
         folder,
-        local_files_only=True,
+        **_FROM_FOLDER,
         dtype=dtype,
         attn_implementation=kernel,
         quantization_config=nf4.config(dtype),
@@ -109,7 +128,7 @@ def _load_nf4(
 def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> int:
     """Of the weights as they are held, by their shapes alone; without the scales of 4-bit ones."""
     with torch.device("meta"):
-        settings = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
+        settings = read_settings(base_folder(base))
         model = auto_class(settings).from_config(settings, dtype=dtype)
     linears = nf4.quantised_linears(model).values() if quantisation == "nf4" else ()
     packed = {id(linear.weight) for linear in linears}

@@ -5,7 +5,10 @@ count over the whole step, all ranks and accumulation included, and adds up by t
 config's `loss` section. Trainer, log, TensorBoard, figures and planner loop over the names.
 
 A new objective is a class with a config class in the table `kinds.OBJECTIVES`; it may be an
-nn.Module with parameters of its own, which then train along. docs/extending.md has an example.
+nn.Module, whose parameters then train along. They belong into submodules such as nn.Linear: `sum`
+is no forward, so ZeRO-3 would not gather a parameter of the objective itself. And every rank has to
+call the same modules in every micro-step, or the ranks wait for each other for ever.
+docs/extending.md has an example.
 
 Letters: T tasks, Z latent size.
 """

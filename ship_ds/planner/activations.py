@@ -197,9 +197,12 @@ class _Count:
             m for m in self.shapes.ship.task_llm.modules() if isinstance(m, AdaptedBlock)
         ):
             yield block.register_forward_pre_hook(lambda *_: before.append(kept["task LLM"]))
-            yield block.register_forward_hook(
-                lambda *_: self.blocks.append(kept["task LLM"] - before[-1])
-            )
+            yield block.register_forward_hook(partial(self._after_block, before))
+
+    def _after_block(self, before: list[int], *_: Any) -> None:
+        # A pass without gradient, such as a teacher's, keeps nothing and is not recomputed.
+        if torch.is_grad_enabled():
+            self.blocks.append(self.kept["task LLM"] - before[-1])
 
     def _checkpointed(self) -> int:
         """Each block's input, and one block recomputed, less what the backward pass has freed of

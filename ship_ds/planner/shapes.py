@@ -23,7 +23,7 @@ from ship_ds.config import (
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.assemble import build_ship
-from ship_ds.model.backbone import Quantisation, base_folder
+from ship_ds.model.backbone import Quantisation, base_folder, read_settings
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
@@ -143,7 +143,7 @@ def base_config(base: str) -> PreTrainedConfig:
     if base in public_shapes():
         return public_shapes()[base]
     try:
-        return AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
+        return read_settings(base_folder(base))
     except UserError as error:
         raise UserError(f"{error}; {WAY_OUT}") from None
 

@@ -1,5 +1,6 @@
 """Loading from a folder, plain and in NF4, and the static LoRA of encoder and decoder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,14 @@ def test_missing_target_of_the_static_lora_is_named(folder: str) -> None:
             load_lm(folder, "none", torch.float32), LoraTuning(rank=2, targets=("query",))
         )
     assert "\n" not in str(error.value)
+
+
+def test_code_of_a_model_folder_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where somebody at the terminal would say yes."""
+    settings = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match=r"config\.json: "):
+        load_lm(str(tmp_path), "none", torch.float32)
+    assert not (tmp_path / "ran").exists()

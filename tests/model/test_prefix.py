@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ship_ds.model import attention
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
@@ -78,6 +79,25 @@ def test_two_prefixes_alive_keep_their_gradients_under_checkpointing() -> None:
     for ours, plain in zip(gradients(True), gradients(False), strict=True):
         assert float(plain.abs().max()) > 0
         torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_prefix_leaves_the_kernel_of_a_gpu_for_sdpa(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA in bf16: whole rows, no mask, and lengths for the kernel."""
+    prompts, targets = random_rows([5, 2, 4, 6], 3), random_rows([2, 3, 1, 2], 4)
+    batch = TokenBatch.build(prompts, targets, 0)
+    logits = []
+    for implementation in (None, attention.VARLEN):
+        model = tiny_lm(family, implementation)
+        wrap_sites(model, ())
+        lm = language_model(model)
+        adapter = _as_read(lm, random_rows([LENGTH] * TASKS, 8))
+        if implementation is not None:
+            monkeypatch.setattr(attention, "kernel_runs", lambda device, dtype: True)
+        logits.append(lm.score(batch, adapter, TASKS)[0])
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_whose_attention_takes_no_prefix_says_so() -> None:

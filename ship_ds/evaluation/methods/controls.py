@@ -50,5 +50,6 @@ class ShuffledInstruction(Untrained):
         )
 
     def _another(self, task: SplitTask) -> str:
-        others = [seen for seen in self.seen if seen.id != task.id]
+        # With one seen task there is no other: its own instruction is all that can be drawn.
+        others = [seen for seen in self.seen if seen.id != task.id] or self.seen
         return random.Random(f"{self.seed} shuffled {task.id}").choice(others).task.instruction
