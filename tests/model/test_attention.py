@@ -216,7 +216,11 @@ def test_a_step_on_cuda_never_waits_for_the_gpu(packed: bool) -> None:
     host would have to wait."""
     model = tiny_lm("llama", VARLEN).cuda().bfloat16()
     adapter = random_lora(wrap_sites(model, ("q_proj", "o_proj", "down_proj")), 2)
-    factors = {path: (a.cuda(), b.cuda()) for path, (a, b) in adapter.factors.items()}
+    # Leaves on the GPU: a gradient on its way back to the host would be waited for.
+    factors = {
+        path: (a.detach().cuda().requires_grad_(), b.detach().cuda().requires_grad_())
+        for path, (a, b) in adapter.factors.items()
+    }
     soft = torch.randn(4, 3, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     adapter = replace(adapter, factors=factors)
 
