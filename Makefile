@@ -29,14 +29,16 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# One thread a process: two processes of two threads each slow each other down tenfold.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 # Everything but `make soak`.
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# What needs no run of its own, no second rank and no cluster: under a minute on two cores. One thread a process:
-# two processes of two threads each slow each other down tenfold.
+# What needs no run of its own, no second rank and no cluster: under a minute on two cores.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not distributed and not slurm and not soak"
+	$(PYTEST) -m "not slow and not distributed and not slurm and not soak"
 
 # Twenty kills, a lost node and other numbers of ranks (figures in runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed.
 soak: setup

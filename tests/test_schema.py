@@ -9,9 +9,22 @@ import pytest
 
 import ship_ds
 from ship_ds import cli
+from ship_ds.kinds import ADAPTERS, OBJECTIVES, PRIORS, SOURCES
 from ship_ds.schema import groups, type_text
 from ship_ds.section import Section
 from tools import make_configuration_page
+
+
+@pytest.fixture(autouse=True)
+def own_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the toys that other tests of this process have registered."""
+    for table in (ADAPTERS, OBJECTIVES, PRIORS, SOURCES):
+        own = {
+            name: kind
+            for name, kind in table._kinds.items()
+            if kind.config_class.__module__.startswith("ship_ds.")
+        }
+        monkeypatch.setattr(table, "_kinds", own)
 
 
 def sections(base: type[Section] = Section) -> Iterator[type[Section]]:
