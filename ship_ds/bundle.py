@@ -194,7 +194,7 @@ def probe_inputs(seen: Sequence[SplitTask]) -> list[str]:
 def frozen_bases(config: Config) -> dict[str, str]:
     """Fingerprint of each model that the run does not train whole, by its name in the config; see
     `WeightsFolder.fingerprint`."""
-    from ship_ds.model.backbone import base_folder
+    from ship_ds.config import base_folder
     from ship_ds.weights_folder import WeightsFolder
 
     model = config.model

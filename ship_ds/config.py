@@ -7,7 +7,7 @@ An unknown key, a wrong type and an impossible pair each raise UserError with on
 component gets its own slice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,6 +80,30 @@ class LoraTuning(Section):
 Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
 
 
+SHARD_ABOVE_BYTES = 8e9
+"""From here on `shard: auto` partitions the Task LLM: whole on each rank it would leave little of
+a GPU, and its traffic pays."""
+
+
+def base_folder(base: str) -> Path:
+    """The folder of a language model.
+
+    Args:
+        base: a folder in transformers' format, or "embedded".
+
+    Raises:
+        UserError: it is not a model folder.
+    """
+    embedded = Path(str(resources.files("ship_ds") / "assets" / "tiny_lm"))
+    folder = embedded if base == "embedded" else Path(base)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{base}: expected a model folder with a config.json; download the model and give its "
+            "folder"
+        )
+    return folder
+
+
 class TaskLlmConfig(Section):
     """The frozen model that answers under the generated adapter."""
 
@@ -96,6 +120,16 @@ class TaskLlmConfig(Section):
     instruction: Literal["none", "hard", "soft"] = "none"
     """The instruction before each input as well: not at all, as text, or as embeddings of its
     tokens."""
+
+    def shards(self, stored_bytes: Callable[[], float]) -> bool:
+        """Whether ZeRO-3 partitions the frozen base over the ranks instead of leaving it whole.
+
+        Args:
+            stored_bytes: of its weights as they are held; asked only where the size decides.
+        """
+        return self.shard == "always" or (
+            self.shard == "auto" and stored_bytes() > SHARD_ABOVE_BYTES
+        )
 
 
 class EncoderConfig(Section):

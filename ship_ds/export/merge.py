@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
+from ship_ds.config import base_folder
 from ship_ds.errors import UserError
 from ship_ds.export.targets import RoundingError, TargetName, build_target
 from ship_ds.files import (
@@ -36,7 +37,6 @@ from ship_ds.files import (
     write_text,
 )
 from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, read_lora
-from ship_ds.model.backbone import base_folder
 from ship_ds.origin import Origin, read_origin
 from ship_ds.tensor_file import TensorFile
 from ship_ds.weights_folder import SINGLE_FILE, WEIGHTS_INDEX, WeightsFolder

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ship_ds.config import base_folder
 from ship_ds.console import Log, no_log
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
@@ -26,7 +27,6 @@ from ship_ds.lora_folder import read_lora
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.adapters.sites import sites_of
-from ship_ds.model.backbone import base_folder
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
 from ship_ds.weights_folder import WeightsFolder

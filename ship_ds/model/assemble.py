@@ -39,8 +39,6 @@ from ship_ds.model.streaming import Shard
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
 
-SHARD_ABOVE_BYTES = 8e9
-
 
 class Weights(Protocol):
     """Where the language models of a config come from."""
@@ -81,14 +79,7 @@ class LoadedWeights:
 
     def shards(self, config: TaskLlmConfig) -> bool:
         """As the config says; `auto` goes by the size, known before anything is loaded."""
-        return is_sharded(config, self.dtype)
-
-
-def is_sharded(config: TaskLlmConfig, dtype: torch.dtype) -> bool:
-    """Decided by the shapes, before anything is loaded."""
-    if config.shard == "auto":
-        return stored_bytes(config.base, config.quantisation, dtype) > SHARD_ABOVE_BYTES
-    return config.shard == "always"
+        return config.shards(lambda: stored_bytes(config.base, config.quantisation, self.dtype))
 
 
 def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = None) -> ShipModel:

@@ -2,7 +2,6 @@
 looked up on a hub."""
 
 import warnings
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ship_ds.config import LoraTuning
+from ship_ds.config import LoraTuning, base_folder
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
@@ -28,21 +27,6 @@ Quantisation = Literal["nf4", "none"]
 _FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is looked up on a hub, and no code of a model folder runs: None, transformers' default,
 would ask on the terminal whether to run it."""
-
-
-def base_folder(base: str) -> Path:
-    """Where the model is; raises UserError when it is not a model folder."""
-    folder = (
-        Path(str(resources.files("ship_ds") / "assets" / "tiny_lm"))
-        if base == "embedded"
-        else Path(base)
-    )
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{base}: expected a model folder with a config.json; download the model "
-            "first and give its folder"
-        )
-    return folder
 
 
 def read_settings(folder: Path) -> PreTrainedConfig:

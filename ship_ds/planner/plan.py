@@ -7,9 +7,8 @@ what to change.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ship_ds.config import Config, TaskLlmConfig, override_config
+from ship_ds.config import Config, override_config
 from ship_ds.model.adapters.sites import AdaptedBlock
-from ship_ds.model.assemble import SHARD_ABOVE_BYTES
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
 from ship_ds.planner.zero import Held, Traffic, Zero, held_by_a_rank, traffic
@@ -79,9 +78,8 @@ def plan_under(
     used."""
     shapes = shapes_of(config)
     work = Workload.of(config, _tasks_per_micro_batch(config, machines), lengths)
-    is_sharded = shards_task_llm(
-        config.model.task_llm, shapes.weights("task LLM"), zero.dtype_bytes
-    )
+    stored = sum(weight.stored_bytes(zero.dtype_bytes) for weight in shapes.weights("task LLM"))
+    is_sharded = config.model.task_llm.shards(lambda: stored)
     inside = [part for part in shapes.parts if part != "task LLM" or is_sharded]
     engine = [weight for part in inside for weight in shapes.weights(part)]
     outside = [] if is_sharded else shapes.weights("task LLM")
@@ -99,12 +97,6 @@ def plan_under(
         is_sharded,
         _largest(zero, engine),
     )
-
-
-def shards_task_llm(config: TaskLlmConfig, weights: Sequence[Weight], dtype_bytes: int) -> bool:
-    """Whether the frozen Task LLM is partitioned, as its setting or its size asks for."""
-    stored = sum(weight.stored_bytes(dtype_bytes) for weight in weights)
-    return config.shard == "always" or (config.shard == "auto" and stored > SHARD_ABOVE_BYTES)
 
 
 def _tasks_per_micro_batch(config: Config, machines: Machines) -> int:

@@ -19,11 +19,12 @@ from ship_ds.config import (
     LossConfig,
     ModelConfig,
     TaskLlmConfig,
+    base_folder,
 )
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.assemble import build_ship
-from ship_ds.model.backbone import Quantisation, base_folder, read_settings
+from ship_ds.model.backbone import Quantisation, read_settings
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.bundle import bundle_folder, verify
-from ship_ds.config import Config, load_config
+from ship_ds.config import Config, base_folder, load_config
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
@@ -81,11 +81,10 @@ def check_division(tasks_per_step: int, num_ranks: int, accumulation: int) -> No
 
 def check_base(key: str, base: str) -> None:
     """A base is "embedded", or a folder with a config.json. Raises UserError."""
-    if base != "embedded" and not (Path(base) / "config.json").is_file():
-        raise UserError(
-            f"{key}: {base}: expected a model folder with a config.json; download the "
-            "model and give its folder"
-        )
+    try:
+        base_folder(base)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _check_writable(folder: Path) -> None:

@@ -7,9 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ship_ds.api import Ship
-from ship_ds.config import Config, parse_config
+from ship_ds.config import Config, base_folder, parse_config
 from ship_ds.model.assemble import LoadedWeights, build_ship
-from ship_ds.model.backbone import base_folder
 
 FAMILIES = ("llama", "qwen2", "mistral")
 PROBES = ("3 7 3 5", "1 3 9")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ship_ds import cli
 from ship_ds.api import Ship
+from ship_ds.config import base_folder
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.drift import drift
@@ -23,7 +24,7 @@ from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.requests import Request
 from ship_ds.export.targets import quantised_names
 from ship_ds.lora_folder import read_lora
-from ship_ds.model.backbone import base_folder, load_lm
+from ship_ds.model.backbone import load_lm
 from ship_ds.model.nf4 import Nf4, pieces_of
 from tests.conftest import REPOSITORY, start
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship
