@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 240
@@ -59,9 +60,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(_TIERS[name])
 
 
+def once(factory: pytest.TempPathFactory, name: str, train: Callable[[Path], Path]) -> Path:
+    """A run that the test processes share: the first that asks trains it, the others wait."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each process has a folder of its own in it
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            train(folder / "run")
+            (folder / "done").touch()
+    return folder / "run"
+
+
 @pytest.fixture(scope="session")
 def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By DeepSpeed's launcher; runs that others start are compared with it to the bit."""
+    return once(tmp_path_factory, "two_ranks", train_two_ranks)
+
+
+def train_two_ranks(folder: Path) -> Path:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     launcher = (
@@ -71,12 +90,12 @@ def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--master_port",
         port,
     )
-    return train_smoke(tmp_path_factory.mktemp("two") / "run", (*launcher, "ship_ds/train.py"))
+    return train_smoke(folder, (*launcher, "ship_ds/train.py"))
 
 
 @pytest.fixture(scope="session")
 def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_smoke(tmp_path_factory.mktemp("one") / "run")
+    return once(tmp_path_factory, "one_rank", train_smoke)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def ship_ds(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_mixture_trains_and_repeats_its_last_step_after_a_resume(
     tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
