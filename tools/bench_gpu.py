@@ -324,7 +324,9 @@ def take_step(ship: ShipModel, batch: ShipBatch) -> Tensor:
 def lay_out(ship: ShipModel, layout: str) -> None:
     """Choose one of LAYOUTS."""
     for role in (ship.task_llm, ship.encoder, ship.decoder):
-        role.lm.config._attn_implementation = SDPA if layout == "padded_sdpa" else VARLEN
+        role.language_model.module.config._attn_implementation = (
+            SDPA if layout == "padded_sdpa" else VARLEN
+        )
     # The instance's own value hides the class's.
     ship.hypernetwork.packs = layout == "packed"  # type: ignore[misc]
 
@@ -539,7 +541,7 @@ def _model_flops(ship: ShipModel, batch: ShipBatch) -> float:
         ship.task_llm: batch.answers,
         ship.decoder: batch.decoded,
     }
-    settings = ship.task_llm.lm.config
+    settings = ship.task_llm.language_model.module.config
     width, inner = settings.hidden_size, settings.intermediate_size
     keys = settings.num_key_value_heads * settings.hidden_size // settings.num_attention_heads
     block = 2 * width * width + 2 * width * keys + 3 * width * inner
