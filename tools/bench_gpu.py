@@ -321,10 +321,15 @@ def take_step(ship: ShipModel, batch: ShipBatch) -> Tensor:
     return loss.detach()
 
 
+def settings_of(port: Any) -> Any:
+    """The transformers config behind a port: this bench alone switches layouts of a built model."""
+    return port.module.config
+
+
 def lay_out(ship: ShipModel, layout: str) -> None:
     """Choose one of LAYOUTS."""
     for role in (ship.task_llm, ship.encoder, ship.decoder):
-        role.language_model.module.config._attn_implementation = (
+        settings_of(role.language_model)._attn_implementation = (
             SDPA if layout == "padded_sdpa" else VARLEN
         )
     # The instance's own value hides the class's.
@@ -541,7 +546,7 @@ def _model_flops(ship: ShipModel, batch: ShipBatch) -> float:
         ship.task_llm: batch.answers,
         ship.decoder: batch.decoded,
     }
-    settings = ship.task_llm.language_model.module.config
+    settings = settings_of(ship.task_llm.language_model)
     width, inner = settings.hidden_size, settings.intermediate_size
     keys = settings.num_key_value_heads * settings.hidden_size // settings.num_attention_heads
     block = 2 * width * width + 2 * width * keys + 3 * width * inner
