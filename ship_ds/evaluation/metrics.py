@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 _NUMBERS = r"-?(?:0|[1-9]\d*)(?:[\s,]+-?(?:0|[1-9]\d*))*"
 _LIST = re.compile(rf"{_NUMBERS}|\[\s*(?:{_NUMBERS})?\s*\]")
@@ -53,7 +52,10 @@ def rouge_l(answer: str | None, references: Sequence[str]) -> float:
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer() -> Any:
+    # Here: it brings nltk and scikit-learn along, two seconds of every verb that scores nothing.
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"])
 
 

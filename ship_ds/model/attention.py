@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -115,6 +114,14 @@ def varlen_mask(
         **kwargs,
     )
     return mask
+
+
+def varlen_attn(*args: Any, **kwargs: Any) -> Any:
+    """torch's kernel, imported at its first use: it brings the compiler along, a second or two that
+    a process on a CPU has no use for."""
+    from torch.nn.attention.varlen import varlen_attn as kernel
+
+    return kernel(*args, **kwargs)
 
 
 def varlen_forward(
