@@ -223,6 +223,18 @@ def check_bases(folder: Path, bases: Mapping[str, str], expected: Mapping[str, s
             )
 
 
+PROGRESS = "progress.json"
+"""Of a checkpoint: the step, and all of the run that is no tensor."""
+
+
+def check_checkpoint(folder: Path) -> None:
+    """A checkpoint of a training run is in `folder`; one that a killed save has set aside is put
+    back first. Raises UserError."""
+    recover(folder)
+    if not (folder / PROGRESS).is_file():
+        raise UserError(f"{folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N")
+
+
 def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     """Write the bundle that the run would have left had it ended at this checkpoint.
 
@@ -237,14 +249,10 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     from ship_ds.prompt import ROLES, PromptFormat, describe_roles
     from ship_ds.runtime import checkpoint
 
-    recover(checkpoint_folder)
-    if not (checkpoint_folder / checkpoint.PROGRESS).is_file():
-        raise UserError(
-            f"{checkpoint_folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N"
-        )
+    check_checkpoint(checkpoint_folder)
     refuse_existing(out)
     progress = checkpoint.read_progress(checkpoint_folder)
-    config = parse_config(progress.config, str(checkpoint_folder / checkpoint.PROGRESS))
+    config = parse_config(progress.config, str(checkpoint_folder / PROGRESS))
     check_bases(checkpoint_folder, frozen_bases(config), progress.bases)
     prompts = {
         role: PromptFormat(load_tokenizer(getattr(config.model, role).base)) for role in ROLES

@@ -15,6 +15,10 @@ class Section(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    def __hash__(self) -> int:
+        """By content, so that a kind from outside may hold lists; pydantic's own hash may not."""
+        return hash(self.model_dump_json())
+
     @model_validator(mode="before")
     @classmethod
     def _booleans_are_no_numbers(cls, values: Any) -> Any:

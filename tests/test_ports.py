@@ -146,3 +146,18 @@ def test_a_mistake_in_a_toys_section_is_one_line(override: str, message: str) ->
     with pytest.raises(UserError, match=message) as error:
         load_config("quickstart-smoke", [override])
     assert "\n" not in str(error.value)
+
+
+def test_what_a_kind_does_not_offer_is_one_line(tmp_path: Path) -> None:
+    """A prefix has no file format and no distance, and a folder cannot become one."""
+    config = load_config("quickstart-smoke", ["model.hypernetwork={kind: toy_prefix}"])
+    ship = build_ship(config.model, LoadedWeights())
+    made = ship.adapt(torch.zeros(1, config.model.latent_size))
+    for refused, message in (
+        (lambda: ship.hypernetwork.exports(made), "deduce: .* no file format"),
+        (lambda: ship.hypernetwork.read(tmp_path), f"{tmp_path}: .* cannot be read back"),
+        (lambda: made.distance(made), "induce: .* give inputs"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            refused()
+        assert "\n" not in str(error.value)

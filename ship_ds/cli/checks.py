@@ -104,15 +104,9 @@ def check_base(base: str | None) -> None:
         preflight.check_base("--base", base)
 
 
-def check_checkpoint(folder: Path) -> None:
-    """A checkpoint of a training run."""
-    if not (folder / "progress.json").is_file():
-        raise UserError(f"{folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N")
-
-
 def check_source(path: Path) -> None:
     """What `convert` starts from: a run with a bundle or checkpoints, or a checkpoint."""
-    from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder
+    from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder, check_checkpoint
 
     check_folder(path)
     # A checkpoint has a manifest as well.

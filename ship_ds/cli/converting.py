@@ -61,10 +61,10 @@ def bundle(
     checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-N")], out: Out
 ) -> int:
     """A training checkpoint -> a bundle, without the run that wrote it."""
-    checks.check_checkpoint(checkpoint)
-    checks.check_new(out)
-    from ship_ds.bundle import bundle_from_checkpoint
+    from ship_ds.bundle import bundle_from_checkpoint, check_checkpoint
 
+    check_checkpoint(checkpoint)
+    checks.check_new(out)
     bundle_from_checkpoint(checkpoint, out)
     print(f"{out}: bundle of {checkpoint}")
     return 0

@@ -1,10 +1,10 @@
-"""From an adapter to an instruction: which latent makes a LoRA like this one, and what does the
+"""From an adapter to an instruction: which latent makes an adapter like this one, and what does the
 decoder read out of it.
 
 With inputs the latent has to answer as the adapter does; without, its weight updates have to lie
 near the adapter's.
 
-Letters: C candidates, I inputs of a linear, O outputs of a linear, R LoRA rank, Z latent size.
+Letters: C candidates, Z latent size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,7 @@ from ship_ds.inference.gradient import descend_on, descend_to_behaviour
 from ship_ds.inference.induction import induce_many, with_latents_decoded
 from ship_ds.inference.proposals import draw_seed, likeliest_texts, sample_texts
 from ship_ds.inference.results import Induction, WeightCandidate, WeightInduction
-from ship_ds.lora_folder import read_lora
 from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.adapters.lora import LoraAdapter
-from ship_ds.model.adapters.sites import sites_of
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
 from ship_ds.weights_folder import WeightsFolder
@@ -35,26 +32,18 @@ _CANDIDATES_AT_ONCE = 64
 """Adapters that are made at once: more do not fit a small machine."""
 
 
-def read_adapter(model: ShipModel, folder: Path) -> LoraAdapter:
-    """A PEFT LoRA folder as an adapter of one task.
+def read_adapter(model: ShipModel, folder: Path) -> Adapter:
+    """A PEFT folder as an adapter of one task, of the kind that the model's hypernetwork makes.
 
     Args:
         model: whose Task LLM it adapts.
         folder: as `peft` or `ship-ds deduce` writes it.
 
     Raises:
-        UserError: it is no such folder, or of another base.
+        UserError: it is no such folder, of another base, or of a kind that cannot be read back.
     """
-    lora = read_lora(folder)
     _check_origin(model, folder)
-    sites = sites_of(model.task_llm)
-    for path, (a_RI, b_OR) in lora.factors.items():
-        _check_site(folder, path, a_RI, b_OR, sites)
-    factors = {
-        path: (a_RI.float()[None].to(model.device), b_OR.float()[None].to(model.device))
-        for path, (a_RI, b_OR) in lora.factors.items()
-    }
-    return LoraAdapter(factors, lora.scaling)
+    return model.hypernetwork.read(folder)
 
 
 def _check_origin(model: ShipModel, folder: Path) -> None:
@@ -70,28 +59,10 @@ def _check_origin(model: ShipModel, folder: Path) -> None:
         )
 
 
-def _check_site(
-    folder: Path, path: str, a_RI: Tensor, b_OR: Tensor, sites: Mapping[str, tuple[int, int]]
-) -> None:
-    if path not in sites:
-        raise UserError(
-            f"{folder}: adapts {path}, which is none of the {len(sites)} linears that this run "
-            "adapts: an adapter of another base model, or of modules outside "
-            "model.hypernetwork.targets"
-        )
-    shape = a_RI.shape[1], b_OR.shape[0]
-    if shape != sites[path]:
-        inputs, outputs = sites[path]
-        raise UserError(
-            f"{folder}: {path} is {shape[0]} -> {shape[1]} and this run's base has "
-            f"{inputs} -> {outputs} there: an adapter of another base model"
-        )
-
-
 def induce_from_behaviour(
     model: ShipModel,
     bank: Bank,
-    adapter: LoraAdapter,
+    adapter: Adapter,
     inputs: Sequence[str],
     config: InductionConfig,
     max_new_tokens: int,

@@ -33,6 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ship_ds.bundle import PROGRESS
 from ship_ds.config import CheckpointConfig, parse_config
 from ship_ds.console import Log
 from ship_ds.errors import UserError
@@ -50,7 +51,7 @@ from ship_ds.runtime import ranks, repartition
 from ship_ds.runtime.engine import Engine
 from ship_ds.runtime.pickles import load_shard, shard_problem
 
-STATE, PROGRESS, LATEST = "state", "progress.json", "latest"
+STATE, LATEST = "state", "latest"
 _FREE_TO_CHANGE = {
     "run.folder",
     "run.init_from",
@@ -304,7 +305,10 @@ def _problem_of_share(folder: Path) -> str | None:
 
 def newest_good(root: Path, log: Log) -> Path | None:
     """The newest checkpoint whose files are all as written; each one passed over is logged with its
-    reason."""
+    reason. One that a killed save has set aside is put back first."""
+    if ranks.rank() == 0:
+        _recover(root)
+    ranks.barrier()
     names = ranks.gather_objects([path.name for path in checkpoints(root)])[0]
     damaged_ones: dict[str, str] = {}
     for name in reversed(names):
@@ -326,9 +330,6 @@ def newest_good(root: Path, log: Log) -> Path | None:
 def newest_good_to_resume(root: Path, log: Log) -> Path | None:
     """As `newest_good`, for the run that will write here: later ones, all damaged, are set aside as
     step-N.damaged, or they would count as newer than what it saves."""
-    if ranks.rank() == 0:
-        _recover(root)
-    ranks.barrier()
     good = newest_good(root, log)
     if ranks.rank() == 0 and good is not None:
         for path in checkpoints(root):

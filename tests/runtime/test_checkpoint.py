@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ship_ds.bundle import check_checkpoint
 from ship_ds.config import CheckpointConfig, load_config
 from ship_ds.errors import UserError
 from ship_ds.runtime import checkpoint
@@ -212,3 +213,15 @@ def test_the_best_on_dev_is_kept_beside_the_newest_and_the_disk_cap_spares_both(
         Engine(100_000), tmp_path, progress(6), CheckpointConfig(keep_last=3, max_gigabytes=3e-4)
     )
     assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "6"]
+
+
+def test_a_checkpoint_that_a_killed_save_set_aside_is_found(tmp_path: Path) -> None:
+    """By whoever looks for the newest, not by the run alone."""
+    checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
+    second = checkpoint.save(Engine(1000), tmp_path, progress(3), CheckpointConfig())
+    second.rename(second.with_name(f"{second.name}.replaced"))
+    assert checkpoint.newest_good(tmp_path, [].append) == second
+    second.rename(second.with_name(f"{second.name}.replaced"))
+    check_checkpoint(second)
+    with pytest.raises(UserError, match="no checkpoint here"):
+        check_checkpoint(tmp_path)

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ship_ds.kinds import ADAPTERS
-from ship_ds.lora_folder import read_lora
 from ship_ds.model.adapters.adapter import Export, Hypernetwork, Target
-from ship_ds.model.adapters.lora import LoraAdapter, as_adapter, exports_of_lora
+from ship_ds.model.adapters.lora import LoraAdapter, exports_of_lora, read_lora_adapter
 from ship_ds.section import Section
 
 
 class DiagonalCoreConfig(Section):
     kind: Literal["diagonal_core"] = "diagonal_core"
     rank: int = 4
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: list[str] = Field(default_factory=lambda: ["q_proj", "v_proj"])
 
 
 class Factor(nn.Module):
@@ -43,7 +43,7 @@ class Factor(nn.Module):
 class DiagonalCore(Hypernetwork):
     def __init__(self, config: DiagonalCoreConfig, latent_size: int, target: Target) -> None:
         super().__init__()
-        self.paths = list(target.sites)
+        self.sites = target.sites
         self.a = nn.ModuleList(
             Factor(torch.randn(config.rank, num_in) / math.sqrt(num_in))
             for num_in, _ in target.sites.values()
@@ -55,14 +55,14 @@ class DiagonalCore(Hypernetwork):
 
     @staticmethod
     def targets(config: DiagonalCoreConfig) -> tuple[str, ...]:
-        return config.targets
+        return tuple(config.targets)
 
     def forward(self, latent_TZ: Tensor) -> LoraAdapter:
         core_TR = self.core(latent_TZ.to(self.core.weight.dtype))
         ones_T = torch.ones_like(core_TR[:, 0])
         factors = {
             path: (core_TR[:, :, None] * a(ones_T), b(ones_T))
-            for path, a, b in zip(self.paths, self.a, self.b, strict=True)
+            for path, a, b in zip(self.sites, self.a, self.b, strict=True)
         }
         return LoraAdapter(factors, 1.0)
 
@@ -70,7 +70,7 @@ class DiagonalCore(Hypernetwork):
         return exports_of_lora(adapter)
 
     def read(self, folder: Path) -> LoraAdapter:
-        return as_adapter(read_lora(folder))
+        return read_lora_adapter(folder, self.sites, self.core.weight.device)
 
 
 ADAPTERS.register(DiagonalCoreConfig, DiagonalCore)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.kinds import ADAPTERS
-from ship_ds.model.adapters.adapter import Adapter, Export, Hypernetwork, Prefix, Target
+from ship_ds.model.adapters.adapter import Adapter, Hypernetwork, Prefix, Target
 from ship_ds.section import Section
 
 
@@ -76,9 +76,6 @@ class PrefixHypernetwork(Hypernetwork):
                 for layer, path in enumerate(self.blocks)
             }
         )
-
-    def exports(self, adapter: PrefixAdapter) -> list[Export]:
-        raise NotImplementedError("a toy")
 
 
 ADAPTERS.register(PrefixConfig, PrefixHypernetwork)

@@ -71,8 +71,14 @@ class Adapter(ABC):
 
         Args:
             other: of the same kind and of one task.
+
+        Raises:
+            UserError: the kind has no such measure.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no distance")
+        raise UserError(
+            "induce: adapters of this run's kind cannot be compared by their weights; give inputs, "
+            "which compares them by their answers (--file)"
+        )
 
 
 class Export(ABC):
@@ -157,13 +163,18 @@ class Hypernetwork(nn.Module, ABC):
     def forward(self, latent_TZ: Tensor) -> Adapter:
         """The adapters of T latents."""
 
-    @abstractmethod
     def exports(self, adapter: Any) -> list[Export]:
-        """Each task's adapter on its way out."""
+        """Each task's adapter on its way out. Raises UserError for a kind without a format."""
+        raise UserError(
+            "deduce: adapters of this run's kind have no file format; `ship-ds answer` applies them"
+        )
 
     def read(self, folder: Path) -> Adapter:
         """The value of a folder that was written for one task. Raises UserError."""
-        raise UserError(f"{folder}: adapters of this run's kind cannot be read back")
+        raise UserError(
+            f"{folder}: adapters of this run's kind cannot be read back; it needs a run with "
+            "model.hypernetwork.kind=lora"
+        )
 
     def head_modules(self) -> list[nn.Module]:
         """Where most of the weights are; the rest is the trunk."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.config import LoraHypernetworkConfig
+from ship_ds.errors import UserError
 from ship_ds.lora_folder import Lora, add, compressed, read_lora, write_lora
 from ship_ds.model.adapters.adapter import Adapter, Export, Hypernetwork, Sites, Target
 from ship_ds.model.adapters.segment_lora import segment_lora
@@ -123,6 +124,43 @@ def as_adapter(lora: Lora) -> LoraAdapter:
     """A LoRA on disk as the adapter of one task."""
     factors = {path: (a_RI[None], b_OR[None]) for path, (a_RI, b_OR) in lora.factors.items()}
     return LoraAdapter(factors, lora.scaling)
+
+
+def read_lora_adapter(folder: Path, sites: Sites, device: torch.device) -> LoraAdapter:
+    """A LoRA folder as the adapter of one task, in fp32: of any rank, and of any of the sites.
+
+    Args:
+        folder: as `peft` or `ship-ds deduce` writes it.
+        sites: the linears that adapters of this run change.
+        device: where the factors go.
+
+    Raises:
+        UserError: it is no LoRA folder, or adapts what is no site or of other sizes.
+    """
+    lora = read_lora(folder)
+    for path, (a_RI, b_OR) in lora.factors.items():
+        _check_site(folder, path, (a_RI.shape[1], b_OR.shape[0]), sites)
+    adapter = as_adapter(lora)
+    factors = {
+        path: (a_1RI.float().to(device), b_1OR.float().to(device))
+        for path, (a_1RI, b_1OR) in adapter.factors.items()
+    }
+    return replace(adapter, factors=factors)
+
+
+def _check_site(folder: Path, path: str, shape: tuple[int, int], sites: Sites) -> None:
+    if path not in sites:
+        raise UserError(
+            f"{folder}: adapts {path}, which is none of the {len(sites)} linears that this run "
+            "adapts: an adapter of another base model, or of modules outside "
+            "model.hypernetwork.targets"
+        )
+    if shape != sites[path]:
+        inputs, outputs = sites[path]
+        raise UserError(
+            f"{folder}: {path} is {shape[0]} -> {shape[1]} and this run's base has "
+            f"{inputs} -> {outputs} there: an adapter of another base model"
+        )
 
 
 def exports_of_lora(adapter: LoraAdapter) -> list[Export]:
@@ -250,7 +288,7 @@ class LoraHypernetwork(Hypernetwork):
 
     def __init__(self, config: LoraHypernetworkConfig, latent_size: int, target: Target) -> None:
         super().__init__()
-        self.scaling = config.alpha / config.rank
+        self.scaling, self.sites = config.alpha / config.rank, target.sites
         width, head_type = config.width, HEADS[config.heads]
         heads = [head_type(width, config.rank, group) for group in head_type.groups(target.sites)]
         self.from_latent = nn.Linear(latent_size, width)
@@ -294,5 +332,5 @@ class LoraHypernetwork(Hypernetwork):
         return exports_of_lora(adapter)
 
     def read(self, folder: Path) -> LoraAdapter:
-        """Of any rank and scaling, and of any subset of modules."""
-        return as_adapter(read_lora(folder))
+        """See `read_lora_adapter`."""
+        return read_lora_adapter(folder, self.sites, self.from_latent.weight.device)
