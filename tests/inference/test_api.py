@@ -122,7 +122,11 @@ def test_a_foreign_adapter_of_peft_is_read(ship: Ship, tmp_path: Path) -> None:
     )
     tuned.save_pretrained(tmp_path)
     read = read_adapter(ship.model, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
     assert read.scaling == 2.0 and len(read.factors) == 2 * base.num_hidden_layers
+    for path, halves in read.factors.items():
+        for half, factor in zip("AB", halves, strict=True):
+            assert torch.equal(factor[0], saved[f"base_model.model.{path}.lora_{half}.weight"])
     assert isinstance(ship.induce_from_adapter(tmp_path, (), QUICK), WeightInduction)
 
 
