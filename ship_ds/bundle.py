@@ -245,7 +245,7 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     Raises:
         UserError: The checkpoint is missing or damaged, or a frozen model is another one now.
     """
-    from ship_ds.model.backbone import load_tokenizer
+    from ship_ds.model.loading import load_tokenizer
     from ship_ds.prompt import ROLES, PromptFormat, describe_roles
     from ship_ds.runtime import checkpoint
 

@@ -39,7 +39,7 @@ from ship_ds.evaluation.metrics import score
 from ship_ds.evaluation.questions import ask
 from ship_ds.files import write_json
 from ship_ds.model.assemble import LoadedWeights, build_ship
-from ship_ds.model.backbone import load_tokenizer
+from ship_ds.model.loading import load_tokenizer
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions

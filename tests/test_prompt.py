@@ -11,8 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ship_ds.data.task import Example
-from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.loading import load_tokenizer
 from ship_ds.prompt import ROLES, PromptFormat, describe_roles, is_described
 from tests.conftest import REPOSITORY
 

@@ -19,7 +19,7 @@ from ship_ds.config import load_config, parse_config, recipe_names
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.inference.results import WeightInduction
-from ship_ds.model.backbone import load_tokenizer
+from ship_ds.model.loading import load_tokenizer
 from ship_ds.origin import read_origin
 from tests.conftest import REPOSITORY, start
 

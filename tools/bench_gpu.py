@@ -50,9 +50,9 @@ from ship_ds.model.adapters.segment_lora import segment_lora
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.assemble import build_ship
 from ship_ds.model.attention import SDPA, VARLEN
-from ship_ds.model.backbone import freeze
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import auto_class
+from ship_ds.model.loading import freeze
 from ship_ds.model.nf4 import Nf4, guard_linears, pieces_of
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import ShipBatch

@@ -56,7 +56,7 @@ def load(way: str, folder: Path) -> Any:
 
     from ship_ds.config import TrainingConfig
     from ship_ds.model import nf4
-    from ship_ds.model.backbone import load_lm
+    from ship_ds.model.loading import load_lm
     from ship_ds.runtime import shards
     from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 

@@ -269,7 +269,7 @@ def make_narrow(folder: Path) -> str:
     """A random Llama wider than the embedded one, with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ship_ds.model.backbone import load_tokenizer
+    from ship_ds.model.loading import load_tokenizer
 
     LlamaForCausalLM(LlamaConfig(**NARROW)).save_pretrained(folder)
     load_tokenizer("embedded").save_pretrained(folder)

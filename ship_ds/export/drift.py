@@ -12,7 +12,7 @@ import bitsandbytes as bnb
 import torch
 
 from ship_ds.export.proof import PeftBase, largest_difference
-from ship_ds.model.backbone import Quantisation, load_lm
+from ship_ds.model.loading import Quantisation, load_lm
 from ship_ds.origin import read_origin
 
 

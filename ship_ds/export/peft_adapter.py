@@ -22,8 +22,8 @@ from ship_ds.export.proof import PeftBase, Prompts, Proof, largest_difference
 from ship_ds.files import sha256
 from ship_ds.lora_folder import ADAPTER_WEIGHTS
 from ship_ds.model.adapters.adapter import Adapter, Export
-from ship_ds.model.backbone import load_lm
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.loading import load_lm
 from ship_ds.origin import Origin
 from ship_ds.weights_folder import WeightsFolder
 

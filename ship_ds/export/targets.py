@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
-from ship_ds.model.backbone import read_settings
+from ship_ds.model.loading import read_settings
 from ship_ds.model.nf4 import Nf4, Pieces, pieces_of, spans
 from ship_ds.tensor_file import TensorFile
 

@@ -19,7 +19,11 @@ from ship_ds.kinds import ADAPTERS, PRIORS
 from ship_ds.model.adapters.adapter import Hypernetwork, Target, build_hypernetwork
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.attention import Choice, this_machine
-from ship_ds.model.backbone import (
+from ship_ds.model.collate import Collator, Prompts
+from ship_ds.model.decoder import Decoder
+from ship_ds.model.encoder import Encoder
+from ship_ds.model.language_model import language_model
+from ship_ds.model.loading import (
     Quantisation,
     add_static_lora,
     freeze,
@@ -27,10 +31,6 @@ from ship_ds.model.backbone import (
     load_tokenizer,
     stored_bytes,
 )
-from ship_ds.model.collate import Collator, Prompts
-from ship_ds.model.decoder import Decoder
-from ship_ds.model.encoder import Encoder
-from ship_ds.model.language_model import language_model
 from ship_ds.model.objectives import build_objectives
 from ship_ds.model.priors import Prior
 from ship_ds.model.ship import ShipModel

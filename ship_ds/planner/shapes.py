@@ -24,8 +24,8 @@ from ship_ds.config import (
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.assemble import build_ship
-from ship_ds.model.backbone import Quantisation, read_settings
 from ship_ds.model.language_model import auto_class
+from ship_ds.model.loading import Quantisation, read_settings
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
 from ship_ds.planner.public_shapes import PUBLIC_SHAPES, WAY_OUT

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from ship_ds.data.task_files import FilesConfig, FilesSource
-from ship_ds.model.backbone import load_tokenizer
+from ship_ds.model.loading import load_tokenizer
 
 
 def write(folder: Path, num_tasks: int, examples: list[dict[str, str]]) -> None:

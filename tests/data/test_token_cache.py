@@ -9,7 +9,7 @@ from ship_ds.data import token_cache
 from ship_ds.data.splits import SplitConfig, split_tasks
 from ship_ds.data.task import Example, Task
 from ship_ds.data.token_cache import fingerprint, tokenise_all
-from ship_ds.model.backbone import load_tokenizer
+from ship_ds.model.loading import load_tokenizer
 from ship_ds.prompt import PromptFormat
 
 TEXTS = ["put 7 at the front", "1 2 3", "", "1 2 3", "naïve 😀"]

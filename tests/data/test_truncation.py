@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ship_ds.data.splits import HeldOutExample, hold_out
 from ship_ds.data.task import DataError, Example, Task
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
-from ship_ds.model.backbone import load_tokenizer
+from ship_ds.model.loading import load_tokenizer
 
 NO_LIMITS: dict[str, Any] = {name: {"tokens": None} for name in ("instruction", "input", "target")}
 

@@ -18,7 +18,7 @@ from ship_ds.export.peft_adapter import Exporter, live_logits
 from ship_ds.export.requests import Request, read_latents
 from ship_ds.lora_folder import add, read_lora
 from ship_ds.model.adapters.lora import LoraExport
-from ship_ds.model.backbone import load_lm
+from ship_ds.model.loading import load_lm
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship
 
 TEXTS = ("put 7 at the front", "reverse the list", "keep the numbers greater than 4")

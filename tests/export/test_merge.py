@@ -24,7 +24,7 @@ from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.requests import Request
 from ship_ds.export.targets import quantised_names
 from ship_ds.lora_folder import read_lora
-from ship_ds.model.backbone import load_lm
+from ship_ds.model.loading import load_lm
 from ship_ds.model.nf4 import Nf4, pieces_of
 from tests.conftest import REPOSITORY, start
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship

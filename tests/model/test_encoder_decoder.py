@@ -12,9 +12,9 @@ from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.assemble import LoadedWeights, build_ship
-from ship_ds.model.backbone import load_tokenizer
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import language_model
+from ship_ds.model.loading import load_tokenizer
 from ship_ds.model.search import beam_search
 from tests.model.models import EOS, VOCABULARY, greedy_rows, label_logits, random_lora, random_rows
 from tests.toys.encoder_decoder import EncoderDecoder

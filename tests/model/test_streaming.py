@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
-from ship_ds.model.backbone import load_lm
+from ship_ds.model.loading import load_lm
 from tests.model.models import FAMILIES, tiny_lm
 
 CPU = torch.device("cpu")

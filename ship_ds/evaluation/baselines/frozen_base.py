@@ -16,8 +16,8 @@ from ship_ds.inference.deduction import AnswersByTask, answer_by_size
 from ship_ds.loss import sum_cross_entropy
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.sites import wrap_sites
-from ship_ds.model.backbone import freeze, load_lm
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.loading import freeze, load_lm
 from ship_ds.model.task_llm import TaskLlm
 
 Ids = Sequence[int]

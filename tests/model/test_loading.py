@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ship_ds.config import LoraTuning
 from ship_ds.errors import UserError
-from ship_ds.model.backbone import add_static_lora, load_lm
+from ship_ds.model.loading import add_static_lora, load_lm
 from tests.model.models import HIDDEN, tiny_lm
 
 IDS = torch.arange(2, 14).view(2, 6)
