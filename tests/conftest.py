@@ -3,9 +3,11 @@ it."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ TIMEOUT_SECONDS = 240
 
 
 def environment() -> dict[str, str]:
-    """The repository's own op cache and no hub."""
+    """The repository's own op cache and no hub; a program that is aborted shows where it was."""
     return {
         **os.environ,
+        "PYTHONFAULTHANDLER": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(REPOSITORY),
         "TORCH_EXTENSIONS_DIR": os.environ.get(
@@ -32,15 +35,35 @@ def environment() -> dict[str, str]:
 def start(
     arguments: Sequence[str], timeout: int = TIMEOUT_SECONDS
 ) -> subprocess.CompletedProcess[str]:
-    """Run a python command from the repository to its end."""
-    return subprocess.run(
-        [sys.executable, *arguments],
+    """Run a python command from the repository to its end.
+
+    A command that takes too long, and all that it started, is ended, and the test fails with the
+    stack of each: a hang that was seen once on another machine cannot be asked later.
+    """
+    # -X: a test may pass -E, which ignores the variable.
+    with subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", *arguments],
         cwd=REPOSITORY,
         env=environment(),
         text=True,
-        capture_output=True,
-        timeout=timeout,
-    )
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)
+            time.sleep(2)  # a stack is written in much less
+            os.killpg(process.pid, signal.SIGKILL)
+            stdout, stderr = process.communicate()
+            pytest.fail(
+                f"{arguments}: not done after {timeout} s\n{stdout[-2000:]}\n{stderr[-8000:]}"
+            )
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
 
 def train_smoke(folder: Path, command: Sequence[str] = ("-m", "ship_ds.train")) -> Path:

@@ -27,9 +27,7 @@ def test_leaving_flushes_and_takes_nothing_down(tmp_path: Path) -> None:
     """-E: PYTHONUNBUFFERED would do the flushing."""
     (tmp_path / "leaves.py").write_text(_PROGRAM.format(end="ranks.exit_process(3)"))
     (tmp_path / "exits.py").write_text(_PROGRAM.format(end="raise SystemExit(3)"))
-    leaves, exits = (
-        start(["-E", str(tmp_path / name)], timeout=120) for name in ("leaves.py", "exits.py")
-    )
+    leaves, exits = (start(["-E", str(tmp_path / name)]) for name in ("leaves.py", "exits.py"))
     assert leaves.returncode == exits.returncode == 3, leaves.stderr
     assert leaves.stdout.endswith("said at exit\n")
     assert "taken down" in exits.stderr and "taken down" not in leaves.stderr
