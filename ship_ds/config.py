@@ -370,7 +370,7 @@ class CheckpointConfig(Section):
     """How often the whole state is saved, and what stays on disk."""
 
     every_steps: int = Field(0, ge=0)
-    """Zero: at the end alone."""
+    """Zero: at the end, and before each evaluation."""
     keep_last: PositiveInt = 2
     """Beside these, the best on dev is kept."""
     max_gigabytes: PositiveFloat | None = None
@@ -381,7 +381,8 @@ class EvaluationConfig(Section):
     """What is measured while training and at its end."""
 
     every_steps: int = Field(0, ge=0)
-    """Deduction on a few seen and dev rules while training; zero: never."""
+    """Deduction on a few seen and dev rules while training, of a step that was just saved; zero:
+    never."""
     num_tasks: PositiveInt = 64
     """Seen rules, and dev rules, looked at while training."""
     num_final_tasks: PositiveInt = 1_000_000

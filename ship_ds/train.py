@@ -43,9 +43,10 @@ from ship_ds.model.loading import load_tokenizer
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions
-from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes
+from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes, reset_peak_memory
 from ship_ds.prompt import describe_roles
 from ship_ds.runtime import checkpoint, preflight, ranks, shards, start_log
+from ship_ds.runtime.after_training import failures_are_one_line, first_line
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import Engine, engine_dtype, learning_rate, parts_per_step
 from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopRequest
@@ -54,6 +55,9 @@ from ship_ds.runtime.watchdog import Watchdog
 _ACTIVE_NATS = 0.01
 """A latent unit is active when its KL, averaged over a step's tasks, is above this (Burda et al.
 2016, section 4.3)."""
+_MOST_EVALUATION_STARTS = 2
+"""Of one step's evaluation, over restarts: a second one tells a fault of the machine from one that
+comes again."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,9 @@ class Trainer:
         self.watch = Stopwatch()
         self.step = 0
         self.num_bad_steps = 0
-        self.dev_score: tuple[int, float] | None = None
         self.owes_evaluation = False
-        self.saved: tuple[int, bool, float | None] | None = None
-        """Of the newest checkpoint: step, whether its evaluation is owed, score on dev."""
+        self.num_evaluation_starts = 0
+        self.saved_step: int | None = None
         good = checkpoint.newest_good_to_resume(self.folder / "checkpoints", log)
         if good is None:
             return
@@ -178,18 +181,19 @@ class Trainer:
         progress = checkpoint.load(
             self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint, log
         )
-        self.step, self.num_bad_steps, self.owes_evaluation = (
-            progress.step,
-            progress.num_bad_steps,
-            progress.owes_evaluation,
-        )
-        self.watch.seconds, self.watch.tokens = progress.seconds, progress.tokens
-        self.dev_score = None if progress.dev_score is None else (progress.step, progress.dev_score)
-        self.saved = (progress.step, progress.owes_evaluation, progress.dev_score)
+        self.restore_from(progress)
         log(f"resumed from {good}, after step {progress.step}")
 
+    def restore_from(self, progress: checkpoint.Progress) -> None:
+        """Stand where the newest checkpoint does."""
+        self.step = self.saved_step = progress.step
+        self.num_bad_steps = progress.num_bad_steps
+        self.owes_evaluation = progress.owes_evaluation
+        self.num_evaluation_starts = progress.num_evaluation_starts if self.owes_evaluation else 0
+        self.watch.seconds, self.watch.tokens = progress.seconds, progress.tokens
+
     def train(self) -> None:
-        """Take every step that is left, evaluating and saving when it is due.
+        """Take every step that is left, saving and evaluating when it is due.
 
         Raises:
             Preempted: on every rank, everything saved, when any of them was asked to stop.
@@ -197,15 +201,16 @@ class Trainer:
         self.watchdog.start()
         try:
             if self.owes_evaluation:
-                self.evaluate()
+                self.evaluate_saved_step()
             while self.step < self.num_steps and self.spent_time() < 1:
                 self.stop.raise_if_asked()
                 self.take_step()
                 self.owes_evaluation = is_due(self.step, self.config.evaluation.every_steps)
-                if self.owes_evaluation:
-                    self.evaluate()
-                if is_due(self.step, self.config.checkpoint.every_steps):
+                # Saved before it is evaluated, so that an evaluation that fails loses no step.
+                if self.owes_evaluation or is_due(self.step, self.config.checkpoint.every_steps):
                     self.save()
+                if self.owes_evaluation:
+                    self.evaluate_saved_step()
         except Preempted:
             if self.step:
                 self.save()
@@ -314,11 +319,59 @@ class Trainer:
         if self.step % 100 == 0:
             self.monitor.kl_per_dimension(self.step, losses.kl_Z)
 
-    def evaluate(self) -> None:
+    def evaluate_saved_step(self) -> None:
+        """Evaluate the step that the newest checkpoint holds; training goes on if that fails.
+
+        A single process writes one line and goes on. Of several ranks, one that fails leaves the
+        others waiting, so all of them end and a restart begins again from the checkpoint; an
+        evaluation that was begun twice and never ended is given up.
+
+        Raises:
+            Preempted: between its parts; the step then still owes its evaluation.
+        """
+        advice = (
+            "it is left out, and training goes on: lower evaluation.num_tasks, or look at the error"
+        )
+        if self.num_evaluation_starts >= _MOST_EVALUATION_STARTS:
+            log(
+                f"evaluation of step {self.step}: begun {self.num_evaluation_starts} times, and "
+                f"each time the run ended in it: {advice}"
+            )
+            return self.record_evaluation(self.num_evaluation_starts, None, is_owed=False)
+        # On every rank before any of them can fail.
+        self.record_evaluation(self.num_evaluation_starts + 1, None, is_owed=True)
+        ranks.barrier()
+        try:
+            dev_score = self.evaluate()
+        except Preempted:
+            self.record_evaluation(self.num_evaluation_starts - 1, None, is_owed=True)
+            raise
+        except Exception as error:
+            if ranks.world_size() > 1:
+                raise
+            log(f"evaluation of step {self.step} failed ({first_line(error)}): {advice}")
+            dev_score = None
+        self.engine.train()
+        reset_peak_memory()
+        self.record_evaluation(self.num_evaluation_starts, dev_score, is_owed=False)
+
+    def record_evaluation(self, num_starts: int, dev_score: float | None, is_owed: bool) -> None:
+        """Beside the newest checkpoint, for a run that goes on from it."""
+        self.owes_evaluation = is_owed
+        self.num_evaluation_starts = num_starts if is_owed else 0
+        if ranks.rank() == 0:
+            folder = checkpoint.folder_of(self.folder / "checkpoints", self.step)
+            checkpoint.record_evaluation(folder, num_starts, dev_score, is_owed)
+
+    def evaluate(self) -> float:
         """Deduction on a few seen and dev rules, and a few reconstructions; every rank takes part
         and calls as often.
 
-        Raises Preempted between its parts; the step then still owes its evaluation.
+        Returns:
+            The exact match of deduction on dev.
+
+        Raises:
+            Preempted: between its parts.
         """
         config = self.config.evaluation
         self.model.eval()
@@ -343,22 +396,15 @@ class Trainer:
         few = self.splits.seen[:4] + self.splits.dev[:4]
         outcome = measure(method, "reconstruction", [ask(task, 0, 0) for task in few])
         self.model.train()
-        self.dev_score = (self.step, scalars["deduction/dev"])
-        self.owes_evaluation = False
         if self.monitor is not None:
             self.monitor.evaluation(self.step, scalars)
             pairs = [(row["instruction"], row["said"]) for row in outcome.rows]
             self.monitor.texts(self.step, pairs)
+        return scalars["deduction/dev"]
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""
-        score_here = (
-            self.dev_score[1]
-            if self.dev_score is not None and self.dev_score[0] == self.step
-            else None
-        )
-        state = (self.step, self.owes_evaluation, score_here)
-        if state == self.saved:
+        if self.step == self.saved_step:
             return
         progress = checkpoint.Progress(
             self.step,
@@ -368,14 +414,13 @@ class Trainer:
             ranks.world_size(),
             self.config.model_dump(mode="json"),
             self.data_fingerprint,
-            score_here,
-            self.owes_evaluation,
-            self.known_instructions(),
-            self.bases,
-            probe_inputs(self.splits.seen),
+            owes_evaluation=self.owes_evaluation,
+            known_instructions=self.known_instructions(),
+            bases=self.bases,
+            probes=probe_inputs(self.splits.seen),
         )
         checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
-        self.saved = state
+        self.saved_step = self.step
 
     def known_instructions(self) -> list[str]:
         return [task.task.instruction for task in self.splits.seen]
@@ -392,9 +437,24 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Bundle, then the report from the bundle: what is measured is what a user opens."""
+        """Bundle, then the report, which may fail without the run failing."""
         self.save()
         self.stop.exit_on_signal()
+        self.write_bundle()
+        if self.monitor is not None:
+            self.monitor.close()
+        ranks.barrier()
+        if self.config.evaluation.ends_with_report:
+            line = (
+                "the final report failed ({error}); the run is complete, and {trace} has the "
+                f"traceback: `ship-ds evaluate --run {self.folder}` measures it, and the command "
+                "that trained it makes the report alone"
+            )
+            with failures_are_one_line(self.folder / "report_failure.txt", line):
+                self.report()
+
+    def write_bundle(self) -> None:
+        """RUN/bundle: what a user opens."""
         state = self.engine.gathered_state()
         if ranks.rank() == 0:
             write_bundle(
@@ -406,11 +466,6 @@ class Trainer:
                 self.known_instructions(),
                 probe_inputs(self.splits.seen),
             )
-        if self.monitor is not None:
-            self.monitor.close()
-        ranks.barrier()
-        if self.config.evaluation.ends_with_report:
-            self.report()
 
     def report(self) -> None:
         ship = Ship.from_run(self.folder, ranks.device())
@@ -497,4 +552,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    ranks.exit_process(main())
+    ranks.run_program(main)

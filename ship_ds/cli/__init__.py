@@ -69,7 +69,12 @@ def _usage(error: TyperException) -> str:
 
 def run() -> NoReturn:
     """The console script."""
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        # Not raised, since the ranks of a process group end by `exit_process` below.
+        sys.excepthook(*sys.exc_info())
+        code = 1
     if "torch" not in sys.modules:
         sys.exit(code)
     from ship_ds.runtime import ranks

@@ -102,12 +102,18 @@ def _cell(text: str) -> str:
 
 
 def memory_gigabytes() -> float:
-    """The most that this process has had allocated on its GPU; without one, what it has resident
-    now."""
+    """The most that this process has had allocated on its GPU since `reset_peak_memory`; without
+    one, what it has resident now."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak of an evaluation, which would else stand beside every later step."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 class Stopwatch:

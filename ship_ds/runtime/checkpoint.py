@@ -3,11 +3,13 @@ there at all.
 
     RUN/checkpoints/step-00000400/
         state/                DeepSpeed's own shards, trainable parameters and optimiser alone
-        rank-0.safetensors    the random generators of each rank (torch CPU and CUDA), with
-                              Python's and numpy's as metadata
+        rank-0.safetensors    the random generators of each rank (torch's of the CPU and of this
+                              rank's own GPU), with Python's and numpy's as metadata
         progress.json         step, seconds, tokens, config, data fingerprint, git revision,
                               dev score
-        manifest.json         size and SHA-256 of every other file
+        manifest.json         size and SHA-256 of every file above
+        evaluation.json       of the evaluation at this step, which comes after the checkpoint:
+                              how often it was begun, whether it is owed still, the score on dev
     RUN/checkpoints/latest    the newest one's name, moved last; for people and scripts, a
                               resume looks for itself
 
@@ -24,7 +26,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ from ship_ds.runtime import ranks, repartition
 from ship_ds.runtime.engine import Engine
 from ship_ds.runtime.pickles import load_shard, shard_problem
 
-STATE, LATEST = "state", "latest"
+STATE, LATEST, EVALUATION = "state", "latest", "evaluation.json"
 _FREE_TO_CHANGE = {
     "run.folder",
     "run.init_from",
@@ -71,8 +73,10 @@ _FREE_TO_CHANGE = {
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `step` steps. `dev_score` is that of an evaluation at this very
-    step."""
+    """Where a run stands after `step` steps.
+
+    dev_score: of the evaluation at this very step, once there is one.
+    """
 
     step: int
     seconds: float
@@ -83,7 +87,9 @@ class Progress:
     data_fingerprint: str
     dev_score: float | None = None
     owes_evaluation: bool = False
-    """The evaluation that is due at this step was cut short by a signal."""
+    """The evaluation that is due at this step has not ended yet."""
+    num_evaluation_starts: int = 0
+    """How often the evaluation that is owed was begun, and not cut short by a signal."""
     known_instructions: list[str] = field(default_factory=list)
     """Of the seen tasks: what a bundle made from this checkpoint alone has to carry."""
     bases: dict[str, str] = field(default_factory=dict)
@@ -109,10 +115,15 @@ def git_revision() -> str:
     return done.stdout.strip() if done and not done.returncode else ""
 
 
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint after that many steps is, or will be."""
+    return root / f"step-{step:08d}"
+
+
 def save(engine: Engine[Any], root: Path, progress: Progress, config: CheckpointConfig) -> Path:
     """Every rank calls it at a step boundary. Raises UserError when the disk is full; older
     checkpoints are untouched."""
-    folder = root / f"step-{progress.step:08d}"
+    folder = folder_of(root, progress.step)
     part = part_of(folder)
     try:
         if ranks.rank() == 0:
@@ -180,13 +191,11 @@ def _write_error(error: Exception) -> str | None:
 
 
 def _save_generators(path: Path) -> None:
+    """This rank's own: the GPUs of other processes may be visible here, and their states are
+    theirs."""
     tensors = {"torch": torch.get_rng_state()}
-    tensors |= {
-        f"cuda{i}": state
-        for i, state in enumerate(
-            torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        )
-    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state()
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     save_file(
@@ -194,15 +203,18 @@ def _save_generators(path: Path) -> None:
     )
 
 
-def _load_generators(path: Path) -> None:
+def _load_generators(path: Path, log: Log) -> None:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata()
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(
-            [tensors[f"cuda{i}"] for i in range(torch.cuda.device_count())]
-        )
+        # Version 0.1.0 saved the generators of all visible GPUs, by their numbers.
+        state = tensors.get("cuda", tensors.get(f"cuda{torch.cuda.current_device()}"))
+        if state is None:
+            log(f"{path.parent}: written without a GPU: dropout differs from here on")
+        else:
+            torch.cuda.set_rng_state(state)
     name, *rest = json.loads(metadata["numpy"])
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))
     version, values, gauss = json.loads(metadata["python"])
@@ -246,8 +258,25 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Where the run was when this checkpoint was written."""
-    return Progress(**json.loads((folder / PROGRESS).read_text()))
+    """Where the run was when this checkpoint was written, and what has become of its evaluation."""
+    progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+    path = folder / EVALUATION
+    return replace(progress, **json.loads(path.read_text())) if path.is_file() else progress
+
+
+def record_evaluation(
+    folder: Path, num_starts: int, dev_score: float | None = None, is_owed: bool = True
+) -> None:
+    """Write beside a checkpoint how far the evaluation of its step has come. Rank 0 calls it.
+
+    It is no part of the manifest: the state of the run is complete without it.
+    """
+    values = {
+        "num_evaluation_starts": num_starts,
+        "dev_score": dev_score,
+        "owes_evaluation": is_owed,
+    }
+    write_json(folder / EVALUATION, values)
 
 
 def _prune(root: Path, config: CheckpointConfig) -> None:
@@ -369,7 +398,7 @@ def load(
     else:
         repartition.load(engine, folder / STATE)
     if is_same_layout:
-        _load_generators(folder / f"rank-{ranks.rank()}.safetensors")
+        _load_generators(folder / f"rank-{ranks.rank()}.safetensors", log)
     else:
         log(
             f"{folder}: written by {num_ranks} rank(s) under ZeRO-{stage}: shared out anew over "

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -55,11 +55,22 @@ def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None
     if threads is not None:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        choose_gpu()
     ops = compiled_ops.needed(deepspeed_config or {})
     compiled_ops.build(ops, _log_from_any_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)
+
+
+def choose_gpu() -> None:
+    """Make this rank's GPU the current one.
+
+    A task that Slurm binds to one GPU sees that one alone, whatever its local rank is. DeepSpeed
+    reads LOCAL_RANK by itself as the number of a device, so it is written back.
+    """
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(index)
+    torch.cuda.set_device(index)
 
 
 def _log_from_any_rank(text: str) -> None:
@@ -82,6 +93,20 @@ def exit_process(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run a program and end the process with its code; an exception is printed and is code 1.
+
+    An exception that leaves the program would take the interpreter down, which may wait for ever
+    for a process group whose other ranks are still at work (see `exit_process`).
+    """
+    try:
+        code = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    exit_process(code)
 
 
 def quiet_libraries() -> None:

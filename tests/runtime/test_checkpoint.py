@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ship_ds.bundle import check_checkpoint
 from ship_ds.config import CheckpointConfig, load_config
@@ -225,3 +227,49 @@ def test_a_checkpoint_that_a_killed_save_set_aside_is_found(tmp_path: Path) -> N
     check_checkpoint(second)
     with pytest.raises(UserError, match="no checkpoint here"):
         check_checkpoint(tmp_path)
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, states: dict[int, torch.Tensor]) -> None:
+    """This rank's GPU is number 0 of one, and has a generator with this state."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: states[0])
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state: states.__setitem__(0, state.clone())
+    )
+
+
+def test_generators_move_between_a_cpu_and_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stubs; a real GPU has not been tried."""
+    said: list[str] = []
+    state = {0: torch.arange(16, dtype=torch.uint8)}
+    checkpoint._save_generators(tmp_path / "cpu")
+    with monkeypatch.context() as on_gpu:
+        pretend_gpu(on_gpu, state)
+        checkpoint._load_generators(tmp_path / "cpu", said.append)
+        assert said == [f"{tmp_path}: written without a GPU: dropout differs from here on"]
+        checkpoint._save_generators(tmp_path / "gpu")
+        state[0] = torch.zeros(16, dtype=torch.uint8)
+        checkpoint._load_generators(tmp_path / "gpu", said.append)
+        assert state[0].tolist() == list(range(16)) and len(said) == 1
+    drawn = torch.rand(4)
+    checkpoint._load_generators(tmp_path / "gpu", said.append)
+    assert torch.equal(torch.rand(4), drawn) and len(said) == 1
+
+
+def test_the_generator_of_this_ranks_gpu_is_taken_of_all_that_0_1_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {0: torch.arange(16, dtype=torch.uint8)}
+    pretend_gpu(monkeypatch, state)
+    checkpoint._save_generators(tmp_path / "new")
+    with safe_open(tmp_path / "new", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    tensors["cuda0"], tensors["cuda1"] = tensors.pop("cuda"), torch.ones(16, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "old", metadata)
+    state[0] = torch.zeros(16, dtype=torch.uint8)
+    checkpoint._load_generators(tmp_path / "old", print)
+    assert state[0].tolist() == list(range(16))

@@ -1,7 +1,6 @@
 """Kills, damaged checkpoints and changed configs: fresh processes, as a user or a cluster would
 start and end them."""
 
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from ship_ds import cli
 from ship_ds.api import Ship
+from ship_ds.runtime import checkpoint
 from tests.conftest import REPOSITORY, environment, start
 
 pytestmark = pytest.mark.distributed
@@ -162,8 +162,8 @@ def test_two_ranks_go_on_as_one(two_rank_run: Path, gone_on_as_one: Path, rows: 
 def test_bundle_from_a_two_rank_checkpoint_is_the_runs_own(
     two_rank_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = two_rank_run / "checkpoints" / "step-00000012"
-    assert cli.main(["bundle", str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
+    newest = two_rank_run / "checkpoints" / "step-00000012"
+    assert cli.main(["bundle", str(newest), "--out", str(tmp_path / "bundle")]) == 0
     made, own = (
         load_file(folder / "ship.safetensors")
         for folder in (tmp_path / "bundle", two_rank_run / "bundle")
@@ -173,12 +173,7 @@ def test_bundle_from_a_two_rank_checkpoint_is_the_runs_own(
 
 
 def test_progress_names_step_config_and_revision(two_rank_run: Path) -> None:
-    progress = json.loads(
-        (two_rank_run / "checkpoints" / "step-00000012" / "progress.json").read_text()
-    )
-    assert (
-        progress["step"] == 12
-        and progress["world_size"] == 2
-        and progress["config"]["run"]["seed"] == 0
-    )
-    assert progress["dev_score"] is not None and len(progress["data_fingerprint"]) == 64
+    progress = checkpoint.read_progress(two_rank_run / "checkpoints" / "step-00000012")
+    assert progress.step == 12 and progress.world_size == 2 and progress.config["run"]["seed"] == 0
+    assert progress.dev_score is not None and not progress.owes_evaluation
+    assert len(progress.data_fingerprint) == 64

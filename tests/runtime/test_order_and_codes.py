@@ -1,0 +1,190 @@
+"""What a failing evaluation or report costs: no step, and no exit code; a run of stubs."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ship_ds import train
+from ship_ds.config import load_config
+from ship_ds.runtime import checkpoint, ranks
+from ship_ds.runtime.stopping import Preempted, StopRequest
+from tests.conftest import REPOSITORY, environment
+from tests.runtime.test_checkpoint import Engine
+
+
+class StubEngine(Engine):
+    def train(self) -> None: ...
+
+
+class StubTrainer(train.Trainer):
+    """The loop, the checkpoints and the end of a run of four steps around nothing."""
+
+    def __init__(self, folder: Path, error: BaseException | None = None) -> None:
+        overrides = [f"run.folder={folder}", "training.steps=4", "evaluation.every_steps=2"]
+        self.config = load_config("quickstart-smoke", [*overrides, "checkpoint.every_steps=0"])
+        self.folder = folder
+        self.error = error
+        self.evaluated: list[int] = []
+        self.engine: Any = StubEngine(1000)
+        self.stop = StopRequest(10)
+        self.watchdog: Any = SimpleNamespace(start=lambda: None, stop=lambda: None)
+        self.watch: Any = SimpleNamespace(seconds=0.0, tokens=0)
+        self.monitor = None
+        self.num_steps, self.num_bad_steps = 4, 0
+        self.data_fingerprint, self.bases = "data", {}
+        self.splits: Any = SimpleNamespace(seen=[])
+        self.step, self.saved_step = 0, None
+        self.owes_evaluation, self.num_evaluation_starts = False, 0
+        good = checkpoint.newest_good_to_resume(folder / "checkpoints", print)
+        if good is not None:
+            self.restore_from(checkpoint.read_progress(good))
+
+    def take_step(self) -> None:
+        self.step += 1
+
+    def evaluate(self) -> float:
+        self.evaluated.append(self.step)
+        if self.error is not None and self.step == 2:
+            raise self.error
+        return 0.5
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 46 GiB")
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer takes itself for one of two; what it calls does not."""
+    alone = {"rank": lambda: 0, "barrier": lambda: None, "sum_over_ranks": lambda values: values}
+    monkeypatch.setattr(train, "ranks", SimpleNamespace(world_size=lambda: 2, **alone))
+
+
+def saved(folder: Path, step: int) -> checkpoint.Progress:
+    return checkpoint.read_progress(checkpoint.folder_of(folder / "checkpoints", step))
+
+
+def test_a_failing_evaluation_costs_a_single_process_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = StubTrainer(tmp_path, OUT_OF_MEMORY)
+    trainer.train()
+    assert trainer.step == 4 and trainer.evaluated == [2, 4]
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(
+        "ship-ds: evaluation of step 2 failed (OutOfMemoryError: CUDA out of memory.): "
+    )
+    assert (saved(tmp_path, 2).owes_evaluation, saved(tmp_path, 2).dev_score) == (False, None)
+    assert (saved(tmp_path, 4).owes_evaluation, saved(tmp_path, 4).dev_score) == (False, 0.5)
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_a_failing_evaluation_of_several_ranks_is_tried_twice_and_loses_no_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for attempt in (1, 2):
+        trainer = StubTrainer(tmp_path, OUT_OF_MEMORY)
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.train()
+        assert trainer.step == 2 and trainer.evaluated == [2]
+        assert saved(tmp_path, 2).num_evaluation_starts == attempt
+        assert saved(tmp_path, 2).owes_evaluation
+    trainer = StubTrainer(tmp_path, OUT_OF_MEMORY)
+    trainer.train()
+    assert trainer.step == 4 and trainer.evaluated == [4]
+    assert "evaluation of step 2: begun 2 times, and each time the run" in capsys.readouterr().err
+    assert not saved(tmp_path, 2).owes_evaluation and saved(tmp_path, 4).dev_score == 0.5
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_a_fault_that_does_not_come_again_is_made_up_for(tmp_path: Path) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        StubTrainer(tmp_path, OUT_OF_MEMORY).train()
+    trainer = StubTrainer(tmp_path)
+    trainer.train()
+    assert trainer.evaluated == [2, 4] and saved(tmp_path, 2).dev_score == 0.5
+
+
+def test_an_evaluation_that_a_signal_cuts_short_is_no_failure(tmp_path: Path) -> None:
+    for _ in range(3):
+        trainer = StubTrainer(tmp_path, Preempted())
+        with pytest.raises(Preempted):
+            trainer.train()
+        assert trainer.evaluated == [2]
+        assert saved(tmp_path, 2).num_evaluation_starts == 0 and saved(tmp_path, 2).owes_evaluation
+
+
+def test_a_failing_report_leaves_a_finished_run_with_code_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class WithoutRoom(StubTrainer):
+        def __init__(self, *_: object) -> None:
+            super().__init__(tmp_path)
+
+        def write_bundle(self) -> None: ...
+
+        def report(self) -> None:
+            raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(train, "Trainer", WithoutRoom)
+    assert train.main(["--config", "quickstart-smoke"]) == 0
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(
+        "ship-ds: the final report failed (OutOfMemoryError: CUDA out of memory.); the run is"
+    )
+    assert f"`ship-ds evaluate --run {tmp_path}` measures it" in line and "\n" not in line
+    assert "Tried to allocate 46 GiB" in (tmp_path / "report_failure.txt").read_text()
+
+
+_TWO_RANKS = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from ship_ds.runtime.after_training import failures_are_one_line
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]),
+                        world_size=2)
+with failures_are_one_line(Path(sys.argv[3]), "failed: {error}"):
+    if dist.get_rank() == 1:
+        raise MemoryError("no room")
+    time.sleep(600)  # as in a collective that rank 1 never enters
+print("goes on")
+os._exit(0)
+"""
+
+
+@pytest.mark.distributed
+def test_a_rank_that_waits_for_one_whose_report_failed_ends_with_code_0(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _TWO_RANKS, str(rank), str(tmp_path / "store"), str(trace)],
+            cwd=REPOSITORY,
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank, trace in enumerate((tmp_path / "trace", tmp_path / "trace"))
+    ]
+    (waited, waited_error), (_, failed_error) = (
+        process.communicate(timeout=120) for process in processes
+    )
+    assert [process.returncode for process in processes] == [0, 0], (waited_error, failed_error)
+    assert failed_error == "ship-ds: failed: MemoryError: no room\n"
+    assert "goes on" not in waited and waited_error == ""
+
+
+@pytest.mark.parametrize(("local_rank", "visible", "index"), [("1", 1, "0"), ("3", 8, "3")])
+def test_a_task_that_sees_its_own_gpu_alone_takes_it(
+    local_rank: str, visible: int, index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under `--gpus-per-task=1`; DeepSpeed reads LOCAL_RANK as the number of a device."""
+    chosen: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    ranks.choose_gpu()
+    assert chosen == [int(index)] and ranks.os.environ["LOCAL_RANK"] == index
