@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ship_ds.config import ModelConfig
 from ship_ds.data.sampler import TaskDraw
+from ship_ds.flops import ShipSize
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.collate import Collator
 from ship_ds.model.encoder import Posterior
 from ship_ds.model.objectives import Objective
 from ship_ds.model.search import beam_search
+from ship_ds.model.sizes import size_of
 from ship_ds.model.step import LabelLogits, Outputs, Parts, ShipBatch, StepSums
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
@@ -232,6 +234,10 @@ class ShipModel(nn.Module):
             latent_TZ, batch, prompts.eos_id, max_new_tokens, any_unfinished
         )
         return [prompts.text(row) for row in rows]
+
+    def flop_size(self) -> ShipSize:
+        """What the formula of FLOPs (flops.py) needs to know of this model."""
+        return size_of(self.config, self._parts[0])
 
     def parameter_counts(self) -> dict[str, int]:
         """Weights of each part, 4-bit ones counted one by one, and how many of all are trained."""

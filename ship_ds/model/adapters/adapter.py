@@ -163,6 +163,14 @@ class Hypernetwork(nn.Module, ABC):
     def forward(self, latent_TZ: Tensor) -> Adapter:
         """The adapters of T latents."""
 
+    def num_products(self) -> int:
+        """Multiplications that make one task's adapter: here, each linear used once. For FLOPs."""
+        return num_products(self)
+
+    def ranks(self) -> Mapping[str, int]:
+        """Module path -> rank of the product that its adapters add there. For FLOPs."""
+        return {}
+
     def exports(self, adapter: Any) -> list[Export]:
         """Each task's adapter on its way out. Raises UserError for a kind without a format."""
         raise UserError(
@@ -179,6 +187,12 @@ class Hypernetwork(nn.Module, ABC):
     def head_modules(self) -> list[nn.Module]:
         """Where most of the weights are; the rest is the trunk."""
         return []
+
+
+def num_products(module: nn.Module) -> int:
+    """Multiplications of one row with every linear of a module: the sum of I x O."""
+    linears = (one for one in module.modules() if isinstance(one, nn.Linear))
+    return sum(linear.in_features * linear.out_features for linear in linears)
 
 
 def build_hypernetwork(config: Section, latent_size: int, target: Target) -> Hypernetwork:

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.errors import UserError
 from ship_ds.lora_folder import Lora, add, compressed, read_lora, write_lora
-from ship_ds.model.adapters.adapter import Adapter, Export, Hypernetwork, Sites, Target
+from ship_ds.model.adapters.adapter import (
+    Adapter,
+    Export,
+    Hypernetwork,
+    Sites,
+    Target,
+    num_products,
+)
 from ship_ds.model.adapters.segment_lora import segment_lora
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -190,6 +197,11 @@ class LoraHead(nn.Module, ABC):
         """What each feature stands for, (U, D), from the group's embeddings."""
         return embeddings_JD
 
+    @property
+    def num_features(self) -> int:
+        """U."""
+        return self.num_embeddings
+
     @abstractmethod
     def forward(self, features_TUD: Tensor) -> Factors:
         """A and B of each of the group's sites, from the features (T, U, D)."""
@@ -257,6 +269,10 @@ class RankHead(LoraHead):
         nn.init.zeros_(self.to_a.bias)
         _zero(self.to_b)
 
+    @property
+    def num_features(self) -> int:
+        return self.num_embeddings * self.rank
+
     def units(self, embeddings_JD: Tensor) -> Tensor:
         """Before the trunk: behind it, two linear maps would give all ranks the same dependence on
         z."""
@@ -289,6 +305,7 @@ class LoraHypernetwork(Hypernetwork):
     def __init__(self, config: LoraHypernetworkConfig, latent_size: int, target: Target) -> None:
         super().__init__()
         self.scaling, self.sites = config.alpha / config.rank, target.sites
+        self.rank = config.rank
         width, head_type = config.width, HEADS[config.heads]
         heads = [head_type(width, config.rank, group) for group in head_type.groups(target.sites)]
         self.from_latent = nn.Linear(latent_size, width)
@@ -326,6 +343,17 @@ class LoraHypernetwork(Hypernetwork):
     def head_modules(self) -> list[nn.Module]:
         """Where most of the weights are; the rest is the trunk."""
         return list(self.heads)
+
+    def num_products(self) -> int:
+        """See `Hypernetwork`: trunk and head run once for each of the head's features."""
+        heads = (head for head in self.heads if isinstance(head, LoraHead))
+        return num_products(self.from_latent) + sum(
+            head.num_features * (num_products(self.trunk) + num_products(head)) for head in heads
+        )
+
+    def ranks(self) -> Mapping[str, int]:
+        """See `Hypernetwork`."""
+        return dict.fromkeys(self.sites, self.rank)
 
     def exports(self, adapter: LoraAdapter) -> list[Export]:
         """See `Hypernetwork`."""

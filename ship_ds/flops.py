@@ -1,0 +1,166 @@
+"""Useful FLOPs of a micro-step of SHIP and of its parts: a formula of sizes and token counts.
+
+    size = model.flop_size()                                  # model/sizes.py; once a run
+    parts = flops_of_parts(size, rows_of_step)                # {"encoder": 1.2e12, ...}
+    utilisation = sum(parts.values()) / seconds / PEAKS["h100"]
+
+What counts is what the mathematics asks for, so that a program gains nothing by doing more:
+
+- a product of N rows with an I x O matrix takes 2 N I O operations; its input's gradient as many
+  again, where anything before it is trained; its matrix's gradient as many again, where the matrix
+  is trained or generated. A frozen matrix therefore counts two passes and a trained one three;
+- attention takes 4 S S A F operations a layer and sequence of S tokens, and its gradients twice
+  that. The whole square counts, as in PaLM (Chowdhery et al. 2022, appendix B) and in torch's own
+  counter, although a causal kernel skips half of it;
+- logits count where there is a label, nowhere else;
+- padding, recomputed blocks, dequantisation, norms, activations, softmax, the loss and the
+  optimiser count nothing.
+
+A frozen embedding has no gradient to pass on, so the matrices that read it (queries, keys, values
+of the first block) count no gradient of their input, unless soft tokens stand before the prompt.
+Where a static or generated LoRA leaves out the queries or keys of that block, the formula counts a
+little more than is needed: parts of one attention. tests/test_flops.py compares it with
+`torch.utils.flop_counter.FlopCounterMode`, to the last operation. Imports no torch.
+
+Letters: S padded length, A attention heads, F size of an attention head, N packed tokens,
+I inputs of a linear, O outputs of a linear.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bf16 products of a card with fp32 sums, operations a second, from the makers' data sheets
+(SXM versions where there are several), by a part of the name that CUDA gives."""
+
+
+def peak_of(device_name: str) -> float | None:
+    """Operations a second of a card by the name that CUDA gives; None for one not in the table."""
+    names = (name for name in PEAKS if name in device_name)
+    longest = max(names, key=len, default=None)  # "L40S" before "L4"
+    return None if longest is None else PEAKS[longest]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the formula needs to know of a batch of sequences.
+
+    num_tokens: without padding. sum_of_squares: of the lengths. num_labels: logits that are read.
+    """
+
+    num_tokens: int
+    sum_of_squares: int
+    num_labels: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], num_labels: int) -> "Rows":
+        """Of sequences of these lengths, virtual tokens included."""
+        return cls(sum(lengths), sum(length * length for length in lengths), num_labels)
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a micro-step: what encoder, Task LLM and decoder read, and how many tasks."""
+
+    encoder: Rows
+    task_llm: Rows
+    decoder: Rows
+    num_tasks: int
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Multiplications of one token with some matrices: the sum of I x O.
+
+    reading_embeddings: those of them whose input is the embedding.
+    """
+
+    total: int = 0
+    reading_embeddings: int = 0
+
+    def flops(self, num_tokens: int, has_gradient: bool, is_trained: bool) -> int:
+        """Of the forward and the gradients.
+
+        Args:
+            num_tokens: rows of the product.
+            has_gradient: whether the embeddings have a gradient.
+            is_trained: whether the matrices have one.
+        """
+        inputs = self.total if has_gradient else self.total - self.reading_embeddings
+        return 2 * num_tokens * (self.total + inputs + self.total * is_trained)
+
+
+@dataclass(frozen=True)
+class RoleSize:
+    """A language model in a role.
+
+    blocks: matrices of its blocks. low_rank: of its static LoRA, or of the generated one.
+    attention: A F summed over layers. output: V H; 0 where states are read and no logits.
+    is_trained: whether its own matrices are. embeddings_have_gradient: they are trained, or soft
+    tokens stand before the prompt. head: of the MLP between it and z, which is trained and runs
+    once a task.
+    """
+
+    blocks: Matrices
+    low_rank: Matrices
+    attention: int
+    output: int
+    is_trained: bool
+    embeddings_have_gradient: bool
+    head: int = 0
+
+    def model_flops(self, rows: Rows) -> int:
+        """Of blocks, attention and logits."""
+        blocks = self.blocks.flops(rows.num_tokens, self.embeddings_have_gradient, self.is_trained)
+        attention = 3 * 4 * self.attention * rows.sum_of_squares
+        return (
+            blocks + attention + Matrices(self.output).flops(rows.num_labels, True, self.is_trained)
+        )
+
+    def low_rank_flops(self, rows: Rows) -> int:
+        """Of the LoRA, whose matrices always have a gradient."""
+        return self.low_rank.flops(rows.num_tokens, self.embeddings_have_gradient, True)
+
+    def head_flops(self, num_tasks: int) -> int:
+        """Of the MLP between the language model and z."""
+        return Matrices(self.head).flops(num_tasks, True, True)
+
+
+@dataclass(frozen=True)
+class ShipSize:
+    """The roles, and the multiplications that make the adapter of one task out of z."""
+
+    encoder: RoleSize
+    task_llm: RoleSize
+    decoder: RoleSize
+    hypernetwork: int
+
+
+def flops_of_parts(size: ShipSize, rows: StepRows) -> dict[str, int]:
+    """Operations of forward and backward, by part; their sum is the step's.
+
+    Args:
+        size: of the model.
+        rows: of the micro-step.
+    """
+    encoder, decoder, task_llm = size.encoder, size.decoder, size.task_llm
+    return {
+        "encoder": encoder.model_flops(rows.encoder)
+        + encoder.low_rank_flops(rows.encoder)
+        + encoder.head_flops(rows.num_tasks),
+        "hypernetwork": Matrices(size.hypernetwork).flops(rows.num_tasks, True, True),
+        "adapters": task_llm.low_rank_flops(rows.task_llm),
+        "task_llm": task_llm.model_flops(rows.task_llm),
+        "decoder": decoder.model_flops(rows.decoder)
+        + decoder.low_rank_flops(rows.decoder)
+        + decoder.head_flops(rows.num_tasks),
+    }
