@@ -860,29 +860,60 @@ def fixed_inputs() -> list[Numbers]:
     return [_draw_list(rng, ()) for _ in range(NUM_FIXED_INPUTS)]
 
 
+class _Codes:
+    """Lists by number, and what a step makes of each: a list is met thousands of times, since
+    compositions share their steps, and numbers are compared and hashed faster than lists."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Numbers, int] = {}
+        self._lists: list[Numbers] = []
+        self._steps: dict[str, dict[int, int]] = {}
+
+    def number(self, xs: Numbers) -> int:
+        """The number of a list; equal lists have one."""
+        if xs not in self._numbers:
+            self._numbers[xs] = len(self._lists)
+            self._lists.append(xs)
+        return self._numbers[xs]
+
+    def after(self, step: Rule, numbers: Sequence[int]) -> list[int]:
+        """The numbers of what the step answers."""
+        known = self._steps.setdefault(step.name, {})
+        for number in set(numbers) - known.keys():
+            known[number] = self.number(step.apply(self._lists[number]))
+        return [known[number] for number in numbers]
+
+
 def behaviour(rules: Sequence[Rule]) -> "np.ndarray":
     """What each rule answers to each fixed input, as integers that are equal where the answers are;
     (rules, fixed inputs)."""
     # Here, and not above: a config is checked without it, in a third less time.
     import numpy as np
 
-    codes: dict[Numbers, int] = {}
-    inputs = fixed_inputs()
-    return np.array(
-        [[codes.setdefault(rule.apply(xs), len(codes)) for xs in inputs] for rule in rules]
-    )
+    codes = _Codes()
+    inputs = [codes.number(xs) for xs in fixed_inputs()]
+    answers = np.empty((len(rules), len(inputs)), dtype=np.int32)
+    for rule, row in zip(rules, answers, strict=True):
+        numbers = inputs
+        for step in rule.steps or (rule,):
+            numbers = codes.after(step, numbers)
+        row[:] = numbers
+    return answers
 
 
 def _distinct(rules: list[Rule], groups: list[list[Rule]]) -> list[list[Rule]]:
     """`groups` without the rules that behave like an earlier one (or like leaving the list as it
     is)."""
-    answers = behaviour([*rules, Rule("", "identity", lambda xs: xs, (), "", ())])
-    distinct = [len(rules)]  # the identity, which comes last
-    for index in range(len(rules)):
-        agreement = (answers[distinct] == answers[index]).mean(axis=1)
+    identity = Rule("", "identity", lambda xs: xs, (), "", ())
+    answers = behaviour([identity, *rules])
+    names = set()
+    num_distinct = 1  # those are moved to the front: nothing is copied to be compared with
+    for rule, row in zip(rules, answers[1:], strict=True):
+        agreement = (answers[:num_distinct] == row).mean(axis=1)
         if agreement.max() < SAME_RULE_AGREEMENT:
-            distinct.append(index)
-    names = {rules[index].name for index in distinct[1:]}
+            answers[num_distinct] = row
+            num_distinct += 1
+            names.add(rule.name)
     return [[rule for rule in group if rule.name in names] for group in groups]
 
 
