@@ -118,8 +118,7 @@ def sample_texts(
     prompts, texts = model.decoder_prompts, []
     for chunk in _chunks(len(shown), num_samples):
         stream = stream_after(model, shown[chunk], None if latent_WZ is None else latent_WZ[chunk])
-        views_of_rows = torch.arange(len(shown[chunk]), device=model.device)
-        stream.select(views_of_rows.repeat_interleave(num_samples))
+        stream.select([view for view in range(stream.num_rows) for _ in range(num_samples)])
         uniform = torch.cat([_uniform(num_samples, max_new_tokens, one) for one in seeds[chunk]])
         rows = sample(stream, uniform, temperature, prompts.eos_id)
         texts += [

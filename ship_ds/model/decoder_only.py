@@ -8,6 +8,7 @@ Letters: E sequences, S padded length, N packed tokens, K labelled positions, V 
 P virtual tokens, H hidden size.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.attention import PACKS, TAKES_PREFIX, needs_no_mask, no_mask
+from ship_ds.model.attention import PACKS, SDPA, TAKES_PREFIX, VARLEN, needs_no_mask, no_mask
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.key_value_cache import preallocated_cache, preallocated_layers
 from ship_ds.model.language_model import Feature, LanguageModel, Stream
+
+EAGER, SLIDING = "eager", "sliding_attention"
+MASKED = (SDPA, VARLEN, EAGER)
+"""Implementations of attention that take a mask of four dimensions."""
 
 
 class DecoderOnly(LanguageModel):
@@ -62,7 +68,7 @@ class DecoderOnly(LanguageModel):
             else {"inputs_embeds": embeddings_ESH}
         )
         # The rows are padded on the right and causal, so no state sees padding.
-        attention = self._whole_rows(batch)
+        attention = self.whole_rows(batch)
         states: Tensor = self.module.model(**tokens, **attention, use_cache=False).last_hidden_state
         return states
 
@@ -87,7 +93,7 @@ class DecoderOnly(LanguageModel):
         if packed:
             extra |= self._packed_inputs(hidden_ESH, batch)
             return self.module(**extra).logits[0], batch.labels_K
-        extra |= self._whole_rows(batch)
+        extra |= self.whole_rows(batch)
         padded = batch.padded
         # The prompt, the virtual tokens and the padding never meet the V-wide product.
         logits = self.module(
@@ -110,8 +116,8 @@ class DecoderOnly(LanguageModel):
             **self._mask(packed.ends.device, batch.num_tokens),
         }
 
-    def _whole_rows(self, batch: TokenBatch) -> dict[str, Any]:
-        """What attention needs for right-padded rows."""
+    def whole_rows(self, batch: TokenBatch) -> dict[str, Any]:
+        """What attention needs for right-padded rows, or for rows of one length."""
         num_rows, length = batch.ids_ES.shape
         mask = self._mask(batch.ids_ES.device, length)
         if not self._runs_varlen(batch.ids_ES.device):
@@ -156,7 +162,13 @@ class DecoderOnly(LanguageModel):
 
 
 class CachedStream(Stream):
-    """Rows that grow to the right of their prompts, with the keys and values of all before."""
+    """Rows that grow to the right of their prompts, with the keys and values of all before.
+
+    Attributes:
+        real_EX: True where a column of the cache is no padding; it has the columns of tokens to
+            come already, so that a token's mask is a view.
+        prompt_of_row: which prompt a row continues: rows of one prompt share its columns.
+    """
 
     @torch.no_grad()
     def __init__(
@@ -168,47 +180,109 @@ class CachedStream(Stream):
         instruction: Tensor | None,
     ) -> None:
         """Read the prompts; arguments as in `LanguageModel.score`."""
-        super().__init__(adapter, prompts)
-        self.module = lm.module
-        self.next_position_E = prompts.lengths_E
-        width = prompts.ids_ES.shape[1]
-        columns = torch.arange(width, device=prompts.ids_ES.device)[None]
-        shift_E1 = (width - prompts.lengths_E)[:, None]
-        # Padding goes to the left, so that the last column is every row's last token.
+        super().__init__(adapter and adapter.prepared(lm.module.dtype), prompts)
+        self.lm, self.module = lm, lm.module
+        self.implementation: str = lm.module.config._attn_implementation
+        self.masks_itself = self.implementation in MASKED
+        self.width = self.length = prompts.ids_ES.shape[1]
+        self.is_padded = len(set(prompts.lengths)) > 1
+        self.prompt_of_row = list(range(self.num_rows))
+        self.next_position_E = prompts.lengths_E.clone()
+        columns = torch.arange(self.width, device=self.device)[None]
+        shift_E1 = (self.width - prompts.lengths_E)[:, None]
+        self.real_EX = columns >= shift_E1
         hidden_ESH = lm.embed(prompts, soft, instruction)
-        hidden_ESH = hidden_ESH.gather(
-            1, ((columns - shift_E1) % width)[..., None].expand_as(hidden_ESH)
-        )
-        self.mask_ES = (columns >= shift_E1).long()
-        self._run(inputs_embeds=hidden_ESH, position_ids=(self.mask_ES.cumsum(1) - 1).clamp(min=0))
+        if self.is_padded:
+            # Padding goes to the left, so that the last column is every row's last token.
+            index_ES1 = ((columns - shift_E1) % self.width)[..., None]
+            hidden_ESH = hidden_ESH.gather(1, index_ES1.expand_as(hidden_ESH))
+            attention: dict[str, Any] = {"attention_mask": self.real_EX.long()}
+        else:
+            attention = lm.whole_rows(prompts)
+        self.cache = preallocated_cache(lm.module.config, self.masks_itself)
+        self._run(hidden_ESH, (columns - shift_E1).clamp(min=0), attention)
 
-    def _run(self, **inputs: Any) -> None:
+    def _run(self, hidden_ESH: Tensor, positions_ES: Tensor, attention: Mapping[str, Any]) -> None:
         out = self.module(
-            attention_mask=self.mask_ES,
+            inputs_embeds=hidden_ESH,
+            position_ids=positions_ES,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
             **_under(self.adapter),
-            **inputs,
+            **attention,
         )
         self.logits_EV = out.logits[:, -1]
         self.cache = out.past_key_values
 
+    def reserve(self, num_tokens: int) -> None:
+        """See `Stream`."""
+        self._widen(self.length + num_tokens)
+        for layer in preallocated_layers(self.cache):
+            layer.room = num_tokens
+
+    def _widen(self, num_columns: int) -> None:
+        missing = num_columns - self.real_EX.shape[1]
+        if missing > 0:
+            self.real_EX = torch.nn.functional.pad(self.real_EX, (0, missing), value=True)
+
     @torch.no_grad()
     def advance(self, next_E: Tensor) -> None:
         """See `Stream`."""
-        self.mask_ES = torch.cat([self.mask_ES, torch.ones_like(self.mask_ES[:, :1])], 1)
-        self._run(
-            input_ids=next_E[:, None],
-            position_ids=self.next_position_E[:, None],
-            past_key_values=self.cache,
-        )
-        self.next_position_E = self.next_position_E + 1
+        self.length += 1
+        self._widen(self.length)
+        # Embedded out here as the prompts were: both go through the same modules in one order.
+        hidden_E1H = self.lm.embed_ids(next_E[:, None])
+        self._run(hidden_E1H, self.next_position_E[:, None], {"attention_mask": self._mask()})
+        self.next_position_E += 1
 
-    def select_rows(self, index_E: Tensor) -> None:
+    def _mask(self) -> Tensor | dict[str, Tensor] | None:
+        """What one more token sees.
+
+        transformers would look into a two-dimensional mask whether there is padding at all, for
+        which the host waits, and make a mask of four dimensions; it takes one of four as it is.
+        """
+        windows = {layer.window for layer in preallocated_layers(self.cache)}
+        if not self.masks_itself or not windows:
+            return self.real_EX[:, : self.length].long()
+        if windows == {None} and not self.is_padded:
+            return None
+        masks = {window: self._columns_within(window) for window in windows}
+        if len(masks) == 1:
+            return next(iter(masks.values()))
+        kinds = {window: "full_attention" if window is None else SLIDING for window in masks}
+        return {kinds[window]: mask for window, mask in masks.items()}
+
+    def _columns_within(self, window: int | None) -> Tensor:
+        first = 0 if window is None else max(0, self.length - window)
+        mask = self.real_EX[:, None, None, first : self.length]
+        if self.implementation != EAGER:
+            return mask
+        # Eager attention adds its mask to the scores.
+        dtype = self.logits_EV.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
         """See `Stream`."""
-        self.cache.batch_select_indices(index_E)
-        self.mask_ES, self.logits_EV = self.mask_ES[index_E], self.logits_EV[index_E]
+        index_E = self.index(rows)
+        layers = preallocated_layers(self.cache)
+        if layers:
+            moved_X = self._rows_of_other_prompts(rows)
+            for layer in layers:
+                layer.select(index_E, self.width, moved_X)
+        elif self.cache is not None:
+            self.cache.batch_select_indices(index_E)
+        self.prompt_of_row = [self.prompt_of_row[row] for row in rows]
+        self.real_EX, self.logits_EV = self.real_EX[index_E], self.logits_EV[index_E]
         self.next_position_E = self.next_position_E[index_E]
+
+    def _rows_of_other_prompts(self, rows: Sequence[int]) -> Tensor | None:
+        """Rows whose place belongs to another prompt until now; None: there are more rows than
+        places."""
+        if len(rows) > len(self.prompt_of_row):
+            return None
+        prompts = self.prompt_of_row
+        return self.index([e for e, row in enumerate(rows) if prompts[row] != prompts[e]])
 
 
 def _under(adapter: Adapter | None) -> dict[str, Adapter]:

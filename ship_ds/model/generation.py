@@ -1,6 +1,7 @@
 """Continuing many prompts at once: greedily and by sampling (search.py: by beams).
 
-Rows that have finished leave the stream, so no step is spent on them.
+Rows that have finished leave the stream when they are a quarter of it: each time costs a copy of
+the others' keys and values, and until then a finished row costs no more than any other.
 
 Letters: E sequences, V vocabulary, Y generated tokens.
 """
@@ -14,6 +15,8 @@ from ship_ds.model.language_model import Stream
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 """(logits_EV of the running rows, which prompt each of them is, step) -> each one's next token."""
+_COMPACTS_BELOW = 0.75
+"""Share of the stream's rows that still run."""
 
 
 @torch.no_grad()
@@ -34,24 +37,27 @@ def continue_rows(
         any_unfinished: agrees over ranks whether to go on. Ranks that share sharded weights have to
             call the model equally often, or all of them hang.
     """
-    running_E = torch.arange(stream.num_rows, device=stream.logits_EV.device)
-    rows: list[list[int]] = [[] for _ in running_E]
+    texts: list[list[int]] = [[] for _ in range(stream.num_rows)]
+    running = list(range(stream.num_rows))
+    running_E = stream.index(running)
+    stream.reserve(max_new_tokens - 1)
     for step in range(max_new_tokens):
-        next_E = choose(stream.logits_EV[: len(running_E)], running_E, step)
-        for e, token in zip(running_E.tolist(), next_E.tolist(), strict=True):
-            rows[e].append(token)
-        goes_on_E = next_E != eos_id
-        if step + 1 == max_new_tokens or not any_unfinished(bool(goes_on_E.any())):
+        next_E = choose(stream.logits_EV, running_E, step)
+        # The one wait for the device a token.
+        for row, token in zip(running, next_E.tolist(), strict=True):
+            if not texts[row] or texts[row][-1] != eos_id:
+                texts[row].append(token)
+        unfinished = [place for place, row in enumerate(running) if texts[row][-1] != eos_id]
+        if step + 1 == max_new_tokens or not any_unfinished(bool(unfinished)):
             break
-        unfinished = goes_on_E.nonzero()[:, 0]
-        running_E, next_E = running_E[unfinished], next_E[unfinished]
-        if not len(unfinished):
-            # Another rank has rows to finish: this one goes on with a row that nobody reads.
-            unfinished, next_E = unfinished.new_zeros(1), unfinished.new_full((1,), eos_id)
-        if len(unfinished) < stream.num_rows:
+        # With none left, another rank has rows to finish: this one goes on with what nobody reads.
+        if 0 < len(unfinished) <= _COMPACTS_BELOW * len(running):
+            running = [running[place] for place in unfinished]
+            index_E = stream.index(unfinished)
+            running_E, next_E = running_E[index_E], next_E[index_E]
             stream.select(unfinished)
         stream.advance(next_E)
-    return rows
+    return texts
 
 
 def greedy(

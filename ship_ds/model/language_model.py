@@ -27,6 +27,8 @@ H hidden size, T tasks, X other letters flattened.
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -48,7 +50,8 @@ class Stream(ABC):
     """Prompts read once; then each `advance` adds a token to every row.
 
     `logits_EV` predict the next one. Selecting rows moves the cache and each row's adapter
-    together, so one operation drops finished rows, reorders beams and repeats a prompt.
+    together, so one operation drops finished rows, reorders beams and repeats a prompt. Which rows
+    move is known on the host, so none of this waits for a GPU.
     """
 
     logits_EV: Tensor
@@ -63,33 +66,47 @@ class Stream(ABC):
         num_rows = len(prompts.lengths)
         rows_per_task = num_rows // adapter.num_tasks if adapter is not None else 1
         self.adapter, self.num_rows = adapter, num_rows
-        self.task_E = torch.arange(num_rows, device=prompts.ids_ES.device) // rows_per_task
+        self.device = prompts.ids_ES.device
+        self.task_of_row = [row // rows_per_task for row in range(num_rows)]
+
+    @abstractmethod
+    def reserve(self, num_tokens: int) -> None:
+        """Say how many tokens a row will get at most: a cache can make room for all of them
+        once."""
 
     @abstractmethod
     def advance(self, next_E: Tensor) -> None:
         """Add one token to each row."""
 
     @abstractmethod
-    def select_rows(self, index_E: Tensor) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """Reorder the cache and `logits_EV`."""
 
-    def select(self, index_E: Tensor) -> None:
-        """Row e becomes what row index_E[e] was.
+    def select(self, rows: Sequence[int]) -> None:
+        """Row e becomes what row rows[e] was.
 
         Rows of one task have to stay together: an adapter's products run over each task's rows.
         """
-        self.num_rows = len(index_E)
-        self.select_rows(index_E)
+        self.num_rows = len(rows)
+        self.select_rows(rows)
         if self.adapter is None:
             return
-        tasks, task_E, counts = torch.unique_consecutive(
-            self.task_E[index_E], return_inverse=True, return_counts=True
-        )
-        if not torch.equal(tasks, torch.arange(self.adapter.num_tasks, device=tasks.device)):
-            self.adapter = self.adapter.rows(tasks)
-        self.task_E = task_E
-        is_even = bool((counts == counts[0]).all())
-        self.adapter = self.adapter.over(None if is_even else counts.cumsum(0).to(torch.int32))
+        groups = [
+            (task, len(list(group)))
+            for task, group in groupby(self.task_of_row[row] for row in rows)
+        ]
+        if [task for task, _ in groups] != list(range(self.adapter.num_tasks)):
+            self.adapter = self.adapter.rows(self.index([task for task, _ in groups]))
+        counts = [count for _, count in groups]
+        self.task_of_row = [task for task, count in enumerate(counts) for _ in range(count)]
+        offsets = None
+        if len(set(counts)) > 1:
+            offsets = self.index(list(accumulate(counts))).to(torch.int32)
+        self.adapter = self.adapter.over(offsets)
+
+    def index(self, rows: Sequence[int]) -> Tensor:
+        """Rows as an index on the stream's device."""
+        return torch.tensor(rows, dtype=torch.long, device=self.device)
 
 
 class LanguageModel(ABC):

@@ -120,7 +120,8 @@ def likeliest_known(stream: Stream, trie: "TokenTrie", num_beams: int) -> list[l
         num_beams: B; all texts come back where there are no more than that.
     """
     searches = [_Joint(num_beams, row) for row in range(stream.num_rows)]
-    _run(stream, AlongTrie(trie), searches)
+    # A step more than the longest text has tokens, which is never taken: no text is cut off.
+    _run(stream, AlongTrie(trie), searches, trie.longest + 1)
     return [search.best() for search in searches]
 
 
@@ -185,6 +186,7 @@ class TokenTrie:
                 following.setdefault(tokens[:i], {})[token] = None
         self._following = {start: tuple(tokens) for start, tokens in following.items()}
         self._index = {tuple(tokens): index for index, tokens in enumerate(sequences)}
+        self.longest = max(map(len, sequences), default=0)
 
     def next_tokens(self, start: tuple[int, ...]) -> tuple[int, ...]:
         """The tokens that follow `start` in some sequence; () after a whole one."""
@@ -214,7 +216,7 @@ class AlongTrie:
         )
         rows = torch.tensor([beam.row for beam in beams], device=logits_EV.device)
         # Only what is needed leaves the device: a few tokens a beam, not the vocabulary.
-        log_probs = logits_EV.float().log_softmax(-1)[rows].gather(1, index).tolist()
+        log_probs = logits_EV.float().log_softmax(-1)[rows[:, None], index].tolist()
         extensions = iter(
             [self._extend(*one) for one in zip(beams, tokens, log_probs, strict=True)]
         )
@@ -305,11 +307,12 @@ def _run(
     stream: Stream,
     scorer: Scorer,
     searches: Sequence[_Search],
-    max_new_tokens: int | None = None,
+    max_new_tokens: int,
     rows_per_beam: int = 1,
 ) -> None:
     """Step all searches together until each is done or `max_new_tokens` were written."""
     active = list(searches)
+    stream.reserve(max_new_tokens - 1)
     for length in count(1):
         extensions = scorer(stream.logits_EV, [search.running for search in active])
         survivors = [
@@ -328,8 +331,8 @@ def _run(
 
 def _read(stream: Stream, beams: Sequence[Beam], rows_per_beam: int) -> None:
     """Let the stream go on with these beams' last tokens, in this order."""
-    device = stream.logits_EV.device
     rows = [beam.row * rows_per_beam + i for beam in beams for i in range(rows_per_beam)]
     tokens = [beam.tokens[-1] for beam in beams for _ in range(rows_per_beam)]
-    stream.select(torch.tensor(rows, device=device))
-    stream.advance(torch.tensor(tokens, device=device))
+    if rows != list(range(stream.num_rows)):
+        stream.select(rows)
+    stream.advance(stream.index(tokens))

@@ -9,6 +9,7 @@ a start token. An adapter's sites are in both, and in the attention between them
 Letters: E sequences, S padded length, K labelled positions, Y generated tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -133,7 +134,11 @@ class TwoStacks(Stream):
         )
         self.logits_EV, self.cache = out.logits[:, -1], out.past_key_values
 
-    def select_rows(self, index_E: Tensor) -> None:
+    def reserve(self, num_tokens: int) -> None:
+        """transformers' cache grows by each token."""
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        index_E = self.index(rows)
         self.cache.batch_select_indices(index_E)  # type: ignore[attr-defined]
         self.logits_EV = self.logits_EV[index_E]
         self.states_ESH, self.mask = self.states_ESH[index_E], self.mask[index_E]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ship_ds.errors import UserError
@@ -58,6 +59,11 @@ class Adapter(ABC):
     def over(self, offsets: Tensor | None) -> "Adapter":
         """The same for tokens laid end to end, task t ending at offsets[t]; None: every task has
         equally many tokens."""
+        return self
+
+    def prepared(self, dtype: torch.dtype) -> "Adapter":
+        """The same for many forwards without gradients in a model of this dtype: what `delta` would
+        make of its tensors at each call is made once."""
         return self
 
     @abstractmethod

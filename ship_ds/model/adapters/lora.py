@@ -56,7 +56,15 @@ class LoraAdapter(Adapter):
             return None
         a_TRI, b_TOR = self.factors[path]
         # B is far smaller than the output
-        return segment_lora(x, a_TRI, b_TOR * self.scaling, self.offsets)
+        scaled_TOR = b_TOR if self.scaling == 1 else b_TOR * self.scaling
+        return segment_lora(x, a_TRI, scaled_TOR, self.offsets)
+
+    def prepared(self, dtype: torch.dtype) -> "LoraAdapter":
+        factors = {
+            path: (a_TRI.to(dtype), (b_TOR * self.scaling).to(dtype))
+            for path, (a_TRI, b_TOR) in self.factors.items()
+        }
+        return replace(self, factors=factors, scaling=1.0)
 
     def rows(self, index: Tensor) -> "LoraAdapter":
         return replace(
