@@ -119,7 +119,9 @@ class Bundle:
         import torch
         from safetensors.torch import load_file
 
-        state = load_file(self.folder / SHIP_WEIGHTS)
+        from ship_ds.model.parameter_names import by_current_name
+
+        state = by_current_name(load_file(self.folder / SHIP_WEIGHTS))
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if different := sorted(trainable.keys() ^ state.keys()):
             raise UserError(

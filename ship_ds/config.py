@@ -141,6 +141,9 @@ class EncoderConfig(Section):
     """Of the base; nf4 needs tuning.kind=lora."""
     tuning: Tuning = FullTuning()
     """What of the language model is trained: all of it, or a LoRA over it."""
+    checkpointing: bool = False
+    """Compute the activations of a block again in the backward pass instead of keeping them: less
+    memory, about a third more time."""
 
     @model_validator(mode="after")
     def _trainable(self) -> "EncoderConfig":

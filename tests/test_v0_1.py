@@ -20,6 +20,7 @@ from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.inference.results import WeightInduction
 from ship_ds.model.loading import load_tokenizer
+from ship_ds.model.parameter_names import by_current_name, current_name
 from ship_ds.origin import read_origin
 from tests.conftest import REPOSITORY, start
 
@@ -51,6 +52,15 @@ def test_a_checkpoint_becomes_a_bundle(tmp_path: Path) -> None:
     check_behaviour(tmp_path / "bundle", RECORDED["bundle of step 2"])
 
 
+def test_the_loras_that_peft_trained_have_their_names_of_now() -> None:
+    old = "decoder.lm.model.layers.1.mlp.up_proj.lora_B.default.weight"
+    assert current_name(old) == "decoder.adapter.model.layers.1.mlp.up_proj.lora_b.weight"
+    for name in (current_name(old), "encoder.head.0.weight", "encoder.lm.model.norm.weight"):
+        assert current_name(name) == name
+    names = load_file(RUN / "bundle" / "ship.safetensors").keys()
+    assert sum(current_name(name) != name for name in names) == 2 * 2 * 2 * 7
+
+
 @pytest.mark.slow
 def test_a_run_takes_its_last_step_and_leaves_the_bundle_that_it_left(
     tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]]
@@ -67,7 +77,7 @@ def test_a_run_takes_its_last_step_and_leaves_the_bundle_that_it_left(
     assert [row["step"] for row in now] == [0, 1, 2] and was[:2] == now[:2]
     for name in ("loss/total", "loss/kl", "optimiser/gradient_norm", "optimiser/lr"):
         assert now[2][name] == pytest.approx(was[2][name], rel=1e-5), name
-    expected = load_file(RUN / "bundle" / "ship.safetensors")
+    expected = by_current_name(load_file(RUN / "bundle" / "ship.safetensors"))
     trained = load_file(run / "bundle" / "ship.safetensors")
     assert len(json.loads((run / "bundle" / "probes.json").read_text())) == 3
     assert list(trained) == list(expected)

@@ -17,7 +17,8 @@ from ship_ds.config import EncoderConfig, LoraTuning, LossConfig, ModelConfig, T
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS, PRIORS
 from ship_ds.model.adapters.adapter import Hypernetwork, Target, build_hypernetwork
-from ship_ds.model.adapters.sites import wrap_sites
+from ship_ds.model.adapters.sites import sites_anywhere, wrap, wrap_sites
+from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.attention import Choice, this_machine
 from ship_ds.model.collate import Collator, Prompts
 from ship_ds.model.decoder import Decoder
@@ -25,7 +26,6 @@ from ship_ds.model.encoder import Encoder
 from ship_ds.model.language_model import language_model
 from ship_ds.model.loading import (
     Quantisation,
-    add_static_lora,
     freeze,
     load_lm,
     load_tokenizer,
@@ -106,20 +106,24 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     for reason in filter(None, map(port.missing, kind.needs)):
         raise UserError(reason)
     sites = wrap_sites(task_lm, kind.targets(config.hypernetwork))
-    encoder_lm, decoder_lm = (_role_lm(role, weights) for role in (config.encoder, config.decoder))
-    encoder = Encoder(encoder_lm, language_model(encoder_lm).hidden_size, config.latent_size)
-    encoder.language_model.drop_output_layer()
+    target = Target(sites, port.hidden_size, tuple(port.blocks()), port.key_value_heads)
+    # Both LoRAs are drawn before both heads, as 0.1.0 did.
+    tuned = [_tuned(role, weights) for role in (config.encoder, config.decoder)]
+    (encoder_lm, encoder_lora), (decoder_lm, decoder_lora) = tuned
+    encoder = Encoder(
+        encoder_lm, config.latent_size, encoder_lora, checkpointing=config.encoder.checkpointing
+    )
     decoder = Decoder(
         decoder_lm,
-        language_model(decoder_lm).hidden_size,
         config.latent_size,
         config.decoder.num_soft_tokens,
         config.decoder.fusion,
+        decoder_lora,
+        checkpointing=config.decoder.checkpointing,
     )
-    target = Target(sites, port.hidden_size, tuple(port.blocks()), port.key_value_heads)
     hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, target)
     prior: Prior = PRIORS.implementation(config.prior)(config.prior, config.latent_size)
-    task_llm = TaskLlm(task_lm, config.task_llm.checkpointing)
+    task_llm = TaskLlm(task_lm, config.task_llm.checkpointing, sites)
     parts = Parts(encoder, prior, hypernetwork, task_llm, decoder)
     objectives = build_objectives((loss or LossConfig()).objectives())
     return ShipModel(config, parts, objectives, _collator(config, prompts, parts), sharded)
@@ -140,6 +144,13 @@ def _collator(
     )
 
 
-def _role_lm(config: EncoderConfig, weights: Weights) -> nn.Module:
+def _tuned(config: EncoderConfig, weights: Weights) -> tuple[nn.Module, StaticLora | None]:
+    """The language model of encoder or decoder, and the LoRA that is trained over it, if any."""
     lm = weights.language_model(config.base, config.quantisation, True)
-    return add_static_lora(lm, config.tuning) if isinstance(config.tuning, LoraTuning) else lm
+    if isinstance(config.tuning, LoraTuning):
+        sites = sites_anywhere(freeze(lm), config.tuning.targets)
+        wrap(lm, sites)
+        return lm, StaticLora(sites, config.tuning)
+    if config.checkpointing:
+        wrap(lm, ())
+    return lm, None

@@ -11,13 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
-from ship_ds.model.language_model import Stream, language_model
+from ship_ds.model.language_model import Stream
 from ship_ds.model.reshape import check_reshape
+from ship_ds.model.role import Role
 
 
-class Decoder(nn.Module):
+class Decoder(Role):
     """z -> MLP -> P soft tokens before [examples, "this task is to:", instruction].
 
     Where z is left out, learned tokens stand in their place.
@@ -26,13 +28,28 @@ class Decoder(nn.Module):
     def __init__(
         self,
         lm: nn.Module,
-        hidden_size: int,
         latent_size: int,
         num_soft_tokens: int,
         fusion: Literal["mlp", "reshape"] = "mlp",
+        adapter: StaticLora | None = None,
+        *,
+        checkpointing: bool = False,
+        is_shared: bool = False,
     ) -> None:
-        super().__init__()
-        self.lm, self.language_model = lm, language_model(lm)
+        """Make what turns z into soft tokens.
+
+        Args:
+            lm: a transformers model.
+            latent_size: Z.
+            num_soft_tokens: P.
+            fusion: through an MLP, or z itself cut into P pieces.
+            adapter, checkpointing, is_shared: see `Role`.
+
+        Raises:
+            UserError: z cannot be cut so.
+        """
+        super().__init__(lm, adapter, checkpointing=checkpointing, is_shared=is_shared)
+        hidden_size = self.language_model.hidden_size
         self.num_soft_tokens = num_soft_tokens
         # Soft tokens start as large as token embeddings: from near zero, each RMSNorm multiplies
         # the gradient by a thousand.
@@ -77,7 +94,13 @@ class Decoder(nn.Module):
         """
         soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
         packed = packed and self.language_model.missing("packing") is None
-        return self.language_model.score(batch, soft=soft_TPH, packed=packed)
+        return self.language_model.score(
+            batch,
+            self.own_adapter,
+            soft=soft_TPH,
+            packed=packed,
+            checkpointing=self.checkpointing,
+        )
 
     def generate(
         self,
@@ -94,4 +117,5 @@ class Decoder(nn.Module):
         self, latent_TZ: Tensor, shows_latent_T: Tensor | None, prompts: TokenBatch
     ) -> Stream:
         """The prompts read after each latent's soft tokens, about to write the instruction."""
-        return self.language_model.stream(prompts, soft=self.soft_tokens(latent_TZ, shows_latent_T))
+        soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
+        return self.language_model.stream(prompts, self.own_adapter, soft=soft_TPH)

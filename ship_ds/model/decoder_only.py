@@ -60,7 +60,14 @@ class DecoderOnly(LanguageModel):
         """See `LanguageModel`."""
         return {f"model.layers.{i}": block for i, block in enumerate(self._layers() or ())}
 
-    def hidden(self, batch: TokenBatch, embeddings_ESH: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        batch: TokenBatch,
+        embeddings_ESH: Tensor | None = None,
+        adapter: Adapter | None = None,
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
         """See `LanguageModel`."""
         tokens: dict[str, Any] = (
             {"input_ids": batch.ids_ES}
@@ -68,8 +75,8 @@ class DecoderOnly(LanguageModel):
             else {"inputs_embeds": embeddings_ESH}
         )
         # The rows are padded on the right and causal, so no state sees padding.
-        attention = self.whole_rows(batch)
-        states: Tensor = self.module.model(**tokens, **attention, use_cache=False).last_hidden_state
+        extra = self.whole_rows(batch) | _under(adapter, checkpointing)
+        states: Tensor = self.module.model(**tokens, **extra, use_cache=False).last_hidden_state
         return states
 
     def score(
@@ -84,11 +91,9 @@ class DecoderOnly(LanguageModel):
         checkpointing: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `LanguageModel`."""
-        extra: dict[str, Any] = {"use_cache": False}
         if adapter is not None:
-            extra["ship_adapter"] = adapter.over(batch.task_offsets(num_tasks) if packed else None)
-        if checkpointing:
-            extra["ship_checkpoint"] = True
+            adapter = adapter.over(batch.task_offsets(num_tasks) if packed else None)
+        extra = _under(adapter, checkpointing) | {"use_cache": False}
         hidden_ESH = self.embed(batch, soft, instruction)
         if packed:
             extra |= self._packed_inputs(hidden_ESH, batch)
@@ -285,9 +290,10 @@ class CachedStream(Stream):
         return self.index([e for e, row in enumerate(rows) if prompts[row] != prompts[e]])
 
 
-def _under(adapter: Adapter | None) -> dict[str, Adapter]:
-    """Stock blocks do not know the argument, so without an adapter it is not passed."""
-    return {} if adapter is None else {"ship_adapter": adapter}
+def _under(adapter: Adapter | None, checkpointing: bool = False) -> dict[str, Any]:
+    """Stock blocks do not know the arguments, so they are passed where they say something alone."""
+    under: dict[str, Any] = {} if adapter is None else {"ship_adapter": adapter}
+    return under | ({"ship_checkpoint": True} if checkpointing else {})
 
 
 def _lengths(ends: Tensor, longest: int) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.language_model import language_model
+from ship_ds.model.role import Role
 
 _FIRST_LOG_VARIANCE = -5.0
 """Added to what the head gives, so that training starts with little noise (a deviation of 0.08)."""
@@ -29,19 +30,29 @@ class Posterior:
         return self.mean_TZ + (self.log_variance_TZ / 2).exp() * noise_TZ
 
 
-class Encoder(nn.Module):
+class Encoder(Role):
     """Last-token hidden state of a language model -> MLP -> posterior."""
 
-    def __init__(self, lm: nn.Module, hidden_size: int, latent_size: int) -> None:
+    def __init__(
+        self,
+        lm: nn.Module,
+        latent_size: int,
+        adapter: StaticLora | None = None,
+        *,
+        checkpointing: bool = False,
+        is_shared: bool = False,
+    ) -> None:
         """Make the head.
 
         Args:
-            lm: a transformers model, with its static LoRA where it has one.
-            hidden_size: H of the model.
+            lm: a transformers model.
             latent_size: Z.
+            adapter, checkpointing, is_shared: see `Role`.
         """
-        super().__init__()
-        self.lm, self.language_model = lm, language_model(lm)
+        super().__init__(lm, adapter, checkpointing=checkpointing, is_shared=is_shared)
+        hidden_size = self.language_model.hidden_size
+        if not is_shared:
+            self.language_model.drop_output_layer()
         first, last = (
             nn.Linear(hidden_size, 2 * hidden_size),
             nn.Linear(2 * hidden_size, 2 * latent_size),
@@ -63,7 +74,9 @@ class Encoder(nn.Module):
             batch: one instruction's prompt a row.
             embeddings_TSH: read in place of the batch's tokens (induction optimises them).
         """
-        hidden_TSH = self.language_model.hidden(batch, embeddings_TSH)
+        hidden_TSH = self.language_model.hidden(
+            batch, embeddings_TSH, self.own_adapter, checkpointing=self.checkpointing
+        )
         rows_T = torch.arange(len(hidden_TSH), device=hidden_TSH.device)
         # A causal model's last real token has read the whole instruction; the columns after it are
         # padding.

@@ -213,12 +213,21 @@ class LanguageModel(ABC):
         }
 
     @abstractmethod
-    def hidden(self, batch: TokenBatch, embeddings_ESH: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        batch: TokenBatch,
+        embeddings_ESH: Tensor | None = None,
+        adapter: "Adapter | None" = None,
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
         """The last layer's states (E, S, H) of right-padded rows.
 
         Args:
             batch: its tokens.
             embeddings_ESH: read in place of them.
+            adapter: one for all rows.
+            checkpointing: recompute each block in the backward pass.
         """
 
     @abstractmethod

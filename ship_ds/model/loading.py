@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ship_ds.config import LoraTuning, base_folder
+from ship_ds.config import base_folder
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
@@ -125,29 +125,3 @@ def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> i
 def freeze(model: nn.Module) -> nn.Module:
     """The same model, without gradients and in evaluation mode."""
     return model.requires_grad_(False).eval()
-
-
-def add_static_lora(model: nn.Module, tuning: LoraTuning) -> nn.Module:
-    """The frozen model with a trained LoRA of its own, through `peft`. Raises UserError for a
-    target it does not have."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    freeze(model)
-    linears = {
-        path.rpartition(".")[2]
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    for target in tuning.targets:
-        if target not in linears:
-            raise UserError(
-                f"tuning.targets: {type(model).__name__} has no linear module {target!r}; it has "
-                f"{', '.join(sorted(linears))}"
-            )
-    config = LoraConfig(
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,  # type: ignore[arg-type]
-        lora_dropout=tuning.dropout,
-        target_modules=list(tuning.targets),
-    )
-    return inject_adapter_in_model(config, model)

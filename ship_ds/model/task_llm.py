@@ -10,26 +10,35 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.adapter import Adapter, Sites
 from ship_ds.model.adapters.sites import sites_of
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
-from ship_ds.model.language_model import Stream, language_model
+from ship_ds.model.language_model import Stream
+from ship_ds.model.role import Role
 
 
-class TaskLlm(nn.Module):
+class TaskLlm(Role):
     """A language model under adapters. No weight of it is ever trained."""
 
-    def __init__(self, lm: nn.Module, checkpointing: bool) -> None:
+    def __init__(
+        self,
+        lm: nn.Module,
+        checkpointing: bool,
+        sites: Sites | None = None,
+        *,
+        is_shared: bool = False,
+    ) -> None:
         """Wrap a model.
 
         Args:
             lm: a transformers model whose sites are wrapped already.
             checkpointing: recompute its blocks in the backward pass.
+            sites: those that adapters of the Task LLM may change; None: all wrapped ones.
+            is_shared: see `Role`.
         """
-        super().__init__()
-        self.lm, self.language_model = lm, language_model(lm)
-        self.checkpointing = checkpointing
+        super().__init__(lm, checkpointing=checkpointing, is_shared=is_shared)
+        self._sites = sites_of(lm) if sites is None else sites
         self.eval()
 
     def train(self, mode: bool = True) -> "TaskLlm":
@@ -96,9 +105,9 @@ class TaskLlm(nn.Module):
         soft = _virtual_tokens(adapter, len(prompts.lengths))
         return self.language_model.logits(prompts, adapter, soft)
 
-    def sites(self) -> dict[str, tuple[int, int]]:
+    def sites(self) -> Sites:
         """Module path -> (in, out) of every linear that an adapter may change."""
-        return sites_of(self.lm)
+        return self._sites
 
 
 def _virtual_tokens(adapter: Adapter | None, num_rows: int) -> Tensor | None:

@@ -49,6 +49,7 @@ from ship_ds.files import (
     write_json,
     write_text,
 )
+from ship_ds.model.parameter_names import by_current_name
 from ship_ds.runtime import ranks, repartition
 from ship_ds.runtime.engine import Engine
 from ship_ds.runtime.pickles import load_shard, shard_problem
@@ -63,6 +64,9 @@ _FREE_TO_CHANGE = {
     "checkpoint",
     "evaluation",
     "model.attention",
+    "model.encoder.checkpointing",
+    "model.decoder.checkpointing",
+    "model.task_llm.checkpointing",
     "training.accumulation",
     "training.threads",
     "training.hang_minutes",
@@ -393,7 +397,8 @@ def load(
     _check_same_parameters(engine.trainable(), folder)
     stage, num_ranks = repartition.layout(folder / STATE)
     is_same_layout = (stage, num_ranks) == (engine.zero_stage(), ranks.world_size())
-    if is_same_layout and stage < 3:
+    # DeepSpeed's own loading goes by the names in the files.
+    if is_same_layout and stage < 3 and _saved_shapes(folder).keys() == engine.trainable().keys():
         engine.load_shards(folder, STATE)
     else:
         repartition.load(engine, folder / STATE)
@@ -449,8 +454,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _check_same_parameters(trainable: Mapping[str, torch.nn.Parameter], folder: Path) -> None:
     """DeepSpeed loads without strictness, since the frozen base is not saved; so names and shapes
     are compared here."""
-    listed = load_shard(sorted((folder / STATE).glob("*model_states.pt"))[0])["param_shapes"]
-    saved = {(name, tuple(shape)) for group in listed for name, shape in group.items()}
+    saved = set(by_current_name(_saved_shapes(folder)).items())
     current = {
         (name, tuple(getattr(parameter, "ds_shape", parameter.shape)))
         for name, parameter in trainable.items()
@@ -460,6 +464,12 @@ def _check_same_parameters(trainable: Mapping[str, torch.nn.Parameter], folder: 
             f"{folder}: {different[0]} and {len(different) - 1} more trainable "
             "parameters differ from this model's"
         )
+
+
+def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The trainable parameters of a checkpoint, by their names in its files."""
+    groups = load_shard(sorted((folder / STATE).glob("*model_states.pt"))[0])["param_shapes"]
+    return {name: tuple(shape) for group in groups for name, shape in group.items()}
 
 
 class ShardedState(Mapping[str, torch.Tensor]):
@@ -494,4 +504,4 @@ def trainable_state(folder: Path) -> ShardedState:
         parts = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
             str(folder), tag=STATE, exclude_frozen_parameters=True, lazy_mode=True
         )
-    return ShardedState(parts)
+    return ShardedState(by_current_name(parts))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ship_ds.model.parameter_names import by_current_name, current_name
 from ship_ds.runtime import ranks
 from ship_ds.runtime.engine import Engine
 from ship_ds.runtime.pickles import load_shard
@@ -76,8 +77,8 @@ def read(folder: Path) -> SavedState:
             for key, flat in moments.items()
         }
     return SavedState(
-        _merge(folder, shards[0], weights),
-        {key: _merge(folder, shards[0], flat) for key, flat in moments.items()},
+        by_current_name(_merge(folder, shards[0], weights)),
+        {key: by_current_name(_merge(folder, shards[0], flat)) for key, flat in moments.items()},
         _num_steps(inner[0]),
     )
 
@@ -186,7 +187,7 @@ def source(
     shard = _optimiser(shards[ranks.rank() % len(shards)])
     if len(shards) == ranks.world_size() and int(shard["zero_stage"]) == 3:
         written = [
-            [(name, tuple(shape)) for name, shape in group.items()]
+            [(current_name(name), tuple(shape)) for name, shape in group.items()]
             for group in load_shard(models[0])["param_shapes"]
         ]
         if written == [

@@ -1,4 +1,4 @@
-"""Loading from a folder, plain and in NF4, and the static LoRA of encoder and decoder."""
+"""Loading from a folder, plain and in NF4."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ship_ds.config import LoraTuning
 from ship_ds.errors import UserError
-from ship_ds.model.loading import add_static_lora, load_lm
+from ship_ds.model.loading import load_lm
 from tests.model.models import HIDDEN, tiny_lm
 
 IDS = torch.arange(2, 14).view(2, 6)
@@ -120,56 +119,6 @@ def test_soft_capped_model_loads_on_a_cpu(tmp_path: Path) -> None:
 def test_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a model folder with a config.json"):
         load_lm(str(tmp_path), "none", torch.float32)
-
-
-@pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_static_lora_alone_is_trained(folder: str, quantisation: Any) -> None:
-    tuning = LoraTuning(rank=2, alpha=6, dropout=0.25, targets=("q_proj", "down_proj"))
-    model: Any = add_static_lora(load_lm(folder, quantisation, torch.float32), tuning)
-    trained = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    assert len(trained) == 2 * 2 * 2 and all("lora_" in name for name in trained)
-    layer = model.model.layers[0].self_attn.q_proj
-    assert layer.scaling["default"] == 3.0 and layer.lora_dropout["default"].p == 0.25
-    with torch.no_grad():
-        base = load_lm(folder, quantisation, torch.float32)(IDS).logits
-        torch.testing.assert_close(model.eval()(IDS).logits, base)  # B is zero
-        for name, parameter in trained.items():
-            if "lora_B" in name:
-                parameter.normal_()
-    model(IDS).logits.square().sum().backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.abs().sum() > 0
-        for parameter in trained.values()
-    )
-    assert all(
-        parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad
-    )
-
-
-def test_static_lora_dropout_acts_in_training_alone(folder: str) -> None:
-    model = add_static_lora(
-        load_lm(folder, "none", torch.float32), LoraTuning(rank=2, dropout=0.5, targets=("q_proj",))
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-        torch.manual_seed(0)
-        assert torch.equal(model.eval()(IDS).logits, model(IDS).logits)
-        assert not torch.equal(model.train()(IDS).logits, model(IDS).logits)
-
-
-def test_missing_target_of_the_static_lora_is_named(folder: str) -> None:
-    with pytest.raises(
-        UserError,
-        match="LlamaForCausalLM has no linear module 'query'; it has down_proj, gate_proj",
-    ) as error:
-        add_static_lora(
-            load_lm(folder, "none", torch.float32), LoraTuning(rank=2, targets=("query",))
-        )
-    assert "\n" not in str(error.value)
 
 
 def test_code_of_a_model_folder_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def _wake_up(ship: ShipModel) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in ship.named_parameters():
-            if "lora_B" in name or "to_b" in name or "without_latent" in name:
+            if "lora_b" in name or "to_b" in name or "without_latent" in name:
                 parameter.normal_(std=0.1)
 
 

@@ -37,11 +37,20 @@ class EncoderDecoder(LanguageModel):
             for i, block in enumerate(getattr(self.module, stack).block)
         }
 
-    def hidden(self, batch: TokenBatch, embeddings_ESH: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        batch: TokenBatch,
+        embeddings_ESH: Tensor | None = None,
+        adapter: Adapter | None = None,
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
         if embeddings_ESH is None:
             embeddings_ESH = self.embed(batch)
         states: Tensor = self.module.encoder(
-            inputs_embeds=embeddings_ESH, attention_mask=_sources(batch)
+            inputs_embeds=embeddings_ESH,
+            attention_mask=_sources(batch),
+            **_under(adapter, checkpointing),
         ).last_hidden_state
         return states
 

@@ -4,7 +4,7 @@ After that nothing is patched: no forward is replaced, no hook is global. Sites 
 path, so a model may have several stacks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ship_ds.errors import UserError
-from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.language_model import language_model
+from ship_ds.model.adapters.adapter import Adapter, Sites
+from ship_ds.model.language_model import LanguageModel, language_model
 
 
 class AdaptedLinear(nn.Module):
@@ -39,13 +39,30 @@ class AdaptedLinear(nn.Module):
 
 class AdaptedBlock(nn.Module):
     """A decoder block that takes `ship_adapter` and, with `ship_checkpoint`, recomputes itself in
-    the backward pass."""
+    the backward pass.
+
+    Parameters below it are named as if it were not there: a run may turn checkpointing on or off,
+    and its checkpoints and bundles stay the same.
+    """
 
     def __init__(self, block: nn.Module, path: str) -> None:
         super().__init__()
         self.block, self.path = block, path
         # A plain list: they are registered below `block` already.
         self.sites = [module for module in block.modules() if isinstance(module, AdaptedLinear)]
+        self.register_state_dict_post_hook(_leave_block_out)
+        self.register_load_state_dict_pre_hook(_put_block_in)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """See `nn.Module`; the block has the name of its wrapper."""
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+            yield from self.block.named_modules(memo, prefix, remove_duplicate)
 
     def forward(
         self,
@@ -72,37 +89,97 @@ class AdaptedBlock(nn.Module):
         return run(hidden)
 
 
-def wrap_sites(model: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """Wrap the target linears and the blocks of a transformers model, once.
+_BLOCK = "block."
+
+
+def _leave_block_out(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    for name in [name for name in state if name.startswith(prefix + _BLOCK)]:
+        state[prefix + name.removeprefix(prefix + _BLOCK)] = state.pop(name)
+
+
+def _put_block_in(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[prefix + _BLOCK + name.removeprefix(prefix)] = state.pop(name)
+
+
+def wrap_sites(model: nn.Module, targets: tuple[str, ...]) -> Sites:
+    """Wrap the linears that a hypernetwork's adapters change, and all blocks.
 
     Args:
-        model: of any architecture that language_model.py knows.
+        model: of any architecture that language_model.py knows, not wrapped yet.
         targets: names of linear modules, such as "q_proj", in each block.
 
     Returns:
-        Module path before the wrapping -> (in, out) of each site.
+        The sites.
 
     Raises:
         UserError: the model cannot be adapted, or a block lacks a target.
     """
+    sites = sites_in_each_block(model, targets)
+    wrap(model, sites)
+    return sites
+
+
+def wrap(model: nn.Module, sites: Iterable[str]) -> None:
+    """Wrap the linears at these module paths and all blocks of a transformers model, once.
+
+    Raises:
+        UserError: the model cannot be adapted.
+    """
+    lm = _adaptable(model)
+    for path in dict.fromkeys(sites):
+        model.set_submodule(path, AdaptedLinear(model.get_submodule(path), path))
+    for path, block in lm.blocks().items():
+        model.set_submodule(path, AdaptedBlock(block, path))
+
+
+def sites_in_each_block(model: nn.Module, targets: tuple[str, ...]) -> Sites:
+    """The linears that a hypernetwork's adapters change: block after block, target after target,
+    which is the order of its heads.
+
+    Raises:
+        UserError: the model cannot be adapted, or a block lacks a target.
+    """
+    lm = _adaptable(model)
+    linears = lm.linears()
+    paths = [
+        path
+        for block_path in lm.blocks()
+        for path in _targets_in(type(model).__name__, block_path, linears, targets)
+    ]
+    return {path: (linears[path].in_features, linears[path].out_features) for path in paths}
+
+
+def sites_anywhere(model: nn.Module, targets: tuple[str, ...]) -> Sites:
+    """The linears that a static LoRA changes, in the order of the model's modules: a target may be
+    missing in some blocks, as `peft` allows.
+
+    Raises:
+        UserError: the model cannot be adapted, or no block has a target.
+    """
+    linears = _adaptable(model).linears()
+    names = {path.rpartition(".")[2] for path in linears}
+    for target in targets:
+        if target not in names:
+            raise UserError(
+                f"tuning.targets: {type(model).__name__} has no linear module {target!r}; it has "
+                f"{', '.join(sorted(names))}"
+            )
+    return {
+        path: (linear.in_features, linear.out_features)
+        for path, linear in linears.items()
+        if path.rpartition(".")[2] in targets
+    }
+
+
+def _adaptable(model: nn.Module) -> LanguageModel:
     lm = language_model(model)
     reason = lm.missing("adapters")
     if reason is not None:
         raise UserError(reason)
-    blocks, linears = lm.blocks(), lm.linears()
-    # All targets are looked for before the first module is replaced.
-    target_paths = {
-        path: _targets_in(type(model).__name__, path, linears, targets) for path in blocks
-    }
-    for block_path, block in blocks.items():
-        for path in target_paths[block_path]:
-            model.set_submodule(path, AdaptedLinear(linears[path], path))
-        model.set_submodule(block_path, AdaptedBlock(block, block_path))
-    return {
-        path: (linears[path].in_features, linears[path].out_features)
-        for paths in target_paths.values()
-        for path in paths
-    }
+    return lm
 
 
 def _targets_in(
@@ -120,8 +197,8 @@ def _targets_in(
     return [path for target in targets for path in paths if path.rpartition(".")[2] == target]
 
 
-def sites_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """As `wrap_sites` gave them when it wrapped this model."""
+def sites_of(model: nn.Module) -> Sites:
+    """Every linear of this model that was wrapped, in the order of its modules."""
     wrapped = {
         module.path: module.base for module in model.modules() if isinstance(module, AdaptedLinear)
     }

@@ -1,0 +1,101 @@
+"""The LoRA that encoder and decoder train for themselves: one for all rows, made of parameters
+instead of a latent.
+
+A role is a language model and an adapter. The Task LLM's adapter is generated anew for each task;
+the one here is what `tuning: {kind: lora}` asks for, and it acts through the same wrapped linears,
+so that several roles can share one frozen base. What it computes, its first values and its dropout
+are those of `peft` (tests compare the two to the bit).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ship_ds.config import LoraTuning
+from ship_ds.model.adapters.adapter import Adapter, Sites
+
+
+class LowRankUpdate(nn.Module):
+    """scaling * B A x of one linear. A and B are submodules, whose forward ZeRO-3 gathers for."""
+
+    def __init__(self, num_in: int, num_out: int, tuning: LoraTuning) -> None:
+        super().__init__()
+        self.scaling = tuning.alpha / tuning.rank
+        self.dropout = nn.Dropout(tuning.dropout)
+        # nn.Linear's own first values are LoRA's for A (Hu et al. 2021). `peft` draws both matrices
+        # that way, then A once more: as many draws here give the same A from the same seed.
+        self.lora_a = nn.Linear(num_in, tuning.rank, bias=False)
+        self.lora_b = nn.Linear(tuning.rank, num_out, bias=False)
+        self.lora_a.reset_parameters()
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The update for inputs x (..., number of inputs), in the dtype of A."""
+        low_rank: Tensor = self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype)))
+        update: Tensor = self.lora_b(low_rank) * self.scaling
+        return update
+
+
+class StaticLora(nn.Module):
+    """The trained matrices of a role, registered below the module paths of its sites.
+
+    A parameter is called `model.layers.0.self_attn.q_proj.lora_a.weight` here.
+    """
+
+    def __init__(self, sites: Sites, tuning: LoraTuning) -> None:
+        """Draw the first values.
+
+        Args:
+            sites: the linears to adapt, in the order in which they draw.
+            tuning: rank, scaling and dropout.
+        """
+        super().__init__()
+        self._updates: dict[str, LowRankUpdate] = {}
+        for path, (num_in, num_out) in sites.items():
+            self._updates[path] = LowRankUpdate(num_in, num_out, tuning)
+            _register(self, path, self._updates[path])
+
+    def value(self) -> "StaticLoraAdapter":
+        """What the role's language model is run under."""
+        return StaticLoraAdapter(self._updates)
+
+
+def _register(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Below `root` at a path of several names, through empty modules."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
+
+
+@dataclass(frozen=True)
+class StaticLoraAdapter(Adapter):
+    """The same low-rank update of every row: y += scaling * B A x.
+
+    updates: by the module path of the site.
+    """
+
+    updates: dict[str, LowRankUpdate]
+
+    @property
+    def num_tasks(self) -> int:
+        """One, whatever the rows are."""
+        return 1
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None:
+        """See `Adapter`."""
+        return self.updates[path](x) if path in self.updates else None
+
+    def rows(self, index: Tensor) -> "StaticLoraAdapter":
+        """Itself: every row has the same."""
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B of each site, as other adapters of one task have them."""
+        return {
+            f"{path}.{half}": layer.weight[None]
+            for path, update in self.updates.items()
+            for half, layer in (("A", update.lora_a), ("B", update.lora_b))
+        }

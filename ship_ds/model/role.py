@@ -1,0 +1,48 @@
+"""A role of SHIP: a language model and an adapter.
+
+encoder     base + its static LoRA, or a model of its own that is trained whole
+decoder     likewise
+Task LLM    base + what the hypernetwork generates for each task
+"""
+
+from torch import nn
+
+from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.static_lora import StaticLora
+from ship_ds.model.language_model import language_model
+
+
+class Role(nn.Module):
+    """What encoder, decoder and Task LLM have in common."""
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        adapter: StaticLora | None = None,
+        *,
+        checkpointing: bool = False,
+        is_shared: bool = False,
+    ) -> None:
+        """Register the model and the adapter.
+
+        Args:
+            lm: a transformers model, its sites and blocks wrapped where it needs it.
+            adapter: the role's own, over wrapped sites; None: none, or one that comes with each
+                call.
+            checkpointing: recompute the model's blocks in the backward pass.
+            is_shared: other roles have the same `lm`, so that it is registered elsewhere.
+        """
+        super().__init__()
+        self.language_model = language_model(lm)
+        self.checkpointing = checkpointing
+        if not is_shared:
+            self.lm = lm
+        # After the model, before what a role adds: the order of the optimiser's state.
+        if adapter is not None:
+            self.adapter = adapter
+
+    @property
+    def own_adapter(self) -> Adapter | None:
+        """What the model is run under; None: nothing."""
+        adapter = self._modules.get("adapter")
+        return adapter.value() if isinstance(adapter, StaticLora) else None
