@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ship_ds.config import ModelConfig, load_config
 from ship_ds.flops import Matrices, Rows, flops_of_parts, peak_of
 from ship_ds.model.assemble import build_ship
-from ship_ds.model.backbone import Quantisation
 from ship_ds.model.language_model import auto_class
+from ship_ds.model.loading import Quantisation
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.sizes import rows_of
 from ship_ds.planner.activations import Workload, planned_batch

@@ -46,14 +46,16 @@ from transformers import AutoConfig
 
 from ship_ds.config import load_config
 from ship_ds.model.adapters.lora import LoraAdapter
-from ship_ds.model.adapters.segment_lora import segment_lora
+from ship_ds.model.adapters.segment_lora import LowRank
+from ship_ds.model.adapters.segments import TaskEnds
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.assemble import build_ship
 from ship_ds.model.attention import SDPA, VARLEN
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.loading import freeze
-from ship_ds.model.nf4 import Nf4, guard_linears, pieces_of
+from ship_ds.model.nf4 import Nf4, pieces_of
+from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import ShipBatch
 from ship_ds.model.streaming import empty_nf4_lm
@@ -218,7 +220,7 @@ def random_lm(settings: Any, quantisation: str, dtype: torch.dtype, device: torc
                 filled = Nf4.of(empty.shape, dtype, pieces, device).parameter(empty)
             module._parameters[name] = filled
     lm.tie_weights()
-    guard_linears(lm, device, "random")
+    use_nf4_linears(lm, device, "random")
     return lm.eval()
 
 
@@ -385,7 +387,7 @@ def _segment_case(
     shares = [random.Random(t).uniform(0.5, 1.5) for t in range(num_tasks)]
     lengths = [int(num_tokens * share / sum(shares)) for share in shares]
     lengths[-1] += num_tokens - sum(lengths)
-    offsets = torch.tensor(lengths, device=device).cumsum(0).to(torch.int32)
+    ends = TaskEnds(torch.tensor(lengths, device=device).cumsum(0).to(torch.int32))
     even = [num_tokens // num_tasks] * num_tasks
 
     def base(x: Tensor) -> Tensor:
@@ -394,10 +396,11 @@ def _segment_case(
     def run(forward: Callable[[], Tensor]) -> None:
         forward().backward(gradient_NO)
 
+    equal, ragged = LowRank(a_TRI, b_TOR, 1.0), LowRank(a_TRI, b_TOR, 1.0, ends)
     errors = {}
-    for name, ends, parts in (("bmm", None, even), ("grouped_mm", offsets, lengths)):
+    for name, low_rank, parts in (("bmm", equal, even), ("grouped_mm", ragged, lengths)):
         leaves = [leaf.detach().requires_grad_() for leaf in (x_NI, a_TRI, b_TOR)]
-        out = segment_lora(*leaves, ends)
+        out = LowRank(leaves[1], leaves[2], 1.0, low_rank.ends).delta(leaves[0])
         ours = [out, *torch.autograd.grad(out, leaves, gradient_NO)]
         exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
         reference = torch.cat(
@@ -411,12 +414,10 @@ def _segment_case(
     times = take_turns(
         {
             "base": lambda: run(lambda: base(x_NI)),
-            "bmm": lambda: run(lambda: segment_lora(x_NI, a_TRI, b_TOR, None)),
-            "grouped_mm": lambda: run(lambda: segment_lora(x_NI, a_TRI, b_TOR, offsets)),
-            "base + bmm": lambda: run(lambda: base(x_NI) + segment_lora(x_NI, a_TRI, b_TOR, None)),
-            "base + grouped_mm": lambda: run(
-                lambda: base(x_NI) + segment_lora(x_NI, a_TRI, b_TOR, offsets)
-            ),
+            "bmm": lambda: run(lambda: equal.delta(x_NI)),
+            "grouped_mm": lambda: run(lambda: ragged.delta(x_NI)),
+            "base + bmm": lambda: run(lambda: equal.add_to(base(x_NI), x_NI)),
+            "base + grouped_mm": lambda: run(lambda: ragged.add_to(base(x_NI), x_NI)),
         },
         rounds,
         10,

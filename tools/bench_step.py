@@ -93,7 +93,7 @@ class PublishedStep:
         from ship_ds.data.source import source_of
         from ship_ds.kinds import ADAPTERS
         from ship_ds.model.adapters.adapter import Target, build_hypernetwork
-        from ship_ds.model.backbone import load_tokenizer
+        from ship_ds.model.loading import load_tokenizer
         from ship_ds.prompt import PromptFormat
         from ship_ds.runtime.engine import engine_dtype
 

@@ -19,6 +19,7 @@ from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
 from ship_ds.model.language_model import auto_class
+from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 
 Quantisation = Literal["nf4", "none"]
@@ -74,7 +75,7 @@ def load_lm(
         )
     else:
         model = _load_nf4(folder, settings, dtype, kernel, device, shard)
-    nf4.guard_linears(model, device, base)
+    use_nf4_linears(model, device, base)
     return model
 
 

@@ -8,7 +8,9 @@ same codes; only the second level, over the blocks' scales, needs all of them, a
 many.
 """
 
+import ctypes
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +18,11 @@ from typing import Any
 import bitsandbytes
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes.cextension import lib as native_library
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
-
-from ship_ds.errors import UserError
 
 BLOCK = 64
 """Weights that share a scale."""
@@ -29,6 +30,7 @@ _SUPERBLOCK = 256
 """Scales that share a scale of their own."""
 _TABLE_BYTES = (16 + 256 + 1 + 1) * 4
 """The code books of the weights and of their scales, the offset and a scalar, in fp32."""
+_OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PIECE = 1 << 20
 """Weights that are quantised at once; a multiple of BLOCK."""
 
@@ -92,23 +94,60 @@ def file_names(name: str) -> list[str]:
     return [name, *(f"{name}.{key}" for key in keys)]
 
 
-def guard_linears(model: nn.Module, device: torch.device, base: str) -> None:
-    """Keep bitsandbytes from computing wrongly on a CPU.
+def dequantised(packed: Tensor, state: bnb.QuantState, dtype: torch.dtype) -> Tensor:
+    """The matrix behind 4-bit codes, as training and serving compute with it.
 
-    Raises:
-        UserError: A linear's inputs do not split into blocks; bitsandbytes raises nothing there.
+    On a CPU it lies in a buffer that the next call of this thread writes over: fresh memory of that
+    size comes page by page from the system, which takes as long as the codes.
+
+    Args:
+        packed: two codes a byte.
+        state: their scales; of one level or of two.
+        dtype: of the result.
     """
-    for path, module in model.named_modules():
-        if not isinstance(module, bitsandbytes.nn.Linear4bit):
-            continue
-        # A no-grad forward on a CPU with AVX512-BF16 repacks the weight in place, and the next
-        # training step computes with what it takes for the old layout.
-        module.support_avx512bf16_for_cpu = False
-        if device.type == "cpu" and module.in_features % BLOCK:
-            raise UserError(
-                f"{base}: {path} has {module.in_features} inputs, and in nf4 bitsandbytes computes "
-                f"wrongly on a CPU unless they are a multiple of {BLOCK}: set quantisation=none"
-            )
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
+    kernel = _KERNELS.get(dtype) if packed.device.type == "cpu" else None
+    if kernel is None or state.quant_type != "nf4" or state.shape[1] % BLOCK:
+        made = dtype if dtype in _OUTPUT_DTYPES else torch.float32
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            packed.reshape(-1, 1), scales, state.blocksize, state.quant_type, state.shape, made
+        )
+        return weight.to(dtype)
+    rows, columns = state.shape
+    out = _scratch.matrix(rows, columns, dtype)
+    packed, scales = packed.contiguous(), scales.contiguous()
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, scales, out)]
+    kernel(*pointers, *map(ctypes.c_longlong, (state.blocksize, rows, columns)))
+    return out
+
+
+def _cpu_kernels() -> dict[torch.dtype, Any]:
+    """What bitsandbytes' operator calls on a CPU, which itself can only give fresh memory."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    functions = {
+        dtype: getattr(native_library, f"cdequantize_blockwise_cpu_nf4_{name}", None)
+        for dtype, name in names.items()
+    }
+    return {dtype: function for dtype, function in functions.items() if function is not None}
+
+
+class _Scratch(threading.local):
+    """A buffer a dtype, as large as the largest matrix so far."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        size = rows * columns
+        buffer = self.buffers.get(dtype)
+        if buffer is None or len(buffer) < size:
+            buffer = self.buffers[dtype] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(rows, columns)
+
+
+_KERNELS, _scratch = _cpu_kernels(), _Scratch()
 
 
 def spans(num_weights: int) -> Iterator[tuple[int, int]]:

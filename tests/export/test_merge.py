@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
@@ -129,7 +130,7 @@ def test_nf4_again_is_bitsandbytes_own_and_counts_what_rounding_lost(tmp_path: P
     )
     quantised, lost, update = 0, 0.0, 0.0
     for path, module in loaded.named_modules():
-        if type(module).__name__ != "Linear4bit":
+        if not isinstance(module, bnb.nn.Linear4bit):
             continue
         weight, quantised = before[f"{path}.weight"], quantised + 1
         seen = (
@@ -158,7 +159,7 @@ def test_what_nf4_holds_is_asked_of_transformers() -> None:
     quantised = {
         f"{path}.weight"
         for path, module in lm.named_modules()
-        if type(module).__name__ == "Linear4bit"
+        if isinstance(module, bnb.nn.Linear4bit)
     }
     assert (
         quantised_names(base_folder("embedded")) == quantised and "lm_head.weight" not in quantised

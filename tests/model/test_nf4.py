@@ -37,6 +37,22 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(
     assert torch.cat([values(start, end) for start, end in nf4.spans(weight.numel())]).equal(whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_dequantised_is_what_bitsandbytes_computes_with(
+    dtype: torch.dtype, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernel:
+        monkeypatch.setattr(nf4, "_KERNELS", {})
+    assert bool(nf4._KERNELS) is has_kernel
+    torch.manual_seed(0)
+    for shape in ((6, 128), (300, 192), (5, 64)):
+        weight = torch.randn(shape)
+        made = Nf4.of(shape, dtype, pieces_of(weight, torch.float32))
+        expected = bnb.functional.dequantize_4bit(made.packed, made.state)
+        assert nf4.dequantised(made.packed, made.state, dtype).equal(expected)
+
+
 def test_what_is_stored_comes_back_through_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weight = torch.randn(7, 64)

@@ -1,12 +1,28 @@
-"""The grouped products against one product a task."""
+"""The products over segments against one product a task, and the low-rank part against fp64."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ship_ds.model.adapters.segment_lora import segment_lora
+from ship_ds.model.adapters.segment_lora import LowRank
+from ship_ds.model.adapters.segments import (
+    GroupedSegments,
+    LoopedSegments,
+    PaddedSegments,
+    Segments,
+    TaskEnds,
+    ragged_kind,
+    segments,
+)
 
 NUM_IN, NUM_OUT = 16, 8
+RAGGED = [[2, 17, 11], [0, 29, 1], [30, 0, 0]]
+
+
+def _ends(lengths: list[int]) -> TaskEnds:
+    return TaskEnds(torch.tensor(lengths).cumsum(0).to(torch.int32))
 
 
 def _per_task(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, lengths: list[int]) -> Tensor:
@@ -18,21 +34,27 @@ def _per_task(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, lengths: list[int]) -> Te
 
 @pytest.mark.parametrize("rank", [1, 3, 4, 6])
 @pytest.mark.parametrize(
-    ("shape", "lengths"), [((6, 5), [10, 10, 10]), ((1, 30), [2, 17, 11]), ((1, 30), [0, 29, 1])]
+    ("shape", "lengths"), [((6, 5), [10, 10, 10]), *(((1, 30), lengths) for lengths in RAGGED)]
 )
+@pytest.mark.parametrize("strided", [False, True])
 def test_equals_a_loop_over_tasks_with_its_gradients(
-    shape: tuple[int, int], lengths: list[int], rank: int
+    shape: tuple[int, int], lengths: list[int], rank: int, strided: bool
 ) -> None:
+    """strided: B as the per-rank head makes it."""
     torch.manual_seed(0)
-    tensors = [
-        torch.randn(*shape, NUM_IN),
-        torch.randn(3, rank, NUM_IN),
-        torch.randn(3, NUM_OUT, rank),
-    ]
-    offsets = None if len(set(lengths)) == 1 else torch.tensor(lengths).cumsum(0).to(torch.int32)
-    weights = torch.randn(*shape, NUM_OUT)
+    b_TOR = torch.randn(3, rank, NUM_OUT).mT if strided else torch.randn(3, NUM_OUT, rank)
+    tensors = [torch.randn(*shape, NUM_IN), torch.randn(3, rank, NUM_IN), b_TOR]
+    ends = None if len(set(lengths)) == 1 else _ends(lengths)
+    base, weights = torch.randn(*shape, NUM_OUT), torch.randn(*shape, NUM_OUT)
+
+    def added(x: Tensor, a_TRI: Tensor, b_TOR: Tensor) -> Tensor:
+        return LowRank(a_TRI, b_TOR, 0.5, ends).add_to(base.clone(), x)
+
+    def looped(x: Tensor, a_TRI: Tensor, b_TOR: Tensor) -> Tensor:
+        return base + 0.5 * _per_task(x, a_TRI, b_TOR, lengths)
+
     results = []
-    for function in (lambda *t: segment_lora(*t, offsets), lambda *t: _per_task(*t, lengths)):
+    for function in (added, looped):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         out = function(*leaves)
         results.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
@@ -40,15 +62,125 @@ def test_equals_a_loop_over_tasks_with_its_gradients(
         torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("offsets", [None, torch.tensor([10, 16], dtype=torch.int32)])
-def test_takes_the_dtype_of_the_tokens(offsets: Tensor | None) -> None:
+@pytest.mark.parametrize("lengths", RAGGED)
+@pytest.mark.parametrize("kind", [LoopedSegments, GroupedSegments, PaddedSegments])
+def test_every_way_to_multiply_gives_the_same(
+    kind: Callable[[TaskEnds], Segments], lengths: list[int]
+) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(30, NUM_IN), torch.randn(30, NUM_OUT)
+    matrix = torch.randn(3, NUM_IN, NUM_OUT)
+    products = kind(_ends(lengths))
+    spans = [slice(start, end) for _, start, end in _ends(lengths).spans()]
+    expected = torch.cat([x[span] @ matrix[t] for t, span in enumerate(spans)])
+    torch.testing.assert_close(products.times(x, matrix), expected)
+    out = grad.clone()
+    products.add_times(out, x, matrix)
+    torch.testing.assert_close(out, grad + expected)
+    outer = torch.stack([x[span].T @ grad[span] for span in spans])
+    torch.testing.assert_close(products.outer(x, grad), outer, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [None, [7, 0, 5]])
+def test_gradients_in_fp64(lengths: list[int] | None) -> None:
+    torch.manual_seed(0)
+    ends = None if lengths is None else _ends(lengths)
+    leaves = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((12, 5), (12, 4), (3, 2, 4), (3, 5, 2))
+    ]
+
+    def added(base: Tensor, x: Tensor, a_TRI: Tensor, b_TOR: Tensor) -> Tensor:
+        return LowRank(a_TRI, b_TOR, 0.5, ends).add_to(base * 2, x)
+
+    assert torch.autograd.gradcheck(added, leaves)
+
+
+@pytest.mark.parametrize("lengths", [None, [10, 6]])
+def test_takes_the_dtype_of_the_tokens(lengths: list[int] | None) -> None:
     torch.manual_seed(0)
     x, a, b = (
         torch.randn(1, 16, NUM_IN).bfloat16(),
         torch.randn(2, 3, NUM_IN),
         torch.randn(2, NUM_OUT, 3),
     )
-    out = segment_lora(x, a, b, offsets)
+    out = LowRank(a, b, 1.0, None if lengths is None else _ends(lengths)).delta(x)
     assert out.dtype == torch.bfloat16
-    expected = _per_task(x.float(), a, b, [8, 8] if offsets is None else [10, 6])
+    expected = _per_task(x.float(), a, b, lengths or [8, 8])
     torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize("lengths", [None, [10, 6]])
+def test_a_sum_has_a_gradient(lengths: list[int] | None) -> None:
+    """Its strides are zero."""
+    leaves = [
+        torch.ones(*shape, requires_grad=True)
+        for shape in ((16, NUM_IN), (2, 8, NUM_IN), (2, 8, 8))
+    ]
+    low_rank = LowRank(leaves[1], leaves[2], 1.0, None if lengths is None else _ends(lengths))
+    low_rank.delta(leaves[0]).sum().backward()
+    assert leaves[0].grad is not None and leaves[0].grad.eq(64).all()
+
+
+def test_adds_in_place_and_keeps_no_tensor_of_the_output() -> None:
+    linear = nn.Linear(NUM_IN, 400).requires_grad_(False)
+    x, a, b = torch.randn(64, NUM_IN), torch.randn(2, 4, NUM_IN), torch.randn(2, 400, 4)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        base = linear(x.requires_grad_())
+        out = LowRank(a.requires_grad_(), b, 2.0).add_to(base, x)
+    assert out.data_ptr() == base.data_ptr()
+    # The linear's weight; x, A, B and the four numbers a token.
+    assert sorted(kept) == sorted([linear.weight.numel(), *(t.numel() for t in (x, a, b)), 64 * 4])
+
+
+def test_the_ends_are_read_once_for_all_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = _ends([2, 3])
+    for _ in range(3):
+        assert isinstance(segments(torch.ones(5, 4), 2, ends), LoopedSegments)
+    monkeypatch.setattr(Tensor, "tolist", lambda self: pytest.fail("read once more"))
+    with pytest.raises(pytest.fail.Exception):
+        ends.on_host  # noqa: B018
+    monkeypatch.undo()
+    assert ends.on_host == [2, 5]
+    monkeypatch.setattr(Tensor, "tolist", lambda self: pytest.fail("read once more"))
+    assert LoopedSegments(ends).times(torch.ones(5, 4), torch.ones(2, 4, 1)).sum() == 20
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "expected"),
+    [
+        ("cuda", torch.bfloat16, (9, 0), "GroupedSegments"),
+        ("cuda", torch.bfloat16, (10, 0), "GroupedSegments"),
+        ("cuda", torch.bfloat16, (8, 9), "PaddedSegments"),
+        ("meta", torch.bfloat16, None, "GroupedSegments"),
+        ("meta", torch.float32, None, "ShapeSegments"),
+    ],
+)
+def test_the_card_decides_how_ragged_segments_are_multiplied(
+    device: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert ragged_kind.__wrapped__(device, 0, dtype).__name__ == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_on_the_meta_device(dtype: torch.dtype) -> None:
+    leaves = [
+        torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
+        for shape in ((30, NUM_IN), (3, 5, NUM_IN), (3, NUM_OUT, 5))
+    ]
+    ends = TaskEnds(torch.empty(3, dtype=torch.int32, device="meta"))
+    out = LowRank(leaves[1], leaves[2], 0.5, ends).delta(leaves[0])
+    assert out.shape == (30, NUM_OUT)
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert [grad.shape for grad in gradients] == [leaf.shape for leaf in leaves]

@@ -4,7 +4,8 @@
     lora.py           one file a kind: value, hypernetwork, export
     soft_prompt.py
     sites.py          where an adapter acts: the Task LLM's linears and blocks, wrapped once
-    segment_lora.py   the products of a LoRA over task-major tokens
+    segment_lora.py   the low-rank part of a linear, over task-major tokens
+    segments.py       products with a matrix a task
 
 `kinds.ADAPTERS` finds the hypernetwork of a kind by its config class.
 """

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
+from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.language_model import Feature
 from ship_ds.section import Section
 
@@ -39,10 +40,16 @@ class Adapter(ABC):
     def num_tasks(self) -> int:
         """T, or how many rows it was expanded to."""
 
+    def low_rank(self, path: str) -> LowRank | None:
+        """What is added to the output of the linear at module `path`, where it is of low rank; the
+        site adds it in place. None: nothing, or no such thing."""
+        return None
+
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         """What is added to the output of the linear at module `path` for input x (..., I), its
-        tokens task-major; None: nothing."""
-        return None
+        tokens task-major; None: nothing. A kind with `low_rank` needs no other."""
+        low_rank = self.low_rank(path)
+        return None if low_rank is None else low_rank.delta(x)
 
     def virtual_tokens(self) -> Tensor | None:
         """Embeddings put before every prompt, (T, P, H); None: none."""

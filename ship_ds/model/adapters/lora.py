@@ -30,7 +30,8 @@ from ship_ds.model.adapters.adapter import (
     Target,
     num_products,
 )
-from ship_ds.model.adapters.segment_lora import segment_lora
+from ship_ds.model.adapters.segment_lora import LowRank
+from ship_ds.model.adapters.segments import TaskEnds
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module path -> (a_TRI, b_TOR)."""
@@ -40,24 +41,22 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 class LoraAdapter(Adapter):
     """Low-rank updates: y += scaling * B A x (Hu et al. 2021), scaling = alpha / R as in `peft`.
 
-    factors: module path -> (a_TRI, b_TOR).
+    factors: module path -> (a_TRI, b_TOR). ends: where each task's tokens end; None: every task has
+    equally many.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     scaling: float
-    offsets: Tensor | None = None
+    ends: TaskEnds | None = None
 
     @property
     def num_tasks(self) -> int:
         return len(next(iter(self.factors.values()))[0])
 
-    def delta(self, path: str, x: Tensor) -> Tensor | None:
+    def low_rank(self, path: str) -> LowRank | None:
         if path not in self.factors:
             return None
-        a_TRI, b_TOR = self.factors[path]
-        # B is far smaller than the output
-        scaled_TOR = b_TOR if self.scaling == 1 else b_TOR * self.scaling
-        return segment_lora(x, a_TRI, scaled_TOR, self.offsets)
+        return LowRank(*self.factors[path], self.scaling, self.ends)
 
     def prepared(self, dtype: torch.dtype) -> "LoraAdapter":
         factors = {
@@ -70,7 +69,7 @@ class LoraAdapter(Adapter):
         return replace(
             self,
             factors={path: (a[index], b[index]) for path, (a, b) in self.factors.items()},
-            offsets=None,
+            ends=None,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -95,7 +94,7 @@ class LoraAdapter(Adapter):
         return total / norm.clamp(min=1e-12)
 
     def over(self, offsets: Tensor | None) -> "LoraAdapter":
-        return replace(self, offsets=offsets)
+        return replace(self, ends=None if offsets is None else TaskEnds(offsets))
 
 
 def _inner(a_TRI: Tensor, b_TOR: Tensor, other_a_TRI: Tensor, other_b_TOR: Tensor) -> Tensor:
@@ -232,7 +231,7 @@ class ShapeHead(LoraHead):
     def forward(self, features_TUD: Tensor) -> Factors:
         a_TJRI = self.to_a(features_TUD).unflatten(2, (self.rank, self.num_in))
         b_TJOR = self.to_b(features_TUD).unflatten(2, (self.num_out, self.rank))
-        return {path: (a_TJRI[:, j], b_TJOR[:, j]) for j, path in enumerate(self.paths)}
+        return _by_path(self.paths, a_TJRI, b_TJOR)
 
 
 class LayerHead(LoraHead):
@@ -290,7 +289,13 @@ class RankHead(LoraHead):
     def forward(self, features_TUD: Tensor) -> Factors:
         a_TJRI = self.to_a(features_TUD).unflatten(1, (-1, self.rank))
         b_TJOR = self.to_b(features_TUD).unflatten(1, (-1, self.rank)).transpose(2, 3)
-        return {path: (a_TJRI[:, j], b_TJOR[:, j]) for j, path in enumerate(self.paths)}
+        return _by_path(self.paths, a_TJRI, b_TJOR)
+
+
+def _by_path(paths: list[str], a_TJRI: Tensor, b_TJOR: Tensor) -> Factors:
+    """Each site's A and B. The gradient of unbind is one stack; that of indexing would be a tensor
+    of all sites for every one of them."""
+    return dict(zip(paths, zip(a_TJRI.unbind(1), b_TJOR.unbind(1), strict=True), strict=True))
 
 
 def _zero(linear: nn.Linear) -> None:

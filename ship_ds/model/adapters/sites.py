@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Adapter, Sites
 from ship_ds.model.language_model import LanguageModel, language_model
+from ship_ds.model.nf4_linear import Nf4Linear
 
 
 class AdaptedLinear(nn.Module):
-    """A target linear, wrapped once. It calls `base(x)`, where ZeRO-3 gathers and bitsandbytes
-    dequantises."""
+    """A target linear, wrapped once. It calls `base(x)`, where ZeRO-3 gathers and the weight is
+    dequantised, and adds what the adapter says: in place where that is of low rank."""
 
     def __init__(self, base: nn.Module, path: str) -> None:
         super().__init__()
@@ -32,8 +33,15 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        low_rank = None if self.adapter is None else self.adapter.low_rank(self.path)
+        if low_rank is not None and isinstance(self.base, Nf4Linear):
+            # By name: DeepSpeed's hooks look at positional arguments, and know tensors alone.
+            fused: Tensor = self.base(x, low_rank=low_rank)
+            return fused
         out: Tensor = self.base(x)
-        delta = self.adapter.delta(self.path, x) if self.adapter is not None else None
+        if low_rank is not None:
+            return low_rank.add_to(out, x)
+        delta = None if self.adapter is None else self.adapter.delta(self.path, x)
         return out if delta is None else out + delta.to(out.dtype)
 
 

@@ -1,0 +1,215 @@
+"""Products of task-major tokens with one matrix a task, never one copy of it per token.
+
+    times      tokens x matrices     (N, I) and (T, I, O)  ->  (N, O)
+    add_times  the same, added in place
+    outer      tokens^T tokens       (N, I) and (N, O)     ->  (T, I, O)
+
+A low-rank adapter needs no others: forward, input gradient and both weight gradients are made of
+these three. How they are computed depends on the device and on whether tasks have equally many
+tokens; `segments` chooses.
+
+Letters: T tasks, N packed tokens, R LoRA rank, I inputs of a linear, O outputs of a linear,
+X other letters flattened.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT_BYTES = 16
+"""grouped_mm wants rows in multiples of this."""
+_GROUPED_CAPABILITIES = (9, 10)
+"""Major versions of the cards where grouped_mm is one kernel, in bf16; elsewhere it copies the ends
+to the host and launches one product a task."""
+
+
+class TaskEnds:
+    """Where each task's tokens end in a packed sequence: read back from the device at most once,
+    however many linears ask.
+
+    offsets_T: int32; task t has the tokens offsets_T[t - 1] to offsets_T[t].
+    """
+
+    def __init__(self, offsets_T: Tensor) -> None:
+        self.offsets_T = offsets_T
+
+    @cached_property
+    def on_host(self) -> list[int]:
+        """The ends as numbers. On CUDA this waits for the device."""
+        ends: list[int] = self.offsets_T.tolist()
+        return ends
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """(task, start, end) of each task."""
+        start = 0
+        for task, end in enumerate(self.on_host):
+            yield task, start, end
+            start = end
+
+
+class Segments(ABC):
+    """The three products; see the top of this file. Tokens are contiguous; matrices may have any
+    strides."""
+
+    def aligned(self, a_TRI: Tensor, b_TOR: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors as the products take them: with zeros behind the ranks where they need a
+        multiple of some number. With gradient."""
+        return a_TRI, b_TOR
+
+    @abstractmethod
+    def times(self, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
+        """Each token times its task's matrix, (N, O)."""
+
+    @abstractmethod
+    def add_times(self, out_NO: Tensor, x_NI: Tensor, matrix_TIO: Tensor) -> None:
+        """Add each token times its task's matrix to `out_NO`, in place."""
+
+    @abstractmethod
+    def outer(self, x_NI: Tensor, grad_NO: Tensor) -> Tensor:
+        """The sum over each task's tokens of x^T grad, (T, I, O)."""
+
+
+class EqualSegments(Segments):
+    """Every task has equally many tokens: batched products of views."""
+
+    def __init__(self, num_tasks: int) -> None:
+        self.num_tasks = num_tasks
+
+    def _per_task(self, x: Tensor) -> Tensor:
+        return x.view(self.num_tasks, -1, x.shape[-1])
+
+    def times(self, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
+        return torch.bmm(self._per_task(x_NI), matrix_TIO).flatten(0, 1)
+
+    def add_times(self, out_NO: Tensor, x_NI: Tensor, matrix_TIO: Tensor) -> None:
+        # Not baddbmm_, which torch's counter of FLOPs does not know.
+        out_TXO = self._per_task(out_NO)
+        torch.baddbmm(out_TXO, self._per_task(x_NI), matrix_TIO, out=out_TXO)
+
+    def outer(self, x_NI: Tensor, grad_NO: Tensor) -> Tensor:
+        return torch.bmm(self._per_task(x_NI).mT, self._per_task(grad_NO))
+
+
+class LoopedSegments(Segments):
+    """One product a task, written where it belongs; for the CPU, where the ends are at hand."""
+
+    def __init__(self, ends: TaskEnds) -> None:
+        self.ends = ends
+
+    def times(self, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
+        out_NO = x_NI.new_empty(len(x_NI), matrix_TIO.shape[2])
+        for task, start, end in self.ends.spans():
+            torch.mm(x_NI[start:end], matrix_TIO[task], out=out_NO[start:end])
+        return out_NO
+
+    def add_times(self, out_NO: Tensor, x_NI: Tensor, matrix_TIO: Tensor) -> None:
+        for task, start, end in self.ends.spans():
+            out = out_NO[start:end]
+            torch.addmm(out, x_NI[start:end], matrix_TIO[task], out=out)
+
+    def outer(self, x_NI: Tensor, grad_NO: Tensor) -> Tensor:
+        out_TIO = x_NI.new_empty(len(self.ends.on_host), x_NI.shape[1], grad_NO.shape[1])
+        for task, start, end in self.ends.spans():
+            torch.mm(x_NI[start:end].T, grad_NO[start:end], out=out_TIO[task])
+        return out_TIO
+
+
+class GroupedSegments(Segments):
+    """torch's grouped product: one kernel for all tasks, the ends stay on the device."""
+
+    def __init__(self, ends: TaskEnds) -> None:
+        self.offsets_T = ends.offsets_T
+
+    def aligned(self, a_TRI: Tensor, b_TOR: Tensor) -> tuple[Tensor, Tensor]:
+        missing = -a_TRI.shape[1] % (_ALIGNMENT_BYTES // a_TRI.element_size())
+        if not missing:
+            return a_TRI, b_TOR
+        pad = torch.nn.functional.pad
+        return pad(a_TRI, (0, 0, 0, missing)), pad(b_TOR, (0, missing))
+
+    def times(self, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
+        return torch.nn.functional.grouped_mm(x_NI, matrix_TIO, offs=self.offsets_T)
+
+    def add_times(self, out_NO: Tensor, x_NI: Tensor, matrix_TIO: Tensor) -> None:
+        out_NO += self.times(x_NI, matrix_TIO)
+
+    def outer(self, x_NI: Tensor, grad_NO: Tensor) -> Tensor:
+        # Here the groups slide over the strided dimension, so they may end at any token.
+        return torch.nn.functional.grouped_mm(x_NI.T, grad_NO, offs=self.offsets_T)
+
+
+class PaddedSegments(Segments):
+    """Batched products of segments padded to the longest: where nothing better runs."""
+
+    def __init__(self, ends: TaskEnds) -> None:
+        starts = [0, *ends.on_host[:-1]]
+        longest = max(end - start for start, end in zip(starts, ends.on_host, strict=True))
+        device = ends.offsets_T.device
+        self.num_tasks, self.longest = len(starts), longest
+        token_N = torch.arange(ends.on_host[-1], device=device)
+        task_N = torch.searchsorted(ends.offsets_T, token_N, right=True)
+        starts_T = torch.nn.functional.pad(ends.offsets_T, (1, 0))[:-1]
+        self.place_N = task_N * longest + token_N - starts_T[task_N]
+        """Token -> its place in the padded segments laid end to end."""
+
+    def _padded(self, x: Tensor) -> Tensor:
+        padded = x.new_zeros(self.num_tasks * self.longest, x.shape[1])
+        return padded.index_copy_(0, self.place_N, x).view(self.num_tasks, self.longest, -1)
+
+    def times(self, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
+        return torch.bmm(self._padded(x_NI), matrix_TIO).flatten(0, 1)[self.place_N]
+
+    def add_times(self, out_NO: Tensor, x_NI: Tensor, matrix_TIO: Tensor) -> None:
+        out_NO += self.times(x_NI, matrix_TIO)
+
+    def outer(self, x_NI: Tensor, grad_NO: Tensor) -> Tensor:
+        return torch.bmm(self._padded(x_NI).mT, self._padded(grad_NO))
+
+
+class ShapeSegments(Segments):
+    """On the meta device, where ends cannot be read: all tokens times one task's matrix have the
+    shapes and the FLOPs of the real products."""
+
+    def __init__(self, ends: TaskEnds) -> None:
+        self.num_tasks = len(ends.offsets_T)
+
+    def times(self, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
+        return torch.mm(x_NI, matrix_TIO[0])
+
+    def add_times(self, out_NO: Tensor, x_NI: Tensor, matrix_TIO: Tensor) -> None:
+        torch.addmm(out_NO, x_NI, matrix_TIO[0], out=out_NO)
+
+    def outer(self, x_NI: Tensor, grad_NO: Tensor) -> Tensor:
+        return torch.mm(x_NI.T, grad_NO).repeat(self.num_tasks, 1, 1)
+
+
+def segments(x: Tensor, num_tasks: int, ends: TaskEnds | None) -> Segments:
+    """The products for tokens such as x.
+
+    Args:
+        x: its device and dtype count.
+        num_tasks: T.
+        ends: of the tasks; None: every task has equally many tokens.
+    """
+    if ends is None:
+        return EqualSegments(num_tasks)
+    index = x.device.index if x.device.type == "cuda" else None
+    return ragged_kind(x.device.type, index, x.dtype)(ends)
+
+
+@lru_cache
+def ragged_kind(
+    device: str, index: int | None, dtype: torch.dtype
+) -> Callable[[TaskEnds], Segments]:
+    """The products for segments of any lengths on a device; asks a card for its capability once."""
+    if device == "cpu":
+        return LoopedSegments
+    if device == "meta":
+        return GroupedSegments if dtype == torch.bfloat16 else ShapeSegments
+    major, _ = torch.cuda.get_device_capability(index)
+    if dtype == torch.bfloat16 and major in _GROUPED_CAPABILITIES:
+        return GroupedSegments
+    return PaddedSegments

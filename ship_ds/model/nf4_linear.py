@@ -1,0 +1,134 @@
+"""A linear in 4 bits that keeps nothing of its weight between forward and backward.
+
+bitsandbytes' own autograd function holds the packed weight as an attribute until the backward pass.
+Under ZeRO-3 that weight was gathered from all ranks, and neither DeepSpeed's release nor
+checkpointing can free what is held like that: the whole base stays in memory. Here the backward
+pass reads the weight from the module again, where DeepSpeed's hook has gathered it by then, as
+DeepSpeed's own LinearFunctionForZeroStage3 does.
+
+    W = dequantised weight                 into a buffer that all linears share
+    out = x W^T + bias + scaling * B A x   one tensor, the adapter's part added in place
+
+Letters: T tasks, R LoRA rank, I inputs of a linear, O outputs of a linear, N packed tokens.
+"""
+
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ship_ds.errors import UserError
+from ship_ds.model.adapters.segment_lora import LowRank, add_low_rank, factor_gradients
+from ship_ds.model.nf4 import BLOCK, dequantised
+
+
+class Nf4Linear(bitsandbytes.nn.Linear4bit):
+    """A frozen linear in 4 bits, perhaps with a low-rank part."""
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight (O, I) as training and serving compute with it."""
+        weight: Any = self.weight
+        state: Any = weight.quant_state or self.quant_state
+        return dequantised(weight, state, dtype)
+
+    def forward(self, x: Tensor, low_rank: LowRank | None = None) -> Tensor:
+        """x W^T + bias, and what the low-rank part adds.
+
+        Args:
+            x: (..., I).
+            low_rank: see `LowRank`.
+        """
+        if not self._is_trained(x, low_rank):
+            # bitsandbytes has kernels for few rows, with which decoding reads the packed weight.
+            out: Tensor = super().forward(x)
+            return out if low_rank is None else low_rank.add_to(out, x)
+        inputs = x.to(self.compute_dtype or x.dtype)
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        operands: tuple[Any, ...] = (None, None, None, 1.0)
+        if low_rank is not None:
+            operands = (*low_rank.operands(inputs), low_rank.scaling)
+        out = _Nf4LowRank.apply(self, inputs, bias, *operands)
+        return out.to(x.dtype)
+
+    def _is_trained(self, x: Tensor, low_rank: LowRank | None) -> bool:
+        """Whether anything that this linear computes from wants a gradient."""
+        sources = [x] if self.bias is None else [x, self.bias]
+        if low_rank is not None:
+            sources += [low_rank.a_TRI, low_rank.b_TOR]
+        return torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+
+
+class _Nf4LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: Nf4Linear,
+        x: Tensor,
+        bias: Tensor | None,
+        products: Any,
+        a_TRI: Tensor | None,
+        b_TOR: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        weight_IO = module.dequantised(x.dtype).T
+        out_NO = x_NI @ weight_IO if bias is None else torch.addmm(bias, x_NI, weight_IO)
+        low_NR = None
+        if a_TRI is not None and b_TOR is not None:
+            low_NR = add_low_rank(products, out_NO, x_NI, a_TRI, b_TOR, scaling)
+        # The input is wanted for A's gradient alone.
+        kept = x if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(kept, a_TRI, b_TOR, low_NR)
+        ctx.module, ctx.products, ctx.scaling = module, products, scaling
+        return out_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a_TRI, b_TOR, low_NR = ctx.saved_tensors
+        _, wants_x, wants_bias, _, wants_a, _, _ = ctx.needs_input_grad
+        # The gradient of a sum has strides of zero, which no product takes.
+        grad_NO = grad.reshape(-1, grad.shape[-1]).contiguous()
+        grad_x = grad_a_TRI = grad_b_TOR = None
+        if a_TRI is not None:
+            grad_low_NR = ctx.products.times(grad_NO, b_TOR).mul_(ctx.scaling)
+        if wants_a:
+            x_NI = x.reshape(-1, x.shape[-1])
+            grad_a_TRI, grad_b_TOR = factor_gradients(
+                ctx.products, grad_NO, grad_low_NR, x_NI, low_NR
+            )
+        if wants_x:
+            grad_NI = grad_NO @ ctx.module.dequantised(grad_NO.dtype)
+            if a_TRI is not None:
+                ctx.products.add_times(grad_NI, grad_low_NR, a_TRI)
+            grad_x = grad_NI.view(*grad.shape[:-1], -1)
+        grad_bias = grad_NO.sum(0) if wants_bias else None
+        return None, grad_x, grad_bias, None, grad_a_TRI, grad_b_TOR, None
+
+
+def use_nf4_linears(model: nn.Module, device: torch.device, base: str) -> None:
+    """Let every 4-bit linear of a model compute as an `Nf4Linear`, in place.
+
+    Args:
+        model: as transformers or streaming.py loads it.
+        device: where it will run.
+        base: its name, for the message.
+
+    Raises:
+        UserError: a linear's inputs do not split into blocks; bitsandbytes raises nothing there.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
+            continue
+        # The same attributes and another forward; DeepSpeed and peft keep seeing a Linear4bit.
+        module.__class__ = Nf4Linear
+        # A no-grad forward on a CPU with AVX512-BF16 repacks the weight in place, and the next
+        # training step computes with what it takes for the old layout.
+        module.support_avx512bf16_for_cpu = False
+        if device.type == "cpu" and module.in_features % BLOCK:
+            raise UserError(
+                f"{base}: {path} has {module.in_features} inputs, and in nf4 bitsandbytes computes "
+                f"wrongly on a CPU unless they are a multiple of {BLOCK}: set quantisation=none"
+            )
