@@ -120,7 +120,7 @@ def test_toys_are_planned() -> None:
     prefixed = make_plan(
         load_config("quickstart-smoke", ["model.hypernetwork={kind: toy_prefix}"]), machines
     )
-    assert 0 < prefixed.memory["adapters and gradients"] < plain.memory["adapters and gradients"]
+    assert 0 < prefixed.memory["generated adapters"] < plain.memory["generated adapters"]
 
 
 def test_a_prefix_trains(tmp_path: Path) -> None:

@@ -565,7 +565,7 @@ def _against_the_planner(ship: ShipModel, planned: Shapes, config: Any) -> dict[
     plan = count_activations(planned, work)
     terms = {
         **{f"activations, {part}": num_bytes for part, num_bytes in plan.kept.items()},
-        "adapters and gradients": 2 * plan.adapters,
+        "generated adapters": plan.adapters,
         "logits at labels": plan.logits,
         "working memory": plan.working,
     }

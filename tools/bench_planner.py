@@ -1,11 +1,10 @@
-"""The planner's figures against measured ones; writes tools/results/planner.json.
+"""What the planner says that ZeRO holds and sends against two gloo ranks; writes
+tools/results/planner.json.
 
-    # two gloo ranks and one process; about four minutes on two cores
-    python tools/bench_planner.py
+    python tools/bench_planner.py         # about four minutes on two cores
 
 Measured: under each stage, after two steps, the bytes of every tensor alive in a rank, told apart
-by what they are; what a rank's links carry in the third step; what autograd keeps of each part's
-forward pass, and the peak of forward and backward.
+by what they are, and what a rank's links carry in the third step. Peaks: tools/bench_memory.py.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ship_ds.config import Config, load_config
-from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.monitor.machine import describe_machine, versions
-from ship_ds.planner.activations import Workload, count_activations, planned_batch
 from ship_ds.planner.plan import Machines, make_plan
-from ship_ds.planner.shapes import Shapes, build_shapes
-from ship_ds.runtime.engine import engine_dtype
 
 RESULTS = Path(__file__).parent / "results" / "planner.json"
 STAGES = ("zero1", "zero2", "zero3", "zero3_bf16", "zero3_shard_all", "short reuse")
-NARROW = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "vocab_size": 266,
-}
 _SENT = {
     "all_gather_into_tensor": ("output_tensor", 1),
     "reduce_scatter_tensor": ("input", 1),
@@ -221,61 +207,6 @@ def error(plan: int, measured: int) -> float | None:
     return round(100 * (plan / measured - 1), 1) if measured else None
 
 
-def compare_activations(base: str) -> dict[str, Any]:
-    """What autograd keeps of each part, and the peak of forward and backward; on the CPU in
-    fp32."""
-    planned, measured = {}, {}
-    for checkpointing in (False, True):
-        config = load_config(
-            "quickstart",
-            [
-                *(f"model.{role}.base={base}" for role in ("encoder", "decoder", "task_llm")),
-                f"model.task_llm.checkpointing={str(checkpointing).lower()}",
-            ],
-        )
-        work, shapes = (
-            Workload(4, 4, 24, 64, 24, 2),
-            build_shapes(config.model, engine_dtype(config.training)),
-        )
-        plan = count_activations(shapes, work)
-        model = build_ship(config.model, LoadedWeights()).train()
-        real = Shapes(config.model, torch.float32, model, frozenset())
-        if not checkpointing:
-            planned |= {**plan.kept, "logits at labels": plan.logits}
-            counted = count_activations(real, work)
-            measured |= {**counted.kept, "logits at labels": counted.logits}
-        name = "peak, checkpointed" if checkpointing else "peak"
-        planned[name] = sum(plan.kept.values()) + plan.logits + 2 * plan.adapters + plan.working
-        measured[name] = peak_of_a_step(real, work)
-    return table(planned, measured)
-
-
-def peak_of_a_step(shapes: Shapes, work: Workload) -> int:
-    """The most that forward and backward hold beyond the model, as the allocator reports it."""
-    batch = planned_batch(shapes, work)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        sum(shapes.ship(batch).objectives.values()).backward()
-    changes = [
-        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    return max(
-        accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
-    )
-
-
-def make_narrow(folder: Path) -> str:
-    """A random Llama wider than the embedded one, with its tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from ship_ds.model.loading import load_tokenizer
-
-    LlamaForCausalLM(LlamaConfig(**NARROW)).save_pretrained(folder)
-    load_tokenizer("embedded").save_pretrained(folder)
-    return str(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -287,25 +218,17 @@ def main() -> None:
         return on_a_rank(args.stage, Path(args.folder))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        activations = {
-            label: compare_activations(base)
-            for label, base in (
-                ("embedded, width 128", "embedded"),
-                ("random, width 512", make_narrow(folder / "narrow")),
-            )
-        }
         stages = {stage: compare_stage(stage, folder) for stage in STAGES}
     report = {
         "command": "python tools/bench_planner.py",
         "ranks": "two, gloo",
         "machine": describe_machine(),
         "versions": versions(),
-        "activations": activations,
         "stages": stages,
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    for where, rows in {**activations, **stages}.items():
+    for where, rows in stages.items():
         for what, row in rows.items():
             print(
                 f"{where:<22} {what:<24} {row['planned']:>14,} {row['measured']:>14,} "

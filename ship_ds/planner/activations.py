@@ -1,11 +1,11 @@
-"""Activations a rank holds when the backward pass begins, counted by running the real forward on
-the meta device.
+"""Activations that a rank holds at the end of the forward pass and at its heaviest moment, counted
+by running the real forward and backward on the meta device.
 
-Autograd hands every tensor that it keeps to a hook, and the storages are counted once each, so the
-count follows the code of the model family and of the adapters, whatever they are.
+Every storage is counted from the operation that makes it until nothing holds it any more, so the
+count follows the code of the model family, of the adapters and of checkpointing, whatever they are.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ship_ds.config import Config
 from ship_ds.data.source import source_of
 from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.adapters.sites import AdaptedBlock
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.step import ShipBatch
+from ship_ds.planner.live_bytes import LiveBytes
 from ship_ds.planner.shapes import Shapes
 
 Lengths = tuple[int | None, int | None, int | None]
@@ -74,22 +74,66 @@ class Workload:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes. kept: by the parts, adapters and logits apart; adapters: the generated weights,
-    without their gradients;
-    logits: the log-probabilities kept for the loss; working: of the heaviest moment beside
-    these."""
+    """Bytes. kept: by the parts when the forward ends, adapters and logits apart; adapters: the
+    generated weights; logits: what the loss keeps of them; working: what the heaviest moment of
+    forward and backward needs beside these, recomputed blocks and gradients included."""
 
     kept: dict[str, int]
     adapters: int
     logits: int
     working: int
 
+    @property
+    def at_end_of_forward(self) -> int:
+        """What is held before the backward pass begins."""
+        return sum(self.kept.values()) + self.adapters + self.logits
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return self.at_end_of_forward + self.working
+
 
 @lru_cache(maxsize=16)
 def count_activations(shapes: Shapes, work: Workload) -> Activations:
-    """By one forward of the very model that trains, on the device of its weights: the meta device
-    in a plan, a real one where a benchmark compares the two."""
-    return _Count(shapes, work).run()
+    """By one forward and backward of the very model that trains, on the device of its weights: the
+    meta device in a plan, a real one where a test compares the two."""
+    if not shapes.shallow:
+        return _Count(shapes, work).run()
+    return _of_all_layers(shapes, *(_Count(few, work).run() for few in shapes.shallow))
+
+
+def _of_all_layers(shapes: Shapes, two: Activations, four: Activations) -> Activations:
+    """What grows with the layers goes on growing as it did between two and four.
+
+    `working` does not: it is what the heaviest moment needs beside all that is kept, which is at
+    most as much as where little is kept.
+    """
+
+    def grown(part: str, few: int, more: int) -> int:
+        return extrapolated(shapes, part, few, more)
+
+    return Activations(
+        {part: grown(part, two.kept[part], four.kept[part]) for part in four.kept},
+        grown("task LLM", two.adapters, four.adapters),
+        grown("task LLM", two.logits, four.logits),
+        four.working,
+    )
+
+
+def extrapolated(shapes: Shapes, part: str, few: int, more: int) -> int:
+    """Bytes of a part with all its layers, from those of the two shallow models.
+
+    Args:
+        shapes: of the deep model.
+        part: what has no layers of its own grows with the Task LLM's.
+        few, more: its bytes in the two.
+    """
+    layers = [one.depths.get(part, one.depths["task LLM"]) for one in (*shapes.shallow, shapes)]
+    first, second, all_layers = layers
+    if first == second:
+        return more
+    return more + (more - few) * (all_layers - second) // (second - first)
 
 
 def planned_batch(shapes: Shapes, work: Workload) -> ShipBatch:
@@ -118,50 +162,36 @@ def planned_batch(shapes: Shapes, work: Workload) -> ShipBatch:
 
 
 class _Count:
-    """Walks once through SHIP's forward and notes which part autograd keeps a tensor for."""
+    """Walks once through SHIP's forward and backward and puts down what is alive to the parts."""
 
     def __init__(self, shapes: Shapes, work: Workload) -> None:
         self.shapes, self.work = shapes, work
-        self.storages: dict[int, Any] = {}
-        self.kept = dict.fromkeys(shapes.parts, 0)
-        self.part: str | None = None
-        self.logits = self.adapters = self.heaviest_logits = 0
-        self.blocks: list[int] = []
-        for module in shapes.parts.values():
-            self.new_bytes(module.parameters())
+        parameters = [p for module in shapes.parts.values() for p in module.parameters()]
+        self.trained = [p for p in parameters if p.requires_grad]
+        self.live = LiveBytes([*parameters, *shapes.ship.buffers()])
+        self.adapters = 0
 
     def run(self) -> Activations:
-        """The forward, and what it left."""
-        hooks = [*self._watch_parts(), *self._watch_blocks()]
+        """The step, and what it held."""
+        batch = planned_batch(self.shapes, self.work)
+        hooks = [*self._watch_parts(), *self._drop_gradients()]
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-                self.shapes.ship(planned_batch(self.shapes, self.work))
+            with self.live:
+                sums = list(self.shapes.ship(batch).objectives.values())
+                kept = self._kept()
+                torch.stack(sums).sum().backward()
         finally:
             for hook in hooks:
                 hook.remove()
-        if self.shapes.config.task_llm.checkpointing:
-            self.kept["task LLM"] += self._checkpointed() - sum(self.blocks)
-        working = self.heaviest_logits * (4 + self.shapes.dtype.itemsize) + self._block_working()
-        return Activations(self.kept, self.adapters, self.logits, working)
+        logits = kept.pop("logits")
+        held = sum(kept.values()) + self.adapters + logits
+        return Activations(kept, self.adapters, logits, max(0, self.live.peak - held))
 
-    def new_bytes(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes of the storages that are new among these; they are kept alive, so that no address
-        comes twice."""
-        total = 0
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.storages:
-                self.storages[storage._cdata] = storage
-                total += storage.nbytes()
-        return total
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        num_bytes = self.new_bytes([tensor])
-        if self.part is None:
-            self.logits += num_bytes
-        else:
-            self.kept[self.part] += num_bytes
-        return tensor
+    def _kept(self) -> dict[str, int]:
+        totals = self.live.by_part()
+        kept = {part: totals.get(part, 0) for part in (*self.shapes.parts, "logits")}
+        kept["hypernetwork"] -= self.adapters
+        return kept
 
     def _watch_parts(self) -> Iterator[Any]:
         """What comes between two parts counts to the earlier one, what follows a language model
@@ -177,51 +207,19 @@ class _Count:
             yield module.register_forward_pre_hook(partial(self._enter, name))
         yield ship.hypernetwork.register_forward_hook(self._after_hypernetwork)
         for module in (ship.task_llm, ship.decoder):
-            yield module.register_forward_hook(self._after_logits)
+            yield module.register_forward_hook(partial(self._enter, "logits"))
 
     def _enter(self, part: str, *_: Any) -> None:
-        self.part = part
+        self.live.part = part
 
     def _after_hypernetwork(self, module: nn.Module, inputs: Any, adapter: Adapter) -> None:
-        self.adapters = self.new_bytes(adapter.tensors().values())
+        self.adapters = self.live.made_by("hypernetwork", adapter.tensors().values())
 
-    def _after_logits(self, module: nn.Module, inputs: Any, out: tuple[Tensor, Tensor]) -> None:
-        self.part = None
-        self.heaviest_logits = max(self.heaviest_logits, out[0].numel())
+    def _drop_gradients(self) -> Iterator[Any]:
+        """A trained weight's gradient goes into DeepSpeed's buckets, which are counted apart."""
+        for parameter in self.trained:
+            yield parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
-    def _watch_blocks(self) -> Iterator[Any]:
-        """Append what each block of the Task LLM keeps."""
-        before: list[int] = []
-        kept = self.kept
-        for block in (
-            m for m in self.shapes.ship.task_llm.modules() if isinstance(m, AdaptedBlock)
-        ):
-            yield block.register_forward_pre_hook(lambda *_: before.append(kept["task LLM"]))
-            yield block.register_forward_hook(partial(self._after_block, before))
 
-    def _after_block(self, before: list[int], *_: Any) -> None:
-        # A pass without gradient, such as a teacher's, keeps nothing and is not recomputed.
-        if torch.is_grad_enabled():
-            self.blocks.append(self.kept["task LLM"] - before[-1])
-
-    def _checkpointed(self) -> int:
-        """Each block's input, and one block recomputed, less what the backward pass has freed of
-        the decoder by then."""
-        tokens = self.work.tokens(self.shapes)["task LLM"]
-        hidden_size = self.shapes.ship.task_llm.language_model.hidden_size
-        inputs = len(self.blocks) * tokens * hidden_size * self.shapes.dtype.itemsize
-        return inputs + max(0, max(self.blocks) - self.kept["decoder"])
-
-    def _block_working(self) -> int:
-        """Beside what is kept: one matrix dequantised, and the gradients inside one feed-forward
-        layer."""
-        ship = self.shapes.ship
-        linears = [
-            linear
-            for role in (ship.task_llm, ship.decoder)
-            for linear in role.language_model.linears().values()
-        ]
-        widest = max(max(linear.in_features, linear.out_features) for linear in linears)
-        tokens = max(self.work.tokens(self.shapes).values())
-        largest = max(linear.weight.numel() for linear in linears)
-        return self.shapes.dtype.itemsize * (largest + 3 * tokens * widest)
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

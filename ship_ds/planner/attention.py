@@ -1,5 +1,5 @@
-"""Attention on the meta device: the output's shape, and what a fused kernel keeps for its backward
-pass.
+"""Attention on the meta device: the shapes of the output and of the gradients, and what a fused
+kernel keeps between the two.
 
 SDPA on the meta device would take the unfused path and count a whole attention matrix.
 
@@ -23,16 +23,17 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows, heads, length, size = query.shape
+        rows, heads, length, _ = query.shape
         # as the kernels lay it out: no copy follows
-        out = query.new_empty(rows, length, heads, size).transpose(1, 2)
+        out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
         row_sums_EAS = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, row_sums_EAS)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise AssertionError("shapes have no backward pass")
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
 
 
 def planned_attention(

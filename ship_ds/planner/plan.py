@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from ship_ds.config import Config, override_config
 from ship_ds.model.adapters.sites import AdaptedBlock
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
+from ship_ds.planner.evaluation import Pass
+from ship_ds.planner.evaluation import passes as evaluation_passes
+from ship_ds.planner.forecast import Forecast, forecast
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
 from ship_ds.planner.zero import Held, Traffic, Zero, held_by_a_rank, traffic
 from ship_ds.runtime.deepspeed_config import is_bf16, read_deepspeed_config
@@ -36,22 +39,31 @@ class Machines:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one rank: `memory` by term on its GPU, `host` beside it; `traffic` of one optimiser
-    step."""
+    """Bytes of one rank: `memory` by term on its GPU while it trains, `evaluating` while it
+    answers, `host` beside it; `traffic` of one optimiser step."""
 
     config: Config
     machines: Machines
     work: Workload
     memory: dict[str, int]
+    evaluating: dict[str, int]
     host: dict[str, int]
     traffic: Traffic
     parameters: dict[str, int]
     is_sharded: bool
     largest_gathered: tuple[str, int]
+    passes: list[Pass]
+    forecast: Forecast
 
     @property
     def needed(self) -> int:
-        return sum(self.memory.values()) + RESERVED
+        """Of a GPU's memory, at the heavier of training and evaluation."""
+        return max(sum(self.memory.values()), sum(self.evaluating.values())) + RESERVED
+
+    @property
+    def evaluation_needs_most(self) -> bool:
+        """Whether it is evaluation or the report that decides."""
+        return sum(self.evaluating.values()) > sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
@@ -84,18 +96,22 @@ def plan_under(
     engine = [weight for part in inside for weight in shapes.weights(part)]
     outside = [] if is_sharded else shapes.weights("task LLM")
     held = held_by_a_rank(zero, engine, outside)
+    accumulation = config.training.accumulation
+    sent = traffic(zero, engine, accumulation, _recomputed(shapes) if is_sharded else ())
+    evaluations = list(evaluation_passes(shapes, work, config.evaluation))
     return Plan(
         config,
         machines,
         work,
-        _memory(held, count_activations(shapes, work)),
+        _memory(held, count_activations(shapes, work), _dequantised(shapes)),
+        _evaluating(zero, held, evaluations, _dequantised(shapes)),
         held.host,
-        traffic(
-            zero, engine, config.training.accumulation, _recomputed(shapes) if is_sharded else ()
-        ),
+        sent,
         _parameters(shapes),
         is_sharded,
         _largest(zero, engine),
+        evaluations,
+        forecast(shapes, work, sent, accumulation, machines.nodes),
     )
 
 
@@ -105,19 +121,40 @@ def _tasks_per_micro_batch(config: Config, machines: Machines) -> int:
     return training.tasks_per_step // (machines.num_ranks * training.accumulation)
 
 
-def _memory(held: Held, activations: Activations) -> dict[str, int]:
-    """Adapters count twice: the generated weights and their gradients."""
+def _memory(held: Held, activations: Activations, dequantised: int) -> dict[str, int]:
     return {
         **held.gpu,
-        "adapters and gradients": 2 * activations.adapters,
+        "generated adapters": activations.adapters,
         **{
             f"activations, {part}": num_bytes
             for part, num_bytes in activations.kept.items()
             if num_bytes
         },
         "logits at labels": activations.logits,
-        "working memory": activations.working,
+        "working memory": activations.working + dequantised,
     }
+
+
+def _evaluating(
+    zero: Zero, held: Held, evaluations: Sequence[Pass], dequantised: int
+) -> dict[str, int]:
+    """The weights and the optimiser's state stay; gradients and buckets do under ZeRO-3 alone."""
+    if not evaluations:
+        return {}
+    heaviest = max(evaluations, key=lambda one: one.num_bytes)
+    freed = () if zero.stage == 3 else ("gradients", "communication buckets")
+    return {
+        **{name: num_bytes for name, num_bytes in held.gpu.items() if name not in freed},
+        f"one row of {heaviest.name}": heaviest.num_bytes,
+        "working memory": dequantised,
+    }
+
+
+def _dequantised(shapes: Shapes) -> int:
+    """The largest 4-bit matrix as it is multiplied with: on the meta device none is in 4 bits."""
+    weights = (weight for part in shapes.parts for weight in shapes.weights(part))
+    sizes = (weight.numel for weight in weights if weight.is_nf4)
+    return max(sizes, default=0) * shapes.dtype.itemsize
 
 
 def _recomputed(shapes: Shapes) -> list[Weight]:
@@ -180,8 +217,11 @@ def _candidates(plan: Plan) -> list[tuple[str, ...]]:
     host's memory."""
     config = plan.config
     candidates: list[tuple[str, ...]] = []
-    if not config.model.task_llm.checkpointing:
-        candidates.append(("model.task_llm.checkpointing=true",))
+    candidates += [
+        (f"model.{role}.checkpointing=true",)
+        for role in ("task_llm", "decoder", "encoder")
+        if not getattr(config.model, role).checkpointing
+    ]
     candidates += [
         (f"training.accumulation={config.training.accumulation * factor}",)
         for factor in (2, 4, 8, 16, 32, 64)

@@ -4,9 +4,10 @@ A base is a folder with a config.json (weights are not needed), "embedded", or t
 shape.
 """
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import nn
@@ -59,14 +60,34 @@ class Weight:
         return nf4.constants_bytes(self.numel) if self.is_nf4 else 0
 
 
+SHALLOW = (2, 4)
+"""Layers of the two models that stand in for one of more than DEEP: what a block holds is the same
+in every layer, so what many hold follows from two counts, in a tenth of the time."""
+DEEP = 8
+
+
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """SHIP on the meta device, put together by the same function as the one that trains."""
+    """SHIP on the meta device, put together by the same function as the one that trains.
+
+    shallow: the same of SHALLOW layers, where it is deep.
+    """
 
     config: ModelConfig
     dtype: torch.dtype
     ship: ShipModel
     nf4_paths: frozenset[str]
+    shallow: "tuple[Shapes, ...]" = ()
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Layers of each language model; what the hypernetwork makes is for the Task LLM's."""
+        models = {
+            "encoder": self.ship.encoder.language_model,
+            "task LLM": self.ship.task_llm.language_model,
+            "decoder": self.ship.decoder.language_model,
+        }
+        return {name: len(model.blocks()) for name, model in models.items()}
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -81,16 +102,25 @@ class Shapes:
         }
 
     def weights(self, part: str) -> list[Weight]:
-        """Every parameter of a part."""
-        return [
-            Weight(
-                path,
-                parameter.numel(),
-                parameter.requires_grad,
-                f"{part}.{path}" in self.nf4_paths,
-            )
-            for path, parameter in self.parts[part].named_parameters()
-        ]
+        """Every parameter of a part; a base that several roles share is the Task LLM's alone."""
+        return self._weights[part]
+
+    @cached_property
+    def _weights(self) -> dict[str, list[Weight]]:
+        shared = {id(parameter) for parameter in self.ship.task_llm.parameters()}
+        return {
+            part: [
+                Weight(
+                    path,
+                    parameter.numel(),
+                    parameter.requires_grad,
+                    f"{part}.{path}" in self.nf4_paths,
+                )
+                for path, parameter in module.named_parameters()
+                if part == "task LLM" or id(parameter) not in shared
+            ]
+            for part, module in self.parts.items()
+        }
 
 
 class MetaWeights:
@@ -99,13 +129,13 @@ class MetaWeights:
     They are not quantised: what would be is remembered instead, so that a plan counts its bytes.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, max_layers: int | None = None) -> None:
+        self.dtype, self.max_layers = dtype, max_layers
         self.nf4: set[int] = set()
 
     def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
         """The base's shapes."""
-        lm = meta_lm(base, self.dtype)
+        lm = meta_lm(base, self.dtype, self.max_layers)
         if quantisation == "nf4":
             self.nf4 |= {id(linear.weight) for linear in nf4.quantised_linears(lm).values()}
         return lm
@@ -122,12 +152,18 @@ class MetaWeights:
 def build_shapes(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None = None) -> Shapes:
     """Raises UserError for what the real model would refuse too: a missing base or target, sizes
     that do not fit."""
-    weights = MetaWeights(dtype)
-    # Recomputed blocks would hide from autograd's hooks what they keep; the count of activations
-    # subtracts it afterwards, block by block.
-    kept_whole = config.task_llm.model_copy(update={"checkpointing": False})
+    whole = _build(config, dtype, loss, None)
+    if max(whole.depths.values()) <= DEEP:
+        return whole
+    return replace(whole, shallow=tuple(_build(config, dtype, loss, n) for n in SHALLOW))
+
+
+def _build(
+    config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None, max_layers: int | None
+) -> Shapes:
+    weights = MetaWeights(dtype, max_layers)
     with torch.device("meta"):
-        ship = build_ship(config.model_copy(update={"task_llm": kept_whole}), weights, loss)
+        ship = build_ship(config, weights, loss)
     shapes = Shapes(config, dtype, ship, frozenset())
     paths = {
         f"{part}.{path}"
@@ -149,8 +185,17 @@ def base_config(base: str) -> PreTrainedConfig:
         raise UserError(f"{error}; {WAY_OUT}") from None
 
 
-def meta_lm(base: str, dtype: torch.dtype) -> nn.Module:
-    """The language model of a base on the meta device: shapes without memory."""
+def meta_lm(base: str, dtype: torch.dtype, max_layers: int | None = None) -> nn.Module:
+    """The language model of a base on the meta device: shapes without memory.
+
+    Args:
+        base: see `base_config`.
+        dtype: of its weights.
+        max_layers: the layers after these are left out; None: none are.
+    """
     config = base_config(base)
+    if max_layers is not None and config.num_hidden_layers > max_layers:
+        config = copy.deepcopy(config)
+        config.num_hidden_layers = max_layers
     lm: nn.Module = auto_class(config).from_config(config, dtype=dtype, attn_implementation=PLANNED)
     return lm

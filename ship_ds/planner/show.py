@@ -1,5 +1,6 @@
 """A plan as text and as JSON."""
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -20,22 +21,45 @@ def size(num_bytes: float) -> str:
 def verdict(plan: Plan, changes: list[Change]) -> str:
     """One line: fits or not, and what to change."""
     need, have = size(plan.needed), size(plan.machines.gpu_memory)
+    when = ", while it evaluates" if plan.evaluation_needs_most else ""
     if plan.fits:
-        return f"fits: {need} of {have} on each of {plan.machines.num_ranks} GPUs"
+        return f"fits: {need} of {have} on each of {plan.machines.num_ranks} GPUs{when}"
     overrides = " ".join(
         override for change in changes for override in _last_of_each(changes, change)
     )
     if changes and changes[-1].plan.fits:
         needed = size(changes[-1].plan.needed)
-        return f"does not fit: {need} of {have}; fits with {overrides} ({needed})"
+        return f"does not fit: {need} of {have}{when}; fits with {overrides} ({needed})"
     last = changes[-1].plan if changes else plan
-    largest = max(last.memory, key=lambda name: last.memory[name])
+    terms = last.evaluating if last.evaluation_needs_most else last.memory
+    largest = max(terms, key=lambda name: terms[name])
     tried = f", nor with {overrides} ({size(last.needed)})" if overrides else ""
     return (
-        f"does not fit: {need} of {have}{tried}; the largest term left is {largest} "
-        f"({size(last.memory[largest])}): "
+        f"does not fit: {need} of {have}{when}{tried}; the largest term left is {largest} "
+        f"({size(terms[largest])}): "
         "use more or larger GPUs, shorter texts or a smaller model"
     )
+
+
+LARGE_HYPERNETWORK = 5 * 10**8
+"""Weights from which a hypernetwork is pointed out: 6 GB of optimiser state."""
+
+
+def warnings_of(plan: Plan) -> list[str]:
+    """What fits, perhaps, and is hardly meant."""
+    weights = plan.parameters["hypernetwork"]
+    if weights < LARGE_HYPERNETWORK:
+        return []
+    heads = getattr(plan.config.model.hypernetwork, "heads", None)
+    way_out = (
+        "; model.hypernetwork.heads=per_module shares them between layers"
+        if heads == "per_layer"
+        else "; a smaller model.hypernetwork.width has fewer"
+    )
+    return [
+        f"the hypernetwork alone has {weights / 1e9:.1f} billion weights, all of them trained: "
+        f"{size(12 * weights)} of optimiser state over all ranks{way_out}"
+    ]
 
 
 def _last_of_each(changes: list[Change], change: Change) -> tuple[str, ...]:
@@ -59,10 +83,14 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
         "needed": plan.needed,
         "gpu_memory": plan.machines.gpu_memory,
         "memory": plan.memory,
+        "evaluating": plan.evaluating,
+        "evaluation_passes": [asdict(one) for one in plan.passes],
         "reserved": RESERVED,
         "host": plan.host,
         "traffic_per_step": plan.traffic.wire,
         "traffic_inside_node": plan.traffic.inside_node,
+        "forecast": {**asdict(plan.forecast), "seconds": plan.forecast.seconds},
+        "warnings": warnings_of(plan),
         "parameters": plan.parameters,
         "task_llm_is_sharded": plan.is_sharded,
         "largest_gathered": {"weight": plan.largest_gathered[0], "bytes": plan.largest_gathered[1]},
@@ -89,11 +117,19 @@ def show(plan: Plan, changes: list[Change]) -> str:
         console.print(_micro_batch(plan))
         console.print(
             _table(
-                "on each GPU",
+                "on each GPU, while it trains",
                 {**plan.memory, "context, NCCL, fragments (assumed)": RESERVED},
-                plan.needed,
+                sum(plan.memory.values()) + RESERVED,
             )
         )
+        if plan.evaluating:
+            console.print(
+                _table(
+                    "on each GPU, while it evaluates or reports",
+                    {**plan.evaluating, "context, NCCL, fragments (assumed)": RESERVED},
+                    sum(plan.evaluating.values()) + RESERVED,
+                )
+            )
         if plan.host:
             console.print(
                 _table(
@@ -110,6 +146,9 @@ def show(plan: Plan, changes: list[Change]) -> str:
                 f"largest weight gathered at once: {plan.largest_gathered[0]}, "
                 f"{size(plan.largest_gathered[1])}"
             )
+        console.print(plan.forecast.in_words())
+        for warning in warnings_of(plan):
+            console.print(f"warning: {warning}")
         console.print(verdict(plan, changes), soft_wrap=True)
     return captured.get().rstrip()
 

@@ -85,7 +85,8 @@ class Traffic:
 
     Ring algorithms: an all-gather of b bytes over n ranks moves b (n-1)/n.
 
-    inside_node: what hpZ moves between the GPUs of one node; it is not in `wire`.
+    inside_node: what hpZ moves between the GPUs of one node; it is not in `wire`. The first step
+    of a run moves every frozen weight between nodes as well.
     """
 
     wire: dict[str, int]
@@ -162,9 +163,14 @@ def _sharded(zero: Zero, engine: Sequence[Weight]) -> list[Weight]:
 
 def _gathered(zero: Zero, engine: Sequence[Weight]) -> int:
     """Whole weights at once under ZeRO-3: those used again within `reuse_distance` elements, or
-    the largest and what is fetched ahead."""
+    the largest and what is fetched ahead.
+
+    One rank has its weights whole; where they lie on the host it copies them to the GPU as several
+    ranks gather theirs (DeepSpeed's NoGatherHandle).
+    """
     weights = _sharded(zero, engine)
-    if zero.stage < 3 or zero.num_ranks == 1 or not weights:
+    is_there = zero.num_ranks == 1 and zero.parameters_on == "gpu"
+    if zero.stage < 3 or is_there or not weights:
         return 0
     elements = sum(weight.stored_elements for weight in weights)
     total = sum(weight.stored_bytes(zero.dtype_bytes) for weight in weights)
@@ -191,13 +197,7 @@ def traffic(
                 "trained weights, gathered": int(ring * trained),
             }
         )
-    forward, backward = _gathers(zero, engine, recomputed)
-    over_nodes = forward if zero.hpz_ranks > 1 else forward + backward
-    inside = (
-        int(backward * micro_steps * (zero.hpz_ranks - 1) / zero.hpz_ranks)
-        if zero.hpz_ranks > 1
-        else 0
-    )
+    over_nodes, inside = _gathered_in_a_step(zero, engine, micro_steps, recomputed)
     small = sum(
         weight.numel * zero.dtype_bytes
         for weight in engine
@@ -205,11 +205,27 @@ def traffic(
     )
     return Traffic(
         {
-            "weights, gathered": int(ring * (over_nodes * micro_steps + small)),
+            "weights, gathered": int(ring * (over_nodes + small)),
             "gradients, reduced": int(ring * trained * micro_steps),
         },
-        inside,
+        int(inside * (zero.hpz_ranks - 1) / zero.hpz_ranks),
     )
+
+
+def _gathered_in_a_step(
+    zero: Zero, engine: Sequence[Weight], micro_steps: int, recomputed: Sequence[Weight]
+) -> tuple[int, int]:
+    """Whole weights that a step gathers over all ranks, and inside a node.
+
+    With hpZ a node keeps a second copy of what it has gathered: of a frozen weight for ever, so
+    that it crosses nodes once a run, of a trained one until the optimiser's step.
+    """
+    forward, backward = _gathers(zero, engine, recomputed)
+    every_time = (forward + backward) * micro_steps
+    if zero.hpz_ranks == 1:
+        return every_time, 0
+    first, _ = _gathers(zero, [weight for weight in engine if weight.is_trained], ())
+    return first, every_time - first
 
 
 def _gathers(zero: Zero, engine: Sequence[Weight], recomputed: Sequence[Weight]) -> tuple[int, int]:

@@ -1,0 +1,83 @@
+"""How long a step may take: a forecast, with what it assumes in words.
+
+Nothing here was measured on the machines that are planned for. The one rate that was measured is
+SHIP's own on one H100 (docs/gpu.md); bandwidths are what links are sold with, and the cost of a
+kernel's launch is an assumption.
+"""
+
+from dataclasses import dataclass
+
+from ship_ds.flops import flops_of_parts
+from ship_ds.model.sizes import rows_of
+from ship_ds.planner.activations import Workload, planned_batch
+from ship_ds.planner.shapes import Shapes
+from ship_ds.planner.zero import Traffic
+
+RATE = 156e12
+"""Useful FLOPs a second: three 1B Llamas in bf16, 28,383 tokens a micro-step, the Task LLM
+recomputed, on one H100 (docs/gpu.md)."""
+BETWEEN_NODES, INSIDE_NODE = 50e9, 300e9
+"""Bytes a second of one GPU's links: an InfiniBand NDR port; about two thirds of an H100's
+NVLink."""
+KERNELS_A_BLOCK = 230
+"""Launched for one block of one role in forward and backward, counted without a GPU on unfused
+models; a recomputed block launches its forward again."""
+LAUNCH_SECONDS = 12e-6
+"""Of the host, for each kernel: assumed."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of one optimiser step, by what could take longest; the step takes the longest of
+    them, if sending and launching hide behind computing."""
+
+    useful_flops: int
+    kernels: int
+    computing: float
+    sending: float
+    launching: float
+    between_nodes: bool
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return max(self.computing, self.sending, self.launching)
+
+    def in_words(self) -> str:
+        """The forecast with its assumptions."""
+        bandwidth, where = (
+            (BETWEEN_NODES, "between nodes") if self.between_nodes else (INSIDE_NODE, "in a node")
+        )
+        return (
+            f"forecast for H100s, not measured: {self.seconds:.2f} s a step with texts at their "
+            f"limits, the longest of computing {self.computing:.2f} s "
+            f"({self.useful_flops / 1e12:,.0f} TFLOP at {RATE / 1e12:.0f} TFLOP/s, SHIP's rate on "
+            f"one H100 with 28,000 tokens at once), sending {self.sending:.2f} s (at "
+            f"{bandwidth / 1e9:.0f} GB/s a GPU {where}) and launching {self.launching:.2f} s "
+            f"(about {self.kernels:,} kernels at {LAUNCH_SECONDS * 1e6:.0f} microseconds); it "
+            "assumes that they overlap, and shorter texts compute less and launch as much"
+        )
+
+
+def forecast(
+    shapes: Shapes, work: Workload, traffic: Traffic, micro_steps: int, num_nodes: int
+) -> Forecast:
+    """Of an optimiser step.
+
+    Args:
+        shapes: of the model.
+        work: a micro-batch of one rank.
+        traffic: of one rank in a step.
+        micro_steps: micro-batches of a step.
+        num_nodes: on more than one, everything sent crosses the slower links.
+    """
+    parts = flops_of_parts(shapes.ship.flop_size(), rows_of(planned_batch(shapes, work)))
+    useful = sum(parts.values()) * micro_steps
+    ship = shapes.ship
+    roles = (ship.encoder, ship.task_llm, ship.decoder)
+    blocks = sum(len(role.language_model.blocks()) for role in roles)
+    kernels = blocks * KERNELS_A_BLOCK * micro_steps
+    between = num_nodes > 1
+    sending = traffic.total / (BETWEEN_NODES if between else INSIDE_NODE)
+    sending += traffic.inside_node / INSIDE_NODE
+    return Forecast(useful, kernels, useful / RATE, sending, kernels * LAUNCH_SECONDS, between)

@@ -1,0 +1,291 @@
+"""The plan against the measured peak: training, evaluation, report and decoding, on one rank and,
+under ZeRO-2 and ZeRO-3, on two; writes tools/results/memory.json.
+
+    python tools/bench_memory.py                  # about six minutes on two cores
+    python tools/bench_memory.py --only embedded
+
+Measured in fp32 on CPU ranks, each case in fresh processes, REPEATS times: the bytes of every
+tensor that is alive at a step's boundary, and the most that PyTorch's allocator hands out on top
+while a step, a forward or a batch of evaluation runs. Planned: what `ship-ds plan` says of the same
+case, without the memory that it reserves for CUDA. Batches are as long as their limits, since that
+is what a plan counts with.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ship_ds.config import Config, load_config
+from ship_ds.loss import sum_cross_entropy
+from ship_ds.model.batch import TokenBatch
+from ship_ds.monitor.machine import describe_machine, versions
+from ship_ds.planner.activations import Workload, count_activations, planned_batch
+from ship_ds.planner.evaluation import passes
+from ship_ds.planner.plan import Machines, make_plan, shapes_of
+from ship_ds.planner.shapes import Shapes
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+FORWARD = "ship_forward"
+REPEATS = 1
+TASKS_OF_EVALUATION, ROWS_OF_TASK = 8, 5
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+"""SmolLM2-135M's shape (config.json of HuggingFaceTB/SmolLM2-135M); the weights are random."""
+LORA_ROLES = (
+    "model.encoder={tuning: {kind: lora, rank: 8}}",
+    "model.decoder={tuning: {kind: lora, rank: 8}, max_examples: 1}",
+    "model.task_llm.quantisation=none",
+)
+LENGTHS = (48, 96, 32)
+"""Tokens of an instruction, an input and a target."""
+CASES: dict[str, tuple[str, ...]] = {
+    "embedded": (),
+    "embedded, checkpointed": ("model.task_llm.checkpointing=true",),
+    "smollm2": LORA_ROLES,
+    "smollm2, checkpointed": (*LORA_ROLES, "model.task_llm.checkpointing=true"),
+}
+STAGES = {"zero2": 1, "zero2 ": 2, "zero3_shard_all": 2}
+"""File of ds_configs/ -> ranks; the blank tells two of one file apart."""
+
+
+def settings(case: str, stage: str, folder: Path) -> Config:
+    """Of a case: no evaluation of its own, four tasks of two examples a rank."""
+    ranks = STAGES[stage]
+    base = "embedded" if case.startswith("embedded") else str(folder / "smollm2")
+    shard = "always" if stage.strip() == "zero3_shard_all" else "never"
+    return load_config(
+        "quickstart-smoke",
+        [
+            f"run.folder={folder / 'run'}",
+            f"training.deepspeed={stage.strip()}",
+            f"training.tasks_per_step={4 * ranks}",
+            "training.examples_per_task=2",
+            "evaluation.max_new_tokens=32",
+            *(f"model.{role}.base={base}" for role in ("encoder", "decoder", "task_llm")),
+            *CASES[case],
+            f"model.task_llm.shard={shard}",
+        ],
+    )
+
+
+def make_base(folder: Path) -> None:
+    """A random model of SmolLM2's shape, with the embedded model's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from ship_ds.config import base_folder
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMOLLM2)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_folder("embedded")).save_pretrained(folder)
+
+
+def storages(tensors: Iterable[Tensor]) -> int:
+    """Bytes, each storage once."""
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
+    return sum(sizes.values())
+
+
+def alive() -> int:
+    """Bytes of all tensors that Python holds."""
+    gc.collect()
+    things = gc.get_objects()
+    return storages(one for one in things if issubclass(type(one), Tensor) and not one.is_meta)
+
+
+def allocated(run: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes beyond what was: when the range "forward" ends, and at most.
+
+    Args:
+        run: what allocates; the range is optional.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    ends = [one.start_ns() + one.duration_ns() for one in events if one.name() == FORWARD]
+    changes = sorted((one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]")
+    at_end = sum(size for when, size in changes if ends and when <= ends[0])
+    return at_end, max(accumulate(size for _, size in changes), default=0)
+
+
+def on_a_rank(case: str, stage: str, folder: Path) -> None:
+    """Measure one case; rank 0 writes what it found."""
+    from ship_ds.runtime import ranks
+    from ship_ds.train import Trainer
+
+    config = settings(case, stage, folder)
+    trainer = Trainer(config)
+    forward = trainer.engine.forward
+
+    def marked(*inputs: object, is_last: bool) -> Any:
+        with torch.profiler.record_function(FORWARD):
+            return forward(*inputs, is_last=is_last)
+
+    trainer.engine.forward = marked  # type: ignore[method-assign]
+    shapes = Shapes(config.model, torch.float32, trainer.model, frozenset())
+    work = Workload.of(config, 4, LENGTHS)
+    batch = planned_batch(shapes, work)
+    for _ in range(2):
+        trainer.losses_and_gradients([batch])
+        trainer.engine.step()
+    held = alive()
+    end, step = allocated(lambda: trainer.losses_and_gradients([batch]))
+    trainer.engine.step()
+    measured = {
+        "at a step's boundary": held,
+        "at the end of the forward": held + end,
+        "training, at most": held + step,
+    }
+    if ranks.world_size() == 1:
+        measured |= {
+            name: held + allocated(run)[1]
+            for name, run in evaluations(shapes, work, config).items()
+        }
+    if ranks.rank() == 0:
+        (folder / "measured.json").write_text(json.dumps(measured))
+    ranks.barrier()
+    ranks.exit_process(0)
+
+
+def evaluations(shapes: Shapes, work: Workload, config: Config) -> dict[str, Callable[[], Any]]:
+    """What evaluation and report run, by the names of a plan: every answer of its full length."""
+    ship, rows = shapes.ship, TASKS_OF_EVALUATION * ROWS_OF_TASK
+    new_tokens = config.evaluation.max_new_tokens
+    latents = torch.zeros(TASKS_OF_EVALUATION, config.model.latent_size)
+    nothing_ends_it = -1
+
+    def under_adapters() -> None:
+        prompts = TokenBatch.of_lengths(rows, work.input_tokens, 0, device="cpu")
+        adapter = ship.adapt(latents)
+        ship.task_llm.generate(adapter, prompts, nothing_ends_it, new_tokens)
+
+    def prompted() -> None:
+        width = work.instruction_tokens + work.input_tokens
+        prompts = TokenBatch.of_lengths(rows, width, 0, device="cpu")
+        ship.task_llm.generate(None, prompts, nothing_ends_it, new_tokens)
+
+    @torch.no_grad()
+    def losses() -> None:
+        batch = TokenBatch.of_lengths(rows, work.input_tokens, work.target_tokens, device="cpu")
+        sum_cross_entropy(*ship.task_llm(ship.adapt(latents), batch, TASKS_OF_EVALUATION))
+
+    ship.eval()
+    return {
+        "answers under adapters": under_adapters,
+        "answers to prompts": prompted,
+        "losses of examples": losses,
+    }
+
+
+def planned(case: str, stage: str, folder: Path) -> dict[str, int]:
+    """The same by the plan."""
+    config, ranks = settings(case, stage, folder), STAGES[stage]
+    plan = make_plan(config, Machines(1, ranks, 10**12), LENGTHS)
+    counted = count_activations(shapes_of(config), plan.work)
+    during_a_step = counted.peak + plan.memory["working memory"] - counted.working
+    held = sum(plan.memory.values()) - during_a_step
+    # gathered weights stay from one step to the next only where a pass holds them
+    boundary = held - plan.memory["gathered layers"]
+    if stage.startswith("zero2"):
+        boundary -= plan.memory["gradients"] + plan.memory["communication buckets"]
+    figures = {
+        "at a step's boundary": boundary,
+        "at the end of the forward": boundary
+        + plan.memory["gathered layers"]
+        + counted.at_end_of_forward,
+        "training, at most": sum(plan.memory.values()),
+    }
+    if ranks == 1:
+        batches = passes(
+            shapes_of(config), plan.work, config.evaluation, TASKS_OF_EVALUATION, ROWS_OF_TASK
+        )
+        figures |= {
+            one.name: boundary + one.num_bytes for one in batches if one.name != "reconstruction"
+        }
+    return figures
+
+
+def compare(case: str, stage: str, folder: Path) -> dict[str, Any]:
+    """One row a figure: planned, measured (median), spread and error."""
+    runs = [measure(case, stage, folder) for _ in range(REPEATS)]
+    rows = {}
+    for name, plan in planned(case, stage, folder).items():
+        values = sorted(run[name] for run in runs)
+        middle = values[len(values) // 2]
+        rows[name] = {
+            "planned": plan,
+            "measured": middle,
+            "measured_min_max": [values[0], values[-1]],
+            "error_percent": round(100 * (plan / middle - 1), 1),
+        }
+    return rows
+
+
+def measure(case: str, stage: str, folder: Path) -> dict[str, int]:
+    """In fresh processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [sys.executable, *launcher, str(STAGES[stage]), __file__]
+    options = ["--case", case, "--stage", stage, "--folder", str(folder)]
+    subprocess.run([*command, *options], check=True)
+    measured: dict[str, int] = json.loads((folder / "measured.json").read_text())
+    return measured
+
+
+def main() -> None:
+    """Measure every case under every stage, and write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="cases whose name begins so")
+    for hidden in ("--case", "--stage", "--folder"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        return on_a_rank(args.case, args.stage, Path(args.folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_base(folder / "smollm2")
+        cases = [case for case in CASES if case.startswith(args.only or "")]
+        results = {
+            f"{case}, {stage.strip()}, {STAGES[stage]} rank(s)": compare(case, stage, folder)
+            for case in cases
+            for stage in STAGES
+        }
+    report = {
+        "command": "python tools/bench_memory.py",
+        "machine": describe_machine(),
+        "versions": versions(),
+        "lengths": LENGTHS,
+        "results": results,
+    }
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    for where, rows in results.items():
+        for what, row in rows.items():
+            print(
+                f"{where:<50} {what:<28} {row['planned']:>14,} {row['measured']:>14,} "
+                f"{row['error_percent']:>6} %"
+            )
+
+
+if __name__ == "__main__":
+    main()
