@@ -125,19 +125,16 @@ def test_a_replicated_base_costs_memory_and_saves_traffic() -> None:
 
 
 def test_advice_is_followed_until_it_fits() -> None:
-    config = _small("model.task_llm.checkpointing=false")
-    plan = make_plan(config, Machines(1, 8, 10**12))
-    checkpointed = make_plan(_small("model.task_llm.checkpointing=true"), Machines(1, 8, 10**12))
+    recomputed = [f"model.{role}.checkpointing=true" for role in ("task_llm", "decoder", "encoder")]
+    machines = Machines(1, 8, 10**12)
+    plan, checkpointed = (make_plan(_small(*settings), machines) for settings in ([], recomputed))
     assert checkpointed.needed < plan.needed
-    machines = Machines(1, 8, checkpointed.needed - 1)
-    changes = advise(make_plan(config, machines))
-    assert (
-        changes[0].overrides == ("model.task_llm.checkpointing=true",) and not changes[0].plan.fits
-    )
+    tight = replace(plan, machines=Machines(1, 8, checkpointed.needed - 1))
+    changes = advise(tight)
+    assert [change.overrides[0] for change in changes[:3]] == recomputed
+    assert not any(change.plan.fits for change in changes[:3])
     assert changes[-1].overrides[0].startswith("training.accumulation=") and changes[-1].plan.fits
-    assert "fits with model.task_llm.checkpointing=true training.accumulation=" in verdict(
-        plan.__class__(**{**plan.__dict__, "machines": machines}), changes
-    )
+    assert f"fits with {' '.join(recomputed)} training.accumulation=" in verdict(tight, changes)
 
 
 def test_more_ranks_than_tasks_is_one_line() -> None:
