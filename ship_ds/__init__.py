@@ -4,16 +4,23 @@ arXiv 2502.02315).
     from ship_ds import Ship, UserError
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ship_ds.console import quiet_bitsandbytes
 from ship_ds.errors import UserError
+from ship_ds.threads import wait_asleep
 
 if TYPE_CHECKING:
     from ship_ds.api import Ship
 
 # Here, since whatever imports torch's friends first is a module of this package.
 quiet_bitsandbytes()
+# Here, since every program of this package comes by before it imports torch. Who has torch already
+# has made up his mind.
+if "torch" not in sys.modules:
+    wait_asleep(os.environ)
 
 __version__ = "0.2.0"
 __all__ = ["Ship", "UserError", "__version__"]

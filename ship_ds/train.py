@@ -19,6 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# First: it sets what torch's threads read while torch is loaded, and `deepspeed ship_ds/train.py`
+# starts this file by itself.
+import ship_ds  # noqa: F401
+
+# isort: split
 import torch
 from torch import Tensor
 

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ship_ds.console import log
 from ship_ds.runtime import compiled_ops
+from ship_ds.threads import RankThreads, too_many_threads
 
 _KNOWN_NOTICES = (
     "Setting accelerator to CPU",
@@ -60,6 +62,7 @@ def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None
     compiled_ops.build(ops, _log_from_any_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)
+    log_threads()
 
 
 def choose_gpu() -> None:
@@ -119,6 +122,18 @@ def quiet_libraries() -> None:
         lambda record: not record.getMessage().startswith(_KNOWN_NOTICES)
     )
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def log_threads() -> None:
+    """Log one line where a node of this run has fewer cores than threads; every rank calls it."""
+    here = RankThreads.of_this_process(torch.get_num_threads())
+    if (line := too_many_threads(gather_objects(here))) is not None:
+        log(line)
+
+
+def own(name: str) -> str:
+    """What `--device` means on this rank: of several, "auto" and "cuda" are this rank's own GPU."""
+    return str(device()) if world_size() > 1 and name in ("auto", "cuda") else name
 
 
 def device() -> torch.device:
