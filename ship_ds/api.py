@@ -44,6 +44,7 @@ from ship_ds.inference.results import (
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.ship import ShipModel
+from ship_ds.placement import choose_device, choose_dtype
 
 __all__ = [
     "Candidate",
@@ -113,27 +114,38 @@ class Ship:
         version 0.1.0, which has none."""
 
     @classmethod
-    def from_run(cls, path: str | Path, device: torch.device | str = "cpu") -> "Ship":
+    def from_run(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str | None = None,
+    ) -> "Ship":
         """Open a run.
 
         Args:
             path: The run's folder, or that of its bundle.
-            device: Where its models are to be.
+            device: Where its models are to be: "auto" (the GPU, where torch sees one), "cpu",
+                "cuda", "cuda:1".
+            dtype: In which numbers they compute: "bfloat16" or "float32"; None: bfloat16 on a GPU
+                that computes in it, else float32. Latents, losses and KL stay in float32.
 
         Returns:
             The run, ready to answer.
 
         Raises:
-            UserError: There is no bundle or it is damaged; a frozen model has changed since; or
-                prompts would not be rendered as in training.
+            UserError: There is no bundle or it is damaged; a frozen model has changed since;
+                prompts would not be rendered as in training; or there is no such device.
         """
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)
         bundle = Bundle.open(path)
         check_bases(bundle.folder, frozen_bases(bundle.config), bundle.bases)
         # The attention it was trained with may not run here; what it computes is the same.
-        weights = LoadedWeights(attention="auto", device=torch.device(device))
+        weights = LoadedWeights(dtype, "auto", device)
         model = build_ship(bundle.config.model, weights, bundle.config.loss)
         bundle.check_prompt_format(vars(model.collator.prompts))
         bundle.load_into(model)
+        _cast_trained(model, dtype)
         known, probes = bundle.known_instructions, bundle.probes
         return cls(model.to(device).eval(), bundle.config, bundle.digest, known, probes)
 
@@ -145,6 +157,11 @@ class Ship:
     @cached_property
     def _surroundings(self) -> Surroundings:
         return Surroundings.of(self.model, self.bank)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which numbers the models compute."""
+        return next(self.model.encoder.head.parameters()).dtype
 
     @property
     def _length(self) -> int:
@@ -346,3 +363,12 @@ class Ship:
         examples = [Example(x, y) for x, y in pairs]
         checks.check_examples(self.model, examples)
         return examples
+
+
+def _cast_trained(model: ShipModel, dtype: torch.dtype) -> None:
+    """Bring the trained parameters to a type, as the engine does in training; the frozen ones were
+    loaded in it. `Module.to` would also round buffers, such as the frequencies of rotary
+    positions."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)

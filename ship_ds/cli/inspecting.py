@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import AsJson, Run, Seed, verb
+from ship_ds.cli.verb import AsJson, Device, Dtype, Run, Seed, verb
 from ship_ds.console import log
+from ship_ds.placement import check_words
 
 _PANEL = "Inspect"
 Limit = Annotated[int | None, typer.Option(min=1, help="see data.filters in `ship-ds config`")]
@@ -95,8 +96,11 @@ def evaluate(
     ] = "http://localhost:8000/v1",
     endpoint_model: Annotated[str, typer.Option(help="name of the judge's model")] = "default",
     seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> int:
     """SHIP beside the baselines in every direction; goes on where it stopped."""
+    check_words(device, dtype)
     from ship_ds.evaluation.config import HarnessConfig
 
     settings = HarnessConfig.from_options(
@@ -109,7 +113,9 @@ def evaluate(
     ranks.quiet_libraries()
     if ranks.is_launched():
         ranks.start(None)
-    report = evaluate(run, settings, context.obj, log)
+    else:
+        ranks.log_threads()
+    report = evaluate(run, settings, context.obj, log, ranks.own(device), dtype)
     if ranks.rank() == 0:
         show(report)
         print(run / "evaluation" / "report.md")
@@ -124,8 +130,11 @@ def plot(
         typer.Option(metavar="RUN...", help="others, for the figures over runs"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder; default RUN/figures")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> int:
     """Figures of a run, and of several runs against each other, as PNG."""
+    check_words(device, dtype)
     folders = [run, *(runs or ())]
     for folder in folders:
         checks.check_folder(folder)
@@ -134,7 +143,7 @@ def plot(
     from ship_ds.runtime import ranks
 
     ranks.quiet_libraries()
-    write_latent_map(run, log)
+    write_latent_map(run, log, device, dtype)
     for path in figures.plot(folders, out or run / "figures", log):
         print(path)
     return 0

@@ -7,9 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import JsonLines, Out, PadTo, Probes, Run, Seed, print_row, verb
+from ship_ds.cli.verb import (
+    Device,
+    Dtype,
+    JsonLines,
+    Out,
+    PadTo,
+    Probes,
+    Run,
+    Seed,
+    print_row,
+    verb,
+)
 from ship_ds.console import log
 from ship_ds.errors import UserError
+from ship_ds.placement import check_words
 
 if TYPE_CHECKING:
     from ship_ds.api import Ship
@@ -29,13 +41,14 @@ Set = Annotated[
 ]
 
 
-def open_run(run: Path) -> "Ship":
+def open_run(run: Path, device: str, dtype: str) -> "Ship":
     """The run, without transformers' bars: standard error is for what a user can act on."""
     from ship_ds.api import Ship
     from ship_ds.runtime import ranks
 
     ranks.quiet_libraries()
-    return Ship.from_run(run)
+    ranks.log_threads()
+    return Ship.from_run(run, device, dtype)
 
 
 @verb(_PANEL)
@@ -55,8 +68,11 @@ def deduce(
     ] = None,
     probe: Probes = None,
     pad_to: PadTo = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> int:
     """Instructions -> PEFT folders, each proved on the way out."""
+    check_words(device, dtype)
     from ship_ds.export.requests import Request, read_instructions, read_latents
 
     if [instruction, file, latent].count(None) != 2:
@@ -68,7 +84,7 @@ def deduce(
     checks.check_new(out)
     from ship_ds.export.deduce import export_many, export_one
 
-    ship = open_run(run)
+    ship = open_run(run, device, dtype)
     probes = probe or ship.probes
     if latent:
         requests = read_latents(latent, ship.digest, ship.config.model.latent_size)
@@ -141,14 +157,17 @@ def compose(
         ),
     ] = None,
     probe: Probes = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> int:
     """Weighted sum of several instructions' adapters -> one PEFT LoRA folder."""
+    check_words(device, dtype)
     parts = checks.weighted(part)
     checks.check_run(run)
     checks.check_new(out)
     from ship_ds.export.compose import compose
 
-    ship = open_run(run)
+    ship = open_run(run, device, dtype)
     made = compose(ship, parts, out, probe or ship.probes, rank)
     print(
         f"{out}: rank {made.rank}, {100 * made.error:.2f} % of the exact sum's norm lost; "
@@ -170,13 +189,16 @@ def answer(
     ] = None,
     file: JsonLines = None,
     beams: Annotated[int, typer.Option(min=1, help="1: greedy decoding")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> int:
     """Inputs -> answers as an instruction says; JSON lines."""
+    check_words(device, dtype)
     from ship_ds.inference.lines import STDIN, read_inputs
 
     texts = inputs or read_inputs(file or STDIN)
     checks.check_run(run)
-    ship = open_run(run)
+    ship = open_run(run, device, dtype)
     for text, answered in zip(texts, ship.answer(instruction, texts, beams), strict=True):
         print_row({"input": text, "answer": answered})
     _warn_if_far(ship, instruction)
@@ -198,19 +220,24 @@ def induce(
     method: Method = "union",
     settings: Set = None,
     seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> int:
     """Examples, or an adapter -> instruction; JSON."""
+    check_words(device, dtype)
     from ship_ds.inference.lines import STDIN, induction_row, read_inputs, read_pairs
 
     if adapter:
         inputs = read_inputs(file) if file else []
         search = _search(run, method, settings)
         checks.check_folder(adapter)
-        induced = open_run(run).induce_from_adapter(adapter, inputs, search, seed, log)
+        induced = open_run(run, device, dtype).induce_from_adapter(
+            adapter, inputs, search, seed, log
+        )
     else:
         pairs = read_pairs(file or STDIN)
         search = _search(run, method, settings)
-        induced = open_run(run).induce(pairs, search, seed, log)
+        induced = open_run(run, device, dtype).induce(pairs, search, seed, log)
     print_row(induction_row(induced, candidates))
     return 0
 
@@ -224,13 +251,16 @@ def reason(
     method: Method = "union",
     settings: Set = None,
     seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> int:
     """Examples and inputs -> answers; JSON lines."""
+    check_words(device, dtype)
     from ship_ds.inference.lines import STDIN, read_pairs, reasoning_rows
 
     pairs = read_pairs(file or STDIN)
     search = _search(run, method, settings)
-    reasoning = open_run(run).reason(pairs, inputs, search, rounds, seed, log)
+    reasoning = open_run(run, device, dtype).reason(pairs, inputs, search, rounds, seed, log)
     for row in reasoning_rows(inputs, reasoning):
         print_row(row)
     return 0

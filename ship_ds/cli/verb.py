@@ -131,6 +131,14 @@ JsonLines = Annotated[
         "--file", help='JSON lines, {"input": ..., "target": ...}; default: standard input'
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="cpu, cuda or cuda:N; auto: the GPU, where torch sees one"),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="bfloat16 or float32; auto: bfloat16 on a GPU, else float32"),
+]
 Seed = Annotated[int, typer.Option(help="of everything that is drawn")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text")]
 

@@ -24,7 +24,12 @@ from ship_ds.runtime import ranks
 
 
 def evaluate(
-    folder: Path, config: HarnessConfig, arguments: Sequence[str], log: Log
+    folder: Path,
+    config: HarnessConfig,
+    arguments: Sequence[str],
+    log: Log,
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Measure what is missing; the report, which rank 0 writes to `<run>/evaluation`.
 
@@ -34,11 +39,12 @@ def evaluate(
         folder: of the run.
         arguments: of the command that asked for it; they stand in the report.
         log: takes a line a cell.
+        device, dtype: see `Ship.from_run`.
 
     Raises:
         UserError: no bundle is there, or the data are no longer those of the run.
     """
-    run = Run.open(folder, log)
+    run = Run.open(folder, log, device, dtype)
     harness = Harness(run, config, log)
     harness.measure_all()
     measured = valid_cells(harness)
@@ -63,7 +69,9 @@ def evaluate(
     return report
 
 
-def write_latent_map(folder: Path, log: Log) -> None:
+def write_latent_map(
+    folder: Path, log: Log, device: str = "auto", dtype: str | None = None
+) -> None:
     """Write `<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run
     has none yet."""
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
@@ -72,7 +80,7 @@ def write_latent_map(folder: Path, log: Log) -> None:
     if path.is_file() and json.loads(path.read_text())["bundle"] == sha256(bundle / SHIP_WEIGHTS):
         return
     log(f"{path}: latents by gradient descent, for the t-SNE figure")
-    run = Run.open(folder, log)
+    run = Run.open(folder, log, device, dtype)
     write_json(path, latent_map(run.ship, run.splits))
 
 

@@ -33,6 +33,7 @@ class Conversion:
         targets: what each adapter is merged into; () for no merging.
         base: where the base is now, if not where the run had it.
         measures_drift: load base and result to compare their logits.
+        device, compute_dtype: where adapters are made, and in which numbers; see `Ship.from_run`.
     """
 
     requests: Sequence[Request]
@@ -43,6 +44,8 @@ class Conversion:
     dtype: Dtype
     shard_gigabytes: float
     measures_drift: bool
+    device: str = "auto"
+    compute_dtype: str | None = None
 
 
 def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[str], None]) -> None:
@@ -103,7 +106,7 @@ def _make_adapters(
                 "--out"
             )
         return
-    ship = Ship.from_run(bundle)
+    ship = Ship.from_run(bundle, conversion.device, conversion.compute_dtype)
     batch = export_many(ship, requests, out, conversion.probes or ship.probes, conversion.pad_to)
     report(f"{out}: {len(requests)} adapters, peft = live within {batch.worst.from_live:.1e}")
 

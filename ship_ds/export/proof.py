@@ -73,7 +73,12 @@ class PeftBase:
             return
         if self._model is not None and isinstance(self._model.base_model, LoraModel):
             self._model.unload()
-        self._model = PeftModel.from_pretrained(self.base, str(folder)).eval()
+        self._model = PeftModel.from_pretrained(
+            self.base,
+            str(folder),
+            # Else it raises the adapter of a 16-bit base to fp32, and rounds otherwise than we do.
+            autocast_adapter_dtype=False,
+        ).eval()
         self._config = config
 
 

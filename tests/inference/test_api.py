@@ -384,3 +384,28 @@ def test_results_are_plain_frozen_values(ship: Ship) -> None:
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.instruction = "other"  # type: ignore[misc]
+
+
+def test_bf16_computes_what_fp32_does(
+    bundle: Path, ship: Ship, inputs: list[str], tmp_path: Path
+) -> None:
+    """Weights in 16 bits, what training keeps in 32 bits in 32, and an export that is proved."""
+    low = Ship.from_run(bundle, "cpu", "bfloat16")
+    assert (ship.dtype, low.dtype) == (torch.float32, torch.bfloat16)
+    dtypes = {parameter.dtype for parameter in low.model.parameters()}
+    assert dtypes <= {torch.bfloat16, torch.uint8}
+    frequencies = [
+        buffer for name, buffer in low.model.named_buffers() if name.endswith("inv_freq")
+    ]
+    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
+    latents = [torch.tensor(one.encode(ship.known[0])) for one in (ship, low)]
+    assert latents[1].dtype == torch.float32
+    assert torch.cosine_similarity(*latents, dim=0) > 0.999
+    assert not torch.equal(*latents)
+    assert len(low.answer(ship.known[0], inputs)) == len(inputs)
+    proof = export_one(
+        low, Request("adapter", ship.known[0]), tmp_path / "adapter", inputs[:2], None
+    )
+    assert proof.from_live <= 0.05 * proof.from_base
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}

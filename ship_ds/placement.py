@@ -1,0 +1,84 @@
+"""Where the models of a run compute, and in which numbers: what `--device` and `--dtype` mean.
+
+    choose_device("auto")                 # the GPU, where torch sees one, else the CPU
+    choose_dtype(None, device)            # bfloat16 on a GPU that computes in it, else float32
+
+The module imports torch where a function needs it, so that a command line may check its words
+first.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from ship_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+AUTO = "auto"
+DTYPES = ("bfloat16", "float32")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def check_words(device: str, dtype: str) -> None:
+    """Compare the names with those that there are, without torch.
+
+    Raises:
+        UserError: One is another.
+    """
+    if not _DEVICE.fullmatch(device):
+        raise UserError(f"device {device}: expected auto, cpu, cuda or cuda:N")
+    if dtype not in (AUTO, *DTYPES):
+        raise UserError(f"dtype {dtype}: expected {AUTO}, {' or '.join(DTYPES)}")
+
+
+def choose_device(device: "torch.device | str") -> "torch.device":
+    """The device of that name.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:1", or torch's own.
+
+    Raises:
+        UserError: It is not here.
+    """
+    import torch
+
+    name = str(device)
+    check_words(name, AUTO)
+    if name == AUTO:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"device {name}: torch {torch.__version__} sees no GPU here: choose cpu, or look at "
+            "`ship-ds doctor`"
+        )
+    chosen = torch.device(name)
+    if (chosen.index or 0) >= 1 and chosen.index >= (count := torch.cuda.device_count()):
+        raise UserError(f"device {name}: there are {count} GPU(s) here, counted from cuda:0")
+    return chosen
+
+
+def choose_dtype(dtype: "torch.dtype | str | None", device: "torch.device") -> "torch.dtype":
+    """The number type of that name.
+
+    Args:
+        dtype: "bfloat16", "float32" or torch's own; None or "auto": bfloat16 on a GPU that
+            computes in it, else float32.
+        device: Where the models will be.
+
+    Raises:
+        UserError: It is another type, or this GPU only imitates it.
+    """
+    import torch
+
+    name = AUTO if dtype is None else str(dtype).removeprefix("torch.")
+    check_words(AUTO, name)
+    if device.type != "cuda":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bfloat16" and not has_bf16:
+        raise UserError(
+            f"dtype bfloat16: {torch.cuda.get_device_name(device)} does not compute in it; choose "
+            "float32"
+        )
+    return torch.bfloat16 if has_bf16 and name != "float32" else torch.float32
