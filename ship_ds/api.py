@@ -30,7 +30,7 @@ from ship_ds.inference.adapter_reading import (
 )
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.deduction import answer_latents
+from ship_ds.inference.deduction import answer_bare, answer_latents
 from ship_ds.inference.induction import induce_many
 from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
 from ship_ds.inference.reasoning import reason_many
@@ -236,7 +236,7 @@ class Ship:
     @torch.no_grad()
     def answer_bare(self, inputs: Sequence[str]) -> list[str | None]:
         """What the Task LLM answers without any adapter; None where an answer does not end."""
-        return self.model.answer(None, inputs, self._length)
+        return answer_bare(self.model, [inputs], self._length)[0]
 
     def induce(
         self,

@@ -37,7 +37,7 @@ from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
 from ship_ds.errors import UserError
 from ship_ds.evaluation import final_report
-from ship_ds.evaluation.measure import measure
+from ship_ds.evaluation.measure import measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.metrics import score
@@ -369,8 +369,8 @@ class Trainer:
             checkpoint.record_evaluation(folder, num_starts, dev_score, is_owed)
 
     def evaluate(self) -> float:
-        """Deduction on a few seen and dev rules, and a few reconstructions; every rank takes part
-        and calls as often.
+        """Deduction on a few seen and dev rules, and a few reconstructions, a share of them on each
+        rank.
 
         Returns:
             The exact match of deduction on dev.
@@ -380,26 +380,18 @@ class Trainer:
         """
         config = self.config.evaluation
         self.model.eval()
-        # The weights may be sharded, so all ranks are asked the same, and agree on when to end.
-        method = ShipMethod(
-            Setting(
-                Ship(self.model, self.config, digest=""),
-                self.splits,
-                self.folder,
-                minutes=0,
-                seed=0,
-                any_unfinished=ranks.any_over_ranks,
-            )
-        )
+        ship = Ship(self.model, self.config, digest="")
+        method = ShipMethod(Setting(ship, self.splits, self.folder, minutes=0, seed=0))
         scalars = {}
         for part, tasks in (("seen", self.splits.seen), ("dev", self.splits.dev)):
             self.stop.raise_if_asked()
             few = tasks[:: max(1, len(tasks) // config.num_tasks)][: config.num_tasks]
             questions = [ask(task, 0, 0, config.examples_per_task) for task in few]
-            outcome = measure(method, "deduction", questions)
+            outcome = measure_over_ranks(method, "deduction", questions, model=self.model)
             scalars[f"deduction/{part}"] = score(outcome.values("exact_match")).value
         few = self.splits.seen[:4] + self.splits.dev[:4]
-        outcome = measure(method, "reconstruction", [ask(task, 0, 0) for task in few])
+        questions = [ask(task, 0, 0) for task in few]
+        outcome = measure_over_ranks(method, "reconstruction", questions, model=self.model)
         self.model.train()
         if self.monitor is not None:
             self.monitor.evaluation(self.step, scalars)
@@ -473,7 +465,10 @@ class Trainer:
             )
 
     def report(self) -> None:
-        ship = Ship.from_run(self.folder, ranks.device())
+        """Ask the model that was trained, where it is: there is no room for a second one, nor do
+        the ranks have its weights whole."""
+        self.model.eval()
+        ship = Ship(self.model, self.config, digest="", known=self.known_instructions())
         report = final_report.measure_run(ship, self.splits, self.folder)
         report |= {
             "train_seconds": round(self.watch.seconds, 1),

@@ -1,8 +1,8 @@
 """The report that a run ends with: SHIP's deduction beside its controls, and reconstruction, as
 report.json and one table.
 
-It is a run of the harness (measure.py) from the bundle, with five of its methods; here is which, on
-which rules, and where their scores stand.
+It is a run of the harness (measure.py) on the model as it was trained, with five of its methods;
+here is which, on which rules, and where their scores stand.
 """
 
 import sys
@@ -24,6 +24,7 @@ from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.metrics import score
 from ship_ds.evaluation.questions import ask, spread, tasks_of
 from ship_ds.files import write_json
+from ship_ds.monitor.progress import Progress
 
 _NUM_CONTROL_TASKS = 114
 """Seen rules in the controls: as many as there are unseen ones in the generated world."""
@@ -69,7 +70,7 @@ def measure_run(ship: Ship, splits: Splits, folder: Path) -> dict[str, Any]:
     """Every cell of the report, the same on all ranks, each of which answers a share of the tasks.
 
     Args:
-        ship: opened from the run's bundle, its weights whole on every rank.
+        ship: the run; its weights may be sharded over the ranks.
         splits: the data that the run was trained on.
         folder: of the run.
 
@@ -83,13 +84,26 @@ def measure_run(ship: Ship, splits: Splits, folder: Path) -> dict[str, Any]:
     for method in methods.values():
         method.prepare()
     report: dict[str, Any] = {}
-    for section in _SECTIONS:
-        cells = _cells_at(report, section.key)
-        for part in section.parts:
-            tasks = _tasks(splits, section, part, ship.config.evaluation.num_final_tasks)
-            if tasks or part != "unseen_paraphrase":
-                cells |= _scores(methods[section.method], section, part, tasks, ship)
+    with Progress("report", _num_asked(ship, splits)) as progress:
+        for section in _SECTIONS:
+            cells = _cells_at(report, section.key)
+            for part in section.parts:
+                tasks = _tasks(splits, section, part, ship.config.evaluation.num_final_tasks)
+                if tasks or part != "unseen_paraphrase":
+                    progress.begin(f"{_title(section)}, {part.replace('_', ' ')}")
+                    cells |= _scores(methods[section.method], section, part, tasks, ship)
+                    progress.done(len(tasks))
     return report | {"evaluation_seconds": round(time.perf_counter() - started, 1)}
+
+
+def _num_asked(ship: Ship, splits: Splits) -> int:
+    """Tasks of all sections and parts."""
+    num_seen = ship.config.evaluation.num_final_tasks
+    return sum(
+        len(_tasks(splits, section, part, num_seen))
+        for section in _SECTIONS
+        for part in section.parts
+    )
 
 
 def _tasks(splits: Splits, section: _Section, part: Part, num_seen: int) -> Sequence[SplitTask]:
@@ -107,7 +121,7 @@ def _scores(
     num_shown = _NUM_SHOWN if section.direction in SHOWS_EXAMPLES else 0
     num_asked = ship.config.evaluation.examples_per_task
     questions = [ask(task, num_shown, _SEED, num_asked, part) for task in tasks]
-    outcome = measure_over_ranks(method, section.direction, questions)
+    outcome = measure_over_ranks(method, section.direction, questions, model=ship.model)
     by_part: dict[str, Outcome] = {part: outcome}
     if section.key == "deduction" and part == "unseen":
         for kind in sorted({task.kind for task in tasks if task.kind}):

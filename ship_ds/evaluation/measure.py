@@ -8,17 +8,22 @@ report at the end of a run and for the curve while training.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
+from ship_ds.errors import UserError
 from ship_ds.evaluation.cells import Direction, TaskRow
 from ship_ds.evaluation.judges import Columns, Judge, one_line
 from ship_ds.evaluation.method import Deduces, Induces, Reasons, ReasonsOtherwise, Reconstructs
 from ship_ds.evaluation.metrics import exact_match, rouge_l
 from ship_ds.evaluation.questions import Question
 from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.model.ship import ShipModel
+from ship_ds.model.turns import in_turn, shares_weights
 from ship_ds.runtime import ranks
+from ship_ds.runtime.after_training import first_line
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,42 @@ def measure(
 
 
 def measure_over_ranks(
-    method: Any, direction: Direction, questions: Sequence[Question], judges: Sequence[Judge] = ()
+    method: Any,
+    direction: Direction,
+    questions: Sequence[Question],
+    judges: Sequence[Judge] = (),
+    model: ShipModel | None = None,
 ) -> Outcome:
     """As `measure`, each rank asking its share of the questions; all of them return the whole.
 
-    The weights have to be whole on each rank, since shares differ in what they call.
+    Args:
+        method: see `measure`, as the next two.
+        direction: that the method is asked in.
+        questions: the same on every rank.
+        judges: of induced instructions.
+        model: that the method asks, where its weights may be sharded over the ranks: they then take
+            its passes in turn (turns.py).
+
+    Raises:
+        MeasureError: on every rank, what went wrong on any of them.
+        UserError: likewise, for what a user can mend.
     """
     # every world_size-th question, so that turns of the gathered shares are in order
     share = questions[ranks.rank() :: ranks.world_size()]
-    shares = ranks.gather_objects(measure(method, direction, share, judges))
+    is_shared = model is not None and ranks.world_size() > 1 and shares_weights(model)
+    try:
+        with in_turn(model, ranks.sum_over_ranks) if model and is_shared else nullcontext():
+            outcome = measure(method, direction, share, judges)
+    except Exception as error:
+        if ranks.world_size() == 1:
+            raise
+        # The others wait for this rank's share.
+        ranks.gather_objects(_Failure(isinstance(error, UserError), first_line(error)))
+        raise
+    shares = ranks.gather_objects(outcome)
+    for rank, one in enumerate(shares):
+        if isinstance(one, _Failure):
+            raise (UserError if one.is_users else MeasureError)(f"rank {rank}: {one.text}")
     rows = [
         row
         for turn in zip_longest(*(outcome.rows for outcome in shares))
@@ -80,6 +112,17 @@ def measure_over_ranks(
     ]
     # a rank without a question knows no metrics
     return Outcome(max((outcome.metrics for outcome in shares), key=len), rows)
+
+
+class MeasureError(RuntimeError):
+    """Another rank could not answer its share."""
+
+
+class _Failure(NamedTuple):
+    """A rank's answer where it has none."""
+
+    is_users: bool
+    text: str
 
 
 Scored = tuple[Sequence[Any], Columns]

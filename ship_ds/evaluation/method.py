@@ -5,7 +5,7 @@ that it fulfils. Each is made from a `Setting` alone, so that all of them stand 
 base model and time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -20,9 +20,7 @@ class Setting:
     """What every method starts from.
 
     folder: the method's own, for weights that it trains once and loads afterwards. minutes: the
-    training time of a baseline, at most. any_unfinished: `ranks.any_over_ranks` while training,
-    when SHIP's weights may be sharded over the ranks (see `answer_latents`); the methods that are
-    measured then are `ship` alone.
+    training time of a baseline, at most.
     """
 
     ship: Ship
@@ -30,7 +28,6 @@ class Setting:
     folder: Path
     minutes: float
     seed: int
-    any_unfinished: Callable[[bool], bool] = bool
 
 
 class Method(Protocol):

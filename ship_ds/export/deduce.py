@@ -18,12 +18,11 @@ from ship_ds.export.proof import Proof
 from ship_ds.export.requests import Request, write_latents
 from ship_ds.files import disk_error, new_folder, part_of, publish, refuse_existing, sha256
 from ship_ds.lora_folder import ADAPTER_WEIGHTS
+from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Export
 from ship_ds.origin import ORIGIN, read_origin
 
 LATENT_FILE = "latent.safetensors"
-_CHUNK = 64
-"""Instructions encoded, and adapters generated, in one forward."""
 
 
 def export_one(
@@ -161,8 +160,9 @@ def generate(
     Yields:
         Each request, now with the latent that it was encoded to, and its adapter.
     """
-    for start in range(0, len(requests), _CHUNK):
-        chunk = requests[start : start + _CHUNK]
+    at_once = max(1, budget.bytes_free(ship.model.device) // ship.model.adapter_bytes)
+    for start in range(0, len(requests), at_once):
+        chunk = requests[start : start + at_once]
         texts = [r.instruction for r in chunk if r.latent_Z is None and r.instruction is not None]
         encoded = iter(ship.model.encode(texts) if texts else ())
         latents = [

@@ -19,17 +19,16 @@ from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.deduction import answer_under
 from ship_ds.inference.gradient import descend_on, descend_to_behaviour
 from ship_ds.inference.induction import induce_many, with_latents_decoded
 from ship_ds.inference.proposals import draw_seed, likeliest_texts, sample_texts
 from ship_ds.inference.results import Induction, WeightCandidate, WeightInduction
+from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
 from ship_ds.weights_folder import WeightsFolder
-
-_CANDIDATES_AT_ONCE = 64
-"""Adapters that are made at once: more do not fit a small machine."""
 
 
 def read_adapter(model: ShipModel, folder: Path) -> Adapter:
@@ -88,7 +87,7 @@ def induce_from_behaviour(
     Raises:
         UserError: none of the answers ends.
     """
-    answers = model.answer(adapter, inputs, max_new_tokens, [""] * len(inputs))
+    answers = answer_under(model, adapter, "", inputs, max_new_tokens)
     examples = [Example(x, y) for x, y in zip(inputs, answers, strict=True) if y is not None]
     if not examples:
         raise UserError(
@@ -186,7 +185,8 @@ def _by_distance(
 @torch.no_grad()
 def _distances(model: ShipModel, latent_CZ: Tensor, adapter: Adapter) -> Tensor:
     """How far each latent's adapter is from the given one, (C,)."""
-    pieces = [
-        model.adapt(some_CZ).distance(adapter) for some_CZ in latent_CZ.split(_CANDIDATES_AT_ONCE)
-    ]
-    return torch.cat(pieces) if pieces else torch.zeros(0, device=latent_CZ.device)
+    if not len(latent_CZ):
+        return torch.zeros(0, device=latent_CZ.device)
+    at_once = max(1, budget.bytes_free(model.device) // model.adapter_bytes)
+    pieces = [model.adapt(some_CZ).distance(adapter) for some_CZ in latent_CZ.split(at_once)]
+    return torch.cat(pieces)

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ship_ds.inference.analogies import analogies
 from ship_ds.inference.latent_graph import LatentGraph
-from ship_ds.inference.proposals import stream_after
+from ship_ds.inference.proposals import stream_after, stream_batches
 from ship_ds.inference.scoring import Examples, fit_of_latents
 from ship_ds.model.search import TokenTrie, likeliest_known
 from ship_ds.model.ship import ShipModel
 
-_TASKS_AT_ONCE = 8
 _NUM_SEEDS, _NUM_NEIGHBOURS, _NUM_HOPS = 32, 8, 5
 """Of the walk: evenly spread starts, how far a hop sees, how many hops."""
 
@@ -176,11 +175,11 @@ class Bank:
         """For each view of examples the known instructions that the decoder finds likeliest, best
         first."""
         trie = TokenTrie([model.decoder_prompts.target(text) for text in self.instructions])
-        shortlists = []
-        for start in range(0, len(shown), _TASKS_AT_ONCE):
-            stream = stream_after(model, shown[start : start + _TASKS_AT_ONCE], None)
-            for beams in likeliest_known(stream, trie, count):
-                shortlists.append([trie.index(beam.tokens) for beam in beams])
+        shortlists: list[list[int]] = [[] for _ in shown]
+        for chunk in stream_batches(model, shown, count, trie.longest):
+            stream = stream_after(model, [shown[view] for view in chunk], None)
+            for view, beams in zip(chunk, likeliest_known(stream, trie, count), strict=True):
+                shortlists[view] = [trie.index(beam.tokens) for beam in beams]
         return shortlists
 
 

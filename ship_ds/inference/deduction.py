@@ -4,23 +4,137 @@ by the bare base.
     answer_latents(model, latent_TZ, ["add 3", "reverse"], [["1 2"], ["3 4", "5"]], 20)
     -> [["4 5"], ["4 3", "5"]]
 
-Everybody who wants answers in batches comes here.
+Everybody who wants answers in batches comes here. How many rows a batch has is what the free memory
+allows (model/budget.py).
 
 Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import islice
 
+import torch
 from torch import Tensor
 
+from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.generation import greedy
+from ship_ds.model.search import beam_search
 from ship_ds.model.ship import ShipModel
+from ship_ds.model.task_llm import TaskLlm
+from ship_ds.prompt import PromptFormat
 
-_ROWS = 256
-"""Inputs a batch."""
 AnswersByTask = list[list[str | None]]
 """One row a task, one answer an input; None where no end of sequence came in time."""
+Ids = Sequence[int]
+AdapterOf = Callable[[Sequence[int]], Adapter]
+"""Numbers of tasks -> their adapters, or one adapter for all."""
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Continues prompts by a Task LLM.
+
+    Args:
+        task_llm: the model.
+        form: its prompt format.
+        device: where it is.
+        num_virtual_tokens: that its adapters put before each prompt.
+        adapter_bytes: of one task's adapter.
+        num_beams: 1 decodes greedily.
+    """
+
+    task_llm: TaskLlm
+    form: PromptFormat
+    device: torch.device
+    num_virtual_tokens: int = field(default=0, kw_only=True)
+    adapter_bytes: int = field(default=0, kw_only=True)
+    num_beams: int = field(default=1, kw_only=True)
+
+    def answers(
+        self,
+        questions: Sequence[Sequence[Ids]],
+        max_new_tokens: int,
+        adapter_of: AdapterOf | None = None,
+    ) -> AnswersByTask:
+        """Each task's answers; arguments as in `rows`."""
+        rows = self.rows(questions, max_new_tokens, adapter_of)
+        return [[self.form.finished_text(row) for row in rows_of_task] for rows_of_task in rows]
+
+    @torch.no_grad()
+    def rows(
+        self,
+        questions: Sequence[Sequence[Ids]],
+        max_new_tokens: int,
+        adapter_of: AdapterOf | None = None,
+    ) -> list[list[Sequence[int]]]:
+        """What follows each prompt, as token ids.
+
+        Args:
+            questions: prompts as token ids, one list a task.
+            max_new_tokens: cuts an answer off.
+            adapter_of: makes the tasks' adapters; None: the bare base, whose rows belong to no
+                task and so share batches by their lengths alone.
+        """
+        if adapter_of is None:
+            alone = self._rows([[ids] for task in questions for ids in task], max_new_tokens, None)
+            rows = (row for (row,) in alone)
+            return [list(islice(rows, len(task))) for task in questions]
+        return self._rows(questions, max_new_tokens, adapter_of)
+
+    def _rows(
+        self,
+        questions: Sequence[Sequence[Ids]],
+        max_new_tokens: int,
+        adapter_of: AdapterOf | None,
+    ) -> list[list[Sequence[int]]]:
+        costs, is_greedy = self.task_llm.language_model.costs, self.num_beams == 1
+
+        def row_bytes(width: int) -> int:
+            return self.num_beams * costs.decoded_row(
+                width, max_new_tokens, chooses_greedily=is_greedy
+            )
+
+        rows: list[list[Sequence[int]]] = [[()] * len(task) for task in questions]
+        widths = [[self.num_virtual_tokens + len(ids) for ids in task] for task in questions]
+        free = budget.bytes_free(self.device)
+        for batch in budget.batches(widths, free, row_bytes, self.adapter_bytes):
+            prompts = [ids for one in batch for ids in questions[one.task][one.start : one.stop]]
+            adapter = adapter_of([one.task for one in batch]) if adapter_of else None
+            continued = iter(self._continued(adapter, prompts, max_new_tokens))
+            for one in batch:
+                rows[one.task][one.start : one.stop] = islice(continued, one.stop - one.start)
+        return rows
+
+    def _continued(
+        self, adapter: Adapter | None, prompts: Sequence[Ids], max_new_tokens: int
+    ) -> Sequence[Sequence[int]]:
+        num_virtual = 0 if adapter is None else self.num_virtual_tokens
+        batch = TokenBatch.build(prompts, None, self.form.pad_id, num_virtual, self.device)
+        stream = self.task_llm.stream(adapter, batch)
+        if self.num_beams == 1:
+            return greedy(stream, self.form.eos_id, max_new_tokens)
+        searches = beam_search(stream, self.num_beams, self.form.eos_id, max_new_tokens)
+        return [beams[0].tokens for beams in searches]
+
+
+def answerer(model: ShipModel, num_beams: int = 1) -> Answerer:
+    """The model's own Task LLM under the adapters of its hypernetwork."""
+    return Answerer(
+        model.task_llm,
+        model.prompts,
+        model.device,
+        num_virtual_tokens=model.num_virtual_tokens,
+        adapter_bytes=model.adapter_bytes,
+        num_beams=num_beams,
+    )
+
+
+def bare_answerer(model: ShipModel, num_beams: int = 1) -> Answerer:
+    """The model's own Task LLM without adapters."""
+    return Answerer(model.task_llm, model.prompts, model.device, num_beams=num_beams)
 
 
 def answer_latents(
@@ -30,26 +144,32 @@ def answer_latents(
     inputs: Sequence[Sequence[str]],
     max_new_tokens: int,
     num_beams: int = 1,
-    any_unfinished: Callable[[bool], bool] = bool,
 ) -> AnswersByTask:
     """Each task's inputs answered under the adapter of its own latent.
 
     Args:
+        model: makes adapters and answers.
+        latent_TZ: one a task.
         wordings: an instruction a task; they matter to a Task LLM that reads them too.
         inputs: one row a task, of any length.
-        any_unfinished: `ranks.any_over_ranks` where the weights are sharded over the ranks: all of
-            them then have to ask for the same tasks, and stay in step (see `continue_rows`).
+        max_new_tokens: cuts an answer off.
+        num_beams: 1 decodes greedily.
     """
+    questions = [
+        [model.question(text, wording) for text in texts]
+        for wording, texts in zip(wordings, inputs, strict=True)
+    ]
+    return answerer(model, num_beams).answers(
+        questions, max_new_tokens, lambda tasks: model.adapt(latent_TZ[list(tasks)])
+    )
 
-    def answer(tasks: Sequence[int]) -> list[str | None]:
-        texts = [text for t in tasks for text in inputs[t]]
-        instructions = [wordings[t] for t in tasks for _ in inputs[t]]
-        adapter = model.adapt(latent_TZ[list(tasks)])
-        return _answer(
-            model, adapter, texts, instructions, max_new_tokens, num_beams, any_unfinished
-        )
 
-    return answer_by_size(inputs, answer)
+def answer_under(
+    model: ShipModel, adapter: Adapter, wording: str, inputs: Sequence[str], max_new_tokens: int
+) -> list[str | None]:
+    """Inputs answered under one given adapter, of one task."""
+    questions = [[model.question(text, wording) for text in inputs]]
+    return answerer(model).answers(questions, max_new_tokens, lambda tasks: adapter)[0]
 
 
 def answer_stated(
@@ -60,61 +180,16 @@ def answer_stated(
     num_beams: int = 1,
 ) -> AnswersByTask:
     """The bare Task LLM's answers with each task's instruction in the prompt."""
-
-    def answer(tasks: Sequence[int]) -> list[str | None]:
-        texts = [text for t in tasks for text in inputs[t]]
-        instructions = [wordings[t] for t in tasks for _ in inputs[t]]
-        return _answer(model, None, texts, instructions, max_new_tokens, num_beams)
-
-    return answer_by_size(inputs, answer)
+    questions = [
+        [model.prompts.task_prompt(text, wording) for text in texts]
+        for wording, texts in zip(wordings, inputs, strict=True)
+    ]
+    return bare_answerer(model, num_beams).answers(questions, max_new_tokens)
 
 
 def answer_bare(
     model: ShipModel, inputs: Sequence[Sequence[str]], max_new_tokens: int
 ) -> AnswersByTask:
     """The bare Task LLM's answers, with neither adapter nor instruction."""
-
-    def answer(tasks: Sequence[int]) -> list[str | None]:
-        return _answer(
-            model, None, [text for t in tasks for text in inputs[t]], None, max_new_tokens
-        )
-
-    return answer_by_size(inputs, answer)
-
-
-def _answer(
-    model: ShipModel,
-    adapter: Adapter | None,
-    texts: Sequence[str],
-    instructions: Sequence[str] | None,
-    max_new_tokens: int,
-    num_beams: int = 1,
-    any_unfinished: Callable[[bool], bool] = bool,
-) -> list[str | None]:
-    if num_beams == 1:
-        return model.answer(adapter, texts, max_new_tokens, instructions, any_unfinished)
-    return model.answer_by_beams(adapter, texts, max_new_tokens, num_beams, instructions)
-
-
-def answer_by_size(
-    inputs: Sequence[Sequence[Any]], answer: Callable[[Sequence[int]], list[str | None]]
-) -> AnswersByTask:
-    """Each task's answers, from batches of at most 256 inputs.
-
-    Tasks with equally many inputs share batches: an adapter's products want equal parts where
-    prompts are padded.
-
-    Args:
-        inputs: one row a task, of any length: texts, or prompts as token ids.
-        answer: the answers to all inputs of these tasks, task after task.
-    """
-    rows: AnswersByTask = [[] for _ in inputs]
-    for size in sorted({len(row) for row in inputs} - {0}):
-        tasks = [t for t, row in enumerate(inputs) if len(row) == size]
-        step = max(1, _ROWS // size)
-        for start in range(0, len(tasks), step):
-            chunk = tasks[start : start + step]
-            answers = answer(chunk)
-            for i, t in enumerate(chunk):
-                rows[t] = answers[i * size : (i + 1) * size]
-    return rows
+    questions = [[model.prompts.task_prompt(text) for text in texts] for texts in inputs]
+    return bare_answerer(model).answers(questions, max_new_tokens)

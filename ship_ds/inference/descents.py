@@ -4,6 +4,7 @@ Letters: C candidates, M examples of a task, Z latent size.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,12 +26,8 @@ from ship_ds.inference.proposals import (
 from ship_ds.inference.results import Candidate
 from ship_ds.inference.scoring import Examples, fit_of_latents
 from ship_ds.inference.search_state import DescentResult, Proposal, SearchState
+from ship_ds.model import budget
 from ship_ds.model.ship import ShipModel
-
-_ROWS = 48
-"""Descents that share a forward: with their activations for the backward, more do not fit a small
-machine."""
-_Item = TypeVar("_Item")
 
 
 class _Start(NamedTuple):
@@ -48,6 +45,9 @@ class _Refinement(NamedTuple):
     candidate: Candidate
 
 
+_Item = TypeVar("_Item", _Start, _Refinement)
+
+
 def descend_from_scratch(
     model: ShipModel, searches: Sequence[SearchState], config: InductionConfig, seed: int
 ) -> list[DescentResult]:
@@ -56,7 +56,7 @@ def descend_from_scratch(
     starts = [_Start(search, i) for search in searches for i in range(config.num_restarts)]
     descend = _descend_directly if config.method == "direct" else _descend_indirectly
     results = []
-    for chunk in _chunks(starts):
+    for chunk in _chunks(model, starts):
         descent = descend(model, chunk, config, seed)
         results += measured(model, chunk, descent.latent_CZ, [""] * len(chunk))
     return results
@@ -114,7 +114,7 @@ def descend_from_best(
         for number, candidate in enumerate(search.best[: config.num_refined])
     ]
     results = []
-    for chunk in _chunks(refinements):
+    for chunk in _chunks(model, refinements):
         wordings = [refined.candidate.instruction for refined in chunk]
         descent = descend_on_latent(
             model,
@@ -203,5 +203,18 @@ def task_views(
     return list(views(search.examples, model.config.decoder.max_examples, count, key))
 
 
-def _chunks(rows: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-    return (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
+def _chunks(model: ShipModel, starts: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+    """Descents that share a forward, with what that keeps for the backward pass, in order."""
+    at_once = max(1, budget.bytes_free(model.device) // max(map(partial(_bytes, model), starts)))
+    return (starts[i : i + at_once] for i in range(0, len(starts), at_once))
+
+
+def _bytes(model: ShipModel, start: _Start | _Refinement) -> int:
+    """What one descent needs: its examples' states, its adapter and the adapter's gradient."""
+    wording = start.candidate.instruction if isinstance(start, _Refinement) else ""
+    costs, total = model.task_llm.language_model.costs, 2 * model.adapter_bytes
+    for example in start.search.examples:
+        num_labels = len(model.prompts.target(example.target))
+        width = len(model.question(example.input, wording)) + num_labels
+        total += costs.trained_row(model.num_virtual_tokens + width, num_labels)
+    return total

@@ -16,7 +16,6 @@ from ship_ds.model.ship import ShipModel
 FAR_QUANTILE = 0.99
 """An instruction is far from training when its uncertainty or its isolation is above that of this
 share of the known ones."""
-_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,8 @@ class Surroundings:
     @classmethod
     def of(cls, model: ShipModel, bank: Bank) -> "Surroundings":
         """Those of all known instructions; takes one pass of the encoder over them."""
-        entropies = [
-            _entropy(model, bank.instructions[start : start + _AT_ONCE])
-            for start in range(0, len(bank), _AT_ONCE)
-        ]
         apart_CC = torch.cdist(bank.latent_CZ, bank.latent_CZ).fill_diagonal_(torch.inf)
-        return cls(torch.cat(entropies).sort().values, apart_CC.amin(1).sort().values)
+        return cls(_entropy(model, bank.instructions).sort().values, apart_CC.amin(1).sort().values)
 
     def familiarity(self, model: ShipModel, bank: Bank, instruction: str) -> Familiarity:
         """How an instruction lies among the known ones; a known one is compared with the

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example
+from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import sample
 from ship_ds.model.language_model import Stream
@@ -29,8 +30,6 @@ from ship_ds.model.search import beam_search
 from ship_ds.model.ship import ShipModel
 
 Examples = Sequence[Example]
-_ROWS = 512
-"""Rows a stream: the cache of more does not pay."""
 _CUTS = 12
 """Places at which two texts are spliced, at most."""
 
@@ -115,16 +114,18 @@ def sample_texts(
     """
     if num_samples == 0:
         return [[] for _ in shown]
-    prompts, texts = model.decoder_prompts, []
-    for chunk in _chunks(len(shown), num_samples):
-        stream = stream_after(model, shown[chunk], None if latent_WZ is None else latent_WZ[chunk])
+    prompts = model.decoder_prompts
+    texts: list[list[str]] = [[] for _ in shown]
+    for chunk in stream_batches(model, shown, num_samples, max_new_tokens):
+        stream = stream_after(
+            model, [shown[view] for view in chunk], None if latent_WZ is None else latent_WZ[chunk]
+        )
         stream.select([view for view in range(stream.num_rows) for _ in range(num_samples)])
-        uniform = torch.cat([_uniform(num_samples, max_new_tokens, one) for one in seeds[chunk]])
+        uniform = torch.cat([_uniform(num_samples, max_new_tokens, seeds[view]) for view in chunk])
         rows = sample(stream, uniform, temperature, prompts.eos_id)
-        texts += [
-            [_text(model, row) for row in rows[i : i + num_samples] if row[-1] == prompts.eos_id]
-            for i in range(0, len(rows), num_samples)
-        ]
+        for i, view in enumerate(chunk):
+            rows_of_view = rows[i * num_samples : (i + 1) * num_samples]
+            texts[view] = [_text(model, row) for row in rows_of_view if row[-1] == prompts.eos_id]
     return texts
 
 
@@ -142,11 +143,15 @@ def likeliest_texts(
 ) -> list[list[str]]:
     """The `num_beams` best instructions by the decoder's own likelihood from each view, best
     first; those that do not end are left out."""
-    texts, eos_id = [], model.decoder_prompts.eos_id
-    for chunk in _chunks(len(shown), num_beams):
-        stream = stream_after(model, shown[chunk], None if latent_WZ is None else latent_WZ[chunk])
-        for beams in beam_search(stream, num_beams, eos_id, max_new_tokens):
-            texts.append([_text(model, beam.tokens) for beam in beams if beam.tokens[-1] == eos_id])
+    eos_id = model.decoder_prompts.eos_id
+    texts: list[list[str]] = [[] for _ in shown]
+    for chunk in stream_batches(model, shown, num_beams, max_new_tokens):
+        stream = stream_after(
+            model, [shown[view] for view in chunk], None if latent_WZ is None else latent_WZ[chunk]
+        )
+        searches = beam_search(stream, num_beams, eos_id, max_new_tokens)
+        for view, beams in zip(chunk, searches, strict=True):
+            texts[view] = [_text(model, beam.tokens) for beam in beams if beam.tokens[-1] == eos_id]
     return texts
 
 
@@ -168,24 +173,43 @@ def edits(
         num_edits: of each text.
         latent_WZ: see `stream_after`.
     """
-    prompts, changes = model.decoder_prompts, []
-    for chunk in _chunks(len(texts), 4):
-        targets = [prompts.target(text) for text in texts[chunk]]
-        ids = [prompts.decoder_prompt(view) for view in shown[chunk]]
+    prompts, num_soft = model.decoder_prompts, model.config.decoder.num_soft_tokens
+    targets = [prompts.target(text) for text in texts]
+    ids = [prompts.decoder_prompt(view) for view in shown]
+    widths = [num_soft + len(one) + len(target) for one, target in zip(ids, targets, strict=True)]
+    costs, num_labels = model.decoder.language_model.costs, max(map(len, targets), default=0)
+    changes: list[list[str]] = [[] for _ in texts]
+    for chunk in budget.row_batches(
+        widths, budget.bytes_free(model.device), lambda width: costs.scored_row(width, num_labels)
+    ):
         batch = TokenBatch.build(
-            ids, targets, prompts.pad_id, model.config.decoder.num_soft_tokens, model.device
+            [ids[row] for row in chunk],
+            [targets[row] for row in chunk],
+            prompts.pad_id,
+            num_soft,
+            model.device,
         )
         latents = None if latent_WZ is None else latent_WZ[chunk]
-        logits_KV, _ = model.decoder(*latents_beside(model, len(ids), latents), batch)
-        for target, one_KV in zip(targets, logits_KV.split(batch.target_lengths), strict=True):
-            changes.append(_changes(model, target, one_KV, num_edits))
+        logits_KV, _ = model.decoder(*latents_beside(model, len(chunk), latents), batch)
+        for row, one_KV in zip(chunk, logits_KV.split(batch.target_lengths), strict=True):
+            changes[row] = _changes(model, targets[row], one_KV, num_edits)
     return changes
 
 
-def _chunks(num_views: int, rows_per_view: int) -> Iterator[slice]:
-    """Views whose rows go into one stream."""
-    step = max(1, _ROWS // rows_per_view)
-    return (slice(start, start + step) for start in range(0, num_views, step))
+def stream_batches(
+    model: ShipModel, shown: Sequence[Examples], rows_per_view: int, max_new_tokens: int
+) -> Iterator[list[int]]:
+    """Views whose rows go into one stream, the longest first."""
+    num_soft = model.config.decoder.num_soft_tokens
+    widths = [num_soft + len(model.decoder_prompts.decoder_prompt(view)) for view in shown]
+    costs = model.decoder.language_model.costs
+    return budget.row_batches(
+        widths,
+        budget.bytes_free(model.device),
+        lambda width: (
+            rows_per_view * costs.decoded_row(width, max_new_tokens, chooses_greedily=False)
+        ),
+    )
 
 
 def _changes(

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example
+from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
 
 Examples = Sequence[Example]
-_ROWS = 256
-"""Sequences a forward: more do not fit a CPU's caches."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,17 @@ class Fit:
     loss_CM: Tensor
     right_CM: Tensor
 
+    @classmethod
+    def empty(cls, examples: Sequence[Examples]) -> "Fit":
+        """A table of zeros for candidates with equally many examples, to be filled."""
+        shape = len(examples), len(examples[0]) if examples else 0
+        return cls(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool))
+
+    def put(self, candidate: int, examples: slice, loss_M: Tensor, right_M: Tensor) -> None:
+        """Fill in how a candidate explains these of its examples."""
+        self.loss_CM[candidate, examples] = loss_M
+        self.right_CM[candidate, examples] = right_M
+
     def beside(self, other: "Fit") -> "Fit":
         """The same candidates on these and on other examples."""
         return Fit(
@@ -47,6 +57,7 @@ class Fit:
         return Fit(self.loss_CM[index], self.right_CM[index])
 
 
+@torch.no_grad()
 def fit_of_latents(
     model: ShipModel, latent_CZ: Tensor, wordings: Sequence[str], examples: Sequence[Examples]
 ) -> Fit:
@@ -58,17 +69,42 @@ def fit_of_latents(
         wordings: an instruction a candidate, for a Task LLM that reads it too.
         examples: those of each candidate, equally many for all.
     """
-    pieces = []
-    with torch.no_grad():
-        for chunk in _chunks(examples):
-            batch = answers_batch(model, wordings[chunk], examples[chunk])
-            logits, labels = model.task_llm(
-                model.adapt(latent_CZ[chunk]), batch, len(latent_CZ[chunk])
-            )
-            pieces.append(_fit(logits, labels, batch, len(latent_CZ[chunk])))
-    return _joined(pieces)
+    questions = [
+        [model.question(e.input, text) for e in examples_M]
+        for text, examples_M in zip(wordings, examples, strict=True)
+    ]
+    targets = [[model.prompts.target(e.target) for e in examples_M] for examples_M in examples]
+    num_virtual, fit = model.num_virtual_tokens, Fit.empty(examples)
+    costs = model.task_llm.language_model.costs
+    num_labels = max((len(ids) for task in targets for ids in task), default=0)
+    widths = [
+        [num_virtual + len(ids) + len(target) for ids, target in zip(*rows, strict=True)]
+        for rows in zip(questions, targets, strict=True)
+    ]
+    for pieces in budget.batches(
+        widths,
+        budget.bytes_free(model.device),
+        lambda width: costs.scored_row(width, num_labels),
+        model.adapter_bytes,
+    ):
+        batch = TokenBatch.build(
+            [ids for one in pieces for ids in questions[one.task][one.start : one.stop]],
+            [ids for one in pieces for ids in targets[one.task][one.start : one.stop]],
+            model.prompts.pad_id,
+            num_virtual,
+            model.device,
+        )
+        adapter = model.adapt(latent_CZ[[one.task for one in pieces]])
+        logits, labels = model.task_llm(adapter, batch, len(pieces))
+        losses, rights = _row_fits(logits, labels, batch)
+        for piece, *values in zip(
+            pieces, losses.chunk(len(pieces)), rights.chunk(len(pieces)), strict=True
+        ):
+            fit.put(piece.task, slice(piece.start, piece.stop), *values)
+    return fit
 
 
+@torch.no_grad()
 def fit_in_prompt(model: ShipModel, wordings: Sequence[str], examples: Sequence[Examples]) -> Fit:
     """How the bare Task LLM explains examples with an instruction in the prompt.
 
@@ -77,23 +113,28 @@ def fit_in_prompt(model: ShipModel, wordings: Sequence[str], examples: Sequence[
         wordings: an instruction a candidate.
         examples: those of each candidate, equally many for all.
     """
-    prompts, pieces = model.prompts, []
-    with torch.no_grad():
-        for chunk in _chunks(examples):
-            pairs = [
-                (text, e)
-                for text, examples_M in zip(wordings[chunk], examples[chunk], strict=True)
-                for e in examples_M
-            ]
-            batch = TokenBatch.build(
-                [prompts.task_prompt(e.input, text) for text, e in pairs],
-                [prompts.target(e.target) for _, e in pairs],
-                prompts.pad_id,
-                device=model.device,
-            )
-            logits, labels = model.task_llm(None, batch, len(wordings[chunk]))
-            pieces.append(_fit(logits, labels, batch, len(wordings[chunk])))
-    return _joined(pieces)
+    prompts, fit = model.prompts, Fit.empty(examples)
+    places = [(c, m) for c, examples_M in enumerate(examples) for m in range(len(examples_M))]
+    questions = [prompts.task_prompt(examples[c][m].input, wordings[c]) for c, m in places]
+    targets = [prompts.target(examples[c][m].target) for c, m in places]
+    costs = model.task_llm.language_model.costs
+    num_labels = max(map(len, targets), default=0)
+    widths = [len(ids) + len(target) for ids, target in zip(questions, targets, strict=True)]
+    for rows in budget.row_batches(
+        widths, budget.bytes_free(model.device), lambda width: costs.scored_row(width, num_labels)
+    ):
+        batch = TokenBatch.build(
+            [questions[row] for row in rows],
+            [targets[row] for row in rows],
+            prompts.pad_id,
+            device=model.device,
+        )
+        logits, labels = model.task_llm(None, batch, 1)
+        losses, rights = _row_fits(logits, labels, batch)
+        for row, loss, right in zip(rows, losses, rights, strict=True):
+            c, m = places[row]
+            fit.put(c, slice(m, m + 1), loss[None], right[None])
+    return fit
 
 
 def answers_batch(
@@ -115,29 +156,15 @@ def losses_by_example(
     return sum_per_example(token_losses, batch, num_candidates)
 
 
-def _fit(logits_KV: Tensor, labels_K: Tensor, batch: TokenBatch, num_candidates: int) -> Fit:
+def _row_fits(logits_KV: Tensor, labels_K: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Each sequence's loss, and whether all its labels are the likeliest tokens; on the CPU."""
+    num_rows = len(batch.lengths)
     wrong_K = (logits_KV.argmax(-1) != labels_K).float()
-    return Fit(
-        losses_by_example(logits_KV, labels_K, batch, num_candidates).cpu(),
-        (sum_per_example(wrong_K, batch, num_candidates) == 0).cpu(),
-    )
+    losses = losses_by_example(logits_KV, labels_K, batch, num_rows)[:, 0]
+    return losses.cpu(), (sum_per_example(wrong_K, batch, num_rows)[:, 0] == 0).cpu()
 
 
 def sum_per_example(values_K: Tensor, batch: TokenBatch, num_candidates: int) -> Tensor:
     """Values of label positions summed over each example, (C, M)."""
     sums_E = values_K.new_zeros(len(batch.lengths)).index_add(0, batch.label_row_K, values_K)
     return sums_E.view(num_candidates, -1)
-
-
-def _chunks(examples: Sequence[Examples]) -> list[slice]:
-    """Candidates whose examples go through the model together."""
-    num_examples = len(examples[0]) if examples else 1
-    step = max(1, _ROWS // max(num_examples, 1))
-    return [slice(start, start + step) for start in range(0, len(examples), step)]
-
-
-def _joined(pieces: Sequence[Fit]) -> Fit:
-    return Fit(
-        torch.cat([piece.loss_CM for piece in pieces]),
-        torch.cat([piece.right_CM for piece in pieces]),
-    )

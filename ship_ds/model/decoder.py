@@ -51,6 +51,8 @@ class Decoder(Role):
         super().__init__(lm, adapter, checkpointing=checkpointing, is_shared=is_shared)
         hidden_size = self.language_model.hidden_size
         self.num_soft_tokens = num_soft_tokens
+        self.before_token: Callable[[], None] | None = None
+        """What a token waits for where ranks take turns (turns.py)."""
         # Soft tokens start as large as token embeddings: from near zero, each RMSNorm multiplies
         # the gradient by a thousand.
         spread = self.language_model.embedding_spread
@@ -82,8 +84,14 @@ class Decoder(Role):
         return soft_TX.unflatten(1, (self.num_soft_tokens, -1))
 
     def forward(
-        self, latent_TZ: Tensor, shows_latent_T: Tensor, batch: TokenBatch, packed: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        latent_TZ: Tensor,
+        shows_latent_T: Tensor | None,
+        batch: TokenBatch,
+        packed: bool = False,
+        *,
+        continues: bool = False,
+    ) -> tuple[Tensor, Tensor] | Stream:
         """Label logits (K, V) and labels (K,) of the instructions.
 
         Args:
@@ -91,8 +99,11 @@ class Decoder(Role):
             shows_latent_T: see `soft_tokens`.
             batch: examples with the instruction as target.
             packed: without padding, where the model can.
+            continues: see `stream`, which it then gives.
         """
         soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
+        if continues:
+            return self.language_model.stream(batch, self.own_adapter, soft=soft_TPH)
         packed = packed and self.language_model.missing("packing") is None
         return self.language_model.score(
             batch,
@@ -103,19 +114,16 @@ class Decoder(Role):
         )
 
     def generate(
-        self,
-        latent_TZ: Tensor,
-        prompts: TokenBatch,
-        eos_id: int,
-        max_new_tokens: int,
-        any_unfinished: Callable[[bool], bool] = bool,
+        self, latent_TZ: Tensor, prompts: TokenBatch, eos_id: int, max_new_tokens: int
     ) -> list[list[int]]:
         """Greedy instructions as token ids, each up to and including its end of sequence."""
-        return greedy(self.stream(latent_TZ, None, prompts), eos_id, max_new_tokens, any_unfinished)
+        return greedy(self.stream(latent_TZ, None, prompts), eos_id, max_new_tokens)
 
     def stream(
         self, latent_TZ: Tensor, shows_latent_T: Tensor | None, prompts: TokenBatch
     ) -> Stream:
         """The prompts read after each latent's soft tokens, about to write the instruction."""
-        soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
-        return self.language_model.stream(prompts, self.own_adapter, soft=soft_TPH)
+        # By way of `forward`: ZeRO-3 gathers a module's own parameters in there alone.
+        stream: Stream = self(latent_TZ, shows_latent_T, prompts, continues=True)
+        stream.before_token = self.before_token
+        return stream

@@ -5,7 +5,7 @@ right, under ZeRO-3 too. Data are reached by the batch's index tensors alone: a 
 waits for a GPU nor needs data at all, and on the meta device it gives the shapes.
 
 Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary,
-P virtual tokens, H hidden size.
+P virtual tokens, H hidden size, X other letters flattened.
 """
 
 from collections.abc import Mapping, Sequence
@@ -232,7 +232,7 @@ class CachedStream(Stream):
             self.real_EX = torch.nn.functional.pad(self.real_EX, (0, missing), value=True)
 
     @torch.no_grad()
-    def advance(self, next_E: Tensor) -> None:
+    def advance_rows(self, next_E: Tensor) -> None:
         """See `Stream`."""
         self.length += 1
         self._widen(self.length)

@@ -21,11 +21,7 @@ _COMPACTS_BELOW = 0.75
 
 @torch.no_grad()
 def continue_rows(
-    stream: Stream,
-    choose: Choose,
-    eos_id: int,
-    max_new_tokens: int,
-    any_unfinished: Callable[[bool], bool] = bool,
+    stream: Stream, choose: Choose, eos_id: int, max_new_tokens: int
 ) -> list[list[int]]:
     """Each row's new tokens, up to and including its first end-of-sequence token.
 
@@ -34,8 +30,6 @@ def continue_rows(
         choose: the next tokens.
         eos_id: ends a row.
         max_new_tokens: cuts a row off.
-        any_unfinished: agrees over ranks whether to go on. Ranks that share sharded weights have to
-            call the model equally often, or all of them hang.
     """
     texts: list[list[int]] = [[] for _ in range(stream.num_rows)]
     running = list(range(stream.num_rows))
@@ -48,10 +42,9 @@ def continue_rows(
             if not texts[row] or texts[row][-1] != eos_id:
                 texts[row].append(token)
         unfinished = [place for place, row in enumerate(running) if texts[row][-1] != eos_id]
-        if step + 1 == max_new_tokens or not any_unfinished(bool(unfinished)):
+        if step + 1 == max_new_tokens or not unfinished:
             break
-        # With none left, another rank has rows to finish: this one goes on with what nobody reads.
-        if 0 < len(unfinished) <= _COMPACTS_BELOW * len(running):
+        if len(unfinished) <= _COMPACTS_BELOW * len(running):
             running = [running[place] for place in unfinished]
             index_E = stream.index(unfinished)
             running_E, next_E = running_E[index_E], next_E[index_E]
@@ -60,18 +53,13 @@ def continue_rows(
     return texts
 
 
-def greedy(
-    stream: Stream,
-    eos_id: int,
-    max_new_tokens: int,
-    any_unfinished: Callable[[bool], bool] = bool,
-) -> list[list[int]]:
+def greedy(stream: Stream, eos_id: int, max_new_tokens: int) -> list[list[int]]:
     """The most likely token at every step; arguments as in `continue_rows`."""
 
     def choose(logits_EV: Tensor, running_E: Tensor, step: int) -> Tensor:
         return logits_EV.argmax(-1)
 
-    return continue_rows(stream, choose, eos_id, max_new_tokens, any_unfinished)
+    return continue_rows(stream, choose, eos_id, max_new_tokens)
 
 
 def sample(stream: Stream, uniform_EY: Tensor, temperature: float, eos_id: int) -> list[list[int]]:

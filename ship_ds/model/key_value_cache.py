@@ -8,7 +8,8 @@ transformers' own cache grows by concatenation: each token copies all keys and v
 Here a token is written where it belongs, and rows that move take along only what differs: beams
 of one prompt share its columns.
 
-Letters: E sequences, G key-value heads, S padded length, F size of an attention head.
+Letters: E sequences, G key-value heads, S padded length, F size of an attention head,
+X other letters flattened.
 """
 
 from typing import Any

@@ -27,7 +27,8 @@ H hidden size, T tasks, X other letters flattened.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -37,6 +38,7 @@ from transformers import PreTrainedConfig
 
 from ship_ds.errors import UserError
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.budget import Costs
 
 if TYPE_CHECKING:  # adapters.py wraps what this file finds
     from ship_ds.model.adapters.adapter import Adapter
@@ -74,9 +76,18 @@ class Stream(ABC):
         """Say how many tokens a row will get at most: a cache can make room for all of them
         once."""
 
-    @abstractmethod
+    before_token: Callable[[], None] | None = None
+    """What a token waits for where ranks take turns (turns.py)."""
+
     def advance(self, next_E: Tensor) -> None:
         """Add one token to each row."""
+        if self.before_token is not None:
+            self.before_token()
+        self.advance_rows(next_E)
+
+    @abstractmethod
+    def advance_rows(self, next_E: Tensor) -> None:
+        """Read one token more in each row, by the same modules in the same order as the prompts."""
 
     @abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -156,6 +167,28 @@ class LanguageModel(ABC):
         if weight.is_meta:
             return float(self.module.config.initializer_range)
         return float(weight.detach().float().std())
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What rows need beside the weights (budget.py)."""
+        settings, itemsize = self.module.config, self.module.dtype.itemsize
+        linears, num_blocks = self.linears().values(), len(self.blocks())
+        widest = max(max(one.in_features, one.out_features) for one in linears)
+        num_heads, head_size = self.key_value_heads
+        all_heads = settings.num_attention_heads * head_size
+        is_eager = settings._attn_implementation == "eager"
+        # Gate, its activation and the product; an adapted linear also holds what it adds.
+        num_wide = 4 if any(hasattr(module, "adapter") for module in self.module.modules()) else 3
+        return Costs(
+            cache=2 * num_blocks * num_heads * head_size * itemsize,
+            working=itemsize * (4 * self.hidden_size + num_wide * widest) + 8 * head_size,
+            attending=itemsize * (3 * self.hidden_size + 4 * all_heads),
+            repeated=2 * all_heads * itemsize if is_eager else 0,
+            kept=num_blocks * itemsize * (10 * self.hidden_size + 5 * widest),
+            scores=5 * settings.num_attention_heads * itemsize // 2 if is_eager else 1,
+            logits=self.vocabulary_size * itemsize,
+            float_logits=self.vocabulary_size * 4,
+        )
 
     def embed_ids(self, ids: Tensor) -> Tensor:
         """Embeddings (*ids.shape, H), through the model's own module, where ZeRO-3 gathers it."""

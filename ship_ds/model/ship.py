@@ -4,7 +4,8 @@ one module, for one engine. model/assemble.py puts it together.
 Letters: T tasks, Z latent size.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,19 +14,16 @@ from torch import Tensor, nn
 from ship_ds.config import ModelConfig
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.flops import ShipSize
+from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.collate import Collator
 from ship_ds.model.encoder import Posterior
 from ship_ds.model.objectives import Objective
-from ship_ds.model.search import beam_search
 from ship_ds.model.sizes import size_of
 from ship_ds.model.step import LabelLogits, Outputs, Parts, ShipBatch, StepSums
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
-
-_ENCODED_AT_ONCE = 256
-"""Instructions of one forward: the hidden states of more do not fit a small machine."""
 
 
 class ShipModel(nn.Module):
@@ -155,20 +153,34 @@ class ShipModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, instructions: Sequence[str]) -> Tensor:
-        """Posterior means (T, Z) of any number of instructions, a few hundred at a time."""
-        # Where there are none: the encoder cannot read an empty batch.
-        means = [torch.zeros(0, self.config.latent_size)]
-        if instructions:
-            means = [
-                self.posterior(instructions[start : start + _ENCODED_AT_ONCE]).mean_TZ
-                for start in range(0, len(instructions), _ENCODED_AT_ONCE)
-            ]
-        return torch.cat(means)
+        """Posterior means (T, Z) of any number of instructions."""
+        return self.posterior(instructions).mean_TZ
 
     @torch.no_grad()
     def posterior(self, instructions: Sequence[str]) -> Posterior:
-        """q(z | k) of each instruction."""
-        return Posterior(*self.encoder(self.collator.instructions(instructions, self.device)))
+        """q(z | k) of any number of instructions."""
+        prompts = self.encoder_prompts
+        ids = [prompts.encoder_prompt(text) for text in instructions]
+        reading, free = self.encoder.language_model.costs.reading, budget.bytes_free(self.device)
+        order: list[int] = []
+        # Where there are none: the encoder cannot read an empty batch.
+        parts = [(torch.zeros(0, self.config.latent_size),) * 2] if not instructions else []
+        for rows in budget.row_batches(list(map(len, ids)), free, reading):
+            batch = [ids[row] for row in rows]
+            parts.append(
+                self.encoder(TokenBatch.build(batch, None, prompts.pad_id, device=self.device))
+            )
+            order += rows
+        # Row t of the result was read as number places[t].
+        places = sorted(range(len(order)), key=order.__getitem__)
+        mean_TZ, log_variance_TZ = (torch.cat(one)[places] for one in zip(*parts, strict=True))
+        return Posterior(mean_TZ, log_variance_TZ)
+
+    @cached_property
+    def adapter_bytes(self) -> int:
+        """Of one task's adapter, and of what `Adapter.prepared` makes of it."""
+        tensors = self.adapt(torch.zeros(1, self.config.latent_size)).tensors().values()
+        return 2 * sum(tensor.nbytes for tensor in tensors)
 
     @torch.no_grad()
     def adapt(self, latent_TZ: Tensor) -> Adapter:
@@ -182,33 +194,17 @@ class ShipModel(nn.Module):
         inputs: Sequence[str],
         max_new_tokens: int,
         wordings: Sequence[str] | None = None,
-        any_unfinished: Callable[[bool], bool] = bool,
     ) -> list[str | None]:
         """Greedy answers, one an input, task-major under `adapter`; None where no end-of-sequence
         came in time.
 
         wordings: one instruction an input. Under an adapter the prompt states it as
         `model.task_llm.instruction` says, by default not at all; without one it states it as text
-        (the upper reference). any_unfinished: see `greedy`.
+        (the upper reference).
         """
         batch = self._questions(adapter, inputs, wordings)
-        rows = self.task_llm.generate(
-            adapter, batch, self.prompts.eos_id, max_new_tokens, any_unfinished=any_unfinished
-        )
+        rows = self.task_llm.generate(adapter, batch, self.prompts.eos_id, max_new_tokens)
         return [self.prompts.finished_text(row) for row in rows]
-
-    def answer_by_beams(
-        self,
-        adapter: Adapter | None,
-        inputs: Sequence[str],
-        max_new_tokens: int,
-        num_beams: int,
-        wordings: Sequence[str] | None = None,
-    ) -> list[str | None]:
-        """As `answer`, the best of a beam search in place of the greedy answer."""
-        stream = self.task_llm.stream(adapter, self._questions(adapter, inputs, wordings))
-        searches = beam_search(stream, num_beams, self.prompts.eos_id, max_new_tokens)
-        return [self.prompts.finished_text(beams[0].tokens) for beams in searches]
 
     def _questions(
         self, adapter: Adapter | None, inputs: Sequence[str], wordings: Sequence[str] | None
@@ -224,15 +220,15 @@ class ShipModel(nn.Module):
             return self.task_batch(inputs, None, instructions)
         return self.collator.bare_questions(inputs, instructions, self.device)
 
-    def decode(
-        self, latent_TZ: Tensor, max_new_tokens: int, any_unfinished: Callable[[bool], bool] = bool
-    ) -> list[str]:
+    def decode(self, latent_TZ: Tensor, max_new_tokens: int) -> list[str]:
         """The instruction that the decoder reads out of each z, without examples."""
-        prompts = self.decoder_prompts
-        batch = self.collator.undecoded(len(latent_TZ), self.device)
-        rows = self.decoder.generate(
-            latent_TZ, batch, prompts.eos_id, max_new_tokens, any_unfinished
-        )
+        prompts, lm = self.decoder_prompts, self.decoder.language_model
+        width = self.config.decoder.num_soft_tokens + len(prompts.decoder_prompt(()))
+        row = lm.costs.decoded_row(width, max_new_tokens)
+        rows: list[list[int]] = []
+        for latents in latent_TZ.split(max(1, budget.bytes_free(self.device) // row)):
+            batch = self.collator.undecoded(len(latents), self.device)
+            rows += self.decoder.generate(latents, batch, prompts.eos_id, max_new_tokens)
         return [prompts.text(row) for row in rows]
 
     def flop_size(self) -> ShipSize:

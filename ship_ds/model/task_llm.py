@@ -39,6 +39,8 @@ class TaskLlm(Role):
         """
         super().__init__(lm, checkpointing=checkpointing, is_shared=is_shared)
         self._sites = sites_of(lm) if sites is None else sites
+        self.before_pass: Callable[[], None] | None = None
+        """What a pass waits for where ranks take turns (turns.py)."""
         self.eval()
 
     def train(self, mode: bool = True) -> "TaskLlm":
@@ -82,26 +84,30 @@ class TaskLlm(Role):
         eos_id: int,
         max_new_tokens: int,
         instruction: Tensor | None = None,
-        any_unfinished: Callable[[bool], bool] = bool,
     ) -> list[list[int]]:
         """Greedy answers as token ids, each up to and including its end of sequence."""
-        stream = self.stream(adapter, prompts, instruction)
-        return greedy(stream, eos_id, max_new_tokens, any_unfinished)
+        return greedy(self.stream(adapter, prompts, instruction), eos_id, max_new_tokens)
 
     def stream(
         self, adapter: Adapter | None, prompts: TokenBatch, instruction: Tensor | None = None
     ) -> Stream:
         """The prompts read under their tasks' adapters, to be continued."""
+        if self.before_pass is not None:
+            self.before_pass()
         num_rows = len(prompts.lengths)
-        return self.language_model.stream(
+        stream = self.language_model.stream(
             prompts,
             adapter,
             soft=_virtual_tokens(adapter, num_rows),
             instruction=_per_row(instruction, num_rows),
         )
+        stream.before_token = self.before_pass
+        return stream
 
     def logits(self, adapter: Adapter | None, prompts: TokenBatch) -> Tensor:
         """Logits (E, S, V) after every token, virtual ones included."""
+        if self.before_pass is not None:
+            self.before_pass()
         soft = _virtual_tokens(adapter, len(prompts.lengths))
         return self.language_model.logits(prompts, adapter, soft)
 

@@ -200,12 +200,6 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def any_over_ranks(flag: bool) -> bool:
-    """Whether it is so on any rank, the same answer on all: what keeps generation in step where
-    ZeRO-3 gathers weights."""
-    return bool(sum_over_ranks(torch.tensor(float(flag)))) if world_size() > 1 else flag
-
-
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:

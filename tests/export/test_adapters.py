@@ -11,7 +11,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from ship_ds.errors import UserError
-from ship_ds.export import deduce
 from ship_ds.export.compose import compose
 from ship_ds.export.deduce import export_many, export_one, generate
 from ship_ds.export.peft_adapter import Exporter, live_logits
@@ -81,8 +80,9 @@ def test_a_saved_latent_makes_the_same_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_are_what_they_are_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deduce, "_CHUNK", 2)
     ship = make_ship("embedded")
+    two = 2 * ship.model.adapter_bytes
+    monkeypatch.setattr("ship_ds.model.budget.bytes_free", lambda device: two)
     batch = export_many(
         ship, [Request(f"r{i}", text) for i, text in enumerate(TEXTS)], tmp_path / "many", PROBES
     )

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import language_model
 from tests.model.models import (
     EOS,
@@ -19,7 +18,6 @@ from tests.model.models import (
     label_logits,
     random_lora,
     random_rows,
-    stream_of,
     tiny_lm,
 )
 
@@ -158,19 +156,6 @@ def test_greedy_under_an_adapter_is_the_merged_models() -> None:
             ours[own]
             == greedy_rows(_merged("llama", adapter, task), batch, None, None, EOS, 8)[own]
         )
-
-
-@torch.no_grad()
-def test_greedy_asks_the_ranks_before_each_further_step() -> None:
-    asked: list[bool] = []
-
-    def agree(mine: bool) -> bool:
-        asked.append(mine)
-        return len(asked) < 3
-
-    stream = stream_of(tiny_lm("llama"), TokenBatch.build(random_rows([3]), None, 0))
-    rows = greedy(stream, -1, 8, agree)
-    assert asked == [True, True, True] and [len(row) for row in rows] == [3]
 
 
 @torch.no_grad()

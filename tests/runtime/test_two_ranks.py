@@ -114,6 +114,19 @@ def test_one_rank_goes_on_as_two(
         assert rank["step"] == 8 and rank["losses"] == pytest.approx(whole, rel=1e-5)
 
 
+def test_each_task_is_asked_once_over_all_ranks(found: dict[str, Any]) -> None:
+    """Of the model as ZeRO-3 holds it, with the report that one rank makes of the bundle."""
+    both = found["each_task_is_asked_once"]
+    together = sorted(task for rank in both for task in rank["in evaluation"])
+    assert together == sorted(both[0]["tasks"]) and len(together) == 6
+    assert all(0 < len(rank["in evaluation"]) < 6 for rank in both)
+    for rank in both:
+        assert rank["together"] == rank["alone"] and rank["nearest"] == both[0]["nearest"]
+        assert rank["nearest"]["seen"]["n_tasks"] == 3
+        # seen rules are asked once more in their held-out paraphrase
+        assert set(rank["in report"]) < set(rank["all tasks"])
+
+
 def test_an_evaluation_in_the_middle_changes_nothing_after_it(found: dict[str, Any]) -> None:
     for rank in found["evaluation_in_the_middle"]:
         assert len(rank["quiet"]) == 6 and rank["quiet"] == rank["looking"]

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ from ship_ds.api import Ship
 from ship_ds.config import load_config
 from ship_ds.data import rules
 from ship_ds.errors import UserError
+from ship_ds.evaluation import final_report
+from ship_ds.evaluation.measure import measure
+from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods.ship import ShipMethod
+from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.questions import ask
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.step import ShipBatch
 from ship_ds.runtime import checkpoint, ranks, repartition
@@ -303,6 +310,57 @@ def evaluation_in_the_middle(folder: Path) -> dict[str, Any]:
     return found
 
 
+def each_task_is_asked_once(folder: Path) -> dict[str, Any]:
+    """An evaluation and a report of the sharded model: what this rank was asked, what all of them
+    report, and what one rank alone reports of the bundle."""
+    few = [f"evaluation.{name}=3" for name in ("num_tasks", "num_final_tasks", "examples_per_task")]
+    made = trainer(folder, *SHARDED, *few)
+    made.take_step()
+    made.splits = replace(
+        made.splits,
+        **{part: list(getattr(made.splits, part))[:3] for part in ("seen", "dev", "unseen")},
+    )
+    asked: list[str] = []
+    deduce = ShipMethod.deduce
+
+    def counted(method: ShipMethod, tasks: Any, wordings: Any, inputs: Any) -> Any:
+        asked.extend(task.id for task in tasks)
+        return deduce(method, tasks, wordings, inputs)
+
+    ShipMethod.deduce = counted  # type: ignore[method-assign]
+    try:
+        made.evaluate()
+        in_evaluation, asked[:] = list(asked), []
+        made.model.eval()
+        live = Ship(made.model, made.config, digest="", known=made.known_instructions())
+        together = final_report.measure_run(live, made.splits, folder)
+        in_report = list(asked)
+    finally:
+        ShipMethod.deduce = deduce  # type: ignore[method-assign]
+    made.write_bundle()
+    ranks.barrier()
+    alone = Ship.from_run(folder)
+    method = ShipMethod(Setting(alone, made.splits, folder, 0, 0))
+    cells = {}
+    for direction, parts in (
+        ("deduction", ("seen", "dev")),
+        ("reconstruction", ("seen", "unseen")),
+    ):
+        for part in parts:
+            questions = [ask(task, 0, 0, 3, part) for task in getattr(made.splits, part)]  # type: ignore[arg-type]
+            outcome = measure(method, direction, questions)  # type: ignore[arg-type]
+            cells[f"{direction} {part}"] = score(outcome.values("exact_match")).as_json()
+    return {
+        "tasks": [task.id for task in (*made.splits.seen, *made.splits.dev)],
+        "all tasks": [task.id for part in vars(made.splits).values() for task in part],
+        "in evaluation": in_evaluation,
+        "in report": in_report,
+        "together": {key: together[key.split()[0]][key.split()[1]] for key in cells},
+        "nearest": together["controls"]["nearest_seen_rule"],
+        "alone": cells,
+    }
+
+
 def starts_from_a_bundle(folder: Path) -> dict[str, Any]:
     """Every weight of a run that starts from another one's bundle, before its first step."""
     made = trainer(folder, f"run.init_from={ONE_RANK_RUN}")
@@ -458,6 +516,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "published_recipes": published_recipes,
     "one_rank_goes_on_as_two": one_rank_goes_on_as_two,
     "evaluation_in_the_middle": evaluation_in_the_middle,
+    "each_task_is_asked_once": each_task_is_asked_once,
     "evaluation_is_cut_short": evaluation_is_cut_short,
     "starts_from_a_bundle": starts_from_a_bundle,
     "refused": refused,

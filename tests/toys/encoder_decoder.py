@@ -129,10 +129,10 @@ class TwoStacks(Stream):
             attention_mask=self.mask,
             **_under(adapter),
         ).last_hidden_state
-        self.advance(torch.full((self.num_rows,), lm._start, device=prompts.ids_ES.device))
+        self.advance_rows(torch.full((self.num_rows,), lm._start, device=prompts.ids_ES.device))
 
     @torch.no_grad()
-    def advance(self, next_E: Tensor) -> None:
+    def advance_rows(self, next_E: Tensor) -> None:
         out = self.module(
             encoder_outputs=(self.states_ESH,),
             attention_mask=self.mask,

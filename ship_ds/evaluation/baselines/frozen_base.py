@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ship_ds.api import Ship
 from ship_ds.config import LoraHypernetworkConfig
-from ship_ds.inference.deduction import AnswersByTask, answer_by_size
+from ship_ds.inference.deduction import Answerer, AnswersByTask
 from ship_ds.loss import sum_cross_entropy
+from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
@@ -73,25 +74,25 @@ class FrozenBase:
     ) -> Tensor:
         """log p(target | prompt) of each row in nats, (E,), end of sequence included; one adapter
         for all rows."""
-        batch = self.batch(prompts, targets)
-        logits_KV, labels_K = self.task_llm(adapter, batch, 1)
-        token_K = -torch.nn.functional.cross_entropy(logits_KV.float(), labels_K, reduction="none")
-        return torch.zeros(len(targets), device=self.device).index_add(
-            0, batch.label_row_K, token_K
-        )
+        labels = [len(self.prompts.target(text)) for text in targets]
+        widths = [len(ids) + label for ids, label in zip(prompts, labels, strict=True)]
+        costs, longest = self.task_llm.language_model.costs, max(labels, default=0)
+        log_likelihood_E = torch.zeros(len(targets), device=self.device)
+        for rows in budget.row_batches(
+            widths, budget.bytes_free(self.device), lambda width: costs.scored_row(width, longest)
+        ):
+            batch = self.batch([prompts[row] for row in rows], [targets[row] for row in rows])
+            logits_KV, labels_K = self.task_llm(adapter, batch, 1)
+            losses_K = torch.nn.functional.cross_entropy(
+                logits_KV.float(), labels_K, reduction="none"
+            )
+            rows_K = torch.tensor(rows, device=self.device)[batch.label_row_K]
+            log_likelihood_E.index_add_(0, rows_K, -losses_K)
+        return log_likelihood_E
 
-    @torch.no_grad()
-    def generate(
-        self,
-        adapter: Adapter | None,
-        prompts: Sequence[Ids],
-        max_new_tokens: int,
-        num_virtual_tokens: int = 0,
-    ) -> list[str | None]:
-        """Greedy texts, task-major under the adapter; None where no end came in time."""
-        batch = self.batch(prompts, None, num_virtual_tokens)
-        rows = self.task_llm.generate(adapter, batch, self.prompts.eos_id, max_new_tokens)
-        return [self.prompts.finished_text(row) for row in rows]
+    def generate(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[str | None]:
+        """The bare base's greedy texts; None where no end came in time."""
+        return self._answerer().answers([prompts], max_new_tokens)[0]
 
     def answer(
         self,
@@ -106,16 +107,23 @@ class FrozenBase:
             adapter_of: the adapter of some tasks, by their places in `questions`.
             num_virtual_tokens: that the adapter puts before each prompt.
         """
+        max_new_tokens = self.config.evaluation.max_new_tokens
+        return self._answerer(num_virtual_tokens).answers(questions, max_new_tokens, adapter_of)
 
-        def answer(tasks: Sequence[int]) -> list[str | None]:
-            return self.generate(
-                adapter_of(tasks),
-                [question for t in tasks for question in questions[t]],
-                self.config.evaluation.max_new_tokens,
-                num_virtual_tokens,
-            )
+    def _answerer(self, num_virtual_tokens: int = 0) -> Answerer:
+        return Answerer(
+            self.task_llm,
+            self.prompts,
+            self.device,
+            num_virtual_tokens=num_virtual_tokens,
+            adapter_bytes=self.adapter_bytes,
+        )
 
-        return answer_by_size(questions, answer)
+    @property
+    def adapter_bytes(self) -> int:
+        """Of one task's LoRA in fp32, and of what decoding makes of it."""
+        num_numbers = self.lora.rank * sum(sum(shape) for shape in self.sites.values())
+        return 2 * torch.float32.itemsize * num_numbers
 
     @torch.no_grad()
     def read(self, wordings: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ from ship_ds.evaluation.baselines.group_decoding import group_beams
 from ship_ds.evaluation.baselines.oracles import draw
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
 from ship_ds.evaluation.baselines.trained import TrainedMethod
+from ship_ds.model import budget
 
-_CHUNK = 240
-"""Sequences generated in one batch."""
+_ANSWERED_BETWEEN_LOOKS = 240
+"""Inputs that the base answers between two looks at the clock."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class Itd(TrainedMethod):
         turns = _in_turn(proposed, rng)
         examples_of: dict[str, list[Example]] = {}
         while not num_batches or budget.spent(num_batches, time.perf_counter() - started) < 1:
-            asked = [(text, rng.choice(inputs)) for text in islice(turns, _CHUNK)]
-            answers = self._generate(
+            asked = [(text, rng.choice(inputs)) for text in islice(turns, _ANSWERED_BETWEEN_LOOKS)]
+            answers = self.base.generate(
                 [self.base.prompts.task_prompt(x, text) for text, x in asked],
                 self.base.config.evaluation.max_new_tokens,
             )
@@ -121,39 +122,38 @@ class Itd(TrainedMethod):
             for task in seen
             for i in range(self.recipe.proposals_per_task)
         ]
-        induced = self._generate(
+        induced = self.base.generate(
             [self.base.prompts.decoder_prompt(row) for row in shown],
             self.base.config.evaluation.max_instruction_tokens,
         )
         wordings = [wording for task in seen for wording in task.wordings]
         return list(dict.fromkeys([*wordings, *(text for text in induced if text)]))
 
-    def _generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str | None]:
-        """By the bare base, batches of like lengths."""
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        texts: list[str | None] = [None] * len(prompts)
-        for start in range(0, len(order), _CHUNK):
-            rows = order[start : start + _CHUNK]
-            for row, text in zip(
-                rows,
-                self.base.generate(None, [prompts[r] for r in rows], max_new_tokens),
-                strict=True,
-            ):
-                texts[row] = text
-        return texts
-
     @torch.no_grad()
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         """Tasks that show equally many examples are decoded together."""
-        instructions = [""] * len(shown)
+        instructions, num_beams = [""] * len(shown), self.recipe.num_beams
+        num_tokens, costs = (
+            self.base.config.evaluation.max_instruction_tokens,
+            self.base.task_llm.language_model.costs,
+        )
         for size in sorted({len(row) for row in shown}):
             tasks = [t for t, row in enumerate(shown) if len(row) == size]
-            num_together = max(1, _CHUNK // (size * self.recipe.num_beams))
-            for start in range(0, len(tasks), num_together):
-                chunk = tasks[start : start + num_together]
+            widths = [max(map(self._width, shown[t])) for t in tasks]
+            for batch in budget.row_batches(
+                widths,
+                budget.bytes_free(self.base.device),
+                lambda width, size=size: (  # type: ignore[misc]
+                    size * num_beams * costs.decoded_row(width, num_tokens, chooses_greedily=False)
+                ),
+            ):
+                chunk = [tasks[place] for place in batch]
                 for t, text in zip(chunk, self._induce([shown[t] for t in chunk]), strict=True):
                     instructions[t] = text
         return instructions
+
+    def _width(self, example: Example) -> int:
+        return len(self.base.prompts.decoder_prompt([example]))
 
     def _induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         prompts, adapter, evaluation = self.base.prompts, self.module(), self.base.config.evaluation

@@ -16,10 +16,8 @@ from ship_ds.evaluation.baselines.fitting import Steps, fit
 from ship_ds.evaluation.baselines.static_adapters import StaticSoftPrompt
 from ship_ds.evaluation.baselines.trained import TrainedMethod
 from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.model import budget
 from ship_ds.model.adapters.soft_prompt import SoftPrompt
-
-_CHUNK = 48
-"""Tasks whose prompts are tuned together."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,21 @@ class PromptTuning(TrainedMethod):
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         answers: AnswersByTask = []
-        for start in range(0, len(shown), _CHUNK):
-            prompts = self.tune(shown[start : start + _CHUNK])
-            answers += self._answer(prompts, inputs[start : start + _CHUNK])
+        at_once = self._num_tuned_together(shown)
+        for start in range(0, len(shown), at_once):
+            prompts = self.tune(shown[start : start + at_once])
+            answers += self._answer(prompts, inputs[start : start + at_once])
         return answers
+
+    def _num_tuned_together(self, shown: Sequence[Sequence[Example]]) -> int:
+        """Tasks of a batch: what their examples keep for the backward pass has to fit."""
+        form, costs = self.base.prompts, self.base.task_llm.language_model.costs
+        targets = [len(form.target(e.target)) for row in shown for e in row]
+        asked = [len(form.task_prompt(e.input)) for row in shown for e in row]
+        longest = max(targets, default=1)
+        width = self.recipe.num_virtual_tokens + max(asked, default=1) + longest
+        task_bytes = max(map(len, shown), default=1) * costs.trained_row(width, longest)
+        return max(1, budget.bytes_free(self.base.device) // task_bytes)
 
     def tune(self, shown: Sequence[Sequence[Example]]) -> StaticSoftPrompt:
         """One soft prompt a task, from its shown examples; tasks that show fewer than others repeat

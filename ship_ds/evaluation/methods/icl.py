@@ -7,8 +7,7 @@ from typing import ClassVar
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.inference.deduction import AnswersByTask, answer_by_size
-from ship_ds.model.batch import TokenBatch
+from ship_ds.inference.deduction import AnswersByTask, bare_answerer
 
 
 class InContextLearning(Untrained):
@@ -32,20 +31,10 @@ class InContextLearning(Untrained):
             [self.prompt(text, shots) for text in row]
             for shots, row in zip(shown, inputs, strict=True)
         ]
-
-        def answer(tasks: Sequence[int]) -> list[str | None]:
-            return self._answer([ids for t in tasks for ids in prompts[t]])
-
-        return answer_by_size(prompts, answer)
+        return bare_answerer(self.model).answers(prompts, self.max_new_tokens)
 
     def prompt(self, text: str, shots: Sequence[Example]) -> tuple[int, ...]:
         """Token ids of the shots and the query, with as many shots as the context has room for."""
         ids = self.model.prompts.task_prompt(text, None, shots)
         fits = self.context is None or len(ids) + self.max_new_tokens <= self.context
         return ids if fits or not shots else self.prompt(text, shots[:-1])
-
-    def _answer(self, prompts: Sequence[tuple[int, ...]]) -> list[str | None]:
-        form = self.model.prompts
-        batch = TokenBatch.build(prompts, None, form.pad_id, device=self.model.device)
-        rows = self.model.task_llm.generate(None, batch, form.eos_id, self.max_new_tokens)
-        return [form.finished_text(row) for row in rows]

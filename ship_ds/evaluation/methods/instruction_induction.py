@@ -6,9 +6,7 @@ from typing import ClassVar
 
 from ship_ds.data.task import Example
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.model.batch import TokenBatch
-
-_ROWS = 120
+from ship_ds.inference.deduction import bare_answerer
 
 
 class InstructionInduction(Untrained):
@@ -19,10 +17,6 @@ class InstructionInduction(Untrained):
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         model, num_tokens = self.ship.model, self.ship.config.evaluation.max_instruction_tokens
-        form, texts = model.prompts, []
-        for start in range(0, len(shown), _ROWS):
-            ids = [form.decoder_prompt(examples) for examples in shown[start : start + _ROWS]]
-            batch = TokenBatch.build(ids, None, form.pad_id, device=model.device)
-            rows = model.task_llm.generate(None, batch, form.eos_id, num_tokens)
-            texts += [form.text(row) for row in rows]
-        return texts
+        form = model.prompts
+        prompts = [form.decoder_prompt(examples) for examples in shown]
+        return [form.text(row) for row in bare_answerer(model).rows([prompts], num_tokens)[0]]

@@ -85,5 +85,4 @@ class Searching(Untrained):
             wordings,
             inputs,
             self.ship.config.evaluation.max_new_tokens,
-            any_unfinished=self.any_unfinished,
         )

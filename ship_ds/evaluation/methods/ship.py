@@ -11,8 +11,6 @@ from ship_ds.evaluation.methods.searching import Searching
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask
 
-_DECODED_AT_ONCE = 48
-
 
 class ShipMethod(Searching):
     """Deduction by the instruction's adapter; induction by the default search; reconstruction by
@@ -28,8 +26,5 @@ class ShipMethod(Searching):
 
     def reconstruct(self, wordings: Sequence[str]) -> list[str]:
         """What the decoder makes of each instruction's posterior mean, without examples."""
-        model, texts = self.ship.model, list[str]()
-        for start in range(0, len(wordings), _DECODED_AT_ONCE):
-            latent_TZ = model.encode(wordings[start : start + _DECODED_AT_ONCE])
-            texts += model.decode(latent_TZ, self.search.max_new_tokens, self.any_unfinished)
-        return texts
+        model = self.ship.model
+        return model.decode(model.encode(wordings), self.search.max_new_tokens)

@@ -18,7 +18,6 @@ class Untrained:
 
     def __init__(self, setting: Setting) -> None:
         self.ship, self.seed = setting.ship, setting.seed
-        self.any_unfinished = setting.any_unfinished
 
     def prepare(self) -> None:
         """Nothing is trained."""

@@ -68,7 +68,7 @@ def make(
     monkeypatch.setattr(
         Itd, "recipe", ItdRecipe(proposals_per_task=1, rows_per_step=8, num_beams=3)
     )
-    monkeypatch.setattr("ship_ds.evaluation.baselines.itd._CHUNK", 32)
+    monkeypatch.setattr("ship_ds.evaluation.baselines.itd._ANSWERED_BETWEEN_LOOKS", 32)
 
     def build(method: Any, steps: int = 4, seed: int = 0, folder: str = "a") -> Any:
         return method(Setting(ship, splits, tmp_path / folder, 1.0, seed), Steps(steps))

@@ -57,8 +57,9 @@ def test_answers_of_uneven_tasks_are_those_of_each_task_alone(
 
     together = base.answer(questions, adapter_of)
     assert batches == [[0, 2], [1]], "tasks with equally many questions share a batch"
-    monkeypatch.setattr("ship_ds.inference.deduction._ROWS", 1)
-    assert together == base.answer(questions, adapter_of) and batches[2:] == [[0], [2], [1]]
+    monkeypatch.setattr("ship_ds.model.budget.bytes_free", lambda device: 1)
+    assert together == base.answer(questions, adapter_of)
+    assert batches[2:] == [[0], [0], [2], [2], [1], [1], [1]]
     assert [len(row) for row in together] == [2, 3, 2] and any(
         text for row in together for text in row
     )
@@ -97,7 +98,7 @@ def test_run_without_lora_gets_a_base_with_lora_sites(ship: Ship) -> None:
     assert len(base.sites) == 7 * 4 and base.task_llm is not soft.model.task_llm
     question = base.prompts.task_prompt("3 9 5", "reverse the list")
     bare = StaticLora(base.sites, base.lora)()
-    assert base.generate(bare, [question], 8) == soft.model.answer(
-        None, ["3 9 5"], 8, ["reverse the list"]
+    assert base.answer([[question]], lambda _: bare)[0] == soft.model.answer(
+        None, ["3 9 5"], soft.config.evaluation.max_new_tokens, ["reverse the list"]
     )
     assert base.fingerprint() != FrozenBase(ship).fingerprint()

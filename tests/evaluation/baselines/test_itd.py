@@ -34,10 +34,10 @@ def test_one_prompt_and_one_beam_are_greedy(ship: Ship) -> None:
     base = FrozenBase(ship)
     adapter = awake_lora(base, 1)()
     prompts = [base.prompts.task_prompt(x, "reverse the list") for x in ("3 9 5", "1 2 8 8", "4")]
-    greedy = base.generate(adapter, prompts, 8)
-    assert [
-        texts[0] for texts in group_beams(base, adapter, [[prompt] for prompt in prompts], 1, 8)
-    ] == greedy
+    greedy = base.answer([prompts], lambda _: adapter)[0]
+    num_tokens = base.config.evaluation.max_new_tokens
+    beams = group_beams(base, adapter, [[prompt] for prompt in prompts], 1, num_tokens)
+    assert [texts[0] for texts in beams] == greedy
     assert all(greedy)
 
 
