@@ -32,7 +32,7 @@ from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.planner.activations import Workload, count_activations, planned_batch
 from ship_ds.planner.evaluation import passes
 from ship_ds.planner.plan import Machines, make_plan, shapes_of
-from ship_ds.planner.shapes import Shapes
+from ship_ds.planner.shapes import Shapes, build_shapes
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -245,7 +245,7 @@ def compare(case: str, stage: str, folder: Path, repeats: int) -> dict[str, Any]
             "planned": plan,
             "measured": middle,
             "measured_min_max": [values[0], values[-1]],
-            "error_percent": round(100 * (plan / middle - 1), 1),
+            "error_percent": error_percent(plan, middle),
         }
     return rows
 
@@ -258,6 +258,23 @@ def measure(case: str, stage: str, folder: Path) -> dict[str, int]:
     subprocess.run([*command, *options], check=True)
     measured: dict[str, int] = json.loads((folder / "measured.json").read_text())
     return measured
+
+
+def against_the_gpu(folder: Path) -> dict[str, Any]:
+    """The plan of today against what a step held on the GPU that tools/bench_gpu.py ran on."""
+    from bench_gpu import LLAMA_1B, model_config
+
+    part = json.loads((RESULTS.parent / "gpu.json").read_text())["parts"]["ship_1b"]
+    measured = part["against_the_planner"]["measured_bytes"]
+    shapes = build_shapes(model_config(LLAMA_1B, "none", folder), torch.bfloat16)
+    plan = count_activations(shapes, Workload(4, 4, 128, 448, 64, 0)).peak
+    row = {"planned": plan, "measured": measured, "measured_min_max": [measured, measured]}
+    return {"a step beyond weights": {**row, "error_percent": error_percent(plan, measured)}}
+
+
+def error_percent(plan: int, measured: int) -> float:
+    """Above zero where the plan says too much."""
+    return round(100 * (plan / measured - 1), 1)
 
 
 def main() -> None:
@@ -283,6 +300,7 @@ def main() -> None:
             for case in cases
             for stage in STAGES
         }
+        results["three 1B Llamas, one H100"] = against_the_gpu(folder / "llama")
     report = {
         "command": "python tools/bench_memory.py",
         "machine": describe_machine(),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-_SHARE_OF_GPU = 0.8
+SHARE_OF_GPU = 0.8
 """Of what is free: the rest is for the allocator's fragments and for weights being gathered."""
 _SHARE_OF_MACHINE = 0.25
 """Of what is available: other programs want to live too."""
@@ -171,7 +171,7 @@ def bytes_free(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(_SHARE_OF_GPU * (free + reserve))
+        return int(SHARE_OF_GPU * (free + reserve))
     share = _SHARE_OF_MACHINE * _available() / ranks_on_node(os.environ)
     return min(_MOST_ON_CPU, int(share))
 

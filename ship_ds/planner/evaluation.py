@@ -2,8 +2,8 @@
 
 Nothing is trained there, so what counts beside the weights is a batch: the adapters, the keys and
 values of prompts and answers, one layer's work, and logits. How many tasks are answered at once is
-chosen by the memory that is free, down to one row of one task: a plan refuses a run where that does
-not fit.
+chosen by the memory that is free (model/budget.py), down to one row of one task: a plan refuses a
+run where that does not fit.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ import torch
 from ship_ds.config import EvaluationConfig
 from ship_ds.loss import sum_cross_entropy
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.budget import SHARE_OF_GPU, rows_at_once
 from ship_ds.model.language_model import LanguageModel, Stream
 from ship_ds.planner.activations import Workload, extrapolated
 from ship_ds.planner.live_bytes import LiveBytes
@@ -148,15 +149,24 @@ def _peak_of_answers(
     """While the prompts are read, or with the keys and values of all new tokens."""
     with counting(shapes) as live:
         stream = read()
-        grown = stream.num_rows * new_tokens * key_value_bytes(lm, shapes.dtype.itemsize)
+        grown = stream.num_rows * new_tokens * lm.costs.cache
         at_the_end = live.now + grown
     return max(live.peak, at_the_end)
 
 
-def key_value_bytes(lm: LanguageModel, itemsize: int) -> int:
-    """Of one token of one row, in all layers."""
-    heads, size = lm.key_value_heads
-    return 2 * len(lm.blocks()) * heads * size * itemsize
+def rows_answered(shapes: Shapes, one: Pass, bytes_free: int) -> int:
+    """Rows that evaluation will answer at once on a GPU with so much left, at least one.
+
+    Args:
+        shapes: of the model.
+        one: the answers to plan.
+        bytes_free: beside the weights and the optimiser's state.
+    """
+    costs = shapes.ship.task_llm.language_model.costs
+    share = max(0, int(SHARE_OF_GPU * bytes_free))
+    return rows_at_once(
+        share, costs.cache, one.width, one.new_tokens, costs.reading(one.width), costs.logits
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ship_ds.config import Config, override_config
 from ship_ds.model.adapters.sites import AdaptedBlock
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
-from ship_ds.planner.evaluation import Pass
+from ship_ds.planner.evaluation import Pass, rows_answered
 from ship_ds.planner.evaluation import passes as evaluation_passes
 from ship_ds.planner.forecast import Forecast, forecast
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
@@ -53,6 +53,7 @@ class Plan:
     is_sharded: bool
     largest_gathered: tuple[str, int]
     passes: list[Pass]
+    rows_at_once: int
     forecast: Forecast
 
     @property
@@ -98,7 +99,8 @@ def plan_under(
     held = held_by_a_rank(zero, engine, outside)
     accumulation = config.training.accumulation
     sent = traffic(zero, engine, accumulation, _recomputed(shapes) if is_sharded else ())
-    evaluations = list(evaluation_passes(shapes, work, config.evaluation))
+    evaluations = evaluation_passes(shapes, work, config.evaluation)
+    staying = sum(_staying(zero, held).values())
     return Plan(
         config,
         machines,
@@ -111,6 +113,7 @@ def plan_under(
         is_sharded,
         _largest(zero, engine),
         evaluations,
+        _rows_at_once(shapes, evaluations, machines.gpu_memory - RESERVED - staying),
         forecast(shapes, work, sent, accumulation, machines.nodes),
     )
 
@@ -138,16 +141,26 @@ def _memory(held: Held, activations: Activations, dequantised: int) -> dict[str,
 def _evaluating(
     zero: Zero, held: Held, evaluations: Sequence[Pass], dequantised: int
 ) -> dict[str, int]:
-    """The weights and the optimiser's state stay; gradients and buckets do under ZeRO-3 alone."""
     if not evaluations:
         return {}
     heaviest = max(evaluations, key=lambda one: one.num_bytes)
-    freed = () if zero.stage == 3 else ("gradients", "communication buckets")
     return {
-        **{name: num_bytes for name, num_bytes in held.gpu.items() if name not in freed},
+        **_staying(zero, held),
         f"one row of {heaviest.name}": heaviest.num_bytes,
         "working memory": dequantised,
     }
+
+
+def _staying(zero: Zero, held: Held) -> dict[str, int]:
+    """The weights and the optimiser's state stay while a run evaluates; gradients and buckets do
+    under ZeRO-3 alone."""
+    freed = () if zero.stage == 3 else ("gradients", "communication buckets")
+    return {name: num_bytes for name, num_bytes in held.gpu.items() if name not in freed}
+
+
+def _rows_at_once(shapes: Shapes, evaluations: Sequence[Pass], bytes_free: int) -> int:
+    """Of answers under adapters; none where nothing is evaluated."""
+    return rows_answered(shapes, evaluations[0], bytes_free) if evaluations else 0
 
 
 def _dequantised(shapes: Shapes) -> int:

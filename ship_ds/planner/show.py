@@ -85,6 +85,7 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
         "memory": plan.memory,
         "evaluating": plan.evaluating,
         "evaluation_passes": [asdict(one) for one in plan.passes],
+        "rows_answered_at_once": plan.rows_at_once,
         "reserved": RESERVED,
         "host": plan.host,
         "traffic_per_step": plan.traffic.wire,
@@ -130,6 +131,7 @@ def show(plan: Plan, changes: list[Change]) -> str:
                     sum(plan.evaluating.values()) + RESERVED,
                 )
             )
+            console.print(f"rows answered at once: {plan.rows_at_once:,}, as the memory allows")
         if plan.host:
             console.print(
                 _table(

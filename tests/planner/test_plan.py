@@ -273,6 +273,12 @@ def test_an_answer_costs_its_keys_and_values() -> None:
     assert many[name].num_bytes - few[name].num_bytes == 1000 * 2 * 4 * 4 * 32 * 2
 
 
+def test_rows_are_answered_by_what_is_free() -> None:
+    few, many = (make_plan(_small(), Machines(1, 8, size * 10**9)) for size in (4, 40))
+    assert many.rows_at_once > 10 * few.rows_at_once > 10
+    assert make_plan(_small(), Machines(1, 8, 10**6)).rows_at_once == 1
+
+
 def _passes(*overrides: str) -> list[Pass]:
     return make_plan(_small(*overrides), Machines(1, 8, 10**12)).passes
 
