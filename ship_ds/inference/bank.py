@@ -84,8 +84,10 @@ class Bank:
         """The same instructions and, after them, what follows from them by analogy; encoded
         once."""
         if not self._with_analogies:
-            instructions = (*self.instructions, *analogies(self.instructions))
-            self._with_analogies.append(Bank.build(model, instructions))
+            new = Bank.build(model, analogies(self.instructions))
+            latent_CZ = torch.cat([self.latent_CZ, new.latent_CZ.to(self.latent_CZ.device)])
+            larger = Bank((*self.instructions, *new.instructions), latent_CZ)
+            self._with_analogies.append(larger)
         return self._with_analogies[0]
 
     def shortlist_of_all(
@@ -144,7 +146,10 @@ class Bank:
         return [_best(losses_of_task, count) for losses_of_task in losses]
 
     def _starts(self, model: ShipModel, tasks: Sequence[Examples], walk: Walk) -> list[set[int]]:
-        """Evenly spread instructions, and those that the decoder finds likeliest."""
+        """Evenly spread instructions, and those that the decoder finds likeliest; all of them where
+        that is most of the bank: to look for the likeliest would cost more than to try the rest."""
+        if len(self) <= _NUM_SEEDS + walk.num_likely:
+            return [set(range(len(self))) for _ in tasks]
         seeds = self.graph.spread(_NUM_SEEDS)
         max_examples = model.config.decoder.max_examples
         if not max_examples:

@@ -179,7 +179,8 @@ def _known(
     for search, shortlist in zip(searches, shortlists, strict=True):
         for c in shortlist:
             # The larger bank begins with the smaller one.
-            yield Proposal(search, larger.instructions[c], "known" if c < len(bank) else "analogy")
+            origin = "known" if c < len(bank) else "analogy"
+            yield Proposal(search, larger.instructions[c], origin, larger.latent_CZ[c])
 
 
 def _written_by_decoder(

@@ -85,11 +85,13 @@ class SearchState:
 
 
 class Proposal(NamedTuple):
-    """A text that may explain a task's examples, and who proposed it."""
+    """A text that may explain a task's examples, who proposed it, and its posterior's mean where
+    that is known already."""
 
     search: SearchState
     text: str
     origin: str
+    latent_Z: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -139,10 +139,11 @@ def unique_new_trials(
         for proposal in _first_of_each_text([p for p in proposals if p.search is search])
         if proposal.text and proposal.text not in search.tested
     ]
-    # Tasks share texts too: each is encoded once for all of them.
-    texts = list(dict.fromkeys(proposal.text for proposal in unique))
-    latents = dict(zip(texts, model.encode(texts), strict=True))
-    return [Trial(*proposal, latents[proposal.text]) for proposal in unique]
+    # Tasks share texts too: each is encoded once for all of them, and a known one not at all.
+    latents = {one.text: one.latent_Z for one in proposals if one.latent_Z is not None}
+    texts = list(dict.fromkeys(one.text for one in unique if one.text not in latents))
+    latents |= zip(texts, model.encode(texts), strict=True)
+    return [Trial(one.search, one.text, one.origin, latents[one.text]) for one in unique]
 
 
 def _first_of_each_text(proposals: Sequence[Proposal]) -> Iterable[Proposal]:

@@ -1,6 +1,8 @@
 """Induction on behaviour that an adapter of the model itself made, so the right answer is known
 exactly."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from ship_ds.inference.proposals import (
     views,
 )
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
+from ship_ds.model.ship import ShipModel
 
 QUICK = {
     "num_views": 2,
@@ -344,3 +347,25 @@ def test_no_bank_and_no_examples_are_one_line(ship: Ship) -> None:
         induce_many(ship.model, Bank.build(ship.model, []), [[Example("1", "2")]], config)
     with pytest.raises(UserError, match="no examples"):
         induce_many(ship.model, ship.bank, [[]], config)
+
+
+def test_no_text_is_encoded_twice(
+    ship: Ship, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a known one nor what follows from them, whoever proposes it."""
+    encoded: list[str] = []
+    encode = type(ship.model).encode
+
+    def counted(model: ShipModel, texts: Sequence[str]) -> torch.Tensor:
+        encoded.extend(texts)
+        return encode(model, texts)
+
+    monkeypatch.setattr(type(ship.model), "encode", counted)
+    bank = Bank.build(ship.model, [text for text in ship.known if text != "remove every 4"])
+    tasks = [behaviour(ship, text, inputs) for text in ("remove every 4", "add 3")]
+    encoded.clear()
+    for method in ("bank", "union"):
+        config = InductionConfig.model_validate({**QUICK, "method": method})
+        induce_many(ship.model, bank, tasks, config)
+        assert bool(encoded) == (method == "union"), "the bank's latents are known"
+    assert len(encoded) > 10 and len(encoded) == len(set(encoded))

@@ -50,16 +50,19 @@ def test_ranks_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert budget.bytes_free(torch.device("cpu")) == 50
 
 
-def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
+def test_a_container_or_a_job_has_what_its_limit_leaves(tmp_path: Path) -> None:
     for name, text in {
         "proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 10 kB\n",
-        "sys/fs/cgroup/memory.max": "9000\n",
-        "sys/fs/cgroup/memory.current": "4000\n",
+        "proc/self/cgroup": "0::/slurm/job_1\n",
+        "sys/fs/cgroup/slurm/job_1/memory.max": "max\n",
+        "sys/fs/cgroup/slurm/memory.max": "9000\n",
+        "sys/fs/cgroup/slurm/memory.current": "7000\n",
+        "sys/fs/cgroup/slurm/memory.stat": "anon 4000\ninactive_file 3000\nactive_file 1\n",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert budget._available(tmp_path) == 5000
-    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert budget._available(tmp_path) == 9000 - 7000 + 3000
+    (tmp_path / "sys/fs/cgroup/slurm/memory.max").write_text("max\n")
     assert budget._available(tmp_path) == 10 * 1024
 
 
