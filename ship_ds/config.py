@@ -237,6 +237,9 @@ class ModelConfig(Section):
     """Makes the adapter from z; its kind says what an adapter is."""
     prior: PriorConfig = StandardNormalConfig()
     """What z is drawn from, and what the posterior is held close to."""
+    backbone: Literal["separate", "shared"] = "separate"
+    """separate: encoder, decoder and Task LLM each load their base; shared: they are one frozen
+    base, loaded once, and differ by their LoRA."""
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
     """auto: flash_attn if it is installed, else torch's variable-length kernel; SDPA where there is
     no CUDA."""
@@ -247,7 +250,25 @@ class ModelConfig(Section):
             part = getattr(self, name)
             if not part.base:
                 object.__setattr__(self, name, part.model_copy(update={"base": self.task_llm.base}))
+        if self.backbone == "shared":
+            self._check_shared("encoder", self.encoder)
+            self._check_shared("decoder", self.decoder)
         return self
+
+    def _check_shared(self, name: str, role: EncoderConfig) -> None:
+        """Raises ValueError where a role cannot be the Task LLM's base with a LoRA."""
+        for setting in ("base", "quantisation"):
+            own, other = getattr(role, setting), getattr(self.task_llm, setting)
+            if own != other:
+                raise ValueError(
+                    f"backbone=shared needs one {setting} for all: {name}.{setting} is {own} and "
+                    f"task_llm.{setting} is {other}; make them the same, or set backbone=separate"
+                )
+        if isinstance(role.tuning, FullTuning):
+            raise ValueError(
+                f"backbone=shared needs {name}.tuning.kind=lora, since the Task LLM's weights stay "
+                "as they are: set it, or backbone=separate"
+            )
 
 
 class ObjectiveConfig(Section):

@@ -7,7 +7,9 @@ The order in which the parts are made is part of the behaviour: each draws its f
 torch's generator, and a run repeats bit for bit from its seed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -16,8 +18,8 @@ from torch import nn
 from ship_ds.config import EncoderConfig, LoraTuning, LossConfig, ModelConfig, TaskLlmConfig
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS, PRIORS
-from ship_ds.model.adapters.adapter import Hypernetwork, Target, build_hypernetwork
-from ship_ds.model.adapters.sites import sites_anywhere, wrap, wrap_sites
+from ship_ds.model.adapters.adapter import Hypernetwork, Sites, Target, build_hypernetwork
+from ship_ds.model.adapters.sites import sites_anywhere, sites_in_each_block, wrap
 from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.attention import Choice, this_machine
 from ship_ds.model.collate import Collator, Prompts
@@ -105,13 +107,22 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     kind: type[Hypernetwork] = ADAPTERS.implementation(config.hypernetwork)
     for reason in filter(None, map(port.missing, kind.needs)):
         raise UserError(reason)
-    sites = wrap_sites(task_lm, kind.targets(config.hypernetwork))
+    sites = sites_in_each_block(task_lm, kind.targets(config.hypernetwork))
     target = Target(sites, port.hidden_size, tuple(port.blocks()), port.key_value_heads)
+    borrows = config.backbone == "shared"
+    if borrows:
+        tuned = _share(task_lm, sites, (config.encoder, config.decoder))
+    else:
+        wrap(task_lm, sites)
+        tuned = [_tuned(role, weights) for role in (config.encoder, config.decoder)]
     # Both LoRAs are drawn before both heads, as 0.1.0 did.
-    tuned = [_tuned(role, weights) for role in (config.encoder, config.decoder)]
     (encoder_lm, encoder_lora), (decoder_lm, decoder_lora) = tuned
     encoder = Encoder(
-        encoder_lm, config.latent_size, encoder_lora, checkpointing=config.encoder.checkpointing
+        encoder_lm,
+        config.latent_size,
+        encoder_lora,
+        checkpointing=config.encoder.checkpointing,
+        borrows=borrows,
     )
     decoder = Decoder(
         decoder_lm,
@@ -120,6 +131,7 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
         config.decoder.fusion,
         decoder_lora,
         checkpointing=config.decoder.checkpointing,
+        borrows=borrows,
     )
     hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, target)
     prior: Prior = PRIORS.implementation(config.prior)(config.prior, config.latent_size)
@@ -142,6 +154,25 @@ def _collator(
         parts.hypernetwork.num_virtual_tokens,
         config.decoder.num_soft_tokens,
     )
+
+
+def _share(
+    lm: nn.Module, sites: Sites, roles: Sequence[EncoderConfig]
+) -> list[tuple[nn.Module, StaticLora | None]]:
+    """Encoder and decoder as LoRAs over the Task LLM's base, which is wrapped for all three.
+
+    Args:
+        lm: the frozen base.
+        sites: of the Task LLM.
+        roles: what to train over it.
+    """
+    tunings = [role.tuning for role in roles if isinstance(role.tuning, LoraTuning)]
+    sites_of_roles = [sites_anywhere(lm, tuning.targets) for tuning in tunings]
+    wrap(lm, chain(sites, *sites_of_roles))
+    return [
+        (lm, StaticLora(sites, tuning))
+        for sites, tuning in zip(sites_of_roles, tunings, strict=True)
+    ]
 
 
 def _tuned(config: EncoderConfig, weights: Weights) -> tuple[nn.Module, StaticLora | None]:

@@ -34,7 +34,7 @@ class Decoder(Role):
         adapter: StaticLora | None = None,
         *,
         checkpointing: bool = False,
-        is_shared: bool = False,
+        borrows: bool = False,
     ) -> None:
         """Make what turns z into soft tokens.
 
@@ -43,12 +43,12 @@ class Decoder(Role):
             latent_size: Z.
             num_soft_tokens: P.
             fusion: through an MLP, or z itself cut into P pieces.
-            adapter, checkpointing, is_shared: see `Role`.
+            adapter, checkpointing, borrows: see `Role`.
 
         Raises:
             UserError: z cannot be cut so.
         """
-        super().__init__(lm, adapter, checkpointing=checkpointing, is_shared=is_shared)
+        super().__init__(lm, adapter, checkpointing=checkpointing, borrows=borrows)
         hidden_size = self.language_model.hidden_size
         self.num_soft_tokens = num_soft_tokens
         self.before_token: Callable[[], None] | None = None

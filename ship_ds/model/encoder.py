@@ -40,18 +40,18 @@ class Encoder(Role):
         adapter: StaticLora | None = None,
         *,
         checkpointing: bool = False,
-        is_shared: bool = False,
+        borrows: bool = False,
     ) -> None:
         """Make the head.
 
         Args:
             lm: a transformers model.
             latent_size: Z.
-            adapter, checkpointing, is_shared: see `Role`.
+            adapter, checkpointing, borrows: see `Role`.
         """
-        super().__init__(lm, adapter, checkpointing=checkpointing, is_shared=is_shared)
+        super().__init__(lm, adapter, checkpointing=checkpointing, borrows=borrows)
         hidden_size = self.language_model.hidden_size
-        if not is_shared:
+        if not borrows:
             self.language_model.drop_output_layer()
         first, last = (
             nn.Linear(hidden_size, 2 * hidden_size),

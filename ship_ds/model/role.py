@@ -1,8 +1,11 @@
 """A role of SHIP: a language model and an adapter.
 
-encoder     base + its static LoRA, or a model of its own that is trained whole
-decoder     likewise
-Task LLM    base + what the hypernetwork generates for each task
+    encoder     base + its static LoRA, or a model of its own that is trained whole
+    decoder     likewise
+    Task LLM    base + what the hypernetwork generates for each task
+
+Where `model.backbone` is shared, the base of all three is one module: the Task LLM has it, encoder
+and decoder borrow it.
 """
 
 from torch import nn
@@ -21,7 +24,7 @@ class Role(nn.Module):
         adapter: StaticLora | None = None,
         *,
         checkpointing: bool = False,
-        is_shared: bool = False,
+        borrows: bool = False,
     ) -> None:
         """Register the model and the adapter.
 
@@ -30,12 +33,12 @@ class Role(nn.Module):
             adapter: the role's own, over wrapped sites; None: none, or one that comes with each
                 call.
             checkpointing: recompute the model's blocks in the backward pass.
-            is_shared: other roles have the same `lm`, so that it is registered elsewhere.
+            borrows: `lm` is another role's, which has it registered.
         """
         super().__init__()
         self.language_model = language_model(lm)
         self.checkpointing = checkpointing
-        if not is_shared:
+        if not borrows:
             self.lm = lm
         # After the model, before what a role adds: the order of the optimiser's state.
         if adapter is not None:

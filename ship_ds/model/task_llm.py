@@ -21,23 +21,15 @@ from ship_ds.model.role import Role
 class TaskLlm(Role):
     """A language model under adapters. No weight of it is ever trained."""
 
-    def __init__(
-        self,
-        lm: nn.Module,
-        checkpointing: bool,
-        sites: Sites | None = None,
-        *,
-        is_shared: bool = False,
-    ) -> None:
+    def __init__(self, lm: nn.Module, checkpointing: bool, sites: Sites | None = None) -> None:
         """Wrap a model.
 
         Args:
             lm: a transformers model whose sites are wrapped already.
             checkpointing: recompute its blocks in the backward pass.
             sites: those that adapters of the Task LLM may change; None: all wrapped ones.
-            is_shared: see `Role`.
         """
-        super().__init__(lm, checkpointing=checkpointing, is_shared=is_shared)
+        super().__init__(lm, checkpointing=checkpointing)
         self._sites = sites_of(lm) if sites is None else sites
         self.before_pass: Callable[[], None] | None = None
         """What a pass waits for where ranks take turns (turns.py)."""

@@ -64,6 +64,7 @@ _FREE_TO_CHANGE = {
     "checkpoint",
     "evaluation",
     "model.attention",
+    "model.backbone",
     "model.encoder.checkpointing",
     "model.decoder.checkpointing",
     "model.task_llm.checkpointing",
