@@ -30,6 +30,11 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512,
 }
 
+LORA_ROLES = [
+    f"model.{role}={{quantisation: nf4, tuning: {{kind: lora, rank: 2}}}}"
+    for role in ("encoder", "decoder")
+]
+
 
 def test_public_shapes_have_their_published_number_of_parameters() -> None:
     with torch.device("meta"):
@@ -50,8 +55,9 @@ def test_public_shapes_have_their_published_number_of_parameters() -> None:
             "model.encoder={quantisation: nf4, tuning: {kind: lora, rank: 4}}",
             "model.decoder.tuning={kind: lora, rank: 2}",
         ],
+        ["model.backbone=shared", *LORA_ROLES],
     ],
-    ids=["full", "per_layer", "soft_prompt", "lora"],
+    ids=["full", "per_layer", "soft_prompt", "lora", "shared"],
 )
 def test_the_shapes_are_those_of_the_real_model(overrides: list[str]) -> None:
     config = load_config("quickstart-smoke", overrides).model
@@ -96,6 +102,21 @@ def _small(*overrides: str) -> Config:
     return load_config(
         "quickstart", ["training.deepspeed=zero3_bf16", "training.tasks_per_step=64", *overrides]
     )
+
+
+def test_a_shared_base_is_planned_once() -> None:
+    """On two ranks that shard every weight of the engine: the Task LLM's copy is whole beside it,
+    those of encoder and decoder are shared out and gathered."""
+    sharding = "training.deepspeed=zero3_shard_all"
+    three, one = (
+        make_plan(_small(*LORA_ROLES, sharding, f"model.backbone={kind}"), Machines(1, 2, 10**12))
+        for kind in ("separate", "shared")
+    )
+    assert three.parameters["trained"] == one.parameters["trained"]
+    assert 2.7 < three.parameters["frozen"] / one.parameters["frozen"] <= 3
+    assert three.memory["quantisation scales"] == 3 * one.memory["quantisation scales"]
+    assert three.memory["4-bit weights"] == 2 * one.memory["4-bit weights"]
+    assert one.traffic.total < three.traffic.total
 
 
 def test_sharding_divides_what_it_says() -> None:

@@ -83,6 +83,34 @@ def test_a_resume_with_sharded_4_bit_bases_and_dropout_repeats_the_losses_bit_fo
     assert first["mask"] != second["mask"], "each rank has a dropout mask of its own"
 
 
+@pytest.mark.parametrize("place", ["zero2", "sharded"])
+def test_one_base_for_all_roles_takes_the_steps_of_three(found: dict[str, Any], place: str) -> None:
+    """To the bit."""
+    for rank in found["shared_backbone"]:
+        three, one = rank[f"{place}, separate"], rank[f"{place}, shared"]
+        assert one == three and one[0] != one[1]
+
+
+def test_a_shared_base_beside_zero3_is_never_gathered(found: dict[str, Any]) -> None:
+    """Its bits are those of ZeRO-2, where frozen weights are whole as well; three copies, two of
+    them gathered, round the first gradient otherwise."""
+    for rank in found["shared_backbone"]:
+        one = rank["zero3, shared"]
+        assert one == rank["zero2, shared"]
+        assert one[0] == rank["zero3, separate"][0]
+        assert one[1] == pytest.approx(rank["zero3, separate"][1], rel=1e-7)
+
+
+@pytest.mark.parametrize("place", ["zero2", "zero3", "sharded"])
+def test_a_checkpoint_goes_on_with_other_backbones_and_checkpointing(
+    found: dict[str, Any], place: str
+) -> None:
+    """Every role recomputing its blocks, which the run that wrote it did not."""
+    for rank in found["shared_backbone"]:
+        expected = rank[f"{place}, shared"][1]
+        assert rank[f"{place}, as separate"] == rank[f"{place}, as shared"] == expected
+
+
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_micro_batches_change_nothing_but_rounding(found: dict[str, Any], stage: str) -> None:
     """The third loss has two updates behind it."""

@@ -212,6 +212,7 @@ def zero2_goes_on(folder: Path) -> dict[str, Any]:
     return found
 
 
+ROLES = ("encoder", "decoder", "task_llm")
 LORA_ROLES = [
     f"model.{role}={{quantisation: nf4, tuning: {{kind: lora, rank: 4, dropout: 0.2}}}}"
     for role in ("encoder", "decoder")
@@ -228,6 +229,33 @@ def sharded_base_resumes(folder: Path) -> dict[str, Any]:
     mask = torch.nn.functional.dropout(torch.ones(64)).tolist()
     again = trainer(folder, *SHARDED, *LORA_ROLES, *FOUR_STEPS)
     return {"step": again.step, "whole": whole, "resumed": losses(again), "mask": mask}
+
+
+def shared_backbone(folder: Path) -> dict[str, Any]:
+    """Losses of two steps of three copies of a base and of one that all roles share, replicated and
+    sharded; and how the shared one goes on from its first step, by itself and as three copies,
+    every role recomputing its blocks."""
+    found: dict[str, Any] = {}
+    places = {
+        "zero2": ["training.deepspeed=zero2"],
+        "zero3": ["training.deepspeed=zero3_shard_all", "model.task_llm.shard=never"],
+        "sharded": SHARDED,
+    }
+    for place, settings in places.items():
+        for kind in ("separate", "shared"):
+            run = [*settings, *LORA_ROLES, *FOUR_STEPS]
+            made = trainer(folder / place / kind, *run, f"model.backbone={kind}")
+            first = losses(made)
+            if kind == "shared":
+                made.save()
+            found[f"{place}, {kind}"] = [first, losses(made)]
+        recomputing = [f"model.{role}.checkpointing=true" for role in ROLES]
+        for other in ("separate", "shared"):
+            again = trainer(
+                folder / place / "shared", *run, *recomputing, f"model.backbone={other}"
+            )
+            found[f"{place}, as {other}"] = losses(again)
+    return found
 
 
 def accumulation(folder: Path) -> dict[str, Any]:
@@ -511,6 +539,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "another_layout": another_layout,
     "zero2_goes_on": zero2_goes_on,
     "sharded_base_resumes": sharded_base_resumes,
+    "shared_backbone": shared_backbone,
     "accumulation": accumulation,
     "too_many_bad_steps": too_many_bad_steps,
     "published_recipes": published_recipes,
