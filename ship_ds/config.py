@@ -379,6 +379,9 @@ class TrainingConfig(Section):
     """Stop after this many non-finite steps in a row."""
     deepspeed: str = "zero3"
     """A file of ds_configs/ (without .json) or a path."""
+    profile: int = Field(0, ge=0)
+    """Record so many steps with torch.profiler, after the first two of a start: a page in
+    RUN/profile.md and a trace for TensorBoard; zero: none."""
     threads: PositiveInt | None = None
     """CPU threads a rank; None: torch's own choice."""
     hang_minutes: PositiveFloat | None = 20

@@ -145,6 +145,10 @@ class ShipSize:
     hypernetwork: int
 
 
+PARTS = ("encoder", "hypernetwork", "adapters", "task_llm", "decoder")
+"""The keys of `flops_of_parts`, in its order."""
+
+
 def flops_of_parts(size: ShipSize, rows: StepRows) -> dict[str, int]:
     """Operations of forward and backward, by part; their sum is the step's.
 

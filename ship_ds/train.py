@@ -43,17 +43,22 @@ from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.metrics import score
 from ship_ds.evaluation.questions import ask
 from ship_ds.files import write_json
+from ship_ds.flops import PARTS, flops_of_parts, peak_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.loading import load_tokenizer
 from ship_ds.model.ship import ShipModel
+from ship_ds.model.sizes import rows_of
 from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions
+from ship_ds.monitor.profile import StepProfile
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes, reset_peak_memory
 from ship_ds.prompt import describe_roles
 from ship_ds.runtime import checkpoint, preflight, ranks, shards, start_log
 from ship_ds.runtime.after_training import failures_are_one_line, first_line
+from ship_ds.runtime.agreement import Agreement, agree
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import Engine, engine_dtype, learning_rate, parts_per_step
+from ship_ds.runtime.prefetch import Prefetch
 from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopRequest
 from ship_ds.runtime.watchdog import Watchdog
 
@@ -70,13 +75,15 @@ class StepLosses:
     """The losses of a whole step in nats, the same on every rank.
 
     terms: each objective's mean by name; total: their weighted sum. kl_Z: KL to the prior by
-    dimension, mean over the step's tasks. num_tokens: of the whole step.
+    dimension, mean over the step's tasks. num_tokens: of the whole step. flops: useful ones of the
+    whole step by part of the model (flops.py).
     """
 
     total: float
     terms: dict[str, float]
     kl_Z: Tensor
     num_tokens: int
+    flops: dict[str, float]
 
 
 class Trainer:
@@ -122,11 +129,15 @@ class Trainer:
         torch.manual_seed((config.run.seed << 16) + ranks.rank())
         self.model = self.engine.module
         self.sampler = self.make_sampler()
+        self.prefetch = Prefetch(self.make_batches)
+        self.agreed: Agreement | None = None
+        self.flop_size = self.model.flop_size()
         self.num_steps = num_steps(config.training, self.splits)
         # Last, since a checkpoint brings the random generators, and they have to stay as it left
         # them. The monitor then knows which rows of its files will be written again.
         self.restore()
         self.monitor = self.open_monitor() if ranks.rank() == 0 else None
+        self.profile = self.open_profile() if ranks.rank() == 0 else None
 
     def read_data(self, source: TaskSource) -> None:
         """The tasks, and fingerprints of what a resume has to find again: data and frozen bases."""
@@ -171,6 +182,10 @@ class Trainer:
         start_log.append(self.folder, self.step)
         return Monitor(self.folder, self.num_steps, self.step)
 
+    def open_profile(self) -> StepProfile | None:
+        num_steps = self.config.training.profile
+        return StepProfile(self.folder, num_steps) if num_steps else None
+
     def restore(self) -> None:
         """Start at step 0, or go on from the newest good checkpoint of the run folder."""
         self.watch = Stopwatch()
@@ -207,8 +222,9 @@ class Trainer:
         try:
             if self.owes_evaluation:
                 self.evaluate_saved_step()
+            self.stop.raise_if_asked()
             while self.step < self.num_steps and self.spent_time() < 1:
-                self.stop.raise_if_asked()
+                self.raise_if_agreed()
                 self.take_step()
                 self.owes_evaluation = is_due(self.step, self.config.evaluation.every_steps)
                 # Saved before it is evaluated, so that an evaluation that fails loses no step.
@@ -223,63 +239,114 @@ class Trainer:
             raise
         finally:
             self.watchdog.stop()
+            if self.profile is not None:
+                self.profile.close()
 
     def take_step(self) -> None:
-        """Draw a batch, take its losses and gradients, and let the optimiser step."""
+        """Take the losses and gradients of the step's batches, let the optimiser step, and agree
+        with the other ranks on what comes next."""
         self.watch.start()
-        losses = self.losses_and_gradients(self.next_batches())
-        lr = learning_rate(self.step, self.config.optimiser, self.num_steps, self.spent_time())
+        batches = self.prefetch.get(self.step)
+        agreed = self.agreed
+        if agreed is None or agreed.step != self.step:  # the first step of a start
+            agreed = self.agree(self.step, batches)
+        self.prefetch_batches(self.step + 1)
+        sums = self.losses_and_gradients(batches, agreed.counts)
+        lr = learning_rate(self.step, self.config.optimiser, self.num_steps, agreed.spent)
         self.engine.set_learning_rate(lr)
         skipped = self.engine.step()
-        self.record_step(losses, lr)
+        self.agreed = self.agree(self.step + 1, self.prefetched(self.step + 1), sums)
+        self.record_step(self.step_losses(self.agreed.sums, agreed.counts), lr)
         self.step += 1
         self.watchdog.record_step(self.step)
         self.count_bad_steps(skipped)
+        if self.profile is not None:
+            self.profile.step()
 
-    def next_batches(self) -> list[ShipBatch]:
+    def make_batches(self, step: int) -> list[ShipBatch]:
         """This rank's micro-batches of the global step."""
-        accumulation = self.config.training.accumulation
-        first = ranks.rank() * accumulation
-        return [
-            self.model.collate(
-                self.sampler.draw_rank(self.step, first + part, self.parts),
-                self.config.run.seed,
-                self.step,
-            )
-            for part in range(accumulation)
-        ]
+        draws = self.sampler.draw_rank(
+            step, ranks.rank(), ranks.world_size(), self.config.training.accumulation
+        )
+        return [self.model.collate(part, self.config.run.seed, step) for part in draws]
 
-    def losses_and_gradients(self, batches: Sequence[ShipBatch]) -> StepLosses:
-        """Backward through the whole step; each objective is its sum over the count of the *whole*
-        step, all ranks included."""
-        objectives, weights = self.model.objectives, self.config.loss.weights()
-        counts = torch.tensor(
+    def prefetch_batches(self, step: int) -> None:
+        """Begin to make the batches of the step to come, where there is one."""
+        if step < self.num_steps:
+            self.prefetch.begin(step)
+
+    def prefetched(self, step: int) -> list[ShipBatch]:
+        """The batches of the step to come; none after the last."""
+        return self.prefetch.get(step) if step < self.num_steps else []
+
+    def agree(
+        self, step: int, batches: Sequence[ShipBatch], sums: Tensor | None = None
+    ) -> Agreement:
+        """Agree with the other ranks before `step`: on the counts of its batches, on `sums` of the
+        step before, and on whether to go on."""
+        counts = [
             [
-                [
-                    *(objective.count(batch) for objective in objectives.values()),
-                    batch.num_tasks,
-                    batch.num_tokens,
-                ]
-                for batch in batches
-            ],
-            dtype=torch.float64,
-        ).sum(0)
-        *num_terms, num_tasks, num_tokens = ranks.sum_over_ranks(counts).tolist()
+                *(objective.count(batch) for objective in self.model.objectives.values()),
+                batch.num_tasks,
+                batch.num_tokens,
+                *flops_of_parts(self.flop_size, rows_of(batch)).values(),
+            ]
+            for batch in batches
+        ]
+        limit = self.config.training.max_minutes
+        spent = 0.0 if limit is None else self.watch.seconds_so_far() / (60 * limit)
+        return agree(
+            step,
+            self.stop.is_asked,
+            spent,
+            [sum(column) for column in zip(*counts, strict=True)],
+            torch.zeros(0, device=ranks.device()) if sums is None else sums,
+        )
+
+    def losses_and_gradients(self, batches: Sequence[ShipBatch], counts: Sequence[float]) -> Tensor:
+        """Backward through the whole step; each objective is its sum over the count of the *whole*
+        step, all ranks included.
+
+        Args:
+            batches: this rank's.
+            counts: of the whole step: one of each objective, tasks, tokens, FLOPs by part.
+
+        Returns:
+            This rank's share of every objective's mean, then of the KL by dimension, in one vector
+            on the engine's device.
+        """
+        objectives, weights = self.model.objectives, self.config.loss.weights()
         # An objective that has nothing to sum in a step divides nothing by one.
-        divisors = {name: max(n, 1.0) for name, n in zip(objectives, num_terms, strict=True)}
-        totals = torch.zeros(len(objectives), dtype=torch.float64)
-        kl_Z = torch.zeros(self.config.model.latent_size)
+        divisors = {name: max(n, 1.0) for name, n in zip(objectives, counts, strict=False)}
+        num_tasks = counts[len(objectives)]
+        shares = torch.zeros(
+            len(objectives) + self.config.model.latent_size,
+            dtype=torch.float64,
+            device=ranks.device(),
+        )
         for index, batch in enumerate(batches):
             sums = self.engine.forward(batch, is_last=index == len(batches) - 1)
             means = {name: sums.objectives[name] / divisors[name] for name in objectives}
             loss = sum(weights[name] * mean for name, mean in means.items())
             # The engine averages over ranks and micro-batches; the counts above already did.
             self.engine.backward(loss * ranks.world_size() * len(batches))
-            totals += torch.stack([mean.detach().double().cpu() for mean in means.values()])
-            kl_Z += sums.kl_TZ.sum(0).cpu() / num_tasks
-        terms = dict(zip(objectives, ranks.sum_over_ranks(totals).tolist(), strict=True))
+            terms = torch.stack([mean.detach().double() for mean in means.values()])
+            shares += torch.cat([terms, sums.kl_TZ.sum(0).double() / num_tasks])
+        return shares
+
+    def step_losses(self, sums: Tensor, counts: Sequence[float]) -> StepLosses:
+        """The losses of a step from what the ranks' shares sum up to."""
+        objectives, weights = self.model.objectives, self.config.loss.weights()
+        terms = dict(zip(objectives, sums.tolist(), strict=False))
         total = sum(weights[name] * term for name, term in terms.items())
-        return StepLosses(total, terms, ranks.sum_over_ranks(kl_Z), int(num_tokens))
+        _, num_tokens, *flops = counts[len(objectives) :]
+        return StepLosses(
+            total,
+            terms,
+            sums[len(objectives) :].float(),
+            int(num_tokens),
+            dict(zip(PARTS, flops, strict=True)),
+        )
 
     def count_bad_steps(self, skipped: bool) -> None:
         """The ranks agreed on `skipped`. The step's examples are written down; too many in a row
@@ -318,11 +385,23 @@ class Trainer:
                 "optimiser/gradient_norm": self.engine.gradient_norm(),
                 "speed/tokens_per_second": losses.num_tokens / seconds,
                 "speed/step_seconds": seconds,
+                **self.utilisation(losses.flops, seconds),
                 "memory/gigabytes": memory_gigabytes(),
             },
         )
         if self.step % 100 == 0:
             self.monitor.kl_per_dimension(self.step, losses.kl_Z)
+
+    def utilisation(self, flops: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """Useful TFLOPs of the step by part, those of a rank in a second, and the share of the
+        card's peak that they are, where flops.py knows the card."""
+        a_second = sum(flops.values()) / seconds / ranks.world_size()
+        peak = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        return {
+            **({} if peak is None else {"speed/mfu": a_second / peak}),
+            "speed/teraflops_per_second": a_second / 1e12,
+            **{f"teraflops/{part}": value / 1e12 for part, value in flops.items()},
+        }
 
     def evaluate_saved_step(self) -> None:
         """Evaluate the step that the newest checkpoint holds; training goes on if that fails.
@@ -424,14 +503,13 @@ class Trainer:
 
     def spent_time(self) -> float:
         """The share of training.max_minutes that is used, the same on every rank; 0 without a
-        limit."""
-        limit = self.config.training.max_minutes
-        if limit is None:
-            return 0.0
-        return (
-            float(ranks.sum_over_ranks(torch.tensor(self.watch.seconds / (60 * limit))))
-            / ranks.world_size()
-        )
+        limit, and before the first step of a start."""
+        return 0.0 if self.agreed is None else self.agreed.spent
+
+    def raise_if_agreed(self) -> None:
+        """Raises Preempted on every rank where the last step's end found any asked to stop."""
+        if self.agreed is not None and self.agreed.is_asked_to_stop:
+            raise Preempted
 
     def close(self) -> None:
         """Bundle, then the report, which may fail without the run failing."""

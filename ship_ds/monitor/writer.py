@@ -125,6 +125,10 @@ class Stopwatch:
     def start(self) -> None:
         self._started = time.perf_counter()
 
+    def seconds_so_far(self) -> float:
+        """Of the steps before and of the one that runs."""
+        return self.seconds + time.perf_counter() - self._started
+
     def stop(self, tokens: int) -> float:
         elapsed = time.perf_counter() - self._started
         self.seconds += elapsed

@@ -74,7 +74,9 @@ class Plan:
 def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None, None)) -> Plan:
     """Raises UserError for a recipe that could not start on these machines."""
     settings = read_deepspeed_config(config.training.deepspeed)
-    return plan_under(Zero.read(settings, machines.num_ranks), config, machines, lengths)
+    return plan_under(
+        Zero.read(settings, machines.num_ranks, machines.gpus), config, machines, lengths
+    )
 
 
 def shapes_of(config: Config) -> Shapes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ship_ds.planner.shapes import Weight
-from ship_ds.runtime.deepspeed_config import is_bf16
+from ship_ds.runtime.deepspeed_config import complete, is_bf16
 
 Device = Literal["gpu", "cpu", "nvme"]
 _MASTER_AND_MOMENTS = 12
@@ -42,8 +42,10 @@ class Zero:
     parameters_on: Device
 
     @classmethod
-    def read(cls, deepspeed_config: dict[str, Any], num_ranks: int) -> "Zero":
-        zero = deepspeed_config.get("zero_optimization", {})
+    def read(
+        cls, deepspeed_config: dict[str, Any], num_ranks: int, ranks_per_node: int = 8
+    ) -> "Zero":
+        zero = complete(deepspeed_config, ranks_per_node)["zero_optimization"]
         stage = zero.get("stage", 0)
         overlaps = zero.get("overlap_comm", stage == 3)
         numbers = {key: int(zero.get(key, default)) for key, default in DEFAULTS.items()}

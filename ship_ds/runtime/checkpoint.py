@@ -69,6 +69,7 @@ _FREE_TO_CHANGE = {
     "model.decoder.checkpointing",
     "model.task_llm.checkpointing",
     "training.accumulation",
+    "training.profile",
     "training.threads",
     "training.hang_minutes",
     "training.grace_seconds",

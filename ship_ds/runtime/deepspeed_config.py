@@ -19,6 +19,97 @@ _OWNED_BY_RUN = {
 }
 
 
+_ZERO = {
+    "allgather_bucket_size": 500_000_000,
+    "allgather_partitions": True,
+    "contiguous_gradients": True,
+    "elastic_checkpoint": False,
+    "ignore_unused_parameters": True,
+    "load_from_fp32_weights": True,
+    "overlap_comm": False,
+    "reduce_bucket_size": 500_000_000,
+    "reduce_scatter": True,
+    "round_robin_gradients": False,
+    "use_multi_rank_bucket_allreduce": True,
+    # Of stage 3, and without effect below it.
+    "leaf_module": {"classes": []},
+    "memory_efficient_linear": True,
+    "stage3_allgather_sequential": False,
+    "stage3_gather_16bit_weights_on_model_save": False,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_module_granularity_threshold": 0,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_use_all_reduce_for_fetch_params": False,
+    "sub_group_size": 1_000_000_000,
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_gradients": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_weights": False,
+}
+_OFFLOAD_PARAM = {
+    "buffer_count": 5,
+    "buffer_size": 100_000_000,
+    "max_in_cpu": 1_000_000_000,
+    "pin_memory": True,
+}
+_OFFLOAD_OPTIMIZER = {
+    "buffer_count": 4,
+    "fast_init": False,
+    "pin_memory": True,
+    "pipeline_read": False,
+    "pipeline_write": False,
+    "ratio": 1.0,
+}
+_BF16 = {
+    "bf16_master_weights_and_grads": False,
+    "bf16_optimizer_states": False,
+    "check_grad_overflow": True,
+    "enabled": False,
+    "immediate_grad_update": False,
+}
+_TOP = {
+    "gradient_predivide_factor": 1.0,
+    "prescale_gradients": False,
+    "wall_clock_breakdown": False,
+    "zero_allow_untested_optimizer": False,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def complete(config: Mapping[str, Any], ranks_per_node: int = 1) -> dict[str, Any]:
+    """A file's settings with everything that DeepSpeed would else choose by its version.
+
+    Between 0.17 and 0.19 gradient clipping, the check for overflow in bf16 and pinned memory got
+    other defaults, and a run that goes on under another version would train otherwise.
+
+    Args:
+        config: of `read_deepspeed_config`.
+        ranks_per_node: what `"zero_hpz_partition_size": "node"` stands for.
+    """
+    zero = dict(config.get("zero_optimization") or {})
+    zero = _ZERO | zero
+    if zero.get("zero_hpz_partition_size") == "node":
+        zero["zero_hpz_partition_size"] = ranks_per_node
+    for part, defaults in (
+        ("offload_param", _OFFLOAD_PARAM),
+        ("offload_optimizer", _OFFLOAD_OPTIMIZER),
+    ):
+        if offload := offloads(config)[part]:
+            zero[part] = defaults | offload
+    accumulated = {"grad_accum_dtype": "bf16" if is_bf16(config) else "fp32"}
+    return (
+        _TOP
+        | dict(config)
+        | {
+            "bf16": _BF16 | (config.get("bf16") or {}),
+            "data_types": accumulated | (config.get("data_types") or {}),
+            "zero_optimization": zero,
+        }
+    )
+
+
 def read_deepspeed_config(name: str) -> dict[str, Any]:
     """A file of ds_configs/ by name, or any path. Raises UserError when it is neither, or holds
     fp16 or the run's keys."""
@@ -38,6 +129,14 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: fp16: not supported, since its loss scale is in no checkpoint of "
             "ZeRO-3; use bf16, or neither"
+        )
+    accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
+    stage = (config.get("zero_optimization") or {}).get("stage")
+    if is_bf16(config) and stage == 1 and accumulated == "fp32":
+        raise UserError(
+            f"{path}: data_types.grad_accum_dtype: fp32 beside bf16 and stage 1 is another "
+            "optimiser of DeepSpeed, whose checkpoints go on nowhere else: use stage 2, or leave "
+            "it out"
         )
     return config
 

@@ -1,6 +1,7 @@
 """The DeepSpeed engine: every number of the run's config enters its dict here, and nowhere else."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -9,7 +10,12 @@ from torch import nn
 
 from ship_ds.config import OptimiserConfig, TrainingConfig
 from ship_ds.runtime import nvme, ranks, shards
-from ship_ds.runtime.deepspeed_config import is_bf16, offloads_optimiser, read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import (
+    complete,
+    is_bf16,
+    offloads_optimiser,
+    read_deepspeed_config,
+)
 from ship_ds.runtime.preflight import check_division
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -69,8 +75,12 @@ class Engine(Generic[Module]):
         shards.cast_and_move_rest(module, engine_dtype(training))
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.deepspeed: Any = deepspeed.initialize(
-            model=module, model_parameters=trainable, config=_settings(optimiser, training)
+            model=module,
+            model_parameters=trainable,
+            config=_settings(optimiser, training, shards.whole_modules(module)),
         )[0]
+        if self.zero_stage() == 3:
+            shards.reduce_by_parameter(self.deepspeed.optimizer)
         self.module = module
 
     def train(self) -> None:
@@ -145,9 +155,14 @@ class Engine(Generic[Module]):
         self.deepspeed.load_checkpoint(str(folder), tag=name, load_module_strict=False)
 
 
-def _settings(optimiser: OptimiserConfig, training: TrainingConfig) -> dict[str, Any]:
-    """The file of ds_configs/ with the run's batches and optimiser."""
-    config = read_deepspeed_config(training.deepspeed)
+def _settings(
+    optimiser: OptimiserConfig, training: TrainingConfig, whole_modules: Sequence[str]
+) -> dict[str, Any]:
+    """The file of ds_configs/ with the run's batches and optimiser, and nothing left open."""
+    config = complete(read_deepspeed_config(training.deepspeed), ranks.ranks_per_node())
+    # The file's own classes come first, for a model whose blocks have no name in transformers.
+    leaves = config["zero_optimization"]["leaf_module"]["classes"]
+    config["zero_optimization"]["leaf_module"] = {"classes": [*leaves, *whole_modules]}
     # torch's fused AdamW: one pass over the flat partition, and nothing to compile with nvcc. State
     # that a GPU offloads is DeepSpeed's own op's.
     fused = not (torch.cuda.is_available() and offloads_optimiser(config))
@@ -155,6 +170,7 @@ def _settings(optimiser: OptimiserConfig, training: TrainingConfig) -> dict[str,
         "lr": optimiser.lr,
         "weight_decay": optimiser.weight_decay,
         "betas": list(optimiser.betas),
+        "eps": 1e-8,
         "torch_adam": fused,
         **({"fused": True} if fused else {}),
     }

@@ -3,9 +3,11 @@
 import atexit
 import logging
 import os
+import platform
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -184,6 +186,12 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes the run has."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def ranks_per_node() -> int:
+    """How many ranks share a machine; 1 where the machines have different numbers of them."""
+    counts = set(Counter(gather_objects(platform.node())).values())
+    return counts.pop() if len(counts) == 1 else 1
 
 
 def barrier() -> None:

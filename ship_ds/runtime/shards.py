@@ -5,6 +5,7 @@ DeepSpeed takes a model with sharded parameters as one that was built under `zer
 `initialize` shards the others, but neither casts nor moves them.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from ship_ds.config import TrainingConfig
 from ship_ds.model.streaming import Shard
 from ship_ds.runtime import ranks
-from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import complete, read_deepspeed_config
 
 
 def sharder(training: TrainingConfig) -> Shard | None:
@@ -25,7 +26,7 @@ def sharder(training: TrainingConfig) -> Shard | None:
     """
     import deepspeed
 
-    settings = read_deepspeed_config(training.deepspeed)
+    settings = complete(read_deepspeed_config(training.deepspeed), ranks.ranks_per_node())
     if settings["zero_optimization"]["stage"] < 3:
         return None
     first: list[Any] = []
@@ -44,6 +45,41 @@ def sharder(training: TrainingConfig) -> Shard | None:
             first.append(parameters[0])
 
     return shard
+
+
+def whole_modules(model: nn.Module) -> list[str]:
+    """Classes of modules that ZeRO-3 gathers and lets go as a whole.
+
+    DeepSpeed puts four hooks on every module, and each costs as much as a small kernel. A
+    transformer block is called as a whole or not at all: transformers lists such classes in
+    `_no_split_modules`, so that a block is never put on two devices. So is an MLP in a
+    Sequential.
+    """
+    blocks = {name for module in model.modules() for name in _blocks_of(module)}
+    return [*sorted(blocks), "Sequential"]
+
+
+def _blocks_of(module: nn.Module) -> Collection[str]:
+    return getattr(module, "_no_split_modules", None) or ()
+
+
+def reduce_by_parameter(optimiser: Any) -> None:
+    """Have ZeRO-3 reduce each gradient once it is complete, in whole modules as in any other.
+
+    DeepSpeed 0.19.8 reduces those of a whole module in a hook of the module. That runs once for
+    each call of the module, where the gradients are complete after the last; and where no input of
+    the module needs a gradient, as in the first block over frozen embeddings, it runs before there
+    are any. (runtime/zero/stage3.py: its names are private, so pyproject.toml caps the version.)
+    """
+    parameters = [parameter for group in optimiser.fp16_groups for parameter in group]
+    for hook in (*optimiser._leaf_module_hooks, *optimiser._grad_acc_hooks):
+        hook.remove()
+    optimiser._leaf_module_hooks.clear()
+    optimiser._grad_acc_hooks.clear()
+    for parameter in parameters:
+        if hasattr(parameter, "ds_z3_leaf_module"):
+            del parameter.ds_z3_leaf_module
+    optimiser.create_reduce_and_remove_grad_hooks()
 
 
 class _ParametersAlone(nn.Module):

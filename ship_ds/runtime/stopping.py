@@ -96,6 +96,11 @@ class StopRequest:
         # Not sys.exit: this is no main thread, and the main one may wait in a collective for ever.
         os._exit(code)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank is; another may be."""
+        return self._asked.is_set()
+
     def raise_if_asked(self) -> None:
         """Every rank calls it at the same boundaries; Preempted is raised on all of them or on
         none."""

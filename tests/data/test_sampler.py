@@ -40,8 +40,25 @@ def test_seed_and_step_change_the_draws() -> None:
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 4, 8])
 def test_parts_together_are_the_step(num_parts: int) -> None:
     sampler = _sampler()
-    parts = [draw for part in range(num_parts) for draw in sampler.draw_rank(5, part, num_parts)]
-    assert sorted(parts, key=_key) == sorted(sampler.draw_step(5), key=_key)
+    ranks = [sampler.draw_rank(5, rank, num_parts) for rank in range(num_parts)]
+    drawn = [draw for [batch] in ranks for draw in batch]
+    assert sorted(drawn, key=_key) == sorted(sampler.draw_step(5), key=_key)
+
+
+def test_accumulation_draws_the_step_once_and_as_more_ranks_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler, drawn = _sampler(), []
+    as_four = [sampler.draw_rank(5, rank, 4)[0] for rank in range(4)]
+    draw_step = StepSampler.draw_step
+    monkeypatch.setattr(
+        StepSampler, "draw_step", lambda self, step: drawn.append(step) or draw_step(self, step)
+    )
+    assert [sampler.draw_rank(5, rank, 2, accumulation=2) for rank in range(2)] == [
+        as_four[:2],
+        as_four[2:],
+    ]
+    assert drawn == [5, 5]
 
 
 @pytest.mark.parametrize("num_tasks", [24, 20])

@@ -34,11 +34,11 @@ class StubTrainer(train.Trainer):
         self.stop = StopRequest(10)
         self.watchdog: Any = SimpleNamespace(start=lambda: None, stop=lambda: None)
         self.watch: Any = SimpleNamespace(seconds=0.0, tokens=0)
-        self.monitor = None
+        self.monitor = self.profile = None
         self.num_steps, self.num_bad_steps = 4, 0
         self.data_fingerprint, self.bases = "data", {}
         self.splits: Any = SimpleNamespace(seen=[])
-        self.step, self.saved_step = 0, None
+        self.step, self.saved_step, self.agreed = 0, None, None
         self.owes_evaluation, self.num_evaluation_starts = False, 0
         good = checkpoint.newest_good_to_resume(folder / "checkpoints", print)
         if good is not None:

@@ -35,7 +35,7 @@ def test_a_good_run_passes_and_leaves_an_empty_folder(tmp_path: Path) -> None:
             ["model.task_llm.base=/nowhere"],
             "model.task_llm.base: /nowhere: expected a model folder",
         ),
-        (["training.deepspeed=zero9"], "ds_configs/ has cpu, zero1, zero2"),
+        (["training.deepspeed=zero9"], "ds_configs/ has cpu, zero1, zero1_bf16, zero2"),
         (
             ["training.hang_minutes=26"],
             "training.hang_minutes: 26 is above 25.*set it lower, or null",

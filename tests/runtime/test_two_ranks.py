@@ -213,7 +213,15 @@ def test_an_evaluation_cut_short_is_made_up_for(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("cpu", 1e-6), ("zero3_bf16", 2e-2), ("zero3_hpz", 2e-2), ("zero3_offload_cpu", 2e-2)],
+    [
+        ("cpu", 1e-6),
+        ("zero1_bf16", 2e-2),
+        ("zero2_bf16", 2e-2),
+        ("zero2_bf16_offload_optimiser", 2e-2),
+        ("zero3_bf16", 2e-2),
+        ("zero3_hpz", 2e-2),
+        ("zero3_offload_cpu", 2e-2),
+    ],
 )
 def test_a_config_trains_two_steps_and_repeats_the_second_from_a_checkpoint(
     found: dict[str, Any], name: str, tolerance: float

@@ -1,0 +1,58 @@
+"""What the ranks agree on at a step boundary, in one reduction of one flat tensor.
+
+Each reduction costs a round over the network, which at a thousand ranks takes as long as a good
+part of the step. So the losses of the step that ends, the counts of the step that begins, the stop
+flag and the time spent travel together, on the engine's device.
+
+Letters: Z latent size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ship_ds.runtime import ranks
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same on every rank.
+
+    step: the step to come. is_asked_to_stop: whether any rank is. spent: the share of
+    training.max_minutes that is used. counts: of the step to come, summed over ranks. sums: of the
+    step before it, summed over ranks; on the CPU.
+    """
+
+    step: int
+    is_asked_to_stop: bool
+    spent: float
+    counts: list[float]
+    sums: Tensor
+
+
+def agree(
+    step: int, is_asked_to_stop: bool, spent: float, counts: Sequence[float], sums: Tensor
+) -> Agreement:
+    """Reduce this rank's part of an agreement; every rank calls it at the same boundary.
+
+    Args:
+        step: the step to come.
+        is_asked_to_stop: whether this rank is.
+        spent: this rank's share of training.max_minutes; ranks take the mean.
+        counts: of the step to come, known on the host.
+        sums: any vector of the step before, on the engine's device.
+    """
+    on_host = torch.tensor([float(is_asked_to_stop), spent, *counts], dtype=torch.float64)
+    flat = torch.cat([on_host.to(sums.device, non_blocking=True), sums.double()])
+    agreed = ranks.sum_over_ranks(flat).cpu()
+    num_asked, spent_by_all = agreed[:2].tolist()
+    end = 2 + len(counts)
+    return Agreement(
+        step,
+        num_asked > 0,
+        spent_by_all / ranks.world_size(),
+        agreed[2:end].tolist(),
+        agreed[end:],
+    )

@@ -1,0 +1,48 @@
+"""The page and the trace of a profile."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from ship_ds.monitor.profile import StepProfile, kind_of, page
+
+
+def test_a_profile_leaves_a_page_and_a_trace_and_ends_by_itself(tmp_path: Path) -> None:
+    profile = StepProfile(tmp_path, 2)
+    for _ in range(6):
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        profile.step()
+    profile.close()
+    [trace] = (tmp_path / "tensorboard").glob("rank-0.*.pt.trace.json")
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event.get("name") == "aten::mm" for event in events) == 2, "the recorded steps alone"
+    text = (tmp_path / "profile.md").read_text()
+    assert "# Profile of 2 steps" in text and "| `aten::mm` | " in text
+
+
+def test_times_and_calls_are_those_of_one_step() -> None:
+    events = [
+        SimpleNamespace(key="aten::mm", self_cpu_time_total=6000, count=4),
+        SimpleNamespace(key="gloo:all_reduce", self_cpu_time_total=1000, count=2),
+        SimpleNamespace(key="aten::_local_scalar_dense", self_cpu_time_total=1000, count=6),
+    ]
+    text = page(events, 2)
+    assert "| `aten::mm` | 3.00 | 75.0 % | 2 |" in text
+    assert "| matrix products | 3.00 | 75.0 % |" in text
+    assert "| between ranks | 0.50 | 12.5 % |" in text
+    assert "4.0 ms of operations a step on rank 0; the host waits for a value 3 times" in text
+
+
+def test_a_run_that_is_too_short_leaves_no_page(tmp_path: Path) -> None:
+    profile = StepProfile(tmp_path, 5)
+    profile.step()
+    profile.close()
+    assert not (tmp_path / "profile.md").exists()
+
+
+def test_kinds() -> None:
+    assert kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+    assert kind_of("aten::_fused_adamw_") == "optimiser"
+    assert kind_of("aten::silu") == "everything else"
