@@ -9,7 +9,7 @@ in the data is therefore the step number alone.
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ship_ds.data.task import Example, SplitTask
@@ -60,6 +60,7 @@ class StepSampler:
     examples_per_task: int
     max_shown: int
     drop_latent: float
+    _newest: dict[int, list[TaskDraw]] = field(default_factory=dict, compare=False, repr=False)
 
     def draw_step(self, step: int) -> list[TaskDraw]:
         """The draws of global step `step`, sorted by length so that micro-batches pad little.
@@ -76,7 +77,11 @@ class StepSampler:
     def draw_rank(self, step: int, part: int, num_parts: int) -> list[TaskDraw]:
         """Every `num_parts`-th draw of the step, from `part` on: each part gets short and long
         ones."""
-        return self.draw_step(step)[part::num_parts]
+        # The micro-batches of a step are drawn one after the other: the step is drawn once.
+        if step not in self._newest:
+            self._newest.clear()
+            self._newest[step] = self.draw_step(step)
+        return self._newest[step][part::num_parts]
 
     def _task_at(self, position: int) -> SplitTask:
         epoch, offset = divmod(position, len(self.tasks))
