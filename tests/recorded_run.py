@@ -5,18 +5,14 @@
 
 A case is RANKS/ADAPTER/INSTRUCTION: `quickstart-smoke` for 40 steps without evaluations, started by
 the entry point that a user starts. FOLDER/losses.json then holds, by case, each row of
-`metrics.jsonl` that `SERIES` names, and FOLDER/computer.json what the numbers depend on.
+`metrics.jsonl` that `SERIES` names.
 
 `tests/fixtures/recorded_losses.json` was written by version 0.1.0 with these very settings.
 """
 
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ship_ds import train
 from ship_ds.runtime import ranks
@@ -31,9 +27,6 @@ SERIES = {
 }
 ONE_RANK = "one"
 """The other values of RANKS name the file of ds_configs/ that two ranks train with."""
-_LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "transformers", "peft")
-_COMPUTES_WITH = ("avx", "fma", "amx", "f16c")
-"""Processor flags by which torch, oneDNN and MKL choose their kernels begin with these."""
 
 
 def settings(case: str, folder: Path) -> list[str]:
@@ -60,19 +53,6 @@ def settings(case: str, folder: Path) -> list[str]:
     ]
 
 
-def computer() -> dict[str, Any]:
-    """What decides the last bit of a sum in fp32: the processor's kind, threads and libraries."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
-    return {
-        "vendor": next((x.split(":")[1].strip() for x in lines if x.startswith("vendor_id")), ""),
-        "flags": " ".join(sorted(flag for flag in flags if flag.startswith(_COMPUTES_WITH))),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in _LIBRARIES},
-    }
-
-
 def train_case(case: str, folder: Path) -> dict[str, list[float]]:
     """Train, and read the losses of every step.
 
@@ -90,7 +70,6 @@ def main(folder: Path, cases: list[str]) -> None:
     losses = {case: train_case(case, folder / case.replace("/", "-")) for case in cases}
     if ranks.rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
-        (folder / "computer.json").write_text(json.dumps(computer()))
 
 
 if __name__ == "__main__":

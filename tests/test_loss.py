@@ -1,12 +1,24 @@
 """The losses against torch's own."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ship_ds.config import StandardNormalConfig
-from ship_ds.loss import sum_cross_entropy
+from ship_ds.loss import (
+    LOGITS_AT_ONCE,
+    num_pieces,
+    sum_cross_entropy,
+    sum_cross_entropy_in_pieces,
+)
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.language_model import language_model
 from ship_ds.model.priors import StandardNormal
+from tests.model.models import HIDDEN, VOCABULARY, random_rows, tiny_lm
 
 
 def kl_to_prior(mean_TZ: torch.Tensor, log_variance_TZ: torch.Tensor) -> torch.Tensor:
@@ -48,3 +60,46 @@ def test_losses_are_computed_in_fp32() -> None:
     assert kl.dtype == torch.float32
     torch.testing.assert_close(kl, kl_to_prior(mean.float(), log_variance.float()), rtol=0, atol=0)
     assert sum_cross_entropy(torch.zeros(1, 4).bfloat16(), torch.tensor([0])).dtype == torch.float32
+
+
+class Largest(TorchDispatchMode):
+    """The most rows of logits that any operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # The output layer itself, transposed, is no logits.
+        if isinstance(out, Tensor) and out.shape[-1:] == (VOCABULARY,) != out.shape:
+            rows = out.numel() // VOCABULARY
+            self.most = max(self.most, rows if rows != HIDDEN else 0)
+        return out
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_loss_in_pieces_is_the_loss_and_never_has_all_logits(family: str) -> None:
+    """Gemma caps its logits and shares its head with the embeddings; 3 pieces of 11 labels."""
+    model = tiny_lm(family).double()
+    lm = language_model(model)
+    batch = TokenBatch.build(random_rows([9, 4, 7, 12]), random_rows([2, 5, 1, 3], 5), 0)
+    results = []
+    for pieces in (1, 3):
+        model.zero_grad()
+        with Largest() as largest:
+            states = lm.label_states(batch)
+            loss = sum_cross_entropy_in_pieces(lm.head, states, batch.labels_K, pieces)
+            loss.backward()
+        assert largest.most == -(-11 // pieces)
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for whole, in_pieces in zip(*results, strict=True):
+        assert whole is not None and in_pieces is not None and float(whole.abs().max()) > 0
+        torch.testing.assert_close(in_pieces, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_pieces_go_by_the_labels_or_where_ranks_gather_by_the_vocabulary_alone() -> None:
+    assert [num_pieces(k, 2**14) for k in (0, 1, 1024, 1025, 4096)] == [1, 1, 1, 2, 4]
+    assert num_pieces(5000, 128256) * LOGITS_AT_ONCE >= 5000 * 128256
+    assert {num_pieces(k, 128256, True) for k in (0, 1, 5000)} == {8}
+    assert num_pieces(5000, 1000, True) == 1

@@ -103,7 +103,7 @@ def test_labels_are_on_the_target_and_its_end_alone(tokenizer: PreTrainedTokeniz
         [asked, prompts.task_prompt("3")], [target, prompts.target("3")], prompts.pad_id, 2
     )
     is_first_K = batch.label_row_K == 0
-    columns = batch.padded.columns[batch.padded.place_K[is_first_K]] + 1
+    columns = batch.padded.column_K[is_first_K] + 1
     first = 2 + len(asked)
     assert columns.tolist() == list(range(first, first + len(target)))
     assert batch.labels_K[is_first_K].tolist() == list(target)

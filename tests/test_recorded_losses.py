@@ -1,10 +1,10 @@
 """The losses and gradient norms of version 0.1.0, step by step: training has not changed since.
 
-On the kind of processor that recorded them, with the same libraries, they are equal to the bit.
-Elsewhere sums are rounded in another order. How far 40 steps then drift apart was measured: between
-the kernels of AVX-512, AVX2 and SSE (`ATEN_CPU_CAPABILITY`, `MKL_CBWR`, `ONEDNN_MAX_CPU_ISA`) by at
-most 7e-5 of a loss and 8e-5 of a gradient norm, and between one rank and two, which also add up in
-another order, by 1.2e-4 and 2.7e-4. The tolerances are four times the largest of these.
+Sums are rounded in another order than there, since no linear layer meets padding any more. How far
+40 steps drift apart by that was measured: between the kernels of AVX-512, AVX2 and SSE
+(`ATEN_CPU_CAPABILITY`, `MKL_CBWR`, `ONEDNN_MAX_CPU_ISA`) by at most 7e-5 of a loss and 8e-5 of a
+gradient norm, and between one rank and two, which also add up in another order, by 1.2e-4 and
+2.7e-4. The tolerances are four times the largest of these.
 
 All 27 cases are compared by `make soak` (tests/soak/test_recorded_losses.py).
 """
@@ -20,7 +20,7 @@ from tests.conftest import REPOSITORY, start
 
 RECORDED = json.loads((REPOSITORY / "tests" / "fixtures" / "recorded_losses.json").read_text())
 TOLERANCES = {"loss": 5e-4, "task": 5e-4, "reconstruction": 5e-4, "kl": 5e-4, "norm": 1e-3}
-"""The largest relative difference that another kind of processor may make."""
+"""The largest relative difference that another order of sums may make."""
 ONE_RANK = ["one/lora/none", "one/soft_prompt/hard", "one/reshape/soft"]
 TWO_RANKS = ["zero3/lora/soft"]
 """Each adapter and each place of the instruction once; `make soak` trains all 27 cases."""
@@ -39,18 +39,10 @@ class Measured:
         )
         assert done.returncode == 0, done.stderr[-4000:]
         self.losses: dict[str, Losses] = json.loads((folder / "losses.json").read_text())
-        self.computer = json.loads((folder / "computer.json").read_text())
 
     def check_within_rounding(self, case: str) -> None:
         """Assert that no number of the case is further off than the tolerances."""
         assert not difference(RECORDED["losses"][case], self.losses[case], TOLERANCES)
-
-    def check_to_the_bit(self, case: str) -> None:
-        """Assert that each number of the case is the recorded one; skip on another computer."""
-        for key, value in RECORDED["computer"].items():
-            if self.computer[key] != value:
-                pytest.skip(f"recorded with {key} {value}, and here it is {self.computer[key]}")
-        assert not difference(RECORDED["losses"][case], self.losses[case])
 
 
 def difference(
@@ -88,22 +80,10 @@ def test_one_rank_takes_the_steps_of_0_1_0(case: str, one_rank: Measured) -> Non
     one_rank.check_within_rounding(case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ONE_RANK)
-def test_one_rank_takes_the_steps_of_0_1_0_to_the_bit(case: str, one_rank: Measured) -> None:
-    one_rank.check_to_the_bit(case)
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", TWO_RANKS)
 def test_two_ranks_take_the_steps_of_0_1_0(case: str, two_ranks: Measured) -> None:
     two_ranks.check_within_rounding(case)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("case", TWO_RANKS)
-def test_two_ranks_take_the_steps_of_0_1_0_to_the_bit(case: str, two_ranks: Measured) -> None:
-    two_ranks.check_to_the_bit(case)
 
 
 def test_one_wrong_bit_and_one_wrong_digit_are_seen() -> None:

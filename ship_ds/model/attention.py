@@ -1,19 +1,23 @@
-"""Which attention runs: SDPA on the CPU; on CUDA `flash_attn` or torch's variable-length kernel,
-which compute nothing for padding.
+"""Which attention runs: SDPA; on CUDA in 16 bits `flash_attn` or torch's variable-length kernel.
 
-`ship_varlen` is registered with transformers as a mask and an attention function. It takes torch's
-kernel where that one runs (CUDA, 16 bits) and the tokens lie as in training: packed, or whole rows.
-Everything else, generation with a cache and left padding included, goes through SDPA with
-transformers' own mask, so one loaded model serves both.
+Linear layers take the tokens of a batch end to end, without padding; attention alone needs to know
+where a sequence ends. `flash_attn` and torch's kernel take cumulative lengths. SDPA takes rows:
+`ship_sdpa` lays the packed queries, keys and values out in groups of rows of about one length
+(`batch.RowGroups`, made on the host), attends within each and puts the outputs end to end again.
 
-`ship_sdpa` is SDPA with transformers' own mask. Both let each row attend to an adapter's prefix as
-well: keys and values that a block hands down as `ship_prefix` (adapters/sites.py).
+`ship_varlen` takes torch's kernel where that one runs (CUDA, 16 bits) and the tokens lie as in
+training: packed, or whole rows. Everything else, generation with a cache and left padding included,
+goes through SDPA with transformers' own mask, so one loaded model serves both.
+
+Both let each row attend to an adapter's prefix as well: keys and values that a block hands down as
+`ship_prefix` (adapters/sites.py).
 
 Letters: E sequences, S padded length, N packed tokens, A attention heads, G key-value heads,
-F size of an attention head.
+F size of an attention head, P virtual tokens, X other letters flattened.
 """
 
-import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -22,15 +26,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from ship_ds.errors import UserError
+from ship_ds.model.batch import RowGroups
 
 Choice = Literal["auto", "sdpa", "varlen", "flash"]
 SDPA, VARLEN, FLASH = "ship_sdpa", "ship_varlen", "flash_attention_2"
-PACKS = (VARLEN, FLASH)
-"""Implementations for which a packed batch costs less than a padded one."""
+PACKS = [SDPA, VARLEN, FLASH]
+"""Implementations that keep packed sequences apart without a mask of all tokens by all tokens."""
 TAKES_PREFIX = [SDPA, VARLEN]
-"""Implementations that attend to an adapter's prefix; the planner adds its own."""
+"""Implementations that attend to an adapter's prefix; the planner adds its own to both lists."""
 
 
 def this_machine() -> torch.device:
@@ -38,27 +44,29 @@ def this_machine() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def resolve(choice: Choice, device: torch.device, caps_scores: bool = False) -> str:
-    """The transformers `attn_implementation` for a model that will run on `device`.
+def resolve(
+    choice: Choice, device: torch.device, dtype: torch.dtype, caps_scores: bool = False
+) -> str:
+    """The transformers `attn_implementation` for a model that will run on `device` in `dtype`.
 
     Args:
         choice: what the config asks for.
         device: where the model will run.
+        dtype: of its queries, keys and values.
         caps_scores: the model soft-caps its attention scores (Gemma 2), which neither SDPA nor
             torch's kernel can do.
 
     Raises:
         UserError: the choice cannot run there.
     """
-    on_cuda, has_flash = device.type == "cuda", importlib.util.find_spec("flash_attn") is not None
-    if choice in ("varlen", "flash") and not on_cuda:
-        raise UserError(
-            f"model.attention={choice}: needs CUDA, and the model runs on "
-            f"{device.type}; set it to auto or sdpa"
-        )
+    reason = _why_no_kernel(device, dtype)
+    if choice in ("varlen", "flash") and reason is not None:
+        raise UserError(f"model.attention={choice}: {reason}; set it to auto or sdpa")
+    # Asked after the device: flash_attn of version 4 alone is another package under this name.
+    has_flash = reason is None and is_flash_attn_2_available()
     if choice == "flash" and not has_flash:
         raise UserError(
-            "model.attention=flash: flash_attn is not installed; install "
+            "model.attention=flash: flash_attn 2 is not installed; install "
             "ship-ds[flash] or set it to auto"
         )
     if choice in ("varlen", "sdpa") and caps_scores:
@@ -66,16 +74,34 @@ def resolve(choice: Choice, device: torch.device, caps_scores: bool = False) -> 
             f"model.attention={choice}: this model soft-caps its attention scores, "
             "which needs auto or flash"
         )
-    if choice == "flash" or (choice == "auto" and on_cuda and has_flash):
+    if choice == "flash" or (choice == "auto" and has_flash):
         return FLASH
     if caps_scores:
         return "eager"
-    return VARLEN if on_cuda and choice in ("auto", "varlen") else SDPA
+    return VARLEN if reason is None and choice in ("auto", "varlen") else SDPA
+
+
+def _why_no_kernel(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why neither flash_attn nor torch's variable-length kernel runs; None where both do."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"needs CUDA, and the model runs on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bf16 or fp16, and the model is in {str(dtype).removeprefix('torch.')}"
+    capability = _capability(device.index)
+    if capability < (8, 0):
+        return f"needs a GPU of capability 8.0, and this one has {capability[0]}.{capability[1]}"
+    return None
+
+
+@lru_cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def kernel_runs(device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether torch's variable-length kernel takes tensors of this device and type."""
-    return torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return _why_no_kernel(device, dtype) is None
 
 
 def needs_no_mask(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -84,11 +110,11 @@ def needs_no_mask(implementation: str, device: torch.device, dtype: torch.dtype)
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """A mask that `varlen_forward` takes for none and transformers passes on as it is.
+    """A mask that our functions take for none and transformers passes on as it is.
 
     Where it is given no mask, transformers looks whether the positions start again somewhere, to
     make one that keeps packed samples apart. That look makes the host wait for the GPU in every
-    forward, for a mask that the kernel does not need.
+    forward, for a mask of all tokens by all tokens that nobody here needs.
     """
     return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
 
@@ -141,18 +167,20 @@ def varlen_forward(
     of each row.
     """
     ends: Tensor | None = kwargs.get("cu_seq_lens_q")
-    if attention_mask is not None and not attention_mask.numel():
-        attention_mask = None
+    attention_mask = _none_if_empty(attention_mask)
     if (
         attention_mask is not None
         or query.shape[2] != key.shape[2]
         or not kernel_runs(query.device, query.dtype)
         or kwargs.get("ship_prefix") is not None
     ):
-        # SDPA would let packed samples see each other: without a mask each row is one sequence.
-        assert attention_mask is not None or ends is None or len(ends) == len(query) + 1
+        # SDPA would let packed samples see each other: without rows and without a mask each row of
+        # the batch is one sequence.
+        is_apart = attention_mask is not None or kwargs.get("ship_rows") is not None
+        assert is_apart or ends is None or len(ends) == len(query) + 1
         kwargs |= {"sliding_window": sliding_window}
         return sdpa_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    _refuse_unknown(module, kwargs)
     if dropout:
         raise UserError(
             "model.attention: torch's variable-length kernel has no attention dropout; "
@@ -213,11 +241,7 @@ def prepend(
     keys, values = (states.to(key.dtype) for states in prefix)
     length, num_keys = query.shape[2], key.shape[2]
     if mask is None:
-        mask = torch.ones(length, num_keys, dtype=torch.bool, device=query.device)
-        mask = mask.tril(num_keys - length)
-        if sliding_window is not None:  # the token itself is one of the window
-            mask = mask.triu(num_keys - length - sliding_window + 1)
-        mask = mask[None, None]
+        mask = _causal(length, num_keys, sliding_window, query.device)
     seen = True if mask.dtype == torch.bool else 0.0
     mask = torch.nn.functional.pad(mask, (keys.shape[2], 0), value=seen)
     return torch.cat([keys, key], 2), torch.cat([values, value], 2), mask
@@ -232,9 +256,37 @@ def sdpa_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     ship_prefix: tuple[Tensor, Tensor] | None = None,
+    ship_rows: RowGroups | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F)."""
+    """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F).
+
+    Args:
+        module, query, key, value, attention_mask, dropout, scaling: as transformers gives them.
+        ship_prefix: see `prepend`; its rows are the sequences.
+        ship_rows: where the rows of packed tokens are, which lie as one row, E = 1.
+        kwargs: of transformers.
+    """
+    # A bias by distance (T5's) is for whole rows alone.
+    _refuse_unknown(module, kwargs, () if ship_rows is not None else ("position_bias",))
+    attention_mask = _none_if_empty(attention_mask)
+    if ship_rows is not None:
+        assert attention_mask is None
+        window = kwargs.pop("sliding_window", None)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, row_E: Tensor) -> Tensor:
+            length, mask = q.shape[2], None
+            if ship_prefix is not None:
+                prefix = (ship_prefix[0][row_E], ship_prefix[1][row_E])
+                k, v, mask = prepend(prefix, q, k, v, None, window)
+            elif window is not None and window < length:
+                mask = _causal(length, length, window, q.device)
+            out: Tensor = sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, **kwargs)[
+                0
+            ]
+            return out
+
+        return packed_in_rows(attend, (query, key, value), ship_rows), None
     if ship_prefix is not None:
         key, value, attention_mask = prepend(
             ship_prefix, query, key, value, attention_mask, kwargs.get("sliding_window")
@@ -243,6 +295,102 @@ def sdpa_forward(
         module, query, key, value, attention_mask, dropout, scaling, **kwargs
     )
     return out
+
+
+def packed_in_rows(
+    attend: Callable[..., Tensor],
+    states: Sequence[Tensor],
+    rows: RowGroups,
+) -> Tensor:
+    """What `attend` gives for packed tokens, (1, N, A, F), group by group of rows.
+
+    Padding comes after a row's tokens and attention is causal: no token sees any. What is computed
+    in its place is dropped.
+
+    Args:
+        attend: query (rows, A, width, F), key and value, and which sequences the rows are, to
+            (rows, width, A, F).
+        states: packed query (1, A, N, F), key and value (1, G, N, F).
+        rows: where each packed token goes.
+    """
+    counts = [count for count, _ in rows.groups]
+    # Split, not sliced: the gradient of slices would be a whole tensor of zeros for each.
+    groups = zip(*(_groups(one, rows) for one in states), strict=True)
+    outs = [
+        attend(*group, row_E) for group, row_E in zip(groups, rows.row_E.split(counts), strict=True)
+    ]
+    out_XAF = torch.cat([out.flatten(0, 1) for out in outs])
+    return out_XAF[None] if rows.are_equal else out_XAF.index_select(0, rows.place_N)[None]
+
+
+def _groups(states: Tensor, rows: RowGroups) -> list[Tensor]:
+    """Packed states (1, heads, N, F) as (rows, heads, width, F) of each group, zero in the
+    padding."""
+    sizes = [count * width for count, width in rows.groups]
+    packed = states[0].transpose(0, 1)
+    if rows.are_equal:
+        return [packed.unflatten(0, rows.groups[0]).transpose(1, 2)]
+    padded = packed.new_zeros(sum(sizes), *packed.shape[1:]).index_copy(0, rows.place_N, packed)
+    return [
+        part.unflatten(0, group).transpose(1, 2)
+        for part, group in zip(padded.split(sizes), rows.groups, strict=True)
+    ]
+
+
+def _causal(length: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """True where one of the last `length` of `num_keys` tokens sees a key, (1, 1, S, keys)."""
+    mask = torch.ones(length, num_keys, dtype=torch.bool, device=device).tril(num_keys - length)
+    if sliding_window is not None:  # the token itself is one of the window
+        mask = mask.triu(num_keys - length - sliding_window + 1)
+    return mask[None, None]
+
+
+def _none_if_empty(mask: Tensor | None) -> Tensor | None:
+    """See `no_mask`."""
+    return None if mask is not None and not mask.numel() else mask
+
+
+_CHANGES_NOTHING = {
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "is_causal",
+    "output_attentions",
+    "position_ids",
+    "sliding_window",
+    "use_cache",
+    "ship_prefix",
+    "ship_rows",
+}
+"""What our functions take into account, or what is of no account to them."""
+
+
+def _refuse_unknown(
+    module: nn.Module, kwargs: Mapping[str, Any], known: Sequence[str] = ()
+) -> None:
+    """Let no attention run that is another than the base's: a family may hand down what changes
+    it, such as sinks (`s_aux`).
+
+    Args:
+        module: the attention that calls.
+        kwargs: what it hands down.
+        known: what the caller takes into account besides.
+
+    Raises:
+        UserError: there is more.
+    """
+    unknown = sorted(
+        name
+        for name, value in kwargs.items()
+        if name not in (*_CHANGES_NOTHING, *known) and value is not None and value is not False
+    )
+    if unknown:
+        raise UserError(
+            f"model.attention: {type(module).__name__} asks for attention with "
+            f"{', '.join(unknown)}, which ship_ds's functions do not know; set it to flash, or use "
+            "another base"
+        )
 
 
 AttentionInterface.register(SDPA, sdpa_forward)

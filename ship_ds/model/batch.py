@@ -9,56 +9,139 @@ Sequences are task-major: those of a task lie side by side. Everything that depe
 the host, as index tensors and plain ints. A forward only gathers by them, so it never waits for a
 GPU to tell it a size, and it runs on the meta device, where there are shapes and no data.
 
+Attention alone needs rows. Where no kernel takes them packed, it gets them in groups of about one
+length, each padded to its longest (`RowGroups`), so that little of what it computes is padding.
+
 Letters: E sequences, S padded length, N packed tokens, K labelled positions, T tasks,
 X other letters flattened.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 
-class _Tensors:
-    """A frozen dataclass whose tensors move together."""
+class OnDevice:
+    """A frozen dataclass whose tensors move together, those of such dataclasses inside too."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on `device`."""
-        moved = {
-            field.name: _moved(getattr(self, field.name), torch.device(device))
-            for field in fields(self)  # type: ignore[arg-type]
-            if isinstance(getattr(self, field.name), Tensor | _Tensors)
+        """The same on `device`.
+
+        To a GPU all tensors travel as one pinned buffer in one copy, for which the host does not
+        wait: from pageable memory it would, and once for each tensor.
+        """
+        tensors = list(self._tensors())
+        device = torch.device(device)
+        if device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in tensors):
+            on_device = from_one_buffer(
+                in_one_buffer(tensors).pin_memory().to(device, non_blocking=True), tensors
+            )
+        else:
+            on_device = [tensor.to(device) for tensor in tensors]
+        return self._with(iter(on_device))
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for value in self._values().values():
+            yield from value._tensors() if isinstance(value, OnDevice) else (value,)
+
+    def _with(self, tensors: Iterator[Tensor]) -> Self:
+        """The same with these in place of `_tensors()`."""
+        changed = {
+            name: value._with(tensors) if isinstance(value, OnDevice) else next(tensors)
+            for name, value in self._values().items()
         }
-        return replace(self, **moved)  # type: ignore[type-var]
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def _values(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {
+            name: value for name, value in values.items() if isinstance(value, Tensor | OnDevice)
+        }
 
 
-def _moved(value: "Tensor | _Tensors", device: torch.device) -> "Tensor | _Tensors":
-    if isinstance(value, _Tensors) or device.type != "cuda" or value.device.type != "cpu":
-        return value.to(device)
-    # From pageable memory the copy would stop the host until the GPU has caught up.
-    return value.pin_memory().to(device, non_blocking=True)
+_ALIGNMENT = 16
+"""Bytes; a tensor of any type may start there."""
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def in_one_buffer(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of tensors on the host, one after the other, each aligned."""
+    buffer = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, device="cpu")
+    for view, tensor in zip(from_one_buffer(buffer, tensors), tensors, strict=True):
+        view.copy_(tensor)
+    return buffer
+
+
+def from_one_buffer(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a buffer that `in_one_buffer` made, or of a copy: one a tensor, of its type and
+    shape."""
+    starts = accumulate(map(_room, like), initial=0)
+    return [
+        buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, like, strict=False)
+    ]
 
 
 @dataclass(frozen=True)
-class Padded(_Tensors):
+class Padded(OnDevice):
     """Which positions of the padded layout predict labels.
 
     Args:
-        columns: columns that predict a label in at least one row, in order; the others need no
-            logits.
-        row_K, place_K: the row of each label, and which of `columns` predicts it.
+        row_K, column_K: the row of each label, and the column of the token that predicts it.
     """
 
-    columns: Tensor
     row_K: Tensor
-    place_K: Tensor
+    column_K: Tensor
 
 
 @dataclass(frozen=True)
-class Packed(_Tensors):
+class RowGroups(OnDevice):
+    """Rows of about one length side by side, for attention without a kernel for lengths.
+
+        lengths 5, 9, 8, 4 -> groups ((2, 9), (2, 5)): rows 1 and 2, then 0 and 3
+
+    Args:
+        place_N: where each packed token is in the groups' padded rows laid end to end.
+        row_E: the sequence that each row of the groups is, longest first.
+        groups: how many rows each has, and how long the longest is; on the host.
+    """
+
+    place_N: Tensor
+    row_E: Tensor
+    groups: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "RowGroups":
+        """A group ends where a row would be padded by more than a third of its length."""
+        order = sorted(range(len(lengths)), key=lambda e: -lengths[e])
+        groups: list[tuple[int, int]] = []
+        starts = [0] * len(lengths)
+        end = 0
+        for e in order:
+            if not groups or 3 * groups[-1][1] > 4 * lengths[e]:
+                groups.append((0, lengths[e]))
+            count, width = groups[-1]
+            groups[-1] = (count + 1, width)
+            starts[e] = end
+            end += width
+        return cls(_ranges(starts, lengths), _tensor(order), tuple(groups))
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether all have one length: then the packed tokens lie as the rows do."""
+        return len(self.groups) == 1 and len(self.place_N) == math.prod(self.groups[0])
+
+
+@dataclass(frozen=True)
+class Packed(OnDevice):
     """The packed layout.
 
     Args:
@@ -66,16 +149,24 @@ class Packed(_Tensors):
         position_N: its position in its own sequence.
         ends: cumulative lengths from 0, (E + 1,), int32, as variable-length kernels want them.
         predicts_K: the packed token that predicts each label.
+        last_E: the last token of each sequence.
+        virtual_X: the places of virtual tokens, sequence by sequence.
+        instruction_X: as `TokenBatch.instruction_X`, among the packed tokens.
+        rows: how attention gets rows where it needs them.
     """
 
     source_N: Tensor
     position_N: Tensor
     ends: Tensor
     predicts_K: Tensor
+    last_E: Tensor
+    virtual_X: Tensor
+    instruction_X: Tensor
+    rows: RowGroups
 
 
 @dataclass(frozen=True)
-class TokenBatch(_Tensors):
+class TokenBatch(OnDevice):
     """Token ids, labels and where everything is. Labels are in row-major order everywhere.
 
     Args:
@@ -132,14 +223,12 @@ class TokenBatch(_Tensors):
         padded = [row + [pad_id] * (width - len(row)) for row in rows]
         ids_ES = torch.tensor(padded, dtype=torch.long, device="cpu")
         target_lengths = tuple(map(len, targets or empty))
-        before_lengths = list(map(len, instructions or empty))
-        starts = [e * width + num_virtual_tokens for e in range(len(rows))]
         return cls._indexed(
             ids_ES,
             tuple(map(len, rows)),
             target_lengths,
             num_virtual_tokens,
-            _ranges(starts, before_lengths),
+            list(map(len, instructions or empty)),
         ).to(device)
 
     @classmethod
@@ -168,7 +257,7 @@ class TokenBatch(_Tensors):
             (length,) * num_rows,
             (target_length,) * num_rows,
             num_virtual_tokens,
-            _ranges([], []),
+            [0] * num_rows,
         ).to(device)
 
     @classmethod
@@ -178,28 +267,32 @@ class TokenBatch(_Tensors):
         lengths: tuple[int, ...],
         target_lengths: tuple[int, ...],
         num_virtual_tokens: int,
-        instruction_X: Tensor,
+        instruction_lengths: Sequence[int],
     ) -> "TokenBatch":
-        width = ids_ES.shape[1]
+        width, num_rows = ids_ES.shape[1], len(lengths)
         ends = [0, *accumulate(lengths)]
-        row_K = torch.arange(len(lengths), device="cpu").repeat_interleave(_tensor(target_lengths))
+        row_K = torch.arange(num_rows, device="cpu").repeat_interleave(_tensor(target_lengths))
         first = [length - target for length, target in zip(lengths, target_lengths, strict=True)]
         assert all(first) or not any(target_lengths), "a label needs a token before it"
         column_K = _ranges(first, target_lengths)
+        padded_starts = [e * width for e in range(num_rows)]
         # The token before a label predicts it.
-        columns, place_K = (column_K - 1).unique(return_inverse=True)
         return cls(
             ids_ES,
             _tensor(lengths),
             ids_ES[row_K, column_K],
-            Padded(columns, row_K, place_K),
+            Padded(row_K, column_K - 1),
             Packed(
-                _ranges([e * width for e in range(len(lengths))], lengths),
-                _ranges([0] * len(lengths), lengths),
+                _ranges(padded_starts, lengths),
+                _ranges([0] * num_rows, lengths),
                 _tensor(ends).to(torch.int32),
                 _tensor(ends)[row_K] + column_K - 1,
+                _tensor(ends)[1:] - 1,
+                _ranges(ends[:-1], [num_virtual_tokens] * num_rows),
+                _ranges([end + num_virtual_tokens for end in ends[:-1]], instruction_lengths),
+                RowGroups.of(lengths),
             ),
-            instruction_X,
+            _ranges([start + num_virtual_tokens for start in padded_starts], instruction_lengths),
             num_virtual_tokens,
             lengths,
             target_lengths,
@@ -247,5 +340,5 @@ def _ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
     """Consecutive numbers from each start: starts (5, 0), counts (2, 3) -> [5, 6, 0, 1, 2]."""
     counts_E = _tensor(counts)
     before_E = counts_E.cumsum(0) - counts_E
-    within = torch.arange(int(counts_E.sum()), device="cpu") - before_E.repeat_interleave(counts_E)
+    within = torch.arange(sum(counts), device="cpu") - before_E.repeat_interleave(counts_E)
     return _tensor(starts).repeat_interleave(counts_E) + within

@@ -46,28 +46,30 @@ class Collator:
     def step(
         self, draws: Sequence[TaskDraw], seed: int, step: int, device: torch.device
     ) -> ShipBatch:
-        """The batch of a micro-step: each task's wording, the examples to answer, those shown."""
+        """The batch of a micro-step: each task's wording, the examples to answer, those shown.
+
+        Made on the host and moved in one copy.
+        """
+        host = torch.device("cpu")
         answered = [(example, draw.wording) for draw in draws for example in draw.answered]
         return ShipBatch(
-            self.instructions([draw.wording for draw in draws], device),
+            self.instructions([draw.wording for draw in draws], host),
             self.answers(
                 [example.input for example, _ in answered],
                 [example.target for example, _ in answered],
                 [wording for _, wording in answered],
-                device,
+                host,
             ),
             TokenBatch.build(
                 [self.prompts.decoder.decoder_prompt(draw.shown) for draw in draws],
                 [self.prompts.decoder.target(draw.wording) for draw in draws],
                 self.prompts.decoder.pad_id,
                 self.num_soft_tokens,
-                device,
+                host,
             ),
-            torch.tensor([draw.shows_latent for draw in draws], device=device),
-            posterior_noise(seed, step, [draw.task_id for draw in draws], self.latent_size).to(
-                device
-            ),
-        )
+            torch.tensor([draw.shows_latent for draw in draws], device=host),
+            posterior_noise(seed, step, [draw.task_id for draw in draws], self.latent_size),
+        ).to(device)
 
     def instructions(self, wordings: Sequence[str], device: torch.device) -> TokenBatch:
         """What the encoder reads."""

@@ -90,6 +90,7 @@ class Decoder(Role):
         batch: TokenBatch,
         packed: bool = False,
         *,
+        states: bool = False,
         continues: bool = False,
     ) -> tuple[Tensor, Tensor] | Stream:
         """Label logits (K, V) and labels (K,) of the instructions.
@@ -99,19 +100,21 @@ class Decoder(Role):
             shows_latent_T: see `soft_tokens`.
             batch: examples with the instruction as target.
             packed: without padding, where the model can.
+            states: give `LanguageModel.label_states` in place of the logits.
             continues: see `stream`, which it then gives.
         """
         soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
         if continues:
             return self.language_model.stream(batch, self.own_adapter, soft=soft_TPH)
-        packed = packed and self.language_model.missing("packing") is None
-        return self.language_model.score(
+        states_KH = self.language_model.label_states(
             batch,
             self.own_adapter,
             soft=soft_TPH,
-            packed=packed,
+            packed=packed and self.language_model.packs,
             checkpointing=self.checkpointing,
         )
+        predicted = states_KH if states else self.language_model.head(states_KH)
+        return predicted, batch.labels_K
 
     def generate(
         self, latent_TZ: Tensor, prompts: TokenBatch, eos_id: int, max_new_tokens: int

@@ -1,22 +1,33 @@
 """Decoder-only transformers models: one stack of causal blocks, prompt and target in one row.
 
 Everything goes through the model's own forward, so that soft-capping, scaling and tied heads stay
-right, under ZeRO-3 too. Data are reached by the batch's index tensors alone: a forward neither
-waits for a GPU nor needs data at all, and on the meta device it gives the shapes.
+right, under ZeRO-3 too. Stack and output layer are run apart (`label_states`, `head`), so that a
+loss may take the logits in pieces. Data are reached by the batch's index tensors alone: a forward
+neither waits for a GPU nor needs data at all, and on the meta device it gives the shapes.
 
 Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary,
 P virtual tokens, H hidden size, X other letters flattened.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.attention import PACKS, SDPA, TAKES_PREFIX, VARLEN, needs_no_mask, no_mask
+from ship_ds.model.attention import (
+    FLASH,
+    PACKS,
+    SDPA,
+    TAKES_PREFIX,
+    VARLEN,
+    needs_no_mask,
+    no_mask,
+)
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.key_value_cache import preallocated_cache, preallocated_layers
 from ship_ds.model.language_model import Feature, LanguageModel, Stream
@@ -24,6 +35,8 @@ from ship_ds.model.language_model import Feature, LanguageModel, Stream
 EAGER, SLIDING = "eager", "sliding_attention"
 MASKED = (SDPA, VARLEN, EAGER)
 """Implementations of attention that take a mask of four dimensions."""
+_BY_LENGTHS = {"full_attention", SLIDING}
+"""Kinds of layers, as transformers calls them, whose attention goes by lengths and positions."""
 
 
 class DecoderOnly(LanguageModel):
@@ -38,7 +51,9 @@ class DecoderOnly(LanguageModel):
                 f"{type(self.module).__name__}: has no model.layers; only decoder-only models with "
                 "a list of blocks there can be adapted"
             )
-        attention = self.module.config._attn_implementation
+        attention = self._attention
+        if feature == "packing":
+            return self._why_padded()
         if feature == "prefix" and attention not in TAKES_PREFIX:
             return (
                 f"{type(self.module).__name__}: its attention here is {attention}, which cannot "
@@ -46,11 +61,25 @@ class DecoderOnly(LanguageModel):
             )
         return None
 
+    def _why_padded(self) -> str | None:
+        name, attention = type(self.module).__name__, self._attention
+        if attention not in PACKS:
+            return f"{name}: its attention here is {attention}, which goes by a mask of all tokens"
+        kinds = set(getattr(self.module.config, "layer_types", None) or ()) - _BY_LENGTHS
+        if kinds:
+            return f"{name}: has layers of {', '.join(sorted(kinds))}, which goes by a mask"
+        return None
+
     @property
-    def packs(self) -> bool:
-        """See `LanguageModel`; on CUDA, where a kernel for variable lengths runs."""
-        on_cuda = next(self.module.parameters()).device.type == "cuda"
-        return on_cuda and self.module.config._attn_implementation in PACKS
+    def _attention(self) -> str:
+        implementation: str = self.module.config._attn_implementation
+        return implementation
+
+    @property
+    def _stack(self) -> nn.Module:
+        """The model without its output layer."""
+        stack: nn.Module = getattr(self.module, self.module.base_model_prefix)
+        return stack
 
     def _layers(self) -> nn.ModuleList | None:
         layers = getattr(getattr(self.module, "model", None), "layers", None)
@@ -76,10 +105,38 @@ class DecoderOnly(LanguageModel):
         )
         # The rows are padded on the right and causal, so no state sees padding.
         extra = self.whole_rows(batch) | _under(adapter, checkpointing)
-        states: Tensor = self.module.model(**tokens, **extra, use_cache=False).last_hidden_state
+        states: Tensor = self._stack(**tokens, **extra, use_cache=False).last_hidden_state
         return states
 
+    def last_states(
+        self,
+        batch: TokenBatch,
+        embeddings_ESH: Tensor | None = None,
+        adapter: Adapter | None = None,
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """See `LanguageModel`."""
+        if not self.packs or embeddings_ESH is not None:
+            return super().last_states(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
+        extra = _under(adapter, checkpointing) | self._end_to_end(batch)
+        states: Tensor = self._stack(
+            inputs_embeds=self.embed_packed(batch), use_cache=False, **extra
+        ).last_hidden_state
+        return states[0].index_select(0, batch.packed.last_E)
+
     def score(
+        self,
+        batch: TokenBatch,
+        adapter: Adapter | None = None,
+        num_tasks: int = 1,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """See `LanguageModel`."""
+        states_KH = self.label_states(batch, adapter, num_tasks, **options)
+        return self.head(states_KH), batch.labels_K
+
+    def label_states(
         self,
         batch: TokenBatch,
         adapter: Adapter | None = None,
@@ -89,37 +146,51 @@ class DecoderOnly(LanguageModel):
         instruction: Tensor | None = None,
         packed: bool = False,
         checkpointing: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """See `LanguageModel`."""
         if adapter is not None:
             adapter = adapter.over(batch.task_offsets(num_tasks) if packed else None)
         extra = _under(adapter, checkpointing) | {"use_cache": False}
-        hidden_ESH = self.embed(batch, soft, instruction)
         if packed:
-            extra |= self._packed_inputs(hidden_ESH, batch)
-            return self.module(**extra).logits[0], batch.labels_K
-        extra |= self.whole_rows(batch)
-        padded = batch.padded
+            extra |= self._end_to_end(batch)
+            hidden = self.embed_packed(batch, soft, instruction)
+        else:
+            extra |= self.whole_rows(batch)
+            hidden = self.embed(batch, soft, instruction)
         # The prompt, the virtual tokens and the padding never meet the V-wide product.
-        logits = self.module(
-            inputs_embeds=hidden_ESH, logits_to_keep=padded.columns, **extra
-        ).logits
-        return logits[padded.row_K, padded.place_K], batch.labels_K
+        states: Tensor = self._stack(inputs_embeds=hidden, **extra).last_hidden_state
+        if packed:
+            return states[0].index_select(0, batch.packed.predicts_K)
+        return states[batch.padded.row_K, batch.padded.column_K]
 
-    def _packed_inputs(self, hidden_ESH: Tensor, batch: TokenBatch) -> dict[str, Any]:
-        """One row of all tokens.
+    def head(self, states_XH: Tensor) -> Tensor:
+        """See `LanguageModel`; the model's own forward around a stack that gives the states.
 
-        Kernels for variable lengths go by the cumulative lengths; the others get transformers'
-        mask, which keeps samples apart where the positions start again.
+        A family scales or caps its logits there, ZeRO-3 gathers the output layer by its own hooks,
+        and a tied one is the embedding's weight as ever.
+        """
+        around = copy.copy(self.module)
+        around._modules = {**self.module._modules, self.module.base_model_prefix: _Given()}
+        # Not called, but its forward: hooks on the whole model would meet it a second time.
+        logits: Tensor = around.forward(inputs_embeds=states_XH[None], use_cache=False).logits
+        return logits[0]
+
+    def _end_to_end(self, batch: TokenBatch) -> dict[str, Any]:
+        """What a stack needs for one row of all tokens.
+
+        Kernels for variable lengths go by the cumulative lengths, SDPA by the rows. Another
+        attention gets transformers' mask, which keeps samples apart where the positions start
+        again: right, but for the square of all tokens.
         """
         packed = batch.packed
-        return {
-            "inputs_embeds": hidden_ESH.flatten(0, 1)[packed.source_N][None],
-            "position_ids": packed.position_N[None],
-            "logits_to_keep": packed.predicts_K,
-            **_lengths(packed.ends, batch.ids_ES.shape[1]),
-            **self._mask(packed.ends.device, batch.num_tokens),
-        }
+        inputs: dict[str, Any] = {"position_ids": packed.position_N[None]}
+        if self._attention not in PACKS:
+            return inputs | self._mask(packed.ends.device, batch.num_tokens)
+        if self._attention in (VARLEN, FLASH):
+            inputs |= _lengths(packed.ends, batch.ids_ES.shape[1])
+        if self._attention != FLASH:
+            inputs |= {"ship_rows": packed.rows, "attention_mask": no_mask(packed.ends.device)}
+        return inputs
 
     def whole_rows(self, batch: TokenBatch) -> dict[str, Any]:
         """What attention needs for right-padded rows, or for rows of one length."""
@@ -142,8 +213,7 @@ class DecoderOnly(LanguageModel):
         return {"attention_mask": no_mask(device)} if self._runs_varlen(device) else {}
 
     def _runs_varlen(self, device: torch.device) -> bool:
-        implementation: str = self.module.config._attn_implementation
-        return needs_no_mask(implementation, device, self.module.dtype)
+        return needs_no_mask(self._attention, device, self.module.dtype)
 
     def logits(
         self, batch: TokenBatch, adapter: Adapter | None = None, soft: Tensor | None = None
@@ -164,6 +234,13 @@ class DecoderOnly(LanguageModel):
     ) -> "CachedStream":
         """See `LanguageModel`."""
         return CachedStream(self, prompts, adapter, soft, instruction)
+
+
+class _Given(nn.Module):
+    """In place of a model's stack: what it is given are the stack's states."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 class CachedStream(Stream):

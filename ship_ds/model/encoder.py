@@ -74,13 +74,10 @@ class Encoder(Role):
             batch: one instruction's prompt a row.
             embeddings_TSH: read in place of the batch's tokens (induction optimises them).
         """
-        hidden_TSH = self.language_model.hidden(
+        # A causal model's last token has read the whole instruction.
+        last_TH = self.language_model.last_states(
             batch, embeddings_TSH, self.own_adapter, checkpointing=self.checkpointing
         )
-        rows_T = torch.arange(len(hidden_TSH), device=hidden_TSH.device)
-        # A causal model's last real token has read the whole instruction; the columns after it are
-        # padding.
-        last_TH = hidden_TSH[rows_T, batch.lengths_E - 1]
         dtype = next(self.head.parameters()).dtype
         # exp of the log-variance and the KL need fp32 whatever the engine's dtype.
         mean_TZ, raw_TZ = self.head(last_TH.to(dtype)).float().chunk(2, dim=-1)

@@ -21,8 +21,8 @@ the target with one stack and grows the target with the other. Padded rows are t
 stack, so an adapter's products need no offsets in any of them. A cache belongs to the `Stream`,
 which alone knows how to reorder it.
 
-Letters: E sequences, S padded length, K labelled positions, V vocabulary, P virtual tokens,
-H hidden size, T tasks, X other letters flattened.
+Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary,
+P virtual tokens, H hidden size, T tasks, X other letters flattened.
 """
 
 import importlib
@@ -160,6 +160,12 @@ class LanguageModel(ABC):
         return getattr(settings, "num_key_value_heads", None) or num_heads, size
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold shares of the output layer and gather it whenever it is called."""
+        parameters = self.module.get_output_embeddings().parameters()
+        return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+    @property
     def embedding_spread(self) -> float:
         """Standard deviation of the token embeddings; on the meta device, where they have none,
         that of a fresh model."""
@@ -215,6 +221,18 @@ class LanguageModel(ABC):
             hidden_ESH = hidden_XH.index_put((batch.instruction_X,), values_XH).view_as(hidden_ESH)
         return hidden_ESH
 
+    def embed_packed(
+        self, batch: TokenBatch, soft: Tensor | None = None, instruction: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (1, N, H) of the packed tokens of a batch; arguments as in `embed`."""
+        packed = batch.packed
+        hidden_NH = self.embed_ids(batch.ids_ES.flatten().index_select(0, packed.source_N))
+        for places_X, values in ((packed.virtual_X, soft), (packed.instruction_X, instruction)):
+            if values is not None:
+                values_XH = values.flatten(0, 1).to(hidden_NH.dtype)
+                hidden_NH = hidden_NH.index_copy(0, places_X, values_XH)
+        return hidden_NH[None]
+
     def drop_output_layer(self) -> None:
         """Take the output layer away: for who reads states alone it would be a dead trainable
         parameter, for which the engine waits in vain."""
@@ -225,9 +243,9 @@ class LanguageModel(ABC):
         """Why this model cannot do it, in one line; None where it can."""
 
     @property
-    @abstractmethod
     def packs(self) -> bool:
-        """Whether a batch without padding costs less here than a padded one."""
+        """Whether batches are read without padding, where the adapter can be applied so."""
+        return self.missing("packing") is None
 
     @abstractmethod
     def blocks(self) -> dict[str, nn.Module]:
@@ -262,6 +280,49 @@ class LanguageModel(ABC):
             adapter: one for all rows.
             checkpointing: recompute each block in the backward pass.
         """
+
+    def last_states(
+        self,
+        batch: TokenBatch,
+        embeddings_ESH: Tensor | None = None,
+        adapter: "Adapter | None" = None,
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """The last layer's states (E, H) after the last token of each row, which has read all of
+        it; arguments as in `hidden`."""
+        hidden_ESH = self.hidden(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
+        rows_E = torch.arange(len(hidden_ESH), device=hidden_ESH.device)
+        return hidden_ESH[rows_E, batch.lengths_E - 1]
+
+    def label_states(
+        self,
+        batch: TokenBatch,
+        adapter: "Adapter | None" = None,
+        num_tasks: int = 1,
+        *,
+        soft: Tensor | None = None,
+        instruction: Tensor | None = None,
+        packed: bool = False,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """What `head` makes the logits of, (K, H), arguments as in `score`.
+
+        A model that cannot part the two gives the logits themselves, and `head` gives them back.
+        """
+        return self.score(
+            batch,
+            adapter,
+            num_tasks,
+            soft=soft,
+            instruction=instruction,
+            packed=packed,
+            checkpointing=checkpointing,
+        )[0]
+
+    def head(self, states_XH: Tensor) -> Tensor:
+        """Logits (X, V) of some of `label_states`, with all that the model does to logits."""
+        return states_XH
 
     @abstractmethod
     def score(

@@ -66,9 +66,8 @@ def load_lm(
     """
     folder, device = base_folder(base), device or this_machine()
     settings = read_settings(folder)
-    kernel = resolve(
-        attention, device, getattr(settings, "attn_logit_softcapping", None) is not None
-    )
+    caps_scores = getattr(settings, "attn_logit_softcapping", None) is not None
+    kernel = resolve(attention, device, dtype, caps_scores)
     if quantisation == "none":
         model = auto_class(settings).from_pretrained(
             folder, dtype=dtype, attn_implementation=kernel, **_FROM_FOLDER

@@ -21,7 +21,7 @@ from ship_ds.model.collate import Collator
 from ship_ds.model.encoder import Posterior
 from ship_ds.model.objectives import Objective
 from ship_ds.model.sizes import size_of
-from ship_ds.model.step import LabelLogits, Outputs, Parts, ShipBatch, StepSums
+from ship_ds.model.step import Outputs, Parts, Predictions, ShipBatch, StepSums
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
 
@@ -91,6 +91,11 @@ class ShipModel(nn.Module):
         """The decoder's prompt format."""
         return self.collator.prompts.decoder
 
+    @property
+    def outside(self) -> list[nn.Module]:
+        """What is no part of the engine: a Task LLM that every rank holds whole."""
+        return list(self._outside)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "ShipModel":
         """Moves and casts reach the Task LLM outside too."""
         for module in self._outside:
@@ -142,8 +147,14 @@ class ShipModel(nn.Module):
         posterior = Posterior(*self.encoder(batch.instructions))
         latent_TZ = posterior.sample(batch.noise_TZ)
         adapter = self.hypernetwork(latent_TZ)
-        answers = LabelLogits(*self.task_llm(adapter, batch.answers, batch.num_tasks, packed))
-        texts = LabelLogits(*self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed))
+        answers = Predictions(
+            self.task_llm.language_model,
+            *self.task_llm(adapter, batch.answers, batch.num_tasks, packed, states=True),
+        )
+        texts = Predictions(
+            self.decoder.language_model,
+            *self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed, states=True),
+        )
         kl_TZ = self.prior.kl(posterior.mean_TZ, posterior.log_variance_TZ)
         outputs = Outputs(
             self._parts[0], batch, posterior, latent_TZ, kl_TZ, adapter, answers, texts

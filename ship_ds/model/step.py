@@ -1,25 +1,27 @@
 """What goes into SHIP's forward and what comes out of it: the batch, the parts, the sums.
 
-Letters: K labelled positions, T tasks, V vocabulary, Z latent size.
+Letters: K labelled positions, T tasks, V vocabulary, H hidden size, Z latent size.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from ship_ds.loss import sum_cross_entropy
+from ship_ds.loss import num_pieces, sum_cross_entropy_in_pieces
 from ship_ds.model.adapters.adapter import Adapter, Hypernetwork
-from ship_ds.model.batch import TokenBatch
+from ship_ds.model.batch import OnDevice, TokenBatch
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.encoder import Encoder, Posterior
+from ship_ds.model.language_model import LanguageModel
 from ship_ds.model.priors import Prior
 from ship_ds.model.task_llm import TaskLlm
 
 
 @dataclass(frozen=True)
-class ShipBatch:
+class ShipBatch(OnDevice):
     """A rank's share of one micro-step, tensors only.
 
     instructions: what the encoder reads, T rows. answers: what the Task LLM reads, task-major.
@@ -61,15 +63,24 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class LabelLogits:
-    """Logits (K, V) that predict labels (K,)."""
+class Predictions:
+    """What a language model predicts of labels (K,): states (K, H), of which its output layer makes
+    logits when they are wanted, all at once or for a loss in pieces."""
 
-    logits_KV: Tensor
+    language_model: LanguageModel
+    states_KH: Tensor
     labels_K: Tensor
+
+    @cached_property
+    def logits_KV(self) -> Tensor:
+        """All of them; a large vocabulary makes them the largest tensor of a step."""
+        return self.language_model.head(self.states_KH)
 
     def sum_cross_entropy(self) -> Tensor:
         """Sum of token losses in nats."""
-        return sum_cross_entropy(self.logits_KV, self.labels_K)
+        lm = self.language_model
+        pieces = num_pieces(len(self.labels_K), lm.vocabulary_size, lm.is_sharded)
+        return sum_cross_entropy_in_pieces(lm.head, self.states_KH, self.labels_K, pieces)
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,8 @@ class Outputs:
     latent_TZ: Tensor
     kl_TZ: Tensor
     adapter: Adapter
-    answers: LabelLogits
-    texts: LabelLogits
+    answers: Predictions
+    texts: Predictions
 
 
 @dataclass(frozen=True)

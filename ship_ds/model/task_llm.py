@@ -47,6 +47,7 @@ class TaskLlm(Role):
         num_tasks: int,
         packed: bool = False,
         instruction: Tensor | None = None,
+        states: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Label logits (K, V) and labels (K,) of the answers.
 
@@ -57,17 +58,20 @@ class TaskLlm(Role):
             packed: without padding, where the model can.
             instruction: embeddings (T, instruction length, H) in place of the instruction tokens
                 that the batch has before each prompt.
+            states: give `LanguageModel.label_states` in place of the logits.
         """
         num_rows = len(batch.lengths)
-        return self.language_model.score(
+        states_KH = self.language_model.label_states(
             batch,
             adapter,
             num_tasks,
             soft=_virtual_tokens(adapter, num_rows),
             instruction=_per_row(instruction, num_rows),
-            packed=packed and self.language_model.missing("packing") is None,
+            packed=packed and self.language_model.packs,
             checkpointing=self.checkpointing,
         )
+        predicted = states_KH if states else self.language_model.head(states_KH)
+        return predicted, batch.labels_K
 
     def generate(
         self,

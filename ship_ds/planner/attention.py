@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ship_ds.model.attention import TAKES_PREFIX, prepend
+from ship_ds.model.attention import PACKS, TAKES_PREFIX, packed_in_rows, prepend
 
 PLANNED = "ship_planned"
 
@@ -45,12 +45,20 @@ def planned_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature: query (E, A, S, size of a head) -> (E, S, A, size)."""
-    prefix = kwargs.get("ship_prefix")
-    if prefix is not None:
-        key, value, _ = prepend(prefix, query, key, value, attention_mask)
-    return _Fused.apply(query, key, value).transpose(1, 2), None
+    prefix, rows = kwargs.get("ship_prefix"), kwargs.get("ship_rows")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, row_E: Tensor | None = None) -> Tensor:
+        if prefix is not None:
+            own = prefix if row_E is None else (prefix[0][row_E], prefix[1][row_E])
+            k, v, _ = prepend(own, q, k, v, None)
+        return _Fused.apply(q, k, v).transpose(1, 2)
+
+    if rows is not None:
+        return packed_in_rows(attend, (query, key, value), rows), None
+    return attend(query, key, value), None
 
 
+PACKS.append(PLANNED)
 TAKES_PREFIX.append(PLANNED)
 AttentionInterface.register(PLANNED, planned_attention)
 AttentionMaskInterface.register(PLANNED, lambda *args, **kwargs: None)

@@ -92,7 +92,7 @@ class _ParametersAlone(nn.Module):
 
 def cast_and_move_rest(model: nn.Module, dtype: torch.dtype) -> None:
     """Where some parameters are sharded already: cast the others to the engine's dtype and move
-    them and the buffers."""
+    them, the buffers and what the model holds outside the engine (`outside`)."""
     parameters = list(model.parameters())
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return
@@ -104,3 +104,5 @@ def cast_and_move_rest(model: nn.Module, dtype: torch.dtype) -> None:
             )
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
+    for part in getattr(model, "outside", ()):
+        part.to(device)

@@ -4,7 +4,6 @@ The kernel needs CUDA: here a reference with its signature, one masked SDPA a se
 for it.
 """
 
-import importlib.util
 import inspect
 import itertools
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
 
 from ship_ds.errors import UserError
 from ship_ds.model import attention
@@ -23,6 +23,7 @@ from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import language_model
 from tests.model.models import (
     EOS,
+    FAMILIES,
     HIDDEN,
     greedy_rows,
     label_logits,
@@ -30,57 +31,78 @@ from tests.model.models import (
     random_rows,
     tiny_lm,
 )
+from tests.toys.prefix import PrefixAdapter
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+T4, A100, H100 = (7, 5), (8, 0), (9, 0)
 UNCAPPED = ("llama", "qwen2", "qwen3", "mistral")
 
 
 @pytest.fixture
-def flash_attn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether flash_attn is importable, whatever this machine has."""
-    found = importlib.util.find_spec("torch") if request.param else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of a capability, with flash_attn 2 or without, whatever this machine has."""
+    capability, has_flash = request.param
+    monkeypatch.setattr(attention, "_capability", lambda index: capability)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: has_flash)
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "flash_attn", "caps", "expected"),
+    ("choice", "device", "dtype", "card", "caps", "expected"),
     [
-        ("auto", CPU, True, False, SDPA),
-        ("sdpa", CPU, False, False, SDPA),
-        ("auto", CPU, False, True, "eager"),
-        ("auto", CUDA, True, False, FLASH),
-        ("auto", CUDA, False, False, VARLEN),
-        ("auto", CUDA, False, True, "eager"),
-        ("auto", CUDA, True, True, FLASH),
-        ("varlen", CUDA, True, False, VARLEN),
-        ("flash", CUDA, True, False, FLASH),
-        ("sdpa", CUDA, True, False, SDPA),
+        ("auto", CPU, BF16, (A100, True), False, SDPA),
+        ("sdpa", CPU, FP32, (A100, False), False, SDPA),
+        ("auto", CPU, FP32, (A100, False), True, "eager"),
+        ("auto", CUDA, BF16, (A100, True), False, FLASH),
+        ("auto", CUDA, FP16, (H100, True), False, FLASH),
+        ("auto", CUDA, FP32, (A100, True), False, SDPA),
+        ("auto", CUDA, FP32, (H100, False), False, SDPA),
+        ("auto", CUDA, BF16, (T4, True), False, SDPA),
+        ("auto", CUDA, FP16, (T4, False), False, SDPA),
+        ("auto", CUDA, BF16, (H100, False), False, VARLEN),
+        ("auto", CUDA, BF16, (A100, False), True, "eager"),
+        ("auto", CUDA, BF16, (A100, True), True, FLASH),
+        ("auto", CUDA, FP32, (A100, True), True, "eager"),
+        ("varlen", CUDA, BF16, (A100, True), False, VARLEN),
+        ("flash", CUDA, BF16, (A100, True), False, FLASH),
+        ("sdpa", CUDA, BF16, (A100, True), False, SDPA),
     ],
-    indirect=["flash_attn"],
+    indirect=["card"],
 )
 def test_choice_resolves(
-    choice: Any, device: torch.device, flash_attn: None, caps: bool, expected: str
+    choice: Any, device: torch.device, dtype: torch.dtype, card: None, caps: bool, expected: str
 ) -> None:
-    assert resolve(choice, device, caps) == expected
+    assert resolve(choice, device, dtype, caps) == expected
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "flash_attn", "caps", "message"),
+    ("choice", "device", "dtype", "card", "caps", "message"),
     [
-        ("varlen", CPU, True, False, "model.attention=varlen: needs CUDA"),
-        ("flash", CPU, True, False, "needs CUDA"),
-        ("flash", CUDA, False, False, "flash_attn is not installed"),
-        ("varlen", CUDA, False, True, "soft-caps"),
-        ("sdpa", CPU, False, True, "soft-caps"),
+        ("varlen", CPU, BF16, (A100, True), False, "model.attention=varlen: needs CUDA"),
+        ("flash", CPU, BF16, (A100, True), False, "needs CUDA"),
+        ("flash", CUDA, FP32, (A100, True), False, "needs bf16 or fp16, .* is in float32"),
+        ("varlen", CUDA, FP32, (H100, True), False, "needs bf16 or fp16"),
+        ("varlen", CUDA, FP16, (T4, True), False, "capability 8.0, and this one has 7.5"),
+        ("flash", CUDA, BF16, (A100, False), False, "flash_attn 2 is not installed"),
+        ("varlen", CUDA, BF16, (A100, False), True, "soft-caps"),
+        ("sdpa", CPU, FP32, (A100, False), True, "soft-caps"),
     ],
-    indirect=["flash_attn"],
+    indirect=["card"],
 )
 def test_choice_that_cannot_run_is_one_line(
-    choice: Any, device: torch.device, flash_attn: None, caps: bool, message: str
+    choice: Any, device: torch.device, dtype: torch.dtype, card: None, caps: bool, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
-        resolve(choice, device, caps)
+        resolve(choice, device, dtype, caps)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("implementation", [SDPA, VARLEN])
+def test_attention_with_more_than_ours_knows_is_refused(implementation: str) -> None:
+    function = AttentionInterface()[implementation]
+    states = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(UserError, match="Linear asks for attention with s_aux"):
+        function(torch.nn.Linear(1, 1), states, states, states, None, s_aux=torch.zeros(2))
 
 
 class Kernel:
@@ -154,9 +176,11 @@ def test_kernel_gives_the_stock_logits_and_gradients(
         torch.nn.functional.cross_entropy(logits, labels).backward()
         results.append((logits, *(a.grad for a, _ in adapter.factors.values())))
     stock, sdpa, kernel_results = results
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sdpa, stock, strict=True))
-    for ours, theirs in zip(kernel_results, stock, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    if not packed:  # the very same calls; packed tokens go by rows, stock ones by a mask of all
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(sdpa, stock, strict=True))
+    for ours in (sdpa, kernel_results):
+        for one, theirs in zip(ours, stock, strict=True):
+            torch.testing.assert_close(one, theirs, rtol=1e-4, atol=2e-5)
     assert kernel.num_calls == 4  # two layers, and each once more in the backward pass
 
 
@@ -194,6 +218,51 @@ def test_attention_dropout_is_refused(kernel: Kernel) -> None:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(UserError, match="no attention dropout"):
         label_logits(model, _batch(), packed=True)
+
+
+def _gradients(model: Any, packed: bool, soft: Tensor, adapter: Any) -> list[Tensor]:
+    """Label logits of ragged rows in fp64, and the gradient of everything that could be trained."""
+    batch = TokenBatch.build(
+        random_rows([9, 4, 7, 12, 2, 30]), random_rows([2, 5, 1, 3, 4, 6], 5), 0, 3
+    )
+    states = list(adapter.states.values()) if adapter is not None else []
+    leaves = [*model.parameters(), soft, *states]
+    for leaf in leaves:
+        leaf.requires_grad_().grad = None
+    logits, labels = language_model(model).score(batch, adapter, 2, soft=soft, packed=packed)
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    return [logits.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("implementation", [SDPA, VARLEN])
+@pytest.mark.parametrize("family", UNCAPPED)
+def test_packed_tokens_by_rows_are_the_padded_rows_to_rounding(
+    family: str, implementation: str
+) -> None:
+    """Virtual tokens, a prefix a row, sliding windows; groups of several lengths."""
+    model = tiny_lm(family, implementation).double()
+    wrap_sites(model, ())
+    draw = torch.Generator().manual_seed(3)
+    soft = torch.randn(6, 3, HIDDEN, generator=draw, dtype=torch.float64)
+    states = torch.randn(2, 2, 2, 4, 16, generator=draw, dtype=torch.float64)
+    lm = language_model(model)
+    assert lm.packs
+    prefix = PrefixAdapter({path: states.clone() for path in lm.blocks()})
+    for adapter in (None, prefix):
+        padded, packed = (_gradients(model, how, soft, adapter) for how in (False, True))
+        for ours, theirs in zip(packed, padded, strict=True):
+            assert float(theirs.abs().max()) > 0
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_states_are_those_of_each_text_alone(family: str) -> None:
+    lm = language_model(tiny_lm(family).double())
+    rows = random_rows([9, 4, 7, 12, 2])
+    states = lm.last_states(TokenBatch.build(rows, None, 0))
+    for row, state in zip(rows, states, strict=True):
+        alone = lm.hidden(TokenBatch.build([row], None, 0))[0, -1]
+        torch.testing.assert_close(state, alone, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.gpu

@@ -31,9 +31,3 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
 @pytest.mark.parametrize("case", CASES)
 def test_steps_of_0_1_0(case: str, measured: dict[str, Measured]) -> None:
     measured[case].check_within_rounding(case)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("case", CASES)
-def test_steps_of_0_1_0_to_the_bit(case: str, measured: dict[str, Measured]) -> None:
-    measured[case].check_to_the_bit(case)

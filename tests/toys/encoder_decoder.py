@@ -23,7 +23,6 @@ from ship_ds.model.language_model import LANGUAGE_MODELS, Feature, LanguageModel
 
 class EncoderDecoder(LanguageModel):
     auto_class: ClassVar[Any] = AutoModelForSeq2SeqLM
-    packs = False
 
     def missing(self, feature: Feature) -> str | None:
         if feature == "packing":

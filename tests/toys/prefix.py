@@ -6,10 +6,9 @@ F size of an attention head, X other letters flattened.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ship_ds.kinds import ADAPTERS
@@ -28,34 +27,25 @@ class PrefixAdapter(Adapter):
     """states: block path -> keys and values (T, 2, G, P, F)."""
 
     states: Mapping[str, Tensor]
-    offsets: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:
         return len(next(iter(self.states.values())))
 
     def prefix(self, path: str, num_rows: int) -> Prefix | None:
-        counts = num_rows // self.num_tasks if self.offsets is None else _counts(self.offsets)
+        counts = num_rows // self.num_tasks
         keys, values = self.states[path].repeat_interleave(counts, 0).unbind(1)
         return keys, values
 
     def rows(self, index: Tensor) -> "PrefixAdapter":
         return PrefixAdapter({path: states[index] for path, states in self.states.items()})
 
-    def over(self, offsets: Tensor | None) -> "PrefixAdapter":
-        return replace(self, offsets=offsets)
-
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.states)
 
 
-def _counts(offsets: Tensor) -> Tensor:
-    return torch.diff(offsets, prepend=offsets.new_zeros(1)).long()
-
-
 class PrefixHypernetwork(Hypernetwork):
     needs: ClassVar = ("adapters", "prefix")
-    packs: ClassVar[bool] = False
 
     def __init__(self, config: PrefixConfig, latent_size: int, target: Target) -> None:
         super().__init__()

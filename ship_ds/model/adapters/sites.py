@@ -2,6 +2,8 @@
 
 After that nothing is patched: no forward is replaced, no hook is global. Sites are keyed by module
 path, so a model may have several stacks.
+
+Letters: E sequences.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -83,7 +85,9 @@ class AdaptedBlock(nn.Module):
         def run(hidden: Tensor) -> Any:
             for site in self.sites:
                 site.adapter = ship_adapter
-            prefix = ship_adapter and ship_adapter.prefix(self.path, len(hidden))
+            rows = kwargs.get("ship_rows")  # of packed tokens, which lie as one
+            num_rows = len(hidden) if rows is None else len(rows.row_E)
+            prefix = ship_adapter and ship_adapter.prefix(self.path, num_rows)
             # The block hands what it does not know down to the attention function.
             extra = {} if prefix is None else {"ship_prefix": prefix}
             try:
