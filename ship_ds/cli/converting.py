@@ -78,7 +78,10 @@ def merge(
     checks.check_new(out)
     from ship_ds.export.convert import describe, merge_into
     from ship_ds.export.merge import Merge
+    from ship_ds.runtime import ranks
 
+    ranks.quiet_libraries()
+    ranks.log_threads()
     merging = Merge(adapter, target.value, base, dtype, shard_gigabytes)
     print(describe(out, merging, merge_into(out, merging, not no_drift)))
     return 0
@@ -135,7 +138,10 @@ def convert(
     requests = read_instructions(file) if file else read_lines(instruction or ())
     from ship_ds.export.convert import Conversion
     from ship_ds.export.convert import convert as run_conversion
+    from ship_ds.runtime import ranks
 
+    ranks.quiet_libraries()
+    ranks.log_threads()
     conversion = Conversion(
         requests,
         probe or (),

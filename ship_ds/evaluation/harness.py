@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ship_ds.api import Ship
 from ship_ds.console import Log
 from ship_ds.data.source import source_of
@@ -69,10 +71,15 @@ class Run:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        return {
+        """What every score of this run depends on."""
+        parts = {
             "bundle": self.ship.digest,
             "data": source_of(self.ship.config.data).fingerprint(self.splits),
         }
+        # Scores from before `--dtype` are of float32, and do not say so.
+        if self.ship.dtype != torch.float32:
+            parts["dtype"] = str(self.ship.dtype).removeprefix("torch.")
+        return parts
 
 
 class Harness:

@@ -60,6 +60,7 @@ def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[s
     """
     bundle = find_bundle(source, out / "bundle", report)
     if not conversion.requests:
+        report(f"{bundle}: whole; an --instruction or --file makes adapters of it")
         return
     _make_adapters(bundle, out / "adapters", conversion, report)
     for request in conversion.requests:

@@ -124,6 +124,8 @@ def quiet_libraries() -> None:
         lambda record: not record.getMessage().startswith(_KNOWN_NOTICES)
     )
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # peft 0.21 asks for it under its old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def log_threads() -> None:

@@ -16,7 +16,10 @@ from ship_ds import cli
 from ship_ds.api import Ship
 from ship_ds.bundle import bundle_from_checkpoint
 from ship_ds.cli.using import far_warning
+from ship_ds.console import no_log
+from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
+from ship_ds.evaluation.harness import Run
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
 from ship_ds.files import sha256
@@ -409,3 +412,10 @@ def test_bf16_computes_what_fp32_does(
     assert proof.from_live <= 0.05 * proof.from_base
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_scores_in_bf16_do_not_stand_for_those_in_fp32(bundle: Path, ship: Ship) -> None:
+    splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, no_log)
+    low = Ship.from_run(bundle, "cpu", "bfloat16")
+    in_fp32, in_bf16 = (Run(bundle, one, splits).fingerprint for one in (ship, low))
+    assert in_bf16 == in_fp32 | {"dtype": "bfloat16"}
