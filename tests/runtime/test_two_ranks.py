@@ -14,17 +14,26 @@ from tests.conftest import start
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
-def found(one_rank_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    worker = ["-m", "tests.runtime.worker", str(folder), str(one_rank_run)]
+def measured(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What a pair of ranks found, and the folder of its runs."""
+    worker = ["-m", "tests.runtime.worker", str(folder), *arguments]
     done = start(
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker],
-        timeout=400,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     (folder / "stderr").write_text(done.stderr)
     return {**json.loads((folder / "found.json").read_text()), "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def found(one_rank_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return measured(tmp_path_factory.mktemp("ranks"), str(one_rank_run))
+
+
+@pytest.fixture(scope="module")
+def found_long(one_rank_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return measured(tmp_path_factory.mktemp("ranks_long"), str(one_rank_run), "long")
 
 
 @pytest.mark.parametrize("what", ["trainable", "optimiser", "nf4"])
@@ -83,30 +92,35 @@ def test_a_resume_with_sharded_4_bit_bases_and_dropout_repeats_the_losses_bit_fo
     assert first["mask"] != second["mask"], "each rank has a dropout mask of its own"
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("place", ["zero2", "sharded"])
-def test_one_base_for_all_roles_takes_the_steps_of_three(found: dict[str, Any], place: str) -> None:
+def test_one_base_for_all_roles_takes_the_steps_of_three(
+    found_long: dict[str, Any], place: str
+) -> None:
     """To the bit."""
-    for rank in found["shared_backbone"]:
+    for rank in found_long["shared_backbone"]:
         three, one = rank[f"{place}, separate"], rank[f"{place}, shared"]
         assert one == three and one[0] != one[1]
 
 
-def test_a_shared_base_beside_zero3_is_never_gathered(found: dict[str, Any]) -> None:
+@pytest.mark.soak
+def test_a_shared_base_beside_zero3_is_never_gathered(found_long: dict[str, Any]) -> None:
     """Its bits are those of ZeRO-2, where frozen weights are whole as well; three copies, two of
     them gathered, round the first gradient otherwise."""
-    for rank in found["shared_backbone"]:
+    for rank in found_long["shared_backbone"]:
         one = rank["zero3, shared"]
         assert one == rank["zero2, shared"]
         assert one[0] == rank["zero3, separate"][0]
         assert one[1] == pytest.approx(rank["zero3, separate"][1], rel=1e-7)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("place", ["zero2", "zero3", "sharded"])
 def test_a_checkpoint_goes_on_with_other_backbones_and_checkpointing(
-    found: dict[str, Any], place: str
+    found_long: dict[str, Any], place: str
 ) -> None:
     """Every role recomputing its blocks, which the run that wrote it did not."""
-    for rank in found["shared_backbone"]:
+    for rank in found_long["shared_backbone"]:
         expected = rank[f"{place}, shared"][1]
         assert rank[f"{place}, as separate"] == rank[f"{place}, as shared"] == expected
 
@@ -142,9 +156,10 @@ def test_one_rank_goes_on_as_two(
         assert rank["step"] == 8 and rank["losses"] == pytest.approx(whole, rel=1e-5)
 
 
-def test_each_task_is_asked_once_over_all_ranks(found: dict[str, Any]) -> None:
+@pytest.mark.soak
+def test_each_task_is_asked_once_over_all_ranks(found_long: dict[str, Any]) -> None:
     """Of the model as ZeRO-3 holds it, with the report that one rank makes of the bundle."""
-    both = found["each_task_is_asked_once"]
+    both = found_long["each_task_is_asked_once"]
     together = sorted(task for rank in both for task in rank["in evaluation"])
     assert together == sorted(both[0]["tasks"]) and len(together) == 6
     assert all(0 < len(rank["in evaluation"]) < 6 for rank in both)
