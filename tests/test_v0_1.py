@@ -63,9 +63,10 @@ def test_the_loras_that_peft_trained_have_their_names_of_now() -> None:
 
 @pytest.mark.slow
 def test_a_run_takes_its_last_step_and_leaves_the_bundle_that_it_left(
-    tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]]
+    tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its third step, which 0.1.0 took as well: optimiser, generators and data came back."""
+    monkeypatch.setenv("SHIP_DS_PLUGINS", "tests.padded_rows")
     run = tmp_path / "run"
     shutil.copytree(RUN, run)
     shutil.rmtree(run / "bundle")

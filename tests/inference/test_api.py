@@ -409,7 +409,8 @@ def test_bf16_computes_what_fp32_does(
     proof = export_one(
         low, Request("adapter", ship.known[0]), tmp_path / "adapter", inputs[:2], None
     )
-    assert proof.from_live <= 0.05 * proof.from_base
+    # a logit of up to 16 has its neighbours 1/16 away in bf16
+    assert proof.from_live <= 1 / 16 < proof.from_base / 10
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
