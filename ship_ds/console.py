@@ -2,7 +2,7 @@
 
     ship-ds: resumed from runs/a/checkpoints/step-00000400, after step 400
 
-Of several ranks only the first one speaks. Imports no torch.
+Of several ranks only the first one speaks, but for what one rank alone can tell. Imports no torch.
 """
 
 import logging
@@ -21,7 +21,12 @@ def log(text: str) -> None:
         text: one line, without its end.
     """
     if current_rank(os.environ) == 0:
-        print(f"ship-ds: {text}", file=sys.stderr, flush=True)
+        log_from_any_rank(text)
+
+
+def log_from_any_rank(text: str) -> None:
+    """As `log`, from whichever rank calls it: where what one rank saw is seen by no other."""
+    print(f"ship-ds: {text}", file=sys.stderr, flush=True)
 
 
 def no_log(text: str) -> None:

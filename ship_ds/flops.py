@@ -2,7 +2,7 @@
 
     size = model.flop_size()                                  # model/sizes.py; once a run
     parts = flops_of_parts(size, rows_of_step)                # {"encoder": 1.2e12, ...}
-    utilisation = sum(parts.values()) / seconds / PEAKS["h100"]
+    utilisation = sum(parts.values()) / seconds / PEAKS["H100"]
 
 What counts is what the mathematics asks for, so that a program gains nothing by doing more:
 
@@ -26,6 +26,7 @@ Letters: S padded length, A attention heads, F size of an attention head, N pack
 I inputs of a linear, O outputs of a linear.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,9 +46,8 @@ PEAKS = {
 
 def peak_of(device_name: str) -> float | None:
     """Operations a second of a card by the name that CUDA gives; None for one not in the table."""
-    names = (name for name in PEAKS if name in device_name)
-    longest = max(names, key=len, default=None)  # "L40S" before "L4"
-    return None if longest is None else PEAKS[longest]
+    # Whole words: "NVIDIA L40" is no L4.
+    return next((PEAKS[name] for name in PEAKS if re.search(rf"\b{name}\b", device_name)), None)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ rounds what the file says to bf16. It may then be quantised again (`quantisation
 The module imports torch where a function needs it, so that a command line may look at a file first.
 """
 
+import errno
 import importlib.util
 import shutil
 import struct
@@ -71,11 +72,10 @@ class BaseOrigin:
 
 
 def check_gguf(file: Path) -> None:
-    """Look at the first bytes of a file, and whether what reads the others is installed.
+    """Look at the first bytes of a file.
 
     Raises:
-        UserError: There is no such file, it is no GGUF or of a version that nothing reads, or the
-            package `gguf` is missing.
+        UserError: There is no such file, or it is no GGUF or of a version that nothing reads.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file; give a .gguf file, or smollm2")
@@ -86,8 +86,12 @@ def check_gguf(file: Path) -> None:
     (number,) = struct.unpack("<I", head[4:])
     if number not in _VERSIONS:
         raise UserError(f"{file}: GGUF version {number}; versions 2 and 3 can be read")
+
+
+def check_reader() -> None:
+    """Raises UserError where the package `gguf` is missing."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{file}: the package gguf reads it: pip install gguf")
+        raise UserError("base: the package gguf reads such files: pip install gguf")
 
 
 def convert_gguf(
@@ -109,11 +113,12 @@ def convert_gguf(
         UserError: The file is none that can be converted, or the folder cannot be written.
     """
     check_gguf(file)
+    check_reader()
     log(f"{file.name}: reads its {file.stat().st_size / 1e6:.0f} MB, at a few MB a second")
     with new_folder(out) as part:
         with _one_line(file):
             model, tokenizer, metadata = _read(file)
-        model.save_pretrained(part)
+        _save(model, part)
         tokenizer.save_pretrained(part)
         origin = BaseOrigin(
             file.name,
@@ -131,6 +136,16 @@ def convert_gguf(
         if licence_file is not None:
             shutil.copyfile(licence_file, part / LICENSE)
     return origin
+
+
+def _save(model: Any, part: Path) -> None:
+    """Raise OSError for a full disk, of which safetensors makes an error of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(part)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC, str(error)) from None
 
 
 _UNREADABLE = (ValueError, LookupError, OSError, RuntimeError, TypeError, struct.error)
@@ -159,6 +174,7 @@ def _read(file: Path) -> tuple[Any, Any, dict[str, str]]:
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.integrations.gguf.reader import read_gguf_metadata
 
     place: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     config = AutoConfig.from_pretrained(file.parent, **place)
@@ -183,48 +199,6 @@ def _read(file: Path) -> tuple[Any, Any, dict[str, str]]:
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
-    return model, tokenizer, _texts(file)
-
-
-def _texts(file: Path) -> dict[str, str]:
-    """The metadata that are a single text, such as {"general.license": "apache-2.0", ...}.
-
-    Only the beginning of the file is read: the first array, which is the vocabulary's, ends it.
-    """
-    texts = {}
-    with file.open("rb") as stream:
-        stream.seek(16)  # magic, version, number of tensors
-        (num_keys,) = struct.unpack("<Q", stream.read(8))
-        for _ in range(num_keys):
-            key = _text(stream)
-            (kind,) = struct.unpack("<I", stream.read(4))
-            if kind == _TEXT:
-                texts[key] = _text(stream)
-            elif kind in _BYTES:
-                stream.seek(_BYTES[kind], 1)
-            elif key.startswith("tokenizer."):
-                break
-            else:
-                _skip_array(stream)
-    return texts
-
-
-_TEXT, _ARRAY = 8, 9
-_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Sizes of GGUF's kinds of values; see the specification in ggml's docs/gguf.md."""
-
-
-def _text(stream: Any) -> str:
-    (length,) = struct.unpack("<Q", stream.read(8))
-    return stream.read(length).decode("utf-8", "replace")
-
-
-def _skip_array(stream: Any) -> None:
-    kind, length = struct.unpack("<IQ", stream.read(12))
-    for _ in range(length):
-        if kind == _TEXT:
-            _text(stream)
-        elif kind == _ARRAY:
-            _skip_array(stream)
-        else:
-            stream.seek(_BYTES[kind], 1)
+    metadata, _ = read_gguf_metadata(str(file))
+    texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    return model, tokenizer, texts

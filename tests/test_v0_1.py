@@ -62,6 +62,22 @@ def test_the_loras_that_peft_trained_have_their_names_of_now() -> None:
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_without_padding_too(
+    tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """As users run it. The masks of the LoRAs' dropout are others, and move the loss a little."""
+    run = tmp_path / "run"
+    shutil.copytree(RUN, run)
+    overrides = [*RECORDED["settings"], f"run.folder={run}"]
+    done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", *overrides])
+    assert done.returncode == 0, done.stderr[-4000:]
+    was, now = rows(RUN)[2], rows(run)[2]
+    for name in ("loss/total", "optimiser/gradient_norm"):
+        assert now[name] == pytest.approx(was[name], rel=0.1) and now[name] != was[name], name
+    assert now["optimiser/lr"] == was["optimiser/lr"]
+
+
+@pytest.mark.slow
 def test_a_run_takes_its_last_step_and_leaves_the_bundle_that_it_left(
     tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,7 +173,7 @@ def profiled(run: Callable[[], Any], top: int = 12) -> dict[str, Any]:
     kernels = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in record.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > 0
+        if event.device_type.name == "CUDA" and event.time_range.end > 0
     ]
     kernels.sort()
     busy, reached = 0.0, kernels[0][0]
@@ -512,7 +512,9 @@ def _packed_is_padded(ship: ShipModel, batch: ShipBatch) -> dict[str, Any]:
         flat = torch.cat([gradient.flatten().float() for gradient in gradients])
         with torch.no_grad():
             adapter = ship.hypernetwork(batch.noise_TZ)
-            logits, _ = ship.task_llm(adapter, batch.answers, batch.num_tasks, layout == "packed")
+            logits, _ = ship.task_llm.score(
+                adapter, batch.answers, batch.num_tasks, layout == "packed"
+            )
         return loss, logits.float(), flat
 
     for layout in LAYOUTS:
@@ -643,7 +645,7 @@ def _decoding(
     for name, one in (("with adapters", adapter), ("without", None)):
         stream = task_llm.stream(one, prompts)
         next_E = torch.zeros(rows, dtype=torch.long, device=device)
-        samples = [1e3 * seconds(lambda s=stream, n=next_E: s.advance(n)) for _ in range(24)][4:]
+        samples = [1e3 * seconds(partial(stream.advance, next_E)) for _ in range(24)][4:]
         found[name] = {
             "median_ms": round(statistics.median(samples), 2),
             "min_ms": round(min(samples), 2),

@@ -47,7 +47,8 @@ def make_base(folder: Path, layers: int) -> None:
         num_key_value_heads=16,
         vocab_size=2000,  # whole matrices in 16 bits would hide what is saved
     )
-    LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(folder, max_shard_size="300MB")
+    model: Any = LlamaForCausalLM(settings)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="300MB")
 
 
 def load(way: str, folder: Path) -> Any:

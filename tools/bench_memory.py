@@ -115,7 +115,7 @@ def make_base(folder: Path) -> None:
     from ship_ds.config import base_folder
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SMOLLM2)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig.from_dict(SMOLLM2)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base_folder("embedded")).save_pretrained(folder)
 
 
@@ -151,6 +151,13 @@ def allocated(run: Callable[[], Any]) -> tuple[int, int]:
     return at_end, max(accumulate(size for _, size in changes), default=0)
 
 
+def mark_forward(model: torch.nn.Module) -> None:
+    """Let every forward of the model be a range of the profiler."""
+    forward_range = torch.profiler.record_function(FORWARD)
+    model.register_forward_pre_hook(lambda *_: forward_range.__enter__() and None)
+    model.register_forward_hook(lambda *_: forward_range.__exit__(None, None, None))
+
+
 def on_a_rank(case: str, stage: str, folder: Path) -> None:
     """Measure one case; rank 0 writes what it found."""
     from ship_ds.runtime import ranks
@@ -158,21 +165,16 @@ def on_a_rank(case: str, stage: str, folder: Path) -> None:
 
     config = settings(case, stage, folder)
     trainer = Trainer(config)
-    forward = trainer.engine.forward
-
-    def marked(*inputs: object, is_last: bool) -> Any:
-        with torch.profiler.record_function(FORWARD):
-            return forward(*inputs, is_last=is_last)
-
-    trainer.engine.forward = marked  # type: ignore[method-assign]
+    mark_forward(trainer.model)
     shapes = Shapes(config.model, torch.float32, trainer.model, frozenset())
     work = Workload.of(config, 4, LENGTHS)
     batch = planned_batch(shapes, work)
+    counts = trainer.count([batch])
     for _ in range(2):
-        trainer.losses_and_gradients([batch])
+        trainer.losses_and_gradients([batch], counts)
         trainer.engine.step()
     held = alive()
-    end, step = allocated(lambda: trainer.losses_and_gradients([batch]))
+    end, step = allocated(lambda: trainer.losses_and_gradients([batch], counts))
     trainer.engine.step()
     measured = {
         "at a step's boundary": held,
@@ -210,7 +212,7 @@ def evaluations(shapes: Shapes, work: Workload, config: Config) -> dict[str, Cal
     @torch.no_grad()
     def losses() -> None:
         batch = TokenBatch.of_lengths(rows, work.input_tokens, work.target_tokens, device="cpu")
-        sum_cross_entropy(*ship.task_llm(ship.adapt(latents), batch, TASKS_OF_EVALUATION))
+        sum_cross_entropy(*ship.task_llm.score(ship.adapt(latents), batch, TASKS_OF_EVALUATION))
 
     ship.eval()
     return {

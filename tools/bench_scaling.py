@@ -197,17 +197,9 @@ def main() -> None:
     if args.worker:
         work(args.files, args.config, args.overrides)
         return
-    rows = json.loads(args.out.read_text()) if args.out.exists() else {}
-    row = compare(args)
-    from ship_ds.monitor.machine import describe_machine, versions
+    from ship_ds.monitor.machine import add_row
 
-    rows[args.label or args.config] = {
-        "machine": describe_machine(),
-        "versions": versions(),
-        **row,
-    }
-    args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(json.dumps(row, indent=1))
+    add_row(args.out, args.label or args.config, compare(args))
 
 
 if __name__ == "__main__":

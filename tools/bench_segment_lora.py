@@ -22,6 +22,7 @@ Letters: T tasks, N packed tokens, I inputs of a linear, O outputs of a linear, 
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,10 +74,10 @@ class Case:
         for name in names:
             config = LoraConfig(
                 r=rank,
-                lora_alpha=rank * self.scaling,
-                target_modules=["linear"],  # type: ignore[arg-type]
+                lora_alpha=round(rank * self.scaling),
+                target_modules=["linear"],
             )
-            inject_adapter_in_model(config, model, adapter_name=name)  # type: ignore[arg-type]
+            inject_adapter_in_model(config, model, adapter_name=name)
         layer: Any = model["linear"]
         layer.set_adapter(names)
         # `peft` takes adapter_names in evaluation mode alone; gradients flow all the same.
@@ -202,7 +203,7 @@ def main() -> None:
     args = parser.parse_args()
     names = ("tasks", "tokens", "width", "rank", "rounds")
     row = {
-        "command": "python tools/bench_segment_lora.py",
+        "command": " ".join(["python", *sys.argv]),
         "machine": describe_machine(),
         "versions": versions(),
         "threads": torch.get_num_threads(),

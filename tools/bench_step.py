@@ -106,14 +106,16 @@ class PublishedStep:
                 base_folder(base), dtype=self.dtype, local_files_only=True
             )
 
-        def with_lora(role: Any) -> Any:
+        def tuned(role: Any) -> Any:
             tuning = role.tuning
+            if tuning.kind == "full":
+                return load(role.base)
             lora = LoraConfig(
                 r=tuning.rank, lora_alpha=tuning.alpha, target_modules=list(tuning.targets)
             )
             return get_peft_model(load(role.base), lora, autocast_adapter_dtype=False)
 
-        self.encoder, self.decoder = with_lora(model.encoder), with_lora(model.decoder)
+        self.encoder, self.decoder = tuned(model.encoder), tuned(model.decoder)
         self.task_llm = load(model.task_llm.base).requires_grad_(False)
         kind = ADAPTERS.implementation(model.hypernetwork)
         self.sites = {
@@ -130,7 +132,7 @@ class PublishedStep:
             path: (site.base.in_features, site.base.out_features)
             for path, site in self.sites.items()
         }
-        target = Target(shapes, hidden, (), 0)
+        target = Target(shapes, hidden)
         latent = model.latent_size
         self.hypernetwork = build_hypernetwork(model.hypernetwork, latent, target).to(self.dtype)
         self.head = nn.Sequential(
@@ -140,10 +142,14 @@ class PublishedStep:
         self.soft = nn.Linear(latent, self.num_soft * hidden).to(self.dtype)
         parts = (self.encoder, self.decoder, self.hypernetwork, self.head, self.soft)
         trained = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, lr=config.optimiser.lr)
+        settings = config.optimiser
+        self.optimiser = torch.optim.AdamW(
+            trained, settings.lr, settings.betas, weight_decay=settings.weight_decay
+        )
         tokenizer = load_tokenizer(model.task_llm.base)
         self.prompts = PromptFormat(tokenizer)
         splits = source_of(config.data).read(tokenizer, lambda text: None)
+        self.num_steps = training.steps or 1000
         self.sampler = StepSampler(
             balanced(splits.seen, training.family_alpha),
             config.run.seed,
@@ -155,6 +161,8 @@ class PublishedStep:
 
     def take(self, step: int) -> tuple[float, int]:
         """Loss and real tokens of a step."""
+        from ship_ds.runtime.engine import learning_rate
+
         draws, prompts = self.sampler.draw_step(step), self.prompts
         examples = [(draw, example) for draw in draws for example in draw.answered]
         ids, mask, _ = self._padded([prompts.encoder_prompt(d.wording) for d, _ in examples])
@@ -194,9 +202,12 @@ class PublishedStep:
         reconstruction = self._cross_entropy(texts_TSV, labels)
         weights = self.config.loss
         loss = weights.task * task + weights.reconstruction * reconstruction + weights.kl * kl
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(step, self.config.optimiser, self.num_steps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(
-            [weight for group in self.optimiser.param_groups for weight in group["params"]], 1.0
+            [weight for group in self.optimiser.param_groups for weight in group["params"]],
+            self.config.optimiser.clip,
         )
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -228,7 +239,11 @@ class PublishedStep:
         )
 
 
-CONTESTANTS = {"ship-ds": TrainerStep, "before": TrainerStep, "published": PublishedStep}
+CONTESTANTS: dict[str, type[TrainerStep] | type[PublishedStep]] = {
+    "ship-ds": TrainerStep,
+    "before": TrainerStep,
+    "published": PublishedStep,
+}
 
 
 def work(name: str, arguments: Sequence[str]) -> None:
@@ -365,17 +380,9 @@ def main() -> None:
     if args.worker:
         work(args.worker, [args.config, *args.overrides])
         return
-    rows = json.loads(args.out.read_text()) if args.out.exists() else {}
-    row = compare(args)
-    from ship_ds.monitor.machine import describe_machine, versions
+    from ship_ds.monitor.machine import add_row
 
-    rows[args.label or args.config] = {
-        "machine": describe_machine(),
-        "versions": versions(),
-        **row,
-    }
-    args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(json.dumps(row, indent=1))
+    add_row(args.out, args.label or args.config, compare(args))
 
 
 if __name__ == "__main__":

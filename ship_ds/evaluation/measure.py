@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from ship_ds.errors import UserError
+from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation.cells import Direction, TaskRow
 from ship_ds.evaluation.judges import Columns, Judge, one_line
 from ship_ds.evaluation.method import Deduces, Induces, Reasons, ReasonsOtherwise, Reconstructs
@@ -23,7 +23,6 @@ from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.turns import in_turn, shares_weights
 from ship_ds.runtime import ranks
-from ship_ds.runtime.after_training import first_line
 
 
 @dataclass(frozen=True)

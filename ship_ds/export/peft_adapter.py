@@ -102,18 +102,18 @@ class Exporter:
         bare = self.base.bare(prompts)
         exported = self.base.under(part, prompts)
         proof = Proof(largest_difference(exported, live), largest_difference(exported, bare))
-        most = MAX_DIFFERENCE
+        most, advice = MAX_DIFFERENCE, ""
         if self.dtype != torch.float32:
-            # Two right computations may round a logit to neighbours in 16 bits.
-            largest = max(float(logits_SV.abs().max()) for logits_SV in live)
-            most = max(MAX_SHARE * proof.from_base, largest * torch.finfo(self.dtype).eps)
+            most = MAX_SHARE * proof.from_base
+            # An adapter that changes little is lost in the rounding of logits to 16 bits.
+            advice = "; --dtype float32 rounds less"
         # Written so that a NaN fails, too, and an adapter that does nothing.
         if not (proof.from_live <= most and proof.from_base > MAX_DIFFERENCE):
             raise UserError(
                 f"{self.ship.config.model.task_llm.base}: the exported adapter's logits differ "
                 f"from the live one's by {proof.from_live:.2e} (at most {most:.0e}) and "
                 f"from the bare base's by {proof.from_base:.2e} (more than {MAX_DIFFERENCE:.0e}); "
-                "nothing was written"
+                f"nothing was written{advice}"
             )
         return proof
 

@@ -100,7 +100,8 @@ class Answerer:
         rows: list[list[Sequence[int]]] = [[()] * len(task) for task in questions]
         widths = [[self.num_virtual_tokens + len(ids) for ids in task] for task in questions]
         free = budget.bytes_free(self.device)
-        for batch in budget.batches(widths, free, row_bytes, self.adapter_bytes):
+        task_bytes = self.adapter_bytes if adapter_of else 0
+        for batch in budget.batches(widths, free, row_bytes, task_bytes):
             prompts = [ids for one in batch for ids in questions[one.task][one.start : one.stop]]
             adapter = adapter_of([one.task for one in batch]) if adapter_of else None
             continued = iter(self._continued(adapter, prompts, max_new_tokens))

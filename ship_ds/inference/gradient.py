@@ -159,11 +159,11 @@ def descend_to_behaviour(
     batch = answers_batch(model, wordings, repeated)
     once = answers_batch(model, wordings[:1], repeated[:1])
     with torch.no_grad():
-        log_probs_KV = model.task_llm(adapter, once, 1)[0].float().log_softmax(-1)
+        log_probs_KV = model.task_llm.score(adapter, once, 1)[0].float().log_softmax(-1)
     target_KV = log_probs_KV.repeat(len(start_CZ), 1)
 
     def loss(latent_CZ: Tensor) -> tuple[Tensor, Tensor]:
-        logits_KV, _ = model.task_llm(model.hypernetwork(latent_CZ), batch, len(latent_CZ))
+        logits_KV, _ = model.task_llm.score(model.hypernetwork(latent_CZ), batch, len(latent_CZ))
         kl_KV = target_KV.exp() * (target_KV - logits_KV.float().log_softmax(-1))
         kl_C = sum_per_example(kl_KV.sum(1), batch, len(latent_CZ)).mean(1)
         return kl_C, kl_C.detach()
@@ -198,7 +198,7 @@ def _loss_of_examples(
     held_back = slice(num_examples - 1 if holds_back else 0, num_examples)
 
     def loss(latent_CZ: Tensor) -> tuple[Tensor, Tensor]:
-        logits, labels = model.task_llm(model.hypernetwork(latent_CZ), batch, len(latent_CZ))
+        logits, labels = model.task_llm.score(model.hypernetwork(latent_CZ), batch, len(latent_CZ))
         loss_CM = losses_by_example(logits, labels, batch, len(latent_CZ))
         return loss_CM[:, fitted].mean(1), loss_CM[:, held_back].mean(1).detach()
 

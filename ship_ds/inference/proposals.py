@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example
+from ship_ds.inference.scoring import scored_batches
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import sample
@@ -176,21 +177,12 @@ def edits(
     prompts, num_soft = model.decoder_prompts, model.config.decoder.num_soft_tokens
     targets = [prompts.target(text) for text in texts]
     ids = [prompts.decoder_prompt(view) for view in shown]
-    widths = [num_soft + len(one) + len(target) for one, target in zip(ids, targets, strict=True)]
-    costs, num_labels = model.decoder.language_model.costs, max(map(len, targets), default=0)
     changes: list[list[str]] = [[] for _ in texts]
-    for chunk in budget.row_batches(
-        widths, budget.bytes_free(model.device), lambda width: costs.scored_row(width, num_labels)
-    ):
-        batch = TokenBatch.build(
-            [ids[row] for row in chunk],
-            [targets[row] for row in chunk],
-            prompts.pad_id,
-            num_soft,
-            model.device,
-        )
+    lm = model.decoder.language_model
+    batches = scored_batches(lm, ids, targets, prompts.pad_id, model.device, num_soft)
+    for chunk, batch in batches:
         latents = None if latent_WZ is None else latent_WZ[chunk]
-        logits_KV, _ = model.decoder(*latents_beside(model, len(chunk), latents), batch)
+        logits_KV, _ = model.decoder.score(*latents_beside(model, len(chunk), latents), batch)
         for row, one_KV in zip(chunk, logits_KV.split(batch.target_lengths), strict=True):
             changes[row] = _changes(model, targets[row], one_KV, num_edits)
     return changes

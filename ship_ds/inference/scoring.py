@@ -8,7 +8,7 @@ Letters: C candidates, E sequences, K labelled positions, M examples of a task, 
 Z latent size. The sequences of a batch are the examples of all its candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from ship_ds.data.task import Example
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.language_model import LanguageModel
 from ship_ds.model.ship import ShipModel
 
 Examples = Sequence[Example]
@@ -95,13 +96,54 @@ def fit_of_latents(
             model.device,
         )
         adapter = model.adapt(latent_CZ[[one.task for one in pieces]])
-        logits, labels = model.task_llm(adapter, batch, len(pieces))
+        logits, labels = model.task_llm.score(adapter, batch, len(pieces))
         losses, rights = _row_fits(logits, labels, batch)
         for piece, *values in zip(
             pieces, losses.chunk(len(pieces)), rights.chunk(len(pieces)), strict=True
         ):
             fit.put(piece.task, slice(piece.start, piece.stop), *values)
     return fit
+
+
+def scored_batches(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+    num_virtual_tokens: int = 0,
+) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Rows to score, as many at a time as there is room for, those of about one length together.
+
+    Args:
+        lm: that scores them.
+        prompts: token ids of each row.
+        targets: of each row, end of sequence included.
+        pad_id: of the padding.
+        device: where the model is.
+        num_virtual_tokens: before each prompt.
+
+    Yields:
+        Which rows, and their batch.
+    """
+    widths = [
+        num_virtual_tokens + len(prompt) + len(target)
+        for prompt, target in zip(prompts, targets, strict=True)
+    ]
+    costs, num_labels = lm.costs, max(map(len, targets), default=0)
+    for rows in budget.row_batches(
+        widths, budget.bytes_free(device), lambda width: costs.scored_row(width, num_labels)
+    ):
+        yield (
+            rows,
+            TokenBatch.build(
+                [prompts[row] for row in rows],
+                [targets[row] for row in rows],
+                pad_id,
+                num_virtual_tokens,
+                device,
+            ),
+        )
 
 
 @torch.no_grad()
@@ -117,19 +159,9 @@ def fit_in_prompt(model: ShipModel, wordings: Sequence[str], examples: Sequence[
     places = [(c, m) for c, examples_M in enumerate(examples) for m in range(len(examples_M))]
     questions = [prompts.task_prompt(examples[c][m].input, wordings[c]) for c, m in places]
     targets = [prompts.target(examples[c][m].target) for c, m in places]
-    costs = model.task_llm.language_model.costs
-    num_labels = max(map(len, targets), default=0)
-    widths = [len(ids) + len(target) for ids, target in zip(questions, targets, strict=True)]
-    for rows in budget.row_batches(
-        widths, budget.bytes_free(model.device), lambda width: costs.scored_row(width, num_labels)
-    ):
-        batch = TokenBatch.build(
-            [questions[row] for row in rows],
-            [targets[row] for row in rows],
-            prompts.pad_id,
-            device=model.device,
-        )
-        logits, labels = model.task_llm(None, batch, 1)
+    lm = model.task_llm.language_model
+    for rows, batch in scored_batches(lm, questions, targets, prompts.pad_id, model.device):
+        logits, labels = model.task_llm.score(None, batch, 1)
         losses, rights = _row_fits(logits, labels, batch)
         for row, loss, right in zip(rows, losses, rights, strict=True):
             c, m = places[row]

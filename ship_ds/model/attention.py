@@ -119,6 +119,12 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
 
 
+def no_mask_of_packed(device: torch.device) -> Tensor:
+    """As `no_mask`, for packed tokens: attention that then is not told where they end refuses them,
+    where it would let samples see each other without a word."""
+    return torch.empty(1, 0, 0, 0, dtype=torch.bool, device=device)
+
+
 def varlen_mask(
     *,
     q_length: int,
@@ -167,7 +173,8 @@ def varlen_forward(
     of each row.
     """
     ends: Tensor | None = kwargs.get("cu_seq_lens_q")
-    attention_mask = _none_if_empty(attention_mask)
+    knows_ends = ends is not None or kwargs.get("ship_rows") is not None
+    attention_mask = _none_if_empty(attention_mask, module, knows_ends)
     if (
         attention_mask is not None
         or query.shape[2] != key.shape[2]
@@ -269,7 +276,7 @@ def sdpa_forward(
     """
     # A bias by distance (T5's) is for whole rows alone.
     _refuse_unknown(module, kwargs, () if ship_rows is not None else ("position_bias",))
-    attention_mask = _none_if_empty(attention_mask)
+    attention_mask = _none_if_empty(attention_mask, module, ship_rows is not None)
     if ship_rows is not None:
         assert attention_mask is None
         window = kwargs.pop("sliding_window", None)
@@ -345,9 +352,16 @@ def _causal(length: int, num_keys: int, sliding_window: int | None, device: torc
     return mask[None, None]
 
 
-def _none_if_empty(mask: Tensor | None) -> Tensor | None:
-    """See `no_mask`."""
-    return None if mask is not None and not mask.numel() else mask
+def _none_if_empty(mask: Tensor | None, module: nn.Module, knows_ends: bool) -> Tensor | None:
+    """See `no_mask`; for `no_mask_of_packed`, raise UserError unless attention knows the ends."""
+    if mask is None or mask.numel():
+        return mask
+    if len(mask) and not knows_ends:
+        raise UserError(
+            f"model: {type(module).__name__}: the blocks of this base do not hand on where a "
+            "packed sequence ends, and samples would see each other; take another base"
+        )
+    return None
 
 
 _CHANGES_NOTHING = {

@@ -16,10 +16,10 @@ from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import Stream
 from ship_ds.model.reshape import check_reshape
-from ship_ds.model.role import Role
+from ship_ds.model.role import Writer
 
 
-class Decoder(Role):
+class Decoder(Writer):
     """z -> MLP -> P soft tokens before [examples, "this task is to:", instruction].
 
     Where z is left out, learned tokens stand in their place.
@@ -90,18 +90,19 @@ class Decoder(Role):
         batch: TokenBatch,
         packed: bool = False,
         *,
-        states: bool = False,
         continues: bool = False,
     ) -> tuple[Tensor, Tensor] | Stream:
-        """Label logits (K, V) and labels (K,) of the instructions.
+        """States (K, H) before the labels of the instructions, and the labels (K,); see
+        `LanguageModel.label_states`.
 
         Args:
             latent_TZ: z of each row.
             shows_latent_T: see `soft_tokens`.
             batch: examples with the instruction as target.
             packed: without padding, where the model can.
-            states: give `LanguageModel.label_states` in place of the logits.
-            continues: see `stream`, which it then gives.
+            continues: give the `stream` instead. A flag, since ZeRO-3 gathers the learned tokens
+                in this module's own forward alone, and another module would change the order of
+                the parameters in 0.1.0's checkpoints.
         """
         soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
         if continues:
@@ -113,8 +114,7 @@ class Decoder(Role):
             packed=packed and self.language_model.packs,
             checkpointing=self.checkpointing,
         )
-        predicted = states_KH if states else self.language_model.head(states_KH)
-        return predicted, batch.labels_K
+        return states_KH, batch.labels_K
 
     def generate(
         self, latent_TZ: Tensor, prompts: TokenBatch, eos_id: int, max_new_tokens: int

@@ -11,12 +11,13 @@ P virtual tokens, H hidden size, X other letters flattened.
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.attention import (
@@ -27,6 +28,7 @@ from ship_ds.model.attention import (
     VARLEN,
     needs_no_mask,
     no_mask,
+    no_mask_of_packed,
 )
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.key_value_cache import preallocated_cache, preallocated_layers
@@ -37,6 +39,10 @@ MASKED = (SDPA, VARLEN, EAGER)
 """Implementations of attention that take a mask of four dimensions."""
 _BY_LENGTHS = {"full_attention", SLIDING}
 """Kinds of layers, as transformers calls them, whose attention goes by lengths and positions."""
+
+_KEEP_ENDS_TO_THEMSELVES = {"nemotron", "stablelm"}
+"""Model types whose blocks call their attention without what else they were given (transformers
+5.23); attention.py refuses the others that do so, when it meets one."""
 
 
 class DecoderOnly(LanguageModel):
@@ -65,6 +71,8 @@ class DecoderOnly(LanguageModel):
         name, attention = type(self.module).__name__, self._attention
         if attention not in PACKS:
             return f"{name}: its attention here is {attention}, which goes by a mask of all tokens"
+        if self.module.config.model_type in _KEEP_ENDS_TO_THEMSELVES:
+            return f"{name}: its blocks do not hand on where a sequence ends"
         kinds = set(getattr(self.module.config, "layer_types", None) or ()) - _BY_LENGTHS
         if kinds:
             return f"{name}: has layers of {', '.join(sorted(kinds))}, which goes by a mask"
@@ -125,17 +133,6 @@ class DecoderOnly(LanguageModel):
         ).last_hidden_state
         return states[0].index_select(0, batch.packed.last_E)
 
-    def score(
-        self,
-        batch: TokenBatch,
-        adapter: Adapter | None = None,
-        num_tasks: int = 1,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """See `LanguageModel`."""
-        states_KH = self.label_states(batch, adapter, num_tasks, **options)
-        return self.head(states_KH), batch.labels_K
-
     def label_states(
         self,
         batch: TokenBatch,
@@ -189,7 +186,10 @@ class DecoderOnly(LanguageModel):
         if self._attention in (VARLEN, FLASH):
             inputs |= _lengths(packed.ends, batch.ids_ES.shape[1])
         if self._attention != FLASH:
-            inputs |= {"ship_rows": packed.rows, "attention_mask": no_mask(packed.ends.device)}
+            inputs |= {
+                "ship_rows": packed.rows,
+                "attention_mask": no_mask_of_packed(packed.ends.device),
+            }
         return inputs
 
     def whole_rows(self, batch: TokenBatch) -> dict[str, Any]:
@@ -239,8 +239,23 @@ class DecoderOnly(LanguageModel):
 class _Given(nn.Module):
     """In place of a model's stack: what it is given are the stack's states."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    @property
+    def decoder(self) -> "_Given":
+        """OPT's forward calls its stack by this name."""
+        return self
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> "_States":
+        return _States(last_hidden_state=inputs_embeds)
+
+
+@dataclass
+class _States(BaseModelOutput):
+    """States alone. What else a family's forward hands on, such as the choices of its experts, is
+    None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class CachedStream(Stream):

@@ -176,10 +176,17 @@ class LanguageModel(ABC):
 
     @cached_property
     def costs(self) -> Costs:
-        """What rows need beside the weights (budget.py)."""
+        """What rows need beside the weights (budget.py).
+
+        The factors count the tensors that a block holds at once in transformers 5.23's Llama;
+        tests/model/test_budget.py compares them with what four families hold.
+        """
         settings, itemsize = self.module.config, self.module.dtype.itemsize
         linears, num_blocks = self.linears().values(), len(self.blocks())
-        widest = max(max(one.in_features, one.out_features) for one in linears)
+        # A stack without a list of blocks, such as GPT-2's, is taken for one of the usual width.
+        sizes = [max(one.in_features, one.out_features) for one in linears]
+        widest = max(sizes, default=4 * self.hidden_size)
+        num_blocks = num_blocks or settings.num_hidden_layers
         num_heads, head_size = self.key_value_heads
         all_heads = settings.num_attention_heads * head_size
         is_eager = settings._attn_implementation == "eager"
@@ -295,6 +302,7 @@ class LanguageModel(ABC):
         rows_E = torch.arange(len(hidden_ESH), device=hidden_ESH.device)
         return hidden_ESH[rows_E, batch.lengths_E - 1]
 
+    @abstractmethod
     def label_states(
         self,
         batch: TokenBatch,
@@ -306,37 +314,8 @@ class LanguageModel(ABC):
         packed: bool = False,
         checkpointing: bool = False,
     ) -> Tensor:
-        """What `head` makes the logits of, (K, H), arguments as in `score`.
-
-        A model that cannot part the two gives the logits themselves, and `head` gives them back.
-        """
-        return self.score(
-            batch,
-            adapter,
-            num_tasks,
-            soft=soft,
-            instruction=instruction,
-            packed=packed,
-            checkpointing=checkpointing,
-        )[0]
-
-    def head(self, states_XH: Tensor) -> Tensor:
-        """Logits (X, V) of some of `label_states`, with all that the model does to logits."""
-        return states_XH
-
-    @abstractmethod
-    def score(
-        self,
-        batch: TokenBatch,
-        adapter: "Adapter | None" = None,
-        num_tasks: int = 1,
-        *,
-        soft: Tensor | None = None,
-        instruction: Tensor | None = None,
-        packed: bool = False,
-        checkpointing: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (K, V) that predict the batch's labels, and those labels (K,), in row-major order.
+        """The states (K, H) that predict the batch's labels, in row-major order; `head` makes their
+        logits. A model that cannot part the two gives the logits (K, V) themselves.
 
         Looks into no tensor: it waits for no GPU and gives shapes on the meta device.
 
@@ -349,6 +328,15 @@ class LanguageModel(ABC):
             packed: run one sequence of all tokens instead of padded rows, where `missing` allows.
             checkpointing: recompute each block in the backward pass.
         """
+
+    def head(self, states_XH: Tensor) -> Tensor:
+        """Logits (X, V) of some of `label_states`, with all that the model does to logits."""
+        return states_XH
+
+    def score(self, batch: TokenBatch, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Logits (K, V) that predict the batch's labels, and those labels (K,); arguments as in
+        `label_states`."""
+        return self.head(self.label_states(batch, *arguments, **options)), batch.labels_K
 
     @abstractmethod
     def logits(

@@ -109,7 +109,8 @@ def dequantised(packed: Tensor, state: bnb.QuantState, dtype: torch.dtype) -> Te
     if state.nested:
         scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
     kernel = _KERNELS.get(dtype) if packed.device.type == "cpu" else None
-    if kernel is None or state.quant_type != "nf4" or state.shape[1] % BLOCK:
+    is_usual = state.quant_type == "nf4" and state.blocksize < 2048 and not state.shape[1] % BLOCK
+    if kernel is None or not is_usual:
         made = dtype if dtype in _OUTPUT_DTYPES else torch.float32
         weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
             packed.reshape(-1, 1), scales, state.blocksize, state.quant_type, state.shape, made
@@ -117,7 +118,7 @@ def dequantised(packed: Tensor, state: bnb.QuantState, dtype: torch.dtype) -> Te
         return weight.to(dtype)
     rows, columns = state.shape
     out = _scratch.matrix(rows, columns, dtype)
-    packed, scales = packed.contiguous(), scales.contiguous()
+    packed, scales = packed.contiguous(), scales.float().contiguous()
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, scales, out)]
     kernel(*pointers, *map(ctypes.c_longlong, (state.blocksize, rows, columns)))
     return out
@@ -126,8 +127,10 @@ def dequantised(packed: Tensor, state: bnb.QuantState, dtype: torch.dtype) -> Te
 def _cpu_kernels() -> dict[torch.dtype, Any]:
     """What bitsandbytes' operator calls on a CPU, which itself can only give fresh memory."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    # Its wrapper has every name, as a function that raises where it is called.
+    library = vars(native_library).get("_lib")
     functions = {
-        dtype: getattr(native_library, f"cdequantize_blockwise_cpu_nf4_{name}", None)
+        dtype: getattr(library, f"cdequantize_blockwise_cpu_nf4_{name}", None)
         for dtype, name in names.items()
     }
     return {dtype: function for dtype, function in functions.items() if function is not None}

@@ -28,7 +28,8 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
     """A frozen linear in 4 bits, perhaps with a low-rank part."""
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """The weight (O, I) as training and serving compute with it."""
+        """The weight (O, I) as training and serving compute with it; on a CPU the next call of any
+        linear writes over it."""
         weight: Any = self.weight
         state: Any = weight.quant_state or self.quant_state
         return dequantised(weight, state, dtype)
@@ -78,8 +79,8 @@ class _Nf4LowRank(torch.autograd.Function):
         low_NR = None
         if a_TRI is not None and b_TOR is not None:
             low_NR = add_low_rank(products, out_NO, x_NI, a_TRI, b_TOR, scaling)
-        # The input is wanted for A's gradient alone.
-        kept = x if ctx.needs_input_grad[4] else None
+        # The input is wanted for the gradients of A and B alone.
+        kept = x if any(ctx.needs_input_grad[4:6]) else None
         ctx.save_for_backward(kept, a_TRI, b_TOR, low_NR)
         ctx.module, ctx.products, ctx.scaling = module, products, scaling
         return out_NO.view(*x.shape[:-1], -1)
@@ -88,13 +89,13 @@ class _Nf4LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a_TRI, b_TOR, low_NR = ctx.saved_tensors
-        _, wants_x, wants_bias, _, wants_a, _, _ = ctx.needs_input_grad
+        _, wants_x, wants_bias, _, *wants_factors, _ = ctx.needs_input_grad
         # The gradient of a sum has strides of zero, which no product takes.
         grad_NO = grad.reshape(-1, grad.shape[-1]).contiguous()
         grad_x = grad_a_TRI = grad_b_TOR = None
         if a_TRI is not None:
             grad_low_NR = ctx.products.times(grad_NO, b_TOR).mul_(ctx.scaling)
-        if wants_a:
+        if any(wants_factors):
             x_NI = x.reshape(-1, x.shape[-1])
             grad_a_TRI, grad_b_TOR = factor_gradients(
                 ctx.products, grad_NO, grad_low_NR, x_NI, low_NR

@@ -6,9 +6,13 @@
 
 Where `model.backbone` is shared, the base of all three is one module: the Task LLM has it, encoder
 and decoder borrow it.
+
+Letters: K labelled positions, H hidden size, V vocabulary.
 """
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.static_lora import StaticLora
@@ -41,11 +45,19 @@ class Role(nn.Module):
         if not borrows:
             self.lm = lm
         # After the model, before what a role adds: the order of the optimiser's state.
-        if adapter is not None:
-            self.adapter = adapter
+        self.adapter = adapter
 
     @property
     def own_adapter(self) -> Adapter | None:
         """What the model is run under; None: nothing."""
-        adapter = self._modules.get("adapter")
-        return adapter.value() if isinstance(adapter, StaticLora) else None
+        return None if self.adapter is None else self.adapter.value()
+
+
+class Writer(Role):
+    """A role that predicts text. Its forward gives the states before each label and the labels, so
+    that a loss may take the logits in pieces (step.py: Predictions)."""
+
+    def score(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Label logits (K, V) and labels (K,), arguments as in `forward`."""
+        states_KH, labels_K = self(*arguments, **options)
+        return self.language_model.head(states_KH), labels_K

@@ -114,7 +114,7 @@ class ShipModel(nn.Module):
 
     @property
     def packs(self) -> bool:
-        """Whether batches are laid out without padding, for a kernel that gains by it."""
+        """Whether batches are laid out without padding, which lies in attention alone."""
         return self.task_llm.language_model.packs and self.hypernetwork.packs
 
     def collate(self, draws: Sequence[TaskDraw], seed: int, step: int) -> ShipBatch:
@@ -149,11 +149,11 @@ class ShipModel(nn.Module):
         adapter = self.hypernetwork(latent_TZ)
         answers = Predictions(
             self.task_llm.language_model,
-            *self.task_llm(adapter, batch.answers, batch.num_tasks, packed, states=True),
+            *self.task_llm(adapter, batch.answers, batch.num_tasks, packed),
         )
         texts = Predictions(
             self.decoder.language_model,
-            *self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed, states=True),
+            *self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed),
         )
         kl_TZ = self.prior.kl(posterior.mean_TZ, posterior.log_variance_TZ)
         outputs = Outputs(

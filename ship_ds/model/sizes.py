@@ -16,8 +16,8 @@ from ship_ds.model.step import Parts, ShipBatch
 
 _READ_BLOCK_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv")
 """Names of the linears that read what comes into a block, in transformers' causal LMs."""
-_WRAPPED = ("base", "base_layer", "block")
-"""What wrappers of linears and blocks call what is inside them."""
+_WRAPPED = ("base",)
+"""What a wrapper of a linear calls the one inside it."""
 
 
 def size_of(config: ModelConfig, parts: Parts) -> ShipSize:
@@ -29,7 +29,8 @@ def size_of(config: ModelConfig, parts: Parts) -> ShipSize:
     """
     encoder, decoder, hypernetwork = parts.encoder, parts.decoder, parts.hypernetwork
     task_lm = parts.task_llm.language_model
-    has_soft_tokens = hypernetwork.num_virtual_tokens > 0 or config.task_llm.instruction == "soft"
+    # In training a soft instruction is read as tokens, whose embeddings are frozen.
+    has_soft_tokens = hypernetwork.num_virtual_tokens > 0
     task_llm = RoleSize(
         _matrices(_linears(task_lm)),
         _low_rank(_linears(task_lm), hypernetwork.ranks()),
@@ -78,7 +79,6 @@ def _linears(lm: LanguageModel) -> dict[str, nn.Linear]:
     return {
         ".".join(name for name in path.split(".") if name not in _WRAPPED): linear
         for path, linear in lm.linears().items()
-        if ".lora_" not in path
     }
 
 

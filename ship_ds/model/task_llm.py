@@ -15,10 +15,10 @@ from ship_ds.model.adapters.sites import sites_of
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import Stream
-from ship_ds.model.role import Role
+from ship_ds.model.role import Writer
 
 
-class TaskLlm(Role):
+class TaskLlm(Writer):
     """A language model under adapters. No weight of it is ever trained."""
 
     def __init__(self, lm: nn.Module, checkpointing: bool, sites: Sites | None = None) -> None:
@@ -47,9 +47,9 @@ class TaskLlm(Role):
         num_tasks: int,
         packed: bool = False,
         instruction: Tensor | None = None,
-        states: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Label logits (K, V) and labels (K,) of the answers.
+        """States (K, H) before the labels of the answers, and the labels (K,); see
+        `LanguageModel.label_states`.
 
         Args:
             adapter: of the tasks; None: the bare base.
@@ -58,7 +58,6 @@ class TaskLlm(Role):
             packed: without padding, where the model can.
             instruction: embeddings (T, instruction length, H) in place of the instruction tokens
                 that the batch has before each prompt.
-            states: give `LanguageModel.label_states` in place of the logits.
         """
         num_rows = len(batch.lengths)
         states_KH = self.language_model.label_states(
@@ -70,8 +69,7 @@ class TaskLlm(Role):
             packed=packed and self.language_model.packs,
             checkpointing=self.checkpointing,
         )
-        predicted = states_KH if states else self.language_model.head(states_KH)
-        return predicted, batch.labels_K
+        return states_KH, batch.labels_K
 
     def generate(
         self,

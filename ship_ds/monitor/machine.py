@@ -1,10 +1,13 @@
 """What a figure was measured on: stands beside it in every report and benchmark."""
 
 import datetime
+import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +29,15 @@ def describe_machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+def add_row(path: Path, label: str, row: Mapping[str, Any]) -> None:
+    """Put a benchmark's figures, and what they were measured on, under a label into a JSON file
+    that keeps its other labels, and print them."""
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    rows[label] = {"machine": describe_machine(), "versions": versions(), **row}
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    print(json.dumps(row, indent=1))
 
 
 def _cpu_info() -> list[str]:

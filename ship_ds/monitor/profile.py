@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from ship_ds.files import write_text
@@ -29,7 +30,6 @@ _KINDS = {
     "optimiser": ("adam",),
 }
 """Parts of an operation's name, by what it is counted as; the first kind that fits."""
-_SYNCHRONISES = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize")
 
 
 class StepProfile:
@@ -69,23 +69,31 @@ class StepProfile:
     def _write(self, profiler: Any) -> None:
         self.is_done = True
         tensorboard_trace_handler(str(self.folder / "tensorboard"), "rank-0")(profiler)
-        write_text(self.folder / PAGE, page(profiler.key_averages(), self.num_steps))
+        # Of those that were to be recorded, a run that ends early took fewer.
+        recorded = min(self.num_steps, profiler.step_num - _LEFT_OUT)
+        if recorded > 0:
+            write_text(self.folder / PAGE, page(profiler.key_averages(), recorded))
 
 
 def page(events: Iterable[Any], num_steps: int) -> str:
     """The summary of a trace as Markdown.
 
     Args:
-        events: of `profile.key_averages()`.
+        events: of `profile.key_averages()`. Those of the CPU alone are read: torch puts a kernel's
+            time down to the operation that launched it, and once more to the kernel.
         num_steps: that were recorded.
     """
     rows = sorted(
-        ((self_seconds(event) / num_steps, event.key, event.count / num_steps) for event in events),
+        (
+            (self_seconds(event) / num_steps, event.key, event.count / num_steps)
+            for event in events
+            if event.device_type == DeviceType.CPU
+        ),
         reverse=True,
     )
     whole = sum(seconds for seconds, _, _ in rows) or 1.0
     machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
-    waits = sum(count for _, name, count in rows if name in _SYNCHRONISES)
+    waits = sum(count for _, name, count in rows if name in _waits())
     return "\n".join(
         [
             f"# Profile of {num_steps} steps",
@@ -111,8 +119,15 @@ def page(events: Iterable[Any], num_steps: int) -> str:
 
 def self_seconds(event: Any) -> float:
     """Of an operation without those that it calls: on the device where there is one."""
-    on_device = getattr(event, "self_device_time_total", 0) if torch.cuda.is_available() else 0
-    return float(on_device or event.self_cpu_time_total) / 1e6
+    on_device = torch.cuda.is_available()
+    return float(event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
+
+
+def _waits() -> tuple[str, ...]:
+    """Where the host waits for a value: on a CPU, where it would wait for a GPU."""
+    if torch.cuda.is_available():
+        return ("cudaStreamSynchronize",)
+    return ("aten::_local_scalar_dense", "aten::nonzero")
 
 
 def _kind_rows(rows: Sequence[tuple[float, str, float]], whole: float) -> list[str]:

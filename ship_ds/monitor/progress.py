@@ -3,7 +3,7 @@
     with Progress("report", 400) as progress:
         progress.begin("deduction, seen")
         ...
-        progress.done(120)      # ship-ds: report: deduction, seen: 120 of 400 after 31 s
+        progress.done(120)      # ship-ds: report: deduction, seen: 120 of 400 tasks, 31 s
 
 Rank 0 alone writes.
 """

@@ -131,7 +131,7 @@ def _losses(shapes: Shapes, work: Workload, num_tasks: int, rows_of_task: int) -
             rows, width - virtual, work.target_tokens, virtual, ship.device
         )
         adapter = ship.adapt(_latents(shapes, num_tasks))
-        sum_cross_entropy(*ship.task_llm(adapter, batch, num_tasks))
+        sum_cross_entropy(*ship.task_llm.score(adapter, batch, num_tasks))
     return Pass("losses of examples", rows, width, work.target_tokens, live.peak)
 
 

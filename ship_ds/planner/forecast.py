@@ -20,8 +20,8 @@ BETWEEN_NODES, INSIDE_NODE = 50e9, 300e9
 """Bytes a second of one GPU's links: an InfiniBand NDR port; about two thirds of an H100's
 NVLink."""
 KERNELS_A_BLOCK = 230
-"""Launched for one block of one role in forward and backward, counted without a GPU on unfused
-models; a recomputed block launches its forward again."""
+"""Launched for one block of one role in forward and backward: assumed, of the size that a count
+of dispatched operations on the CPU gave; a recomputed block launches its forward again."""
 LAUNCH_SECONDS = 12e-6
 """Of the host, for each kernel: assumed."""
 

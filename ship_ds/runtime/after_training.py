@@ -9,26 +9,22 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from ship_ds.console import log_from_any_rank
+from ship_ds.errors import first_line
 from ship_ds.runtime import ranks
 
 _KEY = "ship_ds/failed_after_training"
 _PERIOD_SECONDS = 2.0
 
 
-def first_line(error: BaseException) -> str:
-    """`OutOfMemoryError: CUDA out of memory.`: an exception's class and first line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
 @contextlib.contextmanager
-def failures_are_one_line(trace: Path, line: str) -> Iterator[None]:
+def failures_are_one_line(trace: Path, describe: Callable[[str], str]) -> Iterator[None]:
     """Turn an exception inside into one line on standard error; the caller goes on.
 
     With several ranks the first one that fails prints it. The others may wait for that rank in a
@@ -36,8 +32,8 @@ def failures_are_one_line(trace: Path, line: str) -> Iterator[None]:
     the process with code 0.
 
     Args:
-        trace: file for the traceback.
-        line: with `{error}` and `{trace}` where they belong.
+        trace: file that takes the traceback of every rank that fails.
+        describe: the line, from the exception's class and first line.
     """
     done = threading.Event()
     if ranks.world_size() > 1:
@@ -47,23 +43,28 @@ def failures_are_one_line(trace: Path, line: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _has_a_rank_failed():
-            _announce_failure()
-            trace.write_text(traceback.format_exc())
-            _print(line.format(error=first_line(error), trace=trace))
+        if _is_first_to_fail():
+            log_from_any_rank(describe(first_line(error)))
+        # What failed may be a full disk. All ranks fail together where one of them tells the
+        # others, so the file has the one that has the reason among them.
+        with contextlib.suppress(OSError), trace.open("a") as file:
+            file.write(f"rank {ranks.rank()}\n{traceback.format_exc()}\n")
     finally:
         done.set()
 
 
-def _announce_failure() -> None:
-    if ranks.world_size() > 1:
-        _store().set(_KEY, str(ranks.rank()))
+def _is_first_to_fail() -> bool:
+    """Tell the other ranks, and whether none did before."""
+    if ranks.world_size() == 1:
+        return True
+    try:
+        return int(_store().add(_KEY, 1)) == 1
+    except RuntimeError:  # the process that holds the store has ended: it failed before
+        return False
 
 
 def _has_a_rank_failed() -> bool:
     """True as well where the store has gone: the process that holds it has ended."""
-    if ranks.world_size() == 1:
-        return False
     try:
         return bool(_store().check([_KEY]))
     except RuntimeError:
@@ -81,8 +82,3 @@ def _exit_when_a_rank_failed(done: threading.Event) -> None:
             sys.stdout.flush()
             # Not sys.exit: this is no main thread, and the main one may wait for ever.
             os._exit(0)
-
-
-def _print(text: str) -> None:
-    """From whichever rank it happens on, and not from rank 0 alone."""
-    print(f"ship-ds: {text}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ Each reduction costs a round over the network, which at a thousand ranks takes a
 part of the step. So the losses of the step that ends, the counts of the step that begins, the stop
 flag and the time spent travel together, on the engine's device.
 
-Letters: Z latent size.
+Letters: X other letters flattened.
 """
 
 from collections.abc import Sequence
@@ -20,29 +20,25 @@ from ship_ds.runtime import ranks
 class Agreement:
     """The same on every rank.
 
-    step: the step to come. is_asked_to_stop: whether any rank is. spent: the share of
-    training.max_minutes that is used. counts: of the step to come, summed over ranks. sums: of the
-    step before it, summed over ranks; on the CPU.
+    is_asked_to_stop: whether any rank is. spent: the share of training.max_minutes that is used.
+    counts: of the step to come, summed over ranks. sums: of the step before it, summed over ranks,
+    float64 (X,) on the CPU; empty before the first step.
     """
 
-    step: int
     is_asked_to_stop: bool
     spent: float
     counts: list[float]
     sums: Tensor
 
 
-def agree(
-    step: int, is_asked_to_stop: bool, spent: float, counts: Sequence[float], sums: Tensor
-) -> Agreement:
+def agree(is_asked_to_stop: bool, spent: float, counts: Sequence[float], sums: Tensor) -> Agreement:
     """Reduce this rank's part of an agreement; every rank calls it at the same boundary.
 
     Args:
-        step: the step to come.
         is_asked_to_stop: whether this rank is.
         spent: this rank's share of training.max_minutes; ranks take the mean.
         counts: of the step to come, known on the host.
-        sums: any vector of the step before, on the engine's device.
+        sums: any vector (X,) of the step before, on the engine's device.
     """
     on_host = torch.tensor([float(is_asked_to_stop), spent, *counts], dtype=torch.float64)
     flat = torch.cat([on_host.to(sums.device, non_blocking=True), sums.double()])
@@ -50,7 +46,6 @@ def agree(
     num_asked, spent_by_all = agreed[:2].tolist()
     end = 2 + len(counts)
     return Agreement(
-        step,
         num_asked > 0,
         spent_by_all / ranks.world_size(),
         agreed[2:end].tolist(),

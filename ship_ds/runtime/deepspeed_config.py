@@ -121,6 +121,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+    _check_form(path, config)
     for key in sorted(_OWNED_BY_RUN & config.keys()):
         raise UserError(
             f"{path}: {key}: comes from the run's config (training and optimiser); remove it here"
@@ -132,6 +133,8 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         )
     accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
     stage = (config.get("zero_optimization") or {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, got {stage}")
     if is_bf16(config) and stage == 1 and accumulated == "fp32":
         raise UserError(
             f"{path}: data_types.grad_accum_dtype: fp32 beside bf16 and stage 1 is another "
@@ -139,6 +142,18 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
             "it out"
         )
     return config
+
+
+_SECTIONS = ("bf16", "data_types", "fp16", "zero_optimization")
+
+
+def _check_form(path: Path, config: Any) -> None:
+    """Raise UserError for what could not be read below: DeepSpeed itself may take it."""
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object of settings, such as ds_configs/zero2.json")
+    for section in _SECTIONS:
+        if not isinstance(config.get(section) or {}, dict):
+            raise UserError(f'{path}: {section}: expected an object, such as {{"enabled": true}}')
 
 
 def is_bf16(config: Mapping[str, Any]) -> bool:

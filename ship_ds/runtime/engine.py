@@ -161,8 +161,10 @@ def _settings(
     """The file of ds_configs/ with the run's batches and optimiser, and nothing left open."""
     config = complete(read_deepspeed_config(training.deepspeed), ranks.ranks_per_node())
     # The file's own classes come first, for a model whose blocks have no name in transformers.
-    leaves = config["zero_optimization"]["leaf_module"]["classes"]
-    config["zero_optimization"]["leaf_module"] = {"classes": [*leaves, *whole_modules]}
+    leaves = config["zero_optimization"]["leaf_module"]
+    config["zero_optimization"]["leaf_module"] = leaves | {
+        "classes": [*leaves.get("classes", ()), *whole_modules]
+    }
     # torch's fused AdamW: one pass over the flat partition, and nothing to compile with nvcc. State
     # that a GPU offloads is DeepSpeed's own op's.
     fused = not (torch.cuda.is_available() and offloads_optimiser(config))

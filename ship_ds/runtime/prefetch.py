@@ -26,9 +26,9 @@ class Prefetch(Generic[Batches]):
             make: the batches of a step, by its number.
         """
         self._make = make
-        self._threads, self._device = torch.get_num_threads(), ranks.device()
         self._ahead: tuple[int, Future[Batches]] | None = None
-        self._pool = ThreadPoolExecutor(1, "batches", self._set_up)
+        place = torch.get_num_threads(), ranks.device()
+        self._pool = ThreadPoolExecutor(1, "batches", _set_up, place)
 
     def begin(self, step: int) -> None:
         """Begin to make the batches of this step, and forget those of another one."""
@@ -45,8 +45,15 @@ class Prefetch(Generic[Batches]):
         assert self._ahead is not None
         return self._ahead[1].result()
 
-    def _set_up(self) -> None:
-        """A new thread has torch's defaults, and neither this rank's GPU nor its threads."""
-        torch.set_num_threads(self._threads)
-        if torch.cuda.is_available():
-            torch.cuda.set_device(self._device)
+    def close(self) -> None:
+        """End the thread and let go of the batches that nobody took. `get` is no longer called."""
+        self._pool.shutdown(cancel_futures=True)
+        self._ahead = None
+
+
+# Not a method: the thread holds on to it, and would hold whatever makes the batches.
+def _set_up(threads: int, device: torch.device) -> None:
+    """A new thread has torch's defaults, and neither this rank's GPU nor its threads."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

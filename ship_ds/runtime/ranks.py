@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ship_ds.console import log
+from ship_ds.console import log, log_from_any_rank
 from ship_ds.runtime import compiled_ops
 from ship_ds.threads import RankThreads, too_many_threads
 
@@ -61,7 +61,8 @@ def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None
     if torch.cuda.is_available():
         choose_gpu()
     ops = compiled_ops.needed(deepspeed_config or {})
-    compiled_ops.build(ops, _log_from_any_rank)
+    # Each node has a folder of compiled ops, and rank 0 sees one of them alone.
+    compiled_ops.build(ops, log_from_any_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)
     log_threads()
@@ -76,11 +77,6 @@ def choose_gpu() -> None:
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     os.environ["LOCAL_RANK"] = str(index)
     torch.cuda.set_device(index)
-
-
-def _log_from_any_rank(text: str) -> None:
-    """Each node has a folder of compiled ops, and rank 0 sees one of them alone."""
-    print(f"ship-ds: {text}", file=sys.stderr, flush=True)
 
 
 def exit_process(code: int) -> NoReturn:
@@ -136,8 +132,10 @@ def log_threads() -> None:
 
 
 def own(name: str) -> str:
-    """What `--device` means on this rank: of several, "auto" and "cuda" are this rank's own GPU."""
-    return str(device()) if world_size() > 1 and name in ("auto", "cuda") else name
+    """What `--device` means on this rank: of several, "auto" and "cuda" are this rank's own GPU.
+    Where there is none, what was asked for stays, to be refused."""
+    has_own = world_size() > 1 and torch.cuda.is_available()
+    return str(device()) if has_own and name in ("auto", "cuda") else name
 
 
 def device() -> torch.device:
@@ -191,9 +189,13 @@ def world_size() -> int:
 
 
 def ranks_per_node() -> int:
-    """How many ranks share a machine; 1 where the machines have different numbers of them."""
+    """How many ranks share a machine; 1, with a line, where the machines have different numbers of
+    them. Every rank calls it."""
     counts = set(Counter(gather_objects(platform.node())).values())
-    return counts.pop() if len(counts) == 1 else 1
+    if len(counts) > 1:
+        log(f"nodes have {min(counts)} to {max(counts)} ranks: nothing is shared within a node")
+        return 1
+    return counts.pop()
 
 
 def barrier() -> None:

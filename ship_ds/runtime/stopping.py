@@ -7,12 +7,12 @@ PREEMPTED, upon which slurm/train.sh requeues the job.
 
 import os
 import signal
-import sys
 import threading
 from types import TracebackType
 
 import torch
 
+from ship_ds.console import log_from_any_rank
 from ship_ds.runtime import ranks
 
 BAD_INPUT = 2
@@ -116,4 +116,4 @@ class StopRequest:
 
 
 def _print(text: str) -> None:
-    print(f"ship-ds: rank {ranks.rank()}: {text}", file=sys.stderr, flush=True)
+    log_from_any_rank(f"rank {ranks.rank()}: {text}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 import ship_ds
+from ship_ds.console import log_from_any_rank
 from ship_ds.files import write_json
 from ship_ds.runtime import ranks
 from ship_ds.runtime.stopping import HUNG
@@ -95,13 +96,11 @@ class Watchdog:
         missing = "; ".join(
             missing_ranks(self.folder, ranks.world_size(), 3 * self.period)
         ) or describe_deadlock(self.folder, ranks.world_size())
-        print(
-            f"ship-ds: rank {ranks.rank()}: no step for {limit / 60:g} minutes "
+        log_from_any_rank(
+            f"rank {ranks.rank()}: no step for {limit / 60:g} minutes "
             f"(training.hang_minutes): waiting at {position}. "
             f"Missing: {missing}. The stacks are above; leaving with code "
-            f"{HUNG}",
-            file=sys.stderr,
-            flush=True,
+            f"{HUNG}"
         )
         os._exit(HUNG)
 

@@ -56,7 +56,7 @@ def test_a_fit_is_the_greedy_answer_and_its_loss(ship: Ship, inputs: list[str]) 
     assert fit.right_CM[1].tolist() == [
         example.target == answer for example, answer in zip(own, other, strict=True)
     ]
-    logits, labels = ship.model.task_llm(
+    logits, labels = ship.model.task_llm.score(
         ship.model.adapt(ship.model.encode(["add 3"])),
         ship.model.task_batch([own[2].input], [own[2].target], ["add 3"]),
         1,
@@ -187,7 +187,7 @@ def test_the_decoders_shortlist_is_its_likelihood_order(ship: Ship, inputs: list
         model.config.decoder.num_soft_tokens,
     )
     with torch.no_grad():
-        logits, labels = model.decoder(*latents_beside(model, len(bank), None), batch)
+        logits, labels = model.decoder.score(*latents_beside(model, len(bank), None), batch)
     losses = losses_by_example(logits, labels, batch, len(bank))[:, 0]
     assert sorted(found) == list(range(len(bank)))
     assert losses[found].diff().min() > -1e-3 and losses.max() - losses.min() > 0.1

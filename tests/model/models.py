@@ -134,3 +134,12 @@ def greedy_rows(
 ) -> list[list[int]]:
     """Greedy continuations of prompts."""
     return greedy(stream_of(model, prompts, soft, adapter), eos_id, max_new_tokens)
+
+
+def wake_up(ship: nn.Module) -> None:
+    """No factor that starts at zero is zero any more, so every gradient can show."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in ship.named_parameters():
+            if "lora_b" in name or "to_b" in name or "without_latent" in name:
+                parameter.normal_(std=0.1)

@@ -1,18 +1,16 @@
 """Rows at once: the budget's arithmetic, and what it says of memory against what is measured."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.budget import Piece, batches, bytes_of_row, ranks_on_node, rows_at_once
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import language_model
+from ship_ds.planner.live_bytes import LiveBytes
 from tests.model.models import tiny_lm
 
 
@@ -66,43 +64,13 @@ def test_a_container_or_a_job_has_what_its_limit_leaves(tmp_path: Path) -> None:
     assert budget._available(tmp_path) == 10 * 1024
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of tensors made inside that live at a time, by their storages; a model's
-    weights are none of them, though views of them are made."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.weights = {one.untyped_storage()._cdata for one in model.parameters()}
-        self.storages: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self._sweep()
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                known = storage._cdata in self.storages or storage._cdata in self.weights
-                if not known and storage.nbytes():
-                    reference = torch.multiprocessing.reductions.StorageWeakRef(storage)
-                    self.storages[storage._cdata] = (reference, storage.nbytes())
-        self.live = sum(size for _, size in self.storages.values())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _sweep(self) -> None:
-        gone = [key for key, (one, _) in self.storages.items() if one.expired()]
-        for key in gone:
-            del self.storages[key]
-
-
 @pytest.mark.parametrize("width,new", [(100, 8), (30, 90), (4, 120)])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 @torch.no_grad()
 def test_decoding_needs_what_the_costs_say(family: str, width: int, new: int) -> None:
     lm = language_model(model := tiny_lm(family))
     prompts = TokenBatch.of_lengths(16, width, 0, device="cpu")
-    with LiveBytes(model) as measured:
+    with LiveBytes(model.parameters()) as measured:
         greedy(lm.stream(prompts), -1, new)
     assert 16 * lm.costs.decoded_row(width, new) == pytest.approx(measured.peak, rel=0.1)
 
@@ -112,7 +80,7 @@ def test_decoding_needs_what_the_costs_say(family: str, width: int, new: int) ->
 def test_scoring_needs_what_the_costs_say(family: str) -> None:
     lm = language_model(model := tiny_lm(family))
     batch = TokenBatch.of_lengths(16, 70, 30, device="cpu")
-    with LiveBytes(model) as measured:
+    with LiveBytes(model.parameters()) as measured:
         logits, labels = lm.score(batch)
         torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     assert 16 * lm.costs.scored_row(100, 30) == pytest.approx(measured.peak, rel=0.1)

@@ -16,6 +16,7 @@ from ship_ds.errors import UserError
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import describe_roles
+from tests.model.models import wake_up
 
 EXAMPLES = tuple(Example(text, text[::-1]) for text in ("3 9 5", "1 2", "8 8 1", "4"))
 DRAWS = [
@@ -43,11 +44,7 @@ def config_of(backbone: str, quantisation: str, **changes: Any) -> Config:
 def build(model: ModelConfig) -> ShipModel:
     torch.manual_seed(0)
     ship = build_ship(model, LoadedWeights())
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in ship.named_parameters():
-            if "lora_b" in name or "to_b" in name:
-                parameter.normal_(std=0.1)
+    wake_up(ship)
     return ship.train()
 
 

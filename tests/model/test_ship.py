@@ -25,6 +25,7 @@ from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder_only import DecoderOnly
 from ship_ds.model.encoder import posterior_noise
 from ship_ds.model.ship import ShipModel
+from tests.model.models import wake_up
 
 WORDINGS = ("keep the numbers greater than 4", "put 7 at the front")
 INPUTS = ("3 9 5", "1 2", "8 8 1", "4")
@@ -54,15 +55,6 @@ def _draws() -> list[TaskDraw]:
     ]
 
 
-def _wake_up(ship: ShipModel) -> None:
-    """No factor is zero any more, so every gradient can show."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in ship.named_parameters():
-            if "lora_b" in name or "to_b" in name or "without_latent" in name:
-                parameter.normal_(std=0.1)
-
-
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 def test_lora_roles_train_lora_and_heads_alone(quantisation: Any) -> None:
     ship = _ship(
@@ -70,7 +62,7 @@ def test_lora_roles_train_lora_and_heads_alone(quantisation: Any) -> None:
         decoder=DecoderConfig(quantisation=quantisation, tuning=TUNING),
         task_llm=TaskLlmConfig(shard="always"),
     )
-    _wake_up(ship)
+    wake_up(ship)
     draws = _draws()
     # the decoder without z
     draws[1] = TaskDraw("b", WORDINGS[1], draws[1].answered, draws[1].answered, False)
@@ -90,7 +82,7 @@ def test_lora_roles_train_lora_and_heads_alone(quantisation: Any) -> None:
 
 def test_full_tuning_trains_all_of_both_roles() -> None:
     ship = _ship()
-    _wake_up(ship)
+    wake_up(ship)
     sums = ship(ship.collate(_draws(), 0, 0))
     sum(sums.objectives.values()).backward()
     idle = {name for name, p in ship.named_parameters() if p.grad is None or not p.grad.any()}
@@ -109,7 +101,7 @@ def test_padded_and_packed_steps_have_the_same_loss(
     hypernetwork: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ship = _ship(hypernetwork=hypernetwork)
-    _wake_up(ship)
+    wake_up(ship)
     batch = ship.collate(_draws(), 0, 0)
     with torch.no_grad():
         packed = ship(batch)
@@ -159,7 +151,7 @@ def test_instruction_in_the_task_llms_prompt(form: Any, num_virtual: int) -> Non
     ship = _ship(
         task_llm=TaskLlmConfig(quantisation="none", instruction=form), hypernetwork=hypernetwork
     )
-    _wake_up(ship)
+    wake_up(ship)
     prompts, said = ship.prompts, [WORDINGS[0]] * 2 + [WORDINGS[1]] * 2
     before = [
         prompts.tokenizer(text, add_special_tokens=False)["input_ids"] if form == "soft" else []
@@ -193,10 +185,12 @@ def test_optimised_embeddings_stand_in_for_a_soft_instruction() -> None:
     batch = ship.task_batch(INPUTS, INPUTS, [WORDINGS[0]] * 4)
     adapter, ids = ship.adapt(ship.encode([WORDINGS[0]])), ship.prompts.target(WORDINGS[0])[:-1]
     table = ship.task_llm.language_model.embed_ids(torch.tensor([ids]))
-    expected, _ = ship.task_llm(adapter, batch, 1)
-    torch.testing.assert_close(ship.task_llm(adapter, batch, 1, instruction=table)[0], expected)
+    expected, _ = ship.task_llm.score(adapter, batch, 1)
+    torch.testing.assert_close(
+        ship.task_llm.score(adapter, batch, 1, instruction=table)[0], expected
+    )
     assert not torch.allclose(
-        ship.task_llm(adapter, batch, 1, instruction=-table)[0], expected, atol=1e-2
+        ship.task_llm.score(adapter, batch, 1, instruction=-table)[0], expected, atol=1e-2
     )
 
 

@@ -3,6 +3,7 @@ command."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from ship_ds import cli
-from ship_ds.config import Config, load_config
+from ship_ds.config import Config, base_folder, load_config
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.model.loading import read_settings
 from ship_ds.planner.activations import Workload, count_activations
 from ship_ds.planner.evaluation import Pass
 from ship_ds.planner.plan import RESERVED, Machines, advise, make_plan
@@ -236,6 +238,30 @@ def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides:
     assert min(planned.kept["task LLM"], planned.logits) > 0
 
 
+def test_a_deep_model_is_counted_by_two_shallow_ones(tmp_path: Path) -> None:
+    """What grows with the layers, of roles of different depths, to the byte; the peak about."""
+    for name, layers in (("deep", 12), ("middling", 10)):
+        settings = read_settings(base_folder("embedded"))
+        settings.num_hidden_layers = layers
+        settings.save_pretrained(tmp_path / name)
+    bases = [
+        f"model.{role}.base={tmp_path / name}"
+        for role, name in (("task_llm", "deep"), ("encoder", "middling"))
+    ]
+    config = load_config("quickstart-smoke", bases).model
+    shapes, work = build_shapes(config, torch.float32), Workload(2, 3, 9, 14, 5, 2)
+    assert len(shapes.shallow) == 2
+    extrapolated, whole = (
+        count_activations(one, work) for one in (shapes, replace(shapes, shallow=()))
+    )
+    assert (extrapolated.kept, extrapolated.adapters, extrapolated.logits) == (
+        whole.kept,
+        whole.adapters,
+        whole.logits,
+    )
+    assert extrapolated.peak == pytest.approx(whole.peak, rel=0.05)
+
+
 def test_checkpointing_keeps_less_and_needs_less_at_the_peak() -> None:
     work = Workload(4, 4, 9, 40, 5, 2)
     whole, checkpointed = (
@@ -323,6 +349,11 @@ def test_the_forecast_is_the_longest_of_its_three_terms() -> None:
         for tasks in (16, 16 * 64)
     )
     assert long.useful_flops == pytest.approx(64 * short.useful_flops, rel=1e-3)
+    assert short.computing == pytest.approx(short.useful_flops / 156e12)
+    assert short.launching == pytest.approx(short.kernels * 12e-6)
+    assert short.kernels == 230 * 3 * 4  # three roles of four blocks
+    traffic = make_plan(_small("training.tasks_per_step=16"), Machines(2, 8, 10**12)).traffic
+    assert short.sending == pytest.approx(traffic.total / 50e9 + traffic.inside_node / 300e9)
     assert short.seconds == max(short.computing, short.sending, short.launching)
     assert long.launching == short.launching and long.sending == short.sending
     assert "not measured" in short.in_words() and "156 TFLOP/s" in short.in_words()

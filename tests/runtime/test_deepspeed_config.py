@@ -114,3 +114,29 @@ def test_a_file_with_a_key_of_the_run_or_without_json_is_refused(tmp_path: Path)
     path.write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         read_deepspeed_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], "expected an object of settings"),
+        ({"bf16": True}, "bf16: expected an object, such as"),
+        ({}, "zero_optimization.stage: expected 1, 2 or 3, got None"),
+        ({"zero_optimization": {"stage": 0}}, "expected 1, 2 or 3, got 0"),
+    ],
+)
+def test_a_file_of_another_form_is_one_line(values: object, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=line):
+        read_deepspeed_config(str(path))
+
+
+def test_leaf_modules_of_a_file_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "leaf_module": {"names": ["mlp"]}}})
+    )
+    training = TrainingConfig(deepspeed=str(path))
+    leaves = engine._settings(OptimiserConfig(), training, ["Block"])["zero_optimization"]
+    assert leaves["leaf_module"] == {"names": ["mlp"], "classes": ["Block"]}

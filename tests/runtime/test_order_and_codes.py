@@ -12,6 +12,7 @@ import torch
 from ship_ds import train
 from ship_ds.config import load_config
 from ship_ds.runtime import checkpoint, ranks
+from ship_ds.runtime.agreement import Agreement
 from ship_ds.runtime.stopping import Preempted, StopRequest
 from tests.conftest import REPOSITORY, environment
 from tests.runtime.test_checkpoint import Engine
@@ -35,6 +36,7 @@ class StubTrainer(train.Trainer):
         self.watchdog: Any = SimpleNamespace(start=lambda: None, stop=lambda: None)
         self.watch: Any = SimpleNamespace(seconds=0.0, tokens=0)
         self.monitor = self.profile = None
+        self.prefetch: Any = SimpleNamespace(close=lambda: None)
         self.num_steps, self.num_bad_steps = 4, 0
         self.data_fingerprint, self.bases = "data", {}
         self.splits: Any = SimpleNamespace(seen=[])
@@ -118,6 +120,33 @@ def test_an_evaluation_that_a_signal_cuts_short_is_no_failure(tmp_path: Path) ->
         assert saved(tmp_path, 2).num_evaluation_starts == 0 and saved(tmp_path, 2).owes_evaluation
 
 
+def test_a_run_that_its_minutes_ended_trains_no_further_when_it_starts_again(
+    tmp_path: Path,
+) -> None:
+    trainer = StubTrainer(tmp_path)
+    trainer.config = load_config("quickstart-smoke", ["training.max_minutes=1"])
+    trainer.watch.seconds = 60.5  # as the checkpoint brought it
+    trainer.train()
+    assert trainer.step == 0
+    trainer.watch.seconds = 59.5
+    trainer.train()
+    assert trainer.step == 4
+
+
+def test_a_stop_that_is_agreed_on_after_the_last_step_is_heeded_by_every_rank(
+    tmp_path: Path,
+) -> None:
+    class Asked(StubTrainer):
+        def take_step(self) -> None:
+            super().take_step()
+            self.agreed = Agreement(self.step == 4, 0.0, [], torch.zeros(0))
+
+    trainer = Asked(tmp_path)
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert trainer.step == trainer.saved_step == 4
+
+
 def test_a_failing_report_leaves_a_finished_run_with_code_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +176,7 @@ import torch.distributed as dist
 from ship_ds.runtime.after_training import failures_are_one_line
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]),
                         world_size=2)
-with failures_are_one_line(Path(sys.argv[3]), "failed: {error}"):
+with failures_are_one_line(Path(sys.argv[3]), "failed: {}".format):
     if dist.get_rank() == 1:
         raise MemoryError("no room")
     time.sleep(600)  # as in a collective that rank 1 never enters

@@ -1,6 +1,7 @@
 """Batches made ahead, and what the ranks agree on, in one process."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -39,17 +40,31 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_it_is_used() -> None:
         prefetch.get(1)
 
 
-def test_the_thread_has_the_ranks_number_of_threads() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert Prefetch(lambda step: torch.get_num_threads()).get(0) == 1
-    finally:
-        torch.set_num_threads(before)
+def test_the_thread_has_the_ranks_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of torch in the thread itself: what a new one has by itself depends on the build."""
+    told: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(
+        torch,
+        "set_num_threads",
+        lambda number: told.append((number, threading.current_thread().name)),
+    )
+    assert Prefetch(lambda step: step).get(7) == 7
+    [(number, name)] = told
+    assert number == 3 and name.startswith("batches")
+
+
+def test_a_closed_one_has_no_thread_and_no_batches() -> None:
+    prefetch = Prefetch(lambda step: torch.zeros(step))
+    batches = weakref.ref(prefetch.get(1))
+    prefetch.close()
+    assert batches() is None and "batches" not in {one.name[:7] for one in threading.enumerate()}
+    with pytest.raises(RuntimeError):
+        prefetch.begin(2)
 
 
 def test_an_agreement_keeps_counts_and_sums_apart() -> None:
-    agreed = agree(5, True, 0.25, [3, 2.0, 70], torch.tensor([0.1, 0.2], dtype=torch.float64))
-    assert (agreed.step, agreed.is_asked_to_stop, agreed.spent) == (5, True, 0.25)
+    agreed = agree(True, 0.25, [3, 2.0, 70], torch.tensor([0.1, 0.2], dtype=torch.float64))
+    assert (agreed.is_asked_to_stop, agreed.spent) == (True, 0.25)
     assert agreed.counts == [3.0, 2.0, 70.0] and agreed.sums.tolist() == [0.1, 0.2]
-    assert not agree(0, False, 0.0, [], torch.zeros(0)).is_asked_to_stop
+    assert not agree(False, 0.0, [], torch.zeros(0)).is_asked_to_stop

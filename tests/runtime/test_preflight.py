@@ -56,7 +56,13 @@ def test_an_nvme_path_that_is_no_folder_is_named(tmp_path: Path, part: str) -> N
     for where in (str(tmp_path / "nowhere"), str(disk), ""):
         path.write_text(
             json.dumps(
-                {"zero_optimization": {part: {"device": "nvme", "nvme_path": where}, other: None}}
+                {
+                    "zero_optimization": {
+                        "stage": 3,
+                        part: {"device": "nvme", "nvme_path": where},
+                        other: None,
+                    }
+                }
             )
         )
         with pytest.raises(
@@ -65,7 +71,14 @@ def test_an_nvme_path_that_is_no_folder_is_named(tmp_path: Path, part: str) -> N
         ):
             check(tmp_path, f"training.deepspeed={path}")
     path.write_text(
-        json.dumps({"zero_optimization": {part: {"device": "nvme", "nvme_path": str(tmp_path)}}})
+        json.dumps(
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    part: {"device": "nvme", "nvme_path": str(tmp_path)},
+                }
+            }
+        )
     )
     check(tmp_path, f"training.deepspeed={path}")
 
@@ -75,7 +88,12 @@ def test_an_optimiser_that_is_offloaded_in_part_is_refused(tmp_path: Path) -> No
     for ratio in (0.5, 1.0):
         path.write_text(
             json.dumps(
-                {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": ratio}}}
+                {
+                    "zero_optimization": {
+                        "stage": 2,
+                        "offload_optimizer": {"device": "cpu", "ratio": ratio},
+                    }
+                }
             )
         )
         if ratio == 1:

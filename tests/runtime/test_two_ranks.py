@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,13 +167,23 @@ def test_each_task_is_asked_once_over_all_ranks(found_long: dict[str, Any]) -> N
     for rank in both:
         assert rank["together"] == rank["alone"] and rank["nearest"] == both[0]["nearest"]
         assert rank["nearest"]["seen"]["n_tasks"] == 3
-        # seen rules are asked once more in their held-out paraphrase
-        assert set(rank["in report"]) < set(rank["all tasks"])
+    times = Counter(task for rank in both for task in rank["in report"])
+    # seen rules are asked once more in their held-out paraphrase
+    assert times == {task: 2 if task in both[0]["seen tasks"] else 1 for task in times}
+    assert times.keys() == set(both[0]["all tasks"])
+    assert all(len(rank["in report"]) < times.total() for rank in both)
 
 
 def test_an_evaluation_in_the_middle_changes_nothing_after_it(found: dict[str, Any]) -> None:
     for rank in found["evaluation_in_the_middle"]:
         assert len(rank["quiet"]) == 6 and rank["quiet"] == rank["looking"]
+
+
+def test_a_rank_that_cannot_answer_its_share_is_told_of_by_all(found: dict[str, Any]) -> None:
+    assert [rank["raised"] for rank in found["a_rank_cannot_answer"]] == [
+        "MeasureError: rank 1: OutOfMemoryError: CUDA out of memory.",
+        "OutOfMemoryError: CUDA out of memory.",
+    ]
 
 
 def test_a_run_starts_from_another_runs_bundle(found: dict[str, Any]) -> None:

@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 
 from ship_ds.api import Ship
 from ship_ds.config import load_config
+from ship_ds.console import no_log
 from ship_ds.data import rules
+from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.evaluation import final_report
-from ship_ds.evaluation.measure import measure
+from ship_ds.evaluation.measure import measure, measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.metrics import score
@@ -381,6 +383,7 @@ def each_task_is_asked_once(folder: Path) -> dict[str, Any]:
     return {
         "tasks": [task.id for task in (*made.splits.seen, *made.splits.dev)],
         "all tasks": [task.id for part in vars(made.splits).values() for task in part],
+        "seen tasks": [task.id for task in made.splits.seen],
         "in evaluation": in_evaluation,
         "in report": in_report,
         "together": {key: together[key.split()[0]][key.split()[1]] for key in cells},
@@ -530,6 +533,26 @@ def two_steps(name: str) -> Callable[[Path], dict[str, Any]]:
     return check
 
 
+class FailsOnRankOne:
+    """Answers what it is asked on rank 0, and has no room on the other."""
+
+    def deduce(self, tasks: Any, wordings: Any, inputs: Any) -> Any:
+        if ranks.rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 46 GiB")
+        return [["1"] * len(texts) for texts in inputs]
+
+
+def a_rank_cannot_answer(folder: Path) -> dict[str, Any]:
+    """What each rank raises where one of them cannot answer its share of an evaluation."""
+    splits = source_of(load_config("quickstart-smoke").data).read(None, no_log)  # type: ignore[arg-type]
+    questions = [ask(task, 0, 0, 3) for task in splits.seen[:4]]
+    try:
+        measure_over_ranks(FailsOnRankOne(), "deduction", questions)
+    except Exception as error:
+        return {"raised": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return {"raised": None}
+
+
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_rank_holds_half": each_rank_holds_half,
     "base_is_untouched": base_is_untouched,
@@ -542,6 +565,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "one_rank_goes_on_as_two": one_rank_goes_on_as_two,
     "evaluation_in_the_middle": evaluation_in_the_middle,
     "evaluation_is_cut_short": evaluation_is_cut_short,
+    "a_rank_cannot_answer": a_rank_cannot_answer,
     "starts_from_a_bundle": starts_from_a_bundle,
     "refused": refused,
     "full_disk": full_disk,

@@ -53,7 +53,7 @@ class EncoderDecoder(LanguageModel):
         ).last_hidden_state
         return states
 
-    def score(
+    def label_states(
         self,
         batch: TokenBatch,
         adapter: Adapter | None = None,
@@ -63,7 +63,7 @@ class EncoderDecoder(LanguageModel):
         instruction: Tensor | None = None,
         packed: bool = False,
         checkpointing: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         assert not packed, self.missing("packing")
         device = batch.ids_ES.device
         place_K = torch.tensor([y for length in batch.target_lengths for y in range(length)])
@@ -79,7 +79,7 @@ class EncoderDecoder(LanguageModel):
             use_cache=False,
             **_under(adapter, checkpointing),
         ).logits
-        return logits[batch.label_row_K, place_K], batch.labels_K
+        return logits[batch.label_row_K, place_K]
 
     def logits(
         self, batch: TokenBatch, adapter: Adapter | None = None, soft: Tensor | None = None

@@ -53,7 +53,7 @@ class Distillation(Objective):
         teacher_batch: Any = outputs.batch.extras["distillation"]
         task_llm = outputs.parts.task_llm
         with torch.no_grad():
-            teacher_KV, _ = task_llm(None, teacher_batch, outputs.batch.num_tasks)
+            teacher_KV, _ = task_llm.score(None, teacher_batch, outputs.batch.num_tasks)
         aims_KV = (teacher_KV.float() / self.temperature).log_softmax(1)
         logits_KV = (outputs.answers.logits_KV.float() / self.temperature).log_softmax(1)
         return (aims_KV.exp() * (aims_KV - logits_KV)).sum()

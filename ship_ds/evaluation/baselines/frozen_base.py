@@ -13,8 +13,8 @@ from torch import Tensor
 from ship_ds.api import Ship
 from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.inference.deduction import Answerer, AnswersByTask
+from ship_ds.inference.scoring import scored_batches
 from ship_ds.loss import sum_cross_entropy
-from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
@@ -55,7 +55,7 @@ class FrozenBase:
     ) -> tuple[Tensor, Tensor]:
         """Logits (K, V) and labels (K,); the batch's rows are task-major under `num_tasks`
         adapters."""
-        return self.task_llm(adapter, batch, num_tasks, self.packs)
+        return self.task_llm.score(adapter, batch, num_tasks, self.packs)
 
     def loss(self, adapter: Adapter, batch: TokenBatch, num_tasks: int) -> Tensor:
         """The mean over target tokens, in nats."""
@@ -74,15 +74,11 @@ class FrozenBase:
     ) -> Tensor:
         """log p(target | prompt) of each row in nats, (E,), end of sequence included; one adapter
         for all rows."""
-        labels = [len(self.prompts.target(text)) for text in targets]
-        widths = [len(ids) + label for ids, label in zip(prompts, labels, strict=True)]
-        costs, longest = self.task_llm.language_model.costs, max(labels, default=0)
+        labels = [self.prompts.target(text) for text in targets]
+        lm, pad_id = self.task_llm.language_model, self.prompts.pad_id
         log_likelihood_E = torch.zeros(len(targets), device=self.device)
-        for rows in budget.row_batches(
-            widths, budget.bytes_free(self.device), lambda width: costs.scored_row(width, longest)
-        ):
-            batch = self.batch([prompts[row] for row in rows], [targets[row] for row in rows])
-            logits_KV, labels_K = self.task_llm(adapter, batch, 1)
+        for rows, batch in scored_batches(lm, prompts, labels, pad_id, self.device):
+            logits_KV, labels_K = self.task_llm.score(adapter, batch, 1)
             losses_K = torch.nn.functional.cross_entropy(
                 logits_KV.float(), labels_K, reduction="none"
             )
@@ -155,7 +151,7 @@ def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:
         return ship.model.task_llm, config.hypernetwork
     lora, settings = LoraHypernetworkConfig(), config.task_llm
     lm = freeze(
-        load_lm(settings.base, settings.quantisation, torch.float32, "auto", ship.model.device)
+        load_lm(settings.base, settings.quantisation, ship.dtype, "auto", ship.model.device)
     )
     wrap_sites(lm, lora.targets)
     return TaskLlm(lm, settings.checkpointing).to(ship.model.device), lora

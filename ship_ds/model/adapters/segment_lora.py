@@ -116,7 +116,7 @@ class _AddLowRank(torch.autograd.Function):
         grad_NO = grad.reshape(-1, grad.shape[-1]).contiguous()
         grad_low_NR = ctx.products.times(grad_NO, b_TOR).mul_(ctx.scaling)
         grad_x = grad_a_TRI = grad_b_TOR = None
-        if ctx.needs_input_grad[2]:
+        if any(ctx.needs_input_grad[2:4]):
             x_NI = x.reshape(-1, x.shape[-1])
             grad_a_TRI, grad_b_TOR = factor_gradients(
                 ctx.products, grad_NO, grad_low_NR, x_NI, low_NR

@@ -3,7 +3,7 @@
 After that nothing is patched: no forward is replaced, no hook is global. Sites are keyed by module
 path, so a model may have several stacks.
 
-Letters: E sequences.
+Letters: E sequences, N packed tokens, I inputs of a linear.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,9 +40,12 @@ class AdaptedLinear(nn.Module):
             # By name: DeepSpeed's hooks look at positional arguments, and know tensors alone.
             fused: Tensor = self.base(x, low_rank=low_rank)
             return fused
-        out: Tensor = self.base(x)
         if low_rank is not None:
-            return low_rank.add_to(out, x)
+            # As rows: the output of a linear over more dimensions is a view, and to add to that in
+            # place makes autograd copy its gradient.
+            x_NI = x.flatten(0, -2)
+            return low_rank.add_to(self.base(x_NI), x_NI).unflatten(0, x.shape[:-1])
+        out: Tensor = self.base(x)
         delta = None if self.adapter is None else self.adapter.delta(self.path, x)
         return out if delta is None else out + delta.to(out.dtype)
 
@@ -161,7 +164,7 @@ def sites_in_each_block(model: nn.Module, targets: tuple[str, ...]) -> Sites:
         for block_path in lm.blocks()
         for path in _targets_in(type(model).__name__, block_path, linears, targets)
     ]
-    return {path: (linears[path].in_features, linears[path].out_features) for path in paths}
+    return _sizes({path: linears[path] for path in paths})
 
 
 def sites_anywhere(model: nn.Module, targets: tuple[str, ...]) -> Sites:
@@ -172,18 +175,8 @@ def sites_anywhere(model: nn.Module, targets: tuple[str, ...]) -> Sites:
         UserError: the model cannot be adapted, or no block has a target.
     """
     linears = _adaptable(model).linears()
-    names = {path.rpartition(".")[2] for path in linears}
-    for target in targets:
-        if target not in names:
-            raise UserError(
-                f"tuning.targets: {type(model).__name__} has no linear module {target!r}; it has "
-                f"{', '.join(sorted(names))}"
-            )
-    return {
-        path: (linear.in_features, linear.out_features)
-        for path, linear in linears.items()
-        if path.rpartition(".")[2] in targets
-    }
+    _check_targets("tuning.targets", type(model).__name__, linears, targets)
+    return _sizes({path: linears[path] for path in linears if _name(path) in targets})
 
 
 def _adaptable(model: nn.Module) -> LanguageModel:
@@ -199,14 +192,28 @@ def _targets_in(
 ) -> list[str]:
     """Paths of the block's target linears, target by target."""
     paths = [path for path in linears if path.startswith(f"{block_path}.")]
-    names = {path.rpartition(".")[2] for path in paths}
+    _check_targets("hypernetwork.targets", model_name, paths, targets)
+    return [path for target in targets for path in paths if _name(path) == target]
+
+
+def _check_targets(
+    key: str, model_name: str, paths: Iterable[str], targets: tuple[str, ...]
+) -> None:
+    names = {_name(path) for path in paths}
     for target in targets:
         if target not in names:
             raise UserError(
-                f"hypernetwork.targets: {model_name} has no linear module {target!r}; "
-                f"its blocks have {', '.join(sorted(names))}"
+                f"{key}: {model_name} has no linear module {target!r}; its blocks have "
+                f"{', '.join(sorted(names))}"
             )
-    return [path for target in targets for path in paths if path.rpartition(".")[2] == target]
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _sizes(linears: Mapping[str, nn.Linear]) -> Sites:
+    return {path: (one.in_features, one.out_features) for path, one in linears.items()}
 
 
 def sites_of(model: nn.Module) -> Sites:
@@ -214,8 +221,4 @@ def sites_of(model: nn.Module) -> Sites:
     wrapped = {
         module.path: module.base for module in model.modules() if isinstance(module, AdaptedLinear)
     }
-    return {
-        path: (linear.in_features, linear.out_features)
-        for path, linear in wrapped.items()
-        if isinstance(linear, nn.Linear)
-    }
+    return _sizes({path: one for path, one in wrapped.items() if isinstance(one, nn.Linear)})
