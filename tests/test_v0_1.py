@@ -72,8 +72,8 @@ def test_a_run_goes_on_without_padding_too(
     done = start(["-m", "ship_ds.train", "--config", "quickstart-smoke", *overrides])
     assert done.returncode == 0, done.stderr[-4000:]
     was, now = rows(RUN)[2], rows(run)[2]
-    for name in ("loss/total", "optimiser/gradient_norm"):
-        assert now[name] == pytest.approx(was[name], rel=0.1) and now[name] != was[name], name
+    assert now["loss/total"] != was["loss/total"]
+    assert now["loss/total"] == pytest.approx(was["loss/total"], rel=0.05)
     assert now["optimiser/lr"] == was["optimiser/lr"]
 
 
