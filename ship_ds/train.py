@@ -37,10 +37,10 @@ from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
 from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation import final_report
-from ship_ds.evaluation.measure import measure_over_ranks
+from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
-from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.metrics import metrics_to_show, score
 from ship_ds.evaluation.questions import ask
 from ship_ds.files import write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
@@ -486,13 +486,13 @@ class Trainer:
         self.model.eval()
         ship = Ship(self.model, self.config, digest="")
         method = ShipMethod(Setting(ship, self.splits, self.folder, minutes=0, seed=0))
-        scalars = {}
+        scalars: dict[str, float] = {}
         for part, tasks in (("seen", self.splits.seen), ("dev", self.splits.dev)):
             self.stop.raise_if_asked()
             few = tasks[:: max(1, len(tasks) // config.num_tasks)][: config.num_tasks]
             questions = [ask(task, 0, 0, config.examples_per_task) for task in few]
             outcome = measure_over_ranks(method, "deduction", questions, model=self.model)
-            scalars[f"deduction/{part}"] = score(outcome.values("exact_match")).value
+            scalars |= deduction_scores(outcome, part, metrics_to_show(few))
         self.stop.raise_if_asked()
         few = self.splits.seen[:4] + self.splits.dev[:4]
         questions = [ask(task, 0, 0) for task in few]
@@ -604,6 +604,17 @@ class Trainer:
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens at this one; never for zero."""
     return every > 0 and step % every == 0
+
+
+def deduction_scores(outcome: Outcome, part: str, metrics: Sequence[str]) -> dict[str, float]:
+    """For the log: exact match as `deduction/PART`, any other metric as `deduction_METRIC/PART`."""
+    return {
+        f"deduction{'' if metric == 'exact_match' else '_' + metric}/{part}": score(
+            outcome.values(metric)
+        ).value
+        for metric in metrics
+        if metric in outcome.metrics
+    }
 
 
 def num_steps(training: TrainingConfig, splits: Splits) -> int:

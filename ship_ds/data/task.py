@@ -5,8 +5,9 @@ Plain frozen values without tensors, so readers, splits and the generator can be
 torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ship_ds.errors import UserError
 
@@ -14,6 +15,11 @@ from ship_ds.errors import UserError
 class DataError(UserError):
     """A row or file that cannot be read; the message is one line: file, line or key, what was
     expected, what to do."""
+
+
+PaperMetric = Literal["", "exact", "set", "contains", "f1"]
+"""How the paper of a format scores a task's answers (evaluation/metrics.py); "": not in a way of
+its own."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Task:
 
     `source` says where it was read (a file, or "rules"); `family` groups tasks for macro-averages
     and is the task's own category where the format has one (SNI `Categories`, the generator's rule
-    family), else empty.
+    family), else empty. `paper_metric` changes no training, so it is in no fingerprint.
     """
 
     id: str
@@ -45,6 +51,7 @@ class Task:
     paraphrases: tuple[str, ...] = ()
     source: str = ""
     family: str = ""
+    paper_metric: PaperMetric = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

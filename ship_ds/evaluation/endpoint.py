@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
+from ship_ds.evaluation.judge import Judge
 from ship_ds.evaluation.questions import Question
 from ship_ds.files import write_json
 
@@ -23,7 +24,7 @@ _QUESTION = (
 )
 
 
-class EndpointJudge:
+class EndpointJudge(Judge):
     """A language model behind an OpenAI-compatible endpoint says whether the text means the same as
     the instruction.
 

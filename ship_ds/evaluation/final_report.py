@@ -7,7 +7,7 @@ here is which, on which rules, and where their scores stand.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ from ship_ds.evaluation.config import Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS
-from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.metrics import closed_labels, metrics_to_show, summary
 from ship_ds.evaluation.questions import ask, spread, tasks_of
+from ship_ds.evaluation.report import TITLES
 from ship_ds.files import write_json
 from ship_ds.monitor.progress import Progress
 
@@ -62,6 +63,7 @@ _SECTIONS = (
         ("seen", "unseen"),
         _NUM_NEAREST_TASKS,
     ),
+    _Section("controls.majority_label", "majority_label", "deduction", ("seen", "dev", "unseen")),
     _Section("reconstruction", "ship", "reconstruction", ("seen", "dev", "unseen")),
 )
 
@@ -76,16 +78,19 @@ def measure_run(ship: Ship, splits: Splits, folder: Path) -> dict[str, Any]:
 
     Returns:
         `deduction.<part>`, `controls.<control>.<part>` and `reconstruction.<part>`, each
-        `{"exact_match": {"value": 0.5, "ci95": [0.4, 0.6]}, "n_tasks": 114, "n_examples": 570}`.
+        `{"exact_match": {"value": 0.5, "ci95": [0.4, 0.6]}, "n_tasks": 114, "n_examples": 570}`
+        with every other metric of metrics.py that applies; `tables`, the metrics that `show`
+        prints.
     """
     started = time.perf_counter()
     setting = Setting(ship, splits, folder / "evaluation" / "methods", 0, _SEED)
-    methods: dict[str, Method] = {s.method: METHODS[s.method](setting) for s in _SECTIONS}
+    sections = _sections(splits)
+    methods: dict[str, Method] = {s.method: METHODS[s.method](setting) for s in sections}
     for method in methods.values():
         method.prepare()
     report: dict[str, Any] = {}
-    with Progress("report", _num_asked(ship, splits)) as progress:
-        for section in _SECTIONS:
+    with Progress("report", _num_asked(sections, ship, splits)) as progress:
+        for section in sections:
             cells = _cells_at(report, section.key)
             for part in section.parts:
                 tasks = _tasks(splits, section, part, ship.config.evaluation.num_final_tasks)
@@ -93,15 +98,28 @@ def measure_run(ship: Ship, splits: Splits, folder: Path) -> dict[str, Any]:
                     progress.begin(f"{_title(section)}, {part.replace('_', ' ')}")
                     cells |= _scores(methods[section.method], section, part, tasks, ship)
                     progress.done(len(tasks))
-    return report | {"evaluation_seconds": round(time.perf_counter() - started, 1)}
+    return report | {
+        "tables": metrics_to_show(_all_tasks(splits)),
+        "evaluation_seconds": round(time.perf_counter() - started, 1),
+    }
 
 
-def _num_asked(ship: Ship, splits: Splits) -> int:
+def _all_tasks(splits: Splits) -> Sequence[SplitTask]:
+    return (*splits.seen, *splits.dev, *splits.unseen)
+
+
+def _sections(splits: Splits) -> Sequence[_Section]:
+    """The majority label is there where some task's answers are a closed set."""
+    is_closed = any(map(closed_labels, _all_tasks(splits)))
+    return [s for s in _SECTIONS if is_closed or s.method != "majority_label"]
+
+
+def _num_asked(sections: Sequence[_Section], ship: Ship, splits: Splits) -> int:
     """Tasks of all sections and parts."""
     num_seen = ship.config.evaluation.num_final_tasks
     return sum(
         len(_tasks(splits, section, part, num_seen))
-        for section in _SECTIONS
+        for section in sections
         for part in section.parts
     )
 
@@ -126,7 +144,7 @@ def _scores(
     if section.key == "deduction" and part == "unseen":
         for kind in sorted({task.kind for task in tasks if task.kind}):
             by_part[f"unseen_{kind}"] = outcome.of_kind(kind)
-    return {name: score(some.values("exact_match")).as_json() for name, some in by_part.items()}
+    return {name: summary(some.metrics, some.rows) for name, some in by_part.items()}
 
 
 def _cells_at(report: dict[str, Any], key: str) -> dict[str, Any]:
@@ -142,25 +160,38 @@ def write(report: dict[str, Any], folder: Path) -> Path:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print one table: a row a measurement, seen beside dev (what recipes are chosen by) and
+    """Print a table a metric: a row a measurement, seen beside dev (what recipes are chosen by) and
     unseen."""
-    table = Table(title="exact match, value [95 % interval over tasks]")
-    for column in ("", *_COLUMNS):
-        table.add_column(column, justify="left" if not column else "right")
-    for section in _SECTIONS:
-        cells = _cells_at(report, section.key)
-        table.add_row(_title(section), *(_text(cells.get(part)) for part in _COLUMNS))
-    for name, cell in report["deduction"].items():
-        if name not in _COLUMNS:
-            column = "seen" if "paraphrase" in name else "unseen"
-            texts = (_text(cell if part == column else None) for part in _COLUMNS)
-            table.add_row(f"deduction, {name.replace('_', ' ')}", *texts)
     console = Console(width=130)
-    console.print(table)
+    for metric in report["tables"]:
+        rows = [row for row in _rows(report, metric) if any(row[1:])]
+        if rows:
+            console.print(_table(f"{TITLES[metric]}, value [95 % interval over tasks]", rows))
     console.print(
         f"{report['train_seconds']:.0f} s of training, {report['tokens_per_second']:.0f} tokens/s, "
         f"{report['world_size']} rank(s), seed {report['seed']}"
     )
+
+
+def _rows(report: dict[str, Any], metric: str) -> Iterator[list[str]]:
+    """A title and the score of each part."""
+    for section in _SECTIONS:
+        cells = _cells_at(report, section.key)
+        yield [_title(section), *(_text(cells.get(part), metric) for part in _COLUMNS)]
+    for name, cell in report["deduction"].items():
+        if name not in _COLUMNS:
+            column = "seen" if "paraphrase" in name else "unseen"
+            texts = (_text(cell if part == column else None, metric) for part in _COLUMNS)
+            yield [f"deduction, {name.replace('_', ' ')}", *texts]
+
+
+def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for column in ("", *_COLUMNS):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _title(section: _Section) -> str:
@@ -169,12 +200,13 @@ def _title(section: _Section) -> str:
     return "deduction (SHIP)" if section.key == "deduction" else section.key
 
 
-def _text(cell: dict[str, Any] | None) -> str:
+def _text(cell: dict[str, Any] | None, metric: str) -> str:
+    """Empty where the metric does not apply."""
     if cell is None:
         return ""
-    exact = cell["exact_match"]
     if not cell["n_tasks"]:
         return "no tasks"
-    return (
-        f"{exact['value']:.3f} [{exact['ci95'][0]:.3f}, {exact['ci95'][1]:.3f}] n={cell['n_tasks']}"
-    )
+    if metric not in cell:
+        return ""
+    (low, high), value = cell[metric]["ci95"], cell[metric]["value"]
+    return f"{value:.3f} [{low:.3f}, {high:.3f}] n={cell[metric].get('n_tasks', cell['n_tasks'])}"

@@ -34,7 +34,7 @@ from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.questions import PARTS, ask, tasks_of
 from ship_ds.runtime import ranks
 
-_VERSION = 2
+_VERSION = 3
 """Of the way in which cells are measured; another one measures them again."""
 
 

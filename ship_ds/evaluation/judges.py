@@ -1,31 +1,24 @@
-"""Judges of induced instructions: each reads the texts beside the tasks that they should name and
-adds columns of its own.
+"""Judges: each reads induced instructions beside the tasks that they should name, or answers beside
+the right ones, and adds columns of its own.
 
 Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from ship_ds.api import Ship
+from ship_ds.data.task import Example
 from ship_ds.evaluation.config import EndpointConfig, JudgeName
 from ship_ds.evaluation.endpoint import EndpointJudge
-from ship_ds.evaluation.metrics import exact_match, rouge_l
+from ship_ds.evaluation.judge import Columns, Judge
+from ship_ds.evaluation.metrics import exact_match, paper_score, rouge_l
 from ship_ds.evaluation.questions import Question
 from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
 
-Columns = dict[str, list[list[float]]]
-"""A metric's name -> one row a task, each value from 0 to 1."""
 
-
-class Judge(Protocol):
-    """Scores induced instructions, one column of numbers for each metric."""
-
-    def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns: ...
-
-
-class ExactMatchJudge:
+class ExactMatchJudge(Judge):
     """Equal, word for word, to any wording of the task."""
 
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
@@ -37,7 +30,7 @@ class ExactMatchJudge:
         }
 
 
-class RougeJudge:
+class RougeJudge(Judge):
     """ROUGE-L to the wording of the task that is closest."""
 
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
@@ -48,12 +41,13 @@ class RougeJudge:
         }
 
 
-class ExecutionJudge:
+class ExecutionJudge(Judge):
     """Held-out inputs answered rightly with the text in the Task LLM's prompt, and with the adapter
     of the text.
 
     The second takes the text through encoder and hypernetwork: a text can smuggle a latent that it
-    does not say.
+    does not say. Where the format's paper scores answers in a way of its own, so do two columns
+    more.
     """
 
     def __init__(self, ship: Ship) -> None:
@@ -64,9 +58,12 @@ class ExecutionJudge:
         latent_TZ = self.model.encode(induced)
         stated = answer_stated(self.model, induced, inputs, self.max_new_tokens)
         through = answer_latents(self.model, latent_TZ, induced, inputs, self.max_new_tokens)
+        checked = [q.checked for q in questions]
         return {
-            "execution_accuracy": _right(stated, questions),
-            "execution_accuracy_encoder": _right(through, questions),
+            "execution_accuracy": rows_of(exact_match, stated, checked),
+            "execution_accuracy_encoder": rows_of(exact_match, through, checked),
+            "execution_paper_metric": paper_rows(stated, checked, questions),
+            "execution_paper_metric_encoder": paper_rows(through, checked, questions),
         }
 
 
@@ -75,13 +72,27 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _right(answers: AnswersByTask, questions: Sequence[Question]) -> list[list[float]]:
+def rows_of(
+    metric: Callable[[str | None, Sequence[str]], float],
+    answers: AnswersByTask,
+    asked: Sequence[Sequence[Example]],
+) -> list[list[float]]:
+    """The metric of every answer to these examples, one row a task."""
     return [
-        [
-            exact_match(answer, example.answers)
-            for answer, example in zip(row, q.checked, strict=True)
-        ]
-        for row, q in zip(answers, questions, strict=True)
+        [metric(answer, example.answers) for answer, example in zip(row, examples, strict=True)]
+        for row, examples in zip(answers, asked, strict=True)
+    ]
+
+
+def paper_rows(
+    answers: AnswersByTask, asked: Sequence[Sequence[Example]], questions: Sequence[Question]
+) -> list[list[float]]:
+    """The metric of the format's paper, where a task has one; else an empty row."""
+    return [
+        rows_of(partial(paper_score, q.task.task.paper_metric), [row], [examples])[0]
+        if q.task.task.paper_metric
+        else []
+        for row, examples, q in zip(answers, asked, questions, strict=True)
     ]
 
 

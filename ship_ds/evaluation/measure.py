@@ -15,9 +15,16 @@ from typing import Any, NamedTuple
 
 from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation.cells import Direction, TaskRow
-from ship_ds.evaluation.judges import Columns, Judge, one_line
+from ship_ds.evaluation.judge import Columns, Judge
+from ship_ds.evaluation.judges import one_line, paper_rows, rows_of
 from ship_ds.evaluation.method import Deduces, Induces, Reasons, ReasonsOtherwise, Reconstructs
-from ship_ds.evaluation.metrics import exact_match, rouge_l
+from ship_ds.evaluation.metrics import (
+    closed_labels,
+    exact_match,
+    label_match,
+    normalised_match,
+    rouge_l,
+)
 from ship_ds.evaluation.questions import Question
 from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.model.ship import ShipModel
@@ -48,7 +55,7 @@ def measure(
 
     Args:
         method: of the protocol that the direction asks for.
-        judges: of induced instructions.
+        judges: of induced instructions, and some of answers.
     """
     if not questions:
         return Outcome([], [])
@@ -76,10 +83,10 @@ def measure_over_ranks(
     """As `measure`, each rank asking its share of the questions; all of them return the whole.
 
     Args:
-        method: see `measure`, as the next two.
+        method: see `measure`, as the next one.
         direction: that the method is asked in.
         questions: the same on every rank.
-        judges: of induced instructions.
+        judges: see `measure`.
         model: that the method asks, where its weights may be sharded over the ranks: they then take
             its passes in turn (turns.py).
 
@@ -110,7 +117,16 @@ def measure_over_ranks(
         if row is not None
     ]
     # a rank without a question knows no metrics
-    return Outcome(max((outcome.metrics for outcome in shares), key=len), rows)
+    return _in_use(Outcome(max((outcome.metrics for outcome in shares), key=len), rows))
+
+
+def _in_use(outcome: Outcome) -> Outcome:
+    """Without the metrics that apply to none of the tasks."""
+    unused = {name for name in outcome.metrics if not any(map(len, outcome.values(name)))}
+    return Outcome(
+        [name for name in outcome.metrics if name not in unused],
+        [{key: row[key] for key in row if key not in unused} for row in outcome.rows],
+    )
 
 
 class MeasureError(RuntimeError):
@@ -132,7 +148,7 @@ def _deduction(method: Deduces, questions: Sequence[Question], judges: Sequence[
     answers = method.deduce(
         [q.task for q in questions], [q.wording for q in questions], [q.inputs for q in questions]
     )
-    return answers, _answer_columns(answers, questions)
+    return answers, _answer_columns(answers, questions, judges)
 
 
 def _induction(method: Induces, questions: Sequence[Question], judges: Sequence[Judge]) -> Scored:
@@ -146,10 +162,12 @@ def _induction(method: Induces, questions: Sequence[Question], judges: Sequence[
 def _reasoning(method: Reasons, questions: Sequence[Question], judges: Sequence[Judge]) -> Scored:
     shown, inputs = [q.shown for q in questions], [q.inputs for q in questions]
     answers = method.reason(shown, inputs)
-    columns = _answer_columns(answers, questions)
+    columns = _answer_columns(answers, questions, judges)
     if isinstance(method, ReasonsOtherwise):
         for name, others in method.reason_otherwise(shown, inputs).items():
-            columns[f"exact_match_{name}"] = _answer_columns(others, questions)["exact_match"]
+            columns[f"exact_match_{name}"] = rows_of(
+                exact_match, others, [q.asked for q in questions]
+            )
     return answers, columns
 
 
@@ -163,6 +181,7 @@ def _reconstruction(
     ]
     return texts, {
         "exact_match": [[text == wording] for text, wording in pairs],
+        "normalised_match": [[normalised_match(text, [wording])] for text, wording in pairs],
         "rouge_l": [[rouge_l(text, [wording])] for text, wording in pairs],
     }
 
@@ -175,13 +194,28 @@ _MEASURES: dict[Direction, Callable[[Any, Sequence[Question], Sequence[Judge]], 
 }
 
 
-def _answer_columns(answers: AnswersByTask, questions: Sequence[Question]) -> Columns:
-    pairs = [
-        list(zip(row, q.asked, strict=True)) for row, q in zip(answers, questions, strict=True)
-    ]
+def _answer_columns(
+    answers: AnswersByTask, questions: Sequence[Question], judges: Sequence[Judge]
+) -> Columns:
+    columns = columns_of_answers(answers, questions)
+    for judge in judges:
+        columns |= judge.answer_columns(answers, questions)
+    return columns
+
+
+def columns_of_answers(answers: AnswersByTask, questions: Sequence[Question]) -> Columns:
+    """Every metric of answers (metrics.py); one that does not apply to a task has an empty row."""
+    asked = [q.asked for q in questions]
+    labels = [closed_labels(q.task) for q in questions]
     return {
-        "exact_match": [
-            [exact_match(answer, example.answers) for answer, example in row] for row in pairs
+        "exact_match": rows_of(exact_match, answers, asked),
+        "normalised_match": rows_of(normalised_match, answers, asked),
+        "label_accuracy": [
+            [label_match(answer, e.answers, names) for answer, e in zip(row, few, strict=True)]
+            if names
+            else []
+            for row, few, names in zip(answers, asked, labels, strict=True)
         ],
-        "rouge_l": [[rouge_l(answer, example.answers) for answer, example in row] for row in pairs],
+        "rouge_l": rows_of(rouge_l, answers, asked),
+        "paper_metric": paper_rows(answers, asked, questions),
     }

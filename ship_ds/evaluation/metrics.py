@@ -1,18 +1,39 @@
-"""Scores with their uncertainty: exact match as defined for SHIP, ROUGE-L, and bootstrap intervals
-over tasks."""
+"""Scores of answers and texts with their uncertainty: what each metric is, and the interval over
+tasks.
+
+    exact_match         the very answer; lists of integers as lists
+    normalised_match    SQuAD's: case, punctuation, articles and white space do not count
+    label_accuracy      where a task's answers are a closed set: the nearest label is the right one
+    rouge_l             words in common, in order
+    paper_metric        what the paper of the task's format scores it by
+
+Each compares an answer with every right one and takes the best. An answer that never ended is None,
+and wrong.
+"""
 
 import re
-from collections.abc import Sequence
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from ship_ds.data.task import PaperMetric, SplitTask
+
 _NUMBERS = r"-?(?:0|[1-9]\d*)(?:[\s,]+-?(?:0|[1-9]\d*))*"
 _LIST = re.compile(rf"{_NUMBERS}|\[\s*(?:{_NUMBERS})?\s*\]")
 _NUMBER = re.compile(r"-?\d+")
 _NUM_RESAMPLES = 2000
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+ANSWER_METRICS = ("exact_match", "normalised_match", "label_accuracy", "paper_metric", "rouge_l")
+"""Of answers, in the order of the tables."""
+MOST_LABELS = 10
+"""Distinct answers of a task that count as a closed set, at most."""
 
 
 def exact_match(answer: str | None, references: Sequence[str]) -> bool:
@@ -27,19 +48,110 @@ def exact_match(answer: str | None, references: Sequence[str]) -> bool:
 
 
 def _equal(answer: str, reference: str) -> bool:
-    if _LIST.fullmatch(answer) and _LIST.fullmatch(reference):
+    if is_list(answer) and is_list(reference):
         return [int(n) for n in _NUMBER.findall(answer)] == [
             int(n) for n in _NUMBER.findall(reference)
         ]
     return answer == reference
 
 
+def is_list(text: str) -> bool:
+    """Whether it reads as integers: "3 1", "[3, 1]", "-4"."""
+    return _LIST.fullmatch(text.strip()) is not None
+
+
+def normalised_match(answer: str | None, references: Sequence[str]) -> bool:
+    """Equal to any reference in normal form; lists of integers as lists, where a sign counts.
+
+    A text of nothing but articles and punctuation has no normal form: it is compared as it is.
+    """
+    if exact_match(answer, references):
+        return True
+    return answer is not None and any(
+        not (is_list(answer) and is_list(reference))
+        and normal_form(answer) == normal_form(reference) != ""
+        for reference in references
+    )
+
+
+def normal_form(text: str) -> str:
+    """Lower case, without punctuation and English articles, one space between words.
+
+    As SQuAD's evaluation does it (Rajpurkar et al. 2016), and as MLQA's for the punctuation of
+    every script (Lewis et al. 2020). Signs are taken out, not replaced: "3.5" becomes "35".
+    """
+    letters = "".join(letter for letter in text.lower() if not _is_punctuation(letter))
+    return " ".join(_ARTICLES.sub(" ", letters).split())
+
+
+def _is_punctuation(letter: str) -> bool:
+    return letter in string.punctuation or unicodedata.category(letter).startswith("P")
+
+
+def closed_labels(task: SplitTask) -> tuple[str, ...]:
+    """The task's labels, where its answers are a closed set; none where they are not.
+
+    They are one where its training examples have 2 to 10 distinct targets in normal form, each of
+    them twice on average, and every test target is among these.
+    """
+    labels: dict[str, str] = {}
+    for example in task.train:
+        labels.setdefault(_label_form(example.target), example.target)
+    if not 2 <= len(labels) <= min(MOST_LABELS, len(task.train) // 2):
+        return ()
+    if any(_label_form(example.target) not in labels for example in task.test):
+        return ()
+    return tuple(labels.values())
+
+
+def _label_form(text: str) -> str:
+    """Signs alone ("+", "-") are labels too."""
+    return normal_form(text) or text.strip()
+
+
+def label_match(answer: str | None, references: Sequence[str], labels: Sequence[str]) -> bool:
+    """Whether the label that is nearest to the answer is a right one."""
+    nearest = nearest_label(answer, labels)
+    return nearest is not None and _label_form(nearest) in map(_label_form, references)
+
+
+def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
+    """The label that an answer means, by the first of these rules that finds one, in normal form:
+    the equal one; the one that stands first in the answer as whole words, the longer of two at one
+    place; the one most alike letter by letter (difflib's ratio). None: no letter in common.
+    """
+    if answer is None:
+        return None
+    said, forms = _label_form(answer), [_label_form(label) for label in labels]
+    if said in forms:
+        return labels[forms.index(said)]
+    places = [(f" {said} ".find(f" {form} "), -len(form), i) for i, form in enumerate(forms)]
+    within = [place for place in places if place[0] >= 0]
+    if within:
+        return labels[min(within)[2]]
+    likeness = [SequenceMatcher(None, said, form, autojunk=False).ratio() for form in forms]
+    best = max(range(len(labels)), key=likeness.__getitem__)
+    return labels[best] if likeness[best] else None
+
+
+def metrics_to_show(tasks: Iterable[SplitTask]) -> tuple[str, ...]:
+    """The metrics that say something of these tasks' answers: exact match alone where all of them
+    are lists of integers."""
+    targets = (example.target for task in tasks for example in task.test)
+    return ANSWER_METRICS if not all(map(is_list, targets)) else ANSWER_METRICS[:1]
+
+
+def majority_label(task: SplitTask) -> str:
+    """The most frequent target of the task's training examples, the first of equally frequent
+    ones."""
+    return Counter(example.target for example in task.train).most_common(1)[0][0]
+
+
 def rouge_l(answer: str | None, references: Sequence[str]) -> float:
     """The best F-measure of the longest common subsequence of words (Lin 2004) with any reference,
     0 to 1.
 
-    An exact match is 1 whatever its script: the scorer sees no words in an empty list or in
-    Chinese.
+    An exact match is 1, also where neither has a word, as empty lists.
     """
     if answer is None:
         return 0.0
@@ -56,7 +168,85 @@ def _scorer() -> Any:
     # Here: it brings nltk and scikit-learn along, two seconds of every verb that scores nothing.
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"])
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+class _Words:
+    """The scorer's own words for ASCII; beyond it the same of every script.
+
+    Its own tokenizer takes letters outside a-z for spaces: texts in Chinese would have no words.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        """Runs of letters, digits and what is written over them, in lower case; of scripts without
+        spaces every letter is a word (as mT5's multilingual ROUGE has it)."""
+        text = text.lower()
+        if text.isascii():
+            return _ASCII_WORD.findall(text)
+        spaced = _UNSPACED.sub(r" \g<0> ", text)
+        kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in spaced)
+        return "".join(kept).split()
+
+
+_ASCII_WORD = re.compile("[a-z0-9]+")
+# Thai and Lao, Burmese, Khmer, kana, Han
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+
+
+def paper_score(metric: PaperMetric, answer: str | None, references: Sequence[str]) -> float:
+    """The best score with any reference by what the paper of the task's format calls its metric.
+
+    Those of instruction induction (Honovich et al. 2022): each compares texts in that paper's
+    normal form. `exact`: equal; `set`: the same words; `contains`: the reference stands in the
+    answer as whole words; `f1`: of the words in common.
+    """
+    if answer is None:
+        return 0.0
+    said = _paper_form(answer)
+    return max(
+        (_PAPER_METRICS[metric](said, _paper_form(reference)) for reference in references),
+        default=0.0,
+    )
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _paper_form(text: str) -> str:
+    """The first sentence of the first line in lower case, without punctuation and "and"."""
+    for left_out in (" and ", "Sentence 1:", "Sentence 2:"):
+        text = text.replace(left_out, " ")
+    sentence = text.strip().split("\n")[0].split(".")[0]
+    return sentence.lower().replace("-", " ").translate(_NO_PUNCTUATION)
+
+
+def _exact(said: str, reference: str) -> float:
+    return float(said == reference)
+
+
+def _same_words(said: str, reference: str) -> float:
+    return float(set(said.split()) == set(reference.split()))
+
+
+def _contains(said: str, reference: str) -> float:
+    return float(re.search(rf"\b({re.escape(reference)})\b", said) is not None)
+
+
+def _f1(said: str, reference: str) -> float:
+    ours, theirs = said.split(), reference.split()
+    num_common = (Counter(ours) & Counter(theirs)).total()
+    return 2 * num_common / (len(ours) + len(theirs)) if num_common else 0.0
+
+
+_PAPER_METRICS: dict[str, Callable[[str, str], float]] = {
+    "exact": _exact,
+    "set": _same_words,
+    "contains": _contains,
+    "f1": _f1,
+}
 
 
 @dataclass(frozen=True)
@@ -75,16 +265,11 @@ class Score:
             return {"value": None, "ci95": None}
         return {"value": round(self.value, 4), "ci95": [round(bound, 4) for bound in self.ci95]}
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "exact_match": self.interval(),
-            "n_tasks": self.num_tasks,
-            "n_examples": self.num_examples,
-        }
-
 
 def score(results: Sequence[Sequence[float]]) -> Score:
-    """`results` holds one row a task; no task at all gives NaN and zero counts."""
+    """`results` holds one row a task; tasks with an empty row are not counted, and no task at all
+    gives NaN."""
+    results = [row for row in results if len(row)]
     if not results:
         return Score(float("nan"), (float("nan"), float("nan")), 0, 0)
     means = np.array([np.mean(row) for row in results])
@@ -93,3 +278,22 @@ def score(results: Sequence[Sequence[float]]) -> Score:
     return Score(
         float(means.mean()), (float(low), float(high)), len(means), sum(len(row) for row in results)
     )
+
+
+def summary(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each metric of the rows, one a task, as {value, ci95}, beside n_tasks and n_examples.
+
+    A metric that applies to some of the tasks alone has its own n_tasks, and one that applies to
+    none is left out, but exact match; n_examples counts the items of the metric that has most.
+    """
+    scores = {metric: score([row[metric] for row in rows]) for metric in metrics}
+    summed: dict[str, Any] = {"exact_match": score([]).interval()} if not rows else {}
+    for metric, result in scores.items():
+        if result.num_tasks:
+            partly = {"n_tasks": result.num_tasks} if result.num_tasks < len(rows) else {}
+            summed[metric] = result.interval() | partly
+    return {
+        **summed,
+        "n_tasks": len(rows),
+        "n_examples": max((result.num_examples for result in scores.values()), default=0),
+    }

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.evaluation.cells import Cell, Measured
-from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import write_json, write_text
 
 TITLES = {
     "exact_match": "exact match",
+    "normalised_match": "normalised match",
+    "label_accuracy": "label accuracy",
+    "paper_metric": "the paper's metric",
     "rouge_l": "ROUGE-L",
     "execution_accuracy": "execution, text in the prompt",
     "execution_accuracy_encoder": "execution, through the encoder",
+    "execution_paper_metric": "the paper's execution accuracy, text in the prompt",
+    "execution_paper_metric_encoder": "the paper's execution accuracy, through the encoder",
     "judged_equivalence": "judged the same",
     "exact_match_found": "exact match by the latent found",
     "exact_match_stated": "exact match, induced text in the prompt",
@@ -56,14 +61,16 @@ def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str
     for cell, scores in measured.items():
         direction = methods[cell.method].setdefault(cell.direction, {})
         if cell.num_shown in (None, provenance.leading_num_shown):
-            direction[cell.part] = direction.get(cell.part, {}) | summary(scores, scores.rows)
+            direction[cell.part] = direction.get(cell.part, {}) | summary(
+                scores.metrics, scores.rows
+            )
             for kind in sorted({row["kind"] for row in scores.rows} & set(_KINDS)):
                 direction[f"{cell.part}_{kind}"] = summary(
-                    scores, [row for row in scores.rows if row["kind"] == kind]
+                    scores.metrics, [row for row in scores.rows if row["kind"] == kind]
                 )
         if cell.num_shown is not None:
             by_number = direction.setdefault(cell.part, {}).setdefault("by_num_shown", {})
-            by_number[str(cell.num_shown)] = summary(scores, scores.rows)
+            by_number[str(cell.num_shown)] = summary(scores.metrics, scores.rows)
     return {
         "methods": methods,
         "run": provenance.run,
@@ -77,16 +84,6 @@ def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str
             )
             for name in methods
         },
-    }
-
-
-def summary(measured: Measured, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each metric as {value, ci95}; n_examples counts the items of the metric that has most."""
-    scores = {metric: score([row[metric] for row in rows]) for metric in measured.metrics}
-    return {
-        **{metric: result.interval() for metric, result in scores.items()},
-        "n_tasks": len(rows),
-        "n_examples": max((result.num_examples for result in scores.values()), default=0),
     }
 
 
@@ -153,20 +150,16 @@ def summary_rows(
         name: method[direction] for name, method in report["methods"].items() if direction in method
     }
     counts = {
-        part: cell["n_tasks"]
+        (part, metric): cell[metric].get("n_tasks", cell["n_tasks"])
         for cells in methods.values()
         for part, cell in cells.items()
-        if "n_tasks" in cell
-    }
-    columns = [
-        (part, metric)
-        for part in parts
         for metric in metrics
-        if any(metric in cells.get(part, {}) for cells in methods.values())
-    ]
+        if metric in cell
+    }
+    columns = [(part, metric) for part in parts for metric in metrics if (part, metric) in counts]
     header = [
         *_ABOUT_METHOD,
-        *(f"{part}, n={counts[part]}: {TITLES[metric]}" for part, metric in columns),
+        *(f"{part}, n={counts[part, metric]}: {TITLES[metric]}" for part, metric in columns),
     ]
     return [
         header,

@@ -25,6 +25,7 @@ DIRECTIONS = {
     "random_decode": ["induction"],
     "bare_base": ["deduction"],
     "shuffled_instruction": ["deduction"],
+    "majority_label": ["deduction"],
 }
 SMALL = HarnessConfig(methods=tuple(name for name in METHODS if name not in TRAINED), num_tasks=2)
 

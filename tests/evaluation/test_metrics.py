@@ -1,11 +1,27 @@
-"""Exact match by hand, and intervals over tasks."""
+"""Every metric by hand, and intervals over tasks."""
 
 import json
 import math
+from collections.abc import Sequence
 
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
-from ship_ds.evaluation.metrics import exact_match, score
+from ship_ds.data.task import Example, PaperMetric, SplitTask, Task
+from ship_ds.evaluation.metrics import (
+    ANSWER_METRICS,
+    closed_labels,
+    exact_match,
+    label_match,
+    majority_label,
+    metrics_to_show,
+    nearest_label,
+    normalised_match,
+    paper_score,
+    rouge_l,
+    score,
+    summary,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,15 +94,129 @@ def test_same_rows_give_the_same_interval() -> None:
 def test_no_task_is_not_a_score_of_zero() -> None:
     empty = score([])
     assert math.isnan(empty.value) and (empty.num_tasks, empty.num_examples) == (0, 0)
-    assert json.loads(json.dumps(empty.as_json(), allow_nan=False))["exact_match"] == {
-        "value": None,
-        "ci95": None,
-    }
+    nothing = {"exact_match": {"value": None, "ci95": None}, "n_tasks": 0, "n_examples": 0}
+    assert json.loads(json.dumps(summary([], []), allow_nan=False)) == nothing
 
 
 def test_json_has_the_reports_keys() -> None:
-    assert score([[True, False]]).as_json() == {
+    assert summary(["exact_match"], [{"exact_match": [True, False]}]) == {
         "exact_match": {"value": 0.5, "ci95": [0.5, 0.5]},
         "n_tasks": 1,
         "n_examples": 2,
     }
+
+
+def test_metric_of_some_tasks_counts_these_alone() -> None:
+    rows = [{"exact_match": [1.0], "a": [1.0], "b": []}, {"exact_match": [0.0], "a": [], "b": []}]
+    assert summary(["exact_match", "a", "b"], rows) == {
+        "exact_match": {"value": 0.5, "ci95": [0.0, 1.0]},
+        "a": {"value": 1.0, "ci95": [1.0, 1.0], "n_tasks": 1},
+        "n_tasks": 2,
+        "n_examples": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("The answer is A.", "answer is", True),
+        ("  yes!", "Yes", True),
+        ("don't", "dont", True),
+        ("It\u2019s «fine»。", "its fine", True),
+        ("Überraschung", "überraschung.", True),
+        ("another", "other", False),
+        ("-5", "5", False),
+        ("[1, 2]", "12", False),
+        ("1 2", "[1, 2].", True),
+        ("3.5", "35", True),
+        ("?", "!", False),
+        ("+", "+", True),
+        ("the", "", False),
+    ],
+)
+def test_normal_form_is_squads(answer: str, reference: str, right: bool) -> None:
+    assert normalised_match(answer, [reference]) is right
+    assert not normalised_match(None, [reference])
+
+
+def task(train: Sequence[str], test: Sequence[str]) -> SplitTask:
+    parts = [tuple(Example(str(i), text) for i, text in enumerate(part)) for part in (train, test)]
+    return SplitTask(Task("t", "k", (*parts[0], *parts[1])), *parts)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "labels"),
+    [
+        ("Yes no yes. No".split(), ["no"], ("Yes", "no")),
+        ("yes no maybe".split(), ["no"], ()),
+        ("yes no yes no".split(), ["maybe"], ()),
+        (["yes"] * 9, ["yes"], ()),
+        ("+ - + -".split(), ["-"], ("+", "-")),
+        ([str(i) for i in range(10)] * 2, ["3"], tuple(map(str, range(10)))),
+        ([str(i) for i in range(11)] * 2, ["3"], ()),
+    ],
+)
+def test_labels_are_few_and_repeated(
+    train: list[str], test: list[str], labels: tuple[str, ...]
+) -> None:
+    assert closed_labels(task(train, test)) == labels
+
+
+@pytest.mark.parametrize(
+    ("answer", "nearest"),
+    [
+        ("POSITIVE!", "Positive"),
+        ("It is not positive, it is negative.", "not positive"),
+        ("negative, then positive", "Negative"),
+        ("negativ", "Negative"),
+        ("pos", "Positive"),
+        ("", None),
+        ("7", None),
+        (None, None),
+    ],
+)
+def test_nearest_label_by_each_rule(answer: str | None, nearest: str | None) -> None:
+    labels = ("Positive", "Negative", "not positive")
+    assert nearest_label(answer, labels) == nearest
+    assert label_match(answer, ["negative", "x"], labels) is (nearest == "Negative")
+
+
+def test_majority_label_is_the_most_frequent_and_the_first_of_equals() -> None:
+    assert majority_label(task("b a a c".split(), [])) == "a"
+    assert majority_label(task("b a a b".split(), [])) == "b"
+
+
+def test_words_of_rouge_are_the_scorers_own_in_ascii_and_of_every_script_beyond() -> None:
+    own = RougeScorer(["rougeL"])
+    for one, other in (("A b_c, d-e 12.5!", "b c d 12"), ("don't do", "do it don t")):
+        assert rouge_l(one, [other]) == own.score(other, one)["rougeL"].fmeasure
+    assert rouge_l("我喜欢猫", ["我喜欢狗"]) == pytest.approx(3 / 4)
+    assert rouge_l("красный дом", ["Красный, дом?"]) == pytest.approx(1)
+    assert rouge_l("café noir", ["cafe noir"]) == pytest.approx(1 / 2)
+    assert rouge_l("हिन्दी भाषा", ["हिन्दी"]) == pytest.approx(2 / 3)
+
+
+def test_metrics_of_lists_are_exact_match_alone() -> None:
+    assert metrics_to_show([task(["3 1"], ["1 2", "[]"])]) == ("exact_match",)
+    assert metrics_to_show([task(["3 1"], ["1 2"]), task([], ["cat"])]) == ANSWER_METRICS
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "references", "value"),
+    [
+        ("exact", "The Dog.\nAnd more", ["the dog"], 1),
+        ("exact", "a dog", ["dog", "cat"], 0),
+        ("exact", "forty-two", ["forty two"], 1),
+        ("set", "cat and dog", ["dog, cat"], 1),
+        ("set", "cat, dog, cow", ["dog, cat"], 0),
+        ("contains", "it is big today", ["large", "big"], 1),
+        ("contains", "bigger", ["big"], 0),
+        ("f1", "they are round fruits", ["are round"], 2 * 0.5 * 1 / 1.5),
+        ("f1", "", ["are round"], 0),
+        ("exact", None, [""], 0),
+    ],
+)
+def test_metrics_of_the_instruction_induction_paper(
+    metric: PaperMetric, answer: str | None, references: list[str], value: float
+) -> None:
+    assert paper_score(metric, answer, references) == pytest.approx(value)

@@ -31,7 +31,7 @@ from ship_ds.evaluation import final_report
 from ship_ds.evaluation.measure import measure, measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
-from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import ask
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.step import ShipBatch
@@ -379,7 +379,7 @@ def each_task_is_asked_once(folder: Path) -> dict[str, Any]:
         for part in parts:
             questions = [ask(task, 0, 0, 3, part) for task in getattr(made.splits, part)]  # type: ignore[arg-type]
             outcome = measure(method, direction, questions)  # type: ignore[arg-type]
-            cells[f"{direction} {part}"] = score(outcome.values("exact_match")).as_json()
+            cells[f"{direction} {part}"] = summary(outcome.metrics, outcome.rows)
     return {
         "tasks": [task.id for task in (*made.splits.seen, *made.splits.dev)],
         "all tasks": [task.id for part in vars(made.splits).values() for task in part],

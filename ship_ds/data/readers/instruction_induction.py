@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.data.readers.checks import distinct, example, expect, field, load_object, texts
-from ship_ds.data.task import Example, Task, read_error
+from ship_ds.data.task import Example, PaperMetric, Task, read_error
 
+_METRICS: dict[str, PaperMetric] = {
+    "common_concept": "f1",
+    "informal_to_formal": "f1",
+    "orthography_starts_with": "set",
+    "taxonomy_animal": "set",
+    "synonyms": "contains",
+}
+"""As the paper's evaluation scores its tasks; `exact` the others."""
 _MORE_ANSWERS = ("possible_outputs", "possible_translations", "other_rhymes")
 
 
@@ -38,7 +46,17 @@ def read(path: Path) -> list[Task]:
                 file, "file", f"has no examples: neither {parts[0]} nor {parts[1]} is there"
             )
         examples = [row for part in parts if part.is_file() for row in _read_examples(part)]
-        tasks.append(Task(file.stem, wordings[0], tuple(examples), wordings[1:], source=str(file)))
+        metric = _METRICS.get(file.stem, "exact")
+        tasks.append(
+            Task(
+                file.stem,
+                wordings[0],
+                tuple(examples),
+                wordings[1:],
+                source=str(file),
+                paper_metric=metric,
+            )
+        )
     return tasks
 
 

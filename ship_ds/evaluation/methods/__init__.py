@@ -3,7 +3,7 @@
 from ship_ds.evaluation import baselines
 from ship_ds.evaluation.config import METHOD_NAMES
 from ship_ds.evaluation.method import Method
-from ship_ds.evaluation.methods.controls import BareBase, ShuffledInstruction
+from ship_ds.evaluation.methods.controls import BareBase, MajorityLabel, ShuffledInstruction
 from ship_ds.evaluation.methods.icl import InContextLearning
 from ship_ds.evaluation.methods.instruction_induction import InstructionInduction
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
@@ -20,6 +20,7 @@ _CLASSES: tuple[type[Method], ...] = (
     RandomDecode,
     BareBase,
     ShuffledInstruction,
+    MajorityLabel,
     *baselines.TRAINED,
 )
 _BY_NAME = {method.name: method for method in _CLASSES}

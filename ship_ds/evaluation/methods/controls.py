@@ -1,5 +1,5 @@
-"""Controls of deduction: what the base answers by itself, and whether *this* instruction is what
-helps."""
+"""Controls of deduction: what the base answers by itself, whether *this* instruction is what helps,
+and what no model at all would score."""
 
 import random
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import ClassVar
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
+from ship_ds.evaluation.metrics import majority_label
 from ship_ds.inference.deduction import AnswersByTask, answer_bare, answer_latents
 
 
@@ -53,3 +54,18 @@ class ShuffledInstruction(Untrained):
         # With one seen task there is no other: its own instruction is all that can be drawn.
         others = [seen for seen in self.seen if seen.id != task.id] or self.seen
         return random.Random(f"{self.seed} shuffled {task.id}").choice(others).task.instruction
+
+
+class MajorityLabel(Untrained):
+    """Answers every input with the most frequent answer of the task's training examples.
+
+    It is told what no other method of deduction is, the task's own answers, and is what label
+    accuracy has to beat: four in five reviews may be positive.
+    """
+
+    name: ClassVar[str] = "majority_label"
+
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> AnswersByTask:
+        return [[majority_label(task)] * len(row) for task, row in zip(tasks, inputs, strict=True)]
