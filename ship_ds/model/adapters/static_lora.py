@@ -32,7 +32,8 @@ class LowRankUpdate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The update for inputs x (..., number of inputs), in the dtype of A."""
         low_rank: Tensor = self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype)))
-        update: Tensor = self.lora_b(low_rank) * self.scaling
+        # Scaled between the two: `rank` numbers a token, where the update has `num_out`.
+        update: Tensor = self.lora_b(low_rank * self.scaling)
         return update
 
 
