@@ -20,6 +20,7 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ship_ds.api import Ship
 from ship_ds.config import load_config
@@ -31,9 +32,9 @@ from ship_ds.evaluation import final_report
 from ship_ds.evaluation.measure import measure, measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
-from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import ask
 from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.nf4_linear import Nf4Linear
 from ship_ds.model.step import ShipBatch
 from ship_ds.runtime import checkpoint, ranks, repartition
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
@@ -56,6 +57,7 @@ def each_rank_holds_half(folder: Path) -> dict[str, Any]:
     """Elements this rank holds at a step boundary beside the whole: trainable, optimiser state,
     4-bit weights."""
     made = trainer(folder, *SHARDED)
+    alive = gathered_at_the_end_of_the_forward(made)
     made.take_step()
     trainable = [p for p in made.model.parameters() if p.requires_grad]
     quantised = {n: p for n, p in made.model.named_parameters() if type(p).__name__ == "Params4bit"}
@@ -75,7 +77,33 @@ def each_rank_holds_half(folder: Path) -> dict[str, Any]:
         ],
         "still whole": [n for n, p in quantised.items() if p.numel()],
         "num_nf4": len(quantised),
+        "alive after the forward": alive,
     }
+
+
+def gathered_at_the_end_of_the_forward(made: Trainer) -> list[int]:
+    """Filled by the first step: how many 4-bit weights were gathered for its forward, and how many
+    of those are still in memory when it ends."""
+    storages: dict[str, StorageWeakRef] = {}
+    alive: list[int] = []
+
+    def remember(name: str, module: torch.nn.Module) -> None:
+        # A hook later than DeepSpeed's: the weight has been gathered.
+        def hook(*_: Any) -> None:
+            storages[name] = StorageWeakRef(module.weight.untyped_storage())
+
+        module.register_forward_pre_hook(hook)
+
+    for name, module in made.model.named_modules():
+        if isinstance(module, Nf4Linear):
+            remember(name, module)
+
+    def count(*_: Any) -> None:
+        if not alive:
+            alive.extend([len(storages), sum(not one.expired() for one in storages.values())])
+
+    made.model.register_forward_hook(count)
+    return alive
 
 
 def base_is_untouched(folder: Path) -> dict[str, Any]:
@@ -342,7 +370,7 @@ def evaluation_in_the_middle(folder: Path) -> dict[str, Any]:
 
 def each_task_is_asked_once(folder: Path) -> dict[str, Any]:
     """An evaluation and a report of the sharded model: what this rank was asked, what all of them
-    report, and what one rank alone reports of the bundle."""
+    answer together, and what one rank alone answers of the bundle."""
     few = [f"evaluation.{name}=3" for name in ("num_tasks", "num_final_tasks", "examples_per_task")]
     made = trainer(folder, *SHARDED, *few)
     made.take_step()
@@ -370,25 +398,22 @@ def each_task_is_asked_once(folder: Path) -> dict[str, Any]:
     made.write_bundle()
     ranks.barrier()
     alone = Ship.from_run(folder)
-    method = ShipMethod(Setting(alone, made.splits, folder, 0, 0))
-    cells = {}
-    for direction, parts in (
-        ("deduction", ("seen", "dev")),
-        ("reconstruction", ("seen", "unseen")),
-    ):
-        for part in parts:
-            questions = [ask(task, 0, 0, 3, part) for task in getattr(made.splits, part)]  # type: ignore[arg-type]
-            outcome = measure(method, direction, questions)  # type: ignore[arg-type]
-            cells[f"{direction} {part}"] = summary(outcome.metrics, outcome.rows)
+    ours, theirs = (ShipMethod(Setting(ship, made.splits, folder, 0, 0)) for ship in (live, alone))
+    answers: dict[str, list[Any]] = {"together": [], "alone": []}
+    for direction, part in (("deduction", "seen"), ("reconstruction", "unseen")):
+        questions = [ask(task, 0, 0, 3, part) for task in getattr(made.splits, part)]  # type: ignore[arg-type]
+        outcome = measure_over_ranks(ours, direction, questions, model=made.model)  # type: ignore[arg-type]
+        answers["together"] += [row["said"] for row in outcome.rows]
+        outcome = measure(theirs, direction, questions)  # type: ignore[arg-type]
+        answers["alone"] += [row["said"] for row in outcome.rows]
     return {
         "tasks": [task.id for task in (*made.splits.seen, *made.splits.dev)],
         "all tasks": [task.id for part in vars(made.splits).values() for task in part],
         "seen tasks": [task.id for task in made.splits.seen],
         "in evaluation": in_evaluation,
         "in report": in_report,
-        "together": {key: together[key.split()[0]][key.split()[1]] for key in cells},
         "nearest": together["controls"]["nearest_seen_rule"],
-        "alone": cells,
+        **answers,
     }
 
 
