@@ -31,7 +31,9 @@ MAX_DIFFERENCE = 1e-4
 """Largest logit difference in fp32 between the exported adapter and the live hypernetwork."""
 MAX_SHARE = 0.05
 """The same in bf16, as a share of what the adapter itself changes: there `peft` rounds in other
-places, and more than fp32 allows."""
+places, and more than fp32 allows. So an adapter that changes less than rounding does is refused: a
+wider bound would pass one of which half the keys match. To prove every run in fp32 would take two
+copies of the base in it, where a card may just hold two in 16 bits; --dtype float32 asks for it."""
 
 
 class Exporter:

@@ -1,7 +1,7 @@
 """How many rows go through a language model at once: the memory that is free says it.
 
     costs = lm.costs                                            # bytes, of this very model
-    rows_at_once(bytes_free(device), costs.cache, width=300, new_tokens=64)           # -> 61
+    bytes_free(device) // costs.decoded_row(300, 64)            # -> 61 rows of 300 + 64 tokens
 
     for batch in batches([[9, 7], [30, 4]], free, row_bytes):   # tasks with rows of these widths
         batch                                                   # [Piece(1, 0, 2), Piece(0, 0, 2)]
@@ -96,20 +96,6 @@ def bytes_of_row(
     return max(
         width * kv_bytes_per_token + reading, (width + new_tokens) * kv_bytes_per_token + logits
     )
-
-
-def rows_at_once(
-    bytes_free: int,
-    kv_bytes_per_token: int,
-    width: int,
-    new_tokens: int,
-    reading: int = 0,
-    logits: int = 0,
-) -> int:
-    """Rows of a batch that fit into the free bytes, at least one; arguments as in
-    `bytes_of_row`."""
-    row = bytes_of_row(kv_bytes_per_token, width, new_tokens, reading, logits)
-    return max(1, bytes_free // max(1, row))
 
 
 @dataclass(frozen=True)

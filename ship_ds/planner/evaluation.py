@@ -9,13 +9,14 @@ run where that does not fit.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from ship_ds.config import EvaluationConfig
 from ship_ds.loss import sum_cross_entropy
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.budget import SHARE_OF_GPU, rows_at_once
+from ship_ds.model.budget import SHARE_OF_GPU
 from ship_ds.model.language_model import LanguageModel, Stream
 from ship_ds.planner.activations import Workload, extrapolated
 from ship_ds.planner.live_bytes import LiveBytes
@@ -52,8 +53,16 @@ def passes(
         num_tasks: that are answered at once.
         rows_of_task: inputs of each of them.
     """
+    # a micro-batch's tasks say nothing of evaluation's: plans that differ by them count once
+    return list(_count(shapes, replace(work, tasks=1), config, num_tasks, rows_of_task))
+
+
+@lru_cache(maxsize=16)
+def _count(
+    shapes: Shapes, work: Workload, config: EvaluationConfig, num_tasks: int, rows_of_task: int
+) -> list[Pass]:
     if shapes.shallow:
-        two, four = (passes(few, work, config, num_tasks, rows_of_task) for few in shapes.shallow)
+        two, four = (_count(few, work, config, num_tasks, rows_of_task) for few in shapes.shallow)
         return [
             replace(more, num_bytes=_grown(shapes, few, more))
             for few, more in zip(two, four, strict=True)
@@ -163,10 +172,8 @@ def rows_answered(shapes: Shapes, one: Pass, bytes_free: int) -> int:
         bytes_free: beside the weights and the optimiser's state.
     """
     costs = shapes.ship.task_llm.language_model.costs
-    share = max(0, int(SHARE_OF_GPU * bytes_free))
-    return rows_at_once(
-        share, costs.cache, one.width, one.new_tokens, costs.reading(one.width), costs.logits
-    )
+    row = costs.decoded_row(one.width, one.new_tokens)
+    return max(1, int(SHARE_OF_GPU * bytes_free) // row)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ship_ds.planner.evaluation import Pass, rows_answered
 from ship_ds.planner.evaluation import passes as evaluation_passes
 from ship_ds.planner.forecast import Forecast, forecast
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
-from ship_ds.planner.zero import Held, Traffic, Zero, held_by_a_rank, traffic
+from ship_ds.planner.zero import Held, Traffic, Zero, gradients_come_last, held_by_a_rank, traffic
 from ship_ds.runtime.deepspeed_config import is_bf16, read_deepspeed_config
 from ship_ds.runtime.engine import engine_dtype
 from ship_ds.runtime.preflight import check_division
@@ -71,14 +71,6 @@ class Plan:
         return self.needed <= self.machines.gpu_memory
 
 
-def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None, None)) -> Plan:
-    """Raises UserError for a recipe that could not start on these machines."""
-    settings = read_deepspeed_config(config.training.deepspeed)
-    return plan_under(
-        Zero.read(settings, machines.num_ranks, machines.gpus), config, machines, lengths
-    )
-
-
 def shapes_of(config: Config) -> Shapes:
     """Where the Task LLM lies changes no shape, so that one set of shapes, kept, serves both."""
     unplaced = config.model.task_llm.model_copy(update={"shard": "auto"})
@@ -86,11 +78,10 @@ def shapes_of(config: Config) -> Shapes:
     return build_shapes(model, engine_dtype(config.training), config.loss)
 
 
-def plan_under(
-    zero: Zero, config: Config, machines: Machines, lengths: Lengths = (None, None, None)
-) -> Plan:
-    """The same under other settings than those of training.deepspeed, of which the dtype alone is
-    used."""
+def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None, None)) -> Plan:
+    """Raises UserError for a recipe that could not start on these machines."""
+    settings = read_deepspeed_config(config.training.deepspeed)
+    zero = Zero.read(settings, machines.num_ranks, machines.gpus)
     shapes = shapes_of(config)
     work = Workload.of(config, _tasks_per_micro_batch(config, machines), lengths)
     stored = sum(weight.stored_bytes(zero.dtype_bytes) for weight in shapes.weights("task LLM"))
@@ -107,7 +98,12 @@ def plan_under(
         config,
         machines,
         work,
-        _memory(held, count_activations(shapes, work), _dequantised(shapes)),
+        _memory(
+            held,
+            count_activations(shapes, work),
+            _dequantised(shapes),
+            gradients_come_last(zero, engine, accumulation),
+        ),
         _evaluating(zero, held, evaluations, _dequantised(shapes)),
         held.host,
         sent,
@@ -126,9 +122,14 @@ def _tasks_per_micro_batch(config: Config, machines: Machines) -> int:
     return training.tasks_per_step // (machines.num_ranks * training.accumulation)
 
 
-def _memory(held: Held, activations: Activations, dequantised: int) -> dict[str, int]:
+def _memory(
+    held: Held, activations: Activations, dequantised: int, gradients_come_last: bool
+) -> dict[str, int]:
+    gpu = dict(held.gpu)
+    if gradients_come_last:
+        gpu["gradients"] = max(0, gpu["gradients"] - activations.peak - dequantised)
     return {
-        **held.gpu,
+        **gpu,
         "generated adapters": activations.adapters,
         **{
             f"activations, {part}": num_bytes

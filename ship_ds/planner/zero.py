@@ -132,6 +132,17 @@ def held_by_a_rank(zero: Zero, engine: Sequence[Weight], outside: Sequence[Weigh
     return Held(gpu, host)
 
 
+def gradients_come_last(zero: Zero, engine: Sequence[Weight], micro_steps: int) -> bool:
+    """Whether a rank makes room for its gradients when the activations are gone already.
+
+    ZeRO-2 does at the first bucket that is full (copy_grads_in_partition); a bucket that holds all
+    of them is emptied when the backward pass is over. A second micro-batch meets the first one's.
+    """
+    trained = sum(weight.numel for weight in engine if weight.is_trained)
+    in_buckets = zero.stage == 2 and zero.optimiser_on == "gpu" and micro_steps == 1
+    return in_buckets and trained <= zero.bucket_elements
+
+
 def _kinds(zero: Zero, weights: Sequence[Weight]) -> dict[str, list[Weight]]:
     return {
         "trained weights": [weight for weight in weights if weight.is_trained],

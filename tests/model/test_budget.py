@@ -7,17 +7,16 @@ import torch
 
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.budget import Piece, batches, bytes_of_row, ranks_on_node, rows_at_once
+from ship_ds.model.budget import Piece, batches, bytes_of_row, ranks_on_node
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import language_model
 from ship_ds.planner.live_bytes import LiveBytes
 from tests.model.models import tiny_lm
 
 
-def test_rows_fill_the_free_bytes_and_are_one_at_least() -> None:
-    # 10 bytes a token, 100 + 20 tokens: 1,200 bytes a row
-    assert rows_at_once(12_000, 10, 100, 20) == 10
-    assert rows_at_once(100, 10, 100, 20) == 1
+def test_a_row_costs_its_heavier_moment() -> None:
+    # 10 bytes a token, 100 + 20 tokens
+    assert bytes_of_row(10, 100, 20) == 1_200
     # reading 1,000 + 5,000 bytes is more than continuing: 1,200 + 50
     assert bytes_of_row(10, 100, 20, reading=5_000, logits=50) == 6_000
     assert bytes_of_row(10, 100, 20, reading=100, logits=50) == 1_250

@@ -107,6 +107,7 @@ def _small(*overrides: str) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_a_shared_base_is_planned_once() -> None:
     """On two ranks that shard every weight of the engine: the Task LLM's copy is whole beside it,
     those of encoder and decoder are shared out and gathered."""
@@ -132,6 +133,20 @@ def test_sharding_divides_what_it_says() -> None:
     )
 
 
+def test_gradients_of_one_bucket_come_when_the_activations_are_gone() -> None:
+    """ZeRO-2 makes room for them at the first bucket that is full; a second micro-batch meets those
+    of the first."""
+    one, two = (
+        make_plan(
+            _small("training.deepspeed=zero2_bf16", f"training.accumulation={number}"),
+            Machines(1, 2, 10**12),
+        )
+        for number in (1, 2)
+    )
+    trained = one.parameters["trained"]
+    assert (one.memory["gradients"], two.memory["gradients"]) == (0, trained)
+
+
 def test_a_replicated_base_costs_memory_and_saves_traffic() -> None:
     settings = ["training.deepspeed=zero3_shard_all", "training.tasks_per_step=64"]
     replicated, sharded = (
@@ -148,6 +163,7 @@ def test_a_replicated_base_costs_memory_and_saves_traffic() -> None:
     assert more == pytest.approx((packed + 4 * frozen) * 7 / 8, rel=0.001)
 
 
+@pytest.mark.slow
 def test_advice_is_followed_until_it_fits() -> None:
     recomputed = [f"model.{role}.checkpointing=true" for role in ("task_llm", "decoder", "encoder")]
     machines = Machines(1, 8, 10**12)
