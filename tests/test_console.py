@@ -49,6 +49,7 @@ def test_bitsandbytes_notice_of_a_missing_kernel_is_dropped_and_no_other(
     assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
+@pytest.mark.slow
 def test_importing_the_trainer_writes_nothing_of_bitsandbytes() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import ship_ds.train, bitsandbytes"],

@@ -52,16 +52,26 @@ def test_the_ground_floor_stands_by_itself(name: str) -> None:
         assert any(is_inside(module, other) for other in allowed), module
 
 
-def test_importing_the_package_imports_no_torch() -> None:
-    program = (
-        "import sys, ship_ds; from ship_ds import UserError; import ship_ds.files, ship_ds.bundle;"
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from ship_ds import UserError; import ship_ds.files, ship_ds.bundle;"
         "heavy = {'torch', 'transformers', 'peft', 'deepspeed'} & set(sys.modules);"
-        "assert not heavy, heavy;"
-        "from ship_ds import Ship; from ship_ds.api import Ship as same; assert Ship is same;"
-        "assert 'torch' in sys.modules and 'deepspeed' not in sys.modules"
-    )
+        "assert not heavy, heavy",
+        pytest.param(
+            "from ship_ds import Ship; from ship_ds.api import Ship as same; assert Ship is same;"
+            "assert 'torch' in sys.modules and 'deepspeed' not in sys.modules",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["none for the package", "torch alone for Ship"],
+)
+def test_what_an_import_costs(program: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", f"import sys, ship_ds; {program}"],
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 

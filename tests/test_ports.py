@@ -68,6 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_toys_train_and_resume(run: Path) -> None:
     """The resumed run repeats the steps to the bit; each has a value of the objective's own."""
     rows = _rows(run)
@@ -85,6 +86,7 @@ def test_toys_train_and_resume(run: Path) -> None:
     assert min(row["loss/distillation"] for row in rows) > 0.01
 
 
+@pytest.mark.slow
 def test_toys_leave_as_a_proved_folder(run: Path, tmp_path: Path) -> None:
     ship = Ship.from_run(run)
     trained = {name for name, p in ship.model.named_parameters() if p.requires_grad}
@@ -123,6 +125,7 @@ def test_toys_are_planned() -> None:
     assert 0 < prefixed.memory["generated adapters"] < plain.memory["generated adapters"]
 
 
+@pytest.mark.slow
 def test_a_prefix_trains(tmp_path: Path) -> None:
     done = _train(tmp_path / "run", "model.hypernetwork={kind: toy_prefix}", "training.steps=3")
     assert done.returncode == 0, done.stderr[-3000:]

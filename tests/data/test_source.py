@@ -54,6 +54,7 @@ def test_a_mixture_trains_and_repeats_its_last_step_after_a_resume(
     assert [row["loss/total"] for row in rows(run)] == [row["loss/total"] for row in whole]
 
 
+@pytest.mark.slow
 def test_a_mixture_is_planned_with_its_longest_texts() -> None:
     importlib.import_module("tests.toys.source")
     lengths = source_of(load_config("quickstart-smoke", [DATA]).data).lengths()

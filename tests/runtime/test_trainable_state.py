@@ -76,6 +76,7 @@ def test_parameters_come_back_from_any_number_of_ranks(world_size: int, tmp_path
     assert list(found) == list(state) and all(found[name].equal(state[name]) for name in state)
 
 
+@pytest.mark.slow
 def test_one_parameter_at_a_time_is_in_memory(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     state = {f"w{i}": torch.empty(2**21).uniform_(generator=generator) for i in range(24)}
