@@ -2,7 +2,7 @@
 under ZeRO-2 and ZeRO-3, on two; writes tools/results/memory.json.
 
     python tools/bench_memory.py                  # about ten minutes on two cores
-    python tools/bench_memory.py --only embedded
+    python tools/bench_memory.py --only "embedded; zero2"    # these again, in today's report
 
 Measured in fp32 on CPU ranks, each case in fresh processes: the bytes of every
 tensor that is alive at a step's boundary, and the most that PyTorch's allocator hands out on top
@@ -298,35 +298,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="cases whose name begins so")
+    parser.add_argument("--only", default="", help="cases; stages whose name begins so")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each, default 2")
     for hidden in ("--case", "--stage", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         return on_a_rank(args.case, args.stage, Path(args.folder))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         make_base(folder / "smollm2")
-        results = {"three 1B Llamas, one H100": against_the_gpu(folder / "llama")}
-        for case in (case for case in CASES if case.startswith(args.only or "")):
+        report = header(args.repeats)
+        report["results"] = earlier(report) if args.only else {}
+        report["results"]["three 1B Llamas, one H100"] = against_the_gpu(folder / "llama")
+        for case in CASES:
             for stage in stages_of(case):
-                results[f"{case}; {stage}"] = compare(case, stage, folder, args.repeats)
-                write(results, args.repeats)
+                name = f"{case}; {stage}"
+                if name.startswith(args.only):
+                    report["results"][name] = compare(case, stage, folder, args.repeats)
+                    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+                    show(name, report["results"][name])
 
 
-def write(results: dict[str, Any], repeats: int) -> None:
-    """The report so far, and its newest rows on the terminal."""
-    report = {
+def header(repeats: int) -> dict[str, Any]:
+    """What all results of a report have in common."""
+    return {
         "command": "python tools/bench_memory.py",
         "machine": describe_machine(),
         "versions": versions(),
         "repeats": repeats,
-        "tokens of instruction, input, target": LENGTHS,
-        "results": results,
+        "tokens of instruction, input, target": list(LENGTHS),
     }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    where, rows = list(results.items())[-1]
+
+
+def earlier(report: dict[str, Any]) -> dict[str, Any]:
+    """Results of the report that is there, if its header is the same: one day, one machine."""
+    there = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"results": {}}
+    results: dict[str, Any] = there.pop("results")
+    return results if there == report else {}
+
+
+def show(where: str, rows: dict[str, Any]) -> None:
+    """A result's rows on the terminal."""
     for what, row in rows.items():
         print(
             f"{where:<45} {what:<26} {row['planned']:>14,} {row['measured']:>14,} "
