@@ -1,139 +1,103 @@
-"""The planner's arithmetic for 7B and 70B on 8 to 1,024 GPUs, as the tables of docs/scaling.md.
+"""The planner's arithmetic for 8B and 70B on 8 to 1,024 GPUs, as the tables of docs/scaling.md.
 
-Time is a bound, not a forecast: multiplications of the frozen language models at a sustained rate,
-nothing else. The bandwidth at which sending takes as long as computing follows from it; below it a
-step waits for the network.
+Memory and bytes sent are counted; seconds are the forecast of planner/forecast.py.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
-from ship_ds.config import Config, load_config
-from ship_ds.planner.plan import Machines, Plan, plan_under, shapes_of
-from ship_ds.planner.public_shapes import PUBLIC_SHAPES, with_shapes
+from ship_ds.config import load_config
+from ship_ds.flops import PEAKS
+from ship_ds.planner.plan import RESERVED, Machines, Plan, make_plan
+from ship_ds.planner.public_shapes import with_shapes
 from ship_ds.planner.show import size
-from ship_ds.planner.zero import Zero
-from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
-MODELS = ("llama-2-7b", "llama-2-70b")
-GPUS = (8, 64, 256, 1024)
-TASKS = (1, 4, 16)
-"""Tasks of a micro-batch, one example each."""
+RECIPES = {"lora-8b": "llama-3-8b", "lora-70b": "llama-3-70b"}
+"""Recipe -> shape."""
+GPUS = (8, 64, 1024)
+TASKS = 4
+"""Of a micro-batch, four examples each."""
 GPU_MEMORY = 80 * 10**9
-SUSTAINED = 400e12
-"""Multiply-adds count as two: about 40 % of an H100's dense bf16 peak (989e12)."""
 GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the weights lie on the ranks."""
+    """How the weights lie on the ranks: a file of ds_configs/, and whether it shards the base."""
 
     name: str
-    stage: int
-    shard_task_llm: bool
-    hpz: bool = False
+    file: str
+    shard_base: bool = False
 
 
 SHARDINGS = (
-    Sharding("ZeRO-3, all sharded", 3, True),
-    Sharding("ZeRO-3 with hpZ", 3, True, True),
-    Sharding("ZeRO-3, Task LLM whole", 3, False),
-    Sharding("ZeRO-2, all whole", 2, False),
+    Sharding("ZeRO-2, all whole", "zero2_bf16"),
+    Sharding("ZeRO-3, base whole", "zero3_bf16"),
+    Sharding("ZeRO-3, all sharded", "zero3_bf16", shard_base=True),
+    Sharding("ZeRO-3 with hpZ", "zero3_hpz", shard_base=True),
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: a plan, and the seconds that a step computes."""
-
-    model: str
-    sharding: Sharding
-    plan: Plan
-    seconds: float
-
-    @property
-    def critical_bandwidth(self) -> float:
-        """Bytes a second and GPU at which a step's sending takes as long as its computing."""
-        return self.plan.traffic.total / self.seconds
-
-
-def recipe(model: str, num_ranks: int, tasks: int, sharding: Sharding) -> Config:
-    """The published recipe, its latent as wide as the base asks for."""
-    hidden = PUBLIC_SHAPES[model]["hidden_size"]
+@lru_cache
+def planned(recipe: str, num_ranks: int, sharding: Sharding) -> Plan:
+    """The plan of a recipe on so many ranks, each with the same micro-batch."""
     config = load_config(
-        "pretrain-7b",
+        recipe,
         [
-            f"model.latent_size={10 * hidden}",
-            f"training.tasks_per_step={num_ranks * tasks}",
-            f"model.task_llm.shard={'always' if sharding.shard_task_llm else 'never'}",
+            f"training.deepspeed={sharding.file}",
+            f"training.tasks_per_step={num_ranks * TASKS}",
+            "training.accumulation=1",
+            f"model.task_llm.shard={'always' if sharding.shard_base else 'never'}",
         ],
     )
-    return with_shapes(config, model)
-
-
-def row(model: str, num_ranks: int, tasks: int, sharding: Sharding) -> Row:
-    """Plan one model on so many ranks under one way to shard."""
-    config = recipe(model, num_ranks, tasks, sharding)
-    zero = Zero.read(read_deepspeed_config(config.training.deepspeed), num_ranks)
-    zero = replace(zero, stage=sharding.stage, hpz_ranks=GPUS_PER_NODE if sharding.hpz else 1)
-    plan = plan_under(zero, config, Machines(num_ranks // GPUS_PER_NODE, GPUS_PER_NODE, GPU_MEMORY))
-    return Row(model, sharding, plan, compute_seconds(config, plan))
-
-
-def compute_seconds(config: Config, plan: Plan) -> float:
-    """Forward and the gradients of inputs; a third pass where the Task LLM is recomputed. Weights'
-    gradients are left out."""
-    shapes = shapes_of(config)
-    tokens = plan.work.tokens(shapes)
-    passes = {
-        "encoder": 2,
-        "decoder": 2,
-        "task LLM": 3 if config.model.task_llm.checkpointing else 2,
-    }
-    weights = {
-        part: sum(weight.numel for weight in shapes.weights(part) if weight.is_nf4)
-        for part in passes
-    }
-    return sum(2 * passes[part] * weights[part] * tokens[part] for part in passes) / SUSTAINED
+    machines = Machines(num_ranks // GPUS_PER_NODE, GPUS_PER_NODE, GPU_MEMORY)
+    return make_plan(with_shapes(config, RECIPES[recipe]), machines)
 
 
 def tables() -> str:
     """Markdown."""
     return "\n\n".join(
         [
-            "### Memory and traffic of one GPU, one task a micro-batch",
-            _markdown(_by_gpus()),
-            "### The bandwidth below which a step waits, on 1,024 GPUs",
-            _markdown(_by_tasks()),
+            "### Memory and traffic of one GPU",
+            _markdown(_memory()),
+            "### A step of one GPU: forecast, not measured",
+            _markdown(_steps()),
         ]
     )
 
 
-def _by_gpus() -> Iterator[tuple[str, ...]]:
-    yield ("model", "GPUs", "way", "needs", "fits 80 GB", "sent a step", "waits below")
-    for model in MODELS:
+def _memory() -> Iterator[tuple[str, ...]]:
+    yield ("recipe", "GPUs", "way", "training", "evaluation", "fits 80 GB", "sent a step")
+    for recipe in RECIPES:
         for num_ranks in GPUS:
             for sharding in SHARDINGS:
-                planned = row(model, num_ranks, 1, sharding)
+                plan = planned(recipe, num_ranks, sharding)
                 yield (
-                    model,
+                    recipe,
                     f"{num_ranks:,}",
                     sharding.name,
-                    size(planned.plan.needed),
-                    "yes" if planned.plan.fits else "no",
-                    size(planned.plan.traffic.total),
-                    f"{size(planned.critical_bandwidth)}/s",
+                    size(sum(plan.memory.values()) + RESERVED),
+                    size(sum(plan.evaluating.values()) + RESERVED),
+                    "yes" if plan.fits else "no",
+                    size(plan.traffic.total),
                 )
 
 
-def _by_tasks() -> Iterator[tuple[str, ...]]:
-    yield ("model", "way", *(f"{tasks} task{'s' if tasks > 1 else ''}" for tasks in TASKS))
-    for model in MODELS:
+def _steps() -> Iterator[tuple[str, ...]]:
+    yield ("recipe", "way", "computing", "sending", "launching", "share of an H100's peak")
+    for recipe in RECIPES:
         for sharding in SHARDINGS:
-            # what is sent is the same however many tasks there are
-            one = row(model, GPUS[-1], 1, sharding).critical_bandwidth
-            yield (model, sharding.name, *(f"{size(one / tasks)}/s" for tasks in TASKS))
+            forecast = planned(recipe, GPUS[-1], sharding).forecast
+            share = forecast.useful_flops / forecast.seconds / PEAKS["H100"]
+            yield (
+                recipe,
+                sharding.name,
+                f"{forecast.computing:.2f} s",
+                f"{forecast.sending:.2f} s",
+                f"{forecast.launching:.2f} s",
+                f"{100 * share:.0f} %",
+            )
 
 
 def _markdown(rows: Iterator[tuple[str, ...]]) -> str:
