@@ -341,6 +341,9 @@ class OptimiserConfig(Section):
 
     lr: PositiveFloat = 1e-3
     """The highest learning rate, reached when warm-up ends."""
+    pretrained_lr: PositiveFloat | None = None
+    """In its place, for what was pretrained: the language models of encoder and decoder, or the
+    LoRAs over them. None: as lr. Warm-up and schedule are the same."""
     weight_decay: NonNegativeFloat = 0.0
     """Of AdamW, decoupled from the gradient."""
     betas: tuple[_Decay, _Decay] = (0.9, 0.98)

@@ -149,7 +149,9 @@ class Trainer:
         # them in fp32.
         if config.run.init_from is not None:
             init_from(model, config.run.init_from, self.bases)
-        self.engine = Engine(model, config.optimiser, config.training)
+        self.engine = Engine(
+            model, config.optimiser, config.training, model.pretrained_parameters()
+        )
         self.engine.train()
         # Another on each rank, after everything that has to be equal: dropout's masks differ.
         torch.manual_seed((config.run.seed << 16) + ranks.rank())

@@ -70,6 +70,18 @@ class ShipModel(nn.Module):
         """The frozen Task LLM, wherever it is held."""
         return self._parts[0].task_llm
 
+    def pretrained_parameters(self) -> set[str]:
+        """Names of the parameters of encoder's and decoder's language models and of the LoRAs over
+        them; what is left starts from random numbers: hypernetwork, the MLPs around z, prior."""
+        roles = {"encoder": self.encoder, "decoder": self.decoder}
+        return {
+            f"{role}.{part}.{name}"
+            for role, module in roles.items()
+            for part in ("lm", "adapter")
+            if getattr(module, part, None) is not None
+            for name, _ in getattr(module, part).named_parameters()
+        }
+
     @property
     def collator(self) -> Collator:
         """What makes batches of texts."""

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: every number of the run's config enters its dict here, and nowhere else."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -57,7 +57,11 @@ class Engine(Generic[Module]):
     """
 
     def __init__(
-        self, module: Module, optimiser: OptimiserConfig, training: TrainingConfig
+        self,
+        module: Module,
+        optimiser: OptimiserConfig,
+        training: TrainingConfig,
+        pretrained: Collection[str] = (),
     ) -> None:
         """Shard, cast and move the module in place, and make its optimiser.
 
@@ -65,6 +69,8 @@ class Engine(Generic[Module]):
             module: whole, or with parameters that shards.sharder has sharded already.
             optimiser: the settings of AdamW.
             training: batches and the file of ds_configs/.
+            pretrained: names of the trainable parameters that learn at `pretrained_lr`, where the
+                optimiser has one.
 
         Raises:
             UserError: the micro-batches do not divide the step's tasks.
@@ -73,10 +79,11 @@ class Engine(Generic[Module]):
 
         # DeepSpeed leaves these alone where it finds any parameter sharded before.
         shards.cast_and_move_rest(module, engine_dtype(training))
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        parameter_groups = groups(module, optimiser, pretrained)
+        self._shares_of_lr = [group["lr"] / optimiser.lr for group in parameter_groups]
         self.deepspeed: Any = deepspeed.initialize(
             model=module,
-            model_parameters=trainable,
+            model_parameters=parameter_groups,
             config=_settings(optimiser, training, shards.whole_modules(module)),
         )[0]
         if self.zero_stage() == 3:
@@ -111,9 +118,10 @@ class Engine(Generic[Module]):
         return bool(self.deepspeed.optimizer.overflow)
 
     def set_learning_rate(self, value: float) -> None:
-        """Set it for every parameter."""
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = value
+        """Set it: `lr`, and what `pretrained_lr` is of it for what was pretrained."""
+        groups = self.deepspeed.optimizer.param_groups
+        for group, share in zip(groups, self._shares_of_lr, strict=True):
+            group["lr"] = value * share
 
     def gradient_norm(self) -> float:
         """Of the last step before clipping; NaN where DeepSpeed knows none."""
@@ -153,6 +161,20 @@ class Engine(Generic[Module]):
         """Read what as many ranks under the same ZeRO stage, 1 or 2, wrote with `save_shards`."""
         # Not strict, since the frozen base is not saved; checkpoint.py has compared the names.
         self.deepspeed.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+
+
+def groups(
+    module: nn.Module, optimiser: OptimiserConfig, pretrained: Collection[str]
+) -> list[dict[str, Any]]:
+    """The trainable parameters as torch's optimisers take groups: one, as in 0.1.0, unless there
+    are two rates."""
+    named = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
+    if optimiser.pretrained_lr is None:
+        return [{"params": [one for _, one in named], "lr": optimiser.lr}]
+    return [
+        {"params": [one for name, one in named if (name in pretrained) == is_pretrained], "lr": lr}
+        for is_pretrained, lr in ((False, optimiser.lr), (True, optimiser.pretrained_lr))
+    ]
 
 
 def _settings(

@@ -1,9 +1,12 @@
 """The schedule, by steps and by time."""
 
 import pytest
+import torch
+from torch import nn
 
-from ship_ds.config import OptimiserConfig
-from ship_ds.runtime.engine import learning_rate
+from ship_ds.config import OptimiserConfig, load_config
+from ship_ds.planner.shapes import build_shapes
+from ship_ds.runtime.engine import groups, learning_rate
 
 COSINE = OptimiserConfig(lr=1.0, warmup_steps=4)
 
@@ -19,3 +22,48 @@ def test_the_schedule_ends_with_the_time_where_steps_would_take_longer() -> None
     assert learning_rate(50, COSINE, 100, spent=0.3) == learning_rate(50, COSINE, 100)
     constant = OptimiserConfig(lr=1.0, warmup_steps=4, schedule="constant")
     assert learning_rate(50, constant, 100, spent=1.0) == 1.0
+
+
+class Parts(nn.Module):
+    """Three parameters, one of them frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm, self.head, self.base = (nn.Linear(2, 2, bias=False) for _ in range(3))
+        self.base.requires_grad_(False)
+
+
+def test_what_was_pretrained_may_learn_at_a_rate_of_its_own() -> None:
+    parts = Parts()
+    one = groups(parts, COSINE, {"lm.weight"})
+    assert [(group["params"], group["lr"]) for group in one] == [
+        ([parts.lm.weight, parts.head.weight], 1.0)
+    ]
+    two = groups(parts, COSINE.model_copy(update={"pretrained_lr": 0.1}), {"lm.weight"})
+    assert [(group["params"], group["lr"]) for group in two] == [
+        ([parts.head.weight], 1.0),
+        ([parts.lm.weight], 0.1),
+    ]
+
+
+@pytest.mark.parametrize("backbone", ["separate", "shared"])
+def test_language_models_and_their_loras_are_the_pretrained_parts(backbone: str) -> None:
+    lora = "{kind: lora, rank: 2}"
+    config = load_config(
+        "quickstart-smoke",
+        [
+            f"model.backbone={backbone}",
+            "run.folder=nowhere",
+            *(f"model.{role}.tuning={lora}" for role in ("encoder", "decoder")),
+            *(f"model.{role}.quantisation=nf4" for role in ("encoder", "decoder")),
+        ],
+    )
+    model = build_shapes(config.model, torch.float32).ship
+    pretrained = model.pretrained_parameters()
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert {name for name in trained if "lora_" in name} == trained & pretrained
+    assert {name.split(".")[0] for name in trained - pretrained} == {
+        "encoder",
+        "decoder",
+        "hypernetwork",
+    }

@@ -4,7 +4,7 @@ instead of a latent.
 A role is a language model and an adapter. The Task LLM's adapter is generated anew for each task;
 the one here is what `tuning: {kind: lora}` asks for, and it acts through the same wrapped linears,
 so that several roles can share one frozen base. What it computes, its first values and its dropout
-are those of `peft` (tests compare the two to the bit).
+are those of `peft`: to the bit, by test, where alpha / rank is a power of two.
 """
 
 from dataclasses import dataclass
