@@ -187,10 +187,12 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def probe_inputs(seen: Sequence[SplitTask]) -> list[str]:
-    """The first three distinct test inputs of the tasks that were trained on: what an adapter of
-    this run is tried on unless somebody says otherwise."""
-    inputs = dict.fromkeys(example.input for task in seen for example in task.test)
-    return list(islice(inputs, NUM_PROBES))
+    """The first three distinct test inputs of the tasks that were trained on, or training inputs
+    where none is tested: what an adapter of this run is tried on unless somebody says otherwise."""
+    tested = dict.fromkeys(example.input for task in seen for example in task.test)
+    inputs = tested or dict.fromkeys(example.input for task in seen for example in task.train)
+    # an empty one tries little; it stays where there is no other
+    return list(islice(filter(None, inputs), NUM_PROBES)) or list(inputs)[:1]
 
 
 def frozen_bases(config: Config) -> dict[str, str]:

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from ship_ds.data.mixture import MixtureConfig
 from ship_ds.data.rules import RulesConfig
 from ship_ds.data.source import source_of
 from ship_ds.data.task_files import FilesConfig
@@ -429,6 +430,7 @@ class EvaluationConfig(Section):
 
 SOURCES.register(RulesConfig, "ship_ds.data.rules:RulesSource")
 SOURCES.register(FilesConfig, "ship_ds.data.task_files:FilesSource")
+SOURCES.register(MixtureConfig, "ship_ds.data.mixture:MixtureTasks")
 DataConfig = Annotated[SerializeAsAny[Section], BeforeValidator(SOURCES.validate)]
 
 

@@ -143,7 +143,10 @@ def first_error(error: ValidationError) -> KindError:
 
 ADAPTERS = Kinds("model.hypernetwork", lambda values: "lora")
 PRIORS = Kinds("model.prior", lambda values: "standard_normal")
-SOURCES = Kinds("data", lambda values: "files" if "path" in values else "rules")
+_SOURCE_BY_KEY = {"path": "files", "sources": "mixture"}
+SOURCES = Kinds(
+    "data", lambda values: next((k for key, k in _SOURCE_BY_KEY.items() if key in values), "rules")
+)
 OBJECTIVES = Kinds("loss", lambda values: None)
 
 _GROUP = "ship_ds.kinds"

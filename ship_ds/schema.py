@@ -12,7 +12,8 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from itertools import islice
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -119,7 +120,9 @@ def _config_groups(section: type[Section], key: str, about: str) -> Iterator[Gro
         meaning = fields[name].description or ""
         for each in sections:
             text = f"{meaning} {_about(each)}" if len(sections) > 1 else meaning or _about(each)
-            yield from _config_groups(each, _join(key, name), " ".join(text.split()))
+            below = _config_groups(each, _join(key, name), " ".join(text.split()))
+            # What is in the items of a list is what is elsewhere, and their own text says where.
+            yield from islice(below, 1) if _is_list(fields[name]) else below
     if key == "loss":
         for name in OBJECTIVES.names():
             if name not in fields:  # registered from outside the package
@@ -135,8 +138,13 @@ def _sections(field: FieldInfo, key: str) -> list[type[Section]]:
     """The section classes that a field takes: one, several by their kind, or none."""
     if key in _TABLES:
         return [_TABLES[key].config_class(name) for name in _TABLES[key].names()]
-    kinds = get_args(field.annotation) if field.discriminator else (field.annotation,)
+    inside = field.discriminator or _is_list(field)
+    kinds = get_args(field.annotation) if inside else (field.annotation,)
     return [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, Section)]
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
 
 
 def _about(section: type[Section]) -> str:

@@ -37,11 +37,12 @@ from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
 from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation import final_report
+from ship_ds.evaluation.config import Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.metrics import metrics_to_show, score
-from ship_ds.evaluation.questions import ask
+from ship_ds.evaluation.questions import ask, tasks_of
 from ship_ds.files import write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
@@ -474,12 +475,12 @@ class Trainer:
             folder = checkpoint.folder_of(self.folder / "checkpoints", self.step)
             checkpoint.record_evaluation(folder, num_starts, dev_score, is_owed)
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> float | None:
         """Deduction on a few seen and dev rules, and a few reconstructions, a share of them on each
         rank.
 
         Returns:
-            The exact match of deduction on dev.
+            The exact match of deduction on dev; None where there are no dev tasks.
 
         Raises:
             Preempted: between its parts.
@@ -489,8 +490,10 @@ class Trainer:
         ship = Ship(self.model, self.config, digest="")
         method = ShipMethod(Setting(ship, self.splits, self.folder, minutes=0, seed=0))
         scalars: dict[str, float] = {}
-        for part, tasks in (("seen", self.splits.seen), ("dev", self.splits.dev)):
+        parts: tuple[Part, ...] = ("seen", "dev")
+        for part in parts:
             self.stop.raise_if_asked()
+            tasks = tasks_of(self.splits, part, sys.maxsize)
             few = tasks[:: max(1, len(tasks) // config.num_tasks)][: config.num_tasks]
             questions = [ask(task, 0, 0, config.examples_per_task) for task in few]
             outcome = measure_over_ranks(method, "deduction", questions, model=self.model)
@@ -503,7 +506,7 @@ class Trainer:
             self.monitor.evaluation(self.step, scalars)
             pairs = [(row["instruction"], row["said"]) for row in outcome.rows]
             self.monitor.texts(self.step, pairs)
-        return scalars["deduction/dev"]
+        return scalars.get("deduction/dev")
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""

@@ -67,6 +67,7 @@ def test_every_key_of_a_config_is_in_one_group() -> None:
     assert [group.title for group in groups() if group.key == "data"] == [
         "data, kind: rules",
         "data, kind: files",
+        "data, kind: mixture",
     ]
 
 

@@ -1,16 +1,21 @@
 """The verbs of the panel "Inspect": what there is, what data hold, how good a run is."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ship_ds.cli import checks
 from ship_ds.cli.verb import AsJson, Device, Dtype, Run, Seed, verb
 from ship_ds.console import log
+from ship_ds.errors import UserError
 from ship_ds.placement import check_words
+
+if TYPE_CHECKING:
+    from ship_ds.data.filters import FilterConfig
 
 _PANEL = "Inspect"
 Limit = Annotated[int | None, typer.Option(min=1, help="see data.filters in `ship-ds config`")]
@@ -52,27 +57,76 @@ def doctor() -> int:
 
 @verb(_PANEL)
 def data(
-    path: Annotated[Path, typer.Argument(help="a file or folder of tasks")],
+    path: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH | KEY=VALUE...]", help="a file or folder of tasks"),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--config", help="a recipe or YAML whose data are described, for PATH"),
+    ] = None,
     format: Annotated[str, typer.Option(help="its format; auto: found out")] = "auto",
+    preset: Annotated[str | None, typer.Option(help="see data.filters in `ship-ds config`")] = None,
     max_input_words: Limit = None,
+    max_input_letters: Limit = None,
     max_instruction_words: Limit = None,
     max_examples_per_task: Limit = None,
-    min_examples_per_task: Annotated[int, typer.Option(min=1, help="tasks with fewer go")] = 2,
+    min_examples_per_task: Limit = None,
     as_json: AsJson = False,
 ) -> int:
-    """What a file or folder of tasks holds and what the filters leave out."""
+    """What a file or folder of tasks, or each source of a mixture, holds and what is left out."""
     from ship_ds.data.describe import describe, show
+
+    options = {
+        "preset": preset,
+        "max_input_words": max_input_words,
+        "max_input_letters": max_input_letters,
+        "max_instruction_words": max_instruction_words,
+        "max_examples_per_task": max_examples_per_task,
+        "min_examples_per_task": min_examples_per_task,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if recipe is not None:
+        if given or format != "auto":
+            raise UserError(
+                "data: filters of a --config are its own: override data.filters instead"
+            )
+        descriptions = _of_config(recipe, path or ())
+    elif path is None or len(path) != 1:
+        raise UserError("data: give one file or folder, or --config with a recipe")
+    else:
+        descriptions = [describe(Path(path[0]), format, _filters(given))]
+    if as_json:
+        print(json.dumps(descriptions if recipe else descriptions[0], indent=2))
+    else:
+        print("\n\n".join(map(show, descriptions)))
+    return 0
+
+
+def _filters(given: dict[str, Any]) -> "FilterConfig":
+    """Raises UserError for a preset that there is not."""
+    from pydantic import ValidationError
+
     from ship_ds.data.filters import FilterConfig
 
-    filters = FilterConfig(
-        max_input_words=max_input_words,
-        max_instruction_words=max_instruction_words,
-        max_examples_per_task=max_examples_per_task,
-        min_examples_per_task=min_examples_per_task,
-    )
-    description = describe(path, format, filters)
-    print(json.dumps(description, indent=2) if as_json else show(description))
-    return 0
+    try:
+        return FilterConfig.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
+
+
+def _of_config(recipe: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """A description of each file or folder that the config's data are read from."""
+    from ship_ds.config import load_config
+    from ship_ds.data.source import source_of
+
+    source = source_of(load_config(recipe, overrides).data)
+    source.check()
+    descriptions = source.describe()
+    if not descriptions:
+        raise UserError(f"data: {recipe}: its tasks are read from no file")
+    return descriptions
 
 
 @verb(_PANEL)

@@ -1,30 +1,44 @@
-"""What a file or folder of tasks holds, for `ship-ds data`."""
+"""What a file or folder of tasks holds, for `ship-ds data`: before texts are cut, which needs a
+tokenizer."""
 
 from pathlib import Path
 from typing import Any
 
 from ship_ds.data.filters import FilterConfig, apply_filters
-from ship_ds.data.readers import detect_format, read_tasks
+from ship_ds.data.readers import detect_format, read_tasks, usual_min_examples
+from ship_ds.data.splits import SplitConfig, can_be_tested, split_tasks
+from ship_ds.data.task import DataError, Splits, Task
 
 NUM_SAMPLES = 3
 _WIDTH = 100
 
 
 def describe(
-    path: Path, format: str = "auto", filters: FilterConfig | None = None
+    path: Path,
+    format: str = "auto",
+    filters: FilterConfig | None = None,
+    split: SplitConfig | None = None,
 ) -> dict[str, Any]:
     """Counts before the filters, what the filters leave out by reason and what then stays, and
-    three tasks with an example."""
+    three tasks with an example; the parts of a split, where one is given."""
     tasks = read_tasks(path, format)
-    kept, filtered = apply_filters(tasks, filters or FilterConfig())
+    kept, filtered = apply_filters(
+        tasks, filters or FilterConfig(), usual_min_examples(path, format)
+    )
     picked = tasks[:: max(1, len(tasks) // NUM_SAMPLES)][:NUM_SAMPLES]
     return {
+        "path": str(path),
         "format": detect_format(path) if format == "auto" else format,
         "tasks": len(tasks),
         "examples": sum(len(task.examples) for task in tasks),
         "families": len({task.family for task in tasks if task.family}),
         "filtered": filtered,
-        "kept": {"tasks": len(kept), "examples": sum(len(task.examples) for task in kept)},
+        "kept": {
+            "tasks": len(kept),
+            "examples": sum(len(task.examples) for task in kept),
+            "never_tested": sum(not can_be_tested(task) for task in kept),
+        },
+        **({} if split is None else {"parts": _parts(kept, split)}),
         "samples": [
             {
                 "id": task.id,
@@ -38,16 +52,42 @@ def describe(
     }
 
 
+def _parts(tasks: list[Task], config: SplitConfig) -> dict[str, int] | str:
+    """Tasks of each part, or why there are none."""
+    try:
+        return counts(split_tasks(tasks, config))
+    except DataError as error:
+        return str(error)
+
+
+def counts(splits: Splits) -> dict[str, int]:
+    """Tasks of each part."""
+    return {part: len(getattr(splits, part)) for part in ("seen", "dev", "unseen")}
+
+
 def show(description: dict[str, Any]) -> str:
     """The description as lines for a terminal."""
     kept = description["kept"]
+    untested = kept["never_tested"]
     lines = [
         f"format {description['format']}: {description['tasks']} tasks, {description['examples']} "
         "examples, "
         f"{description['families']} families",
         *(f"left out: {reason}: {count}" for reason, count in description["filtered"].items()),
-        f"kept: {kept['tasks']} tasks, {kept['examples']} examples",
+        f"kept: {kept['tasks']} tasks, {kept['examples']} examples"
+        + (f"; {untested} tasks of one input are trained on and never tested" if untested else ""),
     ]
+    if "weight" in description:
+        lines.insert(0, f"{description['path']}, weight {description['weight']:g}")
+    if "parts" in description:
+        parts = description["parts"]
+        lines.append(
+            parts
+            if isinstance(parts, str)
+            else ", ".join(f"{count} {part}" for part, count in parts.items()) + " tasks"
+        )
+    if "share_of_draws" in description:
+        lines.append(f"{description['share_of_draws']:.1%} of the draws")
     for sample in description["samples"]:
         lines += ["", *(f"  {key:<12} {_short(str(value))}" for key, value in sample.items())]
     return "\n".join(lines)

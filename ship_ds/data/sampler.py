@@ -3,14 +3,19 @@ any number of ranks.
 
 An epoch is a fresh permutation of the seen tasks, those of small families several times where asked
 for; step s takes the tasks at positions s*T to (s+1)*T of the endless row of epochs. The position
-in the data is therefore the step number alone.
+in the data is therefore the step number alone. A task of weight w comes w times an epoch: of weight
+2 twice in each, of weight 0.1 once in every ten (`Epochs`).
 """
 
 import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
 
 from ship_ds.data.task import Example, SplitTask
 
@@ -50,6 +55,61 @@ def balanced(tasks: Sequence[SplitTask], alpha: float) -> tuple[SplitTask, ...]:
     )
 
 
+class Epochs:
+    """The endless row of epochs: which task stands at a position.
+
+    After e epochs a task of weight w has come floor(w e + u) times, u being drawn once for each
+    task from [0, 1): never more than one from w e, and evenly spread. With weights of 1 every epoch
+    has every task once. So epochs may differ in length by a few tasks, and where one begins is a
+    formula and no memory.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        rng = random.Random(f"weights {seed}")
+        # In steps of 2^-20, which adding to whole numbers keeps exact: weight 1 has to stay even.
+        self._first = np.array([rng.randrange(_PHASES) for _ in weights]) / _PHASES
+        self._weights, self.seed = np.array(weights, float), seed
+        # The epoch that was asked for last; replaced as a whole, since two threads may ask.
+        self._last = _Epoch(0, 0, np.zeros(0, np.int64))
+
+    def task_at(self, position: int) -> int:
+        """The number of the task at this position."""
+        epoch = self._last
+        if not epoch.begin <= position < epoch.begin + len(epoch.tasks):
+            epoch = self._last = self._epoch_at(position)
+        order = _permutation(self.seed, epoch.number, len(epoch.tasks))
+        return int(epoch.tasks[order[position - epoch.begin]])
+
+    def _epoch_at(self, position: int) -> "_Epoch":
+        """The epoch that holds this position."""
+        high = 1
+        while self._begin(high) <= position:
+            high *= 2
+        number = bisect_right(range(high), position, key=self._begin) - 1
+        times = self._met_before(number + 1) - self._met_before(number)
+        return _Epoch(number, self._begin(number), np.repeat(np.arange(len(times)), times))
+
+    def _begin(self, epoch: int) -> int:
+        """The first position of an epoch."""
+        return int(self._met_before(epoch).sum())
+
+    def _met_before(self, epoch: int) -> "_Whole":
+        """How often each task has come before an epoch."""
+        return np.floor(self._weights * epoch + self._first).astype(np.int64)
+
+
+_PHASES = 1 << 20
+_Whole = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class _Epoch(NamedTuple):
+    """Its number, its first position, and its tasks before they are shuffled."""
+
+    number: int
+    begin: int
+    tasks: _Whole
+
+
 @dataclass(frozen=True)
 class StepSampler:
     """Draws what makes up each step, as a pure function of the seed and the step."""
@@ -85,9 +145,12 @@ class StepSampler:
         first = rank * accumulation
         return [draws[part::num_parts] for part in range(first, first + accumulation)]
 
+    @cached_property
+    def _epochs(self) -> Epochs:
+        return Epochs([task.weight for task in self.tasks], self.seed)
+
     def _task_at(self, position: int) -> SplitTask:
-        epoch, offset = divmod(position, len(self.tasks))
-        return self.tasks[_permutation(self.seed, epoch, len(self.tasks))[offset]]
+        return self.tasks[self._epochs.task_at(position)]
 
     def _draw(self, task: SplitTask, position: int, num_shown: int) -> TaskDraw:
         rng = random.Random(f"{self.seed} {position} {task.id}")

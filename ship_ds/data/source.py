@@ -69,6 +69,11 @@ class TaskSource(ABC):
             UserError: something is missing or cannot be read; one line naming the key.
         """
 
+    def describe(self) -> list[dict[str, Any]]:
+        """What `ship-ds data` shows, one description (describe.py) for each file or folder; none
+        where tasks come from elsewhere."""
+        return []
+
     def conflict(self, bases: Sequence[str]) -> str | None:
         """Why these tasks and these base models do not go together, in one line; None: they do.
 

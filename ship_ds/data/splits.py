@@ -51,19 +51,26 @@ class SplitConfig(Section):
 
 
 def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
-    """A pure function of tasks and config; each part has a rule. Raises DataError with fewer than
-    three rules."""
-    groups = rule_groups(tasks)
-    if len(groups) < 3:
+    """A pure function of tasks and config; each part has a rule.
+
+    A task with a single input is trained on and never tested. So a rule that has such a task is a
+    seen one, and the shares are of the other rules; where these are fewer than three, all are seen.
+
+    Raises:
+        DataError: every task could be tested, and they are fewer than three rules.
+    """
+    every = rule_groups(tasks)
+    untested = [group for group in every if not all(can_be_tested(tasks[i]) for i in group)]
+    groups = [group for group in every if all(can_be_tested(tasks[i]) for i in group)]
+    if len(groups) < 3 and not untested:
         raise DataError(
             f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for a seen, a dev "
             "and an unseen part; give more"
         )
-    num_unseen = min(max(1, round(config.unseen_share * len(groups))), len(groups) - 2)
-    num_dev = min(max(1, round(config.dev_share * len(groups))), len(groups) - num_unseen - 1)
+    num_unseen, num_dev = _sizes(len(groups), config)
     random.Random(f"split {config.seed}").shuffle(groups)
     parts = (
-        groups[num_unseen + num_dev :],
+        [*groups[num_unseen + num_dev :], *untested],
         groups[num_unseen : num_unseen + num_dev],
         groups[:num_unseen],
     )
@@ -74,10 +81,26 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     return Splits(seen, dev, unseen)
 
 
+def _sizes(num_rules: int, config: SplitConfig) -> tuple[int, int]:
+    """Rules of unseen and of dev: at least one each and one left over, or none of either."""
+    if num_rules < 3:
+        return 0, 0
+    num_unseen = min(max(1, round(config.unseen_share * num_rules)), num_rules - 2)
+    num_dev = min(max(1, round(config.dev_share * num_rules)), num_rules - num_unseen - 1)
+    return num_unseen, num_dev
+
+
+def can_be_tested(task: Task) -> bool:
+    """Whether it has an input to test on beside one to train on."""
+    return len({example.input for example in task.examples}) > 1
+
+
 def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
     """Examples with equal inputs stay on one side, so that no test input was trained on. Both sides
     are in file order."""
     inputs = list(dict.fromkeys(example.input for example in task.examples))
+    if len(inputs) < 2:
+        return SplitTask(task, task.examples[: config.train_examples], ())
     tested = {example.input for example in task.examples if isinstance(example, HeldOutExample)}
     if not tested:
         drawn = random.Random(f"test {config.seed} {task.id}").sample(

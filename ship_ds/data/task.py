@@ -60,7 +60,9 @@ class SplitTask:
     shows.
 
     `kind` says of an unseen task why it is unseen ("parameter", "composition", "family"; "" where
-    that is not known).
+    that is not known). `weight` is how often a seen task is drawn beside one of weight 1; a source
+    with other weights has them in its own fingerprint. Without test examples a task is trained on
+    and never tested.
     """
 
     task: Task
@@ -68,6 +70,7 @@ class SplitTask:
     test: tuple[Example, ...]
     held_out_paraphrases: tuple[str, ...] = ()
     kind: str = ""
+    weight: float = field(default=1.0, repr=False)
 
     @property
     def id(self) -> str:

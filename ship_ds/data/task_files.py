@@ -9,10 +9,11 @@ docs/data.md shows every format, filter and way of splitting. Imports no torch.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ship_ds.data.describe import describe
 from ship_ds.data.filters import FilterConfig, apply_filters
-from ship_ds.data.readers import Format, read_tasks
+from ship_ds.data.readers import Format, read_tasks, usual_min_examples
 from ship_ds.data.source import TaskSource, TextLengths
 from ship_ds.data.splits import SplitConfig, split_tasks
 from ship_ds.data.task import Splits
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class FilesConfig(Section):
-    """Tasks of a file or folder in any format of data/readers."""
+class FilesSection(Section):
+    """A file or folder of tasks in any format of data/readers, and what is done to them."""
 
-    kind: Literal["files"] = "files"
     path: str
     """A file, or a folder that is read whole."""
     format: Format = "auto"
@@ -38,6 +38,12 @@ class FilesConfig(Section):
     """How long texts may be, in tokens."""
     split: SplitConfig = SplitConfig()
     """Which tasks and examples are kept from training."""
+
+
+class FilesConfig(FilesSection):
+    """Tasks of a file or folder in any format of data/readers."""
+
+    kind: Literal["files"] = "files"
     cache: str | None = None
     """Folder of the token cache; None: below the run's folder."""
 
@@ -48,6 +54,78 @@ _FILES_TO_OPEN = 100
 """A folder may hold many thousands; so many stand for all."""
 
 
+def read_files(
+    config: FilesSection, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]
+) -> Splits:
+    """The tasks of a file or folder, filtered, cut and split; see `TaskSource.read`."""
+    path = Path(config.path)
+    tasks = read_tasks(path, config.format)
+    num_examples = sum(len(task.examples) for task in tasks)
+    log(f"{config.path}: {len(tasks)} tasks, {num_examples} examples")
+    usual_min = usual_min_examples(path, config.format)
+    tasks, filtered = apply_filters(tasks, config.filters, usual_min)
+    tasks, cut = truncate_tasks(tasks, tokenizer, config.truncation)
+    # Cutting can leave a task with too few examples, or make two of them equal; the second
+    # pass says so.
+    again = FilterConfig(min_examples_per_task=config.filters.min_examples_per_task)
+    tasks, emptied = apply_filters(tasks, again, usual_min)
+    for step, counts in (
+        ("left out", filtered),
+        ("cut to length", cut),
+        ("left out after cutting", emptied),
+    ):
+        for reason, count in counts.items():
+            log(f"{step}: {reason}: {count}")
+    splits = split_tasks(tasks, config.split)
+    log(f"{len(splits.seen)} seen, {len(splits.dev)} dev and {len(splits.unseen)} unseen tasks")
+    if num_untested := sum(not task.test for task in splits.seen):
+        log(f"of the seen tasks {num_untested} are trained on and never tested: one input each")
+    return splits
+
+
+def lengths_of(config: FilesSection) -> TextLengths:
+    """The limits of `truncation`."""
+    cuts = config.truncation
+    return TextLengths(
+        cuts.instruction.tokens or _UNCUT.instruction,
+        cuts.input.tokens or _UNCUT.input,
+        cuts.target.tokens or _UNCUT.target,
+    )
+
+
+def describe_files(config: FilesSection) -> dict[str, Any]:
+    """What they hold before texts are cut; see describe.py."""
+    return describe(Path(config.path), config.format, config.filters, config.split)
+
+
+def check_path(config: FilesSection, key: str) -> None:
+    """Look whether the folder can be listed and its files opened.
+
+    Args:
+        config: of the files.
+        key: of its path in the run's config, for messages.
+
+    Raises:
+        UserError: it cannot, or the folder is empty.
+    """
+    path = Path(config.path)
+    try:
+        files = (
+            [path / name for name in sorted(os.listdir(path))[:_FILES_TO_OPEN]]
+            if path.is_dir()
+            else [path]
+        )
+        for file in files:
+            if file.is_file() or file == path:
+                file.open("rb").close()
+    except OSError as error:
+        raise UserError(
+            f"{key}: {error.filename}: {error.strerror}; give a readable file or folder of tasks"
+        ) from None
+    if not files:
+        raise UserError(f"{key}: {path}: the folder is empty; give a file or folder of tasks")
+
+
 class FilesSource(TaskSource):
     """See `FilesConfig`."""
 
@@ -55,58 +133,19 @@ class FilesSource(TaskSource):
 
     def read(self, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]) -> Splits:
         """See `TaskSource.read`."""
-        config = self.config
-        tasks = read_tasks(Path(config.path), config.format)
-        num_examples = sum(len(task.examples) for task in tasks)
-        log(f"{config.path}: {len(tasks)} tasks, {num_examples} examples")
-        tasks, filtered = apply_filters(tasks, config.filters)
-        tasks, cut = truncate_tasks(tasks, tokenizer, config.truncation)
-        # Cutting can leave a task with too few examples, or make two of them equal; the second
-        # pass says so.
-        tasks, emptied = apply_filters(
-            tasks, FilterConfig(min_examples_per_task=config.filters.min_examples_per_task)
-        )
-        for step, counts in (
-            ("left out", filtered),
-            ("cut to length", cut),
-            ("left out after cutting", emptied),
-        ):
-            for reason, count in counts.items():
-                log(f"{step}: {reason}: {count}")
-        splits = split_tasks(tasks, config.split)
-        log(f"{len(splits.seen)} seen, {len(splits.dev)} dev and {len(splits.unseen)} unseen tasks")
-        return splits
+        return read_files(self.config, tokenizer, log)
 
     def lengths(self) -> TextLengths:
         """The limits of `truncation`."""
-        cuts = self.config.truncation
-        return TextLengths(
-            cuts.instruction.tokens or _UNCUT.instruction,
-            cuts.input.tokens or _UNCUT.input,
-            cuts.target.tokens or _UNCUT.target,
-        )
+        return lengths_of(self.config)
 
     def check(self) -> None:
         """See `TaskSource.check`: the folder can be listed and its files opened."""
-        path = Path(self.config.path)
-        try:
-            files = (
-                [path / name for name in sorted(os.listdir(path))[:_FILES_TO_OPEN]]
-                if path.is_dir()
-                else [path]
-            )
-            for file in files:
-                if file.is_file() or file == path:
-                    file.open("rb").close()
-        except OSError as error:
-            raise UserError(
-                f"data.path: {error.filename}: {error.strerror}; give a readable file or "
-                "folder of tasks"
-            ) from None
-        if not files:
-            raise UserError(
-                f"data.path: {path}: the folder is empty; give a file or folder of tasks"
-            )
+        check_path(self.config, "data.path")
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One description."""
+        return [describe_files(self.config)]
 
     def token_cache(self, run_folder: Path) -> Path | None:
         """`data.cache`, or a folder below the run's own."""

@@ -126,7 +126,8 @@ def _num_asked(sections: Sequence[_Section], ship: Ship, splits: Splits) -> int:
 
 def _tasks(splits: Splits, section: _Section, part: Part, num_seen: int) -> Sequence[SplitTask]:
     """All dev and unseen rules and at most `num_seen` of the seen ones; fewer in some sections."""
-    tasks = getattr(splits, part) if part in ("dev", "unseen") else tasks_of(splits, part, num_seen)
+    most = sys.maxsize if part in ("dev", "unseen") else num_seen
+    tasks = tasks_of(splits, part, most)
     if part == "seen" and section.key.startswith("controls."):
         tasks = spread(tasks, _NUM_CONTROL_TASKS)
     return spread(tasks, section.max_tasks)

@@ -72,11 +72,10 @@ def ask(
 
 
 def tasks_of(splits: Splits, part: Part, count: int) -> Sequence[SplitTask]:
-    """At most `count` tasks of the part, evenly spaced."""
+    """At most `count` tasks of the part that have something to test on, evenly spaced."""
     if part == "unseen_paraphrase":
-        seen = spread(splits.seen, count)
-        return [task for task in seen if task.held_out_paraphrases]
-    return spread(getattr(splits, part), count)
+        return [task for task in tasks_of(splits, "seen", count) if task.held_out_paraphrases]
+    return spread([task for task in getattr(splits, part) if task.test], count)
 
 
 def spread(tasks: Sequence[SplitTask], count: int) -> Sequence[SplitTask]:

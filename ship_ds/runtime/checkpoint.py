@@ -58,6 +58,8 @@ STATE, LATEST, EVALUATION = "state", "latest", "evaluation.json"
 _FREE_TO_CHANGE = {
     "run.folder",
     "run.init_from",
+    # Was 2 where it is null now; the fingerprint of the data says whether it changed anything.
+    "data.filters.min_examples_per_task",
     "training.max_minutes",
     "training.max_bad_steps",
     "training.deepspeed",

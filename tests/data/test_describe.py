@@ -21,6 +21,7 @@ def test_describe_and_show(tmp_path: Path) -> None:
     found = describe(tmp_path, filters=FilterConfig(max_examples_per_task=4))
     samples = found.pop("samples")
     assert found == {
+        "path": str(tmp_path),
         "format": "jsonl",
         "tasks": 7,
         "examples": 28,
@@ -29,7 +30,7 @@ def test_describe_and_show(tmp_path: Path) -> None:
             "tasks: fewer than 2 examples left": 1,
             "examples: beyond the first 4 of a task": 6,
         },
-        "kept": {"tasks": 6, "examples": 21},
+        "kept": {"tasks": 6, "examples": 21, "never_tested": 0},
     }
     assert [sample["id"] for sample in samples] == ["t0", "t2", "t4"]
     assert samples[0].keys() == {"id", "instruction", "input", "target"}

@@ -1,5 +1,7 @@
 """What the filters leave out, with the count of each reason."""
 
+import pytest
+
 from ship_ds.data.filters import FilterConfig, apply_filters
 from ship_ds.data.splits import hold_out
 from ship_ds.data.task import Example, Task
@@ -74,3 +76,46 @@ def test_the_formats_test_examples_do_not_count_as_the_first_ones() -> None:
     assert kept[0].examples == (*given[:2], given[-1]) and counts == {
         "examples: beyond the first 2 of a task": 4
     }
+
+
+def test_a_preset_sets_what_is_not_written_out() -> None:
+    preset = FilterConfig.model_validate({"preset": "published-sni"})
+    assert (preset.max_input_words, preset.max_instruction_words) == (20, 32)
+    assert (preset.min_examples_per_task, preset.max_examples_per_task) == (27, 27)
+    wins = FilterConfig.model_validate(
+        {"preset": "published-sni", "max_input_words": 9, "max_instruction_words": None}
+    )
+    assert (wins.max_input_words, wins.max_instruction_words) == (9, None)
+    assert wins.max_examples_per_task == 27
+    assert FilterConfig.model_validate(wins.model_dump()) == wins
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "kept"),
+    [
+        ("published-sni", task("t", " ".join("k" * 32), num=27, length=19), 27),
+        ("published-sni", task("t", num=40), 27),
+        ("published-sni", task("t", num=26), None),
+        ("published-sni", task("t", num=27, length=20), None),
+        ("published-sni", task("t", " ".join("k" * 33), num=27), None),
+        ("published-p3", task("p3-3", num=25, length=300), 25),
+        ("published-p3", task("p3-3", num=24), None),
+        ("published-p3", task("p3-3", num=25, length=600), None),
+        ("published-p3", task("p3-1", num=25), None),
+    ],
+)
+def test_presets_keep_what_the_authors_keep(preset: str, given: Task, kept: int | None) -> None:
+    tasks, counts = apply_filters([given], FilterConfig.model_validate({"preset": preset}))
+    assert [len(t.examples) for t in tasks] == ([] if kept is None else [kept])
+    assert kept is not None or counts
+
+
+def test_a_task_of_one_input_stays_where_one_example_is_enough() -> None:
+    one = Task("one", "k", (Example("", "x"),))
+    three = Task("three", "k", tuple(Example("", x) for x in "xyz"))
+    only_tested = Task("tested", "k", (hold_out(Example("", "x")),))
+    filters = FilterConfig(min_examples_per_task=1)
+    kept, counts = apply_filters([one, three, only_tested], filters)
+    assert kept == [one, three] and counts == {"tasks: only the format's test examples left": 1}
+    assert apply_filters([one], FilterConfig(), usual_min=1)[0] == [one]
+    assert apply_filters([one], FilterConfig(min_examples_per_task=2), usual_min=1)[0] == []

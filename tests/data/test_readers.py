@@ -49,6 +49,90 @@ def test_natural_instructions(tmp_path: Path) -> None:
     assert first.examples == (Example("sky", "blue", ("blue", "azure")), Example("nothing", ""))
 
 
+def test_rows_with_one_instruction_are_one_task(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Name its colour. ", "input": "sky", "output": "blue\n", "text": "..."},
+        {"instruction": "Name a colour.", "input": "", "output": "red"},
+        {"instruction": "Name its colour.", "input": "grass", "output": "green"},
+        {"instruction": "Nenne eine Farbe.", "output": "grün"},
+        {"instruction": "说一种颜色", "input": None, "output": ""},
+    ]
+    write(tmp_path / "a.json", rows)
+    lines = tmp_path / "b.jsonl"
+    lines.write_text("\n".join(json.dumps(row) for row in rows))
+    for path in (tmp_path / "a.json", lines):
+        assert detect_format(path) == "alpaca"
+        tasks = read_tasks(path)
+        assert [task.id for task in tasks] == [f"{path.stem}:{i}" for i in (1, 2, 4, 5)]
+        assert tasks[0].instruction == "Name its colour."
+        assert tasks[0].examples == (Example("sky", "blue"), Example("grass", "green"))
+        assert [task.examples for task in tasks[1:]] == [
+            (Example("", "red"),),
+            (Example("", "grün"),),
+            (Example("", ""),),
+        ]
+    both = read_tasks(tmp_path)
+    assert [task.id for task in both] == ["a:1", "a:2", "a:4", "a:5"]
+    assert len(both[0].examples) == 4, "the files of a folder are one data set"
+
+
+def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in said]
+
+
+def test_the_first_turns_of_a_chat_are_a_triple(tmp_path: Path) -> None:
+    asked = (("user", "sky"), ("assistant", "blue"), ("user", "why?"), ("assistant", "air"))
+    shared = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "red"}]
+    rows = [
+        {"messages": turns(("system", "Name its colour."), *asked)},
+        {"messages": turns(("system", " "), *asked), "source": "x"},
+        {"conversations": shared},
+    ]
+    path = write(tmp_path / "chat.json", rows)
+    assert detect_format(path) == "messages"
+    first, second, third = read_tasks(path)
+    assert (first.instruction, first.examples) == ("Name its colour.", (Example("sky", "blue"),))
+    assert (second.instruction, second.examples) == ("sky", (Example("", "blue"),))
+    assert (third.instruction, third.examples) == ("Name a colour.", (Example("", "red"),))
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "complaint"),
+    [
+        ("alpaca", {"instruction": "k", "input": 3, "output": "y"}, "row 2.input: expected a text"),
+        ("alpaca", {"instruction": " ", "output": "y"}, "row 2: the instruction is empty"),
+        ("alpaca", {"instruction": "k"}, "row 2: has no 'output'"),
+        ("alpaca", "k", "row 2: expected an object, got a text"),
+        ("messages", {"text": "k"}, "row 2: has neither 'messages' nor 'conversations'"),
+        ("messages", {"messages": []}, "row 2.messages: expected a user's turn and then an assi"),
+        (
+            "messages",
+            {"messages": turns(("user", "a"), ("user", "b"))},
+            "row 2.messages: expected a user's turn and then an assistant's, got user, user",
+        ),
+        (
+            "messages",
+            {"messages": turns(("tool", "a"))},
+            "row 2.messages[0].role: expected one of system, user",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": None}]},
+            "row 2.messages[0].content: expected a text, got null",
+        ),
+    ],
+)
+def test_malformed_rows_are_one_line(tmp_path: Path, name: str, row: Any, complaint: str) -> None:
+    good = {
+        "alpaca": {"instruction": "k", "output": "y"},
+        "messages": {"messages": turns(("user", "x"), ("assistant", "y"))},
+    }
+    path = write(tmp_path / "rows.json", [good[name], row])
+    with pytest.raises(DataError) as caught:
+        read_tasks(path, name)
+    assert str(caught.value).startswith(f"{path}: {complaint}") and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -113,6 +197,7 @@ def test_instruction_induction(tmp_path: Path) -> None:
         [{"concept": "fly", "items": ["bird", "plane"], "all_common_concepts": ["fly", "move"]}],
     )
     cause, concept, rhymes = read_tasks(tmp_path)
+    assert [t.paper_metric for t in (cause, concept, rhymes)] == ["exact", "f1", "exact"]
     assert detect_format(tmp_path) == "instruction-induction"
     assert cause.examples == (
         Example("Sentence 1: He got wet. Sentence 2: It rained.", "It rained."),

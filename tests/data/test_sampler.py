@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ship_ds.data.sampler import StepSampler, TaskDraw, balanced
+from ship_ds.data.sampler import Epochs, StepSampler, TaskDraw, balanced
 from ship_ds.data.task import Example, SplitTask, Task
 
 
@@ -150,3 +150,30 @@ def test_small_task_repeats_examples_and_shows_none() -> None:
     sampler = StepSampler([_task(0, 2)], 0, 1, 5, 4, 0.0)
     draw = sampler.draw_step(0)[0]
     assert len(draw.answered) == 5 and draw.shown == ()
+
+
+def test_a_task_comes_its_weight_an_epoch() -> None:
+    """After e epochs every task has come e times its weight, to less than one."""
+    weights = [2.0] * 3 + [1.0] * 7 + [0.37] * 11 + [0.1] * 20
+    tasks = [replace(_task(i), weight=weight) for i, weight in enumerate(weights)]
+    sampler = _sampler(tasks=tasks)
+    counts: Counter[str] = Counter()
+    position = 0
+    for epoch in range(1, 41):
+        begin = Epochs(weights, 3)._begin(epoch)
+        counts.update(sampler._task_at(p).id for p in range(position, begin))
+        position = begin
+        for task in tasks:
+            assert abs(counts[task.id] - epoch * task.weight) < 1, (epoch, task.weight)
+    assert position == pytest.approx(40 * sum(weights), abs=len(weights))
+    assert [counts[f"t{i}"] for i in (0, 3)] == [80, 40]
+
+
+def test_equal_weights_draw_as_weights_of_one_do_and_any_position_is_found_at_once() -> None:
+    plain, again = _sampler(), _sampler()
+    assert plain._task_at(24 * 10**7 + 5) == again._task_at(24 * 10**7 + 5)
+    for start in (0, 24 * 1000, 24 * 10**7):
+        ids = [again._task_at(start + i).id for i in range(24)]
+        assert len(set(ids)) == 24
+    rare = Epochs([0.001] * 3, 0)
+    assert sorted(rare.task_at(i) for i in range(3)) == [0, 1, 2]

@@ -18,8 +18,8 @@ from tests.conftest import start
 
 TASKS = "tests/fixtures/v0_1/tasks.jsonl"
 DATA = (
-    "data={kind: mixture, parts: [{kind: rules, num_seen: 12, train_examples: 12, test_examples: "
-    f"3}}, {{kind: files, path: {TASKS}, filters: {{min_examples_per_task: 2}}}}]}}"
+    "data={kind: toy_joined, parts: [{kind: rules, num_seen: 12, train_examples: 12, "
+    f"test_examples: 3}}, {{kind: files, path: {TASKS}, filters: {{min_examples_per_task: 2}}}}]}}"
 )
 
 
@@ -81,7 +81,7 @@ def test_what_is_wrong_in_a_part_is_one_line_at_once(part: str, line: str, tmp_p
         "--config",
         "quickstart-smoke",
         f"run.folder={tmp_path / 'run'}",
-        f"data={{kind: mixture, parts: [{{{part}}}]}}",
+        f"data={{kind: toy_joined, parts: [{{{part}}}]}}",
     )
     assert (code, output) == (2, "") and errors.count("\n") == 1 and line in errors
 
@@ -89,4 +89,4 @@ def test_what_is_wrong_in_a_part_is_one_line_at_once(part: str, line: str, tmp_p
 def test_without_the_plugin_the_kind_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SHIP_DS_PLUGINS")
     code, _, errors = ship_ds("train", "--config", "quickstart-smoke", DATA)
-    assert code == 2 and "there is no 'mixture'; there are rules, files" in errors
+    assert code == 2 and "there is no 'toy_joined'; there are rules, files, mixture" in errors

@@ -112,8 +112,10 @@ def test_no_input_is_both_trained_on_and_tested() -> None:
     part = only(tuple(Example(str(i % 7), str(i)) for i in range(20)), SplitConfig(test_examples=5))
     assert not {e.input for e in part.train} & {e.input for e in part.test}
     assert len(part.test) == 5 and len({e.input for e in part.train}) == 4
-    with pytest.raises(DataError, match="task 'a' has 1 distinct inputs, too few"):
-        only((Example("x", "1"), Example("x", "2")), SplitConfig())
+    same = (Example("x", "1"), Example("x", "2"))
+    assert (only(same, SplitConfig()).train, only(same, SplitConfig()).test) == (same, ())
+    with pytest.raises(DataError, match="task 'a' has 2 distinct inputs, too few"):
+        only((hold_out(Example("x", "1")), hold_out(Example("y", "2"))), SplitConfig())
 
 
 def test_test_examples_are_drawn_by_seed_from_the_whole_file() -> None:
@@ -136,3 +138,25 @@ def test_a_formats_own_test_examples_are_never_trained_on(num_test: int) -> None
     part = only(given + held, SplitConfig(test_examples=num_test))
     assert part.train == given[:3] + given[4:]
     assert [e.input for e in part.test] == ["3", "3", "8"][:num_test]
+
+
+def test_a_task_of_one_input_is_trained_on_and_never_tested() -> None:
+    many = [task(f"t{i}", f"rule number {i} of them") for i in range(30)]
+    ones = [task(f"one{i}", f"say {i}", num=1) for i in range(50)]
+    before, splits = (split_tasks(tasks, SplitConfig()) for tasks in (many, [*many, *ones]))
+    assert [len(part) for part in (before.dev, before.unseen)] == [2, 3]
+    assert (splits.dev, splits.unseen) == (before.dev, before.unseen)
+    assert [t.id for t in splits.seen] == [t.id for t in (*before.seen,)] + [t.id for t in ones]
+    assert all((t.train, t.test) == (t.task.examples, ()) for t in splits.seen[-50:])
+    tested = {t.id for t in before.unseen}
+    first = next(t for t in many if t.id in tested)
+    near = Task("near", f"{first.instruction}!", (Example("", "x"),))
+    seen = {t.id for t in split_tasks([*many, near], SplitConfig()).seen}
+    assert {first.id, "near"} <= seen, "its rule is trained on, so it is not unseen"
+
+
+def test_tasks_of_one_input_alone_are_all_seen() -> None:
+    ones = [task(f"one{i}", f"say {i}", num=1) for i in range(2)]
+    splits = split_tasks([*ones, task("two", "double it")], SplitConfig())
+    assert [len(part) for part in (splits.seen, splits.dev, splits.unseen)] == [3, 0, 0]
+    assert splits.seen[2].test

@@ -1,7 +1,7 @@
 """A task source from outside the package: several sources in one run.
 
     SHIP_DS_PLUGINS=tests.toys.source ship-ds train --config quickstart-smoke \
-        'data={kind: mixture, parts: [{kind: rules}, {kind: files, path: tasks.jsonl}]}'
+        'data={kind: toy_joined, parts: [{kind: rules}, {kind: files, path: tasks.jsonl}]}'
 """
 
 from collections.abc import Callable, Sequence
@@ -18,20 +18,20 @@ from ship_ds.kinds import SOURCES
 from ship_ds.section import Section
 
 
-class MixtureConfig(Section):
+class JoinedConfig(Section):
     """The tasks of several sources together, each split by itself."""
 
-    kind: Literal["mixture"] = "mixture"
+    kind: Literal["toy_joined"] = "toy_joined"
     parts: tuple[DataConfig, ...] = Field(min_length=1)
     """Sections as `data` takes them."""
 
 
-class Mixture(TaskSource):
-    """See `MixtureConfig`; a task is called by the position of its part: "0/reverse"."""
+class Joined(TaskSource):
+    """See `JoinedConfig`; a task is called by the position of its part: "0/reverse"."""
 
-    config: MixtureConfig
+    config: JoinedConfig
 
-    def __init__(self, config: MixtureConfig) -> None:
+    def __init__(self, config: JoinedConfig) -> None:
         super().__init__(config)
         self.sources = [source_of(part) for part in config.parts]
 
@@ -66,4 +66,4 @@ def _renamed(parts: Sequence[Sequence[SplitTask]]) -> tuple[SplitTask, ...]:
     )
 
 
-SOURCES.register(MixtureConfig, Mixture)
+SOURCES.register(JoinedConfig, Joined)

@@ -10,9 +10,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from ship_ds.data.readers import (
+    alpaca,
     instruction_induction,
     jsonl,
     list_functions,
+    messages,
     natural_instructions,
     p3_columns,
     p3_sample,
@@ -25,6 +27,8 @@ FORMATS: dict[str, ModuleType] = {
     "list-functions": list_functions,
     "p3-sample": p3_sample,
     "p3": p3_columns,
+    "alpaca": alpaca,
+    "messages": messages,
     "jsonl": jsonl,
 }
 """Every reader by the name that `data.format` calls it; "auto" takes the first that matches."""
@@ -44,6 +48,13 @@ def detect_format(path: Path) -> str:
         if reader.matches(path):
             return name
     raise DataError(f"{path}: not a format that is read here; the formats are {', '.join(FORMATS)}")
+
+
+def usual_min_examples(path: Path, format: str = "auto") -> int:
+    """Examples that a task of this format has at least, where no filter says another number: two,
+    one to train and one to test on, but in formats that are made for pre-training."""
+    reader = FORMATS[detect_format(path) if format == "auto" else format]
+    return getattr(reader, "MIN_EXAMPLES_PER_TASK", 2)
 
 
 def read_tasks(path: Path, format: str = "auto") -> list[Task]:

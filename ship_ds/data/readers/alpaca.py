@@ -1,0 +1,44 @@
+"""Instruction triples (Taori et al. 2023): rows of `instruction`, `input` and `output`, as a JSON
+array or as JSONL.
+
+    [{"instruction": "Name its colour.", "input": "sky", "output": "blue"},
+     {"instruction": "Name three colours.", "input": "", "output": "Red, green and blue."}]
+
+Rows with one instruction are the examples of one task. Most instructions come once, and their
+`input` is often empty or missing. Other keys, such as `text`, are ignored.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ship_ds.data.readers.checks import expect, field
+from ship_ds.data.readers.rows import Triple, files_of, first_row, read_triples
+from ship_ds.data.task import Task
+
+MIN_EXAMPLES_PER_TASK = 1
+"""Tasks of one example are what this format is for."""
+
+
+def matches(path: Path) -> bool:
+    """Whether the first row has an instruction and an output."""
+    row = first_row(path)
+    return row is not None and {"instruction", "output"} <= row.keys()
+
+
+def read(path: Path) -> list[Task]:
+    """The tasks, one for each distinct instruction."""
+    return read_triples(files_of(path), _read_row)
+
+
+def _read_row(row: dict[str, Any], path: Path, where: str) -> Triple:
+    return Triple(
+        field(row, "instruction", str, path, where).strip(),
+        _input(row, path, where),
+        field(row, "output", str, path, where).strip(),
+    )
+
+
+def _input(row: dict[str, Any], path: Path, where: str) -> str:
+    """Empty where it is missing or null."""
+    text = row.get("input")
+    return "" if text is None else expect(text, str, path, f"{where}.input").strip()

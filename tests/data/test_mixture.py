@@ -1,0 +1,161 @@
+"""A mixture: each source read and split by itself, no rule in two parts, weights that are kept; a
+pre-training on triples and an in-domain run that starts from it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ship_ds import cli
+from ship_ds.config import load_config
+from ship_ds.data.mixture import MixtureConfig, MixtureTasks
+from ship_ds.data.source import source_of
+from ship_ds.data.task import Splits
+from ship_ds.data.task_files import FilesConfig, FilesSource
+from ship_ds.model.loading import load_tokenizer
+from tests.conftest import start
+
+
+def tasks(path: Path, wordings: list[str]) -> Path:
+    rows = [
+        {
+            "id": f"t{i}",
+            "instruction": wording,
+            "examples": [{"input": f"{i} {n}", "target": str(n)} for n in range(6)],
+        }
+        for i, wording in enumerate(wordings)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def triples(path: Path, count: int) -> Path:
+    rows = [{"instruction": f"say {i}", "input": "", "output": str(i)} for i in range(count)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tasks(tmp_path / "tasks.jsonl", [f"add {i} to it" for i in range(30)])
+    triples(tmp_path / "alpaca.json", 40)
+    return tmp_path
+
+
+def mixture(folder: Path, **alpaca: Any) -> MixtureTasks:
+    sources = [{"path": str(folder / "tasks.jsonl")}, {"path": str(folder / "alpaca.json")}]
+    return MixtureTasks(
+        MixtureConfig.model_validate({"sources": [sources[0], sources[1] | alpaca]})
+    )
+
+
+def read(source: MixtureTasks) -> tuple[Splits, list[str]]:
+    lines: list[str] = []
+    return source.read(load_tokenizer("embedded"), lines.append), lines
+
+
+def test_each_source_keeps_the_split_that_it_has_alone(folder: Path) -> None:
+    splits, lines = read(mixture(folder, weight=0.25))
+    alone = FilesSource(FilesConfig(path=str(folder / "tasks.jsonl"))).read(
+        load_tokenizer("embedded"), lambda text: None
+    )
+    for part in ("seen", "dev", "unseen"):
+        ours = [task for task in getattr(splits, part) if task.id.startswith("tasks.jsonl/")]
+        assert [t.task.instruction for t in ours] == [
+            t.task.instruction for t in getattr(alone, part)
+        ]
+    triples = [task for task in splits.seen if task.id.startswith("alpaca.json/")]
+    assert len(triples) == 40 and all(t.weight == 0.25 and not t.test for t in triples)
+    assert lines[-2:] == [
+        "tasks.jsonl: weight 1: 25 seen tasks, 75 examples, 71.4% of the draws",
+        "alpaca.json: weight 0.25: 40 seen tasks, 40 examples, 28.6% of the draws",
+    ]
+    assert "alpaca.json: of the seen tasks 40 are trained on and never tested: one input each" in (
+        lines
+    )
+
+
+def test_a_rule_in_two_parts_stays_where_it_is_tested(folder: Path) -> None:
+    """The second file has every rule of the first, split by another seed."""
+    splits, lines = read(mixture(folder))
+    tested = {task.task.instruction for task in (*splits.dev, *splits.unseen)}
+    tasks(folder / "again.jsonl", [f"add {i} to it" for i in reversed(range(30))])
+    source = mixture(folder, path=str(folder / "again.jsonl"), split={"seed": 1})
+    splits, lines = read(source)
+    parts = [
+        {task.task.instruction for task in part}
+        for part in (splits.seen, splits.dev, splits.unseen)
+    ]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert tested <= parts[1] | parts[2] and any("the rule of a tested one" in x for x in lines)
+
+
+def test_weights_are_part_of_what_a_checkpoint_compares(folder: Path) -> None:
+    one, two = mixture(folder), mixture(folder, weight=2)
+    splits = [read(source)[0] for source in (one, two)]
+    assert one.fingerprint(splits[0]) == one.fingerprint(read(one)[0])
+    assert one.fingerprint(splits[0]) != two.fingerprint(splits[1])
+
+
+def test_two_sources_of_one_name_are_told_apart(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"two are called 'tasks.jsonl'; give one of them a name"):
+        mixture(folder, path=str(folder / "tasks.jsonl"))
+    named, _ = read(mixture(folder, path=str(folder / "tasks.jsonl"), name="b"))
+    assert {task.id.split("/")[0] for task in named.seen} == {"tasks.jsonl", "b"}
+
+
+def test_the_verb_data_describes_every_source(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = f"{{path: {folder / 'tasks.jsonl'}}}, {{path: {folder / 'alpaca.json'}, weight: 3}}"
+    command = ["data", "--config", "quickstart-smoke", f"data={{sources: [{sources}]}}"]
+    assert cli.main([*command, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["parts"] == {"seen": 25, "dev": 2, "unseen": 3}
+    assert (second["format"], second["kept"]["never_tested"]) == ("alpaca", 40)
+    assert second["share_of_draws"] == pytest.approx(120 / 145)
+    assert cli.main(command) == 0
+    assert "alpaca.json, weight 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ("{sources: []}", "data.sources: "),
+        ("{sources: [{path: /nowhere}]}", "data.sources.0.path: /nowhere: No such file"),
+        ("{sources: [{path: x, wieght: 2}]}", "data.sources.0.wieght: unknown key"),
+        ("{sources: [{path: x, weight: 0}]}", "data.sources.0.weight: "),
+        ("{sources: [{path: x, name: a/b}]}", "data.sources.0.name: "),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    data: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["train", "--config", "quickstart-smoke", f"run.folder={tmp_path / 'run'}"]
+    assert cli.main([*run, f"data={data}"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and line in errors
+
+
+@pytest.mark.slow
+def test_pre_training_on_triples_and_in_domain_from_it(
+    folder: Path, rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    triples = f"{{path: {folder / 'alpaca.json'}}}"
+    shared = "{steps: 2, tasks_per_step: 4, examples_per_task: 1, threads: 1}"
+    command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", f"training={shared}"]
+    for name, data, more in (
+        ("triples", f"{{sources: [{triples}]}}", []),
+        ("mixed", f"{{sources: [{triples}, {{path: {folder / 'tasks.jsonl'}}}]}}", []),
+        ("in-domain", f"{{path: {folder / 'tasks.jsonl'}}}", [f"run.init_from={folder / 'mixed'}"]),
+    ):
+        done = start([*command, f"run.folder={folder / name}", f"data={data}", *more])
+        assert done.returncode == 0, done.stderr[-3000:]
+        report = json.loads((folder / name / "report.json").read_text())
+        assert report["deduction"]["unseen"]["n_tasks"] == (0 if name == "triples" else 3)
+        assert len(rows(folder / name)) == 2
+    assert (folder / "triples" / "bundle").is_dir()
+    config = load_config("quickstart-smoke", [f"data={{sources: [{triples}]}}"])
+    assert isinstance(source_of(config.data), MixtureTasks)
