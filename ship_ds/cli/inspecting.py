@@ -149,6 +149,9 @@ def evaluate(
         str, typer.Option(help="of the judge; OPENAI_API_KEY holds its key")
     ] = "http://localhost:8000/v1",
     endpoint_model: Annotated[str, typer.Option(help="name of the judge's model")] = "default",
+    endpoint_prompts: Annotated[
+        str, typer.Option(help="of strict, published, published-lists: what the judge is asked")
+    ] = "strict",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -158,7 +161,16 @@ def evaluate(
     from ship_ds.evaluation.config import HarnessConfig
 
     settings = HarnessConfig.from_options(
-        methods, parts, num_tasks, num_shown, minutes, judge, endpoint, endpoint_model, seed
+        methods,
+        parts,
+        num_tasks,
+        num_shown,
+        minutes,
+        judge,
+        endpoint,
+        endpoint_model,
+        endpoint_prompts,
+        seed,
     )
     checks.check_run(run)
     from ship_ds.evaluation.evaluate import evaluate, show

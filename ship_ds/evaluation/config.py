@@ -37,6 +37,9 @@ class EndpointConfig(Section):
     """Where /chat/completions is found."""
     model: str = "default"
     """Name of the model that the server is asked for."""
+    prompts: Literal["strict", "published", "published-lists"] = "strict"
+    """What it is asked: strictly, by our own words, or by those of SHIP's authors, for texts as for
+    answers."""
     retries: int = 5
     """Of a request that failed, each after a longer wait."""
     timeout_seconds: float = 60
@@ -59,7 +62,7 @@ class HarnessConfig(Section):
     """Training time of each baseline."""
     judges: tuple[JudgeName, ...] = ("execution", "rouge")
     """What scores an induced instruction: do its answers match (execution), do its words (rouge),
-    does a language model call it the same (endpoint)."""
+    does a language model call it the same (endpoint); the last also scores answers."""
     endpoint: EndpointConfig = EndpointConfig()
     """The judge behind an endpoint, where it is one of `judges`."""
     seed: int = 0
@@ -86,6 +89,7 @@ class HarnessConfig(Section):
         judge: str = "execution,rouge",
         endpoint: str = "http://localhost:8000/v1",
         endpoint_model: str = "default",
+        endpoint_prompts: str = "strict",
         seed: int = 0,
     ) -> "HarnessConfig":
         """The settings that the options of `ship-ds evaluate` ask for; lists have commas in them.
@@ -105,13 +109,15 @@ class HarnessConfig(Section):
             "num_tasks": num_tasks,
             "minutes": minutes,
             "seed": seed,
-            "endpoint": {"url": endpoint, "model": endpoint_model},
+            "endpoint": {"url": endpoint, "model": endpoint_model, "prompts": endpoint_prompts},
         }
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-            option = str(first["loc"][0]).replace("_", "-").replace("judges", "judge")
+            # --endpoint and its likes are a section of their own
+            place = first["loc"][: 2 if first["loc"][0] == "endpoint" else 1]
+            option = "-".join(map(str, place)).replace("_", "-").replace("judges", "judge")
             raise UserError(f"--{option}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

@@ -1,5 +1,5 @@
 """A judge behind an OpenAI-compatible endpoint: is the induced instruction the same as the true
-one?"""
+one, and is an answer right?"""
 
 import json
 import os
@@ -8,25 +8,22 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
-from ship_ds.evaluation.judge import Judge
+from ship_ds.evaluation.judge import Columns, Judge
+from ship_ds.evaluation.judge_prompts import JUDGE_PROMPTS
 from ship_ds.evaluation.questions import Question
 from ship_ds.files import write_json
+from ship_ds.inference.deduction import AnswersByTask
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-_QUESTION = (
-    "Two instructions for the same kind of input follow. Would a careful reader who follows them "
-    "give the same output for "
-    "every input? Answer with one word, yes or no."
-)
-
 
 class EndpointJudge(Judge):
     """A language model behind an OpenAI-compatible endpoint says whether the text means the same as
-    the instruction.
+    the instruction, and whether an answer is right.
 
     Every reply is kept in `folder` under the hash of its request, and is not asked for again.
     """
@@ -34,10 +31,9 @@ class EndpointJudge(Judge):
     def __init__(self, config: EndpointConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.client = _client(config)
+        self.prompt = JUDGE_PROMPTS[config.prompts]
 
-    def columns(
-        self, induced: Sequence[str], questions: Sequence[Question]
-    ) -> dict[str, list[list[float]]]:
+    def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         return {
             "judged_equivalence": [
                 [self.is_same(text, q.task.task.instruction)]
@@ -45,17 +41,31 @@ class EndpointJudge(Judge):
             ]
         }
 
-    def is_same(self, text: str, instruction: str) -> bool:
-        """Anything but a reply that starts with "yes" is a no."""
-        reply = self.reply(f"{_QUESTION}\n\nFirst: {instruction}\nSecond: {text}")
-        return reply.strip().strip("*\"'").lower().startswith("yes")
-
-    def reply(self, content: str) -> str:
-        request = {
-            "model": self.config.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
+    def answer_columns(self, answers: AnswersByTask, questions: Sequence[Question]) -> Columns:
+        return {
+            "judged_right": [
+                [
+                    self.is_right(answer, example, q.task.task.instruction)
+                    for answer, example in zip(row, q.asked, strict=True)
+                ]
+                for row, q in zip(answers, questions, strict=True)
+            ]
         }
+
+    def is_same(self, text: str, instruction: str) -> bool:
+        """Whether the judge says that the text means what the instruction does."""
+        return self.prompt.is_yes(self.reply(self.prompt.about_text(text, instruction)))
+
+    def is_right(self, answer: str | None, example: Example, instruction: str) -> bool:
+        """Whether the judge calls the answer right; of one that never ended it is not asked."""
+        if answer is None:
+            return False
+        messages = self.prompt.about_answer(answer, example, instruction)
+        return self.prompt.is_yes(self.reply(messages))
+
+    def reply(self, messages: list[dict[str, str]]) -> str:
+        """The judge's words, from the folder where it has been asked before."""
+        request = {"model": self.config.model, "messages": messages, "temperature": 0}
         path = (
             self.folder
             / f"{sha256(json.dumps([self.config.url, request]).encode()).hexdigest()}.json"

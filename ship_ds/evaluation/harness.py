@@ -27,7 +27,7 @@ from ship_ds.data.task import Splits
 from ship_ds.errors import UserError
 from ship_ds.evaluation.cells import Cell, CellStore, Measured, cells_of, changed
 from ship_ds.evaluation.config import HarnessConfig
-from ship_ds.evaluation.judges import build_judges
+from ship_ds.evaluation.judges import build_judges, judges_of
 from ship_ds.evaluation.measure import measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED
@@ -127,10 +127,12 @@ class Harness:
         if cell.method in TRAINED:
             settings["minutes"] = config.minutes
         settings |= METHODS[cell.method].settings()
-        if cell.direction == "induction":
-            settings["judges"] = sorted(config.judges)
-            if "endpoint" in config.judges:
-                settings["endpoint"] = [config.endpoint.url, config.endpoint.model]
+        judges = judges_of(cell.direction, config.judges)
+        if judges or cell.direction == "induction":
+            settings["judges"] = sorted(judges)
+        if "endpoint" in judges:
+            endpoint = config.endpoint
+            settings["endpoint"] = [endpoint.url, endpoint.model, endpoint.prompts]
         # tuples are lists once stored
         as_stored: dict[str, Any] = json.loads(json.dumps(settings))
         return as_stored

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Example
+from ship_ds.evaluation.cells import Direction
 from ship_ds.evaluation.config import EndpointConfig, JudgeName
 from ship_ds.evaluation.endpoint import EndpointJudge
 from ship_ds.evaluation.judge import Columns, Judge
@@ -94,6 +95,16 @@ def paper_rows(
         else []
         for row, examples, q in zip(answers, asked, questions, strict=True)
     ]
+
+
+def judges_of(direction: Direction, names: Sequence[JudgeName]) -> list[JudgeName]:
+    """Those of these judges that score anything in a direction: texts, or answers."""
+    if direction == "induction":
+        return list(names)
+    return [name for name in names if name in _OF_ANSWERS and direction != "reconstruction"]
+
+
+_OF_ANSWERS: tuple[JudgeName, ...] = ("endpoint",)
 
 
 def build_judges(

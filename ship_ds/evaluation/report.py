@@ -23,6 +23,7 @@ TITLES = {
     "execution_paper_metric": "the paper's execution accuracy, text in the prompt",
     "execution_paper_metric_encoder": "the paper's execution accuracy, through the encoder",
     "judged_equivalence": "judged the same",
+    "judged_right": "judged right",
     "exact_match_found": "exact match by the latent found",
     "exact_match_stated": "exact match, induced text in the prompt",
 }

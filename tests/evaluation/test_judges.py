@@ -6,15 +6,16 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from ship_ds.api import Ship
 from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.errors import UserError
+from ship_ds.evaluation.config import JudgeName
 from ship_ds.evaluation.endpoint import EndpointConfig, EndpointJudge
-from ship_ds.evaluation.judges import ExactMatchJudge, ExecutionJudge, RougeJudge
+from ship_ds.evaluation.judges import ExactMatchJudge, ExecutionJudge, RougeJudge, judges_of
 from ship_ds.evaluation.metrics import rouge_l
 from ship_ds.evaluation.questions import Question, ask
 
@@ -49,11 +50,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.status, {"error": {"message": "overloaded", "type": "server_error"}}
             )
         lines = body["messages"][-1]["content"].splitlines()
-        said = (
-            "Yes."
-            if lines[-2].removeprefix("First: ") == lines[-1].removeprefix("Second: ")
-            else "No."
-        )
+        one, other = (line.partition(": ")[2] for line in lines[-2:])
+        has_system = body["messages"][0]["role"] == "system"
+        said = ("No.", "Yes.", "It is False.", "That is **True**.")[2 * has_system + (one == other)]
         message = {"role": "assistant", "content": said}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         self.reply(
@@ -125,6 +124,47 @@ def test_endpoint_is_asked_once_a_question(
         "Yes.",
     ]
     assert "secret" not in json.dumps(stored)
+
+
+def test_published_prompts_are_the_authors_and_true_anywhere_is_a_yes(
+    server: Server, questions: list[Question], tmp_path: Path
+) -> None:
+    judge = EndpointJudge(EndpointConfig(url=server.url, prompts="published"), tmp_path)
+    true = questions[0].task.task.instruction
+    assert judge.columns([true, "else"], questions[:2]) == {"judged_equivalence": [[True], [False]]}
+    system, user = server.requests[0]["messages"]
+    assert system["content"] == (
+        "Here are two instructions described in natural language. \nPlease help me determine if "
+        'these two instructions are equivalent.\nOnly return "True" or "False".'
+    )
+    assert user["content"] == f"transformation A: {true}\ntransformation B: {true}"
+    of_lists = EndpointConfig(url=server.url, prompts="published-lists")
+    EndpointJudge(of_lists, tmp_path).columns([true], questions[:1])
+    assert "two transformations" in server.requests[-1]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("prompts", ["strict", "published"])
+def test_answers_are_judged_and_one_that_never_ended_is_wrong_unasked(
+    prompts: Literal["strict", "published"],
+    server: Server,
+    questions: list[Question],
+    tmp_path: Path,
+) -> None:
+    judge = EndpointJudge(EndpointConfig(url=server.url, prompts=prompts), tmp_path)
+    question = questions[0]
+    answers = [[None, "no", *(example.target for example in question.asked[2:])]]
+    right = [[False, False, *[True] * (len(question.asked) - 2)]]
+    assert judge.answer_columns(answers, [question]) == {"judged_right": right}
+    assert len(server.requests) == len(question.asked) - 1
+    asked = server.requests[0]["messages"][-1]["content"]
+    assert question.task.task.instruction in asked and question.asked[1].input in asked
+
+
+def test_judges_score_what_they_are_for() -> None:
+    names: list[JudgeName] = ["execution", "rouge", "endpoint"]
+    assert judges_of("induction", names) == names
+    assert judges_of("deduction", names) == judges_of("reasoning", names) == ["endpoint"]
+    assert judges_of("reconstruction", names) == []
 
 
 def test_endpoint_is_asked_again_by_another_model_name(
