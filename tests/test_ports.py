@@ -100,6 +100,7 @@ def test_toys_leave_as_a_proved_folder(run: Path, tmp_path: Path) -> None:
         assert torch.equal(live.tensors()[f"{path}.B"][0], b_OR)
 
 
+@pytest.mark.slow
 def test_toys_are_planned() -> None:
     """Their weights and what they keep for the backward pass are counted as any other's."""
     machines = Machines(1, 1, 10**12)

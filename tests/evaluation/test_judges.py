@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(server: Server) -> Iterator[Server]:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
