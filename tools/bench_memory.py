@@ -230,7 +230,7 @@ def planned(case: str, stage: str, folder: Path) -> dict[str, int]:
     during_a_step = counted.peak + plan.memory["working memory"] - counted.working
     held = sum(plan.memory.values()) - during_a_step
     # gathered weights stay from one step to the next only where a pass holds them
-    boundary = held - plan.memory["gathered layers"] - plan.memory["messages of gathering"]
+    boundary = held - plan.memory["gathered layers"]
     if stage.startswith("zero2"):
         boundary -= plan.memory["gradients"] + plan.memory["communication buckets"]
     figures = {

@@ -125,7 +125,6 @@ def held_by_a_rank(zero: Zero, engine: Sequence[Weight], outside: Sequence[Weigh
     )
     gpu["communication buckets"] = zero.bucket_elements * zero.num_buckets * zero.dtype_bytes
     gpu["gathered layers"] = _gathered(zero, engine)
-    gpu["messages of gathering"] = _messages(zero, engine)
     if zero.stage == 3 and zero.hpz_ranks > 1:
         gpu["node's second copy (hpZ)"] = (
             sum(weight.stored_bytes(zero.dtype_bytes) for weight in engine) // zero.hpz_ranks
@@ -191,18 +190,6 @@ def _gathered(zero: Zero, engine: Sequence[Weight]) -> int:
     largest = max(weight.stored_bytes(zero.dtype_bytes) for weight in weights)
     window = zero.reuse_distance // 2 + zero.prefetch_elements
     return min(total, largest + total * window // elements)
-
-
-def _messages(zero: Zero, engine: Sequence[Weight]) -> int:
-    """Buffers out of which gathered weights are copied: several come in one message, of what is
-    fetched ahead and perhaps the largest (AllGatherCoalescedHandle.wait)."""
-    weights = _sharded(zero, engine)
-    if zero.stage < 3 or zero.num_ranks == 1 or not weights:
-        return 0
-    sizes = [weight.stored_bytes(zero.dtype_bytes) for weight in weights]
-    elements = sum(weight.stored_elements for weight in weights)
-    ahead = sum(sizes) * zero.prefetch_elements // elements
-    return min(sum(sizes), max(sizes) + ahead)
 
 
 def traffic(

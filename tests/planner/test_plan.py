@@ -298,9 +298,6 @@ def test_one_rank_copies_offloaded_weights_to_its_gpu() -> None:
     offloaded = _small("training.deepspeed=zero3_offload_cpu", "model.task_llm.shard=always")
     alone, two = (make_plan(offloaded, Machines(1, gpus, 10**12)) for gpus in (1, 2))
     assert alone.memory["gathered layers"] == two.memory["gathered layers"] > 0
-    # several ranks send: all of this small model fits one message, and is copied out of it
-    messages = [plan.memory["messages of gathering"] for plan in (alone, two)]
-    assert messages == [0, two.memory["gathered layers"]]
     assert make_plan(_small(), Machines(1, 1, 10**12)).memory["gathered layers"] == 0
 
 
