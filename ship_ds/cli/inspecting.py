@@ -143,7 +143,7 @@ def evaluate(
     ] = "5",
     minutes: Annotated[float, typer.Option(help="training time of each baseline")] = 5,
     judge: Annotated[
-        str, typer.Option(help="of execution, rouge, endpoint; or none")
+        str, typer.Option(help="of execution, rouge, similarity, endpoint; or none")
     ] = "execution,rouge",
     endpoint: Annotated[
         str, typer.Option(help="of the judge; OPENAI_API_KEY holds its key")

@@ -24,7 +24,7 @@ METHOD_NAMES = (
     "majority_label",
 )
 """In the order of the tables; methods/__init__.py has the class of each."""
-JudgeName = Literal["execution", "rouge", "endpoint"]
+JudgeName = Literal["execution", "rouge", "similarity", "endpoint"]
 Part = Literal["seen", "dev", "unseen", "unseen_paraphrase"]
 """Of the rules; the last one is the seen rules in a wording that training never shows."""
 
@@ -62,7 +62,8 @@ class HarnessConfig(Section):
     """Training time of each baseline."""
     judges: tuple[JudgeName, ...] = ("execution", "rouge")
     """What scores an induced instruction: do its answers match (execution), do its words (rouge),
-    does a language model call it the same (endpoint); the last also scores answers."""
+    does its meaning by a sentence encoder (similarity), does a language model call it the same
+    (endpoint); the last two score answers as well."""
     endpoint: EndpointConfig = EndpointConfig()
     """The judge behind an endpoint, where it is one of `judges`."""
     seed: int = 0

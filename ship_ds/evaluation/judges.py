@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ship_ds.api import Ship
+from ship_ds.console import log
 from ship_ds.data.task import Example
 from ship_ds.evaluation.cells import Direction
 from ship_ds.evaluation.config import EndpointConfig, JudgeName
@@ -16,6 +17,7 @@ from ship_ds.evaluation.endpoint import EndpointJudge
 from ship_ds.evaluation.judge import Columns, Judge
 from ship_ds.evaluation.metrics import exact_match, paper_score, rouge_l
 from ship_ds.evaluation.questions import Question
+from ship_ds.evaluation.similarity import SentenceEncoder, SimilarityJudge
 from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
 
 
@@ -104,7 +106,7 @@ def judges_of(direction: Direction, names: Sequence[JudgeName]) -> list[JudgeNam
     return [name for name in names if name in _OF_ANSWERS and direction != "reconstruction"]
 
 
-_OF_ANSWERS: tuple[JudgeName, ...] = ("endpoint",)
+_OF_ANSWERS: tuple[JudgeName, ...] = ("similarity", "endpoint")
 
 
 def build_judges(
@@ -114,6 +116,7 @@ def build_judges(
     makers: dict[JudgeName, Callable[[], Judge]] = {
         "execution": lambda: ExecutionJudge(ship),
         "rouge": RougeJudge,
+        "similarity": lambda: SimilarityJudge(SentenceEncoder.from_wheel(log)),
         "endpoint": lambda: EndpointJudge(endpoint, folder),
     }
     return [ExactMatchJudge(), *(makers[name]() for name in names)]

@@ -18,6 +18,7 @@ TITLES = {
     "label_accuracy": "label accuracy",
     "paper_metric": "the paper's metric",
     "rouge_l": "ROUGE-L",
+    "similarity": "similarity",
     "execution_accuracy": "execution, text in the prompt",
     "execution_accuracy_encoder": "execution, through the encoder",
     "execution_paper_metric": "the paper's execution accuracy, text in the prompt",

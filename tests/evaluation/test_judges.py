@@ -161,9 +161,10 @@ def test_answers_are_judged_and_one_that_never_ended_is_wrong_unasked(
 
 
 def test_judges_score_what_they_are_for() -> None:
-    names: list[JudgeName] = ["execution", "rouge", "endpoint"]
+    names: list[JudgeName] = ["execution", "rouge", "similarity", "endpoint"]
     assert judges_of("induction", names) == names
-    assert judges_of("deduction", names) == judges_of("reasoning", names) == ["endpoint"]
+    for direction in ("deduction", "reasoning"):
+        assert judges_of(direction, names) == ["similarity", "endpoint"]  # type: ignore[arg-type]
     assert judges_of("reconstruction", names) == []
 
 
