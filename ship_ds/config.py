@@ -417,7 +417,12 @@ class EvaluationConfig(Section):
     num_tasks: PositiveInt = 64
     """Seen rules, and dev rules, looked at while training."""
     num_final_tasks: PositiveInt = 1_000_000
-    """Seen rules in the final report; all dev and unseen ones are always used."""
+    """Seen rules in the final report at most."""
+    final_share: float | None = Field(0.1, gt=0)
+    """Time for the final report as a share of the training's: it measures as many tasks as fit,
+    spread over all of them, and says how many it left out. None: all, however long."""
+    min_final_tasks: PositiveInt = 4
+    """Tasks of each row and part of the final report, whatever time they take."""
     ends_with_report: bool = True
     """False: the run ends with its bundle."""
     examples_per_task: PositiveInt = 5

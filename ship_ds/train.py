@@ -488,7 +488,7 @@ class Trainer:
         config = self.config.evaluation
         self.model.eval()
         ship = Ship(self.model, self.config, digest="")
-        method = ShipMethod(Setting(ship, self.splits, self.folder, minutes=0, seed=0))
+        method = ShipMethod(Setting(ship, self.splits, self.folder, None, seed=0))
         scalars: dict[str, float] = {}
         parts: tuple[Part, ...] = ("seen", "dev")
         for part in parts:
@@ -591,7 +591,9 @@ class Trainer:
         the ranks have its weights whole."""
         self.model.eval()
         ship = Ship(self.model, self.config, digest="", known=self.known_instructions())
-        report = final_report.measure_run(ship, self.splits, self.folder)
+        share = self.config.evaluation.final_share
+        seconds = None if share is None else share * self.watch.seconds
+        report = final_report.measure_run(ship, self.splits, self.folder, seconds)
         report |= {
             "train_seconds": round(self.watch.seconds, 1),
             "tokens_per_second": round(self.watch.tokens / max(self.watch.seconds, 1e-9), 1),

@@ -37,6 +37,39 @@ def test_medians_stand_beside_every_runs_value(tmp_path: Path) -> None:
     }
 
 
+def evaluated(folder: Path, seed: int, value: float) -> str:
+    run = write_run(folder, seed, value)
+    (folder / "report.json").unlink()
+    (folder / "evaluation").mkdir()
+    cell = {"rouge_l": {"value": value, "ci95": [0.1, 0.9]}, "n_tasks": 3}
+    report = {
+        "methods": {"ship": {"about": "SHIP", "deduction": {"unseen": cell}}},
+        "paired": {"tagi": {"deduction": {"unseen": cell}}},
+        "setting": {"num_tasks": 3},
+        "command": "ship-ds evaluate",
+    }
+    (folder / "evaluation" / "report.json").write_text(json.dumps(report))
+    return run
+
+
+def test_evaluations_keep_their_layout(tmp_path: Path) -> None:
+    """One run with its intervals, several with median and range; a run that ended without a report
+    will do."""
+    one, two = evaluated(tmp_path / "a", 0, 0.25), evaluated(tmp_path / "b", 1, 0.75)
+    out = tmp_path / "out.json"
+    for runs, wanted in (
+        ([one], {"value": 0.25, "ci95": [0.1, 0.9]}),
+        ([one, two], {"value": 0.5, "values": [0.25, 0.75], "range": [0.25, 0.75]}),
+    ):
+        done = start(["tools/median_of_seeds.py", *runs, "--out", str(out)])
+        assert done.returncode == 0, done.stderr
+        found = json.loads(out.read_text())
+        cell = {"rouge_l": wanted, "n_tasks": 3}
+        assert found["methods"] == {"ship": {"about": "SHIP", "deduction": {"unseen": cell}}}
+        assert found["paired"]["tagi"]["deduction"]["unseen"] == cell
+        assert found["rows"]["evaluation.methods.ship.deduction.unseen.rouge_l"]["values"]
+
+
 @pytest.mark.parametrize(
     ("lr", "ended", "line"),
     [(2.0, True, "by more than `run`"), (1.0, False, "report.json: missing")],

@@ -12,6 +12,11 @@ evaluation/report.json.
     python tools/median_of_seeds.py runs/quickstart runs/quickstart-1 runs/quickstart-2 \
         --out tools/results/quickstart_seeds.json
 
+One run is its own median: so the evaluation of a single run becomes tools/results/RECIPE.json,
+with its intervals over tasks. `rows` has every score by its dotted path; `methods` and `paired` are
+those of `ship-ds evaluate`, `methods.<name>.<direction>.<part>.<metric>`; of several runs the value
+is the median, with `values` and `range` beside it.
+
 A score that some of the runs lack is left out. Writes JSON, prints a line a score: median [lowest,
 highest].
 """
@@ -48,6 +53,40 @@ def scores_of(run: Path) -> dict[str, float]:
     return found
 
 
+def medians(of_runs: list[Any]) -> Any:
+    """The first run's value with the median in place of every score that all runs have."""
+    first = of_runs[0]
+    if not isinstance(first, dict):
+        return first
+    if isinstance(first.get("value"), float | int):
+        values = [score["value"] for score in of_runs if score.get("value") is not None]
+        if len(of_runs) == 1 or len(values) < len(of_runs):
+            return first
+        of_all = {key: number for key, number in first.items() if key != "ci95"}
+        spread = {"values": values, "range": [min(values), max(values)]}
+        return {**of_all, "value": round(median(values), 4), **spread}
+    common = [key for key in first if all(key in one for one in of_runs)]
+    return {key: medians([one[key] for one in of_runs]) for key in common}
+
+
+def evaluations(runs: list[Path]) -> dict[str, Any]:
+    """`methods` and `paired` of the runs' evaluations; nothing where one has none."""
+    paths = [run / REPORTS["evaluation."] for run in runs]
+    if not all(path.is_file() for path in paths):
+        return {}
+    reports = [json.loads(path.read_text()) for path in paths]
+    keys = ("methods", "paired", "setting", "command")
+    return {
+        "evaluation_command" if key == "command" else key: medians([one[key] for one in reports])
+        for key in keys
+        if all(key in one for one in reports)
+    }
+
+
+def has_report(run: Path) -> bool:
+    return any((run / name).is_file() for name in REPORTS.values())
+
+
 def seed_of(run: Path) -> int:
     seed: int = json.loads((run / "config.json").read_text())["run"]["seed"]
     return seed
@@ -65,14 +104,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    missing = [
-        path
-        for run in args.runs
-        for path in (run / "report.json", run / "config.json")
-        if not path.is_file()
-    ]
+    missing = [run / "config.json" for run in args.runs if not (run / "config.json").is_file()]
+    missing += [run / "report.json" for run in args.runs if not has_report(run)]
     if missing:
-        parser.error(f"{missing[0]}: missing; train that run to its end first")
+        parser.error(f"{missing[0]}: missing; train that run to its end or evaluate it first")
     if not same_but_for_seed(args.runs):
         parser.error(
             "the runs' config.json differ by more than `run`: their median would mean nothing"
@@ -91,6 +126,7 @@ def main() -> None:
         "rows": {
             name: {"median": round(median(row), 4), "values": row} for name, row in values.items()
         },
+        **evaluations(args.runs),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(done, indent=1) + "\n")

@@ -137,11 +137,23 @@ def evaluate(
     parts: Annotated[
         str, typer.Option(help="of seen, dev, unseen, unseen_paraphrase")
     ] = "seen,unseen",
+    directions: Annotated[
+        str, typer.Option(help="of deduction, induction, reasoning, reconstruction; or all")
+    ] = "all",
     num_tasks: Annotated[int, typer.Option(help="of each part at most, evenly spaced")] = 120,
     num_shown: Annotated[
         str, typer.Option(help="examples shown; of several (5,1,2,3) the first is the report's own")
     ] = "5",
-    minutes: Annotated[float, typer.Option(help="training time of each baseline")] = 5,
+    budget: Annotated[
+        str, typer.Option(help="of each baseline's training: minutes, examples or until_dev_stops")
+    ] = "minutes",
+    minutes: Annotated[float, typer.Option(help="with --budget minutes, of each baseline")] = 5,
+    patience: Annotated[
+        int, typer.Option(help="with --budget until_dev_stops: looks at dev without a gain")
+    ] = 4,
+    num_looks: Annotated[
+        int, typer.Option(help="at dev while a baseline trains, for its curve")
+    ] = 4,
     judge: Annotated[
         str, typer.Option(help="of execution, rouge, similarity, endpoint; or none")
     ] = "execution,rouge",
@@ -153,6 +165,10 @@ def evaluate(
         str, typer.Option(help="of strict, published, published-lists: what the judge is asked")
     ] = "strict",
     seed: Seed = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.key=value", help="a number of a method"),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -171,6 +187,11 @@ def evaluate(
         endpoint_model,
         endpoint_prompts,
         seed,
+        budget,
+        patience,
+        num_looks,
+        set_ or (),
+        directions,
     )
     checks.check_run(run)
     from ship_ds.evaluation.evaluate import evaluate, show

@@ -9,13 +9,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ship_ds.evaluation.config import Part
+from ship_ds.evaluation.config import Direction, Part
 from ship_ds.evaluation.method import Deduces, Induces, Method, Reasons, Reconstructs
 from ship_ds.files import write_json
 
-Direction = Literal["deduction", "induction", "reasoning", "reconstruction"]
 PROTOCOLS: dict[Direction, type] = {
     "deduction": Deduces,
     "induction": Induces,

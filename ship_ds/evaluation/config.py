@@ -1,14 +1,26 @@
 """The settings of `ship-ds evaluate`. Imports no torch, so that a wrong option is told at once."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from ship_ds.errors import UserError
 from ship_ds.section import Section
 
 METHOD_NAMES = (
     "ship",
+    "ship_indirect",
+    "ship_direct",
+    "ship_rounds",
+    "search_without_decoder",
     "nearest_known",
     "prompting",
     "icl",
@@ -18,13 +30,19 @@ METHOD_NAMES = (
     "itd",
     "instruction_induction",
     "text_to_lora",
+    "lora_per_task",
+    "adapter_sum",
+    "read_own_adapter",
+    "read_trained_lora",
     "random_decode",
     "bare_base",
     "shuffled_instruction",
     "majority_label",
 )
 """In the order of the tables; methods/__init__.py has the class of each."""
+Direction = Literal["deduction", "induction", "reasoning", "reconstruction"]
 JudgeName = Literal["execution", "rouge", "similarity", "endpoint"]
+BudgetName = Literal["minutes", "examples", "until_dev_stops"]
 Part = Literal["seen", "dev", "unseen", "unseen_paraphrase"]
 """Of the rules; the last one is the seen rules in a wording that training never shows."""
 
@@ -53,13 +71,23 @@ class HarnessConfig(Section):
     """SHIP, baselines and controls by name."""
     parts: tuple[Part, ...] = Field(("seen", "unseen"), min_length=1)
     """Of the tasks: those that SHIP was trained on, those it was tuned by, and new ones."""
+    directions: tuple[Direction, ...] = Field(get_args(Direction), min_length=1)
+    """In which the methods are asked, each in those that it has."""
     num_tasks: PositiveInt = 120
     """Of each part at most, evenly spaced."""
     num_shown: tuple[PositiveInt, ...] = Field((5,), min_length=1)
     """Examples shown in induction and reasoning; the first is the report's own, the others are
     beside it."""
-    minutes: PositiveFloat = Field(5, le=5)
-    """Training time of each baseline."""
+    budget: BudgetName = "minutes"
+    """What each baseline may spend on its training: equal minutes; as many answered examples as the
+    run was trained on; or as long as its score on dev rises."""
+    minutes: PositiveFloat = 5
+    """Of each baseline, with `budget: minutes`. How far they lead depends on the machine."""
+    patience: PositiveInt = 4
+    """Looks at dev in a row without a gain that end a training, with `budget: until_dev_stops`."""
+    num_looks: NonNegativeInt = 4
+    """At dev during the training of a baseline, for its learning curve; their time is not counted.
+    With `budget: until_dev_stops` there is one an epoch instead."""
     judges: tuple[JudgeName, ...] = ("execution", "rouge")
     """What scores an induced instruction: do its answers match (execution), do its words (rouge),
     does its meaning by a sentence encoder (similarity), does a language model call it the same
@@ -68,6 +96,9 @@ class HarnessConfig(Section):
     """The judge behind an endpoint, where it is one of `judges`."""
     seed: int = 0
     """Of the examples that are shown, and of the baselines."""
+    changes: tuple[str, ...] = ()
+    """Numbers of methods that are not their default: "sft.lr=1e-3", "tagi.oracles.steps=80",
+    "ship.num_rounds=0"."""
 
     @field_validator("methods")
     @classmethod
@@ -78,6 +109,20 @@ class HarnessConfig(Section):
                     f"there is no method {name!r}; there are {', '.join(METHOD_NAMES)}"
                 )
         return names
+
+    @field_validator("changes")
+    @classmethod
+    def _of_known_methods(cls, changes: tuple[str, ...]) -> tuple[str, ...]:
+        for change in changes:
+            name, dot, rest = change.partition(".")
+            if name not in METHOD_NAMES or not dot or "=" not in rest:
+                raise ValueError(f"{change}: a change has the form METHOD.key=value")
+        return changes
+
+    def changes_of(self, method: str) -> list[str]:
+        """Those of one method, without its name."""
+        whose = (change.partition(".") for change in self.changes)
+        return [rest for name, _, rest in whose if name == method]
 
     @classmethod
     def from_options(
@@ -92,6 +137,11 @@ class HarnessConfig(Section):
         endpoint_model: str = "default",
         endpoint_prompts: str = "strict",
         seed: int = 0,
+        budget: str = "minutes",
+        patience: int = 4,
+        num_looks: int = 4,
+        changes: Sequence[str] = (),
+        directions: str = "all",
     ) -> "HarnessConfig":
         """The settings that the options of `ship-ds evaluate` ask for; lists have commas in them.
 
@@ -105,10 +155,15 @@ class HarnessConfig(Section):
         values = {
             "methods": METHOD_NAMES if methods == "all" else _listed(methods),
             "parts": _listed(parts),
+            "directions": get_args(Direction) if directions == "all" else _listed(directions),
             "num_shown": _listed(num_shown),
             "judges": () if judge == "none" else _listed(judge),
             "num_tasks": num_tasks,
+            "budget": budget,
             "minutes": minutes,
+            "patience": patience,
+            "num_looks": num_looks,
+            "changes": tuple(changes),
             "seed": seed,
             "endpoint": {"url": endpoint, "model": endpoint_model, "prompts": endpoint_prompts},
         }
@@ -119,6 +174,7 @@ class HarnessConfig(Section):
             # --endpoint and its likes are a section of their own
             place = first["loc"][: 2 if first["loc"][0] == "endpoint" else 1]
             option = "-".join(map(str, place)).replace("_", "-").replace("judges", "judge")
+            option = option.replace("changes", "set")
             raise UserError(f"--{option}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

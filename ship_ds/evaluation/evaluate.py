@@ -56,7 +56,12 @@ def evaluate(
         versions(),
         config.model_dump(mode="json"),
         {
-            name: method.states_instruction or (method.answers_as_ship and stated)
+            name: {
+                "instruction_in_query": method.states_instruction
+                or (method.answers_as_ship and stated),
+                "sees_labels": method.sees_labels,
+                "about": method.about,
+            }
             for name, method in METHODS.items()
             if name in present
         },

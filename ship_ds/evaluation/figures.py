@@ -314,7 +314,11 @@ def comparison(runs: Sequence[Path]) -> Figure:
                 error_kw={"linewidth": 0.8, "capsize": 2},
                 label=part,
             )
-        stars = {m: " *" if methods[m]["instruction_in_query"] else "" for m in drawn}
+        stars = {
+            m: " *" * methods[m]["instruction_in_query"]
+            + " †" * methods[m].get("sees_labels", False)
+            for m in drawn
+        }
         axes.set_yticks(range(len(drawn)), [m.replace("_", " ") + stars[m] for m in drawn])
         axes.invert_yaxis()
         axes.set_title(f"{name}: {metric.replace('_', ' ')}", loc="left", fontsize=10)
@@ -324,7 +328,8 @@ def comparison(runs: Sequence[Path]) -> Figure:
     )
     all_axes[-1, 0].xaxis.set_major_formatter(PercentFormatter(1))
     all_axes[-1, 0].set_xlabel(
-        "accuracy (%), mean over tasks with 95 % interval; * instruction in every query"
+        "accuracy (%), mean over tasks with 95 % interval\n"
+        "* instruction in every query, † sees the task's labels"
     )
     return figure
 

@@ -7,7 +7,7 @@ here is which, on which rules, and where their scores stand.
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,22 +16,26 @@ from rich.table import Table
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
-from ship_ds.evaluation.cells import SHOWS_EXAMPLES, Direction
-from ship_ds.evaluation.config import Part
+from ship_ds.evaluation.cells import SHOWS_EXAMPLES
+from ship_ds.evaluation.config import Direction, Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.metrics import closed_labels, metrics_to_show, summary
-from ship_ds.evaluation.questions import ask, spread, tasks_of
+from ship_ds.evaluation.questions import ask, tasks_of
 from ship_ds.evaluation.report import TITLES
+from ship_ds.evaluation.within_time import Group, TimedCell, evenly, measure_within
 from ship_ds.files import write_json
 from ship_ds.monitor.progress import Progress
 
 _NUM_CONTROL_TASKS = 114
 """Seen rules in the controls: as many as there are unseen ones in the generated world."""
 _NUM_NEAREST_TASKS = 57
-"""Of each part in nearest_known, which tries every known adapter: 1.0 s a task on one thread with
-834 of them, so the quickstart's two ranks take a minute; the other controls take seconds."""
+"""Of each part in nearest_known, which tries many known adapters; the other controls take
+seconds."""
+_SHARES = (0.7, 0.5, 1.0)
+"""Of the time that is left for deduction with its controls, then of the rest for the nearest known
+instruction, then of the rest for reconstruction."""
 _NUM_SHOWN, _SEED = 5, 0
 """As `ship-ds evaluate` has them by default: a control is shown the same examples in both."""
 _COLUMNS = ("seen", "dev", "unseen")
@@ -46,7 +50,7 @@ class _Section(NamedTuple):
     direction: Direction
     parts: tuple[Part, ...]
     max_tasks: int = sys.maxsize
-    """Of each part, evenly spaced."""
+    """Of each part."""
 
 
 _SECTIONS = (
@@ -68,40 +72,65 @@ _SECTIONS = (
 )
 
 
-def measure_run(ship: Ship, splits: Splits, folder: Path) -> dict[str, Any]:
+def measure_run(
+    ship: Ship, splits: Splits, folder: Path, seconds: float | None = None
+) -> dict[str, Any]:
     """Every cell of the report, the same on all ranks, each of which answers a share of the tasks.
 
     Args:
         ship: the run; its weights may be sharded over the ranks.
         splits: the data that the run was trained on.
         folder: of the run.
+        seconds: that it may take, beside the least number of tasks of every cell
+            (`evaluation.min_final_tasks`); None: all tasks.
 
     Returns:
         `deduction.<part>`, `controls.<control>.<part>` and `reconstruction.<part>`, each
         `{"exact_match": {"value": 0.5, "ci95": [0.4, 0.6]}, "n_tasks": 114, "n_examples": 570}`
         with every other metric of metrics.py that applies; `tables`, the metrics that `show`
-        prints.
+        prints; `left_out`, how many tasks of which cell there was no time for.
     """
     started = time.perf_counter()
-    setting = Setting(ship, splits, folder / "evaluation" / "methods", 0, _SEED)
+    setting = Setting(ship, splits, folder / "evaluation" / "methods", None, _SEED)
     sections = _sections(splits)
     methods: dict[str, Method] = {s.method: METHODS[s.method](setting) for s in sections}
     for method in methods.values():
         method.prepare()
+    cells = _cells(sections, methods, ship, splits)
+    groups = [
+        Group(share, [cell for (key, _), cell in cells.items() if _group_of(key) == number])
+        for number, share in enumerate(_SHARES)
+    ]
+    with Progress("report", sum(len(cell.tasks) for cell in cells.values())) as progress:
+        measure_within(groups, seconds, ship.config.evaluation.min_final_tasks, progress)
     report: dict[str, Any] = {}
-    with Progress("report", _num_asked(sections, ship, splits)) as progress:
-        for section in sections:
-            cells = _cells_at(report, section.key)
-            for part in section.parts:
-                tasks = _tasks(splits, section, part, ship.config.evaluation.num_final_tasks)
-                if tasks or part != "unseen_paraphrase":
-                    progress.begin(f"{_title(section)}, {part.replace('_', ' ')}")
-                    cells |= _scores(methods[section.method], section, part, tasks, ship)
-                    progress.done(len(tasks))
+    for (key, part), cell in cells.items():
+        _cells_at(report, key).update(_scores(key, part, cell.outcome))
     return report | {
+        "left_out": {
+            f"{key}.{part}": cell.num_left for (key, part), cell in cells.items() if cell.num_left
+        },
         "tables": metrics_to_show(_all_tasks(splits)),
         "evaluation_seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def _cells(
+    sections: Sequence[_Section], methods: Mapping[str, Method], ship: Ship, splits: Splits
+) -> dict[tuple[str, Part], TimedCell]:
+    """By section and part; other wordings have one only where there are any."""
+    num_seen = ship.config.evaluation.num_final_tasks
+    return {
+        (section.key, part): _cell(methods[section.method], section, part, tasks, ship)
+        for section in sections
+        for part in section.parts
+        if (tasks := _tasks(splits, section, part, num_seen)) or part != "unseen_paraphrase"
+    }
+
+
+def _group_of(key: str) -> int:
+    """Deduction with its controls, the dear control, reconstruction: as `_SHARES` has them."""
+    return 2 if key == "reconstruction" else 1 if key == "controls.nearest_seen_rule" else 0
 
 
 def _all_tasks(splits: Splits) -> Sequence[SplitTask]:
@@ -114,36 +143,34 @@ def _sections(splits: Splits) -> Sequence[_Section]:
     return [s for s in _SECTIONS if is_closed or s.method != "majority_label"]
 
 
-def _num_asked(sections: Sequence[_Section], ship: Ship, splits: Splits) -> int:
-    """Tasks of all sections and parts."""
-    num_seen = ship.config.evaluation.num_final_tasks
-    return sum(
-        len(_tasks(splits, section, part, num_seen))
-        for section in sections
-        for part in section.parts
-    )
-
-
 def _tasks(splits: Splits, section: _Section, part: Part, num_seen: int) -> Sequence[SplitTask]:
-    """All dev and unseen rules and at most `num_seen` of the seen ones; fewer in some sections."""
+    """All dev and unseen rules and at most `num_seen` of the seen ones, in the order in which they
+    are measured; of some sections the first ones, so that these are among SHIP's own."""
     most = sys.maxsize if part in ("dev", "unseen") else num_seen
-    tasks = tasks_of(splits, part, most)
+    tasks = evenly(tasks_of(splits, part, most))
     if part == "seen" and section.key.startswith("controls."):
-        tasks = spread(tasks, _NUM_CONTROL_TASKS)
-    return spread(tasks, section.max_tasks)
+        tasks = tasks[:_NUM_CONTROL_TASKS]
+    return tasks[: section.max_tasks]
 
 
-def _scores(
+def _cell(
     method: Method, section: _Section, part: Part, tasks: Sequence[SplitTask], ship: Ship
-) -> dict[str, Any]:
-    """The score of the part and, of SHIP's unseen rules, one for each reason why they are."""
+) -> TimedCell:
     num_shown = _NUM_SHOWN if section.direction in SHOWS_EXAMPLES else 0
     num_asked = ship.config.evaluation.examples_per_task
-    questions = [ask(task, num_shown, _SEED, num_asked, part) for task in tasks]
-    outcome = measure_over_ranks(method, section.direction, questions, model=ship.model)
+
+    def measured(some: Sequence[SplitTask]) -> Outcome:
+        questions = [ask(task, num_shown, _SEED, num_asked, part) for task in some]
+        return measure_over_ranks(method, section.direction, questions, model=ship.model)
+
+    return TimedCell(f"{_title(section)}, {part.replace('_', ' ')}", tasks, measured)
+
+
+def _scores(key: str, part: Part, outcome: Outcome) -> dict[str, Any]:
+    """The score of the part and, of SHIP's unseen rules, one for each reason why they are."""
     by_part: dict[str, Outcome] = {part: outcome}
-    if section.key == "deduction" and part == "unseen":
-        for kind in sorted({task.kind for task in tasks if task.kind}):
+    if key == "deduction" and part == "unseen":
+        for kind in sorted({row["kind"] for row in outcome.rows if row["kind"]}):
             by_part[f"unseen_{kind}"] = outcome.of_kind(kind)
     return {name: summary(some.metrics, some.rows) for name, some in by_part.items()}
 
@@ -168,6 +195,12 @@ def show(report: dict[str, Any]) -> None:
         rows = [row for row in _rows(report, metric) if any(row[1:])]
         if rows:
             console.print(_table(f"{TITLES[metric]}, value [95 % interval over tasks]", rows))
+    if report["left_out"]:
+        console.print(
+            f"{len(report['left_out'])} cells are of fewer tasks than there are, for lack of time "
+            "(left_out in report.json): evaluation.final_share sets it, `ship-ds evaluate` "
+            "measures more."
+        )
     console.print(
         f"{report['train_seconds']:.0f} s of training, {report['tokens_per_second']:.0f} tokens/s, "
         f"{report['world_size']} rank(s), seed {report['seed']}"

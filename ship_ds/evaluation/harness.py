@@ -19,19 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from ship_ds.api import Ship
+from ship_ds.config import overridden
 from ship_ds.console import Log
 from ship_ds.data.source import source_of
-from ship_ds.data.task import Splits
+from ship_ds.data.task import Splits, SplitTask
 from ship_ds.errors import UserError
+from ship_ds.evaluation.budgets import Budget, Examples, Minutes, UntilDevStops
 from ship_ds.evaluation.cells import Cell, CellStore, Measured, cells_of, changed
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.judges import build_judges, judges_of
-from ship_ds.evaluation.measure import measure_over_ranks
+from ship_ds.evaluation.measure import joined, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.questions import PARTS, ask, tasks_of
+from ship_ds.monitor.progress import Progress
 from ship_ds.runtime import ranks
 
 _VERSION = 3
@@ -70,6 +74,21 @@ class Run:
         return cls(folder, ship, splits)
 
     @cached_property
+    def num_answered(self) -> int:
+        """Examples that the run was trained to answer: those of the steps that it took, which
+        `training.max_minutes` may have made fewer than the config has."""
+        training, log = self.ship.config.training, self.folder / "metrics.jsonl"
+        if log.is_file():
+            num_steps = sum(1 for line in log.read_text().splitlines() if line)
+        elif training.steps is not None:
+            num_steps = training.steps
+        else:
+            raise UserError(
+                f"--budget examples: {log} is missing, which says how many steps it took"
+            )
+        return max(1, num_steps * training.tasks_per_step * training.examples_per_task)
+
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What every score of this run depends on."""
         parts = {
@@ -92,7 +111,28 @@ class Harness:
         self.run, self.config, self.log = run, config, log
         self.folder = run.folder / "evaluation"
         self.store = CellStore(self.folder / "cells")
+        self.methods = {name: _changed(name, config.changes_of(name)) for name in METHODS}
         self.judges = build_judges(config.judges, run.ship, config.endpoint, self.folder / "judged")
+
+    @cached_property
+    def budget(self) -> Budget:
+        """What each baseline may spend on its training.
+
+        Raises:
+            UserError: it is to go by dev, and there are no dev tasks.
+        """
+        match self.config.budget:
+            case "minutes":
+                return Minutes(self.config.minutes)
+            case "examples":
+                return Examples(self.run.num_answered)
+            case "until_dev_stops":
+                if not any(task.test for task in self.run.splits.dev):
+                    raise UserError(
+                        "--budget until_dev_stops: the run's data have no dev tasks; take minutes "
+                        "or examples"
+                    )
+                return UntilDevStops(self.config.patience)
 
     def measure_all(self) -> None:
         """Measure what is not stored, or was measured under another setting."""
@@ -102,8 +142,15 @@ class Harness:
                 self._measure_method(name, missing)
 
     def cells(self, name: str) -> list[Cell]:
-        """What the config asks of a method."""
-        return list(cells_of(METHODS[name], self.config.parts, self.config.num_shown))
+        """What the config asks of a method, where there are tasks that it applies to."""
+        cells = cells_of(self.methods[name], self.config.parts, self.config.num_shown)
+        directions = self.config.directions
+        return [cell for cell in cells if cell.direction in directions and self._tasks(cell)]
+
+    def _tasks(self, cell: Cell) -> list[SplitTask]:
+        """Those that the cell is measured on."""
+        tasks = tasks_of(self.run.splits, cell.part, self.config.num_tasks)
+        return [task for task in tasks if self.methods[cell.method].applies(task, self.run.ship)]
 
     def stored(self, name: str) -> list[Cell]:
         """Cells of the method on disk, whatever was asked for this time, in the order of parts and
@@ -112,7 +159,7 @@ class Harness:
         numbers = sorted(
             {int(file.split(".")[-2].removesuffix("_shown")) for file in files if "_shown" in file}
         )
-        cells = cells_of(METHODS[name], PARTS, numbers)
+        cells = cells_of(self.methods[name], PARTS, numbers)
         return [cell for cell in cells if self.store.path(cell).name in files]
 
     def fingerprint(self, cell: Cell) -> dict[str, Any]:
@@ -125,8 +172,8 @@ class Harness:
             "seed": config.seed,
         }
         if cell.method in TRAINED:
-            settings["minutes"] = config.minutes
-        settings |= METHODS[cell.method].settings()
+            settings["budget"] = repr(self.budget)
+        settings |= self.methods[cell.method].settings()
         judges = judges_of(cell.direction, config.judges)
         if judges or cell.direction == "induction":
             settings["judges"] = sorted(judges)
@@ -168,11 +215,13 @@ class Harness:
             self.run.ship,
             self.run.splits,
             self.folder / "methods" / name,
-            self.config.minutes,
+            self.budget if name in TRAINED else None,
             self.config.seed,
+            # Without looks nothing would end it.
+            max(self.config.num_looks, self.config.budget == "until_dev_stops"),
         )
         started = time.perf_counter()
-        method = METHODS[name](setting)
+        method = self.methods[name](setting)
         method.prepare()
         prepare_seconds = time.perf_counter() - started
         for cell in cells:
@@ -181,14 +230,25 @@ class Harness:
                 self.store.write(cell, measured)
             self.log(f"{cell.name}: {len(measured.rows)} tasks, {measured.seconds:.1f} s")
 
+    @property
+    def _num_at_once(self) -> int:
+        """Tasks between two steps of the progress bar. A GPU wants more work at a time."""
+        a_rank = 16 if self.run.ship.model.device.type == "cpu" else 128
+        return a_rank * ranks.world_size()
+
     def _measure(self, method: Method, cell: Cell, prepare_seconds: float) -> Measured:
         started = time.perf_counter()
-        config = self.config
         questions = [
-            ask(task, cell.num_shown or 0, config.seed, part=cell.part)
-            for task in tasks_of(self.run.splits, cell.part, config.num_tasks)
+            ask(task, cell.num_shown or 0, self.config.seed, part=cell.part)
+            for task in self._tasks(cell)
         ]
-        outcome = measure_over_ranks(method, cell.direction, questions, self.judges)
+        outcomes = []
+        with Progress(cell.name, len(questions)) as progress:
+            for start in range(0, len(questions), self._num_at_once):
+                some = questions[start : start + self._num_at_once]
+                outcomes.append(measure_over_ranks(method, cell.direction, some, self.judges))
+                progress.done(len(some))
+        outcome = joined(outcomes)
         return Measured(
             self.fingerprint(cell),
             outcome.metrics,
@@ -197,3 +257,26 @@ class Harness:
             round(prepare_seconds, 2),
             ranks.world_size(),
         )
+
+
+def _changed(name: str, changes: Sequence[str]) -> type[Method]:
+    """The method with other numbers in its recipe.
+
+    Raises:
+        UserError: it has none, none of that name, or the value is none.
+    """
+    method: Any = METHODS[name]
+    if not changes:
+        return METHODS[name]
+    if not hasattr(method, "recipe"):
+        raise UserError(f"--set {name}.{changes[0]}: this method has no numbers to set")
+    kind = TypeAdapter(type(method.recipe))
+    values = overridden(kind.dump_python(method.recipe), changes)
+    try:
+        recipe = kind.validate_python(values, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"--set {name}.{key}: {first['msg']}") from None
+    changed: type[Method] = type(method.__name__, (method,), {"recipe": recipe})
+    return changed

@@ -11,8 +11,7 @@ from pathlib import Path
 from ship_ds.api import Ship
 from ship_ds.console import log
 from ship_ds.data.task import Example
-from ship_ds.evaluation.cells import Direction
-from ship_ds.evaluation.config import EndpointConfig, JudgeName
+from ship_ds.evaluation.config import Direction, EndpointConfig, JudgeName
 from ship_ds.evaluation.endpoint import EndpointJudge
 from ship_ds.evaluation.judge import Columns, Judge
 from ship_ds.evaluation.metrics import exact_match, paper_score, rouge_l

@@ -14,7 +14,8 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from ship_ds.errors import UserError, first_line
-from ship_ds.evaluation.cells import Direction, TaskRow
+from ship_ds.evaluation.cells import TaskRow
+from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judge import Columns, Judge
 from ship_ds.evaluation.judges import one_line, paper_rows, rows_of
 from ship_ds.evaluation.method import Deduces, Induces, Reasons, ReasonsOtherwise, Reconstructs
@@ -46,6 +47,14 @@ class Outcome:
     def of_kind(self, kind: str) -> "Outcome":
         """The rows of the tasks that are unseen for this reason (`SplitTask.kind`)."""
         return Outcome(self.metrics, [row for row in self.rows if row["kind"] == kind])
+
+
+def joined(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcomes of some questions after those of others. A metric that one of them lacks, since
+    it applies to none of its tasks, has empty rows there."""
+    metrics = list(dict.fromkeys(name for outcome in outcomes for name in outcome.metrics))
+    nothing: dict[str, list[float]] = {name: [] for name in metrics}
+    return Outcome(metrics, [nothing | row for outcome in outcomes for row in outcome.rows])
 
 
 def measure(

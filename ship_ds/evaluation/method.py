@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Example, Splits, SplitTask
+from ship_ds.evaluation.budgets import Budget
 from ship_ds.inference.deduction import AnswersByTask
 
 
@@ -19,21 +20,27 @@ from ship_ds.inference.deduction import AnswersByTask
 class Setting:
     """What every method starts from.
 
-    folder: the method's own, for weights that it trains once and loads afterwards. minutes: the
-    training time of a baseline, at most.
+    folder: the method's own, for weights that it trains once and loads afterwards. budget: what a
+    baseline may spend on its training; None for methods that have none. num_looks: at dev during
+    that (baselines/fitting.py); 0: none.
     """
 
     ship: Ship
     splits: Splits
     folder: Path
-    minutes: float
+    budget: Budget | None
     seed: int
+    num_looks: int = 0
 
 
 class Method(Protocol):
     """What the harness measures: it is made, prepared once, and then asked."""
 
     name: ClassVar[str]
+    about: ClassVar[str]
+    """What its row in the tables is, in a few words."""
+    sees_labels: ClassVar[bool]
+    """Whether deduction knows examples of the very task, an unseen one too: no rival then."""
     states_instruction: ClassVar[bool]
     """Whether each query's prompt holds the instruction: such a method pays for it again in every
     query."""
@@ -44,6 +51,10 @@ class Method(Protocol):
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """The method's own numbers, as JSON: where they change, it is measured again."""
+
+    @classmethod
+    def applies(cls, task: SplitTask, ship: Ship) -> bool:
+        """Whether the task is one that it is asked, of this run."""
 
     def __init__(self, setting: Setting) -> None: ...
 

@@ -3,11 +3,12 @@ task as JSON lines."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from ship_ds.evaluation.cells import Cell, Measured
+from ship_ds.evaluation.cells import Cell, Measured, TaskRow
 from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import write_json, write_text
@@ -35,6 +36,7 @@ _LEADING = {
     "reconstruction": "exact_match",
 }
 """What the per-task tables show."""
+_SHIP = "ship"
 _ABOUT_METHOD = ("method", "instruction in query")
 _KINDS = ("parameter", "composition", "family")
 _KIND_PARTS = tuple(f"{part}_{kind}" for part in PARTS for kind in _KINDS)
@@ -48,18 +50,16 @@ class Provenance:
     command: str
     versions: Mapping[str, str]
     setting: Mapping[str, Any]
-    states_instruction: Mapping[str, bool]
-    """Of each method in the report, in the order of the tables."""
+    methods: Mapping[str, Mapping[str, Any]]
+    """Of each method in the report, in the order of the tables: `instruction_in_query`,
+    `sees_labels`, and `about`, what its row is."""
     leading_num_shown: int
 
 
 def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str, Any]:
     """`methods.<name>.<direction>.<part>`; of an unseen part each kind as well, and other numbers
-    of shown examples."""
-    methods: dict[str, Any] = {
-        name: {"instruction_in_query": stated}
-        for name, stated in provenance.states_instruction.items()
-    }
+    of shown examples. `paired` has the same layout: SHIP minus that method."""
+    methods: dict[str, Any] = {name: dict(about) for name, about in provenance.methods.items()}
     for cell, scores in measured.items():
         direction = methods[cell.method].setdefault(cell.direction, {})
         if cell.num_shown in (None, provenance.leading_num_shown):
@@ -75,6 +75,7 @@ def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str
             by_number[str(cell.num_shown)] = summary(scores.metrics, scores.rows)
     return {
         "methods": methods,
+        "paired": differences(measured, provenance.leading_num_shown),
         "run": provenance.run,
         "command": provenance.command,
         "versions": dict(provenance.versions),
@@ -87,6 +88,39 @@ def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str
             for name in methods
         },
     }
+
+
+def differences(measured: Mapping[Cell, Measured], num_shown: int) -> dict[str, Any]:
+    """SHIP minus every other method, over the tasks that both were asked:
+    `<method>.<direction>.<part>.<metric>`, each with its bootstrap interval over tasks."""
+    found: dict[str, Any] = {}
+    for cell, other in measured.items():
+        ship = measured.get(replace(cell, method=_SHIP))
+        if cell.method == _SHIP or ship is None or cell.num_shown not in (None, num_shown):
+            continue
+        metrics = [metric for metric in ship.metrics if metric in other.metrics]
+        rows = _paired_rows(ship.rows, other.rows, metrics)
+        if rows:
+            of_method = found.setdefault(cell.method, {}).setdefault(cell.direction, {})
+            of_method[cell.part] = summary(metrics, rows)
+    return found
+
+
+def _paired_rows(
+    ship: Sequence[TaskRow], other: Sequence[TaskRow], metrics: Sequence[str]
+) -> list[TaskRow]:
+    """One row a task that both have: the difference of their means, in each metric that applies."""
+    others = {row["task"]: row for row in other}
+    return [
+        {
+            metric: [fmean(row[metric]) - fmean(others[row["task"]][metric])]
+            if row[metric] and others[row["task"]][metric]
+            else []
+            for metric in metrics
+        }
+        for row in ship
+        if row["task"] in others
+    ]
 
 
 def write(report: Mapping[str, Any], measured: Mapping[Cell, Measured], folder: Path) -> Path:
@@ -120,6 +154,7 @@ def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> st
         "Every score is the mean over tasks with its 95 % bootstrap interval over tasks. Methods "
         f"see {shown} examples in induction and reasoning, none in deduction and reconstruction. A "
         "method with the instruction in its query pays for it in every query.",
+        "\n".join(f"- {name}: {about['about']}." for name, about in report["methods"].items()),
     ]
     for direction in directions:
         rows = summary_rows(report, direction, PARTS, tuple(TITLES), value_and_interval)
@@ -129,6 +164,11 @@ def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> st
         parts += [f"## {direction.capitalize()}", _table(rows)]
         if len(kinds[0]) > len(_ABOUT_METHOD):
             parts += ["By the reason why a task is unseen:", _table(kinds)]
+        if any(direction in method for method in report["paired"].values()):
+            parts += [
+                "SHIP minus each, over the same tasks:",
+                _table(_differences(report, direction)),
+            ]
     parts += ["## Seconds", _table(_seconds(report, measured))]
     for direction in directions:
         title = f"## {direction.capitalize()}, task by task: {TITLES[_LEADING[direction]]}"
@@ -167,13 +207,23 @@ def summary_rows(
         header,
         *(
             [
-                name,
+                name + (" (sees labels)" if report["methods"][name]["sees_labels"] else ""),
                 "yes" if report["methods"][name]["instruction_in_query"] else "no",
                 *(cell_text(cells.get(part, {}).get(metric)) for part, metric in columns),
             ]
             for name, cells in methods.items()
         ),
     ]
+
+
+def _differences(report: Mapping[str, Any], direction: str) -> list[list[str]]:
+    """As `summary_rows`, of the differences."""
+    methods = {
+        name: {**report["methods"][name], direction: pairs[direction]}
+        for name, pairs in report["paired"].items()
+        if direction in pairs
+    }
+    return summary_rows({"methods": methods}, direction, PARTS, tuple(TITLES), value_and_interval)
 
 
 def value_alone(interval: Mapping[str, Any] | None) -> str:

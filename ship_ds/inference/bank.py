@@ -37,7 +37,7 @@ class Walk:
 
     Args:
         num_tried: examples that an adapter is tried on.
-        num_likely: starts that the decoder finds.
+        num_likely: starts that the decoder finds; 0: it is not asked.
         num_kept: best of those tried, whose neighbours are tried next.
     """
 
@@ -48,6 +48,7 @@ class Walk:
 
 BRIEF = Walk(1, 32, 6)
 THOROUGH = Walk(2, 64, 12)
+WALKS = {"brief": BRIEF, "thorough": THOROUGH}
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Bank:
             return [set(range(len(self))) for _ in tasks]
         seeds = self.graph.spread(_NUM_SEEDS)
         max_examples = model.config.decoder.max_examples
-        if not max_examples:
+        if not max_examples or not walk.num_likely:
             return [set(seeds) for _ in tasks]
         shown = [task[:max_examples] for task in tasks]
         likely = self.shortlist_by_decoder(model, shown, min(walk.num_likely, len(self)))

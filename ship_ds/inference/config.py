@@ -30,8 +30,13 @@ class InductionConfig(Section):
     num_known: PositiveInt = 24
     """Known instructions that the bank hands on to be tested."""
     tries_all_known: bool = False
-    """Whether the bank tries every adapter it has on the first example, where it has 2,000 at most,
+    """Whether the bank tries every adapter it has on the first example, where it has 200 at most,
     instead of walking to those that fit."""
+    walk: Literal["brief", "thorough"] = "thorough"
+    """How many known adapters the bank tries on its way to those that fit (bank.py)."""
+    asks_decoder: bool = True
+    """Whether the decoder has a part in `union`; without, the known instructions, what follows from
+    them by analogy and splices are all there is: what the decoder is worth shows beside it."""
     analogies: bool = True
     """Whether `union` looks, beside the known instructions, among those that follow from them by
     analogy (analogies.py). Execution accuracy in the prompt and through the encoder of the

@@ -14,13 +14,14 @@ Letters: C candidates, Z latent size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ship_ds.console import Log, no_log
 from ship_ds.errors import UserError
-from ship_ds.inference.bank import THOROUGH, Bank
+from ship_ds.inference.bank import WALKS, Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.descents import (
     decode_descents,
@@ -37,9 +38,9 @@ from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals
 from ship_ds.model.ship import ShipModel
 
-MOST_TRIED = 2000
-"""Known instructions that `tries_all_known` tries, at a second a task on one core for 800; where
-more are known it walks, as it does without."""
+MOST_TRIED = 200
+"""Known instructions that `tries_all_known` tries; where more are known it walks, as it does
+without. Each costs a forward of one example."""
 
 
 def induce_many(
@@ -136,7 +137,7 @@ def _first_proposals(
     proposals: list[Proposal] = []
     if config.method in ("bank", "union"):
         proposals += _known(model, bank, searches, config, log)
-    if config.method in ("propose", "union"):
+    if config.method == "propose" or (config.method == "union" and config.asks_decoder):
         log(f"{len(searches)} tasks: the decoder proposes")
         proposals += _written_by_decoder(model, searches, config, seed)
     num_distinct = len({(proposal.search, proposal.text) for proposal in proposals})
@@ -175,7 +176,10 @@ def _known(
     if config.tries_all_known and len(larger) <= MOST_TRIED:
         shortlists = larger.shortlist_of_all(model, examples, config.num_known)
     else:
-        shortlists = larger.shortlist(model, examples, config.num_known, walk=THOROUGH)
+        walk = WALKS[config.walk]
+        if not config.asks_decoder:
+            walk = replace(walk, num_likely=0)
+        shortlists = larger.shortlist(model, examples, config.num_known, walk)
     for search, shortlist in zip(searches, shortlists, strict=True):
         for c in shortlist:
             # The larger bank begins with the smaller one.
@@ -218,6 +222,8 @@ def _refine(
     round_number: int,
 ) -> list[Proposal]:
     """Changes of each task's best texts, and what the decoder reads out of latents near theirs."""
+    if not config.asks_decoder:
+        return _spliced(model, searches, config, [])
     proposals = _edited(model, searches, config, seed, round_number)
     proposals += _spliced(model, searches, config, proposals)
     if config.refine_steps:

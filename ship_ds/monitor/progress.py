@@ -1,4 +1,5 @@
-"""How far something is that takes minutes: a bar on a terminal, else a line a part.
+"""How far something is that takes minutes: a bar on a terminal, else a line every ten
+seconds at most.
 
     with Progress("report", 400) as progress:
         progress.begin("deduction, seen")
@@ -17,6 +18,8 @@ from tqdm import tqdm
 
 from ship_ds.console import current_rank, log
 
+_SECONDS_BETWEEN_LINES = 10
+
 
 class Progress:
     """Of `total` tasks, part by part."""
@@ -24,7 +27,7 @@ class Progress:
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total, self.num_done = title, total, 0
         self.part = ""
-        self.started = time.perf_counter()
+        self.started = self.told = time.perf_counter()
         is_hidden = not sys.stderr.isatty() or current_rank(os.environ) != 0
         self.bar = None
         if not is_hidden:
@@ -45,7 +48,10 @@ class Progress:
         if self.bar is not None:
             self.bar.update(num_tasks)
             return
-        seconds = time.perf_counter() - self.started
+        now = time.perf_counter()
+        if now - self.told < _SECONDS_BETWEEN_LINES and self.num_done < self.total:
+            return
+        self.told, seconds = now, now - self.started
         log(f"{self.title}: {self.part}: {self.num_done} of {self.total} tasks, {seconds:.0f} s")
 
     def __exit__(

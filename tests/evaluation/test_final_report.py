@@ -131,7 +131,7 @@ def test_the_curve_while_training_is_the_method_ship(one_rank_run: Path) -> None
     """The last evaluation of the smoke run is after its last step, so it is of the bundle."""
     run = Run.open(one_rank_run, lambda text: None)
     last = json.loads((one_rank_run / "evaluations.jsonl").read_text().splitlines()[-1])
-    method = METHODS["ship"](Setting(run.ship, run.splits, one_rank_run, 0, 0))
+    method = METHODS["ship"](Setting(run.ship, run.splits, one_rank_run, None, 0))
     config = run.ship.config.evaluation
     for part in ("seen", "dev"):
         tasks = getattr(run.splits, part)

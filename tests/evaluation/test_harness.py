@@ -1,18 +1,23 @@
 """`ship-ds evaluate` on the smoke run: every cell, resumption, ranks."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ship_ds import cli
+from ship_ds.errors import UserError
+from ship_ds.evaluation.baselines.tagi import Tagi
+from ship_ds.evaluation.budgets import Budget, Examples, Minutes, UntilDevStops
 from ship_ds.evaluation.config import METHOD_NAMES, HarnessConfig
 from ship_ds.evaluation.evaluate import evaluate
-from ship_ds.evaluation.harness import Run
+from ship_ds.evaluation.harness import Harness, Run
 from ship_ds.evaluation.method import Setting
-from ship_ds.evaluation.methods import METHODS, TRAINED
+from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.methods.icl import InContextLearning
 from tests.conftest import start
 
@@ -27,7 +32,8 @@ DIRECTIONS = {
     "shuffled_instruction": ["deduction"],
     "majority_label": ["deduction"],
 }
-SMALL = HarnessConfig(methods=tuple(name for name in METHODS if name not in TRAINED), num_tasks=2)
+SMALL = HarnessConfig(methods=tuple(DIRECTIONS), num_tasks=2)
+ABOUT = ("instruction_in_query", "sees_labels", "about")
 
 
 def fresh(run: Path, folder: Path) -> Path:
@@ -57,7 +63,7 @@ def test_report_has_the_layout_of_every_method(evaluated: Path) -> None:
     assert list(report["methods"]) == [name for name in METHODS if name in DIRECTIONS]
     for name, directions in DIRECTIONS.items():
         method = report["methods"][name]
-        assert [key for key in method if key != "instruction_in_query"] == directions, name
+        assert [key for key in method if key not in ABOUT] == directions, name
         assert method["instruction_in_query"] is (name == "prompting")
         for direction in directions:
             for part in ("seen", "unseen"):
@@ -197,10 +203,14 @@ def test_two_ranks_measure_what_one_does(
     [
         (["--methods", "ship,magic"], "--methods: there is no method 'magic'"),
         (["--num-shown", "0"], "--num-shown: "),
-        (["--minutes", "6"], "--minutes: "),
+        (["--minutes", "0"], "--minutes: "),
         (["--parts", "all"], "--parts: "),
+        (["--directions", "up"], "--directions: "),
         (["--judge", "jury"], "--judge: "),
         (["--num-tasks", "0"], "--num-tasks: "),
+        (["--budget", "hours"], "--budget: "),
+        (["--patience", "0"], "--patience: "),
+        (["--set", "lr=1"], "--set: lr=1: a change has the form METHOD.key=value"),
         ([], "nowhere: no bundle here"),
     ],
 )
@@ -210,6 +220,42 @@ def test_bad_option_is_one_line_and_exit_code_2(
     assert cli.main(["evaluate", "--run", str(tmp_path / "nowhere"), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def test_numbers_of_a_method_can_be_set_and_are_part_of_its_fingerprint(
+    evaluated: Path, tmp_path: Path
+) -> None:
+    run = Run.open(evaluated, print)
+    changes = ("tagi.oracles.lr=1e-3", "ship.num_rounds=0")
+    harness = Harness(run, SMALL.model_copy(update={"changes": changes}), print)
+    tagi: Any = harness.methods["tagi"]
+    assert tagi.recipe.oracles.lr == 1e-3 and tagi.settings()["recipe"]["oracles"]["lr"] == 1e-3
+    assert tagi.recipe.lr == Tagi.recipe.lr and Tagi.recipe.oracles.lr != 1e-3
+    again = [cell.name for cell in harness.cells("ship") if harness.valid(cell) is None]
+    assert len(again) == len(harness.cells("ship")), "measured with the default search"
+    assert all(harness.valid(cell) for cell in harness.cells("prompting"))
+    for change, message in (
+        ("sft.warmth=1", "--set sft.warmth: Unexpected keyword argument"),
+        ("sft.lr=fast", "--set sft.lr: Input should be a valid number"),
+        ("icl.lr=1", "--set icl.lr=1: this method has no numbers to set"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            Harness(run, SMALL.model_copy(update={"changes": (change,)}), print)
+
+
+def test_budgets_are_what_the_options_say(evaluated: Path) -> None:
+    """The smoke run took 12 steps of 8 tasks and 2 examples."""
+    run = Run.open(evaluated, print)
+
+    def budget(**options: Any) -> Budget:
+        return Harness(run, SMALL.model_copy(update=options), print).budget
+
+    assert budget(minutes=90.0) == Minutes(90)
+    assert budget(budget="examples") == Examples(12 * 8 * 2)
+    assert budget(budget="until_dev_stops", patience=3) == UntilDevStops(3)
+    blind = replace(run, splits=replace(run.splits, dev=()))
+    with pytest.raises(UserError, match="no dev tasks; take minutes or examples"):
+        _ = Harness(blind, SMALL.model_copy(update={"budget": "until_dev_stops"}), print).budget
 
 
 def test_every_method_can_be_named_and_has_its_place_in_the_tables() -> None:
@@ -229,7 +275,7 @@ def test_data_that_changed_since_training_are_refused(
 def test_shots_that_do_not_fit_are_left_out_last_first(one_rank_run: Path, tmp_path: Path) -> None:
     run = Run.open(one_rank_run, print)
     task = run.splits.seen[0]
-    method = InContextLearning(Setting(run.ship, run.splits, tmp_path, 1.0, 0))
+    method = InContextLearning(Setting(run.ship, run.splits, tmp_path, None, 0))
     whole = method.prompt(task.test[0].input, task.train[:3])
     assert whole == run.ship.model.prompts.task_prompt(task.test[0].input, None, task.train[:3])
     method.context = len(whole) + method.max_new_tokens - 1

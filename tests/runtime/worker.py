@@ -398,7 +398,9 @@ def each_task_is_asked_once(folder: Path) -> dict[str, Any]:
     made.write_bundle()
     ranks.barrier()
     alone = Ship.from_run(folder)
-    ours, theirs = (ShipMethod(Setting(ship, made.splits, folder, 0, 0)) for ship in (live, alone))
+    ours, theirs = (
+        ShipMethod(Setting(ship, made.splits, folder, None, 0)) for ship in (live, alone)
+    )
     answers: dict[str, list[Any]] = {"together": [], "alone": []}
     for direction, part in (("deduction", "seen"), ("reconstruction", "unseen")):
         questions = [ask(task, 0, 0, 3, part) for task in getattr(made.splits, part)]  # type: ignore[arg-type]

@@ -1,91 +1,185 @@
-"""The loop that every baseline is trained by: Adam, clipping, a warm-up and a cosine over what may
-be spent."""
+"""The loop that every baseline is trained by: Adam, clipping, a learning rate over what may be
+spent, and looks at dev on the way.
+
+A step's loss comes in pieces, each as large as the memory allows; the backward pass of one is made
+before the next is computed.
+"""
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-_WARMUP = 0.1
-"""Of the budget: a fixed number of steps would be all that a short training has."""
+from ship_ds.evaluation.budgets import Budget, Spent, UntilDevStops
 
-
-class Budget(Protocol):
-    """What a training may spend."""
-
-    def spent(self, step: int, seconds: float) -> float:
-        """The share spent after `step` steps and so many seconds; at 1 it is over."""
-
-    def share(self, part: float) -> "Budget":
-        """That part of it, for one stage."""
+_MOST_POINTS = 200
+"""Of a stage's curve on disk, beside the looks at dev."""
 
 
 @dataclass(frozen=True)
-class Minutes:
-    """Wall-clock time. How many steps that makes depends on the machine, so two trainings
-    differ."""
+class Point:
+    """A step of a curve. loss: in nats. dev: the dev score after it, where there was a look."""
 
+    step: int
     minutes: float
-
-    def spent(self, step: int, seconds: float) -> float:
-        return seconds / 60 / self.minutes
-
-    def share(self, part: float) -> "Minutes":
-        return Minutes(self.minutes * part)
+    examples: int
+    loss: float
+    dev: float | None = None
 
 
-@dataclass(frozen=True)
-class Steps:
-    """A number of steps: the same training every time."""
+@dataclass
+class Looks:
+    """Looks at dev while a baseline trains, and the curve that is kept of every stage.
 
-    steps: int
+    score: of the weights as they are. num_looks: of a bounded budget, evenly spaced over it, the
+    last one at its end; 0: none. every: steps between two looks of an open-ended one.
+    """
 
-    def spent(self, step: int, seconds: float) -> float:
-        return step / self.steps
+    score: Callable[[], float]
+    num_looks: int
+    every: int
+    curves: dict[str, list[Point]] = field(default_factory=dict)
 
-    def share(self, part: float) -> "Steps":
-        return Steps(max(1, round(self.steps * part)))
+    def is_due(self, budget: Budget, before: Spent, now: Spent) -> bool:
+        """Whether the step between these two moments is followed by a look."""
+        if isinstance(budget, UntilDevStops):
+            return now.steps % self.every == 0
+        first, second = (math.floor(budget.spent(one) * self.num_looks) for one in (before, now))
+        return second > first
+
+    def as_json(self) -> list[dict[str, object]]:
+        """Each stage's title and points: all that have a dev score, and of the others at most 200,
+        evenly spaced."""
+        return [
+            {"stage": title, "points": [asdict(point) for point in _thinned(points)]}
+            for title, points in self.curves.items()
+        ]
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    stride = -(-len(points) // _MOST_POINTS)
+    return [p for i, p in enumerate(points) if i % max(1, stride) == 0 or p.dev is not None]
 
 
 def fit(
     parameters: Iterable[nn.Parameter],
-    loss_at: Callable[[int], Tensor],
+    losses_at: Callable[[int], Iterable[Tensor]],
     budget: Budget,
     lr: float,
     title: str,
+    *,
+    num_examples: int = 0,
     clip: float = 1.0,
+    looks: Looks | None = None,
 ) -> list[float]:
-    """Minimise `loss_at(step)` until the budget is spent; the losses of all steps, in nats.
+    """Minimise the sum of `losses_at(step)` until the budget is spent.
 
-    clip: the largest gradient norm; infinity keeps weights of tasks that are trained beside each
-    other independent. Progress goes to stderr. A step whose loss is not finite raises ValueError: a
-    baseline that diverged is no baseline.
+    Args:
+        parameters: that are trained.
+        losses_at: the pieces of a step's loss, each made when the one before is done with.
+        budget: what may be spent; `UntilDevStops` needs `looks`.
+        lr: of Adam, at its highest.
+        title: of the progress bar on standard error, and of the curve.
+        num_examples: that a step answers.
+        clip: the largest gradient norm; infinity keeps weights of tasks that are trained beside
+            each other independent.
+        looks: at dev; None: none.
+
+    Returns:
+        The losses of all steps, in nats.
+
+    Raises:
+        ValueError: a step's loss is not finite: a baseline that diverged is no baseline.
     """
     trained = list(parameters)
     optimiser = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.98))
-    losses: list[float] = []
-    started = time.perf_counter()
+    course = _Course(trained, budget, title, looks)
     with tqdm(desc=title, unit="step", mininterval=5, dynamic_ncols=True) as bar:
-        while (spent := budget.spent(len(losses), time.perf_counter() - started)) < 1:
-            factor = min(1.0, 0.05 + spent / _WARMUP) * (1 + math.cos(math.pi * spent)) / 2
+        while not course.is_over:
             for group in optimiser.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = lr * budget.rate(course.used)
             optimiser.zero_grad()
-            loss = loss_at(len(losses))
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
+            loss = 0.0
+            for piece in losses_at(course.used.steps):
+                loss += piece.item()
+                piece.backward()
+            if not math.isfinite(loss):
                 raise ValueError(
-                    f"{title}: the loss of step {len(losses) - 1} is not finite; "
+                    f"{title}: the loss of step {course.used.steps} is not finite; "
                     f"lower its lr ({lr})"
                 )
-            loss.backward()
             nn.utils.clip_grad_norm_(trained, clip)
             optimiser.step()
+            course.record(loss, num_examples)
             bar.update()
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {spent:.0%} of the budget", refresh=False)
-    return losses
+            bar.set_postfix_str(course.in_words(), refresh=False)
+    course.end()
+    return [point.loss for point in course.points]
+
+
+class _Course:
+    """How far a training is: what it has spent, its curve, and its best weights on dev."""
+
+    def __init__(
+        self, trained: Sequence[nn.Parameter], budget: Budget, title: str, looks: Looks | None
+    ) -> None:
+        assert looks is not None or not isinstance(budget, UntilDevStops), "nothing would end it"
+        self.trained, self.budget, self.looks = trained, budget, looks
+        self.points: list[Point] = []
+        if looks is not None:
+            looks.curves[title] = self.points
+        self.used = Spent()
+        self.started, self.looked_seconds = time.perf_counter(), 0.0
+        self.best: tuple[float, list[Tensor]] | None = None
+        self.num_without_gain = 0
+
+    @property
+    def is_over(self) -> bool:
+        if isinstance(self.budget, UntilDevStops):
+            return self.num_without_gain >= self.budget.patience
+        return self.budget.spent(self._now()) >= 1
+
+    def _now(self) -> Spent:
+        seconds = time.perf_counter() - self.started - self.looked_seconds
+        return Spent(self.used.steps, seconds, self.used.examples)
+
+    def record(self, loss: float, num_examples: int) -> None:
+        """After a step: the clock, the curve, and a look at dev where one is due."""
+        before, now = self.used, self._now()
+        self.used = Spent(before.steps + 1, now.seconds, before.examples + num_examples)
+        dev = None
+        if self.looks is not None and self.looks.is_due(self.budget, before, self.used):
+            dev = self._look(self.looks)
+        minutes, examples = round(self.used.seconds / 60, 4), self.used.examples
+        self.points.append(Point(self.used.steps, minutes, examples, loss, dev))
+
+    def _look(self, looks: Looks) -> float:
+        started = time.perf_counter()
+        dev = looks.score()
+        self.num_without_gain += 1
+        if self.best is None or dev > self.best[0]:
+            keeps = isinstance(self.budget, UntilDevStops)
+            self.best = dev, [p.detach().clone() for p in self.trained] if keeps else []
+            self.num_without_gain = 0
+        self.looked_seconds += time.perf_counter() - started
+        return dev
+
+    def in_words(self) -> str:
+        """For the progress bar."""
+        words = [f"loss {self.points[-1].loss:.3f}"]
+        if self.best is not None:
+            words.append(f"best on dev {self.best[0]:.3f}")
+        if not isinstance(self.budget, UntilDevStops):
+            words.append(f"{self.budget.spent(self.used):.0%} of the budget")
+        return ", ".join(words)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Put the best weights back where the training went on until dev stopped."""
+        if self.best is not None:
+            for parameter, best in zip(self.trained, self.best[1], strict=False):
+                parameter.copy_(best)

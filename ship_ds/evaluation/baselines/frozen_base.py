@@ -5,7 +5,9 @@ Letters: E sequences, T tasks, K labelled positions, V vocabulary, S padded leng
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +16,18 @@ from ship_ds.api import Ship
 from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.inference.deduction import Answerer, AnswersByTask
 from ship_ds.inference.scoring import scored_batches
-from ship_ds.loss import sum_cross_entropy
+from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.budget import Piece
 from ship_ds.model.loading import freeze, load_lm
+from ship_ds.model.step import Predictions
 from ship_ds.model.task_llm import TaskLlm
 
 Ids = Sequence[int]
+AdapterOf = Callable[[Sequence[int]], Adapter]
+"""Numbers of tasks -> their adapters."""
 
 
 class FrozenBase:
@@ -57,16 +63,87 @@ class FrozenBase:
         adapters."""
         return self.task_llm.score(adapter, batch, num_tasks, self.packs)
 
-    def loss(self, adapter: Adapter, batch: TokenBatch, num_tasks: int) -> Tensor:
-        """The mean over target tokens, in nats."""
-        logits_KV, labels_K = self.label_logits(adapter, batch, num_tasks)
-        return sum_cross_entropy(logits_KV, labels_K) / len(labels_K)
+    def pieces(
+        self,
+        prompts: Sequence[Sequence[Ids]],
+        targets: Sequence[Sequence[str]],
+        num_virtual_tokens: int = 0,
+        task_bytes: int = 0,
+    ) -> Iterator[tuple[list[Piece], TokenBatch]]:
+        """A training step's rows in batches that the memory has room for, with what each keeps for
+        the backward pass.
 
-    def loss_per_task(self, adapter: Adapter, batch: TokenBatch, num_tasks: int) -> Tensor:
-        """The sum over tasks of each one's nats per example: a task's gradient is what it would be
-        without the others."""
-        logits_KV, labels_K = self.label_logits(adapter, batch, num_tasks)
-        return sum_cross_entropy(logits_KV, labels_K) * num_tasks / len(batch.lengths)
+        Args:
+            prompts: token ids, one row of prompts a task.
+            targets: of each prompt.
+            num_virtual_tokens: places for an adapter's embeddings before each prompt.
+            task_bytes: of a task's adapter and its gradient, where each has its own.
+
+        Yields:
+            Which rows of which tasks, and their batch.
+        """
+        labels = [[len(self.prompts.target(text)) for text in row] for row in targets]
+        most, costs = max(map(max, labels)), self.task_llm.language_model.costs
+        widths = [
+            [num_virtual_tokens + len(ids) + count for ids, count in zip(*rows, strict=True)]
+            for rows in zip(prompts, labels, strict=True)
+        ]
+        free = budget.bytes_free(self.device)
+        for parts in budget.batches(
+            widths, free, lambda width: costs.trained_row(width, most), task_bytes
+        ):
+            yield (
+                parts,
+                self.batch(_rows(prompts, parts), _rows(targets, parts), num_virtual_tokens),
+            )
+
+    def losses(
+        self,
+        adapter: Adapter | AdapterOf,
+        prompts: Sequence[Sequence[Ids]],
+        targets: Sequence[Sequence[str]],
+        num_virtual_tokens: int = 0,
+    ) -> Iterator[Tensor]:
+        """The mean over all target tokens in nats, in pieces that add up to it.
+
+        Args:
+            adapter: one for all rows; or what makes those of some tasks, anew for each piece, whose
+                backward pass takes its graph with it.
+            prompts: see `pieces`, as the rest.
+            targets: of each prompt.
+            num_virtual_tokens: before each prompt.
+        """
+        num_labels = sum(len(self.prompts.target(text)) for row in targets for text in row)
+        for _, summed in self._summed(adapter, prompts, targets, num_virtual_tokens):
+            yield summed / num_labels
+
+    def losses_per_task(
+        self,
+        adapter: Adapter | AdapterOf,
+        prompts: Sequence[Sequence[Ids]],
+        targets: Sequence[Sequence[str]],
+        num_virtual_tokens: int = 0,
+    ) -> Iterator[Tensor]:
+        """The sum over tasks of each one's nats an example, in pieces: a task's gradient is what it
+        would be without the others. Arguments as in `losses`."""
+        for parts, summed in self._summed(adapter, prompts, targets, num_virtual_tokens):
+            # The tasks of a piece have equally many rows (budget.batches).
+            yield summed / len(prompts[parts[0].task])
+
+    def _summed(
+        self,
+        adapter: Adapter | AdapterOf,
+        prompts: Sequence[Sequence[Ids]],
+        targets: Sequence[Sequence[str]],
+        num_virtual_tokens: int,
+    ) -> Iterator[tuple[list[Piece], Tensor]]:
+        """Sums of token losses."""
+        task_bytes = 0 if isinstance(adapter, Adapter) else self.adapter_bytes
+        for parts, batch in self.pieces(prompts, targets, num_virtual_tokens, task_bytes):
+            tasks = [part.task for part in parts]
+            made = adapter if isinstance(adapter, Adapter) else adapter(tasks)
+            scored = self.task_llm(made, batch, made.num_tasks, self.packs)
+            yield parts, Predictions(self.task_llm.language_model, *scored).sum_cross_entropy()
 
     @torch.no_grad()
     def log_likelihoods(
@@ -93,7 +170,7 @@ class FrozenBase:
     def answer(
         self,
         questions: Sequence[Sequence[Ids]],
-        adapter_of: Callable[[Sequence[int]], Adapter],
+        adapter_of: AdapterOf,
         num_virtual_tokens: int = 0,
     ) -> AnswersByTask:
         """Each task's answers.
@@ -141,6 +218,11 @@ class FrozenBase:
                 name.encode() + weight.detach().flatten()[:256].float().cpu().numpy().tobytes()
             )
         return digest.hexdigest()[:16]
+
+
+def _rows(by_task: Sequence[Sequence[Any]], parts: Sequence[Piece]) -> list[Any]:
+    """The rows of these pieces, one after the other."""
+    return list(chain.from_iterable(by_task[part.task][part.start : part.stop] for part in parts))
 
 
 def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import SplitTask
+from ship_ds.evaluation.baselines.frozen_base import Ids
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles, train_oracles
 from ship_ds.evaluation.baselines.trained import TrainedMethod
 from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.model.adapters.adapter import Target
 from ship_ds.model.adapters.lora import LoraAdapter, LoraHypernetwork
-from ship_ds.model.batch import TokenBatch
 
 
 class PooledReader(nn.Module):
@@ -133,8 +133,9 @@ class GeneratedLora(TrainedMethod):
             self.setting.seed,
         )
 
-    def answered(self, draws: Sequence[TaskDraw]) -> TokenBatch:
-        """The draws' examples, without the instruction in the prompt."""
-        rows = [example for draw in draws for example in draw.answered]
-        asked = [self.base.prompts.task_prompt(example.input) for example in rows]
-        return self.base.batch(asked, [example.target for example in rows])
+    def questions(self, draws: Sequence[TaskDraw]) -> list[list[Ids]]:
+        """The prompts of the draws' examples, one row a task, without the instruction."""
+        return [
+            [self.base.prompts.task_prompt(example.input) for example in draw.answered]
+            for draw in draws
+        ]

@@ -9,17 +9,18 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ship_ds.data.task import Example
-from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.group_decoding import group_beams
 from ship_ds.evaluation.baselines.oracles import draw
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
 from ship_ds.evaluation.baselines.trained import TrainedMethod
+from ship_ds.evaluation.budgets import Spent
 from ship_ds.model import budget
 
-_ANSWERED_BETWEEN_LOOKS = 240
-"""Inputs that the base answers between two looks at the clock."""
+_ANSWERED_BETWEEN_LOOKS = 96
+"""Prompts that the base answers between two looks at the clock."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ class ItdRecipe:
     """How ITD is trained and searches."""
 
     data_share: float = 0.3
+    most_per_instruction: int = 40
     proposals_per_task: int = 2
     prior_share: float = 0.15
-    rows_per_step: int = 96
+    rows_per_step: int | None = None
+    """None: as many as a step of SHIP answers."""
     lr: float = 2e-3
     num_beams: int = 5
 
@@ -56,6 +59,7 @@ class Itd(TrainedMethod):
     """
 
     name: ClassVar[str] = "itd"
+    about: ClassVar[str] = "a LoRA on the base's own deductions; the examples vote on the text"
     states_instruction: ClassVar[bool] = False
     recipe: ClassVar[ItdRecipe] = ItdRecipe()
     module: StaticLora
@@ -65,51 +69,54 @@ class Itd(TrainedMethod):
 
     def train(self) -> None:
         recipe, prompts = self.recipe, self.base.prompts
-        deduced = self.deduce_data()
+        deduced, sampler = self.deduce_data(), self.sampler
+        num_rows = recipe.rows_per_step or sampler.tasks_per_step * sampler.examples_per_task
         rng = random.Random(f"{self.setting.seed} itd")
 
-        def loss_at(step: int) -> Tensor:
-            chosen = rng.choices(deduced, k=recipe.rows_per_step)
+        def losses_at(step: int) -> Iterator[Tensor]:
+            chosen = rng.choices(deduced, k=num_rows)
             shown = [
                 () if rng.random() < recipe.prior_share else (rng.choice(one.examples),)
                 for one in chosen
             ]
-            batch = self.base.batch(
-                [prompts.decoder_prompt(row) for row in shown], [one.instruction for one in chosen]
+            return self.base.losses(
+                self.module(),
+                [[prompts.decoder_prompt(row)] for row in shown],
+                [[one.instruction] for one in chosen],
             )
-            return self.base.loss(self.module(), batch, 1)
 
-        fit(
-            self.module.parameters(),
-            loss_at,
-            self.budget.share(1 - recipe.data_share),
-            recipe.lr,
-            self.name,
-        )
+        left = self.budget.share(1 - recipe.data_share)
+        self.fit(losses_at, left, recipe.lr, self.name, num_rows)
 
     def deduce_data(self) -> list[Deduced]:
         """Batch after batch of proposed instructions and inputs, answered by the base, until the
-        data's share is spent."""
-        budget, started, num_batches = (
+        data's share is spent, or each instruction was asked often enough."""
+        budget, started, used = (
             self.budget.share(self.recipe.data_share),
             time.perf_counter(),
-            0,
+            Spent(),
         )
         proposed = self.propose()
         inputs = [e.input for task in self.setting.splits.seen for e in task.train]
         rng = random.Random(f"{self.setting.seed} itd inputs")
         turns = _in_turn(proposed, rng)
+        most = self.recipe.most_per_instruction * len(proposed)
         examples_of: dict[str, list[Example]] = {}
-        while not num_batches or budget.spent(num_batches, time.perf_counter() - started) < 1:
-            asked = [(text, rng.choice(inputs)) for text in islice(turns, _ANSWERED_BETWEEN_LOOKS)]
-            answers = self.base.generate(
-                [self.base.prompts.task_prompt(x, text) for text, x in asked],
-                self.base.config.evaluation.max_new_tokens,
-            )
-            for (text, x), y in zip(asked, answers, strict=True):
-                if y:
-                    examples_of.setdefault(text, []).append(Example(x, y))
-            num_batches += 1
+        with tqdm(desc=f"{self.name}: answers", total=most, mininterval=5) as bar:
+            while not used.steps or (budget.spent(used) < 1 and used.examples < most):
+                asked = [
+                    (text, rng.choice(inputs)) for text in islice(turns, _ANSWERED_BETWEEN_LOOKS)
+                ]
+                answers = self.base.generate(
+                    [self.base.prompts.task_prompt(x, text) for text, x in asked],
+                    self.base.config.evaluation.max_new_tokens,
+                )
+                for (text, x), y in zip(asked, answers, strict=True):
+                    if y:
+                        examples_of.setdefault(text, []).append(Example(x, y))
+                bar.update(len(asked))
+                seconds = time.perf_counter() - started
+                used = Spent(used.steps + 1, seconds, used.examples + len(asked))
         return [Deduced(text, tuple(examples)) for text, examples in examples_of.items()]
 
     def propose(self) -> list[str]:
@@ -118,14 +125,20 @@ class Itd(TrainedMethod):
         rng = random.Random(f"{self.setting.seed} itd proposals")
         seen = self.setting.splits.seen
         shown = [
-            draw(task, rng.randint(1, 5), f"{self.setting.seed} {i} {task.id}")
+            draw(task.train, rng.randint(1, 5), f"{self.setting.seed} {i} {task.id}")
             for task in seen
             for i in range(self.recipe.proposals_per_task)
         ]
-        induced = self.base.generate(
-            [self.base.prompts.decoder_prompt(row) for row in shown],
-            self.base.config.evaluation.max_instruction_tokens,
-        )
+        prompts = [self.base.prompts.decoder_prompt(row) for row in shown]
+        length = self.base.config.evaluation.max_instruction_tokens
+        induced: list[str | None] = []
+        with tqdm(
+            desc=f"{self.name}: initial inductions", total=len(prompts), mininterval=5
+        ) as bar:
+            for start in range(0, len(prompts), _ANSWERED_BETWEEN_LOOKS):
+                some = prompts[start : start + _ANSWERED_BETWEEN_LOOKS]
+                induced += self.base.generate(some, length)
+                bar.update(len(some))
         wordings = [wording for task in seen for wording in task.wordings]
         return list(dict.fromkeys([*wordings, *(text for text in induced if text)]))
 

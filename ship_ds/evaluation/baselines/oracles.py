@@ -7,20 +7,27 @@ Letters: T tasks, R LoRA rank, I inputs of a linear, O outputs of a linear.
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example, SplitTask
-from ship_ds.evaluation.baselines.fitting import Budget, Steps, fit
+from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.budgets import Budget, Spent, Steps
+from ship_ds.model import budget as budgets
 from ship_ds.model.adapters.lora import LoraAdapter
 
-_GROUP = 60
+_MOST_IN_GROUP = 60
 """Tasks trained in one batch."""
+_BATCHES_A_STEP = 4
+"""Of what fits the memory at once."""
+_ROOM_FOR_ORACLES = 2
+"""Times what a batch may take (model/budget.py): 2 GiB on a CPU."""
 
 
 class Oracles:
@@ -86,53 +93,112 @@ def train_oracles(
     """A group of tasks batched at a time, in random order; each LoRA sees its own task alone.
 
     No group is begun once the budget is spent: tasks that were not reached have no oracle, since a
-    half-trained one would teach a wrong adapter. The first group is always trained.
+    half-trained one would teach a wrong adapter. The first group is always trained. Nor has a task
+    an oracle for which there is no room (`_most_oracles`).
     """
-    order = random.Random(f"{seed} oracles").sample(tasks, len(tasks))
-    num_groups = math.ceil(len(order) / _GROUP)
-    whole, started = _fresh(base, len(order)), time.perf_counter()
-    num_trained = 0
-    for number in range(num_groups):
-        if number and budget.spent(number * recipe.steps, time.perf_counter() - started) >= 1:
+    order = random.Random(f"{seed} oracles").sample(tasks, len(tasks))[: _most_oracles(base)]
+    first, started, used = StaticLora(base.sites, base.lora), time.perf_counter(), Spent()
+    size, groups = group_size(base, [task.train for task in order], examples_per_task), []
+    for start in range(0, len(order), size):
+        used = replace(used, seconds=time.perf_counter() - started)
+        if start and budget.spent(used) >= 1:
             break
-        group = order[number * _GROUP : (number + 1) * _GROUP]
-        loras, rows = _fresh(base, len(group)), slice(num_trained, num_trained + len(group))
-        loras.load_state_dict({name: weight[rows] for name, weight in whole.state_dict().items()})
+        group = order[start : start + size]
+        title = f"oracles, group {start // size + 1} of {math.ceil(len(order) / size)}"
+        examples = {task.id: task.train for task in group}
+        groups.append(train_group(base, first, examples, recipe, examples_per_task, seed, title))
+        num_examples = recipe.steps * examples_per_task * len(group)
+        used = Spent(used.steps + recipe.steps, used.seconds, used.examples + num_examples)
+    lora = _joined(groups)
+    return Oracles({task.id: t for t, task in enumerate(order[: lora.num_tasks])}, lora)
 
-        def loss_at(
-            step: int, loras: StaticLora = loras, group: Sequence[SplitTask] = group
-        ) -> Tensor:
-            drawn = [
-                example
-                for task in group
-                for example in draw(task, examples_per_task, f"{seed} oracle {step} {task.id}")
-            ]
-            batch = base.batch(
-                [base.prompts.task_prompt(e.input) for e in drawn], [e.target for e in drawn]
+
+def train_group(
+    base: FrozenBase,
+    first: StaticLora,
+    examples: Mapping[str, Sequence[Example]],
+    recipe: OracleRecipe,
+    examples_per_task: int,
+    seed: int,
+    title: str,
+) -> LoraAdapter:
+    """A LoRA for each task, trained on its own examples alone; all in one batch.
+
+    Args:
+        base: whose Task LLM they adapt.
+        first: where each of them starts.
+        examples: of each task, by its id.
+        recipe: how long and how fast.
+        examples_per_task: of a step.
+        seed: of the examples that a step draws.
+        title: of the progress bar.
+    """
+    loras = StaticLora(base.sites, base.lora, len(examples))
+    loras.load_state_dict(
+        {
+            name: weight.expand_as(own)
+            for (name, own), weight in zip(
+                loras.state_dict().items(), first.state_dict().values(), strict=True
             )
-            return base.loss_per_task(loras(), batch, len(group))
+        }
+    )
+    loras.to(base.device)
 
-        title = f"oracles, group {number + 1} of {num_groups}"
-        fit(loras.parameters(), loss_at, Steps(recipe.steps), recipe.lr, title, clip=math.inf)
-        with torch.no_grad():
-            for weight, trained in zip(whole.parameters(), loras.parameters(), strict=True):
-                weight[rows] = trained
-        num_trained += len(group)
-    whole.requires_grad_(False)
-    trained_rows = whole().rows(torch.arange(num_trained, device=base.device))
-    return Oracles({task.id: t for t, task in enumerate(order[:num_trained])}, trained_rows)
+    def losses_at(step: int) -> Iterator[Tensor]:
+        drawn = [
+            draw(row, examples_per_task, f"{seed} oracle {step} {name}")
+            for name, row in examples.items()
+        ]
+        return base.losses_per_task(
+            lambda tasks: loras().rows(torch.tensor(tasks, device=base.device)),
+            [[base.prompts.task_prompt(example.input) for example in row] for row in drawn],
+            [[example.target for example in row] for row in drawn],
+        )
+
+    fit(loras.parameters(), losses_at, Steps(recipe.steps), recipe.lr, title, clip=math.inf)
+    return loras.requires_grad_(False)()
 
 
-def _fresh(base: FrozenBase, num_tasks: int) -> StaticLora:
-    return StaticLora(base.sites, base.lora, num_tasks).to(base.device)
+def group_size(
+    base: FrozenBase, examples: Sequence[Sequence[Example]], examples_per_task: int
+) -> int:
+    """Tasks trained side by side: their LoRAs, gradients and Adam's two moments have to fit, and a
+    step is a few batches at most, or a small budget would be spent on the first group.
+
+    Args:
+        base: whose Task LLM they adapt.
+        examples: of each task; the first ones say how long a row is.
+        examples_per_task: of a step.
+    """
+    free, form = budgets.bytes_free(base.device), base.prompts
+    labels = [len(form.target(row[0].target)) for row in examples]
+    asked = [len(form.task_prompt(row[0].input)) for row in examples]
+    num_labels = math.ceil(fmean(labels))
+    costs = base.task_llm.language_model.costs
+    row = costs.trained_row(math.ceil(fmean(asked)) + num_labels, num_labels)
+    in_a_step = _BATCHES_A_STEP * free // (row * examples_per_task)
+    return max(1, min(_MOST_IN_GROUP, free // (2 * base.adapter_bytes), in_a_step))
 
 
-def draw(task: SplitTask, count: int, key: str) -> list[Example]:
-    """`count` training examples, all different where there are enough; a function of `key`
+def _most_oracles(base: FrozenBase) -> int:
+    """As many as may lie in memory while the hypernetwork learns from them."""
+    return max(1, 2 * _ROOM_FOR_ORACLES * budgets.bytes_free(base.device) // base.adapter_bytes)
+
+
+def _joined(groups: list[LoraAdapter]) -> LoraAdapter:
+    """The LoRAs of all groups as one."""
+    joined = {}
+    for path in groups[0].factors:
+        halves = zip(*(group.factors[path] for group in groups), strict=True)
+        a_TRI, b_TOR = (torch.cat(half) for half in halves)
+        joined[path] = a_TRI, b_TOR
+    return replace(groups[0], factors=joined)
+
+
+def draw(examples: Sequence[Example], count: int, key: str) -> list[Example]:
+    """`count` of a task's examples, all different where there are enough; a function of `key`
     alone."""
     rng = random.Random(key)
-    return (
-        rng.sample(task.train, count)
-        if count <= len(task.train)
-        else rng.choices(task.train, k=count)
-    )
+    if count <= len(examples):
+        return rng.sample(examples, count)
+    return rng.choices(examples, k=count)

@@ -4,7 +4,7 @@ Letters: T tasks, P virtual tokens, H hidden size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.data.task import Example, SplitTask
-from ship_ds.evaluation.baselines.fitting import Steps, fit
+from ship_ds.evaluation.baselines.fitting import fit
+from ship_ds.evaluation.baselines.frozen_base import Ids
 from ship_ds.evaluation.baselines.static_adapters import StaticSoftPrompt
 from ship_ds.evaluation.baselines.trained import TrainedMethod
+from ship_ds.evaluation.budgets import Steps
 from ship_ds.inference.deduction import AnswersByTask
-from ship_ds.model import budget
 from ship_ds.model.adapters.soft_prompt import SoftPrompt
 
 
@@ -43,6 +44,9 @@ class PromptTuning(TrainedMethod):
     """
 
     name: ClassVar[str] = "prompt_tuning"
+    about: ClassVar[str] = (
+        "one soft prompt for all tasks; in reasoning one a task, trained on the shown examples"
+    )
     states_instruction: ClassVar[bool] = False
     recipe: ClassVar[PromptTuningRecipe] = PromptTuningRecipe()
     module: StaticSoftPrompt
@@ -54,12 +58,14 @@ class PromptTuning(TrainedMethod):
         return StaticSoftPrompt(lm.embed_ids(ids_P.to(self.base.device)))
 
     def train(self) -> None:
-        sampler = self.sampler
+        """One prompt for all seen tasks."""
 
-        def loss_at(step: int) -> Tensor:
-            return self._loss(self.module, [draw.answered for draw in sampler.draw_step(step)], 1)
+        def losses_at(step: int) -> Iterator[Tensor]:
+            draws = self.sampler.draw_step(step)
+            rows = [draw.answered for draw in draws]
+            return self.base.losses(self.module(), *self._asked(rows))
 
-        fit(self.module.parameters(), loss_at, self.budget, self.recipe.lr, self.name)
+        self.fit(losses_at, self.budget, self.recipe.lr, self.name)
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
@@ -69,22 +75,7 @@ class PromptTuning(TrainedMethod):
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        answers: AnswersByTask = []
-        at_once = self._num_tuned_together(shown)
-        for start in range(0, len(shown), at_once):
-            prompts = self.tune(shown[start : start + at_once])
-            answers += self._answer(prompts, inputs[start : start + at_once])
-        return answers
-
-    def _num_tuned_together(self, shown: Sequence[Sequence[Example]]) -> int:
-        """Tasks of a batch: what their examples keep for the backward pass has to fit."""
-        form, costs = self.base.prompts, self.base.task_llm.language_model.costs
-        targets = [len(form.target(e.target)) for row in shown for e in row]
-        asked = [len(form.task_prompt(e.input)) for row in shown for e in row]
-        longest = max(targets, default=1)
-        width = self.recipe.num_virtual_tokens + max(asked, default=1) + longest
-        task_bytes = max(map(len, shown), default=1) * costs.trained_row(width, longest)
-        return max(1, budget.bytes_free(self.base.device) // task_bytes)
+        return self._answer(self.tune(shown), inputs) if shown else []
 
     def tune(self, shown: Sequence[Sequence[Example]]) -> StaticSoftPrompt:
         """One soft prompt a task, from its shown examples; tasks that show fewer than others repeat
@@ -92,9 +83,13 @@ class PromptTuning(TrainedMethod):
         width = max(map(len, shown))
         even = [[row[i % len(row)] for i in range(width)] for row in shown]
         prompts = StaticSoftPrompt(self.module.prompt_TPH[0], len(shown)).to(self.base.device)
+        device = self.base.device
         fit(
             prompts.parameters(),
-            lambda step: self._loss(prompts, even, len(shown)),
+            lambda step: self.base.losses_per_task(
+                lambda tasks: prompts().rows(torch.tensor(tasks, device=device)),
+                *self._asked(even),
+            ),
             Steps(self.recipe.reasoning_steps),
             self.recipe.reasoning_lr,
             f"{self.name}: {len(shown)} tasks",
@@ -102,15 +97,16 @@ class PromptTuning(TrainedMethod):
         )
         return prompts
 
-    def _loss(
-        self, prompt: StaticSoftPrompt, examples: Sequence[Sequence[Example]], num_tasks: int
-    ) -> Tensor:
-        rows = [example for row in examples for example in row]
-        asked = [self.base.prompts.task_prompt(example.input) for example in rows]
-        batch = self.base.batch(
-            asked, [example.target for example in rows], self.recipe.num_virtual_tokens
+    def _asked(
+        self, examples: Sequence[Sequence[Example]]
+    ) -> tuple[list[list[Ids]], list[list[str]], int]:
+        """Prompts and targets, one row a task, and the virtual tokens before each."""
+        form = self.base.prompts
+        return (
+            [[form.task_prompt(example.input) for example in row] for row in examples],
+            [[example.target for example in row] for row in examples],
+            self.recipe.num_virtual_tokens,
         )
-        return self.base.loss_per_task(prompt(), batch, num_tasks)
 
     def _answer(self, prompt: StaticSoftPrompt, inputs: Sequence[Sequence[str]]) -> AnswersByTask:
         questions = [[self.base.prompts.task_prompt(text) for text in row] for row in inputs]

@@ -1,15 +1,14 @@
 """Plain supervised fine-tuning."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
-from ship_ds.evaluation.baselines.trained import TrainedMethod
+from ship_ds.evaluation.baselines.trained import TrainedMethod, targets_of
 from ship_ds.inference.deduction import AnswersByTask
 
 
@@ -29,6 +28,7 @@ class Sft(TrainedMethod):
     """
 
     name: ClassVar[str] = "sft"
+    about: ClassVar[str] = "one LoRA for all tasks, trained with the instruction in the prompt"
     states_instruction: ClassVar[bool] = True
     recipe: ClassVar[SftRecipe] = SftRecipe()
     module: StaticLora
@@ -37,20 +37,18 @@ class Sft(TrainedMethod):
         return StaticLora(self.base.sites, self.base.lora)
 
     def train(self) -> None:
-        sampler, prompts = self.sampler, self.base.prompts
+        """On the seen tasks, each in one of its wordings."""
+        prompts = self.base.prompts
 
-        def loss_at(step: int) -> Tensor:
-            rows = [
-                (example, draw.wording)
-                for draw in sampler.draw_step(step)
-                for example in draw.answered
+        def losses_at(step: int) -> Iterator[Tensor]:
+            draws = self.sampler.draw_step(step)
+            asked = [
+                [prompts.task_prompt(example.input, draw.wording) for example in draw.answered]
+                for draw in draws
             ]
-            asked = [prompts.task_prompt(example.input, wording) for example, wording in rows]
-            return self.base.loss(
-                self.module(), self.base.batch(asked, [example.target for example, _ in rows]), 1
-            )
+            return self.base.losses(self.module(), asked, targets_of(draws))
 
-        fit(self.module.parameters(), loss_at, self.budget, self.recipe.lr, self.name)
+        self.fit(losses_at, self.budget, self.recipe.lr, self.name)
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]

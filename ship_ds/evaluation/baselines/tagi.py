@@ -3,7 +3,7 @@
 Letters: K labelled positions, V vocabulary, E sequences, S padded length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.data.sampler import TaskDraw
-from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.generated_lora import AttentionReader, GeneratedLora
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles
+from ship_ds.evaluation.baselines.trained import targets_of
 from ship_ds.loss import sum_cross_entropy
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.budget import Piece
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Tagi(GeneratedLora):
     """
 
     name: ClassVar[str] = "tagi"
+    about: ClassVar[str] = "a hypernetwork from the instruction, taught by one LoRA a seen task"
     recipe: ClassVar[TagiRecipe] = TagiRecipe()
 
     def reader(self, latent_size: int) -> nn.Module:
@@ -49,39 +52,78 @@ class Tagi(GeneratedLora):
         )
 
     def train(self) -> None:
+        """The oracles, and then the hypernetwork."""
         oracles, sampler = self.train_oracles(self.recipe.oracles), self.sampler
         budget = self.budget.share(1 - self.recipe.oracles.share)
-        fit(
-            self.module.parameters(),
-            lambda step: self.student_loss(oracles, sampler.draw_step(step)),
+        self.fit(
+            lambda step: self.student_losses(oracles, sampler.draw_step(step)),
             budget,
             self.recipe.lr,
             self.name,
         )
 
-    def student_loss(self, oracles: Oracles, draws: Sequence[TaskDraw]) -> Tensor:
-        """Labels of all tasks; logits and parameters of those that have an oracle."""
-        student, batch = self.generate([draw.wording for draw in draws]), self.answered(draws)
-        logits_KV, labels_K = self.base.label_logits(student, batch, len(draws))
-        loss = sum_cross_entropy(logits_KV, labels_K) / len(labels_K)
-        taught = torch.tensor(
-            [t for t, draw in enumerate(draws) if draw.task_id in oracles.rows],
-            device=self.base.device,
+    def student_losses(self, oracles: Oracles, draws: Sequence[TaskDraw]) -> Iterator[Tensor]:
+        """Labels of all tasks; logits and parameters of those that have an oracle. In pieces that
+        add up to the mean over target tokens, and over tasks."""
+        asked, targets = self.questions(draws), targets_of(draws)
+        weights = self._weights(oracles, draws)
+        # Student and oracle: an adapter with its gradient, and one more without.
+        task_bytes = 2 * self.base.adapter_bytes
+        for parts, batch in self.base.pieces(asked, targets, task_bytes=task_bytes):
+            yield self._piece(oracles, [draws[part.task] for part in parts], parts, batch, weights)
+
+    def _weights(self, oracles: Oracles, draws: Sequence[TaskDraw]) -> "_Weights":
+        def num_labels(some: Sequence[TaskDraw]) -> int:
+            rows = (example.target for draw in some for example in draw.answered)
+            return sum(len(self.base.prompts.target(text)) for text in rows)
+
+        taught = [draw for draw in draws if draw.task_id in oracles.rows]
+        num_rows = sum(len(draw.answered) for draw in taught)
+        return _Weights(
+            1 / num_labels(draws),
+            self.recipe.logit_weight / max(1, num_labels(taught)),
+            self.recipe.parameter_weight / max(1, num_rows),
         )
-        if not len(taught):
+
+    def _piece(
+        self,
+        oracles: Oracles,
+        draws: Sequence[TaskDraw],
+        parts: Sequence[Piece],
+        batch: TokenBatch,
+        weights: "_Weights",
+    ) -> Tensor:
+        student = self.generate([draw.wording for draw in draws])
+        logits_KV, labels_K = self.base.label_logits(student, batch, len(draws))
+        loss = weights.label * sum_cross_entropy(logits_KV, labels_K)
+        places = [t for t, draw in enumerate(draws) if draw.task_id in oracles.rows]
+        if not places:
             return loss
-        taught_draws = [draws[t] for t in taught.tolist()]
-        names = [draw.task_id for draw in taught_draws]
+        names = [draw.task_id for draw in draws]
+        # A task without an oracle borrows another's, so that one batch serves both: what it gives
+        # is left out below.
+        borrowed = [name if name in oracles.rows else names[places[0]] for name in names]
         with torch.no_grad():
-            target_KV, _ = self.base.label_logits(
-                oracles.of(names), self.answered(taught_draws), len(taught_draws)
-            )
-        is_taught_K = torch.isin(batch.label_row_K * len(draws) // len(batch.ids_ES), taught)
+            target_KV, _ = self.base.label_logits(oracles.of(borrowed), batch, len(draws))
+        taught = torch.tensor(places, device=self.base.device)
+        num_rows = parts[0].stop - parts[0].start
+        is_taught_K = torch.isin(batch.label_row_K // num_rows, taught)
+        divergence = kl_divergence(target_KV[is_taught_K], logits_KV[is_taught_K])
+        distance = oracles.distance(student.rows(taught), [names[t] for t in places])
         return (
             loss
-            + self.recipe.logit_weight * kl_divergence(target_KV, logits_KV[is_taught_K])
-            + self.recipe.parameter_weight * oracles.distance(student.rows(taught), names)
+            + weights.logit * int(is_taught_K.sum()) * divergence
+            + weights.parameter * len(places) * num_rows * distance
         )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Of a label token, of a token under an oracle, and of a row of a task that has one."""
+
+    label: float
+    logit: float
+    parameter: float
 
 
 def kl_divergence(target_KV: Tensor, logits_KV: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Text-to-LoRA."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.generated_lora import GeneratedLora, PooledReader
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles
+from ship_ds.evaluation.baselines.trained import targets_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TextToLora(GeneratedLora):
     """
 
     name: ClassVar[str] = "text_to_lora"
+    about: ClassVar[str] = "a hypernetwork from a frozen embedding of the instruction"
     recipe: ClassVar[TextToLoraRecipe] = TextToLoraRecipe()
 
     def reader(self, latent_size: int) -> nn.Module:
@@ -41,7 +43,7 @@ class TextToLora(GeneratedLora):
         recipe = self.recipe
         self.reconstruct(self.train_oracles(recipe.oracles))
         sft = self.budget.share(1 - recipe.oracles.share - recipe.reconstruction_share)
-        fit(self.module.parameters(), self._sft_loss, sft, recipe.sft_lr, f"{self.name}: sft")
+        self.fit(self._sft_losses, sft, recipe.sft_lr, f"{self.name}: sft")
 
     def reconstruct(self, oracles: Oracles) -> None:
         """The pre-stage: generated LoRAs close to the oracles', without the Task LLM; on the tasks
@@ -49,23 +51,19 @@ class TextToLora(GeneratedLora):
         tasks = [task for task in self.setting.splits.seen if task.id in oracles.rows]
         sampler, recipe = replace(self.sampler, tasks=tasks), self.recipe
 
-        def loss_at(step: int) -> Tensor:
+        def losses_at(step: int) -> Iterator[Tensor]:
             draws = sampler.draw_step(step)
-            return oracles.distance(
+            yield oracles.distance(
                 self.generate([draw.wording for draw in draws]), [draw.task_id for draw in draws]
             )
 
         budget = self.budget.share(recipe.reconstruction_share)
-        fit(
-            self.module.parameters(),
-            loss_at,
-            budget,
-            recipe.reconstruction_lr,
-            f"{self.name}: reconstruction",
-        )
+        self.fit(losses_at, budget, recipe.reconstruction_lr, f"{self.name}: reconstruction")
 
-    def _sft_loss(self, step: int) -> Tensor:
+    def _sft_losses(self, step: int) -> Iterator[Tensor]:
         draws = self.sampler.draw_step(step)
-        return self.base.loss(
-            self.generate([draw.wording for draw in draws]), self.answered(draws), len(draws)
+        return self.base.losses(
+            lambda tasks: self.generate([draws[t].wording for t in tasks]),
+            self.questions(draws),
+            targets_of(draws),
         )

@@ -3,6 +3,7 @@ them afterwards.
 
     FOLDER/weights/weights.safetensors    the trained tensors
     FOLDER/weights/manifest.json          what they were trained for; the file's size, SHA-256
+    FOLDER/curve.json                     its losses, and its scores on dev on the way
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -19,18 +20,29 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from ship_ds.api import Ship
 from ship_ds.console import log
-from ship_ds.data.sampler import StepSampler, balanced
-from ship_ds.evaluation.baselines.fitting import Budget, Minutes
+from ship_ds.data.sampler import StepSampler, TaskDraw, balanced
+from ship_ds.data.task import SplitTask
+from ship_ds.evaluation.baselines.fitting import Looks, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
-from ship_ds.evaluation.method import Setting
-from ship_ds.files import recover, sha256, whole_folder
+from ship_ds.evaluation.budgets import Budget
+from ship_ds.evaluation.config import Direction
+from ship_ds.evaluation.judges import RougeJudge
+from ship_ds.evaluation.measure import measure
+from ship_ds.evaluation.method import Deduces, Setting
+from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.questions import ask, spread
+from ship_ds.files import recover, sha256, whole_folder, write_json
 from ship_ds.runtime import ranks
 
 _WEIGHTS, _MANIFEST = "weights.safetensors", "manifest.json"
-TRAINING = 3
+CURVE = "curve.json"
+_NUM_DEV_TASKS, _NUM_SHOWN = 24, 5
+"""Of a look at dev; the second to a method that induces."""
+TRAINING = 4
 """Of the way in which `fit` and `prepare` train; under another one weights are trained again."""
 
 
@@ -52,12 +64,14 @@ class TrainedMethod(ABC):
 
     recipe: a frozen dataclass of its numbers; they are in the manifest, so weights trained by other
     ones are not reused.
-    budget: what training may spend; None for the setting's minutes.
+    budget: what training may spend; None for the setting's.
     """
 
     name: ClassVar[str]
     states_instruction: ClassVar[bool]
     answers_as_ship: ClassVar[bool] = False
+    about: ClassVar[str]
+    sees_labels: ClassVar[bool] = False
     recipe: ClassVar[Any]
 
     @classmethod
@@ -65,10 +79,18 @@ class TrainedMethod(ABC):
         """The recipe, and the version of the loop that trains by it."""
         return {"recipe": asdict(cls.recipe), "training": TRAINING}
 
+    @classmethod
+    def applies(cls, task: SplitTask, ship: Ship) -> bool:
+        """To every task of every run."""
+        return True
+
     def __init__(self, setting: Setting, budget: Budget | None = None) -> None:
         self.setting = setting
-        self.budget = budget or Minutes(setting.minutes)
+        chosen = budget or setting.budget
+        assert chosen is not None, "who makes a method that trains says what it may spend"
+        self.budget: Budget = chosen
         self.base = FrozenBase(setting.ship)
+        self.looks = self._looks()
         with torch.random.fork_rng():
             torch.manual_seed(setting.seed)
             self.module = self.build().to(self.base.device)
@@ -81,6 +103,55 @@ class TrainedMethod(ABC):
     def train(self) -> None:
         """Fit `self.module` within `self.budget`."""
 
+    def fit(
+        self,
+        losses_at: Callable[[int], Iterable[Tensor]],
+        budget: Budget,
+        lr: float,
+        title: str,
+        num_examples: int | None = None,
+    ) -> None:
+        """Train the module for one stage; see `fitting.fit`.
+
+        Args:
+            losses_at: the pieces of a step's loss.
+            budget: of the stage.
+            lr: at its highest.
+            title: of the stage.
+            num_examples: that a step answers; None: as many as a step of SHIP.
+        """
+        a_step = self.sampler.tasks_per_step * self.sampler.examples_per_task
+        fit(
+            self.module.parameters(),
+            losses_at,
+            budget,
+            lr,
+            title,
+            num_examples=a_step if num_examples is None else num_examples,
+            looks=self.looks,
+        )
+
+    def _looks(self) -> Looks | None:
+        """At a few dev tasks; an open-ended training looks once an epoch, or every ten steps."""
+        num_looks = self.setting.num_looks
+        if not num_looks or not [task for task in self.setting.splits.dev if task.test]:
+            return None
+        epoch = len(self.sampler.tasks) // self.sampler.tasks_per_step
+        return Looks(self.dev_score, num_looks, max(10, epoch))
+
+    def dev_score(self) -> float:
+        """ROUGE-L on dev of the weights as they are: of answers, or of induced instructions where
+        that is all the method does. An exact match has 1."""
+        dev = [task for task in self.setting.splits.dev if task.test]
+        num_asked = self.setting.ship.config.evaluation.examples_per_task
+        questions = [
+            ask(task, _NUM_SHOWN, self.setting.seed, num_asked, "dev")
+            for task in spread(dev, _NUM_DEV_TASKS)
+        ]
+        direction: Direction = "deduction" if isinstance(self, Deduces) else "induction"
+        outcome = measure(self, direction, questions, [RougeJudge()])
+        return score(outcome.values("rouge_l")).value
+
     def prepare(self) -> None:
         """Rank 0 trains unless good weights for this very setting are there; every rank loads what
         is on the disk."""
@@ -90,6 +161,8 @@ class TrainedMethod(ABC):
                 torch.manual_seed(self.setting.seed)
                 self.train()
             self._store(time.perf_counter() - started)
+            if self.looks is not None:
+                write_json(self.setting.folder / CURVE, self.looks.as_json())
         ranks.barrier()
         self.module.load_state_dict(load_file(self._folder / _WEIGHTS))
         self.module.eval().requires_grad_(False)
@@ -152,3 +225,8 @@ class TrainedMethod(ABC):
         return StepSampler(
             tasks, self.setting.seed, training.tasks_per_step, training.examples_per_task, 0, 0.0
         )
+
+
+def targets_of(draws: Sequence[TaskDraw]) -> list[list[str]]:
+    """The right answers, one row a task."""
+    return [[example.target for example in draw.answered] for draw in draws]

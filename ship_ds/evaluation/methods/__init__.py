@@ -3,16 +3,21 @@
 from ship_ds.evaluation import baselines
 from ship_ds.evaluation.config import METHOD_NAMES
 from ship_ds.evaluation.method import Method
+from ship_ds.evaluation.methods.composing import AdapterSum
 from ship_ds.evaluation.methods.controls import BareBase, MajorityLabel, ShuffledInstruction
 from ship_ds.evaluation.methods.icl import InContextLearning
 from ship_ds.evaluation.methods.instruction_induction import InstructionInduction
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
 from ship_ds.evaluation.methods.prompting import Prompting
+from ship_ds.evaluation.methods.published import ShipDirect, ShipIndirect
 from ship_ds.evaluation.methods.random_decode import RandomDecode
-from ship_ds.evaluation.methods.ship import ShipMethod
+from ship_ds.evaluation.methods.rounds import ShipRounds
+from ship_ds.evaluation.methods.ship import SearchWithoutDecoder, ShipMethod
+from ship_ds.evaluation.methods.weights import ReadOwnAdapter, ReadTrainedLora
 
 _CLASSES: tuple[type[Method], ...] = (
     ShipMethod,
+    SearchWithoutDecoder,
     NearestKnown,
     Prompting,
     InContextLearning,
@@ -21,10 +26,17 @@ _CLASSES: tuple[type[Method], ...] = (
     BareBase,
     ShuffledInstruction,
     MajorityLabel,
+    ShipIndirect,
+    ShipDirect,
+    ShipRounds,
+    AdapterSum,
+    ReadOwnAdapter,
+    ReadTrainedLora,
+    baselines.LoraPerTask,
     *baselines.TRAINED,
 )
 _BY_NAME = {method.name: method for method in _CLASSES}
 METHODS: dict[str, type[Method]] = {name: _BY_NAME[name] for name in METHOD_NAMES}
 TRAINED = frozenset(method.name for method in baselines.TRAINED)
-"""Those that train for `Setting.minutes` before they are asked; the others cost no time of their
+"""Those that train for `Setting.budget` before they are asked; the others cost no time of their
 own."""

@@ -16,6 +16,7 @@ class BareBase(Untrained):
     """The Task LLM with neither adapter nor instruction."""
 
     name: ClassVar[str] = "bare_base"
+    about: ClassVar[str] = "control: the base with neither adapter nor instruction"
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
@@ -31,6 +32,7 @@ class ShuffledInstruction(Untrained):
     """
 
     name: ClassVar[str] = "shuffled_instruction"
+    about: ClassVar[str] = "control: SHIP under another seen task's instruction"
     answers_as_ship: ClassVar[bool] = True
 
     def __init__(self, setting: Setting) -> None:
@@ -64,6 +66,10 @@ class MajorityLabel(Untrained):
     """
 
     name: ClassVar[str] = "majority_label"
+    about: ClassVar[str] = (
+        "control: the most frequent answer of the task's own training examples: sees labels"
+    )
+    sees_labels: ClassVar[bool] = True
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]

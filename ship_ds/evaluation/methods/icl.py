@@ -15,6 +15,7 @@ class InContextLearning(Untrained):
     first."""
 
     name: ClassVar[str] = "icl"
+    about: ClassVar[str] = "the bare base with the shown examples in every prompt"
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

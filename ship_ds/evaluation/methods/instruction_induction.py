@@ -14,6 +14,7 @@ class InstructionInduction(Untrained):
     instead of the paper's own."""
 
     name: ClassVar[str] = "instruction_induction"
+    about: ClassVar[str] = "the bare base names the task when shown the examples"
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         model, num_tokens = self.ship.model, self.ship.config.evaluation.max_instruction_tokens

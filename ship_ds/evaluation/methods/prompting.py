@@ -12,6 +12,7 @@ class Prompting(Untrained):
     """The upper reference of deduction: it pays for the instruction in every query."""
 
     name: ClassVar[str] = "prompting"
+    about: ClassVar[str] = "the bare base with the instruction in every prompt"
     states_instruction: ClassVar[bool] = True
 
     def deduce(

@@ -18,6 +18,7 @@ class RandomDecode(Untrained):
     """The control of induction: how often a plausible instruction is right by chance."""
 
     name: ClassVar[str] = "random_decode"
+    about: ClassVar[str] = "control: the decoder's text of a latent drawn from the prior"
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         """One decoded draw a task."""

@@ -17,6 +17,11 @@ class ShipMethod(Searching):
     the decoder."""
 
     name: ClassVar[str] = "ship"
+    about: ClassVar[str] = (
+        "deduction by the instruction's adapter; induction by a search of SHIP's own: what "
+        "the decoder proposes from the examples and the known instructions, tested on the "
+        "examples; not the published one"
+    )
     recipe: ClassVar[InductionConfig] = InductionConfig()
 
     def deduce(
@@ -28,3 +33,15 @@ class ShipMethod(Searching):
         """What the decoder makes of each instruction's posterior mean, without examples."""
         model = self.ship.model
         return model.decode(model.encode(wordings), self.search.max_new_tokens)
+
+
+class SearchWithoutDecoder(Searching):
+    """SHIP's search with everything left out that the decoder writes or likes: what the known
+    instructions and their words do by themselves."""
+
+    name: ClassVar[str] = "search_without_decoder"
+    about: ClassVar[str] = (
+        "ablation: SHIP's search without its decoder, so known instructions and what is derived "
+        "from their words alone"
+    )
+    recipe: ClassVar[InductionConfig] = InductionConfig(asks_decoder=False)

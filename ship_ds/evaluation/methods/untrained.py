@@ -2,6 +2,9 @@
 
 from typing import Any, ClassVar
 
+from ship_ds.api import Ship
+from ship_ds.config import LoraHypernetworkConfig
+from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.method import Setting
 
 
@@ -10,6 +13,12 @@ class Untrained:
 
     states_instruction: ClassVar[bool] = False
     answers_as_ship: ClassVar[bool] = False
+    sees_labels: ClassVar[bool] = False
+
+    @classmethod
+    def applies(cls, task: SplitTask, ship: Ship) -> bool:
+        """To every task of every run."""
+        return True
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
@@ -21,3 +30,8 @@ class Untrained:
 
     def prepare(self) -> None:
         """Nothing is trained."""
+
+
+def makes_lora(ship: Ship) -> bool:
+    """Whether the run's hypernetwork generates LoRAs."""
+    return isinstance(ship.config.model.hypernetwork, LoraHypernetworkConfig)

@@ -19,12 +19,12 @@ from ship_ds.config import (
 )
 from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.data.task import Splits
-from ship_ds.evaluation.baselines.fitting import Steps
 from ship_ds.evaluation.baselines.itd import Itd, ItdRecipe
 from ship_ds.evaluation.baselines.oracles import OracleRecipe
 from ship_ds.evaluation.baselines.prompt_tuning import PromptTuning, PromptTuningRecipe
 from ship_ds.evaluation.baselines.tagi import Tagi, TagiRecipe
 from ship_ds.evaluation.baselines.text_to_lora import TextToLora, TextToLoraRecipe
+from ship_ds.evaluation.budgets import Steps
 from ship_ds.evaluation.method import Setting
 from ship_ds.model.assemble import LoadedWeights, build_ship
 
@@ -71,6 +71,6 @@ def make(
     monkeypatch.setattr("ship_ds.evaluation.baselines.itd._ANSWERED_BETWEEN_LOOKS", 32)
 
     def build(method: Any, steps: int = 4, seed: int = 0, folder: str = "a") -> Any:
-        return method(Setting(ship, splits, tmp_path / folder, 1.0, seed), Steps(steps))
+        return method(Setting(ship, splits, tmp_path / folder, None, seed), Steps(steps))
 
     return build

@@ -1,26 +1,42 @@
-"""The training loop: what is spent, the schedule, and a loss that is not finite."""
+"""The training loop: what is spent, the schedule, looks at dev, and a loss that is not finite."""
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from ship_ds.evaluation.baselines.fitting import Minutes, Steps, fit
+from ship_ds.evaluation.baselines.fitting import Looks, fit
+from ship_ds.evaluation.budgets import Examples, Minutes, Spent, Steps, UntilDevStops
 
 
 def test_steps_are_counted_and_shared_out() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     asked: list[int] = []
 
-    def loss_at(step: int) -> torch.Tensor:
+    def losses_at(step: int) -> Iterator[torch.Tensor]:
         asked.append(step)
-        return (parameter - 1).square().sum()
+        yield (parameter - 1).square().sum()
 
-    losses = fit([parameter], loss_at, Steps(10).share(0.7), 0.1, "test")
+    losses = fit([parameter], losses_at, Steps(10).share(0.7), 0.1, "test")
     assert asked == list(range(7)) and losses == sorted(losses, reverse=True) and losses[0] == 1.0
     assert Steps(3).share(0.01) == Steps(1)
+
+
+def test_pieces_of_a_step_are_one_step() -> None:
+    """Adam sees the sum of their gradients, and the loss is theirs."""
+    whole, parted = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    goal = torch.tensor([1.0, -2.0])
+
+    def pieces(step: int) -> Iterator[torch.Tensor]:
+        yield (parted - goal).square()[0]
+        yield (parted - goal).square()[1]
+
+    losses = fit([whole], lambda step: [(whole - goal).square().sum()], Steps(5), 0.1, "whole")
+    assert fit([parted], pieces, Steps(5), 0.1, "parted") == pytest.approx(losses)
+    torch.testing.assert_close(whole, parted)
 
 
 def test_learning_rate_warms_up_and_falls_with_what_is_spent() -> None:
@@ -29,11 +45,11 @@ def test_learning_rate_warms_up_and_falls_with_what_is_spent() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     places = []
 
-    def loss_at(step: int) -> torch.Tensor:
+    def losses_at(step: int) -> Iterator[torch.Tensor]:
         places.append(parameter.item())
-        return parameter.sum()
+        yield parameter.sum()
 
-    fit([parameter], loss_at, Steps(40), 0.1, "test")
+    fit([parameter], losses_at, Steps(40), 0.1, "test")
     moved = [before - after for before, after in itertools.pairwise(places)]
     for step, by in enumerate(moved):
         assert by == pytest.approx(
@@ -41,9 +57,61 @@ def test_learning_rate_warms_up_and_falls_with_what_is_spent() -> None:
         )
 
 
-def test_minutes_end_by_the_clock() -> None:
+def test_minutes_end_by_the_clock_and_examples_by_their_number() -> None:
     budget = Minutes(2).share(0.25)
-    assert budget.spent(10**6, 15.0) == pytest.approx(0.5) and budget.spent(0, 30.0) == 1
+    assert budget.spent(Spent(10**6, 15.0)) == pytest.approx(0.5)
+    assert budget.spent(Spent(0, 30.0)) == 1
+    parameter = nn.Parameter(torch.zeros(1))
+    losses = fit(
+        [parameter],
+        lambda step: [(parameter - 1).square().sum()],
+        Examples(100).share(0.5),
+        0.1,
+        "test",
+        num_examples=8,
+    )
+    assert len(losses) == 7, "the seventh step passes 50 examples"
+
+
+def looks_that_say(scores: list[float], num_looks: int = 0) -> Looks:
+    left = iter(scores)
+    return Looks(lambda: next(left), num_looks, every=2)
+
+
+def test_training_goes_on_until_dev_stops_and_keeps_the_best_weights() -> None:
+    """A look every second step; the one after step 4 is the best, and two more do not raise it."""
+    parameter, places = nn.Parameter(torch.zeros(1)), []
+    looks = looks_that_say([0.2, 0.5, 0.5, 0.4])
+
+    def losses_at(step: int) -> Iterator[torch.Tensor]:
+        places.append(parameter.item())
+        yield parameter.sum()
+
+    losses = fit([parameter], losses_at, UntilDevStops(2), 0.1, "a", looks=looks)
+    assert len(losses) == 8 and parameter.item() == places[4] != places[5]
+    (curve,) = looks.as_json()
+    points = curve["points"]
+    assert curve["stage"] == "a" and isinstance(points, list)
+    assert [point["dev"] for point in points] == [None, 0.2, None, 0.5, None, 0.5, None, 0.4]
+    assert [point["step"] for point in points] == list(range(1, 9))
+
+
+def test_bounded_training_is_looked_at_evenly_and_keeps_its_last_weights() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    looks = looks_that_say([0.9, 0.1, 0.2, 0.3], num_looks=4)
+    fit([parameter], lambda step: [parameter.sum()], Steps(8), 0.1, "a", looks=looks)
+    looked = [point.step for point in looks.curves["a"] if point.dev is not None]
+    assert looked == [2, 4, 6, 8]
+    assert parameter.item() < -0.1, "the best look was the first; the last weights stay"
+
+
+def test_curve_on_disk_has_two_hundred_points_and_every_look() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    looks = looks_that_say([0.1, 0.2, 0.3], num_looks=3)
+    fit([parameter], lambda step: [parameter.sum()], Steps(1000), 1e-3, "a", looks=looks)
+    points = looks.as_json()[0]["points"]
+    assert isinstance(points, list) and 200 <= len(points) <= 203
+    assert [point["dev"] for point in points if point["dev"] is not None] == [0.1, 0.2, 0.3]
 
 
 def test_loss_that_is_not_finite_stops_with_its_step() -> None:
@@ -51,7 +119,7 @@ def test_loss_that_is_not_finite_stops_with_its_step() -> None:
     with pytest.raises(ValueError, match="one: the loss of step 2 is not finite; lower its lr"):
         fit(
             [parameter],
-            lambda step: parameter.sum() * (math.inf if step == 2 else 1),
+            lambda step: [parameter.sum() * (math.inf if step == 2 else 1)],
             Steps(5),
             0.1,
             "one",

@@ -65,7 +65,10 @@ def test_answers_of_uneven_tasks_are_those_of_each_task_alone(
     )
 
 
-def test_task_loss_has_the_gradient_of_the_task_alone(ship: Ship, splits: Splits) -> None:
+def test_task_loss_has_the_gradient_of_the_task_alone(
+    ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever pieces the memory cuts a step into."""
     base = FrozenBase(ship)
     rows = [task.train[:2] for task in splits.seen[:3]]
 
@@ -73,15 +76,38 @@ def test_task_loss_has_the_gradient_of_the_task_alone(ship: Ship, splits: Splits
         lora = awake_lora(base, 3)
         own = StaticLora(base.sites, base.lora, len(tasks))
         own.load_state_dict({name: weight[tasks] for name, weight in lora.state_dict().items()})
-        examples = [e for t in tasks for e in rows[t]]
-        batch = base.batch(
-            [base.prompts.task_prompt(e.input) for e in examples], [e.target for e in examples]
+        pieces = base.losses_per_task(
+            lambda some: own().rows(torch.tensor(some)),
+            [[base.prompts.task_prompt(e.input) for e in rows[t]] for t in tasks],
+            [[e.target for e in rows[t]] for t in tasks],
         )
-        base.loss_per_task(own(), batch, len(tasks)).backward()
+        for piece in pieces:
+            piece.backward()
         return lambda row: [weight.grad[row] for weight in own.parameters()]  # type: ignore[index]
 
-    for mine, alone in zip(gradients([0, 1, 2])(1), gradients([1])(0), strict=True):
-        torch.testing.assert_close(mine, alone, rtol=1e-3, atol=1e-5)
+    alone = gradients([1])(0)
+    for room in (1 << 30, 1):
+        monkeypatch.setattr("ship_ds.model.budget.bytes_free", lambda device, room=room: room)
+        for mine, own in zip(gradients([0, 1, 2])(1), alone, strict=True):
+            torch.testing.assert_close(mine, own, rtol=1e-3, atol=1e-5)
+
+
+def test_pieces_add_up_to_the_mean_over_all_targets(
+    ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = FrozenBase(ship)
+    rows = [task.train[: 1 + t] for t, task in enumerate(splits.seen[:3])]
+    asked = [[base.prompts.task_prompt(e.input) for e in row] for row in rows]
+    targets = [[e.target for e in row] for row in rows]
+    adapter = awake_lora(base, 1)()
+    flat = [ids for row in asked for ids in row], [text for row in targets for text in row]
+    total = -float(base.log_likelihoods(adapter, *flat).sum())
+    num_labels = sum(len(base.prompts.target(text)) for text in flat[1])
+    for room, num_pieces in ((1 << 30, 3), (1, 6)):
+        monkeypatch.setattr("ship_ds.model.budget.bytes_free", lambda device, room=room: room)
+        pieces = list(base.losses(adapter, asked, targets))
+        assert len(pieces) == num_pieces
+        assert float(sum(pieces)) == pytest.approx(total / num_labels, rel=1e-4)
 
 
 def test_run_without_lora_gets_a_base_with_lora_sites(ship: Ship) -> None:

@@ -5,9 +5,9 @@ import torch
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
-from ship_ds.evaluation.baselines.fitting import Steps
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles, train_oracles
+from ship_ds.evaluation.budgets import Steps
 from ship_ds.evaluation.metrics import exact_match
 from ship_ds.model.adapters.lora import LoraAdapter
 
@@ -47,7 +47,7 @@ def test_groups_change_nothing_and_none_begins_without_budget(
             )
 
     together = train(3)
-    monkeypatch.setattr("ship_ds.evaluation.baselines.oracles._GROUP", 1)
+    monkeypatch.setattr("ship_ds.evaluation.baselines.oracles._MOST_IN_GROUP", 1)
     apart = train(4)
     assert apart.rows == together.rows and together.rows.keys() == {task.id for task in tasks}
     for path, pair in together.lora.factors.items():

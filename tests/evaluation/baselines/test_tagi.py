@@ -9,19 +9,26 @@ import torch
 
 from ship_ds.evaluation.baselines.oracles import Oracles
 from ship_ds.evaluation.baselines.tagi import Tagi, kl_divergence
+from ship_ds.evaluation.baselines.trained import targets_of
 from tests.evaluation.baselines.test_frozen_base import awake_lora
 
 
 @torch.no_grad()
-def test_three_losses(make: Callable[..., Any]) -> None:
+def test_three_losses(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     method = make(Tagi)
     draws = method.sampler.draw_step(0)
     known = [draws[0].task_id, draws[2].task_id]
     oracles = Oracles({name: t for t, name in enumerate(known)}, awake_lora(method.base, 2)())
     wordings = [draw.wording for draw in draws]
-    labels = method.base.loss(method.generate(wordings), method.answered(draws), 3)
+    asked, targets = method.questions(draws), targets_of(draws)
+    labels = sum(method.base.losses(method.generate(wordings), asked, targets))
     theirs = [draws[0], draws[2]]
-    batch, student = method.answered(theirs), method.generate([draw.wording for draw in theirs])
+    rows = [example for draw in theirs for example in draw.answered]
+    batch = method.base.batch(
+        [method.base.prompts.task_prompt(example.input) for example in rows],
+        [example.target for example in rows],
+    )
+    student = method.generate([draw.wording for draw in theirs])
     wanted, _ = method.base.label_logits(oracles.of(known), batch, 2)
     given, _ = method.base.label_logits(student, batch, 2)
     expected = (
@@ -29,9 +36,14 @@ def test_three_losses(make: Callable[..., Any]) -> None:
         + method.recipe.logit_weight * kl_divergence(wanted, given)
         + method.recipe.parameter_weight * oracles.distance(student, known)
     )
-    assert float(method.student_loss(oracles, draws)) == pytest.approx(float(expected), rel=1e-4)
     none = Oracles({"another": 0}, awake_lora(method.base, 1)())
-    assert float(method.student_loss(none, draws)) == pytest.approx(float(labels), rel=1e-5)
+    for room, num_pieces in ((1 << 30, 1), (1, 6)):
+        monkeypatch.setattr("ship_ds.model.budget.bytes_free", lambda device, room=room: room)
+        pieces = list(method.student_losses(oracles, draws))
+        assert len(pieces) == num_pieces, "three tasks of two examples"
+        assert float(sum(pieces)) == pytest.approx(float(expected), rel=1e-4)
+        alone = sum(method.student_losses(none, draws))
+        assert float(alone) == pytest.approx(float(labels), rel=1e-5)
 
 
 def test_divergence_by_hand() -> None:

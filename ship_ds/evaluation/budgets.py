@@ -1,0 +1,103 @@
+"""What the training of a baseline may spend: time, steps, examples, or as long as dev rises."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+_WARMUP = 0.1
+"""Of a bounded budget: a fixed number of steps would be all that a short training has."""
+_WARMUP_STEPS = 20
+"""Of an open-ended one."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a training has used: steps, seconds without its looks at dev, and answered examples."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+
+
+class Budget(ABC):
+    """What a training may spend."""
+
+    @abstractmethod
+    def spent(self, used: Spent) -> float:
+        """The share that is used; at 1 the training is over."""
+
+    @abstractmethod
+    def share(self, part: float) -> "Budget":
+        """That part of it, for one stage."""
+
+    def rate(self, used: Spent) -> float:
+        """What the learning rate is multiplied by: a warm-up, and a cosine over the budget."""
+        spent = self.spent(used)
+        return min(1.0, 0.05 + spent / _WARMUP) * (1 + math.cos(math.pi * spent)) / 2
+
+
+@dataclass(frozen=True)
+class Minutes(Budget):
+    """Wall-clock time. How many steps that makes depends on the machine, so two trainings
+    differ."""
+
+    minutes: float
+
+    def spent(self, used: Spent) -> float:
+        """By the clock."""
+        return used.seconds / 60 / self.minutes
+
+    def share(self, part: float) -> "Minutes":
+        """Of the minutes."""
+        return Minutes(self.minutes * part)
+
+
+@dataclass(frozen=True)
+class Steps(Budget):
+    """A number of steps: the same training every time."""
+
+    steps: int
+
+    def spent(self, used: Spent) -> float:
+        """By steps."""
+        return used.steps / self.steps
+
+    def share(self, part: float) -> "Steps":
+        """Of the steps, at least one."""
+        return Steps(max(1, round(self.steps * part)))
+
+
+@dataclass(frozen=True)
+class Examples(Budget):
+    """A number of answered examples, as many as SHIP's own training had: equal data, whatever a
+    step costs."""
+
+    examples: int
+
+    def spent(self, used: Spent) -> float:
+        """By answered examples."""
+        return used.examples / self.examples
+
+    def share(self, part: float) -> "Examples":
+        """Of the examples, at least one."""
+        return Examples(max(1, round(self.examples * part)))
+
+
+@dataclass(frozen=True)
+class UntilDevStops(Budget):
+    """As long as the dev score rises: over when so many looks in a row have not raised it. The
+    weights of the best look are kept."""
+
+    patience: int
+
+    def spent(self, used: Spent) -> float:
+        """Nothing, since there is no bound."""
+        return 0.0
+
+    def share(self, part: float) -> "UntilDevStops":
+        """Every stage goes on until it stops by itself."""
+        return self
+
+    def rate(self, used: Spent) -> float:
+        """A warm-up, and then always the same: nobody knows where it ends."""
+        return min(1.0, (1 + used.steps) / _WARMUP_STEPS)

@@ -1,0 +1,56 @@
+"""Reasoning in rounds: what the induced text answers is given to induction again."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ship_ds.data.task import Example
+from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods.untrained import Untrained
+from ship_ds.inference.bank import Bank
+from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.inference.reasoning import reason_many
+
+_NUM_ROUNDS = 2
+
+
+class ShipRounds(Untrained):
+    """`ship-ds reason --rounds 2`, whose first round is SHIP's own row."""
+
+    name: ClassVar[str] = "ship_rounds"
+    about: ClassVar[str] = (
+        "SHIP's reasoning in two rounds: the second induces from the shown examples and its own "
+        "answers"
+    )
+    answers_as_ship: ClassVar[bool] = True
+    recipe: ClassVar[InductionConfig] = InductionConfig()
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """Of the search."""
+        return {"search": cls.recipe.model_dump(mode="json"), "rounds": _NUM_ROUNDS}
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.known = [task.task.instruction for task in setting.splits.seen]
+
+    def reason(
+        self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
+    ) -> AnswersByTask:
+        """By the text encoded again, as SHIP's own row."""
+        evaluation = self.ship.config.evaluation
+        search = self.recipe.model_copy(
+            update={"max_new_tokens": evaluation.max_instruction_tokens}
+        )
+        bank = Bank.build(self.ship.model, self.known)
+        found = reason_many(
+            self.ship.model,
+            bank,
+            shown,
+            inputs,
+            search,
+            evaluation.max_new_tokens,
+            _NUM_ROUNDS,
+            self.seed,
+        )
+        return [reasoning.refined for reasoning in found]

@@ -1,0 +1,172 @@
+"""Methods beside SHIP's own row: published inductions, the ablation, LoRAs by gradient, sums,
+weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ship_ds.api import Ship
+from ship_ds.data.rules import RulesConfig, build_world
+from ship_ds.data.task import Splits
+from ship_ds.evaluation.baselines.lora_per_task import LoraPerTask
+from ship_ds.evaluation.baselines.oracles import OracleRecipe
+from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods.composing import AdapterSum
+from ship_ds.evaluation.methods.nearest_known import NearestKnown
+from ship_ds.evaluation.methods.published import ShipDirect, ShipIndirect
+from ship_ds.evaluation.methods.rounds import ShipRounds
+from ship_ds.evaluation.methods.searching import Searching
+from ship_ds.evaluation.methods.ship import SearchWithoutDecoder
+from ship_ds.evaluation.methods.weights import ReadOwnAdapter, ReadTrainedLora
+from ship_ds.evaluation.metrics import exact_match
+from ship_ds.inference.deduction import answer_latents, answer_under
+from tests.inference.conftest import bundle, ship
+
+__all__ = ["bundle", "ship"]
+
+Make = Callable[[Any], Any]
+FEW = {
+    "num_known": 3,
+    "num_samples": 1,
+    "num_beams": 1,
+    "num_views": 1,
+    "num_finalists": 2,
+    "num_splices": 4,
+    "num_parents": 3,
+    "num_edits": 2,
+    "num_rounds": 1,
+    "steps": 2,
+    "num_restarts": 1,
+    "refine_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return build_world(RulesConfig(train_examples=6, test_examples=3, num_seen=12))
+
+
+@pytest.fixture
+def make(
+    ship: Ship,
+    splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Make:
+    """make(method), whose search takes few of everything."""
+
+    def build(method: Any) -> Any:
+        if hasattr(method, "recipe") and not issubclass(method, LoraPerTask):
+            monkeypatch.setattr(method, "recipe", method.recipe.model_copy(update=FEW))
+        return method(Setting(ship, splits, tmp_path, None, 0))
+
+    return build
+
+
+@pytest.mark.parametrize("method", [ShipIndirect, ShipDirect, SearchWithoutDecoder])
+def test_inductions_answer_with_a_text_and_inputs(
+    method: type[Searching], make: Make, splits: Splits
+) -> None:
+    made, shown = make(method), [task.train[:3] for task in splits.unseen[:2]]
+    texts = made.induce(shown)
+    assert len(texts) == 2 and all(texts)
+    assert [len(row) for row in made.reason(shown, [["1 2"], ["3 4", "5"]])] == [1, 2]
+
+
+def test_ablation_never_asks_the_decoder(
+    make: Make, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(SearchWithoutDecoder)
+    for name in ("forward", "stream", "generate"):
+        monkeypatch.setattr(
+            made.ship.model.decoder, name, lambda *rest, **options: pytest.fail("it was asked")
+        )
+    (found,) = made._inductions([splits.unseen[0].train[:3]])
+    assert {candidate.origin for candidate in found.candidates} <= {"known", "analogy", "splice"}
+
+
+def test_nearest_known_walks_where_many_are_known(
+    make: Make, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, shown = make(NearestKnown), [splits.seen[0].train[:3], splits.seen[5].train[:3]]
+    all_tried = made.induce(shown)
+    monkeypatch.setattr("ship_ds.inference.induction.MOST_TRIED", 1)
+    walked = make(NearestKnown).induce(shown)
+    known = {task.task.instruction for task in splits.seen}
+    assert set(all_tried) | set(walked) <= known
+
+
+def test_rounds_answer_every_input(make: Make, splits: Splits) -> None:
+    shown = [splits.unseen[0].train[:2]]
+    assert [len(row) for row in make(ShipRounds).reason(shown, [["1 2", "3 4"]])] == [2]
+
+
+def test_lora_per_task_learns_each_task_whatever_its_group(
+    make: Make, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoraPerTask, "recipe", OracleRecipe(steps=60, lr=3e-2))
+    tasks = [splits.seen[0], splits.unseen[3]]
+    inputs = [[example.input for example in task.train] for task in tasks]
+    made = make(LoraPerTask)
+    made.num_drawn = 6
+    together = made.deduce(tasks, ["", ""], inputs)
+    num_right = [
+        sum(
+            exact_match(answer, example.answers)
+            for answer, example in zip(row, task.train, strict=True)
+        )
+        for row, task in zip(together, tasks, strict=True)
+    ]
+    assert min(num_right) >= 4, "of the six examples that it was trained on"
+    monkeypatch.setattr("ship_ds.evaluation.baselines.oracles._MOST_IN_GROUP", 1)
+    apart = made.deduce(tasks, ["", ""], inputs)
+    pairs = zip(chain.from_iterable(apart), chain.from_iterable(together), strict=True)
+    same = [one == other for one, other in pairs]
+    assert sum(same) >= len(same) - 2, "two tasks in a batch are as two batches, up to rounding"
+
+
+@torch.no_grad()
+def test_sum_of_adapters_adds_what_each_does(make: Make, ship: Ship) -> None:
+    made, model = make(AdapterSum), ship.model
+    both = made._sum(["add 3", "take the first 2"])
+    parts = model.adapt(model.encode(["add 3", "take the first 2"]))
+    path = next(iter(model.task_llm.sites()))
+    x = torch.randn(1, 4, model.task_llm.sites()[path][0])
+    wanted = sum(parts.rows(torch.tensor([row])).delta(path, x) for row in (0, 1))
+    torch.testing.assert_close(both.delta(path, x), wanted, rtol=1e-4, atol=1e-5)
+    assert float(wanted.abs().max()) > 1e-3
+    said = made.deduce([None], ["add 3 and then take the first 2"], [["1 2 3"]])
+    assert said == [answer_under(model, both, "", ["1 2 3"], 6)]
+
+
+def test_sum_is_asked_of_generated_compositions_alone(ship: Ship, splits: Splits) -> None:
+    applies = [AdapterSum.applies(task, ship) for task in splits.unseen]
+    assert applies == [" and then " in task.task.instruction for task in splits.unseen]
+    assert any(applies) and not all(applies)
+    read = replace(splits.unseen[0].task, source="file", instruction="read it and then sum it up")
+    assert not AdapterSum.applies(replace(splits.unseen[0], task=read), ship)
+
+
+def test_own_adapters_weights_name_a_known_instruction(
+    make: Make,
+    ship: Ship,
+    splits: Splits,
+) -> None:
+    """Its own adapter is at no distance from itself."""
+    wordings = [task.task.instruction for task in splits.seen[:2]]
+    assert make(ReadOwnAdapter).reconstruct(wordings) == wordings
+    latents = ship.model.encode(wordings)
+    assert answer_latents(ship.model, latents, wordings, [["1 2"], ["1 2"]], 6)
+
+
+def test_a_trained_lora_is_read_as_some_text(
+    make: Make, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReadTrainedLora, "lora", OracleRecipe(steps=2))
+    texts = make(ReadTrainedLora).induce([splits.seen[0].train[:2]])
+    assert len(texts) == 1 and texts[0]
