@@ -149,7 +149,7 @@ NOWHERE = [
     Bad("evaluate --run FOLDER", "no bundle here"),
     Bad("evaluate --run RUN --methods magic", "--methods: there is no method 'magic'"),
     Bad("evaluate --run RUN --num-shown many", "--num-shown: "),
-    Bad("evaluate --run RUN --minutes 6", "--minutes: "),
+    Bad("evaluate --run RUN --minutes 0", "--minutes: "),
     Bad("plot --run nowhere", "nowhere: no such folder"),
     Bad("plot --run RUN --runs RUN nowhere", "nowhere: no such folder"),
     Bad("recipes --all", "recipes: no option --all"),
