@@ -69,7 +69,13 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="a folder that deduce or compose wrote")],
     out: Out,
     base: BaseNow = None,
-    target: Annotated[Target, typer.Option(help="what the adapter is added to")] = Target.ORIGINAL,
+    target: Annotated[
+        Target | None,
+        typer.Option(
+            help="what the adapter is added to; default: the weights that training saw, which are "
+            "dequantised for a run in NF4 and original for any other"
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     shard_gigabytes: ShardSize = 2.0,
     no_drift: NoDrift = False,
@@ -84,7 +90,7 @@ def merge(
 
     ranks.quiet_libraries()
     ranks.log_threads()
-    merging = Merge(adapter, target.value, base, dtype, shard_gigabytes)
+    merging = Merge(adapter, target.value if target else None, base, dtype, shard_gigabytes)
     print(describe(out, merging, merge_into(out, merging, not no_drift)))
     return 0
 

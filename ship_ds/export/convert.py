@@ -120,8 +120,13 @@ def merge_into(out: Path, merge: Merge, measures_drift: bool) -> dict[str, Any]:
 
 
 def describe(out: Path, merge: Merge, report: dict[str, Any]) -> str:
-    """ "merged: original, 1 shard(s)", and a second line on the drift where it was measured."""
+    """ "merged: dequantised, 1 shard(s)", a second line on the drift where it was measured, and a
+    warning where the merged weights are not those that training saw."""
     num_kept = report["num_shards_kept"]
     earlier = f", {num_kept} of them from a run that was cut off" if num_kept else ""
-    line = f"{out}: {merge.plan.target}, {report['num_shards']} shard(s){earlier}"
-    return f"{line}\n  {drift.show(report)}" if "logit_drift" in report else line
+    lines = [f"{out}: {merge.plan.target}, {report['num_shards']} shard(s){earlier}"]
+    if "logit_drift" in report:
+        lines.append(f"  {drift.show(report)}")
+    if merge.differs_from_training:
+        lines.append(f"  warning: {drift.warning(report)}")
+    return "\n".join(lines)

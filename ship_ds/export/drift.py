@@ -68,3 +68,13 @@ def show(report: dict[str, Any]) -> str:
     return (
         line if lost is None else f"{line}; NF4 rounding is {100 * lost:.0f} % of the update's norm"
     )
+
+
+def warning(report: dict[str, Any]) -> str:
+    """One line about a merge into other weights than those that training saw, with the way out."""
+    share = report.get("drift_of_effect")
+    lost = "part of" if share is None else f"as much as {100 * share:.0f} % of"
+    return (
+        "training saw the base in NF4, and the base's own weights are others: the merged model "
+        f"strays by {lost} what the adapter does; --target dequantised keeps what was learnt"
+    )

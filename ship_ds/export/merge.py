@@ -25,7 +25,12 @@ from safetensors import safe_open
 
 from ship_ds.config import base_folder
 from ship_ds.errors import UserError
-from ship_ds.export.targets import RoundingError, TargetName, build_target
+from ship_ds.export.targets import (
+    RoundingError,
+    TargetName,
+    build_target,
+    default_target,
+)
 from ship_ds.files import (
     disk_error,
     part_of,
@@ -81,7 +86,7 @@ class Merge:
 
     Args:
         adapter: A LoRA folder of ours.
-        target: What to make of it and its base.
+        target: What to make of it and its base; None for what training saw.
         base: The base model; None for the one that the adapter was made for.
         dtype: Of the result; "auto" for that of each tensor of the base.
         shard_gigabytes: Size of a file, at most.
@@ -93,7 +98,7 @@ class Merge:
     def __init__(
         self,
         adapter: Path,
-        target: TargetName,
+        target: TargetName | None = None,
         base: str | None = None,
         dtype: Dtype = "auto",
         shard_gigabytes: float = 2.0,
@@ -103,6 +108,7 @@ class Merge:
         self.base = WeightsFolder(self.folder)
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
         check_base(self.base, self.config, self.lora, self.origin)
+        target = target or default_target(self.origin.quantisation)
         self.plan = MergePlan(
             self.origin.adapter, self.base.fingerprint, target, dtype, shard_gigabytes
         )
@@ -113,6 +119,11 @@ class Merge:
             )
         self.target = build_target(target, self.folder, self.origin.quantisation)
         self.shards = self._shards()
+
+    @property
+    def differs_from_training(self) -> bool:
+        """Whether the adapter is added to other weights than those it was trained around."""
+        return self.plan.target == "original" and self.origin.quantisation == "nf4"
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a tensor of the merged model; integers stay what they are."""

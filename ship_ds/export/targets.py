@@ -1,9 +1,10 @@
 """What a base model and an adapter can become. Each target is a type here.
 
 - original: the base's own weights, W + (alpha / R) B A in fp32, rounded once. Where training saw
-  the base in NF4, this one's logits drift from the live model's by the quantisation error.
+  the base in NF4, the adapter makes up for the quantisation error too, which these weights do not
+  have: their logits may drift from the live model's by most of what the adapter does.
 - dequantised: the NF4 base that training saw, as plain weights; least drift, but 16-bit rounding of
-  what was 4-bit.
+  what was 4-bit. The default after such a training, as `original` is after any other.
 - nf4: that base plus the adapter, in NF4 again; small, and part of the adapter is lost in rounding.
 
 Letters: I inputs of a linear, O outputs of a linear.
@@ -166,6 +167,15 @@ class Requantised(Original):
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
         return super().settings(dtype) | {"quantization_config": nf4.config(dtype).to_dict()}
+
+
+def default_target(quantisation: str) -> TargetName:
+    """The target whose weights are those that training saw, so that a merge keeps what was learnt.
+
+    Args:
+        quantisation: Of the Task LLM in training.
+    """
+    return "dequantised" if quantisation == "nf4" else "original"
 
 
 def build_target(name: TargetName, base: Path, quantisation: str) -> Original:

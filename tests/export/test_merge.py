@@ -18,12 +18,13 @@ from ship_ds import cli
 from ship_ds.api import Ship
 from ship_ds.config import base_folder
 from ship_ds.errors import UserError
+from ship_ds.export.convert import describe, merge_into
 from ship_ds.export.deduce import export_one
 from ship_ds.export.drift import drift
 from ship_ds.export.merge import Merge
 from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.requests import Request
-from ship_ds.export.targets import quantised_names
+from ship_ds.export.targets import default_target, quantised_names
 from ship_ds.lora_folder import read_lora
 from ship_ds.model.loading import load_lm
 from ship_ds.model.nf4 import Nf4, pieces_of
@@ -116,6 +117,32 @@ def test_dequantised_is_what_training_saw_plus_the_adapter(tmp_path: Path) -> No
     with torch.no_grad():
         live = live_logits(ship, ship.model.adapt(ship.model.encode([TEXT])), ids)
         torch.testing.assert_close(loaded(torch.tensor([ids])).logits[0], live, atol=1e-3, rtol=0)
+
+
+def test_without_a_target_the_adapter_is_added_to_what_training_saw(tmp_path: Path) -> None:
+    _, adapter, _ = made(tmp_path)
+    merge = Merge(adapter)
+    assert merge.plan.target == "dequantised" and not merge.differs_from_training
+    assert default_target("none") == "original"
+    assert "warning" not in describe(
+        tmp_path / "out", merge, merge_into(tmp_path / "out", merge, True)
+    )
+
+
+def test_merging_into_weights_that_training_did_not_see_warns_and_says_how_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, adapter, _ = made(tmp_path)
+    assert (
+        cli.main(["merge", str(adapter), "--out", str(tmp_path / "out"), "--target", "original"])
+        == 0
+    )
+    warning = capsys.readouterr().out.splitlines()[-1].strip()
+    share = json.loads((tmp_path / "out" / "merge.json").read_text())["drift_of_effect"]
+    assert share > 0.005 and f"as much as {100 * share:.0f} % of what the adapter does" in warning
+    assert warning.startswith("warning: ") and warning.endswith(
+        "--target dequantised keeps what was learnt"
+    )
 
 
 def test_nf4_again_is_bitsandbytes_own_and_counts_what_rounding_lost(tmp_path: Path) -> None:
