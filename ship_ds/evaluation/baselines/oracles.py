@@ -24,8 +24,6 @@ from ship_ds.model.adapters.lora import LoraAdapter
 
 _MOST_IN_GROUP = 60
 """Tasks trained in one batch."""
-_BATCHES_A_STEP = 4
-"""Of what fits the memory at once."""
 _ROOM_FOR_ORACLES = 2
 """Times what a batch may take (model/budget.py): 2 GiB on a CPU."""
 
@@ -163,7 +161,7 @@ def group_size(
     base: FrozenBase, examples: Sequence[Sequence[Example]], examples_per_task: int
 ) -> int:
     """Tasks trained side by side: their LoRAs, gradients and Adam's two moments have to fit, and a
-    step is a few batches at most, or a small budget would be spent on the first group.
+    step is one batch at most, or a small budget would be spent on the first group.
 
     Args:
         base: whose Task LLM they adapt.
@@ -176,7 +174,7 @@ def group_size(
     num_labels = math.ceil(fmean(labels))
     costs = base.task_llm.language_model.costs
     row = costs.trained_row(math.ceil(fmean(asked)) + num_labels, num_labels)
-    in_a_step = _BATCHES_A_STEP * free // (row * examples_per_task)
+    in_a_step = free // (row * examples_per_task)
     return max(1, min(_MOST_IN_GROUP, free // (2 * base.adapter_bytes), in_a_step))
 
 
