@@ -625,10 +625,11 @@ def deduction_scores(outcome: Outcome, part: str, metrics: Sequence[str]) -> dic
 
 
 def num_steps(training: TrainingConfig, splits: Splits) -> int:
-    """The run's steps; epochs count the examples that are answered."""
+    """The run's steps; epochs count the examples that are answered, and of a task that has fewer
+    than a step answers, each of their repetitions: or most of such tasks would never be met."""
     if training.steps is not None:
         return training.steps
-    examples = sum(len(task.train) for task in splits.seen)
+    examples = sum(max(len(task.train), training.examples_per_task) for task in splits.seen)
     return math.ceil(
         (training.epochs or 0) * examples / (training.tasks_per_step * training.examples_per_task)
     )

@@ -99,7 +99,7 @@ def test_it_loads_in_4_bits_one_matrix_at_a_time(smollm2: Path) -> None:
 
 def test_the_folder_says_where_it_comes_from(smollm2: Path) -> None:
     origin = json.loads((smollm2 / "origin.json").read_text())
-    assert origin["sha256"] == wheel.SHA256 and origin["licence"] == "apache-2.0"
+    assert origin["sha256"] == wheel.WHEEL.sha256 and origin["licence"] == "apache-2.0"
     assert origin["source"] == wheel.SOURCE and origin["architecture"] == "llama"
     assert {"ship_ds", "transformers", "gguf", "torch"} == set(origin["converted_by"])
     assert "license: apache-2.0" in (smollm2 / "README.md").read_text()

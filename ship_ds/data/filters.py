@@ -70,7 +70,7 @@ class FilterConfig(Section):
     @classmethod
     def _preset(cls, values: Any) -> Any:
         name = values.get("preset") if isinstance(values, Mapping) else None
-        return PRESETS[name] | values if name in PRESETS else values
+        return PRESETS[name] | values if isinstance(name, str) and name in PRESETS else values
 
 
 def apply_filters(

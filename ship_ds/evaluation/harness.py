@@ -137,6 +137,10 @@ class Harness:
     def measure_all(self) -> None:
         """Measure what is not stored, or was measured under another setting."""
         for name in self.config.methods:
+            if not self.cells(name):
+                self.log(
+                    f"{name}: does none of the directions asked for on any task of these parts"
+                )
             missing = self._missing(name)
             if missing:
                 self._measure_method(name, missing)

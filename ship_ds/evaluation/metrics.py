@@ -30,6 +30,8 @@ _LIST = re.compile(rf"{_NUMBERS}|\[\s*(?:{_NUMBERS})?\s*\]")
 _NUMBER = re.compile(r"-?\d+")
 _NUM_RESAMPLES = 2000
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_LABEL_WORD = re.compile(r"(?:(?<!\w)[+-](?=\d))?\w+(?:[-'.]\w+)*")
+"""A word of a label: with its sign before a number, and with what stands within it."""
 ANSWER_METRICS = ("exact_match", "normalised_match", "label_accuracy", "paper_metric", "rouge_l")
 """Of answers, in the order of the tables."""
 MOST_LABELS = 10
@@ -63,13 +65,15 @@ def is_list(text: str) -> bool:
 def normalised_match(answer: str | None, references: Sequence[str]) -> bool:
     """Equal to any reference in normal form; lists of integers as lists, where a sign counts.
 
-    A text of nothing but articles and punctuation has no normal form: it is compared as it is.
+    A text of nothing but articles and punctuation has no normal form: it is compared as it is, but
+    for its case.
     """
     if exact_match(answer, references):
         return True
     return answer is not None and any(
         not (is_list(answer) and is_list(reference))
-        and normal_form(answer) == normal_form(reference) != ""
+        and (normal_form(answer) or answer.strip().lower())
+        == (normal_form(reference) or reference.strip().lower())
         for reference in references
     )
 
@@ -105,8 +109,11 @@ def closed_labels(task: SplitTask) -> tuple[str, ...]:
 
 
 def _label_form(text: str) -> str:
-    """Signs alone ("+", "-") are labels too."""
-    return normal_form(text) or text.strip()
+    """Words in lower case, without the punctuation around them: "(B)." is "b". What makes a label
+    another one stays: a sign before a number, a point within one, "A" where SQuAD's form sees an
+    article; of signs alone ("+", "-") all."""
+    words = _LABEL_WORD.findall(text)
+    return " ".join(words).lower() or text.strip()
 
 
 def label_match(answer: str | None, references: Sequence[str], labels: Sequence[str]) -> bool:
@@ -125,10 +132,12 @@ def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
     said, forms = _label_form(answer), [_label_form(label) for label in labels]
     if said in forms:
         return labels[forms.index(said)]
-    places = [(f" {said} ".find(f" {form} "), -len(form), i) for i, form in enumerate(forms)]
-    within = [place for place in places if place[0] >= 0]
-    if within:
-        return labels[min(within)[2]]
+    in_its_case = [" ".join(_LABEL_WORD.findall(text)) for text in (answer, *labels)]
+    for text, *names in (in_its_case, [said, *forms]):
+        places = [(f" {text} ".find(f" {name} "), -len(name), i) for i, name in enumerate(names)]
+        within = [place for place in places if place[0] >= 0]
+        if within:
+            return labels[min(within)[2]]
     likeness = [SequenceMatcher(None, said, form, autojunk=False).ratio() for form in forms]
     best = max(range(len(labels)), key=likeness.__getitem__)
     return labels[best] if likeness[best] else None

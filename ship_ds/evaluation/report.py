@@ -191,13 +191,13 @@ def summary_rows(
     methods = {
         name: method[direction] for name, method in report["methods"].items() if direction in method
     }
-    counts = {
-        (part, metric): cell[metric].get("n_tasks", cell["n_tasks"])
-        for cells in methods.values()
-        for part, cell in cells.items()
-        for metric in metrics
-        if metric in cell
-    }
+    counts: dict[tuple[str, str], int] = {}
+    for cells in methods.values():
+        for part, cell in cells.items():
+            for metric in metrics:
+                if metric in cell:
+                    key = part, metric
+                    counts[key] = max(counts.get(key, 0), _num_tasks(cell, metric))
     columns = [(part, metric) for part in parts for metric in metrics if (part, metric) in counts]
     header = [
         *_ABOUT_METHOD,
@@ -209,11 +209,29 @@ def summary_rows(
             [
                 name + (" (sees labels)" if report["methods"][name]["sees_labels"] else ""),
                 "yes" if report["methods"][name]["instruction_in_query"] else "no",
-                *(cell_text(cells.get(part, {}).get(metric)) for part, metric in columns),
+                *(
+                    _with_count(cells.get(part, {}), metric, counts[part, metric], cell_text)
+                    for part, metric in columns
+                ),
             ]
             for name, cells in methods.items()
         ),
     ]
+
+
+def _num_tasks(cell: Mapping[str, Any], metric: str) -> int:
+    """Of a metric's own where it applies to some tasks alone."""
+    number: int = cell[metric].get("n_tasks", cell["n_tasks"])
+    return number
+
+
+def _with_count(
+    cell: Mapping[str, Any], metric: str, usual: int, cell_text: Callable[[Any], str]
+) -> str:
+    """The text of a cell, with its number of tasks where that is not the header's."""
+    text = cell_text(cell.get(metric))
+    is_usual = not text or _num_tasks(cell, metric) == usual
+    return text if is_usual else f"{text} (n={_num_tasks(cell, metric)})"
 
 
 def _differences(report: Mapping[str, Any], direction: str) -> list[list[str]]:

@@ -82,10 +82,14 @@ def measure_within(
 
     Args:
         groups: in the order in which they are measured.
-        seconds: that it may take; None: all tasks, however long.
+        seconds: that it may take, by rank 0's word; None: all tasks, however long.
         least: tasks of each cell whatever they take.
         progress: is told of every block.
     """
+    if seconds is not None:
+        # Each rank has timed the training by a watch of its own; from here on all of them have to
+        # measure the same tasks.
+        seconds = ranks.gather_objects(seconds)[0]
     clock = _Clock(seconds)
     sizes = []
     for group in groups:

@@ -85,7 +85,7 @@ def test_the_first_turns_of_a_chat_are_a_triple(tmp_path: Path) -> None:
     shared = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "red"}]
     rows = [
         {"messages": turns(("system", "Name its colour."), *asked)},
-        {"messages": turns(("system", " "), *asked), "source": "x"},
+        {"messages": [*turns(("system", " "), *asked), {"role": "tool", "content": None}]},
         {"conversations": shared},
     ]
     path = write(tmp_path / "chat.json", rows)

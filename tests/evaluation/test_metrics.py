@@ -181,6 +181,27 @@ def test_nearest_label_by_each_rule(answer: str | None, nearest: str | None) -> 
     assert label_match(answer, ["negative", "x"], labels) is (nearest == "Negative")
 
 
+@pytest.mark.parametrize(
+    ("answer", "labels", "nearest"),
+    [
+        ("-1", ("0", "1", "-1"), "-1"),
+        ("It is 1.", ("0", "1", "-1"), "1"),
+        ("The answer is (A).", ("A", "B", "C"), "A"),
+        ("It is a B", ("A", "B", "C"), "B"),
+        ("a", ("B", "A"), "A"),
+        ("about 3.5, I think", ("35", "3.5"), "3.5"),
+        ("-", ("+", "-"), "-"),
+    ],
+)
+def test_signs_points_and_letters_tell_labels_apart(
+    answer: str, labels: tuple[str, ...], nearest: str
+) -> None:
+    assert nearest_label(answer, labels) == nearest
+    assert [label_match(answer, [label], labels) for label in labels] == [
+        label == nearest for label in labels
+    ]
+
+
 def test_majority_label_is_the_most_frequent_and_the_first_of_equals() -> None:
     assert majority_label(task("b a a c".split(), [])) == "a"
     assert majority_label(task("b a a b".split(), [])) == "b"

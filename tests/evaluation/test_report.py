@@ -70,6 +70,12 @@ def test_page_says_what_each_row_is_and_shows_the_differences(
     assert "| tagi | no | 0.333 [0.000, 0.500] |" in page
 
 
+def test_rows_of_fewer_tasks_say_so(cells: dict[Cell, Measured]) -> None:
+    page = markdown(build(cells, provenance("ship", "tagi", "itd")), cells)
+    assert "unseen, n=4: exact match" in page
+    assert "(n=3)" in page
+
+
 def test_without_ship_there_is_nothing_to_compare(cells: dict[Cell, Measured]) -> None:
     others = {cell: scores for cell, scores in cells.items() if cell.method != "ship"}
     report = build(others, provenance("tagi", "itd"))

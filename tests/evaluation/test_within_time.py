@@ -83,6 +83,22 @@ def test_it_ends_in_time_and_the_cells_of_a_group_share_their_tasks(
     ]
 
 
+def test_ranks_measure_by_the_watch_of_the_first(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has timed the training itself; with limits of their own they would wait for each other
+    for ever."""
+    others = 1000.0
+    alone = measured([Group(1.0, [make("a", 20, 0.5)])], 4.0, 2)
+    assert 2 < alone[0] <= 8
+    monkeypatch.setattr(
+        within_time.ranks,
+        "gather_objects",
+        lambda mine: [4.0 if mine == others else mine, mine],
+    )
+    assert measured([Group(1.0, [make("a", 20, 0.5)])], others, 2) == alone
+
+
 def test_the_least_number_is_measured_whatever_it_takes(make: Make, clock: list[float]) -> None:
     groups = [Group(0.5, [make("a", 50, 9.0)]), Group(1.0, [make("b", 3, 9.0)])]
     assert measured(groups, 1, 4) == [4, 3]

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from ship_ds.config import OptimiserConfig, load_config
+from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.planner.shapes import build_shapes
 from ship_ds.runtime.engine import groups, learning_rate
+from ship_ds.train import num_steps
 
 COSINE = OptimiserConfig(lr=1.0, warmup_steps=4)
 
@@ -22,6 +24,16 @@ def test_the_schedule_ends_with_the_time_where_steps_would_take_longer() -> None
     assert learning_rate(50, COSINE, 100, spent=0.3) == learning_rate(50, COSINE, 100)
     constant = OptimiserConfig(lr=1.0, warmup_steps=4, schedule="constant")
     assert learning_rate(50, constant, 100, spent=1.0) == 1.0
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(1, 125), (4, 125), (22, 688)])
+def test_an_epoch_meets_every_task_however_few_its_examples(rows: int, steps: int) -> None:
+    """1,000 tasks, 8 of them a step, 4 answers each."""
+    example = Example("1", "2")
+    task = SplitTask(Task("t", "add 1", (example,) * rows), (example,) * rows, ())
+    training = load_config("quickstart", ["training.steps=null", "training.epochs=1"]).training
+    eight = training.model_copy(update={"tasks_per_step": 8, "examples_per_task": 4})
+    assert num_steps(eight, Splits([task] * 1000, [], [])) == steps
 
 
 class Parts(nn.Module):

@@ -30,6 +30,10 @@ _ROLES = {
 }
 
 
+_MOST_TURNS = 3
+"""That are read of a row: a system's, a user's and an assistant's."""
+
+
 def matches(path: Path) -> bool:
     """Whether the first row is a chat."""
     row = first_row(path)
@@ -47,7 +51,8 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Triple:
         raise read_error(path, where, f"has neither {' nor '.join(map(repr, _KEYS))}")
     turns = [
         _turn(expect(turn, dict, path, f"{where}.{key}[{i}]"), key, path, f"{where}.{key}[{i}]")
-        for i, turn in enumerate(field(row, key, list, path, where))
+        # What comes after the first answer is not read: tools and pictures may turn up there.
+        for i, turn in enumerate(field(row, key, list, path, where)[:_MOST_TURNS])
     ]
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
     if [role for role, _ in turns[:2]] != ["user", "assistant"]:

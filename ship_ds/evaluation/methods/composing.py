@@ -37,8 +37,11 @@ class AdapterSum(Untrained):
     ) -> AnswersByTask:
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
         return [
-            answer_under(model, self._sum(wording.split(_JOINT)), wording, texts, length)
-            for wording, texts in zip(wordings, inputs, strict=True)
+            # By the instruction, whatever the wording: that may join its steps by other words.
+            answer_under(
+                model, self._sum(task.task.instruction.split(_JOINT)), wording, texts, length
+            )
+            for task, wording, texts in zip(tasks, wordings, inputs, strict=True)
         ]
 
     def _sum(self, steps: Sequence[str]) -> Adapter:

@@ -19,5 +19,11 @@ class NearestKnown(Searching):
     name: ClassVar[str] = "nearest_known"
     about: ClassVar[str] = "the seen instruction that explains the shown examples best"
     recipe: ClassVar[InductionConfig] = InductionConfig(
-        method="bank", num_known=16, num_finalists=4, tries_all_known=True, walk="brief"
+        method="bank",
+        num_known=16,
+        num_finalists=4,
+        tries_all_known=True,
+        walk="brief",
+        # A control that SHIP's own decoder helps would depend on what it is there to control.
+        asks_decoder=False,
     )

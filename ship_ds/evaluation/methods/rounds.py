@@ -1,6 +1,7 @@
 """Reasoning in rounds: what the induced text answers is given to induction again."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ship_ds.data.task import Example
@@ -34,6 +35,11 @@ class ShipRounds(Untrained):
         super().__init__(setting)
         self.known = [task.task.instruction for task in setting.splits.seen]
 
+    @cached_property
+    def bank(self) -> Bank:
+        """The known instructions, encoded once."""
+        return Bank.build(self.ship.model, self.known)
+
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
@@ -42,10 +48,9 @@ class ShipRounds(Untrained):
         search = self.recipe.model_copy(
             update={"max_new_tokens": evaluation.max_instruction_tokens}
         )
-        bank = Bank.build(self.ship.model, self.known)
         found = reason_many(
             self.ship.model,
-            bank,
+            self.bank,
             shown,
             inputs,
             search,
