@@ -7,7 +7,7 @@ instructions. Plain types go in; frozen dataclasses come out.
     ship.answer("keep the numbers greater than 4", ["3 9 5"])       # ["9 5"]
     ship.induce([("3 9 5", "9 5"), ("1 7", "7")]).instruction
 
-Letters: T tasks, Z latent size.
+Letters: C candidates, T tasks, Z latent size.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ import torch
 from ship_ds.bundle import Bundle, check_bases, frozen_bases
 from ship_ds.config import Config
 from ship_ds.console import Log, no_log
-from ship_ds.data.task import Example
+from ship_ds.data.source import source_of
+from ship_ds.data.task import Example, SplitTask
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
 from ship_ds.inference.adapter_reading import (
@@ -31,8 +32,10 @@ from ship_ds.inference.adapter_reading import (
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_bare, answer_latents
+from ship_ds.inference.derived import Derived
 from ship_ds.inference.induction import induce_many
 from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
+from ship_ds.inference.prompt_following import PromptFollowing, measure
 from ship_ds.inference.reasoning import reason_many
 from ship_ds.inference.results import (
     Candidate,
@@ -97,6 +100,7 @@ class Ship:
         digest: SHA-256 of the trained weights.
         known: Instructions that the run was trained on.
         probes: Inputs of these tasks.
+        derived: What is kept beside the bundle; None for a run that was not opened from one.
     """
 
     def __init__(
@@ -106,12 +110,14 @@ class Ship:
         digest: str,
         known: Sequence[str] = (),
         probes: Sequence[str] = (),
+        derived: Derived | None = None,
     ) -> None:
-        self.model, self.config, self.digest = model, config, digest
+        self.model, self.config, self.digest, self._derived = model, config, digest, derived
         self.known = tuple(known)
         self.probes = tuple(probes) or _PROBES_OF_0_1_0
         """Inputs to try an adapter on: three of the run's own, or lists of digits for a bundle of
         version 0.1.0, which has none."""
+        self._measured_following: PromptFollowing | None = None
 
     @classmethod
     def from_run(
@@ -147,16 +153,75 @@ class Ship:
         bundle.load_into(model)
         _cast_trained(model, dtype)
         known, probes = bundle.known_instructions, bundle.probes
-        return cls(model.to(device).eval(), bundle.config, bundle.digest, known, probes)
+        derived = Derived(bundle.folder, bundle.digest, str(dtype).removeprefix("torch."))
+        model = model.to(device).eval()
+        return cls(model, bundle.config, bundle.digest, known, probes, derived)
 
     @cached_property
     def bank(self) -> Bank:
-        """The known instructions with their latents, encoded when they are first needed."""
-        return Bank.build(self.model, self.known)
+        """The known instructions with their latents, encoded when they are first needed and then
+        kept with the bundle."""
+        texts = tuple(dict.fromkeys(self.known))
+        kept = self._derived.posteriors(texts) if self._derived else None
+        if kept is not None:
+            mean_CZ, log_variance_CZ = (tensor.to(self.model.device) for tensor in kept)
+            return Bank(texts, mean_CZ, log_variance_CZ)
+        bank = Bank.build(self.model, texts)
+        if self._derived:
+            self._derived.keep_posteriors(texts, bank.latent_CZ, bank.log_variance_CZ)
+        return bank
+
+    def bank_of(self, instructions: Sequence[str]) -> Bank:
+        """These instructions with their latents: the run's own bank where they are its own."""
+        texts = tuple(dict.fromkeys(instructions))
+        is_own = texts == tuple(dict.fromkeys(self.known))
+        return self.bank if is_own else Bank.build(self.model, texts)
 
     @cached_property
     def _surroundings(self) -> Surroundings:
-        return Surroundings.of(self.model, self.bank)
+        return Surroundings.of(self.bank)
+
+    def searching(
+        self,
+        config: InductionConfig,
+        log: Log = no_log,
+        seen: Sequence[SplitTask] | None = None,
+    ) -> InductionConfig:
+        """The search as it suits this run: through the encoder alone where the Task LLM does not
+        follow text in its prompt, unless `ranks_in_prompt` was set.
+
+        Args:
+            config: How to search.
+            log: Takes a line about what was measured.
+            seen: Tasks of training; None reads them where the run did, if they are still there.
+        """
+        if "ranks_in_prompt" in config.model_fields_set:
+            return config
+        following = self._following(log, seen)
+        if following is None or following.follows:
+            return config
+        return config.model_copy(update={"ranks_in_prompt": False})
+
+    def _following(self, log: Log, seen: Sequence[SplitTask] | None) -> PromptFollowing | None:
+        """What was measured of text in the prompt, once; None where there is nothing to measure it
+        on."""
+        if self._measured_following is None and self._derived:
+            self._measured_following = self._derived.following()
+        if self._measured_following is None:
+            try:
+                seen = self._seen() if seen is None else seen
+            except (UserError, OSError):
+                log("the run's data are not where they were: candidates are ranked both ways")
+                return None
+            self._measured_following = measure(self.model, seen)
+            if self._derived:
+                self._derived.keep_following(self._measured_following)
+        if not self._measured_following.follows:
+            log(str(self._measured_following))
+        return self._measured_following
+
+    def _seen(self) -> Sequence[SplitTask]:
+        return source_of(self.config.data).read(self.model.prompts.tokenizer, no_log).seen
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,7 +251,8 @@ class Ship:
     def familiarity(self, instruction: str) -> Familiarity | None:
         """How an instruction lies among those that were trained on.
 
-        The first call encodes all of these, which takes a while for a large model.
+        The first call encodes all of these, which takes a while for a large model; they are then
+        kept with the bundle.
 
         Args:
             instruction: What to do with an input.
@@ -258,7 +324,8 @@ class Ship:
             best latent.
         """
         tasks = [self._examples(examples)]
-        return induce_many(self.model, self.bank, tasks, self._induction(config), seed, log)[0]
+        search = self.searching(self._induction(config), log)
+        return induce_many(self.model, self.bank, tasks, search, seed, log)[0]
 
     def induce_from_adapter(
         self,
@@ -289,6 +356,7 @@ class Ship:
         adapter, settings = read_adapter(self.model, Path(folder)), self._induction(config)
         if not inputs:
             return induce_from_weights(self.model, self.bank, adapter, settings, seed)
+        settings = self.searching(settings, log)
         return induce_from_behaviour(
             self.model, self.bank, adapter, inputs, settings, self._length, seed, log
         )
@@ -318,7 +386,7 @@ class Ship:
         """
         tasks = [self._examples(examples)]
         checks.check_inputs(self.model, inputs, self._length)
-        settings = self._induction(config)
+        settings = self.searching(self._induction(config), log)
         return reason_many(
             self.model, self.bank, tasks, [inputs], settings, self._length, num_rounds, seed, log
         )[0]

@@ -26,12 +26,18 @@ from ship_ds.placement import check_words
 if TYPE_CHECKING:
     from ship_ds.api import Ship
     from ship_ds.inference.config import InductionConfig
+    from ship_ds.inference.config import Method as InductionMethod
+    from ship_ds.inference.config import Preset as InductionPreset
     from ship_ds.inference.latents import Familiarity
 
 _PANEL = "Use"
 Method = Annotated[
     Literal["union", "propose", "bank", "direct", "indirect"],
     typer.Option(help="where instructions are looked for"),
+]
+Preset = Annotated[
+    Literal["ours", "published", "published-refined"],
+    typer.Option(help="numbers of direct and indirect: ours, or those of the authors' code"),
 ]
 Set = Annotated[
     list[str] | None,
@@ -218,6 +224,7 @@ def induce(
     file: JsonLines = None,
     candidates: Annotated[int, typer.Option(min=1, help="how many to show")] = 5,
     method: Method = "union",
+    preset: Preset = "ours",
     settings: Set = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -229,14 +236,14 @@ def induce(
 
     if adapter:
         inputs = read_inputs(file) if file else []
-        search = _search(run, method, settings)
+        search = _search(run, method, preset, settings)
         checks.check_folder(adapter)
         induced = open_run(run, device, dtype).induce_from_adapter(
             adapter, inputs, search, seed, log
         )
     else:
         pairs = read_pairs(file or STDIN)
-        search = _search(run, method, settings)
+        search = _search(run, method, preset, settings)
         induced = open_run(run, device, dtype).induce(pairs, search, seed, log)
     print_row(induction_row(induced, candidates))
     return 0
@@ -249,6 +256,7 @@ def reason(
     file: JsonLines = None,
     rounds: Annotated[int, typer.Option(min=1, help="of induction and encoding")] = 1,
     method: Method = "union",
+    preset: Preset = "ours",
     settings: Set = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -259,19 +267,24 @@ def reason(
     from ship_ds.inference.lines import STDIN, read_pairs, reasoning_rows
 
     pairs = read_pairs(file or STDIN)
-    search = _search(run, method, settings)
+    search = _search(run, method, preset, settings)
     reasoning = open_run(run, device, dtype).reason(pairs, inputs, search, rounds, seed, log)
     for row in reasoning_rows(inputs, reasoning):
         print_row(row)
     return 0
 
 
-def _search(run: Path, method: str, settings: list[str] | None) -> "InductionConfig":
+def _search(
+    run: Path,
+    method: "InductionMethod",
+    preset: "InductionPreset",
+    settings: list[str] | None,
+) -> "InductionConfig":
     """How this run's instructions are looked for; checks the run as well."""
     from ship_ds.inference.config import InductionConfig
 
     config = checks.read_config(checks.check_run(run))
-    search = InductionConfig.model_validate(
-        {"method": method, "max_new_tokens": config.evaluation.max_instruction_tokens}
+    search = InductionConfig.of_preset(
+        preset, method, max_new_tokens=config.evaluation.max_instruction_tokens
     )
     return search.with_overrides(settings or ())

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder
 from ship_ds.console import Log
+from ship_ds.evaluation import induced_page
 from ship_ds.evaluation import report as reports
 from ship_ds.evaluation.cells import PROTOCOLS, Cell, Measured
 from ship_ds.evaluation.config import HarnessConfig
@@ -18,7 +19,7 @@ from ship_ds.evaluation.harness import Harness, Run
 from ship_ds.evaluation.latent_map import latent_map
 from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.questions import PARTS
-from ship_ds.files import sha256, write_json
+from ship_ds.files import sha256, write_json, write_text
 from ship_ds.monitor.machine import versions
 from ship_ds.runtime import ranks
 
@@ -70,8 +71,18 @@ def evaluate(
     report = reports.build(measured, provenance)
     if ranks.rank() == 0:
         reports.write(report, measured, harness.folder)
+        _write_induced(measured, harness)
     ranks.barrier()
     return report
+
+
+def _write_induced(measured: Mapping[Cell, Measured], harness: Harness) -> None:
+    """What SHIP induces of unseen tasks, as a page for people: `<run>/evaluation/induced.md`."""
+    config = harness.config
+    cell = Cell("ship", "induction", "unseen", config.num_shown[0])
+    if cell in measured:
+        page = induced_page.page(cell, measured[cell], config.seed)
+        write_text(harness.folder / "induced.md", page)
 
 
 def write_latent_map(

@@ -16,7 +16,7 @@ from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.questions import ask, spread
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.gradient import descend_on_latent
+from ship_ds.inference.gradient import Schedule, descend_on_latent
 
 NUM_TASKS = 8
 _NUM_DRAWS = 4
@@ -56,7 +56,11 @@ def _trained(ship: Ship, draws: Sequence[tuple[SplitTask, int]], seed: int) -> T
     equal = [[examples[i % len(examples)] for i in range(_NUM_SHOWN)] for examples in shown]
     start_CZ = ship.model.prior.mean(len(draws))
     return descend_on_latent(
-        ship.model, start_CZ, [""] * len(draws), equal, config.steps, config.direct_lr, config.prior
+        ship.model,
+        start_CZ,
+        [""] * len(draws),
+        equal,
+        Schedule(config.steps, config.direct_lr, config.prior),
     ).latent_CZ
 
 

@@ -20,7 +20,7 @@ from ship_ds.errors import UserError
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_under
-from ship_ds.inference.gradient import descend_on, descend_to_behaviour
+from ship_ds.inference.gradient import Schedule, descend_on, descend_to_behaviour
 from ship_ds.inference.induction import induce_many, with_latents_decoded
 from ship_ds.inference.proposals import draw_seed, likeliest_texts, sample_texts
 from ship_ds.inference.results import Induction, WeightCandidate, WeightInduction
@@ -101,7 +101,12 @@ def induce_from_behaviour(
     wordings = [induction.instruction] * len(start_CZ)
     log("matching its distributions")
     descent = descend_to_behaviour(
-        model, start_CZ, wordings, adapter, examples, config.steps, config.direct_lr, config.prior
+        model,
+        start_CZ,
+        wordings,
+        adapter,
+        examples,
+        Schedule(config.steps, config.direct_lr, config.prior),
     )
     return with_latents_decoded(model, induction, examples, descent.latent_CZ, config, seed)
 
@@ -134,7 +139,7 @@ def induce_from_weights(
         return distance_C, distance_C.detach()
 
     # The weights alone say where z has to go: the prior has no part in it.
-    descent = descend_on(model, start_CZ, loss, config.steps, config.direct_lr, 0.0)
+    descent = descend_on(model, start_CZ, loss, Schedule(config.steps, config.direct_lr, 0.0))
     origins = dict.fromkeys(_decoded(model, descent.latent_CZ, config, seed), "decoded")
     origins |= {bank.instructions[c]: "known" for c in nearest.tolist()}
     candidates = _by_distance(model, origins, adapter)

@@ -27,12 +27,9 @@ def analogies(instructions: Sequence[str]) -> list[str]:
     Returns:
         At most the first `MOST`, with single spaces between words.
     """
-    befores, afters = _Interned(), _Interned()
-    fillers: dict[tuple[int, int], set[str]] = defaultdict(set)
-    first_use: dict[tuple[int, int], tuple[list[str], int]] = {}
-    for words in map(str.split, instructions):
-        # A slot is what stands before and after it, whatever fills it.
-        slots = zip(befores.of_all(words), reversed(afters.of_all(words[::-1])), strict=True)
+    fillers: dict[_Slot, set[str]] = defaultdict(set)
+    first_use: dict[_Slot, tuple[list[str], int]] = {}
+    for words, slots in _slots(instructions):
         for i, slot in enumerate(slots):
             fillers[slot].add(words[i])
             first_use.setdefault(slot, (words, i))
@@ -55,6 +52,38 @@ def analogies(instructions: Sequence[str]) -> list[str]:
         if len(new) >= MOST:
             break
     return list(new)[:MOST]
+
+
+def share_in_slots(instructions: Sequence[str]) -> float:
+    """The share of instructions that differ from at least two others in one word alone.
+
+    Where it is large the texts are made by a grammar, and what changes or joins them is often an
+    instruction too. Of the quickstart's rules 0.79 do, of 773 definitions of
+    Super-NaturalInstructions 0.03, of 225 descriptions of BIG-bench's list functions 0.06.
+    """
+    fillers: dict[_Slot, set[str]] = defaultdict(set)
+    texts = _slots(dict.fromkeys(instructions))
+    for words, slots in texts:
+        for word, slot in zip(words, slots, strict=True):
+            fillers[slot].add(word)
+    inside = [any(len(fillers[slot]) >= MIN_WORDS for slot in slots) for _, slots in texts]
+    return sum(inside) / max(1, len(inside))
+
+
+_Slot = tuple[int, int]
+"""What stands before a word and after it, whatever the word is."""
+
+
+def _slots(instructions: Iterable[str]) -> list[tuple[list[str], list[_Slot]]]:
+    """The words of each instruction, and the slot of each word."""
+    befores, afters = _Interned(), _Interned()
+    return [
+        (
+            words,
+            list(zip(befores.of_all(words), reversed(afters.of_all(words[::-1])), strict=True)),
+        )
+        for words in map(str.split, instructions)
+    ]
 
 
 class _Interned:

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ship_ds.inference.analogies import analogies
+from ship_ds.inference.analogies import analogies, share_in_slots
 from ship_ds.inference.latent_graph import LatentGraph
 from ship_ds.inference.proposals import stream_after, stream_batches
 from ship_ds.inference.scoring import Examples, fit_of_latents
@@ -58,19 +58,22 @@ class Bank:
     Args:
         instructions: one wording of each known rule.
         latent_CZ: their posterior means.
+        log_variance_CZ: of these posteriors.
     """
 
     instructions: tuple[str, ...]
     latent_CZ: Tensor
+    log_variance_CZ: Tensor
     _with_analogies: list["Bank"] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
 
     @classmethod
     def build(cls, model: ShipModel, instructions: Sequence[str]) -> "Bank":
-        """Encode the instructions, each once."""
+        """Encode the instructions, each once, as many at a time as there is room for."""
         unique = tuple(dict.fromkeys(instructions))
-        return cls(unique, model.encode(unique))
+        posterior = model.posterior(unique)
+        return cls(unique, posterior.mean_TZ, posterior.log_variance_TZ)
 
     def __len__(self) -> int:
         """How many instructions are known."""
@@ -81,13 +84,26 @@ class Bank:
         """Which instructions lie near which."""
         return LatentGraph(self.latent_CZ, _NUM_NEIGHBOURS)
 
+    @cached_property
+    def share_in_slots(self) -> float:
+        """How far the texts are made by a grammar (`analogies.share_in_slots`); 1 where none is
+        known, as nothing then speaks against it."""
+        return share_in_slots(self.instructions) if self.instructions else 1.0
+
     def with_analogies(self, model: ShipModel) -> "Bank":
         """The same instructions and, after them, what follows from them by analogy; encoded
         once."""
         if not self._with_analogies:
             new = Bank.build(model, analogies(self.instructions))
-            latent_CZ = torch.cat([self.latent_CZ, new.latent_CZ.to(self.latent_CZ.device)])
-            larger = Bank((*self.instructions, *new.instructions), latent_CZ)
+            # An empty bank's tensors are on the CPU.
+            latents, log_variances = (
+                torch.cat([one, other.to(one.device)])
+                for one, other in (
+                    (self.latent_CZ, new.latent_CZ),
+                    (self.log_variance_CZ, new.log_variance_CZ),
+                )
+            )
+            larger = Bank((*self.instructions, *new.instructions), latents, log_variances)
             self._with_analogies.append(larger)
         return self._with_analogies[0]
 
@@ -173,6 +189,34 @@ class Bank:
 
     def _neighbours(self, instructions: Sequence[int]) -> set[int]:
         return {near for c in instructions for near in self.graph.neighbours[c]}
+
+    def shortlist_read(
+        self, model: ShipModel, views: Sequence[Sequence[Examples]], count: int
+    ) -> list[list[int]]:
+        """The known instructions that the decoder finds likeliest after reading each task's views,
+        those of all views in turn: no adapter is tried, which costs more than all else where the
+        Task LLM is large.
+
+        Args:
+            model: holds a decoder that reads examples.
+            views: of each task's examples.
+            count: of instructions a task.
+        """
+        flat = [view for views_of_task in views for view in views_of_task]
+        read = iter(self.shortlist_by_decoder(model, flat, min(count, len(self))))
+        merged = []
+        for views_of_task in views:
+            by_rank = zip(*(next(read) for _ in views_of_task), strict=True)
+            merged.append(list(dict.fromkeys(c for rank in by_rank for c in rank))[:count])
+        return merged
+
+    def nearest(self, latent_CZ: Tensor, count: int) -> list[list[int]]:
+        """The known instructions whose latents are nearest to each of these, nearest first."""
+        distances = torch.cdist(latent_CZ.to(self.latent_CZ.device), self.latent_CZ)
+        found: list[list[int]] = distances.topk(
+            min(count, len(self)), largest=False
+        ).indices.tolist()
+        return found
 
     @torch.no_grad()
     def shortlist_by_decoder(

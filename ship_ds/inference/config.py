@@ -4,7 +4,7 @@ Imports no torch, so that a wrong one is told at once.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -20,6 +20,42 @@ from ship_ds.errors import UserError
 from ship_ds.section import Section
 
 Method = Literal["direct", "indirect", "bank", "propose", "union"]
+Preset = Literal["ours", "published", "published-refined"]
+"""Numbers of `direct` and `indirect`: ours, those of the authors' code, and these with one descent
+more from the text that was induced."""
+
+DESCENTS = ("direct", "indirect")
+GRAMMATICAL = 0.5
+"""Share of a bank's instructions in slots from which on they count as made by a grammar."""
+_PUBLISHED: dict[str, Any] = {
+    "steps": 400,
+    "min_steps": 100,
+    "patience": 1,
+    "direct_lr": 1e-2,
+    "indirect_lr": 1e-2,
+    "prior": 0.0,
+    "num_restarts": 1,
+    "starts_from_draw": True,
+    "num_shown": 1,
+    "num_beams": 1,
+    "num_samples": 0,
+}
+_LANGUAGE: dict[str, Any] = {
+    "num_at_once": 8,
+    "asks_task_llm": True,
+    "analogies": False,
+    "num_known": 12,
+    "num_views": 4,
+    "num_beams": 2,
+    "num_samples": 2,
+    "temperature": 0.7,
+    "num_finalists": 8,
+    "num_rounds": 1,
+    "num_edits": 0,
+    "num_splices": 0,
+    "num_neighbours": 2,
+    "refine_steps": 0,
+}
 
 
 class InductionConfig(Section):
@@ -37,6 +73,15 @@ class InductionConfig(Section):
     asks_decoder: bool = True
     """Whether the decoder has a part in `union`; without, the known instructions, what follows from
     them by analogy and splices are all there is: what the decoder is worth shows beside it."""
+    num_at_once: PositiveInt = 64
+    """Tasks that are searched for together; progress is shown after each part of their search."""
+    asks_task_llm: bool = False
+    """Whether the bare Task LLM, shown the examples, proposes an instruction too."""
+    ranks_in_prompt: bool = True
+    """Whether candidates are tested as text in the prompt too, beside the encoder's adapters. Off
+    by itself where the run's Task LLM does not follow text in its prompt (prompt_following.py)."""
+    num_neighbours: NonNegativeInt = 0
+    """Known instructions nearest to each of the best candidates that a round tests."""
     analogies: bool = True
     """Whether `union` looks, beside the known instructions, among those that follow from them by
     analogy (analogies.py). Execution accuracy in the prompt and through the encoder of the
@@ -58,7 +103,7 @@ class InductionConfig(Section):
     """Refinements of tasks that no candidate explains wholly."""
     num_edited: PositiveInt = 3
     """Best candidates whose texts are edited in a round."""
-    num_edits: PositiveInt = 16
+    num_edits: NonNegativeInt = 16
     """Changes of each of them that are tested."""
     num_parents: PositiveInt = 60
     """Best on the screening examples, whose texts are spliced in a round."""
@@ -67,13 +112,24 @@ class InductionConfig(Section):
     64 of 24 parents 0.707, 160 of 60 0.740, 320 of 100 0.715; once each, differences that 55 rules
     hardly tell from noise."""
     num_refined: PositiveInt = 2
-    """Best candidates whose latents are refined by gradient in a round."""
+    """Best candidates whose latents are refined by gradient in a round, and decoded again."""
     refine_steps: NonNegativeInt = 10
-    """Of gradient descent on a latent in a round; zero: none."""
+    """Of gradient descent on a latent in a round; zero: the latent is decoded as it is, which words
+    the candidate anew."""
     refine_lr: PositiveFloat = 0.05
     """Of that descent."""
     steps: PositiveInt = 60
     """Of `direct` and `indirect`, at most."""
+    min_steps: NonNegativeInt = 0
+    """Of both, before a rise of the held-back example's loss may end a descent."""
+    patience: PositiveInt = 5
+    """Steps of both without a lower held-back loss after which a descent ends."""
+    num_shown: NonNegativeInt = 0
+    """Examples that the decoder reads beside the latents of both, as far as it was trained to."""
+    starts_from_draw: bool = False
+    """Whether `direct` starts from a draw of the prior; else from its mean first."""
+    num_text_starts: NonNegativeInt = 0
+    """Further descents of both, each from the best text so far, by a quarter of the steps."""
     num_restarts: PositiveInt = 3
     """Starting points of `direct` and `indirect`."""
     direct_lr: PositiveFloat = 0.05
@@ -85,6 +141,50 @@ class InductionConfig(Section):
     max_new_tokens: PositiveInt = 40
     """Of an instruction that is written."""
 
+    @classmethod
+    def of_preset(cls, preset: Preset, method: Method, **more: Any) -> "InductionConfig":
+        """The search by a preset's numbers; a preset other than "ours" is of the two descents.
+
+        `published` is what the authors' code does (forangel2014/VaiBot at b6794ed, main.py): Adam
+        at 1e-2, without a prior, at least 100 steps, until the held-back example's loss rises; from
+        one start, the neutral instruction or a draw of N(0, I); and one greedy text, which the
+        decoder writes beside an example. Ours, as the paper says, holds an example back that is
+        not descended on, and keeps the best point; theirs descends on that very example.
+
+        Args:
+            preset: by name.
+            method: where instructions are looked for.
+            more: other settings.
+
+        Raises:
+            UserError: the preset is not of this method.
+        """
+        if preset == "ours":
+            return cls.model_validate({"method": method, **more})
+        if method not in DESCENTS:
+            raise UserError(
+                f"--preset {preset}: is of --method direct and indirect; --method {method} is not "
+                "the authors'"
+            )
+        refined = {"num_text_starts": 1} if preset == "published-refined" else {}
+        return cls.model_validate({"method": method, **_PUBLISHED, **refined, **more})
+
+    def suited_to(self, share_in_slots: float) -> "InductionConfig":
+        """The search for a bank: what changes and joins texts of a grammar gives nothing on the
+        instructions that people write, whose models are large besides.
+
+        Args:
+            share_in_slots: see `analogies.share_in_slots`.
+
+        Returns:
+            The same for a grammar; else with the numbers of `_LANGUAGE` where none was given.
+        """
+        if self.method != "union" or share_in_slots >= GRAMMATICAL:
+            return self
+        return self.model_copy(
+            update={k: v for k, v in _LANGUAGE.items() if k not in self.model_fields_set}
+        )
+
     def with_overrides(self, overrides: Sequence[str]) -> "InductionConfig":
         """The same settings with some of them changed.
 
@@ -95,7 +195,9 @@ class InductionConfig(Section):
             UserError: an unknown key or a wrong value; the message names it.
         """
         try:
-            return type(self).model_validate(overridden(self.model_dump(), overrides))
+            return type(self).model_validate(
+                overridden(self.model_dump(exclude_unset=True), overrides)
+            )
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

@@ -10,9 +10,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.config import DESCENTS, InductionConfig
 from ship_ds.inference.gradient import (
     Descent,
+    Schedule,
+    descend_from_instructions,
     descend_on_instruction,
     descend_on_latent,
     neutral_embeddings,
@@ -28,6 +30,9 @@ from ship_ds.inference.scoring import Examples, fit_of_latents
 from ship_ds.inference.search_state import DescentResult, Proposal, SearchState
 from ship_ds.model import budget
 from ship_ds.model.ship import ShipModel
+
+_SHARE_FROM_TEXT = 4
+"""A descent from an induced text takes one step where one from scratch takes four."""
 
 
 class _Start(NamedTuple):
@@ -65,20 +70,33 @@ def descend_from_scratch(
 def _descend_directly(
     model: ShipModel, starts: Sequence[_Start], config: InductionConfig, seed: int
 ) -> Descent:
-    start_CZ = torch.stack([_start_on_latent(model, start, seed) for start in starts])
+    start_CZ = torch.stack(
+        [_start_on_latent(model, start, seed, config.starts_from_draw) for start in starts]
+    )
     examples, wordings = [start.search.examples for start in starts], [""] * len(starts)
-    return descend_on_latent(
-        model, start_CZ, wordings, examples, config.steps, config.direct_lr, config.prior
+    return descend_on_latent(model, start_CZ, wordings, examples, _schedule(config))
+
+
+def _schedule(config: InductionConfig, share_of_steps: int = 1) -> Schedule:
+    """Of a method's descent, or of one with a part of the steps."""
+    return Schedule(
+        max(1, config.steps // share_of_steps),
+        config.direct_lr if config.method == "direct" else config.indirect_lr,
+        config.prior,
+        config.min_steps // share_of_steps,
+        config.patience,
     )
 
 
-def _start_on_latent(model: ShipModel, start: _Start, seed: int) -> Tensor:
+def _start_on_latent(model: ShipModel, start: _Start, seed: int, from_draw: bool = False) -> Tensor:
     """The prior's mean first, then points half way from it to a draw of the prior: nearer to where
-    instructions lie than the draw itself."""
+    instructions lie than the draw itself. from_draw: the draw itself, as published."""
     mean_Z = model.prior.mean(1)[0]
-    if start.number == 0:
+    if start.number == 0 and not from_draw:
         return mean_Z
     draw_Z = model.prior.sample(1, _generator(start, seed))[0]
+    if from_draw:
+        return draw_Z
     return mean_Z + 0.5 * (draw_Z - mean_Z)
 
 
@@ -94,9 +112,7 @@ def _descend_indirectly(
         for start in starts
     ]
     examples, wordings = [start.search.examples for start in starts], [""] * len(starts)
-    return descend_on_instruction(
-        model, points, wordings, examples, config.steps, config.indirect_lr, config.prior
-    )
+    return descend_on_instruction(model, points, wordings, examples, _schedule(config))
 
 
 def _generator(start: _Start, seed: int) -> torch.Generator:
@@ -107,12 +123,24 @@ def _generator(start: _Start, seed: int) -> torch.Generator:
 def descend_from_best(
     model: ShipModel, searches: Sequence[SearchState], config: InductionConfig
 ) -> list[DescentResult]:
-    """A few steps from the latents of each task's best candidates, on all examples."""
+    """A few steps from the latents of each task's best candidates, on all examples; these latents
+    themselves where `refine_steps` is zero."""
     refinements = [
         _Refinement(search, number, candidate)
         for search in searches
         for number, candidate in enumerate(search.best[: config.num_refined])
     ]
+    if not config.refine_steps:
+        return [
+            DescentResult(
+                one.search,
+                one.number,
+                torch.tensor(one.candidate.latent),
+                one.candidate.num_right,
+                one.candidate.loss,
+            )
+            for one in refinements
+        ]
     results = []
     for chunk in _chunks(model, refinements):
         wordings = [refined.candidate.instruction for refined in chunk]
@@ -121,11 +149,28 @@ def descend_from_best(
             torch.tensor([refined.candidate.latent for refined in chunk]),
             wordings,
             [refined.search.examples for refined in chunk],
-            config.refine_steps,
-            config.refine_lr,
-            config.prior,
+            Schedule(config.refine_steps, config.refine_lr, config.prior),
             hold_back=False,
         )
+        results += measured(model, chunk, descent.latent_CZ, wordings)
+    return results
+
+
+def descend_from_texts(
+    model: ShipModel, searches: Sequence[SearchState], config: InductionConfig
+) -> list[DescentResult]:
+    """As `descend_from_scratch`, once more from each task's best text, by a quarter of the steps
+    (`refinement_inference` of the authors' code): from its latent, or from its embeddings."""
+    refinements = [_Refinement(search, 0, search.best[0]) for search in searches]
+    schedule, results = _schedule(config, _SHARE_FROM_TEXT), []
+    for chunk in _chunks(model, refinements):
+        texts = [refined.candidate.instruction for refined in chunk]
+        wordings, examples = [""] * len(chunk), [refined.search.examples for refined in chunk]
+        if config.method == "direct":
+            start_CZ = torch.tensor([refined.candidate.latent for refined in chunk])
+            descent = descend_on_latent(model, start_CZ, wordings, examples, schedule)
+        else:
+            descent = descend_from_instructions(model, texts, wordings, examples, schedule)
         results += measured(model, chunk, descent.latent_CZ, wordings)
     return results
 
@@ -168,13 +213,17 @@ def decode_descents(
 ) -> list[Proposal]:
     """Texts that the decoder reads out of each latent, beside examples where it was trained to.
 
-    `direct` and `indirect` decode the latent alone, as published (arXiv 2502.02315, section 3.3).
+    `direct` and `indirect` decode the latent alone unless `num_shown` says otherwise, as the
+    authors' code does and section 3.3 of arXiv 2502.02315 does not.
     """
     latent_CZ = torch.stack([result.latent_Z for result in results])
     shown: list[Examples] = [()] * len(results)
-    if model.config.decoder.max_examples and config.method not in ("direct", "indirect"):
+    most = model.config.decoder.max_examples
+    if config.method in DESCENTS:
+        most = min(most, config.num_shown)
+    if most:
         shown = [
-            task_views(model, result.search, 1, seed, (round_number, result.start))[0]
+            _views(result.search, most, 1, seed, (round_number, result.start))[0]
             for result in results
         ]
     beams = likeliest_texts(model, shown, latent_CZ, config.num_beams, config.max_new_tokens)
@@ -199,8 +248,14 @@ def task_views(
     model: ShipModel, search: SearchState, count: int, seed: int, occasion: object
 ) -> list[Examples]:
     """Views of a task's examples for the decoder; `occasion` tells one draw from another."""
+    return _views(search, model.config.decoder.max_examples, count, seed, occasion)
+
+
+def _views(
+    search: SearchState, size: int, count: int, seed: int, occasion: object
+) -> list[Examples]:
     key = draw_seed(seed, search.key, "views", occasion)
-    return list(views(search.examples, model.config.decoder.max_examples, count, key))
+    return list(views(search.examples, size, count, key))
 
 
 def _chunks(model: ShipModel, starts: Sequence[_Item]) -> Iterator[Sequence[_Item]]:

@@ -22,8 +22,26 @@ from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
 
 NEUTRAL_INSTRUCTION = "Generate the output based on the given input."
-_PATIENCE = 5
-"""Steps without a lower held-back loss after which a row stops."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a descent goes and when it stops.
+
+    Args:
+        steps: at most.
+        lr: of Adam.
+        prior_weight: of z's negative log-density under the prior, beside the mean loss of an
+            example.
+        min_steps: before a row may stop.
+        patience: steps without a lower held-back loss after which it does.
+    """
+
+    steps: int
+    lr: float
+    prior_weight: float
+    min_steps: int = 0
+    patience: int = 5
 
 
 @dataclass(frozen=True)
@@ -44,9 +62,7 @@ def descend_on_latent(
     start_CZ: Tensor,
     wordings: Sequence[str],
     examples: Sequence[Examples],
-    steps: int,
-    lr: float,
-    prior_weight: float,
+    schedule: Schedule,
     hold_back: bool = True,
 ) -> Descent:
     """`direct`: Adam on z.
@@ -56,14 +72,11 @@ def descend_on_latent(
         start_CZ: one start a row.
         wordings: an instruction a row, for a Task LLM that reads it too.
         examples: of each row, equally many.
-        steps: at most.
-        lr: of Adam.
-        prior_weight: of z's negative log-density under the prior, beside the mean loss of an
-            example.
+        schedule: of steps.
         hold_back: whether the last example decides when to stop instead of being descended on.
     """
     loss = _loss_of_examples(model, wordings, examples, hold_back)
-    return descend_on(model, start_CZ, loss, steps, lr, prior_weight)
+    return descend_on(model, start_CZ, loss, schedule)
 
 
 def descend_on_instruction(
@@ -71,9 +84,7 @@ def descend_on_instruction(
     start_SH: Sequence[Tensor],
     wordings: Sequence[str],
     examples: Sequence[Examples],
-    steps: int,
-    lr: float,
-    prior_weight: float,
+    schedule: Schedule,
 ) -> Descent:
     """`indirect`: Adam on the embeddings of the instruction that the encoder reads.
 
@@ -82,9 +93,7 @@ def descend_on_instruction(
         start_SH: one start a row, each as long as `neutral_embeddings`.
         wordings: as in `descend_on_latent`, like the rest.
         examples: of each row.
-        steps: at most.
-        lr: of Adam.
-        prior_weight: of z's negative log-density.
+        schedule: of steps.
     """
     prompt, place = neutral_prompt(model)
     batch = TokenBatch.build(
@@ -101,7 +110,42 @@ def descend_on_instruction(
         return mean_CZ
 
     loss = _loss_of_examples(model, wordings, examples, True)
-    return _descend(model, point_CSH, latent, loss, steps, lr, prior_weight)
+    return _descend(model, point_CSH, latent, loss, schedule)
+
+
+def descend_from_instructions(
+    model: ShipModel,
+    texts: Sequence[str],
+    wordings: Sequence[str],
+    examples: Sequence[Examples],
+    schedule: Schedule,
+) -> Descent:
+    """As `descend_on_instruction`, from the embeddings of a text a row, of whatever length.
+
+    Args:
+        model: encodes, and answers the examples.
+        texts: where each row starts.
+        wordings: as in `descend_on_latent`, like the rest.
+        examples: of each row.
+        schedule: of steps.
+    """
+    prompts = [model.encoder_prompts.encoder_prompt(text) for text in texts]
+    batch = TokenBatch.build(prompts, None, model.encoder_prompts.pad_id, device=model.device)
+    with torch.no_grad():
+        prompt_CSH = model.encoder.language_model.embed(batch)
+    moves_CS = torch.zeros(prompt_CSH.shape[:2], device=model.device)
+    for row, prompt in enumerate(prompts):
+        place = _own_tokens(model, prompt)
+        moves_CS[row, place] = 1  # rows are padded on the right
+    moved_CSH = torch.zeros_like(prompt_CSH, dtype=torch.float32).requires_grad_()
+
+    def latent() -> Tensor:
+        hidden = prompt_CSH + (moves_CS[..., None] * moved_CSH).to(prompt_CSH.dtype)
+        mean_CZ: Tensor = model.encoder(batch, hidden)[0]
+        return mean_CZ
+
+    loss = _loss_of_examples(model, wordings, examples, True)
+    return _descend(model, moved_CSH, latent, loss, schedule)
 
 
 def neutral_prompt(model: ShipModel) -> tuple[tuple[int, ...], slice]:
@@ -111,11 +155,16 @@ def neutral_prompt(model: ShipModel) -> tuple[tuple[int, ...], slice]:
     They are what the prompts of that instruction and of an empty one do not share.
     """
     prompt = model.encoder_prompts.encoder_prompt(NEUTRAL_INSTRUCTION)
+    return prompt, _own_tokens(model, prompt)
+
+
+def _own_tokens(model: ShipModel, prompt: Sequence[int]) -> slice:
+    """Where in an encoder's prompt the instruction's own tokens are."""
     empty = model.encoder_prompts.encoder_prompt("")
     before = _num_shared(prompt, empty)
     # The ends may not reach into what the beginnings share already.
     after = min(_num_shared(prompt[::-1], empty[::-1]), len(empty) - before)
-    return prompt, slice(before, len(prompt) - after)
+    return slice(before, len(prompt) - after)
 
 
 def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
@@ -138,9 +187,7 @@ def descend_to_behaviour(
     wordings: Sequence[str],
     adapter: Adapter,
     examples: Examples,
-    steps: int,
-    lr: float,
-    prior_weight: float,
+    schedule: Schedule,
 ) -> Descent:
     """Adam on z until its adapter answers as a given one: KL between their next-token
     distributions, nats an example.
@@ -151,9 +198,7 @@ def descend_to_behaviour(
         wordings: as in `descend_on_latent`.
         adapter: the given one, of one task.
         examples: inputs with the answers along which both are compared.
-        steps: at most.
-        lr: of Adam.
-        prior_weight: as in `descend_on_latent`.
+        schedule: of steps.
     """
     repeated = [examples] * len(start_CZ)
     batch = answers_batch(model, wordings, repeated)
@@ -168,7 +213,7 @@ def descend_to_behaviour(
         kl_C = sum_per_example(kl_KV.sum(1), batch, len(latent_CZ)).mean(1)
         return kl_C, kl_C.detach()
 
-    return descend_on(model, start_CZ, loss, steps, lr, prior_weight)
+    return descend_on(model, start_CZ, loss, schedule)
 
 
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -179,13 +224,11 @@ def descend_on(
     model: ShipModel,
     start_CZ: Tensor,
     loss: Loss,
-    steps: int,
-    lr: float,
-    prior_weight: float,
+    schedule: Schedule,
 ) -> Descent:
     """Adam on z by any loss; the other arguments are those of `descend_on_latent`."""
     point_CZ = start_CZ.detach().to(model.device).clone().requires_grad_()
-    return _descend(model, point_CZ, lambda: point_CZ, loss, steps, lr, prior_weight)
+    return _descend(model, point_CZ, lambda: point_CZ, loss, schedule)
 
 
 def _loss_of_examples(
@@ -210,9 +253,7 @@ def _descend(
     point: Tensor,
     latent: Callable[[], Tensor],
     loss: Loss,
-    steps: int,
-    lr: float,
-    prior_weight: float,
+    schedule: Schedule,
 ) -> Descent:
     """Adam on `point`, from which `latent` makes z.
 
@@ -222,19 +263,21 @@ def _descend(
     best_CZ = latent().detach().clone()
     best_C = torch.full((len(best_CZ),), torch.inf, device=best_CZ.device)
     stale_C = torch.zeros(len(best_CZ), device=best_CZ.device)
-    optimiser = torch.optim.Adam([point], lr=lr)
+    optimiser = torch.optim.Adam([point], lr=schedule.lr)
     # One more look than there are steps: the point after the last step counts too.
-    for step in range(steps + 1):
+    for step in range(schedule.steps + 1):
         latent_CZ = latent()
         fitted_C, held_back_C = loss(latent_CZ)
-        better_C = (held_back_C < best_C) & (stale_C < _PATIENCE)
+        has_stopped_C = (stale_C >= schedule.patience) & (step > schedule.min_steps)
+        better_C = (held_back_C < best_C) & ~has_stopped_C
         best_CZ[better_C] = latent_CZ.detach()[better_C]
         best_C[better_C] = held_back_C[better_C]
         stale_C = torch.where(better_C, 0, stale_C + 1)
-        if step == steps or bool((stale_C >= _PATIENCE).all()):
+        may_stop = step >= schedule.min_steps
+        if step == schedule.steps or (may_stop and bool((stale_C >= schedule.patience).all())):
             break
         # A sum over rows: the gradient of each is that of its own loss.
-        total = fitted_C.sum() - prior_weight * model.prior.log_density(latent_CZ).sum()
+        total = fitted_C.sum() - schedule.prior_weight * model.prior.log_density(latent_CZ).sum()
         # Not backward(), which would leave gradients in the model's parameters.
         (point.grad,) = torch.autograd.grad(total, [point])
         optimiser.step()

@@ -6,9 +6,15 @@ Methods: `direct` and `indirect` descend to a latent and decode it (arXiv 2502.0
 `bank` looks among the known instructions; `propose` lets the decoder read the examples and tests
 what it writes; `union`, the default, does the last two together, and looks among what follows from
 the known instructions by analogy. Every candidate is tested on the given examples in both ways it
-will be used: through the encoder, as an adapter, and as text in the prompt (trials.py). Where no
-candidate explains everything, the best are refined: their latents by gradient (descents.py), their
-texts by single tokens and by splicing one to another; what comes out is tested likewise.
+will be used: through the encoder, as an adapter, and as text in the prompt (trials.py), unless
+the Task LLM does not follow text there (prompt_following.py). Where no candidate explains
+everything, the best are refined: their latents by gradient (descents.py), their texts by single
+tokens and by splicing one to another; what comes out is tested likewise.
+
+Analogies, edits and splices make instructions where the known ones are texts of a grammar, and
+nothing of use where people wrote them. There (`InductionConfig.suited_to`) the candidates are what
+the decoder proposes, the known instructions that it finds likeliest, what the Task LLM says when it
+is asked, and, in a second round, other wordings of the best and their nearest known neighbours.
 
 Letters: C candidates, Z latent size.
 """
@@ -22,25 +28,36 @@ from torch import Tensor
 from ship_ds.console import Log, no_log
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import WALKS, Bank
-from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.config import DESCENTS, GRAMMATICAL, InductionConfig
 from ship_ds.inference.descents import (
     decode_descents,
     descend_from_best,
     descend_from_scratch,
+    descend_from_texts,
     latents_of,
     task_views,
 )
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION
-from ship_ds.inference.proposals import draw_seed, edits, likeliest_texts, sample_texts, splices
+from ship_ds.inference.proposals import (
+    asked_texts,
+    draw_seed,
+    edits,
+    likeliest_texts,
+    sample_texts,
+    splices,
+)
 from ship_ds.inference.results import Induction
 from ship_ds.inference.scoring import Examples
 from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals
 from ship_ds.model.ship import ShipModel
+from ship_ds.monitor.progress import Progress
 
 MOST_TRIED = 200
 """Known instructions that `tries_all_known` tries; where more are known it walks, as it does
 without. Each costs a forward of one example."""
+_NUM_READ = 2
+"""Views of the examples by which the decoder ranks the known instructions."""
 
 
 def induce_many(
@@ -59,7 +76,7 @@ def induce_many(
         tasks: the examples of each.
         config: how to search.
         seed: of every draw, together with the task's examples: the other tasks do not matter.
-        log: takes a line of progress.
+        log: takes lines of progress; `no_log` shows no bar either.
 
     Raises:
         UserError: a task has no examples; or nothing is known and the method needs it.
@@ -68,9 +85,12 @@ def induce_many(
         raise UserError(
             "induce: a task has no examples; give at least one line with input and target"
         )
+    config = config.suited_to(bank.share_in_slots)
     searches = [SearchState(tuple(examples)) for examples in tasks]
-    for group in _by_num_examples(searches):
-        _search(model, bank, group, config, seed, log)
+    num_stages = 2 + _num_rounds(config)
+    with Progress("induction", num_stages * len(tasks), "part", log) as progress:
+        for group in _by_num_examples(searches, config.num_at_once):
+            _search(model, bank, group, config, seed, progress)
     return [search.result() for search in searches]
 
 
@@ -92,11 +112,15 @@ def with_latents_decoded(
     return search.result()
 
 
-def _by_num_examples(searches: Sequence[SearchState]) -> Iterator[list[SearchState]]:
+def _by_num_examples(
+    searches: Sequence[SearchState], num_at_once: int
+) -> Iterator[list[SearchState]]:
     """Tasks with equally many examples, which go through the models together: an adapter's products
     want equal parts."""
     for size in sorted({len(search.examples) for search in searches}):
-        yield [search for search in searches if len(search.examples) == size]
+        equal = [search for search in searches if len(search.examples) == size]
+        for start in range(0, len(equal), num_at_once):
+            yield equal[start : start + num_at_once]
 
 
 def _search(
@@ -105,21 +129,28 @@ def _search(
     searches: list[SearchState],
     config: InductionConfig,
     seed: int,
-    log: Log,
+    progress: Progress,
 ) -> None:
-    proposals = _first_proposals(model, bank, searches, config, seed, log)
+    proposals = _first_proposals(model, bank, searches, config, seed, progress)
+    progress.done(len(searches))
+    num_distinct = len({(proposal.search, proposal.text) for proposal in proposals})
+    progress.begin(f"testing {num_distinct} candidates of {len(searches)} tasks")
     test_proposals(model, searches, proposals, config)
     _test_neutral_instruction(model, searches, config)
+    progress.done(len(searches))
     for round_number in range(1, _num_rounds(config) + 1):
         unexplained = [search for search in searches if not search.is_explained]
         if unexplained:
-            log(f"{len(unexplained)} tasks not explained: refining, round {round_number}")
-            proposals = _refine(model, unexplained, config, seed, round_number)
+            progress.begin(f"{len(unexplained)} tasks not explained: refining")
+            proposals = _refine(model, bank, unexplained, config, seed, round_number)
             test_proposals(model, unexplained, proposals, config)
+        progress.done(len(searches))
 
 
 def _num_rounds(config: InductionConfig) -> int:
-    """The bank tests what it knows and no more; the two descents are as published."""
+    """The bank tests what it knows and no more; the two descents start from texts instead."""
+    if config.method in DESCENTS:
+        return config.num_text_starts
     return config.num_rounds if config.method in ("propose", "union") else 0
 
 
@@ -129,19 +160,24 @@ def _first_proposals(
     searches: list[SearchState],
     config: InductionConfig,
     seed: int,
-    log: Log,
+    progress: Progress,
 ) -> list[Proposal]:
-    if config.method in ("direct", "indirect"):
+    if config.method in DESCENTS:
+        progress.begin("descending")
         descents = descend_from_scratch(model, searches, config, seed)
         return decode_descents(model, descents, config, seed, 0)
     proposals: list[Proposal] = []
     if config.method in ("bank", "union"):
-        proposals += _known(model, bank, searches, config, log)
-    if config.method == "propose" or (config.method == "union" and config.asks_decoder):
-        log(f"{len(searches)} tasks: the decoder proposes")
+        progress.begin(f"looking among {len(bank)} known instructions")
+        proposals += _known(model, bank, searches, config, seed)
+    writes = config.method == "propose" or (config.method == "union" and config.asks_decoder)
+    if writes:
+        progress.begin("the decoder proposes")
         proposals += _written_by_decoder(model, searches, config, seed)
-    num_distinct = len({(proposal.search, proposal.text) for proposal in proposals})
-    log(f"{len(searches)} tasks: testing {num_distinct} candidates")
+    if writes and config.asks_task_llm:
+        progress.begin("the Task LLM proposes")
+        asked = asked_texts(model, [search.examples for search in searches], config.max_new_tokens)
+        proposals += _proposals(searches, [[text] if text else [] for text in asked], "asked")
     return proposals
 
 
@@ -160,7 +196,7 @@ def _known(
     bank: Bank,
     searches: Sequence[SearchState],
     config: InductionConfig,
-    log: Log,
+    seed: int,
 ) -> Iterator[Proposal]:
     """Known instructions, and in a `union` what follows from them by analogy."""
     if not len(bank):
@@ -170,10 +206,13 @@ def _known(
         )
     tries_analogies = config.analogies and config.method == "union"
     larger = bank.with_analogies(model) if tries_analogies else bank
-    more = f" and {len(larger) - len(bank)} that follow by analogy" if tries_analogies else ""
-    log(f"{len(searches)} tasks: looking among {len(bank)} known instructions{more}")
     examples = [search.examples for search in searches]
-    if config.tries_all_known and len(larger) <= MOST_TRIED:
+    reads = config.asks_decoder and model.config.decoder.max_examples > 0
+    if config.method == "union" and bank.share_in_slots < GRAMMATICAL and reads:
+        # Their own draw of views: what the decoder proposes from is drawn by "views 0".
+        views = [task_views(model, search, _NUM_READ, seed, "known") for search in searches]
+        shortlists = bank.shortlist_read(model, views, config.num_known)
+    elif config.tries_all_known and len(larger) <= MOST_TRIED:
         shortlists = larger.shortlist_of_all(model, examples, config.num_known)
     else:
         walk = WALKS[config.walk]
@@ -216,20 +255,39 @@ def _proposals(
 
 def _refine(
     model: ShipModel,
+    bank: Bank,
     searches: Sequence[SearchState],
     config: InductionConfig,
     seed: int,
     round_number: int,
 ) -> list[Proposal]:
-    """Changes of each task's best texts, and what the decoder reads out of latents near theirs."""
+    """Changes of each task's best texts, and what the decoder reads out of latents at theirs or
+    near them."""
+    if config.method in DESCENTS:
+        descents = descend_from_texts(model, searches, config)
+        return decode_descents(model, descents, config, seed, round_number)
+    proposals: list[Proposal] = []
+    if config.num_edits and config.asks_decoder:
+        proposals += _edited(model, searches, config, seed, round_number)
+    if config.num_splices:
+        proposals += _spliced(model, searches, config, proposals)
+    if config.num_neighbours and len(bank):
+        proposals += _nearest_known(bank, searches, config)
     if not config.asks_decoder:
-        return _spliced(model, searches, config, [])
-    proposals = _edited(model, searches, config, seed, round_number)
-    proposals += _spliced(model, searches, config, proposals)
-    if config.refine_steps:
-        descents = descend_from_best(model, searches, config)
-        proposals += decode_descents(model, descents, config, seed, round_number)
-    return proposals
+        return proposals
+    descents = descend_from_best(model, searches, config)
+    return proposals + decode_descents(model, descents, config, seed, round_number)
+
+
+def _nearest_known(
+    bank: Bank, searches: Sequence[SearchState], config: InductionConfig
+) -> Iterator[Proposal]:
+    """The known instructions nearest to each task's best candidates."""
+    for search in searches:
+        best = torch.tensor([c.latent for c in search.best[: config.num_refined]])
+        for nearest in bank.nearest(best, config.num_neighbours):
+            for c in nearest:
+                yield Proposal(search, bank.instructions[c], "known", bank.latent_CZ[c])
 
 
 def _edited(

@@ -4,7 +4,6 @@ from them all.
 Letters: C candidates, T tasks, Z latent size. The candidates are the known instructions.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,25 +64,27 @@ class Surroundings:
     distance_C: Tensor
 
     @classmethod
-    def of(cls, model: ShipModel, bank: Bank) -> "Surroundings":
-        """Those of all known instructions; takes one pass of the encoder over them."""
+    def of(cls, bank: Bank) -> "Surroundings":
+        """Those of all known instructions."""
         apart_CC = torch.cdist(bank.latent_CZ, bank.latent_CZ).fill_diagonal_(torch.inf)
-        return cls(_entropy(model, bank.instructions).sort().values, apart_CC.amin(1).sort().values)
+        entropy_C = _entropy(bank.log_variance_CZ)
+        return cls(entropy_C.sort().values, apart_CC.amin(1).sort().values)
 
     def familiarity(self, model: ShipModel, bank: Bank, instruction: str) -> Familiarity:
         """How an instruction lies among the known ones; a known one is compared with the
         others."""
-        distance_C = torch.cdist(model.encode([instruction]), bank.latent_CZ)[0]
+        posterior = model.posterior([instruction])
+        distance_C = torch.cdist(posterior.mean_TZ, bank.latent_CZ)[0]
         if instruction in bank.instructions:
             distance_C[bank.instructions.index(instruction)] = torch.inf
-        uncertainty = _share_below(self.entropy_C, _entropy(model, [instruction])[0])
+        uncertainty = _share_below(self.entropy_C, _entropy(posterior.log_variance_TZ)[0])
         isolation = _share_below(self.distance_C, distance_C.min())
         return Familiarity(uncertainty, isolation, max(uncertainty, isolation) > FAR_QUANTILE)
 
 
-def _entropy(model: ShipModel, instructions: Sequence[str]) -> Tensor:
-    """Differential entropy of q(z | k) in nats up to a constant, (C,)."""
-    return model.posterior(instructions).log_variance_TZ.sum(1) / 2
+def _entropy(log_variance_CZ: Tensor) -> Tensor:
+    """Differential entropy of each posterior in nats up to a constant, (C,)."""
+    return log_variance_CZ.sum(1) / 2
 
 
 def _share_below(sorted_C: Tensor, value: Tensor) -> float:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example
+from ship_ds.inference.deduction import bare_answerer
 from ship_ds.inference.scoring import scored_batches
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
@@ -154,6 +155,22 @@ def likeliest_texts(
         for view, beams in zip(chunk, searches, strict=True):
             texts[view] = [_text(model, beam.tokens) for beam in beams if beam.tokens[-1] == eos_id]
     return texts
+
+
+def asked_texts(model: ShipModel, shown: Sequence[Examples], max_new_tokens: int) -> list[str]:
+    """What the bare Task LLM writes, greedily, when it is shown examples and asked for the
+    instruction (Honovich et al. 2022, arXiv 2205.10782), whether it ends or not.
+
+    The prompt is the one that SHIP's decoder reads ("This task is to:").
+
+    Args:
+        model: holds the Task LLM.
+        shown: the examples of each task.
+        max_new_tokens: of a text.
+    """
+    form = model.prompts
+    prompts = [form.decoder_prompt(examples) for examples in shown]
+    return [form.text(row) for row in bare_answerer(model).rows([prompts], max_new_tokens)[0]]
 
 
 @torch.no_grad()

@@ -17,25 +17,27 @@ class Candidate:
         instruction: the text.
         num_right: examples that greedy decoding answers exactly, through the encoder.
         loss: of an example in nats, on average, through the encoder.
-        num_right_in_prompt: as `num_right`, with the text in the prompt.
-        loss_in_prompt: as `loss`, with the text in the prompt.
+        num_right_in_prompt: as `num_right`, with the text in the prompt; None where this was not
+            tried, since the Task LLM does not follow text.
+        loss_in_prompt: as `loss`, with the text in the prompt, or None.
         latent: the mean of its posterior.
-        origin: where it comes from: known, analogy, sampled, beam, refined, edit, splice, neutral.
+        origin: where it comes from: known, analogy, sampled, beam, asked, refined, edit, splice,
+            neutral.
     """
 
     instruction: str
     num_right: int
     loss: float
-    num_right_in_prompt: int
-    loss_in_prompt: float
+    num_right_in_prompt: int | None
+    loss_in_prompt: float | None
     latent: tuple[float, ...]
     origin: str
 
     @property
     def rank(self) -> tuple[int, float]:
         """Sorts candidates, best first: most exact answers both ways together, then least loss."""
-        num_right = self.num_right + self.num_right_in_prompt
-        return -num_right, self.loss + self.loss_in_prompt
+        num_right = self.num_right + (self.num_right_in_prompt or 0)
+        return -num_right, self.loss + (self.loss_in_prompt or 0.0)
 
     @property
     def most_right(self) -> int:
@@ -43,7 +45,7 @@ class Candidate:
 
         One is enough: going on until both work picks texts that suit an adapter's mistakes.
         """
-        return max(self.num_right, self.num_right_in_prompt)
+        return max(self.num_right, self.num_right_in_prompt or 0)
 
 
 @dataclass(frozen=True)

@@ -147,12 +147,14 @@ def scored_batches(
 
 
 @torch.no_grad()
-def fit_in_prompt(model: ShipModel, wordings: Sequence[str], examples: Sequence[Examples]) -> Fit:
+def fit_in_prompt(
+    model: ShipModel, wordings: Sequence[str | None], examples: Sequence[Examples]
+) -> Fit:
     """How the bare Task LLM explains examples with an instruction in the prompt.
 
     Args:
         model: holds the Task LLM.
-        wordings: an instruction a candidate.
+        wordings: an instruction a candidate; None: none.
         examples: those of each candidate, equally many for all.
     """
     prompts, fit = model.prompts, Fit.empty(examples)

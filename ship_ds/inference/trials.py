@@ -47,44 +47,53 @@ class TrialTable:
     Args:
         trials: the rows, those of a task together.
         encoded: the fit of the texts' adapters.
-        in_prompt: the fit of the texts in the prompt.
+        in_prompt: the fit of the texts in the prompt; None where that is not tried.
     """
 
     trials: tuple[Trial, ...]
     encoded: Fit
-    in_prompt: Fit
+    in_prompt: Fit | None
 
     @classmethod
-    def measure(cls, model: ShipModel, trials: Sequence[Trial], examples: slice) -> "TrialTable":
-        """Try each on these of its task's examples, both ways of using a text."""
+    def measure(
+        cls, model: ShipModel, trials: Sequence[Trial], examples: slice, in_prompt: bool = True
+    ) -> "TrialTable":
+        """Try each on these of its task's examples, in both ways of using a text or through the
+        encoder alone."""
         latent_CZ = torch.stack([trial.latent_Z for trial in trials])
         texts = [trial.text for trial in trials]
         given = [trial.search.examples[examples] for trial in trials]
         encoded = fit_of_latents(model, latent_CZ, texts, given)
-        return cls(tuple(trials), encoded, fit_in_prompt(model, texts, given))
+        stated = fit_in_prompt(model, texts, given) if in_prompt else None
+        return cls(tuple(trials), encoded, stated)
+
+    @property
+    def _fits(self) -> list[Fit]:
+        return [self.encoded] if self.in_prompt is None else [self.encoded, self.in_prompt]
 
     @property
     def num_right_C(self) -> Tensor:
         """Exact answers, both ways together."""
-        return self.encoded.right_CM.sum(1) + self.in_prompt.right_CM.sum(1)
+        return torch.stack([fit.right_CM.sum(1) for fit in self._fits]).sum(0)
 
     @property
     def loss_C(self) -> Tensor:
         """Nats, both ways together."""
-        return self.encoded.loss_CM.sum(1) + self.in_prompt.loss_CM.sum(1)
+        return torch.stack([fit.loss_CM.sum(1) for fit in self._fits]).sum(0)
 
     def rows(self, index: Sequence[int]) -> "TrialTable":
         """Some of the trials, in this order."""
         index_C = torch.tensor(index)
         trials = tuple(self.trials[row] for row in index)
-        return TrialTable(trials, self.encoded.rows(index_C), self.in_prompt.rows(index_C))
+        stated = self.in_prompt.rows(index_C) if self.in_prompt else None
+        return TrialTable(trials, self.encoded.rows(index_C), stated)
 
     def beside(self, other: "TrialTable") -> "TrialTable":
         """The same trials on the examples of both tables."""
-        encoded, in_prompt = self.encoded, self.in_prompt
-        return TrialTable(
-            self.trials, encoded.beside(other.encoded), in_prompt.beside(other.in_prompt)
-        )
+        stated = self.in_prompt
+        if stated and other.in_prompt:
+            stated = stated.beside(other.in_prompt)
+        return TrialTable(self.trials, self.encoded.beside(other.encoded), stated)
 
     def candidates(self) -> list[Candidate]:
         """One a trial."""
@@ -93,8 +102,8 @@ class TrialTable:
                 trial.text,
                 int(self.encoded.right_CM[row].sum()),
                 float(self.encoded.loss_CM[row].mean()),
-                int(self.in_prompt.right_CM[row].sum()),
-                float(self.in_prompt.loss_CM[row].mean()),
+                int(self.in_prompt.right_CM[row].sum()) if self.in_prompt else None,
+                float(self.in_prompt.loss_CM[row].mean()) if self.in_prompt else None,
                 tuple(trial.latent_Z.tolist()),
                 trial.origin,
             )
@@ -119,9 +128,10 @@ def test_proposals(
     trials = unique_new_trials(model, searches, proposals)
     if not trials:
         return
-    table = screen(model, trials, config.num_screened)
+    in_prompt = config.ranks_in_prompt
+    table = screen(model, trials, config.num_screened, in_prompt)
     table = keep_finalists(table, config.num_finalists)
-    table = test_on_rest(model, table, config.num_screened)
+    table = test_on_rest(model, table, config.num_screened, in_prompt)
     for trial, candidate in zip(table.trials, table.candidates(), strict=True):
         trial.search.tested[trial.text] = candidate
 
@@ -158,13 +168,15 @@ def _first_of_each_text(proposals: Sequence[Proposal]) -> Iterable[Proposal]:
     return (first[text] for text in dict.fromkeys(p.text for p in reversed(proposals)))
 
 
-def screen(model: ShipModel, trials: Sequence[Trial], num_examples: int) -> TrialTable:
+def screen(
+    model: ShipModel, trials: Sequence[Trial], num_examples: int, in_prompt: bool = True
+) -> TrialTable:
     """Try every trial on the first few examples, and remember how it did.
 
     Why: most texts fail on one or two, so the others need not be paid for; and what did best here
     is spliced later, tested in full or not.
     """
-    table = TrialTable.measure(model, trials, slice(0, num_examples))
+    table = TrialTable.measure(model, trials, slice(0, num_examples), in_prompt)
     scores = zip(trials, table.num_right_C.tolist(), table.loss_C.tolist(), strict=True)
     for trial, num_right, loss in scores:
         trial.search.screened[trial.text] = ScreeningScore(-num_right, loss)
@@ -188,11 +200,14 @@ def keep_finalists(table: TrialTable, count: int) -> TrialTable:
     return table.rows(list(chain.from_iterable(best)))
 
 
-def test_on_rest(model: ShipModel, table: TrialTable, num_screened: int) -> TrialTable:
+def test_on_rest(
+    model: ShipModel, table: TrialTable, num_screened: int, in_prompt: bool = True
+) -> TrialTable:
     """The finalists on all examples: those that screening has left are added.
 
     Why not all over again: what was measured while screening holds.
     """
     if len(table.trials[0].search.examples) <= num_screened:
         return table
-    return table.beside(TrialTable.measure(model, table.trials, slice(num_screened, None)))
+    rest = TrialTable.measure(model, table.trials, slice(num_screened, None), in_prompt)
+    return table.beside(rest)

@@ -16,22 +16,23 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from ship_ds.console import current_rank, log
+from ship_ds.console import Log, current_rank, log, no_log
 
 _SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Of `total` tasks, part by part."""
+    """Of `total` tasks, or other units, part by part."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int, unit: str = "task", log: Log = log) -> None:
         self.title, self.total, self.num_done = title, total, 0
+        self.unit, self.log = unit, log
         self.part = ""
         self.started = self.told = time.perf_counter()
-        is_hidden = not sys.stderr.isatty() or current_rank(os.environ) != 0
+        is_hidden = not sys.stderr.isatty() or current_rank(os.environ) != 0 or log is no_log
         self.bar = None
         if not is_hidden:
-            self.bar = tqdm(total=total, desc=title, unit="task", dynamic_ncols=True)
+            self.bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -52,7 +53,8 @@ class Progress:
         if now - self.told < _SECONDS_BETWEEN_LINES and self.num_done < self.total:
             return
         self.told, seconds = now, now - self.started
-        log(f"{self.title}: {self.part}: {self.num_done} of {self.total} tasks, {seconds:.0f} s")
+        done = f"{self.num_done} of {self.total} {self.unit}s"
+        self.log(f"{self.title}: {self.part}: {done}, {seconds:.0f} s")
 
     def __exit__(
         self,

@@ -323,7 +323,9 @@ def test_induce_verb_shows_candidates_and_progress(
     row = json.loads(shown.out)
     assert row["instruction"] == row["candidates"][0]["instruction"] and len(row["candidates"]) == 2
     assert (
-        row["num_examples"] == 1 and len(row["latent"]) == 64 and "known instructions" in shown.err
+        row["num_examples"] == 1
+        and len(row["latent"]) == 64
+        and "ship-ds: induction: " in shown.err
     )
     assert cli.main(["induce", "--run", str(bundle), "--adapter", str(adapter)]) == 0
     assert _rows(capsys)[0]["instruction"] == "remove element 2"

@@ -11,7 +11,7 @@ from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import BRIEF, THOROUGH, Bank
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.gradient import descend_on_latent, neutral_prompt
+from ship_ds.inference.gradient import Schedule, descend_on_latent, neutral_prompt
 from ship_ds.inference.induction import induce_many
 from ship_ds.inference.proposals import (
     draw_seed,
@@ -22,6 +22,7 @@ from ship_ds.inference.proposals import (
     views,
 )
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
+from ship_ds.model.encoder import Posterior
 from ship_ds.model.ship import ShipModel
 
 QUICK = {
@@ -236,11 +237,11 @@ def test_descent_lowers_the_loss_and_restarts_are_independent(
     start[1] = ship.model.encode(["remove every 5"])[0]
     before = fit_of_latents(ship.model, start, ["", ""], [examples] * 2).loss_CM.mean(1)
     both = descend_on_latent(
-        ship.model, start, ["", ""], [examples] * 2, 8, 0.05, 0.0, hold_back=False
+        ship.model, start, ["", ""], [examples] * 2, Schedule(8, 0.05, 0.0), hold_back=False
     )
     assert (both.loss_C < before).all()
     alone = descend_on_latent(
-        ship.model, start[1:], [""], [examples], 8, 0.05, 0.0, hold_back=False
+        ship.model, start[1:], [""], [examples], Schedule(8, 0.05, 0.0), hold_back=False
     )
     torch.testing.assert_close(alone.latent_CZ[0], both.latent_CZ[1], rtol=1e-3, atol=1e-4)
 
@@ -250,7 +251,7 @@ def test_the_prior_pulls_z_to_zero(ship: Ship, inputs: list[str]) -> None:
     norms = [
         float(
             descend_on_latent(
-                ship.model, start, [""], examples, 5, 0.05, prior, hold_back=False
+                ship.model, start, [""], examples, Schedule(5, 0.05, prior), hold_back=False
             ).latent_CZ.norm()
         )
         for prior in (0.0, 100.0)
@@ -354,13 +355,13 @@ def test_no_text_is_encoded_twice(
 ) -> None:
     """Neither a known one nor what follows from them, whoever proposes it."""
     encoded: list[str] = []
-    encode = type(ship.model).encode
+    posterior = type(ship.model).posterior
 
-    def counted(model: ShipModel, texts: Sequence[str]) -> torch.Tensor:
+    def counted(model: ShipModel, texts: Sequence[str]) -> Posterior:
         encoded.extend(texts)
-        return encode(model, texts)
+        return posterior(model, texts)
 
-    monkeypatch.setattr(type(ship.model), "encode", counted)
+    monkeypatch.setattr(type(ship.model), "posterior", counted)
     bank = Bank.build(ship.model, [text for text in ship.known if text != "remove every 4"])
     tasks = [behaviour(ship, text, inputs) for text in ("remove every 4", "add 3")]
     encoded.clear()

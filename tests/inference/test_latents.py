@@ -11,7 +11,7 @@ def test_a_known_instruction_is_its_own_nearest(ship: Ship) -> None:
 
 
 def test_the_known_are_familiar_and_a_latent_far_from_all_is_not(ship: Ship) -> None:
-    surroundings = Surroundings.of(ship.model, ship.bank)
+    surroundings = Surroundings.of(ship.bank)
     shares = [surroundings.familiarity(ship.model, ship.bank, text) for text in ship.known]
     assert sum(one.is_far for one in shares) <= 2
     assert sorted(round(one.isolation * len(shares)) for one in shares)[-1] >= len(shares) - 2

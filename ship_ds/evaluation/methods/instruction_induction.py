@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from ship_ds.data.task import Example
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.inference.deduction import bare_answerer
+from ship_ds.inference.proposals import asked_texts
 
 
 class InstructionInduction(Untrained):
@@ -17,7 +17,5 @@ class InstructionInduction(Untrained):
     about: ClassVar[str] = "the bare base names the task when shown the examples"
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
-        model, num_tokens = self.ship.model, self.ship.config.evaluation.max_instruction_tokens
-        form = model.prompts
-        prompts = [form.decoder_prompt(examples) for examples in shown]
-        return [form.text(row) for row in bare_answerer(model).rows([prompts], num_tokens)[0]]
+        length = self.ship.config.evaluation.max_instruction_tokens
+        return asked_texts(self.ship.model, shown, length)

@@ -15,7 +15,7 @@ class ShipIndirect(Searching):
         "SHIP's induction as published, indirect: descent on the embeddings of a neutral "
         "instruction, then decoded"
     )
-    recipe: ClassVar[InductionConfig] = InductionConfig(method="indirect")
+    recipe: ClassVar[InductionConfig] = InductionConfig.of_preset("published", "indirect")
 
 
 class ShipDirect(Searching):
@@ -23,4 +23,4 @@ class ShipDirect(Searching):
 
     name: ClassVar[str] = "ship_direct"
     about: ClassVar[str] = "SHIP's induction as published, direct: descent on z, then decoded"
-    recipe: ClassVar[InductionConfig] = InductionConfig(method="direct")
+    recipe: ClassVar[InductionConfig] = InductionConfig.of_preset("published", "direct")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ship_ds.console import log
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
@@ -37,7 +38,8 @@ class Searching(Untrained):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.known = [task.task.instruction for task in setting.splits.seen]
+        self.seen = setting.splits.seen
+        self.known = [task.task.instruction for task in self.seen]
         self.search = self.recipe.model_copy(
             update={"max_new_tokens": self.ship.config.evaluation.max_instruction_tokens}
         )
@@ -45,7 +47,7 @@ class Searching(Untrained):
 
     @cached_property
     def bank(self) -> Bank:
-        return Bank.build(self.ship.model, self.known)
+        return self.ship.bank_of(self.known)
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         return [induction.instruction for induction in self._inductions(shown)]
@@ -72,9 +74,10 @@ class Searching(Untrained):
     def _inductions(self, shown: Sequence[Sequence[Example]]) -> list[Induction]:
         keys = [tuple(examples) for examples in shown]
         new = list(dict.fromkeys(key for key in keys if key not in self.induced))
-        self.induced |= zip(
-            new, induce_many(self.ship.model, self.bank, new, self.search, self.seed), strict=True
-        )
+        if new:
+            search = self.ship.searching(self.search, log, self.seen)
+            found = induce_many(self.ship.model, self.bank, new, search, self.seed, log)
+            self.induced |= zip(new, found, strict=True)
         return [self.induced[key] for key in keys]
 
     def answer(self, wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> AnswersByTask:

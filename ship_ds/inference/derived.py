@@ -1,0 +1,80 @@
+"""What is computed from a bundle once and kept in it, in a folder that its manifest does not list:
+
+    RUN/bundle/derived/known.safetensors        posteriors of the known instructions
+    RUN/bundle/derived/prompt_following.json    whether text in the prompt is followed
+
+Each file says of which weights and in which numbers it was made; one of others is made again. Where
+the folder cannot be written it is computed every time.
+
+Letters: C candidates, Z latent size.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ship_ds.files import whole_file, write_json
+from ship_ds.inference.prompt_following import PromptFollowing
+
+_FOLDER, _KNOWN, _FOLLOWING = "derived", "known.safetensors", "prompt_following.json"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """The folder of a bundle's derived values.
+
+    Args:
+        bundle: The bundle's folder.
+        digest: Of its weights.
+        dtype: In which numbers they compute, such as "float32".
+    """
+
+    bundle: Path
+    digest: str
+    dtype: str
+
+    @property
+    def _made_of(self) -> dict[str, str]:
+        return {"bundle": self.digest, "dtype": self.dtype}
+
+    def _metadata(self, instructions: Sequence[str]) -> dict[str, str]:
+        return self._made_of | {"texts": json.dumps(list(instructions))}
+
+    def posteriors(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """Means and log-variances of these instructions, (C, Z) each; None where they are not
+        kept."""
+        path = self.bundle / _FOLDER / _KNOWN
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            if file.metadata() == self._metadata(instructions):
+                return file.get_tensor("mean"), file.get_tensor("log_variance")
+        return None
+
+    def keep_posteriors(
+        self, instructions: Sequence[str], mean_CZ: Tensor, log_variance_CZ: Tensor
+    ) -> None:
+        """Keep them, where the disk lets us."""
+        tensors = {"mean": mean_CZ, "log_variance": log_variance_CZ}
+        metadata = self._metadata(instructions)
+        # shared: two programs may ask one bundle at the same moment.
+        with suppress(OSError), whole_file(self.bundle / _FOLDER / _KNOWN, shared=True) as part:
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata)
+
+    def following(self) -> PromptFollowing | None:
+        """What was measured of text in the prompt; None where it is not kept."""
+        with suppress(OSError, ValueError):
+            kept = json.loads((self.bundle / _FOLDER / _FOLLOWING).read_text())
+            if kept.pop("made_of") == self._made_of:
+                return PromptFollowing(**kept)
+        return None
+
+    def keep_following(self, following: PromptFollowing) -> None:
+        """Keep it, where the disk lets us."""
+        with suppress(OSError):
+            row = asdict(following) | {"made_of": self._made_of}
+            write_json(self.bundle / _FOLDER / _FOLLOWING, row, shared=True)

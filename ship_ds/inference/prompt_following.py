@@ -1,0 +1,78 @@
+"""Whether a run's Task LLM follows an instruction that stands in its prompt.
+
+Induction ranks candidates by both ways in which a text is used, through the encoder and in the
+prompt. A small base may not follow text at all: what it then answers tells candidates apart by
+chance, at half the cost of the search. So it is measured, once a run, on tasks of its training:
+
+    measure(model, splits.seen).follows     # then the ranking goes by both, else by the encoder
+
+Letters: C candidates, M examples of a task.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ship_ds.data.task import SplitTask
+from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
+from ship_ds.model.ship import ShipModel
+
+_NUM_TASKS, _NUM_EXAMPLES = 16, 2
+
+
+@dataclass(frozen=True)
+class PromptFollowing:
+    """How training examples are answered with their instruction and without.
+
+    Args:
+        loss_stated: of an example in nats, the instruction in the prompt.
+        loss_bare: of an example in nats, without it.
+        right_stated: examples answered exactly with the instruction in the prompt.
+        right_encoded: examples answered exactly under the instruction's adapter.
+        num_examples: how many there are.
+    """
+
+    loss_stated: float
+    loss_bare: float
+    right_stated: int
+    right_encoded: int
+    num_examples: int
+
+    @property
+    def follows(self) -> bool:
+        """Whether text in the prompt lowers the loss, and gives half as many right answers as the
+        adapters do, or more: a base that is told what to do and guesses has a lower loss too."""
+        return self.loss_stated < self.loss_bare and 2 * self.right_stated >= self.right_encoded
+
+    def __str__(self) -> str:
+        """One line for people."""
+        ranking = "both ways" if self.follows else "through the encoder alone"
+        return (
+            f"of {self.num_examples} training examples the Task LLM answers {self.right_stated} "
+            f"with their instruction in its prompt ({self.loss_stated:.1f} nats each; without any "
+            f"{self.loss_bare:.1f}) and {self.right_encoded} under its adapter: candidates are "
+            f"ranked {ranking}"
+        )
+
+
+def measure(model: ShipModel, seen: Sequence[SplitTask]) -> PromptFollowing:
+    """How the model answers a few examples of tasks that it was trained on.
+
+    Args:
+        model: with its trained weights.
+        seen: the tasks, of which up to 16 are taken, evenly spaced.
+    """
+    with_enough = [task for task in seen if len(task.train) >= _NUM_EXAMPLES]
+    step = max(1, len(with_enough) // _NUM_TASKS)
+    tasks = with_enough[::step][:_NUM_TASKS]
+    texts = [task.task.instruction for task in tasks]
+    examples = [task.train[:_NUM_EXAMPLES] for task in tasks]
+    stated = fit_in_prompt(model, texts, examples)
+    bare = fit_in_prompt(model, [None] * len(tasks), examples)
+    encoded = fit_of_latents(model, model.encode(texts), texts, examples)
+    return PromptFollowing(
+        float(stated.loss_CM.mean()) if tasks else 0.0,
+        float(bare.loss_CM.mean()) if tasks else 0.0,
+        int(stated.right_CM.sum()),
+        int(encoded.right_CM.sum()),
+        stated.right_CM.numel(),
+    )

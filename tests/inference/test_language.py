@@ -1,0 +1,189 @@
+"""Induction where people wrote the instructions: other searches than for texts of a grammar, the
+ranking that suits the base, and what is computed once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ship_ds.api import Ship
+from ship_ds.config import parse_config
+from ship_ds.data.source import source_of
+from ship_ds.data.task import Example
+from ship_ds.errors import UserError
+from ship_ds.inference.analogies import share_in_slots
+from ship_ds.inference.bank import Bank
+from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.derived import Derived
+from ship_ds.inference.descents import descend_from_texts
+from ship_ds.inference.gradient import Schedule, descend_on_latent
+from ship_ds.inference.induction import induce_many
+from ship_ds.inference.prompt_following import PromptFollowing, measure
+from ship_ds.inference.search_state import Proposal, SearchState
+from ship_ds.inference.trials import test_proposals as try_proposals
+from tests.inference.conftest import KNOWN
+
+WRITTEN = (
+    "add 3 to each number of the list",
+    "remove every 5",
+    "take the first 2 and reverse them",
+    "sort the list",
+)
+EXAMPLES = [Example("3 4 9", "4 9"), Example("1 2 5", "2 5"), Example("7 1", "1")]
+QUICK = {"num_views": 2, "num_known": 3, "num_finalists": 4, "max_new_tokens": 8}
+
+
+def test_only_texts_of_a_grammar_stand_in_slots() -> None:
+    assert share_in_slots(KNOWN) == 1
+    assert share_in_slots(WRITTEN) == 0 == share_in_slots([])
+    assert share_in_slots([*WRITTEN, "sort the words", "sort the names"]) == 3 / 6
+
+
+def test_a_search_suits_its_bank_unless_told_otherwise() -> None:
+    config = InductionConfig(num_splices=9)
+    assert config.suited_to(0.8) is config
+    suited = config.suited_to(0.03)
+    assert (suited.num_splices, suited.num_edits, suited.refine_steps) == (9, 0, 0)
+    assert suited.asks_task_llm and not suited.analogies
+    assert InductionConfig(method="bank").suited_to(0.0) == InductionConfig(method="bank")
+    overridden = InductionConfig().with_overrides(["num_views=7"]).suited_to(0.0)
+    assert overridden.num_views == 7 and overridden.num_edits == 0
+
+
+def test_written_instructions_are_searched_by_what_the_decoder_reads(ship: Ship) -> None:
+    bank = Bank.build(ship.model, WRITTEN)
+    config = InductionConfig.model_validate({**QUICK, "ranks_in_prompt": False})
+    found = induce_many(ship.model, bank, [EXAMPLES], config)[0]
+    origins = {candidate.origin for candidate in found.candidates}
+    assert "known" in origins and not origins & {"analogy", "edit", "splice"}
+    assert {(c.num_right_in_prompt, c.loss_in_prompt) for c in found.candidates} == {(None, None)}
+    ranks = [(-c.num_right, c.loss) for c in found.candidates]
+    assert ranks == sorted(ranks)
+
+
+def test_known_instructions_of_several_views_take_turns(ship: Ship) -> None:
+    bank = Bank.build(ship.model, WRITTEN)
+    views = [[EXAMPLES[:1], EXAMPLES[1:2]]]
+    first, second = bank.shortlist_by_decoder(ship.model, views[0], 3)
+    merged = bank.shortlist_read(ship.model, views, 3)[0]
+    turns = list(dict.fromkeys(c for pair in zip(first, second, strict=True) for c in pair))
+    assert merged == turns[:3] and len(set(merged)) == 3
+    assert bank.nearest(bank.latent_CZ[2:3] + 1e-4, 1) == [[2]]
+
+
+@pytest.mark.parametrize(
+    ("stated", "bare", "right_stated", "right_encoded", "follows"),
+    [
+        (5.0, 9.0, 8, 16, True),
+        (5.0, 9.0, 7, 16, False),
+        (9.0, 9.0, 16, 16, False),
+        (5.0, 9.0, 0, 0, True),
+    ],
+)
+def test_text_is_followed_where_it_helps_and_answers_half_as_many(
+    stated: float, bare: float, right_stated: int, right_encoded: int, follows: bool
+) -> None:
+    assert PromptFollowing(stated, bare, right_stated, right_encoded, 32).follows is follows
+
+
+def test_following_is_measured_on_training_tasks_and_kept(
+    ship: Ship, bundle: Path, tmp_path: Path
+) -> None:
+    splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, lambda text: None)
+    measured = measure(ship.model, splits.seen)
+    assert measured.num_examples == 32 and 0 < measured.loss_bare != measured.loss_stated
+    kept = Derived(tmp_path, "a", "float32")
+    assert kept.following() is None
+    kept.keep_following(measured)
+    assert kept.following() == measured and Derived(tmp_path, "b", "float32").following() is None
+    (tmp_path / "file").write_text("")
+    Derived(tmp_path / "file", "a", "float32").keep_following(measured)  # where nothing can be kept
+
+
+def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    other = Ship(ship.model, ship.config, ship.digest, ship.known)
+    monkeypatch.setattr("ship_ds.api.measure", lambda model, seen: PromptFollowing(9, 8, 0, 9, 32))
+    assert not other.searching(InductionConfig(), lines.append, []).ranks_in_prompt
+    assert len(lines) == 1 and "0 with their instruction in its prompt" in lines[0]
+    assert "through the encoder alone" in lines[0]
+    told = InductionConfig(ranks_in_prompt=True)
+    assert other.searching(told, lines.append, []) is told and len(lines) == 1
+
+
+def test_a_run_whose_data_are_gone_ranks_both_ways(ship: Ship) -> None:
+    lines: list[str] = []
+    data = {"kind": "files", "path": "/nowhere"}
+    config = parse_config({**ship.config.model_dump(), "data": data}, "test")
+    gone = Ship(ship.model, config, ship.digest, ship.known)
+    assert gone.searching(InductionConfig(), lines.append).ranks_in_prompt
+    assert "not where they were" in lines[0]
+
+
+def test_known_instructions_are_encoded_once_a_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Ship.from_run(bundle)
+    path = bundle / "derived" / "known.safetensors"
+    latent_CZ = first.bank.latent_CZ
+    assert load_file(path)["mean"].equal(latent_CZ)
+    again = Ship.from_run(bundle)
+    monkeypatch.setattr(type(again.model), "posterior", lambda model, texts: pytest.fail("encoded"))
+    assert again.bank.latent_CZ.equal(latent_CZ) and again.bank_of(KNOWN) is again.bank
+    assert Derived(bundle, "other weights", "float32").posteriors(KNOWN) is None
+    assert Derived(bundle, again.digest, "bfloat16").posteriors(KNOWN) is None
+    path.write_bytes(b"cut off")
+    assert Derived(bundle, again.digest, "float32").posteriors(KNOWN) is None
+    path.unlink()
+
+
+def test_the_published_descents_are_a_preset_of_theirs() -> None:
+    config = InductionConfig.of_preset("published", "indirect", max_new_tokens=9)
+    assert (config.min_steps, config.indirect_lr, config.prior) == (100, 1e-2, 0)
+    assert config.num_shown == 1 == config.num_restarts and config.max_new_tokens == 9
+    assert (config.num_beams, config.num_samples, config.num_text_starts) == (1, 0, 0)
+    assert InductionConfig.of_preset("published-refined", "direct").num_text_starts == 1
+    assert InductionConfig.of_preset("ours", "direct") == InductionConfig(method="direct")
+    with pytest.raises(UserError, match="--method union is not the authors'"):
+        InductionConfig.of_preset("published", "union")
+
+
+def test_a_descent_that_may_not_stop_yet_goes_on(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a rate of zero no loss ever falls, so the first step after `min_steps` is the last."""
+    num_steps = 0
+    step = torch.optim.Adam.step
+
+    def counted(self: torch.optim.Adam) -> object:
+        nonlocal num_steps
+        num_steps += 1
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    start_CZ = ship.model.encode(["add 3"])
+    for min_steps, wanted in ((0, 1), (6, 6)):
+        num_steps = 0
+        schedule = Schedule(9, 0.0, 0.0, min_steps, patience=1)
+        descend_on_latent(ship.model, start_CZ, [""], [EXAMPLES], schedule)
+        assert num_steps == wanted
+
+
+@pytest.mark.parametrize("method", ["direct", "indirect"])
+def test_a_descent_starts_again_from_the_induced_text(ship: Ship, method: str) -> None:
+    config = InductionConfig.model_validate({"method": method, "steps": 4, "patience": 9})
+    texts = ["add 3", "take the first 2"]
+    searches = [SearchState(tuple(EXAMPLES)), SearchState(tuple(EXAMPLES[::-1]))]
+    proposals = [Proposal(s, text, "known") for s, text in zip(searches, texts, strict=True)]
+    try_proposals(ship.model, searches, proposals, config)
+    own = ship.model.encode(texts)
+    # Their lengths differ, and a row's result does not depend on the other's.
+    both = descend_from_texts(ship.model, searches, config)
+    alone = descend_from_texts(ship.model, searches[:1], config)
+    torch.testing.assert_close(both[0].latent_Z, alone[0].latent_Z, rtol=1e-3, atol=1e-3)
+    for result, start_Z, search in zip(both, own, searches, strict=True):
+        assert result.search is search
+        assert float((result.latent_Z - start_Z).norm()) < float((own[0] - own[1]).norm())
