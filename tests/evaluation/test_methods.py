@@ -131,7 +131,8 @@ def test_lora_per_task_learns_each_task_whatever_its_group(
 
 
 @torch.no_grad()
-def test_sum_of_adapters_adds_what_each_does(make: Make, ship: Ship) -> None:
+def test_sum_of_adapters_adds_what_each_does(make: Make, ship: Ship, splits: Splits) -> None:
+    """By the instruction, whatever the wording that is asked."""
     made, model = make(AdapterSum), ship.model
     both = made._sum(["add 3", "take the first 2"])
     parts = model.adapt(model.encode(["add 3", "take the first 2"]))
@@ -140,7 +141,9 @@ def test_sum_of_adapters_adds_what_each_does(make: Make, ship: Ship) -> None:
     wanted = sum(parts.rows(torch.tensor([row])).delta(path, x) for row in (0, 1))
     torch.testing.assert_close(both.delta(path, x), wanted, rtol=1e-4, atol=1e-5)
     assert float(wanted.abs().max()) > 1e-3
-    said = made.deduce([None], ["add 3 and then take the first 2"], [["1 2 3"]])
+    worded = replace(splits.unseen[0].task, instruction="add 3 and then take the first 2")
+    task = replace(splits.unseen[0], task=worded)
+    said = made.deduce([task], ["begin with add 3, then take the first 2"], [["1 2 3"]])
     assert said == [answer_under(model, both, "", ["1 2 3"], 6)]
 
 
