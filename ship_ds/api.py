@@ -118,6 +118,7 @@ class Ship:
         """Inputs to try an adapter on: three of the run's own, or lists of digits for a bundle of
         version 0.1.0, which has none."""
         self._measured_following: PromptFollowing | None = None
+        self._asked_following = False
 
     @classmethod
     def from_run(
@@ -203,22 +204,28 @@ class Ship:
         return config.model_copy(update={"ranks_in_prompt": False})
 
     def _following(self, log: Log, seen: Sequence[SplitTask] | None) -> PromptFollowing | None:
-        """What was measured of text in the prompt, once; None where there is nothing to measure it
-        on."""
-        if self._measured_following is None and self._derived:
-            self._measured_following = self._derived.following()
-        if self._measured_following is None:
-            try:
-                seen = self._seen() if seen is None else seen
-            except (UserError, OSError):
-                log("the run's data are not where they were: candidates are ranked both ways")
-                return None
-            self._measured_following = measure(self.model, seen)
-            if self._derived:
-                self._derived.keep_following(self._measured_following)
-        if not self._measured_following.follows:
-            log(str(self._measured_following))
+        """What was measured of text in the prompt, and a line about it the first time; None where
+        there is nothing to measure it on."""
+        if not self._asked_following:
+            self._asked_following = True
+            self._measured_following = self._derived.following() if self._derived else None
+            if self._measured_following is None:
+                self._measured_following = self._measure_following(log, seen)
+            if self._measured_following is not None and not self._measured_following.follows:
+                log(str(self._measured_following))
         return self._measured_following
+
+    def _measure_following(
+        self, log: Log, seen: Sequence[SplitTask] | None
+    ) -> PromptFollowing | None:
+        try:
+            following = measure(self.model, self._seen() if seen is None else seen)
+        except (UserError, OSError):
+            log("the run's data are not where they were: candidates are ranked both ways")
+            return None
+        if following is not None and self._derived:
+            self._derived.keep_following(following)
+        return following
 
     def _seen(self) -> Sequence[SplitTask]:
         return source_of(self.config.data).read(self.model.prompts.tokenizer, no_log).seen

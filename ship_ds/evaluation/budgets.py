@@ -18,6 +18,10 @@ class Spent:
     seconds: float = 0.0
     examples: int = 0
 
+    def after(self, steps: int, examples: int, seconds: float) -> "Spent":
+        """With so many steps and examples more, at so many seconds since the start."""
+        return Spent(self.steps + steps, seconds, self.examples + examples)
+
 
 class Budget(ABC):
     """What a training may spend."""

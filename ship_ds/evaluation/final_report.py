@@ -1,7 +1,7 @@
 """The report that a run ends with: SHIP's deduction beside its controls, and reconstruction, as
 report.json and one table.
 
-It is a run of the harness (measure.py) on the model as it was trained, with five of its methods;
+It is a run of the harness (measure.py) on the model as it was trained, with six of its methods;
 here is which, on which rules, and where their scores stand.
 """
 
@@ -138,9 +138,10 @@ def _all_tasks(splits: Splits) -> Sequence[SplitTask]:
 
 
 def _sections(splits: Splits) -> Sequence[_Section]:
-    """The majority label is there where some task's answers are a closed set."""
-    is_closed = any(map(closed_labels, _all_tasks(splits)))
-    return [s for s in _SECTIONS if is_closed or s.method != "majority_label"]
+    """The majority label is there where some task's answers are labels: a closed set of texts."""
+    tasks = _all_tasks(splits)
+    has_labels = "label_accuracy" in metrics_to_show(tasks) and any(map(closed_labels, tasks))
+    return [s for s in _SECTIONS if has_labels or s.method != "majority_label"]
 
 
 def _tasks(splits: Splits, section: _Section, part: Part, num_seen: int) -> Sequence[SplitTask]:

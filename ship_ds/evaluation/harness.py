@@ -275,7 +275,8 @@ def _changed(name: str, changes: Sequence[str]) -> type[Method]:
     if not hasattr(method, "recipe"):
         raise UserError(f"--set {name}.{changes[0]}: this method has no numbers to set")
     kind = TypeAdapter(type(method.recipe))
-    values = overridden(kind.dump_python(method.recipe), changes)
+    # What was not set stays so: a search of ours suits those numbers to the run.
+    values = overridden(kind.dump_python(method.recipe, exclude_unset=True), changes)
     try:
         recipe = kind.validate_python(values, extra="forbid")
     except ValidationError as error:

@@ -95,8 +95,8 @@ def _is_punctuation(letter: str) -> bool:
 def closed_labels(task: SplitTask) -> tuple[str, ...]:
     """The task's labels, where its answers are a closed set; none where they are not.
 
-    They are one where its training examples have 2 to 10 distinct targets in normal form, each of
-    them twice on average, and every test target is among these.
+    They are one where its training examples have 2 to 10 distinct targets by their words
+    (`_label_form`), each of them twice on average, and every test target is among these.
     """
     labels: dict[str, str] = {}
     for example in task.train:
@@ -123,9 +123,10 @@ def label_match(answer: str | None, references: Sequence[str], labels: Sequence[
 
 
 def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
-    """The label that an answer means, by the first of these rules that finds one, in normal form:
-    the equal one; the one that stands first in the answer as whole words, the longer of two at one
-    place; the one most alike letter by letter (difflib's ratio). None: no letter in common.
+    """The label that an answer means, by the first of these rules that finds one, word by word
+    (`_label_form`): the equal one; the one that stands first in the answer as whole words, in its
+    own case if any does ("It is a B" means "B"), the longer of two at one place; the one most alike
+    letter by letter (difflib's ratio). None: no letter in common.
     """
     if answer is None:
         return None
@@ -145,9 +146,10 @@ def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
 
 def metrics_to_show(tasks: Iterable[SplitTask]) -> tuple[str, ...]:
     """The metrics that say something of these tasks' answers: exact match alone where all of them
-    are lists of integers."""
-    targets = (example.target for task in tasks for example in task.test)
-    return ANSWER_METRICS if not all(map(is_list, targets)) else ANSWER_METRICS[:1]
+    are lists of integers, the empty one among them."""
+    targets = (example.target.strip() for task in tasks for example in task.test)
+    has_text = any(target and not is_list(target) for target in targets)
+    return ANSWER_METRICS if has_text else ANSWER_METRICS[:1]
 
 
 def majority_label(task: SplitTask) -> str:

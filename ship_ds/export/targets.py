@@ -1,8 +1,8 @@
 """What a base model and an adapter can become. Each target is a type here.
 
 - original: the base's own weights, W + (alpha / R) B A in fp32, rounded once. Where training saw
-  the base in NF4, the adapter makes up for the quantisation error too, which these weights do not
-  have: their logits may drift from the live model's by most of what the adapter does.
+  the base in NF4, these lack its quantisation error, and their logits drift from the live model's:
+  around SmolLM2 by most of what an adapter of 330 steps does.
 - dequantised: the NF4 base that training saw, as plain weights; least drift, but 16-bit rounding of
   what was 4-bit. The default after such a training, as `original` is after any other.
 - nf4: that base plus the adapter, in NF4 again; small, and part of the adapter is lost in rounding.

@@ -48,7 +48,6 @@ class Walk:
 
 BRIEF = Walk(1, 32, 6)
 THOROUGH = Walk(2, 64, 12)
-WALKS = {"brief": BRIEF, "thorough": THOROUGH}
 
 
 @dataclass(frozen=True)

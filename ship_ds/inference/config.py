@@ -22,7 +22,7 @@ from ship_ds.section import Section
 Method = Literal["direct", "indirect", "bank", "propose", "union"]
 Preset = Literal["ours", "published", "published-refined"]
 """Numbers of `direct` and `indirect`: ours, those of the authors' code, and these with one descent
-more from the text that was induced."""
+more from the text that was induced, which is ours."""
 
 DESCENTS = ("direct", "indirect")
 GRAMMATICAL = 0.5
@@ -66,10 +66,8 @@ class InductionConfig(Section):
     num_known: PositiveInt = 24
     """Known instructions that the bank hands on to be tested."""
     tries_all_known: bool = False
-    """Whether the bank tries every adapter it has on the first example, where it has 200 at most,
+    """Whether the bank tries every adapter it has on the first example, where it has 2,000 at most,
     instead of walking to those that fit."""
-    walk: Literal["brief", "thorough"] = "thorough"
-    """How many known adapters the bank tries on its way to those that fit (bank.py)."""
     asks_decoder: bool = True
     """Whether the decoder has a part in `union`; without, the known instructions, what follows from
     them by analogy and splices are all there is: what the decoder is worth shows beside it."""
@@ -145,11 +143,13 @@ class InductionConfig(Section):
     def of_preset(cls, preset: Preset, method: Method, **more: Any) -> "InductionConfig":
         """The search by a preset's numbers; a preset other than "ours" is of the two descents.
 
-        `published` is what the authors' code does (forangel2014/VaiBot at b6794ed, main.py): Adam
-        at 1e-2, without a prior, at least 100 steps, until the held-back example's loss rises; from
-        one start, the neutral instruction or a draw of N(0, I); and one greedy text, which the
-        decoder writes beside an example. Ours, as the paper says, holds an example back that is
-        not descended on, and keeps the best point; theirs descends on that very example.
+        `published` has the numbers of the authors' code (forangel2014/VaiBot at b6794ed, main.py):
+        Adam at 1e-2, at least 100 steps, until the held-back example's loss rises; from one start,
+        the neutral instruction or a draw of N(0, I); and one greedy text, which the decoder writes
+        beside an example, as their commands ask it to. What differs: ours holds an example back
+        that is not descended on, as the paper says, and keeps the best point, where theirs descends
+        on that very example; a rise is one above the best loss here and above the last one there;
+        400 steps are the end here; and their `direct` adds 1e-3 of the mean absolute number of z.
 
         Args:
             preset: by name.

@@ -62,12 +62,16 @@ class Derived:
         tensors = {"mean": mean_CZ, "log_variance": log_variance_CZ}
         metadata = self._metadata(instructions)
         # shared: two programs may ask one bundle at the same moment.
-        with suppress(OSError), whole_file(self.bundle / _FOLDER / _KNOWN, shared=True) as part:
+        with (
+            suppress(OSError, SafetensorError),
+            whole_file(self.bundle / _FOLDER / _KNOWN, shared=True) as part,
+        ):
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata)
 
     def following(self) -> PromptFollowing | None:
         """What was measured of text in the prompt; None where it is not kept."""
-        with suppress(OSError, ValueError):
+        # KeyError and TypeError: of a version that kept other numbers.
+        with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads((self.bundle / _FOLDER / _FOLLOWING).read_text())
             if kept.pop("made_of") == self._made_of:
                 return PromptFollowing(**kept)

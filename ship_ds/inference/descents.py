@@ -1,6 +1,6 @@
 """Descents of many tasks at once, and the texts that the decoder reads out of what they find.
 
-Letters: C candidates, M examples of a task, Z latent size.
+Letters: C candidates, H hidden size, M examples of a task, S padded length, Z latent size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ship_ds.inference.config import DESCENTS, InductionConfig
 from ship_ds.inference.gradient import (
+    NEUTRAL_INSTRUCTION,
     Descent,
     Schedule,
-    descend_from_instructions,
-    descend_on_instruction,
+    descend_on_instructions,
     descend_on_latent,
     neutral_embeddings,
 )
@@ -103,16 +103,16 @@ def _start_on_latent(model: ShipModel, start: _Start, seed: int, from_draw: bool
 def _descend_indirectly(
     model: ShipModel, starts: Sequence[_Start], config: InductionConfig, seed: int
 ) -> Descent:
-    neutral = neutral_embeddings(model).cpu()
-    spread = 0.5 * float(neutral.std())
-    points = [
-        neutral + spread * torch.randn(neutral.shape, generator=_generator(start, seed))
+    neutral_SH = neutral_embeddings(model).cpu()
+    spread = 0.5 * float(neutral_SH.std())
+    offsets = [
+        spread * torch.randn(neutral_SH.shape, generator=_generator(start, seed))
         if start.number
-        else neutral
+        else None
         for start in starts
     ]
-    examples, wordings = [start.search.examples for start in starts], [""] * len(starts)
-    return descend_on_instruction(model, points, wordings, examples, _schedule(config))
+    texts, examples = [NEUTRAL_INSTRUCTION] * len(starts), [s.search.examples for s in starts]
+    return descend_on_instructions(model, texts, examples, _schedule(config), offsets)
 
 
 def _generator(start: _Start, seed: int) -> torch.Generator:
@@ -159,8 +159,9 @@ def descend_from_best(
 def descend_from_texts(
     model: ShipModel, searches: Sequence[SearchState], config: InductionConfig
 ) -> list[DescentResult]:
-    """As `descend_from_scratch`, once more from each task's best text, by a quarter of the steps
-    (`refinement_inference` of the authors' code): from its latent, or from its embeddings."""
+    """As `descend_from_scratch`, once more from each task's best text, by a quarter of the steps:
+    from its latent, or from its embeddings. Our own: the authors' code has a descent from the
+    induced text (`iterative_inference`), one epoch ten times, which nothing calls."""
     refinements = [_Refinement(search, 0, search.best[0]) for search in searches]
     schedule, results = _schedule(config, _SHARE_FROM_TEXT), []
     for chunk in _chunks(model, refinements):
@@ -170,7 +171,7 @@ def descend_from_texts(
             start_CZ = torch.tensor([refined.candidate.latent for refined in chunk])
             descent = descend_on_latent(model, start_CZ, wordings, examples, schedule)
         else:
-            descent = descend_from_instructions(model, texts, wordings, examples, schedule)
+            descent = descend_on_instructions(model, texts, examples, schedule)
         results += measured(model, chunk, descent.latent_CZ, wordings)
     return results
 
@@ -213,8 +214,8 @@ def decode_descents(
 ) -> list[Proposal]:
     """Texts that the decoder reads out of each latent, beside examples where it was trained to.
 
-    `direct` and `indirect` decode the latent alone unless `num_shown` says otherwise, as the
-    authors' code does and section 3.3 of arXiv 2502.02315 does not.
+    `direct` and `indirect` decode the latent alone unless `num_shown` says otherwise; section 3.3
+    of arXiv 2502.02315 shows the decoder an example.
     """
     latent_CZ = torch.stack([result.latent_Z for result in results])
     shown: list[Examples] = [()] * len(results)

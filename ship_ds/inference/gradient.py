@@ -79,87 +79,50 @@ def descend_on_latent(
     return descend_on(model, start_CZ, loss, schedule)
 
 
-def descend_on_instruction(
-    model: ShipModel,
-    start_SH: Sequence[Tensor],
-    wordings: Sequence[str],
-    examples: Sequence[Examples],
-    schedule: Schedule,
-) -> Descent:
-    """`indirect`: Adam on the embeddings of the instruction that the encoder reads.
-
-    Args:
-        model: encodes, and answers the examples.
-        start_SH: one start a row, each as long as `neutral_embeddings`.
-        wordings: as in `descend_on_latent`, like the rest.
-        examples: of each row.
-        schedule: of steps.
-    """
-    prompt, place = neutral_prompt(model)
-    batch = TokenBatch.build(
-        [prompt] * len(start_SH), None, model.encoder_prompts.pad_id, device=model.device
-    )
-    with torch.no_grad():
-        prompt_CSH = model.encoder.language_model.embed(batch)
-    before_CSH, after_CSH = prompt_CSH[:, : place.start], prompt_CSH[:, place.stop :]
-    point_CSH = torch.stack(list(start_SH)).detach().to(model.device).clone().requires_grad_()
-
-    def latent() -> Tensor:
-        hidden = torch.cat([before_CSH, point_CSH.to(prompt_CSH.dtype), after_CSH], 1)
-        mean_CZ: Tensor = model.encoder(batch, hidden)[0]
-        return mean_CZ
-
-    loss = _loss_of_examples(model, wordings, examples, True)
-    return _descend(model, point_CSH, latent, loss, schedule)
-
-
-def descend_from_instructions(
+def descend_on_instructions(
     model: ShipModel,
     texts: Sequence[str],
-    wordings: Sequence[str],
     examples: Sequence[Examples],
     schedule: Schedule,
+    offsets: Sequence[Tensor | None] = (),
 ) -> Descent:
-    """As `descend_on_instruction`, from the embeddings of a text a row, of whatever length.
+    """`indirect`: Adam on the embeddings of the instruction that the encoder reads, in fp32.
 
     Args:
         model: encodes, and answers the examples.
-        texts: where each row starts.
-        wordings: as in `descend_on_latent`, like the rest.
-        examples: of each row.
+        texts: where each row starts, of whatever length.
+        examples: of each row, equally many.
         schedule: of steps.
+        offsets: (S, H) a row, added to the embeddings of its own tokens before the first step;
+            None: nothing.
     """
     prompts = [model.encoder_prompts.encoder_prompt(text) for text in texts]
+    places = [own_tokens(model, prompt) for prompt in prompts]
     batch = TokenBatch.build(prompts, None, model.encoder_prompts.pad_id, device=model.device)
     with torch.no_grad():
         prompt_CSH = model.encoder.language_model.embed(batch)
+    # What stays, the template and the padding, is multiplied by zero.
     moves_CS = torch.zeros(prompt_CSH.shape[:2], device=model.device)
-    for row, prompt in enumerate(prompts):
-        place = _own_tokens(model, prompt)
-        moves_CS[row, place] = 1  # rows are padded on the right
-    moved_CSH = torch.zeros_like(prompt_CSH, dtype=torch.float32).requires_grad_()
+    moved_CSH = torch.zeros_like(prompt_CSH, dtype=torch.float32)
+    for row, place in enumerate(places):
+        moves_CS[row, place] = 1
+    for row, offset_SH in enumerate(offsets):
+        if offset_SH is not None:
+            moved_CSH[row, places[row]] = offset_SH.to(moved_CSH)
+    moved_CSH.requires_grad_()
 
     def latent() -> Tensor:
         hidden = prompt_CSH + (moves_CS[..., None] * moved_CSH).to(prompt_CSH.dtype)
         mean_CZ: Tensor = model.encoder(batch, hidden)[0]
         return mean_CZ
 
-    loss = _loss_of_examples(model, wordings, examples, True)
+    loss = _loss_of_examples(model, [""] * len(texts), examples, True)
     return _descend(model, moved_CSH, latent, loss, schedule)
 
 
-def neutral_prompt(model: ShipModel) -> tuple[tuple[int, ...], slice]:
-    """What the encoder reads for the neutral instruction, and where in it the instruction's own
-    tokens are.
-
-    They are what the prompts of that instruction and of an empty one do not share.
-    """
-    prompt = model.encoder_prompts.encoder_prompt(NEUTRAL_INSTRUCTION)
-    return prompt, _own_tokens(model, prompt)
-
-
-def _own_tokens(model: ShipModel, prompt: Sequence[int]) -> slice:
-    """Where in an encoder's prompt the instruction's own tokens are."""
+def own_tokens(model: ShipModel, prompt: Sequence[int]) -> slice:
+    """Where in an encoder's prompt the instruction's own tokens are: what it does not share with
+    the prompt of an empty instruction."""
     empty = model.encoder_prompts.encoder_prompt("")
     before = _num_shared(prompt, empty)
     # The ends may not reach into what the beginnings share already.
@@ -176,9 +139,9 @@ def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
 @torch.no_grad()
 def neutral_embeddings(model: ShipModel) -> Tensor:
     """The neutral instruction's embeddings, (S, H): where `indirect` starts."""
-    prompt, place = neutral_prompt(model)
+    prompt = model.encoder_prompts.encoder_prompt(NEUTRAL_INSTRUCTION)
     batch = TokenBatch.build([prompt], None, model.encoder_prompts.pad_id, device=model.device)
-    return model.encoder.language_model.embed(batch)[0, place]
+    return model.encoder.language_model.embed(batch)[0, own_tokens(model, prompt)]
 
 
 def descend_to_behaviour(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ship_ds.console import Log, no_log
 from ship_ds.errors import UserError
-from ship_ds.inference.bank import WALKS, Bank
+from ship_ds.inference.bank import THOROUGH, Bank
 from ship_ds.inference.config import DESCENTS, GRAMMATICAL, InductionConfig
 from ship_ds.inference.descents import (
     decode_descents,
@@ -53,9 +53,10 @@ from ship_ds.inference.trials import test_proposals
 from ship_ds.model.ship import ShipModel
 from ship_ds.monitor.progress import Progress
 
-MOST_TRIED = 200
+MOST_TRIED = 2000
 """Known instructions that `tries_all_known` tries; where more are known it walks, as it does
-without. Each costs a forward of one example."""
+without. Each costs a forward of one example: a second a task on one core for 800 of the embedded
+base. A walk among the quickstart's 961 in their place misses the task's own: docs/results.md."""
 _NUM_READ = 2
 """Views of the examples by which the decoder ranks the known instructions."""
 
@@ -174,7 +175,7 @@ def _first_proposals(
     if writes:
         progress.begin("the decoder proposes")
         proposals += _written_by_decoder(model, searches, config, seed)
-    if writes and config.asks_task_llm:
+    if config.asks_task_llm and config.method in ("propose", "union"):
         progress.begin("the Task LLM proposes")
         asked = asked_texts(model, [search.examples for search in searches], config.max_new_tokens)
         proposals += _proposals(searches, [[text] if text else [] for text in asked], "asked")
@@ -215,9 +216,7 @@ def _known(
     elif config.tries_all_known and len(larger) <= MOST_TRIED:
         shortlists = larger.shortlist_of_all(model, examples, config.num_known)
     else:
-        walk = WALKS[config.walk]
-        if not config.asks_decoder:
-            walk = replace(walk, num_likely=0)
+        walk = THOROUGH if config.asks_decoder else replace(THOROUGH, num_likely=0)
         shortlists = larger.shortlist(model, examples, config.num_known, walk)
     for search, shortlist in zip(searches, shortlists, strict=True):
         for c in shortlist:
@@ -272,21 +271,23 @@ def _refine(
     if config.num_splices:
         proposals += _spliced(model, searches, config, proposals)
     if config.num_neighbours and len(bank):
-        proposals += _nearest_known(bank, searches, config)
+        proposals += nearest_known(bank, searches, config)
     if not config.asks_decoder:
         return proposals
     descents = descend_from_best(model, searches, config)
     return proposals + decode_descents(model, descents, config, seed, round_number)
 
 
-def _nearest_known(
+def nearest_known(
     bank: Bank, searches: Sequence[SearchState], config: InductionConfig
 ) -> Iterator[Proposal]:
     """The known instructions nearest to each task's best candidates."""
     for search in searches:
         best = torch.tensor([c.latent for c in search.best[: config.num_refined]])
-        for nearest in bank.nearest(best, config.num_neighbours):
-            for c in nearest:
+        # One more than is asked for: a known candidate is its own nearest.
+        for nearest in bank.nearest(best, config.num_neighbours + 1):
+            others = [c for c in nearest if bank.instructions[c] not in search.tested]
+            for c in others[: config.num_neighbours]:
                 yield Proposal(search, bank.instructions[c], "known", bank.latent_CZ[c])
 
 

@@ -54,24 +54,27 @@ class PromptFollowing:
         )
 
 
-def measure(model: ShipModel, seen: Sequence[SplitTask]) -> PromptFollowing:
-    """How the model answers a few examples of tasks that it was trained on.
+def measure(model: ShipModel, seen: Sequence[SplitTask]) -> PromptFollowing | None:
+    """How the model answers a few examples of tasks that it was trained on; None where no task has
+    two of them.
 
     Args:
         model: with its trained weights.
         seen: the tasks, of which up to 16 are taken, evenly spaced.
     """
     with_enough = [task for task in seen if len(task.train) >= _NUM_EXAMPLES]
-    step = max(1, len(with_enough) // _NUM_TASKS)
-    tasks = with_enough[::step][:_NUM_TASKS]
+    if not with_enough:
+        return None
+    count = min(_NUM_TASKS, len(with_enough))
+    tasks = [with_enough[i * len(with_enough) // count] for i in range(count)]
     texts = [task.task.instruction for task in tasks]
     examples = [task.train[:_NUM_EXAMPLES] for task in tasks]
     stated = fit_in_prompt(model, texts, examples)
     bare = fit_in_prompt(model, [None] * len(tasks), examples)
     encoded = fit_of_latents(model, model.encode(texts), texts, examples)
     return PromptFollowing(
-        float(stated.loss_CM.mean()) if tasks else 0.0,
-        float(bare.loss_CM.mean()) if tasks else 0.0,
+        float(stated.loss_CM.mean()),
+        float(bare.loss_CM.mean()),
         int(stated.right_CM.sum()),
         int(encoded.right_CM.sum()),
         stated.right_CM.numel(),

@@ -11,12 +11,19 @@ from typing import Any
 
 import torch
 
-_STACK = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ship-ds")
+from ship_ds import __version__
+
+_STACK = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _STACK}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in _STACK},
+        # Not by its metadata: those of an installation with -e are as old as the installation.
+        "ship-ds": __version__,
+    }
 
 
 def describe_machine() -> dict[str, str | int]:

@@ -169,11 +169,12 @@ def test_a_task_comes_its_weight_an_epoch() -> None:
     assert [counts[f"t{i}"] for i in (0, 3)] == [80, 40]
 
 
-def test_equal_weights_draw_as_weights_of_one_do_and_any_position_is_found_at_once() -> None:
-    plain, again = _sampler(), _sampler()
-    assert plain._task_at(24 * 10**7 + 5) == again._task_at(24 * 10**7 + 5)
-    for start in (0, 24 * 1000, 24 * 10**7):
-        ids = [again._task_at(start + i).id for i in range(24)]
-        assert len(set(ids)) == 24
+def test_an_epoch_has_every_task_its_weight_wherever_it_begins() -> None:
+    """Of 24 tasks an epoch is 24 draws where all weigh 1, and 48, each task twice, at 2."""
+    for weight in (1, 2):
+        sampler = _sampler(tasks=[replace(_task(i), weight=float(weight)) for i in range(24)])
+        for start in (0, 24 * 1000, 24 * 10**7):
+            counts = Counter(sampler._task_at(start + i).id for i in range(24 * weight))
+            assert set(counts.values()) == {weight} and len(counts) == 24
     rare = Epochs([0.001] * 3, 0)
     assert sorted(rare.task_at(i) for i in range(3)) == [0, 1, 2]

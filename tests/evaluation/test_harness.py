@@ -231,6 +231,8 @@ def test_numbers_of_a_method_can_be_set_and_are_part_of_its_fingerprint(
     tagi: Any = harness.methods["tagi"]
     assert tagi.recipe.oracles.lr == 1e-3 and tagi.settings()["recipe"]["oracles"]["lr"] == 1e-3
     assert tagi.recipe.lr == Tagi.recipe.lr and Tagi.recipe.oracles.lr != 1e-3
+    search: Any = harness.methods["ship"]
+    assert search.recipe.model_fields_set == {"num_rounds"}, "the rest still suits the run"
     again = [cell.name for cell in harness.cells("ship") if harness.valid(cell) is None]
     assert len(again) == len(harness.cells("ship")), "measured with the default search"
     assert all(harness.valid(cell) for cell in harness.cells("prompting"))
@@ -243,7 +245,7 @@ def test_numbers_of_a_method_can_be_set_and_are_part_of_its_fingerprint(
             Harness(run, SMALL.model_copy(update={"changes": (change,)}), print)
 
 
-def test_budgets_are_what_the_options_say(evaluated: Path) -> None:
+def test_budgets_are_what_the_options_say(evaluated: Path, tmp_path: Path) -> None:
     """The smoke run took 12 steps of 8 tasks and 2 examples."""
     run = Run.open(evaluated, print)
 
@@ -252,6 +254,15 @@ def test_budgets_are_what_the_options_say(evaluated: Path) -> None:
 
     assert budget(minutes=90.0) == Minutes(90)
     assert budget(budget="examples") == Examples(12 * 8 * 2)
+    # As many as were trained, not as many as the config asked for: max_minutes may have ended it.
+    shorter = tmp_path / "shorter"
+    shorter.mkdir()
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (shorter / "metrics.jsonl").write_text("".join(lines[:5]))
+    ended = Harness(
+        replace(run, folder=shorter), SMALL.model_copy(update={"budget": "examples"}), print
+    )
+    assert ended.budget == Examples(5 * 8 * 2)
     assert budget(budget="until_dev_stops", patience=3) == UntilDevStops(3)
     blind = replace(run, splits=replace(run.splits, dev=()))
     with pytest.raises(UserError, match="no dev tasks; take minutes or examples"):

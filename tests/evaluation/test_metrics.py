@@ -218,7 +218,7 @@ def test_words_of_rouge_are_the_scorers_own_in_ascii_and_of_every_script_beyond(
 
 
 def test_metrics_of_lists_are_exact_match_alone() -> None:
-    assert metrics_to_show([task(["3 1"], ["1 2", "[]"])]) == ("exact_match",)
+    assert metrics_to_show([task(["3 1"], ["1 2", "[]", ""])]) == ("exact_match",)
     assert metrics_to_show([task(["3 1"], ["1 2"]), task([], ["cat"])]) == ANSWER_METRICS
 
 

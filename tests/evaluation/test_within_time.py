@@ -1,5 +1,6 @@
 """As many tasks of several cells as a given time allows."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,19 +85,25 @@ def test_it_ends_in_time_and_the_cells_of_a_group_share_their_tasks(
 
 
 def test_ranks_measure_by_the_watch_of_the_first(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: Make, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has timed the training itself; with limits of their own they would wait for each other
-    for ever."""
-    others = 1000.0
+    """Each has timed the training itself, and its clock runs as it likes; by limits and clocks of
+    their own they would wait for each other for ever."""
     alone = measured([Group(1.0, [make("a", 20, 0.5)])], 4.0, 2)
     assert 2 < alone[0] <= 8
-    monkeypatch.setattr(
-        within_time.ranks,
-        "gather_objects",
-        lambda mine: [4.0 if mine == others else mine, mine],
-    )
-    assert measured([Group(1.0, [make("a", 20, 0.5)])], others, 2) == alone
+    first_rank = itertools.chain(
+        [4.0], itertools.repeat(None)
+    )  # its limit, then whatever its clock says
+    start, hours = clock[0], itertools.count(0, 3600.0)
+
+    def gather(of_this_rank: float) -> list[float]:
+        limit = next(first_rank)
+        return [clock[0] - start if limit is None else limit, of_this_rank]
+
+    monkeypatch.setattr(within_time.ranks, "gather_objects", gather)
+    # On this rank every look at the clock is an hour after the last one.
+    monkeypatch.setattr(within_time.time, "perf_counter", lambda: next(hours))
+    assert measured([Group(1.0, [make("a", 20, 0.5)])], 1000.0, 2) == alone
 
 
 def test_the_least_number_is_measured_whatever_it_takes(make: Make, clock: list[float]) -> None:

@@ -11,7 +11,7 @@ from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import BRIEF, THOROUGH, Bank
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.gradient import Schedule, descend_on_latent, neutral_prompt
+from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, Schedule, descend_on_latent, own_tokens
 from ship_ds.inference.induction import induce_many
 from ship_ds.inference.proposals import (
     draw_seed,
@@ -335,7 +335,8 @@ def test_sampled_proposals_all_end(ship: Ship, inputs: list[str]) -> None:
 
 
 def test_the_neutral_instruction_is_all_that_indirect_moves(ship: Ship) -> None:
-    prompt, place = neutral_prompt(ship.model)
+    prompt = ship.model.encoder_prompts.encoder_prompt(NEUTRAL_INSTRUCTION)
+    place = own_tokens(ship.model, prompt)
     other = ship.model.encoder_prompts.encoder_prompt("add 3")
     after = len(prompt) - place.stop
     assert prompt[: place.start] == other[: place.start] and prompt[-after:] == other[-after:]

@@ -1,6 +1,7 @@
 """Induction where people wrote the instructions: other searches than for texts of a grammar, the
 ranking that suits the base, and what is computed once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from ship_ds.api import Ship
 from ship_ds.config import parse_config
 from ship_ds.data.source import source_of
-from ship_ds.data.task import Example
+from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.inference.analogies import share_in_slots
 from ship_ds.inference.bank import Bank
@@ -18,7 +19,7 @@ from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.derived import Derived
 from ship_ds.inference.descents import descend_from_texts
 from ship_ds.inference.gradient import Schedule, descend_on_latent
-from ship_ds.inference.induction import induce_many
+from ship_ds.inference.induction import induce_many, nearest_known
 from ship_ds.inference.prompt_following import PromptFollowing, measure
 from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals as try_proposals
@@ -107,7 +108,8 @@ def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
     lines: list[str] = []
     other = Ship(ship.model, ship.config, ship.digest, ship.known)
     monkeypatch.setattr("ship_ds.api.measure", lambda model, seen: PromptFollowing(9, 8, 0, 9, 32))
-    assert not other.searching(InductionConfig(), lines.append, []).ranks_in_prompt
+    for _ in range(2):
+        assert not other.searching(InductionConfig(), lines.append, []).ranks_in_prompt
     assert len(lines) == 1 and "0 with their instruction in its prompt" in lines[0]
     assert "through the encoder alone" in lines[0]
     told = InductionConfig(ranks_in_prompt=True)
@@ -119,8 +121,46 @@ def test_a_run_whose_data_are_gone_ranks_both_ways(ship: Ship) -> None:
     data = {"kind": "files", "path": "/nowhere"}
     config = parse_config({**ship.config.model_dump(), "data": data}, "test")
     gone = Ship(ship.model, config, ship.digest, ship.known)
-    assert gone.searching(InductionConfig(), lines.append).ranks_in_prompt
-    assert "not where they were" in lines[0]
+    for _ in range(2):
+        assert gone.searching(InductionConfig(), lines.append).ranks_in_prompt
+    assert len(lines) == 1 and "not where they were" in lines[0]
+
+
+def test_without_tasks_of_two_examples_nothing_is_concluded(ship: Ship, tmp_path: Path) -> None:
+    example = Example("1", "2")
+    one = SplitTask(Task("t", "add 1", (example,)), (example,), ())
+    assert measure(ship.model, [one]) is None
+    other = Ship(ship.model, ship.config, ship.digest, ship.known)
+    assert other.searching(InductionConfig(), print, [one]).ranks_in_prompt
+
+
+def test_what_a_later_version_keeps_is_measured_again(tmp_path: Path) -> None:
+    kept = Derived(tmp_path, "a", "float32")
+    kept.keep_following(PromptFollowing(1.0, 2.0, 3, 4, 5))
+    path = tmp_path / "derived" / "prompt_following.json"
+    row = json.loads(path.read_text())
+    for other in ({**row, "more": 1}, {"loss_bare": 1.0}):
+        path.write_text(json.dumps(other))
+        assert kept.following() is None
+
+
+def test_the_task_llm_is_asked_without_the_decoder_too(ship: Ship) -> None:
+    """Whose worth is what it adds to everything else."""
+    bank = Bank.build(ship.model, WRITTEN)
+    more = {"asks_decoder": False, "ranks_in_prompt": False, "num_finalists": 20}
+    config = InductionConfig.model_validate({**QUICK, **more})
+    found = induce_many(ship.model, bank, [EXAMPLES], config)[0]
+    origins = {candidate.origin for candidate in found.candidates}
+    assert {"asked", "known"} <= origins and not origins & {"beam", "sampled"}
+
+
+def test_neighbours_of_a_known_candidate_are_others(ship: Ship) -> None:
+    bank = Bank.build(ship.model, WRITTEN)
+    config = InductionConfig(num_neighbours=2, num_refined=1, ranks_in_prompt=False)
+    search = SearchState(tuple(EXAMPLES))
+    try_proposals(ship.model, [search], [Proposal(search, WRITTEN[2], "known")], config)
+    texts = [proposal.text for proposal in nearest_known(bank, [search], config)]
+    assert len(set(texts)) == 2 and WRITTEN[2] not in texts
 
 
 def test_known_instructions_are_encoded_once_a_bundle(
@@ -186,4 +226,5 @@ def test_a_descent_starts_again_from_the_induced_text(ship: Ship, method: str) -
     torch.testing.assert_close(both[0].latent_Z, alone[0].latent_Z, rtol=1e-3, atol=1e-3)
     for result, start_Z, search in zip(both, own, searches, strict=True):
         assert result.search is search
+        assert not result.latent_Z.equal(start_Z), "it moved"
         assert float((result.latent_Z - start_Z).norm()) < float((own[0] - own[1]).norm())

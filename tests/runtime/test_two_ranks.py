@@ -86,6 +86,7 @@ def test_a_checkpoint_of_zero2_goes_on(found: dict[str, Any], stage: str, tolera
     for rank in found["zero2_goes_on"]:
         assert rank[stage] == pytest.approx(rank["whole"], rel=tolerance, abs=0)
         assert rank["betas"] == [0.8, 0.95]
+        assert rank[f"{stage} rates"] == pytest.approx(0.1)
         assert sum(rank["turns"].values()) == rank["rules"] and {"4"} < set(rank["turns"]), (
             "small families come oftener"
         )

@@ -221,8 +221,14 @@ def losses(made: Trainer) -> float:
 
 def zero2_goes_on(folder: Path) -> dict[str, Any]:
     """Losses of steps 2 and 3 of a ZeRO-2 engine, and after a resume under the same stage and under
-    ZeRO-3."""
-    settings = [*FOUR_STEPS, "training.family_alpha=0.5", "optimiser.betas=[0.8, 0.95]"]
+    ZeRO-3; what was pretrained learns at a tenth of the rate, so there are two groups."""
+    settings = [
+        *FOUR_STEPS,
+        "training.family_alpha=0.5",
+        "optimiser.betas=[0.8, 0.95]",
+        "optimiser.lr=1e-3",
+        "optimiser.pretrained_lr=1e-4",
+    ]
     made = trainer(folder / "whole", "training.deepspeed=zero2", *settings)
     made.take_step()
     made.take_step()
@@ -239,6 +245,8 @@ def zero2_goes_on(folder: Path) -> dict[str, Any]:
         ranks.barrier()
         other = trainer(folder / stage, f"training.deepspeed={stage}", *settings)
         found[stage] = [losses(other) for _ in range(2)]
+        new, pretrained = (group["lr"] for group in other.engine.deepspeed.optimizer.param_groups)
+        found[f"{stage} rates"] = pretrained / new
     return found
 
 

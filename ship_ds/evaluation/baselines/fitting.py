@@ -145,12 +145,12 @@ class _Course:
 
     def _now(self) -> Spent:
         seconds = time.perf_counter() - self.started - self.looked_seconds
-        return Spent(self.used.steps, seconds, self.used.examples)
+        return self.used.after(0, 0, seconds)
 
     def record(self, loss: float, num_examples: int) -> None:
         """After a step: the clock, the curve, and a look at dev where one is due."""
-        before, now = self.used, self._now()
-        self.used = Spent(before.steps + 1, now.seconds, before.examples + num_examples)
+        before = self.used
+        self.used = before.after(1, num_examples, self._now().seconds)
         dev = None
         if self.looks is not None and self.looks.is_due(self.budget, before, self.used):
             dev = self._look(self.looks)

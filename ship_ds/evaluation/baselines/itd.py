@@ -91,11 +91,8 @@ class Itd(TrainedMethod):
     def deduce_data(self) -> list[Deduced]:
         """Batch after batch of proposed instructions and inputs, answered by the base, until the
         data's share is spent, or each instruction was asked often enough."""
-        budget, started, used = (
-            self.budget.share(self.recipe.data_share),
-            time.perf_counter(),
-            Spent(),
-        )
+        allowed = self.budget.share(self.recipe.data_share)
+        started, used = time.perf_counter(), Spent()
         proposed = self.propose()
         inputs = [e.input for task in self.setting.splits.seen for e in task.train]
         rng = random.Random(f"{self.setting.seed} itd inputs")
@@ -103,7 +100,7 @@ class Itd(TrainedMethod):
         most = self.recipe.most_per_instruction * len(proposed)
         examples_of: dict[str, list[Example]] = {}
         with tqdm(desc=f"{self.name}: answers", total=most, mininterval=5) as bar:
-            while not used.steps or (budget.spent(used) < 1 and used.examples < most):
+            while not used.steps or (allowed.spent(used) < 1 and used.examples < most):
                 asked = [
                     (text, rng.choice(inputs)) for text in islice(turns, _ANSWERED_BETWEEN_LOOKS)
                 ]
@@ -115,8 +112,7 @@ class Itd(TrainedMethod):
                     if y:
                         examples_of.setdefault(text, []).append(Example(x, y))
                 bar.update(len(asked))
-                seconds = time.perf_counter() - started
-                used = Spent(used.steps + 1, seconds, used.examples + len(asked))
+                used = used.after(1, len(asked), time.perf_counter() - started)
         return [Deduced(text, tuple(examples)) for text, examples in examples_of.items()]
 
     def propose(self) -> list[str]:

@@ -98,7 +98,7 @@ def train_oracles(
     first, started, used = StaticLora(base.sites, base.lora), time.perf_counter(), Spent()
     size, groups = group_size(base, [task.train for task in order], examples_per_task), []
     for start in range(0, len(order), size):
-        used = replace(used, seconds=time.perf_counter() - started)
+        used = used.after(0, 0, time.perf_counter() - started)
         if start and budget.spent(used) >= 1:
             break
         group = order[start : start + size]
@@ -106,7 +106,7 @@ def train_oracles(
         examples = {task.id: task.train for task in group}
         groups.append(train_group(base, first, examples, recipe, examples_per_task, seed, title))
         num_examples = recipe.steps * examples_per_task * len(group)
-        used = Spent(used.steps + recipe.steps, used.seconds, used.examples + num_examples)
+        used = used.after(recipe.steps, num_examples, used.seconds)
     lora = _joined(groups)
     return Oracles({task.id: t for t, task in enumerate(order[: lora.num_tasks])}, lora)
 

@@ -2,7 +2,7 @@
 them afterwards.
 
     FOLDER/weights/weights.safetensors    the trained tensors
-    FOLDER/weights/manifest.json          what they were trained for; the file's size, SHA-256
+    FOLDER/weights/manifest.json          what they were trained for; the file's SHA-256
     FOLDER/curve.json                     its losses, and its scores on dev on the way
 """
 

@@ -1,13 +1,12 @@
 """Reasoning in rounds: what the induced text answers is given to induction again."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
+from ship_ds.console import log
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.inference.reasoning import reason_many
@@ -33,12 +32,7 @@ class ShipRounds(Untrained):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.known = [task.task.instruction for task in setting.splits.seen]
-
-    @cached_property
-    def bank(self) -> Bank:
-        """The known instructions, encoded once."""
-        return Bank.build(self.ship.model, self.known)
+        self.seen = setting.splits.seen
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
@@ -50,10 +44,10 @@ class ShipRounds(Untrained):
         )
         found = reason_many(
             self.ship.model,
-            self.bank,
+            self.ship.bank_of([task.task.instruction for task in self.seen]),
             shown,
             inputs,
-            search,
+            self.ship.searching(search, log, self.seen),
             evaluation.max_new_tokens,
             _NUM_ROUNDS,
             self.seed,

@@ -33,8 +33,11 @@ class Searching(Untrained):
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
-        """Of the search."""
-        return {"search": cls.recipe.model_dump(mode="json")}
+        """Of the search, and of what it becomes where people wrote the instructions."""
+        return {
+            "search": cls.recipe.model_dump(mode="json"),
+            "on_language": cls.recipe.suited_to(0).model_dump(mode="json"),
+        }
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

@@ -41,7 +41,7 @@ class SearchWithoutDecoder(Searching):
 
     name: ClassVar[str] = "search_without_decoder"
     about: ClassVar[str] = (
-        "ablation: SHIP's search without its decoder, so known instructions and what is derived "
-        "from their words alone"
+        "ablation: SHIP's search without its decoder: known instructions, what is derived from "
+        "their words, and what the bare Task LLM says where people wrote them"
     )
     recipe: ClassVar[InductionConfig] = InductionConfig(asks_decoder=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ship_ds.evaluation.baselines import fitting
 from ship_ds.evaluation.baselines.fitting import Looks, fit
 from ship_ds.evaluation.budgets import Examples, Minutes, Spent, Steps, UntilDevStops
 
@@ -103,6 +104,24 @@ def test_bounded_training_is_looked_at_evenly_and_keeps_its_last_weights() -> No
     looked = [point.step for point in looks.curves["a"] if point.dev is not None]
     assert looked == [2, 4, 6, 8]
     assert parameter.item() < -0.1, "the best look was the first; the last weights stay"
+
+
+def test_looks_at_dev_cost_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second, a look an hour; the budget is one minute."""
+    now, parameter = [0.0], nn.Parameter(torch.zeros(1))
+    monkeypatch.setattr(fitting.time, "perf_counter", lambda: now[0])
+
+    def losses_at(step: int) -> Iterator[torch.Tensor]:
+        now[0] += 1
+        yield parameter.sum()
+
+    def score() -> float:
+        now[0] += 3600
+        return 0.5
+
+    looks = Looks(score, 4)
+    assert len(fit([parameter], losses_at, Minutes(1), 0.1, "a", looks=looks)) == 60
+    assert now[0] == 60 + 4 * 3600
 
 
 def test_curve_on_disk_has_two_hundred_points_and_every_look() -> None:

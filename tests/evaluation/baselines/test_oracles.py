@@ -5,8 +5,14 @@ import torch
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
+from ship_ds.evaluation.baselines import oracles
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
-from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles, train_oracles
+from ship_ds.evaluation.baselines.oracles import (
+    OracleRecipe,
+    Oracles,
+    group_size,
+    train_oracles,
+)
 from ship_ds.evaluation.budgets import Steps
 from ship_ds.evaluation.metrics import exact_match
 from ship_ds.model.adapters.lora import LoraAdapter
@@ -74,3 +80,16 @@ def test_distance_is_nought_to_itself_and_one_from_the_mean() -> None:
     assert float(oracles.distance(LoraAdapter(mean, 2.0), ids)) == pytest.approx(1, abs=1e-5)  # type: ignore[arg-type]
     picked = oracles.of(["d", "a"])
     assert torch.equal(picked.factors["y"][0], factors["y"][0][[3, 0]])
+
+
+def test_a_group_is_no_larger_than_a_step_that_fits(
+    ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a small budget would be spent on the first group."""
+    base, examples = FrozenBase(ship), [task.train for task in splits.seen]
+    free = 100 * base.adapter_bytes
+    monkeypatch.setattr(oracles.budgets, "bytes_free", lambda device: free)
+    sizes = [group_size(base, examples, per_task) for per_task in (1, 100, 10**6)]
+    assert sizes[0] > sizes[1] > sizes[2] == 1
+    free = 2 * base.adapter_bytes
+    assert group_size(base, examples, 1) == 1, "nor than the memory for its LoRAs"
