@@ -119,7 +119,7 @@ def test_looks_at_dev_cost_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 3600
         return 0.5
 
-    looks = Looks(score, 4)
+    looks = Looks(score, 4, every=2)
     assert len(fit([parameter], losses_at, Minutes(1), 0.1, "a", looks=looks)) == 60
     assert now[0] == 60 + 4 * 3600
 

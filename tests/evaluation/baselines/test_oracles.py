@@ -87,9 +87,9 @@ def test_a_group_is_no_larger_than_a_step_that_fits(
 ) -> None:
     """Or a small budget would be spent on the first group."""
     base, examples = FrozenBase(ship), [task.train for task in splits.seen]
-    free = 100 * base.adapter_bytes
+    free = 1000 * base.adapter_bytes
     monkeypatch.setattr(oracles.budgets, "bytes_free", lambda device: free)
-    sizes = [group_size(base, examples, per_task) for per_task in (1, 100, 10**6)]
+    sizes = [group_size(base, examples, per_task) for per_task in (1, 10, 10**6)]
     assert sizes[0] > sizes[1] > sizes[2] == 1
     free = 2 * base.adapter_bytes
     assert group_size(base, examples, 1) == 1, "nor than the memory for its LoRAs"
