@@ -176,6 +176,7 @@ import torch.distributed as dist
 from ship_ds.runtime.after_training import failures_are_one_line
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]),
                         world_size=2)
+dist.barrier()  # or rank 1 may be gone before rank 0 is connected
 with failures_are_one_line(Path(sys.argv[3]), "failed: {}".format):
     if dist.get_rank() == 1:
         raise MemoryError("no room")
