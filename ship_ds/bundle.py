@@ -259,7 +259,10 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     config = parse_config(progress.config, str(checkpoint_folder / PROGRESS))
     check_bases(checkpoint_folder, frozen_bases(config), progress.bases)
     prompts = {
-        role: PromptFormat(load_tokenizer(getattr(config.model, role).base)) for role in ROLES
+        role: PromptFormat(
+            load_tokenizer(getattr(config.model, role).base), config.model.system_message
+        )
+        for role in ROLES
     }
     write_bundle(
         out,

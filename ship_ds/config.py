@@ -241,6 +241,9 @@ class ModelConfig(Section):
     backbone: Literal["separate", "shared"] = "separate"
     """separate: encoder, decoder and Task LLM each load their base; shared: they are one frozen
     base, loaded once, and differ by their LoRA."""
+    system_message: str | None = None
+    """The system's turn of every prompt's chat template; left out: the template's own, for which
+    some write a sentence into each prompt. "": an empty turn, the fewest tokens."""
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
     """auto: on CUDA of capability 8.0 in 16 bits flash_attn 2 if it is installed, else torch's
     variable-length kernel; SDPA elsewhere."""
@@ -508,7 +511,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 def overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The values with `section.key=value` on top, the value read as YAML; the last one of a key
-    wins. Raises UserError."""
+    wins, and an item of a list goes by its place from 0. Raises UserError."""
     for override in overrides:
         _override(values, override)
     return values
@@ -575,14 +578,30 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override}: an override has the form section.key=value")
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"{override}: {section} is a value, not a section")
     try:
-        values[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(
             f"{override}: the value is not YAML: {' '.join(str(error).split())}"
         ) from None
+    _set(values, key.split("."), value, override)
+
+
+def _set(values: Any, keys: Sequence[str], value: Any, override: str) -> None:
+    """Put the value at the end of the keys, where a list's are its places from 0, as in
+    data.sources.0.path."""
+    key: Any = keys[0]
+    if isinstance(values, list):
+        if not (key.isdecimal() and int(key) < len(values)):
+            places = f"0 to {len(values) - 1}" if values else "none"
+            raise UserError(f"{override}: {key} is no place of the list; it has {places}")
+        key = int(key)
+    if len(keys) == 1:
+        values[key] = value
+        return
+    inner = values[key] if isinstance(values, list) else values.setdefault(key, {})
+    if isinstance(inner, tuple):
+        inner = values[key] = list(inner)
+    if not isinstance(inner, dict | list):
+        raise UserError(f"{override}: {key} is a value, not a section")
+    _set(inner, keys[1:], value, override)

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ship_ds.data.task import Example, SplitTask
+from ship_ds.errors import UserError
 
 VERSION = 2
 """Of the description that is saved; 0.1.0 wrote the first one, and its bundles still open."""
@@ -24,6 +26,13 @@ ROLES = ("task_llm", "encoder", "decoder")
 _MARK = "\x00"
 _PLAIN_TEMPLATE = (f"{_MARK}\n", "\n")
 """Before and after the user's text for a base model without a chat template."""
+
+
+def _no_system_turn(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
+    return UserError(
+        f"{tokenizer.name_or_path}: no system message can be given, {reason}; leave "
+        "model.system_message out"
+    )
 
 
 def _stated(instruction: str) -> str:
@@ -38,13 +47,21 @@ class PromptFormat:
     """Token ids for the three roles. Every method returns ids without padding; `eos_id` ends each
     target.
 
-    Raises ValueError when the tokenizer has no end-of-sequence token, since answers could then
-    never end.
+    Args:
+        tokenizer: with its chat template, if it has one.
+        system_message: what the template gets as the system's turn; None: no such turn, and some
+            templates put in a sentence of their own.
+
+    Raises:
+        UserError: the tokenizer has no end-of-sequence token, so that answers could never end; or
+            its template cannot take the system message.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, system_message: str | None = None
+    ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise UserError(
                 f"{tokenizer.name_or_path}: the tokenizer has no eos_token; set one "
                 "in its tokenizer_config.json"
             )
@@ -53,17 +70,25 @@ class PromptFormat:
         self.pad_id: int = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
         )
-        self.before, self.after = self._split_template()
+        self.before, self.after = self._split_template(system_message)
         self._known: Mapping[str, tuple[int, ...]] = {}
         self._ids = lru_cache(maxsize=1 << 18)(self._tokenise)
 
-    def _split_template(self) -> tuple[str, str]:
+    def _split_template(self, system_message: str | None) -> tuple[str, str]:
         if self.tokenizer.chat_template is None:
+            if system_message is not None:
+                raise _no_system_turn(self.tokenizer, "there is no chat template")
             bos = self.tokenizer.bos_token or ""
             return bos + _PLAIN_TEMPLATE[0].split(_MARK)[0], _PLAIN_TEMPLATE[1]
-        rendered: Any = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-        )
+        turns = [{"role": "user", "content": _MARK}]
+        if system_message is not None:
+            turns.insert(0, {"role": "system", "content": system_message})
+        try:
+            rendered: Any = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise _no_system_turn(self.tokenizer, str(error)) from error
         before, after = rendered.split(_MARK)
         return before, after
 

@@ -13,6 +13,7 @@ from ship_ds.config import (
     LoraHypernetworkConfig,
     LoraTuning,
     load_config,
+    override_config,
     parse_config,
     recipe_names,
 )
@@ -184,6 +185,22 @@ def test_overrides_reach_their_keys_and_the_last_wins() -> None:
         isinstance(config.model.encoder.tuning, LoraTuning)
         and config.model.encoder.tuning.rank == 2
     )
+
+
+def test_an_item_of_a_list_is_overridden_by_its_place() -> None:
+    mixture = "data={kind: mixture, sources: [{path: a, weight: 2}, {path: b}]}"
+    config = load_config(
+        "smollm2-sni", [mixture, "data.sources.1.path=c", "data.sources.0.split.test_examples=3"]
+    )
+    first, second = config.data.sources
+    assert second.path == "c"
+    assert (first.path, first.weight, first.split.test_examples) == ("a", 2, 3)
+    assert override_config(config, ["data.sources.1.path=d"]).data.sources[1].path == "d"
+    for place in ("2", "-1", "x"):
+        with pytest.raises(UserError, match=f"{place} is no place of the list; it has 0 to 1"):
+            load_config("smollm2-sni", [mixture, f"data.sources.{place}.path=c"])
+    with pytest.raises(UserError, match=r"data.sources.1.path: .*string"):
+        load_config("smollm2-sni", [mixture, "data.sources.1.path=3"])
 
 
 def test_dumped_config_is_read_back_equal(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ship_ds.data.task import Example
+from ship_ds.errors import UserError
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.loading import load_tokenizer
 from ship_ds.prompt import ROLES, PromptFormat, describe_roles, is_described
@@ -51,6 +52,28 @@ def test_chat_template_wraps_the_users_text(tokenizer: PreTrainedTokenizerBase) 
         _text(prompts, prompts.task_prompt("3", "double it"))
         == "[user: instruction: double it\ninput: 3][assistant: "
     )
+
+
+@pytest.mark.parametrize("message", ["", "Be brief."])
+def test_system_message_is_the_first_turn_of_every_prompt(
+    tokenizer: PreTrainedTokenizerBase, message: str
+) -> None:
+    prompts, bare = PromptFormat(tokenizer, message), PromptFormat(tokenizer)
+    for name, ids in bare.samples().items():
+        said = f"[system: {message}]" if name != "target" else ""
+        assert _text(prompts, prompts.samples()[name]) == said + _text(bare, ids)
+    assert prompts.describe()["hash"] != bare.describe()["hash"]
+
+
+def test_system_message_that_cannot_be_given_is_one_line(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(UserError, match=r"System role not supported; leave model.system_message"):
+        PromptFormat(tokenizer, "Be brief.")
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="there is no chat template; leave model.system_message"):
+        PromptFormat(tokenizer, "Be brief.")
 
 
 def test_embedded_model_has_a_chat_template() -> None:

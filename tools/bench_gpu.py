@@ -237,7 +237,7 @@ class RandomWeights:
         )
         return lm
 
-    def prompts(self, base: str) -> None:
+    def prompts(self, base: str, system_message: str | None) -> None:
         """Batches of random ids need no tokenizer."""
 
     def shards(self, config: Any) -> bool:

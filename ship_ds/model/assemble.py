@@ -48,7 +48,7 @@ class Weights(Protocol):
     def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
         """The base model; sharded: ZeRO-3 will partition it, so it may do so while loading."""
 
-    def prompts(self, base: str) -> PromptFormat | None:
+    def prompts(self, base: str, system_message: str | None) -> PromptFormat | None:
         """The prompt format with this base's tokenizer; None where there is none."""
 
     def shards(self, config: TaskLlmConfig) -> bool:
@@ -75,9 +75,9 @@ class LoadedWeights:
         shard = self.shard if sharded else None
         return load_lm(base, quantisation, self.dtype, self.attention, device, shard)
 
-    def prompts(self, base: str) -> PromptFormat:
+    def prompts(self, base: str, system_message: str | None) -> PromptFormat:
         """The format with the folder's tokenizer."""
-        return PromptFormat(load_tokenizer(base))
+        return PromptFormat(load_tokenizer(base), system_message)
 
     def shards(self, config: TaskLlmConfig) -> bool:
         """As the config says; `auto` goes by the size, known before anything is loaded."""
@@ -97,7 +97,8 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
             run on the device.
     """
     prompts = [
-        weights.prompts(role.base) for role in (config.task_llm, config.encoder, config.decoder)
+        weights.prompts(role.base, config.system_message)
+        for role in (config.task_llm, config.encoder, config.decoder)
     ]
     sharded = weights.shards(config.task_llm)
     task_lm = freeze(

@@ -140,7 +140,7 @@ class MetaWeights:
             self.nf4 |= {id(linear.weight) for linear in nf4.quantised_linears(lm).values()}
         return lm
 
-    def prompts(self, base: str) -> None:
+    def prompts(self, base: str, system_message: str | None) -> None:
         """A published shape has no tokenizer, and a plan reads no text."""
 
     def shards(self, config: TaskLlmConfig) -> bool:

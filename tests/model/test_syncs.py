@@ -55,9 +55,11 @@ class TextsOnMeta(MetaWeights):
         )
         return lm
 
-    def prompts(self, base: str) -> PromptFormat:  # type: ignore[override]
+    def prompts(  # type: ignore[override]
+        self, base: str, system_message: str | None
+    ) -> PromptFormat:
         with torch.device("cpu"):
-            return PromptFormat(load_tokenizer(base))
+            return PromptFormat(load_tokenizer(base), system_message)
 
 
 @pytest.mark.parametrize("implementation", [SDPA, VARLEN])
