@@ -6,6 +6,8 @@ import subprocess
 from collections import Counter
 from importlib.metadata import version
 
+from ship_ds.allocator import installed_allocator
+
 
 def _package(name: str, distribution: str) -> str | None:
     return version(distribution) if importlib.util.find_spec(name) else None
@@ -54,6 +56,11 @@ def findings() -> list[tuple[str, str | None, str]]:
             "no NF4: set model.task_llm.quantisation=none",
         ),
         ("flash-attn", _package("flash_attn", "flash-attn"), "attention falls back to torch's own"),
+        (
+            "malloc",
+            installed_allocator(),
+            "glibc's: a long training of a real model on a CPU gets slower: install libjemalloc2",
+        ),
         ("Slurm", shutil.which("sbatch"), "no `sbatch`; deepspeed and torchrun still start a run"),
     ]
 

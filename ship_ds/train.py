@@ -22,6 +22,10 @@ from pathlib import Path
 # First: it sets what torch's threads read while torch is loaded, and `deepspeed ship_ds/train.py`
 # starts this file by itself.
 import ship_ds  # noqa: F401
+from ship_ds.allocator import use_scalable_malloc
+
+if __name__ == "__main__":
+    use_scalable_malloc()
 
 # isort: split
 import torch

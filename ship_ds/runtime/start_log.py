@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from ship_ds.allocator import allocator_in_use
 from ship_ds.runtime import checkpoint, ranks
 
 
@@ -24,6 +25,7 @@ def append(folder: Path, step: int) -> None:
         "nodes": _nodes(variables),
         "restarts": int(variables.get("SLURM_RESTART_COUNT", "0")),
         "git_revision": checkpoint.git_revision(),
+        "malloc": allocator_in_use(),
     }
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
