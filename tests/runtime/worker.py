@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -29,6 +30,7 @@ from ship_ds.data import rules
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.evaluation import final_report
+from ship_ds.evaluation.baselines.sft import Sft
 from ship_ds.evaluation.measure import measure, measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
@@ -588,6 +590,30 @@ def a_rank_cannot_answer(folder: Path) -> dict[str, Any]:
     return {"raised": None}
 
 
+class CannotBeTrained(Sft):
+    """Fails on rank 0, which alone trains."""
+
+    def __init__(self, error: Exception) -> None:
+        self.setting, self.error = SimpleNamespace(seed=0), error  # type: ignore[assignment]
+
+    def _is_stored(self) -> bool:
+        return False
+
+    def train(self) -> None:
+        raise self.error
+
+
+def a_baseline_cannot_be_trained(folder: Path) -> dict[str, Any]:
+    """What each rank raises where rank 0 fails while the other waits for a baseline's weights."""
+    raised = []
+    for error in (ValueError("the loss is not finite"), UserError("no room")):
+        try:
+            CannotBeTrained(error).prepare()
+        except Exception as one:
+            raised.append(f"{type(one).__name__}: {one}")
+    return {"raised": raised}
+
+
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_rank_holds_half": each_rank_holds_half,
     "base_is_untouched": base_is_untouched,
@@ -601,6 +627,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "evaluation_in_the_middle": evaluation_in_the_middle,
     "evaluation_is_cut_short": evaluation_is_cut_short,
     "a_rank_cannot_answer": a_rank_cannot_answer,
+    "a_baseline_cannot_be_trained": a_baseline_cannot_be_trained,
     "starts_from_a_bundle": starts_from_a_bundle,
     "refused": refused,
     "full_disk": full_disk,

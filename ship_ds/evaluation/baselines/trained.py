@@ -154,18 +154,26 @@ class TrainedMethod(ABC):
 
     def prepare(self) -> None:
         """Rank 0 trains unless good weights for this very setting are there; every rank loads what
-        is on the disk."""
-        if ranks.rank() == 0 and not self._is_stored():
-            started = time.perf_counter()
-            with torch.random.fork_rng(), _all_cores():
-                torch.manual_seed(self.setting.seed)
-                self.train()
-            self._store(time.perf_counter() - started)
-            if self.looks is not None:
-                write_json(self.setting.folder / CURVE, self.looks.as_json())
-        ranks.barrier()
+        is on the disk.
+
+        Raises:
+            RankError: on the other ranks, in one line what went wrong on rank 0.
+            UserError: likewise, for what a user can mend.
+        """
+        ranks.gather_results(self._train_on_rank_0)
         self.module.load_state_dict(load_file(self._folder / _WEIGHTS))
         self.module.eval().requires_grad_(False)
+
+    def _train_on_rank_0(self) -> None:
+        if ranks.rank() or self._is_stored():
+            return
+        started = time.perf_counter()
+        with torch.random.fork_rng(), _all_cores():
+            torch.manual_seed(self.setting.seed)
+            self.train()
+        self._store(time.perf_counter() - started)
+        if self.looks is not None:
+            write_json(self.setting.folder / CURVE, self.looks.as_json())
 
     @property
     def _folder(self) -> Path:
