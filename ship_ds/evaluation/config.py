@@ -80,7 +80,8 @@ class HarnessConfig(Section):
     beside it."""
     budget: BudgetName = "minutes"
     """What each baseline may spend on its training: equal minutes; as many answered examples as the
-    run was trained on; or as long as its score on dev rises."""
+    run was trained on; or as long as its score on dev rises. No such score tells how many oracle
+    LoRAs `tagi` and `text_to_lora` need: those then get their share of the run's examples."""
     minutes: PositiveFloat = 5
     """Of each baseline, with `budget: minutes`. How far they lead depends on the machine."""
     patience: PositiveInt = 4

@@ -263,7 +263,7 @@ def test_budgets_are_what_the_options_say(evaluated: Path, tmp_path: Path) -> No
         replace(run, folder=shorter), SMALL.model_copy(update={"budget": "examples"}), print
     )
     assert ended.budget == Examples(5 * 8 * 2)
-    assert budget(budget="until_dev_stops", patience=3) == UntilDevStops(3)
+    assert budget(budget="until_dev_stops", patience=3) == UntilDevStops(3, 12 * 8 * 2)
     blind = replace(run, splits=replace(run.splits, dev=()))
     with pytest.raises(UserError, match="no dev tasks; take minutes or examples"):
         _ = Harness(blind, SMALL.model_copy(update={"budget": "until_dev_stops"}), print).budget
