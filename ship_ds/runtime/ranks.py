@@ -199,6 +199,11 @@ def ranks_per_node() -> int:
     return counts.pop()
 
 
+def first_on_this_node() -> int:
+    """The first of the ranks that share this rank's machine. Every rank calls it."""
+    return gather_objects(platform.node()).index(platform.node())
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:

