@@ -128,6 +128,7 @@ class HarnessConfig(Section):
     @classmethod
     def from_options(
         cls,
+        *,
         methods: str = "all",
         parts: str = "seen,unseen",
         num_tasks: int = 120,
