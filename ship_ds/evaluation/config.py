@@ -88,7 +88,7 @@ class HarnessConfig(Section):
     """Looks at dev in a row without a gain that end a training, with `budget: until_dev_stops`."""
     num_looks: NonNegativeInt = 4
     """At dev during the training of a baseline, for its learning curve; their time is not counted.
-    With `budget: until_dev_stops` there is one an epoch instead."""
+    With `budget: until_dev_stops` there is one a round over the seen tasks instead."""
     judges: tuple[JudgeName, ...] = ("execution", "rouge")
     """What scores an induced instruction: do its answers match (execution), do its words (rouge),
     does its meaning by a sentence encoder (similarity), does a language model call it the same

@@ -132,12 +132,13 @@ class TrainedMethod(ABC):
         )
 
     def _looks(self) -> Looks | None:
-        """At a few dev tasks; an open-ended training looks once an epoch, or every ten steps."""
+        """At a few dev tasks; an open-ended training looks once a round over the seen tasks, or
+        every ten steps."""
         num_looks = self.setting.num_looks
         if not num_looks or not [task for task in self.setting.splits.dev if task.test]:
             return None
-        epoch = len(self.sampler.tasks) // self.sampler.tasks_per_step
-        return Looks(self.dev_score, num_looks, max(10, epoch))
+        a_round = len(self.sampler.tasks) // self.sampler.tasks_per_step
+        return Looks(self.dev_score, num_looks, max(10, a_round))
 
     def dev_score(self) -> float:
         """ROUGE-L on dev of the weights as they are: of answers, or of induced instructions where
