@@ -406,7 +406,7 @@ class CheckpointConfig(Section):
     every_steps: int = Field(0, ge=0)
     """Zero: at the end, and before each evaluation."""
     keep_last: PositiveInt = 2
-    """Beside these, the best on dev is kept."""
+    """Beside these, the best on dev is kept; see evaluation.best_by."""
     max_gigabytes: PositiveFloat | None = None
     """Disk cap; the newest and the best stay whatever it is."""
 
@@ -419,6 +419,10 @@ class EvaluationConfig(Section):
     never."""
     num_tasks: PositiveInt = 64
     """Seen rules, and dev rules, looked at while training."""
+    best_by: Literal["exact_match", "rouge_l"] = "exact_match"
+    """The score of dev in these looks by which a checkpoint is the best one, which stays on disk.
+    ROUGE-L tells more where answers are texts, of which few are met word by word; scores from
+    before a change of this setting no longer count."""
     num_final_tasks: PositiveInt = 1_000_000
     """Seen rules in the final report at most."""
     final_share: float | None = Field(0.1, gt=0)

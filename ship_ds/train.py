@@ -477,14 +477,16 @@ class Trainer:
         self.num_evaluation_starts = num_starts if is_owed else 0
         if ranks.rank() == 0:
             folder = checkpoint.folder_of(self.folder / "checkpoints", self.step)
-            checkpoint.record_evaluation(folder, num_starts, dev_score, is_owed)
+            best_by = self.config.evaluation.best_by
+            checkpoint.record_evaluation(folder, num_starts, dev_score, is_owed, best_by)
 
     def evaluate(self) -> float | None:
         """Deduction on a few seen and dev rules, and a few reconstructions, a share of them on each
         rank.
 
         Returns:
-            The exact match of deduction on dev; None where there are no dev tasks.
+            Deduction on dev by the metric that checkpoints are chosen by; None where there are no
+            dev tasks.
 
         Raises:
             Preempted: between its parts.
@@ -501,7 +503,8 @@ class Trainer:
             few = tasks[:: max(1, len(tasks) // config.num_tasks)][: config.num_tasks]
             questions = [ask(task, 0, 0, config.examples_per_task) for task in few]
             outcome = measure_over_ranks(method, "deduction", questions, model=self.model)
-            scalars |= deduction_scores(outcome, part, metrics_to_show(few))
+            metrics = tuple(dict.fromkeys((*metrics_to_show(few), config.best_by)))
+            scalars |= deduction_scores(outcome, part, metrics)
         self.stop.raise_if_asked()
         few = self.splits.seen[:4] + self.splits.dev[:4]
         questions = [ask(task, 0, 0) for task in few]
@@ -510,7 +513,7 @@ class Trainer:
             self.monitor.evaluation(self.step, scalars)
             pairs = [(row["instruction"], row["said"]) for row in outcome.rows]
             self.monitor.texts(self.step, pairs)
-        return scalars.get("deduction/dev")
+        return scalars.get(scalar_name(config.best_by, "dev"))
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""
@@ -524,6 +527,7 @@ class Trainer:
             ranks.world_size(),
             self.config.model_dump(mode="json"),
             self.data_fingerprint,
+            best_by=self.config.evaluation.best_by,
             owes_evaluation=self.owes_evaluation,
             known_instructions=self.known_instructions(),
             bases=self.bases,
@@ -618,14 +622,17 @@ def is_due(step: int, every: int) -> bool:
 
 
 def deduction_scores(outcome: Outcome, part: str, metrics: Sequence[str]) -> dict[str, float]:
-    """For the log: exact match as `deduction/PART`, any other metric as `deduction_METRIC/PART`."""
+    """For the log."""
     return {
-        f"deduction{'' if metric == 'exact_match' else '_' + metric}/{part}": score(
-            outcome.values(metric)
-        ).value
+        scalar_name(metric, part): score(outcome.values(metric)).value
         for metric in metrics
         if metric in outcome.metrics
     }
+
+
+def scalar_name(metric: str, part: str) -> str:
+    """In the log: exact match is `deduction/PART`, any other metric `deduction_METRIC/PART`."""
+    return f"deduction{'' if metric == 'exact_match' else '_' + metric}/{part}"
 
 
 def num_steps(training: TrainingConfig, splits: Splits) -> int:

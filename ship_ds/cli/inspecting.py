@@ -177,21 +177,21 @@ def evaluate(
     from ship_ds.evaluation.config import HarnessConfig
 
     settings = HarnessConfig.from_options(
-        methods,
-        parts,
-        num_tasks,
-        num_shown,
-        minutes,
-        judge,
-        endpoint,
-        endpoint_model,
-        endpoint_prompts,
-        seed,
-        budget,
-        patience,
-        num_looks,
-        set_ or (),
-        directions,
+        methods=methods,
+        parts=parts,
+        directions=directions,
+        num_tasks=num_tasks,
+        num_shown=num_shown,
+        budget=budget,
+        minutes=minutes,
+        patience=patience,
+        num_looks=num_looks,
+        judge=judge,
+        endpoint=endpoint,
+        endpoint_model=endpoint_model,
+        endpoint_prompts=endpoint_prompts,
+        seed=seed,
+        changes=set_ or (),
     )
     checks.check_run(run)
     from ship_ds.evaluation.evaluate import evaluate, show

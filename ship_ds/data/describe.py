@@ -1,6 +1,7 @@
 """What a file or folder of tasks holds, for `ship-ds data`: before texts are cut, which needs a
 tokenizer."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ def describe(
     filters: FilterConfig | None = None,
     split: SplitConfig | None = None,
 ) -> dict[str, Any]:
-    """Counts before the filters, what the filters leave out by reason and what then stays, and
-    three tasks with an example; the parts of a split, where one is given."""
-    tasks = read_tasks(path, format)
+    """Counts before the filters, what the reader and the filters leave out by reason and what then
+    stays, and three tasks with an example; the parts of a split, where one is given."""
+    unread: Counter[str] = Counter()
+    tasks = read_tasks(path, format, unread)
     kept, filtered = apply_filters(
         tasks, filters or FilterConfig(), usual_min_examples(path, format)
     )
@@ -32,7 +34,7 @@ def describe(
         "tasks": len(tasks),
         "examples": sum(len(task.examples) for task in tasks),
         "families": len({task.family for task in tasks if task.family}),
-        "filtered": filtered,
+        "filtered": {**unread, **filtered},
         "kept": {
             "tasks": len(kept),
             "examples": sum(len(task.examples) for task in kept),

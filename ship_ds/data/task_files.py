@@ -7,6 +7,7 @@ docs/data.md shows every format, filter and way of splitting. Imports no torch.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,7 +60,8 @@ def read_files(
 ) -> Splits:
     """The tasks of a file or folder, filtered, cut and split; see `TaskSource.read`."""
     path = Path(config.path)
-    tasks = read_tasks(path, config.format)
+    unread: Counter[str] = Counter()
+    tasks = read_tasks(path, config.format, unread)
     num_examples = sum(len(task.examples) for task in tasks)
     log(f"{config.path}: {len(tasks)} tasks, {num_examples} examples")
     usual_min = usual_min_examples(path, config.format)
@@ -70,7 +72,7 @@ def read_files(
     again = FilterConfig(min_examples_per_task=config.filters.min_examples_per_task)
     tasks, emptied = apply_filters(tasks, again, usual_min)
     for step, counts in (
-        ("left out", filtered),
+        ("left out", {**unread, **filtered}),
         ("cut to length", cut),
         ("left out after cutting", emptied),
     ):

@@ -34,6 +34,10 @@ class Budget(ABC):
     def share(self, part: float) -> "Budget":
         """That part of it, for one stage."""
 
+    def without_dev(self) -> "Budget":
+        """For a stage that no score on dev can end: itself, where it has a bound of its own."""
+        return self
+
     def rate(self, used: Spent) -> float:
         """What the learning rate is multiplied by: a warm-up, and a cosine over the budget."""
         spent = self.spent(used)
@@ -90,9 +94,13 @@ class Examples(Budget):
 @dataclass(frozen=True)
 class UntilDevStops(Budget):
     """As long as the dev score rises: over when so many looks in a row have not raised it. The
-    weights of the best look are kept."""
+    weights of the best look are kept.
+
+    patience: in looks. examples: that a stage without a score on dev may answer.
+    """
 
     patience: int
+    examples: int
 
     def spent(self, used: Spent) -> float:
         """Nothing, since there is no bound."""
@@ -101,6 +109,10 @@ class UntilDevStops(Budget):
     def share(self, part: float) -> "UntilDevStops":
         """Every stage goes on until it stops by itself."""
         return self
+
+    def without_dev(self) -> Examples:
+        """Bounded by answered examples."""
+        return Examples(self.examples)
 
     def rate(self, used: Spent) -> float:
         """A warm-up, and then always the same: nobody knows where it ends."""

@@ -80,14 +80,15 @@ class HarnessConfig(Section):
     beside it."""
     budget: BudgetName = "minutes"
     """What each baseline may spend on its training: equal minutes; as many answered examples as the
-    run was trained on; or as long as its score on dev rises."""
+    run was trained on; or as long as its score on dev rises. No such score tells how many oracle
+    LoRAs `tagi` and `text_to_lora` need: those then get their share of the run's examples."""
     minutes: PositiveFloat = 5
     """Of each baseline, with `budget: minutes`. How far they lead depends on the machine."""
     patience: PositiveInt = 4
     """Looks at dev in a row without a gain that end a training, with `budget: until_dev_stops`."""
     num_looks: NonNegativeInt = 4
     """At dev during the training of a baseline, for its learning curve; their time is not counted.
-    With `budget: until_dev_stops` there is one an epoch instead."""
+    With `budget: until_dev_stops` there is one a round over the seen tasks instead."""
     judges: tuple[JudgeName, ...] = ("execution", "rouge")
     """What scores an induced instruction: do its answers match (execution), do its words (rouge),
     does its meaning by a sentence encoder (similarity), does a language model call it the same
@@ -127,6 +128,7 @@ class HarnessConfig(Section):
     @classmethod
     def from_options(
         cls,
+        *,
         methods: str = "all",
         parts: str = "seen,unseen",
         num_tasks: int = 120,

@@ -84,7 +84,7 @@ class Run:
             num_steps = training.steps
         else:
             raise UserError(
-                f"--budget examples: {log} is missing, which says how many steps it took"
+                f"--budget: {log} is missing, which says how many steps the run took; take minutes"
             )
         return max(1, num_steps * training.tasks_per_step * training.examples_per_task)
 
@@ -132,7 +132,7 @@ class Harness:
                         "--budget until_dev_stops: the run's data have no dev tasks; take minutes "
                         "or examples"
                     )
-                return UntilDevStops(self.config.patience)
+                return UntilDevStops(self.config.patience, self.run.num_answered)
 
     def measure_all(self) -> None:
         """Measure what is not stored, or was measured under another setting."""

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
-from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation.cells import TaskRow
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judge import Columns, Judge
@@ -100,25 +99,18 @@ def measure_over_ranks(
             its passes in turn (turns.py).
 
     Raises:
-        MeasureError: on every rank, what went wrong on any of them.
+        RankError: on every other rank, what went wrong on one of them.
         UserError: likewise, for what a user can mend.
     """
     # every world_size-th question, so that turns of the gathered shares are in order
     share = questions[ranks.rank() :: ranks.world_size()]
     is_shared = model is not None and ranks.world_size() > 1 and shares_weights(model)
-    try:
+
+    def measure_share() -> Outcome:
         with in_turn(model, ranks.sum_over_ranks) if model and is_shared else nullcontext():
-            outcome = measure(method, direction, share, judges)
-    except Exception as error:
-        if ranks.world_size() == 1:
-            raise
-        # The others wait for this rank's share.
-        ranks.gather_objects(_Failure(isinstance(error, UserError), first_line(error)))
-        raise
-    shares = ranks.gather_objects(outcome)
-    for rank, one in enumerate(shares):
-        if isinstance(one, _Failure):
-            raise (UserError if one.is_users else MeasureError)(f"rank {rank}: {one.text}")
+            return measure(method, direction, share, judges)
+
+    shares: list[Outcome] = ranks.gather_results(measure_share)
     rows = [
         row
         for turn in zip_longest(*(outcome.rows for outcome in shares))
@@ -136,17 +128,6 @@ def _in_use(outcome: Outcome) -> Outcome:
         [name for name in outcome.metrics if name not in unused],
         [{key: row[key] for key in row if key not in unused} for row in outcome.rows],
     )
-
-
-class MeasureError(RuntimeError):
-    """Another rank could not answer its share."""
-
-
-class _Failure(NamedTuple):
-    """A rank's answer where it has none."""
-
-    is_users: bool
-    text: str
 
 
 Scored = tuple[Sequence[Any], Columns]

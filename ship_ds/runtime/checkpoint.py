@@ -9,7 +9,8 @@ there at all.
                               dev score
         manifest.json         size and SHA-256 of every file above
         evaluation.json       of the evaluation at this step, which comes after the checkpoint:
-                              how often it was begun, whether it is owed still, the score on dev
+                              how often it was begun, whether it is owed still, the score on
+                              dev, and which score that is
     RUN/checkpoints/latest    the newest one's name, moved last; for people and scripts, a
                               resume looks for itself
 
@@ -94,6 +95,8 @@ class Progress:
     config: dict[str, Any]
     data_fingerprint: str
     dev_score: float | None = None
+    best_by: str = "exact_match"
+    """What dev_score is; a version that did not say so had this one."""
     owes_evaluation: bool = False
     """The evaluation that is due at this step has not ended yet."""
     num_evaluation_starts: int = 0
@@ -152,7 +155,7 @@ def save(engine: Engine[Any], root: Path, progress: Progress, config: Checkpoint
             replace_folder(part, folder)
             write_text(root / LATEST, folder.name + "\n")
             sync(root)
-            _prune(root, config)
+            _prune(root, config, progress.best_by)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         reason = _write_error(error)
@@ -273,25 +276,37 @@ def read_progress(folder: Path) -> Progress:
 
 
 def record_evaluation(
-    folder: Path, num_starts: int, dev_score: float | None = None, is_owed: bool = True
+    folder: Path,
+    num_starts: int,
+    dev_score: float | None = None,
+    is_owed: bool = True,
+    best_by: str = "exact_match",
 ) -> None:
     """Write beside a checkpoint how far the evaluation of its step has come. Rank 0 calls it.
+
+    Args:
+        folder: of the checkpoint.
+        num_starts: how often the evaluation was begun.
+        dev_score: of dev, once it has ended.
+        is_owed: whether it has not.
+        best_by: the metric that dev_score is.
 
     It is no part of the manifest: the state of the run is complete without it.
     """
     values = {
         "num_evaluation_starts": num_starts,
         "dev_score": dev_score,
+        "best_by": best_by,
         "owes_evaluation": is_owed,
     }
     write_json(folder / EVALUATION, values)
 
 
-def _prune(root: Path, config: CheckpointConfig) -> None:
-    """Keep the last K and the best on dev; then, under the disk cap, drop the oldest that is
-    neither newest nor best."""
+def _prune(root: Path, config: CheckpointConfig, best_by: str) -> None:
+    """Keep the last K and the best on dev by this metric; then, under the disk cap, drop the oldest
+    that is neither newest nor best."""
     whole = checkpoints(root)
-    scores = {path: score for path in whole if (score := _dev_score(path)) is not None}
+    scores = {path: score for path in whole if (score := _dev_score(path, best_by)) is not None}
     best = max(scores, key=lambda path: (scores[path], path), default=None)
     keep = [path for path in whole if path in whole[-config.keep_last :] or path == best]
     cap = config.max_gigabytes
@@ -304,12 +319,13 @@ def _prune(root: Path, config: CheckpointConfig) -> None:
         shutil.rmtree(path)
 
 
-def _dev_score(folder: Path) -> float | None:
-    """None as well where the folder has been damaged since."""
+def _dev_score(folder: Path, best_by: str) -> float | None:
+    """None as well where the score is by another metric, or the folder has been damaged since."""
     try:
-        return read_progress(folder).dev_score
+        progress = read_progress(folder)
     except (OSError, ValueError, TypeError):
         return None
+    return progress.dev_score if progress.best_by == best_by else None
 
 
 def _bytes(folder: Path) -> int:

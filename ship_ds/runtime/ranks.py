@@ -10,13 +10,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ship_ds.console import log, log_from_any_rank
+from ship_ds.errors import UserError, first_line
 from ship_ds.runtime import compiled_ops
 from ship_ds.threads import RankThreads, too_many_threads
 
@@ -198,6 +199,11 @@ def ranks_per_node() -> int:
     return counts.pop()
 
 
+def first_on_this_node() -> int:
+    """The first of the ranks that share this rank's machine. Every rank calls it."""
+    return gather_objects(platform.node()).index(platform.node())
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
@@ -219,3 +225,38 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_results(work: Callable[[], Any]) -> list[Any]:
+    """As `gather_objects`, of what each rank's work returns; where it fails on one rank, it ends on
+    all of them, and none waits for what will not come.
+
+    Args:
+        work: what this rank does.
+
+    Raises:
+        RankError: on the other ranks, in one line what went wrong on one.
+        UserError: likewise, for what a user can mend.
+    """
+    try:
+        result = work()
+    except Exception as error:
+        # The others wait for this rank's result.
+        gather_objects(_Failure(isinstance(error, UserError), first_line(error)))
+        raise
+    results = gather_objects(result)
+    for number, one in enumerate(results):
+        if isinstance(one, _Failure):
+            raise (UserError if one.is_users else RankError)(f"rank {number}: {one.text}")
+    return results
+
+
+class RankError(RuntimeError):
+    """Another rank could not do its share."""
+
+
+class _Failure(NamedTuple):
+    """A rank's result where it has none."""
+
+    is_users: bool
+    text: str

@@ -23,5 +23,12 @@ def test_the_example_of_a_format_is_read(name: str, tmp_path: Path) -> None:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
     assert blocks and detect_format(tmp_path) == name
-    (task,) = read_tasks(tmp_path, name)
+    task, *others = read_tasks(tmp_path, name)
     assert task.instruction and len(task.examples) == 2
+    if name == "messages":
+        assert [(other.instruction, len(other.examples)) for other in others] == [
+            ("Name a colour.", 1),
+            ("Say the opposite.", 2),
+        ]
+    else:
+        assert not others

@@ -48,3 +48,16 @@ def test_a_task_without_examples_is_counted_and_no_sample(tmp_path: Path) -> Non
     found = describe(tmp_path / "a.jsonl")
     assert (found["tasks"], found["examples"], found["samples"]) == (1, 0, [])
     assert found["filtered"] == {"tasks: fewer than 2 examples left": 1}
+
+
+def test_what_a_reader_leaves_out_is_counted(tmp_path: Path) -> None:
+    """Beside what the filters do: here the same words before every question of a chat set."""
+    said = [("system", "Be helpful.\n" * 20), ("user", "hot?"), ("assistant", "cold")]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    (tmp_path / "a.json").write_text(json.dumps([row] * 3))
+    lines = show(describe(tmp_path)).splitlines()
+    assert lines[1:3] == [
+        "left out: system messages, the same in most rows that have one "
+        "('Be helpful. Be helpful. Be helpful. Be helpful. Be...'): 3",
+        "left out: examples: exact repeats: 2",
+    ]

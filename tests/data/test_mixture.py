@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ship_ds import cli
 from ship_ds.config import load_config
@@ -144,19 +146,28 @@ def test_what_is_wrong_is_one_line(
 def test_pre_training_on_triples_and_in_domain_from_it(
     folder: Path, rows: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
+    """The last run takes steps of no length: it ends where it started, which is where the one
+    before it ended."""
     triples = f"{{path: {folder / 'alpaca.json'}}}"
     shared = "{steps: 2, tasks_per_step: 4, examples_per_task: 1, threads: 1}"
     command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", f"training={shared}"]
+    from_mixed = [f"run.init_from={folder / 'mixed'}", "optimiser.lr=1e-15"]
     for name, data, more in (
         ("triples", f"{{sources: [{triples}]}}", []),
         ("mixed", f"{{sources: [{triples}, {{path: {folder / 'tasks.jsonl'}}}]}}", []),
-        ("in-domain", f"{{path: {folder / 'tasks.jsonl'}}}", [f"run.init_from={folder / 'mixed'}"]),
+        ("in-domain", f"{{path: {folder / 'tasks.jsonl'}}}", from_mixed),
     ):
         done = start([*command, f"run.folder={folder / name}", f"data={data}", *more])
         assert done.returncode == 0, done.stderr[-3000:]
         report = json.loads((folder / name / "report.json").read_text())
         assert report["deduction"]["unseen"]["n_tasks"] == (0 if name == "triples" else 3)
         assert len(rows(folder / name)) == 2
-    assert (folder / "triples" / "bundle").is_dir()
+    first, mixed, last = (
+        load_file(folder / name / "bundle" / "ship.safetensors")
+        for name in ("triples", "mixed", "in-domain")
+    )
+    torch.testing.assert_close(last, mixed, rtol=0, atol=1e-12)
+    moved = max(float((mixed[name] - first[name]).abs().max()) for name in mixed)
+    assert moved > 1e-6, "both began with the weights of the seed, and have left them"
     config = load_config("quickstart-smoke", [f"data={{sources: [{triples}]}}"])
     assert isinstance(source_of(config.data), MixtureTasks)

@@ -2,6 +2,7 @@
 ../shared/data."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -94,6 +95,42 @@ def test_the_first_turns_of_a_chat_are_a_triple(tmp_path: Path) -> None:
     assert (first.instruction, first.examples) == ("Name its colour.", (Example("sky", "blue"),))
     assert (second.instruction, second.examples) == ("sky", (Example("", "blue"),))
     assert (third.instruction, third.examples) == ("Name a colour.", (Example("", "red"),))
+
+
+HELPFUL = "You are a helpful assistant."
+
+
+@pytest.mark.parametrize(
+    ("systems", "instructions"),
+    [
+        ([HELPFUL] * 3, ["q0", "q1", "q2"]),
+        ([HELPFUL, "Add 1.", HELPFUL], ["q0", "Add 1.", "q2"]),
+        # Half of those that have one is not most of them, and of one row nothing is shared.
+        ([HELPFUL, "Add 1.", HELPFUL, "Add 2."], [HELPFUL, "Add 1.", "Add 2."]),
+        ([HELPFUL, "", "", ""], [HELPFUL, "q1", "q2", "q3"]),
+        ([HELPFUL, HELPFUL, "", "", ""], ["q0", "q1", "q2", "q3", "q4"]),
+    ],
+)
+def test_a_system_message_that_most_rows_share_is_no_instruction(
+    tmp_path: Path, systems: list[str], instructions: list[str]
+) -> None:
+    rows = [
+        {"messages": turns(("system", system), ("user", f"q{i}"), ("assistant", "a"))}
+        for i, system in enumerate(systems)
+    ]
+    path, counts = write(tmp_path / "chat.json", rows), Counter[str]()
+    tasks = read_tasks(path, counts=counts)
+    assert [task.instruction for task in tasks] == instructions
+    is_left_out = HELPFUL not in instructions
+    assert counts == (
+        {
+            f"system messages, the same in most rows that have one ({HELPFUL!r})": systems.count(
+                HELPFUL
+            )
+        }
+        if is_left_out
+        else {}
+    )
 
 
 @pytest.mark.parametrize(

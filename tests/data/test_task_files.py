@@ -34,6 +34,21 @@ def test_every_count_is_logged(tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_reader_leaves_out_is_logged(tmp_path: Path) -> None:
+    """The first words of every chat, which are no instruction."""
+    said = (("system", "Be helpful."), ("user", "question {}"), ("assistant", "answer"))
+    rows = [
+        {"messages": [{"role": role, "content": text.format(i)} for role, text in said]}
+        for i in range(4)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    lines: list[str] = []
+    source = FilesSource(FilesConfig(path=str(tmp_path)))
+    splits = source.read(load_tokenizer("embedded"), lines.append)
+    assert len(splits.seen) == 4
+    assert lines[1].startswith("left out: system messages, the same in most rows that have one")
+
+
 def test_examples_that_cutting_makes_equal_are_one(tmp_path: Path) -> None:
     write(tmp_path, 3, [{"input": text, "target": "1"} for text in ("1 2 3", "1 2 4", "5", "6")])
     lines: list[str] = []

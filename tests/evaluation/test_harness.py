@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from ship_ds import cli
+from ship_ds.cli import checks
 from ship_ds.errors import UserError
 from ship_ds.evaluation.baselines.tagi import Tagi
 from ship_ds.evaluation.budgets import Budget, Examples, Minutes, UntilDevStops
-from ship_ds.evaluation.config import METHOD_NAMES, HarnessConfig
+from ship_ds.evaluation.config import METHOD_NAMES, EndpointConfig, HarnessConfig
 from ship_ds.evaluation.evaluate import evaluate
 from ship_ds.evaluation.harness import Harness, Run
 from ship_ds.evaluation.method import Setting
@@ -263,10 +264,61 @@ def test_budgets_are_what_the_options_say(evaluated: Path, tmp_path: Path) -> No
         replace(run, folder=shorter), SMALL.model_copy(update={"budget": "examples"}), print
     )
     assert ended.budget == Examples(5 * 8 * 2)
-    assert budget(budget="until_dev_stops", patience=3) == UntilDevStops(3)
+    assert budget(budget="until_dev_stops", patience=3) == UntilDevStops(3, 12 * 8 * 2)
     blind = replace(run, splits=replace(run.splits, dev=()))
     with pytest.raises(UserError, match="no dev tasks; take minutes or examples"):
         _ = Harness(blind, SMALL.model_copy(update={"budget": "until_dev_stops"}), print).budget
+
+
+def test_every_option_of_the_verb_is_the_setting_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them another than the default; by name, since many are texts and numbers alike."""
+    options = {
+        "methods": "sft,icl",
+        "parts": "dev",
+        "directions": "deduction",
+        "num-tasks": "7",
+        "num-shown": "3,2",
+        "budget": "examples",
+        "minutes": "1.5",
+        "patience": "9",
+        "num-looks": "2",
+        "judge": "rouge",
+        "endpoint": "http://a",
+        "endpoint-model": "b",
+        "endpoint-prompts": "published",
+        "seed": "5",
+        "set": "sft.lr=1",
+    }
+    asked: list[HarnessConfig] = []
+    monkeypatch.setattr(checks, "check_run", lambda run: None)
+    monkeypatch.setattr(
+        "ship_ds.evaluation.evaluate.evaluate",
+        lambda run, config, *rest: asked.append(config) or {"methods": {}},
+    )
+    typed = [word for name, value in options.items() for word in (f"--{name}", value)]
+    assert cli.main(["evaluate", "--run", str(tmp_path), *typed]) == 0
+    assert asked == [
+        HarnessConfig(
+            methods=("sft", "icl"),
+            parts=("dev",),
+            directions=("deduction",),
+            num_tasks=7,
+            num_shown=(3, 2),
+            budget="examples",
+            minutes=1.5,
+            patience=9,
+            num_looks=2,
+            judges=("rouge",),
+            endpoint=EndpointConfig(url="http://a", model="b", prompts="published"),
+            seed=5,
+            changes=("sft.lr=1",),
+        )
+    ]
+    by_place: Any = HarnessConfig.from_options
+    with pytest.raises(TypeError, match="positional"):
+        by_place("sft")
 
 
 def test_every_method_can_be_named_and_has_its_place_in_the_tables() -> None:

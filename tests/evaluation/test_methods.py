@@ -190,9 +190,32 @@ def test_own_adapters_weights_name_a_known_instruction(
     assert make(ReadOwnAdapter).reconstruct(wordings) == wordings
 
 
-def test_a_trained_lora_is_read_as_some_text(
+def test_a_lora_of_each_tasks_shown_examples_is_what_is_read(
     make: Make, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ReadTrainedLora, "lora", OracleRecipe(steps=2))
-    texts = make(ReadTrainedLora).induce([splits.seen[0].train[:2]])
-    assert len(texts) == 1 and texts[0]
+    """It answers them, and the other task's does not; both have answers of two numbers."""
+    monkeypatch.setattr(ReadTrainedLora, "lora", OracleRecipe(steps=60))
+    made = make(ReadTrainedLora)
+    shown = [splits.seen[1].train[:3], splits.seen[10].train[:3]]
+    loras: list[Any] = []
+    read = made.read
+    monkeypatch.setattr(made, "read", lambda lora: loras.append(lora) or read(lora))
+    assert all(made.induce(shown))
+
+    def num_right(lora: Any, examples: Sequence[Example]) -> int:
+        questions = [[made.base.prompts.task_prompt(example.input) for example in examples]]
+        (answers,) = made.base.answer(questions, lambda _: lora)
+        return sum(map(exact_match, answers, [example.answers for example in examples]))
+
+    right = [[num_right(lora, examples) for examples in shown] for lora in loras]
+    assert right[0][0] == right[1][1] == 3 and max(right[0][1], right[1][0]) < 3
+
+
+def test_a_lora_that_ship_would_make_is_read_as_its_instruction(
+    make: Make, ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task's own, in their order."""
+    made, wordings = make(ReadTrainedLora), [task.task.instruction for task in splits.seen[:2]]
+    trained = iter([ship.model.adapt(ship.model.encode([wording])) for wording in wordings])
+    monkeypatch.setattr(made, "_lora", lambda examples: next(trained))
+    assert made.induce([task.train[:2] for task in splits.seen[:2]]) == wordings

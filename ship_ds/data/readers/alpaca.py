@@ -8,11 +8,12 @@ Rows with one instruction are the examples of one task. Most instructions come o
 `input` is often empty or missing. Other keys, such as `text`, are ignored.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ship_ds.data.readers.checks import expect, field
-from ship_ds.data.readers.rows import Triple, files_of, first_row, read_triples
+from ship_ds.data.readers.rows import Triple, files_of, first_row, rows_of, tasks_of
 from ship_ds.data.task import Task
 
 MIN_EXAMPLES_PER_TASK = 1
@@ -25,9 +26,10 @@ def matches(path: Path) -> bool:
     return row is not None and {"instruction", "output"} <= row.keys()
 
 
-def read(path: Path) -> list[Task]:
+def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each distinct instruction."""
-    return read_triples(files_of(path), _read_row)
+    rows = rows_of(files_of(path))
+    return tasks_of((file, where, _read_row(row, file, where)) for file, where, row in rows)
 
 
 def _read_row(row: dict[str, Any], path: Path, where: str) -> Triple:

@@ -7,6 +7,7 @@ cause) and common_concept (items -> concept). `other_rhymes` lists the input wor
 answer here, since copying the input would then always be right.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def matches(path: Path) -> bool:
     return path.is_dir() and (path / "annotations").is_dir() and (path / "raw").is_dir()
 
 
-def read(path: Path) -> list[Task]:
+def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks of the folder, one for each file below annotations/."""
     tasks = []
     for raw in sorted(path.glob("raw/*/*.json")):

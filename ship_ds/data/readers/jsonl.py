@@ -8,6 +8,7 @@
 other key is an error.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def matches(path: Path) -> bool:
     return bool(_files(path))
 
 
-def read(path: Path) -> list[Task]:
+def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks of every .jsonl file, one for each line."""
     return [_read_row(row, file, where) for file in _files(path) for where, row in load_lines(file)]
 

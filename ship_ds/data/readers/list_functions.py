@@ -2,6 +2,7 @@
 `description`."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from ship_ds.data.readers.checks import example, expect, field, load_object, texts
@@ -24,7 +25,7 @@ def matches(path: Path) -> bool:
     return bool(files) and '"description"' in files[0].read_text(encoding="utf-8", errors="replace")
 
 
-def read(path: Path) -> list[Task]:
+def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each task.json."""
     return [_read_file(file) for file in _files(path)]
 

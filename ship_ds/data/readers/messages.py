@@ -8,14 +8,20 @@ ShareGPT's `conversations` of `from` and `value` are read likewise. Of a chat th
 its answer are taken: later turns answer to the ones before, not to an instruction. Where there is a
 system message that is the instruction and the question is the input; else the question is the
 instruction and the input is empty. Rows with one instruction are the examples of one task.
+
+Many chat sets begin every row with the same words, such as "You are a helpful assistant.". They
+say what to do with no question, and all rows would be one task. So a system message that most rows
+share is left out, and counted.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Any, NamedTuple
 
 from ship_ds.data.readers.checks import expect, field
-from ship_ds.data.readers.rows import Triple, files_of, first_row, read_triples
+from ship_ds.data.readers.rows import Triple, files_of, first_row, rows_of, tasks_of
 from ship_ds.data.task import Task, read_error
 
 MIN_EXAMPLES_PER_TASK = 1
@@ -32,6 +38,11 @@ _ROLES = {
 
 _MOST_TURNS = 3
 """That are read of a row: a system's, a user's and an assistant's."""
+_MOST_WITH_ONE_MESSAGE = 0.5
+"""Of the rows with a system message: one that more of them share is no instruction. Tasks that a
+run can be split into are three rules at least, so of a set of tasks hardly one has most rows."""
+_WIDTH = 60
+"""Letters of such a message that are printed."""
 
 
 def matches(path: Path) -> bool:
@@ -40,12 +51,43 @@ def matches(path: Path) -> bool:
     return row is not None and any(isinstance(row.get(key), list) for key in _KEYS)
 
 
-def read(path: Path) -> list[Task]:
+def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each distinct instruction."""
-    return read_triples(files_of(path), _read_row)
+    rows = rows_of(files_of(path))
+    chats = [(file, where, _read_row(row, file, where)) for file, where, row in rows]
+    shared = _shared_message(chats, counts)
+    return tasks_of((file, where, chat.triple(shared)) for file, where, chat in chats)
 
 
-def _read_row(row: dict[str, Any], path: Path, where: str) -> Triple:
+class _Chat(NamedTuple):
+    """What is read of a row. system: empty where there is no such message."""
+
+    system: str
+    question: str
+    answer: str
+
+    def triple(self, shared: str | None) -> Triple:
+        """With the system message as the instruction, unless it is the one that rows share."""
+        if not self.system or self.system == shared:
+            return Triple(self.question, "", self.answer)
+        return Triple(self.system, self.question, self.answer)
+
+
+def _shared_message(chats: Sequence[tuple[Path, str, _Chat]], counts: Counter[str]) -> str | None:
+    """The system message of several rows that are more than `_MOST_WITH_ONE_MESSAGE` of those that
+    have any, which is counted; None where there is none such."""
+    messages = Counter(chat.system for _, _, chat in chats if chat.system)
+    if not messages:
+        return None
+    text, count = messages.most_common(1)[0]
+    if count < 2 or count <= _MOST_WITH_ONE_MESSAGE * messages.total():
+        return None
+    words = shorten(text, _WIDTH, placeholder="...")
+    counts[f"system messages, the same in most rows that have one ({words!r})"] = count
+    return text
+
+
+def _read_row(row: dict[str, Any], path: Path, where: str) -> _Chat:
     key = next((key for key in _KEYS if key in row), None)
     if key is None:
         raise read_error(path, where, f"has neither {' nor '.join(map(repr, _KEYS))}")
@@ -63,7 +105,7 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Triple:
             f"{', '.join(role for role, _ in turns[:2]) or 'neither'}",
         )
     (_, question), (_, answer) = turns[:2]
-    return Triple(system, question, answer) if system else Triple(question, "", answer)
+    return _Chat(system, question, answer)
 
 
 def _turn(turn: Mapping[str, Any], key: str, path: Path, where: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ folder with `tasks/`.
 `output` is a list of right answers.
 """
 
+from collections import Counter
 from pathlib import Path
 
 from ship_ds.data.readers.checks import distinct, example, expect, field, load_object, texts
@@ -27,7 +28,7 @@ def matches(path: Path) -> bool:
     return '"Definition"' in text and '"Instances"' in text
 
 
-def read(path: Path) -> list[Task]:
+def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each file."""
     return [_read_file(file) for file in _files(path)]
 

@@ -10,6 +10,7 @@ filled-in prompt alone; a prompt with text between its fields keeps that in its 
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def matches(path: Path) -> bool:
     return _INPUTS in _table(files[0]).column_names
 
 
-def read(path: Path) -> list[Task]:
+def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each folder of splits or file."""
     tasks: dict[Path, list[Path]] = {}
     for file in _files(path):

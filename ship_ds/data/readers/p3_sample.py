@@ -5,6 +5,7 @@ Each text carries its tag (<input>, <output>, <instruction>), which is taken off
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from ship_ds.data.readers.checks import example, expect, field, load_object
@@ -29,7 +30,7 @@ def matches(path: Path) -> bool:
     return '"sub_task_id"' in text and '"knowledge"' in text
 
 
-def read(path: Path) -> list[Task]:
+def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The rows of `test` are held out, so that every split keeps the sample's own."""
     file = _file(path)
     if file is None:

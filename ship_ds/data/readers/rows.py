@@ -7,7 +7,7 @@ all files. The task is called by the place of its first row: "alpaca:17" is row 
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,27 +50,30 @@ def first_row(path: Path) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def read_triples(
-    files: Sequence[Path], read_row: Callable[[dict[str, Any], Path, str], Triple]
-) -> list[Task]:
-    """The tasks of these files, in the order of their first rows.
-
-    Args:
-        files: of rows.
-        read_row: makes a row a triple; it is given the row, its file and its place.
+def rows_of(files: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+    """Every row with its file and its place in it.
 
     Raises:
-        DataError: a row is not as its format says, or has no instruction.
+        DataError: a file cannot be read, or a row is no object.
+    """
+    for file in files:
+        for where, row in _rows(file):
+            yield file, where, row
+
+
+def tasks_of(triples: Iterable[tuple[Path, str, Triple]]) -> list[Task]:
+    """The tasks of these rows, each with its file and place, in the order of their first rows.
+
+    Raises:
+        DataError: a row has no instruction.
     """
     examples: dict[str, list[Example]] = {}
     first: dict[str, tuple[Path, str]] = {}
-    for file in files:
-        for where, row in _rows(file):
-            triple = read_row(row, file, where)
-            if not triple.instruction:
-                raise read_error(file, where, "the instruction is empty; fill it in or remove it")
-            first.setdefault(triple.instruction, (file, where))
-            examples.setdefault(triple.instruction, []).append(Example(triple.input, triple.target))
+    for file, where, triple in triples:
+        if not triple.instruction:
+            raise read_error(file, where, "the instruction is empty; fill it in or remove it")
+        first.setdefault(triple.instruction, (file, where))
+        examples.setdefault(triple.instruction, []).append(Example(triple.input, triple.target))
     return [
         Task(
             f"{file.stem}:{where.split()[-1]}",

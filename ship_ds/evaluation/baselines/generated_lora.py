@@ -124,10 +124,11 @@ class GeneratedLora(TrainedMethod):
         )
 
     def train_oracles(self, recipe: OracleRecipe) -> Oracles:
+        """Of the seen tasks; what an oracle is worth for others, no score on dev tells."""
         return train_oracles(
             self.base,
             self.setting.splits.seen,
-            self.budget.share(recipe.share),
+            self.budget.without_dev().share(recipe.share),
             recipe,
             self.setting.ship.config.training.examples_per_task,
             self.setting.seed,

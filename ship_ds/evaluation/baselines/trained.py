@@ -132,12 +132,13 @@ class TrainedMethod(ABC):
         )
 
     def _looks(self) -> Looks | None:
-        """At a few dev tasks; an open-ended training looks once an epoch, or every ten steps."""
+        """At a few dev tasks; an open-ended training looks once a round over the seen tasks, or
+        every ten steps."""
         num_looks = self.setting.num_looks
         if not num_looks or not [task for task in self.setting.splits.dev if task.test]:
             return None
-        epoch = len(self.sampler.tasks) // self.sampler.tasks_per_step
-        return Looks(self.dev_score, num_looks, max(10, epoch))
+        a_round = len(self.sampler.tasks) // self.sampler.tasks_per_step
+        return Looks(self.dev_score, num_looks, max(10, a_round))
 
     def dev_score(self) -> float:
         """ROUGE-L on dev of the weights as they are: of answers, or of induced instructions where
@@ -154,18 +155,26 @@ class TrainedMethod(ABC):
 
     def prepare(self) -> None:
         """Rank 0 trains unless good weights for this very setting are there; every rank loads what
-        is on the disk."""
-        if ranks.rank() == 0 and not self._is_stored():
-            started = time.perf_counter()
-            with torch.random.fork_rng(), _all_cores():
-                torch.manual_seed(self.setting.seed)
-                self.train()
-            self._store(time.perf_counter() - started)
-            if self.looks is not None:
-                write_json(self.setting.folder / CURVE, self.looks.as_json())
-        ranks.barrier()
+        is on the disk.
+
+        Raises:
+            RankError: on the other ranks, in one line what went wrong on rank 0.
+            UserError: likewise, for what a user can mend.
+        """
+        ranks.gather_results(self._train_on_rank_0)
         self.module.load_state_dict(load_file(self._folder / _WEIGHTS))
         self.module.eval().requires_grad_(False)
+
+    def _train_on_rank_0(self) -> None:
+        if ranks.rank() or self._is_stored():
+            return
+        started = time.perf_counter()
+        with torch.random.fork_rng(), _all_cores():
+            torch.manual_seed(self.setting.seed)
+            self.train()
+        self._store(time.perf_counter() - started)
+        if self.looks is not None:
+            write_json(self.setting.folder / CURVE, self.looks.as_json())
 
     @property
     def _folder(self) -> Path:

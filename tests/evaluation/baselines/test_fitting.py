@@ -88,7 +88,7 @@ def test_training_goes_on_until_dev_stops_and_keeps_the_best_weights() -> None:
         places.append(parameter.item())
         yield parameter.sum()
 
-    losses = fit([parameter], losses_at, UntilDevStops(2), 0.1, "a", looks=looks)
+    losses = fit([parameter], losses_at, UntilDevStops(2, 0), 0.1, "a", looks=looks)
     assert len(losses) == 8 and parameter.item() == places[4] != places[5]
     (curve,) = looks.as_json()
     points = curve["points"]

@@ -1,5 +1,8 @@
 """Oracle LoRAs fit their own task, and distances to them are in units of their spread."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +16,8 @@ from ship_ds.evaluation.baselines.oracles import (
     group_size,
     train_oracles,
 )
-from ship_ds.evaluation.budgets import Steps
+from ship_ds.evaluation.baselines.tagi import Tagi
+from ship_ds.evaluation.budgets import Steps, UntilDevStops
 from ship_ds.evaluation.metrics import exact_match
 from ship_ds.model.adapters.lora import LoraAdapter
 
@@ -62,6 +66,17 @@ def test_groups_change_nothing_and_none_begins_without_budget(
             # three steps of at most 1.5e-4 moved them
             torch.testing.assert_close(mine, alone, rtol=0, atol=2e-4)
     assert list(train(3).rows) == list(together.rows)[:1]
+
+
+@pytest.mark.parametrize(("examples", "num_oracles"), [(30, 2), (1000, 6)])
+def test_oracles_end_though_no_dev_score_ends_them(
+    make: Callable[..., Any], examples: int, num_oracles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the six seen tasks takes three steps of two examples, of 0.4 times what there is."""
+    monkeypatch.setattr("ship_ds.evaluation.baselines.oracles._MOST_IN_GROUP", 1)
+    method = make(Tagi)
+    method.budget = UntilDevStops(patience=2, examples=examples)
+    assert len(method.train_oracles(method.recipe.oracles).rows) == num_oracles
 
 
 def test_distance_is_nought_to_itself_and_one_from_the_mean() -> None:
