@@ -306,6 +306,24 @@ def test_last_states_are_those_of_each_text_alone(family: str) -> None:
         torch.testing.assert_close(state, alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("lengths", [[9, 4, 7, 12, 2], [5, 5, 5]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_those_of_each_text_alone_and_zero_in_the_padding(
+    family: str, lengths: list[int]
+) -> None:
+    lm = language_model(tiny_lm(family).double())
+    rows = random_rows(lengths)
+    batch = TokenBatch.build(rows, None, 0)
+    states = lm.states(batch)
+    assert states.shape == (len(rows), max(lengths), HIDDEN)
+    assert not states[~batch.real_ES].any()
+    for row, own in zip(rows, states, strict=True):
+        alone = lm.hidden(TokenBatch.build([row], None, 0))[0]
+        torch.testing.assert_close(own[: len(row)], alone, rtol=1e-10, atol=1e-10)
+    by_embeddings = lm.states(batch, lm.embed(batch))
+    torch.testing.assert_close(by_embeddings, states, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("family", UNCAPPED)
