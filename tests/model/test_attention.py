@@ -364,8 +364,9 @@ def test_a_step_on_cuda_never_waits_for_the_gpu(packed: bool) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         second = step()
-        states = language_model(model).hidden(TokenBatch.build([[3, 4], [5]], None, 0, 0, "cuda"))
+        texts = TokenBatch.build([[3, 4], [5]], None, 0, 0, "cuda")
+        states, read = language_model(model).hidden(texts), language_model(model).states(texts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.isfinite(first) and states.shape == (2, 2, HIDDEN)
+    assert torch.isfinite(first) and states.shape == read.shape == (2, 2, HIDDEN)
     torch.testing.assert_close(first, second)

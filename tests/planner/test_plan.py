@@ -59,8 +59,9 @@ def test_public_shapes_have_their_published_number_of_parameters() -> None:
             "model.decoder.tuning={kind: lora, rank: 2}",
         ],
         ["model.backbone=shared", *LORA_ROLES],
+        ["model.encoder.pooling=attention"],
     ],
-    ids=["full", "per_layer", "soft_prompt", "lora", "shared"],
+    ids=["full", "per_layer", "soft_prompt", "lora", "shared", "pooling"],
 )
 def test_the_shapes_are_those_of_the_real_model(overrides: list[str]) -> None:
     config = load_config("quickstart-smoke", overrides).model
