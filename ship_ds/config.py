@@ -133,8 +133,8 @@ class TaskLlmConfig(Section):
         )
 
 
-class EncoderConfig(Section):
-    """Reads an instruction and gives the posterior of z."""
+class TrainedRoleConfig(Section):
+    """A language model that is trained, whole or by a LoRA."""
 
     base: str = ""
     """As the Task LLM's; empty: that very one."""
@@ -147,7 +147,7 @@ class EncoderConfig(Section):
     memory, about a third more time."""
 
     @model_validator(mode="after")
-    def _trainable(self) -> "EncoderConfig":
+    def _trainable(self) -> "TrainedRoleConfig":
         if self.quantisation != "none" and isinstance(self.tuning, FullTuning):
             raise ValueError(
                 "quantisation=nf4 needs tuning.kind=lora, since 4-bit weights cannot "
@@ -156,7 +156,41 @@ class EncoderConfig(Section):
         return self
 
 
-class DecoderConfig(EncoderConfig):
+class LastPooling(Section):
+    """The state after the last token alone, which has read the whole instruction."""
+
+    kind: Literal["last"] = "last"
+
+
+class AttentionPooling(Section):
+    """Learned queries attend to the states after all tokens."""
+
+    kind: Literal["attention"] = "attention"
+    num_queries: PositiveInt = 4
+    """What they gather lies side by side, so each widens the first layer of the MLP."""
+    num_heads: PositiveInt = 4
+    """Of each query, with weights of its own for its share of the states; divides the base's hidden
+    size."""
+
+
+def _pooling_by_name(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Pooling = Annotated[
+    LastPooling | AttentionPooling, Field(discriminator="kind"), BeforeValidator(_pooling_by_name)
+]
+
+
+class EncoderConfig(TrainedRoleConfig):
+    """Reads an instruction and gives the posterior of z."""
+
+    pooling: Pooling = LastPooling()
+    """What the MLP that gives the posterior reads of the language model's last layer; a name alone,
+    `pooling: attention`, is that kind with its defaults."""
+
+
+class DecoderConfig(TrainedRoleConfig):
     """Writes an instruction from z, from examples, or from both."""
 
     num_soft_tokens: PositiveInt = 4
@@ -259,7 +293,7 @@ class ModelConfig(Section):
             self._check_shared("decoder", self.decoder)
         return self
 
-    def _check_shared(self, name: str, role: EncoderConfig) -> None:
+    def _check_shared(self, name: str, role: TrainedRoleConfig) -> None:
         """Raises ValueError where a role cannot be the Task LLM's base with a LoRA."""
         for setting in ("base", "quantisation"):
             own, other = getattr(role, setting), getattr(self.task_llm, setting)
@@ -541,15 +575,15 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: {key + ': ' if key else ''}{message}") from None
 
 
-_TUNINGS = ("full", "lora")
+_TAGS = ("full", "lora", "last", "attention")
 
 
 def _key(location: Sequence[int | str], values: Any) -> str:
-    """The key as the user wrote it: pydantic puts the kind of `tuning`, which is no key of it, in
-    between."""
+    """The key as the user wrote it: pydantic puts the kind of `tuning` or `pooling`, which is no
+    key of it, in between."""
     parts = []
     for part in location:
-        if part in _TUNINGS and not (isinstance(values, dict) and part in values):
+        if part in _TAGS and not (isinstance(values, dict) and part in values):
             continue
         parts.append(str(part))
         values = values.get(part) if isinstance(values, dict) else None

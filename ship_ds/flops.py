@@ -107,7 +107,7 @@ class RoleSize:
     attention: A F summed over layers. output: V H; 0 where states are read and no logits.
     is_trained: whether its own matrices are. embeddings_have_gradient: they are trained, or soft
     tokens stand before the prompt. head: of the MLP between it and z, which is trained and runs
-    once a task.
+    once a task. pooling: of learned queries that gather from all states, for each token.
     """
 
     blocks: Matrices
@@ -117,6 +117,7 @@ class RoleSize:
     is_trained: bool
     embeddings_have_gradient: bool
     head: int = 0
+    pooling: int = 0
 
     def model_flops(self, rows: Rows) -> int:
         """Of blocks, attention and logits."""
@@ -130,9 +131,10 @@ class RoleSize:
         """Of the LoRA, whose matrices always have a gradient."""
         return self.low_rank.flops(rows.num_tokens, self.embeddings_have_gradient, True)
 
-    def head_flops(self, num_tasks: int) -> int:
-        """Of the MLP between the language model and z."""
-        return Matrices(self.head).flops(num_tasks, True, True)
+    def head_flops(self, rows: Rows, num_tasks: int) -> int:
+        """Of what is between the language model and z: pooling and MLP."""
+        pooling = Matrices(self.pooling).flops(rows.num_tokens, True, True)
+        return pooling + Matrices(self.head).flops(num_tasks, True, True)
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,11 @@ def flops_of_parts(size: ShipSize, rows: StepRows) -> dict[str, int]:
     return {
         "encoder": encoder.model_flops(rows.encoder)
         + encoder.low_rank_flops(rows.encoder)
-        + encoder.head_flops(rows.num_tasks),
+        + encoder.head_flops(rows.encoder, rows.num_tasks),
         "hypernetwork": Matrices(size.hypernetwork).flops(rows.num_tasks, True, True),
         "adapters": task_llm.low_rank_flops(rows.task_llm),
         "task_llm": task_llm.model_flops(rows.task_llm),
         "decoder": decoder.model_flops(rows.decoder)
         + decoder.low_rank_flops(rows.decoder)
-        + decoder.head_flops(rows.num_tasks),
+        + decoder.head_flops(rows.decoder, rows.num_tasks),
     }

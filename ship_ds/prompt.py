@@ -133,8 +133,7 @@ class PromptFormat:
         return self._prompt("\n".join([*lines, _asked(text)]))
 
     def encoder_prompt(self, instruction: str) -> tuple[int, ...]:
-        """What the encoder reads; the posterior is taken from the hidden state of the last
-        token."""
+        """What the encoder reads."""
         return self._prompt(_stated(instruction))
 
     def decoder_prompt(self, examples: Sequence[Example]) -> tuple[int, ...]:

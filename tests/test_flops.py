@@ -47,10 +47,11 @@ def model_of(config: ModelConfig) -> ShipModel:
         ("embedded", ["model.hypernetwork={kind: lora, heads: per_rank}"]),
         ("embedded", ["model.hypernetwork={kind: lora, heads: per_layer}", *LORAS]),
         ("embedded", ["model.hypernetwork={kind: soft_prompt}", *LORAS]),
+        ("embedded", [*LORAS, "model.encoder.pooling={kind: attention, num_queries: 3}"]),
         ("llama-3-8b", LORAS),
         ("qwen2.5-7b", LORAS),
     ],
-    ids=["embedded", "per_rank", "lora_roles", "soft_prompt", "llama", "qwen"],
+    ids=["embedded", "per_rank", "lora_roles", "soft_prompt", "pooling", "llama", "qwen"],
 )
 def test_the_formula_is_what_torch_counts(base: str, overrides: list[str]) -> None:
     config = load_config(

@@ -74,7 +74,8 @@ def test_every_key_of_a_config_is_in_one_group() -> None:
 def test_config_shows_a_section_and_those_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "model.encoder", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert [group["key"] for group in shown] == ["model.encoder", *2 * ["model.encoder.tuning"]]
+    keys = ["model.encoder", *2 * ["model.encoder.tuning"], *2 * ["model.encoder.pooling"]]
+    assert [group["key"] for group in shown] == keys
     assert cli.main(["config", "training"]) == 0
     text = capsys.readouterr().out
     assert "  tasks_per_step = 24    integer above 0\n    Global: ranks" in text

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ship_ds.config import EncoderConfig, LoraTuning, LossConfig, ModelConfig, TaskLlmConfig
+from ship_ds.config import LoraTuning, LossConfig, ModelConfig, TaskLlmConfig, TrainedRoleConfig
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS, PRIORS
 from ship_ds.model.adapters.adapter import Hypernetwork, Sites, Target, build_hypernetwork
@@ -121,6 +121,7 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     encoder = Encoder(
         encoder_lm,
         config.latent_size,
+        config.encoder.pooling,
         encoder_lora,
         checkpointing=config.encoder.checkpointing,
         borrows=borrows,
@@ -158,7 +159,7 @@ def _collator(
 
 
 def _share(
-    lm: nn.Module, sites: Sites, roles: Sequence[EncoderConfig]
+    lm: nn.Module, sites: Sites, roles: Sequence[TrainedRoleConfig]
 ) -> list[tuple[nn.Module, StaticLora | None]]:
     """Encoder and decoder as LoRAs over the Task LLM's base, which is wrapped for all three.
 
@@ -176,7 +177,7 @@ def _share(
     ]
 
 
-def _tuned(config: EncoderConfig, weights: Weights) -> tuple[nn.Module, StaticLora | None]:
+def _tuned(config: TrainedRoleConfig, weights: Weights) -> tuple[nn.Module, StaticLora | None]:
     """The language model of encoder or decoder, and the LoRA that is trained over it, if any."""
     lm = weights.language_model(config.base, config.quantisation, True)
     if isinstance(config.tuning, LoraTuning):

@@ -13,7 +13,7 @@ Attention alone needs rows. Where no kernel takes them packed, it gets them in g
 length, each padded to its longest (`RowGroups`), so that little of what it computes is padding.
 
 Letters: E sequences, S padded length, N packed tokens, K labelled positions, T tasks,
-X other letters flattened.
+H hidden size, X other letters flattened.
 """
 
 import math
@@ -318,6 +318,19 @@ class TokenBatch(OnDevice):
         """True where a position is not padding."""
         columns = torch.arange(self.ids_ES.shape[1], device=self.ids_ES.device)
         return columns < self.lengths_E[:, None]
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether rows are of unequal length; known on the host."""
+        return len(set(self.lengths)) > 1
+
+    def in_rows(self, states_NH: Tensor) -> Tensor:
+        """States of the packed tokens as right-padded rows (E, S, H), zero in the padding."""
+        num_rows, width = self.ids_ES.shape
+        if self.has_padding:
+            zeros_XH = states_NH.new_zeros(num_rows * width, states_NH.shape[1])
+            states_NH = zeros_XH.index_copy(0, self.packed.source_N, states_NH)
+        return states_NH.unflatten(0, (num_rows, width))
 
     def task_offsets(self, num_tasks: int) -> Tensor | None:
         """Where each task's tokens end in the packed layout, (T,) int32; E / T sequences a task.

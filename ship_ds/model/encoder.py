@@ -1,6 +1,9 @@
 """The encoder: instruction -> posterior over z.
 
-Letters: E sequences, T tasks, S padded length, H hidden size, Z latent size.
+    last token's state, or what learned queries gather of all (pooling.py) -> MLP -> q(z | k)
+
+Letters: E sequences, T tasks, S padded length, H hidden size, Z latent size,
+X other letters flattened.
 """
 
 import hashlib
@@ -10,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ship_ds.config import AttentionPooling, LastPooling
 from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.pooling import LearnedQueries
 from ship_ds.model.role import Role
 
 _FIRST_LOG_VARIANCE = -5.0
@@ -31,12 +36,17 @@ class Posterior:
 
 
 class Encoder(Role):
-    """Last-token hidden state of a language model -> MLP -> posterior."""
+    """Hidden states of a language model, pooled -> MLP -> posterior.
+
+    Attributes:
+        pooling: None: the last token's state alone.
+    """
 
     def __init__(
         self,
         lm: nn.Module,
         latent_size: int,
+        pooling: LastPooling | AttentionPooling,
         adapter: StaticLora | None = None,
         *,
         checkpointing: bool = False,
@@ -47,20 +57,25 @@ class Encoder(Role):
         Args:
             lm: a transformers model.
             latent_size: Z.
+            pooling: what the head reads of the states.
             adapter, checkpointing, borrows: see `Role`.
+
+        Raises:
+            UserError: the pooling does not fit the model.
         """
         super().__init__(lm, adapter, checkpointing=checkpointing, borrows=borrows)
         hidden_size = self.language_model.hidden_size
         if not borrows:
             self.language_model.drop_output_layer()
-        first, last = (
-            nn.Linear(hidden_size, 2 * hidden_size),
-            nn.Linear(2 * hidden_size, 2 * latent_size),
-        )
+        self.pooling: LearnedQueries | None = None
+        if isinstance(pooling, AttentionPooling):
+            self.pooling = LearnedQueries(hidden_size, pooling.num_queries, pooling.num_heads)
+        width = hidden_size if self.pooling is None else self.pooling.width
+        first, last = nn.Linear(width, 2 * hidden_size), nn.Linear(2 * hidden_size, 2 * latent_size)
         self.head = nn.Sequential(first, nn.SiLU(), last)
         # Means of about unit size over small noise: from torch's own initial scale, training first
         # has to lift every mean out of the noise, and neither half learns before.
-        nn.init.normal_(first.weight, std=1 / math.sqrt(hidden_size))
+        nn.init.normal_(first.weight, std=1 / math.sqrt(width))
         nn.init.normal_(last.weight[:latent_size], std=2 / math.sqrt(2 * hidden_size))
 
     def forward(
@@ -74,14 +89,19 @@ class Encoder(Role):
             batch: one instruction's prompt a row.
             embeddings_TSH: read in place of the batch's tokens (induction optimises them).
         """
-        # A causal model's last token has read the whole instruction.
-        last_TH = self.language_model.last_states(
-            batch, embeddings_TSH, self.own_adapter, checkpointing=self.checkpointing
-        )
-        dtype = next(self.head.parameters()).dtype
+        pooled_TX = self._pooled(batch, embeddings_TSH)
         # exp of the log-variance and the KL need fp32 whatever the engine's dtype.
-        mean_TZ, raw_TZ = self.head(last_TH.to(dtype)).float().chunk(2, dim=-1)
+        mean_TZ, raw_TZ = self.head(pooled_TX).float().chunk(2, dim=-1)
         return mean_TZ, raw_TZ + _FIRST_LOG_VARIANCE
+
+    def _pooled(self, batch: TokenBatch, embeddings_TSH: Tensor | None) -> Tensor:
+        """What the head reads, in its dtype."""
+        lm, dtype = self.language_model, next(self.head.parameters()).dtype
+        # A causal model's last token has read the whole instruction.
+        read = lm.last_states if self.pooling is None else lm.states
+        states = read(batch, embeddings_TSH, self.own_adapter, checkpointing=self.checkpointing)
+        states = states.to(dtype)
+        return states if self.pooling is None else self.pooling(states, batch.real_ES)
 
 
 def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int) -> Tensor:

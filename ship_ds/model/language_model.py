@@ -4,7 +4,8 @@
         .language_model: LanguageModel            a plain object around it
             score     prompts with targets   ->   logits where there is a label
             stream    prompts                ->   rows that grow token by token
-            hidden    texts                  ->   states
+            hidden    texts                  ->   states, from rows with padding
+            states    texts                  ->   states, read as this model reads fastest
             blocks    module path            ->   what an adapter wraps
 
 An architecture is one class here, found by the class of its transformers config. `DecoderOnly`
@@ -287,6 +288,21 @@ class LanguageModel(ABC):
             adapter: one for all rows.
             checkpointing: recompute each block in the backward pass.
         """
+
+    def states(
+        self,
+        batch: TokenBatch,
+        embeddings_ESH: Tensor | None = None,
+        adapter: "Adapter | None" = None,
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """The last layer's states (E, S, H) after every token of each row, zero in the padding: for
+        who attends to a whole text. A model that can reads it packed; arguments as in `hidden`."""
+        hidden_ESH = self.hidden(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
+        if not batch.has_padding:
+            return hidden_ESH
+        return hidden_ESH.masked_fill(~batch.real_ES[..., None], 0)
 
     def last_states(
         self,

@@ -5,10 +5,11 @@ linear, P virtual tokens, H hidden size, Z latent size, V vocabulary.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
-from ship_ds.config import EncoderConfig, LoraTuning, ModelConfig
+from ship_ds.config import LoraTuning, ModelConfig, TrainedRoleConfig
 from ship_ds.flops import Matrices, RoleSize, Rows, ShipSize, StepRows
 from ship_ds.model.adapters.adapter import num_products
 from ship_ds.model.language_model import LanguageModel
@@ -39,8 +40,11 @@ def size_of(config: ModelConfig, parts: Parts) -> ShipSize:
         is_trained=False,
         embeddings_have_gradient=has_soft_tokens,
     )
+    encoder_size = _role(config.encoder, encoder.language_model, num_products(encoder.head), False)
+    if encoder.pooling is not None:
+        encoder_size = replace(encoder_size, pooling=encoder.pooling.num_products)
     return ShipSize(
-        _role(config.encoder, encoder.language_model, num_products(encoder.head), False),
+        encoder_size,
         task_llm,
         _role(config.decoder, decoder.language_model, num_products(decoder.from_latent), True),
         hypernetwork.num_products(),
@@ -56,7 +60,7 @@ def rows_of(batch: ShipBatch) -> StepRows:
     return StepRows(encoder, task_llm, decoder, batch.num_tasks)
 
 
-def _role(config: EncoderConfig, lm: LanguageModel, head: int, is_decoder: bool) -> RoleSize:
+def _role(config: TrainedRoleConfig, lm: LanguageModel, head: int, is_decoder: bool) -> RoleSize:
     """The encoder gives states, the decoder logits, after soft tokens made of z."""
     linears, tuning = _linears(lm), config.tuning
     is_lora = isinstance(tuning, LoraTuning)

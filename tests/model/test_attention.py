@@ -306,6 +306,24 @@ def test_last_states_are_those_of_each_text_alone(family: str) -> None:
         torch.testing.assert_close(state, alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("lengths", [[9, 4, 7, 12, 2], [5, 5, 5]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_those_of_each_text_alone_and_zero_in_the_padding(
+    family: str, lengths: list[int]
+) -> None:
+    lm = language_model(tiny_lm(family).double())
+    rows = random_rows(lengths)
+    batch = TokenBatch.build(rows, None, 0)
+    states = lm.states(batch)
+    assert states.shape == (len(rows), max(lengths), HIDDEN)
+    assert not states[~batch.real_ES].any()
+    for row, own in zip(rows, states, strict=True):
+        alone = lm.hidden(TokenBatch.build([row], None, 0))[0]
+        torch.testing.assert_close(own[: len(row)], alone, rtol=1e-10, atol=1e-10)
+    by_embeddings = lm.states(batch, lm.embed(batch))
+    torch.testing.assert_close(by_embeddings, states, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("family", UNCAPPED)
@@ -346,8 +364,9 @@ def test_a_step_on_cuda_never_waits_for_the_gpu(packed: bool) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         second = step()
-        states = language_model(model).hidden(TokenBatch.build([[3, 4], [5]], None, 0, 0, "cuda"))
+        texts = TokenBatch.build([[3, 4], [5]], None, 0, 0, "cuda")
+        states, read = language_model(model).hidden(texts), language_model(model).states(texts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.isfinite(first) and states.shape == (2, 2, HIDDEN)
+    assert torch.isfinite(first) and states.shape == read.shape == (2, 2, HIDDEN)
     torch.testing.assert_close(first, second)

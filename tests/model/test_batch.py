@@ -37,6 +37,17 @@ def test_packed_tokens_skip_the_padding_between_rows() -> None:
     assert batch.ids_ES.flatten()[batch.packed.source_N].tolist() == [3, 1, 5, 6, 4, 7]
 
 
+def test_packed_states_become_rows_with_zeros() -> None:
+    states_NH = torch.arange(1.0, 9.0).view(4, 2)
+    unequal, equal = (TokenBatch.build(rows, None, 9) for rows in ([[3], [5, 6, 4]], [[3, 1]] * 2))
+    assert unequal.has_padding and not equal.has_padding
+    assert unequal.in_rows(states_NH).tolist() == [
+        [[1, 2], [0, 0], [0, 0]],
+        [[3, 4], [5, 6], [7, 8]],
+    ]
+    assert equal.in_rows(states_NH).tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
+
+
 def test_prompts_alone_have_no_labels() -> None:
     batch = TokenBatch.build([[5, 6], [3]], None, 0)
     assert batch.num_targets == 0 and batch.labels_K.shape == (0,)

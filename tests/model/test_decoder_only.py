@@ -221,3 +221,5 @@ def test_hidden_states_run_on_the_meta_device(family: str) -> None:
     assert language_model(model).hidden(batch).shape == (4, 7, HIDDEN)
     embeddings = torch.empty(4, 7, HIDDEN, device="meta")
     assert language_model(model).hidden(batch, embeddings).shape == (4, 7, HIDDEN)
+    unequal = TokenBatch.build(random_rows([3, 7]), None, 0, device="meta")
+    assert language_model(model).states(unequal).shape == (2, 7, HIDDEN)

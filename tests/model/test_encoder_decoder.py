@@ -114,6 +114,7 @@ def test_it_runs_on_the_meta_device_and_says_what_it_lacks() -> None:
     logits, _ = lm.score(TokenBatch.of_lengths(4, 7, 3), adapter, 2)
     assert logits.is_meta and logits.shape == (12, VOCABULARY)
     assert lm.hidden(TokenBatch.of_lengths(4, 7, 0)).shape == (4, 7, SIZE)
+    assert lm.states(TokenBatch.of_lengths(4, 7, 0)).shape == (4, 7, SIZE)
 
 
 @pytest.fixture

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ship_ds.config import LoraHypernetworkConfig, ModelConfig, TaskLlmConfig
+from ship_ds.config import (
+    AttentionPooling,
+    EncoderConfig,
+    LoraHypernetworkConfig,
+    ModelConfig,
+    TaskLlmConfig,
+)
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example
 from ship_ds.model import attention
@@ -29,6 +35,10 @@ CONFIG = ModelConfig(
     task_llm=TaskLlmConfig(quantisation="none", checkpointing=True),
     hypernetwork=LoraHypernetworkConfig(rank=2, width=8),
 )
+POOLED = CONFIG.model_copy(
+    update={"encoder": EncoderConfig(base=CONFIG.encoder.base, pooling=AttentionPooling())}
+)
+"""The encoder reads all positions."""
 
 
 def _draws() -> list[TaskDraw]:
@@ -62,15 +72,16 @@ class TextsOnMeta(MetaWeights):
             return PromptFormat(load_tokenizer(base), system_message)
 
 
+@pytest.mark.parametrize("config", [CONFIG, POOLED], ids=["last", "attention"])
 @pytest.mark.parametrize("implementation", [SDPA, VARLEN])
 def test_a_collated_bf16_step_runs_where_no_data_can_be_read(
-    implementation: str, monkeypatch: pytest.MonkeyPatch
+    implementation: str, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts to gradients; with VARLEN through the GPU's very kernel, which knows its shapes."""
     if implementation == VARLEN:
         monkeypatch.setattr(attention, "kernel_runs", lambda device, dtype: True)
     with torch.device("meta"):
-        ship = build_ship(CONFIG, TextsOnMeta(implementation)).bfloat16()
+        ship = build_ship(config, TextsOnMeta(implementation)).bfloat16()
     batch = ship.collate(_draws(), 0, 0)
     assert batch.answers.task_offsets(2) is not None, "the tasks have to be of unequal length"
     assert all(tensor.is_meta for tensor in batch._tensors())
@@ -103,11 +114,12 @@ def _any_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
     return query + key.mean(1, keepdim=True) + value.mean(1, keepdim=True)
 
 
+@pytest.mark.parametrize("config", [CONFIG, POOLED], ids=["last", "attention"])
 @pytest.mark.parametrize("implementation", [SDPA, VARLEN])
 def test_texts_to_gradients_wait_at_most_three_times(
-    implementation: str, monkeypatch: pytest.MonkeyPatch
+    implementation: str, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ship = build_ship(CONFIG, LoadedWeights())
+    ship = build_ship(config, LoadedWeights())
     if implementation == VARLEN:
         monkeypatch.setattr(attention, "kernel_runs", lambda device, dtype: True)
         monkeypatch.setattr(attention, "varlen_attn", _any_attention)

@@ -59,8 +59,9 @@ def test_public_shapes_have_their_published_number_of_parameters() -> None:
             "model.decoder.tuning={kind: lora, rank: 2}",
         ],
         ["model.backbone=shared", *LORA_ROLES],
+        ["model.encoder.pooling=attention"],
     ],
-    ids=["full", "per_layer", "soft_prompt", "lora", "shared"],
+    ids=["full", "per_layer", "soft_prompt", "lora", "shared", "pooling"],
 )
 def test_the_shapes_are_those_of_the_real_model(overrides: list[str]) -> None:
     config = load_config("quickstart-smoke", overrides).model
@@ -230,8 +231,12 @@ def test_missing_base_names_the_way_out(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["model.hypernetwork={kind: soft_prompt}", "model.task_llm.instruction=hard"]],
-    ids=["lora", "soft_prompt"],
+    [
+        [],
+        ["model.hypernetwork={kind: soft_prompt}", "model.task_llm.instruction=hard"],
+        ["model.encoder.pooling=attention"],
+    ],
+    ids=["lora", "soft_prompt", "pooling"],
 )
 def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides: list[str]) -> None:
     """The same forward on the meta device and on real weights, to the byte; the peak, for which
@@ -252,6 +257,18 @@ def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides:
     )
     assert planned.peak == pytest.approx(real.peak, rel=0.1)
     assert min(planned.kept["task LLM"], planned.logits) > 0
+
+
+def test_learned_queries_are_in_a_plans_counts() -> None:
+    """Three queries of two heads over H = 128, and an MLP that reads all three."""
+    settings = "model.encoder.pooling={kind: attention, num_queries: 3, num_heads: 2}"
+    plain, pooled = (make_plan(_small(*more), Machines(1, 1, 10**12)) for more in ([], [settings]))
+    more = 128 * 3 * 2 + (3 - 1) * 128 * 2 * 128
+    for part in ("encoder", "trained"):
+        assert pooled.parameters[part] - plain.parameters[part] == more, part
+    kept = "activations, encoder"
+    assert pooled.memory[kept] > plain.memory[kept]
+    assert pooled.memory["optimiser state"] - plain.memory["optimiser state"] == 12 * more
 
 
 def test_a_deep_model_is_counted_by_two_shallow_ones(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""Trains four steps with learned queries in an NF4 encoder, every weight of it sharded, as a user's
+command does, and writes what the trained model encodes.
+
+    python -m tests.pooled_run FOLDER
+    torchrun --nproc-per-node 2 -m tests.pooled_run FOLDER
+
+FOLDER is the run's. A start in a folder that has checkpoints goes on from the newest.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ship_ds.config import Config, load_config
+from ship_ds.runtime import ranks
+from ship_ds.train import Trainer
+
+WORDINGS = ["reverse the list", "put 7 at the front", "keep the numbers greater than 4"]
+LATENTS = "latents.json"
+
+
+def config_of(folder: Path | str) -> Config:
+    """No dropout, so that two ranks take the steps of one."""
+    tuning = "{kind: lora, rank: 4, dropout: 0}"
+    pooling = "{kind: attention, num_queries: 2}"
+    return load_config(
+        "quickstart-smoke",
+        [
+            f"run.folder={folder}",
+            "training.steps=4",
+            "training.deepspeed=zero3_shard_all",  # no parameter is too small to be sharded
+            "optimiser.warmup_steps=0",
+            "evaluation.every_steps=0",
+            "evaluation.ends_with_report=false",
+            "checkpoint.every_steps=2",
+            f"model.encoder={{quantisation: nf4, tuning: {tuning}, checkpointing: true, "
+            f"pooling: {pooling}}}",
+        ],
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    folder = Path((arguments or sys.argv[1:])[0])
+    trainer = Trainer(config_of(folder))
+    trainer.train()
+    trainer.close()
+    trainer.model.eval()
+    latents = trainer.model.encode(WORDINGS).tolist()
+    if ranks.rank() == 0:
+        (folder / LATENTS).write_text(json.dumps(latents))
+    return 0
+
+
+if __name__ == "__main__":
+    ranks.run_program(main)
