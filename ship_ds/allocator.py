@@ -2,8 +2,8 @@
 
 A step's tensors are as long as its texts, so that no two steps ask for the same sizes. glibc's
 malloc keeps free blocks of many sizes in one sorted list and walks along it at each allocation;
-after some tens of steps of a model of a hundred million parameters that walk is most of the step,
-and the blocks between tensors hold twice the memory. jemalloc and tcmalloc keep free blocks by
+after some tens of steps of a model of a hundred million parameters that walk is half of the step,
+and free blocks between tensors hold a third more memory. jemalloc and tcmalloc keep free blocks by
 classes of sizes. An allocator has to be there before the first allocation: the program starts
 itself again with it. Imports no torch.
 """
