@@ -54,6 +54,8 @@ def installed_allocator() -> str | None:
 def _loads(library: str) -> bool:
     """Asked of the loader itself, which complains of what it cannot preload and goes on. Opening
     the library here would tell nothing: jemalloc refuses to be opened once a program runs."""
+    if sys.platform != "linux":
+        return False
     asked = {**os.environ, _PRELOAD: library}
     try:
         done = subprocess.run(["true"], env=asked, stderr=subprocess.PIPE, check=False)
