@@ -1,11 +1,10 @@
 """An allocator under which a long training on a CPU keeps its speed.
 
 A step's tensors are as long as its texts, so that no two steps ask for the same sizes. glibc's
-malloc keeps free blocks of many sizes in one sorted list and walks along it at each allocation;
-after some tens of steps of a model of a hundred million parameters that walk is half of the step,
-and free blocks between tensors hold a third more memory. jemalloc and tcmalloc keep free blocks by
-classes of sizes. An allocator has to be there before the first allocation: the program starts
-itself again with it. Imports no torch.
+malloc keeps large free blocks of many sizes in one sorted list and walks along it at each
+allocation; the longer a run, the longer the list (tools/bench_malloc.py). jemalloc and tcmalloc
+keep free blocks by classes of sizes. An allocator has to be there before the first allocation: the
+program starts itself again with it. Imports no torch.
 """
 
 import os
@@ -15,8 +14,10 @@ from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
 LIBRARIES = ("libjemalloc.so.2", "libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
-"""By the names that Linux distributions give them, the better one for our sizes first."""
-_PRELOAD, _OFF = "LD_PRELOAD", "SHIP_DS_MALLOC"
+"""By the names that Linux distributions give them; the first one is what was measured."""
+KEEP = "SHIP_DS_SYSTEM_MALLOC"
+"""Set to anything in the environment, the system's malloc stays."""
+_PRELOAD = "LD_PRELOAD"
 _GPU = Path("/dev/nvidiactl")
 _MAPS = Path("/proc/self/maps")
 
@@ -29,21 +30,22 @@ def use_scalable_malloc(
 
     Call it before torch is imported, from a program that is its process's own. It returns where
     nothing is to be done: a GPU computes, no such library is installed, or the user has chosen, by
-    LD_PRELOAD or SHIP_DS_MALLOC=system.
+    LD_PRELOAD or `KEEP`.
 
     Args:
         environment: of the process.
         start_again: takes program, arguments and environment and does not return.
     """
-    if _OFF in environment or "malloc" in environment.get(_PRELOAD, "") or _GPU.exists():
+    # Under an allocator this variable names it, so the program starts again once at most.
+    has_one = "malloc" in environment.get(_PRELOAD, "")
+    if has_one or environment.get(KEEP) or _GPU.exists():
         return
     library = installed_allocator()
     if library is None:
         return
     preloads = f"{library} {environment.get(_PRELOAD, '')}".strip()
-    # Marked, so that a library that the loader then leaves out is not tried again without end.
-    chosen = {**environment, _PRELOAD: preloads, _OFF: library}
-    start_again(sys.executable, [sys.executable, *sys.orig_argv[1:]], chosen)
+    arguments = [sys.executable, *sys.orig_argv[1:]]
+    start_again(sys.executable, arguments, {**environment, _PRELOAD: preloads})
 
 
 def installed_allocator() -> str | None:

@@ -28,13 +28,6 @@ _PLAIN_TEMPLATE = (f"{_MARK}\n", "\n")
 """Before and after the user's text for a base model without a chat template."""
 
 
-def _no_system_turn(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
-    return UserError(
-        f"{tokenizer.name_or_path}: no system message can be given, {reason}; leave "
-        "model.system_message out"
-    )
-
-
 def _stated(instruction: str) -> str:
     return f"instruction: {instruction}"
 
@@ -54,7 +47,8 @@ class PromptFormat:
 
     Raises:
         UserError: the tokenizer has no end-of-sequence token, so that answers could never end; or
-            its template cannot take the system message.
+            its template cannot be rendered, does not hold the user's text once, or leaves the
+            system message out.
     """
 
     def __init__(
@@ -75,9 +69,10 @@ class PromptFormat:
         self._ids = lru_cache(maxsize=1 << 18)(self._tokenise)
 
     def _split_template(self, system_message: str | None) -> tuple[str, str]:
+        """What stands before and after the user's text."""
         if self.tokenizer.chat_template is None:
             if system_message is not None:
-                raise _no_system_turn(self.tokenizer, "there is no chat template")
+                raise self._refused("there is none for model.system_message", "leave that out")
             bos = self.tokenizer.bos_token or ""
             return bos + _PLAIN_TEMPLATE[0].split(_MARK)[0], _PLAIN_TEMPLATE[1]
         turns = [{"role": "user", "content": _MARK}]
@@ -88,9 +83,24 @@ class PromptFormat:
                 turns, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
-            raise _no_system_turn(self.tokenizer, str(error)) from error
+            way_out = "set model.system_message" if system_message is None else "leave it out"
+            raise self._refused(
+                f"it cannot be rendered {'without' if system_message is None else 'with'} "
+                f"model.system_message ({error})",
+                f"{way_out}, or mend the template",
+            ) from error
+        if rendered.count(_MARK) != 1:
+            raise self._refused(
+                f"it holds the user's text {rendered.count(_MARK)} times, not once",
+                "mend the template",
+            )
+        if system_message is not None and system_message.strip() not in rendered:
+            raise self._refused("it leaves model.system_message out", "leave that out as well")
         before, after = rendered.split(_MARK)
         return before, after
+
+    def _refused(self, reason: str, way_out: str) -> UserError:
+        return UserError(f"{self.tokenizer.name_or_path}: chat template: {reason}; {way_out}")
 
     def texts(self, tasks: Iterable[SplitTask]) -> list[str]:
         """The very strings that answering and encoding these tasks will tokenise; what a token

@@ -13,12 +13,15 @@ from tests.conftest import REPOSITORY, environment
 
 
 def restarts(
-    monkeypatch: pytest.MonkeyPatch, chosen: Mapping[str, str], installed: str = "libc.so.6"
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: Mapping[str, str],
+    libraries: tuple[str, ...] = ("libnowhere.so.2", "libc.so.6"),
+    gpu: str = "/nowhere",
 ) -> list[Any]:
     """What would be executed, with the C library standing for an allocator."""
     started: list[Any] = []
-    monkeypatch.setattr(allocator, "LIBRARIES", ("libnowhere.so.2", installed))
-    monkeypatch.setattr(allocator, "_GPU", Path("/nowhere"))
+    monkeypatch.setattr(allocator, "LIBRARIES", libraries)
+    monkeypatch.setattr(allocator, "_GPU", Path(gpu))
     allocator.use_scalable_malloc(dict(chosen), lambda *arguments: started.append(arguments))
     return started
 
@@ -28,12 +31,17 @@ def test_the_same_command_runs_again_with_the_library_before_others(
 ) -> None:
     [(program, arguments, surroundings)] = restarts(monkeypatch, {"A": "b", "LD_PRELOAD": "x.so"})
     assert [program, *sys.orig_argv[1:]] == arguments and program == sys.executable
-    assert surroundings["LD_PRELOAD"] == "libc.so.6 x.so" and surroundings["A"] == "b"
-    assert restarts(monkeypatch, surroundings) == [], "once"
+    assert surroundings == {"A": "b", "LD_PRELOAD": "libc.so.6 x.so"}
+
+
+@pytest.mark.parametrize("library", allocator.LIBRARIES)
+def test_it_starts_again_once(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """Whether or not the loader took the library."""
+    assert restarts(monkeypatch, {"LD_PRELOAD": f"{library} x.so"}) == []
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"LD_PRELOAD": "/opt/libmimalloc.so"}, {"SHIP_DS_MALLOC": "system"}]
+    "chosen", [{"LD_PRELOAD": "/opt/libmimalloc.so"}, {"SHIP_DS_SYSTEM_MALLOC": "1"}]
 )
 def test_a_users_choice_stays(monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]) -> None:
     assert restarts(monkeypatch, {}) and restarts(monkeypatch, chosen) == []
@@ -42,18 +50,59 @@ def test_a_users_choice_stays(monkeypatch: pytest.MonkeyPatch, chosen: dict[str,
 def test_without_a_library_or_beside_a_gpu_nothing_happens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert restarts(monkeypatch, {}, "libnowhere.so.4") == []
-    started: list[Any] = []
-    monkeypatch.setattr(allocator, "LIBRARIES", ("libc.so.6",))
-    monkeypatch.setattr(allocator, "_GPU", Path("/"))
-    allocator.use_scalable_malloc({}, lambda *arguments: started.append(arguments))
-    assert started == []
+    assert restarts(monkeypatch, {}, libraries=("libnowhere.so.2",)) == []
+    assert restarts(monkeypatch, {}, gpu="/") == []
+
+
+_CUSTOM = """
+import os
+from pathlib import Path
+
+def started(program, arguments, surroundings):
+    print(arguments[1:], surroundings["LD_PRELOAD"], flush=True)
+    os._exit(0)
+
+os.execve = started
+from ship_ds import allocator
+allocator.LIBRARIES, allocator._GPU = ("libc.so.6",), Path("/nowhere")
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "starts_again"),
+    [
+        (["-m", "ship_ds.train", "--config", "no_recipe"], True),
+        (["ship_ds/train.py", "--config", "no_recipe"], True),
+        (["-m", "ship_ds.cli", "train", "--config", "no_recipe"], True),
+        (["-m", "ship_ds.cli", "config", "no_section"], False),
+    ],
+)
+def test_training_does_so_however_it_is_started(
+    command: list[str], starts_again: bool, tmp_path: Path
+) -> None:
+    """Python runs a `sitecustomize` before the program; this one prints what would be executed."""
+    (tmp_path / "sitecustomize.py").write_text(_CUSTOM)
+    surroundings = environment() | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    for name in ("LD_PRELOAD", allocator.KEEP):
+        surroundings.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env=surroundings,
+        capture_output=True,
+        text=True,
+    )
+    if starts_again:
+        assert done.stdout == f"{command} libc.so.6\n", done.stderr[-2000:]
+    else:
+        assert done.returncode == 2 and "libc.so.6" not in done.stdout
 
 
 def test_a_real_process_goes_on_under_it() -> None:
     """Whichever is installed here; without one, the same process goes on."""
     surroundings = environment() | {"PYTHONPATH": str(REPOSITORY)}
-    surroundings.pop("SHIP_DS_MALLOC", None)
+    for name in ("LD_PRELOAD", allocator.KEEP):
+        surroundings.pop(name, None)
     program = (
         "import sys; from ship_ds import allocator; allocator._GPU = allocator.Path('/nowhere'); "
         "allocator.use_scalable_malloc(); print(allocator.allocator_in_use(), sys.argv[1:])"

@@ -68,12 +68,38 @@ def test_system_message_is_the_first_turn_of_every_prompt(
 def test_system_message_that_cannot_be_given_is_one_line(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(UserError, match=r"System role not supported; leave model.system_message"):
-        PromptFormat(tokenizer, "Be brief.")
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="there is no chat template; leave model.system_message"):
-        PromptFormat(tokenizer, "Be brief.")
+    users = "[{{ messages[-1]['content'] }}]"
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No') }}{% endif %}"
+    for template, message in (
+        (refuses + users, r"with model.system_message \(No\); leave it out, or mend"),
+        (users, "leaves model.system_message out; leave that out as well"),
+        (None, "there is none for model.system_message; leave that out"),
+    ):
+        tokenizer.chat_template = template
+        PromptFormat(tokenizer)
+        with pytest.raises(UserError, match=message):
+            PromptFormat(tokenizer, "Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{{ raise_exception('A system turn') }}",
+            r"without model.system_message \(A system turn\)",
+        ),
+        ("{% if %}", r"cannot be rendered without model.system_message \(Expected"),
+        ("{{ messages[0]['content'] }} {{ messages[0]['content'] }}", "user's text 2 times"),
+        ("hello", "user's text 0 times, not once; mend the template"),
+    ],
+)
+def test_template_that_cannot_wrap_a_text_is_one_line(
+    tokenizer: PreTrainedTokenizerBase, template: str, message: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message) as error:
+        PromptFormat(tokenizer)
+    assert "\n" not in str(error.value)
 
 
 def test_embedded_model_has_a_chat_template() -> None:

@@ -17,6 +17,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from ship_ds.allocator import use_scalable_malloc
 from ship_ds.cli import converting, inspecting, training, using
 from ship_ds.cli.verb import PANELS, app
 from ship_ds.errors import UserError
@@ -69,6 +70,10 @@ def _usage(error: TyperException) -> str:
 
 def run() -> NoReturn:
     """The console script."""
+    # Here and not in the verb: who calls `main` has a process of his own, which is not started
+    # again.
+    if sys.argv[1:2] == ["train"]:
+        use_scalable_malloc()
     try:
         code = main()
     except Exception:

@@ -116,37 +116,10 @@ class DecoderOnly(LanguageModel):
         states: Tensor = self._stack(**tokens, **extra, use_cache=False).last_hidden_state
         return states
 
-    def states(
-        self,
-        batch: TokenBatch,
-        embeddings_ESH: Tensor | None = None,
-        adapter: Adapter | None = None,
-        *,
-        checkpointing: bool = False,
+    def packed_states(
+        self, batch: TokenBatch, adapter: Adapter | None = None, *, checkpointing: bool = False
     ) -> Tensor:
         """See `LanguageModel`."""
-        if not self.packs or embeddings_ESH is not None:
-            return super().states(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
-        return batch.in_rows(self._packed_states(batch, adapter, checkpointing))
-
-    def last_states(
-        self,
-        batch: TokenBatch,
-        embeddings_ESH: Tensor | None = None,
-        adapter: Adapter | None = None,
-        *,
-        checkpointing: bool = False,
-    ) -> Tensor:
-        """See `LanguageModel`."""
-        if not self.packs or embeddings_ESH is not None:
-            return super().last_states(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
-        states_NH = self._packed_states(batch, adapter, checkpointing)
-        return states_NH.index_select(0, batch.packed.last_E)
-
-    def _packed_states(
-        self, batch: TokenBatch, adapter: Adapter | None, checkpointing: bool
-    ) -> Tensor:
-        """The last layer's states (N, H) of all tokens, read end to end."""
         extra = _under(adapter, checkpointing) | self._end_to_end(batch)
         states: Tensor = self._stack(
             inputs_embeds=self.embed_packed(batch), use_cache=False, **extra

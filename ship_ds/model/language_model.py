@@ -299,6 +299,8 @@ class LanguageModel(ABC):
     ) -> Tensor:
         """The last layer's states (E, S, H) after every token of each row, zero in the padding: for
         who attends to a whole text. A model that can reads it packed; arguments as in `hidden`."""
+        if self.packs and embeddings_ESH is None:
+            return batch.in_rows(self.packed_states(batch, adapter, checkpointing=checkpointing))
         hidden_ESH = self.hidden(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
         if not batch.has_padding:
             return hidden_ESH
@@ -313,10 +315,25 @@ class LanguageModel(ABC):
         checkpointing: bool = False,
     ) -> Tensor:
         """The last layer's states (E, H) after the last token of each row, which has read all of
-        it; arguments as in `hidden`."""
+        it. A model that can reads it packed; arguments as in `hidden`."""
+        if self.packs and embeddings_ESH is None:
+            states_NH = self.packed_states(batch, adapter, checkpointing=checkpointing)
+            return states_NH.index_select(0, batch.packed.last_E)
         hidden_ESH = self.hidden(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
         rows_E = torch.arange(len(hidden_ESH), device=hidden_ESH.device)
         return hidden_ESH[rows_E, batch.lengths_E - 1]
+
+    def packed_states(
+        self, batch: TokenBatch, adapter: "Adapter | None" = None, *, checkpointing: bool = False
+    ) -> Tensor:
+        """The last layer's states (N, H) of all tokens, read end to end: of a model that `packs`.
+
+        Args:
+            batch: its tokens.
+            adapter: one for all rows.
+            checkpointing: recompute each block in the backward pass.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def label_states(
