@@ -1,7 +1,8 @@
-"""Steps of training on a CPU under the system's malloc and under the one that the trainer takes,
+r"""Steps of training on a CPU under the system's malloc and under the one that the trainer takes,
 side by side; writes tools/results/malloc.json.
 
-    python tools/bench_malloc.py --config smollm2-sni data.path=FOLDER training.tasks_per_step=2
+    python tools/bench_malloc.py --config smollm2-sni-large --steps 20 \
+        data.sources.0.path=FOLDER data.sources.1.path=FOLDER training.tasks_per_step=2
 
 Each round starts the same training twice at once, each on half of the cores, and the next round
 changes the halves: the hour and a quicker core are alike for both. First of all their losses have
