@@ -107,7 +107,8 @@ class RoleSize:
     attention: A F summed over layers. output: V H; 0 where states are read and no logits.
     is_trained: whether its own matrices are. embeddings_have_gradient: they are trained, or soft
     tokens stand before the prompt. head: of the MLP between it and z, which is trained and runs
-    once a task. pooling: of learned queries that gather from all states, for each token.
+    once a task. pooling: of learned queries that gather from all states, for each token. after:
+    what adapters make of outputs, for each token. prefix: keys that each query meets besides.
     """
 
     blocks: Matrices
@@ -118,18 +119,22 @@ class RoleSize:
     embeddings_have_gradient: bool
     head: int = 0
     pooling: int = 0
+    after: int = 0
+    prefix: int = 0
 
     def model_flops(self, rows: Rows) -> int:
         """Of blocks, attention and logits."""
         blocks = self.blocks.flops(rows.num_tokens, self.embeddings_have_gradient, self.is_trained)
-        attention = 3 * 4 * self.attention * rows.sum_of_squares
+        pairs = rows.sum_of_squares + self.prefix * rows.num_tokens
+        attention = 3 * 4 * self.attention * pairs
         return (
             blocks + attention + Matrices(self.output).flops(rows.num_labels, True, self.is_trained)
         )
 
     def low_rank_flops(self, rows: Rows) -> int:
-        """Of the LoRA, whose matrices always have a gradient."""
-        return self.low_rank.flops(rows.num_tokens, self.embeddings_have_gradient, True)
+        """Of the LoRA, and of what is made of outputs; their matrices always have a gradient."""
+        after = Matrices(self.after).flops(rows.num_tokens, True, True)
+        return after + self.low_rank.flops(rows.num_tokens, self.embeddings_have_gradient, True)
 
     def head_flops(self, rows: Rows, num_tasks: int) -> int:
         """Of what is between the language model and z: pooling and MLP."""

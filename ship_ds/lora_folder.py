@@ -5,8 +5,10 @@ several, compress it.
     FOLDER/adapter_model.safetensors     base_model.model.<module path>.lora_A.weight (R, I)
                                          base_model.model.<module path>.lora_B.weight (O, R)
                                          or prompt_embeddings (P, H)
+                                         or prompt_embeddings (P, L 2 G F) of a prefix
 
-Letters: H hidden size, I inputs of a linear, O outputs of a linear, P virtual tokens, R LoRA rank.
+Letters: F size of an attention head, G key-value heads, H hidden size, I inputs of a linear,
+L decoder layers, O outputs of a linear, P virtual tokens, R LoRA rank.
 """
 
 import json
@@ -185,6 +187,35 @@ def write_soft_prompt(folder: Path, prompt_PH: Tensor, base: str, settings: Any)
         token_dim=prompt_PH.shape[1],
         num_transformer_submodules=1,
         num_attention_heads=settings.num_attention_heads,
+        num_layers=settings.num_hidden_layers,
+    ).save_pretrained(str(folder))
+
+
+def write_prefix(folder: Path, states: Sequence[Tensor], base: str, settings: Any) -> None:
+    """Write the two files of keys and values, `peft`'s prefix tuning, into an existing folder.
+
+    Args:
+        folder: Where to.
+        states: Keys before values of each block, (2, G, P, F), the keys turned for positions that
+            begin behind them.
+        base: The base model's folder, as the config names it.
+        settings: The base model's transformers config.
+    """
+    from peft import PrefixTuningConfig
+
+    _, num_heads, length, head_size = states[0].shape
+    # peft parts a position's numbers into layer, key or value, head.
+    rows = torch.cat([one.permute(2, 0, 1, 3).flatten(1) for one in states], 1)
+    _write_tensors(folder, {"prompt_embeddings": rows.contiguous()})
+    PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+        num_virtual_tokens=length,
+        token_dim=num_heads * head_size,
+        num_transformer_submodules=1,
+        # Of keys and values: peft cuts token_dim by it.
+        num_attention_heads=num_heads,
         num_layers=settings.num_hidden_layers,
     ).save_pretrained(str(folder))
 

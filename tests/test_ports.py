@@ -23,9 +23,9 @@ from ship_ds.lora_folder import read_lora
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.planner.plan import Machines, make_plan
 from tests.conftest import REPOSITORY, environment
-from tests.toys import adapter, objective, prefix, prior
+from tests.toys import adapter, objective, prior
 
-TOYS = ["tests.toys.adapter", "tests.toys.objective", "tests.toys.prefix", "tests.toys.prior"]
+TOYS = ["tests.toys.adapter", "tests.toys.objective", "tests.toys.prior"]
 SETTINGS = [
     "model.hypernetwork={kind: diagonal_core, rank: 3}",
     "model.prior={kind: toy_mixture, num_components: 2}",
@@ -35,7 +35,8 @@ SETTINGS = [
     "evaluation.ends_with_report=false",
     "checkpoint.every_steps=2",
 ]
-assert all(module.__name__ in TOYS for module in (adapter, objective, prefix, prior))
+HINT = "{kind: combination, parts: [{kind: bottleneck}, {kind: prefix, latent: by_layer}]}"
+assert all(module.__name__ in TOYS for module in (adapter, objective, prior))
 
 
 def _train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -121,14 +122,18 @@ def test_toys_are_planned() -> None:
     ]
     assert blocks[0] == blocks[1]  # the teacher's pass keeps nothing
     prefixed = make_plan(
-        load_config("quickstart-smoke", ["model.hypernetwork={kind: toy_prefix}"]), machines
+        load_config(
+            "quickstart-smoke", ["model.hypernetwork={kind: prefix, length: 3, width: 16}"]
+        ),
+        machines,
     )
     assert 0 < prefixed.memory["generated adapters"] < plain.memory["generated adapters"]
 
 
 @pytest.mark.slow
-def test_a_prefix_trains(tmp_path: Path) -> None:
-    done = _train(tmp_path / "run", "model.hypernetwork={kind: toy_prefix}", "training.steps=3")
+@pytest.mark.parametrize("hypernetwork", ["{kind: prefix, length: 3}", HINT])
+def test_kinds_that_are_no_lora_train(hypernetwork: str, tmp_path: Path) -> None:
+    done = _train(tmp_path / "run", f"model.hypernetwork={hypernetwork}", "training.steps=3")
     assert done.returncode == 0, done.stderr[-3000:]
     norms = [row["optimiser/gradient_norm"] for row in _rows(tmp_path / "run")]
     ship = Ship.from_run(tmp_path / "run")
@@ -153,8 +158,8 @@ def test_a_mistake_in_a_toys_section_is_one_line(override: str, message: str) ->
 
 
 def test_what_a_kind_does_not_offer_is_one_line(tmp_path: Path) -> None:
-    """A prefix has no file format and no distance, and a folder cannot become one."""
-    config = load_config("quickstart-smoke", ["model.hypernetwork={kind: toy_prefix}"])
+    """A bottleneck has no file format and no distance, and a folder cannot become one."""
+    config = load_config("quickstart-smoke", ["model.hypernetwork={kind: bottleneck}"])
     ship = build_ship(config.model, LoadedWeights())
     made = ship.adapt(torch.zeros(1, config.model.latent_size))
     for refused, message in (

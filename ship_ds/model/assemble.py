@@ -106,7 +106,7 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     )
     port = language_model(task_lm)
     kind: type[Hypernetwork] = ADAPTERS.implementation(config.hypernetwork)
-    for reason in filter(None, map(port.missing, kind.needs)):
+    for reason in filter(None, map(port.missing, kind.features(config.hypernetwork))):
         raise UserError(reason)
     sites = sites_in_each_block(task_lm, kind.targets(config.hypernetwork))
     target = Target(sites, port.hidden_size, tuple(port.blocks()), port.key_value_heads)

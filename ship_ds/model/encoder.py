@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.config import AttentionPooling, LastPooling
+from ship_ds.errors import UserError
+from ship_ds.model.adapters.adapter import num_products
 from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.pooling import LearnedQueries
@@ -71,6 +73,15 @@ class Encoder(Role):
         if isinstance(pooling, AttentionPooling):
             self.pooling = LearnedQueries(hidden_size, pooling.num_queries, pooling.num_heads)
         width = hidden_size if self.pooling is None else self.pooling.width
+        self.num_shares = 1
+        if isinstance(pooling, AttentionPooling) and pooling.shares:
+            self.num_shares = pooling.num_queries
+            if latent_size % self.num_shares:
+                raise UserError(
+                    f"model.encoder.pooling.shares: model.latent_size ({latent_size}) must be a "
+                    f"multiple of num_queries ({self.num_shares}): change one of them"
+                )
+            width, latent_size = hidden_size, latent_size // self.num_shares
         first, last = nn.Linear(width, 2 * hidden_size), nn.Linear(2 * hidden_size, 2 * latent_size)
         self.head = nn.Sequential(first, nn.SiLU(), last)
         # Means of about unit size over small noise: from torch's own initial scale, training first
@@ -91,8 +102,14 @@ class Encoder(Role):
         """
         pooled_TX = self._pooled(batch, embeddings_TSH)
         # exp of the log-variance and the KL need fp32 whatever the engine's dtype.
-        mean_TZ, raw_TZ = self.head(pooled_TX).float().chunk(2, dim=-1)
-        return mean_TZ, raw_TZ + _FIRST_LOG_VARIANCE
+        shares = pooled_TX.unflatten(1, (self.num_shares, -1))
+        mean, raw = self.head(shares).float().chunk(2, dim=-1)
+        return mean.flatten(1), raw.flatten(1) + _FIRST_LOG_VARIANCE
+
+    @property
+    def head_products(self) -> int:
+        """Multiplications that make one task's posterior of what was pooled."""
+        return self.num_shares * num_products(self.head)
 
     def _pooled(self, batch: TokenBatch, embeddings_TSH: Tensor | None) -> Tensor:
         """What the head reads, in its dtype."""

@@ -30,7 +30,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -111,10 +111,7 @@ class Stream(ABC):
             self.adapter = self.adapter.rows(self.index([task for task, _ in groups]))
         counts = [count for _, count in groups]
         self.task_of_row = [task for task, count in enumerate(counts) for _ in range(count)]
-        offsets = None
-        if len(set(counts)) > 1:
-            offsets = self.index(list(accumulate(counts))).to(torch.int32)
-        self.adapter = self.adapter.over(offsets)
+        self.adapter = self.adapter.for_rows(counts)
 
     def index(self, rows: Sequence[int]) -> Tensor:
         """Rows as an index on the stream's device."""

@@ -39,8 +39,10 @@ def size_of(config: ModelConfig, parts: Parts) -> ShipSize:
         task_lm.vocabulary_size * task_lm.hidden_size,
         is_trained=False,
         embeddings_have_gradient=has_soft_tokens,
+        after=hypernetwork.products_after(),
+        prefix=hypernetwork.prefix_length,
     )
-    encoder_size = _role(config.encoder, encoder.language_model, num_products(encoder.head), False)
+    encoder_size = _role(config.encoder, encoder.language_model, encoder.head_products, False)
     if encoder.pooling is not None:
         encoder_size = replace(encoder_size, pooling=encoder.pooling.num_products)
     return ShipSize(

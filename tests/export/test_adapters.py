@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ship_ds.errors import UserError
 from ship_ds.export.compose import compose
@@ -18,6 +19,7 @@ from ship_ds.export.requests import Request, read_latents
 from ship_ds.lora_folder import add, read_lora
 from ship_ds.model.adapters.lora import LoraExport
 from ship_ds.model.loading import load_lm
+from ship_ds.model.rotation import rotated_by
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship
 
 TEXTS = ("put 7 at the front", "reverse the list", "keep the numbers greater than 4")
@@ -67,6 +69,45 @@ def test_soft_prompts_leave_as_prompt_tuning(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="soft prompt.*a sum of such adapters means nothing"):
         compose(ship, [(1.0, TEXTS[0])], tmp_path / "b", PROBES)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "a"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefixes_leave_as_prefix_tuning(family: str, tmp_path: Path) -> None:
+    """Where `peft` has the prompt begin behind the prefix, keys are turned on by as much."""
+    ship = make_ship(make_base(tmp_path / "base", family), kind="prefix", length=3)
+    proof = export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    assert proof.from_live <= 1e-4 < 0.1 < proof.from_base
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["num_virtual_tokens"]) == ("PREFIX_TUNING", 3)
+    assert "prefix, 3 keys and values in each of 2 blocks" in (tmp_path / "a/README.md").read_text()
+    with pytest.raises(UserError, match="prefix.*a sum of such adapters means nothing"):
+        compose(ship, [(1.0, TEXTS[0])], tmp_path / "b", PROBES)
+
+
+def test_a_prefix_of_a_model_without_rotations_has_no_folder() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=5, n_positions=9))
+    with pytest.raises(UserError, match="GPT2LMHeadModel: its positions are not rotated"):
+        rotated_by(model, torch.zeros(2, 3, 4), 3)
+
+
+@pytest.mark.parametrize(
+    ("hypernetwork", "message"),
+    [
+        ({"kind": "bottleneck", "rank": 2}, "deduce: .* no file format"),
+        (
+            {"kind": "combination", "parts": [{"kind": "lora"}, {"kind": "prefix"}]},
+            "deduce: a folder of peft holds one kind",
+        ),
+    ],
+)
+def test_kinds_without_a_folder_say_so(
+    hypernetwork: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    ship = make_ship(make_base(tmp_path / "base"), **hypernetwork)
+    with pytest.raises(UserError, match=message):
+        export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    assert len(ship.answer(TEXTS[0], ["3 9 5"])) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
 def test_a_saved_latent_makes_the_same_adapter(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from ship_ds.errors import UserError
 from ship_ds.model import attention
+from ship_ds.model.adapters.prefix import PrefixAdapter
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.attention import FLASH, SDPA, VARLEN, resolve
 from ship_ds.model.batch import TokenBatch
@@ -31,7 +32,6 @@ from tests.model.models import (
     random_rows,
     tiny_lm,
 )
-from tests.toys.prefix import PrefixAdapter
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -14,6 +14,7 @@ O outputs of a linear, P virtual tokens, H hidden size, Z latent size.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,6 +52,11 @@ class Adapter(ABC):
         low_rank = self.low_rank(path)
         return None if low_rank is None else low_rank.delta(x)
 
+    def after(self, path: str, y: Tensor) -> Tensor | None:
+        """What is added to the output y (..., O) of the linear at module `path` where it is made of
+        that very output, all else added already; tokens as in `delta`. None: nothing."""
+        return None
+
     def virtual_tokens(self) -> Tensor | None:
         """Embeddings put before every prompt, (T, P, H); None: none."""
         return None
@@ -67,6 +73,13 @@ class Adapter(ABC):
         """The same for tokens laid end to end, task t ending at offsets[t]; None: every task has
         equally many tokens."""
         return self
+
+    def for_rows(self, counts: Sequence[int]) -> "Adapter":
+        """The same for rows of one token each, of which task t has counts[t], one after another."""
+        if len(set(counts)) == 1:
+            return self.over(None)
+        device = next(iter(self.tensors().values())).device
+        return self.over(torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device))
 
     def prepared(self, dtype: torch.dtype) -> "Adapter":
         """The same for many forwards without gradients in a model of this dtype: what `delta` would
@@ -162,6 +175,8 @@ class Hypernetwork(nn.Module, ABC):
 
     num_virtual_tokens: int = 0
     """Places that its adapters take before each prompt."""
+    prefix_length: int = 0
+    """Keys that every query of the Task LLM meets besides. For FLOPs."""
     needs: ClassVar[tuple[Feature, ...]] = ("adapters",)
     """What it needs of a language model; see `LanguageModel.missing`."""
     packs: ClassVar[bool] = True
@@ -171,6 +186,11 @@ class Hypernetwork(nn.Module, ABC):
     def targets(config: Any) -> tuple[str, ...]:
         """Names of the Task LLM's linears that its adapters change."""
         return ()
+
+    @classmethod
+    def features(cls, config: Any) -> tuple[Feature, ...]:
+        """What adapters of this config need of a language model; see `LanguageModel.missing`."""
+        return cls.needs
 
     @abstractmethod
     def forward(self, latent_TZ: Tensor) -> Adapter:
@@ -183,6 +203,10 @@ class Hypernetwork(nn.Module, ABC):
     def ranks(self) -> Mapping[str, int]:
         """Module path -> rank of the product that its adapters add there. For FLOPs."""
         return {}
+
+    def products_after(self) -> int:
+        """Multiplications of one token with what `Adapter.after` adds, of all sites. For FLOPs."""
+        return 0
 
     def exports(self, adapter: Any) -> list[Export]:
         """Each task's adapter on its way out. Raises UserError for a kind without a format."""

@@ -5,7 +5,7 @@ head serves a group of sites, says how many embeddings they need, and turns the 
 into their A and B. B starts at exactly zero, so step 0 is the base model; A starts as in `peft`.
 
 Letters: T tasks, Z latent size, D hypernetwork width, J sites of a group, U features of a group,
-R LoRA rank, I inputs of a linear, O outputs of a linear.
+R LoRA rank, I inputs of a linear, O outputs of a linear, X other letters flattened.
 """
 
 import math
@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ship_ds.config import LoraHypernetworkConfig
+from ship_ds.config import BottleneckHypernetworkConfig, LoraHypernetworkConfig
 from ship_ds.errors import UserError
 from ship_ds.lora_folder import Lora, add, compressed, read_lora, write_lora
 from ship_ds.model.adapters.adapter import (
     Adapter,
     Export,
-    Hypernetwork,
     Sites,
     Target,
     num_products,
 )
 from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.segments import TaskEnds
+from ship_ds.model.adapters.trunk import TrunkHypernetwork, layer_of, share_of
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module path -> (a_TRI, b_TOR)."""
@@ -191,6 +191,8 @@ class LoraHead(nn.Module, ABC):
 
     num_embeddings: int
     """How many embeddings tell the group's features apart."""
+    places: Sequence[str]
+    """Module path of a site that each feature is of, U of them."""
 
     @staticmethod
     def groups(sites: Sites) -> list[Sites]:
@@ -221,6 +223,7 @@ class ShapeHead(LoraHead):
     def __init__(self, width: int, rank: int, sites: Sites) -> None:
         super().__init__()
         self.paths, self.num_embeddings = list(sites), len(sites)
+        self.places = self.paths
         self.rank, (self.num_in, self.num_out) = rank, next(iter(sites.values()))
         self.to_a = nn.Linear(width, rank * self.num_in)
         self.to_b = nn.Linear(width, rank * self.num_out)
@@ -240,7 +243,7 @@ class LayerHead(LoraHead):
 
     def __init__(self, width: int, rank: int, sites: Sites) -> None:
         super().__init__()
-        self.num_embeddings = 1
+        self.num_embeddings, self.places = 1, list(sites)[:1]
         self.parts = nn.ModuleList(
             ShapeHead(width, rank, {path: shape}) for path, shape in sites.items()
         )
@@ -266,6 +269,7 @@ class RankHead(LoraHead):
     def __init__(self, width: int, rank: int, sites: Sites) -> None:
         super().__init__()
         self.paths, self.num_embeddings, self.rank = list(sites), len(sites), rank
+        self.places = [path for path in sites for _ in range(rank)]
         num_in, num_out = next(iter(sites.values()))
         self.rank_embedding = nn.Embedding(rank, width)
         self.to_a = nn.Linear(width, num_in)
@@ -310,42 +314,39 @@ HEADS: Mapping[str, type[ShapeHead] | type[LayerHead] | type[RankHead]] = {
 }
 
 
-class LoraHypernetwork(Hypernetwork):
+class FactorHypernetwork(TrunkHypernetwork):
     """z and the learned embedding of a site (layer and module) -> MLP -> heads."""
 
-    num_virtual_tokens = 0
-
-    def __init__(self, config: LoraHypernetworkConfig, latent_size: int, target: Target) -> None:
+    def __init__(
+        self,
+        config: LoraHypernetworkConfig | BottleneckHypernetworkConfig,
+        latent_size: int,
+        target: Target,
+    ) -> None:
         super().__init__()
         self.scaling, self.sites = config.alpha / config.rank, target.sites
         self.rank = config.rank
         width, head_type = config.width, HEADS[config.heads]
         heads = [head_type(width, config.rank, group) for group in head_type.groups(target.sites)]
-        self.from_latent = nn.Linear(latent_size, width)
-        # z weighs as much as a site's embedding
-        nn.init.normal_(self.from_latent.weight, std=1 / math.sqrt(latent_size))
-        self.site_embeddings = nn.ModuleList(
-            nn.Embedding(head.num_embeddings, width) for head in heads
+        self.num_shares = len(target.blocks) if config.latent == "by_layer" else 1
+        self.layers: list[list[int]] = []
+        if self.num_shares > 1:
+            self.layers = [[layer_of(p, target.blocks) for p in head.places] for head in heads]
+        self.add_trunk(
+            share_of(latent_size, self.num_shares), width, [head.num_embeddings for head in heads]
         )
-        self.trunk = nn.Sequential(
-            nn.SiLU(), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
-        )
-        self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleList(heads)
 
-    def forward(self, latent_TZ: Tensor) -> LoraAdapter:
-        from_latent_T1D = self.from_latent(latent_TZ.to(self.from_latent.weight.dtype))[:, None]
+    def factors(self, latent_TZ: Tensor) -> LoraAdapter:
+        """A and B of every site."""
+        from_latent_TXD = self.project(latent_TZ, self.num_shares)
         factors: Factors = {}
-        for embedding, head in zip(self.site_embeddings, self.heads, strict=True):
+        for group, head in enumerate(self.heads):
             assert isinstance(head, LoraHead)
-            embeddings_JD = embedding(torch.arange(head.num_embeddings, device=latent_TZ.device))
-            features_TUD = from_latent_T1D + head.units(embeddings_JD)
-            # Adam moves every weight by about lr; without 1 / sqrt(D) its first steps would move A
-            # and B by D times that.
-            factors |= head(
-                self.norm(features_TUD + self.trunk(features_TUD))
-                / math.sqrt(self.norm.normalized_shape[0])
-            )
+            places_JD = self.embeddings(group, head.num_embeddings, latent_TZ.device)
+            # Without shares z's part is one for all places, and is spread over them by the sum.
+            own_TUD = from_latent_TXD[:, self.layers[group]] if self.layers else from_latent_TXD
+            factors |= head(self.run_trunk(own_TUD + head.units(places_JD)))
         return LoraAdapter(factors, self.scaling)
 
     @staticmethod
@@ -360,9 +361,16 @@ class LoraHypernetwork(Hypernetwork):
     def num_products(self) -> int:
         """See `Hypernetwork`: trunk and head run once for each of the head's features."""
         heads = (head for head in self.heads if isinstance(head, LoraHead))
-        return num_products(self.from_latent) + sum(
+        return self.num_shares * num_products(self.from_latent) + sum(
             head.num_features * (num_products(self.trunk) + num_products(head)) for head in heads
         )
+
+
+class LoraHypernetwork(FactorHypernetwork):
+    """z -> the LoRA of every site."""
+
+    def forward(self, latent_TZ: Tensor) -> LoraAdapter:
+        return self.factors(latent_TZ)
 
     def ranks(self) -> Mapping[str, int]:
         """See `Hypernetwork`."""

@@ -3,6 +3,7 @@
     times      tokens x matrices     (N, I) and (T, I, O)  ->  (N, O)
     add_times  the same, added in place
     outer      tokens^T tokens       (N, I) and (N, O)     ->  (T, I, O)
+    product    times, with gradients
 
 A low-rank adapter needs no others: forward, input gradient and both weight gradients are made of
 these three. How they are computed depends on the device and on whether tasks have equally many
@@ -15,9 +16,11 @@ X other letters flattened.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _ALIGNMENT_BYTES = 16
 """grouped_mm wants rows in multiples of this."""
@@ -184,6 +187,34 @@ class ShapeSegments(Segments):
 
     def outer(self, x_NI: Tensor, grad_NO: Tensor) -> Tensor:
         return torch.mm(x_NI.T, grad_NO).repeat(self.num_tasks, 1, 1)
+
+
+class _Product(torch.autograd.Function):
+    """`Segments.times` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, products: Segments, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
+        ctx.products = products
+        ctx.save_for_backward(x_NI, matrix_TIO)
+        return products.times(x_NI, matrix_TIO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        x_NI, matrix_TIO = ctx.saved_tensors
+        _, needs_x, needs_matrix = ctx.needs_input_grad
+        grad_NO = grad_NO.contiguous()
+        return (
+            None,
+            ctx.products.times(grad_NO, matrix_TIO.mT) if needs_x else None,
+            ctx.products.outer(x_NI, grad_NO) if needs_matrix else None,
+        )
+
+
+def product(products: Segments, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
+    """Each token times its task's matrix, (N, O), with gradients."""
+    out: Tensor = _Product.apply(products, x_NI.contiguous(), matrix_TIO)
+    return out
 
 
 def segments(x: Tensor, num_tasks: int, ends: TaskEnds | None) -> Segments:

@@ -35,6 +35,12 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        out = self._changed(x)
+        after = None if self.adapter is None else self.adapter.after(self.path, out)
+        return out if after is None else out + after.to(out.dtype)
+
+    def _changed(self, x: Tensor) -> Tensor:
+        """The base's output with what the adapter makes of its input."""
         low_rank = None if self.adapter is None else self.adapter.low_rank(self.path)
         if low_rank is not None and isinstance(self.base, Nf4Linear):
             # By name: DeepSpeed's hooks look at positional arguments, and know tensors alone.

@@ -1,0 +1,177 @@
+"""Several kinds of adapter at once, all made from the same z: HINT (Ivison et al. 2023, arXiv
+2212.10315) generates bottleneck adapters and prefixes together.
+
+    model.hypernetwork={kind: combination, parts: [{kind: bottleneck}, {kind: prefix, length: 4}]}
+
+Letters: T tasks, Z latent size, R LoRA rank, I inputs of a linear, O outputs of a linear.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ship_ds.config import CombinationConfig
+from ship_ds.errors import UserError
+from ship_ds.kinds import ADAPTERS
+from ship_ds.model.adapters.adapter import (
+    Adapter,
+    Hypernetwork,
+    Prefix,
+    Target,
+    build_hypernetwork,
+)
+from ship_ds.model.adapters.segment_lora import LowRank
+from ship_ds.model.language_model import Feature
+
+
+@dataclass(frozen=True)
+class CombinedAdapter(Adapter):
+    """What each part does, done together: sums at linears, one after another before the prompt."""
+
+    parts: tuple[Adapter, ...]
+
+    @property
+    def num_tasks(self) -> int:
+        return self.parts[0].num_tasks
+
+    def low_rank(self, path: str) -> LowRank | None:
+        """One of all ranks side by side; None where a part adds what is none of low rank."""
+        if any(type(part).delta is not Adapter.delta for part in self.parts):
+            return None
+        found = [one for part in self.parts if (one := part.low_rank(path)) is not None]
+        return reduce(_side_by_side, found) if found else None
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None:
+        """See `Adapter`."""
+        return _sum(part.delta(path, x) for part in self.parts)
+
+    def after(self, path: str, y: Tensor) -> Tensor | None:
+        """See `Adapter`: each part reads the output as it was before the others."""
+        return _sum(part.after(path, y) for part in self.parts)
+
+    def virtual_tokens(self) -> Tensor | None:
+        """See `Adapter`."""
+        found = [one for part in self.parts if (one := part.virtual_tokens()) is not None]
+        return torch.cat(found, 1) if found else None
+
+    def prefix(self, path: str, num_rows: int) -> Prefix | None:
+        """See `Adapter`."""
+        found = [one for part in self.parts if (one := part.prefix(path, num_rows)) is not None]
+        if not found:
+            return None
+        keys, values = zip(*found, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    def _each(self, change: Callable[[Adapter], Adapter]) -> "CombinedAdapter":
+        return CombinedAdapter(tuple(map(change, self.parts)))
+
+    def rows(self, index: Tensor) -> "CombinedAdapter":
+        return self._each(lambda part: part.rows(index))
+
+    def over(self, offsets: Tensor | None) -> "CombinedAdapter":
+        return self._each(lambda part: part.over(offsets))
+
+    def for_rows(self, counts: Sequence[int]) -> "CombinedAdapter":
+        """See `Adapter`."""
+        return self._each(lambda part: part.for_rows(counts))
+
+    def prepared(self, dtype: torch.dtype) -> "CombinedAdapter":
+        return self._each(lambda part: part.prepared(dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of each part, by its number."""
+        return {
+            f"{number}.{name}": tensor
+            for number, part in enumerate(self.parts)
+            for name, tensor in part.tensors().items()
+        }
+
+    def distance(self, other: Adapter) -> Tensor:
+        """The mean of the parts' distances."""
+        assert isinstance(other, CombinedAdapter)
+        pairs = zip(self.parts, other.parts, strict=True)
+        return torch.stack([part.distance(theirs) for part, theirs in pairs]).mean(0)
+
+
+def _side_by_side(left: LowRank, right: LowRank) -> LowRank:
+    """The sum of two products as one; each one's scaling goes into its B."""
+    b = torch.cat([left.b_TOR * left.scaling, right.b_TOR * right.scaling], 2)
+    return replace(left, a_TRI=torch.cat([left.a_TRI, right.a_TRI], 1), b_TOR=b, scaling=1.0)
+
+
+def _sum(found: Any) -> Tensor | None:
+    added = [one for one in found if one is not None]
+    return reduce(torch.add, added) if added else None
+
+
+class Combination(Hypernetwork):
+    """A hypernetwork of each part, side by side."""
+
+    def __init__(self, config: CombinationConfig, latent_size: int, target: Target) -> None:
+        super().__init__()
+        parts = [build_hypernetwork(part, latent_size, _own(target, part)) for part in config.parts]
+        self.parts = nn.ModuleList(parts)
+        self.num_virtual_tokens = sum(part.num_virtual_tokens for part in parts)
+        self.prefix_length = sum(part.prefix_length for part in parts)
+        self.packs = all(part.packs for part in parts)  # type: ignore[misc]
+
+    def _hypernetworks(self) -> list[Hypernetwork]:
+        return [part for part in self.parts if isinstance(part, Hypernetwork)]
+
+    @staticmethod
+    def targets(config: CombinationConfig) -> tuple[str, ...]:
+        """See `Hypernetwork`: those of all parts, each once."""
+        return tuple(dict.fromkeys(name for part in config.parts for name in _targets(part)))
+
+    @classmethod
+    def features(cls, config: CombinationConfig) -> tuple[Feature, ...]:
+        """See `Hypernetwork`."""
+        found = [
+            one for part in config.parts for one in ADAPTERS.implementation(part).features(part)
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def forward(self, latent_TZ: Tensor) -> CombinedAdapter:
+        return CombinedAdapter(tuple(part(latent_TZ) for part in self.parts))
+
+    def num_products(self) -> int:
+        """See `Hypernetwork`."""
+        return sum(part.num_products() for part in self._hypernetworks())
+
+    def ranks(self) -> Mapping[str, int]:
+        """See `Hypernetwork`."""
+        ranks: dict[str, int] = {}
+        for part in self._hypernetworks():
+            for path, rank in part.ranks().items():
+                ranks[path] = ranks.get(path, 0) + rank
+        return ranks
+
+    def products_after(self) -> int:
+        """See `Hypernetwork`."""
+        return sum(part.products_after() for part in self._hypernetworks())
+
+    def head_modules(self) -> list[nn.Module]:
+        return [head for part in self._hypernetworks() for head in part.head_modules()]
+
+    def exports(self, adapter: Adapter) -> Any:
+        """Raises UserError: a folder of `peft` holds one kind."""
+        raise UserError(
+            "deduce: a folder of peft holds one kind of adapter, and this run's are of "
+            f"{len(self.parts)}; `ship-ds answer` applies them"
+        )
+
+
+def _targets(part: Any) -> tuple[str, ...]:
+    names: tuple[str, ...] = ADAPTERS.implementation(part).targets(part)
+    return names
+
+
+def _own(target: Target, part: Any) -> Target:
+    """The Task LLM as a part sees it: with the linears that it changes."""
+    names = _targets(part)
+    sites = {p: size for p, size in target.sites.items() if p.rpartition(".")[2] in names}
+    return replace(target, sites=sites)

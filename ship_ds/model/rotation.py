@@ -1,0 +1,40 @@
+"""Keys turned by some positions, as the rotary embedding of a transformers model turns them
+(RoPE, Su et al. 2021, arXiv 2104.09864).
+
+Letters: G key-value heads, P virtual tokens, F size of an attention head.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ship_ds.errors import UserError
+
+
+def rotated_by(lm: Any, keys_GPF: Tensor, num_positions: int) -> Tensor:
+    """Every key turned on by `num_positions`, or back by as many where it is negative.
+
+    Args:
+        lm: a transformers causal LM.
+        keys_GPF: as they meet queries.
+        num_positions: by how many.
+
+    Raises:
+        UserError: the model's positions are no rotations that its module gives away.
+    """
+    rotary = getattr(lm.base_model, "rotary_emb", None)
+    turn = getattr(sys.modules[type(lm).__module__], "apply_rotary_pos_emb", None)
+    if rotary is None or turn is None:
+        raise UserError(
+            f"{type(lm).__name__}: its positions are not rotated here, so a prefix means something "
+            "else in a folder of peft, where the prompt begins behind it; `ship-ds answer` "
+            "applies the adapter"
+        )
+    keys_1GPF = keys_GPF[None].float()
+    place = torch.full((1, keys_GPF.shape[1]), abs(num_positions), device=keys_GPF.device)
+    cos, sin = rotary(keys_1GPF, place)
+    sin = sin if num_positions >= 0 else -sin
+    _, turned = turn(keys_1GPF, keys_1GPF, cos.float(), sin.float())
+    return turned[0].to(keys_GPF.dtype)

@@ -1,0 +1,220 @@
+"""What every kind of adapter keeps to, kind by kind: a new one is tested by its line in `KINDS`."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ship_ds.config import ModelConfig
+from ship_ds.kinds import ADAPTERS
+from ship_ds.model.adapters.adapter import Adapter, Hypernetwork, Target, build_hypernetwork
+from ship_ds.model.adapters.sites import sites_in_each_block, wrap
+from ship_ds.model.batch import TokenBatch
+from ship_ds.model.generation import greedy
+from ship_ds.model.language_model import LanguageModel, language_model
+from tests.model.models import EOS, HIDDEN, random_rows, tiny_lm
+
+Z, TASKS = 2 * HIDDEN, 2
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "rank": 3, "width": 16},
+    "lora by layer": {"kind": "lora", "rank": 3, "width": 16, "latent": "by_layer"},
+    "lora per rank by layer": {
+        "kind": "lora",
+        "rank": 3,
+        "width": 16,
+        "heads": "per_rank",
+        "latent": "by_layer",
+    },
+    "soft_prompt": {"kind": "soft_prompt", "num_virtual_tokens": 2, "width": 16},
+    "reshape": {"kind": "reshape", "num_virtual_tokens": 2},
+    "prefix": {"kind": "prefix", "length": 3, "width": 16},
+    "prefix by layer": {"kind": "prefix", "length": 3, "width": 16, "latent": "by_layer"},
+    "bottleneck": {"kind": "bottleneck", "rank": 3, "width": 16},
+    "bottleneck by layer": {"kind": "bottleneck", "rank": 3, "width": 16, "latent": "by_layer"},
+    "combination": {
+        "kind": "combination",
+        "parts": [
+            {"kind": "lora", "rank": 2, "width": 16, "targets": ["q_proj", "o_proj"]},
+            {"kind": "lora", "rank": 3, "width": 16, "targets": ["o_proj"]},
+            {"kind": "bottleneck", "rank": 3, "width": 16},
+            {"kind": "prefix", "length": 3, "width": 16},
+            {"kind": "soft_prompt", "num_virtual_tokens": 2, "width": 16},
+        ],
+    },
+}
+STARTS_AT_THE_BASE = [name for name in KINDS if name.startswith(("lora", "bottleneck"))]
+
+
+def _section(name: str) -> Any:
+    return ModelConfig.model_validate({"hypernetwork": KINDS[name]}).hypernetwork
+
+
+def _made(name: str) -> tuple[LanguageModel, Hypernetwork]:
+    """A wrapped model and a fresh hypernetwork of the kind."""
+    section = _section(name)
+    model = tiny_lm("llama").requires_grad_(False)
+    kind = ADAPTERS.implementation(section)
+    sites = sites_in_each_block(model, kind.targets(section))
+    wrap(model, sites)
+    lm = language_model(model)
+    torch.manual_seed(0)
+    target = Target(sites, lm.hidden_size, tuple(lm.blocks()), lm.key_value_heads)
+    return lm, build_hypernetwork(section, Z, target)
+
+
+def _awake(hypernetwork: Hypernetwork) -> Hypernetwork:
+    """No weight that starts at zero is zero any more."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in hypernetwork.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return hypernetwork
+
+
+def _latent(seed: int = 1) -> Tensor:
+    return torch.randn(TASKS, Z, generator=torch.Generator().manual_seed(seed))
+
+
+PROMPTS, TARGETS = random_rows([5, 2, 4, 6], 3), random_rows([2, 3, 1, 2], 4)
+
+
+def _batch(hypernetwork: Hypernetwork, rows: slice = slice(None)) -> TokenBatch:
+    places = hypernetwork.num_virtual_tokens
+    return TokenBatch.build(PROMPTS[rows], TARGETS[rows], 0, places)
+
+
+def _soft(adapter: Adapter, num_rows: int) -> Tensor | None:
+    tokens = adapter.virtual_tokens()
+    return None if tokens is None else tokens.repeat_interleave(num_rows // len(tokens), 0)
+
+
+def _logits(lm: LanguageModel, adapter: Adapter, batch: TokenBatch, **options: Any) -> Tensor:
+    soft = _soft(adapter, len(batch.lengths))
+    return lm.score(batch, adapter, adapter.num_tasks, soft=soft, **options)[0]
+
+
+def test_every_kind_is_here() -> None:
+    """Those of tests and plugins are not the package's."""
+    inside = {
+        name
+        for name in ADAPTERS.names()
+        if ADAPTERS.config_class(name).__module__.startswith("ship_ds.")
+    }
+    assert {section["kind"] for section in KINDS.values()} == inside
+
+
+@pytest.mark.parametrize("name", STARTS_AT_THE_BASE)
+def test_a_fresh_one_is_the_base(name: str) -> None:
+    lm, hypernetwork = _made(name)
+    bare = lm.score(_batch(hypernetwork))[0]
+    assert torch.equal(_logits(lm, hypernetwork(_latent()), _batch(hypernetwork)), bare)
+    awake = _logits(lm, _awake(hypernetwork)(_latent()), _batch(hypernetwork))
+    assert float((awake - bare).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tasks_answer_as_each_alone_padded_and_packed(name: str) -> None:
+    lm, hypernetwork = _made(name)
+    adapter = _awake(hypernetwork)(_latent())
+    together = _logits(lm, adapter, _batch(hypernetwork))
+    alone = [
+        _logits(lm, adapter.rows(torch.tensor([t])), _batch(hypernetwork, slice(2 * t, 2 * t + 2)))
+        for t in range(TASKS)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert (
+        float(
+            (
+                alone[0][0]
+                - _logits(lm, adapter.rows(torch.tensor([1])), _batch(hypernetwork, slice(0, 2)))[0]
+            )
+            .abs()
+            .max()
+        )
+        > 0.01
+    )
+    assert hypernetwork.packs
+    packed = _logits(lm, adapter, _batch(hypernetwork), packed=True)
+    torch.testing.assert_close(packed, together, rtol=1e-4, atol=1e-4)
+    ready = _logits(lm, adapter.prepared(torch.float32), _batch(hypernetwork))
+    torch.testing.assert_close(ready, together, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_that_finish_leave_the_others_their_adapter(name: str) -> None:
+    """Of task 0 one row stays, of task 1 two: each goes on as it would alone."""
+    lm, hypernetwork = _made(name)
+    adapter = _awake(hypernetwork)(_latent())
+    places = hypernetwork.num_virtual_tokens
+
+    def stream(rows: list[int], task: int | None) -> Any:
+        own = adapter if task is None else adapter.rows(torch.tensor([task]))
+        prompts = TokenBatch.build([PROMPTS[row] for row in rows], None, 0, places)
+        return lm.stream(prompts, own, soft=_soft(own, len(rows)))
+
+    both = stream([0, 1, 2, 3], None)
+    both.reserve(3)
+    both.select([1, 2, 3])
+    token = both.logits_EV.argmax(-1)
+    both.advance(token)
+    for place, row in enumerate([1, 2, 3]):
+        alone = stream([row], row // 2)
+        alone.reserve(3)
+        alone.advance(token[place : place + 1])
+        torch.testing.assert_close(both.logits_EV[place], alone.logits_EV[0], rtol=1e-4, atol=1e-4)
+    answers = greedy(stream([0, 1, 2, 3], None), EOS, 6)
+    assert answers == [greedy(stream([row], row // 2), EOS, 6)[0] for row in range(4)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_reach_all_of_two_adapters_alive_under_checkpointing(
+    name: str, packed: bool
+) -> None:
+    """Both forwards, then both backwards: a recomputation sees the adapter of its own forward."""
+
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        lm, hypernetwork = _made(name)
+        _awake(hypernetwork)
+        latents = [_latent(seed).requires_grad_() for seed in (1, 2)]
+        options: Any = {"packed": packed, "checkpointing": checkpointing}
+        batch = _batch(hypernetwork)
+        logits = [_logits(lm, hypernetwork(latent), batch, **options) for latent in latents]
+        losses = [nn.functional.cross_entropy(one, batch.labels_K) for one in logits]
+        for loss in losses:
+            loss.backward()
+        named = [*hypernetwork.named_parameters(), *zip(("z0", "z1"), latents, strict=True)]
+        return {place: one.grad for place, one in named if one.grad is not None}
+
+    plain, recomputed = gradients(False), gradients(True)
+    names = {place for place, _ in _made(name)[1].named_parameters()}
+    assert plain.keys() == recomputed.keys() == names | {"z0", "z1"}
+    for place, one in plain.items():
+        assert float(one.abs().max()) > 0, place
+        torch.testing.assert_close(one, recomputed[place], msg=place)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_was_generated_has_a_row_a_task(name: str) -> None:
+    _, hypernetwork = _made(name)
+    adapter = _awake(hypernetwork)(_latent())
+    tensors = adapter.tensors()
+    assert tensors and {len(tensor) for tensor in tensors.values()} == {TASKS}
+    swapped = adapter.rows(torch.tensor([1, 0])).tensors()
+    for place, tensor in tensors.items():
+        assert torch.equal(swapped[place], tensor.flip(0)), place
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "by layer" in name])
+def test_a_share_of_z_reaches_its_own_block_alone(name: str) -> None:
+    _, hypernetwork = _made(name)
+    _awake(hypernetwork)
+    latent, moved = _latent(), _latent()
+    moved[:, Z // 2 :] += 1  # the second of two blocks
+    before, after = hypernetwork(latent).tensors(), hypernetwork(moved).tensors()
+    changed = {place: not torch.equal(before[place], after[place]) for place in before}
+    assert {place for place in changed if changed[place]} == {
+        place for place in changed if ".1" in place
+    }
+    assert len(set(changed.values())) == 2
