@@ -21,7 +21,7 @@ from ship_ds.bundle import Bundle, check_bases, frozen_bases
 from ship_ds.config import Config
 from ship_ds.console import Log, no_log
 from ship_ds.data.source import source_of
-from ship_ds.data.task import Example, SplitTask
+from ship_ds.data.task import Example, Reading, SplitTask
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
 from ship_ds.inference.adapter_reading import (
@@ -74,7 +74,7 @@ class Deduction:
     """What an instruction becomes.
 
     Args:
-        instruction: As it was given.
+        instruction: As it was given; of examples alone, as the decoder reads it out of the latent.
         latent: The mean of its posterior, Z numbers.
         adapter: What the hypernetwork makes of that.
         familiarity: How the instruction lies among those that were trained on; its `is_far` warns
@@ -253,6 +253,32 @@ class Ship:
         latent_TZ = self.model.encode([instruction])
         adapter, familiarity = self.model.adapt(latent_TZ), self.familiarity(instruction)
         return Deduction(instruction, tuple(latent_TZ[0].tolist()), adapter, familiarity)
+
+    @torch.no_grad()
+    def read(self, examples: Sequence[Pair], instruction: str | None = None) -> Deduction:
+        """The adapter that the encoder makes of examples in one pass, without a search.
+
+        Args:
+            examples: Pairs of input and target, none of which is to be answered afterwards.
+            instruction: What they follow, where it is known.
+
+        Returns:
+            Latent and adapter. Its instruction is the given one, or what the decoder reads out of
+            the latent; the familiarity is that of a given one.
+
+        Raises:
+            UserError: This run's encoder reads no examples, or fewer than these.
+        """
+        given = tuple(Example(text, target) for text, target in examples)
+        reading = Reading(instruction, given)
+        checks.check_reading(self.model, reading)
+        latent_TZ = self.model.encode([reading])
+        adapter = self.model.adapt(latent_TZ)
+        latent = tuple(latent_TZ[0].tolist())
+        if instruction is not None:
+            return Deduction(instruction, latent, adapter, self.familiarity(instruction))
+        length = self.config.evaluation.max_instruction_tokens
+        return Deduction(self.model.decode(latent_TZ, length)[0], latent, adapter, None)
 
     @torch.no_grad()
     def familiarity(self, instruction: str) -> Familiarity | None:

@@ -186,7 +186,17 @@ Pooling = Annotated[
 
 
 class EncoderConfig(TrainedRoleConfig):
-    """Reads an instruction and gives the posterior of z."""
+    """Reads an instruction, examples, or both, and gives the posterior of z."""
+
+    max_examples: int = Field(0, ge=0, le=32)
+    """At most this many examples are shown beside the instruction, none of them among those that
+    are answered; each step draws how many. Zero: the instruction alone."""
+    drop_instruction: float = Field(0.0, ge=0, lt=1)
+    """How often the instruction is left out where examples are shown, so that z can be made of
+    examples in one pass."""
+    drop_targets: float = Field(0.0, ge=0, lt=1)
+    """How often the targets of the shown examples are left out, so that inputs without labels say
+    something too."""
 
     pooling: Pooling = LastPooling()
     """What the MLP that gives the posterior reads of the language model's last layer; a name alone,
@@ -572,6 +582,12 @@ class Config(Section):
         bases = [self.model.task_llm.base, self.model.encoder.base, self.model.decoder.base]
         if conflict := source_of(self.data).conflict(bases):
             raise ValueError(conflict)
+        encoder = self.model.encoder
+        if (encoder.drop_instruction or encoder.drop_targets) and not encoder.max_examples:
+            raise ValueError(
+                "model.encoder.drop_instruction and drop_targets need model.encoder.max_examples "
+                "above 0: set it, or these to 0"
+            )
         if self.model.decoder.drop_latent and not self.model.decoder.max_examples:
             raise ValueError(
                 "model.decoder.drop_latent needs model.decoder.max_examples above 0: "

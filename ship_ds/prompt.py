@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ship_ds.data.task import Example, SplitTask
+from ship_ds.data.task import Example, Reading, SplitTask
 from ship_ds.errors import UserError
 
 VERSION = 2
@@ -60,6 +60,8 @@ class PromptFormat:
                 "in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
+        self.reads_examples = False
+        """Whether the encoder is shown examples: part of what is described."""
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
@@ -142,9 +144,15 @@ class PromptFormat:
             lines += [f"input: {shot.input}", f"output: {shot.target}"]
         return self._prompt("\n".join([*lines, _asked(text)]))
 
-    def encoder_prompt(self, instruction: str) -> tuple[int, ...]:
-        """What the encoder reads."""
-        return self._prompt(_stated(instruction))
+    def encoder_prompt(self, read: str | Reading) -> tuple[int, ...]:
+        """What the encoder reads: an instruction, or that and examples, or examples alone."""
+        if isinstance(read, str):
+            read = Reading(read)
+        lines = [] if read.instruction is None else [_stated(read.instruction)]
+        for example in read.examples:
+            lines += [f"input: {example.input}"]
+            lines += [f"output: {example.target}"] if read.states_targets else []
+        return self._prompt("\n".join(lines))
 
     def decoder_prompt(self, examples: Sequence[Example]) -> tuple[int, ...]:
         """What the decoder reads after the soft tokens of z (SHIP, section 3.2: "input: x, target:
@@ -178,9 +186,20 @@ class PromptFormat:
             "instruction and input": self.task_prompt(text, instruction),
             "examples and input": self.task_prompt(text, None, examples),
             "encoder": self.encoder_prompt(instruction),
+            **self._samples_with_examples(examples),
             "decoder": self.decoder_prompt(()),
             "decoder with examples": self.decoder_prompt(examples),
             "target": self.target("5 3"),
+        }
+
+    def _samples_with_examples(self, examples: tuple[Example, ...]) -> dict[str, tuple[int, ...]]:
+        """Of an encoder that reads examples: a format without has no such lines, and bundles from
+        before there were any keep their description."""
+        if not self.reads_examples:
+            return {}
+        return {
+            "encoder with examples": self.encoder_prompt(Reading("add 2 to it", examples)),
+            "encoder with inputs": self.encoder_prompt(Reading(None, examples, False)),
         }
 
     def describe(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from ship_ds.api import Ship
 from ship_ds.bundle import Bundle, check_bases, frozen_bases, probe_inputs, write_bundle
 from ship_ds.config import Config, TrainingConfig, load_config
 from ship_ds.console import log
-from ship_ds.data.sampler import StepSampler, balanced
+from ship_ds.data.sampler import ReadingDraw, StepSampler, balanced
 from ship_ds.data.source import TaskSource, source_of
 from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
@@ -193,6 +193,7 @@ class Trainer:
     def make_sampler(self) -> StepSampler:
         """Draws the tasks and examples of any step from its number alone, the same on all ranks."""
         training, decoder = self.config.training, self.config.model.decoder
+        encoder = self.config.model.encoder
         if training.family_alpha < 1 and len({task.task.family for task in self.splits.seen}) == 1:
             log("training.family_alpha changes nothing: the tasks of these data are of no families")
         return StepSampler(
@@ -202,6 +203,7 @@ class Trainer:
             training.examples_per_task,
             decoder.max_examples,
             decoder.drop_latent,
+            ReadingDraw(encoder.max_examples, encoder.drop_instruction, encoder.drop_targets),
         )
 
     def open_monitor(self) -> Monitor:

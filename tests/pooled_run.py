@@ -1,5 +1,6 @@
-"""Trains four steps with learned queries in an NF4 encoder, every weight of it sharded, as a user's
-command does, and writes what the trained model encodes.
+"""Trains four steps as HINT does, as a user's command does, with every weight sharded, and writes
+what the trained model encodes: an NF4 encoder that reads examples too, a learned query for each
+share of z, bottlenecks and prefixes made of them.
 
     python -m tests.pooled_run FOLDER
     torchrun --nproc-per-node 2 -m tests.pooled_run FOLDER
@@ -23,7 +24,8 @@ LATENTS = "latents.json"
 def config_of(folder: Path | str) -> Config:
     """No dropout, so that two ranks take the steps of one."""
     tuning = "{kind: lora, rank: 4, dropout: 0}"
-    pooling = "{kind: attention, num_queries: 2}"
+    pooling = "{kind: attention, num_queries: 4, shares: true}"
+    parts = "[{kind: bottleneck, latent: by_layer}, {kind: prefix, latent: by_layer, length: 3}]"
     return load_config(
         "quickstart-smoke",
         [
@@ -35,7 +37,8 @@ def config_of(folder: Path | str) -> Config:
             "evaluation.ends_with_report=false",
             "checkpoint.every_steps=2",
             f"model.encoder={{quantisation: nf4, tuning: {tuning}, checkpointing: true, "
-            f"pooling: {pooling}}}",
+            f"pooling: {pooling}, max_examples: 2, drop_instruction: 0.5, drop_targets: 0.3}}",
+            f"model.hypernetwork={{kind: combination, parts: {parts}}}",
         ],
     )
 

@@ -1,4 +1,5 @@
-"""A run whose encoder has learned queries: sharded, checkpointed, resumed, opened."""
+"""A run as HINT trains, with learned queries over instructions and examples: sharded, checkpointed,
+resumed, opened."""
 
 import json
 import shutil
@@ -10,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from ship_ds.api import Ship
+from ship_ds.errors import UserError
+from ship_ds.evaluation.config import HarnessConfig
+from ship_ds.evaluation.evaluate import evaluate
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from tests.conftest import start
 from tests.pooled_run import LATENTS, WORDINGS, config_of
@@ -61,9 +65,35 @@ def test_its_bundle_opens_and_encodes_what_the_trained_model_did(run: Path) -> N
     torch.manual_seed(0)
     config = config_of("nowhere").model
     first = dict(build_ship(config, LoadedWeights()).named_parameters())[QUERIES]
-    assert trained.shape == (2 * 4, 128) and not torch.allclose(trained, first, atol=1e-4)
+    assert trained.shape == (4 * 4, 128) and not torch.allclose(trained, first, atol=1e-4)
     live = torch.tensor(json.loads((run / LATENTS).read_text()))
     torch.testing.assert_close(ship.model.encode(WORDINGS), live, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_it_reads_examples_in_one_pass(run: Path) -> None:
+    ship = Ship.from_run(run)
+    pairs = [("3 1 2", "2 1 3"), ("4 7", "7 4")]
+    read, with_text = ship.read(pairs), ship.read(pairs, WORDINGS[0])
+    assert with_text.instruction == WORDINGS[0] and with_text.familiarity is not None
+    assert read.familiarity is None and isinstance(read.instruction, str)
+    others = [ship.read(pairs[:1]), with_text, ship.deduce(WORDINGS[0])]
+    assert all(other.latent != read.latent for other in others)
+    for given, message in ((pairs * 2, "4 are given.*at most 2"), ([], "there are none")):
+        with pytest.raises(UserError, match=f"examples: .*{message}"):
+            ship.read(given)
+
+
+@pytest.mark.slow
+def test_the_harness_asks_it_in_one_pass(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    config = HarnessConfig(
+        methods=("ship_one_pass",), num_tasks=2, parts=("seen", "unseen"), num_shown=(2,)
+    )
+    report = evaluate(tmp_path / "run", config, ["evaluate"], lambda line: None)
+    directions = report["methods"]["ship_one_pass"]
+    assert {"deduction", "induction", "reasoning"} <= directions.keys()
+    assert directions["reasoning"]["unseen"]["n_tasks"] == 2
 
 
 @pytest.mark.distributed

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ship_ds.data.task import Example
+from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.loading import load_tokenizer
@@ -230,3 +230,31 @@ def test_tokenizer_without_an_end_of_sequence_is_refused(
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="the tokenizer has no eos_token"):
         PromptFormat(tokenizer)
+
+
+def test_what_an_encoder_reads_of_examples(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts, pairs = PromptFormat(tokenizer), (Example("3 1", "1 3"), Example("5", "5"))
+    shown = "input: 3 1\noutput: 1 3\ninput: 5\noutput: 5"
+    for read, text in (
+        (Reading("sort it"), "instruction: sort it"),
+        (Reading("sort it", pairs), f"instruction: sort it\n{shown}"),
+        (Reading(None, pairs), shown),
+        (Reading(None, pairs, states_targets=False), "input: 3 1\ninput: 5"),
+    ):
+        assert _text(prompts, prompts.encoder_prompt(read)) == f"[user: {text}][assistant: "
+    assert prompts.encoder_prompt("sort it") == prompts.encoder_prompt(Reading("sort it"))
+
+
+def test_an_encoder_that_reads_examples_is_described_by_them(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """And one that reads none as ever, so that bundles of before are of its format."""
+    prompts = PromptFormat(tokenizer)
+    before = prompts.describe()
+    prompts.reads_examples = True
+    described = prompts.describe()
+    assert described["hash"] != before["hash"]
+    assert described["samples"].keys() - before["samples"].keys() == {
+        "encoder with examples",
+        "encoder with inputs",
+    }

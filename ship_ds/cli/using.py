@@ -25,6 +25,7 @@ from ship_ds.placement import check_words
 
 if TYPE_CHECKING:
     from ship_ds.api import Ship
+    from ship_ds.export.requests import Request
     from ship_ds.inference.config import InductionConfig
     from ship_ds.inference.config import Method as InductionMethod
     from ship_ds.inference.config import Preset as InductionPreset
@@ -72,6 +73,14 @@ def deduce(
     latent: Annotated[
         Path | None, typer.Option(help="a latent.safetensors instead of instructions")
     ] = None,
+    examples: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON lines of input and target, read by the encoder in one pass; with or without "
+            "an instruction",
+        ),
+    ] = None,
     probe: Probes = None,
     pad_to: PadTo = None,
     device: Device = "auto",
@@ -80,9 +89,15 @@ def deduce(
     """Instructions -> PEFT folders, each proved on the way out."""
     check_words(device, dtype)
     from ship_ds.export.requests import Request, read_instructions, read_latents
+    from ship_ds.inference.lines import read_pairs
 
-    if [instruction, file, latent].count(None) != 2:
-        raise UserError("deduce: give one of an instruction, --file or --latent")
+    sources = (instruction or examples, file, latent)
+    if sources.count(None) != 2:
+        raise UserError(
+            "deduce: give one of an instruction, --file, --latent or --examples (this one with an "
+            "instruction or without)"
+        )
+    pairs = read_pairs(examples) if examples else []
     requests = read_instructions(file) if file else [Request("adapter", instruction)]
     bundle = checks.check_run(run)
     if latent:
@@ -105,15 +120,34 @@ def deduce(
             f"each differs from the bare base by {batch.worst.from_base:.2f} or more"
         )
         return 0
+    if pairs:
+        requests = [_of_examples(ship, pairs, instruction)]
     proof = export_one(ship, requests[0], out, probes, pad_to)
     print(
         f"{out}: peft = live within {proof.from_live:.1e}; differs from the bare base by "
         f"{proof.from_base:.2f}"
     )
-    if instruction is not None:
+    if pairs:
+        print(f"  made from {requests[0].made_from}")
+    elif instruction is not None:
         _show_answers(ship, instruction, probes)
         _warn_if_far(ship, instruction)
     return 0
+
+
+def _of_examples(
+    ship: "Ship", pairs: Sequence[tuple[str, str]], instruction: str | None
+) -> "Request":
+    """What the encoder makes of examples, as an export wants it."""
+    import torch
+
+    from ship_ds.export.requests import Request
+
+    read = ship.read(pairs, instruction)
+    about = f"{len(pairs)} examples, of which the decoder reads {read.instruction!r}"
+    if instruction is not None:
+        about = f"{instruction!r} and {len(pairs)} examples"
+    return Request("adapter", instruction, torch.tensor(read.latent), about)
 
 
 def _warn_if_far(ship: "Ship", instruction: str) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ship_ds.data.task import Example, SplitTask
+from ship_ds.data.task import Example, Reading, SplitTask
 
 _INSTRUCTION_SHARE = 0.5
 """How often a task is given in its own words; else in one of its paraphrases, each as often as the
@@ -26,14 +26,60 @@ others."""
 
 @dataclass(frozen=True)
 class TaskDraw:
-    """One task of one step: a wording, the examples to answer, and the other examples shown to the
-    decoder."""
+    """One task of one step: a wording, the examples to answer, the other examples shown to the
+    decoder, and what the encoder reads; None: the wording alone."""
 
     task_id: str
     wording: str
     answered: tuple[Example, ...]
     shown: tuple[Example, ...]
     shows_latent: bool
+    read: Reading | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """What the encoder reads."""
+        return self.read or Reading(self.wording)
+
+
+@dataclass(frozen=True)
+class ReadingDraw:
+    """What of a task the encoder reads.
+
+    max_examples: at most, of those that are not answered; each step draws how many.
+    drop_instruction: how often the wording is left out where there are examples. drop_targets:
+    likewise the examples' targets.
+    """
+
+    max_examples: int = 0
+    drop_instruction: float = 0.0
+    drop_targets: float = 0.0
+
+    def draw(
+        self, task: SplitTask, wording: str, answered: Sequence[Example], seed: int, place: str
+    ) -> Reading | None:
+        """The reading of a task, a function of the arguments alone; None: its wording.
+
+        Args:
+            task: its training examples are drawn from.
+            wording: as the step draws it.
+            answered: whose inputs are not shown: their targets would be.
+            seed: of the run.
+            place: "step position", of which the step draws the number of examples.
+        """
+        if not self.max_examples:
+            return None
+        step, _, position = place.partition(" ")
+        count = random.Random(f"{seed} read {step}").randint(0, self.max_examples)
+        rng = random.Random(f"{seed} read {position} {task.id}")
+        known = {example.input for example in answered}
+        others = [example for example in task.train if example.input not in known]
+        examples = tuple(rng.sample(others, min(count, len(others))))
+        if not examples:
+            return None
+        drops_instruction = rng.random() < self.drop_instruction
+        drops_targets = rng.random() < self.drop_targets
+        return Reading(None if drops_instruction else wording, examples, not drops_targets)
 
 
 def balanced(tasks: Sequence[SplitTask], alpha: float) -> tuple[SplitTask, ...]:
@@ -120,6 +166,7 @@ class StepSampler:
     examples_per_task: int
     max_shown: int
     drop_latent: float
+    reading: ReadingDraw = ReadingDraw()
 
     def draw_step(self, step: int) -> list[TaskDraw]:
         """The draws of global step `step`, sorted by length so that micro-batches pad little.
@@ -130,7 +177,9 @@ class StepSampler:
         start = step * self.tasks_per_step
         num_shown = random.Random(f"{self.seed} shown {step}").randint(0, self.max_shown)
         positions = range(start, start + self.tasks_per_step)
-        draws = [self._draw(self._task_at(position), position, num_shown) for position in positions]
+        draws = [
+            self._draw(self._task_at(position), step, position, num_shown) for position in positions
+        ]
         return sorted(draws, key=lambda draw: (sum(len(e.input) for e in draw.shown), draw.task_id))
 
     def draw_rank(
@@ -152,7 +201,7 @@ class StepSampler:
     def _task_at(self, position: int) -> SplitTask:
         return self.tasks[self._epochs.task_at(position)]
 
-    def _draw(self, task: SplitTask, position: int, num_shown: int) -> TaskDraw:
+    def _draw(self, task: SplitTask, step: int, position: int, num_shown: int) -> TaskDraw:
         rng = random.Random(f"{self.seed} {position} {task.id}")
         num_answered = min(self.examples_per_task, len(task.train))
         num_shown = min(num_shown, len(task.train) - num_answered)
@@ -167,9 +216,9 @@ class StepSampler:
             if others and rng.random() >= _INSTRUCTION_SHARE
             else task.task.instruction
         )
-        return TaskDraw(
-            task.id, wording, tuple(drawn[:num_answered]), tuple(drawn[num_answered:]), shows_latent
-        )
+        answered, shown = tuple(drawn[:num_answered]), tuple(drawn[num_answered:])
+        read = self.reading.draw(task, wording, answered, self.seed, f"{step} {position}")
+        return TaskDraw(task.id, wording, answered, shown, shows_latent, read)
 
 
 @lru_cache(maxsize=8)

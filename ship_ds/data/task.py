@@ -37,6 +37,19 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the encoder reads of a task: its instruction, examples, or both.
+
+    instruction: None: it is to be guessed from the examples. examples: none, or some.
+    states_targets: False: the encoder sees their inputs alone.
+    """
+
+    instruction: str | None
+    examples: tuple[Example, ...] = ()
+    states_targets: bool = True
+
+
+@dataclass(frozen=True)
 class Task:
     """An instruction, examples that follow it, and other wordings of it.
 

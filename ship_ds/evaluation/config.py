@@ -20,6 +20,7 @@ METHOD_NAMES = (
     "ship_indirect",
     "ship_direct",
     "ship_rounds",
+    "ship_one_pass",
     "search_without_decoder",
     "nearest_known",
     "prompting",

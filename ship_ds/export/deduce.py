@@ -6,7 +6,7 @@ Letters: T tasks, Z latent size.
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -144,6 +144,8 @@ def _write_beside(exporter: Exporter, folder: Path, request: Request, export: Ex
 
 
 def _made_from(request: Request) -> str:
+    if request.made_from is not None:
+        return request.made_from
     return (
         request.instruction
         if request.instruction is not None
@@ -173,7 +175,7 @@ def generate(
         if pad_to is not None:
             exports = [export.padded(pad_to) for export in exports]
         for request, latent_Z, export in zip(chunk, latent_TZ, exports, strict=True):
-            yield Request(request.name, request.instruction, latent_Z), export
+            yield replace(request, latent_Z=latent_Z), export
 
 
 def _write(exporter: Exporter, part: Path, request: Request, export: Export) -> Proof:

@@ -36,11 +36,13 @@ class Request:
         name: Of its folder.
         instruction: What it is to do; None where a latent alone is known.
         latent_Z: What it is made from; None until the instruction is encoded.
+        made_from: Of what, for the model card; None: of the instruction, or of a saved latent.
     """
 
     name: str
     instruction: str | None
     latent_Z: "Tensor | None" = None
+    made_from: str | None = None
 
 
 def read_instructions(path: Path) -> list[Request]:

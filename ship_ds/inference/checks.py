@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ship_ds.data.task import Example
+from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
 from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
@@ -25,6 +25,43 @@ def check_instruction(model: ShipModel, instruction: str) -> None:
         len(model.encoder_prompts.encoder_prompt(instruction)),
         model.encoder.language_model.context_length,
         "instruction",
+        "encoder",
+    )
+
+
+def check_reading(model: ShipModel, reading: Reading) -> None:
+    """Refuse what the encoder was not trained to read.
+
+    Args:
+        model: holds the encoder.
+        reading: examples, and an instruction where there is one.
+
+    Raises:
+        UserError: the run's encoder reads no examples or fewer, or one of the texts cannot be read.
+    """
+    most = model.config.encoder.max_examples
+    if not most:
+        raise UserError(
+            "examples: this run's encoder reads instructions alone; train one with "
+            "model.encoder.max_examples, or induce the instruction first"
+        )
+    if len(reading.examples) > most:
+        raise UserError(
+            f"examples: {len(reading.examples)} are given, and this run's encoder was trained on "
+            f"at most {most} (model.encoder.max_examples): give fewer"
+        )
+    if reading.instruction is not None:
+        check_instruction(model, reading.instruction)
+    elif not model.config.encoder.drop_instruction:
+        raise UserError(
+            "examples: this run's encoder always read an instruction beside them "
+            "(model.encoder.drop_instruction=0): give one"
+        )
+    check_examples(model, reading.examples)
+    _check_length(
+        len(model.encoder_prompts.encoder_prompt(reading)),
+        model.encoder.language_model.context_length,
+        "examples",
         "encoder",
     )
 

@@ -100,6 +100,8 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
         weights.prompts(role.base, config.system_message)
         for role in (config.task_llm, config.encoder, config.decoder)
     ]
+    if config.encoder.max_examples and prompts[1] is not None:
+        prompts[1].reads_examples = True
     sharded = weights.shards(config.task_llm)
     task_lm = freeze(
         weights.language_model(config.task_llm.base, config.task_llm.quantisation, sharded)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from ship_ds.data.sampler import TaskDraw
+from ship_ds.data.task import Reading
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.encoder import posterior_noise
 from ship_ds.model.step import ShipBatch
@@ -53,7 +54,7 @@ class Collator:
         host = torch.device("cpu")
         answered = [(example, draw.wording) for draw in draws for example in draw.answered]
         return ShipBatch(
-            self.instructions([draw.wording for draw in draws], host),
+            self.readings([draw.reading for draw in draws], host),
             self.answers(
                 [example.input for example, _ in answered],
                 [example.target for example, _ in answered],
@@ -71,10 +72,10 @@ class Collator:
             posterior_noise(seed, step, [draw.task_id for draw in draws], self.latent_size),
         ).to(device)
 
-    def instructions(self, wordings: Sequence[str], device: torch.device) -> TokenBatch:
-        """What the encoder reads."""
+    def readings(self, readings: Sequence[str | Reading], device: torch.device) -> TokenBatch:
+        """What the encoder reads: instructions, examples, or both."""
         prompts = self.prompts.encoder
-        ids = [prompts.encoder_prompt(text) for text in wordings]
+        ids = [prompts.encoder_prompt(one) for one in readings]
         return TokenBatch.build(ids, None, prompts.pad_id, device=device)
 
     def answers(

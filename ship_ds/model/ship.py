@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ship_ds.config import ModelConfig
 from ship_ds.data.sampler import TaskDraw
+from ship_ds.data.task import Reading
 from ship_ds.flops import ShipSize
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
@@ -175,19 +176,19 @@ class ShipModel(nn.Module):
         return StepSums(sums, kl_TZ.detach())
 
     @torch.no_grad()
-    def encode(self, instructions: Sequence[str]) -> Tensor:
-        """Posterior means (T, Z) of any number of instructions."""
-        return self.posterior(instructions).mean_TZ
+    def encode(self, readings: Sequence[str | Reading]) -> Tensor:
+        """Posterior means (T, Z) of any number of instructions, or of examples (`Reading`)."""
+        return self.posterior(readings).mean_TZ
 
     @torch.no_grad()
-    def posterior(self, instructions: Sequence[str]) -> Posterior:
-        """q(z | k) of any number of instructions."""
+    def posterior(self, readings: Sequence[str | Reading]) -> Posterior:
+        """q(z | k) of any number of instructions, or of examples (`Reading`)."""
         prompts = self.encoder_prompts
-        ids = [prompts.encoder_prompt(text) for text in instructions]
+        ids = [prompts.encoder_prompt(one) for one in readings]
         reading, free = self.encoder.language_model.costs.reading, budget.bytes_free(self.device)
         order: list[int] = []
         # Where there are none: the encoder cannot read an empty batch.
-        parts = [(torch.zeros(0, self.config.latent_size),) * 2] if not instructions else []
+        parts = [(torch.zeros(0, self.config.latent_size),) * 2] if not readings else []
         for rows in budget.row_batches(list(map(len, ids)), free, reading):
             batch = [ids[row] for row in rows]
             parts.append(

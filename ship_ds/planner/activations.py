@@ -59,6 +59,11 @@ class Workload:
         in_prompt = self.instruction_tokens if shapes.config.task_llm.instruction != "none" else 0
         return shapes.ship.num_virtual_tokens + in_prompt + self.input_tokens + self.target_tokens
 
+    def read_length(self, shapes: Shapes) -> int:
+        """Of what the encoder reads: the instruction with as many examples as may be shown."""
+        examples = shapes.config.encoder.max_examples * (self.input_tokens + self.target_tokens)
+        return self.instruction_tokens + examples
+
     def decoded_length(self, shapes: Shapes) -> int:
         examples = self.shown_examples * (self.input_tokens + self.target_tokens)
         return shapes.config.decoder.num_soft_tokens + examples + self.instruction_tokens
@@ -66,7 +71,7 @@ class Workload:
     def tokens(self, shapes: Shapes) -> dict[str, int]:
         """Of each part that runs over tokens."""
         return {
-            "encoder": self.tasks * self.instruction_tokens,
+            "encoder": self.tasks * self.read_length(shapes),
             "decoder": self.tasks * self.decoded_length(shapes),
             "task LLM": self.examples * self.answer_length(shapes),
         }
@@ -144,7 +149,7 @@ def planned_batch(shapes: Shapes, work: Workload) -> ShipBatch:
     question_length = work.answer_length(shapes) - num_virtual - work.target_tokens
     decoder_prompt_length = work.decoded_length(shapes) - num_soft - work.instruction_tokens
     batch = ShipBatch(
-        TokenBatch.of_lengths(tasks, work.instruction_tokens, 0, 0, device),
+        TokenBatch.of_lengths(tasks, work.read_length(shapes), 0, 0, device),
         TokenBatch.of_lengths(
             work.examples, question_length, work.target_tokens, num_virtual, device
         ),

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from ship_ds.data.sampler import Epochs, StepSampler, TaskDraw, balanced
-from ship_ds.data.task import Example, SplitTask, Task
+from ship_ds.data.sampler import Epochs, ReadingDraw, StepSampler, TaskDraw, balanced
+from ship_ds.data.task import Example, Reading, SplitTask, Task
 
 
 def _task(index: int, num_examples: int = 12) -> SplitTask:
@@ -178,3 +178,36 @@ def test_an_epoch_has_every_task_its_weight_wherever_it_begins() -> None:
             assert set(counts.values()) == {weight} and len(counts) == 24
     rare = Epochs([0.001] * 3, 0)
     assert sorted(rare.task_at(i) for i in range(3)) == [0, 1, 2]
+
+
+def test_an_encoder_that_reads_examples_changes_nothing_else() -> None:
+    plain = _sampler()
+    reading = _sampler(reading=ReadingDraw(3, 0.5, 0.25))
+    for step in range(4):
+        without = [replace(draw, read=None) for draw in reading.draw_step(step)]
+        assert without == plain.draw_step(step)
+    assert all(draw.reading == Reading(draw.wording) for draw in plain.draw_step(0))
+
+
+def test_what_the_encoder_reads() -> None:
+    """Never the input of an example that is answered; as many for all tasks of a step; the
+    instruction and the targets left out as often as asked for, the instruction never where nothing
+    else is read."""
+    sampler = _sampler(reading=ReadingDraw(3, 0.5, 0.25))
+    steps = [sampler.draw_step(step) for step in range(100)]
+    numbers = [{len(draw.reading.examples) for draw in step} for step in steps]
+    assert {len(number) for number in numbers} == {1}
+    assert set().union(*numbers) == {0, 1, 2, 3}
+    draws = [draw for step in steps for draw in step]
+    for draw in draws:
+        read = draw.reading
+        assert not {e.input for e in read.examples} & {e.input for e in draw.answered}
+        assert read.instruction == draw.wording or (read.instruction is None and read.examples)
+    shown = [draw.reading for draw in draws if draw.reading.examples]
+    assert abs(sum(read.instruction is None for read in shown) / len(shown) - 0.5) < 0.07
+    assert abs(sum(not read.states_targets for read in shown) / len(shown) - 0.25) < 0.07
+
+
+def test_a_task_without_an_example_to_spare_is_read_by_its_wording() -> None:
+    tight = StepSampler([_task(0, 2)], 3, 1, 2, 0, 0.0, ReadingDraw(3, 0.5))
+    assert all(tight.draw_step(step)[0].reading.examples == () for step in range(9))

@@ -42,7 +42,13 @@ def make_base(
     return folder
 
 
-def make_ship(base: Path | str, *, quantisation: str = "nf4", **hypernetwork: object) -> Ship:
+def make_ship(
+    base: Path | str,
+    *,
+    quantisation: str = "nf4",
+    encoder: dict[str, object] | None = None,
+    **hypernetwork: object,
+) -> Ship:
     """Adapters large enough that logits tell mistakes apart; the embedded tiny LM encodes."""
     config: Config = parse_config(
         {
@@ -50,6 +56,7 @@ def make_ship(base: Path | str, *, quantisation: str = "nf4", **hypernetwork: ob
             "training": {"steps": 1},
             "model": {
                 "latent_size": 64,
+                "encoder": encoder or {},
                 "task_llm": {"base": str(base), "quantisation": quantisation},
                 "hypernetwork": {"rank": 4, "alpha": 6, "width": 32, **hypernetwork}
                 if "kind" not in hypernetwork

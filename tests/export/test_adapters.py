@@ -110,6 +110,23 @@ def test_kinds_without_a_folder_say_so(
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
+def test_examples_become_a_proved_folder(tmp_path: Path) -> None:
+    """Read in one pass; the card says of what it is made."""
+    reads = {"max_examples": 2, "drop_instruction": 0.5}
+    ship = make_ship("embedded", encoder=reads)
+    read = ship.read([("3 1", "1 3")])
+    request = Request("a", None, torch.tensor(read.latent), "1 example, of which nothing is read")
+    proof = export_one(ship, request, tmp_path / "a", PROBES)
+    assert proof.from_live <= 1e-4 < proof.from_base
+    assert "1 example, of which nothing is read" in (tmp_path / "a" / "README.md").read_text()
+    for other, message in (
+        (make_ship("embedded"), "reads instructions alone"),
+        (make_ship("embedded", encoder={"max_examples": 2}), "always read an instruction"),
+    ):
+        with pytest.raises(UserError, match=f"examples: this run's encoder {message}"):
+            other.read([("3 1", "1 3")])
+
+
 def test_a_saved_latent_makes_the_same_adapter(tmp_path: Path) -> None:
     ship = make_ship("embedded")
     export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)

@@ -8,6 +8,7 @@ from ship_ds.evaluation.methods.controls import BareBase, MajorityLabel, Shuffle
 from ship_ds.evaluation.methods.icl import InContextLearning
 from ship_ds.evaluation.methods.instruction_induction import InstructionInduction
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
+from ship_ds.evaluation.methods.one_pass import OnePass
 from ship_ds.evaluation.methods.prompting import Prompting
 from ship_ds.evaluation.methods.published import ShipDirect, ShipIndirect
 from ship_ds.evaluation.methods.random_decode import RandomDecode
@@ -17,6 +18,7 @@ from ship_ds.evaluation.methods.weights import ReadOwnAdapter, ReadTrainedLora
 
 _CLASSES: tuple[type[Method], ...] = (
     ShipMethod,
+    OnePass,
     SearchWithoutDecoder,
     NearestKnown,
     Prompting,

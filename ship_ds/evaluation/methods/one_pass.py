@@ -1,0 +1,70 @@
+"""What SHIP's encoder makes of examples in one pass, without a search: of runs whose encoder reads
+examples (`model.encoder.max_examples`).
+
+Letters: T tasks, Z latent size.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from ship_ds.api import Ship
+from ship_ds.data.task import Example, Reading, SplitTask
+from ship_ds.evaluation.methods.untrained import Untrained
+from ship_ds.inference.deduction import AnswersByTask, answer_latents
+
+
+class OnePass(Untrained):
+    """Deduction from the instruction with the shown examples beside it; induction and reasoning
+    from the examples alone. No candidate is tested, no gradient taken."""
+
+    name: ClassVar[str] = "ship_one_pass"
+    about: ClassVar[str] = (
+        "the encoder reads the shown examples: the adapter, and the text that the decoder makes of "
+        "the same latent, in one pass and without a search"
+    )
+    answers_as_ship: ClassVar[bool] = True
+    sees_labels: ClassVar[bool] = True
+
+    @classmethod
+    def applies(cls, task: SplitTask, ship: Ship) -> bool:
+        """To every task of a run whose encoder was trained on examples."""
+        return ship.config.model.encoder.max_examples > 0
+
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> AnswersByTask:
+        """By the instruction and as many of the task's training examples as were shown at most."""
+        most = self.ship.config.model.encoder.max_examples
+        readings = [
+            Reading(wording, task.train[:most])
+            for task, wording in zip(tasks, wordings, strict=True)
+        ]
+        return self._answers(self.ship.model.encode(readings), wordings, inputs)
+
+    def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
+        return self._texts(self._read(shown))
+
+    def reason(
+        self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
+    ) -> AnswersByTask:
+        latent_TZ = self._read(shown)
+        states_text = self.ship.config.model.task_llm.instruction != "none"
+        texts = self._texts(latent_TZ) if states_text else [""] * len(latent_TZ)
+        return self._answers(latent_TZ, texts, inputs)
+
+    def _read(self, shown: Sequence[Sequence[Example]]) -> Tensor:
+        """Latents of the examples, of the first ones where there are more than in training."""
+        most = self.ship.config.model.encoder.max_examples
+        return self.ship.model.encode([Reading(None, tuple(one[:most])) for one in shown])
+
+    def _texts(self, latent_TZ: Tensor) -> list[str]:
+        length = self.ship.config.evaluation.max_instruction_tokens
+        return self.ship.model.decode(latent_TZ, length)
+
+    def _answers(
+        self, latent_TZ: Tensor, texts: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> AnswersByTask:
+        length = self.ship.config.evaluation.max_new_tokens
+        return answer_latents(self.ship.model, latent_TZ, texts, inputs, length)
