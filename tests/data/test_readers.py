@@ -449,6 +449,58 @@ def test_jsonl_from_other_machines(tmp_path: Path) -> None:
             read_tasks(path)
 
 
+def _text(num_words: int, start: int = 0) -> str:
+    return " ".join(f"w{i}" for i in range(start, start + num_words))
+
+
+def test_plain_text_is_cut_into_three(tmp_path: Path) -> None:
+    """Nothing of a passage is lost, the parts are as long as they say, and a second reading cuts
+    alike."""
+    (tmp_path / "a.txt").write_text(f"\ufeff{_text(60)}\n \n{_text(10)}\n\n\n{_text(250, 90)}\n")
+    (tmp_path / "b.txt").write_text(_text(60))
+    counts: Counter[str] = Counter()
+    tasks = read_tasks(tmp_path, counts=counts)
+    assert [task.id for task in tasks] == ["a.txt:1", "a.txt:2", "a.txt:3", "a.txt:4"]
+    assert counts == {"passages: fewer than 24 words": 1, "passages: met before": 1}
+    parts = [(t.instruction, t.examples[0].input, t.examples[0].target) for t in tasks]
+    assert " ".join(parts[0]) == _text(60)
+    assert " ".join(" ".join(part) for part in parts[1:]) == _text(250, 90)
+    for instruction, text, target in parts:
+        first, middle, last = (len(one.split()) for one in (instruction, text, target))
+        assert 1 / 3 - 0.02 <= first / (first + middle + last) <= 2 / 3 + 0.02
+        assert 4 <= last <= 24 and last <= middle
+    assert len({len(one.split()) for one, _, _ in parts[1:]}) > 1
+    assert read_tasks(tmp_path) == tasks
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "a.parquet", "a.arrow"])
+def test_a_column_of_texts(file: str, tmp_path: Path) -> None:
+    rows = [{"text": _text(30), "url": "u"}, {"text": "short", "url": "v"}]
+    write_p3(tmp_path / file, rows)
+    assert detect_format(tmp_path) == "plain-text"
+    (task,) = read_tasks(tmp_path)
+    assert " ".join((task.instruction, task.examples[0].input, task.examples[0].target)) == _text(
+        30
+    )
+
+
+def test_malformed_plain_text(tmp_path: Path) -> None:
+    for content, complaint in (
+        (b'{"text": "a"}\n{"texts": "b"}', "line 2: has no 'text'"),
+        (b'{"text": "a"}\n{"text": 3}', "line 2.text: expected a text"),
+    ):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=complaint):
+            read_tasks(tmp_path)
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"a\.txt: byte 3: not UTF-8"):
+        read_tasks(tmp_path)
+    (tmp_path / "a.txt").write_text("too short")
+    with pytest.raises(DataError, match="holds no task in the format plain-text"):
+        read_tasks(tmp_path)
+
+
 def test_the_configs_formats_are_the_readers() -> None:
     assert get_args(Format) == ("auto", *FORMATS)
 

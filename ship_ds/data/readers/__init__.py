@@ -19,6 +19,7 @@ from ship_ds.data.readers import (
     natural_instructions,
     p3_columns,
     p3_sample,
+    plain_text,
 )
 from ship_ds.data.task import DataError, Task
 
@@ -30,6 +31,7 @@ FORMATS: dict[str, ModuleType] = {
     "p3": p3_columns,
     "alpaca": alpaca,
     "messages": messages,
+    "plain-text": plain_text,
     "jsonl": jsonl,
 }
 """Every reader by the name that `data.format` calls it; "auto" takes the first that matches."""

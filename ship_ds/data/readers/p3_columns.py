@@ -9,15 +9,14 @@ filled-in prompt alone; a prompt with text between its fields keeps that in its 
 """
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ship_ds.data.readers.checks import example, field, load_lines
+from ship_ds.data.readers.tables import table
 from ship_ds.data.splits import hold_out
-from ship_ds.data.task import DataError, Task, read_error
+from ship_ds.data.task import Task, read_error
 
 _SUFFIXES = (".parquet", ".arrow", ".jsonl")
 _INPUTS, _TARGETS = "inputs_pretokenized", "targets_pretokenized"
@@ -43,7 +42,7 @@ def matches(path: Path) -> bool:
     with files[0].open("rb") as file:
         if files[0].suffix == ".jsonl":
             return f'"{_INPUTS}"'.encode() in file.readline()
-    return _INPUTS in _table(files[0]).column_names
+    return _INPUTS in table(files[0]).column_names
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
@@ -91,37 +90,13 @@ def _is_held_out(file: Path) -> bool:
 
 def _rows(file: Path) -> Iterator[tuple[str, str]]:
     rows = (
+        # By hand: `datasets` does not name the line of a bad row.
         load_lines(file)
         if file.suffix == ".jsonl"
-        else ((f"row {i}", row) for i, row in enumerate(_table(file)))
+        else ((f"row {i}", row) for i, row in enumerate(table(file, [_INPUTS, _TARGETS])))
     )
     for where, row in rows:
         yield field(row, _INPUTS, str, file, where), field(row, _TARGETS, str, file, where)
-
-
-def _table(file: Path) -> Any:
-    """A parquet or arrow file in memory. JSONL is read by hand: `datasets` does not name the line
-    of a bad row."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        # else every file read is copied to the user's home, and stays there
-        with tempfile.TemporaryDirectory() as cache:
-            if file.suffix == ".arrow":
-                table = datasets.Dataset.from_file(str(file), in_memory=True)
-            else:
-                table = datasets.Dataset.from_parquet(
-                    str(file), cache_dir=cache, keep_in_memory=True
-                )
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"{file}: cannot be read as {file.suffix[1:]}: {cause}") from None
-    return (
-        table.select_columns([_INPUTS, _TARGETS])
-        if {_INPUTS, _TARGETS} <= set(table.column_names)
-        else table
-    )
 
 
 def _shared(texts: list[str]) -> tuple[str, str]:

@@ -1,0 +1,33 @@
+"""Parquet and arrow files, read through `datasets`."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ship_ds.data.task import DataError
+
+
+def table(file: Path, columns: Sequence[str] = ()) -> Any:
+    """A parquet or arrow file in memory, with these columns alone where it has all of them.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        # else every file read is copied to the user's home, and stays there
+        with tempfile.TemporaryDirectory() as cache:
+            if file.suffix == ".arrow":
+                rows = datasets.Dataset.from_file(str(file), in_memory=True)
+            else:
+                rows = datasets.Dataset.from_parquet(
+                    str(file), cache_dir=cache, keep_in_memory=True
+                )
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{file}: cannot be read as {file.suffix[1:]}: {cause}") from None
+    has_all = columns and set(columns) <= set(rows.column_names)
+    return rows.select_columns(list(columns)) if has_all else rows
