@@ -122,6 +122,9 @@ class Bundle:
         from ship_ds.model.parameter_names import by_current_name
 
         state = by_current_name(load_file(self.folder / SHIP_WEIGHTS))
+        if not model.decodes:
+            # Of a run that trained one, or of a version that always did.
+            state = {n: one for n, one in state.items() if not n.startswith("decoder.")}
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if different := sorted(trainable.keys() ^ state.keys()):
             raise UserError(

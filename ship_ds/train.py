@@ -507,14 +507,17 @@ class Trainer:
             outcome = measure_over_ranks(method, "deduction", questions, model=self.model)
             metrics = tuple(dict.fromkeys((*metrics_to_show(few), config.best_by)))
             scalars |= deduction_scores(outcome, part, metrics)
-        self.stop.raise_if_asked()
-        few = self.splits.seen[:4] + self.splits.dev[:4]
-        questions = [ask(task, 0, 0) for task in few]
-        outcome = measure_over_ranks(method, "reconstruction", questions, model=self.model)
+        pairs: list[tuple[str, str]] = []
+        if self.model.decodes:
+            self.stop.raise_if_asked()
+            few = self.splits.seen[:4] + self.splits.dev[:4]
+            questions = [ask(task, 0, 0) for task in few]
+            outcome = measure_over_ranks(method, "reconstruction", questions, model=self.model)
+            pairs = [(row["instruction"], row["said"]) for row in outcome.rows]
         if self.monitor is not None:
             self.monitor.evaluation(self.step, scalars)
-            pairs = [(row["instruction"], row["said"]) for row in outcome.rows]
-            self.monitor.texts(self.step, pairs)
+            if pairs:
+                self.monitor.texts(self.step, pairs)
         return scalars.get(scalar_name(config.best_by, "dev"))
 
     def save(self) -> None:

@@ -1,6 +1,6 @@
 """Trains four steps as HINT does, as a user's command does, with every weight sharded, and writes
 what the trained model encodes: an NF4 encoder that reads examples too, a learned query for each
-share of z, bottlenecks and prefixes made of them.
+share of z, bottlenecks and prefixes made of them, no decoder.
 
     python -m tests.pooled_run FOLDER
     torchrun --nproc-per-node 2 -m tests.pooled_run FOLDER
@@ -33,6 +33,7 @@ def config_of(folder: Path | str) -> Config:
             "training.steps=4",
             "training.deepspeed=zero3_shard_all",  # no parameter is too small to be sharded
             "optimiser.warmup_steps=0",
+            "loss.reconstruction=0",
             "evaluation.every_steps=0",
             "evaluation.ends_with_report=false",
             "checkpoint.every_steps=2",

@@ -86,6 +86,17 @@ def test_weights_of_another_model_are_one_line(folder: Path) -> None:
         Ship.from_run(folder)
 
 
+def test_a_model_without_decoder_takes_the_rest_of_a_bundle(folder: Path) -> None:
+    config = load_config("quickstart-smoke", ["loss.reconstruction=0"])
+    model = build_ship(config.model, LoadedWeights(), config.loss)
+    drawn = {name: one.clone() for name, one in model.decoder.state_dict().items()}
+    Bundle.open(folder).load_into(model)
+    assert torch.equal(
+        model.encode(["reverse the list"]), Ship.from_run(folder).model.encode(["reverse the list"])
+    )
+    assert all(torch.equal(one, drawn[name]) for name, one in model.decoder.state_dict().items())
+
+
 def test_weights_of_other_shapes_are_one_line(folder: Path) -> None:
     config = load_config("quickstart-smoke", ["model.latent_size=32"])
     model = build_ship(config.model, LoadedWeights())

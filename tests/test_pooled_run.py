@@ -53,6 +53,7 @@ def test_it_resumes_bit_for_bit(run: Path, tmp_path: Path) -> None:
     assert losses(again) == losses(run)
     weights, repeated = (load_file(one / "bundle" / "ship.safetensors") for one in (run, again))
     assert weights.keys() == repeated.keys() and QUERIES in weights
+    assert not any(name.startswith("decoder.") for name in weights)
     for name, tensor in weights.items():
         assert torch.equal(repeated[name], tensor), name
     assert (again / LATENTS).read_text() == (run / LATENTS).read_text()
@@ -76,7 +77,7 @@ def test_it_reads_examples_in_one_pass(run: Path) -> None:
     pairs = [("3 1 2", "2 1 3"), ("4 7", "7 4")]
     read, with_text = ship.read(pairs), ship.read(pairs, WORDINGS[0])
     assert with_text.instruction == WORDINGS[0] and with_text.familiarity is not None
-    assert read.familiarity is None and isinstance(read.instruction, str)
+    assert read.familiarity is None and read.instruction == ""  # no decoder was trained
     others = [ship.read(pairs[:1]), with_text, ship.deduce(WORDINGS[0])]
     assert all(other.latent != read.latent for other in others)
     for given, message in ((pairs * 2, "4 are given.*at most 2"), ([], "there are none")):

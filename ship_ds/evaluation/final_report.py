@@ -92,7 +92,11 @@ def measure_run(
     """
     started = time.perf_counter()
     setting = Setting(ship, splits, folder / "evaluation" / "methods", None, _SEED)
-    sections = _sections(splits)
+    sections = [
+        section
+        for section in _sections(splits)
+        if ship.model.decodes or section.direction != "reconstruction"
+    ]
     methods: dict[str, Method] = {s.method: METHODS[s.method](setting) for s in sections}
     for method in methods.values():
         method.prepare()

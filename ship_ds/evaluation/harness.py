@@ -149,6 +149,9 @@ class Harness:
         """What the config asks of a method, where there are tasks that it applies to."""
         cells = cells_of(self.methods[name], self.config.parts, self.config.num_shown)
         directions = self.config.directions
+        if not self.run.ship.model.decodes:
+            # Nothing is read out of a latent, so there is no text to be scored.
+            directions = tuple(one for one in directions if one != "reconstruction")
         return [cell for cell in cells if cell.direction in directions and self._tasks(cell)]
 
     def _tasks(self, cell: Cell) -> list[SplitTask]:

@@ -208,7 +208,7 @@ def _known(
     tries_analogies = config.analogies and config.method == "union"
     larger = bank.with_analogies(model) if tries_analogies else bank
     examples = [search.examples for search in searches]
-    reads = config.asks_decoder and model.config.decoder.max_examples > 0
+    reads = config.asks_decoder and model.decodes and model.config.decoder.max_examples > 0
     if config.method == "union" and bank.share_in_slots < GRAMMATICAL and reads:
         # Their own draw of views: what the decoder proposes from is drawn by "views 0".
         views = [task_views(model, search, _NUM_READ, seed, "known") for search in searches]
@@ -229,7 +229,7 @@ def _written_by_decoder(
     model: ShipModel, searches: Sequence[SearchState], config: InductionConfig, seed: int
 ) -> list[Proposal]:
     """What the decoder writes after reading the examples; one that reads none proposes nothing."""
-    if not model.config.decoder.max_examples:
+    if not (model.decodes and model.config.decoder.max_examples):
         return []
     num_views, max_length = config.num_views, config.max_new_tokens
     owners = [search for search in searches for _ in range(num_views)]

@@ -33,7 +33,7 @@ from ship_ds.model.loading import (
     load_tokenizer,
     stored_bytes,
 )
-from ship_ds.model.objectives import build_objectives
+from ship_ds.model.objectives import build_objectives, trains_decoder
 from ship_ds.model.priors import Prior
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import Parts
@@ -141,8 +141,15 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     prior: Prior = PRIORS.implementation(config.prior)(config.prior, config.latent_size)
     task_llm = TaskLlm(task_lm, config.task_llm.checkpointing, sites)
     parts = Parts(encoder, prior, hypernetwork, task_llm, decoder)
-    objectives = build_objectives((loss or LossConfig()).objectives())
-    return ShipModel(config, parts, objectives, _collator(config, prompts, parts), sharded)
+    loss = loss or LossConfig()
+    return ShipModel(
+        config,
+        parts,
+        build_objectives(loss.objectives()),
+        _collator(config, prompts, parts),
+        sharded,
+        trains_decoder(loss.weights()),
+    )
 
 
 def _collator(

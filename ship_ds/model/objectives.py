@@ -15,7 +15,7 @@ Letters: T tasks, Z latent size.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 class Objective(ABC):
     """One term of the loss; made from its section of the config, whose weight is the trainer's."""
+
+    reads_texts: ClassVar[bool] = False
+    """Whether it needs what the decoder predicts: a run in which no objective of a weight above
+    zero does trains no decoder."""
 
     def __init__(self, config: Section) -> None:
         super().__init__()
@@ -68,7 +72,10 @@ class AnswerLoss(Objective):
 
 
 class ReconstructionLoss(Objective):
-    """Cross-entropy of the instruction that the decoder reads, -log p(k | z[, x, y]), by token."""
+    """Cross-entropy of the instruction that the decoder reads, -log p(k | z[, x, y]), by token;
+    zero where no decoder is trained."""
+
+    reads_texts: ClassVar[bool] = True
 
     def count(self, batch: ShipBatch) -> int:
         """Tokens of the instructions."""
@@ -76,6 +83,8 @@ class ReconstructionLoss(Objective):
 
     def sum(self, outputs: Outputs) -> Tensor:
         """Over the tokens of the instructions."""
+        if outputs.texts is None:
+            return outputs.kl_TZ.new_zeros(())
         return outputs.texts.sum_cross_entropy()
 
 
@@ -89,6 +98,18 @@ class KlLoss(Objective):
     def sum(self, outputs: Outputs) -> Tensor:
         """Over tasks."""
         return outputs.kl_TZ.mean(1).sum()
+
+
+def trains_decoder(weights: Mapping[str, float]) -> bool:
+    """Whether an objective of a weight above zero needs what the decoder predicts.
+
+    Args:
+        weights: of the objectives by name.
+    """
+    return any(
+        weight > 0 and OBJECTIVES.implementation(name).reads_texts
+        for name, weight in weights.items()
+    )
 
 
 def build_objectives(sections: Mapping[str, Section]) -> dict[str, Objective]:

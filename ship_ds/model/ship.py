@@ -5,6 +5,7 @@ Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +39,7 @@ class ShipModel(nn.Module):
         objectives: Mapping[str, Objective],
         collator: Collator | None,
         shards_task_llm: bool,
+        decodes: bool = True,
     ) -> None:
         """Register the parts; assemble.build_ship makes them.
 
@@ -47,8 +49,12 @@ class ShipModel(nn.Module):
             objectives: by name, in the order in which the loss adds them up.
             collator: makes batches of texts; None without tokenizers (a plan's model).
             shards_task_llm: whether ZeRO-3 partitions the Task LLM over the ranks.
+            decodes: whether a decoder is trained; one that is not stays as it was drawn, frozen.
         """
         super().__init__()
+        self.decodes = decodes
+        if not decodes:
+            parts.decoder.requires_grad_(False)
         self.config = config
         self.objectives = dict(objectives)
         self._parts = [parts]  # in a list, since a module's attribute would be registered twice
@@ -137,7 +143,7 @@ class ShipModel(nn.Module):
             extra = objective.prepare(draws, self.collator, self.device)
             if extra is not None:
                 batch = batch.with_extra(name, extra)
-        return batch
+        return batch if self.decodes else replace(batch, decodes=False)
 
     def question(self, text: str, wording: str | None = None) -> tuple[int, ...]:
         """The ids before an answer, without virtual tokens, in the form of
@@ -155,7 +161,8 @@ class ShipModel(nn.Module):
         return self.collator.answers(inputs, targets, wordings, self.device)
 
     def forward(self, batch: ShipBatch) -> StepSums:
-        """One sample of z feeds both halves: the adapter (VIB) and the reconstruction (VAE)."""
+        """One sample of z feeds both halves: the adapter (VIB) and, where a decoder is trained, the
+        reconstruction (VAE)."""
         packed = self.packs
         posterior = Posterior(*self.encoder(batch.instructions))
         latent_TZ = posterior.sample(batch.noise_TZ)
@@ -164,10 +171,12 @@ class ShipModel(nn.Module):
             self.task_llm.language_model,
             *self.task_llm(adapter, batch.answers, batch.num_tasks, packed),
         )
-        texts = Predictions(
-            self.decoder.language_model,
-            *self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed),
-        )
+        texts = None
+        if self.decodes:
+            texts = Predictions(
+                self.decoder.language_model,
+                *self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed),
+            )
         kl_TZ = self.prior.kl(posterior.mean_TZ, posterior.log_variance_TZ)
         outputs = Outputs(
             self._parts[0], batch, posterior, latent_TZ, kl_TZ, adapter, answers, texts
@@ -245,7 +254,10 @@ class ShipModel(nn.Module):
         return self.collator.bare_questions(inputs, instructions, self.device)
 
     def decode(self, latent_TZ: Tensor, max_new_tokens: int) -> list[str]:
-        """The instruction that the decoder reads out of each z, without examples."""
+        """The instruction that the decoder reads out of each z, without examples; nothing where no
+        decoder was trained."""
+        if not self.decodes:
+            return [""] * len(latent_TZ)
         prompts, lm = self.decoder_prompts, self.decoder.language_model
         width = self.config.decoder.num_soft_tokens + len(prompts.decoder_prompt(()))
         row = lm.costs.decoded_row(width, max_new_tokens)
@@ -257,7 +269,7 @@ class ShipModel(nn.Module):
 
     def flop_size(self) -> ShipSize:
         """What the formula of FLOPs (flops.py) needs to know of this model."""
-        return size_of(self.config, self._parts[0])
+        return size_of(self.config, self._parts[0], self.decodes)
 
     def parameter_counts(self) -> dict[str, int]:
         """Weights of each part, 4-bit ones counted one by one, and how many of all are trained."""

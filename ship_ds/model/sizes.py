@@ -21,12 +21,13 @@ _WRAPPED = ("base",)
 """What a wrapper of a linear calls the one inside it."""
 
 
-def size_of(config: ModelConfig, parts: Parts) -> ShipSize:
+def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize:
     """The sizes of a model, on whatever device and however sharded: shapes alone are read.
 
     Args:
         config: the run's `model` section.
         parts: of the model.
+        decodes: whether its decoder is trained, and so computes at all.
     """
     encoder, decoder, hypernetwork = parts.encoder, parts.decoder, parts.hypernetwork
     task_lm = parts.task_llm.language_model
@@ -45,10 +46,14 @@ def size_of(config: ModelConfig, parts: Parts) -> ShipSize:
     encoder_size = _role(config.encoder, encoder.language_model, encoder.head_products, False)
     if encoder.pooling is not None:
         encoder_size = replace(encoder_size, pooling=encoder.pooling.num_products)
+    decoder_size = RoleSize(Matrices(), Matrices(), 0, 0, False, False)
+    if decodes:
+        head = num_products(decoder.from_latent)
+        decoder_size = _role(config.decoder, decoder.language_model, head, True)
     return ShipSize(
         encoder_size,
         task_llm,
-        _role(config.decoder, decoder.language_model, num_products(decoder.from_latent), True),
+        decoder_size,
         hypernetwork.num_products(),
     )
 

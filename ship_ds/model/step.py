@@ -26,7 +26,7 @@ class ShipBatch(OnDevice):
 
     instructions: what the encoder reads, T rows. answers: what the Task LLM reads, task-major.
     decoded: what the decoder reads, T rows. noise_TZ: the posterior's. extras: what objectives
-    prepared for themselves, by their names.
+    prepared for themselves, by their names. decodes: whether a decoder is trained, which reads it.
     """
 
     instructions: TokenBatch
@@ -35,6 +35,7 @@ class ShipBatch(OnDevice):
     shows_latent_T: Tensor
     noise_TZ: Tensor
     extras: Mapping[str, Any] = field(default_factory=dict)
+    decodes: bool = True
 
     def with_extra(self, name: str, value: Any) -> "ShipBatch":
         """The same with what the objective `name` prepared."""
@@ -47,8 +48,9 @@ class ShipBatch(OnDevice):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all three, padding left out."""
-        return sum(part.num_tokens for part in (self.answers, self.decoded, self.instructions))
+        """Tokens of all that are read, padding left out."""
+        parts = (self.answers, self.instructions, *((self.decoded,) if self.decodes else ()))
+        return sum(part.num_tokens for part in parts)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Predictions:
 class Outputs:
     """All that the forward of a micro-batch computed; one sample of z feeds everything.
 
-    answers: the Task LLM's under the generated adapter. texts: the decoder's. kl_TZ: from the
+    answers: the Task LLM's under the generated adapter. texts: the decoder's; None where none is
+    trained. kl_TZ: from the
     posterior to the model's prior, by dimension.
     """
 
@@ -98,7 +101,7 @@ class Outputs:
     kl_TZ: Tensor
     adapter: Adapter
     answers: Predictions
-    texts: Predictions
+    texts: Predictions | None
 
 
 @dataclass(frozen=True)

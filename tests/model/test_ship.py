@@ -12,6 +12,7 @@ from ship_ds.config import (
     EncoderConfig,
     LoraHypernetworkConfig,
     LoraTuning,
+    LossConfig,
     ModelConfig,
     ReshapeHypernetworkConfig,
     SoftPromptHypernetworkConfig,
@@ -20,11 +21,14 @@ from ship_ds.config import (
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
+from ship_ds.flops import flops_of_parts
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.decoder import Decoder
 from ship_ds.model.decoder_only import DecoderOnly
 from ship_ds.model.encoder import posterior_noise
 from ship_ds.model.ship import ShipModel
+from ship_ds.model.sizes import rows_of
 from tests.model.models import wake_up
 
 WORDINGS = ("keep the numbers greater than 4", "put 7 at the front")
@@ -87,6 +91,26 @@ def test_full_tuning_trains_all_of_both_roles() -> None:
     sum(sums.objectives.values()).backward()
     idle = {name for name, p in ship.named_parameters() if p.grad is None or not p.grad.any()}
     assert idle == {"decoder.without_latent"}  # both draws showed z
+
+
+def test_without_reconstruction_there_is_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It neither runs nor is trained nor counted; all else is to the bit as it was."""
+    whole = _ship()
+    expected = whole(whole.collate(_draws(), 0, 0))
+    torch.manual_seed(0)
+    ship = build_ship(_config(), LoadedWeights(), LossConfig(reconstruction=0))
+    monkeypatch.setattr(Decoder, "forward", lambda *_: pytest.fail("the decoder ran"))
+    batch = ship.collate(_draws(), 0, 0)
+    sums = ship(batch)
+    sum(sums.objectives.values()).backward()
+    for name in ("task", "kl"):
+        assert torch.equal(sums.objectives[name], expected.objectives[name])
+    assert float(sums.objectives["reconstruction"]) == 0
+    assert not any(p.requires_grad or p.grad is not None for p in ship.decoder.parameters())
+    assert all(p.requires_grad for p in ship.encoder.parameters())
+    assert batch.num_tokens == batch.instructions.num_tokens + batch.answers.num_tokens
+    assert flops_of_parts(ship.flop_size(), rows_of(batch))["decoder"] == 0
+    assert ship.decode(torch.zeros(2, 16), 5) == ["", ""]
 
 
 @pytest.mark.parametrize(
