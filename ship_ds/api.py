@@ -30,6 +30,7 @@ from ship_ds.inference.adapter_reading import (
     read_adapter,
 )
 from ship_ds.inference.bank import Bank
+from ship_ds.inference.confidence import Calibration, Confidence, agreement, calibrate
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_bare, answer_latents
 from ship_ds.inference.derived import Derived
@@ -50,7 +51,9 @@ from ship_ds.model.ship import ShipModel
 from ship_ds.placement import choose_device, choose_dtype
 
 __all__ = [
+    "Calibration",
     "Candidate",
+    "Confidence",
     "Deduction",
     "Familiarity",
     "Induction",
@@ -179,6 +182,23 @@ class Ship:
         return self.bank if is_own else Bank.build(self.model, texts)
 
     @cached_property
+    def calibration(self) -> Calibration | None:
+        """From which agreement on answers were right on the run's dev tasks, measured when it is
+        first needed and then kept with the bundle; None where the data are not where they were, or
+        have too few dev tasks."""
+        kept = self._derived.calibration() if self._derived else None
+        if kept is not None:
+            return kept
+        try:
+            dev = source_of(self.config.data).read(self.model.prompts.tokenizer, no_log).dev
+        except (UserError, OSError):
+            return None
+        measured = calibrate(self.model, dev, self._length)
+        if measured is not None and self._derived:
+            self._derived.keep_calibration(measured)
+        return measured
+
+    @cached_property
     def _surroundings(self) -> Surroundings:
         return Surroundings.of(self.bank)
 
@@ -297,6 +317,28 @@ class Ship:
         if len(self.known) < 2:
             return None
         return self._surroundings.familiarity(self.model, self.bank, instruction)
+
+    @torch.no_grad()
+    def confidence(self, instruction: str, inputs: Sequence[str] = ()) -> Confidence:
+        """How far the answers to an instruction can be relied on, without labels: how many samples
+        of its posterior answer as its mean does.
+
+        Args:
+            instruction: What to do with each input.
+            inputs: The inputs; none: the run's probes.
+
+        Returns:
+            The agreement of each input, beside what it says of the run's dev tasks. As many answers
+            as eight adapters give are made for it.
+        """
+        texts = list(inputs) or list(self.probes)
+        checks.check_instruction(self.model, instruction)
+        checks.check_inputs(self.model, texts, self._length)
+        posterior = self.model.posterior([instruction])
+        wordings, asked = [instruction], [texts]
+        answers = answer_latents(self.model, posterior.mean_TZ, wordings, asked, self._length)
+        agreed = agreement(self.model, posterior, wordings, asked, answers, self._length)
+        return Confidence(tuple(agreed[0]), self.calibration)
 
     def answer(
         self, instruction: str, inputs: Sequence[str], num_beams: int = 1

@@ -26,6 +26,7 @@ from ship_ds.placement import check_words
 if TYPE_CHECKING:
     from ship_ds.api import Ship
     from ship_ds.export.requests import Request
+    from ship_ds.inference.confidence import Confidence
     from ship_ds.inference.config import InductionConfig
     from ship_ds.inference.config import Method as InductionMethod
     from ship_ds.inference.config import Preset as InductionPreset
@@ -130,8 +131,9 @@ def deduce(
     if pairs:
         print(f"  made from {requests[0].made_from}")
     elif instruction is not None:
-        _show_answers(ship, instruction, probes)
-        _warn_if_far(ship, instruction)
+        confidence = ship.confidence(instruction, probes)
+        _show_answers(ship, instruction, probes, confidence)
+        _warn_of(ship, instruction, confidence)
     return 0
 
 
@@ -144,15 +146,19 @@ def _of_examples(
     from ship_ds.export.requests import Request
 
     read = ship.read(pairs, instruction)
-    about = f"{len(pairs)} examples, of which the decoder reads {read.instruction!r}"
+    about = f"{len(pairs)} examples"
+    if read.instruction and instruction is None:
+        about += f", of which the decoder reads {read.instruction!r}"
     if instruction is not None:
         about = f"{instruction!r} and {len(pairs)} examples"
     return Request("adapter", instruction, torch.tensor(read.latent), about)
 
 
-def _warn_if_far(ship: "Ship", instruction: str) -> None:
-    if (warning := far_warning(ship.familiarity(instruction))) is not None:
-        log(warning)
+def _warn_of(ship: "Ship", instruction: str, confidence: "Confidence | None" = None) -> None:
+    far = far_warning(ship.familiarity(instruction))
+    for warning in (far, doubt_warning(confidence) if confidence else None):
+        if warning is not None:
+            log(warning)
 
 
 def far_warning(familiarity: "Familiarity | None") -> str | None:
@@ -160,16 +166,32 @@ def far_warning(familiarity: "Familiarity | None") -> str | None:
     if familiarity is None or not familiarity.is_far:
         return None
     return (
-        "this instruction is far from the instructions this run was trained on (less certain than "
-        f"{100 * familiarity.uncertainty:.0f} % of them, farther from the next than "
-        f"{100 * familiarity.isolation:.0f} %): test what it does before you rely on it"
+        "this instruction is far from the instructions this run was trained on (farther from the "
+        f"next than {100 * familiarity.isolation:.0f} % of them): test what it does before you "
+        "rely on it"
     )
 
 
-def _show_answers(ship: "Ship", instruction: str, probes: Sequence[str]) -> None:
+def doubt_warning(confidence: "Confidence") -> str | None:
+    """One line about answers that the samples of the posterior do not agree on; else None."""
+    if not confidence.is_low or confidence.calibration is None:
+        return None
+    return (
+        f"confidence: adapters around this one agree on {100 * confidence.agreement:.0f} % of the "
+        f"answers; where it was below {100 * confidence.calibration.threshold:.0f} %, most answers "
+        "to dev tasks were wrong"
+    )
+
+
+def _show_answers(
+    ship: "Ship", instruction: str, probes: Sequence[str], confidence: "Confidence"
+) -> None:
     with_adapter, without = ship.answer(instruction, probes), ship.answer_bare(probes)
     for text, answer, bare in zip(probes, with_adapter, without, strict=True):
         print(f"  {text}\n    with the adapter:    {answer}\n    without the adapter: {bare}")
+    print(
+        f"  adapters around this one agree on {100 * confidence.agreement:.0f} % of these answers"
+    )
 
 
 def _counter(total: int) -> Callable[[int], None]:
@@ -229,6 +251,14 @@ def answer(
     ] = None,
     file: JsonLines = None,
     beams: Annotated[int, typer.Option(min=1, help="1: greedy decoding")] = 1,
+    confidence: Annotated[
+        bool,
+        typer.Option(
+            "--confidence",
+            help="of each answer the share of eight adapters around this one that give it; takes "
+            "as long as eight more answers",
+        ),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -239,9 +269,16 @@ def answer(
     texts = inputs or read_inputs(file or STDIN)
     checks.check_run(run)
     ship = open_run(run, device, dtype)
-    for text, answered in zip(texts, ship.answer(instruction, texts, beams), strict=True):
-        print_row({"input": text, "answer": answered})
-    _warn_if_far(ship, instruction)
+    answers = ship.answer(instruction, texts, beams)
+    if not confidence:
+        for text, answered in zip(texts, answers, strict=True):
+            print_row({"input": text, "answer": answered})
+        _warn_of(ship, instruction)
+        return 0
+    found = ship.confidence(instruction, texts)
+    for text, answered, agreed in zip(texts, answers, found.by_input, strict=True):
+        print_row({"input": text, "answer": answered, "agreement": agreed})
+    _warn_of(ship, instruction, found)
     return 0
 
 

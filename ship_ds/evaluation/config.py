@@ -21,6 +21,7 @@ METHOD_NAMES = (
     "ship_direct",
     "ship_rounds",
     "ship_one_pass",
+    "ship_confidence",
     "search_without_decoder",
     "nearest_known",
     "prompting",

@@ -385,6 +385,53 @@ def _read(path: Path, remedy: str) -> str:
     return path.read_text()
 
 
+def risk_coverage(runs: Sequence[Path]) -> Figure:
+    """Errors among the answers that are kept when those with least agreement are left out."""
+    rows = [
+        json.loads(line)
+        for line in _read(
+            runs[0] / "evaluation" / "tasks.jsonl", "`ship-ds evaluate` writes it"
+        ).splitlines()
+    ]
+    rows = [row for row in rows if "agreement" in row]
+    if not rows:
+        raise NotDrawn(f"{runs[0]}: not measured; `ship-ds evaluate --methods ship_confidence`")
+    figure, axes = plt.subplots(figsize=(5.5, 4))
+    for index, part in enumerate(dict.fromkeys(row["part"] for row in rows)):
+        pairs = sorted(
+            (
+                (agreed, right)
+                for row in rows
+                if row["part"] == part
+                for agreed, right in zip(row["agreement"], row["exact_match"], strict=True)
+            ),
+            reverse=True,
+        )
+        coverage, risk = _risks(pairs)
+        axes.step(coverage, risk, where="post", color="black", linestyle=_LINES[index], label=part)
+    axes.set(
+        xlabel="answers kept (%)", ylabel="errors among them (%)", xlim=(0, 100), ylim=(0, 100)
+    )
+    axes.legend(frameon=False)
+    return figure
+
+
+def _risks(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Shares of answers kept, and of errors among these, in percent. Answers with the same
+    agreement are kept or left out together.
+
+    Args:
+        pairs: agreement and whether the answer is right, most agreement first.
+    """
+    coverage, risk, wrong = [], [], 0.0
+    for kept, (agreed, right) in enumerate(pairs, 1):
+        wrong += 1 - right
+        if kept == len(pairs) or pairs[kept][0] != agreed:
+            coverage.append(100 * kept / len(pairs))
+            risk.append(100 * wrong / kept)
+    return coverage, risk
+
+
 FIGURES: dict[str, Callable[[Sequence[Path]], Figure]] = {
     "losses": losses,
     "latents": latents,
@@ -392,6 +439,7 @@ FIGURES: dict[str, Callable[[Sequence[Path]], Figure]] = {
     "shown_examples": shown_examples,
     "training_rules": training_rules,
     "reconstruction_weight": reconstruction_weight,
+    "risk_coverage": risk_coverage,
 }
 
 

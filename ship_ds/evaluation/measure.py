@@ -17,7 +17,14 @@ from ship_ds.evaluation.cells import TaskRow
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judge import Columns, Judge
 from ship_ds.evaluation.judges import one_line, paper_rows, rows_of
-from ship_ds.evaluation.method import Deduces, Induces, Reasons, ReasonsOtherwise, Reconstructs
+from ship_ds.evaluation.method import (
+    Deduces,
+    Doubts,
+    Induces,
+    Reasons,
+    ReasonsOtherwise,
+    Reconstructs,
+)
 from ship_ds.evaluation.metrics import (
     closed_labels,
     exact_match,
@@ -135,10 +142,12 @@ Scored = tuple[Sequence[Any], Columns]
 
 
 def _deduction(method: Deduces, questions: Sequence[Question], judges: Sequence[Judge]) -> Scored:
-    answers = method.deduce(
-        [q.task for q in questions], [q.wording for q in questions], [q.inputs for q in questions]
-    )
-    return answers, _answer_columns(answers, questions, judges)
+    wordings, inputs = [q.wording for q in questions], [q.inputs for q in questions]
+    answers = method.deduce([q.task for q in questions], wordings, inputs)
+    columns = _answer_columns(answers, questions, judges)
+    if isinstance(method, Doubts):
+        columns["agreement"] = method.agreement(wordings, inputs, answers)
+    return answers, columns
 
 
 def _induction(method: Induces, questions: Sequence[Question], judges: Sequence[Judge]) -> Scored:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from ship_ds.api import Ship
 from ship_ds.data.task import Example, Splits, SplitTask
 from ship_ds.evaluation.budgets import Budget
+from ship_ds.evaluation.config import Direction
 from ship_ds.inference.deduction import AnswersByTask
 
 
@@ -56,6 +57,10 @@ class Method(Protocol):
     def applies(cls, task: SplitTask, ship: Ship) -> bool:
         """Whether the task is one that it is asked, of this run."""
 
+    @classmethod
+    def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
+        """Directions in which this run has nothing to ask it in."""
+
     def __init__(self, setting: Setting) -> None: ...
 
     def prepare(self) -> None:
@@ -71,6 +76,19 @@ class Deduces(Protocol):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         """Answer each task's inputs, knowing the wording of it alone."""
+
+
+@runtime_checkable
+class Doubts(Protocol):
+    """Deduces, and says of each answer how far it can be relied on."""
+
+    def agreement(
+        self,
+        wordings: Sequence[str],
+        inputs: Sequence[Sequence[str]],
+        answers: AnswersByTask,
+    ) -> list[list[float]]:
+        """Of each answer that `deduce` gave, from 0 to 1, without labels."""
 
 
 @runtime_checkable

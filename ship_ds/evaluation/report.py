@@ -2,6 +2,7 @@
 task as JSON lines."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from ship_ds.evaluation.cells import Cell, Measured, TaskRow
 from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import write_json, write_text
+from ship_ds.inference.confidence import auc, share_is_done
 
 TITLES = {
     "exact_match": "exact match",
@@ -28,6 +30,7 @@ TITLES = {
     "judged_right": "judged right",
     "exact_match_found": "exact match by the latent found",
     "exact_match_stated": "exact match, induced text in the prompt",
+    "agreement": "agreement of samples",
 }
 _LEADING = {
     "deduction": "exact_match",
@@ -70,6 +73,8 @@ def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str
                 direction[f"{cell.part}_{kind}"] = summary(
                     scores.metrics, [row for row in scores.rows if row["kind"] == kind]
                 )
+        if "agreement" in scores.metrics:
+            direction[cell.part]["confidence"] = confidence(scores.rows)
         if cell.num_shown is not None:
             by_number = direction.setdefault(cell.part, {}).setdefault("by_num_shown", {})
             by_number[str(cell.num_shown)] = summary(scores.metrics, scores.rows)
@@ -87,6 +92,20 @@ def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str
             )
             for name in methods
         },
+    }
+
+
+def confidence(rows: Sequence[TaskRow]) -> dict[str, float | None]:
+    """How well agreement tells right from wrong, as the area under the ROC curve (0.5 is chance):
+    `auc_tasks`, of tasks of which half or more is answered exactly; `auc_answers`, of single
+    answers. None where all are right, or all wrong."""
+    done = [share_is_done(fmean(row["exact_match"])) for row in rows]
+    by_task = auc([fmean(row["agreement"]) for row in rows], done)
+    right = [bool(value) for row in rows for value in row["exact_match"]]
+    by_answer = auc([value for row in rows for value in row["agreement"]], right)
+    return {
+        name: None if math.isnan(value) else value
+        for name, value in (("auc_tasks", by_task), ("auc_answers", by_answer))
     }
 
 

@@ -2,6 +2,7 @@
 
     RUN/bundle/derived/known.safetensors        posteriors of the known instructions
     RUN/bundle/derived/prompt_following.json    whether text in the prompt is followed
+    RUN/bundle/derived/confidence.json          what agreement says of the dev tasks
 
 Each file says of which weights and in which numbers it was made; one of others is made again. Where
 the folder cannot be written it is computed every time.
@@ -14,15 +15,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ship_ds.files import whole_file, write_json
+from ship_ds.inference.confidence import Calibration
 from ship_ds.inference.prompt_following import PromptFollowing
 
-_FOLDER, _KNOWN, _FOLLOWING = "derived", "known.safetensors", "prompt_following.json"
+_Measured = TypeVar("_Measured", Calibration, PromptFollowing)
+
+_FOLDER, _KNOWN = "derived", "known.safetensors"
+_FOLLOWING, _CALIBRATION = "prompt_following.json", "confidence.json"
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,29 @@ class Derived:
 
     def following(self) -> PromptFollowing | None:
         """What was measured of text in the prompt; None where it is not kept."""
-        # KeyError and TypeError: of a version that kept other numbers.
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads((self.bundle / _FOLDER / _FOLLOWING).read_text())
-            if kept.pop("made_of") == self._made_of:
-                return PromptFollowing(**kept)
-        return None
+        return self._kept(_FOLLOWING, PromptFollowing)
 
     def keep_following(self, following: PromptFollowing) -> None:
         """Keep it, where the disk lets us."""
+        self._keep(_FOLLOWING, following)
+
+    def calibration(self) -> Calibration | None:
+        """What agreement says of the dev tasks; None where it is not kept."""
+        return self._kept(_CALIBRATION, Calibration)
+
+    def keep_calibration(self, calibration: Calibration) -> None:
+        """Keep it, where the disk lets us."""
+        self._keep(_CALIBRATION, calibration)
+
+    def _kept(self, name: str, made: type[_Measured]) -> _Measured | None:
+        # KeyError and TypeError: of a version that kept other numbers.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads((self.bundle / _FOLDER / name).read_text())
+            if kept.pop("made_of") == self._made_of:
+                return made(**kept)
+        return None
+
+    def _keep(self, name: str, measured: Calibration | PromptFollowing) -> None:
         with suppress(OSError):
-            row = asdict(following) | {"made_of": self._made_of}
-            write_json(self.bundle / _FOLDER / _FOLLOWING, row, shared=True)
+            row = asdict(measured) | {"made_of": self._made_of}
+            write_json(self.bundle / _FOLDER / name, row, shared=True)

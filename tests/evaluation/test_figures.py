@@ -71,6 +71,18 @@ def write_run(folder: Path, num_seen: int, weight: float, value: float) -> Path:
         for _ in range(4)
     ]
     (folder / "evaluation" / "latents.json").write_text(json.dumps({"points": points}))
+    tasks = [
+        {
+            "part": part,
+            "agreement": [rng.random() for _ in range(5)],
+            "exact_match": [0, 1, 1, 0, 1],
+        }
+        for part in ("seen", "unseen")
+        for _ in range(6)
+    ]
+    (folder / "evaluation" / "tasks.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*tasks, {"part": "seen", "exact_match": [1]}])
+    )
     return folder
 
 
@@ -109,6 +121,7 @@ def test_one_run_without_an_evaluation_gives_its_losses_and_reasons(
 ) -> None:
     (runs[0] / "evaluation" / "report.json").unlink()
     (runs[0] / "evaluation" / "latents.json").unlink()
+    (runs[0] / "evaluation" / "tasks.jsonl").unlink()
     said: list[str] = []
     assert [path.stem for path in figures.plot(runs[:1], tmp_path / "figures", said.append)] == [
         "losses"
@@ -168,3 +181,9 @@ def test_losses_has_a_curve_of_every_objective_whatever_they_are(tmp_path: Path)
     curves = {line.get_label(): line.get_ydata() for line in lines if line.get_color() == "black"}
     assert list(curves) == ["task", "distilled"]
     np.testing.assert_allclose(curves["distilled"], [1, 1])
+
+
+def test_answers_of_equal_agreement_are_kept_together() -> None:
+    """Of four answers: the surest is right; of two equal ones one is; the last is wrong."""
+    coverage, risk = figures._risks([(1.0, 1.0), (0.5, 1.0), (0.5, 0.0), (0.0, 0.0)])
+    assert coverage == [25, 75, 100] and risk == [0, pytest.approx(100 / 3), 50]

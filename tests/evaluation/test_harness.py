@@ -20,10 +20,12 @@ from ship_ds.evaluation.harness import Harness, Run
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.methods.icl import InContextLearning
+from ship_ds.evaluation.report import confidence
 from tests.conftest import start
 
 DIRECTIONS = {
     "ship": ["deduction", "induction", "reasoning", "reconstruction"],
+    "ship_confidence": ["deduction"],
     "nearest_known": ["induction", "reasoning"],
     "prompting": ["deduction"],
     "icl": ["reasoning"],
@@ -108,6 +110,18 @@ def test_every_task_has_a_line_and_a_row(evaluated: Path) -> None:
     page = (evaluated / "evaluation" / "report.md").read_text()
     assert "| prompting | yes |" in page and "| icl | no |" in page
     assert all(f"| {row['part']} | {row['instruction']} |" in page for row in rows)
+
+
+def test_the_report_says_what_agreement_is_worth(evaluated: Path) -> None:
+    report = json.loads((evaluated / "evaluation" / "report.json").read_text())
+    cell = report["methods"]["ship_confidence"]["deduction"]["seen"]
+    assert 0 <= cell["agreement"]["value"] <= 1
+    assert cell["confidence"].keys() == {"auc_tasks", "auc_answers"}
+    assert cell["exact_match"] == report["methods"]["ship"]["deduction"]["seen"]["exact_match"]
+    row = {"exact_match": [1, 0], "agreement": [0.9, 0.5]}
+    other = {"exact_match": [0, 0], "agreement": [0.6, 0.6]}
+    assert confidence([row, other]) == {"auc_tasks": 1.0, "auc_answers": 1.0}
+    assert confidence([row]) == {"auc_tasks": None, "auc_answers": 1.0}
 
 
 def test_nothing_is_measured_twice(evaluated: Path, tmp_path: Path) -> None:

@@ -294,9 +294,22 @@ def test_answer_verb_warns_of_what_is_far_from_training(
 
 
 def test_a_warning_says_how_far() -> None:
-    assert far_warning(None) is None and far_warning(Familiarity(0.5, 0.5, False)) is None
-    warning = far_warning(Familiarity(0.5, 1.0, True))
-    assert warning is not None and "50 % of them, farther from the next than 100 %" in warning
+    assert far_warning(None) is None and far_warning(Familiarity(0.5, False)) is None
+    warning = far_warning(Familiarity(1.0, True))
+    assert warning is not None and "farther from the next than 100 % of them" in warning
+
+
+def test_answer_verb_says_how_many_samples_agree(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked for, beside each answer."""
+    run = ["--run", str(bundle)]
+    assert cli.main(["answer", "add 3", "1 2", "3 4 9", *run]) == 0
+    plain = _rows(capsys)
+    assert cli.main(["answer", "add 3", "1 2", "3 4 9", "--confidence", *run]) == 0
+    rows = _rows(capsys)
+    assert [{k: row[k] for k in ("input", "answer")} for row in rows] == plain
+    assert all(0 <= row["agreement"] <= 1 for row in rows)
 
 
 def test_induce_verb_shows_candidates_and_progress(

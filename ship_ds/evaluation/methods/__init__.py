@@ -5,6 +5,7 @@ from ship_ds.evaluation.config import METHOD_NAMES
 from ship_ds.evaluation.method import Method
 from ship_ds.evaluation.methods.composing import AdapterSum
 from ship_ds.evaluation.methods.controls import BareBase, MajorityLabel, ShuffledInstruction
+from ship_ds.evaluation.methods.doubting import Doubting
 from ship_ds.evaluation.methods.icl import InContextLearning
 from ship_ds.evaluation.methods.instruction_induction import InstructionInduction
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
@@ -19,6 +20,7 @@ from ship_ds.evaluation.methods.weights import ReadOwnAdapter, ReadTrainedLora
 _CLASSES: tuple[type[Method], ...] = (
     ShipMethod,
     OnePass,
+    Doubting,
     SearchWithoutDecoder,
     NearestKnown,
     Prompting,

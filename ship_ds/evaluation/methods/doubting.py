@@ -1,0 +1,49 @@
+"""SHIP's deduction again, beside how much the samples of each instruction's posterior agree.
+
+Letters: T tasks, Z latent size.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ship_ds.data.task import SplitTask
+from ship_ds.evaluation.methods.untrained import Untrained
+from ship_ds.inference.confidence import NUM_SAMPLES, SPREAD, agreement
+from ship_ds.inference.deduction import AnswersByTask, answer_latents
+
+
+class Doubting(Untrained):
+    """What `Ship.confidence` says, of every task and input, so that it can be told what it is
+    worth."""
+
+    name: ClassVar[str] = "ship_confidence"
+    about: ClassVar[str] = (
+        "ship's deduction with the share of eight samples of the instruction's posterior that "
+        "answer alike; how well that tells right answers from wrong ones stands in the report"
+    )
+    answers_as_ship: ClassVar[bool] = True
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """How many samples, and how far around the mean."""
+        return {"num_samples": NUM_SAMPLES, "spread": SPREAD}
+
+    def deduce(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
+    ) -> AnswersByTask:
+        latent_TZ = self.ship.model.encode(wordings)
+        return answer_latents(self.ship.model, latent_TZ, wordings, inputs, self._length)
+
+    def agreement(
+        self,
+        wordings: Sequence[str],
+        inputs: Sequence[Sequence[str]],
+        answers: AnswersByTask,
+    ) -> list[list[float]]:
+        """Of each answer, the share of samples that give it too."""
+        posterior = self.ship.model.posterior(wordings)
+        return agreement(self.ship.model, posterior, wordings, inputs, answers, self._length)
+
+    @property
+    def _length(self) -> int:
+        return self.ship.config.evaluation.max_new_tokens
