@@ -119,13 +119,17 @@ class Bundle:
         import torch
         from safetensors.torch import load_file
 
+        from ship_ds.model.objectives import trains_decoder
         from ship_ds.model.parameter_names import by_current_name
 
         state = by_current_name(load_file(self.folder / SHIP_WEIGHTS))
-        if not model.decodes:
-            # Of a run that trained one, or of a version that always did.
-            state = {n: one for n, one in state.items() if not n.startswith("decoder.")}
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # A run in which no objective weighs what it says trains no decoder: the other's is left
+        # out, or stays as it was drawn.
+        if not model.decodes:
+            state = {n: one for n, one in state.items() if not n.startswith("decoder.")}
+        elif not trains_decoder(self.config.loss.weights()):
+            trainable = {n: p for n, p in trainable.items() if not n.startswith("decoder.")}
         if different := sorted(trainable.keys() ^ state.keys()):
             raise UserError(
                 f"{self.folder / SHIP_WEIGHTS}: {different[0]} and {len(different) - 1} more names "

@@ -391,8 +391,8 @@ class LossConfig(Section):
     task: NonNegativeFloat = 1.0
     """Cross-entropy of the answers under the generated adapter, nats a token."""
     reconstruction: NonNegativeFloat = 1.0
-    """Cross-entropy of the instruction that the decoder reads out of z, nats a token. Zero: no
-    decoder is trained, which saves its share of each step, and no instruction is read out of z."""
+    """Cross-entropy of the instruction that the decoder reads out of z, nats a token. Zero: the
+    decoder neither runs nor is trained, and no instruction is read out of z."""
     kl: NonNegativeFloat = 1e-3
     """KL(q(z | k) || p(z)), averaged over the dimensions of z, nats."""
 

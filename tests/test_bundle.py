@@ -97,6 +97,24 @@ def test_a_model_without_decoder_takes_the_rest_of_a_bundle(folder: Path) -> Non
     assert all(torch.equal(one, drawn[name]) for name, one in model.decoder.state_dict().items())
 
 
+def test_a_bundle_without_decoder_leaves_the_models_as_it_was_drawn(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As after pre-training a hypernetwork alone: a run with a decoder starts from it."""
+    config = load_config("quickstart-smoke", ["loss.reconstruction=0"])
+    without = build_ship(config.model, LoadedWeights(), config.loss)
+    state = {n: p.detach() for n, p in without.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("decoder.") for name in state)
+    prompts = describe_roles(vars(without.collator.prompts))
+    write_bundle(tmp_path / "b", state, config, prompts, frozen_bases(config), [], [])
+    whole = build_ship(load_config("quickstart-smoke").model, LoadedWeights())
+    drawn = {name: one.clone() for name, one in whole.decoder.state_dict().items()}
+    Bundle.open(tmp_path / "b").load_into(whole)
+    text = ["reverse the list"]
+    assert torch.equal(whole.encode(text), without.encode(text))
+    assert all(torch.equal(one, drawn[name]) for name, one in whole.decoder.state_dict().items())
+
+
 def test_weights_of_other_shapes_are_one_line(folder: Path) -> None:
     config = load_config("quickstart-smoke", ["model.latent_size=32"])
     model = build_ship(config.model, LoadedWeights())

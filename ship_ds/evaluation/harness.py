@@ -148,10 +148,8 @@ class Harness:
     def cells(self, name: str) -> list[Cell]:
         """What the config asks of a method, where there are tasks that it applies to."""
         cells = cells_of(self.methods[name], self.config.parts, self.config.num_shown)
-        directions = self.config.directions
-        if not self.run.ship.model.decodes:
-            # Nothing is read out of a latent, so there is no text to be scored.
-            directions = tuple(one for one in directions if one != "reconstruction")
+        cannot = self.methods[name].cannot(self.run.ship)
+        directions = [one for one in self.config.directions if one not in cannot]
         return [cell for cell in cells if cell.direction in directions and self._tasks(cell)]
 
     def _tasks(self, cell: Cell) -> list[SplitTask]:

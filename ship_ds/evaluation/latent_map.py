@@ -31,7 +31,6 @@ def latent_map(ship: Ship, splits: Splits, seed: int = 0) -> dict[str, Any]:
     ]
     draws = [(task, draw) for task in tasks for draw in range(_NUM_DRAWS)]
     trained_CZ = _trained(ship, draws, seed)
-    texts = ship.model.decode(trained_CZ, ship.config.evaluation.max_instruction_tokens)
     owners = [task for task, _ in draws]
     wordings = [
         (task, text) for task in tasks for text in (*task.wordings, *task.held_out_paraphrases)
@@ -41,9 +40,10 @@ def latent_map(ship: Ship, splits: Splits, seed: int = 0) -> dict[str, Any]:
         [task for task, _ in wordings],
         ship.model.encode([text for _, text in wordings]),
     )
-    points += _points("trained", owners, trained_CZ) + _points(
-        "re-encoded", owners, ship.model.encode(texts)
-    )
+    points += _points("trained", owners, trained_CZ)
+    if ship.model.decodes:
+        texts = ship.model.decode(trained_CZ, ship.config.evaluation.max_instruction_tokens)
+        points += _points("re-encoded", owners, ship.model.encode(texts))
     return {"bundle": ship.digest, "seed": seed, "points": points}
 
 

@@ -158,7 +158,9 @@ def induce_from_weights(
 
 
 def _decoded(model: ShipModel, latent_CZ: Tensor, config: InductionConfig, seed: int) -> list[str]:
-    """Texts that the decoder reads out of the latents, without examples."""
+    """Texts that the decoder reads out of the latents, without examples; none of a run without."""
+    if not model.decodes:
+        return []
     shown = [()] * len(latent_CZ)
     beams = likeliest_texts(model, shown, latent_CZ, config.num_beams, config.max_new_tokens)
     samples = sample_texts(

@@ -57,7 +57,11 @@ def check_reading(model: ShipModel, reading: Reading) -> None:
             "examples: this run's encoder always read an instruction beside them "
             "(model.encoder.drop_instruction=0): give one"
         )
-    check_examples(model, reading.examples)
+    if not reading.examples:
+        raise UserError("examples: there are none; give at least one line with input and target")
+    for number, example in enumerate(reading.examples, start=1):
+        for part, text in (("input", example.input), ("target", example.target)):
+            _check_known(model.encoder_prompts, text, f"example {number}, {part}")
     _check_length(
         len(model.encoder_prompts.encoder_prompt(reading)),
         model.encoder.language_model.context_length,

@@ -86,6 +86,13 @@ def induce_many(
         raise UserError(
             "induce: a task has no examples; give at least one line with input and target"
         )
+    if not model.decodes:
+        if config.method not in ("bank", "union"):
+            raise UserError(
+                f"induce: --method {config.method} reads texts out of latents, and this run "
+                "trained no decoder (loss.reconstruction=0); use bank or union"
+            )
+        config = config.model_copy(update={"asks_decoder": False, "num_edits": 0})
     config = config.suited_to(bank.share_in_slots)
     searches = [SearchState(tuple(examples)) for examples in tasks]
     num_stages = 2 + _num_rounds(config)
@@ -105,6 +112,8 @@ def with_latents_decoded(
 ) -> Induction:
     """The induction with further candidates: what the decoder reads out of these latents, tested on
     the examples."""
+    if not model.decodes:
+        return induction
     search = SearchState(tuple(examples), {c.instruction: c for c in induction.candidates})
     descents = latents_of(model, search, latent_CZ, induction.instruction)
     # A round after the last one of the search, so that nothing is drawn as it was there.
@@ -208,7 +217,7 @@ def _known(
     tries_analogies = config.analogies and config.method == "union"
     larger = bank.with_analogies(model) if tries_analogies else bank
     examples = [search.examples for search in searches]
-    reads = config.asks_decoder and model.decodes and model.config.decoder.max_examples > 0
+    reads = config.asks_decoder and model.config.decoder.max_examples > 0
     if config.method == "union" and bank.share_in_slots < GRAMMATICAL and reads:
         # Their own draw of views: what the decoder proposes from is drawn by "views 0".
         views = [task_views(model, search, _NUM_READ, seed, "known") for search in searches]
@@ -229,7 +238,7 @@ def _written_by_decoder(
     model: ShipModel, searches: Sequence[SearchState], config: InductionConfig, seed: int
 ) -> list[Proposal]:
     """What the decoder writes after reading the examples; one that reads none proposes nothing."""
-    if not (model.decodes and model.config.decoder.max_examples):
+    if not model.config.decoder.max_examples:
         return []
     num_views, max_length = config.num_views, config.max_new_tokens
     owners = [search for search in searches for _ in range(num_views)]

@@ -40,6 +40,7 @@ from ship_ds.model.step import Parts
 from ship_ds.model.streaming import Shard
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
+from ship_ds.section import Section
 
 
 class Weights(Protocol):
@@ -137,6 +138,14 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
         checkpointing=config.decoder.checkpointing,
         borrows=borrows,
     )
+    if encoder.num_shares > 1 and _reads_shares(config.hypernetwork):
+        num_blocks = len(target.blocks)
+        if encoder.num_shares != num_blocks:
+            raise UserError(
+                f"model.encoder.pooling.num_queries ({encoder.num_shares}): with shares and "
+                f"model.hypernetwork.latent=by_layer it has to be {num_blocks}, a query for each "
+                "block of the Task LLM: change it"
+            )
     hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, target)
     prior: Prior = PRIORS.implementation(config.prior)(config.prior, config.latent_size)
     task_llm = TaskLlm(task_lm, config.task_llm.checkpointing, sites)
@@ -152,6 +161,12 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     )
 
 
+def _reads_shares(section: Section) -> bool:
+    """Whether a part of the hypernetwork cuts z into one share a block."""
+    sections = getattr(section, "parts", (section,))
+    return any(getattr(one, "latent", "whole") == "by_layer" for one in sections)
+
+
 def _collator(
     config: ModelConfig, prompts: list[PromptFormat | None], parts: Parts
 ) -> Collator | None:
@@ -164,6 +179,7 @@ def _collator(
         config.latent_size,
         parts.hypernetwork.num_virtual_tokens,
         config.decoder.num_soft_tokens,
+        parts.encoder.language_model.context_length,
     )
 
 

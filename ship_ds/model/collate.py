@@ -8,7 +8,7 @@ Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,6 +36,7 @@ class Collator:
 
     instruction: how the Task LLM's prompts state the instruction. num_virtual_tokens: places that
     its adapters' virtual tokens take. num_soft_tokens: those of z before the decoder's prompts.
+    encoder_context: tokens that the encoder reads at most; None: any number.
     """
 
     prompts: Prompts
@@ -43,6 +44,7 @@ class Collator:
     latent_size: int
     num_virtual_tokens: int
     num_soft_tokens: int
+    encoder_context: int | None = None
 
     def step(
         self, draws: Sequence[TaskDraw], seed: int, step: int, device: torch.device
@@ -74,9 +76,17 @@ class Collator:
 
     def readings(self, readings: Sequence[str | Reading], device: torch.device) -> TokenBatch:
         """What the encoder reads: instructions, examples, or both."""
-        prompts = self.prompts.encoder
-        ids = [prompts.encoder_prompt(one) for one in readings]
-        return TokenBatch.build(ids, None, prompts.pad_id, device=device)
+        ids = [self.read_prompt(one) for one in readings]
+        return TokenBatch.build(ids, None, self.prompts.encoder.pad_id, device=device)
+
+    def read_prompt(self, reading: str | Reading) -> tuple[int, ...]:
+        """The ids of a reading, with as many of its examples as the encoder's context has room
+        for; the last ones are left out first."""
+        ids = self.prompts.encoder.encoder_prompt(reading)
+        fits = self.encoder_context is None or len(ids) <= self.encoder_context
+        if fits or isinstance(reading, str) or not reading.examples:
+            return ids
+        return self.read_prompt(replace(reading, examples=reading.examples[:-1]))
 
     def answers(
         self,

@@ -60,6 +60,11 @@ class DecoderOnly(LanguageModel):
         attention = self._attention
         if feature == "packing":
             return self._why_padded()
+        if feature == "prefix" and self.module.config.model_type in _KEEP_ENDS_TO_THEMSELVES:
+            return (
+                f"{type(self.module).__name__}: its blocks do not hand a prefix on to their "
+                "attention; set another model.hypernetwork.kind"
+            )
         if feature == "prefix" and attention not in TAKES_PREFIX:
             return (
                 f"{type(self.module).__name__}: its attention here is {attention}, which cannot "

@@ -26,15 +26,21 @@ def rotated_by(lm: Any, keys_GPF: Tensor, num_positions: int) -> Tensor:
     """
     rotary = getattr(lm.base_model, "rotary_emb", None)
     turn = getattr(sys.modules[type(lm).__module__], "apply_rotary_pos_emb", None)
-    if rotary is None or turn is None:
+    kinds = set(getattr(lm.config, "layer_types", None) or ())
+    if rotary is None or turn is None or len(kinds) > 1:
         raise UserError(
-            f"{type(lm).__name__}: its positions are not rotated here, so a prefix means something "
-            "else in a folder of peft, where the prompt begins behind it; `ship-ds answer` "
-            "applies the adapter"
+            f"{type(lm).__name__}: its positions are not rotated alike in every block, so a prefix "
+            "means something else in a folder of peft, where the prompt begins behind it; "
+            "`ship-ds answer` applies the adapter"
         )
-    keys_1GPF = keys_GPF[None].float()
     place = torch.full((1, keys_GPF.shape[1]), abs(num_positions), device=keys_GPF.device)
+    keys_1GPF = keys_GPF[None].float()
     cos, sin = rotary(keys_1GPF, place)
+    # Some scale what they turn (YaRN); a model may turn a part of each head alone (Phi).
+    scale, width = getattr(rotary, "attention_scaling", 1.0), cos.shape[-1]
+    cos, sin = cos.float() / scale, sin.float() / scale
     sin = sin if num_positions >= 0 else -sin
-    _, turned = turn(keys_1GPF, keys_1GPF, cos.float(), sin.float())
+    part = keys_1GPF[..., :width]
+    _, turned = turn(part, part, cos, sin)
+    turned = torch.cat([turned, keys_1GPF[..., width:]], -1)
     return turned[0].to(keys_GPF.dtype)

@@ -193,7 +193,7 @@ class ShipModel(nn.Module):
     def posterior(self, readings: Sequence[str | Reading]) -> Posterior:
         """q(z | k) of any number of instructions, or of examples (`Reading`)."""
         prompts = self.encoder_prompts
-        ids = [prompts.encoder_prompt(one) for one in readings]
+        ids = [self.collator.read_prompt(one) for one in readings]
         reading, free = self.encoder.language_model.costs.reading, budget.bytes_free(self.device)
         order: list[int] = []
         # Where there are none: the encoder cannot read an empty batch.

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ship_ds.config import (
+    AttentionPooling,
     LossConfig,
     ModelConfig,
     TaskLlmConfig,
@@ -30,6 +31,7 @@ from ship_ds.model.loading import Quantisation, read_settings
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
 from ship_ds.planner.public_shapes import PUBLIC_SHAPES, WAY_OUT
+from ship_ds.section import Section
 
 
 def public_shapes() -> Mapping[str, PreTrainedConfig]:
@@ -155,7 +157,29 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | Non
     whole = _build(config, dtype, loss, None)
     if max(whole.depths.values()) <= DEEP:
         return whole
+    config = _without_shares(config)
     return replace(whole, shallow=tuple(_build(config, dtype, loss, n) for n in SHALLOW))
+
+
+def _without_shares(config: ModelConfig) -> ModelConfig:
+    """For models of fewer blocks, which z need not part into: how a place reads it changes what a
+    head between them holds, and nothing that grows with the layers."""
+
+    def whole(section: Section) -> Section:
+        return (
+            section.model_copy(update={"latent": "whole"})
+            if hasattr(section, "latent")
+            else section
+        )
+
+    hypernetwork = whole(config.hypernetwork)
+    if parts := getattr(hypernetwork, "parts", ()):
+        hypernetwork = hypernetwork.model_copy(update={"parts": tuple(map(whole, parts))})
+    pooling = config.encoder.pooling
+    if isinstance(pooling, AttentionPooling):
+        pooling = pooling.model_copy(update={"shares": False})
+    encoder = config.encoder.model_copy(update={"pooling": pooling})
+    return config.model_copy(update={"hypernetwork": hypernetwork, "encoder": encoder})
 
 
 def _build(

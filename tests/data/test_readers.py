@@ -475,13 +475,27 @@ def test_plain_text_is_cut_into_three(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["a.jsonl", "a.parquet", "a.arrow"])
 def test_a_column_of_texts(file: str, tmp_path: Path) -> None:
-    rows = [{"text": _text(30), "url": "u"}, {"text": "short", "url": "v"}]
-    write_p3(tmp_path / file, rows)
-    assert detect_format(tmp_path) == "plain-text"
-    (task,) = read_tasks(tmp_path)
+    """By itself it is read as text; beside other columns, which may be labels, by name alone."""
+    write_p3(tmp_path / "alone" / file, [{"text": _text(30)}, {"text": "short"}])
+    assert detect_format(tmp_path / "alone") == "plain-text"
+    write_p3(tmp_path / "others" / file, [{"text": _text(30), "url": "u"}])
+    if not file.endswith(".jsonl"):
+        with pytest.raises(DataError, match="not a format"):
+            detect_format(tmp_path / "others")
+    (task,) = read_tasks(tmp_path / "others", "plain-text")
+    assert read_tasks(tmp_path / "alone")[0].examples == task.examples
     assert " ".join((task.instruction, task.examples[0].input, task.examples[0].target)) == _text(
         30
     )
+
+
+def test_a_text_beside_our_own_jsonl_is_none(tmp_path: Path) -> None:
+    (tmp_path / "README.txt").write_text(_text(40))
+    row = {"id": "t", "instruction": "k", "examples": [{"input": "a", "target": "b"}]}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(row))
+    assert detect_format(tmp_path) == "jsonl"
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({"text": "great", "label": 1}))
+    assert detect_format(tmp_path) == "jsonl"
 
 
 def test_malformed_plain_text(tmp_path: Path) -> None:

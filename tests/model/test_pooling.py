@@ -235,3 +235,16 @@ def test_heads_that_have_no_equal_shares_are_one_line() -> None:
     ) as error:
         ship_of(small("model.encoder.pooling={kind: attention, num_heads: 3}"))
     assert "\n" not in str(error.value)
+
+
+def test_shares_need_a_query_for_each_block() -> None:
+    """Else blocks would read parts of one query's share, in silence."""
+    config = load_config(
+        "quickstart-smoke",
+        [
+            "model.encoder.pooling={kind: attention, num_queries: 2, shares: true}",
+            "model.hypernetwork={kind: combination, parts: [{}, {kind: prefix, latent: by_layer}]}",
+        ],
+    )
+    with pytest.raises(UserError, match=r"num_queries \(2\).* has to be 4, a query for each block"):
+        build_ship(config.model, LoadedWeights())

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from transformers import StableLmConfig, StableLmForCausalLM
 
 from ship_ds.model import attention
 from ship_ds.model.adapters.prefix import PrefixAdapter
@@ -104,3 +105,9 @@ def test_a_model_whose_attention_takes_no_prefix_says_so() -> None:
     reason = language_model(tiny_lm("gemma2")).missing("prefix")
     assert reason is not None and reason.count("\n") == 0 and "eager" in reason
     assert language_model(tiny_lm("llama")).missing("prefix") is None
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    stablelm = StableLmForCausalLM(
+        StableLmConfig(vocab_size=9, intermediate_size=8, num_key_value_heads=2, **sizes)
+    )
+    reason = language_model(stablelm).missing("prefix")
+    assert reason is not None and "do not hand a prefix on" in reason

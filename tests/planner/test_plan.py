@@ -235,8 +235,10 @@ def test_missing_base_names_the_way_out(capsys: pytest.CaptureFixture[str]) -> N
         [],
         ["model.hypernetwork={kind: soft_prompt}", "model.task_llm.instruction=hard"],
         ["model.encoder.pooling=attention"],
+        ["model.hypernetwork={kind: bottleneck}", "model.encoder.max_examples=2"],
+        ["model.hypernetwork={kind: bottleneck}", "loss.reconstruction=0"],
     ],
-    ids=["lora", "soft_prompt", "pooling"],
+    ids=["lora", "soft_prompt", "pooling", "bottleneck", "no_decoder"],
 )
 def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides: list[str]) -> None:
     """The same forward on the meta device and on real weights, to the byte; the peak, for which
@@ -244,10 +246,11 @@ def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides:
 
     The buffer for dequantised weights, which is a CPU's alone, is alive but kept for nothing.
     """
-    config = load_config("quickstart-smoke", overrides).model
-    model = build_ship(config, LoadedWeights()).train()
+    whole = load_config("quickstart-smoke", overrides)
+    config, loss = whole.model, whole.loss
+    model = build_ship(config, LoadedWeights(), loss).train()
     work = Workload(2, 3, 9, 14, 5, 2)
-    planned = count_activations(build_shapes(config, torch.float32), work)
+    planned = count_activations(build_shapes(config, torch.float32, loss), work)
     real = count_activations(Shapes(config, torch.float32, model, frozenset()), work)
     without_buffer = real.kept["task LLM"] - nf4.scratch_bytes(torch.float32)
     assert (planned.kept, planned.adapters, planned.logits) == (
@@ -293,6 +296,26 @@ def test_a_deep_model_is_counted_by_two_shallow_ones(tmp_path: Path) -> None:
         whole.logits,
     )
     assert extrapolated.peak == pytest.approx(whole.peak, rel=0.05)
+
+
+def test_a_deep_model_by_layer_is_planned(tmp_path: Path) -> None:
+    """Its z parts into ten shares, which two or four blocks have no equal parts of."""
+    settings = read_settings(base_folder("embedded"))
+    settings.num_hidden_layers = 10
+    settings.save_pretrained(tmp_path / "deep")
+    overrides = [
+        "model.latent_size=50",
+        "model.encoder.pooling={kind: attention, num_queries: 10, shares: true}",
+        "model.hypernetwork={kind: combination, parts: [{latent: by_layer}, {kind: bottleneck}]}",
+        f"model.task_llm.base={tmp_path / 'deep'}",
+    ]
+    shapes = build_shapes(load_config("quickstart-smoke", overrides).model, torch.float32)
+    work = Workload(2, 3, 9, 14, 5, 2)
+    extrapolated, whole = (
+        count_activations(one, work) for one in (shapes, replace(shapes, shallow=()))
+    )
+    assert extrapolated.adapters == whole.adapters
+    assert extrapolated.kept["task LLM"] == whole.kept["task LLM"]
 
 
 def test_checkpointing_keeps_less_and_needs_less_at_the_peak() -> None:

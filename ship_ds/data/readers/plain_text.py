@@ -45,18 +45,19 @@ def _files(path: Path) -> list[Path]:
 
 
 def matches(path: Path) -> bool:
-    """Whether the first file is a .txt, or has a column of texts."""
+    """Whether there are .txt files and no others, or rows of nothing but a text. What has other
+    columns is read by name alone: it may be labelled."""
     files = _files(path)
+    suffixes = {file.suffix for file in files}
+    if suffixes == {".txt"}:
+        return True
+    files = [file for file in files if file.suffix != ".txt"]
     if not files:
         return False
-    first = files[0]
-    if first.suffix == ".txt":
-        return True
-    if first.suffix == ".jsonl":
-        row = first_row(first)
-        # Other formats may carry a text beside what they are made of.
-        return row is not None and _TEXT in row and "instruction" not in row
-    return _TEXT in table(first).column_names
+    if files[0].suffix == ".jsonl":
+        row = first_row(files[0])
+        return row is not None and row.keys() == {_TEXT}
+    return list(table(files[0]).column_names) == [_TEXT]
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:

@@ -206,12 +206,18 @@ class FrozenBase:
         hidden_TSH = self.task_llm.language_model.hidden(batch)
         return hidden_TSH.float(), batch.real_ES
 
+    @property
+    def _lora_as_named(self) -> str:
+        """The section without `latent`, which is of the run's own hypernetwork and came later:
+        what earlier versions trained is found again."""
+        return repr(self.lora).replace(", latent='whole'", "")
+
     def fingerprint(self) -> str:
         """Names the base: its settings, prompt format and a few values of every weight (hashing 70B
         would take minutes)."""
-        digest = hashlib.sha256(
-            repr((self.config.model.task_llm, self.lora, self.prompts.describe())).encode()
-        )
+        settings, prompts = self.config.model.task_llm, self.prompts.describe()
+        named = f"({settings!r}, {self._lora_as_named}, {prompts!r})"
+        digest = hashlib.sha256(named.encode())
         for path, weight in self.task_llm.named_parameters():
             name = path.removeprefix("lm.")
             digest.update(
@@ -230,7 +236,8 @@ def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:
     sites."""
     config = ship.config.model
     if isinstance(config.hypernetwork, LoraHypernetworkConfig):
-        return ship.model.task_llm, config.hypernetwork
+        # The baselines' hypernetworks read no z that could be cut into shares.
+        return ship.model.task_llm, config.hypernetwork.model_copy(update={"latent": "whole"})
     lora, settings = LoraHypernetworkConfig(), config.task_llm
     lm = freeze(
         load_lm(settings.base, settings.quantisation, ship.dtype, "auto", ship.model.device)

@@ -11,6 +11,7 @@ from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, group_size, train_group
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.method import Setting
 from ship_ds.inference.deduction import AnswersByTask
 
@@ -38,6 +39,11 @@ class LoraPerTask:
     def settings(cls) -> dict[str, Any]:
         """How each LoRA is trained."""
         return {"recipe": asdict(cls.recipe)}
+
+    @classmethod
+    def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
+        """It trains all that it needs."""
+        return ()
 
     @classmethod
     def applies(cls, task: SplitTask, ship: Ship) -> bool:

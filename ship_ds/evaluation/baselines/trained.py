@@ -80,6 +80,11 @@ class TrainedMethod(ABC):
         return {"recipe": asdict(cls.recipe), "training": TRAINING}
 
     @classmethod
+    def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
+        """It trains all that it needs."""
+        return ()
+
+    @classmethod
     def applies(cls, task: SplitTask, ship: Ship) -> bool:
         """To every task of every run."""
         return True

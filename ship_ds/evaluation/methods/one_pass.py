@@ -4,6 +4,7 @@ examples (`model.encoder.max_examples`).
 Letters: T tasks, Z latent size.
 """
 
+import random
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Example, Reading, SplitTask
+from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.deduction import AnswersByTask, answer_latents
 
@@ -28,6 +30,14 @@ class OnePass(Untrained):
     sees_labels: ClassVar[bool] = True
 
     @classmethod
+    def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
+        """From examples alone, of an encoder that always read an instruction beside them; texts,
+        of a run without decoder."""
+        if not ship.config.model.encoder.drop_instruction:
+            return ("induction", "reasoning")
+        return () if ship.model.decodes else ("induction",)
+
+    @classmethod
     def applies(cls, task: SplitTask, ship: Ship) -> bool:
         """To every task of a run whose encoder was trained on examples."""
         return ship.config.model.encoder.max_examples > 0
@@ -36,12 +46,16 @@ class OnePass(Untrained):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         """By the instruction and as many of the task's training examples as were shown at most."""
-        most = self.ship.config.model.encoder.max_examples
         readings = [
-            Reading(wording, task.train[:most])
+            Reading(wording, self._some(task))
             for task, wording in zip(tasks, wordings, strict=True)
         ]
         return self._answers(self.ship.model.encode(readings), wordings, inputs)
+
+    def _some(self, task: SplitTask) -> tuple[Example, ...]:
+        """Training examples of a task, drawn: files are often sorted by their answers."""
+        count = min(self.ship.config.model.encoder.max_examples, len(task.train))
+        return tuple(random.Random(f"{self.seed} {task.id}").sample(task.train, count))
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         return self._texts(self._read(shown))

@@ -3,6 +3,7 @@ which the decoder reads."""
 
 from typing import ClassVar
 
+from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.methods.searching import Searching
 from ship_ds.inference.config import InductionConfig
 
@@ -16,6 +17,7 @@ class ShipIndirect(Searching):
         "instruction, then decoded"
     )
     recipe: ClassVar[InductionConfig] = InductionConfig.of_preset("published", "indirect")
+    decoded: ClassVar[tuple[Direction, ...]] = ("induction", "reasoning")
 
 
 class ShipDirect(Searching):
@@ -24,3 +26,4 @@ class ShipDirect(Searching):
     name: ClassVar[str] = "ship_direct"
     about: ClassVar[str] = "SHIP's induction as published, direct: descent on z, then decoded"
     recipe: ClassVar[InductionConfig] = InductionConfig.of_preset("published", "direct")
+    decoded: ClassVar[tuple[Direction, ...]] = ("induction", "reasoning")

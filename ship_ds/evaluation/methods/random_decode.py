@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from ship_ds.data.task import Example
+from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.model.encoder import keyed_generator
 
@@ -19,6 +20,8 @@ class RandomDecode(Untrained):
 
     name: ClassVar[str] = "random_decode"
     about: ClassVar[str] = "control: the decoder's text of a latent drawn from the prior"
+
+    decoded: ClassVar[tuple[Direction, ...]] = ("induction",)
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         """One decoded draw a task."""

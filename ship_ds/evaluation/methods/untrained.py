@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from ship_ds.api import Ship
 from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.data.task import SplitTask
+from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.method import Setting
 
 
@@ -14,11 +15,18 @@ class Untrained:
     states_instruction: ClassVar[bool] = False
     answers_as_ship: ClassVar[bool] = False
     sees_labels: ClassVar[bool] = False
+    decoded: ClassVar[tuple[Direction, ...]] = ("reconstruction",)
+    """Directions that need a decoder which was trained."""
 
     @classmethod
     def applies(cls, task: SplitTask, ship: Ship) -> bool:
         """To every task of every run."""
         return True
+
+    @classmethod
+    def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
+        """What is read out of a latent, of a run that trained no decoder."""
+        return () if ship.model.decodes else cls.decoded
 
     @classmethod
     def settings(cls) -> dict[str, Any]:

@@ -329,9 +329,10 @@ class FactorHypernetwork(TrunkHypernetwork):
         width, head_type = config.width, HEADS[config.heads]
         heads = [head_type(width, config.rank, group) for group in head_type.groups(target.sites)]
         self.num_shares = len(target.blocks) if config.latent == "by_layer" else 1
-        self.layers: list[list[int]] = []
         if self.num_shares > 1:
-            self.layers = [[layer_of(p, target.blocks) for p in head.places] for head in heads]
+            for group, head in enumerate(heads):
+                layers = torch.tensor([layer_of(path, target.blocks) for path in head.places])
+                self.register_buffer(f"layers_{group}", layers, persistent=False)
         self.add_trunk(
             share_of(latent_size, self.num_shares), width, [head.num_embeddings for head in heads]
         )
@@ -345,7 +346,9 @@ class FactorHypernetwork(TrunkHypernetwork):
             assert isinstance(head, LoraHead)
             places_JD = self.embeddings(group, head.num_embeddings, latent_TZ.device)
             # Without shares z's part is one for all places, and is spread over them by the sum.
-            own_TUD = from_latent_TXD[:, self.layers[group]] if self.layers else from_latent_TXD
+            own_TUD = from_latent_TXD
+            if self.num_shares > 1:
+                own_TUD = from_latent_TXD.index_select(1, self.get_buffer(f"layers_{group}"))
             factors |= head(self.run_trunk(own_TUD + head.units(places_JD)))
         return LoraAdapter(factors, self.scaling)
 
