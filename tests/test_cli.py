@@ -97,6 +97,23 @@ NOWHERE = [
     Bad("plan --config quickstart training.deepspeed=zero9", "ds_configs/ has cpu"),
     Bad("plan --config pretrain-7b --gpus 0", "'--gpus'"),
     Bad("plan --config pretrain-7b --gpu-memory nan", "--gpu-memory: nan"),
+    Bad("compare --out OUT", "missing argument"),
+    Bad("compare quickstart", "missing option '--out'"),
+    Bad("compare nowhere --out OUT", "nowhere: no such config file, and no recipe"),
+    Bad("compare training.steps=3 --out OUT", "compare: name a recipe, a config or a file"),
+    Bad("compare quickstart training.stepz=3 --out OUT", "training.stepz: unknown key"),
+    Bad("compare quickstart-smoke --out OUT", "--minutes: give it, since"),
+    Bad("compare quickstart quickstart --out OUT", "two variants are called 'quickstart'"),
+    Bad("compare quickstart --out OUT --minutes 0", "--minutes: 0"),
+    Bad("compare quickstart --out OUT --minutes nan", "--minutes: nan"),
+    Bad("compare quickstart --out OUT --seeds 0,x", "--seeds 0,x: expected numbers"),
+    Bad("compare quickstart --out OUT --nproc 0", "'--nproc'"),
+    Bad("compare quickstart --out OUT --nproc 7", "quickstart: training.tasks_per_step (24) must"),
+    Bad("compare quickstart --out OUT --parts all", "--parts: "),
+    Bad("compare quickstart --out OUT --num-tasks 0", "--num-tasks: "),
+    Bad("compare quickstart --out OUT --device gpu", "device gpu: expected auto"),
+    Bad("compare VARIANTS --out OUT", "variants.yaml: seed: unknown key"),
+    Bad("compare pretrain-7b --minutes 1 --out OUT", "pretrain-7b: model.task_llm.base: "),
     Bad("deduce x --run nowhere --out OUT", "nowhere: no bundle here"),
     Bad("deduce x --run FOLDER --out OUT", "no bundle here"),
     Bad("deduce x --run CUT --out OUT", "ship.safetensors has "),
@@ -211,6 +228,8 @@ def make_places(folder: Path) -> dict[str, Path]:
         name: folder / name.lower()
         for name in "RUN CUT LOST OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT".split()
     }
+    places["VARIANTS"] = folder / "variants.yaml"
+    places["VARIANTS"].write_text("config: quickstart\nseed: 1\nvariants: {a: }\n")
     for name in ("RUN", "CUT", "LOST", "FOLDER", "ADAPTER", "CHECKPOINT"):
         places[name].mkdir()
     (places["FOLDER"] / "notes.txt").write_text("nothing of ours")

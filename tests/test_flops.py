@@ -5,11 +5,20 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ship_ds.config import ModelConfig, load_config
-from ship_ds.flops import Matrices, Rows, flops_of_parts, peak_of
-from ship_ds.model.assemble import build_ship
+from ship_ds.flops import (
+    Matrices,
+    Rows,
+    deduction_flops,
+    flops_of_parts,
+    peak_of,
+    query_flops,
+)
+from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.loading import Quantisation
 from ship_ds.model.ship import ShipModel
@@ -66,6 +75,41 @@ def test_the_formula_is_what_torch_counts(base: str, overrides: list[str]) -> No
     assert sum(parts.values()) == counter.get_total_flops()
     assert (parts["adapters"] == 0) == ("soft_prompt" in str(overrides))
     assert min(count for part, count in parts.items() if part != "adapters") > 0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.hypernetwork={kind: soft_prompt}"], ["model.encoder.pooling=attention"]],
+    ids=["lora", "soft_prompt", "pooling"],
+)
+@torch.no_grad()
+def test_a_query_and_its_adapter_are_what_torch_counts(overrides: list[str]) -> None:
+    """A prompt of eleven tokens and an answer of four, under the adapter and bare; before that the
+    adapter, of an instruction of nine."""
+    config = load_config("quickstart", ["model.task_llm.quantisation=none", *overrides]).model
+    ship = build_ship(config, LoadedWeights()).eval()
+    size = ship.flop_size()
+    counts = {}
+    # The counter knows no fused attention of a CPU; the products of the plain one it sees.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        instruction = TokenBatch.build([list(range(10, 19))], None, ship.prompts.pad_id)
+        adapter = ship.adapt(ship.encoder(instruction)[0])
+        counts["deduction"] = counter.get_total_flops()
+    for name, made in (("adapter", adapter), ("bare", None)):
+        virtual = ship.num_virtual_tokens if made else 0
+        batch = TokenBatch.build([list(range(10, 21))], None, ship.prompts.pad_id, virtual)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            stream = ship.task_llm.stream(made, batch)
+            stream.reserve(3)
+            for _ in range(3):
+                stream.advance(stream.logits_EV.argmax(-1))
+            assert stream.logits_EV.shape[0] == 1
+        counts[name] = counter.get_total_flops()
+    assert counts == {
+        "deduction": deduction_flops(size, 9),
+        "adapter": query_flops(size.task_llm, 11 + ship.num_virtual_tokens, 4, under_adapter=True),
+        "bare": query_flops(size.task_llm, 11, 4, under_adapter=False),
+    }
 
 
 def test_the_terms_by_hand() -> None:
