@@ -134,6 +134,17 @@ NOWHERE = [
     Bad("compose --part 1 y --run RUN --out FOLDER", "already there"),
     Bad("compose --part 1 y --run RUN --out OUT --rank 0", "'--rank'"),
     Bad("compose --run RUN --out OUT", "missing option '--part'"),
+    Bad("tune --run nowhere --from x --data PAIRS --out OUT", "nowhere: no bundle"),
+    Bad("tune --run RUN --data PAIRS --out OUT", "missing option '--from'"),
+    Bad("tune --run RUN --from x --data nowhere --out OUT", "nowhere: cannot be read"),
+    Bad("tune --run RUN --from x --data FILE --out OUT", "line 1: expected a JSON object"),
+    Bad("tune --run RUN --from x --data PAIRS --out FOLDER", "already there"),
+    Bad("tune --run SOFT --from x --data PAIRS --out OUT", "this run's adapters are no LoRAs"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --steps 0", "'--steps'"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --lr 0", "--lr: 0"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --eval-share 1", "--eval-share: 1"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --eval-share nan", "--eval-share: nan"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --dtype half", "dtype half: expected auto"),
     Bad("answer x 1 --run nowhere", "nowhere: no bundle"),
     Bad("answer x 1 --run LOST", "model.task_llm.base: no/such/base: expected a model folder"),
     Bad("answer x --run RUN", "standard input: is empty"),
@@ -226,16 +237,22 @@ def make_places(folder: Path) -> dict[str, Path]:
     on."""
     places = {
         name: folder / name.lower()
-        for name in "RUN CUT LOST OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT".split()
+        for name in (
+            "RUN CUT LOST SOFT OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT".split()
+        )
     }
     places["VARIANTS"] = folder / "variants.yaml"
     places["VARIANTS"].write_text("config: quickstart\nseed: 1\nvariants: {a: }\n")
-    for name in ("RUN", "CUT", "LOST", "FOLDER", "ADAPTER", "CHECKPOINT"):
+    for name in ("RUN", "CUT", "LOST", "SOFT", "FOLDER", "ADAPTER", "CHECKPOINT"):
         places[name].mkdir()
     (places["FOLDER"] / "notes.txt").write_text("nothing of ours")
-    for name in ("RUN", "CUT", "LOST"):
+    for name in ("RUN", "CUT", "LOST", "SOFT"):
         base = "no/such/base" if name == "LOST" else "embedded"
-        config = load_config("quickstart-smoke", [f"model.task_llm.base={base}"])
+        kind = "soft_prompt" if name == "SOFT" else "lora"
+        config = load_config(
+            "quickstart-smoke",
+            [f"model.task_llm.base={base}", f"model.hypernetwork.kind={kind}"],
+        )
         write_json(places[name] / "config.json", config.model_dump(mode="json"))
         (places[name] / "ship.safetensors").write_text("weights")
         write_json(places[name] / "prompt_format.json", {})
