@@ -11,7 +11,8 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ from ship_ds.console import Log
 from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.variants import Trial, in_turn
+from ship_ds.files import write_text
 
 _STANDARD_ERROR = 2
 _FAILED = 1
@@ -64,33 +66,63 @@ def compare(
         except Stopped:
             log("asked to stop: the same command goes on")
             return _PREEMPTED
-        from ship_ds.evaluation import comparison
-        from ship_ds.evaluation.harness import Run
-        from ship_ds.runtime import ranks
-
-        ranks.quiet_libraries()
-        ranks.log_threads()
-        entries: list[comparison.Entry] = []
-        for trial in (trial for trial in trials if trial.name not in failures):
-            log(f"{trial.name}: measured, in {trial.folder / 'evaluation'}")
-            try:
-                run = Run.open(trial.folder, log, device, dtype)
-                entries.append(
-                    comparison.measure(
-                        trial.label, trial.seed, run, settings, arguments, log, entries
-                    )
-                )
-            # Whatever it is, the table is then of the others, and the last line names it.
-            except Exception as error:
-                failures[trial.name] = f"measuring it failed: {first_line(error)}"
-        if entries:
-            report = comparison.build(entries, failures, settings, arguments)
-            comparison.write(report, out)
-            comparison.show(report)
-            print(out / comparison.PAGE)
+        trained = [trial for trial in trials if trial.name not in failures]
+        failures |= _write_table(trained, failures, settings, out, arguments, log, device, dtype)
     for name, reason in failures.items():
         log(f"{name}: {reason}")
     return _FAILED if failures else 0
+
+
+def _write_table(
+    trials: Sequence[Trial],
+    failures: Mapping[str, str],
+    settings: HarnessConfig,
+    out: Path,
+    arguments: Sequence[str],
+    log: Log,
+    device: str,
+    dtype: str | None,
+) -> dict[str, str]:
+    """Measure what was trained, then write and print the table of what could be measured.
+
+    Arguments as in `compare`; failures are those of before.
+
+    Returns:
+        Why a trial could not be measured, by its name.
+    """
+    from ship_ds.evaluation import comparison
+    from ship_ds.evaluation.harness import Run
+    from ship_ds.runtime import ranks
+
+    ranks.quiet_libraries()
+    ranks.log_threads()
+    entries: list[comparison.Entry] = []
+    unmeasured: dict[str, str] = {}
+
+    def measured(trial: Trial) -> comparison.Entry:
+        """The run's models are let go as this returns."""
+        run = Run.open(trial.folder, log, device, dtype)
+        return comparison.measure(trial.label, trial.seed, run, settings, arguments, log, entries)
+
+    for trial in trials:
+        log(f"{trial.name}: measured, in {trial.folder / 'evaluation'}")
+        try:
+            entries.append(measured(trial))
+        except UserError as error:
+            unmeasured[trial.name] = str(error)
+        # Whatever it is, the table is then of the others, and the last lines name it.
+        except Exception as error:
+            trace = trial.folder / "measuring_failure.txt"
+            write_text(trace, traceback.format_exc())
+            unmeasured[trial.name] = (
+                f"measuring it failed ({first_line(error)}); {trace} has the traceback"
+            )
+    if entries:
+        report = comparison.build(entries, {**failures, **unmeasured}, settings, arguments)
+        comparison.write(report, out)
+        comparison.show(report)
+        print(out / comparison.PAGE)
+    return unmeasured
 
 
 @contextmanager

@@ -374,16 +374,15 @@ def _seed(row: Mapping[str, Any]) -> str:
 
 def _scores(report: Mapping[str, Any], direction: str) -> list[list[str]]:
     """A column for each part, and one for the difference where there is any."""
-    metric = report["metric"][direction]
+    metric, first = report["metric"][direction], report["first"]
     rows = [row for row in report["rows"] if direction in row["scores"]]
     columns = []
     for part in report["setting"]["parts"]:
-        for kind, title in (("scores", part), ("minus_first", f"{part}, minus {report['first']}")):
-            texts = [
-                value_and_interval(row[kind].get(direction, {}).get(part, {}).get(metric))
-                for row in rows
-            ]
+        for kind, title in (("scores", part), ("minus_first", f"{part}, minus {first}")):
+            cells = [row[kind].get(direction, {}).get(part, {}) for row in rows]
+            texts = [value_and_interval(cell.get(metric)) for cell in cells]
             if any(texts):
-                columns.append([title, *texts])
+                most = max(cell.get("n_tasks", 0) for cell in cells)
+                columns.append([f"{title}, n={most}", *texts])
     names = [["variant", *(row["label"] for row in rows)], ["seed", *map(_seed, rows)]]
     return [list(line) for line in zip(*names, *columns, strict=True)]

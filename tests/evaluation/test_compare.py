@@ -8,12 +8,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ship_ds import cli
 from ship_ds.errors import UserError
-from ship_ds.evaluation import compare
+from ship_ds.evaluation import compare, comparison
+from ship_ds.evaluation.comparison import Entry
+from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.variants import Trial, plan, read_variants
 from ship_ds.files import Manifest, write_json
 
@@ -109,6 +112,38 @@ def test_a_training_that_outlives_its_comparison_keeps_the_next_one_out(tmp_path
     os.close(kept)
     with compare._alone(tmp_path):
         pass
+
+
+def test_the_table_is_of_those_that_were_trained_and_measured(
+    trials: list[Trial],
+    train_by: Replace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """b comes to no bundle, and c cannot be measured; what is left is a copy of a run of 0.1.0."""
+    train_by(
+        "import shutil, sys; sys.argv[1] == 'b' or shutil.copytree('tests/fixtures/v0_1/run', "
+        f"{str(tmp_path / 'out')!r} + '/' + sys.argv[1] + '/seed-0')"
+    )
+    measure = comparison.measure
+
+    def measured(label: str, *arguments: Any) -> Entry:
+        if label == "c":
+            raise RuntimeError("out of luck")
+        return measure(label, *arguments)
+
+    monkeypatch.setattr(comparison, "measure", measured)
+    settings = HarnessConfig(parts=("seen",), directions=("deduction",), num_tasks=1)
+    out = tmp_path / "out"
+    said: list[str] = []
+    assert compare.compare(trials, settings, out, 1, ["compare"], said.append, "cpu") == 1
+    report = json.loads((out / "compare.json").read_text())
+    assert [row["label"] for row in report["rows"]] == ["a", "instruction in the prompt"]
+    assert list(report["failures"]) == ["b, seed 0", "c, seed 0"]
+    assert "no bundle here" in said[-2] and "out of luck" in said[-1]
+    assert "RuntimeError" in (out / "c" / "seed-0" / "measuring_failure.txt").read_text()
+    assert str(out / "compare.md") in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -5,13 +5,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import pytest
 
 from ship_ds.console import no_log
 from ship_ds.evaluation import comparison
+from ship_ds.evaluation.cells import Measured
 from ship_ds.evaluation.comparison import Entry
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.harness import Run
@@ -70,7 +71,7 @@ def test_the_instruction_in_the_prompt_is_measured_once(entries: list[Entry]) ->
 
 
 def test_rows_are_the_variants_then_their_seeds_together_then_the_reference(
-    report: dict[str, Any], entries: list[Entry]
+    report: dict[str, Any],
 ) -> None:
     assert [(row["label"], row["seed"]) for row in report["rows"]] == [
         ("first", 0),
@@ -87,13 +88,49 @@ def test_rows_are_the_variants_then_their_seeds_together_then_the_reference(
     assert "minus_first" in one and not one["minus_first"]
     nothing = {"value": 0.0, "ci95": [0.0, 0.0]}
     assert second["minus_first"]["deduction"]["seen"]["exact_match"] == nothing
-    measured = entries[0].in_prompt["deduction", "unseen"].rows
-    own = entries[0].cells["deduction", "unseen"].rows
-    expected = fmean(
-        fmean(a["rouge_l"]) - fmean(b["rouge_l"]) for a, b in zip(measured, own, strict=True)
-    )
-    found = stated["minus_first"]["deduction"]["unseen"]["rouge_l"]["value"]
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert stated["minus_first"]["deduction"].keys() == {"seen", "unseen"}
+    assert list(stated["query_gigaflops"]) == ["16", "256", "4096"]
+
+
+def measured(values: dict[str, list[float]]) -> Measured:
+    rows = [{"task": task, "kind": "", "exact_match": row} for task, row in values.items()]
+    return Measured({}, ["exact_match"], rows, 1.0, 0.0, 1)
+
+
+def test_differences_are_task_by_task_and_seed_by_seed(entries: list[Entry]) -> None:
+    """Four runs that were asked two tasks; by hand."""
+    first, other = entries[0], entries[2]
+    scores = {
+        ("first", 0): {"a": [1.0, 1.0], "b": [0.0, 1.0]},
+        ("first", 1): {"a": [1.0, 0.0], "b": [0.0, 0.0]},
+        ("second", 0): {"a": [0.0, 1.0], "b": [0.0, 1.0]},
+        ("second", 1): {"a": [1.0, 1.0], "b": [1.0, 1.0]},
+    }
+    some = [
+        replace(
+            first if label == "first" else other,
+            seed=seed,
+            cells={("deduction", "unseen"): measured(values)},
+            in_prompt={},
+        )
+        for (label, seed), values in scores.items()
+    ]
+    report = comparison.build(some, {}, SETTINGS, ["compare"])
+    found = {
+        (row["label"], row["seed"]): row["minus_first"]["deduction"]["unseen"]["exact_match"]
+        for row in report["rows"]
+        if row["minus_first"]
+    }
+    # a: 1/2 - 1, b: 1/2 - 1/2; then a: 1 - 1/2, b: 1 - 0; together a: 3/4 - 3/4, b: 3/4 - 1/4
+    assert {key: cell["value"] for key, cell in found.items()} == {
+        ("second", 0): -0.25,
+        ("second", 1): 0.75,
+        ("second", "all"): 0.25,
+    }
+    assert found["second", "all"]["ci95"] == [0.0, 0.5]
+    page = comparison.markdown(report)
+    assert "| unseen, n=2 | unseen, minus first, n=2 |" in page
+    assert "| second | all | 0.750 [0.750, 0.750] | 0.250 [0.000, 0.500] |" in page
 
 
 def test_other_tasks_are_told_and_not_subtracted(entries: list[Entry]) -> None:
@@ -128,6 +165,6 @@ def test_page_has_every_row_and_every_failure(
     assert f"| {costs['adapter_numbers']:,} | {flat} | {flat} | {flat} |" in page
     assert "| first | all |" in page and "| instruction in the prompt |  |" in page
     assert "- third, seed 0: it fell" in page and "    ship-ds compare x" in page
-    assert "## Deduction: exact match" in page and "seen, minus first" in page
+    assert "## Deduction: exact match" in page and "seen, minus first, n=3" in page
     comparison.show(report)
     assert "instruction in the prompt" in capsys.readouterr().out
