@@ -103,8 +103,16 @@ def test_term_reaches_the_training_and_no_other_is_started(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_training_that_outlives_its_comparison_keeps_the_next_one_out(tmp_path: Path) -> None:
+def test_a_training_that_outlives_its_comparison_keeps_the_next_one_out(
+    trials: list[Trial], train_by: Replace, tmp_path: Path
+) -> None:
     """By a descriptor that it has inherited."""
+    train_by(
+        "import os, sys; files = [os.path.realpath(f'/proc/self/fd/{n}') for n in "
+        "os.listdir('/proc/self/fd')]; sys.exit(not any(f.endswith('/.lock') for f in files))"
+    )
+    with compare._alone(tmp_path / "out") as lock:
+        assert compare.train_all(trials, 1, lock, lambda line: None) == {}
     with compare._alone(tmp_path) as lock:
         kept = os.dup(lock)
     with pytest.raises(UserError, match="still at work here"), compare._alone(tmp_path):
