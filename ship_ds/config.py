@@ -7,7 +7,7 @@ An unknown key, a wrong type and an impossible pair each raise UserError with on
 component gets its own slice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -613,7 +613,7 @@ def recipe_text(name: str) -> str:
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe by name or a YAML file by path, apply overrides, check. Raises UserError."""
-    return parse_config(overridden(_read(source), overrides), source)
+    return parse_config(overridden(read_values(source), overrides), source)
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
@@ -649,6 +649,16 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: {key + ': ' if key else ''}{message}") from None
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        leaves |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return leaves
+
+
 _TAGS = ("full", "lora", "last", "attention")
 
 
@@ -664,7 +674,12 @@ def _key(location: Sequence[int | str], values: Any) -> str:
     return ".".join(parts)
 
 
-def _read(source: str) -> dict[str, Any]:
+def read_values(source: str) -> dict[str, Any]:
+    """What a recipe, by its name, or a YAML file holds, not yet checked.
+
+    Raises:
+        UserError: there is neither, or it is not YAML, or no mapping.
+    """
     path = Path(source)
     if source in recipe_names():
         text = recipe_text(source)

@@ -3,6 +3,7 @@
     size = model.flop_size()                                  # model/sizes.py; once a run
     parts = flops_of_parts(size, rows_of_step)                # {"encoder": 1.2e12, ...}
     utilisation = sum(parts.values()) / seconds / PEAKS["H100"]
+    query_flops(size.task_llm, 30, 5, under_adapter=True)    # one answer, without gradients
 
 What counts is what the mathematics asks for, so that a program gains nothing by doing more:
 
@@ -175,3 +176,38 @@ def flops_of_parts(size: ShipSize, rows: StepRows) -> dict[str, int]:
         + decoder.low_rank_flops(rows.decoder)
         + decoder.head_flops(rows.decoder, rows.num_tasks),
     }
+
+
+def query_flops(task_llm: RoleSize, num_read: int, num_new: int, under_adapter: bool) -> int:
+    """Operations of one query, without gradients: its prompt is read once, and keys and values are
+    kept while the answer grows.
+
+    Args:
+        task_llm: what answers.
+        num_read: tokens of the prompt, an adapter's virtual ones included; at least one.
+        num_new: of the answer, its end included; at least one. The last one is not read again.
+        under_adapter: whether what was generated is applied to each token.
+    """
+    adapter = task_llm.low_rank.total + task_llm.after
+    products = task_llm.blocks.total + adapter * under_adapter
+    pairs = num_read**2 + sum(num_read + new for new in range(1, num_new))
+    pairs += task_llm.prefix * under_adapter * (num_read + num_new - 1)
+    return (
+        2 * products * (num_read + num_new - 1)
+        + 4 * task_llm.attention * pairs
+        + 2 * task_llm.output * num_new
+    )
+
+
+def deduction_flops(size: ShipSize, num_read: int) -> int:
+    """Operations that make the adapter of one instruction, without gradients: encoder and
+    hypernetwork, once.
+
+    Args:
+        size: of the model.
+        num_read: tokens that the encoder reads.
+    """
+    encoder = size.encoder
+    products = encoder.blocks.total + encoder.low_rank.total + encoder.pooling
+    once = encoder.head + size.hypernetwork
+    return 2 * (products * num_read + once) + 4 * encoder.attention * num_read**2

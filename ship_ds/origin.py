@@ -28,6 +28,7 @@ class Origin:
         probes: Token ids of the prompts on which the adapter was proved.
         proof: The fields of `Proof` there.
         adapter: SHA-256 of the adapter's weights.
+        tuning: What training on examples did to it afterwards; None: it is as it was generated.
     """
 
     made_from: str
@@ -41,6 +42,7 @@ class Origin:
     probes: list[list[int]]
     proof: dict[str, float]
     adapter: str
+    tuning: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write both files into the adapter's folder."""
@@ -56,11 +58,22 @@ class Origin:
             f"- base: {self.base} ({self.quantisation} in training), fingerprint "
             f"{self.base_fingerprint}\n"
             f"- run: {self.run}, weights sha256 {self.bundle}\n- {self.shape}\n- adapter weights "
-            f"sha256: {self.adapter}\n"
+            f"sha256: {self.adapter}\n{self._tuned()}"
             "- proved with `peft`: logits differ from the live hypernetwork's by "
             f"{self.proof['from_live']:.1e}, "
             f"from the bare base's by {self.proof['from_base']:.2f}\n"
             f"- prompt format: {json.dumps(self.prompt_format, ensure_ascii=False)}\n"
+        )
+
+    def _tuned(self) -> str:
+        """A line of the card; empty where nothing was trained afterwards."""
+        if self.tuning is None:
+            return ""
+        before, after = self.tuning["held_out_loss"]
+        return (
+            f"- then trained by gradient on {self.tuning['num_examples']} examples: "
+            f"{self.tuning['steps']} steps; loss of {self.tuning['num_held_out']} held-out ones "
+            f"from {before:.3f} to {after:.3f} nats a token\n"
         )
 
 

@@ -97,6 +97,23 @@ NOWHERE = [
     Bad("plan --config quickstart training.deepspeed=zero9", "ds_configs/ has cpu"),
     Bad("plan --config pretrain-7b --gpus 0", "'--gpus'"),
     Bad("plan --config pretrain-7b --gpu-memory nan", "--gpu-memory: nan"),
+    Bad("compare --out OUT", "missing argument"),
+    Bad("compare quickstart", "missing option '--out'"),
+    Bad("compare nowhere --out OUT", "nowhere: no such config file, and no recipe"),
+    Bad("compare training.steps=3 --out OUT", "compare: name a recipe, a config or a file"),
+    Bad("compare quickstart training.stepz=3 --out OUT", "training.stepz: unknown key"),
+    Bad("compare quickstart-smoke --out OUT", "--minutes: give it, since"),
+    Bad("compare quickstart quickstart --out OUT", "two variants are called 'quickstart'"),
+    Bad("compare quickstart --out OUT --minutes 0", "--minutes: 0"),
+    Bad("compare quickstart --out OUT --minutes nan", "--minutes: nan"),
+    Bad("compare quickstart --out OUT --seeds 0,x", "--seeds 0,x: expected numbers"),
+    Bad("compare quickstart --out OUT --nproc 0", "'--nproc'"),
+    Bad("compare quickstart --out OUT --nproc 7", "quickstart: training.tasks_per_step (24) must"),
+    Bad("compare quickstart --out OUT --parts all", "--parts: "),
+    Bad("compare quickstart --out OUT --num-tasks 0", "--num-tasks: "),
+    Bad("compare quickstart --out OUT --device gpu", "device gpu: expected auto"),
+    Bad("compare VARIANTS --out OUT", "variants.yaml: seed: unknown key"),
+    Bad("compare pretrain-7b --minutes 1 --out OUT", "pretrain-7b: model.task_llm.base: "),
     Bad("deduce x --run nowhere --out OUT", "nowhere: no bundle here"),
     Bad("deduce x --run FOLDER --out OUT", "no bundle here"),
     Bad("deduce x --run CUT --out OUT", "ship.safetensors has "),
@@ -117,6 +134,17 @@ NOWHERE = [
     Bad("compose --part 1 y --run RUN --out FOLDER", "already there"),
     Bad("compose --part 1 y --run RUN --out OUT --rank 0", "'--rank'"),
     Bad("compose --run RUN --out OUT", "missing option '--part'"),
+    Bad("tune --run nowhere --from x --data PAIRS --out OUT", "nowhere: no bundle"),
+    Bad("tune --run RUN --data PAIRS --out OUT", "missing option '--from'"),
+    Bad("tune --run RUN --from x --data nowhere --out OUT", "nowhere: cannot be read"),
+    Bad("tune --run RUN --from x --data FILE --out OUT", "line 1: expected a JSON object"),
+    Bad("tune --run RUN --from x --data PAIRS --out FOLDER", "already there"),
+    Bad("tune --run SOFT --from x --data PAIRS --out OUT", "this run's adapters are no LoRAs"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --steps 0", "'--steps'"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --lr 0", "--lr: 0"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --eval-share 1", "--eval-share: 1"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --eval-share nan", "--eval-share: nan"),
+    Bad("tune --run RUN --from x --data PAIRS --out OUT --dtype half", "dtype half: expected auto"),
     Bad("answer x 1 --run nowhere", "nowhere: no bundle"),
     Bad("answer x 1 --run LOST", "model.task_llm.base: no/such/base: expected a model folder"),
     Bad("answer x --run RUN", "standard input: is empty"),
@@ -209,14 +237,22 @@ def make_places(folder: Path) -> dict[str, Path]:
     on."""
     places = {
         name: folder / name.lower()
-        for name in "RUN CUT LOST OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT".split()
+        for name in (
+            "RUN CUT LOST SOFT OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT".split()
+        )
     }
-    for name in ("RUN", "CUT", "LOST", "FOLDER", "ADAPTER", "CHECKPOINT"):
+    places["VARIANTS"] = folder / "variants.yaml"
+    places["VARIANTS"].write_text("config: quickstart\nseed: 1\nvariants: {a: }\n")
+    for name in ("RUN", "CUT", "LOST", "SOFT", "FOLDER", "ADAPTER", "CHECKPOINT"):
         places[name].mkdir()
     (places["FOLDER"] / "notes.txt").write_text("nothing of ours")
-    for name in ("RUN", "CUT", "LOST"):
+    for name in ("RUN", "CUT", "LOST", "SOFT"):
         base = "no/such/base" if name == "LOST" else "embedded"
-        config = load_config("quickstart-smoke", [f"model.task_llm.base={base}"])
+        kind = "soft_prompt" if name == "SOFT" else "lora"
+        config = load_config(
+            "quickstart-smoke",
+            [f"model.task_llm.base={base}", f"model.hypernetwork.kind={kind}"],
+        )
         write_json(places[name] / "config.json", config.model_dump(mode="json"))
         (places[name] / "ship.safetensors").write_text("weights")
         write_json(places[name] / "prompt_format.json", {})

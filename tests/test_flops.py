@@ -6,11 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ship_ds.config import ModelConfig, load_config
-from ship_ds.flops import Matrices, RoleSize, Rows, flops_of_parts, peak_of
-from ship_ds.model.assemble import build_ship
+from ship_ds.flops import (
+    Matrices,
+    RoleSize,
+    Rows,
+    deduction_flops,
+    flops_of_parts,
+    peak_of,
+    query_flops,
+)
+from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.loading import Quantisation
 from ship_ds.model.ship import ShipModel
@@ -87,6 +97,41 @@ def test_the_formula_is_what_torch_counts(base: str, overrides: list[str]) -> No
     assert min(count for part, count in parts.items() if part != "adapters") > 0
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.hypernetwork={kind: soft_prompt}"], ["model.encoder.pooling=attention"]],
+    ids=["lora", "soft_prompt", "pooling"],
+)
+@torch.no_grad()
+def test_a_query_and_its_adapter_are_what_torch_counts(overrides: list[str]) -> None:
+    """A prompt of eleven tokens and an answer of four, under the adapter and bare; before that the
+    adapter, of an instruction of nine."""
+    config = load_config("quickstart", ["model.task_llm.quantisation=none", *overrides]).model
+    ship = build_ship(config, LoadedWeights()).eval()
+    size = ship.flop_size()
+    counts = {}
+    # The counter knows no fused attention of a CPU; the products of the plain one it sees.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        instruction = TokenBatch.build([list(range(10, 19))], None, ship.prompts.pad_id)
+        adapter = ship.adapt(ship.encoder(instruction)[0])
+        counts["deduction"] = counter.get_total_flops()
+    for name, made in (("adapter", adapter), ("bare", None)):
+        virtual = ship.num_virtual_tokens if made else 0
+        batch = TokenBatch.build([list(range(10, 21))], None, ship.prompts.pad_id, virtual)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            stream = ship.task_llm.stream(made, batch)
+            stream.reserve(3)
+            for _ in range(3):
+                stream.advance(stream.logits_EV.argmax(-1))
+            assert stream.logits_EV.shape[0] == 1
+        counts[name] = counter.get_total_flops()
+    assert counts == {
+        "deduction": deduction_flops(size, 9),
+        "adapter": query_flops(size.task_llm, 11 + ship.num_virtual_tokens, 4, under_adapter=True),
+        "bare": query_flops(size.task_llm, 11, 4, under_adapter=False),
+    }
+
+
 def test_the_terms_by_hand() -> None:
     """Two tokens through 3 x 4 matrices, of which half read a frozen embedding."""
     matrices = Matrices(total=24, reading_embeddings=12)
@@ -108,3 +153,13 @@ def test_a_card_is_known_by_the_name_that_cuda_gives() -> None:
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_of("NVIDIA L40S") == 362e12 and peak_of("NVIDIA L4") == 121e12
     assert peak_of("Tesla T4") is None
+
+
+def test_a_query_pays_for_all_that_was_generated() -> None:
+    """Nine tokens run: four read and six new ones, of which the last is not; 3 keys more for each,
+    and a bottleneck of 10 products."""
+    plain = RoleSize(Matrices(100), Matrices(), 2 * 4 * 8, 0, False, False)
+    more = replace(plain, prefix=3, after=10)
+    difference = query_flops(more, 4, 6, True) - query_flops(plain, 4, 6, True)
+    assert difference == 2 * 10 * 9 + 4 * 2 * 4 * 8 * 3 * 9
+    assert query_flops(more, 4, 6, False) == query_flops(plain, 4, 6, False)

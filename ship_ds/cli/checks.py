@@ -25,6 +25,12 @@ def check_positive(option: str, value: float) -> None:
         raise UserError(f"{option}: {value:g}: expected a number above zero")
 
 
+def check_share(option: str, value: float) -> None:
+    """A number between zero and one."""
+    if not 0 < value < 1:
+        raise UserError(f"{option}: {value:g}: expected a share between 0 and 1")
+
+
 def check_folder(folder: Path) -> None:
     """Somebody's run or adapter is there at all."""
     if not folder.is_dir():
@@ -58,6 +64,18 @@ def read_config(bundle: Path) -> "Config":
 
     path = bundle / "config.json"
     return parse_config(json.loads(path.read_text()), str(path))
+
+
+def check_makes_lora(bundle: Path) -> None:
+    """The run's adapters are LoRAs, which `tune` trains on."""
+    from ship_ds.config import LoraHypernetworkConfig
+
+    hypernetwork = read_config(bundle).model.hypernetwork
+    if not isinstance(hypernetwork, LoraHypernetworkConfig):
+        raise UserError(
+            f"tune: {bundle}: this run's adapters are no LoRAs; it needs a run with "
+            "model.hypernetwork.kind=lora"
+        )
 
 
 def check_latents(file: Path, bundle: Path) -> None:

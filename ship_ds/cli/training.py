@@ -2,12 +2,16 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import AsJson, Overrides, Recipe, verb
+from ship_ds.cli.verb import AsJson, Device, Dtype, Overrides, Recipe, verb
+from ship_ds.console import log
+from ship_ds.errors import UserError
+from ship_ds.placement import check_words
 
 _PANEL = "Train"
 Count = Annotated[int | None, typer.Option(min=1, help="instead of the recipe's limit")]
@@ -67,3 +71,65 @@ def plan(
     changes = advise(planned, lengths)
     print(json.dumps(to_json(planned, changes), indent=2) if as_json else show(planned, changes))
     return 0
+
+
+@verb(_PANEL)
+def compare(
+    context: typer.Context,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME... [SECTION.KEY=VALUE]...",
+            help="recipes, configs or files of variants; settings are of all of them",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="the folder of all; the same one goes on")],
+    minutes: Annotated[
+        float | None, typer.Option(help="of each training; default: as their configs say")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="each variant once with each, such as 0,1,2")
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="ranks of each training, by torchrun")] = 1,
+    parts: Annotated[
+        str, typer.Option(help="of seen, dev, unseen, unseen_paraphrase")
+    ] = "seen,dev,unseen",
+    directions: Annotated[
+        str, typer.Option(help="of deduction, induction, reasoning, reconstruction; or all")
+    ] = "deduction,induction",
+    num_tasks: Annotated[int, typer.Option(help="of each part at most, evenly spaced")] = 120,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the commands, start nothing")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """Train variants for equal minutes and put them into one table; goes on where it stopped."""
+    check_words(device, dtype)
+    if minutes is not None:
+        checks.check_positive("--minutes", minutes)
+    from ship_ds.evaluation import variants
+    from ship_ds.evaluation.config import HarnessConfig
+
+    settings = HarnessConfig.from_options(
+        methods="ship", parts=parts, directions=directions, num_tasks=num_tasks
+    )
+    wanted, common = variants.parse_names(names)
+    if not wanted:
+        raise UserError("compare: name a recipe, a config or a file of variants")
+    several = None if seeds is None else _seeds(seeds)
+    trials = variants.plan(variants.read_variants(wanted), common, out, minutes, several)
+    if dry_run:
+        print("\n".join(variants.commands(trials, nproc)))
+        return 0
+    variants.check(trials, nproc, os.environ)
+    from ship_ds.evaluation.compare import compare
+
+    return compare(trials, settings, out, nproc, context.obj, log, device, dtype)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(seed) for seed in text.split(",")))
+    except ValueError:
+        raise UserError(f"--seeds {text}: expected numbers with commas, such as 0,1,2") from None

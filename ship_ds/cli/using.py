@@ -25,6 +25,7 @@ from ship_ds.placement import check_words
 
 if TYPE_CHECKING:
     from ship_ds.api import Ship
+    from ship_ds.evaluation.tuning import Tuned
     from ship_ds.export.requests import Request
     from ship_ds.inference.confidence import Confidence
     from ship_ds.inference.config import InductionConfig
@@ -237,6 +238,87 @@ def compose(
         f"{made.proof.from_base:.2f}"
     )
     return 0
+
+
+@verb(_PANEL)
+def tune(
+    run: Run,
+    out: Out,
+    instruction: Annotated[
+        str, typer.Option("--from", metavar="INSTRUCTION", help="whose adapter is the start")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help='of one task: JSON lines, {"input": ..., "target": ...}; - for stdin',
+        ),
+    ],
+    steps: Annotated[
+        int, typer.Option(min=1, help="of 16 examples each, or as many as there are")
+    ] = 100,
+    lr: Annotated[float, typer.Option(help="of Adam, at its highest")] = 1e-3,
+    eval_share: Annotated[float, typer.Option(help="of the examples, held out")] = 0.2,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="train one from peft's fresh start too, to compare")
+    ] = False,
+    probe: Probes = None,
+    pad_to: PadTo = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """An instruction's adapter, trained on by gradient -> PEFT folder."""
+    check_words(device, dtype)
+    checks.check_positive("--lr", lr)
+    checks.check_share("--eval-share", eval_share)
+    from ship_ds.inference.lines import read_pairs
+
+    pairs = read_pairs(data)
+    checks.check_makes_lora(checks.check_run(run))
+    checks.check_new(out)
+    from ship_ds.evaluation.tuning import Recipe, tune
+    from ship_ds.export.tuned import export_tuned
+
+    ship = open_run(run, device, dtype)
+    tuned = tune(ship, instruction, pairs, Recipe(steps, lr, eval_share, seed), fresh)
+    proof = export_tuned(
+        ship,
+        tuned.adapter,
+        instruction,
+        tuned.summary(),
+        tuned.rows(),
+        out,
+        probe or ship.probes,
+        pad_to,
+    )
+    print("\n".join(_losses(tuned)))
+    print(
+        f"{out}: peft = live within {proof.from_live:.1e}; differs from the bare base by "
+        f"{proof.from_base:.2f}"
+    )
+    _warn_of(ship, instruction)
+    return 0
+
+
+def _losses(tuned: "Tuned") -> list[str]:
+    """What the held-out examples say of each start."""
+    curves = [tuned.curve, *([tuned.fresh] if tuned.fresh else [])]
+    steps = tuned.recipe.steps
+    lines = [
+        f"{curve.start} start: loss of {tuned.num_held_out} held-out examples {curve.first:.3f} "
+        f"at step 0, {curve.last:.3f} at step {steps} (nats a token)"
+        for curve in curves
+    ]
+    if tuned.fresh:
+        reached = tuned.curve.steps_to(tuned.fresh.last)
+        lines.append(
+            "the generated start does not reach the fresh one's last loss"
+            if reached is None
+            else f"the generated start is at the fresh one's last loss by step {reached}: "
+            f"{steps - reached} of {steps} steps saved"
+        )
+    return lines
 
 
 @verb(_PANEL)

@@ -45,14 +45,21 @@ def evaluate(
     Raises:
         UserError: no bundle is there, or the data are no longer those of the run.
     """
-    run = Run.open(folder, log, device, dtype)
+    return evaluate_run(Run.open(folder, log, device, dtype), config, arguments, log)[0]
+
+
+def evaluate_run(
+    run: Run, config: HarnessConfig, arguments: Sequence[str], log: Log
+) -> tuple[dict[str, Any], dict[Cell, Measured]]:
+    """As `evaluate`, of a run that is open already; the report, and the cells that it is made
+    of."""
     harness = Harness(run, config, log)
     harness.measure_all()
     measured = valid_cells(harness)
     present = {cell.method for cell in measured}
     stated = run.ship.config.model.task_llm.instruction != "none"
     provenance = reports.Provenance(
-        str(folder),
+        str(run.folder),
         shlex.join(["ship-ds", *arguments]),
         versions(),
         config.model_dump(mode="json"),
@@ -73,7 +80,7 @@ def evaluate(
         reports.write(report, measured, harness.folder)
         _write_induced(measured, harness)
     ranks.barrier()
-    return report
+    return report, measured
 
 
 def _write_induced(measured: Mapping[Cell, Measured], harness: Harness) -> None:

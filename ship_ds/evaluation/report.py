@@ -32,13 +32,13 @@ TITLES = {
     "exact_match_stated": "exact match, induced text in the prompt",
     "agreement": "agreement of samples",
 }
-_LEADING = {
+LEADING = {
     "deduction": "exact_match",
     "induction": "execution_accuracy",
     "reasoning": "exact_match",
     "reconstruction": "exact_match",
 }
-"""What the per-task tables show."""
+"""The score of a direction where one has to stand for it, as in the tables task by task."""
 _SHIP = "ship"
 _ABOUT_METHOD = ("method", "instruction in query")
 _KINDS = ("parameter", "composition", "family")
@@ -118,17 +118,18 @@ def differences(measured: Mapping[Cell, Measured], num_shown: int) -> dict[str, 
         if cell.method == _SHIP or ship is None or cell.num_shown not in (None, num_shown):
             continue
         metrics = [metric for metric in ship.metrics if metric in other.metrics]
-        rows = _paired_rows(ship.rows, other.rows, metrics)
+        rows = paired_rows(ship.rows, other.rows, metrics)
         if rows:
             of_method = found.setdefault(cell.method, {}).setdefault(cell.direction, {})
             of_method[cell.part] = summary(metrics, rows)
     return found
 
 
-def _paired_rows(
-    ship: Sequence[TaskRow], other: Sequence[TaskRow], metrics: Sequence[str]
+def paired_rows(
+    rows: Sequence[TaskRow], other: Sequence[TaskRow], metrics: Sequence[str]
 ) -> list[TaskRow]:
-    """One row a task that both have: the difference of their means, in each metric that applies."""
+    """One row a task that both have: the means of `rows` minus those of `other`, in each metric
+    that applies."""
     others = {row["task"]: row for row in other}
     return [
         {
@@ -137,7 +138,7 @@ def _paired_rows(
             else []
             for metric in metrics
         }
-        for row in ship
+        for row in rows
         if row["task"] in others
     ]
 
@@ -178,20 +179,20 @@ def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> st
     for direction in directions:
         rows = summary_rows(report, direction, PARTS, tuple(TITLES), value_and_interval)
         kinds = summary_rows(
-            report, direction, _KIND_PARTS, (_LEADING[direction],), value_and_interval
+            report, direction, _KIND_PARTS, (LEADING[direction],), value_and_interval
         )
-        parts += [f"## {direction.capitalize()}", _table(rows)]
+        parts += [f"## {direction.capitalize()}", markdown_table(rows)]
         if len(kinds[0]) > len(_ABOUT_METHOD):
-            parts += ["By the reason why a task is unseen:", _table(kinds)]
+            parts += ["By the reason why a task is unseen:", markdown_table(kinds)]
         if any(direction in method for method in report["paired"].values()):
             parts += [
                 "SHIP minus each, over the same tasks:",
-                _table(_differences(report, direction)),
+                markdown_table(_differences(report, direction)),
             ]
-    parts += ["## Seconds", _table(_seconds(report, measured))]
+    parts += ["## Seconds", markdown_table(_seconds(report, measured))]
     for direction in directions:
-        title = f"## {direction.capitalize()}, task by task: {TITLES[_LEADING[direction]]}"
-        parts += [title, _table(_by_task(measured, direction, shown))]
+        title = f"## {direction.capitalize()}, task by task: {TITLES[LEADING[direction]]}"
+        parts += [title, markdown_table(_by_task(measured, direction, shown))]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
         "\n\n".join([*parts, "## Versions and settings", versions, f"    {json.dumps(setting)}"])
@@ -294,7 +295,7 @@ def _by_task(measured: Mapping[Cell, Measured], direction: str, num_shown: int) 
     """Header and one row a task: each method's mean over its examples."""
     tasks: dict[tuple[str, str, str], dict[str, str]] = {}
     names: dict[str, None] = {}
-    metric = _LEADING[direction]
+    metric = LEADING[direction]
     for cell, scores in measured.items():
         if (
             cell.direction == direction
@@ -313,7 +314,7 @@ def _by_task(measured: Mapping[Cell, Measured], direction: str, num_shown: int) 
     return [["part", "task", *names], *rows]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Markdown; the first row is the header."""
     lines = [
         "| " + " | ".join(" ".join(text.replace("|", "\\|").split()) for text in row) + " |"

@@ -126,8 +126,16 @@ def _finished(folder: Path, exporter: Exporter, request: Request, export: Export
         _made_from(request),
         export.shape(),
         sha256(folder / ADAPTER_WEIGHTS),
+        None,
     )
-    found = (origin.bundle, origin.base_fingerprint, origin.made_from, origin.shape, origin.adapter)
+    found = (
+        origin.bundle,
+        origin.base_fingerprint,
+        origin.made_from,
+        origin.shape,
+        origin.adapter,
+        origin.tuning,
+    )
     return Proof(**origin.proof) if found == expected else None
 
 

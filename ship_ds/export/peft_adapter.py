@@ -8,9 +8,10 @@ and differ from the base's.
 Letters: S padded length, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,14 @@ class Exporter:
         self.fingerprint = WeightsFolder(base_folder(config.base)).fingerprint
 
     @torch.no_grad()
-    def write(self, part: Path, export: Export, made_from: str, wording: str | None) -> Proof:
+    def write(
+        self,
+        part: Path,
+        export: Export,
+        made_from: str,
+        wording: str | None,
+        tuning: Mapping[str, Any] | None = None,
+    ) -> Proof:
         """Write an adapter with its origin and model card, and prove it.
 
         Args:
@@ -67,6 +75,7 @@ class Exporter:
             export: The adapter.
             made_from: Of what, for the model card.
             wording: The instruction that the prompts state, where this run's prompts do.
+            tuning: What was trained of it since; it stands in its origin.
 
         Returns:
             How far it is from the live adapter and from the bare base.
@@ -96,6 +105,7 @@ class Exporter:
             [list(ids) for ids in prompts],
             asdict(proof),
             sha256(part / ADAPTER_WEIGHTS),
+            None if tuning is None else dict(tuning),
         ).write(part)
         return proof
 

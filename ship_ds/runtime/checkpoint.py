@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ship_ds.bundle import PROGRESS
-from ship_ds.config import CheckpointConfig, parse_config
+from ship_ds.config import CheckpointConfig, flat, parse_config
 from ship_ds.console import Log
 from ship_ds.errors import UserError
 from ship_ds.files import (
@@ -459,16 +459,6 @@ def check_same_run(
             f"{folder}: the data are not the ones this run was trained on; restore "
             "them or choose another run.folder"
         )
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    leaves: dict[str, Any] = {}
-    for key, value in values.items():
-        leaves |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-        )
-    return leaves
 
 
 def _check_same_parameters(trainable: Mapping[str, torch.nn.Parameter], folder: Path) -> None:

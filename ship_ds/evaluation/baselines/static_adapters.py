@@ -30,6 +30,15 @@ class StaticLora(nn.Module):
             self.a.append(first_RI.repeat(num_tasks, 1, 1))
             self.b.append(torch.zeros(num_tasks, num_out, config.rank))
 
+    @torch.no_grad()
+    def start_at(self, adapter: LoraAdapter) -> None:
+        """Copy the factors of an adapter of one task, of the same sites and rank, into every
+        task's."""
+        for path, a_TRI, b_TOR in zip(self.paths, self.a, self.b, strict=True):
+            from_a_1RI, from_b_1OR = adapter.factors[path]
+            a_TRI.copy_(from_a_1RI.expand_as(a_TRI))
+            b_TOR.copy_(from_b_1OR.expand_as(b_TOR))
+
     def forward(self) -> LoraAdapter:
         factors = {
             path: (a_TRI, b_TOR)

@@ -1,0 +1,94 @@
+"""What a run costs beside its scores: its steps, its sizes, and the FLOPs of a query.
+
+A query is a question and its answer, as long as those of the tasks that are asked are on average;
+its FLOPs are by the formula of flops.py. An adapter is made once of an instruction, and a query
+under it costs the same however long that is; in the prompt it is read again by every query.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import chain
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from ship_ds.data.task import SplitTask
+from ship_ds.errors import UserError
+from ship_ds.evaluation.harness import Run
+from ship_ds.flops import deduction_flops, query_flops
+from ship_ds.model.ship import ShipModel
+
+INSTRUCTION_TOKENS = (16, 256, 4096)
+
+
+def training_costs(run: Run) -> dict[str, Any]:
+    """Steps, minutes of the steps alone, and the median seconds of a step, from metrics.jsonl.
+
+    Raises:
+        UserError: it is not there.
+    """
+    log = run.folder / "metrics.jsonl"
+    if not log.is_file():
+        raise UserError(f"{log}: missing: it says how many steps the run took, and how long")
+    seconds = [json.loads(row)["speed/step_seconds"] for row in log.read_text().splitlines()]
+    return {
+        "steps": len(seconds),
+        "minutes": round(sum(seconds) / 60, 4),
+        "seconds_a_step": round(median(seconds), 4),
+    }
+
+
+def sizes(model: ShipModel) -> dict[str, Any]:
+    """Parameters that are trained, and numbers of the adapter that is generated for a task."""
+    adapter = model.adapt(torch.zeros(1, model.config.latent_size))
+    return {
+        "trained_parameters": model.parameter_counts()["trained"],
+        "adapter_numbers": sum(tensor.numel() for tensor in adapter.tensors().values()),
+    }
+
+
+def query_costs(model: ShipModel, tasks: Sequence[SplitTask]) -> dict[str, Any]:
+    """GFLOPs by the instruction's tokens: `query_gigaflops` under the adapter,
+    `prompt_query_gigaflops` of the bare Task LLM with the instruction in its prompt,
+    `deduction_gigaflops` of making the adapter, once.
+
+    Args:
+        model: the run's.
+        tasks: whose questions and answers give the lengths.
+
+    Raises:
+        UserError: they have no test examples.
+    """
+    prompts, size = model.prompts, model.flop_size()
+    asked = list(chain.from_iterable(task.test for task in tasks))
+    if not asked:
+        raise UserError("--parts: no task of these parts has test examples; name others")
+    question = round(fmean(len(prompts.task_prompt(example.input)) for example in asked))
+    answer = round(fmean(len(prompts.target(example.target)) for example in asked))
+    # Some runs state the instruction in the prompt under the adapter, too.
+    is_stated = model.config.task_llm.instruction != "none"
+
+    def under_adapter(num_tokens: int) -> int:
+        num_read = model.num_virtual_tokens + question + num_tokens * is_stated
+        return query_flops(size.task_llm, num_read, answer, under_adapter=True)
+
+    def in_prompt(num_tokens: int) -> int:
+        return query_flops(size.task_llm, question + num_tokens, answer, under_adapter=False)
+
+    def made_once(num_tokens: int) -> int:
+        return deduction_flops(size, num_tokens)
+
+    columns = {
+        "query_gigaflops": under_adapter,
+        "prompt_query_gigaflops": in_prompt,
+        "deduction_gigaflops": made_once,
+    }
+    return {
+        "question_tokens": question,
+        "answer_tokens": answer,
+        **{
+            name: {str(count): flops(count) / 1e9 for count in INSTRUCTION_TOKENS}
+            for name, flops in columns.items()
+        },
+    }

@@ -1,0 +1,211 @@
+"""`ship-ds tune`: one LoRA trained by gradient on labelled examples of one task, from the adapter
+that the hypernetwork makes of an instruction, or from where `peft` starts one.
+
+The loop is that of the baselines (baselines/fitting.py), over the run's own frozen base.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ship_ds.api import Pair, Ship
+from ship_ds.data.task import Example
+from ship_ds.errors import UserError
+from ship_ds.evaluation.baselines.fitting import Looks, fit
+from ship_ds.evaluation.baselines.frozen_base import FrozenBase
+from ship_ds.evaluation.baselines.oracles import draw
+from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.budgets import Steps
+from ship_ds.inference import checks
+from ship_ds.model.adapters.lora import LoraAdapter
+
+_EXAMPLES_PER_STEP = 16
+_MOST_LOOKS = 20
+"""At the held-out examples, evenly over the steps, beside the one before the first."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast. held_out_share: of the examples, which are never trained on."""
+
+    steps: int
+    lr: float
+    held_out_share: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses in nats a target token.
+
+    start: "generated" or "fresh". training: of each step. held_out: by the steps that were taken
+    before; 0 is the start.
+    """
+
+    start: str
+    training: tuple[float, ...]
+    held_out: dict[int, float]
+
+    @property
+    def first(self) -> float:
+        return self.held_out[0]
+
+    @property
+    def last(self) -> float:
+        return self.held_out[len(self.training)]
+
+    def steps_to(self, loss: float) -> int | None:
+        """Steps before the first look at which the held-out loss is that or less; None: it never
+        is."""
+        return next((step for step, value in self.held_out.items() if value <= loss), None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One a step, for JSON lines; a step without a look has null for its held-out loss."""
+        return [
+            {
+                "start": self.start,
+                "step": step,
+                "training_loss": self.training[step - 1] if step else None,
+                "held_out_loss": self.held_out.get(step),
+            }
+            for step in range(len(self.training) + 1)
+        ]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came out. fresh: the curve from the other start, where it was asked for."""
+
+    adapter: LoraAdapter
+    recipe: Recipe
+    curve: Curve
+    fresh: Curve | None
+    num_examples: int
+    num_held_out: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of every curve, for JSON lines."""
+        return [row for curve in (self.curve, self.fresh) if curve for row in curve.rows()]
+
+    def summary(self) -> dict[str, Any]:
+        """For ship.json."""
+        return {
+            "start": self.curve.start,
+            "steps": self.recipe.steps,
+            "lr": self.recipe.lr,
+            "seed": self.recipe.seed,
+            "num_examples": self.num_examples,
+            "num_held_out": self.num_held_out,
+            "held_out_loss": [self.curve.first, self.curve.last],
+        }
+
+
+def tune(
+    ship: Ship, instruction: str, pairs: Sequence[Pair], recipe: Recipe, with_fresh: bool = False
+) -> Tuned:
+    """Train the adapter of an instruction on examples.
+
+    Args:
+        ship: a run whose adapters are LoRAs.
+        instruction: whose generated adapter is the start.
+        pairs: input and target of each example.
+        recipe: how long and how fast.
+        with_fresh: train a second one from `peft`'s start, on the same examples in the same order.
+
+    Raises:
+        UserError: the models cannot read the instruction or an example, or there are fewer than
+            two examples.
+        ValueError: a loss is not finite.
+    """
+    checks.check_instruction(ship.model, instruction)
+    examples = [Example(*pair) for pair in pairs]
+    checks.check_examples(ship.model, examples)
+    train, held_out = parted(examples, recipe.held_out_share, recipe.seed)
+    base = FrozenBase(ship)
+    generated = ship.model.adapt(ship.model.encode([instruction]))
+    assert isinstance(generated, LoraAdapter), "the verb refuses other kinds"
+    lora = fresh_lora(base, recipe.seed)
+    lora.start_at(generated)
+
+    def question(text: str) -> Sequence[int]:
+        return ship.model.question(text, instruction)
+
+    curve = train_lora(base, lora, question, train, held_out, recipe, "generated")
+    fresh = None
+    if with_fresh:
+        other = fresh_lora(base, recipe.seed)
+        fresh = train_lora(base, other, question, train, held_out, recipe, "fresh")
+    return Tuned(lora.requires_grad_(False)(), recipe, curve, fresh, len(train), len(held_out))
+
+
+def parted(
+    examples: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Those that are trained on and those that are held out, at least one of each.
+
+    Raises:
+        UserError: there is one example alone.
+    """
+    if len(examples) < 2:
+        raise UserError("--data: has one example; give two or more, since some are held out")
+    order = random.Random(f"{seed} tune").sample(examples, len(examples))
+    num_held_out = min(len(examples) - 1, max(1, round(share * len(examples))))
+    return order[num_held_out:], order[:num_held_out]
+
+
+def fresh_lora(base: FrozenBase, seed: int) -> StaticLora:
+    """A LoRA of the run's rank and sites where `peft` starts it: A uniform, B zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lora = StaticLora(base.sites, base.lora)
+    return lora.to(base.device)
+
+
+def train_lora(
+    base: FrozenBase,
+    lora: StaticLora,
+    question: Callable[[str], Sequence[int]],
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    recipe: Recipe,
+    start: str,
+) -> Curve:
+    """Train a LoRA in place.
+
+    Args:
+        base: whose Task LLM it adapts.
+        lora: of one task.
+        question: an input's prompt, as token ids.
+        train: what is trained on, in an order that the recipe's seed gives.
+        held_out: what is looked at on the way.
+        recipe: how long and how fast.
+        start: what the curve is called.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
+
+    def losses(some: Sequence[Example], adapter: Any) -> Iterator[Tensor]:
+        prompts = [question(example.input) for example in some]
+        return base.losses(adapter, [prompts], [[example.target for example in some]])
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        return float(sum(losses(held_out, lora()), torch.zeros((), device=base.device)))
+
+    def losses_at(step: int) -> Iterator[Tensor]:
+        count = min(_EXAMPLES_PER_STEP, len(train))
+        some = draw(train, count, f"{recipe.seed} tune {step}")
+        return losses(some, lambda tasks: lora())
+
+    title = f"tune, {start} start"
+    # A look's score is to rise: the log-likelihood.
+    looks = Looks(lambda: -held_out_loss(), min(recipe.steps, _MOST_LOOKS), every=1)
+    first = held_out_loss()
+    training = fit(lora.parameters(), losses_at, Steps(recipe.steps), recipe.lr, title, looks=looks)
+    looked = {point.step: -point.dev for point in looks.curves[title] if point.dev is not None}
+    return Curve(start, tuple(training), {0: first, **looked})
