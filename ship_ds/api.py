@@ -122,6 +122,7 @@ class Ship:
         version 0.1.0, which has none."""
         self._measured_following: PromptFollowing | None = None
         self._asked_following = False
+        self._calibration = derived.calibration() if derived else None
 
     @classmethod
     def from_run(
@@ -181,22 +182,26 @@ class Ship:
         is_own = texts == tuple(dict.fromkeys(self.known))
         return self.bank if is_own else Bank.build(self.model, texts)
 
-    @cached_property
-    def calibration(self) -> Calibration | None:
-        """From which agreement on answers were right on the run's dev tasks, measured when it is
-        first needed and then kept with the bundle; None where the data are not where they were, or
-        have too few dev tasks."""
-        kept = self._derived.calibration() if self._derived else None
-        if kept is not None:
-            return kept
-        try:
-            dev = source_of(self.config.data).read(self.model.prompts.tokenizer, no_log).dev
-        except (UserError, OSError):
-            return None
-        measured = calibrate(self.model, dev, self._length)
-        if measured is not None and self._derived:
-            self._derived.keep_calibration(measured)
-        return measured
+    def calibrate(self, log: Log = no_log) -> Calibration | None:
+        """From which agreement on answers were right on the run's dev tasks: measured once, nine
+        answers an input, and then kept with the bundle.
+
+        Args:
+            log: Takes a line before it is measured.
+
+        Returns:
+            None where the data are not where they were, or too few dev tasks are done or not done.
+        """
+        if self._calibration is None:
+            try:
+                dev = source_of(self.config.data).read(self.model.prompts.tokenizer, no_log).dev
+            except (UserError, OSError):
+                return None
+            log("measuring once on the run's dev tasks from which agreement on answers are right")
+            self._calibration = calibrate(self.model, dev, self._length)
+            if self._calibration is not None and self._derived:
+                self._derived.keep_calibration(self._calibration)
+        return self._calibration
 
     @cached_property
     def _surroundings(self) -> Surroundings:
@@ -328,8 +333,8 @@ class Ship:
             inputs: The inputs; none: the run's probes.
 
         Returns:
-            The agreement of each input, beside what it says of the run's dev tasks. As many answers
-            as eight adapters give are made for it.
+            The agreement of each input, beside what it says of the run's dev tasks where that was
+            measured (`calibrate`). As many answers as eight adapters give are made for it.
         """
         texts = list(inputs) or list(self.probes)
         checks.check_instruction(self.model, instruction)
@@ -338,7 +343,7 @@ class Ship:
         wordings, asked = [instruction], [texts]
         answers = answer_latents(self.model, posterior.mean_TZ, wordings, asked, self._length)
         agreed = agreement(self.model, posterior, wordings, asked, answers, self._length)
-        return Confidence(tuple(agreed[0]), self.calibration)
+        return Confidence(tuple(agreed[0]), self._calibration)
 
     def answer(
         self, instruction: str, inputs: Sequence[str], num_beams: int = 1

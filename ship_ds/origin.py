@@ -29,6 +29,9 @@ class Origin:
         proof: The fields of `Proof` there.
         adapter: SHA-256 of the adapter's weights.
         tuning: What training on examples did to it afterwards; None: it is as it was generated.
+        confidence: The share of samples of the instruction's posterior that answer the probes as
+            this adapter does (`agreement`), from which share on dev tasks were mostly answered
+            rightly (`threshold`), and how well that parts them (`auc`); None: not asked for.
     """
 
     made_from: str
@@ -43,6 +46,7 @@ class Origin:
     proof: dict[str, float]
     adapter: str
     tuning: dict[str, Any] | None = None
+    confidence: dict[str, float | None] | None = None
 
     def write(self, folder: Path) -> None:
         """Write both files into the adapter's folder."""
@@ -58,11 +62,22 @@ class Origin:
             f"- base: {self.base} ({self.quantisation} in training), fingerprint "
             f"{self.base_fingerprint}\n"
             f"- run: {self.run}, weights sha256 {self.bundle}\n- {self.shape}\n- adapter weights "
-            f"sha256: {self.adapter}\n{self._tuned()}"
+            f"sha256: {self.adapter}\n{self._tuned()}{self._confidence()}"
             "- proved with `peft`: logits differ from the live hypernetwork's by "
             f"{self.proof['from_live']:.1e}, "
             f"from the bare base's by {self.proof['from_base']:.2f}\n"
             f"- prompt format: {json.dumps(self.prompt_format, ensure_ascii=False)}\n"
+        )
+
+    def _confidence(self) -> str:
+        """A line of the card; empty where nothing was asked."""
+        if self.confidence is None or self.confidence["agreement"] is None:
+            return ""
+        threshold = self.confidence["threshold"]
+        least = "" if threshold is None else f"; below {threshold:.2f} most dev tasks went wrong"
+        return (
+            f"- confidence: {self.confidence['agreement']:.2f} of the samples around it answer its "
+            f"probes alike{least}\n"
         )
 
     def _tuned(self) -> str:

@@ -124,6 +124,9 @@ def deduce(
         return 0
     if pairs:
         requests = [_of_examples(ship, pairs, instruction)]
+    elif instruction is not None:
+        confidence = ship.confidence(instruction, probes)
+        requests = [Request("adapter", instruction, confidence=confidence.summary())]
     proof = export_one(ship, requests[0], out, probes, pad_to)
     print(
         f"{out}: peft = live within {proof.from_live:.1e}; differs from the bare base by "
@@ -132,7 +135,6 @@ def deduce(
     if pairs:
         print(f"  made from {requests[0].made_from}")
     elif instruction is not None:
-        confidence = ship.confidence(instruction, probes)
         _show_answers(ship, instruction, probes, confidence)
         _warn_of(ship, instruction, confidence)
     return 0
@@ -357,6 +359,7 @@ def answer(
             print_row({"input": text, "answer": answered})
         _warn_of(ship, instruction)
         return 0
+    ship.calibrate(log)
     found = ship.confidence(instruction, texts)
     for text, answered, agreed in zip(texts, answers, found.by_input, strict=True):
         print_row({"input": text, "answer": answered, "agreement": agreed})

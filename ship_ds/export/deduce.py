@@ -191,4 +191,6 @@ def _write(exporter: Exporter, part: Path, request: Request, export: Export) -> 
     write_latents(
         part / LATENT_FILE, request.latent_Z[None], exporter.ship.digest, [request.instruction]
     )
-    return exporter.write(part, export, _made_from(request), request.instruction)
+    return exporter.write(
+        part, export, _made_from(request), request.instruction, confidence=request.confidence
+    )

@@ -67,6 +67,7 @@ class Exporter:
         made_from: str,
         wording: str | None,
         tuning: Mapping[str, Any] | None = None,
+        confidence: Mapping[str, float | None] | None = None,
     ) -> Proof:
         """Write an adapter with its origin and model card, and prove it.
 
@@ -76,6 +77,7 @@ class Exporter:
             made_from: Of what, for the model card.
             wording: The instruction that the prompts state, where this run's prompts do.
             tuning: What was trained of it since; it stands in its origin.
+            confidence: In its answers to the probes; likewise.
 
         Returns:
             How far it is from the live adapter and from the bare base.
@@ -106,6 +108,7 @@ class Exporter:
             asdict(proof),
             sha256(part / ADAPTER_WEIGHTS),
             None if tuning is None else dict(tuning),
+            None if confidence is None else dict(confidence),
         ).write(part)
         return proof
 

@@ -12,7 +12,7 @@ Letters: T tasks, Z latent size.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +37,14 @@ class Request:
         instruction: What it is to do; None where a latent alone is known.
         latent_Z: What it is made from; None until the instruction is encoded.
         made_from: Of what, for the model card; None: of the instruction, or of a saved latent.
+        confidence: `Confidence.summary()` of its answers to the probes, where it was asked for.
     """
 
     name: str
     instruction: str | None
     latent_Z: "Tensor | None" = None
     made_from: str | None = None
+    confidence: "Mapping[str, float | None] | None" = None
 
 
 def read_instructions(path: Path) -> list[Request]:

@@ -55,8 +55,8 @@ class Confidence:
 
     Args:
         by_input: agreement of each input's samples, from 0 to 1.
-        calibration: of the run; None where it has no dev tasks to tell by, or not where it is
-            opened.
+        calibration: of the run; None where that was not measured yet, or has no dev tasks to tell
+            by.
     """
 
     by_input: tuple[float, ...]
@@ -66,6 +66,15 @@ class Confidence:
     def agreement(self) -> float:
         """The mean over the inputs."""
         return sum(self.by_input) / len(self.by_input)
+
+    def summary(self) -> dict[str, float | None]:
+        """For ship.json: the agreement, and the threshold and area of dev tasks."""
+        known = self.calibration
+        return {
+            "agreement": self.agreement,
+            "threshold": known.threshold if known else None,
+            "auc": known.auc if known else None,
+        }
 
     @property
     def is_low(self) -> bool:

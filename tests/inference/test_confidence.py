@@ -64,6 +64,12 @@ def test_a_run_says_what_its_dev_tasks_say(ship: Ship, monkeypatch: pytest.Monke
     assert ship.confidence("add 3", ["1 2"]).by_input == found.by_input[:1]
     assert len(ship.confidence("add 3").by_input) == len(ship.probes)
     assert calibrate(ship.model, [], 8) is None
+    monkeypatch.setattr(ship, "_calibration", None)
+    monkeypatch.setattr(ship, "_derived", None)
+    said: list[str] = []
+    measured = ship.calibrate(said.append)
+    # An untrained run does none of its dev tasks, so that there is nothing to tell apart.
+    assert measured is None and len(said) == 1 and "once on the run's dev tasks" in said[0]
 
 
 def test_low_confidence_is_one_line() -> None:
