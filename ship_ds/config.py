@@ -253,7 +253,28 @@ class StandardNormalConfig(Section):
     kind: Literal["standard_normal"] = "standard_normal"
 
 
+class MixturePriorConfig(Section):
+    """A mixture of diagonal Gaussians, all of it learned: tasks that fall into groups need not
+    share one."""
+
+    kind: Literal["mixture"] = "mixture"
+    num_components: PositiveInt = 8
+    """Gaussians in it; one alone is a Gaussian with a learned mean and variances."""
+
+
+class FlowPriorConfig(Section):
+    """N(0, I) seen through a learned invertible map, RealNVP: a prior of a shape of its own."""
+
+    kind: Literal["flow"] = "flow"
+    num_layers: PositiveInt = 4
+    """Affine couplings; each moves one half of z by what the other half says."""
+    width: PositiveInt = 64
+    """Of the hidden layer of each coupling."""
+
+
 PRIORS.register(StandardNormalConfig, "ship_ds.model.priors:StandardNormal")
+PRIORS.register(MixturePriorConfig, "ship_ds.model.mixture_prior:MixturePrior")
+PRIORS.register(FlowPriorConfig, "ship_ds.model.flow_prior:FlowPrior")
 PriorConfig = Annotated[SerializeAsAny[Section], BeforeValidator(PRIORS.validate)]
 
 

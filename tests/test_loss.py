@@ -22,7 +22,8 @@ from tests.model.models import HIDDEN, VOCABULARY, random_rows, tiny_lm
 
 
 def kl_to_prior(mean_TZ: torch.Tensor, log_variance_TZ: torch.Tensor) -> torch.Tensor:
-    return StandardNormal(StandardNormalConfig(), mean_TZ.shape[1]).kl(mean_TZ, log_variance_TZ)
+    prior = StandardNormal(StandardNormalConfig(), mean_TZ.shape[1])
+    return prior.kl(mean_TZ, log_variance_TZ, mean_TZ)
 
 
 def test_kl_is_that_of_torch_distributions() -> None:

@@ -90,7 +90,7 @@ def test_toys_train_and_resume(run: Path) -> None:
 def test_toys_leave_as_a_proved_folder(run: Path, tmp_path: Path) -> None:
     ship = Ship.from_run(run)
     trained = {name for name, p in ship.model.named_parameters() if p.requires_grad}
-    assert {"hypernetwork.core.weight", "prior.means"} <= trained
+    assert {"hypernetwork.core.weight", "prior.table.weight"} <= trained
     request = Request("toy", "reverse the list")
     proof = export_one(ship, request, tmp_path / "adapter", ship.probes)
     assert proof.from_live <= 1e-4 < proof.from_base
@@ -141,7 +141,7 @@ def test_a_prefix_trains(tmp_path: Path) -> None:
         ("model.hypernetwork={kind: diagonal_core, rnak: 3}", "model.hypernetwork.rnak: unknown"),
         ("loss.distillation={temperature: 0}", "loss.distillation.temperature: "),
         ("loss.distilation=1", "loss.distilation: unknown key; .*SHIP_DS_PLUGINS"),
-        ("model.prior.kind=flow", "model.prior.kind: there is no 'flow'; .*SHIP_DS_PLUGINS"),
+        ("model.prior.kind=vamp", "model.prior.kind: there is no 'vamp'; .*SHIP_DS_PLUGINS"),
         ("model.prior.kind=[1]", r"model.prior.kind: there is no \[1\]; there are"),
         ("data.kind={}", "data.kind: there is no {}; there are"),
     ],
