@@ -29,7 +29,7 @@ TOYS = ["tests.toys.adapter", "tests.toys.objective", "tests.toys.prefix", "test
 SETTINGS = [
     "model.hypernetwork={kind: diagonal_core, rank: 3}",
     "model.prior={kind: toy_mixture, num_components: 2}",
-    "loss.distillation={weight: 0.5, temperature: 2.0}",
+    "loss.toy_distillation={weight: 0.5, temperature: 2.0}",
     "training.deepspeed=zero3_shard_all",  # no parameter is too small to be sharded
     "evaluation.every_steps=0",
     "evaluation.ends_with_report=false",
@@ -83,7 +83,7 @@ def test_toys_train_and_resume(run: Path) -> None:
         total = sum(weight * row[f"loss/{name}"] for name, weight in weights.items())
         assert row["loss/total"] == pytest.approx(total)
     # A teacher that reads the instruction says something else than a base that does not.
-    assert min(row["loss/distillation"] for row in rows) > 0.01
+    assert min(row["loss/toy_distillation"] for row in rows) > 0.01
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_a_prefix_trains(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("model.hypernetwork={kind: diagonal_core, rnak: 3}", "model.hypernetwork.rnak: unknown"),
-        ("loss.distillation={temperature: 0}", "loss.distillation.temperature: "),
+        ("loss.toy_distillation={temperature: 0}", "loss.toy_distillation.temperature: "),
         ("loss.distilation=1", "loss.distilation: unknown key; .*SHIP_DS_PLUGINS"),
         ("model.prior.kind=vamp", "model.prior.kind: there is no 'vamp'; .*SHIP_DS_PLUGINS"),
         ("model.prior.kind=[1]", r"model.prior.kind: there is no \[1\]; there are"),

@@ -27,13 +27,17 @@ others."""
 @dataclass(frozen=True)
 class TaskDraw:
     """One task of one step: a wording, the examples to answer, and the other examples shown to the
-    decoder."""
+    decoder.
+
+    other_wording: another one of the task, for who compares two; None: it has none.
+    """
 
     task_id: str
     wording: str
     answered: tuple[Example, ...]
     shown: tuple[Example, ...]
     shows_latent: bool
+    other_wording: str | None = None
 
 
 def balanced(tasks: Sequence[SplitTask], alpha: float) -> tuple[SplitTask, ...]:
@@ -167,8 +171,15 @@ class StepSampler:
             if others and rng.random() >= _INSTRUCTION_SHARE
             else task.task.instruction
         )
+        # Last, so that nothing above depends on it.
+        rest = [text for text in (task.task.instruction, *others) if text != wording]
         return TaskDraw(
-            task.id, wording, tuple(drawn[:num_answered]), tuple(drawn[num_answered:]), shows_latent
+            task.id,
+            wording,
+            tuple(drawn[:num_answered]),
+            tuple(drawn[num_answered:]),
+            shows_latent,
+            rng.choice(rest) if rest else None,
         )
 
 

@@ -69,6 +69,7 @@ class Collator:
             ),
             torch.tensor([draw.shows_latent for draw in draws], device=host),
             posterior_noise(seed, step, [draw.task_id for draw in draws], self.latent_size),
+            step=step,
         ).to(device)
 
     def instructions(self, wordings: Sequence[str], device: torch.device) -> TokenBatch:

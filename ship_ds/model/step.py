@@ -26,7 +26,8 @@ class ShipBatch(OnDevice):
 
     instructions: what the encoder reads, T rows. answers: what the Task LLM reads, task-major.
     decoded: what the decoder reads, T rows. noise_TZ: the posterior's. extras: what objectives
-    prepared for themselves, by their names.
+    prepared for themselves, by their names. step: the global step that it is of, for what follows
+    a schedule.
     """
 
     instructions: TokenBatch
@@ -35,6 +36,7 @@ class ShipBatch(OnDevice):
     shows_latent_T: Tensor
     noise_TZ: Tensor
     extras: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
 
     def with_extra(self, name: str, value: Any) -> "ShipBatch":
         """The same with what the objective `name` prepared."""
