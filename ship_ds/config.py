@@ -21,7 +21,9 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -320,7 +322,28 @@ class StandardNormalConfig(Section):
     kind: Literal["standard_normal"] = "standard_normal"
 
 
+class MixturePriorConfig(Section):
+    """A mixture of diagonal Gaussians, all of it learned: tasks that fall into groups need not
+    share one."""
+
+    kind: Literal["mixture"] = "mixture"
+    num_components: PositiveInt = 8
+    """Gaussians in it; one alone is a Gaussian with a learned mean and variances."""
+
+
+class FlowPriorConfig(Section):
+    """N(0, I) seen through a learned invertible map, RealNVP: a prior of a shape of its own."""
+
+    kind: Literal["flow"] = "flow"
+    num_layers: PositiveInt = 4
+    """Affine couplings; each moves one half of z by what the other half says."""
+    width: PositiveInt = 64
+    """Of the hidden layer of each coupling."""
+
+
 PRIORS.register(StandardNormalConfig, "ship_ds.model.priors:StandardNormal")
+PRIORS.register(MixturePriorConfig, "ship_ds.model.mixture_prior:MixturePrior")
+PRIORS.register(FlowPriorConfig, "ship_ds.model.flow_prior:FlowPrior")
 PriorConfig = Annotated[SerializeAsAny[Section], BeforeValidator(PRIORS.validate)]
 
 
@@ -382,6 +405,104 @@ class ObjectiveConfig(Section):
     weight: NonNegativeFloat = 1.0
     """The loss is the sum of weight x objective."""
 
+    def weight_at(self, step: int, num_steps: int) -> float:
+        """The weight that is in force at a step of so many; `weight`, where it has no schedule.
+
+        A function of the step alone, so that a run that resumes repeats itself to the bit.
+        """
+        return self.weight
+
+    def scheduled(self, step: int, num_steps: int) -> dict[str, float]:
+        """What a schedule has set at a step, by name, for the log; empty where nothing changes."""
+        return {}
+
+
+class KlConfig(ObjectiveConfig):
+    """KL(q(z | k) || p(z)), averaged over the dimensions of z, nats; `loss.kl=1e-3` is the weight
+    alone."""
+
+    weight: NonNegativeFloat = 1e-3
+    """The loss is the sum of weight x objective."""
+    free_bits: NonNegativeFloat = 0.0
+    """Nats of each task and dimension below which the KL counts as this much and pulls no longer;
+    zero: it always pulls."""
+    warmup_steps: int = Field(0, ge=0)
+    """Over which the weight rises from zero in a straight line; zero: it is whole from the
+    start."""
+    warmup_share: float = Field(0.0, ge=0, le=1)
+    """In place of warmup_steps: the same as a share of the run's steps."""
+    capacity: NonNegativeFloat | None = None
+    """C, nats a dimension: what is minimised is |KL - C| of each task, so that z is made to carry
+    that much. None: the KL itself."""
+    capacity_steps: int = Field(0, ge=0)
+    """Over which C rises from zero in a straight line; zero: it is whole from the start."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "KlConfig":
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError("warmup_steps and warmup_share both say how long: set one to 0")
+        if self.capacity is not None and self.free_bits:
+            raise ValueError(
+                "capacity and free_bits both say how much KL is free: set capacity=null or "
+                "free_bits=0"
+            )
+        if self.capacity_steps and self.capacity is None:
+            raise ValueError("capacity_steps needs capacity: set it, or capacity_steps=0")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _weight_alone(self, section: SerializerFunctionWrapHandler) -> Any:
+        """A number where it says it all, as config.json has had it from 0.1.0 on."""
+        is_plain = self == KlConfig(weight=self.weight)
+        return self.weight if is_plain else section(self)
+
+    def weight_at(self, step: int, num_steps: int) -> float:
+        """Linear from weight / n at the first step to the whole at the n-th (Bowman et al. 2016,
+        section 3.1)."""
+        return self.weight * _risen(step, self.warmup_steps or self.warmup_share * num_steps)
+
+    def capacity_at(self, step: int) -> float | None:
+        """C at a step, linear as the weight (Burgess et al. 2018); None: there is none."""
+        if self.capacity is None:
+            return None
+        return self.capacity * _risen(step, self.capacity_steps)
+
+    def scheduled(self, step: int, num_steps: int) -> dict[str, float]:
+        """Weight and capacity, those that rise."""
+        values = {}
+        if self.warmup_steps or self.warmup_share:
+            values["weight"] = self.weight_at(step, num_steps)
+        if self.capacity_steps and (capacity := self.capacity_at(step)) is not None:
+            values["capacity"] = capacity
+        return values
+
+
+def _risen(step: int, num_steps: float) -> float:
+    """From 1 / num_steps at step 0 to 1 at the step before num_steps, and 1 from there on."""
+    return min(1.0, (step + 1) / max(1.0, num_steps))
+
+
+def _weight_by_number(value: Any) -> Any:
+    """A number is the weight alone."""
+    return value if isinstance(value, dict | Section) else {"weight": value}
+
+
+class DistillationConfig(ObjectiveConfig):
+    """The KL from the same Task LLM with the instruction in its prompt to the one with the adapter,
+    nats a token of the answers; off unless named."""
+
+    temperature: PositiveFloat = 1.0
+    """Both distributions are softened by it, and the KL is multiplied by its square, so that the
+    gradient stays about as large."""
+
+
+class ContrastiveConfig(ObjectiveConfig):
+    """InfoNCE of two wordings of one task among the other tasks of a micro-batch, nats a task that
+    has two; off unless named."""
+
+    temperature: PositiveFloat = 0.1
+    """The cosines of posterior means are divided by it."""
+
 
 class LossConfig(Section):
     """The weight of each objective; `loss.NAME=WEIGHT` adds a registered one (kinds.py)."""
@@ -393,8 +514,8 @@ class LossConfig(Section):
     reconstruction: NonNegativeFloat = 1.0
     """Cross-entropy of the instruction that the decoder reads out of z, nats a token. Zero: the
     decoder neither runs nor is trained, and no instruction is read out of z."""
-    kl: NonNegativeFloat = 1e-3
-    """KL(q(z | k) || p(z)), averaged over the dimensions of z, nats."""
+    kl: Annotated[KlConfig, BeforeValidator(_weight_by_number)] = KlConfig()
+    """KL(q(z | k) || p(z)), averaged over the dimensions of z, nats: a weight, or a section."""
 
     @model_validator(mode="before")
     @classmethod
@@ -413,30 +534,49 @@ class LossConfig(Section):
                 "value_error",
                 f"unknown key; objectives are {', '.join(OBJECTIVES.names())}, and {FROM_OUTSIDE}",
             )
-        section = values if isinstance(values, dict | Section) else {"weight": values}
         try:
-            return parse_section(OBJECTIVES.config_class(name), section)
+            return parse_section(OBJECTIVES.config_class(name), _weight_by_number(values))
         except KindError as error:
             raise KindError((name, *error.location), error.kind, str(error)) from None
 
-    def objectives(self) -> dict[str, Section]:
+    def objectives(self) -> dict[str, ObjectiveConfig]:
         """The section of every objective by name, in a fixed order: the three of the paper first.
 
         The loss is summed in this order, so it is part of what repeats bit for bit.
         """
-        published = {name: ObjectiveConfig(weight=getattr(self, name)) for name in PUBLISHED}
+        published: dict[str, ObjectiveConfig] = {
+            "task": ObjectiveConfig(weight=self.task),
+            "reconstruction": ObjectiveConfig(weight=self.reconstruction),
+            "kl": self.kl,
+        }
         return published | dict(self.model_extra or {})
 
     def weights(self) -> dict[str, float]:
-        """The weight of every objective, in the order of `objectives`."""
-        return {name: float(getattr(s, "weight")) for name, s in self.objectives().items()}  # noqa: B009
+        """The weight of every objective, in the order of `objectives`, where all schedules end."""
+        return {name: float(section.weight) for name, section in self.objectives().items()}
+
+    def weights_at(self, step: int, num_steps: int) -> dict[str, float]:
+        """The weights that are in force at a step of so many."""
+        return {
+            name: float(section.weight_at(step, num_steps))
+            for name, section in self.objectives().items()
+        }
+
+    def scheduled(self, step: int, num_steps: int) -> dict[str, float]:
+        """What schedules have set at a step: {"kl_weight": 0.0005}; empty without any."""
+        return {
+            f"{name}_{key}": value
+            for name, section in self.objectives().items()
+            for key, value in section.scheduled(step, num_steps).items()
+        }
 
 
-PUBLISHED = ("task", "reconstruction", "kl")
 _OBJECTIVES = "ship_ds.model.objectives"
 OBJECTIVES.register(ObjectiveConfig, f"{_OBJECTIVES}:AnswerLoss", "task")
 OBJECTIVES.register(ObjectiveConfig, f"{_OBJECTIVES}:ReconstructionLoss", "reconstruction")
-OBJECTIVES.register(ObjectiveConfig, f"{_OBJECTIVES}:KlLoss", "kl")
+OBJECTIVES.register(KlConfig, f"{_OBJECTIVES}:KlLoss", "kl")
+OBJECTIVES.register(DistillationConfig, "ship_ds.model.distillation:Distillation", "distillation")
+OBJECTIVES.register(ContrastiveConfig, "ship_ds.model.contrastive:Contrastive", "contrastive")
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -711,7 +851,17 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UserError(
             f"{override}: the value is not YAML: {' '.join(str(error).split())}"
         ) from None
-    _set(values, key.split("."), value, override)
+    section, *below = key.split(".")
+    if section == "loss" and len(below) == 2:
+        _make_section(values.get(section), below[0])
+    _set(values, [section, *below], value, override)
+
+
+def _make_section(loss: Any, name: str) -> None:
+    """An objective that was given as its weight takes settings beside it: `loss.kl.free_bits=0.1`
+    over `loss: {kl: 1e-3}`."""
+    if isinstance(loss, dict) and isinstance(loss.get(name), int | float):
+        loss[name] = _weight_by_number(loss[name])
 
 
 def _set(values: Any, keys: Sequence[str], value: Any, override: str) -> None:

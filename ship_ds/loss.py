@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**24
 """The most logits of one piece of a loss: 64 MiB in fp32."""
+Head = Callable[[Tensor], Tensor]
+"""States (K, H) -> logits (K, V)."""
 
 
 def sum_cross_entropy(logits_KV: Tensor, labels_K: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def num_pieces(num_labels: int, vocabulary_size: int, is_sharded: bool = False) 
 
 
 def sum_cross_entropy_in_pieces(
-    head: Callable[[Tensor], Tensor], states_KH: Tensor, labels_K: Tensor, pieces: int
+    head: Head, states_KH: Tensor, labels_K: Tensor, pieces: int
 ) -> Tensor:
     """`sum_cross_entropy` of `head(states)`, without all logits ever being there at once.
 
@@ -42,15 +44,42 @@ def sum_cross_entropy_in_pieces(
     output layer and saves K x V numbers three times over (logits, their fp32 copy, gradient). In
     one piece nothing is made again.
     """
-    if pieces == 1:
-        return sum_cross_entropy(head(states_KH), labels_K)
 
     def of_piece(states: Tensor, labels: Tensor) -> Tensor:
         return sum_cross_entropy(head(states), labels)
 
-    parts = zip(states_KH.tensor_split(pieces), labels_K.tensor_split(pieces), strict=True)
+    return _sum_in_pieces(of_piece, (states_KH, labels_K), pieces)
+
+
+def sum_divergence(logits_KV: Tensor, aims_KV: Tensor, temperature: float) -> Tensor:
+    """Sum over K of KL(softmax(aims / temperature) || softmax(logits / temperature)), in nats."""
+    aims_KV = (aims_KV.float() / temperature).log_softmax(1)
+    logits_KV = (logits_KV.float() / temperature).log_softmax(1)
+    return torch.nn.functional.kl_div(logits_KV, aims_KV, reduction="sum", log_target=True)
+
+
+def sum_divergence_in_pieces(
+    head: Head, states_KH: Tensor, aims_KH: Tensor, temperature: float, pieces: int
+) -> Tensor:
+    """`sum_divergence` of what `head` makes of two states, in pieces as the cross-entropy is: of
+    neither are all logits ever there at once. The aims get no gradient."""
+
+    def of_piece(states: Tensor, aims: Tensor) -> Tensor:
+        with torch.no_grad():
+            aim_logits = head(aims)
+        return sum_divergence(head(states), aim_logits, temperature)
+
+    return _sum_in_pieces(of_piece, (states_KH, aims_KH.detach()), pieces)
+
+
+def _sum_in_pieces(
+    of_piece: Callable[[Tensor, Tensor], Tensor], rows: tuple[Tensor, Tensor], pieces: int
+) -> Tensor:
+    """The sum of `of_piece` over pieces of both, each computed again in the backward pass."""
+    if pieces == 1:
+        return of_piece(*rows)
+    parts = zip(*(one.tensor_split(pieces) for one in rows), strict=True)
     sums = [
-        checkpoint(of_piece, states, labels, use_reentrant=False, preserve_rng_state=False)
-        for states, labels in parts
+        checkpoint(of_piece, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
     ]
     return torch.stack(sums).sum()

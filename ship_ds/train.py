@@ -352,7 +352,7 @@ class Trainer:
             This rank's share of every objective's mean in nats, then of the KL by dimension (Z),
             in one float64 vector on the engine's device.
         """
-        objectives, weights = self.model.objectives, self.config.loss.weights()
+        objectives, weights = self.model.objectives, self.weights()
         # An objective that has nothing to sum in a step divides nothing by one.
         divisors = {name: max(number, 1.0) for name, number in counts.terms.items()}
         shares = torch.zeros(
@@ -373,11 +373,15 @@ class Trainer:
     def step_losses(self, sums: Tensor, counts: StepCounts) -> StepLosses:
         """The losses of a step from what the ranks' shares sum up to (see
         `losses_and_gradients`)."""
-        objectives, weights = self.model.objectives, self.config.loss.weights()
+        objectives, weights = self.model.objectives, self.weights()
         means, kl_Z = sums[: len(objectives)], sums[len(objectives) :]
         terms = dict(zip(objectives, means.tolist(), strict=True))
         total = sum(weights[name] * term for name, term in terms.items())
         return StepLosses(total, terms, kl_Z.float(), int(counts.num_tokens), counts.flops)
+
+    def weights(self) -> dict[str, float]:
+        """Of the objectives, in force at this step."""
+        return self.config.loss.weights_at(self.step, self.num_steps)
 
     def count_bad_steps(self, skipped: bool) -> None:
         """The ranks agreed on `skipped`. The step's examples are written down; too many in a row
@@ -406,11 +410,14 @@ class Trainer:
         seconds = self.watch.stop(losses.num_tokens)
         if self.monitor is None:
             return
+        scheduled = self.config.loss.scheduled(self.step, self.num_steps)
         self.monitor.step(
             self.step,
             {
                 "loss/total": losses.total,
                 **{f"loss/{name}": term for name, term in losses.terms.items()},
+                **{f"schedule/{name}": value for name, value in scheduled.items()},
+                "latent/kl": float(losses.kl_Z.mean()),
                 "latent/active_units": float((losses.kl_Z > _ACTIVE_NATS).sum()),
                 "optimiser/lr": lr,
                 "optimiser/gradient_norm": self.engine.gradient_norm(),

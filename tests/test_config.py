@@ -10,8 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from ship_ds.config import (
+    Config,
     LoraHypernetworkConfig,
     LoraTuning,
+    LossConfig,
     load_config,
     override_config,
     parse_config,
@@ -26,6 +28,12 @@ def _load(tmp_path: Path, *overrides: str) -> object:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     return load_config(str(path), overrides)
+
+
+def _loss(tmp_path: Path, *overrides: str) -> LossConfig:
+    loaded = _load(tmp_path, *overrides)
+    assert isinstance(loaded, Config)
+    return loaded.loss
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -243,3 +251,57 @@ def test_reading_a_config_imports_no_torch() -> None:
         ).returncode
         == 0
     )
+
+
+def test_a_kl_of_a_number_and_of_a_section_are_one(tmp_path: Path) -> None:
+    """config.json keeps the number that older versions read; a section comes back whole."""
+    plain, section = _loss(tmp_path, "loss.kl=0.5"), _loss(tmp_path, "loss.kl={weight: 0.5}")
+    assert plain == section and plain.model_dump(mode="json")["kl"] == 0.5
+    assert _loss(tmp_path).model_dump(mode="json")["kl"] == 1e-3
+    whole = _loss(tmp_path, "loss.kl={free_bits: 0.1, warmup_steps: 20}")
+    assert (whole.kl.weight, whole.kl.free_bits) == (1e-3, 0.1)
+    again = parse_config({**MINIMAL, "loss": whole.model_dump(mode="json")}, "again").loss
+    assert again == whole and hash(again) == hash(whole) and hash(plain) != hash(whole)
+    added = _loss(tmp_path, "loss.kl=0.5", "loss.kl.free_bits=0.1", "loss.distillation.weight=2")
+    assert (added.kl.weight, added.kl.free_bits) == (0.5, 0.1)
+    assert added.weights() == {"task": 1, "reconstruction": 1, "kl": 0.5, "distillation": 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.kl=-1", "loss.kl.weight: "),
+        ("loss.kl=true", "loss"),
+        ("loss.task.weight=1", "loss.task: "),
+        ("loss.kl={free_bit: 1}", "loss.kl.free_bit: unknown key"),
+        ("loss.kl={warmup_steps: 3, warmup_share: 0.1}", "loss.kl: .*set one to 0"),
+        ("loss.kl={capacity: 1, free_bits: 0.1}", "loss.kl: capacity and free_bits"),
+        ("loss.kl={capacity_steps: 3}", "loss.kl: capacity_steps needs capacity"),
+        ("loss.distillation={temperature: 0}", "loss.distillation.temperature: "),
+        ("loss.contrastive={wieght: 0}", "loss.contrastive.wieght: unknown key"),
+        ("model.prior={kind: mixture, num_components: 0}", "model.prior.num_components: "),
+    ],
+)
+def test_a_mistake_in_an_objective_or_prior_is_one_line(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        _load(tmp_path, override)
+    assert "\n" not in str(error.value)
+
+
+def test_the_kls_schedule_is_a_function_of_the_step(tmp_path: Path) -> None:
+    """Linear to the n-th step; named for the log only where it changes anything."""
+    assert _loss(tmp_path).scheduled(0, 100) == {}
+    steps = _loss(tmp_path, "loss.kl={weight: 0.8, warmup_steps: 4}")
+    weights = [steps.weights_at(step, 100) for step in (0, 1, 2, 3, 4, 99)]
+    assert [one["kl"] for one in weights] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert all((one["task"], one["reconstruction"]) == (1, 1) for one in weights)
+    assert steps.weights()["kl"] == 0.8
+    assert steps.scheduled(1, 100) == {"kl_weight": pytest.approx(0.4)}
+    share = _loss(tmp_path, "loss.kl={weight: 0.8, warmup_share: 0.25}")
+    assert [share.weights_at(step, 16)["kl"] for step in (0, 3, 9)] == pytest.approx(
+        [0.2, 0.8, 0.8]
+    )
+    capacity = _loss(tmp_path, "loss.kl={capacity: 2, capacity_steps: 4}")
+    assert capacity.scheduled(2, 100) == {"kl_capacity": pytest.approx(1.5)}

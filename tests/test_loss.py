@@ -1,5 +1,6 @@
 """The losses against torch's own."""
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from ship_ds.loss import (
     num_pieces,
     sum_cross_entropy,
     sum_cross_entropy_in_pieces,
+    sum_divergence,
+    sum_divergence_in_pieces,
 )
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import language_model
@@ -22,7 +25,8 @@ from tests.model.models import HIDDEN, VOCABULARY, random_rows, tiny_lm
 
 
 def kl_to_prior(mean_TZ: torch.Tensor, log_variance_TZ: torch.Tensor) -> torch.Tensor:
-    return StandardNormal(StandardNormalConfig(), mean_TZ.shape[1]).kl(mean_TZ, log_variance_TZ)
+    prior = StandardNormal(StandardNormalConfig(), mean_TZ.shape[1])
+    return prior.kl(mean_TZ, log_variance_TZ, mean_TZ)
 
 
 def test_kl_is_that_of_torch_distributions() -> None:
@@ -95,6 +99,50 @@ def test_a_loss_in_pieces_is_the_loss_and_never_has_all_logits(family: str) -> N
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for whole, in_pieces in zip(*results, strict=True):
         assert whole is not None and in_pieces is not None and float(whole.abs().max()) > 0
+        torch.testing.assert_close(in_pieces, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_a_divergence_is_the_sum_over_words_of_its_definition() -> None:
+    """In plain Python, at temperature 2; zero between equals; of the aims on the logits, not the
+    other way."""
+    logits, aims = [0.0, 1.0, -2.0], [3.0, -1.0, 0.5]
+    p, q = ([math.exp(x / 2) for x in row] for row in (aims, logits))
+    expected = sum(
+        a / sum(p) * (math.log(a / sum(p)) - math.log(b / sum(q)))
+        for a, b in zip(p, q, strict=True)
+    )
+    given = torch.tensor([logits, aims]), torch.tensor([aims, aims])
+    assert float(sum_divergence(*given, temperature=2)) == pytest.approx(expected, rel=1e-5)
+    assert float(sum_divergence(*(given[1],) * 2, temperature=2)) == 0
+    reverse = float(sum_divergence(*given[::-1], temperature=2))
+    assert abs(reverse - expected) > 0.1
+    assert sum_divergence(given[0].bfloat16(), given[1].bfloat16(), 1).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_divergence_in_pieces_is_the_divergence(family: str) -> None:
+    """3 pieces of 11 labels; the aims' states get no gradient."""
+    model = tiny_lm(family).double()
+    lm = language_model(model)
+    targets = random_rows([2, 5, 1, 3], 5)
+    batches = [
+        TokenBatch.build(random_rows(lengths), targets, 0) for lengths in ([9, 4, 7, 12], [3] * 4)
+    ]
+    results = []
+    for pieces in (1, 3):
+        model.zero_grad()
+        with Largest() as largest:
+            states, aims = (lm.label_states(batch).detach() for batch in batches)
+            states.requires_grad_(), aims.requires_grad_()
+            loss = sum_divergence_in_pieces(lm.head, states, aims, 2.0, pieces)
+            loss.backward()
+        assert largest.most == -(-11 // pieces)
+        assert states.grad is not None and aims.grad is None
+        results.append([loss.detach(), states.grad, model.get_output_embeddings().weight.grad])
+    expected = sum_divergence(lm.head(states), lm.head(aims), 2.0)
+    torch.testing.assert_close(results[0][0], expected.detach(), rtol=1e-6, atol=1e-7)
+    for whole, in_pieces in zip(*results, strict=True):
+        assert float(whole.abs().max()) > 0
         torch.testing.assert_close(in_pieces, whole, rtol=1e-6, atol=1e-7)
 
 

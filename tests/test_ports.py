@@ -29,7 +29,7 @@ TOYS = ["tests.toys.adapter", "tests.toys.objective", "tests.toys.prior"]
 SETTINGS = [
     "model.hypernetwork={kind: diagonal_core, rank: 3}",
     "model.prior={kind: toy_mixture, num_components: 2}",
-    "loss.distillation={weight: 0.5, temperature: 2.0}",
+    "loss.toy_distillation={weight: 0.5, temperature: 2.0}",
     "training.deepspeed=zero3_shard_all",  # no parameter is too small to be sharded
     "evaluation.every_steps=0",
     "evaluation.ends_with_report=false",
@@ -84,14 +84,14 @@ def test_toys_train_and_resume(run: Path) -> None:
         total = sum(weight * row[f"loss/{name}"] for name, weight in weights.items())
         assert row["loss/total"] == pytest.approx(total)
     # A teacher that reads the instruction says something else than a base that does not.
-    assert min(row["loss/distillation"] for row in rows) > 0.01
+    assert min(row["loss/toy_distillation"] for row in rows) > 0.01
 
 
 @pytest.mark.slow
 def test_toys_leave_as_a_proved_folder(run: Path, tmp_path: Path) -> None:
     ship = Ship.from_run(run)
     trained = {name for name, p in ship.model.named_parameters() if p.requires_grad}
-    assert {"hypernetwork.core.weight", "prior.means"} <= trained
+    assert {"hypernetwork.core.weight", "prior.table.weight"} <= trained
     request = Request("toy", "reverse the list")
     proof = export_one(ship, request, tmp_path / "adapter", ship.probes)
     assert proof.from_live <= 1e-4 < proof.from_base
@@ -144,9 +144,9 @@ def test_kinds_that_are_no_lora_train(hypernetwork: str, tmp_path: Path) -> None
     ("override", "message"),
     [
         ("model.hypernetwork={kind: diagonal_core, rnak: 3}", "model.hypernetwork.rnak: unknown"),
-        ("loss.distillation={temperature: 0}", "loss.distillation.temperature: "),
+        ("loss.toy_distillation={temperature: 0}", "loss.toy_distillation.temperature: "),
         ("loss.distilation=1", "loss.distilation: unknown key; .*SHIP_DS_PLUGINS"),
-        ("model.prior.kind=flow", "model.prior.kind: there is no 'flow'; .*SHIP_DS_PLUGINS"),
+        ("model.prior.kind=vamp", "model.prior.kind: there is no 'vamp'; .*SHIP_DS_PLUGINS"),
         ("model.prior.kind=[1]", r"model.prior.kind: there is no \[1\]; there are"),
         ("data.kind={}", "data.kind: there is no {}; there are"),
     ],

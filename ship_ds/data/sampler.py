@@ -27,13 +27,17 @@ others."""
 @dataclass(frozen=True)
 class TaskDraw:
     """One task of one step: a wording, the examples to answer, the other examples shown to the
-    decoder, and what the encoder reads; None: the wording alone."""
+    decoder, and what the encoder reads; None: the wording alone.
+
+    other_wording: another one of the task, for who compares two; None: it has none.
+    """
 
     task_id: str
     wording: str
     answered: tuple[Example, ...]
     shown: tuple[Example, ...]
     shows_latent: bool
+    other_wording: str | None = None
     read: Reading | None = None
 
     @property
@@ -218,7 +222,10 @@ class StepSampler:
         )
         answered, shown = tuple(drawn[:num_answered]), tuple(drawn[num_answered:])
         read = self.reading.draw(task, wording, answered, self.seed, f"{step} {position}")
-        return TaskDraw(task.id, wording, answered, shown, shows_latent, read)
+        # Last, so that nothing above depends on it.
+        rest = [text for text in (task.task.instruction, *others) if text != wording]
+        other = rng.choice(rest) if rest else None
+        return TaskDraw(task.id, wording, answered, shown, shows_latent, other, read)
 
 
 @lru_cache(maxsize=8)

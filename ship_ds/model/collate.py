@@ -72,6 +72,7 @@ class Collator:
             ),
             torch.tensor([draw.shows_latent for draw in draws], device=host),
             posterior_noise(seed, step, [draw.task_id for draw in draws], self.latent_size),
+            step=step,
         ).to(device)
 
     def readings(self, readings: Sequence[str | Reading], device: torch.device) -> TokenBatch:

@@ -2,7 +2,8 @@
 
 The model's forward gives the sum of every objective over a micro-batch; the trainer divides by the
 count over the whole step, all ranks and accumulation included, and adds up by the weights of the
-config's `loss` section. Trainer, log, TensorBoard, figures and planner loop over the names.
+config's `loss` section. Trainer, log, TensorBoard, figures and planner loop over the names. The
+paper's three are here; others have files of their own (distillation.py, contrastive.py).
 
 A new objective is a class with a config class in the table `kinds.OBJECTIVES`; it may be an
 nn.Module, whose parameters then train along. They belong into submodules such as nn.Linear: `sum`
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ship_ds.config import KlConfig
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.kinds import OBJECTIVES
 from ship_ds.model.step import Outputs, ShipBatch
@@ -89,7 +91,19 @@ class ReconstructionLoss(Objective):
 
 
 class KlLoss(Objective):
-    """KL(q(z | k) || p(z)), averaged over the dimensions of z as published."""
+    """KL(q(z | k) || p(z)), averaged over the dimensions of z as published.
+
+    Free bits (Kingma et al. 2016, arXiv 1606.04934): what of a task's KL in a dimension is below
+    `free_bits` counts as that and has no gradient. They average over the minibatch before they
+    compare; here each task is compared by itself, since a rank knows its own tasks alone and the
+    step may not depend on how many ranks there are.
+
+    Capacity (Burgess et al. 2018, arXiv 1804.03599): |KL - C| of each task.
+    """
+
+    def __init__(self, config: KlConfig) -> None:
+        super().__init__(config)
+        self.config = config
 
     def count(self, batch: ShipBatch) -> int:
         """Tasks."""
@@ -97,7 +111,12 @@ class KlLoss(Objective):
 
     def sum(self, outputs: Outputs) -> Tensor:
         """Over tasks."""
-        return outputs.kl_TZ.mean(1).sum()
+        kl_TZ = outputs.kl_TZ
+        if self.config.free_bits:
+            kl_TZ = kl_TZ.clamp(min=self.config.free_bits)
+        kl_T = kl_TZ.mean(1)
+        capacity = self.config.capacity_at(outputs.batch.step)
+        return (kl_T if capacity is None else (kl_T - capacity).abs()).sum()
 
 
 def trains_decoder(weights: Mapping[str, float]) -> bool:

@@ -1,14 +1,16 @@
 """Priors: what z is drawn from, and how far a posterior is from it.
 
 The model holds one, `model.prior`; training, descent on z, random decoding, figures and the planner
-use that one, so nobody else writes a density down. A new prior is a class here or in a module of
-its own, with a config class in the table `kinds.PRIORS`; docs/extending.md has an example.
+use that one, so nobody else writes a density down. N(0, I) is here, mixture_prior.py and
+flow_prior.py have learned ones. A new prior is a class in a module of its own, with a config class
+in the table `kinds.PRIORS`; docs/extending.md has an example.
 
 Letters: C candidates, T tasks, Z latent size.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,13 @@ from ship_ds.section import Section
 class Prior(nn.Module, ABC):
     """p(z). Everything is computed in fp32, whatever the engine's dtype.
 
-    The KL is the module's `forward`: under ZeRO-3 a prior's own parameters are gathered there and
-    nowhere else.
+    Parameters belong into submodules such as nn.Linear or nn.Embedding, whose calls gather them
+    under ZeRO-3. One of the prior's own would be whole in `forward`, which is the KL, and nowhere
+    else: not where a density or a sample is asked for.
     """
+
+    before_pass: Callable[[], None] | None = None
+    """What `wait_for_turn` calls where ranks take turns (turns.py)."""
 
     def __init__(self, config: Section, latent_size: int) -> None:
         """Make the prior.
@@ -33,18 +39,30 @@ class Prior(nn.Module, ABC):
         super().__init__()
         self.latent_size = latent_size
 
-    @abstractmethod
     def forward(self, mean_TZ: Tensor, log_variance_TZ: Tensor) -> Tensor:
-        """KL(q(z | k) || p(z)) of diagonal Gaussian posteriors in nats, (T, Z).
+        """KL(q(z | k) || p(z)) of diagonal Gaussian posteriors in nats, (T, Z); a prior that needs
+        samples for it overrides `kl` instead."""
+        raise NotImplementedError
+
+    def kl(self, mean_TZ: Tensor, log_variance_TZ: Tensor, latent_TZ: Tensor) -> Tensor:
+        """The KL in nats, (T, Z).
 
         A prior whose KL does not part into dimensions spreads it evenly over them: only the sum
         over Z means something then.
-        """
 
-    def kl(self, mean_TZ: Tensor, log_variance_TZ: Tensor) -> Tensor:
-        """The KL, through the module's hooks."""
+        Args:
+            mean_TZ, log_variance_TZ: of the posteriors.
+            latent_TZ: one sample of each, the step's own z, for an estimate that is the same
+                whenever the step is taken again. By default nobody looks at it.
+        """
         kl_TZ: Tensor = self(mean_TZ, log_variance_TZ)
         return kl_TZ
+
+    def wait_for_turn(self) -> None:
+        """What `mean` and `sample` of a prior with parameters do first: ranks that share these make
+        passes one after the other, all of them the same modules in the same order."""
+        if self.before_pass is not None:
+            self.before_pass()
 
     @abstractmethod
     def log_density(self, latent_CZ: Tensor) -> Tensor:
@@ -52,7 +70,8 @@ class Prior(nn.Module, ABC):
 
     @abstractmethod
     def mean(self, count: int) -> Tensor:
-        """E[z], once a row, (count, Z), on the CPU."""
+        """E[z], once a row, (count, Z), on the CPU: where a descent starts. A prior that knows none
+        gives another point in its midst."""
 
     @abstractmethod
     def sample(self, count: int, generator: torch.Generator) -> Tensor:

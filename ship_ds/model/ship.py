@@ -177,7 +177,7 @@ class ShipModel(nn.Module):
                 self.decoder.language_model,
                 *self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed),
             )
-        kl_TZ = self.prior.kl(posterior.mean_TZ, posterior.log_variance_TZ)
+        kl_TZ = self.prior.kl(posterior.mean_TZ, posterior.log_variance_TZ, latent_TZ)
         outputs = Outputs(
             self._parts[0], batch, posterior, latent_TZ, kl_TZ, adapter, answers, texts
         )

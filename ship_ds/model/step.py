@@ -27,6 +27,7 @@ class ShipBatch(OnDevice):
     instructions: what the encoder reads, T rows. answers: what the Task LLM reads, task-major.
     decoded: what the decoder reads, T rows. noise_TZ: the posterior's. extras: what objectives
     prepared for themselves, by their names. decodes: whether a decoder is trained, which reads it.
+    step: the global step that it is of, for what follows a schedule.
     """
 
     instructions: TokenBatch
@@ -36,6 +37,7 @@ class ShipBatch(OnDevice):
     noise_TZ: Tensor
     extras: Mapping[str, Any] = field(default_factory=dict)
     decodes: bool = True
+    step: int = 0
 
     def with_extra(self, name: str, value: Any) -> "ShipBatch":
         """The same with what the objective `name` prepared."""

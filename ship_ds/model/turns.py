@@ -14,7 +14,7 @@ reads:
     with in_turn(model, ranks.sum_over_ranks):
         answers = answer_latents(model, ...)      # any code that asks the model, on each rank
 
-It costs a sum of five numbers a pass.
+It costs a sum of six numbers a pass.
 
 Letters: T tasks, Z latent size.
 """
@@ -22,7 +22,7 @@ Letters: T tasks, Z latent size.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,10 +30,11 @@ from torch import Tensor
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
 
-Pass = Literal["encoder", "hypernetwork", "task LLM", "decoder", "decoder's token"]
+Pass = Literal["encoder", "prior", "hypernetwork", "task LLM", "decoder", "decoder's token"]
 """Passes that go through the same modules in the same order have one name: a prompt and a token of
-the Task LLM do; the decoder reads a latent before its prompts."""
-_PASSES: tuple[Pass, ...] = ("encoder", "hypernetwork", "task LLM", "decoder", "decoder's token")
+the Task LLM do; the decoder reads a latent before its prompts. The prior's are its mean and
+samples."""
+_PASSES: tuple[Pass, ...] = get_args(Pass)
 SumOverRanks = Callable[[Tensor], Tensor]
 
 
@@ -84,6 +85,7 @@ class _Turns:
         }
         model.task_llm.before_pass = partial(self.take, "task LLM")
         model.decoder.before_token = partial(self.take, "decoder's token")
+        model.prior.before_pass = partial(self.take, "prior")
         return [
             module.register_forward_pre_hook(partial(self._hook, name), prepend=True)
             for name, module in modules.items()
@@ -92,6 +94,7 @@ class _Turns:
     def detach(self) -> None:
         """Passes are made as they come again."""
         self.model.task_llm.before_pass = self.model.decoder.before_token = None
+        self.model.prior.before_pass = None
 
     def _hook(self, name: Pass, *_: Any) -> None:
         self.take(name)
@@ -131,6 +134,8 @@ class _Turns:
         match name:
             case "encoder":
                 model.encoder(one_token)
+            case "prior":
+                model.prior.mean(1)
             case "hypernetwork":
                 model.hypernetwork(latent_TZ)
             case "task LLM":

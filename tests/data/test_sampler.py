@@ -211,3 +211,24 @@ def test_what_the_encoder_reads() -> None:
 def test_a_task_without_an_example_to_spare_is_read_by_its_wording() -> None:
     tight = StepSampler([_task(0, 2)], 3, 1, 2, 0, 0.0, ReadingDraw(3, 0.5))
     assert all(tight.draw_step(step)[0].reading.examples == () for step in range(9))
+
+
+def test_another_wording_is_another_of_the_task_and_moves_nothing_else() -> None:
+    """Of each wording the rest are met; a task with one wording has none."""
+    one = _task(0)
+    texts = ("a", "b", "c")
+    three = replace(one, task=replace(one.task, instruction="a", paraphrases=texts[1:]))
+    single = replace(one, task=replace(one.task, paraphrases=()))
+    drawn = [
+        draw
+        for step in range(60)
+        for draw in _sampler(1, tasks=[three], tasks_per_step=1).draw_step(step)
+    ]
+    assert {(draw.wording, draw.other_wording) for draw in drawn} == {
+        (first, second) for first in texts for second in texts if first != second
+    }
+    for step in range(5):
+        [plain] = _sampler(1, tasks=[single], tasks_per_step=1).draw_step(step)
+        [pair] = _sampler(1, tasks_per_step=1).draw_step(step)
+        assert plain.other_wording is None and pair.other_wording is not None
+        assert plain.answered == pair.answered and plain.shown == pair.shown

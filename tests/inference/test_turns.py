@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ship_ds.api import Ship
+from ship_ds.config import FlowPriorConfig, MixturePriorConfig
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents, answer_stated
 from ship_ds.inference.induction import induce_many
+from ship_ds.kinds import PRIORS
+from ship_ds.model.encoder import keyed_generator
 from ship_ds.model.turns import in_turn
 from tests.inference.test_induction import QUICK, behaviour
 
@@ -40,7 +43,7 @@ def calls_of(ship: Ship) -> list[str]:
     """Names of the modules with weights of their own that will be called, in order: for each of
     them ZeRO-3 gathers, and the others hold nothing."""
     names: list[str] = []
-    for part in ("encoder", "hypernetwork", "task_llm", "decoder"):
+    for part in ("encoder", "prior", "hypernetwork", "task_llm", "decoder"):
         for name, module in getattr(ship.model, part).named_modules():
             if any(True for _ in module.parameters(recurse=False)):
                 module.register_forward_pre_hook(
@@ -70,6 +73,12 @@ def induces(ship: Ship) -> Any:
     return induce_many(ship.model, ship.bank, [task], bank)
 
 
+def draws(ship: Ship) -> Any:
+    prior = ship.model.prior
+    drawn = [prior.sample(2, keyed_generator(str(index))) for index in range(3)]
+    return [*(one.tolist() for one in drawn), prior.mean(1).tolist(), reconstructs(ship)]
+
+
 @pytest.mark.parametrize("works", [(deduces, reconstructs), (induces, states)])
 def test_ranks_with_other_work_make_the_same_passes(bundle: Path, works: Any) -> None:
     alone = [work(Ship.from_run(bundle)) for work in works]
@@ -85,6 +94,27 @@ def test_ranks_with_other_work_make_the_same_passes(bundle: Path, works: Any) ->
         assert list(threads.map(run, (0, 1))) == alone
     assert calls[0] == calls[1] and len(calls[0]) > 100
     assert all(ship.model.task_llm.before_pass is None for ship in ships)
+
+
+@pytest.mark.parametrize("config", [MixturePriorConfig(num_components=2), FlowPriorConfig()])
+def test_a_prior_with_weights_waits_for_its_turn(bundle: Path, config: Any) -> None:
+    """One rank draws, the other reconstructs."""
+    ranks, ships = TwoRanks(), [Ship.from_run(bundle), Ship.from_run(bundle)]
+    for ship in ships:
+        torch.manual_seed(0)
+        ship.model.prior = PRIORS.implementation(config)(config, ship.model.config.latent_size)
+    works = (draws, reconstructs)
+    alone = [work(ship) for work, ship in zip(works, ships, strict=True)]
+    calls = [calls_of(ship) for ship in ships]
+
+    def run(rank: int) -> Any:
+        with torch.no_grad(), in_turn(ships[rank].model, ranks.sum_of(rank)):
+            return works[rank](ships[rank])
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, (0, 1))) == alone
+    assert calls[0] == calls[1] and sum(name.startswith("prior") for name in calls[0]) >= 4 * 3
+    assert all(ship.model.prior.before_pass is None for ship in ships)
 
 
 def test_a_rank_that_fails_leaves_no_other_waiting(bundle: Path) -> None:

@@ -16,7 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ship_ds.config import (
     AttentionPooling,
     EncoderConfig,
+    FlowPriorConfig,
     LoraHypernetworkConfig,
+    LossConfig,
+    MixturePriorConfig,
     ModelConfig,
     TaskLlmConfig,
 )
@@ -39,6 +42,16 @@ POOLED = CONFIG.model_copy(
     update={"encoder": EncoderConfig(base=CONFIG.encoder.base, pooling=AttentionPooling())}
 )
 """The encoder reads all positions."""
+PLAIN = LossConfig()
+EVERYTHING = LossConfig.model_validate(
+    {"kl": {"free_bits": 0.1, "warmup_steps": 3}, "distillation": 0.5, "contrastive": 0.1}
+)
+CASES = {
+    "last": (CONFIG, PLAIN),
+    "attention": (POOLED, PLAIN),
+    "mixture": (CONFIG.model_copy(update={"prior": MixturePriorConfig()}), EVERYTHING),
+    "flow": (CONFIG.model_copy(update={"prior": FlowPriorConfig()}), EVERYTHING),
+}
 
 
 def _draws() -> list[TaskDraw]:
@@ -46,7 +59,7 @@ def _draws() -> list[TaskDraw]:
     texts = ("3 9 5", "1 2 6 1 7 2 8", "8", "4 4 0 3")
     examples = [Example(text, text) for text in texts]
     return [
-        TaskDraw("a", "keep the numbers above 4", tuple(examples[:2]), (examples[2],), True),
+        TaskDraw("a", "keep the numbers above 4", tuple(examples[:2]), (examples[2],), True, "ab"),
         TaskDraw("b", "put 7 at the front", tuple(examples[2:]), (examples[0],), False),
     ]
 
@@ -72,16 +85,17 @@ class TextsOnMeta(MetaWeights):
             return PromptFormat(load_tokenizer(base), system_message)
 
 
-@pytest.mark.parametrize("config", [CONFIG, POOLED], ids=["last", "attention"])
+@pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("implementation", [SDPA, VARLEN])
 def test_a_collated_bf16_step_runs_where_no_data_can_be_read(
-    implementation: str, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+    implementation: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts to gradients; with VARLEN through the GPU's very kernel, which knows its shapes."""
+    config, loss = CASES[case]
     if implementation == VARLEN:
         monkeypatch.setattr(attention, "kernel_runs", lambda device, dtype: True)
     with torch.device("meta"):
-        ship = build_ship(config, TextsOnMeta(implementation)).bfloat16()
+        ship = build_ship(config, TextsOnMeta(implementation), loss).bfloat16()
     batch = ship.collate(_draws(), 0, 0)
     assert batch.answers.task_offsets(2) is not None, "the tasks have to be of unequal length"
     assert all(tensor.is_meta for tensor in batch._tensors())
@@ -114,12 +128,13 @@ def _any_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
     return query + key.mean(1, keepdim=True) + value.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("config", [CONFIG, POOLED], ids=["last", "attention"])
+@pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("implementation", [SDPA, VARLEN])
 def test_texts_to_gradients_wait_at_most_three_times(
-    implementation: str, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+    implementation: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ship = build_ship(config, LoadedWeights())
+    config, loss = CASES[case]
+    ship = build_ship(config, LoadedWeights(), loss)
     if implementation == VARLEN:
         monkeypatch.setattr(attention, "kernel_runs", lambda device, dtype: True)
         monkeypatch.setattr(attention, "varlen_attn", _any_attention)

@@ -1,7 +1,8 @@
 """An objective of somebody else's: distillation from the same Task LLM with the instruction in its
-prompt, the KL between next-token distributions at the answers' labels.
+prompt, the KL between next-token distributions at the answers' labels. The package's own
+(ship_ds/model/distillation.py) does with less memory.
 
-    SHIP_DS_PLUGINS=tests.toys.objective ... loss.distillation=0.5
+    SHIP_DS_PLUGINS=tests.toys.objective ... loss.toy_distillation=0.5
 
 Letters: K labelled positions, V vocabulary.
 """
@@ -50,7 +51,7 @@ class Distillation(Objective):
         return batch.answers.num_targets
 
     def sum(self, outputs: Outputs) -> Tensor:
-        teacher_batch: Any = outputs.batch.extras["distillation"]
+        teacher_batch: Any = outputs.batch.extras["toy_distillation"]
         task_llm = outputs.parts.task_llm
         with torch.no_grad():
             teacher_KV, _ = task_llm.score(None, teacher_batch, outputs.batch.num_tasks)
@@ -59,4 +60,4 @@ class Distillation(Objective):
         return (aims_KV.exp() * (aims_KV - logits_KV)).sum()
 
 
-OBJECTIVES.register(DistillationConfig, Distillation, "distillation")
+OBJECTIVES.register(DistillationConfig, Distillation, "toy_distillation")

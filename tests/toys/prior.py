@@ -23,7 +23,13 @@ class MixtureConfig(Section):
 class Mixture(Prior):
     def __init__(self, config: MixtureConfig, latent_size: int) -> None:
         super().__init__(config, latent_size)
-        self.means = nn.Parameter(torch.randn(config.num_components, latent_size))
+        # A table, whose own call gathers it under ZeRO-3 wherever it is asked for.
+        self.table = nn.Embedding(config.num_components, latent_size)
+
+    def means(self) -> Tensor:
+        numbers = torch.arange(self.table.num_embeddings, device=self.table.weight.device)
+        means: Tensor = self.table(numbers)
+        return means.float()
 
     def forward(self, mean_TZ: Tensor, log_variance_TZ: Tensor) -> Tensor:
         entropy_T = (log_variance_TZ.float().sum(1) + self.latent_size * math.log(2 * math.pi)) / 2
@@ -31,18 +37,21 @@ class Mixture(Prior):
         return (kl_T / self.latent_size)[:, None].expand_as(mean_TZ)
 
     def log_density(self, latent_CZ: Tensor) -> Tensor:
-        means = self.means.float()
+        means = self.means()
         square = (latent_CZ.float()[:, None] - means).square().sum(2)
         normal = -0.5 * (square + self.latent_size * math.log(2 * math.pi))
         return normal.logsumexp(1) - math.log(len(means))
 
     def mean(self, count: int) -> Tensor:
-        return self.means.detach().float().cpu().mean(0).expand(count, -1)
+        self.wait_for_turn()
+        return self.means().detach().cpu().mean(0).expand(count, -1)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(self.means), (count,), generator=generator)
+        self.wait_for_turn()
+        means = self.means().detach().cpu()
+        chosen = torch.randint(len(means), (count,), generator=generator)
         noise = torch.randn(count, self.latent_size, generator=generator)
-        return self.means.detach().float().cpu()[chosen] + noise
+        return means[chosen] + noise
 
 
 PRIORS.register(MixtureConfig, Mixture)

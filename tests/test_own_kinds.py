@@ -1,0 +1,128 @@
+"""The package's own priors and objectives in whole runs: sharded, resumed with their schedules,
+planned, opened, and on two ranks."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ship_ds.api import Ship
+from ship_ds.config import load_config
+from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.planner.plan import Machines, make_plan
+from tests.conftest import start
+
+SHARED = [
+    "training.steps=4",
+    "training.deepspeed=zero3_shard_all",  # no parameter is too small to be sharded
+    "evaluation.every_steps=0",
+    "evaluation.ends_with_report=false",
+    "checkpoint.every_steps=2",
+]
+RUNS = {
+    "mixture": [
+        "model.prior={kind: mixture, num_components: 3}",
+        "loss.kl={weight: 0.01, free_bits: 0.02, warmup_steps: 3}",
+        "loss.distillation={weight: 0.5, temperature: 2.0}",
+    ],
+    "flow": [
+        "model.prior={kind: flow, num_layers: 3, width: 8}",
+        "loss.kl={weight: 0.01, capacity: 1.0, capacity_steps: 8}",
+        "loss.contrastive=0.1",
+    ],
+}
+SCHEDULES = {
+    "mixture": {"schedule/kl_weight": [0.01 / 3, 0.02 / 3, 0.01, 0.01]},
+    "flow": {"schedule/kl_capacity": [0.125, 0.25, 0.375, 0.5]},
+}
+
+
+def train(folder: Path, settings: list[str], *launcher: str) -> str:
+    command = [*launcher, "-m", "ship_ds.train", "--config", "quickstart-smoke"]
+    done = start([*command, f"run.folder={folder}", *SHARED, *settings], timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def series(rows: list[dict[str, Any]]) -> list[list[float]]:
+    """What has to repeat."""
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    kept = ("loss/", "latent/", "schedule/", "optimiser/")
+    names = sorted(name for name in rows[0] if name.startswith(kept))
+    return [[row[name] for name in names] for row in rows]
+
+
+@pytest.fixture(scope="module", params=list(RUNS))
+def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """On one rank."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    train(folder, RUNS[request.param])
+    return request.param, folder
+
+
+Rows = Callable[[Path], list[dict[str, Any]]]
+
+
+@pytest.mark.slow
+def test_they_train_and_log_what_is_in_force(run: tuple[str, Path], rows: Rows) -> None:
+    """The total is the sum by the weights of each step."""
+    name, folder = run
+    logged, loss = rows(folder), load_config("quickstart-smoke", RUNS[name]).loss
+    for column, values in SCHEDULES[name].items():
+        assert [row[column] for row in logged] == pytest.approx(values)
+    for row in logged:
+        weights = loss.weights_at(row["step"], 4)
+        total = sum(weight * row[f"loss/{one}"] for one, weight in weights.items())
+        assert row["loss/total"] == pytest.approx(total)
+        assert all(row[f"loss/{one}"] > 0 for one in weights)
+    prior = {n: p for n, p in Ship.from_run(folder).model.named_parameters() if "prior." in n}
+    fresh = dict(
+        build_ship(
+            load_config("quickstart-smoke", RUNS[name]).model, LoadedWeights()
+        ).named_parameters()
+    )
+    assert prior and all(parameter.shape == fresh[n].shape for n, parameter in prior.items())
+
+
+@pytest.mark.slow
+def test_they_resume_bit_for_bit(run: tuple[str, Path], rows: Rows, tmp_path: Path) -> None:
+    """In the middle of the schedule."""
+    name, folder = run
+    again = tmp_path / "run"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000004")
+    shutil.rmtree(again / "bundle")
+    assert "after step 2" in train(again, RUNS[name])
+    assert series(rows(again)) == series(rows(folder))
+    weights = [one / "bundle" / "ship.safetensors" for one in (folder, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(RUNS))
+def test_they_are_planned(name: str) -> None:
+    """Their weights, and what they keep for the backward pass."""
+    machines = Machines(1, 1, 10**12)
+    plain = make_plan(load_config("quickstart-smoke"), machines)
+    config = load_config("quickstart-smoke", RUNS[name])
+    plan = make_plan(config, machines)
+    real = build_ship(config.model, LoadedWeights())
+    assert plan.parameters["prior"] == sum(p.numel() for p in real.prior.parameters()) > 0
+    assert sum(plan.memory.values()) > sum(plain.memory.values())
+
+
+@pytest.mark.distributed
+def test_two_ranks_take_the_steps_of_one(run: tuple[str, Path], rows: Rows, tmp_path: Path) -> None:
+    """All but the contrast, whose others are those of the rank."""
+    name, folder = run
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    train(tmp_path / "run", RUNS[name], *launcher)
+    one, two = rows(folder), rows(tmp_path / "run")
+    if name == "flow":
+        assert [row["loss/kl"] for row in two[:1]] == pytest.approx([one[0]["loss/kl"]], rel=1e-3)
+        assert all(row["loss/contrastive"] > 0 for row in two)
+        return
+    for first, second in zip(series(one), series(two), strict=True):
+        assert second == pytest.approx(first, rel=1e-3)
