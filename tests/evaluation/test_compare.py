@@ -19,6 +19,7 @@ from ship_ds.evaluation.comparison import Entry
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.variants import Trial, plan, read_variants
 from ship_ds.files import Manifest, write_json
+from tests.conftest import environment
 
 
 @pytest.fixture
@@ -156,8 +157,10 @@ def test_the_table_is_of_those_that_were_trained_and_measured(
 
 @pytest.mark.slow
 def test_two_variants_become_a_table_and_a_second_call_trains_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "kinds.yaml").write_text(
         "config: quickstart-smoke\n"
         "variants:\n"
