@@ -169,7 +169,7 @@ NOWHERE = [
     Bad("reason 1 --run RUN --file PAIRS --rounds 0", "'--rounds'"),
     Bad("reason --run RUN --file PAIRS", "missing argument 'INPUT...'"),
     Bad("data nowhere", "nowhere: no such file or folder"),
-    Bad("data FOLDER", "not a format that is read here"),
+    Bad("data FOLDER", "holds no passage of 24 words or more"),
     Bad("data FILE --format csv", "csv: no such format"),
     Bad("data ROWS --format jsonl", "line 1: not JSON"),
     Bad("data FILE --max-input-words 0", "'--max-input-words'"),

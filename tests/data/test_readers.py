@@ -511,7 +511,7 @@ def test_malformed_plain_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.txt: byte 3: not UTF-8"):
         read_tasks(tmp_path)
     (tmp_path / "a.txt").write_text("too short")
-    with pytest.raises(DataError, match="holds no task in the format plain-text"):
+    with pytest.raises(DataError, match="holds no passage of 24 words or more"):
         read_tasks(tmp_path)
 
 

@@ -73,6 +73,11 @@ def read(path: Path, counts: Counter[str]) -> list[Task]:
                 continue
             example = Example(text, target)
             tasks[key] = Task(f"{file.name}:{number}", instruction, (example,), source=str(file))
+    if not tasks:
+        raise DataError(
+            f"{path}: holds no passage of {_SHORTEST} words or more: give longer texts, or a file "
+            "in a format of tasks"
+        )
     return list(tasks.values())
 
 
