@@ -54,7 +54,14 @@ def series(rows: list[dict[str, Any]]) -> list[list[float]]:
     return [[row[name] for name in names] for row in rows]
 
 
-@pytest.fixture(scope="module", params=list(RUNS))
+# One in `make test`; the others train as long each, and go into `make soak`.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.soak] if place else [])
+        for place, name in enumerate(RUNS)
+    ],
+)
 def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """On one rank."""
     folder = tmp_path_factory.mktemp(request.param) / "run"

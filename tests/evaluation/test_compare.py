@@ -155,7 +155,7 @@ def test_the_table_is_of_those_that_were_trained_and_measured(
     assert str(out / "compare.md") in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_variants_become_a_table_and_a_second_call_trains_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

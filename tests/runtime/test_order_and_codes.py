@@ -154,7 +154,7 @@ def test_a_checkpoint_is_scored_by_the_metric_of_the_config(
     looks: list[dict[str, float]] = []
     trainer = StubTrainer(tmp_path)
     trainer.config = load_config("quickstart-smoke", [f"evaluation.best_by={best_by}"])
-    trainer.model = SimpleNamespace(eval=lambda: None)  # type: ignore[assignment]
+    trainer.model = SimpleNamespace(eval=lambda: None, decodes=True)  # type: ignore[assignment]
     examples = tuple(Example(str(i), str(i)) for i in range(4))
     task = SplitTask(Task("t", "k", examples), examples[:2], examples[2:])
     trainer.splits = Splits((task,), (task,), ())
