@@ -190,16 +190,17 @@ class Ship:
             log: Takes a line before it is measured.
 
         Returns:
-            None where the data are not where they were, or too few dev tasks are done or not done.
+            None where the data are not where they were.
         """
         if self._calibration is None:
             try:
                 dev = source_of(self.config.data).read(self.model.prompts.tokenizer, no_log).dev
             except (UserError, OSError):
+                log("the run's data are not where they were: what agreement is worth is not known")
                 return None
             log("measuring once on the run's dev tasks from which agreement on answers are right")
             self._calibration = calibrate(self.model, dev, self._length)
-            if self._calibration is not None and self._derived:
+            if self._derived:
                 self._derived.keep_calibration(self._calibration)
         return self._calibration
 

@@ -177,11 +177,12 @@ def far_warning(familiarity: "Familiarity | None") -> str | None:
 
 def doubt_warning(confidence: "Confidence") -> str | None:
     """One line about answers that the samples of the posterior do not agree on; else None."""
-    if not confidence.is_low or confidence.calibration is None:
+    known = confidence.calibration
+    if not confidence.is_low or known is None or known.threshold is None:
         return None
     return (
         f"confidence: adapters around this one agree on {100 * confidence.agreement:.0f} % of the "
-        f"answers; where it was below {100 * confidence.calibration.threshold:.0f} %, most answers "
+        f"answers; where it was below {100 * known.threshold:.0f} %, most answers "
         "to dev tasks were wrong"
     )
 

@@ -39,13 +39,15 @@ class Calibration:
 
     Args:
         threshold: the agreement that best parts tasks of which half or more is answered rightly
-            from the others (the largest difference of the two shares that are above it).
-        auc: how often a task that is done has more agreement than one that is not; 0.5 is chance.
+            from the others (the largest difference of the two shares that are above it); None
+            where too few tasks are of one sort to tell.
+        auc: how often a task that is done has more agreement than one that is not; 0.5 is chance;
+            None likewise.
         num_tasks: how many there were.
     """
 
-    threshold: float
-    auc: float
+    threshold: float | None
+    auc: float | None
     num_tasks: int
 
 
@@ -79,7 +81,8 @@ class Confidence:
     @property
     def is_low(self) -> bool:
         """Whether tasks of dev with so little agreement were mostly answered wrongly."""
-        return self.calibration is not None and self.agreement < self.calibration.threshold
+        threshold = self.calibration.threshold if self.calibration else None
+        return threshold is not None and self.agreement < threshold
 
 
 def agreement(
@@ -125,10 +128,8 @@ def _samples(posterior: Posterior, keys: Sequence[str], count: int) -> list[Tens
 
 
 @torch.no_grad()
-def calibrate(
-    model: ShipModel, dev: Sequence[SplitTask], max_new_tokens: int
-) -> Calibration | None:
-    """What agreement says of dev tasks; None where too few are done, or too few are not.
+def calibrate(model: ShipModel, dev: Sequence[SplitTask], max_new_tokens: int) -> Calibration:
+    """What agreement says of dev tasks.
 
     Args:
         model: the run.
@@ -139,7 +140,7 @@ def calibrate(
     count = min(_NUM_TASKS, len(tested))
     tasks = [tested[i * len(tested) // count] for i in range(count)]
     if len(tasks) < 2 * _FEWEST_TASKS:
-        return None
+        return Calibration(None, None, len(tasks))
     texts = [task.task.instruction for task in tasks]
     inputs = [[example.input for example in task.test[:_NUM_INPUTS]] for task in tasks]
     posterior = model.posterior(texts)
@@ -160,7 +161,7 @@ def share_is_done(share: float) -> bool:
     return share >= _RIGHT
 
 
-def threshold_of(agreed: Sequence[float], done: Sequence[bool]) -> Calibration | None:
+def threshold_of(agreed: Sequence[float], done: Sequence[bool]) -> Calibration:
     """The threshold between tasks that are done and tasks that are not.
 
     Args:
@@ -170,7 +171,7 @@ def threshold_of(agreed: Sequence[float], done: Sequence[bool]) -> Calibration |
     right = [value for value, is_done in zip(agreed, done, strict=True) if is_done]
     wrong = [value for value, is_done in zip(agreed, done, strict=True) if not is_done]
     if min(len(right), len(wrong)) < _FEWEST_TASKS:
-        return None
+        return Calibration(None, None, len(done))
 
     def parting(threshold: float) -> float:
         above = [sum(value >= threshold for value in one) / len(one) for one in (right, wrong)]

@@ -42,7 +42,7 @@ class Prior(nn.Module, ABC):
     def forward(self, mean_TZ: Tensor, log_variance_TZ: Tensor) -> Tensor:
         """KL(q(z | k) || p(z)) of diagonal Gaussian posteriors in nats, (T, Z); a prior that needs
         samples for it overrides `kl` instead."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines neither `forward` nor `kl`")
 
     def kl(self, mean_TZ: Tensor, log_variance_TZ: Tensor, latent_TZ: Tensor) -> Tensor:
         """The KL in nats, (T, Z).

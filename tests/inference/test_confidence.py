@@ -55,7 +55,8 @@ def test_the_threshold_parts_what_is_done_from_what_is_not() -> None:
     done = [True, True, True, False, True, False, False, False]
     # From 0.65 on: all four that are done, and one of the others.
     assert threshold_of(agreed, done) == Calibration(0.65, 15 / 16, 8)
-    assert threshold_of(agreed[:6], done[:6]) is None  # two that are not done are too few
+    # Two that are not done are too few.
+    assert threshold_of(agreed[:6], done[:6]) == Calibration(None, None, 6)
 
 
 def test_a_run_says_what_its_dev_tasks_say(ship: Ship, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,13 +64,17 @@ def test_a_run_says_what_its_dev_tasks_say(ship: Ship, monkeypatch: pytest.Monke
     assert len(found.by_input) == 2 and 0 <= found.agreement <= 1
     assert ship.confidence("add 3", ["1 2"]).by_input == found.by_input[:1]
     assert len(ship.confidence("add 3").by_input) == len(ship.probes)
-    assert calibrate(ship.model, [], 8) is None
+    assert calibrate(ship.model, [], 8) == Calibration(None, None, 0)
     monkeypatch.setattr(ship, "_calibration", None)
-    monkeypatch.setattr(ship, "_derived", None)
     said: list[str] = []
     measured = ship.calibrate(said.append)
     # An untrained run does none of its dev tasks, so that there is nothing to tell apart.
-    assert measured is None and len(said) == 1 and "once on the run's dev tasks" in said[0]
+    assert measured is not None and measured.threshold is None and measured.num_tasks > 0
+    assert len(said) == 1 and "once on the run's dev tasks" in said[0]
+    # Once: that there is nothing to tell apart is kept as well.
+    assert ship.calibrate(said.append) == measured and len(said) == 1
+    assert ship._derived is not None and ship._derived.calibration() == measured
+    assert not ship.confidence("add 3", ["1 2"]).is_low
 
 
 def test_low_confidence_is_one_line() -> None:
@@ -79,7 +84,12 @@ def test_low_confidence_is_one_line() -> None:
     warning = doubt_warning(low)
     assert warning is not None and "agree on 38 % of the answers" in warning
     assert "below 70 %" in warning and "\n" not in warning
-    for other in (replace(low, calibration=None), replace(low, by_input=(0.7,))):
+    unknown = Calibration(None, None, 4)
+    for other in (
+        replace(low, calibration=None),
+        replace(low, calibration=unknown),
+        replace(low, by_input=(0.7,)),
+    ):
         assert not other.is_low and doubt_warning(other) is None
 
 
