@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import AsJson, Device, Dtype, Run, Seed, verb
+from ship_ds.cli.verb import (
+    AsJson,
+    Device,
+    Directions,
+    Dtype,
+    NumTasks,
+    Parts,
+    Run,
+    Seed,
+    verb,
+)
 from ship_ds.console import log
 from ship_ds.errors import UserError
 from ship_ds.placement import check_words
@@ -134,13 +144,9 @@ def evaluate(
     context: typer.Context,
     run: Run,
     methods: Annotated[str, typer.Option(help="comma-separated names, or all")] = "all",
-    parts: Annotated[
-        str, typer.Option(help="of seen, dev, unseen, unseen_paraphrase")
-    ] = "seen,unseen",
-    directions: Annotated[
-        str, typer.Option(help="of deduction, induction, reasoning, reconstruction; or all")
-    ] = "all",
-    num_tasks: Annotated[int, typer.Option(help="of each part at most, evenly spaced")] = 120,
+    parts: Parts = "seen,unseen",
+    directions: Directions = "all",
+    num_tasks: NumTasks = 120,
     num_shown: Annotated[
         str, typer.Option(help="examples shown; of several (5,1,2,3) the first is the report's own")
     ] = "5",

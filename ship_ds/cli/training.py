@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import AsJson, Device, Dtype, Overrides, Recipe, verb
+from ship_ds.cli.verb import (
+    AsJson,
+    Device,
+    Directions,
+    Dtype,
+    NumTasks,
+    Overrides,
+    Parts,
+    Recipe,
+    verb,
+)
 from ship_ds.console import log
 from ship_ds.errors import UserError
 from ship_ds.placement import check_words
@@ -91,13 +101,9 @@ def compare(
         str | None, typer.Option(help="each variant once with each, such as 0,1,2")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="ranks of each training, by torchrun")] = 1,
-    parts: Annotated[
-        str, typer.Option(help="of seen, dev, unseen, unseen_paraphrase")
-    ] = "seen,dev,unseen",
-    directions: Annotated[
-        str, typer.Option(help="of deduction, induction, reasoning, reconstruction; or all")
-    ] = "deduction,induction",
-    num_tasks: Annotated[int, typer.Option(help="of each part at most, evenly spaced")] = 120,
+    parts: Parts = "seen,dev,unseen",
+    directions: Directions = "deduction,induction",
+    num_tasks: NumTasks = 120,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the commands, start nothing")
     ] = False,

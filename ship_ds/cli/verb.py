@@ -140,6 +140,11 @@ Dtype = Annotated[
     typer.Option("--dtype", help="bfloat16 or float32; auto: bfloat16 on a GPU, else float32"),
 ]
 Seed = Annotated[int, typer.Option(help="of everything that is drawn")]
+Parts = Annotated[str, typer.Option(help="of seen, dev, unseen, unseen_paraphrase")]
+Directions = Annotated[
+    str, typer.Option(help="of deduction, induction, reasoning, reconstruction; or all")
+]
+NumTasks = Annotated[int, typer.Option(help="of each part at most, evenly spaced")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text")]
 
 

@@ -206,17 +206,11 @@ class FrozenBase:
         hidden_TSH = self.task_llm.language_model.hidden(batch)
         return hidden_TSH.float(), batch.real_ES
 
-    @property
-    def _lora_as_named(self) -> str:
-        """The section without `latent`, which is of the run's own hypernetwork and came later:
-        what earlier versions trained is found again."""
-        return repr(self.lora).replace(", latent='whole'", "")
-
     def fingerprint(self) -> str:
         """Names the base: its settings, prompt format and a few values of every weight (hashing 70B
         would take minutes)."""
         settings, prompts = self.config.model.task_llm, self.prompts.describe()
-        named = f"({settings!r}, {self._lora_as_named}, {prompts!r})"
+        named = f"({settings!r}, {named_as_before(self.lora)}, {prompts!r})"
         digest = hashlib.sha256(named.encode())
         for path, weight in self.task_llm.named_parameters():
             name = path.removeprefix("lm.")
@@ -224,6 +218,12 @@ class FrozenBase:
                 name.encode() + weight.detach().flatten()[:256].float().cpu().numpy().tobytes()
             )
         return digest.hexdigest()[:16]
+
+
+def named_as_before(lora: LoraHypernetworkConfig) -> str:
+    """The section without `latent`, which is of the run's own hypernetwork and came later: what
+    earlier versions trained is found again."""
+    return repr(lora).replace(", latent='whole'", "")
 
 
 def _rows(by_task: Sequence[Sequence[Any]], parts: Sequence[Piece]) -> list[Any]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
-from ship_ds.config import SoftPromptHypernetworkConfig
+from ship_ds.config import LoraHypernetworkConfig, SoftPromptHypernetworkConfig, load_config
 from ship_ds.data.task import Splits
-from ship_ds.evaluation.baselines.frozen_base import FrozenBase
+from ship_ds.evaluation.baselines.frozen_base import FrozenBase, named_as_before
 from ship_ds.evaluation.baselines.static_adapters import StaticLora
 from ship_ds.model.assemble import LoadedWeights, build_ship
 
@@ -128,3 +128,19 @@ def test_run_without_lora_gets_a_base_with_lora_sites(ship: Ship) -> None:
         None, ["3 9 5"], soft.config.evaluation.max_new_tokens, ["reverse the list"]
     )
     assert base.fingerprint() != FrozenBase(ship).fingerprint()
+
+
+def test_baselines_of_earlier_versions_are_found_again() -> None:
+    """Their LoRA was named without `latent`, which says nothing of them."""
+    lora = LoraHypernetworkConfig(rank=4, targets=("q_proj",))
+    assert named_as_before(lora) == (
+        "LoraHypernetworkConfig(kind='lora', rank=4, alpha=16, targets=('q_proj',), width=128, "
+        "heads='per_module')"
+    )
+
+
+def test_a_run_by_layer_gives_baselines_a_lora_over_all_of_z() -> None:
+    """Whose hypernetworks read no z that could be cut into shares."""
+    config = load_config("quickstart-smoke", ["model.hypernetwork={kind: lora, latent: by_layer}"])
+    ship = Ship(build_ship(config.model, LoadedWeights()), config, "0" * 64)
+    assert FrozenBase(ship).lora.latent == "whole"
