@@ -277,7 +277,8 @@ class Ship:
         """
         checks.check_instruction(self.model, instruction)
         latent_TZ = self.model.encode([instruction])
-        adapter, familiarity = self.model.adapt(latent_TZ), self.familiarity(instruction)
+        adapter = self.model.adapt(latent_TZ, [instruction])
+        familiarity = self.familiarity(instruction)
         return Deduction(instruction, tuple(latent_TZ[0].tolist()), adapter, familiarity)
 
     @torch.no_grad()
@@ -299,7 +300,7 @@ class Ship:
         reading = Reading(instruction, given)
         checks.check_reading(self.model, reading)
         latent_TZ = self.model.encode([reading])
-        adapter = self.model.adapt(latent_TZ)
+        adapter = self.model.adapt(latent_TZ, [reading])
         latent = tuple(latent_TZ[0].tolist())
         if instruction is not None:
             return Deduction(instruction, latent, adapter, self.familiarity(instruction))

@@ -269,6 +269,18 @@ class PrefixHypernetworkConfig(Section):
     """Each block reads all of z, or its own share alone, of equal shares."""
 
 
+class FusionHypernetworkConfig(Section):
+    """Instruction fusion (HINT): every state that the encoder gives of the instruction becomes a
+    key and a value of every block, beside z. Usually a part of a combination."""
+
+    kind: Literal["fusion"] = "fusion"
+    width: PositiveInt = 128
+    """Of the hidden layers between a state and its keys."""
+    drop: float = Field(0.1, ge=0, le=1)
+    """How often training leaves a task's states out, so that what is made of z alone is of use
+    where no instruction is known."""
+
+
 class CombinationConfig(Section):
     """Several kinds at once, each made from the same z."""
 
@@ -310,6 +322,7 @@ ADAPTERS.register(
     BottleneckHypernetworkConfig, "ship_ds.model.adapters.bottleneck:BottleneckHypernetwork"
 )
 ADAPTERS.register(PrefixHypernetworkConfig, "ship_ds.model.adapters.prefix:PrefixHypernetwork")
+ADAPTERS.register(FusionHypernetworkConfig, "ship_ds.model.adapters.fusion:FusionHypernetwork")
 ADAPTERS.register(CombinationConfig, "ship_ds.model.adapters.combination:Combination")
 ADAPTERS.register(SoftPromptHypernetworkConfig, f"{_SOFT_PROMPT}:SoftPromptHypernetwork")
 ADAPTERS.register(ReshapeHypernetworkConfig, f"{_SOFT_PROMPT}:ReshapeHypernetwork")

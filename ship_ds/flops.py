@@ -70,12 +70,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of a micro-step: what encoder, Task LLM and decoder read, and how many tasks."""
+    """The rows of a micro-step: what encoder, Task LLM and decoder read, and how many tasks.
+
+    fused_pairs: tokens that the Task LLM reads times those of their task that the encoder reads.
+    """
 
     encoder: Rows
     task_llm: Rows
     decoder: Rows
     num_tasks: int
+    fused_pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,11 @@ class RoleSize:
     after: int = 0
     prefix: int = 0
 
-    def model_flops(self, rows: Rows) -> int:
-        """Of blocks, attention and logits."""
+    def model_flops(self, rows: Rows, more_pairs: int = 0) -> int:
+        """Of blocks, attention and logits; more_pairs: of a token and a key, besides those of the
+        rows and of the prefix."""
         blocks = self.blocks.flops(rows.num_tokens, self.embeddings_have_gradient, self.is_trained)
-        pairs = rows.sum_of_squares + self.prefix * rows.num_tokens
+        pairs = rows.sum_of_squares + self.prefix * rows.num_tokens + more_pairs
         attention = 3 * 4 * self.attention * pairs
         return (
             blocks + attention + Matrices(self.output).flops(rows.num_labels, True, self.is_trained)
@@ -145,12 +150,18 @@ class RoleSize:
 
 @dataclass(frozen=True)
 class ShipSize:
-    """The roles, and the multiplications that make the adapter of one task out of z."""
+    """The roles, and the multiplications that make the adapter of one task out of z.
+
+    of_state: those of each of the encoder's states, where they are fused. fuses: whether the Task
+    LLM meets a key for each.
+    """
 
     encoder: RoleSize
     task_llm: RoleSize
     decoder: RoleSize
     hypernetwork: int
+    of_state: int = 0
+    fuses: bool = False
 
 
 PARTS = ("encoder", "hypernetwork", "adapters", "task_llm", "decoder")
@@ -169,16 +180,19 @@ def flops_of_parts(size: ShipSize, rows: StepRows) -> dict[str, int]:
         "encoder": encoder.model_flops(rows.encoder)
         + encoder.low_rank_flops(rows.encoder)
         + encoder.head_flops(rows.encoder, rows.num_tasks),
-        "hypernetwork": Matrices(size.hypernetwork).flops(rows.num_tasks, True, True),
+        "hypernetwork": Matrices(size.hypernetwork).flops(rows.num_tasks, True, True)
+        + Matrices(size.of_state).flops(rows.encoder.num_tokens, True, True),
         "adapters": task_llm.low_rank_flops(rows.task_llm),
-        "task_llm": task_llm.model_flops(rows.task_llm),
+        "task_llm": task_llm.model_flops(rows.task_llm, rows.fused_pairs * size.fuses),
         "decoder": decoder.model_flops(rows.decoder)
         + decoder.low_rank_flops(rows.decoder)
         + decoder.head_flops(rows.decoder, rows.num_tasks),
     }
 
 
-def query_flops(task_llm: RoleSize, num_read: int, num_new: int, under_adapter: bool) -> int:
+def query_flops(
+    task_llm: RoleSize, num_read: int, num_new: int, under_adapter: bool, num_fused: int = 0
+) -> int:
     """Operations of one query, without gradients: its prompt is read once, and keys and values are
     kept while the answer grows.
 
@@ -187,11 +201,12 @@ def query_flops(task_llm: RoleSize, num_read: int, num_new: int, under_adapter: 
         num_read: tokens of the prompt, an adapter's virtual ones included; at least one.
         num_new: of the answer, its end included; at least one. The last one is not read again.
         under_adapter: whether what was generated is applied to each token.
+        num_fused: keys of its adapter, beside those of a prefix.
     """
     adapter = task_llm.low_rank.total + task_llm.after
     products = task_llm.blocks.total + adapter * under_adapter
     pairs = num_read**2 + sum(num_read + new for new in range(1, num_new))
-    pairs += task_llm.prefix * under_adapter * (num_read + num_new - 1)
+    pairs += (task_llm.prefix + num_fused) * under_adapter * (num_read + num_new - 1)
     return (
         2 * products * (num_read + num_new - 1)
         + 4 * task_llm.attention * pairs
@@ -208,6 +223,6 @@ def deduction_flops(size: ShipSize, num_read: int) -> int:
         num_read: tokens that the encoder reads.
     """
     encoder = size.encoder
-    products = encoder.blocks.total + encoder.low_rank.total + encoder.pooling
+    products = encoder.blocks.total + encoder.low_rank.total + encoder.pooling + size.of_state
     once = encoder.head + size.hypernetwork
     return 2 * (products * num_read + once) + 4 * encoder.attention * num_read**2

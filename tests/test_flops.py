@@ -19,12 +19,15 @@ from ship_ds.flops import (
     peak_of,
     query_flops,
 )
+from ship_ds.model.adapters.adapter import States
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.encoder import Posterior
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.loading import Quantisation
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.sizes import rows_of
+from ship_ds.model.step import ShipBatch
 from ship_ds.planner.activations import Workload, planned_batch
 from ship_ds.planner.shapes import MetaWeights, Shapes, base_config
 
@@ -99,8 +102,13 @@ def test_the_formula_is_what_torch_counts(base: str, overrides: list[str]) -> No
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["model.hypernetwork={kind: soft_prompt}"], ["model.encoder.pooling=attention"]],
-    ids=["lora", "soft_prompt", "pooling"],
+    [
+        [],
+        ["model.hypernetwork={kind: soft_prompt}"],
+        ["model.encoder.pooling=attention"],
+        ["model.hypernetwork={kind: fusion}"],
+    ],
+    ids=["lora", "soft_prompt", "pooling", "fusion"],
 )
 @torch.no_grad()
 def test_a_query_and_its_adapter_are_what_torch_counts(overrides: list[str]) -> None:
@@ -113,7 +121,10 @@ def test_a_query_and_its_adapter_are_what_torch_counts(overrides: list[str]) -> 
     # The counter knows no fused attention of a CPU; the products of the plain one it sees.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         instruction = TokenBatch.build([list(range(10, 19))], None, ship.prompts.pad_id)
-        adapter = ship.adapt(ship.encoder(instruction)[0])
+        posterior = Posterior(*ship.encoder(instruction))
+        states = posterior.states_TSH
+        read = () if states is None else (States(states, instruction.real_ES),)
+        adapter = ship.hypernetwork(posterior.mean_TZ, *read)
         counts["deduction"] = counter.get_total_flops()
     for name, made in (("adapter", adapter), ("bare", None)):
         virtual = ship.num_virtual_tokens if made else 0
@@ -125,11 +136,34 @@ def test_a_query_and_its_adapter_are_what_torch_counts(overrides: list[str]) -> 
                 stream.advance(stream.logits_EV.argmax(-1))
             assert stream.logits_EV.shape[0] == 1
         counts[name] = counter.get_total_flops()
+    num_read, num_fused = 11 + ship.num_virtual_tokens, 9 * size.fuses
     assert counts == {
         "deduction": deduction_flops(size, 9),
-        "adapter": query_flops(size.task_llm, 11 + ship.num_virtual_tokens, 4, under_adapter=True),
+        "adapter": query_flops(size.task_llm, num_read, 4, True, num_fused),
         "bare": query_flops(size.task_llm, 11, 4, under_adapter=False),
     }
+
+
+def test_fused_states_by_hand() -> None:
+    """Unfused attention takes no prefix, so that torch's counter cannot see a training step: two
+    tasks of 3 and 5 states with two questions each."""
+    config = load_config("quickstart", ["model.hypernetwork={kind: fusion}"]).model
+    ship = build_ship(config, LoadedWeights())
+    read = TokenBatch.build([[9] * 3, [9] * 5], None, 0)
+    asked = TokenBatch.build([[9] * 4, [9] * 6, [9] * 2, [9] * 2], [[8]] * 4, 0)
+    noise_TZ = torch.zeros(2, config.latent_size)
+    shows_T = torch.ones(2, dtype=torch.bool)
+    rows = rows_of(ShipBatch(read, asked, read, shows_T, noise_TZ, torch.ones(2)))
+    assert rows.fused_pairs == 3 * (5 + 7) + 5 * (3 + 3)
+    size = ship.flop_size()
+    fused, alone = (flops_of_parts(one, rows) for one in (size, replace(size, fuses=False)))
+    layers, width = 4, 128  # of the embedded base: attention heads times their size is its width
+    assert fused["task_llm"] - alone["task_llm"] == 3 * 4 * layers * width * rows.fused_pairs
+    # Each state through a linear, the trunk and a head of keys and values a layer.
+    of_state = 128 * 128 + 2 * 2 * 128 * 128 + layers * 128 * 2 * 4 * 32
+    assert size.of_state == of_state
+    without = flops_of_parts(replace(size, of_state=0), rows)
+    assert fused["hypernetwork"] - without["hypernetwork"] == 3 * 2 * of_state * 8
 
 
 def test_the_terms_by_hand() -> None:

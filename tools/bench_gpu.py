@@ -314,6 +314,7 @@ def random_batch(ship: ShipModel, tasks: int, examples: int, seed: int = 0) -> S
         torch.randn(
             tasks, ship.config.latent_size, generator=torch.Generator().manual_seed(seed)
         ).to(device),
+        torch.ones(tasks, device=device),
     )
 
 

@@ -108,7 +108,7 @@ class Ways:
             stream.advance(stream.logits_EV.argmax(-1))
 
     def deduce_once(self) -> Adapter:
-        mean_TZ, _ = self.model.encoder(self.batch(self.instruction.tolist()))
+        mean_TZ, *_ = self.model.encoder(self.batch(self.instruction.tolist()))
         return self.model.adapt(mean_TZ)
 
     def prefill_once(self) -> DynamicCache:

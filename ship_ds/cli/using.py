@@ -146,6 +146,7 @@ def _of_examples(
     """What the encoder makes of examples, as an export wants it."""
     import torch
 
+    from ship_ds.data.task import Example, Reading
     from ship_ds.export.requests import Request
 
     read = ship.read(pairs, instruction)
@@ -154,7 +155,8 @@ def _of_examples(
         about += f", of which the decoder reads {read.instruction!r}"
     if instruction is not None:
         about = f"{instruction!r} and {len(pairs)} examples"
-    return Request("adapter", instruction, torch.tensor(read.latent), about)
+    reading = Reading(instruction, tuple(Example(*pair) for pair in pairs))
+    return Request("adapter", instruction, torch.tensor(read.latent), about, reading)
 
 
 def _warn_of(ship: "Ship", instruction: str, confidence: "Confidence | None" = None) -> None:

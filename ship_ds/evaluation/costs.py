@@ -17,6 +17,7 @@ from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
 from ship_ds.evaluation.harness import Run
 from ship_ds.flops import deduction_flops, query_flops
+from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
 
 INSTRUCTION_TOKENS = (16, 256, 4096)
@@ -41,7 +42,9 @@ def training_costs(run: Run) -> dict[str, Any]:
 
 def sizes(model: ShipModel) -> dict[str, Any]:
     """Parameters that are trained, and numbers of the adapter that is generated for a task."""
-    adapter = model.adapt(torch.zeros(1, model.config.latent_size))
+    # Of an instruction of one token, where the adapter is as long as that.
+    one_token = TokenBatch.of_lengths(1, 1, 0, device=model.device)
+    adapter = model.adapt_read(torch.zeros(1, model.config.latent_size), one_token)
     return {
         "trained_parameters": model.parameter_counts()["trained"],
         "adapter_numbers": sum(tensor.numel() for tensor in adapter.tensors().values()),
@@ -71,7 +74,8 @@ def query_costs(model: ShipModel, tasks: Sequence[SplitTask]) -> dict[str, Any]:
 
     def under_adapter(num_tokens: int) -> int:
         num_read = model.num_virtual_tokens + question + num_tokens * is_stated
-        return query_flops(size.task_llm, num_read, answer, under_adapter=True)
+        num_fused = num_tokens * size.fuses
+        return query_flops(size.task_llm, num_read, answer, True, num_fused)
 
     def in_prompt(num_tokens: int) -> int:
         return query_flops(size.task_llm, question + num_tokens, answer, under_adapter=False)

@@ -179,7 +179,9 @@ def generate(
             next(encoded) if r.latent_Z is None else r.latent_Z.to(ship.model.device) for r in chunk
         ]
         latent_TZ = torch.stack(latents)
-        exports = ship.model.hypernetwork.exports(ship.model.adapt(latent_TZ))
+        exports = ship.model.hypernetwork.exports(
+            ship.model.adapt(latent_TZ, [r.reading or r.instruction for r in chunk])
+        )
         if pad_to is not None:
             exports = [export.padded(pad_to) for export in exports]
         for request, latent_Z, export in zip(chunk, latent_TZ, exports, strict=True):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ship_ds.data.task import Reading
 from ship_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Request:
         instruction: What it is to do; None where a latent alone is known.
         latent_Z: What it is made from; None until the instruction is encoded.
         made_from: Of what, for the model card; None: of the instruction, or of a saved latent.
+        reading: What the encoder read; None: the instruction.
         confidence: `Confidence.summary()` of its answers to the probes, where it was asked for.
     """
 
@@ -44,6 +46,7 @@ class Request:
     instruction: str | None
     latent_Z: "Tensor | None" = None
     made_from: str | None = None
+    reading: Reading | None = None
     confidence: "Mapping[str, float | None] | None" = None
 
 

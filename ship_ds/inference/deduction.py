@@ -17,6 +17,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ship_ds.data.task import Reading
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
@@ -145,6 +146,7 @@ def answer_latents(
     inputs: Sequence[Sequence[str]],
     max_new_tokens: int,
     num_beams: int = 1,
+    readings: Sequence[str | Reading] | None = None,
 ) -> AnswersByTask:
     """Each task's inputs answered under the adapter of its own latent.
 
@@ -155,13 +157,17 @@ def answer_latents(
         inputs: one row a task, of any length.
         max_new_tokens: cuts an answer off.
         num_beams: 1 decodes greedily.
+        readings: what each latent was made of, for an adapter that fuses it; None: the wordings.
     """
+    read = wordings if readings is None else readings
     questions = [
         [model.question(text, wording) for text in texts]
         for wording, texts in zip(wordings, inputs, strict=True)
     ]
     return answerer(model, num_beams).answers(
-        questions, max_new_tokens, lambda tasks: model.adapt(latent_TZ[list(tasks)])
+        questions,
+        max_new_tokens,
+        lambda tasks: model.adapt(latent_TZ[list(tasks)], [read[task] for task in tasks]),
     )
 
 

@@ -95,7 +95,8 @@ def fit_of_latents(
             num_virtual,
             model.device,
         )
-        adapter = model.adapt(latent_CZ[[one.task for one in pieces]])
+        own = [one.task for one in pieces]
+        adapter = model.adapt(latent_CZ[own], [wordings[task] for task in own])
         logits, labels = model.task_llm.score(adapter, batch, len(pieces))
         losses, rights = _row_fits(logits, labels, batch)
         for piece, *values in zip(

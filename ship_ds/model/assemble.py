@@ -8,7 +8,7 @@ torch's generator, and a run repeats bit for bit from its seed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
@@ -146,7 +146,9 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
                 f"model.hypernetwork.latent=by_layer it has to be {num_blocks}, a query for each "
                 "block of the Task LLM: change it"
             )
+    target = replace(target, state_size=encoder.language_model.hidden_size)
     hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, target)
+    encoder.gives_states = hypernetwork.fuses
     prior: Prior = PRIORS.implementation(config.prior)(config.prior, config.latent_size)
     task_llm = TaskLlm(task_lm, config.task_llm.checkpointing, sites)
     parts = Parts(encoder, prior, hypernetwork, task_llm, decoder)

@@ -229,28 +229,46 @@ def _ends(
     return ends, int(longest)
 
 
+Prefix = tuple[Tensor, Tensor, Tensor | None]
+"""Keys and values, (E, G, P, F) each, that a block attends to before its own, and which of them a
+row sees, (E, P); None: all. A plain tuple, in which ZeRO-3's hooks find tensors."""
+
+
+def prefix_of(prefix: Prefix, row_E: Tensor) -> Prefix:
+    """That of these rows."""
+    keys, values, seen = prefix
+    return keys[row_E], values[row_E], None if seen is None else seen[row_E]
+
+
 def prepend(
-    prefix: tuple[Tensor, Tensor],
+    prefix: Prefix,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values with an adapter's before them, and a mask by which every query sees these.
+    """Keys and values with an adapter's before them, and a mask by which every query sees these, or
+    those of them that its row sees.
 
     Args:
-        prefix: keys and values (E, G, P, F), P of each row.
+        prefix: keys and values (E, G, P, F), P of each row, and which of these it sees.
         query, key, value: see `sdpa_forward`.
         mask: of the keys there are, boolean or added to the scores; None: causal, within
             `sliding_window`.
     """
-    keys, values = (states.to(key.dtype) for states in prefix)
+    keys, values, seen_EP = prefix
+    keys, values = keys.to(key.dtype), values.to(key.dtype)
     length, num_keys = query.shape[2], key.shape[2]
     if mask is None:
         mask = _causal(length, num_keys, sliding_window, query.device)
-    seen = True if mask.dtype == torch.bool else 0.0
-    mask = torch.nn.functional.pad(mask, (keys.shape[2], 0), value=seen)
+    is_boolean = mask.dtype == torch.bool
+    if seen_EP is None:
+        mask = torch.nn.functional.pad(mask, (keys.shape[2], 0), value=True if is_boolean else 0.0)
+    else:
+        before = seen_EP if is_boolean else mask.new_zeros(()).where(seen_EP, -torch.inf)
+        before = before[:, None, None].expand(-1, -1, mask.shape[2], -1)
+        mask = torch.cat([before, mask.expand(len(before), -1, -1, -1)], 3)
     return torch.cat([keys, key], 2), torch.cat([values, value], 2), mask
 
 
@@ -262,7 +280,7 @@ def sdpa_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    ship_prefix: tuple[Tensor, Tensor] | None = None,
+    ship_prefix: Prefix | None = None,
     ship_rows: RowGroups | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -286,8 +304,7 @@ def sdpa_forward(
             if ship_prefix is None and window is None and not dropout and _is_slow_in_sdpa(q):
                 return by_products(q, k, v, scaling)
             if ship_prefix is not None:
-                prefix = (ship_prefix[0][row_E], ship_prefix[1][row_E])
-                k, v, mask = prepend(prefix, q, k, v, None, window)
+                k, v, mask = prepend(prefix_of(ship_prefix, row_E), q, k, v, None, window)
             elif window is not None and window < length:
                 mask = _causal(length, length, window, q.device)
             out: Tensor = sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, **kwargs)[

@@ -16,7 +16,7 @@ import torch
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Reading
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.encoder import posterior_noise
+from ship_ds.model.encoder import chances, posterior_noise
 from ship_ds.model.step import ShipBatch
 from ship_ds.prompt import PromptFormat
 
@@ -72,6 +72,7 @@ class Collator:
             ),
             torch.tensor([draw.shows_latent for draw in draws], device=host),
             posterior_noise(seed, step, [draw.task_id for draw in draws], self.latent_size),
+            chances(seed, step, [draw.task_id for draw in draws]),
             step=step,
         ).to(device)
 

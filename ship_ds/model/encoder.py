@@ -27,10 +27,14 @@ _FIRST_LOG_VARIANCE = -5.0
 
 @dataclass(frozen=True)
 class Posterior:
-    """q(z | k), diagonal Gaussian: mean_TZ and log_variance_TZ, in fp32."""
+    """q(z | k), diagonal Gaussian: mean_TZ and log_variance_TZ, in fp32.
+
+    states_TSH: those that it was made of, where the encoder was told to give them.
+    """
 
     mean_TZ: Tensor
     log_variance_TZ: Tensor
+    states_TSH: Tensor | None = None
 
     def sample(self, noise_TZ: Tensor) -> Tensor:
         """z = mean + exp(log_variance / 2) * noise."""
@@ -42,7 +46,10 @@ class Encoder(Role):
 
     Attributes:
         pooling: None: the last token's state alone.
+        gives_states: whether `forward` gives the states of all tokens besides.
     """
+
+    gives_states = False
 
     def __init__(
         self,
@@ -91,8 +98,9 @@ class Encoder(Role):
 
     def forward(
         self, batch: TokenBatch, embeddings_TSH: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z | k), (T, Z) each, in fp32.
+    ) -> tuple[Tensor, ...]:
+        """Mean and log-variance of q(z | k), (T, Z) each, in fp32; with `gives_states` also the
+        states (T, S, H), zero in the padding.
 
         A plain tuple: ZeRO-3 looks for tensors in those alone.
 
@@ -100,25 +108,32 @@ class Encoder(Role):
             batch: one instruction's prompt a row.
             embeddings_TSH: read in place of the batch's tokens (induction optimises them).
         """
-        pooled_TX = self._pooled(batch, embeddings_TSH)
+        pooled_TX, states = self._pooled(batch, embeddings_TSH)
         # exp of the log-variance and the KL need fp32 whatever the engine's dtype.
         shares = pooled_TX.unflatten(1, (self.num_shares, -1))
         mean, raw = self.head(shares).float().chunk(2, dim=-1)
-        return mean.flatten(1), raw.flatten(1) + _FIRST_LOG_VARIANCE
+        posterior = mean.flatten(1), raw.flatten(1) + _FIRST_LOG_VARIANCE
+        return (*posterior, states) if self.gives_states else posterior
 
     @property
     def head_products(self) -> int:
         """Multiplications that make one task's posterior of what was pooled."""
         return self.num_shares * num_products(self.head)
 
-    def _pooled(self, batch: TokenBatch, embeddings_TSH: Tensor | None) -> Tensor:
-        """What the head reads, in its dtype."""
+    def _pooled(self, batch: TokenBatch, embeddings_TSH: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the head reads, in its dtype, and the states that were read for it."""
         lm, dtype = self.language_model, next(self.head.parameters()).dtype
-        # A causal model's last token has read the whole instruction.
-        read = lm.last_states if self.pooling is None else lm.states
+        needs_all = self.gives_states or self.pooling is not None
+        read = lm.states if needs_all else lm.last_states
         states = read(batch, embeddings_TSH, self.own_adapter, checkpointing=self.checkpointing)
         states = states.to(dtype)
-        return states if self.pooling is None else self.pooling(states, batch.real_ES)
+        if self.pooling is not None:
+            return self.pooling(states, batch.real_ES), states
+        if not needs_all:
+            return states, states
+        # A causal model's last token has read the whole instruction.
+        rows = torch.arange(len(states), device=states.device)
+        return states[rows, batch.lengths_E - 1], states
 
 
 def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int) -> Tensor:
@@ -129,6 +144,15 @@ def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int)
     return torch.stack(
         [_task_noise(f"{seed} {step} {task_id}", latent_size) for task_id in task_ids]
     )
+
+
+def chances(seed: int, step: int, task_ids: list[str]) -> Tensor:
+    """Numbers from [0, 1), (T,), keyed as the noise is."""
+    drawn = [
+        torch.rand((), generator=keyed_generator(f"chance {seed} {step} {task_id}"))
+        for task_id in task_ids
+    ]
+    return torch.stack(drawn)
 
 
 def _task_noise(key: str, latent_size: int) -> Tensor:

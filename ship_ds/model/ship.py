@@ -17,7 +17,7 @@ from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Reading
 from ship_ds.flops import ShipSize
 from ship_ds.model import budget
-from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.adapter import Adapter, States
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.collate import Collator
 from ship_ds.model.encoder import Posterior
@@ -26,6 +26,9 @@ from ship_ds.model.sizes import size_of
 from ship_ds.model.step import Outputs, Parts, Predictions, ShipBatch, StepSums
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
+
+_USUAL_LENGTH = 128
+"""Tokens of an instruction, where memory is shared out before it is known."""
 
 
 class ShipModel(nn.Module):
@@ -166,7 +169,7 @@ class ShipModel(nn.Module):
         packed = self.packs
         posterior = Posterior(*self.encoder(batch.instructions))
         latent_TZ = posterior.sample(batch.noise_TZ)
-        adapter = self.hypernetwork(latent_TZ)
+        adapter = self._adapter(latent_TZ, posterior, batch.instructions, batch.chance_T)
         answers = Predictions(
             self.task_llm.language_model,
             *self.task_llm(adapter, batch.answers, batch.num_tasks, packed),
@@ -183,6 +186,21 @@ class ShipModel(nn.Module):
         )
         sums = {name: objective.sum(outputs) for name, objective in self.objectives.items()}
         return StepSums(sums, kl_TZ.detach())
+
+    def _adapter(
+        self,
+        latent_TZ: Tensor,
+        posterior: Posterior,
+        read: TokenBatch,
+        chance_T: Tensor | None = None,
+    ) -> Adapter:
+        """Of z, and of the states where this kind fuses them."""
+        if posterior.states_TSH is None:
+            adapter: Adapter = self.hypernetwork(latent_TZ)
+        else:
+            states = States(posterior.states_TSH, read.real_ES, chance_T)
+            adapter = self.hypernetwork(latent_TZ, states)
+        return adapter
 
     @torch.no_grad()
     def encode(self, readings: Sequence[str | Reading]) -> Tensor:
@@ -201,7 +219,7 @@ class ShipModel(nn.Module):
         for rows in budget.row_batches(list(map(len, ids)), free, reading):
             batch = [ids[row] for row in rows]
             parts.append(
-                self.encoder(TokenBatch.build(batch, None, prompts.pad_id, device=self.device))
+                self.encoder(TokenBatch.build(batch, None, prompts.pad_id, device=self.device))[:2]
             )
             order += rows
         # Row t of the result was read as number places[t].
@@ -211,15 +229,44 @@ class ShipModel(nn.Module):
 
     @cached_property
     def adapter_bytes(self) -> int:
-        """Of one task's adapter, and of what `Adapter.prepared` makes of it."""
-        tensors = self.adapt(torch.zeros(1, self.config.latent_size)).tensors().values()
-        return 2 * sum(tensor.nbytes for tensor in tensors)
+        """Of one task's adapter, and of what `Adapter.prepared` makes of it; where it is as long as
+        the instruction, of one of 128 tokens."""
+        adapter = self.adapt(torch.zeros(1, self.config.latent_size))
+        length = _USUAL_LENGTH if self.hypernetwork.fuses else 1
+        return 2 * length * sum(tensor.nbytes for tensor in adapter.tensors().values())
 
     @torch.no_grad()
-    def adapt(self, latent_TZ: Tensor) -> Adapter:
-        """The adapters of these latents."""
-        adapter: Adapter = self.hypernetwork(latent_TZ.to(self.device))
-        return adapter
+    def adapt(
+        self, latent_TZ: Tensor, readings: Sequence[str | Reading | None] | None = None
+    ) -> Adapter:
+        """The adapters of these latents.
+
+        Args:
+            latent_TZ: one a task.
+            readings: what each was made of, which a kind that fuses the encoder's states reads
+                again; None or "", of all or of one: by z alone.
+        """
+        if readings is None or not any(readings) or not self.hypernetwork.fuses:
+            adapter: Adapter = self.hypernetwork(latent_TZ.to(self.device))
+            return adapter
+        read = self.collator.readings([one or "" for one in readings], self.device)
+        # Below any share that is left out, or above all.
+        chances = [2.0 if one else -1.0 for one in readings]
+        return self.adapt_read(latent_TZ, read, torch.tensor(chances, device=self.device))
+
+    @torch.no_grad()
+    def adapt_read(
+        self, latent_TZ: Tensor, read: TokenBatch, chance_T: Tensor | None = None
+    ) -> Adapter:
+        """The adapters of latents and of what the encoder reads.
+
+        Args:
+            latent_TZ: one a task.
+            read: a row a task.
+            chance_T: see `States`.
+        """
+        latent_TZ = latent_TZ.to(self.device)
+        return self._adapter(latent_TZ, Posterior(*self.encoder(read)), read, chance_T)
 
     def answer(
         self,

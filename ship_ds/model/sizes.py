@@ -55,6 +55,8 @@ def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize
         task_llm,
         decoder_size,
         hypernetwork.num_products(),
+        hypernetwork.products_of_state(),
+        hypernetwork.fuses,
     )
 
 
@@ -64,7 +66,10 @@ def rows_of(batch: ShipBatch) -> StepRows:
         Rows.of(tokens.lengths, tokens.num_targets)
         for tokens in (batch.instructions, batch.answers, batch.decoded)
     )
-    return StepRows(encoder, task_llm, decoder, batch.num_tasks)
+    read, answered = batch.instructions.lengths, batch.answers.lengths
+    rows_per_task = len(answered) // max(1, len(read))
+    pairs = sum(length * read[row // rows_per_task] for row, length in enumerate(answered))
+    return StepRows(encoder, task_llm, decoder, batch.num_tasks, pairs)
 
 
 def _role(config: TrainedRoleConfig, lm: LanguageModel, head: int, is_decoder: bool) -> RoleSize:

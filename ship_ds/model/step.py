@@ -25,9 +25,10 @@ class ShipBatch(OnDevice):
     """A rank's share of one micro-step, tensors only.
 
     instructions: what the encoder reads, T rows. answers: what the Task LLM reads, task-major.
-    decoded: what the decoder reads, T rows. noise_TZ: the posterior's. extras: what objectives
-    prepared for themselves, by their names. decodes: whether a decoder is trained, which reads it.
-    step: the global step that it is of, for what follows a schedule.
+    decoded: what the decoder reads, T rows. noise_TZ: the posterior's. chance_T: see
+    `adapters.adapter.States`. extras: what objectives prepared for themselves, by their names.
+    decodes: whether a decoder is trained, which reads it. step: the global step that it is of, for
+    what follows a schedule.
     """
 
     instructions: TokenBatch
@@ -35,6 +36,7 @@ class ShipBatch(OnDevice):
     decoded: TokenBatch
     shows_latent_T: Tensor
     noise_TZ: Tensor
+    chance_T: Tensor
     extras: Mapping[str, Any] = field(default_factory=dict)
     decodes: bool = True
     step: int = 0

@@ -158,6 +158,7 @@ def planned_batch(shapes: Shapes, work: Workload) -> ShipBatch:
         ),
         torch.zeros(tasks, dtype=torch.bool, device=device),
         torch.zeros(tasks, shapes.config.latent_size, device=device),
+        torch.ones(tasks, device=device),
     )
     for name, objective in ship.objectives.items():
         extra = objective.prepare_shapes(batch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ship_ds.model.attention import PACKS, TAKES_PREFIX, packed_in_rows, prepend
+from ship_ds.model.attention import PACKS, TAKES_PREFIX, packed_in_rows, prefix_of, prepend
 
 PLANNED = "ship_planned"
 
@@ -49,7 +49,7 @@ def planned_attention(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, row_E: Tensor | None = None) -> Tensor:
         if prefix is not None:
-            own = prefix if row_E is None else (prefix[0][row_E], prefix[1][row_E])
+            own = prefix if row_E is None else prefix_of(prefix, row_E)
             k, v, _ = prepend(own, q, k, v, None)
         return _Fused.apply(q, k, v).transpose(1, 2)
 

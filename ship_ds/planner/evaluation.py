@@ -15,6 +15,7 @@ import torch
 
 from ship_ds.config import EvaluationConfig
 from ship_ds.loss import sum_cross_entropy
+from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.budget import SHARE_OF_GPU
 from ship_ds.model.language_model import LanguageModel, Stream
@@ -96,7 +97,7 @@ def _answers(
 
     def read() -> Stream:
         prompts = TokenBatch.of_lengths(rows, width - virtual, 0, virtual, ship.device)
-        return ship.task_llm.stream(ship.adapt(_latents(shapes, num_tasks)), prompts)
+        return ship.task_llm.stream(_adapter(shapes, work, num_tasks), prompts)
 
     num_bytes = _peak_of_answers(shapes, ship.task_llm.language_model, read, config.max_new_tokens)
     return Pass("answers under adapters", rows, width, config.max_new_tokens, num_bytes)
@@ -139,13 +140,22 @@ def _losses(shapes: Shapes, work: Workload, num_tasks: int, rows_of_task: int) -
         batch = TokenBatch.of_lengths(
             rows, width - virtual, work.target_tokens, virtual, ship.device
         )
-        adapter = ship.adapt(_latents(shapes, num_tasks))
+        adapter = _adapter(shapes, work, num_tasks)
         sum_cross_entropy(*ship.task_llm.score(adapter, batch, num_tasks))
     return Pass("losses of examples", rows, width, work.target_tokens, live.peak)
 
 
 _DECODER_PROMPT = 16
 """Tokens around z in the decoder's prompt: the template's words, about."""
+
+
+def _adapter(shapes: Shapes, work: Workload, num_tasks: int) -> Adapter:
+    """Made of z, and of instructions as long as they may be where a kind fuses them."""
+    ship, latent_TZ = shapes.ship, _latents(shapes, num_tasks)
+    if not ship.hypernetwork.fuses:
+        return ship.adapt(latent_TZ)
+    read = TokenBatch.of_lengths(num_tasks, work.read_length(shapes), 0, 0, ship.device)
+    return ship.adapt_read(latent_TZ, read)
 
 
 def _latents(shapes: Shapes, num_tasks: int) -> torch.Tensor:

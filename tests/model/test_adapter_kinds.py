@@ -1,5 +1,6 @@
 """What every kind of adapter keeps to, kind by kind: a new one is tested by its line in `KINDS`."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,14 +9,25 @@ from torch import Tensor, nn
 
 from ship_ds.config import ModelConfig
 from ship_ds.kinds import ADAPTERS
-from ship_ds.model.adapters.adapter import Adapter, Hypernetwork, Target, build_hypernetwork
+from ship_ds.model.adapters.adapter import (
+    Adapter,
+    Hypernetwork,
+    States,
+    Target,
+    build_hypernetwork,
+)
 from ship_ds.model.adapters.sites import sites_in_each_block, wrap
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import LanguageModel, language_model
 from tests.model.models import EOS, HIDDEN, random_rows, tiny_lm
 
-Z, TASKS = 2 * HIDDEN, 2
+Z, TASKS, STATE_SIZE = 2 * HIDDEN, 2, 12
+READ = States(
+    torch.randn(TASKS, 4, STATE_SIZE, generator=torch.Generator().manual_seed(7)),
+    torch.tensor([[True, True, True, True], [True, True, False, False]]),
+)
+"""What an encoder gives of a text of four tokens and of one of two."""
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 3, "width": 16},
     "lora by layer": {"kind": "lora", "rank": 3, "width": 16, "latent": "by_layer"},
@@ -32,6 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "prefix by layer": {"kind": "prefix", "length": 3, "width": 16, "latent": "by_layer"},
     "bottleneck": {"kind": "bottleneck", "rank": 3, "width": 16},
     "bottleneck by layer": {"kind": "bottleneck", "rank": 3, "width": 16, "latent": "by_layer"},
+    "fusion": {"kind": "fusion", "width": 16},
     "combination": {
         "kind": "combination",
         "parts": [
@@ -40,6 +53,14 @@ KINDS: dict[str, dict[str, Any]] = {
             {"kind": "bottleneck", "rank": 3, "width": 16},
             {"kind": "prefix", "length": 3, "width": 16},
             {"kind": "soft_prompt", "num_virtual_tokens": 2, "width": 16},
+        ],
+    },
+    "HINT": {
+        "kind": "combination",
+        "parts": [
+            {"kind": "bottleneck", "rank": 3, "width": 16, "latent": "by_layer"},
+            {"kind": "prefix", "length": 3, "width": 16, "latent": "by_layer"},
+            {"kind": "fusion", "width": 16},
         ],
     },
 }
@@ -59,7 +80,8 @@ def _made(name: str) -> tuple[LanguageModel, Hypernetwork]:
     wrap(model, sites)
     lm = language_model(model)
     torch.manual_seed(0)
-    target = Target(sites, lm.hidden_size, tuple(lm.blocks()), lm.key_value_heads)
+    blocks, heads = tuple(lm.blocks()), lm.key_value_heads
+    target = Target(sites, lm.hidden_size, blocks, heads, STATE_SIZE)
     return lm, build_hypernetwork(section, Z, target)
 
 
@@ -74,6 +96,11 @@ def _awake(hypernetwork: Hypernetwork) -> Hypernetwork:
 
 def _latent(seed: int = 1) -> Tensor:
     return torch.randn(TASKS, Z, generator=torch.Generator().manual_seed(seed))
+
+
+def _adapted(hypernetwork: Hypernetwork, latent_TZ: Tensor, read: States = READ) -> Adapter:
+    made: Adapter = hypernetwork(latent_TZ, read) if hypernetwork.fuses else hypernetwork(latent_TZ)
+    return made
 
 
 PROMPTS, TARGETS = random_rows([5, 2, 4, 6], 3), random_rows([2, 3, 1, 2], 4)
@@ -108,15 +135,15 @@ def test_every_kind_is_here() -> None:
 def test_a_fresh_one_is_the_base(name: str) -> None:
     lm, hypernetwork = _made(name)
     bare = lm.score(_batch(hypernetwork))[0]
-    assert torch.equal(_logits(lm, hypernetwork(_latent()), _batch(hypernetwork)), bare)
-    awake = _logits(lm, _awake(hypernetwork)(_latent()), _batch(hypernetwork))
+    assert torch.equal(_logits(lm, _adapted(hypernetwork, _latent()), _batch(hypernetwork)), bare)
+    awake = _logits(lm, _adapted(_awake(hypernetwork), _latent()), _batch(hypernetwork))
     assert float((awake - bare).detach().abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_tasks_answer_as_each_alone_padded_and_packed(name: str) -> None:
     lm, hypernetwork = _made(name)
-    adapter = _awake(hypernetwork)(_latent())
+    adapter = _adapted(_awake(hypernetwork), _latent())
     together = _logits(lm, adapter, _batch(hypernetwork))
     alone = [
         _logits(lm, adapter.rows(torch.tensor([t])), _batch(hypernetwork, slice(2 * t, 2 * t + 2)))
@@ -145,7 +172,7 @@ def test_tasks_answer_as_each_alone_padded_and_packed(name: str) -> None:
 def test_rows_that_finish_leave_the_others_their_adapter(name: str) -> None:
     """Of task 0 one row stays, of task 1 two: each goes on as it would alone."""
     lm, hypernetwork = _made(name)
-    adapter = _awake(hypernetwork)(_latent())
+    adapter = _adapted(_awake(hypernetwork), _latent())
     places = hypernetwork.num_virtual_tokens
 
     def stream(rows: list[int], task: int | None) -> Any:
@@ -180,7 +207,9 @@ def test_gradients_reach_all_of_two_adapters_alive_under_checkpointing(
         latents = [_latent(seed).requires_grad_() for seed in (1, 2)]
         options: Any = {"packed": packed, "checkpointing": checkpointing}
         batch = _batch(hypernetwork)
-        logits = [_logits(lm, hypernetwork(latent), batch, **options) for latent in latents]
+        logits = [
+            _logits(lm, _adapted(hypernetwork, latent), batch, **options) for latent in latents
+        ]
         losses = [nn.functional.cross_entropy(one, batch.labels_K) for one in logits]
         for loss in losses:
             loss.backward()
@@ -198,7 +227,7 @@ def test_gradients_reach_all_of_two_adapters_alive_under_checkpointing(
 @pytest.mark.parametrize("name", KINDS)
 def test_what_was_generated_has_a_row_a_task(name: str) -> None:
     _, hypernetwork = _made(name)
-    adapter = _awake(hypernetwork)(_latent())
+    adapter = _adapted(_awake(hypernetwork), _latent())
     tensors = adapter.tensors()
     assert tensors and {len(tensor) for tensor in tensors.values()} == {TASKS}
     swapped = adapter.rows(torch.tensor([1, 0])).tensors()
@@ -212,9 +241,62 @@ def test_a_share_of_z_reaches_its_own_block_alone(name: str) -> None:
     _awake(hypernetwork)
     latent, moved = _latent(), _latent()
     moved[:, Z // 2 :] += 1  # the second of two blocks
-    before, after = hypernetwork(latent).tensors(), hypernetwork(moved).tensors()
+    before, after = (
+        _adapted(hypernetwork, latent).tensors(),
+        _adapted(hypernetwork, moved).tensors(),
+    )
     changed = {place: not torch.equal(before[place], after[place]) for place in before}
     assert {place for place in changed if changed[place]} == {
         place for place in changed if ".1" in place
     }
     assert len(set(changed.values())) == 2
+
+
+FUSING = ("fusion", "HINT")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", FUSING)
+def test_states_that_are_none_are_not_fused(name: str, packed: bool) -> None:
+    """What stands in a text's padding, and how much there is of it, changes no answer; a state
+    does."""
+    lm, hypernetwork = _made(name)
+    _awake(hypernetwork)
+    wide = torch.cat([READ.states_TSH, torch.randn(TASKS, 3, STATE_SIZE)], 1)
+    real = nn.functional.pad(READ.real_TS, (0, 3))
+    noisy = torch.where(real[..., None], wide, 9.0)
+    moved = READ.states_TSH + torch.tensor([0.0, 1.0])[:, None, None]
+
+    def logits(read: States) -> Tensor:
+        adapter = _adapted(hypernetwork, _latent(), read)
+        return _logits(lm, adapter, _batch(hypernetwork), packed=packed)
+
+    plain = logits(READ)
+    torch.testing.assert_close(logits(States(noisy, real)), plain, rtol=1e-4, atol=1e-4)
+    others = logits(States(moved, READ.real_TS))
+    of_first_task = _batch(hypernetwork).label_row_K < 2
+    torch.testing.assert_close(others[of_first_task], plain[of_first_task], rtol=1e-4, atol=1e-4)
+    assert float((others - plain)[~of_first_task].abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("name", FUSING)
+def test_a_task_whose_states_are_left_out_goes_by_z_alone(name: str) -> None:
+    """Those below the share are left out; no states at all is the same, and runs what is there."""
+    lm, hypernetwork = _made(name)
+    _awake(hypernetwork)
+    batch = _batch(hypernetwork)
+    chances = torch.tensor([0.05, 0.5])  # drop is 0.1
+    dropped = _logits(lm, _adapted(hypernetwork, _latent(), replace(READ, chance_T=chances)), batch)
+    plain = _logits(lm, _adapted(hypernetwork, _latent()), batch)
+    without = _logits(lm, hypernetwork(_latent()), batch)
+    of_first_task = batch.label_row_K < 2
+    torch.testing.assert_close(dropped[of_first_task], without[of_first_task])
+    torch.testing.assert_close(dropped[~of_first_task], plain[~of_first_task])
+    assert float((plain - without).abs().max()) > 0.01
+    called: list[str] = []
+    for place, module in hypernetwork.named_modules():
+        module.register_forward_hook(lambda *_, place=place: called.append(place))
+    hypernetwork(_latent())
+    without_states, called[:] = list(called), []
+    _adapted(hypernetwork, _latent())
+    assert called == without_states, "ranks that take turns run the same modules in one order"

@@ -50,7 +50,7 @@ class OnePass(Untrained):
             Reading(wording, self._some(task))
             for task, wording in zip(tasks, wordings, strict=True)
         ]
-        return self._answers(self.ship.model.encode(readings), wordings, inputs)
+        return self._answers(readings, wordings, inputs)
 
     def _some(self, task: SplitTask) -> tuple[Example, ...]:
         """Training examples of a task, drawn: files are often sorted by their answers."""
@@ -58,27 +58,28 @@ class OnePass(Untrained):
         return tuple(random.Random(f"{self.seed} {task.id}").sample(task.train, count))
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
-        return self._texts(self._read(shown))
+        return self._texts(self.ship.model.encode(self._readings(shown)))
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        latent_TZ = self._read(shown)
+        readings = self._readings(shown)
         states_text = self.ship.config.model.task_llm.instruction != "none"
-        texts = self._texts(latent_TZ) if states_text else [""] * len(latent_TZ)
-        return self._answers(latent_TZ, texts, inputs)
+        texts = self.induce(shown) if states_text else [""] * len(readings)
+        return self._answers(readings, texts, inputs)
 
-    def _read(self, shown: Sequence[Sequence[Example]]) -> Tensor:
-        """Latents of the examples, of the first ones where there are more than in training."""
+    def _readings(self, shown: Sequence[Sequence[Example]]) -> list[Reading]:
+        """The examples, the first ones where there are more than in training."""
         most = self.ship.config.model.encoder.max_examples
-        return self.ship.model.encode([Reading(None, tuple(one[:most])) for one in shown])
+        return [Reading(None, tuple(one[:most])) for one in shown]
 
     def _texts(self, latent_TZ: Tensor) -> list[str]:
         length = self.ship.config.evaluation.max_instruction_tokens
         return self.ship.model.decode(latent_TZ, length)
 
     def _answers(
-        self, latent_TZ: Tensor, texts: Sequence[str], inputs: Sequence[Sequence[str]]
+        self, readings: Sequence[Reading], texts: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        length = self.ship.config.evaluation.max_new_tokens
-        return answer_latents(self.ship.model, latent_TZ, texts, inputs, length)
+        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
+        latent_TZ = model.encode(readings)
+        return answer_latents(model, latent_TZ, texts, inputs, length, readings=readings)

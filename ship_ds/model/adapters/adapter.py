@@ -7,8 +7,8 @@ what is current when the backward pass runs (on CUDA in another thread).
 
 A new kind is one file with three classes, and its config class in the table `kinds.ADAPTERS`.
 
-Letters: T tasks, E sequences, G key-value heads, F size of an attention head, I inputs of a linear,
-O outputs of a linear, P virtual tokens, H hidden size, Z latent size.
+Letters: T tasks, E sequences, S padded length, G key-value heads, F size of an attention head,
+I inputs of a linear, O outputs of a linear, P virtual tokens, H hidden size, Z latent size.
 """
 
 from abc import ABC, abstractmethod
@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.segment_lora import LowRank
+from ship_ds.model.attention import Prefix
 from ship_ds.model.language_model import Feature
 from ship_ds.section import Section
 
 Sites = Mapping[str, tuple[int, int]]
 """Module path -> (in, out) of each linear that adapters change."""
-Prefix = tuple[Tensor, Tensor]
-"""Keys and values, (E, G, P, F) each, that a block attends to before its own."""
 
 
 class Adapter(ABC):
@@ -153,16 +152,33 @@ class Export(ABC):
 
 @dataclass(frozen=True)
 class Target:
-    """The Task LLM as hypernetworks see it.
+    """The Task LLM as hypernetworks see it, and the encoder's states where one reads them.
 
     sites: its wrapped linears. blocks: module paths. hidden_size: of its embeddings. heads:
-    key-value heads and the size of one.
+    key-value heads and the size of one. state_size: of the encoder's states.
     """
 
     sites: Sites
     hidden_size: int
     blocks: tuple[str, ...] = ()
     heads: tuple[int, int] = (0, 0)
+    state_size: int = 0
+
+
+@dataclass(frozen=True)
+class States:
+    """What the encoder's last layer gives of all that it read, for a kind that fuses it.
+
+    Args:
+        states_TSH: of each task's text.
+        real_TS: True where a position is no padding.
+        chance_T: in training a number from [0, 1) for each task, drawn anew at each step, by which
+            a kind leaves states out; None: it leaves out none.
+    """
+
+    states_TSH: Tensor
+    real_TS: Tensor
+    chance_T: Tensor | None = None
 
 
 class Hypernetwork(nn.Module, ABC):
@@ -181,6 +197,9 @@ class Hypernetwork(nn.Module, ABC):
     """What it needs of a language model; see `LanguageModel.missing`."""
     packs: ClassVar[bool] = True
     """Whether its adapters can be applied to a batch without padding."""
+    fuses: bool = False
+    """Whether it makes adapters of the encoder's `States` besides, which `forward` then takes as a
+    second argument; None there: of z alone."""
 
     @staticmethod
     def targets(config: Any) -> tuple[str, ...]:
@@ -203,6 +222,10 @@ class Hypernetwork(nn.Module, ABC):
     def ranks(self) -> Mapping[str, int]:
         """Module path -> rank of the product that its adapters add there. For FLOPs."""
         return {}
+
+    def products_of_state(self) -> int:
+        """Multiplications that make an adapter of one of the encoder's states more. For FLOPs."""
+        return 0
 
     def products_after(self) -> int:
         """Multiplications of one token with what `Adapter.after` adds, of all sites. For FLOPs."""

@@ -3,7 +3,13 @@
 
     model.hypernetwork={kind: combination, parts: [{kind: bottleneck}, {kind: prefix, length: 4}]}
 
-Letters: T tasks, Z latent size, R LoRA rank, I inputs of a linear, O outputs of a linear.
+HINT whole has the encoder's states beside them (fusion.py), and its layer queries in the encoder:
+
+    model.encoder.pooling={kind: attention, num_queries: L, shares: true}
+    parts: [{kind: bottleneck, latent: by_layer}, {kind: prefix, latent: by_layer}, {kind: fusion}]
+
+Letters: T tasks, E sequences, Z latent size, R LoRA rank, I inputs of a linear, O outputs of a
+linear, G key-value heads, P virtual tokens, F size of an attention head.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +26,12 @@ from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.adapter import (
     Adapter,
     Hypernetwork,
-    Prefix,
+    States,
     Target,
     build_hypernetwork,
 )
 from ship_ds.model.adapters.segment_lora import LowRank
+from ship_ds.model.attention import Prefix
 from ship_ds.model.language_model import Feature
 
 
@@ -63,8 +70,11 @@ class CombinedAdapter(Adapter):
         found = [one for part in self.parts if (one := part.prefix(path, num_rows)) is not None]
         if not found:
             return None
-        keys, values = zip(*found, strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2)
+        keys, values, seen = zip(*found, strict=True)
+        all_seen = None
+        if any(one is not None for one in seen):
+            all_seen = torch.cat([_seen(*one) for one in zip(keys, seen, strict=True)], 1)
+        return torch.cat(keys, 2), torch.cat(values, 2), all_seen
 
     def _each(self, change: Callable[[Adapter], Adapter]) -> "CombinedAdapter":
         return CombinedAdapter(tuple(map(change, self.parts)))
@@ -103,6 +113,14 @@ def _side_by_side(left: LowRank, right: LowRank) -> LowRank:
     return replace(left, a_TRI=torch.cat([left.a_TRI, right.a_TRI], 1), b_TOR=b, scaling=1.0)
 
 
+def _seen(keys_EGPF: Tensor, seen_EP: Tensor | None) -> Tensor:
+    """Which of these keys are seen, where None is all."""
+    if seen_EP is not None:
+        return seen_EP
+    rows, _, length, _ = keys_EGPF.shape
+    return torch.ones(rows, length, dtype=torch.bool, device=keys_EGPF.device)
+
+
 def _sum(found: Any) -> Tensor | None:
     added = [one for one in found if one is not None]
     return reduce(torch.add, added) if added else None
@@ -118,6 +136,7 @@ class Combination(Hypernetwork):
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in parts)
         self.prefix_length = sum(part.prefix_length for part in parts)
         self.packs = all(part.packs for part in parts)  # type: ignore[misc]
+        self.fuses = any(part.fuses for part in parts)
 
     def _hypernetworks(self) -> list[Hypernetwork]:
         return [part for part in self.parts if isinstance(part, Hypernetwork)]
@@ -135,8 +154,11 @@ class Combination(Hypernetwork):
         ]
         return tuple(dict.fromkeys(found))
 
-    def forward(self, latent_TZ: Tensor) -> CombinedAdapter:
-        return CombinedAdapter(tuple(part(latent_TZ) for part in self.parts))
+    def forward(self, latent_TZ: Tensor, read: States | None = None) -> CombinedAdapter:
+        parts = self._hypernetworks()
+        return CombinedAdapter(
+            tuple(part(latent_TZ, read) if part.fuses else part(latent_TZ) for part in parts)
+        )
 
     def num_products(self) -> int:
         """See `Hypernetwork`."""
@@ -149,6 +171,10 @@ class Combination(Hypernetwork):
             for path, rank in part.ranks().items():
                 ranks[path] = ranks.get(path, 0) + rank
         return ranks
+
+    def products_of_state(self) -> int:
+        """See `Hypernetwork`."""
+        return sum(part.products_of_state() for part in self._hypernetworks())
 
     def products_after(self) -> int:
         """See `Hypernetwork`."""

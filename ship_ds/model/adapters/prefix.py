@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.config import PrefixHypernetworkConfig
+from ship_ds.errors import UserError
 from ship_ds.lora_folder import write_prefix
-from ship_ds.model.adapters.adapter import Adapter, Export, Prefix, Target, num_products
+from ship_ds.model.adapters.adapter import Adapter, Export, Target, num_products
 from ship_ds.model.adapters.trunk import TrunkHypernetwork, share_of
+from ship_ds.model.attention import Prefix
 from ship_ds.model.rotation import rotated_by
 
 
@@ -27,11 +29,13 @@ from ship_ds.model.rotation import rotated_by
 class PrefixAdapter(Adapter):
     """Keys and values of T tasks.
 
-    states: block path -> (T, 2, G, P, F), keys before values. task_E: of each row; None: every task
-    has equally many.
+    states: block path -> (T, 2, G, P, F), keys before values. seen_TP: which of them the task's
+    rows attend to, the first ones of each; None: to all. task_E: of each row; None: every task has
+    equally many.
     """
 
     states: Mapping[str, Tensor]
+    seen_TP: Tensor | None = None
     task_E: Tensor | None = None
 
     @property
@@ -40,16 +44,22 @@ class PrefixAdapter(Adapter):
 
     def prefix(self, path: str, num_rows: int) -> Prefix | None:
         """See `Adapter`."""
-        states = self.states[path]
+        keys_EGPF, values_EGPF = self._per_row(self.states[path], num_rows).unbind(1)
+        seen_EP = None if self.seen_TP is None else self._per_row(self.seen_TP, num_rows)
+        return keys_EGPF, values_EGPF, seen_EP
+
+    def _per_row(self, per_task: Tensor, num_rows: int) -> Tensor:
         if self.task_E is not None:
-            states = states[self.task_E]
-        elif num_rows > len(states):
-            states = states.repeat_interleave(num_rows // len(states), 0)
-        keys_EGPF, values_EGPF = states.unbind(1)
-        return keys_EGPF, values_EGPF
+            return per_task[self.task_E]
+        if num_rows > len(per_task):
+            return per_task.repeat_interleave(num_rows // len(per_task), 0)
+        return per_task
 
     def rows(self, index: Tensor) -> "PrefixAdapter":
-        return PrefixAdapter({path: states[index] for path, states in self.states.items()})
+        return PrefixAdapter(
+            {path: states[index] for path, states in self.states.items()},
+            None if self.seen_TP is None else self.seen_TP[index],
+        )
 
     def for_rows(self, counts: Sequence[int]) -> "PrefixAdapter":
         """See `Adapter`."""
@@ -63,12 +73,18 @@ class PrefixAdapter(Adapter):
         return replace(self, states={path: one.to(dtype) for path, one in self.states.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Keys and values of each block."""
-        return dict(self.states)
+        """Keys and values of each block, zero where none is seen."""
+        if self.seen_TP is None:
+            return dict(self.states)
+        seen = self.seen_TP[:, None, None, :, None]
+        return {path: states * seen for path, states in self.states.items()}
 
     def distance(self, other: Adapter) -> Tensor:
-        """By keys and values, each against the other's own size."""
+        """By keys and values, each against the other's own size. Raises UserError where an adapter
+        is as long as what it was made of."""
         assert isinstance(other, PrefixAdapter)
+        if self.seen_TP is not None or other.seen_TP is not None:
+            return super().distance(other)
         total = norm = torch.zeros(())
         for path, states in self.states.items():
             theirs = other.states[path]
@@ -142,7 +158,20 @@ class PrefixHypernetwork(TrunkHypernetwork):
 
     def exports(self, adapter: PrefixAdapter) -> list[Export]:
         """See `Hypernetwork`."""
-        return [
-            PrefixExport({path: states[task] for path, states in adapter.states.items()})
-            for task in range(adapter.num_tasks)
-        ]
+        return prefix_exports(adapter)
+
+
+def prefix_exports(adapter: PrefixAdapter) -> list[Export]:
+    """Each task's prefix on its way out, as long as the task sees it."""
+    lengths: list[int | None] = [None] * adapter.num_tasks
+    if adapter.seen_TP is not None:
+        lengths = [int(length) for length in adapter.seen_TP.sum(1)]
+        if not all(lengths):
+            raise UserError(
+                "deduce: this run's adapters are made of the instruction's own states, which a "
+                "latent has not: give the instruction"
+            )
+    return [
+        PrefixExport({path: one[task, :, :, :length] for path, one in adapter.states.items()})
+        for task, length in enumerate(lengths)
+    ]
