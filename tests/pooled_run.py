@@ -1,6 +1,6 @@
 """Trains four steps as HINT does, as a user's command does, with every weight sharded, and writes
 what the trained model encodes: an NF4 encoder that reads examples too, a learned query for each
-share of z, bottlenecks and prefixes made of them, no decoder.
+share of z, bottlenecks and prefixes made of them, the encoder's states fused, no decoder.
 
     python -m tests.pooled_run FOLDER
     torchrun --nproc-per-node 2 -m tests.pooled_run FOLDER
@@ -25,7 +25,8 @@ def config_of(folder: Path | str) -> Config:
     """No dropout, so that two ranks take the steps of one."""
     tuning = "{kind: lora, rank: 4, dropout: 0}"
     pooling = "{kind: attention, num_queries: 4, shares: true}"
-    parts = "[{kind: bottleneck, latent: by_layer}, {kind: prefix, latent: by_layer, length: 3}]"
+    prefix = "{kind: prefix, latent: by_layer, length: 3}"
+    parts = f"[{{kind: bottleneck, latent: by_layer}}, {prefix}, {{kind: fusion, width: 32}}]"
     return load_config(
         "quickstart-smoke",
         [

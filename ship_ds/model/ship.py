@@ -194,12 +194,17 @@ class ShipModel(nn.Module):
         read: TokenBatch,
         chance_T: Tensor | None = None,
     ) -> Adapter:
-        """Of z, and of the states where this kind fuses them."""
+        """Of z, and of the states where this kind fuses them.
+
+        By keywords: of a module that is given tensors and gives none back ZeRO-3 is told where its
+        backward pass ends and not where it begins, and an assertion of DeepSpeed's fails where no
+        other module's is under way. What is given by keyword it does not follow.
+        """
         if posterior.states_TSH is None:
-            adapter: Adapter = self.hypernetwork(latent_TZ)
+            adapter: Adapter = self.hypernetwork(latent_TZ=latent_TZ)
         else:
             states = States(posterior.states_TSH, read.real_ES, chance_T)
-            adapter = self.hypernetwork(latent_TZ, states)
+            adapter = self.hypernetwork(latent_TZ=latent_TZ, read=states)
         return adapter
 
     @torch.no_grad()

@@ -84,6 +84,25 @@ def test_prefixes_leave_as_prefix_tuning(family: str, tmp_path: Path) -> None:
         compose(ship, [(1.0, TEXTS[0])], tmp_path / "b", PROBES)
 
 
+def test_fused_states_leave_as_a_prefix_as_long_as_the_text(tmp_path: Path) -> None:
+    """A latent alone has no states, and is told so before a folder is there."""
+    ship = make_ship(make_base(tmp_path / "base"), kind="fusion", width=16)
+    requests = [Request("a", TEXTS[0]), Request("b", "put 7 at the front of the list")]
+    lengths = [
+        len(ship.model.encoder_prompts.encoder_prompt(str(one.instruction))) for one in requests
+    ]
+    assert lengths[0] != lengths[1]
+    for request, length in zip(requests, lengths, strict=True):
+        proof = export_one(ship, request, tmp_path / request.name, PROBES)
+        assert proof.from_live <= 1e-4 < proof.from_base
+        settings = json.loads((tmp_path / request.name / "adapter_config.json").read_text())
+        assert settings["num_virtual_tokens"] == length
+    latent_Z = torch.tensor(ship.encode(TEXTS[0]))
+    with pytest.raises(UserError, match="a latent has not: give the instruction"):
+        export_one(ship, Request("c", None, latent_Z), tmp_path / "c", PROBES)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "a", "b"}
+
+
 def test_a_prefix_of_a_model_without_rotations_has_no_folder() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=5, n_positions=9))
     with pytest.raises(UserError, match="GPT2LMHeadModel: its positions are not rotated"):

@@ -213,7 +213,7 @@ class Hypernetwork(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, latent_TZ: Tensor) -> Adapter:
-        """The adapters of T latents."""
+        """The adapters of T latents. Called by keyword: `hypernetwork(latent_TZ=latent_TZ)`."""
 
     def num_products(self) -> int:
         """Multiplications that make one task's adapter: here, each linear used once. For FLOPs."""

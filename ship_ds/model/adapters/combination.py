@@ -155,10 +155,10 @@ class Combination(Hypernetwork):
         return tuple(dict.fromkeys(found))
 
     def forward(self, latent_TZ: Tensor, read: States | None = None) -> CombinedAdapter:
+        # By keywords, as ShipModel calls it.
+        of_z, of_states = {"latent_TZ": latent_TZ}, {"latent_TZ": latent_TZ, "read": read}
         parts = self._hypernetworks()
-        return CombinedAdapter(
-            tuple(part(latent_TZ, read) if part.fuses else part(latent_TZ) for part in parts)
-        )
+        return CombinedAdapter(tuple(part(**(of_states if part.fuses else of_z)) for part in parts))
 
     def num_products(self) -> int:
         """See `Hypernetwork`."""
