@@ -1,7 +1,7 @@
 """SHIP (Sun et al. 2025, arXiv 2502.02315): encoder, prior, hypernetwork, Task LLM and decoder in
 one module, for one engine. model/assemble.py puts it together.
 
-Letters: T tasks, Z latent size.
+Letters: T tasks, E sequences, S padded length, H hidden size, Z latent size.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,6 +4,8 @@ Nothing is trained there, so what counts beside the weights is a batch: the adap
 values of prompts and answers, one layer's work, and logits. How many tasks are answered at once is
 chosen by the memory that is free (model/budget.py), down to one row of one task: a plan refuses a
 run where that does not fit.
+
+Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Callable, Iterator
