@@ -1,5 +1,6 @@
 """The verbs of the panel "Use": a trained run at work."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -228,7 +229,11 @@ def compose(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
-    """Weighted sum of several instructions' adapters -> one PEFT LoRA folder."""
+    """Weighted sum of several instructions' adapters -> one PEFT LoRA folder.
+
+    It mixes what they do; what is to be done one after the other is said in one instruction:
+    `ship-ds deduce "A and then B"`.
+    """
     check_words(device, dtype)
     parts = checks.weighted(part)
     checks.check_run(run)
@@ -241,6 +246,10 @@ def compose(
         f"{out}: rank {made.rank}, {100 * made.error:.2f} % of the exact sum's norm lost; "
         f"peft = live within {made.proof.from_live:.1e}; differs from the bare base by "
         f"{made.proof.from_base:.2f}"
+    )
+    print(
+        "  a sum mixes what its parts do; for one after the other make one adapter of the text "
+        f"that says so: ship-ds deduce {shlex.quote(' and then '.join(text for _, text in parts))}"
     )
     return 0
 
