@@ -1,0 +1,1 @@
+"""`ship-ds serve`: an OpenAI-compatible server over a run."""
