@@ -66,6 +66,10 @@ class PromptFormat:
         self.pad_id: int = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
         )
+        self.control_tokens = tuple(
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        )
+        """As they are written out; in a user's text they would act as what they are."""
         self.before, self.after = self._split_template(system_message)
         self._known: Mapping[str, tuple[int, ...]] = {}
         self._ids = lru_cache(maxsize=1 << 18)(self._tokenise)
@@ -118,6 +122,10 @@ class PromptFormat:
     def remember(self, ids: Mapping[str, tuple[int, ...]]) -> None:
         """Take these strings' tokens from a cache instead of the tokenizer."""
         self._known = ids
+
+    def forget_beyond(self, num_texts: int) -> None:
+        """Keep the tokens of no more texts than this: for a program whose texts others choose."""
+        self._ids = lru_cache(maxsize=num_texts)(self._tokenise)
 
     def _tokenise(self, text: str) -> tuple[int, ...]:
         return (

@@ -20,8 +20,8 @@ def check_instruction(model: ShipModel, instruction: str) -> None:
     """
     if not instruction.strip():
         raise UserError("instruction: is empty; say what to do with the input")
-    _check_known(model.encoder_prompts, instruction, "instruction")
-    _check_length(
+    check_text(model.encoder_prompts, instruction, "instruction")
+    check_length(
         len(model.encoder_prompts.encoder_prompt(instruction)),
         model.encoder.language_model.context_length,
         "instruction",
@@ -61,8 +61,8 @@ def check_reading(model: ShipModel, reading: Reading) -> None:
         raise UserError("examples: there are none; give at least one line with input and target")
     for number, example in enumerate(reading.examples, start=1):
         for part, text in (("input", example.input), ("target", example.target)):
-            _check_known(model.encoder_prompts, text, f"example {number}, {part}")
-    _check_length(
+            check_text(model.encoder_prompts, text, f"example {number}, {part}")
+    check_length(
         len(model.encoder_prompts.encoder_prompt(reading)),
         model.encoder.language_model.context_length,
         "examples",
@@ -82,9 +82,9 @@ def check_inputs(model: ShipModel, inputs: Sequence[str], max_new_tokens: int) -
         UserError: one cannot be read; the message gives its number from 1.
     """
     for number, text in enumerate(inputs, start=1):
-        _check_known(model.prompts, text, f"input {number}")
+        check_text(model.prompts, text, f"input {number}")
         length = model.num_virtual_tokens + len(model.question(text)) + max_new_tokens
-        _check_length(
+        check_length(
             length,
             model.task_llm.language_model.context_length,
             f"input {number} with an answer of {max_new_tokens} tokens",
@@ -108,9 +108,9 @@ def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
     first: dict[str, int] = {}
     for number, example in enumerate(examples, start=1):
         for part, text in (("input", example.input), ("target", example.target)):
-            _check_known(model.prompts, text, f"example {number}, {part}")
+            check_text(model.prompts, text, f"example {number}, {part}")
         length = len(model.question(example.input)) + len(model.prompts.target(example.target))
-        _check_length(
+        check_length(
             model.num_virtual_tokens + length,
             model.task_llm.language_model.context_length,
             f"example {number}",
@@ -125,7 +125,24 @@ def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
             )
 
 
-def _check_known(prompts: PromptFormat, text: str, what: str) -> None:
+def check_text(prompts: PromptFormat, text: str, what: str) -> None:
+    """Refuse a text that would not be read as it stands.
+
+    Args:
+        prompts: hold the tokenizer.
+        text: what a user wrote.
+        what: it is, for the message.
+
+    Raises:
+        UserError: it spells a control token, such as the end of a turn, which would act as one; or
+            it has a word outside the vocabulary.
+    """
+    for token in prompts.control_tokens:
+        if token in text:
+            raise UserError(
+                f"{what}: {token!r} is a control token of the base model, and would act as one: "
+                "leave it out"
+            )
     unknown = prompts.tokenizer.unk_token_id
     if (
         unknown is None
@@ -144,7 +161,8 @@ def _check_known(prompts: PromptFormat, text: str, what: str) -> None:
     )
 
 
-def _check_length(length: int, limit: int | None, what: str, reader: str) -> None:
+def check_length(length: int, limit: int | None, what: str, reader: str) -> None:
+    """Refuse what is longer than its reader's context. Raises UserError."""
     if limit is not None and length > limit:
         raise UserError(
             f"{what}: is {length} tokens long in its prompt and the {reader} reads at "

@@ -31,7 +31,7 @@ from ship_ds.model.attention import (
     no_mask_of_packed,
 )
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.key_value_cache import preallocated_cache, preallocated_layers
+from ship_ds.model.key_value_cache import ending_at, preallocated_cache, preallocated_layers
 from ship_ds.model.language_model import Feature, LanguageModel, Stream
 
 EAGER, SLIDING = "eager", "sliding_attention"
@@ -370,6 +370,30 @@ class CachedStream(Stream):
         self.prompt_of_row = [self.prompt_of_row[row] for row in rows]
         self.real_EX, self.logits_EV = self.real_EX[index_E], self.logits_EV[index_E]
         self.next_position_E = self.next_position_E[index_E]
+
+    def join_rows(self, other: Stream) -> bool:
+        """See `Stream`. Rows end in the same column; what no row has any more is left behind, so
+        that a stream which others join for ever stays as short as its longest row."""
+        assert isinstance(other, CachedStream)
+        layers = preallocated_layers(self.cache)
+        theirs = preallocated_layers(other.cache)
+        if not layers or len(layers) != len(theirs):
+            return False
+        positions_E = torch.cat([self.next_position_E, other.next_position_E])
+        lengths: list[int] = positions_E.tolist()
+        length = max(lengths)
+        for layer, their in zip(layers, theirs, strict=True):
+            layer.join(their, length)
+        self.real_EX = torch.cat(
+            [ending_at(one.real_EX[:, : one.length], length, 1) for one in (self, other)]
+        )
+        self.logits_EV = torch.cat([self.logits_EV, other.logits_EV])
+        self.next_position_E, self.length = positions_E, length
+        self.is_padded = min(lengths) < length
+        # From here on no columns are known to be shared.
+        self.width, self.prompt_of_row = 0, list(range(len(lengths)))
+        self._widen(length + max(layer.room for layer in layers))
+        return True
 
     def _rows_of_other_prompts(self, rows: Sequence[int]) -> Tensor | None:
         """Rows whose place belongs to another prompt until now; None: there are more rows than

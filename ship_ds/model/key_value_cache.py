@@ -14,6 +14,7 @@ X other letters flattened.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
@@ -99,6 +100,25 @@ class PreallocatedLayer(CacheLayerMixin):
             buffer[moved_X, :, :shared] = buffer[:, :, :shared].index_select(0, index_E[moved_X])
         buffer[: len(index_E), :, shared : self.length] = suffix
 
+    def join(self, other: "PreallocatedLayer", length: int) -> None:
+        """Take another layer's rows in, after these.
+
+        Args:
+            other: Of the same block.
+            length: Columns that are kept, the last ones of each; a row that has fewer begins with
+                zeros.
+        """
+        assert self.buffers is not None and other.buffers is not None
+        self.room = max(self.room, other.room)
+        joined = []
+        for ours, theirs in zip(self.buffers, other.buffers, strict=True):
+            ours = ours[: self.num_rows, :, : self.length]
+            theirs = theirs[: other.num_rows, :, : other.length]
+            joined.append(torch.cat([ending_at(one, length, 2) for one in (ours, theirs)]))
+        self.buffers = joined[0], joined[1]
+        self.num_rows += other.num_rows
+        self.length = length
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first `update` brings the tensors."""
 
@@ -113,6 +133,19 @@ class PreallocatedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """-1: no limit."""
         return -1
+
+
+def ending_at(columns: Tensor, length: int, dimension: int) -> Tensor:
+    """The last `length` columns, or all of them behind as many zeros as it takes.
+
+    Zeros, since what attention hides is still multiplied: by a weight of zero.
+    """
+    have = columns.shape[dimension]
+    if have >= length:
+        return columns.narrow(dimension, have - length, length)
+    shape = list(columns.shape)
+    shape[dimension] = length - have
+    return torch.cat([columns.new_zeros(shape), columns], dimension)
 
 
 def preallocated_cache(config: PreTrainedConfig, cuts_windows: bool) -> Cache | None:

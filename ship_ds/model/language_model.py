@@ -113,6 +113,40 @@ class Stream(ABC):
         self.task_of_row = [task for task, count in enumerate(counts) for _ in range(count)]
         self.adapter = self.adapter.for_rows(counts)
 
+    def join_rows(self, other: "Stream") -> bool:
+        """Take the cache and `logits_EV` of another stream's rows in, after these.
+
+        Returns:
+            Whether it did; by default it cannot.
+        """
+        return False
+
+    def join(self, other: "Stream") -> bool:
+        """Take the rows of another stream in, after these: one forward then grows them all.
+
+        Args:
+            other: of the same model; of no use any more where this succeeds.
+
+        Returns:
+            Whether it did. Where a cache or a kind of adapter cannot, both streams go on alone.
+        """
+        adapter = None
+        if self.adapter is not None and other.adapter is not None:
+            adapter = self.adapter.beside(other.adapter)
+        if (self.adapter is None) != (other.adapter is None) or (
+            self.adapter is not None and adapter is None
+        ):
+            return False
+        if not self.join_rows(other):
+            return False
+        num_tasks = self.adapter.num_tasks if self.adapter is not None else self.num_rows
+        self.task_of_row = self.task_of_row + [num_tasks + task for task in other.task_of_row]
+        self.num_rows += other.num_rows
+        if adapter is not None:
+            counts = [len(list(group)) for _, group in groupby(self.task_of_row)]
+            self.adapter = adapter.for_rows(counts)
+        return True
+
     def index(self, rows: Sequence[int]) -> Tensor:
         """Rows as an index on the stream's device."""
         return torch.tensor(rows, dtype=torch.long, device=self.device)

@@ -1,8 +1,10 @@
 """The one thread that owns the model.
 
-    room = Room(ship, limits)
+    room = Room(ship)
     room.start()
     text = await room.call(lambda ship: ship.decode(latent))
+    async for number, piece in await room.write(questions):
+        ...
 
 Nothing else touches the model, its tokenizers included: neither is made for several threads. The
 thread does one of two things in turn: it runs functions that requests hand it, and between them it
@@ -10,36 +12,113 @@ lets every answer that is being written grow by a token.
 """
 
 import asyncio
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from threading import Thread
+from typing import TypeVar
+
+from torch import Tensor
 
 from ship_ds.api import Ship
+from ship_ds.serving.decoding import Decoder, Piece, Row, Sampling
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
+from ship_ds.serving.metrics import Metrics
 
 Result = TypeVar("Result")
 _CALLS_BEFORE_A_TOKEN = 0.05
 """Seconds for which functions run before the answers that are being written go on."""
+_TEXTS_REMEMBERED = 256
+"""Whose token ids a server keeps; training, which chooses its texts, keeps more."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt that is to be continued.
+
+    Args:
+        latent_1Z: Whose adapter it is under; None: the bare base.
+        ids: The prompt.
+        samplings: One an answer.
+    """
+
+    latent_1Z: Tensor | None
+    ids: Sequence[int]
+    samplings: Sequence[Sampling]
+
+
+class Writing:
+    """Answers that are being written: (number of the answer, what is new of it), until all are
+    done. Who stops listening has to call `cancel`.
+
+    Attributes:
+        prompt_tokens: Of all questions.
+        num_answers: Of all questions.
+    """
+
+    def __init__(self) -> None:
+        self.prompt_tokens = self.num_answers = 0
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[tuple[int, Piece | RequestError]] = asyncio.Queue()
+        self._rows: list[Row] = []
+
+    def begin(self, questions: Sequence[Question]) -> list[Row]:
+        """The rows that are to be written, on the model's thread."""
+        for question in questions:
+            self.prompt_tokens += len(question.ids)
+            for choice, sampling in enumerate(question.samplings):
+                number = len(self._rows)
+                row = Row(question.latent_1Z, question.ids, sampling, self._emitter(number), choice)
+                self._rows.append(row)
+        self.num_answers = len(self._rows)
+        return self._rows
+
+    def _emitter(self, number: int) -> Callable[[Piece | RequestError], None]:
+        def emit(piece: Piece | RequestError) -> None:
+            with suppress(RuntimeError):  # the loop has closed: nobody listens any more
+                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
+
+        return emit
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Raises RequestError where an answer could not be written."""
+        num_open = self.num_answers
+        while num_open:
+            number, piece = await self._pieces.get()
+            if isinstance(piece, RequestError):
+                raise piece
+            yield number, piece
+            num_open -= piece.finish_reason is not None
+
+    def cancel(self) -> None:
+        """Let the answers that are not done go."""
+        for row in self._rows:
+            row.is_cancelled = True
 
 
 class Room:
-    """Runs functions on the thread that owns the model.
+    """Runs functions on the thread that owns the model, and writes answers there.
 
     Args:
         ship: The run.
         limits: How many may wait, and how long.
+        metrics: Of the server; None: of this room alone.
     """
 
-    def __init__(self, ship: Ship, limits: Limits | None = None) -> None:
-        self.ship, self.limits = ship, limits or Limits()
-        self.num_waiting = 0
-        """Calls that have not begun."""
+    def __init__(
+        self, ship: Ship, limits: Limits | None = None, metrics: Metrics | None = None
+    ) -> None:
+        self.ship, self.limits, self.metrics = ship, limits or Limits(), metrics or Metrics()
+        self.decoder = Decoder(ship.model, self.limits, self.metrics)
+        self._num_calls = 0
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._thread = Thread(target=self._work, name="model", daemon=True)
+        for prompts in vars(ship.model.collator.prompts).values():
+            prompts.forget_beyond(_TEXTS_REMEMBERED)
 
     def start(self) -> None:
         """Let the thread begin."""
@@ -49,6 +128,11 @@ class Room:
         """Let the thread end after what it is at; a long function is not waited for."""
         self._calls.put(None)
         self._thread.join(timeout=5)
+
+    @property
+    def num_waiting(self) -> int:
+        """Calls that have not returned, and answers that have not begun."""
+        return self._num_calls + self.decoder.num_waiting
 
     async def call(self, function: Callable[[Ship], Result]) -> Result:
         """What `function(ship)` returns, or raises, on the thread that owns the model.
@@ -73,12 +157,12 @@ class Room:
                 except BaseException as error:
                     future.set_exception(error)
 
-        self.num_waiting += 1
+        self._num_calls += 1
+        self.metrics.waiting.set(self.num_waiting)
         self._calls.put(run)
         timer = asyncio.get_running_loop().call_later(self.limits.wait_seconds, future.cancel)
-        waiting = asyncio.wrap_future(future)
         try:
-            return await waiting
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -88,16 +172,40 @@ class Room:
             ) from None
         finally:
             timer.cancel()
-            self.num_waiting -= 1
+            self._num_calls -= 1
+            self.metrics.waiting.set(self.num_waiting)
+
+    async def write(self, questions: Callable[[Ship], Sequence[Question]]) -> Writing:
+        """Answers to what `questions(ship)` asks; errors as of `call`.
+
+        Args:
+            questions: Makes the prompts, and refuses those that cannot be read.
+        """
+        writing = Writing()
+
+        def begin(ship: Ship) -> None:
+            self.decoder.submit(writing.begin(questions(ship)))
+
+        try:
+            await self.call(begin)
+        except BaseException:
+            writing.cancel()  # where it began as its caller left
+            raise
+        return writing
 
     def _work(self) -> None:
-        while True:
-            until = time.monotonic() + _CALLS_BEFORE_A_TOKEN
-            while time.monotonic() < until:
-                try:
-                    call: Any = self._calls.get()
-                except Empty:
-                    break
-                if call is None:
-                    return
-                call()
+        while self._run_calls():
+            self.decoder.turn()
+
+    def _run_calls(self) -> bool:
+        """Run what waits, as long as answers can wait for it; False: the room closes."""
+        until = time.monotonic() + _CALLS_BEFORE_A_TOKEN
+        while self.decoder.is_idle or time.monotonic() < until:
+            try:
+                call = self._calls.get(block=self.decoder.is_idle)
+            except Empty:
+                return True
+            if call is None:
+                return False
+            call()
+        return True

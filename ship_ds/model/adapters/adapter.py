@@ -68,6 +68,11 @@ class Adapter(ABC):
     def rows(self, index: Tensor) -> "Adapter":
         """The adapter whose row e is this one's row index[e]; it reorders and compacts a batch."""
 
+    def beside(self, other: "Adapter") -> "Adapter | None":
+        """The tasks of another one of the kind after these, every task with equally many tokens;
+        None: the kind cannot."""
+        return None
+
     def over(self, offsets: Tensor | None) -> "Adapter":
         """The same for tokens laid end to end, task t ending at offsets[t]; None: every task has
         equally many tokens."""

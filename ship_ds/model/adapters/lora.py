@@ -72,6 +72,17 @@ class LoraAdapter(Adapter):
             ends=None,
         )
 
+    def beside(self, other: Adapter) -> "LoraAdapter | None":
+        assert isinstance(other, LoraAdapter) and other.scaling == self.scaling
+        factors = {
+            path: (
+                torch.cat([a_TRI, other.factors[path][0]]),
+                torch.cat([b_TOR, other.factors[path][1]]),
+            )
+            for path, (a_TRI, b_TOR) in self.factors.items()
+        }
+        return replace(self, factors=factors, ends=None)
+
     def tensors(self) -> dict[str, Tensor]:
         """A and B of each site."""
         return {

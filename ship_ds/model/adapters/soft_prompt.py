@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ship_ds.config import ReshapeHypernetworkConfig, SoftPromptHypernetworkConfig
@@ -30,6 +31,10 @@ class SoftPrompt(Adapter):
 
     def rows(self, index: Tensor) -> "SoftPrompt":
         return SoftPrompt(self.prompt_TPH[index])
+
+    def beside(self, other: Adapter) -> "SoftPrompt":
+        assert isinstance(other, SoftPrompt)
+        return SoftPrompt(torch.cat([self.prompt_TPH, other.prompt_TPH]))
 
     def tensors(self) -> dict[str, Tensor]:
         """The embeddings."""

@@ -1,0 +1,274 @@
+"""What `model` may be: names and instructions to latents, and those kept.
+
+    adapters = Adapters(room, "quickstart")
+    await adapters.resolve("ship:reverse the list")     # Source("reverse the list", latent)
+    await adapters.resolve("quickstart")                # Source(None, None): the bare base
+
+An adapter is a function of its latent, a few hundred numbers, and a batch makes those of all its
+rows in one call of the hypernetwork. So latents are what is kept: ten thousand take megabytes for a
+model of any size. No text of a client is ever taken for a path or an address.
+
+Letters: Z latent size.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from ship_ds.api import Ship
+from ship_ds.inference import checks
+from ship_ds.serving.errors import RequestError
+from ship_ds.serving.protocol import ShipExample
+from ship_ds.serving.room import Room
+
+PREFIX = "ship:"
+"""Before an instruction in place of a model's name."""
+UNNAMED = "ship"
+"""The model whose instruction, or examples, the request states elsewhere."""
+_ENTRY_BYTES = 512
+"""Of Python's objects around a latent and its text."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Who answers.
+
+    Args:
+        instruction: Of the adapter, given or induced; None: the bare base.
+        latent_1Z: What its adapter is made of; None: the bare base.
+    """
+
+    instruction: str | None
+    latent_1Z: Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        """What keeping it takes."""
+        latent = 0 if self.latent_1Z is None else self.latent_1Z.nbytes
+        return _ENTRY_BYTES + latent + 4 * len(self.instruction or "")
+
+
+@dataclass
+class _Registered:
+    """An adapter with a name of its own."""
+
+    source: Source
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Adapters:
+    """The names of a server.
+
+    Args:
+        room: Where latents are made.
+        base: What the bare base is called.
+    """
+
+    def __init__(self, room: Room, base: str) -> None:
+        self.room, self.base, self.limits = room, base, room.limits
+        self.created = int(time.time())
+        self._bare = Source(None, None)
+        self._named: dict[str, _Registered] = {}
+        self._kept: OrderedDict[bytes, Source] = OrderedDict()
+        self._num_bytes = 0
+        self._flights: dict[bytes, asyncio.Task[Source]] = {}
+
+    def cards(self) -> list[dict[str, object]]:
+        """The base and the registered adapters, as `/v1/models` lists them."""
+        base = self._card(self.base, self.base, None, self.created)
+        return [base, *(self._card_of(name) for name in self._named)]
+
+    def card(self, name: str) -> dict[str, object]:
+        """The card of one name. Raises RequestError, 404."""
+        if name == self.base:
+            return self.cards()[0]
+        if name not in self._named:
+            raise self._unknown(name)
+        return self._card_of(name)
+
+    def _card_of(self, name: str) -> dict[str, object]:
+        one = self._named[name]
+        return self._card(name, f"{PREFIX}{one.source.instruction}", self.base, one.created)
+
+    def _card(self, name: str, root: str, parent: str | None, created: int) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "ship-ds",
+            "root": root,
+            "parent": parent,
+        }
+
+    async def resolve(
+        self,
+        model: str,
+        instruction: str | None = None,
+        examples: Sequence[ShipExample] | None = None,
+    ) -> Source:
+        """Who answers to a model's name. A known name wins over whatever it may spell.
+
+        Args:
+            model: As the request has it.
+            instruction: Stated beside it, for the model `ship`.
+            examples: Beside it.
+
+        Raises:
+            RequestError: 404, no such name; 400, it states its task twice or not at all.
+            UserError: The instruction or the examples cannot be read.
+        """
+        if model == self.base or model in self._named:
+            if examples is not None:
+                raise RequestError(
+                    400,
+                    f"ship_examples: goes with model {UNNAMED!r}, and {model[:80]!r} is a name",
+                    "ship_examples",
+                )
+            return self._bare if model == self.base else self._named[model].source
+        if model.startswith(PREFIX) and model != PREFIX:
+            return await self.make(model.removeprefix(PREFIX), examples)
+        if model not in (UNNAMED, PREFIX):
+            raise self._unknown(model)
+        if instruction is None and examples is None:
+            raise RequestError(
+                400,
+                f"model: {UNNAMED!r} needs a system message that is the instruction, or "
+                "ship_examples",
+                "model",
+            )
+        return await self.make(instruction, examples)
+
+    def is_unnamed(self, model: str) -> bool:
+        """Whether the task of this model stands elsewhere in the request."""
+        return model in (UNNAMED, PREFIX) and model != self.base and model not in self._named
+
+    def is_base(self, model: str) -> bool:
+        """Whether it is the bare base."""
+        return model == self.base
+
+    def _unknown(self, model: str) -> RequestError:
+        return RequestError(
+            404,
+            f"model: {model[:80]!r} is not known here: GET /v1/models lists the names, and "
+            f'"{PREFIX}<instruction>" makes an adapter',
+            "model",
+            "model_not_found",
+        )
+
+    async def make(
+        self, instruction: str | None, examples: Sequence[ShipExample] | None = None
+    ) -> Source:
+        """The source of an instruction, of examples, or of both; made once, however many ask."""
+        pairs = tuple((one.input, one.target) for one in examples) if examples else ()
+        key = sha256(repr((instruction, pairs)).encode("utf-8", "backslashreplace")).digest()
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        if key not in self._flights:
+            make = _of_text if not pairs else _of_examples
+            flight = asyncio.ensure_future(
+                self._fly(key, lambda: self.room.call(lambda ship: make(ship, instruction, pairs)))
+            )
+            self._flights[key] = flight
+            # Else a fault that nobody waits for any more would be logged.
+            flight.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # Shielded: one who leaves takes the others' adapter not with him.
+        return await asyncio.shield(self._flights[key])
+
+    async def _fly(self, key: bytes, make: Callable[[], Awaitable[Source]]) -> Source:
+        try:
+            source = await make()
+        finally:
+            del self._flights[key]
+        self.room.metrics.made.inc()
+        self._keep(key, source)
+        return source
+
+    def _keep(self, key: bytes, source: Source) -> None:
+        self._kept[key] = source
+        self._num_bytes += source.num_bytes
+        while len(self._kept) > self.limits.max_cached or (
+            self._num_bytes > self.limits.max_cached_bytes and len(self._kept) > 1
+        ):
+            _, oldest = self._kept.popitem(last=False)
+            self._num_bytes -= oldest.num_bytes
+        self.room.metrics.cached.set(len(self._kept))
+        self.room.metrics.cached_bytes.set(self._num_bytes)
+
+    async def register(
+        self, name: str, instruction: str | None, examples: Sequence[ShipExample] | None
+    ) -> dict[str, object]:
+        """Give an adapter a name.
+
+        Returns:
+            Its card.
+
+        Raises:
+            RequestError: 400, the name is taken, is none, or they are too many.
+        """
+        self._check_name(name)
+        if instruction is None and examples is None:
+            raise RequestError(
+                400, "instruction: is missing; give that, or examples", "instruction"
+            )
+        source = await self.make(instruction, examples)
+        self._check_name(name)  # somebody may have been faster
+        self._named[name] = _Registered(source)
+        return self._card_of(name)
+
+    def _check_name(self, name: str) -> None:
+        if name in (self.base, UNNAMED, PREFIX):
+            raise RequestError(
+                400, f"lora_name: {name!r} has a meaning of its own: choose another", "lora_name"
+            )
+        if not name.isprintable() or name != name.strip():
+            raise RequestError(
+                400, "lora_name: expected printable letters without spaces around", "lora_name"
+            )
+        if name in self._named:
+            raise RequestError(
+                400, f"lora_name: {name!r} is loaded already: unload it first", "lora_name"
+            )
+        if len(self._named) >= self.limits.max_names:
+            raise RequestError(
+                400,
+                f"lora_name: {self.limits.max_names} adapters have names already (--max-names): "
+                "unload one first",
+                "lora_name",
+            )
+
+    def unregister(self, name: str) -> None:
+        """Take a name away. Raises RequestError, 404."""
+        if name not in self._named:
+            raise RequestError(
+                404,
+                f"lora_name: {name[:80]!r} is not loaded",
+                "lora_name",
+                "model_not_found",
+            )
+        del self._named[name]
+
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+def _of_text(ship: Ship, instruction: str | None, _: Pairs) -> Source:
+    assert instruction is not None
+    checks.check_instruction(ship.model, instruction)
+    return Source(instruction, ship.model.encode([instruction]).cpu())
+
+
+def _of_examples(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:
+    """Read by the encoder in one pass where it reads examples, and else induced."""
+    reads = ship.model.config.encoder
+    if instruction is not None or (reads.max_examples >= len(pairs) and reads.drop_instruction):
+        read = ship.read(pairs, instruction)
+        return Source(read.instruction, torch.tensor([read.latent]))
+    induced = ship.induce(pairs)
+    return Source(induced.instruction, torch.tensor([induced.latent]))
