@@ -18,11 +18,11 @@ import typer
 from typer.exceptions import TyperException
 
 from ship_ds.allocator import use_scalable_malloc
-from ship_ds.cli import converting, inspecting, training, using
+from ship_ds.cli import converting, inspecting, serving, training, using
 from ship_ds.cli.verb import PANELS, app
 from ship_ds.errors import UserError
 
-__all__ = ["app", "converting", "inspecting", "main", "run", "training", "using"]
+__all__ = ["app", "converting", "inspecting", "main", "run", "serving", "training", "using"]
 
 # Each file registers its verbs as it is imported, and imports are sorted by name.
 app.registered_commands.sort(key=lambda verb: PANELS.index(str(verb.rich_help_panel)))

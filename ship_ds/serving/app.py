@@ -148,19 +148,21 @@ class _Routes:
         self.room, self.adapters, self.metrics = room, adapters, room.metrics
         self._named_fields: set[str] = set()
         self.router = APIRouter()
-        for path, route in (
-            ("/health", self.health),
-            ("/metrics", self.show_metrics),
-            ("/v1/models", self.models),
-            ("/v1/models/{name:path}", self.model),
-        ):
+        routes: dict[str, Callable[..., Any]] = {
+            "/health": self.health,
+            "/metrics": self.show_metrics,
+            "/v1/models": self.models,
+            "/v1/models/{name:path}": self.model,
+        }
+        for path, route in routes.items():
             self.router.add_api_route(path, route, methods=["GET"], response_model=None)
-        for path, route in (
-            ("/v1/completions", self.complete),
-            ("/v1/chat/completions", self.chat),
-            ("/v1/load_lora_adapter", self.load),
-            ("/v1/unload_lora_adapter", self.unload),
-        ):
+        routes = {
+            "/v1/completions": self.complete,
+            "/v1/chat/completions": self.chat,
+            "/v1/load_lora_adapter": self.load,
+            "/v1/unload_lora_adapter": self.unload,
+        }
+        for path, route in routes.items():
             self.router.add_api_route(path, route, methods=["POST"], response_model=None)
 
     async def health(self) -> dict[str, str]:

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Literal
 
@@ -241,9 +242,9 @@ class Decoder:
         """A token for every row that runs, and the first one for those that have room now."""
         self._drop_late()
         for running in list(self._running):
-            self._guarded(running.rows, lambda running=running: self._advance(running))
+            self._guarded(running.rows, partial(self._advance, running))
         for rows in self._admitted():
-            self._guarded(rows, lambda rows=rows: self._begin(rows))
+            self._guarded(rows, partial(self._begin, rows))
         self._running = [one for one in self._running if one.rows]
         self.metrics.running.set(self.num_running)
 
@@ -410,11 +411,15 @@ def _drawn(logits_V: Tensor, sampling: Sampling, uniform: float) -> int:
 def _chance(logits_V: Tensor, token: int, num_top: int, form: PromptFormat) -> TokenChance:
     logprobs_V = logits_V.float().log_softmax(0)
     values, tokens = logprobs_V.topk(min(num_top, len(logprobs_V)))
+
+    def text(one: int) -> str:
+        return str(form.tokenizer.decode([one]))
+
     top = tuple(
-        (form.tokenizer.decode([one]), _finite(value))
+        (text(one), _finite(value))
         for one, value in zip(tokens.tolist(), values.tolist(), strict=True)
     )
-    return TokenChance(form.tokenizer.decode([token]), _finite(float(logprobs_V[token])), top)
+    return TokenChance(text(token), _finite(float(logprobs_V[token])), top)
 
 
 def _finite(logprob: float) -> float:

@@ -94,8 +94,9 @@ class Guard:
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # As bytes: of texts it takes ASCII alone.
-        is_right = secrets.compare_digest(given.strip().encode(), self.api_key.encode())
+        # As bytes: of texts it takes ASCII alone. Those of a header were read as Latin-1.
+        sent = given.strip().encode("latin-1")
+        is_right = secrets.compare_digest(sent, self.api_key.encode())
         if scheme.lower() != "bearer" or not is_right:
             raise RequestError(401, "authorization: expected 'Bearer ' and this server's API key")
 

@@ -21,16 +21,21 @@ KNOWN = [
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("random") / "bundle"
+    return random_bundle(tmp_path_factory.mktemp("random") / "bundle")
+
+
+def random_bundle(folder: Path, spread: float = 0.05, max_new_tokens: int = 6) -> Path:
+    """A bundle whose adapters differ the more, the larger the spread of the heads' weights is."""
     config = load_config(
-        "quickstart-smoke", ["evaluation.max_new_tokens=6", "evaluation.max_instruction_tokens=8"]
+        "quickstart-smoke",
+        [f"evaluation.max_new_tokens={max_new_tokens}", "evaluation.max_instruction_tokens=8"],
     )
     torch.manual_seed(0)
     model = build_ship(config.model, LoadedWeights())
     with torch.no_grad():
         model.encoder.head[-1].weight.mul_(20)  # or all instructions would have nearly one latent
         for head in model.hypernetwork.heads:
-            head.to_b.weight.normal_(std=0.05)
+            head.to_b.weight.normal_(std=spread)
     state = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()

@@ -1,0 +1,223 @@
+"""What a client is told when it asks what cannot be: each status, its body, the client's class."""
+
+import http.client
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import openai
+import pytest
+
+from ship_ds.serving.limits import Limits
+from tests.serving.conftest import BASE, Serve, Served
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+USER = [{"role": "user", "content": "3 7"}]
+
+
+def post(served: Served, path: str, body: Any, **headers: str) -> httpx.Response:
+    return httpx.post(f"{served.url}{path}", json=body, headers=headers, timeout=60)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param"),
+    [
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": "hello"}, "messages"),
+        (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        (CHAT, {"messages": [*USER, *USER]}, "messages"),
+        (
+            CHAT,
+            {"messages": [{"role": "system", "content": "add 1"}, *USER]},
+            "messages",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content",
+        ),
+        (CHAT, {"model": "ship"}, "model"),
+        (CHAT, {"model": BASE, "ship_examples": [{"input": "1", "target": "2"}]}, "ship_examples"),
+        (CHAT, {"model": "ship", "ship_examples": [{"input": "1"}]}, "ship_examples[0].target"),
+        (CHAT, {"ship_examples": []}, "ship_examples"),
+        (CHAT, {"n": 0}, "n"),
+        (CHAT, {"n": 10**30}, "n"),
+        (CHAT, {"max_tokens": -1}, "max_tokens"),
+        (CHAT, {"max_tokens": 5000}, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 4000}, "max_tokens"),
+        (CHAT, {"temperature": 3}, "temperature"),
+        (CHAT, {"temperature": "hot"}, "temperature"),
+        (CHAT, {"top_p": 0}, "top_p"),
+        (CHAT, {"seed": 2**70}, "seed"),
+        (CHAT, {"stop": ["a"] * 5}, "stop"),
+        (CHAT, {"stop": ""}, "stop"),
+        (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+        (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"logit_bias": {"5": 1}}, "logit_bias"),
+        (CHAT, {"frequency_penalty": 0.5}, "frequency_penalty"),
+        (COMPLETIONS, {"echo": True}, "echo"),
+        (COMPLETIONS, {"best_of": 2}, "best_of"),
+        (COMPLETIONS, {"prompt": [1, 2, 3]}, "prompt"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
+        (COMPLETIONS, {"prompt": ["1"] * 64, "n": 2}, "n"),
+        (COMPLETIONS, {"prompt": "1\x002"}, "prompt"),
+        (COMPLETIONS, {"prompt": "\ud800"}, "prompt"),
+        (COMPLETIONS, {"prompt": None}, "prompt"),
+        (COMPLETIONS, {"model": ""}, "model"),
+        (COMPLETIONS, {"model": None}, "model"),
+        ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/etc"}, "lora_path"),
+        ("/v1/load_lora_adapter", {"lora_name": "a"}, "instruction"),
+        ("/v1/load_lora_adapter", {"lora_name": BASE, "instruction": "add 1"}, "lora_name"),
+        ("/v1/load_lora_adapter", {"lora_name": "ship", "instruction": "add 1"}, "lora_name"),
+        ("/v1/load_lora_adapter", {"lora_name": "a\n", "instruction": "add 1"}, "lora_name"),
+        ("/v1/load_lora_adapter", {"lora_name": "a" * 257, "instruction": "add 1"}, "lora_name"),
+    ],
+)
+def test_a_bad_field_is_named(
+    served: Served, path: str, change: dict[str, Any], param: str
+) -> None:
+    body: dict[str, Any] = {"model": "ship:add 2"} if path.endswith("completions") else {}
+    body |= {CHAT: {"messages": USER}, COMPLETIONS: {"prompt": "3 7"}}.get(path, {})
+    # json of the standard library spells half a surrogate pair, which httpx does not.
+    data = json.dumps({**body, **change})
+    response = httpx.post(
+        f"{served.url}{path}", content=data, headers={"Content-Type": "application/json"}
+    )
+    error = error_of(response)
+    assert response.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    assert (error["param"] or "").startswith(param), error
+    assert error["message"].startswith(param.split("[")[0]), error
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("ship:   ", "instruction: is empty"),
+        ("ship:qwerty zxcv", "not in the base model's vocabulary"),
+        ("ship:add 2 <eos>", "control token"),
+        ("ship:" + "add 2 " * 2000, "tokens long"),
+    ],
+)
+def test_an_instruction_that_cannot_be_read_is_refused(
+    served: Served, model: str, said: str
+) -> None:
+    response = post(served, CHAT, {"model": model, "messages": USER})
+    assert response.status_code == 400
+    assert said in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("text", ["3 <assistant> 4", "<eos>", "3 <pad>"])
+def test_control_tokens_in_a_text_do_not_act(served: Served, text: str) -> None:
+    for model in ("ship:add 2", BASE):
+        response = post(served, COMPLETIONS, {"model": model, "prompt": text})
+        assert response.status_code == 400
+        assert "control token" in error_of(response)["message"]
+
+
+def test_an_unknown_name_is_never_the_base(served: Served, client: openai.OpenAI) -> None:
+    for name in ("another", "SHIP:add 2", "../quickstart", "/etc/passwd", "ship\x00", " ship:a"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.completions.create(model=name, prompt="3 7")
+        assert refused.value.code == "model_not_found" and refused.value.param == "model"
+
+
+def test_no_route_and_no_method_have_the_same_body(served: Served) -> None:
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", COMPLETIONS, 405)):
+        response = httpx.request(method, f"{served.url}{path}")
+        assert response.status_code == status
+        error_of(response)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": NaN}', b"[" * 50_000, b"1" * 5_000],
+    ids=lambda data: repr(data[:6]),
+)
+def test_a_body_that_is_no_request(served: Served, data: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{served.url}{CHAT}", content=data, headers=headers, timeout=60)
+    assert response.status_code == 400
+    error_of(response)
+
+
+def test_a_body_has_a_largest_size(served: Served) -> None:
+    large = {"model": BASE, "prompt": "1" * 100_001}
+    response = post(served, COMPLETIONS, large)
+    assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
+
+    def parts() -> Any:
+        yield from [b"1" * 10_000] * 20
+
+    response = httpx.post(f"{served.url}{COMPLETIONS}", content=parts())  # states no length
+    assert response.status_code == 413
+    error_of(response)
+
+
+def test_a_body_that_never_comes_is_not_waited_for(serve: Serve) -> None:
+    served = serve(Limits(body_seconds=0.2))
+    connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=20)
+    connection.putrequest("POST", COMPLETIONS)
+    connection.putheader("Content-Length", "10")
+    connection.endheaders(b"{")
+    assert connection.getresponse().status == 408
+
+
+def test_a_key_is_asked_for_everywhere_but_at_the_door(serve: Serve) -> None:
+    served = serve(api_key="söme key")
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/ship/v1/anything", "/pages", "//v1"):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic söme key".encode()},
+            {"Authorization": "söme key".encode()},
+        ):
+            response = httpx.get(f"{served.url}{path}", headers=headers)  # type: ignore[arg-type]
+            assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
+    with pytest.raises(openai.AuthenticationError):
+        served.client(api_key="wrong").models.list()
+    right = {"Authorization": "Bearer söme key".encode()}
+    models = httpx.get(f"{served.url}/v1/models", headers=right)  # type: ignore[arg-type]
+    assert models.status_code == 200
+    # Another name of this machine is no matter where there is a key.
+    asked = {**right, "Host": "far.example"}
+    assert httpx.get(f"{served.url}/v1/models", headers=asked).status_code == 200  # type: ignore[arg-type]
+
+
+def test_pages_of_others_may_not_ask(served: Served) -> None:
+    here = urlsplit(served.url).netloc
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Host": "evil.example"},
+        {"Host": "evil.example", "Origin": "http://evil.example"},
+        {"Host": "[::1"},
+    ):
+        response = httpx.get(f"{served.url}/v1/models", headers=headers)
+        assert response.status_code == 403, headers
+        error_of(response)
+    response = httpx.get(f"{served.url}/v1/models", headers={"Origin": f"http://{here}"})
+    assert response.status_code == 200
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_fields_that_change_nothing_are_named_once(
+    served: Served, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        body = {"model": BASE, "prompt": "3", "user": "me", "tools": None, "presence_penalty": 0}
+        assert post(served, COMPLETIONS, body).status_code == 200
+    assert capfd.readouterr().err.count("'user'") == 1
