@@ -112,7 +112,7 @@ def resident_bytes() -> int:
 def hostile_name(number: int) -> str:
     """Long, never the same; every fourth can be read and makes an adapter."""
     if number % 4 == 0:
-        return f"ship:add {number % 10} " + "and remove every 3 " * (number % 20) + f"{number:b}"
+        return "ship:add " + "and remove every 3 " * (number % 20) + " ".join(str(number))
     return f"ship:{'../' * (number % 200)}{number}{'é' * (number % 900)}\u202e"
 
 
@@ -128,7 +128,8 @@ def growth(ship: Ship, num_names: int) -> int:
         if number == num_names // 2:
             at_half = resident_bytes()
         body = {"model": hostile_name(number), "prompt": "1", "max_tokens": 1}
-        assert client.post("/v1/completions", json=body).status_code in (200, 400)
+        wanted = 200 if number % 4 == 0 else 400
+        assert client.post("/v1/completions", json=body).status_code == wanted
         assert client.get(f"/v1/models/{number}").status_code == 404
     room.close()
     assert room.metrics.registry.get_sample_value("ship_cached_adapters") == 100

@@ -1,0 +1,147 @@
+r"""Time to the first token from `ship-ds serve`, and what many adapters in a batch cost.
+
+    python tools/bench_serve.py --run runs/quickstart --out tools/results/serve.json
+
+The first part starts the verb as a user does, and asks it over HTTP, one request after another: an
+instruction that it has not seen, and the same once more. What is timed is a stream's first event
+with text in it.
+
+The second part writes the same 16 inputs by the decoder of the server, once under 16 adapters and
+once under one, in turns. No answer ends before its length, or the two would not write equally many
+tokens: the end of sequence is taken for a token like others.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from ship_ds.api import Ship
+from ship_ds.files import write_json
+from ship_ds.monitor.machine import describe_machine, versions
+from ship_ds.serving.decoding import Decoder, Row, Sampling
+from ship_ds.serving.limits import Limits
+from ship_ds.serving.metrics import Metrics
+
+NUM_ADAPTERS = 16
+FIRST = ("add 1", "add 2", "add 3", "reverse the list", "remove every 3", "keep the first 4")
+SECOND = ("sort the list", "remove element 2", "take the last 3", "add 4", "repeat the list")
+
+
+def unseen(known: Sequence[str], count: int) -> list[str]:
+    """Instructions of two steps that the run was not trained on."""
+    made = [f"{one} and then {other}" for one, other in product(FIRST, SECOND)]
+    return [text for text in made if text not in set(known)][:count]
+
+
+def seconds_to_first_token(client: httpx.Client, instruction: str, text: str) -> float | None:
+    """From sending to the first event with text; None: the instruction cannot be read."""
+    body = {"model": f"ship:{instruction}", "prompt": text, "stream": True}
+    since = time.perf_counter()
+    with client.stream("POST", "/completions", json=body) as told:
+        if told.status_code == 400:
+            return None
+        for line in told.iter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["text"]:
+                return time.perf_counter() - since
+    return None
+
+
+def first_tokens(run: Path, instructions: Sequence[str], text: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "ship_ds.cli", "serve", "--run", str(run), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split(": ")[0]
+        try:
+            with httpx.Client(base_url=url, timeout=60) as client:
+                for warm in ("add 5", "add 6", "add 7"):
+                    seconds_to_first_token(client, warm, text)
+                pairs = [
+                    [seconds_to_first_token(client, one, text) for _ in range(2)]
+                    for one in instructions
+                ]
+        finally:
+            process.terminate()
+    asked = [(first, second) for first, second in pairs if first and second]
+    new, cached = zip(*asked, strict=True)
+    return {
+        "requests": len(asked),
+        "unseen_ms": spread(new, 1000),
+        "cached_ms": spread(cached, 1000),
+    }
+
+
+def spread(values: Sequence[float], factor: float = 1.0) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "median": round(factor * statistics.median(ordered), 1),
+        "p90": round(factor * ordered[int(0.9 * (len(ordered) - 1))], 1),
+        "largest": round(factor * ordered[-1], 1),
+    }
+
+
+def tokens_a_second(ship: Ship, latents: Sequence[torch.Tensor], text: str, length: int) -> float:
+    """Of rows that begin together, until all are done; their adapters are made within the time."""
+    decoder = Decoder(ship.model, Limits(), Metrics())
+    sampling = Sampling(length)
+    question = ship.model.question(text)
+    decoder.submit([Row(latent, question, sampling, lambda piece: None) for latent in latents])
+    since = time.perf_counter()
+    while not decoder.is_idle:
+        decoder.turn()
+    return len(latents) * length / (time.perf_counter() - since)
+
+
+def batches(run: Path, instructions: Sequence[str], text: str, turns: int) -> dict[str, Any]:
+    ship = Ship.from_run(run)
+    ship.model.prompts.eos_id = -1
+    many = [ship.model.encode([one]).cpu() for one in instructions[:NUM_ADAPTERS]]
+    cases = {"adapters_16": many, "adapters_1": many[:1] * NUM_ADAPTERS, "rows_1": many[:1]}
+    speeds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(turns + 1):
+        for name, latents in cases.items():
+            speed = tokens_a_second(ship, latents, text, 64)
+            if turn:  # the first one warms up
+                speeds[name].append(speed)
+    pairs = zip(speeds["adapters_16"], speeds["adapters_1"], strict=True)
+    return {
+        "rows": NUM_ADAPTERS,
+        "new_tokens": 64,
+        "turns": turns,
+        "tokens_a_second": {name: spread(values) for name, values in speeds.items()},
+        "adapters_16_over_1": round(statistics.median(a / b for a, b in pairs), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--turns", type=int, default=20)
+    options = parser.parse_args()
+    ship = Ship.from_run(options.run)
+    text, instructions = ship.probes[0], unseen(ship.known, options.count)
+    del ship
+    result = {
+        "command": "python tools/bench_serve.py --run RUN --out tools/results/serve.json",
+        "machine": describe_machine(),
+        "versions": versions(),
+        "first_token": first_tokens(options.run, instructions, text),
+        "batch": batches(options.run, instructions, text, options.turns),
+    }
+    write_json(options.out, result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
