@@ -14,7 +14,7 @@ Letters: Z latent size.
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -31,6 +31,8 @@ PREFIX = "ship:"
 """Before an instruction in place of a model's name."""
 UNNAMED = "ship"
 """The model whose instruction, or examples, the request states elsewhere."""
+Pairs = tuple[tuple[str, str], ...]
+"""Inputs with their targets."""
 _ENTRY_BYTES = 512
 """Of Python's objects around a latent and its text."""
 
@@ -171,19 +173,21 @@ class Adapters:
             self._kept.move_to_end(key)
             return self._kept[key]
         if key not in self._flights:
-            make = _of_text if not pairs else _of_examples
-            flight = asyncio.ensure_future(
-                self._fly(key, lambda: self.room.call(lambda ship: make(ship, instruction, pairs)))
-            )
+            flight = asyncio.ensure_future(self._fly(key, instruction, pairs))
             self._flights[key] = flight
             # Else a fault that nobody waits for any more would be logged.
             flight.add_done_callback(lambda done: done.cancelled() or done.exception())
         # Shielded: one who leaves takes the others' adapter not with him.
         return await asyncio.shield(self._flights[key])
 
-    async def _fly(self, key: bytes, make: Callable[[], Awaitable[Source]]) -> Source:
+    async def _fly(self, key: bytes, instruction: str | None, pairs: Pairs) -> Source:
+        make = _of_text
+        if pairs:
+            make = _read if _reads(self.room.ship, instruction, pairs) else _induced
         try:
-            source = await make()
+            source = await self.room.call(
+                lambda ship: make(ship, instruction, pairs), is_short=make is not _induced
+            )
         finally:
             del self._flights[key]
         self.room.metrics.made.inc()
@@ -255,20 +259,25 @@ class Adapters:
         del self._named[name]
 
 
-Pairs = tuple[tuple[str, str], ...]
-
-
 def _of_text(ship: Ship, instruction: str | None, _: Pairs) -> Source:
     assert instruction is not None
     checks.check_instruction(ship.model, instruction)
     return Source(instruction, ship.model.encode([instruction]).cpu())
 
 
-def _of_examples(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:
-    """Read by the encoder in one pass where it reads examples, and else induced."""
-    reads = ship.model.config.encoder
-    if instruction is not None or (reads.max_examples >= len(pairs) and reads.drop_instruction):
-        read = ship.read(pairs, instruction)
-        return Source(read.instruction, torch.tensor([read.latent]))
+def _reads(ship: Ship, instruction: str | None, pairs: Pairs) -> bool:
+    """Whether the encoder makes a latent of examples in one pass; with an instruction nothing else
+    does."""
+    encoder = ship.model.config.encoder
+    reads_alone = encoder.max_examples >= len(pairs) and encoder.drop_instruction > 0
+    return instruction is not None or reads_alone
+
+
+def _read(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:
+    read = ship.read(pairs, instruction)
+    return Source(read.instruction, torch.tensor([read.latent]))
+
+
+def _induced(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:
     induced = ship.induce(pairs)
     return Source(induced.instruction, torch.tensor([induced.latent]))

@@ -243,10 +243,14 @@ class Decoder:
         self._drop_late()
         for running in list(self._running):
             self._guarded(running.rows, partial(self._advance, running))
+        self._drop_empty()
         for rows in self._admitted():
             self._guarded(rows, partial(self._begin, rows))
-        self._running = [one for one in self._running if one.rows]
+        self._drop_empty()
         self.metrics.running.set(self.num_running)
+
+    def _drop_empty(self) -> None:
+        self._running = [one for one in self._running if one.rows]
 
     def _guarded(self, rows: list[Row], work: Callable[[], None]) -> None:
         """A fault ends these rows, not the server."""

@@ -7,18 +7,18 @@
         ...
 
 Nothing else touches the model, its tokenizers included: neither is made for several threads. The
-thread does one of two things in turn: it runs functions that requests hand it, and between them it
-lets every answer that is being written grow by a token.
+thread runs functions that requests hand it, and between them, and between the passes of a long one,
+it lets every answer that is being written grow by a token.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Condition, Thread, current_thread
 from typing import TypeVar
 
 from torch import Tensor
@@ -31,7 +31,7 @@ from ship_ds.serving.metrics import Metrics
 
 Result = TypeVar("Result")
 _CALLS_BEFORE_A_TOKEN = 0.05
-"""Seconds for which functions run before the answers that are being written go on."""
+"""Seconds for which short functions run before the answers that are being written go on."""
 _TEXTS_REMEMBERED = 256
 """Whose token ids a server keeps; training, which chooses its texts, keeps more."""
 
@@ -115,33 +115,43 @@ class Room:
         self.ship, self.limits, self.metrics = ship, limits or Limits(), metrics or Metrics()
         self.decoder = Decoder(ship.model, self.limits, self.metrics)
         self._num_calls = 0
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._short: deque[Callable[[], None]] = deque()
+        self._long: deque[Callable[[], None]] = deque()
+        self._arrived = Condition()
+        self._is_turning = self._is_closed = False
         self._thread = Thread(target=self._work, name="model", daemon=True)
         for prompts in vars(ship.model.collator.prompts).values():
             prompts.forget_beyond(_TEXTS_REMEMBERED)
 
     def start(self) -> None:
         """Let the thread begin."""
+        self.ship.model.task_llm.before_pass = self._turn
         self._thread.start()
 
     def close(self) -> None:
         """Let the thread end after what it is at; a long function is not waited for."""
-        self._calls.put(None)
+        with self._arrived:
+            self._is_closed = True
+            self._arrived.notify()
         self._thread.join(timeout=5)
+        if self.ship.model.task_llm.before_pass == self._turn:
+            self.ship.model.task_llm.before_pass = None
 
     @property
     def num_waiting(self) -> int:
         """Calls that have not returned, and answers that have not begun."""
         return self._num_calls + self.decoder.num_waiting
 
-    async def call(self, function: Callable[[Ship], Result]) -> Result:
+    async def call(self, function: Callable[[Ship], Result], *, is_short: bool = False) -> Result:
         """What `function(ship)` returns, or raises, on the thread that owns the model.
 
         A caller that is cancelled before its turn takes the function back; one that is running
         goes on to its end.
 
         Args:
-            function: Gets the run. The answers that are being written wait while it runs.
+            function: Gets the run. The answers that are being written go on before each pass that
+                it makes through the Task LLM, and wait else.
+            is_short: It takes milliseconds: it may run before a pass of another one.
 
         Raises:
             RequestError: 429, too many calls wait already; 503, its turn did not come in time.
@@ -159,7 +169,9 @@ class Room:
 
         self._num_calls += 1
         self.metrics.waiting.set(self.num_waiting)
-        self._calls.put(run)
+        with self._arrived:
+            (self._short if is_short else self._long).append(run)
+            self._arrived.notify()
         timer = asyncio.get_running_loop().call_later(self.limits.wait_seconds, future.cancel)
         try:
             return await asyncio.wrap_future(future)
@@ -173,6 +185,8 @@ class Room:
         finally:
             timer.cancel()
             self._num_calls -= 1
+            with suppress(ValueError):  # or those who left would fill the queue
+                (self._short if is_short else self._long).remove(run)
             self.metrics.waiting.set(self.num_waiting)
 
     async def write(self, questions: Callable[[Ship], Sequence[Question]]) -> Writing:
@@ -187,25 +201,36 @@ class Room:
             self.decoder.submit(writing.begin(questions(ship)))
 
         try:
-            await self.call(begin)
+            await self.call(begin, is_short=True)
         except BaseException:
             writing.cancel()  # where it began as its caller left
             raise
         return writing
 
     def _work(self) -> None:
-        while self._run_calls():
-            self.decoder.turn()
+        while True:
+            with self._arrived:
+                self._arrived.wait_for(self._has_work)
+            if self._is_closed:
+                return
+            self._turn()
+            if self._long:
+                self._long.popleft()()
 
-    def _run_calls(self) -> bool:
-        """Run what waits, as long as answers can wait for it; False: the room closes."""
-        until = time.monotonic() + _CALLS_BEFORE_A_TOKEN
-        while self.decoder.is_idle or time.monotonic() < until:
-            try:
-                call = self._calls.get(block=self.decoder.is_idle)
-            except Empty:
-                return True
-            if call is None:
-                return False
-            call()
-        return True
+    def _has_work(self) -> bool:
+        return bool(self._is_closed or self._short or self._long or not self.decoder.is_idle)
+
+    def _turn(self) -> None:
+        """What is short, and then a token for each answer. A long function comes here before each
+        of its passes through the Task LLM; the turn's own passes do, too."""
+        if self._is_turning or current_thread() is not self._thread:
+            return
+        self._is_turning = True
+        try:
+            until = time.monotonic() + _CALLS_BEFORE_A_TOKEN
+            while self._short and time.monotonic() < until:
+                self._short.popleft()()
+            if not self.decoder.is_idle:
+                self.decoder.turn()
+        finally:
+            self._is_turning = False

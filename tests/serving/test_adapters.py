@@ -69,10 +69,10 @@ class CountingRoom(Room):
 
     num_made = 0
 
-    async def call(self, function: Callable[[Ship], Any]) -> Any:
+    async def call(self, function: Callable[[Ship], Any], **options: Any) -> Any:
         self.num_made += 1
         await asyncio.sleep(0.05)
-        return await super().call(function)
+        return await super().call(function, **options)
 
 
 def room(ship: Ship, **limits: Any) -> CountingRoom:

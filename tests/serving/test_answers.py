@@ -1,5 +1,7 @@
 """What the official client gets: the run's own answers, whole and in streams."""
 
+import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -197,8 +199,6 @@ def test_examples_are_induced_once_and_then_answered_by(serve: Serve, ship: Ship
 
 
 def test_a_full_room_refuses_and_a_late_turn_is_told(serve: Serve) -> None:
-    import threading
-
     limits = Limits(max_waiting=1, wait_seconds=0.3)
     served = serve(limits)
     client = served.client()
@@ -209,7 +209,9 @@ def test_a_full_room_refuses_and_a_late_turn_is_told(serve: Serve) -> None:
         free.wait(20)
 
     # Not by `call`, which would count.
-    served.room._calls.put(lambda: hold(served.room.ship))
+    with served.room._arrived:
+        served.room._long.append(lambda: hold(served.room.ship))
+        served.room._arrived.notify()
     assert busy.wait(5)
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -224,3 +226,27 @@ def test_a_full_room_refuses_and_a_late_turn_is_told(serve: Serve) -> None:
     finally:
         free.set()
     assert client.completions.create(model=BASE, prompt=INPUT).choices
+
+
+def test_a_long_call_keeps_no_answer_waiting(serve: Serve, ship: Ship) -> None:
+    served = serve(Limits(wait_seconds=5))
+    begun, answered = threading.Event(), threading.Event()
+    passes = []
+
+    def induce(ship: Ship) -> None:
+        while not answered.is_set() and len(passes) < 2000:
+            passes.append(ship.answer_bare(["1 2"]))
+            begun.set()
+
+    wanted = alone(ship, INSTRUCTION)
+    undisturbed = ship.answer_bare(["1 2"])
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_until_complete, args=(served.room.call(induce),))
+    thread.start()
+    assert begun.wait(20)
+    got = served.client().completions.create(model=f"ship:{INSTRUCTION}", prompt=INPUT)
+    answered.set()
+    thread.join()
+    assert got.choices[0].text == wanted
+    assert len(passes) < 2000
+    assert all(one == undisturbed for one in passes)

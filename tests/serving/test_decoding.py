@@ -1,0 +1,154 @@
+"""Rows that come and go: the decoder by itself, turn by turn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from ship_ds.api import Ship
+from ship_ds.serving.decoding import Decoder, Piece, Row, Sampling, _settled
+from ship_ds.serving.errors import RequestError
+from ship_ds.serving.limits import Limits
+from ship_ds.serving.metrics import Metrics
+from tests.serving.conftest import INPUT
+
+Pieces = list[Piece | RequestError]
+
+
+@pytest.fixture
+def decoder(ship: Ship) -> Decoder:
+    return Decoder(ship.model, Limits(), Metrics())
+
+
+def row(ship: Ship, instruction: str | None, **sampling: Any) -> tuple[Row, Pieces]:
+    pieces: Pieces = []
+    latent = None if instruction is None else ship.model.encode([instruction]).cpu()
+    settings = Sampling(**{"max_new_tokens": 12, **sampling})
+    return Row(latent, ship.model.question(INPUT, instruction), settings, pieces.append), pieces
+
+
+def text(pieces: Sequence[Piece | RequestError]) -> str:
+    assert all(isinstance(piece, Piece) for piece in pieces), pieces
+    assert pieces[-1].finish_reason  # type: ignore[union-attr]
+    return "".join(piece.text for piece in pieces)  # type: ignore[union-attr]
+
+
+def finish(decoder: Decoder) -> None:
+    for _ in range(100):
+        if decoder.is_idle:
+            return
+        decoder.turn()
+    pytest.fail("not done after a hundred turns")
+
+
+def test_a_row_begins_in_the_turn_in_which_another_ends(decoder: Decoder, ship: Ship) -> None:
+    first, told = row(ship, "add 2", max_new_tokens=2)
+    second, told_second = row(ship, "add 3")
+    alone, told_alone = row(ship, "add 3")
+    decoder.submit([first])
+    decoder.turn()
+    decoder.submit([second])
+    decoder.turn()
+    assert isinstance(told[-1], Piece) and told[-1].finish_reason
+    finish(decoder)
+    decoder.submit([alone])
+    finish(decoder)
+    assert text(told_second) == text(told_alone)
+
+
+def test_rows_that_came_at_different_turns_share_forwards(decoder: Decoder, ship: Ship) -> None:
+    instructions = ["add 2", "add 3", "remove every 3", None, "add 2", None]
+    rows = [row(ship, instruction) for instruction in instructions]
+    alone = []
+    for one, pieces in [row(ship, instruction) for instruction in instructions]:
+        decoder.submit([one])
+        finish(decoder)
+        alone.append(text(pieces))
+    for one, _ in rows:
+        decoder.submit([one])
+        decoder.turn()
+        assert decoder.num_streams <= 2  # one under adapters, one bare
+    finish(decoder)
+    assert [text(pieces) for _, pieces in rows] == alone
+
+
+def test_what_does_not_fit_waits_and_comes_in_order(decoder: Decoder, ship: Ship) -> None:
+    rows = [row(ship, "add 2") for _ in range(5)]
+    decoder._bytes = int(2.5 * decoder._row_bytes([rows[0][0]]))
+    decoder.submit([one for one, _ in rows])
+    decoder.turn()
+    assert (decoder.num_running, decoder.num_waiting) == (2, 3)
+    finish(decoder)
+    assert len({text(pieces) for _, pieces in rows}) == 1
+    decoder._bytes = 1  # less than any row: one at a time still runs
+    decoder.submit([row(ship, "add 2")[0] for _ in range(2)])
+    decoder.turn()
+    assert decoder.num_running == 1
+    finish(decoder)
+
+
+def test_no_more_rows_than_allowed(ship: Ship) -> None:
+    decoder = Decoder(ship.model, Limits(max_rows=3), Metrics())
+    decoder.submit([row(ship, "add 2")[0] for _ in range(5)])
+    decoder.turn()
+    assert (decoder.num_running, decoder.num_waiting) == (3, 2)
+    finish(decoder)
+
+
+def test_a_row_that_waited_too_long_is_told(ship: Ship) -> None:
+    decoder = Decoder(ship.model, Limits(wait_seconds=0), Metrics())
+    late, pieces = row(ship, "add 2")
+    decoder.submit([late])
+    decoder.turn()
+    (error,) = pieces
+    assert isinstance(error, RequestError) and error.status == 503
+    assert decoder.is_idle
+
+
+def test_a_fault_ends_its_rows_and_not_the_decoder(
+    decoder: Decoder, ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fault, status in ((RuntimeError("x"), 500), (torch.OutOfMemoryError("x"), 503)):
+        one, pieces = row(ship, "add 2")
+        decoder.submit([one])
+        decoder.turn()
+
+        def fail(*_: Any, fault: Exception = fault) -> None:
+            raise fault
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(decoder._running[0].stream), "advance_rows", fail)
+            decoder.turn()
+        assert isinstance(pieces[-1], RequestError) and pieces[-1].status == status
+        assert decoder.is_idle
+    fine, pieces = row(ship, "add 2")
+    decoder.submit([fine])
+    finish(decoder)
+    assert text(pieces)
+
+
+def test_a_seeds_draws_do_not_depend_on_the_batch(decoder: Decoder, ship: Ship) -> None:
+    warm = {"temperature": 1.5, "seed": 5}
+    alone, told = row(ship, "add 2", **warm)
+    decoder.submit([alone])
+    finish(decoder)
+    among, told_among = row(ship, "add 2", **warm)
+    decoder.submit([row(ship, "add 3", temperature=2.0)[0], among, row(ship, None)[0]])
+    finish(decoder)
+    assert text(told) == text(told_among)
+
+
+@pytest.mark.parametrize(
+    ("written", "stop", "sent"),
+    [
+        ("abc", (), "abc"),
+        ("abc\ufffd", (), "abc"),
+        ("abc", ("cd",), "ab"),
+        ("abc", ("bcd", "cx"), "a"),
+        ("abab", ("abac",), "ab"),
+        ("abc", ("x",), "abc"),
+    ],
+)
+def test_what_may_still_change_is_held_back(written: str, stop: tuple[str, ...], sent: str) -> None:
+    assert _settled(written, stop) == sent
