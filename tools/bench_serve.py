@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
 from ship_ds.api import Ship
 from ship_ds.files import write_json
 from ship_ds.monitor.machine import describe_machine, versions
-from ship_ds.serving.decoding import Decoder, Row, Sampling
+from ship_ds.serving.decoding import Decoder, Row, Sampling, Source
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
 
@@ -98,18 +97,18 @@ def spread(values: Sequence[float], factor: float = 1.0) -> dict[str, float]:
 
 
 def tokens_a_second(
-    ship: Ship, latents: Sequence[torch.Tensor], text: str, length: int
+    ship: Ship, sources: Sequence[Source], text: str, length: int
 ) -> tuple[float, float]:
     """Of rows that begin together, until all are done, by the clock and by the processor's time;
     their adapters are made within it."""
     decoder = Decoder(ship.model, Limits(), Metrics())
     sampling = Sampling(length)
     question = ship.model.question(text)
-    decoder.submit([Row(latent, question, sampling, lambda piece: None) for latent in latents])
+    decoder.submit([Row(source, question, sampling, lambda piece: None) for source in sources])
     since, used = time.perf_counter(), time.process_time()
     while not decoder.is_idle:
         decoder.turn()
-    num_tokens = len(latents) * length
+    num_tokens = len(sources) * length
     used = time.process_time() - used
     return num_tokens / (time.perf_counter() - since), num_tokens / used
 
@@ -117,12 +116,12 @@ def tokens_a_second(
 def batches(run: Path, instructions: Sequence[str], text: str, turns: int) -> dict[str, Any]:
     ship = Ship.from_run(run)
     ship.model.prompts.eos_id = -1
-    many = [ship.model.encode([one]).cpu() for one in instructions[:NUM_ADAPTERS]]
+    many = [Source(one, ship.model.encode([one]).cpu(), one) for one in instructions[:NUM_ADAPTERS]]
     cases = {"adapters_16": many, "adapters_1": many[:1] * NUM_ADAPTERS, "rows_1": many[:1]}
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for turn in range(turns + 1):
-        for name, latents in cases.items():
-            speed = tokens_a_second(ship, latents, text, 64)
+        for name, sources in cases.items():
+            speed = tokens_a_second(ship, sources, text, 64)
             if turn:  # the first one warms up
                 speeds[name].append(speed)
     pairs = list(zip(speeds["adapters_16"], speeds["adapters_1"], strict=True))

@@ -1,28 +1,28 @@
 """What `model` may be: names and instructions to latents, and those kept.
 
     adapters = Adapters(room, "quickstart")
-    await adapters.resolve("ship:reverse the list")     # Source("reverse the list", latent)
-    await adapters.resolve("quickstart")                # Source(None, None): the bare base
+    await adapters.resolve("ship:reverse the list")     # its latent
+    await adapters.resolve("quickstart")                # the bare base
 
-An adapter is a function of its latent, a few hundred numbers, and a batch makes those of all its
-rows in one call of the hypernetwork. So latents are what is kept: ten thousand take megabytes for a
-model of any size. No text of a client is ever taken for a path or an address.
-
-Letters: Z latent size.
+An adapter is a function of its latent, a few hundred numbers, and of the text behind it; a batch
+makes those of all its rows in one call of the hypernetwork. So latents are what is kept: ten
+thousand take megabytes for a model of any size. No text of a client is ever taken for a path or an
+address.
 """
 
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 import torch
-from torch import Tensor
 
 from ship_ds.api import Ship
+from ship_ds.data.task import Example, Reading
 from ship_ds.inference import checks
+from ship_ds.serving.decoding import Source
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.protocol import ShipExample
 from ship_ds.serving.room import Room
@@ -33,27 +33,6 @@ UNNAMED = "ship"
 """The model whose instruction, or examples, the request states elsewhere."""
 Pairs = tuple[tuple[str, str], ...]
 """Inputs with their targets."""
-_ENTRY_BYTES = 512
-"""Of Python's objects around a latent and its text."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Who answers.
-
-    Args:
-        instruction: Of the adapter, given or induced; None: the bare base.
-        latent_1Z: What its adapter is made of; None: the bare base.
-    """
-
-    instruction: str | None
-    latent_1Z: Tensor | None
-
-    @property
-    def num_bytes(self) -> int:
-        """What keeping it takes."""
-        latent = 0 if self.latent_1Z is None else self.latent_1Z.nbytes
-        return _ENTRY_BYTES + latent + 4 * len(self.instruction or "")
 
 
 @dataclass
@@ -75,7 +54,7 @@ class Adapters:
     def __init__(self, room: Room, base: str) -> None:
         self.room, self.base, self.limits = room, base, room.limits
         self.created = int(time.time())
-        self._bare = Source(None, None)
+        self._bare = Source()
         self._named: dict[str, _Registered] = {}
         self._kept: OrderedDict[bytes, Source] = OrderedDict()
         self._num_bytes = 0
@@ -181,7 +160,7 @@ class Adapters:
         return await asyncio.shield(self._flights[key])
 
     async def _fly(self, key: bytes, instruction: str | None, pairs: Pairs) -> Source:
-        make = _of_text
+        make: Callable[[Ship, str | None, Pairs], Source] = _of_text
         if pairs:
             make = _read if _reads(self.room.ship, instruction, pairs) else _induced
         try:
@@ -262,7 +241,7 @@ class Adapters:
 def _of_text(ship: Ship, instruction: str | None, _: Pairs) -> Source:
     assert instruction is not None
     checks.check_instruction(ship.model, instruction)
-    return Source(instruction, ship.model.encode([instruction]).cpu())
+    return Source(instruction, ship.model.encode([instruction]).cpu(), instruction)
 
 
 def _reads(ship: Ship, instruction: str | None, pairs: Pairs) -> bool:
@@ -275,9 +254,10 @@ def _reads(ship: Ship, instruction: str | None, pairs: Pairs) -> bool:
 
 def _read(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:
     read = ship.read(pairs, instruction)
-    return Source(read.instruction, torch.tensor([read.latent]))
+    reading = Reading(instruction, tuple(Example(x, y) for x, y in pairs))
+    return Source(read.instruction, torch.tensor([read.latent]), reading)
 
 
 def _induced(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:
     induced = ship.induce(pairs)
-    return Source(induced.instruction, torch.tensor([induced.latent]))
+    return Source(induced.instruction, torch.tensor([induced.latent]), induced.instruction)

@@ -7,8 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 from ship_ds.console import log
-from ship_ds.serving.adapters import Source
-from ship_ds.serving.decoding import FinishReason, Piece, TokenChance
+from ship_ds.serving.decoding import FinishReason, Piece, Source, TokenChance
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.room import Writing
 

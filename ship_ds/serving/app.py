@@ -24,9 +24,9 @@ from ship_ds.console import log
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
-from ship_ds.serving.adapters import Adapters, Source
+from ship_ds.serving.adapters import Adapters
 from ship_ds.serving.answers import ChatShape, Shape, events, whole
-from ship_ds.serving.decoding import Piece, Sampling
+from ship_ds.serving.decoding import Piece, Sampling, Source
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.guard import Guard
 from ship_ds.serving.metrics import CONTENT_TYPE_LATEST
@@ -267,8 +267,7 @@ class _Routes:
 
         def questions(ship: Ship, source: Source) -> list[Question]:
             made = [
-                Question(source.latent_1Z, ids, [sampling] * num_choices)
-                for ids in prompts(ship, source)
+                Question(source, ids, [sampling] * num_choices) for ids in prompts(ship, source)
             ]
             for one in made:
                 _check_length(ship, one)
@@ -398,7 +397,7 @@ def _ids(
 
 def _check_length(ship: Ship, question: Question) -> None:
     limit = ship.model.task_llm.language_model.context_length
-    virtual = ship.model.num_virtual_tokens if question.latent_1Z is not None else 0
+    virtual = ship.model.num_virtual_tokens if question.source.latent_1Z is not None else 0
     num_read, num_new = virtual + len(question.ids), question.samplings[0].max_new_tokens
     if limit is not None and num_read + num_new > limit:
         raise RequestError(

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from random import Random
 from typing import Literal
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.console import log
+from ship_ds.data.task import Reading
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
@@ -36,6 +38,8 @@ from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
 
 FinishReason = Literal["stop", "length"]
+_ENTRY_BYTES = 512
+"""Of Python's objects around a latent and its text."""
 _COLDEST = 1e-3
 """A lower temperature is greedy: logits over it leave the range of floats."""
 _HALF_A_LETTER = "\ufffd"
@@ -94,12 +98,35 @@ class Piece:
     finish_reason: FinishReason | None
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Who answers.
+
+    Args:
+        instruction: Of the adapter, given or induced; None: the bare base.
+        latent_1Z: What its adapter is made of; None: the bare base.
+        reading: What the latent was made of, for adapters that fuse it.
+    """
+
+    instruction: str | None = None
+    latent_1Z: Tensor | None = None
+    reading: str | Reading | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What keeping it takes."""
+        latent = 0 if self.latent_1Z is None else self.latent_1Z.nbytes
+        texts = [self.instruction or ""]
+        if isinstance(self.reading, Reading):
+            texts += [text for one in self.reading.examples for text in (one.input, one.target)]
+        return _ENTRY_BYTES + latent + 4 * sum(map(len, texts))
+
+
 class Row:
     """One answer in the making.
 
     Args:
-        latent_1Z: Whose adapter it is under; None: the bare base. Rows with the very same tensor
-            share an adapter.
+        source: Whose adapter it is under. Rows with the very same source share an adapter.
         prompt: Its token ids.
         sampling: How it is written.
         emit: Takes each piece, or the error that ends it, on the model's thread.
@@ -108,13 +135,13 @@ class Row:
 
     def __init__(
         self,
-        latent_1Z: Tensor | None,
+        source: Source,
         prompt: Sequence[int],
         sampling: Sampling,
         emit: Callable[[Piece | RequestError], None],
         number: int = 0,
     ) -> None:
-        self.latent_1Z, self.prompt, self.sampling, self.emit = latent_1Z, prompt, sampling, emit
+        self.source, self.prompt, self.sampling, self.emit = source, prompt, sampling, emit
         self.ids: list[int] = []
         self.is_cancelled = False
         """Set by whoever asked, on any thread."""
@@ -123,6 +150,11 @@ class Row:
         # A text and not a tuple: Random takes no tuples, and numbers of a row have to differ.
         self._random = Random(f"{sampling.seed}/{number}" if sampling.seed is not None else None)
         self._sent = ""
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether no adapter is over it."""
+        return self.source.latent_1Z is None
 
     def draw(self) -> float:
         """The next number in [0, 1), which no other row's draws change."""
@@ -195,7 +227,7 @@ class _Running:
 
     @property
     def is_bare(self) -> bool:
-        return self.rows[0].latent_1Z is None
+        return self.rows[0].is_bare
 
 
 class Decoder:
@@ -294,8 +326,8 @@ class Decoder:
             rows.append(self._waiting.popleft())
             for row in rows:
                 row.num_bytes = each
-        under = [row for row in rows if row.latent_1Z is not None]
-        bare = [row for row in rows if row.latent_1Z is None]
+        under = [row for row in rows if not row.is_bare]
+        bare = [row for row in rows if row.is_bare]
         return [part for part in (under, bare) if part]
 
     def _row_bytes(self, rows: Sequence[Row]) -> int:
@@ -326,13 +358,14 @@ class Decoder:
 
     def _adapter(self, rows: Sequence[Row]) -> Adapter | None:
         """Of rows whose tasks are together; tasks with unequally many rows become one a row."""
-        latents = [row.latent_1Z for row in rows if row.latent_1Z is not None]
-        if not latents:
+        if rows[0].is_bare:
             return None
-        counts = _counts(latents)
+        sources = [row.source for row in rows]
+        counts = [len(list(group)) for _, group in groupby(sources)]
         if len(set(counts)) == 1:
-            latents = latents[:: counts[0]]
-        return self.model.adapt(torch.cat(latents))
+            sources = sources[:: counts[0]]
+        latents = [one.latent_1Z for one in sources if one.latent_1Z is not None]
+        return self.model.adapt(torch.cat(latents), [one.reading for one in sources])
 
     def _join(self, new: _Running) -> None:
         for old in self._running:
@@ -374,19 +407,11 @@ class Decoder:
 
 
 def _tasks_together(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one latent one after another, in the order in which latents came."""
-    first: dict[int, int] = {}
+    """The rows of one source one after another, in the order in which sources came."""
+    first: dict[Source, int] = {}
     for place, row in enumerate(rows):
-        first.setdefault(id(row.latent_1Z), place)
-    return sorted(rows, key=lambda row: first[id(row.latent_1Z)])
-
-
-def _counts(latents: Sequence[Tensor]) -> list[int]:
-    """How often each comes, in order."""
-    counts: dict[int, int] = {}
-    for one in latents:
-        counts[id(one)] = counts.get(id(one), 0) + 1
-    return list(counts.values())
+        first.setdefault(row.source, place)
+    return sorted(rows, key=lambda row: first[row.source])
 
 
 def _next_tokens(logits_EV: Tensor, rows: Sequence[Row]) -> list[int]:

@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from threading import Condition, Thread, current_thread
 from typing import TypeVar
 
-from torch import Tensor
-
 from ship_ds.api import Ship
-from ship_ds.serving.decoding import Decoder, Piece, Row, Sampling
+from ship_ds.serving.decoding import Decoder, Piece, Row, Sampling, Source
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
@@ -41,12 +39,12 @@ class Question:
     """A prompt that is to be continued.
 
     Args:
-        latent_1Z: Whose adapter it is under; None: the bare base.
+        source: Whose adapter it is under.
         ids: The prompt.
         samplings: One an answer.
     """
 
-    latent_1Z: Tensor | None
+    source: Source
     ids: Sequence[int]
     samplings: Sequence[Sampling]
 
@@ -72,7 +70,7 @@ class Writing:
             self.prompt_tokens += len(question.ids)
             for choice, sampling in enumerate(question.samplings):
                 number = len(self._rows)
-                row = Row(question.latent_1Z, question.ids, sampling, self._emitter(number), choice)
+                row = Row(question.source, question.ids, sampling, self._emitter(number), choice)
                 self._rows.append(row)
         self.num_answers = len(self._rows)
         return self._rows

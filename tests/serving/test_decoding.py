@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
-from ship_ds.serving.decoding import Decoder, Piece, Row, Sampling, _settled
+from ship_ds.serving.decoding import Decoder, Piece, Row, Sampling, Source, _settled
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
@@ -23,9 +23,11 @@ def decoder(ship: Ship) -> Decoder:
 
 def row(ship: Ship, instruction: str | None, **sampling: Any) -> tuple[Row, Pieces]:
     pieces: Pieces = []
-    latent = None if instruction is None else ship.model.encode([instruction]).cpu()
+    source = Source()
+    if instruction is not None:
+        source = Source(instruction, ship.model.encode([instruction]).cpu(), instruction)
     settings = Sampling(**{"max_new_tokens": 12, **sampling})
-    return Row(latent, ship.model.question(INPUT, instruction), settings, pieces.append), pieces
+    return Row(source, ship.model.question(INPUT, instruction), settings, pieces.append), pieces
 
 
 def text(pieces: Sequence[Piece | RequestError]) -> str:
