@@ -84,6 +84,17 @@ def test_what_cannot_join_stays_as_it_is() -> None:
     assert one.num_rows == other.num_rows == 1
 
 
+def test_factors_lie_as_a_cpu_multiplies_them() -> None:
+    sites = wrap_sites(tiny_lm("llama"), TARGETS)
+    made = [random_lora(sites, 3), random_lora(sites, 2, seed=7)]
+    both = made[0].prepared(torch.float32).beside(made[1].prepared(torch.float32))
+    assert both is not None
+    for path, (a_TRI, b_TOR) in both.factors.items():
+        assert a_TRI.is_contiguous() and b_TOR.mT.is_contiguous()
+        wanted = torch.cat([one.factors[path][1] * one.scaling for one in made])
+        assert torch.equal(b_TOR, wanted)
+
+
 def test_soft_prompts_stand_beside_each_other() -> None:
     prompts = [torch.randn(tasks, 2, HIDDEN) for tasks in (2, 1)]
     both = SoftPrompt(prompts[0]).beside(SoftPrompt(prompts[1]))

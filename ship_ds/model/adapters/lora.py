@@ -60,7 +60,7 @@ class LoraAdapter(Adapter):
 
     def prepared(self, dtype: torch.dtype) -> "LoraAdapter":
         factors = {
-            path: (a_TRI.to(dtype), (b_TOR * self.scaling).to(dtype))
+            path: (a_TRI.to(dtype), _as_multiplied((b_TOR * self.scaling).to(dtype)))
             for path, (a_TRI, b_TOR) in self.factors.items()
         }
         return replace(self, factors=factors, scaling=1.0)
@@ -77,7 +77,7 @@ class LoraAdapter(Adapter):
         factors = {
             path: (
                 torch.cat([a_TRI, other.factors[path][0]]),
-                torch.cat([b_TOR, other.factors[path][1]]),
+                _as_multiplied(torch.cat([b_TOR, other.factors[path][1]])),
             )
             for path, (a_TRI, b_TOR) in self.factors.items()
         }
@@ -106,6 +106,11 @@ class LoraAdapter(Adapter):
 
     def over(self, offsets: Tensor | None) -> "LoraAdapter":
         return replace(self, ends=None if offsets is None else TaskEnds(offsets))
+
+
+def _as_multiplied(b_TOR: Tensor) -> Tensor:
+    """The same numbers, laid out as a CPU's products of few tokens read them."""
+    return b_TOR.mT.contiguous().mT if b_TOR.device.type == "cpu" else b_TOR
 
 
 def _inner(a_TRI: Tensor, b_TOR: Tensor, other_a_TRI: Tensor, other_b_TOR: Tensor) -> Tensor:
