@@ -155,7 +155,8 @@ def main() -> None:
     text, instructions = ship.probes[0], unseen(ship.known, options.count)
     del ship
     result = {
-        "command": "python tools/bench_serve.py --run RUN --out tools/results/serve.json",
+        "command": f"python tools/bench_serve.py --run RUN --count {options.count} "
+        f"--turns {options.turns} --out tools/results/serve.json",
         "machine": describe_machine(),
         "versions": versions(),
         "first_token": first_tokens(options.run, instructions, text),

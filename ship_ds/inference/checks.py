@@ -150,13 +150,13 @@ def check_text(prompts: PromptFormat, text: str, what: str) -> None:
     ):
         return
     # The first word that alone is unknown: the line should name what to reword.
-    words = [
+    words = (
         word
         for word in text.split()
         if unknown in prompts.tokenizer(word, add_special_tokens=False)["input_ids"]
-    ]
+    )
     raise UserError(
-        f"{what}: {(words or [text])[0]!r} is not in the base model's vocabulary, so "
+        f"{what}: {next(words, text)!r} is not in the base model's vocabulary, so "
         "it would not be read: reword it"
     )
 

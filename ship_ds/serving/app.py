@@ -166,7 +166,9 @@ class _Routes:
             self.router.add_api_route(path, route, methods=["POST"], response_model=None)
 
     async def health(self) -> dict[str, str]:
-        """That the server runs."""
+        """That the server runs, its model too."""
+        if not self.room.is_running:
+            raise RequestError(503, "the model does not run: start the server again")
         return {"status": "ok"}
 
     async def show_metrics(self) -> Response:

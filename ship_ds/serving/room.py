@@ -136,6 +136,11 @@ class Room:
             self.ship.model.task_llm.before_pass = None
 
     @property
+    def is_running(self) -> bool:
+        """Whether the thread is there to do anything."""
+        return self._thread.is_alive()
+
+    @property
     def num_waiting(self) -> int:
         """Calls that have not returned, and answers that have not begun."""
         return self._num_calls + self.decoder.num_waiting

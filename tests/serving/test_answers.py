@@ -1,14 +1,18 @@
 """What the official client gets: the run's own answers, whole and in streams."""
 
 import asyncio
+import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 
 from ship_ds.api import Ship
 from ship_ds.serving.limits import Limits
+from tests.conftest import REPOSITORY
 from tests.inference.conftest import KNOWN
 from tests.serving.conftest import BASE, INPUT, Serve
 
@@ -250,3 +254,21 @@ def test_a_long_call_keeps_no_answer_waiting(serve: Serve, ship: Ship) -> None:
     assert got.choices[0].text == wanted
     assert len(passes) < 2000
     assert all(one == undisturbed for one in passes)
+
+
+def test_what_the_page_shows_is_answered(
+    serve: Serve, ship: Ship, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/serving.md: the program, and the body that curl sends."""
+    served = serve()
+    page = (REPOSITORY / "docs" / "serving.md").read_text()
+    (program,) = (
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "openai" in block
+    )
+    assert "http://127.0.0.1:8000" in program
+    exec(program.replace("http://127.0.0.1:8000", served.url), {})
+    assert capsys.readouterr().out == alone(ship, "keep the numbers greater than 4", "3 9 5") + "\n"
+    (path, body), *others = re.findall(r"curl 127\.0\.0\.1:8000(\S+) .*?\n +-d '(.*?)'", page)
+    assert not others
+    loaded = httpx.post(f"{served.url}{path}", json=json.loads(body))
+    assert loaded.json()["root"] == "ship:add 2"

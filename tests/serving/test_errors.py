@@ -221,3 +221,30 @@ def test_fields_that_change_nothing_are_named_once(
         body = {"model": BASE, "prompt": "3", "user": "me", "tools": None, "presence_penalty": 0}
         assert post(served, COMPLETIONS, body).status_code == 200
     assert capfd.readouterr().err.count("'user'") == 1
+
+
+def test_what_is_counted_has_bounded_labels(serve: Serve) -> None:
+    served = serve()
+    assert post(served, COMPLETIONS, {"model": "ship:add 2", "prompt": "3 7"}).status_code == 200
+    assert post(served, COMPLETIONS, {"model": "a name of mine"}).status_code == 400
+    for path in ("/secret", "/v1/models/mine", "/health"):
+        httpx.get(f"{served.url}{path}")
+    page = httpx.get(f"{served.url}/metrics").text
+    assert 'ship_requests_total{code="200",route="/v1/completions"} 1.0' in page
+    assert 'ship_requests_total{code="400",route="/v1/completions"} 1.0' in page
+    assert 'ship_requests_total{code="404",route="/v1/models/{name}"} 1.0' in page
+    assert 'ship_requests_total{code="404",route="other"} 1.0' in page
+    assert "secret" not in page and "mine" not in page
+    for name in ("prompt_tokens_total", "new_tokens_total", "seconds_to_first_token_count",
+                 "rows_a_forward_count", "made_adapters_total", "cached_adapters"):  # fmt: skip
+        assert served.metric(f"ship_{name}") >= 1, name
+    assert served.metric("ship_running_rows") == served.metric("ship_waiting_requests") == 0
+
+
+def test_health_is_the_models_too(serve: Serve) -> None:
+    served = serve()
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    served.room.close()
+    response = httpx.get(f"{served.url}/health")
+    assert response.status_code == 503
+    error_of(response)
