@@ -18,7 +18,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # flash_attn only runs on GPUs, and is an extra that needs CUDA's compiler to be installed.
-OPTIONAL = ("judge", "flash")
+OPTIONAL = ("judge", "flash", "serve")
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -70,12 +70,11 @@ def serve(
             "SHIP_DS_API_KEY), or leave it at 127.0.0.1"
         )
     checks.check_run(run)
-    from ship_ds.serving.app import create_app
-    from ship_ds.serving.limits import Limits
-    from ship_ds.serving.room import Room
-
-    # Before the model is loaded: a port in use is told at once.
     with listening(host, port) as listener:
+        from ship_ds.serving.app import create_app
+        from ship_ds.serving.limits import Limits
+        from ship_ds.serving.room import Room
+
         log(f"opening {run}, to be served at {address(listener)}")
         limits = Limits(
             max_rows=max_rows,

@@ -10,13 +10,16 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
 from ship_ds.errors import UserError
 from ship_ds.serving.guard import LOOPBACK
-from ship_ds.serving.room import Room
+
+if TYPE_CHECKING:  # it needs torch, and a port in use is told before
+    from ship_ds.serving.room import Room
 
 _SECONDS_TO_FINISH = 5
 """Of answers that are being written when a signal comes."""
@@ -57,7 +60,7 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: FastAPI, room: Room, listener: socket.socket) -> int:
+def serve(app: FastAPI, room: "Room", listener: socket.socket) -> int:
     """Serve until a signal.
 
     Args:
