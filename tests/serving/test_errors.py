@@ -232,7 +232,7 @@ def test_what_is_counted_has_bounded_labels(serve: Serve) -> None:
     page = httpx.get(f"{served.url}/metrics").text
     assert 'ship_requests_total{code="200",route="/v1/completions"} 1.0' in page
     assert 'ship_requests_total{code="400",route="/v1/completions"} 1.0' in page
-    assert 'ship_requests_total{code="404",route="/v1/models/{name}"} 1.0' in page
+    assert 'ship_requests_total{code="404",route="/v1/models/{name:path}"} 1.0' in page
     assert 'ship_requests_total{code="404",route="other"} 1.0' in page
     assert "secret" not in page and "mine" not in page
     for name in ("prompt_tokens_total", "new_tokens_total", "seconds_to_first_token_count",
