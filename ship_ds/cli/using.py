@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from ship_ds.inference.config import InductionConfig
     from ship_ds.inference.config import Method as InductionMethod
     from ship_ds.inference.config import Preset as InductionPreset
-    from ship_ds.inference.latents import Familiarity
 
 _PANEL = "Use"
 Method = Annotated[
@@ -161,33 +160,9 @@ def _of_examples(
 
 
 def _warn_of(ship: "Ship", instruction: str, confidence: "Confidence | None" = None) -> None:
-    far = far_warning(ship.familiarity(instruction))
-    for warning in (far, doubt_warning(confidence) if confidence else None):
-        if warning is not None:
-            log(warning)
-
-
-def far_warning(familiarity: "Familiarity | None") -> str | None:
-    """One line about an instruction that is far from those of training; else None."""
-    if familiarity is None or not familiarity.is_far:
-        return None
-    return (
-        "this instruction is far from the instructions this run was trained on (farther from the "
-        f"next than {100 * familiarity.isolation:.0f} % of them): test what it does before you "
-        "rely on it"
-    )
-
-
-def doubt_warning(confidence: "Confidence") -> str | None:
-    """One line about answers that the samples of the posterior do not agree on; else None."""
-    known = confidence.calibration
-    if not confidence.is_low or known is None or known.threshold is None:
-        return None
-    return (
-        f"confidence: adapters around this one agree on {100 * confidence.agreement:.0f} % of the "
-        f"answers; where it was below {100 * known.threshold:.0f} %, most answers "
-        "to dev tasks were wrong"
-    )
+    for found in (ship.familiarity(instruction), confidence):
+        if found is not None and found.warning is not None:
+            log(found.warning)
 
 
 def _show_answers(

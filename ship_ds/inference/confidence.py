@@ -84,6 +84,18 @@ class Confidence:
         threshold = self.calibration.threshold if self.calibration else None
         return threshold is not None and self.agreement < threshold
 
+    @property
+    def warning(self) -> str | None:
+        """One line about answers that the samples of the posterior do not agree on; else None."""
+        known = self.calibration
+        if not self.is_low or known is None or known.threshold is None:
+            return None
+        return (
+            f"confidence: adapters around this one agree on {100 * self.agreement:.0f} % of the "
+            f"answers; where it was below {100 * known.threshold:.0f} %, most answers to dev "
+            "tasks were wrong"
+        )
+
 
 def agreement(
     model: ShipModel,

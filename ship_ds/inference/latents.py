@@ -38,6 +38,17 @@ class Familiarity:
     isolation: float
     is_far: bool
 
+    @property
+    def warning(self) -> str | None:
+        """One line about an instruction that is far; else None."""
+        if not self.is_far:
+            return None
+        return (
+            "this instruction is far from the instructions this run was trained on (farther from "
+            f"the next than {100 * self.isolation:.0f} % of them): test what it does before you "
+            "rely on it"
+        )
+
 
 def nearest_known(bank: Bank, latent_Z: Tensor, count: int) -> list[Neighbour]:
     """The `count` known instructions nearest to a latent, nearest first."""

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from ship_ds import cli
 from ship_ds.api import Ship
 from ship_ds.bundle import bundle_from_checkpoint
-from ship_ds.cli.using import far_warning
 from ship_ds.console import no_log
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
@@ -294,8 +293,8 @@ def test_answer_verb_warns_of_what_is_far_from_training(
 
 
 def test_a_warning_says_how_far() -> None:
-    assert far_warning(None) is None and far_warning(Familiarity(0.5, False)) is None
-    warning = far_warning(Familiarity(1.0, True))
+    assert Familiarity(0.5, False).warning is None
+    warning = Familiarity(1.0, True).warning
     assert warning is not None and "farther from the next than 100 % of them" in warning
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
-from ship_ds.cli.using import doubt_warning
 from ship_ds.inference.confidence import (
     Calibration,
     Confidence,
@@ -81,7 +80,7 @@ def test_low_confidence_is_one_line() -> None:
     calibration = Calibration(0.7, 0.85, 55)
     low = Confidence((0.25, 0.5), calibration)
     assert low.is_low and low.agreement == 0.375
-    warning = doubt_warning(low)
+    warning = low.warning
     assert warning is not None and "agree on 38 % of the answers" in warning
     assert "below 70 %" in warning and "\n" not in warning
     unknown = Calibration(None, None, 4)
@@ -90,7 +89,7 @@ def test_low_confidence_is_one_line() -> None:
         replace(low, calibration=unknown),
         replace(low, by_input=(0.7,)),
     ):
-        assert not other.is_low and doubt_warning(other) is None
+        assert not other.is_low and other.warning is None
 
 
 def test_what_was_measured_is_kept_with_the_bundle(ship: Ship) -> None:
