@@ -1,5 +1,6 @@
 """How far something is that takes minutes: a bar on a terminal, else a line every ten
-seconds at most.
+seconds at most. A log of the caller's own is told of each part as it begins instead: it may show
+it, or end the work by raising.
 
     with Progress("report", 400) as progress:
         progress.begin("deduction, seen")
@@ -16,7 +17,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from ship_ds.console import Log, current_rank, log, no_log
+from ship_ds.console import Log, current_rank, no_log
+from ship_ds.console import log as console_log
 
 _SECONDS_BETWEEN_LINES = 10
 
@@ -24,14 +26,15 @@ _SECONDS_BETWEEN_LINES = 10
 class Progress:
     """Of `total` tasks, or other units, part by part."""
 
-    def __init__(self, title: str, total: int, unit: str = "task", log: Log = log) -> None:
+    def __init__(self, title: str, total: int, unit: str = "task", log: Log = console_log) -> None:
         self.title, self.total, self.num_done = title, total, 0
         self.unit, self.log = unit, log
         self.part = ""
         self.started = self.told = time.perf_counter()
-        is_hidden = not sys.stderr.isatty() or current_rank(os.environ) != 0 or log is no_log
+        self.tells_parts = log not in (console_log, no_log)
+        is_terminal = sys.stderr.isatty() and current_rank(os.environ) == 0
         self.bar = None
-        if not is_hidden:
+        if is_terminal and log is console_log:
             self.bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
@@ -42,12 +45,15 @@ class Progress:
         self.part = part
         if self.bar is not None:
             self.bar.set_postfix_str(part)
+        if self.tells_parts:
+            self.log(part)
 
     def done(self, num_tasks: int) -> None:
         """The part's tasks are answered."""
         self.num_done += num_tasks
         if self.bar is not None:
             self.bar.update(num_tasks)
+        if self.bar is not None or self.tells_parts:
             return
         now = time.perf_counter()
         if now - self.told < _SECONDS_BETWEEN_LINES and self.num_done < self.total:
