@@ -76,7 +76,7 @@ def read_lines(lines: Iterable[str]) -> list[Request]:
 
 
 def _request(number: int, instruction: str, name: str | None = None) -> Request:
-    return Request(name or f"{number:05d}-{_slug(instruction)}", instruction)
+    return Request(name or f"{number:05d}-{slug(instruction)}", instruction)
 
 
 def _read_rows(path: Path, lines: Iterable[str]) -> list[Request]:
@@ -106,7 +106,8 @@ def _read_row(place: str, line: str) -> tuple[str, str | None]:
     return instruction, name
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A name of small letters, digits and hyphens for a folder: "Add 3!" -> "add-3"."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].rstrip("-") or "instruction"
 
 
@@ -143,7 +144,7 @@ def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
 
     latent_TZ, instructions = load_latents(path, bundle, latent_size)
     return [
-        Request(f"{t:05d}-{_slug(text or 'latent')}", text, latent_Z)
+        Request(f"{t:05d}-{slug(text or 'latent')}", text, latent_Z)
         for t, (text, latent_Z) in enumerate(
             zip(instructions, torch.from_numpy(latent_TZ), strict=True)
         )

@@ -30,6 +30,7 @@ from ship_ds.serving.decoding import Piece, Sampling, Source
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.guard import Guard
 from ship_ds.serving.metrics import CONTENT_TYPE_LATEST
+from ship_ds.serving.page import page_router
 from ship_ds.serving.protocol import (
     Asked,
     ChatRequest,
@@ -97,6 +98,7 @@ def create_app(
     app.state.room = room
     app.state.adapters = Adapters(room, name)
     app.include_router(_Routes(room, app.state.adapters).router)
+    app.include_router(page_router(room, name))
     app.add_middleware(
         Guard, api_key=api_key, hosts=hosts, limits=room.limits, metrics=room.metrics
     )

@@ -19,6 +19,8 @@ OPEN_PATHS = ("/", "/health")
 """What needs no key: a page that asks for it, and a probe."""
 OPEN_FOLDER = "/page/"
 """Whose files need none either."""
+UPLOAD_PATHS = ("/ship/v1/explain",)
+"""What takes an adapter: a larger body than the others, and one at a time."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Names of this machine, in a URL."""
 
@@ -46,6 +48,7 @@ class Guard:
     ) -> None:
         self.app, self.api_key, self.limits, self.metrics = app, api_key, limits, metrics
         self.hosts = {*LOOPBACK, *hosts}
+        self._is_uploading = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -55,7 +58,7 @@ class Guard:
                 return
             await self.app(scope, receive, send)
             return
-        status = 500
+        status, is_upload = 500, False
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -66,12 +69,15 @@ class Guard:
         try:
             try:
                 self._check(Request(scope))
+                is_upload = scope["path"] in UPLOAD_PATHS and self._begin_upload()
                 receive = await self._whole_body(scope, receive)
             except RequestError as error:
                 await error.response()(scope, receive, counted)
                 return
             await self.app(scope, receive, counted)
         finally:
+            if is_upload:
+                self._is_uploading = False
             # The route's own template, never what a client wrote.
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(status)).inc()
@@ -100,9 +106,16 @@ class Guard:
         if scheme.lower() != "bearer" or not is_right:
             raise RequestError(401, "authorization: expected 'Bearer ' and this server's API key")
 
+    def _begin_upload(self) -> bool:
+        if self._is_uploading:
+            raise RequestError(429, "another adapter is being explained: try again when it is done")
+        self._is_uploading = True
+        return True
+
     async def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
         """The body, read to its end before anything is done with it."""
-        most = self.limits.max_body_bytes
+        is_upload = scope["path"] in UPLOAD_PATHS
+        most = self.limits.max_upload_bytes if is_upload else self.limits.max_body_bytes
         too_large = RequestError(413, f"the request has more than {most} bytes: send less")
         length = Request(scope).headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > most:

@@ -12,6 +12,7 @@ class Limits:
         max_waiting: Requests that wait for the model; more get a 429.
         wait_seconds: How long one of them waits for its turn at most; then it gets a 503.
         max_body_bytes: Of a request; a larger one gets a 413.
+        max_upload_bytes: Of a request with an adapter in base64, one at a time.
         body_seconds: In which a request's body has to arrive.
         max_rows_per_request: Prompts times choices of one request.
         max_new_tokens: That one answer may have, where the model's context allows more.
@@ -24,6 +25,7 @@ class Limits:
     max_waiting: int = 256
     wait_seconds: float = 60.0
     max_body_bytes: int = 1 << 20
+    max_upload_bytes: int = 44 << 20
     body_seconds: float = 30.0
     max_rows_per_request: int = 64
     max_new_tokens: int = 4096
