@@ -37,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ship_ds.api import Candidate, Induction, Ship, WeightCandidate, WeightInduction
 from ship_ds.console import Log
+from ship_ds.console import log as log_to_console
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request, slug
@@ -436,7 +437,7 @@ def _by_answers(found: Induction) -> ExplanationAnswer:
 
 def _by_weights(found: WeightInduction) -> ExplanationAnswer:
     def evidence(one: WeightCandidate) -> EvidenceAnswer:
-        distance = f"{max(0.0, one.distance):.2f}"  # rounding may end below zero
+        distance = f"{one.distance:z.2f}"
         return EvidenceAnswer(instruction=one.instruction, evidence=distance, origin=one.origin)
 
     return ExplanationAnswer(
@@ -538,6 +539,9 @@ async def _told(
         yield _event(RequestError(400, str(error)).body())
     except RequestError as error:
         yield _event(error.body())
+    except Exception as error:
+        log_to_console(f"serve: {type(error).__name__} in a stream: {error}")
+        yield _event(RequestError(500, "a fault of the server; its log has more").body())
     finally:
         gone.set()
         task.cancel()

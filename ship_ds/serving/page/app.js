@@ -26,7 +26,9 @@ function row(...cells) {
   return node;
 }
 
-const fixed = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+// "-0.00" is no number that anybody would write.
+const fixed = (value, digits) =>
+  value === null || value === undefined ? "–" : value.toFixed(digits).replace(/^-(?=[0.]*$)/, "");
 
 // Errors stand beside the control that they are about.
 
