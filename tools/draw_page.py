@@ -17,10 +17,10 @@ from playwright.sync_api import Page, sync_playwright
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 INSTRUCTION = "keep the numbers greater than 4"
-EXAMPLES = "3 9 5 -> 5 9 3\n1 2 -> 2 1\n4 4 7 0 -> 0 7 4 4"
+EXAMPLES = "3 9 5 -> 9 5\n1 8 2 -> 8\n7 0 6 4 -> 7 6"
 LARGEST_BYTES = 200_000
 VIEWS = {
-    "page_light": ("light", 1280, 3000),
+    "page_light": ("light", 1280, 2800),
     "page_dark": ("dark", 1280, 1400),
     "page_phone": ("light", 360, 1800),
 }

@@ -289,7 +289,7 @@ def _add_questions(router: APIRouter, room: Room, name: str) -> None:
 
     @router.get("/ship/v1/run")
     async def run() -> RunAnswer:
-        return await room.call(lambda ship: _run(ship, name))
+        return await room.call(lambda ship: _run(ship, name, room.limits.max_new_tokens))
 
     @router.get("/ship/v1/map")
     async def map_of_latents() -> MapAnswer:
@@ -335,7 +335,7 @@ def _add_jobs(router: APIRouter, room: Room) -> None:
         return StreamingResponse(_pieces(file), media_type=_ZIP, headers=headers)
 
 
-def _run(ship: Ship, name: str) -> RunAnswer:
+def _run(ship: Ship, name: str, most_new_tokens: int) -> RunAnswer:
     model, base = ship.config.model, str(ship.config.model.task_llm.base)
     reads = type(ship.model.hypernetwork).read is not Hypernetwork.read
     return RunAnswer(
@@ -346,7 +346,7 @@ def _run(ship: Ship, name: str) -> RunAnswer:
         examples=list(ship.known[:1]),
         probes=list(ship.probes),
         reads_adapters=reads,
-        max_new_tokens=ship.config.evaluation.max_new_tokens,
+        max_new_tokens=min(most_new_tokens, ship.config.evaluation.max_new_tokens),
     )
 
 

@@ -261,7 +261,7 @@ def test_errors_stand_beside_what_caused_them(visit: Callable[..., Visit]) -> No
     here.page.fill("#instruction", INSTRUCTION)
     here.page.fill("#inputs", "1 2\nxylophone")
     here.page.click("#answer")
-    here.wait_for("#inputs-error", "xylophone")
+    here.wait_for("#inputs-error", "input 2: 'xylophone' is not")
     assert here.text("#instruction-error") == ""
     assert here.page.get_attribute("#instruction", "aria-invalid") is None
     here.page.fill("#inputs", "\n".join(["1 2"] * 17))
@@ -392,7 +392,7 @@ def test_every_control_is_reached_by_keys_and_seen(visit: Callable[..., Visit]) 
         assert focused["outline"] == "solid" and focused["width"] >= 2, focused
     else:
         pytest.fail(f"the keys are caught: {reached}")
-    links = ["#main", "#instruction-part", "#examples-part", "#adapter-part", "#map-part"]
+    links = ["#main", "#instruction-part", "#map-part", "#examples-part", "#adapter-part"]
     controls = ["instruction", "inputs", "answer", "download", "map", "SUMMARY"]
     more = ["examples", "induce", "files", "adapter-inputs", "explain"]
     assert reached == [*links, *controls, *more]

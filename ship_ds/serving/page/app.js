@@ -160,8 +160,9 @@ const readExamples = (text) =>
 const INSTRUCTION_CONTROLS = [["instruction", "instruction"], ["model", "instruction"], ["input", "inputs"], ["prompt", "inputs"]];
 
 function showInstructionError(error) {
-  const id = blamed(error, INSTRUCTION_CONTROLS, "instruction-form");
-  complain(id, error.message);
+  // OpenAI's word for an input.
+  const message = error.message.replace(/^prompt (?=\d)/, "input ");
+  complain(blamed(error, INSTRUCTION_CONTROLS, "instruction-form"), message);
 }
 
 function checkedInstruction() {
