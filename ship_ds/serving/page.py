@@ -289,7 +289,9 @@ def _add_questions(router: APIRouter, room: Room, name: str) -> None:
 
     @router.get("/ship/v1/run")
     async def run() -> RunAnswer:
-        return await room.call(lambda ship: _run(ship, name, room.limits.max_new_tokens))
+        return await room.call(
+            lambda ship: _run(ship, name, room.limits.max_new_tokens), is_short=True
+        )
 
     @router.get("/ship/v1/map")
     async def map_of_latents() -> MapAnswer:
@@ -301,7 +303,10 @@ def _add_questions(router: APIRouter, room: Room, name: str) -> None:
 
     @router.post("/ship/v1/describe")
     async def describe(asked: InstructionAsked) -> DescriptionAnswer:
-        return await room.call(lambda ship: _description(ship, asked.instruction, planes))
+        # Short once the bank is there, which the map has asked for.
+        return await room.call(
+            lambda ship: _description(ship, asked.instruction, planes), is_short=True
+        )
 
     @router.post("/ship/v1/confidence")
     async def confidence(asked: ConfidenceAsked) -> ConfidenceAnswer:

@@ -551,7 +551,7 @@ def test_a_long_job_says_that_it_runs_and_is_cancelled(
 
 
 @in_chromium
-def test_a_key_is_asked_for_and_kept_in_the_tab(visit: Callable[..., Visit], serve: Serve) -> None:
+def test_a_key_is_asked_for_and_kept_in_the_tab(serve: Serve, visit: Callable[..., Visit]) -> None:
     here = visit(serve(api_key="right").url)
     here.allowed = ("status of 401",)
     here.wait_for("#run", "A key is needed")
@@ -565,7 +565,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit: Callable[..., Visit], ser
     here.answer()
     assert here.page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 1]
     here.page.reload()
-    here.wait_for("#run", BASE)
+    here.page.wait_for_selector("#map circle.known")
 
 
 def post(site: Served, path: str, body: object) -> httpx.Response:
