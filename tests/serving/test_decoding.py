@@ -59,6 +59,18 @@ def test_a_row_begins_in_the_turn_in_which_another_ends(decoder: Decoder, ship: 
     assert text(told_second) == text(told_alone)
 
 
+def test_rows_that_end_with_their_first_token_leave_those_that_begin_after_them(
+    decoder: Decoder, ship: Ship
+) -> None:
+    """Both begin in one turn, those under adapters first."""
+    short, told_short = row(ship, "add 2", max_new_tokens=1)
+    bare, told_bare = row(ship, None, max_new_tokens=3)
+    decoder.submit([short, bare])
+    finish(decoder)
+    for pieces in (told_short, told_bare):
+        assert isinstance(pieces[-1], Piece) and pieces[-1].finish_reason
+
+
 def test_rows_that_came_at_different_turns_share_forwards(decoder: Decoder, ship: Ship) -> None:
     instructions = ["add 2", "add 3", "remove every 3", None, "add 2", None]
     rows = [row(ship, instruction) for instruction in instructions]

@@ -60,7 +60,7 @@ def check_every_operation(served: Served, mode: GenerationMode, num_examples: in
             if "Unsatisfiable" not in type(error).__name__ and "unsatisf" not in str(error).lower():
                 raise
     asked = {label: count for label, count in counts.items() if "POST" in label}
-    assert len(asked) == 4 and min(asked.values()) >= num_examples // 2, counts
+    assert len(asked) == 9 and min(asked.values()) >= num_examples // 2, counts
     return sum(counts.values())
 
 
