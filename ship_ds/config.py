@@ -12,7 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BeforeValidator,
     ConfigDict,
@@ -43,7 +42,8 @@ from ship_ds.kinds import (
     load_plugins,
     parse_section,
 )
-from ship_ds.section import Section
+from ship_ds.parsing import parse_yaml, read_text
+from ship_ds.section import PathText, Section
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -51,11 +51,11 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 class RunConfig(Section):
     """Where a run is written, and what it starts from."""
 
-    folder: str
+    folder: PathText
     """Everything the run writes goes below it."""
     seed: int = 0
     """Of the initial weights, of the order of examples and of the noise of z."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """A run or bundle folder whose weights this run starts from (pre-training before in-domain
     training)."""
 
@@ -110,7 +110,7 @@ def base_folder(base: str) -> Path:
 class TaskLlmConfig(Section):
     """The frozen model that answers under the generated adapter."""
 
-    base: str = "embedded"
+    base: PathText = "embedded"
     """A folder in transformers' format, or "embedded" for the tiny LM in ship_ds/assets."""
     quantisation: Literal["nf4", "none"] = "nf4"
     """Of the frozen base; nf4 takes a quarter of 16 bits."""
@@ -138,7 +138,7 @@ class TaskLlmConfig(Section):
 class TrainedRoleConfig(Section):
     """A language model that is trained, whole or by a LoRA."""
 
-    base: str = ""
+    base: PathText = ""
     """As the Task LLM's; empty: that very one."""
     quantisation: Literal["nf4", "none"] = "none"
     """Of the base; nf4 needs tuning.kind=lora."""
@@ -639,7 +639,7 @@ class TrainingConfig(Section):
     longer, and then no two runs are alike to the bit. None: no limit."""
     max_bad_steps: PositiveInt = 5
     """Stop after this many non-finite steps in a row."""
-    deepspeed: str = "zero3"
+    deepspeed: PathText = "zero3"
     """A file of ds_configs/ (without .json) or a path."""
     profile: int = Field(0, ge=0)
     """Record so many steps with torch.profiler, after the first two of a start: a page in
@@ -837,19 +837,17 @@ def read_values(source: str) -> dict[str, Any]:
     if source in recipe_names():
         text = recipe_text(source)
     elif path.is_file():
-        text = path.read_text()
+        text = read_text(path)
     else:
         raise UserError(
             f"{source}: no such config file, and no recipe of that name; the recipes "
             f"are {', '.join(recipe_names())}"
         )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    values = parse_yaml(text, source)
     if not isinstance(values, dict):
         raise UserError(
-            f"{source}: expected a mapping of sections at the top, got {type(values).__name__}"
+            f"{source}: expected a mapping of sections at the top, such as `run:`, got "
+            f"{'nothing' if values is None else type(values).__name__}"
         )
     return values
 
@@ -858,12 +856,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override}: an override has the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{override}: the value is not YAML: {' '.join(str(error).split())}"
-        ) from None
+    value = parse_yaml(text, override)
     section, *below = key.split(".")
     if section == "loss" and len(below) == 2:
         _make_section(values.get(section), below[0])

@@ -1,8 +1,31 @@
 """What every section of a config is: frozen and strict. Imports no torch."""
 
-from typing import Any
+import os
+import re
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+
+
+def _expanded(path: str) -> str:
+    """The path with `~` and environment variables put in, as a shell would have done."""
+    for name in _VARIABLE.findall(path):
+        if name not in os.environ:
+            raise ValueError(f"{path}: there is no environment variable {name}; set it")
+    path = os.path.expanduser(os.path.expandvars(path))
+    if path.startswith("~"):
+        raise ValueError(f"{path}: there is no such user's home; write the folder out")
+    if "\0" in path or len(path) > _LONGEST_PATH:
+        raise ValueError("no path of a file or folder")
+    return path
+
+
+_LONGEST_PATH = 4096
+"""Of Linux."""
+PathText = Annotated[str, AfterValidator(_expanded)]
+"""The path of a file or folder, as a text; `~` and `$HOME` mean what they mean in a shell."""
 
 
 class Section(BaseModel):

@@ -29,7 +29,7 @@ from ship_ds.data.task_files import (
     lengths_of,
     read_files,
 )
-from ship_ds.section import Section
+from ship_ds.section import PathText, Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class MixtureConfig(Section):
     sources: tuple[MixtureSource, ...] = Field(min_length=1)
     """The files or folders. Each also takes the sections filters, truncation and split of data,
     kind: files."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder of the token cache; None: below the run's folder."""
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from ship_ds.data.splits import SplitConfig, split_tasks
 from ship_ds.data.task import Splits
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
 from ship_ds.errors import UserError
-from ship_ds.section import Section
+from ship_ds.section import PathText, Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class FilesSection(Section):
     """A file or folder of tasks in any format of data/readers, and what is done to them."""
 
-    path: str
+    path: PathText
     """A file, or a folder that is read whole."""
     format: Format = "auto"
     """Which reader takes it; auto: the first of them that it looks like."""
@@ -45,7 +45,7 @@ class FilesConfig(FilesSection):
     """Tasks of a file or folder in any format of data/readers."""
 
     kind: Literal["files"] = "files"
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder of the token cache; None: below the run's folder."""
 
 

@@ -437,7 +437,7 @@ def test_jsonl_from_other_machines(tmp_path: Path) -> None:
     for content, complaint in (
         (b'{"id": "\xff"}', "line 1: not UTF-8"),
         (b'\n{"id": ]', "line 2: not JSON"),
-        (b"[1]", "line 1: expected an object, got a list"),
+        (b"[1]", "row 1: expected an object, got a whole number"),
         (b'{"id": "", "instruction": "k", "examples": []}', "task id is empty"),
         (
             b'{"id": "t", "instruction": "k", "paraphrases": [""], "examples": []}',

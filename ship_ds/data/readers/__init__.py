@@ -1,5 +1,5 @@
-"""Readers: every format becomes the same `Task`. A format is one module with `matches(path)` and
-`read(path, counts)`.
+"""Readers: every format becomes the same `Task`. A format is one module with `files(path)`,
+`matches(path)` and `read(path, counts)`.
 
 Nothing is dropped in silence: a row that is not as its format says raises DataError with file,
 place and reason, and what a reader leaves out of rows that are right goes into `counts`.
@@ -21,7 +21,9 @@ from ship_ds.data.readers import (
     p3_sample,
     plain_text,
 )
+from ship_ds.data.readers.files import KINDS, files_of
 from ship_ds.data.task import DataError, Task
+from ship_ds.errors import UserError
 
 FORMATS: dict[str, ModuleType] = {
     "natural-instructions": natural_instructions,
@@ -77,7 +79,12 @@ def read_tasks(path: Path, format: str = "auto", counts: Counter[str] | None = N
         raise DataError(f"{name}: no such format; the formats are {', '.join(FORMATS)}")
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    tasks: list[Task] = FORMATS[name].read(path, Counter() if counts is None else counts)
+    counts = Counter() if counts is None else counts
+    try:
+        tasks: list[Task] = FORMATS[name].read(path, counts)
+    except UserError as error:  # of a text that is no JSON
+        raise DataError(str(error)) from None
+    _count_unread(path, name, counts)
     if not tasks:
         raise DataError(f"{path}: holds no task in the format {name}")
     sources: dict[str, str] = {}
@@ -95,3 +102,15 @@ def read_tasks(path: Path, format: str = "auto", counts: Counter[str] | None = N
             )
         sources[task.id] = task.source
     return tasks
+
+
+def _count_unread(path: Path, format: str, counts: Counter[str]) -> None:
+    """Put what lies in the folder and is of another format into the counts, so that nobody takes it
+    for read."""
+    if not path.is_dir():
+        return
+    unread = sorted({*files_of(path, KINDS, below=True)}.difference(FORMATS[format].files(path)))
+    if unread:
+        counts[f"files that {format} does not read, such as {unread[0].relative_to(path)}"] += len(
+            unread
+        )

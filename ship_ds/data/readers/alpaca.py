@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.data.readers.checks import expect, field
-from ship_ds.data.readers.rows import Triple, files_of, first_row, rows_of, tasks_of
+from ship_ds.data.readers.rows import Triple, files, first_row, rows_of, tasks_of
 from ship_ds.data.task import Task
+from ship_ds.parsing import trimmed
 
 MIN_EXAMPLES_PER_TASK = 1
 """Tasks of one example are what this format is for."""
@@ -28,19 +29,19 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each distinct instruction."""
-    rows = rows_of(files_of(path))
+    rows = rows_of(files(path))
     return tasks_of((file, where, _read_row(row, file, where)) for file, where, row in rows)
 
 
 def _read_row(row: dict[str, Any], path: Path, where: str) -> Triple:
     return Triple(
-        field(row, "instruction", str, path, where).strip(),
+        trimmed(field(row, "instruction", str, path, where)),
         _input(row, path, where),
-        field(row, "output", str, path, where).strip(),
+        trimmed(field(row, "output", str, path, where)),
     )
 
 
 def _input(row: dict[str, Any], path: Path, where: str) -> str:
     """Empty where it is missing or null."""
     text = row.get("input")
-    return "" if text is None else expect(text, str, path, f"{where}.input").strip()
+    return "" if text is None else trimmed(expect(text, str, path, f"{where}.input"))

@@ -1,22 +1,18 @@
 """What the readers share: loading JSON and asking for fields, each failure one line that says
 where."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ship_ds.data.task import DataError, Example, read_error
+from ship_ds.data.readers.files import lines_of, read_whole
+from ship_ds.data.task import Example, read_error
+from ship_ds.parsing import parse_json, trimmed
 
 
 def load_json(path: Path) -> Any:
     """What a JSON file holds. Raises DataError, with the line, where it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start}: not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    return parse_json(read_whole(path), str(path))
 
 
 def load_object(path: Path) -> Mapping[str, Any]:
@@ -26,19 +22,10 @@ def load_object(path: Path) -> Mapping[str, Any]:
 
 def load_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("line 3", its object) for each line of a JSONL file that is not blank."""
-    with path.open("rb") as lines:
-        for i, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"line {i}"
-            try:
-                yield where, expect(json.loads(line.decode("utf-8-sig")), dict, path, where)
-            except UnicodeDecodeError as error:
-                raise read_error(path, where, f"not UTF-8 at its byte {error.start}") from None
-            except json.JSONDecodeError as error:
-                raise read_error(
-                    path, where, f"not JSON: {error.msg} at column {error.colno}"
-                ) from None
+    for number, line in lines_of(path):
+        where = f"line {number}"
+        row = parse_json(line, f"{path}: {where}", is_line=True)
+        yield where, expect(row, dict, path, where)
 
 
 def expect(value: Any, kind: type, path: Path, where: str) -> Any:
@@ -82,14 +69,14 @@ def texts(row: Mapping[str, Any], key: str, path: Path, where: str) -> tuple[str
 
 
 def distinct(values: tuple[str, ...]) -> tuple[str, ...]:
-    """Without white space around them and without repeats, in order."""
-    return tuple(dict.fromkeys(text.strip() for text in values))
+    """Trimmed, without repeats, in order."""
+    return tuple(dict.fromkeys(map(trimmed, values)))
 
 
 def example(text: str, answers: tuple[str, ...]) -> Example:
     """The first answer is the target; more than one are references, without repeats."""
     answers = distinct(answers)
-    return Example(text.strip(), answers[0], answers if len(answers) > 1 else ())
+    return Example(trimmed(text), answers[0], answers if len(answers) > 1 else ())
 
 
 _NAMES: dict[type, str] = {

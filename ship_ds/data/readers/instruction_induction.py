@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.data.readers.checks import distinct, example, expect, field, load_object, texts
+from ship_ds.data.readers.files import files_of
 from ship_ds.data.task import Example, PaperMetric, Task, read_error
 
 _METRICS: dict[str, PaperMetric] = {
@@ -26,6 +27,12 @@ _METRICS: dict[str, PaperMetric] = {
 _MORE_ANSWERS = ("possible_outputs", "possible_translations", "other_rhymes")
 
 
+def files(path: Path) -> list[Path]:
+    """Those of annotations/ and of both folders of raw/."""
+    inner = ("annotations", "raw/execute", "raw/induce")
+    return [file for name in inner for file in files_of(path / name, (".json",))]
+
+
 def matches(path: Path) -> bool:
     """Whether a folder has the two subfolders of this format."""
     return path.is_dir() and (path / "annotations").is_dir() and (path / "raw").is_dir()
@@ -34,12 +41,12 @@ def matches(path: Path) -> bool:
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks of the folder, one for each file below annotations/."""
     tasks = []
-    for raw in sorted(path.glob("raw/*/*.json")):
+    for raw in files(path):
         if not (path / "annotations" / raw.name).is_file():
             raise read_error(
                 raw, "file", f"has no instruction: {path / 'annotations' / raw.name} is not there"
             )
-    for file in sorted((path / "annotations").glob("*.json")):
+    for file in files_of(path / "annotations", (".json",)):
         wordings = distinct(texts(load_object(file), "annotations", file, "file"))
         parts = [path / "raw" / part / file.name for part in ("execute", "induce")]
         if not any(part.is_file() for part in parts):

@@ -1,4 +1,4 @@
-"""Our own JSONL, one task a line:
+"""Our own format, one task a line of JSONL, or a JSON array of them:
 
     {"id": "t1", "instruction": "...", "examples": [
         {"input": "...", "target": "...", "references": ["..."]}],
@@ -12,7 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ship_ds.data.readers.checks import distinct, example, expect, field, load_lines, texts
+from ship_ds.data.readers.checks import distinct, example, expect, field, texts
+from ship_ds.data.readers.files import files_of, kind_of
+from ship_ds.data.readers.rows import first_row, rows_of
 from ship_ds.data.task import Example, Task, read_error
 
 _TASK_KEYS, _EXAMPLE_KEYS = (
@@ -21,18 +23,28 @@ _TASK_KEYS, _EXAMPLE_KEYS = (
 )
 
 
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() and path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+def files(path: Path) -> list[Path]:
+    """The file, or the files of the folder: .jsonl whatever they hold, and JSON arrays of tasks."""
+    return [
+        file
+        for file in files_of(path, (".json", ".jsonl"))
+        if kind_of(file) == ".jsonl" or _is_ours(file)
+    ]
+
+
+def _is_ours(file: Path) -> bool:
+    row = first_row(file)
+    return row is not None and {"instruction", "examples"} <= row.keys()
 
 
 def matches(path: Path) -> bool:
-    """Whether there is a .jsonl file here."""
-    return bool(_files(path))
+    """Whether there is a .jsonl file here, or a JSON array of such tasks."""
+    return bool(files(path))
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
-    """The tasks of every .jsonl file, one for each line."""
-    return [_read_row(row, file, where) for file in _files(path) for where, row in load_lines(file)]
+    """The tasks of every file, one for each row."""
+    return [_read_row(row, file, where) for file, where, row in rows_of(files(path))]
 
 
 def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
@@ -45,7 +57,7 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
         instruction,
         tuple(_read_example(item, path, f"{where}.examples[{i}]") for i, item in enumerate(rows)),
         tuple(others),
-        source=f"{path}:{where.removeprefix('line ')}",
+        source=f"{path}:{where.split()[-1]}",
         family=expect(row.get("family", ""), str, path, f"{where}.family"),
     )
 

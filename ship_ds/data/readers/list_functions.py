@@ -6,12 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 from ship_ds.data.readers.checks import example, expect, field, load_object, texts
+from ship_ds.data.readers.files import KEY_BYTES, head
 from ship_ds.data.task import Task, read_error
 
 _RULE = re.compile(r'"(.*)"', re.DOTALL)
 
 
-def _files(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
+    """The task.json, or those of the folder's folders."""
     if path.is_file():
         return [path] if path.name == "task.json" else []
     return (
@@ -21,13 +23,13 @@ def _files(path: Path) -> list[Path]:
 
 def matches(path: Path) -> bool:
     """Whether the first task.json has a description, as those of this format do."""
-    files = _files(path)
-    return bool(files) and '"description"' in files[0].read_text(encoding="utf-8", errors="replace")
+    found = files(path)
+    return bool(found) and '"description"' in head(found[0], KEY_BYTES)
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each task.json."""
-    return [_read_file(file) for file in _files(path)]
+    return [_read_file(file) for file in files(path)]
 
 
 def _read_file(path: Path) -> Task:

@@ -21,8 +21,9 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from ship_ds.data.readers.checks import expect, field
-from ship_ds.data.readers.rows import Triple, files_of, first_row, rows_of, tasks_of
+from ship_ds.data.readers.rows import Triple, files, first_row, rows_of, tasks_of
 from ship_ds.data.task import Task, read_error
+from ship_ds.parsing import trimmed
 
 MIN_EXAMPLES_PER_TASK = 1
 """See alpaca.py."""
@@ -53,7 +54,7 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each distinct instruction."""
-    rows = rows_of(files_of(path))
+    rows = rows_of(files(path))
     chats = [(file, where, _read_row(row, file, where)) for file, where, row in rows]
     shared = _shared_message(chats, counts)
     return tasks_of((file, where, chat.triple(shared)) for file, where, chat in chats)
@@ -116,4 +117,4 @@ def _turn(turn: Mapping[str, Any], key: str, path: Path, where: str) -> tuple[st
         raise read_error(
             path, f"{where}.{role_key}", f"expected one of {', '.join(_ROLES)}, got {role!r}"
         )
-    return _ROLES[role], field(turn, text_key, str, path, where).strip()
+    return _ROLES[role], trimmed(field(turn, text_key, str, path, where))

@@ -9,28 +9,28 @@ from collections import Counter
 from pathlib import Path
 
 from ship_ds.data.readers.checks import distinct, example, expect, field, load_object, texts
+from ship_ds.data.readers.files import KEY_BYTES, files_of, head, stem_of
 from ship_ds.data.task import Task
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path] if path.suffix == ".json" else []
+def files(path: Path) -> list[Path]:
+    """The .json file, or those of the folder, or of its `tasks/`."""
     inner = path / "tasks"
-    return sorted((inner if inner.is_dir() else path).glob("*.json"))
+    return files_of(inner if inner.is_dir() else path, (".json",))
 
 
 def matches(path: Path) -> bool:
     """Whether the first file has the two keys of this format."""
-    files = _files(path)
-    if not files:
+    found = files(path)
+    if not found:
         return False
-    text = files[0].read_text(encoding="utf-8", errors="replace")
+    text = head(found[0], KEY_BYTES)
     return '"Definition"' in text and '"Instances"' in text
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each file."""
-    return [_read_file(file) for file in _files(path)]
+    return [_read_file(file) for file in files(path)]
 
 
 def _read_file(path: Path) -> Task:
@@ -45,5 +45,5 @@ def _read_file(path: Path) -> Task:
         )
     category = texts(content, "Categories", path, "task")[0] if content.get("Categories") else ""
     return Task(
-        path.stem, wordings[0], tuple(examples), wordings[1:], source=str(path), family=category
+        stem_of(path), wordings[0], tuple(examples), wordings[1:], source=str(path), family=category
     )

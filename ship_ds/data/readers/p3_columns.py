@@ -14,52 +14,50 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ship_ds.data.readers.checks import example, field, load_lines
+from ship_ds.data.readers.files import files_of, kind_of, stem_of
+from ship_ds.data.readers.rows import first_row
 from ship_ds.data.readers.tables import table
 from ship_ds.data.splits import hold_out
 from ship_ds.data.task import Task, read_error
 
-_SUFFIXES = (".parquet", ".arrow", ".jsonl")
+_KINDS = (".parquet", ".arrow", ".jsonl")
 _INPUTS, _TARGETS = "inputs_pretokenized", "targets_pretokenized"
 _HELD_OUT = ("test", "validation", "dev")
 _SPLITS = ("train", *_HELD_OUT)
 
 
-def _files(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
     """`cache-*` is what `datasets` leaves of a map in a saved folder."""
-    paths = [path] if path.is_file() else sorted(path.rglob("*"))
-    return [
-        file
-        for file in paths
-        if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(("cache-", "."))
-    ]
+    found = files_of(path, _KINDS, below=True)
+    return [file for file in found if not file.name.startswith("cache-")]
 
 
 def matches(path: Path) -> bool:
     """Whether the first file has P3's column of inputs."""
-    files = _files(path)
-    if not files:
+    found = files(path)
+    if not found:
         return False
-    with files[0].open("rb") as file:
-        if files[0].suffix == ".jsonl":
-            return f'"{_INPUTS}"'.encode() in file.readline()
-    return _INPUTS in table(files[0]).column_names
+    if kind_of(found[0]) == ".jsonl":
+        row = first_row(found[0])
+        return row is not None and _INPUTS in row
+    return _INPUTS in table(found[0]).column_names
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each folder of splits or file."""
     tasks: dict[Path, list[Path]] = {}
-    for file in _files(path):
+    for file in files(path):
         folder = (
             file.parent.parent
             if file.parent.name in _SPLITS and file.parent != path
             else file.parent
         )
         tasks.setdefault(file if path.is_file() else folder, []).append(file)
-    return [_read_task(folder, files, path) for folder, files in sorted(tasks.items())]
+    return [_read_task(folder, parts, path) for folder, parts in sorted(tasks.items())]
 
 
-def _read_task(folder: Path, files: list[Path], root: Path) -> Task:
-    rows = [(*row, _is_held_out(file)) for file in files for row in _rows(file)]
+def _read_task(folder: Path, parts: list[Path], root: Path) -> Task:
+    rows = [(*row, _is_held_out(file)) for file in parts for row in _rows(file)]
     if len(rows) < 2:
         raise read_error(
             folder,
@@ -80,7 +78,7 @@ def _read_task(folder: Path, files: list[Path], root: Path) -> Task:
     for text, target, is_held_out in rows:
         one = example(text[len(before) : len(text) - len(after)], (target,))
         examples.append(hold_out(one) if is_held_out else one)
-    name = folder.relative_to(root).as_posix() if folder != root else folder.resolve().stem
+    name = folder.relative_to(root).as_posix() if folder != root else stem_of(folder.resolve())
     return Task(name, instruction, tuple(examples), source=str(folder))
 
 
@@ -92,7 +90,7 @@ def _rows(file: Path) -> Iterator[tuple[str, str]]:
     rows = (
         # By hand: `datasets` does not name the line of a bad row.
         load_lines(file)
-        if file.suffix == ".jsonl"
+        if kind_of(file) == ".jsonl"
         else ((f"row {i}", row) for i, row in enumerate(table(file, [_INPUTS, _TARGETS])))
     )
     for where, row in rows:

@@ -9,16 +9,23 @@ from collections import Counter
 from pathlib import Path
 
 from ship_ds.data.readers.checks import example, expect, field, load_object
+from ship_ds.data.readers.files import KEY_BYTES, files_of, head
 from ship_ds.data.splits import hold_out
 from ship_ds.data.task import Example, Task, read_error
+from ship_ds.parsing import trimmed
 
 _TAG = re.compile(r"\s*<(input|output|instruction)>(.*)</\1>\s*", re.DOTALL)
 _PARTS = ("train", "test")
 
 
+def files(path: Path) -> list[Path]:
+    """The .json files; this format has exactly one."""
+    return files_of(path, (".json",))
+
+
 def _file(path: Path) -> Path | None:
-    files = [path] if path.is_file() else sorted(path.glob("*.json"))
-    return files[0] if len(files) == 1 and files[0].suffix == ".json" else None
+    found = files(path)
+    return found[0] if len(found) == 1 else None
 
 
 def matches(path: Path) -> bool:
@@ -26,7 +33,7 @@ def matches(path: Path) -> bool:
     file = _file(path)
     if file is None:
         return False
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = head(file, KEY_BYTES)
     return '"sub_task_id"' in text and '"knowledge"' in text
 
 
@@ -69,4 +76,4 @@ def _untagged(text: str, path: Path, where: str) -> str:
             where,
             f"expected a text between <input>, <output> or <instruction> tags, got {text[:40]!r}",
         )
-    return match[2].strip()
+    return trimmed(match[2])

@@ -19,13 +19,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from ship_ds.data.readers.checks import expect, field, load_lines
+from ship_ds.data.readers.files import files_of, kind_of, read_whole
 from ship_ds.data.readers.rows import first_row
 from ship_ds.data.readers.tables import table
 from ship_ds.data.task import DataError, Example, Task
 
 MIN_EXAMPLES_PER_TASK = 1
 """Tasks of one example are what this format is for."""
-_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
+_KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
 _TEXT = "text"
 _LONGEST, _SHORTEST = 96, 24
 """Words of a passage."""
@@ -35,35 +36,30 @@ _TARGET = (4, 24)
 """Words of the target, drawn between these, of at most half of what is left."""
 
 
-def _files(path: Path) -> list[Path]:
-    paths = [path] if path.is_file() else sorted(path.glob("*"))
-    return [
-        file
-        for file in paths
-        if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(".")
-    ]
+def files(path: Path) -> list[Path]:
+    """The file, or the files of the folder."""
+    return files_of(path, _KINDS)
 
 
 def matches(path: Path) -> bool:
     """Whether there are .txt files and no others, or rows of nothing but a text. What has other
     columns is read by name alone: it may be labelled."""
-    files = _files(path)
-    suffixes = {file.suffix for file in files}
-    if suffixes == {".txt"}:
+    found = files(path)
+    if {kind_of(file) for file in found} == {".txt"}:
         return True
-    files = [file for file in files if file.suffix != ".txt"]
-    if not files:
+    found = [file for file in found if kind_of(file) != ".txt"]
+    if not found:
         return False
-    if files[0].suffix == ".jsonl":
-        row = first_row(files[0])
+    if kind_of(found[0]) == ".jsonl":
+        row = first_row(found[0])
         return row is not None and row.keys() == {_TEXT}
-    return list(table(files[0]).column_names) == [_TEXT]
+    return list(table(found[0]).column_names) == [_TEXT]
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each passage."""
     tasks: dict[tuple[str, str, str], Task] = {}
-    for file in _files(path):
+    for file in files(path):
         passages = (one for text in _paragraphs(file) for one in _passages(text.split(), counts))
         for number, words in enumerate(passages, 1):
             instruction, text, target = _cut(words)
@@ -82,16 +78,12 @@ def read(path: Path, counts: Counter[str]) -> list[Task]:
 
 
 def _paragraphs(file: Path) -> Iterator[str]:
-    if file.suffix == ".txt":
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: byte {error.start}: not UTF-8") from None
-        yield from re.split(r"\n\s*\n", text)
+    if kind_of(file) == ".txt":
+        yield from re.split(r"\n\s*\n", read_whole(file))
         return
     rows = (
         load_lines(file)
-        if file.suffix == ".jsonl"
+        if kind_of(file) == ".jsonl"
         else ((f"row {i}", row) for i, row in enumerate(table(file, [_TEXT])))
     )
     for where, row in rows:

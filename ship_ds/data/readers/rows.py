@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ship_ds.data.readers.checks import expect, load_json, load_lines
+from ship_ds.data.readers.files import FIRST_BYTES, files_of, head, stem_of
 from ship_ds.data.task import Example, Task, read_error
 
-_SUFFIXES = (".json", ".jsonl")
-_FIRST_BYTES = 1 << 20
-"""Of a file that are looked at for its first row."""
+_KINDS = (".json", ".jsonl")
 
 
 class Triple(NamedTuple):
@@ -27,36 +26,33 @@ class Triple(NamedTuple):
     target: str
 
 
-def files_of(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
     """The file, or the files of the folder, in the order of their names."""
-    if path.is_file():
-        return [path] if path.suffix in _SUFFIXES else []
-    return sorted(file for file in path.glob("*") if file.suffix in _SUFFIXES and file.is_file())
+    return files_of(path, _KINDS)
 
 
 def first_row(path: Path) -> dict[str, Any] | None:
     """The first row of the first file; None where there is none, or it is not an object."""
-    files = files_of(path)
-    if not files:
+    found = files(path)
+    if not found:
         return None
-    with files[0].open("rb") as file:
-        text = file.read(_FIRST_BYTES).decode("utf-8-sig", errors="replace").lstrip()
+    text = head(found[0], FIRST_BYTES).lstrip()
     if text.startswith("["):
         text = text[1:].lstrip()
     try:
         row, _ = json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
 
-def rows_of(files: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+def rows_of(paths: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
     """Every row with its file and its place in it.
 
     Raises:
         DataError: a file cannot be read, or a row is no object.
     """
-    for file in files:
+    for file in paths:
         for where, row in _rows(file):
             yield file, where, row
 
@@ -76,7 +72,7 @@ def tasks_of(triples: Iterable[tuple[Path, str, Triple]]) -> list[Task]:
         examples.setdefault(triple.instruction, []).append(Example(triple.input, triple.target))
     return [
         Task(
-            f"{file.stem}:{where.split()[-1]}",
+            f"{stem_of(file)}:{where.split()[-1]}",
             instruction,
             tuple(examples[instruction]),
             source=f"{file}: {where}",
@@ -87,9 +83,7 @@ def tasks_of(triples: Iterable[tuple[Path, str, Triple]]) -> list[Task]:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("row 3", its object) of an array, counted from 1 as lines are; ("line 3", ...) of JSONL."""
-    with path.open("rb") as file:
-        is_array = file.read(64).decode("utf-8-sig", errors="replace").lstrip().startswith("[")
-    if not is_array:
+    if not head(path, FIRST_BYTES).lstrip().startswith("["):
         yield from load_lines(path)
         return
     for i, row in enumerate(expect(load_json(path), list, path, "the file"), 1):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ship_ds.data.readers.files import kind_of
 from ship_ds.data.task import DataError
 
 
@@ -20,7 +21,7 @@ def table(file: Path, columns: Sequence[str] = ()) -> Any:
     try:
         # else every file read is copied to the user's home, and stays there
         with tempfile.TemporaryDirectory() as cache:
-            if file.suffix == ".arrow":
+            if kind_of(file) == ".arrow":
                 rows = datasets.Dataset.from_file(str(file), in_memory=True)
             else:
                 rows = datasets.Dataset.from_parquet(
@@ -28,6 +29,6 @@ def table(file: Path, columns: Sequence[str] = ()) -> Any:
                 )
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"{file}: cannot be read as {file.suffix[1:]}: {cause}") from None
+        raise DataError(f"{file}: cannot be read as {kind_of(file)[1:]}: {cause}") from None
     has_all = columns and set(columns) <= set(rows.column_names)
     return rows.select_columns(list(columns)) if has_all else rows

@@ -1,0 +1,134 @@
+"""Which files of a folder are data, and what is in them: names in any case, compressed or not.
+
+`a.jsonl`, `A.JSONL`, `a.ndjson` and `a.jsonl.gz` are of one kind, ".jsonl". What begins with a dot
+(`._a.jsonl`, `.DS_Store`) was put there by a system, not by a user, and is passed over.
+"""
+
+import gzip
+import re
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO
+
+from ship_ds.data.task import DataError, read_error
+from ship_ds.parsing import decode, refuse_pointer
+
+KINDS = (".json", ".jsonl", ".txt", ".parquet", ".arrow")
+"""Of files that any reader takes."""
+_COMPRESSED = ".gz"
+_NAMES = {".ndjson": ".jsonl"}
+_MOST_BYTES = 1 << 32
+"""Of what a compressed file holds: a few kilobytes can stand for more than there is memory."""
+_LONGEST_LINE = 1 << 28
+_NOT_TASKS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""What `datasets` writes beside its files."""
+
+
+FIRST_BYTES = 1 << 20
+"""Of a file that are looked at for its first row."""
+KEY_BYTES = 1 << 26
+"""Of one JSON object that are looked at for its keys."""
+
+
+def kind_of(path: Path) -> str:
+    """What a file is by its name, ".jsonl" for a.jsonl, A.JSONL, a.ndjson and a.jsonl.gz; "" for
+    what a system or `datasets` has put there."""
+    name = path.name.lower()
+    if name.startswith(".") or name in _NOT_TASKS:
+        return ""
+    suffix = Path(name.removesuffix(_COMPRESSED)).suffix
+    return _NAMES.get(suffix, suffix)
+
+
+def stem_of(path: Path) -> str:
+    """The name without what says its kind: "a" of a.jsonl and of a.jsonl.gz."""
+    name = path.name
+    if name.lower().endswith(_COMPRESSED):
+        name = name[: -len(_COMPRESSED)]
+    return Path(name).stem
+
+
+def files_of(path: Path, kinds: Collection[str], *, below: bool = False) -> list[Path]:
+    """The file itself, or the files of the folder, of these kinds, in the order of their names.
+
+    Args:
+        path: a file or folder.
+        kinds: such as ".jsonl".
+        below: those of its folders as well.
+    """
+    paths = [path] if path.is_file() else sorted(path.rglob("*") if below else path.glob("*"))
+    return [file for file in paths if kind_of(file) in kinds and file.is_file()]
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file, open to read; what is compressed is read as what it holds.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        return gzip.open(path) if path.name.lower().endswith(_COMPRESSED) else path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_whole(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    with opened(path) as file:
+        content = _read(file, _MOST_BYTES, path)
+    if len(content) == _MOST_BYTES:
+        raise DataError(f"{path}: holds more than {_MOST_BYTES >> 30} GiB; cut it into several")
+    return decode(content, str(path))
+
+
+def head(path: Path, num_bytes: int) -> str:
+    """The beginning of a file, as far as it is text. Raises DataError where it cannot be read."""
+    with opened(path) as file:
+        return _read(file, num_bytes, path).decode("utf-8-sig", errors="replace")
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(3, its text) for each line that is not blank, numbered from 1; lines end as on any system.
+
+    U+2028 and its like, which Python takes for ends of lines, may stand inside a JSON text.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not UTF-8.
+    """
+    number = 0
+    with opened(path) as file:
+        while part := _read(file, _LONGEST_LINE, path, line=True):
+            if len(part) == _LONGEST_LINE:
+                raise read_error(
+                    path, f"line {number + 1}", f"longer than {_LONGEST_LINE >> 20} MiB"
+                )
+            # An old Mac's lines end with a carriage return alone; JSON has it nowhere else.
+            for line in re.split(rb"\r(?!\n)", part.rstrip(b"\r\n")):
+                number += 1
+                if line.strip():
+                    yield number, _line(line, path, number)
+
+
+def _line(line: bytes, path: Path, number: int) -> str:
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise read_error(
+            path, f"line {number}", f"not UTF-8 at its byte {error.start}; save it as UTF-8"
+        ) from None
+    if number == 1:
+        refuse_pointer(text, str(path))
+    return text
+
+
+def _read(file: IO[bytes], num_bytes: int, path: Path, *, line: bool = False) -> bytes:
+    try:
+        return file.readline(num_bytes) if line else file.read(num_bytes)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}; save it again") from None

@@ -1,0 +1,249 @@
+"""Texts, JSON and YAML that others wrote: what they hold, or one line that names file and place.
+
+    read_text(path)                     UTF-8, without a byte order mark
+    parse_json(text, place)             no key twice, no number or nesting without end
+    parse_yaml(text, place)             the same of YAML, by the rules of version 1.2
+
+YAML 1.1, which PyYAML reads, makes numbers of 1:30 (90) and 010 (8), texts of 1e3, and truth
+values of `no` and `on`. In 1.2, which people have in mind, 010 is ten, 1e3 a thousand, and the
+others are texts.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from ship_ds.errors import UserError
+
+_LFS = "version https://git-lfs.github.com/spec/"
+_MOST_NODES = 1_000_000
+"""Of a YAML file, aliases counted as often as they are used: a few lines of them can stand for more
+than memory holds."""
+_DEEPEST = 100
+"""Levels of lists and sections in YAML; PyYAML needs several frames of Python's for each."""
+
+
+def read_text(path: Path) -> str:
+    """What a text file holds, without a byte order mark.
+
+    Raises:
+        UserError: it cannot be opened, is not UTF-8, or git-lfs keeps it elsewhere.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return decode(content, str(path))
+
+
+def decode(content: bytes, place: str) -> str:
+    """The bytes as text; see `read_text`."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: byte {error.start}: not UTF-8; save it as UTF-8") from None
+    refuse_pointer(text, place)
+    return text
+
+
+def refuse_pointer(text: str, place: str) -> None:
+    """Raise UserError for what git-lfs puts in a file's place until it is fetched."""
+    if text.startswith(_LFS):
+        raise UserError(
+            f"{place}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or "
+            "download it again"
+        )
+
+
+def trimmed(text: str) -> str:
+    """The text without blank lines before it and white space after it.
+
+    An indented first line stays so, since in code that is part of what it says; a single space
+    before it is what was left when somebody cut a longer text.
+    """
+    text = _BLANK_LINES.sub("", text.rstrip())
+    return text if text.startswith(("\t", "  ")) else text.lstrip()
+
+
+_BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError where it cannot be read or is none."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises UserError where it holds another thing."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def parse_json(text: str, place: str, *, is_line: bool = False) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: one document.
+        place: the file, or file and line, for messages.
+        is_line: it is one line, whose number `place` has; messages then name the column alone.
+
+    Raises:
+        UserError: it is not JSON, has a key twice, a number of thousands of digits, or lists in
+            lists without end.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once_each)
+    except json.JSONDecodeError as error:
+        line, hint = (
+            ("", "; expected one JSON object a line") if is_line else (f"line {error.lineno}: ", "")
+        )
+        raise UserError(
+            f"{place}: {line}not JSON: {error.msg} at column {error.colno}{hint}"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{place}: not JSON: nested too deeply") from None
+    except _TwiceError as error:
+        raise UserError(f"{place}: the key {error.args[0]!r} is there twice; leave one") from None
+    except ValueError:  # Python's bound on what it turns into a number
+        raise UserError(f"{place}: a number has thousands of digits; give it as a text") from None
+
+
+class _TwiceError(Exception):
+    """A key that an object has twice."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+    return values
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """What a YAML text says, by the rules of version 1.2.
+
+    Args:
+        text: one document.
+        place: the file, for messages.
+
+    Raises:
+        UserError: it is not YAML, has a key twice, is nested too deeply, or its aliases stand for
+            more than a config could hold.
+    """
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{place}: not YAML: {_on_one_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{place}: not YAML: nested too deeply") from None
+    # Of a value that its own tag does not fit, such as `!!bool maybe`, and of thousands of digits.
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(
+            f"{place}: not YAML: a value that cannot be read as what it is tagged to be, or a "
+            "number of thousands of digits"
+        ) from None
+    _bound(value, place)
+    return value
+
+
+def _on_one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    problem = " ".join(str(getattr(error, "problem", error)).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which makes plain values alone."""
+
+    # Each loader has tables of its own: a change of an inherited one would reach all of PyYAML.
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, Any]]]] = {}
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.composer.ComposerError(
+                None, None, "nested too deeply", self.peek_event().start_mark
+            )
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are there once each; what `<<` merges in gives way to them."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict | set):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key has to be a text", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} is there twice; leave one", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_whole_number(self, node: Any) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        base = 8 if "0o" in text else 16 if "0x" in text else 2 if "0b" in text else 10
+        return int(text, base)
+
+
+_MERGE, _INT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:int"
+_PLAIN = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (
+        r"[-+]?[0-9][0-9_]*|[-+]?0o[0-7_]+|[-+]?0x[0-9a-fA-F_]+|[-+]?0b[01_]+",
+        "-+0123456789",
+    ),
+    "float": (
+        r"[-+]?(?:\.[0-9][0-9_]*|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    "merge": (r"<<", "<"),
+    "null": (r"~|null|Null|NULL|", "~nN\0"),
+}
+"""What a text without quotes stands for, each with its first letters; the first that fits."""
+for _name, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}",
+        re.compile(rf"(?:{_pattern})\Z"),
+        ["" if letter == "\0" else letter for letter in _first],
+    )
+_Loader.add_constructor(_INT, _Loader.construct_whole_number)
+
+
+def _bound(value: Any, place: str) -> None:
+    """Raise UserError for a document that holds itself, or too much."""
+    for count, _ in enumerate(_nodes(value)):
+        if count > _MOST_NODES:
+            raise UserError(
+                f"{place}: its aliases (&name, *name) stand for more than {_MOST_NODES:,} values; "
+                "write out what you mean"
+            )
+
+
+def _nodes(value: Any) -> Iterator[Any]:
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        yield one
+        if isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple | set):
+            waiting += one
