@@ -69,7 +69,7 @@ def _loads(library: str) -> bool:
 def allocator_in_use() -> str:
     """jemalloc, tcmalloc or system: whose malloc this process has."""
     try:
-        mapped = _MAPS.read_text()
+        mapped = _MAPS.read_text(encoding="utf-8")
     except OSError:
         return "system"
     return next((name for name in ("jemalloc", "tcmalloc") if f"lib{name}" in mapped), "system")

@@ -26,6 +26,7 @@ from ship_ds.config import Config, LoraTuning, parse_config
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, recover, refuse_existing, whole_folder
+from ship_ds.parsing import read_json, read_json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,11 +87,11 @@ class Bundle:
         return cls(
             folder,
             manifest.files[SHIP_WEIGHTS].sha256,
-            parse_config(json.loads((folder / _CONFIG).read_text()), str(folder / _CONFIG)),
-            json.loads((folder / _PROMPT_FORMAT).read_text()),
-            _read_json(folder / _BASES, {}),
-            tuple(_read_json(folder / _KNOWN, [])),
-            tuple(_read_json(folder / _PROBES, [])),
+            read_config(folder),
+            read_json_object(folder / _PROMPT_FORMAT),
+            _read_texts(folder / _BASES, {}),
+            tuple(_read_texts(folder / _KNOWN, [])),
+            tuple(_read_texts(folder / _PROBES, [])),
         )
 
     def check_prompt_format(self, prompts: Mapping[str, "PromptFormat"]) -> None:
@@ -147,8 +148,20 @@ class Bundle:
                 parameter.copy_(state[name])
 
 
-def _read_json(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else default
+def read_config(folder: Path) -> Config:
+    """The config that a bundle was trained with. Raises UserError where it is none."""
+    return parse_config(read_json_object(folder / _CONFIG), str(folder / _CONFIG))
+
+
+def _read_texts(path: Path, default: Any) -> Any:
+    """A list of texts, or texts by name, of the default's type. Raises UserError."""
+    if not path.is_file():
+        return default
+    content = read_json(path)
+    values = content.values() if isinstance(content, dict) else content
+    if not isinstance(content, type(default)) or not all(isinstance(one, str) for one in values):
+        raise UserError(f"{path}: expected texts alone; write the bundle again")
+    return content
 
 
 def write_bundle(
@@ -256,8 +269,8 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     Raises:
         UserError: The checkpoint is missing or damaged, or a frozen model is another one now.
     """
-    from ship_ds.model.loading import load_tokenizer
-    from ship_ds.prompt import ROLES, PromptFormat, describe_roles
+    from ship_ds.model.loading import load_prompts
+    from ship_ds.prompt import ROLES, describe_roles
     from ship_ds.runtime import checkpoint
 
     check_checkpoint(checkpoint_folder)
@@ -266,9 +279,7 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     config = parse_config(progress.config, str(checkpoint_folder / PROGRESS))
     check_bases(checkpoint_folder, frozen_bases(config), progress.bases)
     prompts = {
-        role: PromptFormat(
-            load_tokenizer(getattr(config.model, role).base), config.model.system_message
-        )
+        role: load_prompts(getattr(config.model, role).base, config.model.system_message)
         for role in ROLES
     }
     write_bundle(

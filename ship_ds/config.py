@@ -761,7 +761,7 @@ def recipe_names() -> list[str]:
 
 def recipe_text(name: str) -> str:
     """The YAML of a shipped recipe; its first line is a comment with the command."""
-    return (resources.files("ship_ds") / "recipes" / f"{name}.yaml").read_text()
+    return (resources.files("ship_ds") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.errors import UserError
+from ship_ds.parsing import decode, parse_json
 
 MANIFEST = "manifest.json"
 _PART, _REPLACED = ".part", ".replaced"
@@ -190,6 +191,11 @@ def disk_error(folder: Path, error: OSError, advice: str) -> UserError:
     return UserError(f"{error.filename or folder}: {error.strerror or error}: {advice}")
 
 
+def is_inside(name: str) -> bool:
+    """Whether a path that a file names stays below the folder it is joined to."""
+    return "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
+
+
 @dataclass(frozen=True)
 class Listed:
     """What a manifest says about one file."""
@@ -228,15 +234,23 @@ class Manifest:
             ValueError: It is missing or is no manifest; the message says which.
         """
         try:
-            rows = json.loads((folder / MANIFEST).read_text())
-            return cls({name: Listed(**row) for name, row in rows.items()})
+            content = (folder / MANIFEST).read_bytes()
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
             raise ValueError(
                 f"{MANIFEST} is missing" if missing else f"{MANIFEST}: {error.strerror}"
             ) from None
-        except (ValueError, TypeError, AttributeError) as error:
+        rows = parse_json(decode(content, MANIFEST), MANIFEST)
+        try:
+            listed = {name: Listed(**row) for name, row in rows.items()}
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"{MANIFEST}: {error}") from None
+        for name, row in listed.items():
+            if not isinstance(row.bytes, int) or not isinstance(row.sha256, str):
+                raise ValueError(f"{MANIFEST}: {name}: expected a size and a hash")
+            if not is_inside(name):
+                raise ValueError(f"{MANIFEST}: {name}: leads out of the folder")
+        return cls(listed)
 
     def write(self, folder: Path) -> None:
         """Put it into the folder; last of all, since what it lists has to be there."""

@@ -265,7 +265,7 @@ def _read_config(folder: Path) -> "LoraConfig":
             f"{folder}: no adapter here (no {ADAPTER_CONFIG}); expected a PEFT LoRA folder"
         )
     try:
-        settings: dict[str, Any] = json.loads(path.read_text())
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if settings.get("peft_type") != "LORA":
             raise UserError(f"{path}: peft_type is {settings.get('peft_type')}; expected LORA")
         with warnings.catch_warnings():

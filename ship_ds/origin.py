@@ -2,12 +2,15 @@
 model card for people."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from ship_ds.errors import UserError
 from ship_ds.files import write_json, write_text
+from ship_ds.parsing import read_json_object
 
 ORIGIN, CARD = "ship.json", "README.md"
 
@@ -104,7 +107,12 @@ def read_origin(folder: Path) -> Origin:
             f"{folder}: no {ORIGIN}; expected an adapter folder that `ship-ds deduce` "
             "or `ship-ds compose` wrote"
         )
+    values = read_json_object(path)
+    if unknown := values.keys() - {field.name for field in fields(Origin)}:
+        raise UserError(f"{path}: unknown key {min(unknown)!r}; export the adapter again")
     try:
-        return Origin(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}; export the adapter again") from None
+        return TypeAdapter(Origin).validate_python(values, strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {place}: {first['msg']}; export the adapter again") from None

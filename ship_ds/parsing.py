@@ -72,6 +72,24 @@ def trimmed(text: str) -> str:
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 
 
+def unicode_text(text: str, place: str) -> str:
+    """The text; JSON, and an argument that was no UTF-8, can hold half of a surrogate pair, which
+    no tokenizer takes. Raises UserError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: letter {error.start} is half a surrogate pair, which is no Unicode text"
+        ) from None
+    return text
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, as any system ends them. `str.splitlines` would cut at U+2028 and its
+    like too, which may stand inside a line of JSON."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises UserError where it cannot be read or is none."""
     return parse_json(read_text(path), str(path))
@@ -124,6 +142,20 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
     return values
+
+
+def is_folder_name(text: str) -> bool:
+    """Whether a text that others gave may be the name of a folder of ours: of letters, digits, '.',
+    '_' and '-', not hidden, not too long, and not what files.py calls half a folder."""
+    return (
+        re.fullmatch(r"\w[\w.-]*", text) is not None
+        and len(text.encode()) <= _LONGEST_NAME
+        and not text.endswith((".part", ".replaced"))
+    )
+
+
+_LONGEST_NAME = 200
+"""Bytes; file systems take 255, and names get endings."""
 
 
 def parse_yaml(text: str, place: str) -> Any:

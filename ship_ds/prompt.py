@@ -9,7 +9,9 @@ goes unseen. Labels go on the answer and the end-of-sequence token alone.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ship_ds.data.task import Example, Reading, SplitTask
 from ship_ds.errors import UserError
+from ship_ds.template_limits import TemplateLimitError, within_limits
 
 VERSION = 2
 """Of the description that is saved; 0.1.0 wrote the first one, and its bundles still open."""
@@ -26,6 +29,29 @@ ROLES = ("task_llm", "encoder", "decoder")
 _MARK = "\x00"
 _PLAIN_TEMPLATE = (f"{_MARK}\n", "\n")
 """Before and after the user's text for a base model without a chat template."""
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+    """The template's text: of a template that others wrote, within limits of time and memory.
+
+    Some say what day it is. A prompt that differs from day to day is none that an adapter could be
+    trained for, so for them it is always the same one.
+    """
+
+    def render() -> str:
+        text: Any = tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=True,
+            strftime_now=_TEMPLATES_DAY.strftime,
+        )
+        return str(text)
+
+    return within_limits(render)
+
+
+_TEMPLATES_DAY = datetime(2024, 7, 26)
+"""The day that Llama 3's template names where it is told none."""
 
 
 def _stated(instruction: str) -> str:
@@ -44,6 +70,9 @@ class PromptFormat:
         tokenizer: with its chat template, if it has one.
         system_message: what the template gets as the system's turn; None: no such turn, and some
             templates put in a sentence of their own.
+        ends: tokens by which the base's own answers end, such as Gemma's <end_of_turn>, which its
+            generation_config.json names and its tokenizer does not; SHIP's end by `eos_id`.
+        vocabulary_size: of the base's embeddings; None: as large as it has to be.
 
     Raises:
         UserError: the tokenizer has no end-of-sequence token, so that answers could never end; or
@@ -52,7 +81,11 @@ class PromptFormat:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, system_message: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        system_message: str | None = None,
+        ends: Collection[int] = (),
+        vocabulary_size: int | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -63,13 +96,18 @@ class PromptFormat:
         self.reads_examples = False
         """Whether the encoder is shown examples: part of what is described."""
         self.eos_id: int = tokenizer.eos_token_id
-        self.pad_id: int = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
-        )
         self.control_tokens = tuple(
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         )
         """As they are written out; in a user's text they would act as what they are."""
+        if vocabulary_size is not None and self.eos_id >= vocabulary_size:
+            raise UserError(
+                f"{tokenizer.name_or_path}: the tokenizer's eos_token is id {self.eos_id}, and the "
+                f"model embeds {vocabulary_size} tokens; tokenizer and model do not belong together"
+            )
+        self.other_ends = tuple(sorted({*ends} - {self.eos_id}))
+        self.pad_id = _pad_id(tokenizer, self.eos_id, vocabulary_size)
+        self._specials = _special_texts(tokenizer)
         self.before, self.after = self._split_template(system_message)
         self._known: Mapping[str, tuple[int, ...]] = {}
         self._ids = lru_cache(maxsize=1 << 18)(self._tokenise)
@@ -85,10 +123,8 @@ class PromptFormat:
         if system_message is not None:
             turns.insert(0, {"role": "system", "content": system_message})
         try:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
+            rendered = _rendered(self.tokenizer, turns)
+        except (TemplateError, TemplateLimitError) as error:
             way_out = "set model.system_message" if system_message is None else "leave it out"
             raise self._refused(
                 f"it cannot be rendered {'without' if system_message is None else 'with'} "
@@ -137,11 +173,27 @@ class PromptFormat:
     def _wrap(self, user_text: str) -> str:
         return self.before + user_text + self.after
 
+    def _holds_specials(self, text: str) -> bool:
+        return self._specials is not None and self._specials.search(text) is not None
+
+    def _spelled_out(self, text: str) -> tuple[int, ...]:
+        """The ids of a user's text in which "<eos>" is five letters and no end of anything."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return tuple(ids)
+
     def _prompt(self, user_text: str) -> tuple[int, ...]:
+        if self._holds_specials(user_text):
+            return (
+                *self._ids(self.before),
+                *self._spelled_out(user_text),
+                *self._ids(self.after),
+            )
         return self._ids(self._wrap(user_text))
 
     def target(self, text: str) -> tuple[int, ...]:
-        return (*self._ids(text), self.eos_id)
+        """An answer's ids, and the end of sequence."""
+        ids = self._spelled_out(text) if self._holds_specials(text) else self._ids(text)
+        return (*ids, self.eos_id)
 
     def task_prompt(
         self, text: str, instruction: str | None = None, shots: Sequence[Example] = ()
@@ -232,6 +284,21 @@ class PromptFormat:
             "labels": "target and eos",
         }
         return {**content, "hash": _hash(content)}
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase, eos_id: int, vocabulary_size: int | None) -> int:
+    """The tokenizer's padding, where it has one and the model embeds it."""
+    pad_id: int | None = tokenizer.pad_token_id
+    if pad_id is None or (vocabulary_size is not None and pad_id >= vocabulary_size):
+        return eos_id
+    return pad_id
+
+
+def _special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """What the tokenizer takes for control tokens wherever it stands; None where it has none."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    texts = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
 def describe_roles(prompts: Mapping[str, PromptFormat]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class RankThreads:
 def _quota() -> float | None:
     """ "200000 100000" is two cores, "max 100000" no limit."""
     try:
-        allowed, period = _QUOTA.read_text().split()
+        allowed, period = _QUOTA.read_text(encoding="utf-8").split()
         return int(allowed) / int(period)
     except (OSError, ValueError):
         return None

@@ -392,7 +392,7 @@ class Trainer:
         step = self.step - 1
         path = self.folder / "bad_steps.jsonl"
         if ranks.rank() == 0:
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 for draw in self.sampler.draw_step(step):
                     file.write(json.dumps({"step": step, **asdict(draw)}) + "\n")
         log(

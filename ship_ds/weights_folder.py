@@ -63,7 +63,9 @@ class WeightsFolder:
         index = self.folder / WEIGHTS_INDEX
         if index.is_file():
             try:
-                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                return sorted(
+                    set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                )
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(
                     f"{index}: not an index of safetensors files; download the model again"

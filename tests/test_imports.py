@@ -10,7 +10,16 @@ import pytest
 from tests.conftest import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "ship_ds"
-GROUND = ("errors", "files", "lora_folder", "origin", "section", "tensor_file", "weights_folder")
+GROUND = (
+    "errors",
+    "files",
+    "lora_folder",
+    "origin",
+    "parsing",
+    "section",
+    "tensor_file",
+    "weights_folder",
+)
 """Modules that everything may build on; they import nothing of the project but each other."""
 
 

@@ -6,7 +6,6 @@ a bundle compares every hash, this only looks whether the files are there. What 
 imported inside them, since a mistyped verb needs none.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,10 +59,9 @@ def check_run(path: Path) -> Path:
 
 def read_config(bundle: Path) -> "Config":
     """The config that a bundle was trained with."""
-    from ship_ds.config import parse_config
+    from ship_ds import bundle as bundles
 
-    path = bundle / "config.json"
-    return parse_config(json.loads(path.read_text()), str(path))
+    return bundles.read_config(bundle)
 
 
 def check_makes_lora(bundle: Path) -> None:

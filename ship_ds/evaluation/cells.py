@@ -83,7 +83,7 @@ class CellStore:
     def read(self, cell: Cell) -> Measured | None:
         """None: not measured yet, under whatever fingerprint."""
         return (
-            Measured(**json.loads(self.path(cell).read_text()))
+            Measured(**json.loads(self.path(cell).read_text(encoding="utf-8")))
             if self.path(cell).is_file()
             else None
         )

@@ -32,7 +32,10 @@ def training_costs(run: Run) -> dict[str, Any]:
     log = run.folder / "metrics.jsonl"
     if not log.is_file():
         raise UserError(f"{log}: missing: it says how many steps the run took, and how long")
-    seconds = [json.loads(row)["speed/step_seconds"] for row in log.read_text().splitlines()]
+    seconds = [
+        json.loads(row)["speed/step_seconds"]
+        for row in log.read_text(encoding="utf-8").splitlines()
+    ]
     return {
         "steps": len(seconds),
         "minutes": round(sum(seconds) / 60, 4),

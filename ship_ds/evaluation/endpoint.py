@@ -76,7 +76,12 @@ class EndpointJudge(Judge):
                 {"url": self.config.url, "request": request, "reply": self._ask(request)},
                 shared=True,
             )
-        return json.loads(path.read_text())["reply"]["choices"][0]["message"]["content"] or ""
+        return (
+            json.loads(path.read_text(encoding="utf-8"))["reply"]["choices"][0]["message"][
+                "content"
+            ]
+            or ""
+        )
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         from openai import OpenAIError

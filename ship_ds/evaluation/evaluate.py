@@ -100,7 +100,9 @@ def write_latent_map(
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
     if not (bundle / SHIP_WEIGHTS).is_file():
         return
-    if path.is_file() and json.loads(path.read_text())["bundle"] == sha256(bundle / SHIP_WEIGHTS):
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["bundle"] == sha256(
+        bundle / SHIP_WEIGHTS
+    ):
         return
     log(f"{path}: latents by gradient descent, for the t-SNE figure")
     run = Run.open(folder, log, device, dtype)

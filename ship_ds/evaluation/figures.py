@@ -270,7 +270,7 @@ def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what:
 def _reconstruction(run: Path) -> dict[str, Any]:
     """From the report that ends a training, which has it over all rules; a run may be without."""
     path = run / "report.json"
-    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {name: cells for name, cells in report.items() if name == "reconstruction"}
 
 
@@ -382,7 +382,7 @@ def _report(run: Path) -> dict[str, Any]:
 def _read(path: Path, remedy: str) -> str:
     if not path.is_file():
         raise NotDrawn(f"{path}: not there; {remedy}")
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def risk_coverage(runs: Sequence[Path]) -> Figure:

@@ -65,7 +65,9 @@ class Run:
         ship = Ship.from_run(folder, device, dtype)
         splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, log)
         if (folder / "splits.json").is_file():
-            for part, ids in json.loads((folder / "splits.json").read_text()).items():
+            for part, ids in json.loads(
+                (folder / "splits.json").read_text(encoding="utf-8")
+            ).items():
                 if ids != [task.id for task in getattr(splits, part)]:
                     raise UserError(
                         f"{folder / 'splits.json'}: the data now give other {part} "
@@ -79,7 +81,7 @@ class Run:
         `training.max_minutes` may have made fewer than the config has."""
         training, log = self.ship.config.training, self.folder / "metrics.jsonl"
         if log.is_file():
-            num_steps = sum(1 for line in log.read_text().splitlines() if line)
+            num_steps = sum(1 for line in log.read_text(encoding="utf-8").splitlines() if line)
         elif training.steps is not None:
             num_steps = training.steps
         else:

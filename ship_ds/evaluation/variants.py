@@ -226,7 +226,7 @@ def _check_stored(trial: Trial, num_ranks: int) -> None:
     """What an earlier call left in the trial's folder is of this very trial."""
     path, starts = trial.folder / "config.json", trial.folder / "starts.jsonl"
     if path.is_file():
-        stored = parse_config(json.loads(path.read_text()), str(path))
+        stored = parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))
         then, now = (flat(config.model_dump(mode="json")) for config in (stored, trial.config))
         for key in sorted((then.keys() | now.keys()) - {"run.folder"}):
             if then.get(key) != now.get(key):
@@ -235,7 +235,7 @@ def _check_stored(trial: Trial, num_ranks: int) -> None:
                     "set it back, or name another --out"
                 )
     if starts.is_file():
-        for line in starts.read_text().splitlines():
+        for line in starts.read_text(encoding="utf-8").splitlines():
             if (before := json.loads(line)["world_size"]) != num_ranks:
                 raise UserError(
                     f"{trial.folder}: was trained by {before} rank(s); give --nproc {before}, or "

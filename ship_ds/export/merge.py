@@ -43,6 +43,7 @@ from ship_ds.files import (
 )
 from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, read_lora
 from ship_ds.origin import Origin, read_origin
+from ship_ds.parsing import read_json_object
 from ship_ds.tensor_file import TensorFile
 from ship_ds.weights_folder import SINGLE_FILE, WEIGHTS_INDEX, WeightsFolder
 
@@ -106,7 +107,7 @@ class Merge:
         self.adapter, self.origin, self.lora = adapter, read_origin(adapter), read_lora(adapter)
         self.folder = base_folder(base or self.origin.base)
         self.base = WeightsFolder(self.folder)
-        self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        self.config: dict[str, Any] = read_json_object(self.folder / "config.json")
         check_base(self.base, self.config, self.lora, self.origin)
         target = target or default_target(self.origin.quantisation)
         self.plan = MergePlan(
@@ -195,7 +196,7 @@ class Merge:
     def _begin(self, part: Path) -> None:
         plan = json.dumps(asdict(self.plan), indent=2) + "\n"
         # A start that was killed while it wrote its plan has left nothing but a part of that.
-        is_ours = (part / _PLAN).is_file() and (part / _PLAN).read_text() == plan
+        is_ours = (part / _PLAN).is_file() and (part / _PLAN).read_text(encoding="utf-8") == plan
         if (
             part.exists()
             and not is_ours
@@ -246,7 +247,7 @@ class Merge:
             if key not in ("torch_dtype", "_name_or_path")
         }
         (part / "config.json").write_text(
-            json.dumps(config | self.target.settings(dtype), indent=2) + "\n"
+            json.dumps(config | self.target.settings(dtype), indent=2) + "\n", encoding="utf-8"
         )
         if len(self.shards) > 1:
             places = {
@@ -258,7 +259,8 @@ class Merge:
             size = sum((part / shard.file).stat().st_size for shard in self.shards)
             (part / WEIGHTS_INDEX).write_text(
                 json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
-                + "\n"
+                + "\n",
+                encoding="utf-8",
             )
         for path in sorted(filter(Path.is_file, self.folder.iterdir())):
             if path.suffix not in _WEIGHT_SUFFIXES and path.name not in (
@@ -274,7 +276,8 @@ class Merge:
             f"{self.plan.adapter}\n"
             f"- base fingerprint: {self.plan.base}\n- run: {self.origin.run}, weights sha256 "
             f"{self.origin.bundle}\n"
-            f"- figures: {_REPORT}\n"
+            f"- figures: {_REPORT}\n",
+            encoding="utf-8",
         )
 
 

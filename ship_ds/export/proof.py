@@ -63,7 +63,7 @@ class PeftBase:
         from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
         from peft.tuners.lora import LoraModel
 
-        config = (folder / ADAPTER_CONFIG).read_text()
+        config = (folder / ADAPTER_CONFIG).read_text(encoding="utf-8")
         if config == self._config:
             # A key that matches nothing leaves the last adapter's weights in place, and then the
             # comparison with the live one fails.

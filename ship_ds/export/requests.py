@@ -21,6 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from ship_ds.data.task import Reading
 from ship_ds.errors import UserError
+from ship_ds.parsing import (
+    is_folder_name,
+    parse_json,
+    read_text,
+    split_lines,
+    unicode_text,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,8 +69,9 @@ def read_instructions(path: Path) -> list[Request]:
             f"{path}: no such file; expected one instruction a line, or .jsonl with an "
             "instruction in each row"
         )
-    lines = path.read_text().splitlines()
-    requests = _read_rows(path, lines) if path.suffix == ".jsonl" else read_lines(lines)
+    lines = split_lines(read_text(path))
+    is_json = path.suffix.lower() in (".jsonl", ".ndjson")
+    requests = _read_rows(path, lines) if is_json else read_lines(lines)
     if not requests:
         raise UserError(f"{path}: has no instructions; expected one a line")
     _check_names(path, requests)
@@ -88,22 +96,22 @@ def _read_rows(path: Path, lines: Iterable[str]) -> list[Request]:
 
 
 def _read_row(place: str, line: str) -> tuple[str, str | None]:
-    try:
-        row = json.loads(line)
-        instruction, name = row["instruction"], row.get("id")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f'{place}: expected a JSON object with an "instruction"') from None
+    row = parse_json(line, place, is_line=True)
+    if not isinstance(row, dict) or "instruction" not in row:
+        raise UserError(f'{place}: expected a JSON object with an "instruction"')
+    instruction, name = row["instruction"], row.get("id")
     if (
         not isinstance(instruction, str)
         or not instruction.strip()
         or not isinstance(name, str | None)
     ):
         raise UserError(f"{place}: expected text in instruction (and in id, where it is given)")
-    if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
+    if name is not None and not is_folder_name(name):
         raise UserError(
-            f"{place}: id {name!r} becomes a folder's name: use letters, digits, '.', '_' and '-'"
+            f"{place}: id {name[:100]!r} becomes a folder's name: use letters, digits, '.', '_' "
+            "and '-', 200 of them at most, and neither .part nor .replaced at the end"
         )
-    return instruction, name
+    return unicode_text(instruction.strip(), f"{place}: instruction"), name
 
 
 def slug(text: str) -> str:
@@ -174,4 +182,15 @@ def load_latents(
             f"{path}: {LATENT} is {tuple(latent_TZ.shape)}; expected finite numbers, "
             f"rows of {latent_size}"
         )
-    return latent_TZ, json.loads(metadata.get("instructions", "null")) or [None] * len(latent_TZ)
+    texts = parse_json(metadata.get("instructions", "null"), f"{path}: instructions")
+    texts = [None] * len(latent_TZ) if texts is None else texts
+    if (
+        not isinstance(texts, list)
+        or len(texts) != len(latent_TZ)
+        or not all(isinstance(text, str | None) for text in texts)
+    ):
+        raise UserError(
+            f"{path}: instructions: expected a list of {len(latent_TZ)} texts or nulls, one for "
+            "each latent"
+        )
+    return latent_TZ, texts

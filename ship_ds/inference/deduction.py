@@ -117,8 +117,14 @@ class Answerer:
         batch = TokenBatch.build(prompts, None, self.form.pad_id, num_virtual, self.device)
         stream = self.task_llm.stream(adapter, batch)
         if self.num_beams == 1:
-            return greedy(stream, self.form.eos_id, max_new_tokens)
-        searches = beam_search(stream, self.num_beams, self.form.eos_id, max_new_tokens)
+            return greedy(stream, self.form.eos_id, max_new_tokens, self.form.other_ends)
+        searches = beam_search(
+            stream,
+            self.num_beams,
+            self.form.eos_id,
+            max_new_tokens,
+            other_ends=self.form.other_ends,
+        )
         return [beams[0].tokens for beams in searches]
 
 

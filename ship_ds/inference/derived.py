@@ -93,7 +93,7 @@ class Derived:
     def _kept(self, name: str, made: type[_Measured]) -> _Measured | None:
         # KeyError and TypeError: of a version that kept other numbers.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads((self.bundle / _FOLDER / name).read_text())
+            kept = json.loads((self.bundle / _FOLDER / name).read_text(encoding="utf-8"))
             if kept.pop("made_of") == self._made_of:
                 return made(**kept)
         return None

@@ -1,7 +1,6 @@
 """JSON lines in and out of the verbs: `{"input": ..., "target": ...}` a line, from a file or from
 standard input. Read without torch, so that a bad line is told at once."""
 
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from ship_ds.inference.results import (
     WeightCandidate,
     WeightInduction,
 )
+from ship_ds.parsing import decode, parse_json, read_text, split_lines, trimmed, unicode_text
 
 STDIN = "-"
 
@@ -40,16 +40,16 @@ def read_inputs(source: str) -> list[str]:
     """`input` of each JSON line; a line that is no JSON object is an input as it stands."""
     inputs = []
     for number, line in _lines(source):
-        row = _parsed(line)
+        row = _parsed(line, f"{_name(source)}: line {number}")
         is_object = isinstance(row, dict)
-        inputs.append(_field(source, number, row, "input") if is_object else line.strip())
+        inputs.append(_field(source, number, row, "input") if is_object else trimmed(line))
     return inputs
 
 
 def _rows(source: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     for number, line in _lines(source):
-        row = _parsed(line)
+        row = _parsed(line, f"{_name(source)}: line {number}")
         if not isinstance(row, dict):
             raise read_error(
                 _name(source),
@@ -62,22 +62,28 @@ def _rows(source: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _lines(source: str) -> list[tuple[int, str]]:
     """Numbered from 1, without empty ones."""
-    try:
-        text = sys.stdin.read() if source == STDIN else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{_name(source)}: cannot be read: {error}") from None
+    text = _stdin() if source == STDIN else read_text(Path(source))
     lines = [
-        (number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()
+        (number, line) for number, line in enumerate(split_lines(text), start=1) if line.strip()
     ]
     if not lines:
         raise UserError(f"{_name(source)}: is empty; give one JSON object a line")
     return lines
 
 
-def _parsed(line: str) -> Any:
+def _stdin() -> str:
+    """As UTF-8, whatever the terminal's locale."""
+    bytes_of = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if bytes_of is None else decode(bytes_of.read(), _name(STDIN))
+
+
+def _parsed(line: str, place: str) -> Any:
+    """The JSON of a line; None where it is none. Raises UserError for an object that is broken."""
     try:
-        return json.loads(line)
-    except ValueError:
+        return parse_json(line, place, is_line=True)
+    except UserError:
+        if line.lstrip().startswith("{"):
+            raise
         return None
 
 
@@ -88,7 +94,7 @@ def _field(source: str, number: int, row: dict[str, Any], key: str) -> str:
             f"line {number}: {key}",
             f"expected a string, got {type(row.get(key)).__name__}",
         )
-    return str(row[key])
+    return unicode_text(trimmed(row[key]), f"{_name(source)}: line {number}: {key}")
 
 
 def _name(source: str) -> str:

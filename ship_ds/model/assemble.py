@@ -30,7 +30,7 @@ from ship_ds.model.loading import (
     Quantisation,
     freeze,
     load_lm,
-    load_tokenizer,
+    load_prompts,
     stored_bytes,
 )
 from ship_ds.model.objectives import build_objectives, trains_decoder
@@ -78,7 +78,7 @@ class LoadedWeights:
 
     def prompts(self, base: str, system_message: str | None) -> PromptFormat:
         """The format with the folder's tokenizer."""
-        return PromptFormat(load_tokenizer(base), system_message)
+        return load_prompts(base, system_message)
 
     def shards(self, config: TaskLlmConfig) -> bool:
         """As the config says; `auto` goes by the size, known before anything is loaded."""

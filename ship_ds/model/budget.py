@@ -174,26 +174,26 @@ def ranks_on_node(environment: Mapping[str, str]) -> int:
 def _available(root: Path = Path("/")) -> int:
     """Bytes that the kernel can give, and no more than the limits of this process's container, or
     of its job, leave."""
-    rows = (root / "proc/meminfo").read_text().splitlines()
+    rows = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
     available = next(int(row.split()[1]) * 1024 for row in rows if row.startswith("MemAvailable"))
     groups = root / "sys/fs/cgroup"
     for group in _groups(root):
         limit = groups / group / "memory.max"
-        if limit.is_file() and limit.read_text().strip().isdecimal():
-            used = int((groups / group / "memory.current").read_text())
-            stat = (groups / group / "memory.stat").read_text().splitlines()
+        if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdecimal():
+            used = int((groups / group / "memory.current").read_text(encoding="utf-8"))
+            stat = (groups / group / "memory.stat").read_text(encoding="utf-8").splitlines()
             # Files that were read and may be forgotten count as used.
             forgettable = sum(
                 int(row.split()[1]) for row in stat if row.startswith("inactive_file ")
             )
-            available = min(available, int(limit.read_text()) - used + forgettable)
+            available = min(available, int(limit.read_text(encoding="utf-8")) - used + forgettable)
     return max(0, available)
 
 
 def _groups(root: Path) -> list[str]:
     """The control groups (version 2) that this process is in: "a/b" -> ["a/b", "a", ""]."""
     names = root / "proc/self/cgroup"
-    lines = names.read_text().splitlines() if names.is_file() else []
+    lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
     own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
     parts = own.split("/") if own else []
     return ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]

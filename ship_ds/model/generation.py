@@ -3,10 +3,10 @@
 Rows that have finished leave the stream when they are a quarter of it: each time costs a copy of
 the others' keys and values, and until then a finished row costs no more than any other.
 
-Letters: E sequences, V vocabulary, Y generated tokens.
+Letters: E sequences, V vocabulary, X other letters flattened, Y generated tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,11 +53,20 @@ def continue_rows(
     return texts
 
 
-def greedy(stream: Stream, eos_id: int, max_new_tokens: int) -> list[list[int]]:
-    """The most likely token at every step; arguments as in `continue_rows`."""
+def greedy(
+    stream: Stream, eos_id: int, max_new_tokens: int, other_ends: Sequence[int] = ()
+) -> list[list[int]]:
+    """The most likely token at every step; arguments as in `continue_rows`.
+
+    other_ends: tokens that end a row too, and are given back as `eos_id`.
+    """
+    ends_X = torch.tensor(other_ends, device=stream.logits_EV.device)
 
     def choose(logits_EV: Tensor, running_E: Tensor, step: int) -> Tensor:
-        return logits_EV.argmax(-1)
+        best_E = logits_EV.argmax(-1)
+        if not other_ends:
+            return best_E
+        return best_E.masked_fill(torch.isin(best_E, ends_X), eos_id)
 
     return continue_rows(stream, choose, eos_id, max_new_tokens)
 

@@ -21,6 +21,8 @@ from ship_ds.model.attention import Choice, resolve, this_machine
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
+from ship_ds.parsing import read_json_object
+from ship_ds.prompt import PromptFormat
 
 Quantisation = Literal["nf4", "none"]
 
@@ -47,6 +49,26 @@ def read_settings(folder: Path) -> PreTrainedConfig:
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base. Raises UserError where there is no such folder."""
     return AutoTokenizer.from_pretrained(base_folder(base), **_FROM_FOLDER)
+
+
+def load_prompts(base: str, system_message: str | None) -> PromptFormat:
+    """The prompt format of a base: its tokenizer, its template, and how its answers end.
+
+    Raises:
+        UserError: the folder or its tokenizer is missing or broken, or a prompt cannot be made.
+    """
+    folder = base_folder(base)
+    settings = read_settings(folder)
+    size = getattr(settings.get_text_config(decoder=True), "vocab_size", None)
+    return PromptFormat(load_tokenizer(base), system_message, _ends(folder), size)
+
+
+def _ends(folder: Path) -> tuple[int, ...]:
+    """Tokens that end an answer, as generation_config.json lists them."""
+    path = folder / "generation_config.json"
+    ids = read_json_object(path).get("eos_token_id") if path.is_file() else None
+    ids = ids if isinstance(ids, list) else [ids]
+    return tuple(one for one in ids if isinstance(one, int))
 
 
 def load_lm(

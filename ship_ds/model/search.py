@@ -68,7 +68,12 @@ Scorer = Callable[[Tensor, Sequence[Sequence[Beam]]], list[list[Extension]]]
 
 @torch.no_grad()
 def beam_search(
-    stream: Stream, num_beams: int, eos_id: int, max_new_tokens: int, length_penalty: float = 1.0
+    stream: Stream,
+    num_beams: int,
+    eos_id: int,
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    other_ends: Sequence[int] = (),
 ) -> list[list[Beam]]:
     """The `num_beams` best continuations of each prompt, best first.
 
@@ -80,9 +85,11 @@ def beam_search(
         eos_id: ends a text.
         max_new_tokens: cuts a text off.
         length_penalty: a score is the sum of log-probabilities over length ** length_penalty.
+        other_ends: tokens that end a text too, and are given back as `eos_id`.
     """
     searches = [_Search(num_beams, row, length_penalty) for row in range(stream.num_rows)]
-    _run(stream, Likelihood(2 * num_beams, eos_id), searches, max_new_tokens)
+    scorer = Likelihood(2 * num_beams, eos_id, other_ends=other_ends)
+    _run(stream, scorer, searches, max_new_tokens)
     return [search.best() for search in searches]
 
 
@@ -128,10 +135,17 @@ def likeliest_known(stream: Stream, trie: "TokenTrie", num_beams: int) -> list[l
 class Likelihood:
     """Scores every token of the vocabulary by its log-probability."""
 
-    def __init__(self, num_extensions: int, eos_id: int, num_prompts: int = 1) -> None:
+    def __init__(
+        self,
+        num_extensions: int,
+        eos_id: int,
+        num_prompts: int = 1,
+        other_ends: Sequence[int] = (),
+    ) -> None:
         """Keep each search's best `num_extensions`; a beam has `num_prompts` rows, whose mean
         counts."""
         self.num_extensions, self.eos_id, self.num_prompts = num_extensions, eos_id, num_prompts
+        self.ends = {eos_id, *other_ends}
 
     def __call__(
         self, logits_EV: Tensor, searches: Sequence[Sequence[Beam]]
@@ -155,7 +169,8 @@ class Likelihood:
         self, beams: Sequence[Beam], place: int, vocabulary: int, score: float
     ) -> Extension:
         beam, token = divmod(place, vocabulary)
-        return Extension(beams[beam], token, score, token == self.eos_id)
+        ends = token in self.ends
+        return Extension(beams[beam], self.eos_id if ends else token, score, ends)
 
 
 def _rows(searches: Sequence[Sequence[Beam]], device: torch.device) -> Tensor:

@@ -288,7 +288,13 @@ class ShipModel(nn.Module):
         (the upper reference).
         """
         batch = self._questions(adapter, inputs, wordings)
-        rows = self.task_llm.generate(adapter, batch, self.prompts.eos_id, max_new_tokens)
+        rows = self.task_llm.generate(
+            adapter,
+            batch,
+            self.prompts.eos_id,
+            max_new_tokens,
+            other_ends=self.prompts.other_ends,
+        )
         return [self.prompts.finished_text(row) for row in rows]
 
     def _questions(

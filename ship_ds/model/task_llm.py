@@ -6,7 +6,7 @@ Rows are task-major: E rows of a batch share T adapters, E / T consecutive rows 
 Letters: E sequences, T tasks, K labelled positions, V vocabulary, H hidden size, S padded length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -78,9 +78,11 @@ class TaskLlm(Writer):
         eos_id: int,
         max_new_tokens: int,
         instruction: Tensor | None = None,
+        other_ends: Sequence[int] = (),
     ) -> list[list[int]]:
         """Greedy answers as token ids, each up to and including its end of sequence."""
-        return greedy(self.stream(adapter, prompts, instruction), eos_id, max_new_tokens)
+        stream = self.stream(adapter, prompts, instruction)
+        return greedy(stream, eos_id, max_new_tokens, other_ends)
 
     def stream(
         self, adapter: Adapter | None, prompts: TokenBatch, instruction: Tensor | None = None

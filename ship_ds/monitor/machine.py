@@ -41,12 +41,12 @@ def describe_machine() -> dict[str, str | int]:
 def add_row(path: Path, label: str, row: Mapping[str, Any]) -> None:
     """Put a benchmark's figures, and what they were measured on, under a label into a JSON file
     that keeps its other labels, and print them."""
-    rows = json.loads(path.read_text()) if path.exists() else {}
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows[label] = {"machine": describe_machine(), "versions": versions(), **row}
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(row, indent=1))
 
 
 def _cpu_info() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -16,7 +16,7 @@ def resident() -> dict[str, int]:
         would seem to need less. RssFile: pages of files that it maps. VmHWM: the kernel's
         high-water mark of both.
     """
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         rows = dict(line.split(":", 1) for line in file)
     num_bytes = {key: int(rows[key].split()[0]) * 1024 for key in (*_KINDS, "VmSwap")}
     num_bytes["RssAnon"] += num_bytes.pop("VmSwap")

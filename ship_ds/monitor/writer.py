@@ -24,7 +24,7 @@ class Monitor:
     def __init__(self, folder: Path, num_steps: int, first_step: int) -> None:
         self.folder = folder
         self._drop_rows_after(first_step)
-        self.rows = (folder / "metrics.jsonl").open("a")
+        self.rows = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._last_row: dict[str, float | None] = {}
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self.bar = tqdm(
@@ -39,7 +39,7 @@ class Monitor:
             if path.exists():
                 rows = [
                     line
-                    for line in path.read_text().splitlines(keepends=True)
+                    for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
                     if line.endswith("\n")
                 ]
                 write_text(path, "".join(row for row in rows if json.loads(row)["step"] <= last))
@@ -73,7 +73,7 @@ class Monitor:
             self.rows.truncate(self._offset_of_last_row)
             self._last_row |= scalars
             self._write_row()
-        with (self.folder / "evaluations.jsonl").open("a") as file:
+        with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         self.bar.write(
             f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scalars.items())
@@ -106,7 +106,7 @@ def memory_gigabytes() -> float:
     one, what it has resident now."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 

@@ -47,7 +47,7 @@ def failures_are_one_line(trace: Path, describe: Callable[[str], str]) -> Iterat
             log_from_any_rank(describe(first_line(error)))
         # What failed may be a full disk. All ranks fail together where one of them tells the
         # others, so the file has the one that has the reason among them.
-        with contextlib.suppress(OSError), trace.open("a") as file:
+        with contextlib.suppress(OSError), trace.open("a", encoding="utf-8") as file:
             file.write(f"rank {ranks.rank()}\n{traceback.format_exc()}\n")
     finally:
         done.set()

@@ -270,9 +270,13 @@ def checkpoints(root: Path) -> list[Path]:
 
 def read_progress(folder: Path) -> Progress:
     """Where the run was when this checkpoint was written, and what has become of its evaluation."""
-    progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+    progress = Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
     path = folder / EVALUATION
-    return replace(progress, **json.loads(path.read_text())) if path.is_file() else progress
+    return (
+        replace(progress, **json.loads(path.read_text(encoding="utf-8")))
+        if path.is_file()
+        else progress
+    )
 
 
 def record_evaluation(

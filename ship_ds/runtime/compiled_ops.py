@@ -60,6 +60,6 @@ def build(names: Sequence[str], log: Log) -> None:
 
 @contextmanager
 def _one_process_at_a_time(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

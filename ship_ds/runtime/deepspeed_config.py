@@ -1,11 +1,12 @@
 """The files of ds_configs/: ZeRO and precision alone. Imports no torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ship_ds.errors import UserError
+from ship_ds.parsing import read_json
 
 # In a checkout a link to the folder at the top; in an installed package the files themselves.
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
@@ -117,10 +118,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
         raise UserError(f"training.deepspeed: {name}: no such file; ds_configs/ has {known}")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    config: dict[str, Any] = read_json(path)
     _check_form(path, config)
     for key in sorted(_OWNED_BY_RUN & config.keys()):
         raise UserError(
@@ -144,16 +142,63 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
-_SECTIONS = ("bf16", "data_types", "fp16", "zero_optimization")
+_SECTIONS = {
+    "bf16": '{"enabled": true}',
+    "data_types": '{"grad_accum_dtype": "fp32"}',
+    "fp16": '{"enabled": false}',
+    "zero_optimization": '{"stage": 2}',
+}
 
 
 def _check_form(path: Path, config: Any) -> None:
     """Raise UserError for what could not be read below: DeepSpeed itself may take it."""
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected an object of settings, such as ds_configs/zero2.json")
-    for section in _SECTIONS:
+    for section, example in _SECTIONS.items():
         if not isinstance(config.get(section) or {}, dict):
-            raise UserError(f'{path}: {section}: expected an object, such as {{"enabled": true}}')
+            raise UserError(f"{path}: {section}: expected an object, such as {example}")
+    for key, value in _leaves(config):
+        if value == "auto":
+            raise UserError(
+                f'{path}: {key}: "auto" is filled in by transformers\' Trainer, not here: take the '
+                "key out, or write a value"
+            )
+    _check_zero(path, config.get("zero_optimization") or {})
+    if not isinstance((config.get("bf16") or {}).get("enabled", False), bool):
+        raise UserError(f"{path}: bf16.enabled: expected true or false")
+
+
+def _check_zero(path: Path, zero: Mapping[str, Any]) -> None:
+    """Raise UserError for a value of another type than DeepSpeed's own."""
+    for key, known in (*_ZERO.items(), ("stage", 2)):
+        is_node = key == "zero_hpz_partition_size" and zero.get(key) == "node"
+        if key in zero and not is_node and not _is_like(zero[key], known):
+            raise UserError(
+                f"{path}: zero_optimization.{key}: {json.dumps(zero[key])}: expected a value such "
+                f"as {json.dumps(known)}"
+            )
+    for part in ("offload_param", "offload_optimizer"):
+        if not isinstance(zero.get(part) or {}, dict):
+            raise UserError(
+                f'{path}: zero_optimization.{part}: expected an object, such as {{"device": "cpu"}}'
+            )
+
+
+def _is_like(value: Any, known: Any) -> bool:
+    """Whether a setting is of the type of its default; a whole number may be written 5e8."""
+    if isinstance(known, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(known, bool)
+    if isinstance(known, int):
+        return isinstance(value, int | float) and value == value // 1 and value >= 0
+    return isinstance(value, type(known))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def is_bf16(config: Mapping[str, Any]) -> bool:

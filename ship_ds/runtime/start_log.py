@@ -27,7 +27,7 @@ def append(folder: Path, step: int) -> None:
         "git_revision": checkpoint.git_revision(),
         "malloc": allocator_in_use(),
     }
-    with (folder / "starts.jsonl").open("a") as file:
+    with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 

@@ -113,7 +113,7 @@ def missing_ranks(folder: Path, world_size: int, stale_seconds: float) -> list[s
         if not path.is_file():
             rows.append(f"rank {rank} (never seen)")
             continue
-        position = Position(**json.loads(path.read_text()))
+        position = Position(**json.loads(path.read_text(encoding="utf-8")))
         age = time.time() - position.time
         if age > stale_seconds:
             rows.append(f"rank {rank} (no sign of life for {age:.0f} s; last at {position})")
@@ -126,7 +126,7 @@ def describe_deadlock(folder: Path, world_size: int) -> str:
     """No rank is missing: they wait for each other, and in different places where their programs
     went different ways."""
     positions = [
-        Position(**json.loads((folder / f"rank-{rank}.json").read_text()))
+        Position(**json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")))
         for rank in range(world_size)
     ]
     if len({(position.step, position.collective, position.line) for position in positions}) == 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ship_ds.data.readers.files import lines_of, read_whole
 from ship_ds.data.task import Example, read_error
-from ship_ds.parsing import parse_json, trimmed
+from ship_ds.parsing import parse_json, trimmed, unicode_text
 
 
 def load_json(path: Path) -> Any:
@@ -37,15 +37,7 @@ def expect(value: Any, kind: type, path: Path, where: str) -> Any:
             f"expected {_NAMES[kind]}, got {_NAMES.get(type(value), type(value).__name__)}",
         )
     if isinstance(value, str):
-        try:
-            value.encode()
-        # JSON can spell half of a surrogate pair; no tokenizer takes it
-        except UnicodeEncodeError as error:
-            raise read_error(
-                path,
-                where,
-                f"letter {error.start} is half a surrogate pair, which is no Unicode text",
-            ) from None
+        unicode_text(value, f"{path}: {where}")
     return value
 
 

@@ -205,7 +205,7 @@ class TrainedMethod(ABC):
         recover(self._folder)
         if not (self._folder / _MANIFEST).is_file():
             return False
-        manifest = json.loads((self._folder / _MANIFEST).read_text())
+        manifest = json.loads((self._folder / _MANIFEST).read_text(encoding="utf-8"))
         identity = json.loads(json.dumps(self._identity()))
         different = [key for key in identity if manifest.get(key) != identity[key]]
         if not different and manifest["sha256"] == sha256(self._folder / _WEIGHTS):
@@ -229,7 +229,7 @@ class TrainedMethod(ABC):
                 "train_seconds": round(seconds, 1),
                 "sha256": sha256(part / _WEIGHTS),
             }
-            (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     @cached_property
     def sampler(self) -> StepSampler:

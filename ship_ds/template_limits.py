@@ -1,0 +1,106 @@
+"""What a chat template may take. It is a program that came with somebody's model: transformers runs
+it in jinja's sandbox, which keeps it from files and from Python, but not from looping for ever or
+from making a text as large as the memory."""
+
+import os
+import resource
+import selectors
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import TemplateError
+
+SECONDS = 10.0
+MEGABYTES = 1024
+"""That rendering may take beside what the process has already."""
+LETTERS = 1 << 20
+"""Of the rendered text; a system message and one turn are much shorter."""
+
+
+class TemplateLimitError(Exception):
+    """The template took too long, or too much."""
+
+
+def within_limits(
+    render: Callable[[], str], seconds: float = SECONDS, letters: int = LETTERS
+) -> str:
+    """What `render` gives, made in a child of this process that is ended at a limit.
+
+    Args:
+        render: a pure function of Python; no thread and no lock of this process is of use to it.
+        seconds: until the child is killed.
+        letters: of the text, at most.
+
+    Raises:
+        TemplateError: as `render` raised it, or what else it raised, in words.
+        TemplateLimitError: a limit was met.
+    """
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        # Of threads that hold locks as this process forks; the child asks for none of them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _render_and_exit(render, writer, letters)
+    os.close(writer)
+    try:
+        answer = _read(reader, time.monotonic() + seconds, 4 * letters + 1)
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not answer:
+        raise TemplateLimitError(
+            f"it takes more than {seconds:g} seconds, or more than {MEGABYTES} MB"
+        )
+    kind, text = answer[:1], answer[1:].decode()
+    if kind == b"e":
+        raise TemplateError(text)
+    if kind == b"l":
+        raise TemplateLimitError(f"it renders one turn to more than {letters:,} letters")
+    return text
+
+
+def _render_and_exit(render: Callable[[], str], writer: int, letters: int) -> None:
+    """The child: one byte that says what follows, then the text."""
+    try:
+        _limit_memory()
+        text = render()
+        answer = b"l" if len(text) > letters else b"t" + text.encode()
+    except (MemoryError, RecursionError):
+        answer = b""
+    except Exception as error:
+        answer = b"e" + (" ".join(str(error).split()) or type(error).__name__)[:1000].encode(
+            errors="replace"
+        )
+    try:
+        while answer:
+            answer = answer[os.write(writer, answer) :]
+    finally:
+        # No handler, buffer or thread of the parent's is the child's to close.
+        os._exit(0)
+
+
+def _limit_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+    most = pages * resource.getpagesize() + (MEGABYTES << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _read(reader: int, until: float, most: int) -> bytes:
+    """All that the child writes in time; nothing where it is too late."""
+    content = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(reader, selectors.EVENT_READ)
+        while len(content) <= most:
+            if not selector.select(max(0.0, until - time.monotonic())):
+                return b""
+            part = os.read(reader, 1 << 16)
+            if not part:
+                break
+            content += part
+    return content
