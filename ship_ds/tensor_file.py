@@ -18,20 +18,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+from ship_ds.safetensors_header import TORCH_NAMES
+
+DTYPES = {getattr(torch, theirs): name for name, theirs in TORCH_NAMES.items()}
 """torch's dtypes and their names in the format."""
 _ENTRY_BYTES = 200
 """Room in the header for one tensor's dtype, shape and offsets, beside its name."""

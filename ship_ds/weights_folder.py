@@ -7,6 +7,7 @@ weights.read("lm_head.weight")
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ship_ds.errors import UserError
+from ship_ds.parsing import read_json_object
+from ship_ds.safetensors_header import SINGLE_FILE, WEIGHTS_INDEX, read_header, weight_files
 from ship_ds.tensor_file import DTYPES
 
-WEIGHTS_INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _SAMPLE_BYTES = 4096
 
@@ -51,31 +53,13 @@ class WeightsFolder:
         self.folder = folder
         self._open: tuple[str, Any] | None = None
         self.entries: dict[str, Entry] = {}
-        for file in self._files():
+        for file in weight_files(folder):
             self.entries |= _read_header(folder / file)
 
     @staticmethod
     def is_one(folder: Path) -> bool:
         """Whether the folder has its weights as safetensors."""
         return (folder / SINGLE_FILE).is_file() or (folder / WEIGHTS_INDEX).is_file()
-
-    def _files(self) -> list[str]:
-        index = self.folder / WEIGHTS_INDEX
-        if index.is_file():
-            try:
-                return sorted(
-                    set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                )
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(
-                    f"{index}: not an index of safetensors files; download the model again"
-                ) from None
-        if (self.folder / SINGLE_FILE).is_file():
-            return [SINGLE_FILE]
-        raise UserError(
-            f"{self.folder}: has neither {SINGLE_FILE} nor {WEIGHTS_INDEX}; give the folder of a "
-            "model saved as safetensors"
-        )
 
     def read(self, name: str) -> Tensor:
         """A tensor, backed by the file's pages until it is copied: it takes no memory of the
@@ -104,31 +88,27 @@ class WeightsFolder:
         return digest.hexdigest()
 
 
+def settings_fingerprint(folder: Path) -> str:
+    """SHA-256 over what config.json says of how the model computes: with other settings the same
+    weights are another model."""
+    settings = read_json_object(folder / "config.json")
+    kept = {key: value for key, value in settings.items() if not _SAYS_NOTHING.fullmatch(key)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+_SAYS_NOTHING = re.compile(
+    r"_.*|transformers_version|(torch_)?dtype|use_cache|\w*_token_id|auto_map"
+)
+"""Settings that differ between copies of one model: who wrote it, and what generation reads."""
+
+
 def _read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one file, in the order in which they lie there."""
     if not path.is_file():
         raise UserError(
             f"{path}: this file is missing, and {WEIGHTS_INDEX} lists it; download the model again"
         )
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            header: dict[str, Any] = json.loads(file.read(size))
-        # The first eight bytes of another file ask for more memory than there is.
-        except (ValueError, MemoryError, OverflowError):
-            raise UserError(f"{path}: not a safetensors file; download the model again") from None
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, row in header.items():
-        if row["dtype"] not in _TORCH_DTYPES:
-            raise UserError(f"{path}: {name} is of dtype {row['dtype']}, which is not supported")
-        start, end = (8 + size + offset for offset in row["data_offsets"])
-        entries[name] = Entry(
-            path.name, _TORCH_DTYPES[row["dtype"]], tuple(row["shape"]), start, end
-        )
-    expected = max((entry.end for entry in entries.values()), default=0)
-    if (there := path.stat().st_size) < expected:
-        raise UserError(
-            f"{path}: cut short: has {there} bytes of {expected}; download the model again"
-        )
-    return dict(sorted(entries.items(), key=lambda item: item[1].start))
+    return {
+        name: Entry(path.name, _TORCH_DTYPES[one.dtype], one.shape, one.start, one.end)
+        for name, one in read_header(path).items()
+    }

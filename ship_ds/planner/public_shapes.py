@@ -74,6 +74,6 @@ def check_bases(config: Config) -> None:
         base = getattr(config.model, role).base
         try:
             if base not in PUBLIC_SHAPES:
-                check_base(f"model.{role}.base", base)
+                check_base(f"model.{role}.base", base, shapes_alone=True)
         except UserError as error:
             raise UserError(f"{error}; {WAY_OUT}") from None

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ship_ds.base_files import check_base_files, check_settings
 from ship_ds.bundle import bundle_folder, verify
 from ship_ds.config import Config, base_folder, load_config
 from ship_ds.data.source import source_of
@@ -28,8 +29,9 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
     """Raises UserError for what would stop the run later: files, folders, GPUs, time."""
     _check_hang_minutes(config.training.hang_minutes)
     _check_offloads(read_deepspeed_config(config.training.deepspeed))
-    for key in ("task_llm", "encoder", "decoder"):
-        check_base(f"model.{key}.base", getattr(config.model, key).base)
+    bases = {getattr(config.model, role).base: role for role in ("decoder", "encoder", "task_llm")}
+    for base, role in reversed(bases.items()):
+        check_base(f"model.{role}.base", base)
     source_of(config.data).check()
     if config.run.init_from is not None:
         verify(bundle_folder(config.run.init_from), hashes=False)
@@ -79,10 +81,23 @@ def check_division(tasks_per_step: int, num_ranks: int, accumulation: int) -> No
         )
 
 
-def check_base(key: str, base: str) -> None:
-    """A base is "embedded", or a folder with a config.json. Raises UserError."""
+def check_base(key: str, base: str, *, shapes_alone: bool = False) -> None:
+    """A base is "embedded", or a model folder whose files are whole.
+
+    Args:
+        key: of the setting that names it, for messages.
+        base: its folder, or "embedded".
+        shapes_alone: only its config.json is asked for.
+
+    Raises:
+        UserError: it is none, or a file of it cannot be used.
+    """
     try:
-        base_folder(base)
+        folder = base_folder(base)
+        if shapes_alone:
+            check_settings(folder)
+        elif base != "embedded":
+            check_base_files(folder)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 

@@ -1,0 +1,152 @@
+"""What is wrong with the files of a base, as far as they tell it without torch: a download that was
+cut short, a model that needs its own code, weights that are no numbers.
+
+    problem = check_base_files(Path("models/llama"))
+
+What only a model's code knows, such as names of weights that its config does not describe, is told
+as it is loaded.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ship_ds.errors import UserError
+from ship_ds.parsing import read_json, read_json_object, read_text
+from ship_ds.safetensors_header import Place, read_header, weight_files
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+_OWN_DEFAULTS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of tokenizers that have no special tokens but those of their files."""
+_READS_QUANTISED = ("bitsandbytes",)
+"""Ways to quantise whose weights are read here."""
+_MOST_SCANNED = 2_000_000_000
+"""Bytes of weights that are read for numbers that are none; larger ones as they are loaded."""
+_CHUNK_BYTES = 1 << 24
+_EXPONENTS = {"F32": (4, 0x7F800000), "BF16": (2, 0x7F80), "F16": (2, 0x7C00)}
+"""Bytes of a value, and its bits that are all set where it is infinite or no number."""
+
+
+def check_base_files(folder: Path) -> None:
+    """Look through the files of a model folder.
+
+    Raises:
+        UserError: one is missing, damaged, or of a kind that is not read here.
+    """
+    check_settings(folder)
+    _check_tokenizer(folder)
+    places = {file: _header(folder, file) for file in weight_files(folder)}
+    if sum(one.end - one.start for file in places.values() for one in file.values()) < (
+        _MOST_SCANNED
+    ):
+        for file, tensors in places.items():
+            _check_numbers(folder / file, tensors)
+
+
+def check_settings(folder: Path) -> None:
+    """Look at config.json alone, all that a plan needs. Raises UserError."""
+    path = folder / "config.json"
+    settings = read_json_object(path)
+    kind = settings.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{path}: has no model_type; give the folder of a transformers model")
+    if not _is_known(kind):
+        needs = (
+            "it needs code of its own (auto_map), which is never run here"
+            if settings.get("auto_map")
+            else "install a transformers that knows it"
+        )
+        raise UserError(f"{path}: model_type {kind!r} is not known to this transformers: {needs}")
+    method = quantised_by(settings)
+    if method is not None and method not in _READS_QUANTISED:
+        raise UserError(
+            f"{path}: the weights are quantised already ({method}), which is not read here: give "
+            "the model's 16-bit weights, and quantise by model.task_llm.quantisation=nf4"
+        )
+
+
+def quantised_by(settings: Mapping[str, Any]) -> str | None:
+    """How a model's weights are quantised already; None where they are not."""
+    how = settings.get("quantization_config")
+    return str(how.get("quant_method", "unknown")) if isinstance(how, dict) else None
+
+
+@cache
+def _auto_tables() -> str:
+    """The text of transformers' tables of models: to import them takes torch along."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations
+    tables = Path(spec.submodule_search_locations[0]) / "models" / "auto"
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(tables.glob("*.py")))
+
+
+def _is_known(kind: str) -> bool:
+    return f'"{kind}"' in _auto_tables()
+
+
+def _check_tokenizer(folder: Path) -> None:
+    there = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not there:
+        raise UserError(
+            f"{folder}: has no tokenizer ({', '.join(_TOKENIZER_FILES[:2])}, ...); download those "
+            "files of the model too"
+        )
+    for name in there:
+        path = folder / name
+        if path.suffix == ".json":
+            read_json(path)
+        elif path.stat().st_size < 1024:  # of a sentencepiece model; else not text at all
+            read_text(path)
+    if (folder / "tokenizer.json").is_file():
+        _check_end(folder)
+
+
+def _check_end(folder: Path) -> None:
+    """Raise UserError where the files name no end of sequence, and no class does it for them."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json_object(path) if path.is_file() else {}
+    special = folder / "special_tokens_map.json"
+    if settings.get("tokenizer_class") not in _OWN_DEFAULTS:
+        return
+    named = read_json_object(special) if special.is_file() else {}
+    if not (settings.get("eos_token") or named.get("eos_token")):
+        raise UserError(f"{folder}: the tokenizer has no eos_token; set one in its {path.name}")
+
+
+def _header(folder: Path, file: str) -> dict[str, Place]:
+    path = folder / file
+    if not path.is_file():
+        raise UserError(
+            f"{path}: this file is missing, and the index of the weights lists it; download the "
+            "model again"
+        )
+    return read_header(path)
+
+
+def _check_numbers(path: Path, tensors: Mapping[str, Place]) -> None:
+    """Raise UserError for a weight that is infinite or no number."""
+    import numpy as np
+
+    with path.open("rb") as file:
+        for name, place in tensors.items():
+            if place.dtype not in _EXPONENTS:
+                continue
+            num_bytes, bits = _EXPONENTS[place.dtype]
+            file.seek(place.start)
+            for start in range(place.start, place.end, _CHUNK_BYTES):
+                chunk = file.read(min(_CHUNK_BYTES, place.end - start))
+                values = np.frombuffer(chunk, f"<u{num_bytes}")
+                if ((values & bits) == bits).any():
+                    raise UserError(
+                        f"{path}: {name} has values that are infinite or no numbers; download the "
+                        "model again, or give another checkpoint of it"
+                    )

@@ -1,0 +1,130 @@
+"""The header of a safetensors file: where each tensor lies. Read without torch, so that a damaged
+download is told before that is loaded."""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ship_ds.errors import UserError
+
+TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+}
+"""The format's dtypes that torch has too, and torch's names of them."""
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4} | dict.fromkeys(
+    ("F16", "BF16", "I16", "U16"), 2
+)
+"""Of a value, where they are more than one."""
+_LONGEST = 100_000_000
+"""Bytes of a header; the format's own bound."""
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+WEIGHTS_INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a model folder, by its index where it has one.
+
+    Raises:
+        UserError: there is none, or the index is none, or names a file elsewhere.
+    """
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        if (folder / SINGLE_FILE).is_file():
+            return [SINGLE_FILE]
+        raise UserError(
+            f"{folder}: has neither {SINGLE_FILE} nor {WEIGHTS_INDEX}; give the folder of a "
+            "model saved as safetensors"
+        )
+    content = index.read_bytes()
+    if content.startswith(_LFS):
+        raise _pointer(index)
+    try:
+        files = sorted(set(json.loads(content)["weight_map"].values()))
+        if any(Path(file).name != file for file in files):
+            raise ValueError("a file elsewhere")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{index}: not an index of safetensors files; download the model again"
+        ) from None
+    return files
+
+
+def _pointer(path: Path) -> UserError:
+    return UserError(
+        f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or "
+        "download it again"
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: the bytes `start` to `end` of its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Place]:
+    """The tensors of a file by name, in the order in which they lie there.
+
+    Raises:
+        UserError: it is no safetensors file, is cut short, or has a dtype that torch has not.
+    """
+    try:
+        there = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            if len(first) == 8 and _LFS.startswith(first):
+                raise _pointer(path)
+            size = int.from_bytes(first, "little")
+            text = file.read(size) if size <= min(there, _LONGEST) else b""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        places = {name: _place(path, name, row, 8 + size) for name, row in header.items()}
+    except UserError:
+        raise
+    # Not JSON, or not the JSON of a header.
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{path}: not a safetensors file; download the model again") from None
+    expected = max((place.end for place in places.values()), default=0)
+    if there < expected:
+        raise UserError(
+            f"{path}: cut short: has {there} bytes of {expected}; download the model again"
+        )
+    return dict(sorted(places.items(), key=lambda item: item[1].start))
+
+
+def _place(path: Path, name: str, row: dict[str, Any], offset: int) -> Place:
+    dtype, shape, (start, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
+    if dtype not in TORCH_NAMES:
+        raise UserError(f"{path}: {name} is of dtype {dtype}, which is not supported")
+    if not all(type(one) is int and one >= 0 for one in (*shape, start, end)):
+        raise ValueError("not a size")
+    if end - start != prod(shape) * _BYTES.get(dtype, 1):
+        raise ValueError("another size than its shape's")
+    return Place(dtype, shape, offset + start, offset + end)
