@@ -45,7 +45,17 @@ from ship_ds.kinds import (
 from ship_ds.parsing import parse_yaml, read_text
 from ship_ds.section import PathText, Section
 
+ALL_LINEAR = "all-linear"
+"""Instead of names: every linear of a block, as `peft` calls it."""
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _several(value: Any) -> Any:
+    """One name is a list of one: `targets: all-linear`."""
+    return (value,) if isinstance(value, str) else value
+
+
+Targets = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 
 class RunConfig(Section):
@@ -53,7 +63,7 @@ class RunConfig(Section):
 
     folder: PathText
     """Everything the run writes goes below it."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=10**12)
     """Of the initial weights, of the order of examples and of the noise of z."""
     init_from: PathText | None = None
     """A run or bundle folder whose weights this run starts from (pre-training before in-domain
@@ -76,8 +86,8 @@ class LoraTuning(Section):
     """The update is scaled by alpha / rank."""
     dropout: NonNegativeFloat = 0.05
     """Share of the inputs of A that is zeroed in training."""
-    targets: tuple[str, ...] = ALL_PROJECTIONS
-    """Last names of the linears that are adapted."""
+    targets: Targets = ALL_PROJECTIONS
+    """Last names of the linears that are adapted; all-linear: every one."""
 
 
 Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
@@ -227,8 +237,9 @@ class LoraHypernetworkConfig(Section):
     """Of the generated LoRA."""
     alpha: PositiveFloat = 16
     """The update is scaled by alpha / rank, as peft does."""
-    targets: tuple[str, ...] = Field(ALL_PROJECTIONS, min_length=1)
-    """Last names of the linears of the Task LLM that are adapted."""
+    targets: Targets = Field(ALL_PROJECTIONS, min_length=1)
+    """Last names of the linears of the Task LLM that are adapted; all-linear: every one of its
+    blocks."""
     width: PositiveInt = 128
     """Of the hidden layers between z and the heads."""
     heads: Literal["per_module", "per_layer", "per_rank"] = "per_module"
@@ -247,8 +258,9 @@ class BottleneckHypernetworkConfig(Section):
     """Width of the generated MLP."""
     alpha: PositiveFloat = 16
     """What it adds is scaled by alpha / rank."""
-    targets: tuple[str, ...] = Field(("o_proj", "down_proj"), min_length=1)
-    """Last names of the linears of the Task LLM after which it stands."""
+    targets: Targets = Field(("o_proj", "down_proj"), min_length=1)
+    """Last names of the linears of the Task LLM after which it stands; all-linear: every one of its
+    blocks."""
     width: PositiveInt = 128
     """Of the hidden layers between z and the heads."""
     heads: Literal["per_module", "per_layer", "per_rank"] = "per_module"

@@ -16,6 +16,7 @@ GROUND = (
     "lora_folder",
     "origin",
     "parsing",
+    "safetensors_header",
     "section",
     "tensor_file",
     "weights_folder",

@@ -30,6 +30,7 @@ from ship_ds.export.targets import (
     TargetName,
     build_target,
     default_target,
+    transposed_names,
 )
 from ship_ds.files import (
     disk_error,
@@ -108,6 +109,11 @@ class Merge:
         self.folder = base_folder(base or self.origin.base)
         self.base = WeightsFolder(self.folder)
         self.config: dict[str, Any] = read_json_object(self.folder / "config.json")
+        if transposed := transposed_names(self.folder) & self.lora.factors.keys():
+            raise UserError(
+                f"{self.folder}: {min(transposed)} lies transposed in its files (Conv1D), which "
+                "cannot be merged into here: load base and adapter by peft, or merge there"
+            )
         check_base(self.base, self.config, self.lora, self.origin)
         target = target or default_target(self.origin.quantisation)
         self.plan = MergePlan(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
@@ -208,10 +209,18 @@ def build_target(name: TargetName, base: Path, quantisation: str) -> Original:
 def quantised_names(base: Path) -> frozenset[str]:
     """The weights of a model folder that transformers puts in NF4, asked of a model without
     weights."""
-    config = read_settings(base)
+    return frozenset(f"{path}.weight" for path in nf4.quantised_linears(_without_weights(base)))
+
+
+def transposed_names(base: Path) -> frozenset[str]:
+    """The linears of a model folder whose weights are (I, O), as GPT-2's are."""
+    modules = _without_weights(base).named_modules()
+    return frozenset(path for path, module in modules if isinstance(module, Conv1D))
+
+
+def _without_weights(base: Path) -> Any:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return frozenset(f"{path}.weight" for path in nf4.quantised_linears(model))
+        return AutoModelForCausalLM.from_config(read_settings(base))
 
 
 def _nf4(name: str, weight: Tensor, dtype: torch.dtype, pieces: Pieces) -> Nf4:

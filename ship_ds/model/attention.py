@@ -45,7 +45,11 @@ def this_machine() -> torch.device:
 
 
 def resolve(
-    choice: Choice, device: torch.device, dtype: torch.dtype, caps_scores: bool = False
+    choice: Choice,
+    device: torch.device,
+    dtype: torch.dtype,
+    caps_scores: bool = False,
+    takes_others: bool = True,
 ) -> str:
     """The transformers `attn_implementation` for a model that will run on `device` in `dtype`.
 
@@ -55,10 +59,18 @@ def resolve(
         dtype: of its queries, keys and values.
         caps_scores: the model soft-caps its attention scores (Gemma 2), which neither SDPA nor
             torch's kernel can do.
+        takes_others: transformers' class of the model takes an attention that is not its own
+            (GPT-OSS, whose heads have sinks, does not).
 
     Raises:
         UserError: the choice cannot run there.
     """
+    if not takes_others:
+        if choice != "auto":
+            raise UserError(
+                f"model.attention={choice}: this model has an attention of its own; set it to auto"
+            )
+        return "eager"
     reason = _why_no_kernel(device, dtype)
     if choice in ("varlen", "flash") and reason is not None:
         raise UserError(f"model.attention={choice}: {reason}; set it to auto or sdpa")

@@ -10,8 +10,11 @@ P virtual tokens, H hidden size, X other letters flattened.
 """
 
 import copy
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -49,14 +52,15 @@ class DecoderOnly(LanguageModel):
     """See `LanguageModel`."""
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
+    unfit: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"),
+        "hands its blocks nothing but its own arguments, so that no adapter reaches them",
+    )
 
     def missing(self, feature: Feature) -> str | None:
         """See `LanguageModel`."""
-        if feature == "adapters" and self._layers() is None:
-            return (
-                f"{type(self.module).__name__}: has no model.layers; only decoder-only models with "
-                "a list of blocks there can be adapted"
-            )
+        if feature == "adapters":
+            return self._why_not_adapted()
         attention = self._attention
         if feature == "packing":
             return self._why_padded()
@@ -69,6 +73,20 @@ class DecoderOnly(LanguageModel):
             return (
                 f"{type(self.module).__name__}: its attention here is {attention}, which cannot "
                 "attend to a prefix; set model.attention=sdpa, or another model.hypernetwork.kind"
+            )
+        return None
+
+    def _why_not_adapted(self) -> str | None:
+        name = type(self.module).__name__
+        if not self.blocks():
+            return (
+                f"{name}: has no list of num_hidden_layers blocks; only decoder-only models with "
+                "one can be adapted"
+            )
+        if not _hands_on(type(self._stack)):
+            return (
+                f"{name}: hands its blocks nothing but its own arguments, so that no adapter "
+                "reaches them; give another base"
             )
         return None
 
@@ -94,13 +112,18 @@ class DecoderOnly(LanguageModel):
         stack: nn.Module = getattr(self.module, self.module.base_model_prefix)
         return stack
 
-    def _layers(self) -> nn.ModuleList | None:
-        layers = getattr(getattr(self.module, "model", None), "layers", None)
-        return layers if isinstance(layers, nn.ModuleList) else None
-
     def blocks(self) -> dict[str, nn.Module]:
-        """See `LanguageModel`."""
-        return {f"model.layers.{i}": block for i, block in enumerate(self._layers() or ())}
+        """See `LanguageModel`: the outermost list of as many modules as the model has layers."""
+        prefix = self.module.base_model_prefix
+        for path, layers in self._stack.named_modules(prefix=prefix):
+            if isinstance(layers, nn.ModuleList) and len(layers) == self._num_layers:
+                return {f"{path}.{i}": block for i, block in enumerate(layers)}
+        return {}
+
+    @property
+    def _num_layers(self) -> int | None:
+        number: int | None = getattr(self.module.config, "num_hidden_layers", None)
+        return number
 
     def hidden(
         self,
@@ -232,6 +255,14 @@ class DecoderOnly(LanguageModel):
     ) -> "CachedStream":
         """See `LanguageModel`."""
         return CachedStream(self, prompts, adapter, soft, instruction)
+
+
+@cache
+def _hands_on(stack: type) -> bool:
+    """Whether a stack gives its blocks what it was called with besides its own arguments, which is
+    how an adapter gets there: by its source, since nothing else tells."""
+    _, _, body = inspect.getsource(stack.forward).partition(":\n")  # type: ignore[attr-defined]
+    return re.search(r"\*\*\w*kwargs,?\s*\)", body) is not None
 
 
 class _Given(nn.Module):

@@ -28,7 +28,7 @@ P virtual tokens, H hidden size, T tasks, X other letters flattened.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from ship_ds.errors import UserError
 from ship_ds.model.batch import TokenBatch
@@ -152,6 +153,18 @@ class Stream(ABC):
         return torch.tensor(rows, dtype=torch.long, device=self.device)
 
 
+def linear_sizes(linear: Any) -> tuple[int, int]:
+    """(I, O) of a linear, or of GPT-2's Conv1D, which is one with its weight transposed."""
+    return (
+        (linear.nx, linear.nf)
+        if isinstance(linear, Conv1D)
+        else (
+            linear.in_features,
+            linear.out_features,
+        )
+    )
+
+
 class LanguageModel(ABC):
     """One architecture's way to embed, score, stream and be adapted.
 
@@ -161,6 +174,8 @@ class LanguageModel(ABC):
 
     auto_class: ClassVar[Any]
     """The transformers class that makes it from a folder or a config."""
+    unfit: ClassVar[Mapping[str, str]] = {}
+    """Model types that it cannot take, and why, in a few words: told before one is loaded."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -215,8 +230,8 @@ class LanguageModel(ABC):
         """
         settings, itemsize = self.module.config, self.module.dtype.itemsize
         linears, num_blocks = self.linears().values(), len(self.blocks())
-        # A stack without a list of blocks, such as GPT-2's, is taken for one of the usual width.
-        sizes = [max(one.in_features, one.out_features) for one in linears]
+        # A stack without a list of blocks is taken for one of the usual width.
+        sizes = [max(linear_sizes(one)) for one in linears]
         widest = max(sizes, default=4 * self.hidden_size)
         num_blocks = num_blocks or settings.num_hidden_layers
         num_heads, head_size = self.key_value_heads
@@ -293,13 +308,13 @@ class LanguageModel(ABC):
         An adapter wraps the linears inside; a block is what gradient checkpointing recomputes.
         """
 
-    def linears(self) -> dict[str, nn.Linear]:
-        """Module path -> linear of all blocks."""
+    def linears(self) -> dict[str, nn.Module]:
+        """Module path -> linear of all blocks; `linear_sizes` says how wide one is."""
         return {
             f"{path}.{inner}": module
             for path, block in self.blocks().items()
             for inner, module in block.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear | Conv1D)
         }
 
     @abstractmethod
@@ -449,6 +464,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
             f"{config.model_type}: {chosen.__name__} knows no such model; ship_ds needs a language "
             "model of its own for it (docs/extending.md)"
         )
+    if reason := implementation(config).unfit.get(config.model_type):
+        raise UserError(f"{config.model_type}: {reason}; give another base")
     return chosen
 
 

@@ -2,9 +2,11 @@
 looked up on a hub."""
 
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import bitsandbytes
 import torch
 from torch import nn
 from transformers import (
@@ -15,10 +17,11 @@ from transformers import (
 )
 
 from ship_ds.config import base_folder
-from ship_ds.errors import UserError
+from ship_ds.console import log
+from ship_ds.errors import UserError, first_line
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
-from ship_ds.model.language_model import auto_class
+from ship_ds.model.language_model import auto_class, language_model
 from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 from ship_ds.parsing import read_json_object
@@ -40,15 +43,25 @@ def read_settings(folder: Path) -> PreTrainedConfig:
     """
     try:
         settings: PreTrainedConfig = AutoConfig.from_pretrained(folder, **_FROM_FOLDER)
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder / 'config.json'}: {reason}") from None
+    # transformers' checks of a config raise classes of many kinds, huggingface_hub's among them.
+    except Exception as error:
+        raise UserError(f"{folder / 'config.json'}: {first_line(error)}") from None
+    # A file may name a kernel of the hub, which transformers would fetch and run.
+    settings._attn_implementation = None
+    settings._experts_implementation_internal = None
     return settings
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base. Raises UserError where there is no such folder."""
-    return AutoTokenizer.from_pretrained(base_folder(base), **_FROM_FOLDER)
+    """The tokenizer of a base. Raises UserError where there is none that can be read."""
+    folder = base_folder(base)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **_FROM_FOLDER)
+    # The Rust library behind it raises Exception itself.
+    except Exception as error:
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read: {first_line(error)}; download its files again"
+        ) from None
 
 
 def load_prompts(base: str, system_message: str | None) -> PromptFormat:
@@ -89,15 +102,41 @@ def load_lm(
     folder, device = base_folder(base), device or this_machine()
     settings = read_settings(folder)
     caps_scores = getattr(settings, "attn_logit_softcapping", None) is not None
-    kernel = resolve(attention, device, dtype, caps_scores)
+    kernel = resolve(attention, device, dtype, caps_scores, _runs_sdpa(settings))
     if quantisation == "none":
-        model = auto_class(settings).from_pretrained(
-            folder, dtype=dtype, attn_implementation=kernel, **_FROM_FOLDER
-        )
+        model = _load_whole(folder, settings, dtype=dtype, attn_implementation=kernel)
     else:
         model = _load_nf4(folder, settings, dtype, kernel, device, shard)
+        if (share := _share_in_16_bits(model)) > _MOST_UNSAID:
+            _log_once(
+                f"{base}: {100 * share:.0f} % of the weights in its blocks stay in 16 bits: NF4 is "
+                "for linears, and its experts are none"
+            )
     use_nf4_linears(model, device, base)
     return model
+
+
+_MOST_UNSAID = 0.05
+_log_once = cache(log)
+"""A base is loaded for each role."""
+
+
+def _share_in_16_bits(model: Any) -> float:
+    """Of the weights in the blocks of a model that was put into NF4, how many are as they were."""
+    sizes = {True: 0, False: 0}
+    for block in language_model(model).blocks().values():
+        for one in block.parameters():
+            if isinstance(one, bitsandbytes.nn.Params4bit):
+                sizes[True] += 2 * one.numel()
+            else:
+                sizes[False] += one.numel()
+    return sizes[False] / max(1, sum(sizes.values()))
+
+
+def _runs_sdpa(settings: PreTrainedConfig) -> bool:
+    """Whether transformers' class for this model takes other attention than its own."""
+    chosen = auto_class(settings)._model_mapping[type(settings)]
+    return bool(getattr(chosen, "_supports_sdpa", True))
 
 
 def _load_nf4(
@@ -122,13 +161,34 @@ def _load_nf4(
             f"{folder}: every rank loads the model whole before it is sharded: {reason}",
             stacklevel=2,
         )
-    return auto_class(settings).from_pretrained(
+    return _load_whole(
         folder,
-        **_FROM_FOLDER,
+        settings,
         dtype=dtype,
         attn_implementation=kernel,
         quantization_config=nf4.config(dtype),
     )
+
+
+def _load_whole(folder: Path, settings: PreTrainedConfig, **how: Any) -> Any:
+    """The model as transformers loads it, which fills up what the files lack with random weights.
+
+    Raises:
+        UserError: they lack a weight, or have one of another shape.
+    """
+    model, found = auto_class(settings).from_pretrained(
+        folder, **_FROM_FOLDER, **how, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if missing := found["missing_keys"]:
+        raise UserError(
+            f"{folder}: no weight {min(missing)} in its safetensors files; its config.json "
+            "describes another model"
+        )
+    for name, there, expected in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{folder}: {name} is {tuple(there)}, and config.json says {tuple(expected)}"
+        )
+    return model
 
 
 def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> int:

@@ -6,13 +6,15 @@ linear, P virtual tokens, H hidden size, Z latent size, V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 
 from torch import nn
 
 from ship_ds.config import LoraTuning, ModelConfig, TrainedRoleConfig
 from ship_ds.flops import Matrices, RoleSize, Rows, ShipSize, StepRows
 from ship_ds.model.adapters.adapter import num_products
-from ship_ds.model.language_model import LanguageModel
+from ship_ds.model.adapters.sites import is_target
+from ship_ds.model.language_model import LanguageModel, linear_sizes
 from ship_ds.model.step import Parts, ShipBatch
 
 _READ_BLOCK_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv")
@@ -78,7 +80,7 @@ def _role(config: TrainedRoleConfig, lm: LanguageModel, head: int, is_decoder: b
     is_lora = isinstance(tuning, LoraTuning)
     targets = tuning.targets if isinstance(tuning, LoraTuning) else ()
     rank = tuning.rank if isinstance(tuning, LoraTuning) else 0
-    ranks = {path: rank for path in linears if _name(path) in targets}
+    ranks = {path: rank for path in linears if is_target(path, targets)}
     return RoleSize(
         _matrices(linears),
         _low_rank(linears, ranks),
@@ -90,7 +92,7 @@ def _role(config: TrainedRoleConfig, lm: LanguageModel, head: int, is_decoder: b
     )
 
 
-def _linears(lm: LanguageModel) -> dict[str, nn.Linear]:
+def _linears(lm: LanguageModel) -> dict[str, nn.Module]:
     """Path before any wrapping -> linear of the base."""
     return {
         ".".join(name for name in path.split(".") if name not in _WRAPPED): linear
@@ -102,23 +104,24 @@ def _name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _matrices(linears: Mapping[str, nn.Linear]) -> Matrices:
-    sizes = {path: one.in_features * one.out_features for path, one in linears.items()}
+def _matrices(linears: Mapping[str, nn.Module]) -> Matrices:
+    sizes = {path: prod(linear_sizes(one)) for path, one in linears.items()}
     return Matrices(sum(sizes.values()), sum(sizes[path] for path in _reading(linears)))
 
 
-def _low_rank(linears: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> Matrices:
+def _low_rank(linears: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> Matrices:
     """R (I + O) a linear; its A reads what the linear reads."""
     return Matrices(
+        sum(rank * sum(linear_sizes(linears[path])) for path, rank in ranks.items()),
         sum(
-            rank * (linears[path].in_features + linears[path].out_features)
-            for path, rank in ranks.items()
+            ranks[path] * linear_sizes(linears[path])[0]
+            for path in _reading(linears)
+            if path in ranks
         ),
-        sum(ranks[path] * linears[path].in_features for path in _reading(linears) if path in ranks),
     )
 
 
-def _reading(linears: Mapping[str, nn.Linear]) -> list[str]:
+def _reading(linears: Mapping[str, nn.Module]) -> list[str]:
     """Those of the first block that read the embeddings."""
     first = next(iter(linears), "").split(".")
     # model.layers.0.self_attn.q_proj: the block is what comes down to the number

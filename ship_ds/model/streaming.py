@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ship_ds.errors import UserError
@@ -63,6 +64,8 @@ def why_whole(folder: Path, model: Any) -> str | None:
         return "it is not to be quantised"
     if get_model_conversion_mapping(model, add_legacy=False):
         return f"transformers converts the weights of {type(model).__name__} while it reads them"
+    if any(getattr(module, "source_cls", None) is Conv1D for module in model.modules()):
+        return f"the weights of {type(model).__name__} lie transposed in its files"
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
         return f"{type(model).__name__} keeps some weights in fp32"
     return None

@@ -2,15 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.sites import sites_of, wrap_sites
 from ship_ds.model.decoder_only import DecoderOnly
-from ship_ds.model.language_model import language_model
+from ship_ds.model.language_model import auto_class, language_model
 from tests.model.models import HIDDEN, VOCABULARY, tiny_lm
 
 ROOT = Path(__file__).parents[2]
@@ -56,11 +57,19 @@ def test_sites_are_found_again_after_wrapping() -> None:
     assert sites_of(model) == sites
 
 
-def test_a_model_without_a_list_of_blocks_says_so_in_one_line() -> None:
-    config = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+def test_a_model_that_cannot_be_adapted_says_so_in_one_line() -> None:
     with torch.device("meta"):
-        model = GPT2LMHeadModel(config)
-    reason = language_model(model).missing("adapters")
-    assert reason is not None and "GPT2LMHeadModel" in reason and "\n" not in reason
-    with pytest.raises(UserError, match="has no model.layers"):
-        wrap_sites(model, ("c_attn",))
+        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+        bloom = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2))
+    assert language_model(model).missing("adapters") is None
+    model.config.n_layer = 2
+    for one, message in (
+        (model, "GPT2LMHeadModel: has no list of num_hidden_layers blocks"),
+        (bloom, "BloomForCausalLM: hands its blocks nothing but its own arguments"),
+    ):
+        reason = language_model(one).missing("adapters")
+        assert reason is not None and "\n" not in reason
+        with pytest.raises(UserError, match=message):
+            wrap_sites(one, ("c_attn",))
+    with pytest.raises(UserError, match="bloom: hands its blocks nothing but its own arguments"):
+        auto_class(bloom.config)

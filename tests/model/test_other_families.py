@@ -1,22 +1,33 @@
 """Families that are built otherwise than Llama: read right, or refused in words."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
+from ship_ds.config import ALL_LINEAR
 from ship_ds.errors import UserError
 from ship_ds.model import decoder_only
+from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.attention import SDPA
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import language_model
@@ -35,6 +46,9 @@ _SIZES: dict[str, Any] = {
 }
 
 
+_NAMES = ["mixtral", "stablelm", "opt", "gpt2", "gpt_neox", "starcoder2", "gpt_oss"]
+
+
 def _other(name: str) -> Any:
     torch.manual_seed(0)
     match name:
@@ -48,6 +62,15 @@ def _other(name: str) -> Any:
             return OPTForCausalLM(
                 OPTConfig(**sizes, ffn_dim=96, word_embed_proj_dim=HIDDEN, dropout=0.0)
             ).eval()
+        case "gpt_neox":
+            sizes = {key: _SIZES[key] for key in _SIZES if "key_value" not in key}
+            return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval()
+        case "starcoder2":
+            return Starcoder2ForCausalLM(Starcoder2Config(**_SIZES)).eval()
+        case "gpt_oss":
+            experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16}
+            sizes = _SIZES | {"attn_implementation": "eager"}
+            return GptOssForCausalLM(GptOssConfig(**sizes, **experts, sliding_window=8)).eval()
         case _:
             sizes = {
                 "vocab_size": VOCABULARY,
@@ -59,7 +82,7 @@ def _other(name: str) -> Any:
             return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).eval()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "stablelm", "opt", "gpt2"])
+@pytest.mark.parametrize("name", _NAMES)
 def test_labels_are_scored_as_the_stock_model_does(name: str) -> None:
     """In whatever layout the port takes: samples see nothing of each other."""
     model = _other(name)
@@ -85,3 +108,35 @@ def test_blocks_that_do_not_hand_on_where_a_sequence_ends_are_padded_or_refused(
     batch = TokenBatch.build(random_rows([9, 4]), random_rows([2, 5], 5), 0)
     with pytest.raises(UserError, match="samples would see each other"):
         lm.score(batch, packed=True)
+
+
+@pytest.mark.parametrize("name", [name for name in _NAMES if name != "mixtral"])
+def test_all_linears_of_the_blocks_are_adapted_as_peft_does(name: str) -> None:
+    """The same A and B, by `peft` with target_modules="all-linear" and by us: equal logits, and
+    other ones than without."""
+    model = _other(name)
+    prompts, targets = random_rows([6, 6]), random_rows([3, 3], 5)
+    batch = TokenBatch.build(prompts, targets, 0)
+    bare, _ = language_model(model).score(batch)
+    theirs = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=2, lora_alpha=4, target_modules=ALL_LINEAR)
+    )
+    theirs.eval()
+    sites = wrap_sites(model, (ALL_LINEAR,))
+    factors = {}
+    for path, (inputs, outputs) in sites.items():
+        a_RI, b_OR = torch.randn(2, inputs) / 8, torch.randn(outputs, 2) / 8
+        layer: Any = theirs.base_model.model.get_submodule(path)
+        layer.lora_A["default"].weight.data.copy_(a_RI)
+        layer.lora_B["default"].weight.data.copy_(b_OR)
+        factors[path] = (a_RI[None], b_OR[None])
+    modules = theirs.base_model.model.named_modules()
+    assert {path for path, module in modules if hasattr(module, "lora_A")} == set(sites)
+    with torch.no_grad():
+        ours_KV, _ = language_model(model).score(batch, LoraAdapter(factors, 2.0))
+        alone = [
+            theirs(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+            for prompt, target in zip(prompts, targets, strict=True)
+        ]
+    torch.testing.assert_close(ours_KV, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert (ours_KV - bare).abs().max() > 0.01

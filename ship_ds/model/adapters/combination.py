@@ -31,6 +31,7 @@ from ship_ds.model.adapters.adapter import (
     build_hypernetwork,
 )
 from ship_ds.model.adapters.segment_lora import LowRank
+from ship_ds.model.adapters.sites import is_target
 from ship_ds.model.attention import Prefix
 from ship_ds.model.language_model import Feature
 
@@ -199,5 +200,5 @@ def _targets(part: Any) -> tuple[str, ...]:
 def _own(target: Target, part: Any) -> Target:
     """The Task LLM as a part sees it: with the linears that it changes."""
     names = _targets(part)
-    sites = {p: size for p, size in target.sites.items() if p.rpartition(".")[2] in names}
+    sites = {p: size for p, size in target.sites.items() if is_target(p, names)}
     return replace(target, sites=sites)

@@ -6,16 +6,17 @@ path, so a model may have several stacks.
 Letters: E sequences, N packed tokens, I inputs of a linear.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ship_ds.config import ALL_LINEAR
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Adapter, Sites
-from ship_ds.model.language_model import LanguageModel, language_model
+from ship_ds.model.language_model import LanguageModel, language_model, linear_sizes
 from ship_ds.model.nf4_linear import Nf4Linear
 
 
@@ -182,7 +183,7 @@ def sites_anywhere(model: nn.Module, targets: tuple[str, ...]) -> Sites:
     """
     linears = _adaptable(model).linears()
     _check_targets("tuning.targets", type(model).__name__, linears, targets)
-    return _sizes({path: linears[path] for path in linears if _name(path) in targets})
+    return _sizes({path: linears[path] for path in linears if is_target(path, targets)})
 
 
 def _adaptable(model: nn.Module) -> LanguageModel:
@@ -194,32 +195,34 @@ def _adaptable(model: nn.Module) -> LanguageModel:
 
 
 def _targets_in(
-    model_name: str, block_path: str, linears: Mapping[str, nn.Linear], targets: tuple[str, ...]
+    model_name: str, block_path: str, linears: Mapping[str, nn.Module], targets: tuple[str, ...]
 ) -> list[str]:
     """Paths of the block's target linears, target by target."""
     paths = [path for path in linears if path.startswith(f"{block_path}.")]
     _check_targets("hypernetwork.targets", model_name, paths, targets)
-    return [path for target in targets for path in paths if _name(path) == target]
+    found = (path for target in targets for path in paths if is_target(path, (target,)))
+    return list(dict.fromkeys(found))
 
 
 def _check_targets(
     key: str, model_name: str, paths: Iterable[str], targets: tuple[str, ...]
 ) -> None:
-    names = {_name(path) for path in paths}
+    names = {path.rpartition(".")[2] for path in paths}
     for target in targets:
-        if target not in names:
+        if target not in names and not (names and target == ALL_LINEAR):
             raise UserError(
                 f"{key}: {model_name} has no linear module {target!r}; its blocks have "
-                f"{', '.join(sorted(names))}"
+                f"{', '.join(sorted(names))}: name of these, or {ALL_LINEAR} for all"
             )
 
 
-def _name(path: str) -> str:
-    return path.rpartition(".")[2]
+def is_target(path: str, targets: Sequence[str]) -> bool:
+    """Whether a linear's last name is one of these; `all-linear` is, as in `peft`, any."""
+    return ALL_LINEAR in targets or path.rpartition(".")[2] in targets
 
 
-def _sizes(linears: Mapping[str, nn.Linear]) -> Sites:
-    return {path: (one.in_features, one.out_features) for path, one in linears.items()}
+def _sizes(linears: Mapping[str, nn.Module]) -> Sites:
+    return {path: linear_sizes(one) for path, one in linears.items()}
 
 
 def sites_of(model: nn.Module) -> Sites:
@@ -227,4 +230,4 @@ def sites_of(model: nn.Module) -> Sites:
     wrapped = {
         module.path: module.base for module in model.modules() if isinstance(module, AdaptedLinear)
     }
-    return _sizes({path: one for path, one in wrapped.items() if isinstance(one, nn.Linear)})
+    return _sizes(wrapped)
