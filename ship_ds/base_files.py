@@ -25,6 +25,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+_BESIDE = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _OWN_DEFAULTS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers that have no special tokens but those of their files."""
 _READS_QUANTISED = ("bitsandbytes",)
@@ -106,6 +107,10 @@ def _check_tokenizer(folder: Path) -> None:
             read_json(path)
         elif path.stat().st_size < 1024:  # of a sentencepiece model; else not text at all
             read_text(path)
+    for name in _BESIDE:
+        path = folder / name
+        if path.is_file():
+            read_json_object(path) if path.suffix == ".json" else read_text(path)
     if (folder / "tokenizer.json").is_file():
         _check_end(folder)
 

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -197,7 +197,7 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which makes plain values alone."""
 
     # Each loader has tables of its own: a change of an inherited one would reach all of PyYAML.
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, Any]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:

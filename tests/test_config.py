@@ -19,6 +19,7 @@ from ship_ds.config import (
     parse_config,
     recipe_names,
 )
+from ship_ds.data.task_files import FilesConfig
 from ship_ds.errors import UserError
 
 MINIMAL = {"run": {"folder": "runs/x"}, "training": {"steps": 3}}
@@ -305,3 +306,95 @@ def test_the_kls_schedule_is_a_function_of_the_step(tmp_path: Path) -> None:
     )
     capacity = _loss(tmp_path, "loss.kl={capacity: 2, capacity_steps: 4}")
     assert capacity.scheduled(2, 100) == {"kl_capacity": pytest.approx(1.5)}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run.seed=010", 10),
+        ("training.steps=1e3", 1000),
+        ("training.steps=1_000", 1000),
+        ("optimiser.lr=1e-4", 1e-4),
+        ("evaluation.ends_with_report=off", False),
+        ("model.task_llm.checkpointing=yes", True),
+        ("run.folder=2026-11-26", "2026-11-26"),
+        ("run.folder=no", "no"),
+    ],
+)
+def test_yaml_is_read_as_people_mean_it(override: str, value: object) -> None:
+    """YAML 1.1 would make 8 of 010, a text of 1e3, false of the folder `no`."""
+    config = load_config("quickstart", [override]).model_dump()
+    section, *keys = override.partition("=")[0].split(".")
+    found = config[section]
+    for key in keys:
+        found = found[key]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("run: {folder: r}".encode("utf-16"), "byte 0: not UTF-8; save it as UTF-8"),
+        (b"run: {folder: caf\xe9}", "byte 17: not UTF-8"),
+        (b"run: {folder: r}\nrun: {seed: 1}", "line 2, column 1: the key run is there twice"),
+        (b"run:\n  seed: 1\n  seed: 2", "line 3, column 3: the key seed is there twice"),
+        (b"run: {folder: r, seed: 1:30}\ntraining: {steps: 1}", "run.seed: Input should be a val"),
+        (b"run: " + b"[" * 5000, "nested too deeply"),
+        (b"a: &a [*a]", "its aliases"),
+        (
+            b"a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+            + b"".join(
+                b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 10))
+                for i in range(8)
+            ),
+            "its aliases",
+        ),
+        (b"run: {seed: " + b"9" * 5000 + b"}", "thousands of digits"),
+        (b"a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        (b"a: !!bool maybe", "cannot be read as what it is tagged to be"),
+        (b"? [1, 2]\n: 3", "a key has to be a text"),
+        (b"run: {folder: r}\ntraining: {steps: 1}\n1: 2", "Keys should be strings"),
+        (b"", "got nothing"),
+    ],
+)
+def test_a_file_that_is_no_usable_yaml_is_one_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_config(str(path))
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ") and message in text and "\n" not in text
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes("\ufeffrun:\r\n  folder: r\r\ntraining: {steps: 1}\r\n".encode())
+    assert load_config(str(path)).run.folder == "r"
+
+
+def test_home_and_variables_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    overrides = ["run.folder=~/r", "data={path: '${DATA}/t'}", "model.task_llm.base=$HOME/m"]
+    config = load_config("quickstart", overrides)
+    assert (config.run.folder, config.model.task_llm.base) == ("/home/me/r", "/home/me/m")
+    assert isinstance(config.data, FilesConfig) and config.data.path == "/data/t"
+    for path, message in (
+        ("$NOWHERE_AT_ALL/r", "there is no environment variable NOWHERE_AT_ALL"),
+        ("~nobody_at_all/r", "there is no such user's home"),
+    ):
+        with pytest.raises(UserError, match=f"run.folder: .*{message}"):
+            load_config("quickstart", [f"run.folder={path}"])
+
+
+@pytest.mark.parametrize("seed", [-1, 10**12, 2**63, 10**30])
+def test_a_seed_that_torch_would_refuse_later_is_refused_now(seed: int) -> None:
+    with pytest.raises(UserError, match=r"run\.seed: Input should be"):
+        load_config("quickstart", [f"run.seed={seed}"])
+
+
+def test_one_target_is_a_list_of_one() -> None:
+    config = load_config("quickstart", ["model.hypernetwork.targets=all-linear"])
+    assert config.model.hypernetwork.model_dump()["targets"] == ("all-linear",)

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from ship_ds.errors import UserError
-from ship_ds.weights_folder import SINGLE_FILE, WEIGHTS_INDEX, WeightsFolder
+from ship_ds.safetensors_header import SINGLE_FILE, WEIGHTS_INDEX
+from ship_ds.weights_folder import WeightsFolder
 
 TENSORS = {
     "b.weight": torch.arange(6.0).reshape(2, 3),

@@ -45,8 +45,9 @@ from ship_ds.files import (
 from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, read_lora
 from ship_ds.origin import Origin, read_origin
 from ship_ds.parsing import read_json_object
+from ship_ds.safetensors_header import SINGLE_FILE, WEIGHTS_INDEX
 from ship_ds.tensor_file import TensorFile
-from ship_ds.weights_folder import SINGLE_FILE, WEIGHTS_INDEX, WeightsFolder
+from ship_ds.weights_folder import WeightsFolder
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 _PLAN, _REPORT, _CARD = "plan.json", "merge.json", "README.md"

@@ -83,7 +83,7 @@ class DecoderOnly(LanguageModel):
                 f"{name}: has no list of num_hidden_layers blocks; only decoder-only models with "
                 "one can be adapted"
             )
-        if not _hands_on(type(self._stack)):
+        if not _hands_on(inspect.getsource(type(self._stack).forward)):
             return (
                 f"{name}: hands its blocks nothing but its own arguments, so that no adapter "
                 "reaches them; give another base"
@@ -258,10 +258,10 @@ class DecoderOnly(LanguageModel):
 
 
 @cache
-def _hands_on(stack: type) -> bool:
-    """Whether a stack gives its blocks what it was called with besides its own arguments, which is
-    how an adapter gets there: by its source, since nothing else tells."""
-    _, _, body = inspect.getsource(stack.forward).partition(":\n")  # type: ignore[attr-defined]
+def _hands_on(source: str) -> bool:
+    """Whether a stack's forward gives its blocks what it was called with besides its own arguments,
+    which is how an adapter gets there: by its source, since nothing else tells."""
+    _, _, body = source.partition(":\n")
     return re.search(r"\*\*\w*kwargs,?\s*\)", body) is not None
 
 

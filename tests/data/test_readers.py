@@ -1,6 +1,7 @@
 """Each reader on a small file written here in its format, with the format's oddities; then all of
 ../shared/data."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -447,6 +448,106 @@ def test_jsonl_from_other_machines(tmp_path: Path) -> None:
         path.write_bytes(content + b"\n")
         with pytest.raises(DataError, match=complaint):
             read_tasks(path)
+
+
+def task_rows(*names: str) -> list[dict[str, Any]]:
+    return [
+        {"id": name, "instruction": f"do {name}", "examples": [{"input": "a", "target": "b"}]}
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", ["t.ndjson", "T.JSONL", "t.jsonl.gz", "t.Jsonl.GZ"])
+def test_jsonl_by_other_names(tmp_path: Path, name: str) -> None:
+    content = "".join(json.dumps(row) + "\n" for row in task_rows("x", "y")).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if "gz" in name.lower() else content)
+    for path in (tmp_path / name, tmp_path):
+        assert [task.id for task in read_tasks(path)] == ["x", "y"]
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.jsonl", "t.json.gz"])
+def test_tasks_as_a_json_array(tmp_path: Path, name: str) -> None:
+    content = json.dumps(task_rows("x", "y"), indent=1).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert detect_format(tmp_path) == "jsonl"
+    assert [task.source for task in read_tasks(tmp_path)] == [
+        f"{tmp_path / name}:1",
+        f"{tmp_path / name}:2",
+    ]
+
+
+def test_a_line_ends_as_on_any_system_and_not_within_a_text(tmp_path: Path) -> None:
+    """U+2028 and U+0085 are ends of lines to Python, and may stand in JSON as they are."""
+    for end in ("\n", "\r\n", "\r"):
+        rows = task_rows("x\u2028y", "z\x85")
+        text = end.join(json.dumps(row, ensure_ascii=False) for row in rows) + end
+        (tmp_path / "t.jsonl").write_bytes(text.encode())
+        tasks = read_tasks(tmp_path)
+        assert [task.instruction for task in tasks] == ["do x\u2028y", "do z"]
+        assert tasks[1].source.endswith(":2")
+
+
+def test_files_of_the_system_are_passed_over_and_other_formats_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(task_rows("x")[0]))
+    for name in ("._a.jsonl", ".DS_Store", "dataset_info.json"):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    counts: Counter[str] = Counter()
+    assert len(read_tasks(tmp_path, counts=counts)) == 1 and not counts
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.jsonl").write_text("{}")
+    (tmp_path / "c.json").write_text("{}")
+    read_tasks(tmp_path, counts=counts)
+    assert counts == {"files that jsonl does not read, such as c.json": 2}
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"id": ' + "9" * 5000 + "}", "line 2: a number has thousands of digits"),
+        ('{"id": ' + "[" * 100_000, "line 2: not JSON: nested too deeply"),
+        ('{"id": "x", "id": "y"}', "line 2: the key 'id' is there twice; leave one"),
+        (
+            '{"id": "x"},',
+            "line 2: not JSON: Extra data at column 12; expected one JSON object a li",
+        ),
+    ],
+)
+def test_a_line_that_json_does_not_take_is_one_line(
+    tmp_path: Path, line: str, complaint: str
+) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(task_rows("x")[0]) + "\n" + line)
+    with pytest.raises(DataError) as caught:
+        read_tasks(path)
+    assert str(caught.value).startswith(f"{path}: {complaint}") and "\n" not in str(caught.value)
+
+
+def test_what_is_not_the_file_itself_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n")
+    with pytest.raises(DataError, match=r"t\.jsonl: a Git LFS pointer.*`git lfs pull`"):
+        read_tasks(path)
+    path = tmp_path / "t.jsonl.gz"
+    for content in (b"no gzip", gzip.compress(b"x" * 100_000)[:-9]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"t\.jsonl\.gz: cannot be read: "):
+            read_tasks(path, "jsonl")
+
+
+def test_an_indented_first_line_stays_so(tmp_path: Path) -> None:
+    """In code it is part of what is said; a single space is what somebody's cutting left."""
+    texts = ["\n\n    return x\n", "return x  ", " return x", "\treturn x"]
+    rows = [{"instruction": "k", "input": text, "output": text} for text in texts]
+    (task,) = read_tasks(write(tmp_path / "rows.json", rows))
+    expected = ["    return x", "return x", "return x", "\treturn x"]
+    assert [one.input for one in task.examples] == expected
+    assert [one.target for one in task.examples] == expected
+
+
+def test_a_control_token_or_nul_in_a_text_is_text(tmp_path: Path) -> None:
+    row = task_rows("x")[0] | {"examples": [{"input": "a\x00b <eos>", "target": "<eos> c"}]}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    assert read_tasks(tmp_path)[0].examples == (Example("a\x00b <eos>", "<eos> c"),)
 
 
 def _text(num_words: int, start: int = 0) -> str:

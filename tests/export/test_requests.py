@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ship_ds.errors import UserError
 from ship_ds.export.requests import read_instructions, read_latents, write_latents
@@ -37,6 +38,12 @@ def test_rows_may_name_themselves(tmp_path: Path) -> None:
             "'x' is there twice",
         ),
         ('{"instruction": 3}\n', "expected text"),
+        ('{"instruction": "a", "instruction": "b"}\n', "the key 'instruction' is there twice"),
+        ('{"instruction": "a\\ud800"}\n', "half a surrogate pair"),
+        ('{"instruction": "a", "id": "' + "x" * 300 + '"}\n', "200 of them at most"),
+        ('{"instruction": "a", "id": "x.part"}\n', "neither .part nor .replaced"),
+        ('{"instruction": "a", "id": "/etc/x"}\n', "becomes a folder's name"),
+        ('{"instruction": "a", "id": "x\\u0000"}\n', "becomes a folder's name"),
         ("\n", "has no instructions"),
     ],
 )
@@ -44,6 +51,17 @@ def test_bad_rows_are_one_line_with_their_place(text: str, message: str, tmp_pat
     (tmp_path / "i.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         read_instructions(tmp_path / "i.jsonl")
+
+
+def test_a_byte_order_mark_is_no_part_of_an_instruction(tmp_path: Path) -> None:
+    (tmp_path / "i.txt").write_bytes("\ufeffreverse\r\nsort\u2028it\r\n".encode())
+    found = read_instructions(tmp_path / "i.txt")
+    assert [one.instruction for one in found] == ["reverse", "sort\u2028it"]
+    (tmp_path / "i.jsonl").write_bytes('\ufeff{"instruction": "a\u2028b"}\r\n'.encode())
+    assert read_instructions(tmp_path / "i.jsonl")[0].instruction == "a\u2028b"
+    (tmp_path / "i.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"i\.txt: byte 3: not UTF-8"):
+        read_instructions(tmp_path / "i.txt")
 
 
 def test_latents_come_back_with_their_instructions(tmp_path: Path) -> None:
@@ -65,6 +83,9 @@ def test_latents_of_another_run_or_size_are_refused(tmp_path: Path) -> None:
     for size in (4, 5):
         with pytest.raises(UserError, match=r"\(1, 5\); expected finite numbers"):
             read_latents(tmp_path / "z.safetensors", "digest", size)
+    save_file({"latent_TZ": torch.ones(2, 5)}, tmp_path / "z.safetensors", {"instructions": "[1]"})
+    with pytest.raises(UserError, match="expected a list of 2 texts or nulls"):
+        read_latents(tmp_path / "z.safetensors", "digest", 5)
     (tmp_path / "z.safetensors").write_text("nothing")
     with pytest.raises(UserError, match="not a latent file"):
         read_latents(tmp_path / "z.safetensors", "digest", 5)

@@ -121,6 +121,28 @@ def test_a_file_with_a_key_of_the_run_or_without_json_is_refused(tmp_path: Path)
     [
         ([], "expected an object of settings"),
         ({"bf16": True}, "bf16: expected an object, such as"),
+        (
+            {"zero_optimization": 2},
+            r'zero_optimization: expected an object, such as \{"stage": 2\}',
+        ),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled: "auto" is filled in by transformers'),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}},
+            'zero_optimization.stage3_prefetch_bucket_size: "auto" is filled in',
+        ),
+        (
+            {"zero_optimization": {"stage": True}},
+            "zero_optimization.stage: true: expected a value such as 2",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}},
+            'zero_optimization.reduce_bucket_size: "5e8": expected a value such as 500000000',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": "cpu"}},
+            "zero_optimization.offload_param: expected an object",
+        ),
+        ({"bf16": {"enabled": 1}}, "bf16.enabled: expected true or false"),
         ({}, "zero_optimization.stage: expected 1, 2 or 3, got None"),
         ({"zero_optimization": {"stage": 0}}, "expected 1, 2 or 3, got 0"),
     ],
@@ -130,6 +152,23 @@ def test_a_file_of_another_form_is_one_line(values: object, line: str, tmp_path:
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=line):
         read_deepspeed_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("{}".encode("utf-16"), "byte 0: not UTF-8"),
+        (b'{"zero_optimization": {"stage": 2}, "zero_optimization": {}}', "is there twice"),
+        (b"// zero 2\n{}", "line 1: not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_usable_json_is_one_line(
+    content: bytes, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"own\.json: .*{line}"):
+        read_deepspeed_config(str(tmp_path / "own.json"))
 
 
 def test_leaf_modules_of_a_file_are_kept(tmp_path: Path) -> None:

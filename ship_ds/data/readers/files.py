@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from ship_ds.data.task import DataError, read_error
 from ship_ds.parsing import decode, refuse_pointer
@@ -68,7 +68,9 @@ def opened(path: Path) -> IO[bytes]:
         DataError: it cannot be opened.
     """
     try:
-        return gzip.open(path) if path.name.lower().endswith(_COMPRESSED) else path.open("rb")
+        if path.name.lower().endswith(_COMPRESSED):
+            return cast(IO[bytes], gzip.open(path))
+        return path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -1,0 +1,102 @@
+"""Faults of a base are told by its files, before torch is loaded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ship_ds.base_files import check_base_files
+from ship_ds.config import base_folder
+from ship_ds.errors import UserError
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4976698672\n"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base_folder("embedded"), tmp_path / "base"))
+
+
+def edit(name: str, **changes: object) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        values = json.loads((base / name).read_text()) | changes
+        kept = {key: value for key, value in values.items() if value is not None}
+        (base / name).write_text(json.dumps(kept))
+
+    return change
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda base: (base / name).write_text(text) and None
+
+
+def change_weights(value: float, dtype: str) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        weights = load_file(base / "model.safetensors")
+        name = min(weights)
+        weights[name] = weights[name].astype(dtype)
+        weights[name].flat[3] = value
+        save_file(weights, base / "model.safetensors")
+
+    return change
+
+
+def test_the_embedded_base_has_no_fault(base: Path) -> None:
+    check_base_files(base)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (write("config.json", POINTER), "config.json: a Git LFS pointer"),
+        (write("tokenizer.json", POINTER), "tokenizer.json: a Git LFS pointer"),
+        (write("model.safetensors", POINTER), "model.safetensors: a Git LFS pointer"),
+        (write("model.safetensors.index.json", POINTER), "index.json: a Git LFS pointer"),
+        (write("generation_config.json", POINTER), "generation_config.json: a Git LFS pointer"),
+        (write("chat_template.jinja", POINTER), "chat_template.jinja: a Git LFS pointer"),
+        (write("config.json", "[]"), "config.json: expected a JSON object"),
+        (write("config.json", "{}"), "config.json: has no model_type"),
+        (write("tokenizer_config.json", "{"), "tokenizer_config.json: line 1: not JSON"),
+        (
+            write("model.safetensors.index.json", '{"weight_map": {"a": "../../a.safetensors"}}'),
+            "not an index of safetensors files",
+        ),
+        (
+            write("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}'),
+            "b.safetensors: this file is missing",
+        ),
+        (lambda base: (base / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda base: (base / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+        (edit("tokenizer_config.json", eos_token=None), "the tokenizer has no eos_token"),
+        (edit("config.json", model_type="qwen99"), "'qwen99' is not known to this transformers"),
+        (
+            edit("config.json", model_type="mine", auto_map={"AutoConfig": "m.C"}),
+            "needs code of its own",
+        ),
+        (
+            edit("config.json", quantization_config={"quant_method": "gptq"}),
+            r"are quantised already \(gptq\)",
+        ),
+        (change_weights(float("nan"), "float32"), "has values that are infinite or no numbers"),
+        (change_weights(float("-inf"), "float16"), "has values that are infinite or no numbers"),
+    ],
+)
+def test_a_fault_is_one_line(damage: Callable[[Path], object], message: str, base: Path) -> None:
+    damage(base)
+    with pytest.raises(UserError, match=message) as caught:
+        check_base_files(base)
+    assert "\n" not in str(caught.value) and str(base) in str(caught.value)
+
+
+def test_large_numbers_are_numbers(base: Path) -> None:
+    change_weights(float(np.finfo("float32").max), "float32")(base)
+    check_base_files(base)
+
+
+def test_a_base_in_4_bits_by_bitsandbytes_is_none(base: Path) -> None:
+    edit("config.json", quantization_config={"quant_method": "bitsandbytes"})(base)
+    check_base_files(base)
