@@ -508,7 +508,7 @@ def test_files_of_the_system_are_passed_over_and_other_formats_counted(tmp_path:
         ('{"id": "x", "id": "y"}', "line 2: the key 'id' is there twice; leave one"),
         (
             '{"id": "x"},',
-            "line 2: not JSON: Extra data at column 12; expected one JSON object a li",
+            "line 2: not JSON: Extra data at column 12; expected one JSON object",
         ),
     ],
 )

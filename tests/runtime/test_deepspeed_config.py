@@ -123,7 +123,7 @@ def test_a_file_with_a_key_of_the_run_or_without_json_is_refused(tmp_path: Path)
         ({"bf16": True}, "bf16: expected an object, such as"),
         (
             {"zero_optimization": 2},
-            r'zero_optimization: expected an object, such as \{"stage": 2\}',
+            "zero_optimization: expected an object, such as .*stage",
         ),
         ({"bf16": {"enabled": "auto"}}, 'bf16.enabled: "auto" is filled in by transformers'),
         (
