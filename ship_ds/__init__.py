@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # Here, since whatever imports torch's friends first is a module of this package.
 quiet_bitsandbytes()
+# Nothing is fetched from a hub by any of these libraries: models and data are folders. Who wants
+# otherwise in a program of his own sets the variable to 0.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Here, since every program of this package comes by before it imports torch. Who has torch already
 # has made up his mind.
 if "torch" not in sys.modules:

@@ -214,7 +214,7 @@ class Harness:
                 )
             if measured is None or keys:
                 missing.append(cell)
-        agreed: list[Cell] = ranks.gather_objects(missing)[0]
+        agreed: list[Cell] = ranks.gather_objects(missing, list[Cell])[0]
         return agreed
 
     def _measure_method(self, name: str, cells: Sequence[Cell]) -> None:

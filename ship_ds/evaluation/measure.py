@@ -117,7 +117,7 @@ def measure_over_ranks(
         with in_turn(model, ranks.sum_over_ranks) if model and is_shared else nullcontext():
             return measure(method, direction, share, judges)
 
-    shares: list[Outcome] = ranks.gather_results(measure_share)
+    shares: list[Outcome] = ranks.gather_results(measure_share, Outcome)
     rows = [
         row
         for turn in zip_longest(*(outcome.rows for outcome in shares))

@@ -249,7 +249,7 @@ def _hash_shared_out(folder: Path) -> Manifest:
     names_of_rank = names[ranks.rank() :: ranks.world_size()]
     for name in names_of_rank:
         sync(folder / name)
-    shares = ranks.gather_objects(Manifest.of(folder, names_of_rank))
+    shares = ranks.gather_objects(Manifest.of(folder, names_of_rank), Manifest)
     return Manifest({name: row for share in shares for name, row in share.files.items()})
 
 

@@ -1,6 +1,7 @@
 """Ranks of a run: started by deepspeed, torchrun or srun, or a single process."""
 
 import atexit
+import json
 import logging
 import os
 import platform
@@ -9,11 +10,13 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from ship_ds.console import log, log_from_any_rank
@@ -128,7 +131,7 @@ def quiet_libraries() -> None:
 def log_threads() -> None:
     """Log one line where a node of this run has fewer cores than threads; every rank calls it."""
     here = RankThreads.of_this_process(torch.get_num_threads())
-    if (line := too_many_threads(gather_objects(here))) is not None:
+    if (line := too_many_threads(gather_objects(here, RankThreads))) is not None:
         log(line)
 
 
@@ -218,21 +221,36 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
+def gather_objects(value: Any, kind: Any = Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank.
+
+    They travel as JSON: torch's own function sends pickles, and whoever reaches the group's port
+    could then run code on every rank.
+
+    Args:
+        value: of this rank.
+        kind: its type, where JSON alone would lose it, such as a dataclass.
+    """
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    adapter = TypeAdapter(kind)
+    # By way of Python: pydantic itself would write null for a number that is none.
+    sent = json.dumps(adapter.dump_python(value, mode="json")).encode()
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(sent)]))
+    longest = max(int(length) for length in lengths)
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(texts, torch.frombuffer(bytearray(sent.ljust(longest)), dtype=torch.uint8))
+    return [adapter.validate_python(json.loads(text.numpy().tobytes())) for text in texts]
 
 
-def gather_results(work: Callable[[], Any]) -> list[Any]:
+def gather_results(work: Callable[[], Any], kind: Any = Any) -> list[Any]:
     """As `gather_objects`, of what each rank's work returns; where it fails on one rank, it ends on
     all of them, and none waits for what will not come.
 
     Args:
         work: what this rank does.
+        kind: of what it returns.
 
     Raises:
         RankError: on the other ranks, in one line what went wrong on one.
@@ -242,21 +260,28 @@ def gather_results(work: Callable[[], Any]) -> list[Any]:
         result = work()
     except Exception as error:
         # The others wait for this rank's result.
-        gather_objects(_Failure(isinstance(error, UserError), first_line(error)))
+        gather_objects(
+            _Answer(None, first_line(error), isinstance(error, UserError)), _Answer[kind]
+        )
         raise
-    results = gather_objects(result)
-    for number, one in enumerate(results):
-        if isinstance(one, _Failure):
-            raise (UserError if one.is_users else RankError)(f"rank {number}: {one.text}")
-    return results
+    answers = gather_objects(_Answer(result), _Answer[kind])
+    for number, one in enumerate(answers):
+        if one.failure is not None:
+            raise (UserError if one.is_users else RankError)(f"rank {number}: {one.failure}")
+    return [one.result for one in answers]
 
 
 class RankError(RuntimeError):
     """Another rank could not do its share."""
 
 
-class _Failure(NamedTuple):
-    """A rank's result where it has none."""
+Result = TypeVar("Result")
 
-    is_users: bool
-    text: str
+
+@dataclass(frozen=True)
+class _Answer(Generic[Result]):
+    """A rank's result, or why it has none."""
+
+    result: Result | None
+    failure: str | None = None
+    is_users: bool = False
