@@ -130,6 +130,7 @@ class Ship:
         path: str | Path,
         device: torch.device | str = "auto",
         dtype: torch.dtype | str | None = None,
+        base: str | None = None,
     ) -> "Ship":
         """Open a run.
 
@@ -139,6 +140,7 @@ class Ship:
                 "cuda", "cuda:1".
             dtype: In which numbers they compute: "bfloat16" or "float32"; None: bfloat16 on a GPU
                 that computes in it, else float32. Latents, losses and KL stay in float32.
+            base: Folder of the base model now, if it is not where the run's config says.
 
         Returns:
             The run, ready to answer.
@@ -149,7 +151,7 @@ class Ship:
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, base)
         check_bases(bundle.folder, frozen_bases(bundle.config), bundle.bases)
         # The attention it was trained with may not run here; what it computes is the same.
         weights = LoadedWeights(dtype, "auto", device)

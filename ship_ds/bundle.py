@@ -76,20 +76,28 @@ class Bundle:
     probes: tuple[str, ...]
 
     @classmethod
-    def open(cls, path: str | Path) -> "Bundle":
+    def open(cls, path: str | Path, base: str | None = None) -> "Bundle":
         """Verify the bundle of a run, or in a folder of its own, and read all but its weights.
 
+        Args:
+            path: Of the run or the bundle.
+            base: Where its base model is now; None: where its config says.
+
         Raises:
-            UserError: There is none, or a file of it is missing or damaged.
+            UserError: There is none, a file of it is missing or damaged, or `base` is another
+                model.
         """
         folder = bundle_folder(path)
         manifest = verify(folder)
+        config, bases = read_config(folder), _read_texts(folder / _BASES, {})
+        if base is not None:
+            config, bases = rebased(config, bases, base)
         return cls(
             folder,
             manifest.files[SHIP_WEIGHTS].sha256,
-            read_config(folder),
+            config,
             read_json_object(folder / _PROMPT_FORMAT),
-            _read_texts(folder / _BASES, {}),
+            bases,
             tuple(_read_texts(folder / _KNOWN, [])),
             tuple(_read_texts(folder / _PROBES, [])),
         )
@@ -218,13 +226,73 @@ def probe_inputs(seen: Sequence[SplitTask]) -> list[str]:
 def frozen_bases(config: Config) -> dict[str, str]:
     """Fingerprint of each model that the run does not train whole, by its name in the config; see
     `WeightsFolder.fingerprint`."""
-    from ship_ds.config import base_folder
-    from ship_ds.weights_folder import WeightsFolder
-
     model = config.model
     tuned = [role for role in (model.encoder, model.decoder) if isinstance(role.tuning, LoraTuning)]
-    names = [model.task_llm.base, *(role.base for role in tuned)]
-    return {name: WeightsFolder(base_folder(name)).fingerprint for name in names}
+    prints: dict[str, str] = {}
+    for name in dict.fromkeys([model.task_llm.base, *(role.base for role in tuned)]):
+        prints |= fingerprints(name, name)
+    return prints
+
+
+_SETTINGS = " (config.json)"
+"""After a base's name: the fingerprint of its settings. Versions before 0.3 have that of the
+weights alone."""
+
+
+def fingerprints(name: str, base: str) -> dict[str, str]:
+    """Of weights and settings of the base in a folder, as that of `name`."""
+    from ship_ds.config import base_folder
+    from ship_ds.weights_folder import WeightsFolder, settings_fingerprint
+
+    folder = base_folder(base)
+    return {
+        name: WeightsFolder(folder).fingerprint,
+        name + _SETTINGS: settings_fingerprint(folder),
+    }
+
+
+def moved(old: Mapping[str, str], new: Mapping[str, str]) -> set[tuple[str, str]]:
+    """(name then, name now) of each base that was there then, by its fingerprint."""
+    return {
+        (then, now)
+        for then, fingerprint in old.items()
+        for now, other in new.items()
+        if fingerprint == other and not then.endswith(_SETTINGS)
+    }
+
+
+def rebased(config: Config, bases: Mapping[str, str], base: str) -> tuple[Config, dict[str, str]]:
+    """A bundle's config and fingerprints with the base, which is in another folder now, under that
+    name.
+
+    Args:
+        config: As it was trained.
+        bases: As it was trained.
+        base: The folder now.
+
+    Raises:
+        UserError: It is no base of the run's.
+    """
+    now = fingerprints(base, base)
+    names = {then for then, _ in moved(bases, {base: now[base]})}
+    if not names:
+        expected = ", ".join(
+            f"{name} with {one[:12]}" for name, one in bases.items() if not name.endswith(_SETTINGS)
+        )
+        raise UserError(
+            f"--base {base}: has fingerprint {now[base][:12]}, and the run was trained around "
+            f"{expected or 'bases whose fingerprints it does not say'}: give that model's folder"
+        )
+    values = config.model_dump()
+    for role in ("task_llm", "encoder", "decoder"):
+        if values["model"][role]["base"] in names:
+            values["model"][role]["base"] = base
+    renamed = {
+        base + name.removeprefix(then) if then in names else name: one
+        for name, one in bases.items()
+        for then in (name.removesuffix(_SETTINGS),)
+    }
+    return parse_config(values, "--base"), renamed
 
 
 def check_bases(folder: Path, bases: Mapping[str, str], expected: Mapping[str, str]) -> None:
@@ -259,12 +327,13 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(f"{folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N")
 
 
-def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
+def bundle_from_checkpoint(checkpoint_folder: Path, out: Path, base: str | None = None) -> None:
     """Write the bundle that the run would have left had it ended at this checkpoint.
 
     Args:
         checkpoint_folder: RUN/checkpoints/step-N.
         out: The bundle's folder, which must not exist yet.
+        base: Where its base model is now; None: where its config says.
 
     Raises:
         UserError: The checkpoint is missing or damaged, or a frozen model is another one now.
@@ -277,7 +346,10 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
     refuse_existing(out)
     progress = checkpoint.read_progress(checkpoint_folder)
     config = parse_config(progress.config, str(checkpoint_folder / PROGRESS))
-    check_bases(checkpoint_folder, frozen_bases(config), progress.bases)
+    bases: Mapping[str, str] = progress.bases
+    if base is not None:
+        config, bases = rebased(config, bases, base)
+    check_bases(checkpoint_folder, frozen_bases(config), bases)
     prompts = {
         role: load_prompts(getattr(config.model, role).base, config.model.system_message)
         for role in ROLES
@@ -287,7 +359,7 @@ def bundle_from_checkpoint(checkpoint_folder: Path, out: Path) -> None:
         checkpoint.trainable_state(checkpoint_folder),
         config,
         describe_roles(prompts),
-        progress.bases,
+        bases,
         progress.known_instructions,
         progress.probes,
     )

@@ -35,6 +35,8 @@ class Origin:
         confidence: The share of samples of the instruction's posterior that answer the probes as
             this adapter does (`agreement`), from which share on dev tasks were mostly answered
             rightly (`threshold`), and how well that parts them (`auc`); None: not asked for.
+        base_settings: Fingerprint of the base's config.json; see `settings_fingerprint`. Empty in
+            an adapter of version 0.2.
     """
 
     made_from: str
@@ -50,6 +52,7 @@ class Origin:
     adapter: str
     tuning: dict[str, Any] | None = None
     confidence: dict[str, float | None] | None = None
+    base_settings: str = ""
 
     def write(self, folder: Path) -> None:
         """Write both files into the adapter's folder."""

@@ -234,7 +234,12 @@ class Trainer:
             return
         check_bases(good, self.bases, checkpoint.read_progress(good).bases)
         progress = checkpoint.load(
-            self.engine, good, self.config.model_dump(mode="json"), self.data_fingerprint, log
+            self.engine,
+            good,
+            self.config.model_dump(mode="json"),
+            self.data_fingerprint,
+            log,
+            self.bases,
         )
         self.restore_from(progress)
         log(f"resumed from {good}, after step {progress.step}")

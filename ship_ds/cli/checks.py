@@ -41,10 +41,11 @@ def check_new(folder: Path) -> None:
     refuse_existing(folder)
 
 
-def check_run(path: Path) -> Path:
+def check_run(path: Path, base: str | None = None) -> Path:
     """The bundle of a run, or the path itself where it is one.
 
-    Every file of it has its size, and the models that it was trained around are there.
+    Every file of it has its size, and the models that it was trained around are there; `base` says
+    where they are now.
     """
     from ship_ds.bundle import bundle_folder, verify
     from ship_ds.runtime import preflight
@@ -52,8 +53,15 @@ def check_run(path: Path) -> Path:
     folder = bundle_folder(path)
     verify(folder, hashes=False)
     model = read_config(folder).model
-    for role in ("task_llm", "encoder", "decoder"):
-        preflight.check_base(f"{folder}: model.{role}.base", getattr(model, role).base)
+    if base is not None:
+        preflight.check_base("--base", base)
+        return folder
+    bases = {getattr(model, role).base: role for role in ("decoder", "encoder", "task_llm")}
+    for one, role in bases.items():
+        try:
+            preflight.check_base(f"{folder}: model.{role}.base", one)
+        except UserError as error:
+            raise UserError(f"{error}; if it is elsewhere now, say where by --base") from None
     return folder
 
 
@@ -120,7 +128,7 @@ def check_base(base: str | None) -> None:
         preflight.check_base("--base", base)
 
 
-def check_source(path: Path) -> None:
+def check_source(path: Path, base: str | None = None) -> None:
     """What `convert` starts from: a run with a bundle or checkpoints, or a checkpoint."""
     from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder, check_checkpoint
 
@@ -128,6 +136,6 @@ def check_source(path: Path) -> None:
     # A checkpoint has a manifest as well.
     folder = bundle_folder(path)
     if folder != path or (folder / SHIP_WEIGHTS).is_file():
-        check_run(path)
+        check_run(path, base)
     elif not (path / "checkpoints").is_dir():
         check_checkpoint(path)

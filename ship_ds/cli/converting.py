@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import Device, Out, PadTo, Probes, verb
+from ship_ds.cli.verb import BaseNow, Device, Out, PadTo, Probes, verb
 from ship_ds.console import log
 from ship_ds.placement import check_words
 
@@ -23,9 +23,6 @@ class Target(StrEnum):
     NF4 = "nf4"
 
 
-BaseNow = Annotated[
-    str | None, typer.Option(help="where the base is now, if not where the adapter says")
-]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
     typer.Option(help="of the merged weights; auto: the base's own"),
@@ -97,14 +94,17 @@ def merge(
 
 @verb(_PANEL)
 def bundle(
-    checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-N")], out: Out
+    checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-N")],
+    out: Out,
+    base: BaseNow = None,
 ) -> int:
     """A training checkpoint -> a bundle, without the run that wrote it."""
     from ship_ds.bundle import bundle_from_checkpoint, check_checkpoint
 
     check_checkpoint(checkpoint)
     checks.check_new(out)
-    bundle_from_checkpoint(checkpoint, out)
+    checks.check_base(base)
+    bundle_from_checkpoint(checkpoint, out, base)
     print(f"{out}: bundle of {checkpoint}")
     return 0
 
@@ -139,7 +139,7 @@ def convert(
     """Checkpoint -> bundle -> adapters -> merged models in one go; goes on where it stopped."""
     check_words(device, compute_dtype)
     checks.check_positive("--shard-gigabytes", shard_gigabytes)
-    checks.check_source(source)
+    checks.check_source(source, base)
     checks.check_base(base)
     from ship_ds.export.requests import read_instructions, read_lines
 

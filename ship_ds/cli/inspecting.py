@@ -11,6 +11,7 @@ import typer
 from ship_ds.cli import checks
 from ship_ds.cli.verb import (
     AsJson,
+    BaseNow,
     Device,
     Directions,
     Dtype,
@@ -175,6 +176,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", metavar="METHOD.key=value", help="a number of a method"),
     ] = None,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -199,7 +201,7 @@ def evaluate(
         seed=seed,
         changes=set_ or (),
     )
-    checks.check_run(run)
+    checks.check_run(run, base)
     from ship_ds.evaluation.evaluate import evaluate, show
     from ship_ds.runtime import ranks
 
@@ -208,7 +210,7 @@ def evaluate(
         ranks.start(None)
     else:
         ranks.log_threads()
-    report = evaluate(run, settings, context.obj, log, ranks.own(device), dtype)
+    report = evaluate(run, settings, context.obj, log, ranks.own(device), dtype, base)
     if ranks.rank() == 0:
         show(report)
         print(run / "evaluation" / "report.md")
@@ -223,6 +225,7 @@ def plot(
         typer.Option(metavar="RUN...", help="others, for the figures over runs"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder; default RUN/figures")] = None,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -236,7 +239,7 @@ def plot(
     from ship_ds.runtime import ranks
 
     ranks.quiet_libraries()
-    write_latent_map(run, log, device, dtype)
+    write_latent_map(run, log, device, dtype, base)
     for path in figures.plot(folders, out or run / "figures", log):
         print(path)
     return 0

@@ -9,6 +9,7 @@ import typer
 
 from ship_ds.cli import checks
 from ship_ds.cli.verb import (
+    BaseNow,
     Device,
     Dtype,
     JsonLines,
@@ -50,14 +51,14 @@ Set = Annotated[
 ]
 
 
-def open_run(run: Path, device: str, dtype: str) -> "Ship":
+def open_run(run: Path, device: str, dtype: str, base: str | None = None) -> "Ship":
     """The run, without transformers' bars: standard error is for what a user can act on."""
     from ship_ds.api import Ship
     from ship_ds.runtime import ranks
 
     ranks.quiet_libraries()
     ranks.log_threads()
-    return Ship.from_run(run, device, dtype)
+    return Ship.from_run(run, device, dtype, base)
 
 
 @verb(_PANEL)
@@ -85,6 +86,7 @@ def deduce(
     ] = None,
     probe: Probes = None,
     pad_to: PadTo = None,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -101,13 +103,13 @@ def deduce(
         )
     pairs = read_pairs(examples) if examples else []
     requests = read_instructions(file) if file else [Request("adapter", instruction)]
-    bundle = checks.check_run(run)
+    bundle = checks.check_run(run, base)
     if latent:
         checks.check_latents(latent, bundle)
     checks.check_new(out)
     from ship_ds.export.deduce import export_many, export_one
 
-    ship = open_run(run, device, dtype)
+    ship = open_run(run, device, dtype, base)
     probes = probe or ship.probes
     if latent:
         requests = read_latents(latent, ship.digest, ship.config.model.latent_size)
@@ -201,6 +203,7 @@ def compose(
         ),
     ] = None,
     probe: Probes = None,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -211,11 +214,11 @@ def compose(
     """
     check_words(device, dtype)
     parts = checks.weighted(part)
-    checks.check_run(run)
+    checks.check_run(run, base)
     checks.check_new(out)
     from ship_ds.export.compose import compose
 
-    ship = open_run(run, device, dtype)
+    ship = open_run(run, device, dtype, base)
     made = compose(ship, parts, out, probe or ship.probes, rank)
     print(
         f"{out}: rank {made.rank}, {100 * made.error:.2f} % of the exact sum's norm lost; "
@@ -254,6 +257,7 @@ def tune(
     probe: Probes = None,
     pad_to: PadTo = None,
     seed: Seed = 0,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -264,12 +268,12 @@ def tune(
     from ship_ds.inference.lines import read_pairs
 
     pairs = read_pairs(data)
-    checks.check_makes_lora(checks.check_run(run))
+    checks.check_makes_lora(checks.check_run(run, base))
     checks.check_new(out)
     from ship_ds.evaluation.tuning import Recipe, tune
     from ship_ds.export.tuned import export_tuned
 
-    ship = open_run(run, device, dtype)
+    ship = open_run(run, device, dtype, base)
     tuned = tune(ship, instruction, pairs, Recipe(steps, lr, eval_share, seed), fresh)
     proof = export_tuned(
         ship,
@@ -330,6 +334,7 @@ def answer(
             "as long as eight more answers",
         ),
     ] = False,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -338,8 +343,8 @@ def answer(
     from ship_ds.inference.lines import STDIN, read_inputs
 
     texts = inputs or read_inputs(file or STDIN)
-    checks.check_run(run)
-    ship = open_run(run, device, dtype)
+    checks.check_run(run, base)
+    ship = open_run(run, device, dtype, base)
     answers = ship.answer(instruction, texts, beams)
     if not confidence:
         for text, answered in zip(texts, answers, strict=True):
@@ -370,6 +375,7 @@ def induce(
     preset: Preset = "ours",
     settings: Set = None,
     seed: Seed = 0,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -379,15 +385,15 @@ def induce(
 
     if adapter:
         inputs = read_inputs(file) if file else []
-        search = _search(run, method, preset, settings)
+        search = _search(run, base, method, preset, settings)
         checks.check_folder(adapter)
-        induced = open_run(run, device, dtype).induce_from_adapter(
+        induced = open_run(run, device, dtype, base).induce_from_adapter(
             adapter, inputs, search, seed, log
         )
     else:
         pairs = read_pairs(file or STDIN)
-        search = _search(run, method, preset, settings)
-        induced = open_run(run, device, dtype).induce(pairs, search, seed, log)
+        search = _search(run, base, method, preset, settings)
+        induced = open_run(run, device, dtype, base).induce(pairs, search, seed, log)
     print_row(induction_row(induced, candidates))
     return 0
 
@@ -402,6 +408,7 @@ def reason(
     preset: Preset = "ours",
     settings: Set = None,
     seed: Seed = 0,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -410,8 +417,8 @@ def reason(
     from ship_ds.inference.lines import STDIN, read_pairs, reasoning_rows
 
     pairs = read_pairs(file or STDIN)
-    search = _search(run, method, preset, settings)
-    reasoning = open_run(run, device, dtype).reason(pairs, inputs, search, rounds, seed, log)
+    search = _search(run, base, method, preset, settings)
+    reasoning = open_run(run, device, dtype, base).reason(pairs, inputs, search, rounds, seed, log)
     for row in reasoning_rows(inputs, reasoning):
         print_row(row)
     return 0
@@ -419,6 +426,7 @@ def reason(
 
 def _search(
     run: Path,
+    base: str | None,
     method: "InductionMethod",
     preset: "InductionPreset",
     settings: list[str] | None,
@@ -426,7 +434,7 @@ def _search(
     """How this run's instructions are looked for; checks the run as well."""
     from ship_ds.inference.config import InductionConfig
 
-    config = checks.read_config(checks.check_run(run))
+    config = checks.read_config(checks.check_run(run, base))
     search = InductionConfig.of_preset(
         preset, method, max_new_tokens=config.evaluation.max_instruction_tokens
     )

@@ -110,6 +110,10 @@ def program(
 
 
 Run = Annotated[Path, typer.Option("--run", help="a run or bundle folder")]
+BaseNow = Annotated[
+    str | None,
+    typer.Option("--base", help="where the base model is now, if not where the run was trained"),
+]
 Out = Annotated[Path, typer.Option("--out", help="the folder to write")]
 Recipe = Annotated[str, typer.Option("--config", help="a recipe's name or a YAML file")]
 Overrides = Annotated[

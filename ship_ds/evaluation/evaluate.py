@@ -31,6 +31,7 @@ def evaluate(
     log: Log,
     device: str = "auto",
     dtype: str | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Measure what is missing; the report, which rank 0 writes to `<run>/evaluation`.
 
@@ -40,12 +41,12 @@ def evaluate(
         folder: of the run.
         arguments: of the command that asked for it; they stand in the report.
         log: takes a line a cell.
-        device, dtype: see `Ship.from_run`.
+        device, dtype, base: see `Ship.from_run`.
 
     Raises:
         UserError: no bundle is there, or the data are no longer those of the run.
     """
-    return evaluate_run(Run.open(folder, log, device, dtype), config, arguments, log)[0]
+    return evaluate_run(Run.open(folder, log, device, dtype, base), config, arguments, log)[0]
 
 
 def evaluate_run(
@@ -93,7 +94,11 @@ def _write_induced(measured: Mapping[Cell, Measured], harness: Harness) -> None:
 
 
 def write_latent_map(
-    folder: Path, log: Log, device: str = "auto", dtype: str | None = None
+    folder: Path,
+    log: Log,
+    device: str = "auto",
+    dtype: str | None = None,
+    base: str | None = None,
 ) -> None:
     """Write `<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run
     has none yet."""
@@ -105,7 +110,7 @@ def write_latent_map(
     ):
         return
     log(f"{path}: latents by gradient descent, for the t-SNE figure")
-    run = Run.open(folder, log, device, dtype)
+    run = Run.open(folder, log, device, dtype, base)
     write_json(path, latent_map(run.ship, run.splits))
 
 

@@ -51,18 +51,25 @@ class Run:
     splits: Splits
 
     @classmethod
-    def open(cls, folder: Path, log: Log, device: str = "auto", dtype: str | None = None) -> "Run":
+    def open(
+        cls,
+        folder: Path,
+        log: Log,
+        device: str = "auto",
+        dtype: str | None = None,
+        base: str | None = None,
+    ) -> "Run":
         """The run in this folder, with the data that it was trained on.
 
         Args:
             folder: of the run.
             log: takes a line about the data.
-            device, dtype: see `Ship.from_run`.
+            device, dtype, base: see `Ship.from_run`.
 
         Raises:
             UserError: there is no bundle, or the data are no longer those of the run.
         """
-        ship = Ship.from_run(folder, device, dtype)
+        ship = Ship.from_run(folder, device, dtype, base)
         splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, log)
         if (folder / "splits.json").is_file():
             for part, ids in json.loads(

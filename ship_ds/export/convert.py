@@ -58,7 +58,7 @@ def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[s
     Raises:
         UserError: there is nothing to start from, or OUT is of other instructions.
     """
-    bundle = find_bundle(source, out / "bundle", report)
+    bundle = find_bundle(source, out / "bundle", report, conversion.base)
     if not conversion.requests:
         report(f"{bundle}: whole; an --instruction or --file makes adapters of it")
         return
@@ -76,7 +76,9 @@ def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[s
                 )
 
 
-def find_bundle(source: Path, out: Path, report: Callable[[str], None]) -> Path:
+def find_bundle(
+    source: Path, out: Path, report: Callable[[str], None], base: str | None = None
+) -> Path:
     """The run's own bundle; else one made from the checkpoint given, or from the run's newest good
     one."""
     if (bundle_folder(source) / SHIP_WEIGHTS).is_file():
@@ -89,7 +91,7 @@ def find_bundle(source: Path, out: Path, report: Callable[[str], None]) -> Path:
                 f"{source}: has neither a bundle nor a whole checkpoint; train on, or give a "
                 "checkpoint's folder"
             )
-        bundle_from_checkpoint(chosen, out)
+        bundle_from_checkpoint(chosen, out, base)
         report(f"{out}: bundle of {chosen}")
     verify(out)
     return out
@@ -107,7 +109,7 @@ def _make_adapters(
                 "--out"
             )
         return
-    ship = Ship.from_run(bundle, conversion.device, conversion.compute_dtype)
+    ship = Ship.from_run(bundle, conversion.device, conversion.compute_dtype, conversion.base)
     batch = export_many(ship, requests, out, conversion.probes or ship.probes, conversion.pad_to)
     report(f"{out}: {len(requests)} adapters, peft = live within {batch.worst.from_live:.1e}")
 

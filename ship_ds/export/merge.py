@@ -47,7 +47,7 @@ from ship_ds.origin import Origin, read_origin
 from ship_ds.parsing import read_json_object
 from ship_ds.safetensors_header import SINGLE_FILE, WEIGHTS_INDEX
 from ship_ds.tensor_file import TensorFile
-from ship_ds.weights_folder import WeightsFolder
+from ship_ds.weights_folder import WeightsFolder, settings_fingerprint
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 _PLAN, _REPORT, _CARD = "plan.json", "merge.json", "README.md"
@@ -317,4 +317,9 @@ def check_base(base: WeightsFolder, config: Mapping[str, Any], lora: Lora, origi
             f"{base.folder}: same shapes, other weights than the base this adapter was made for "
             f"({origin.base}, fingerprint "
             f"{origin.base_fingerprint[:12]}): give that one as --base"
+        )
+    if origin.base_settings and settings_fingerprint(base.folder) != origin.base_settings:
+        raise UserError(
+            f"{base.folder / 'config.json'}: same weights, other settings than the base this "
+            "adapter was made for: give that one as --base"
         )

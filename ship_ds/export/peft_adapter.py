@@ -26,7 +26,7 @@ from ship_ds.model.adapters.adapter import Adapter, Export
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.loading import load_lm
 from ship_ds.origin import Origin
-from ship_ds.weights_folder import WeightsFolder
+from ship_ds.weights_folder import WeightsFolder, settings_fingerprint
 
 MAX_DIFFERENCE = 1e-4
 """Largest logit difference in fp32 between the exported adapter and the live hypernetwork."""
@@ -57,7 +57,9 @@ class Exporter:
         device, self.dtype = ship.model.device, ship.dtype
         base = load_lm(config.base, config.quantisation, self.dtype, device=device)
         self.base = PeftBase(base, device)
-        self.fingerprint = WeightsFolder(base_folder(config.base)).fingerprint
+        folder = base_folder(config.base)
+        self.fingerprint = WeightsFolder(folder).fingerprint
+        self.settings = settings_fingerprint(folder)
 
     @torch.no_grad()
     def write(
@@ -109,6 +111,7 @@ class Exporter:
             sha256(part / ADAPTER_WEIGHTS),
             None if tuning is None else dict(tuning),
             None if confidence is None else dict(confidence),
+            self.settings,
         ).write(part)
         return proof
 

@@ -36,7 +36,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ship_ds.bundle import PROGRESS
+from ship_ds.bundle import PROGRESS, moved
 from ship_ds.config import CheckpointConfig, flat, parse_config
 from ship_ds.console import Log
 from ship_ds.errors import UserError
@@ -404,6 +404,7 @@ def load(
     config: Mapping[str, Any],
     data_fingerprint: str,
     log: Log,
+    bases: Mapping[str, str] | None = None,
 ) -> Progress:
     """Put the engine and this rank's generators where `save` found them. Raises UserError when the
     run is another one.
@@ -412,7 +413,7 @@ def load(
     differs, and nothing else does.
     """
     progress = read_progress(folder)
-    check_same_run(folder, progress, config, data_fingerprint)
+    check_same_run(folder, progress, config, data_fingerprint, bases or {})
     if (folder / STATE / "offloaded_tensors").exists():
         raise UserError(
             f"{folder}: an earlier version kept Adam's moments beside it on NVMe: "
@@ -443,16 +444,24 @@ def load(
 
 
 def check_same_run(
-    folder: Path, progress: Progress, config: Mapping[str, Any], data_fingerprint: str
+    folder: Path,
+    progress: Progress,
+    config: Mapping[str, Any],
+    data_fingerprint: str,
+    bases: Mapping[str, str],
 ) -> None:
     """Raises UserError naming the first setting, or the data, that the checkpoint was not trained
-    with. A key that did not exist then stands at its default."""
+    with. A key that did not exist then stands at its default, and a base of the same fingerprint
+    may lie elsewhere."""
+    elsewhere = moved(progress.bases, bases)
     then, now = (
         flat(parse_config(dict(progress.config), str(folder)).model_dump(mode="json")),
         flat(config),
     )
     for key in sorted(then.keys() | now.keys()):
         free = any(key == name or key.startswith(name + ".") for name in _FREE_TO_CHANGE)
+        if key.startswith("model.") and key.endswith(".base"):
+            free = (then.get(key), now.get(key)) in elsewhere
         if not free and then.get(key) != now.get(key):
             raise UserError(
                 f"{folder}: {key} was {then.get(key)} and is {now.get(key)} now; set it back, or "
