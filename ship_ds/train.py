@@ -64,6 +64,7 @@ from ship_ds.runtime.agreement import Agreement, agree
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import Engine, engine_dtype, learning_rate, parts_per_step
 from ship_ds.runtime.prefetch import Prefetch
+from ship_ds.runtime.run_lock import RunLock
 from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopRequest
 from ship_ds.runtime.watchdog import Watchdog
 
@@ -140,6 +141,8 @@ class Trainer:
         self.watchdog = Watchdog(self.folder, config.training.hang_minutes)
         ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
         parts_per_step(config.training)  # raises where the ranks cannot divide a step
+        self.lock = RunLock(self.folder)
+        ranks.gather_results(lambda: self.lock.take() if ranks.rank() == 0 else None)
         # The same on all ranks: each makes the whole initial weights and keeps its share of them,
         # so that they do not depend on the number of ranks.
         torch.manual_seed(config.run.seed)
@@ -277,7 +280,9 @@ class Trainer:
         except Preempted:
             if self.step:
                 self.save()
-            log(f"asked to stop: saved after step {self.step}")
+                log(f"asked to stop: saved after step {self.step}")
+            else:
+                log("asked to stop before the first step: there is nothing to save")
             raise
         finally:
             self.watchdog.stop()

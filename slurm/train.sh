@@ -28,7 +28,7 @@ MODULES=${MODULES:-}                        # to `module load`, such as "cuda/12
 VENV=${VENV:-$REPOSITORY/.venv}             # activated where it exists
 CONTAINER=${CONTAINER:-}                    # put before every command, such as "apptainer exec --nv image.sif"
 PYTHON=${PYTHON:-python}
-SWEEP=${SWEEP:-}                            # a file of overrides, one line an array index
+SWEEP=${SWEEP:-}                            # a file of overrides, one line an array index; # and empty lines do not count
 MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after crashes or hangs with no new checkpoint in between
 # The network: NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface, NCCL_IB_HCA the InfiniBand card;
 # NCCL_DEBUG=INFO says what was chosen. MASTER_ADDR and MASTER_PORT replace the first node's name and the job's own port.
@@ -39,22 +39,28 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPOSITORY/.build/torch_ext
 fail() { echo "slurm/train.sh: $*" >&2; exit 2; }
 
 DRY=
-[[ ${1:-} == --dry-run ]] && { DRY=1; shift; }
+ARGUMENTS=()
+for ARGUMENT in "$@"; do
+    if [[ $ARGUMENT == --dry-run ]]; then DRY=1; else ARGUMENTS+=("$ARGUMENT"); fi
+done
 cd "$REPOSITORY"
 [[ -d ship_ds ]] || fail "$REPOSITORY is no checkout of ship_ds: submit from one, or set REPOSITORY"
 [[ -z $MODULES ]] || module load $MODULES
 # shellcheck disable=SC1091
 [[ ! -f $VENV/bin/activate ]] || source "$VENV/bin/activate"
 
-ARGUMENTS=("$@")
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     if [[ -n $SWEEP ]]; then
-        LINE=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP") || fail "$SWEEP: cannot be read"
-        [[ -n $LINE ]] || fail "$SWEEP: has no line $SLURM_ARRAY_TASK_ID"
-        read -ra MORE <<<"$LINE"
+        LINES=$($CONTAINER "$PYTHON" -m ship_ds.runtime.sweep "$SWEEP" "$SLURM_ARRAY_TASK_ID")
+        mapfile -t MORE <<<"$LINES"
         ARGUMENTS+=("${MORE[@]}")
     fi
-    [[ " ${ARGUMENTS[*]}" =~ " run.folder="[^[:space:]]*%a ]] ||
+    OWN_FOLDER=
+    # The last one holds, as in the config.
+    for ARGUMENT in "${ARGUMENTS[@]}"; do
+        [[ $ARGUMENT != run.folder=* ]] || OWN_FOLDER=$ARGUMENT
+    done
+    [[ $OWN_FOLDER == *%a* ]] ||
         fail "an array needs %a in run.folder, such as run.folder=runs/seed-%a; else its jobs share a folder"
     ARGUMENTS=("${ARGUMENTS[@]//%a/$SLURM_ARRAY_TASK_ID}")
 fi

@@ -143,7 +143,7 @@ Dtype = Annotated[
     str,
     typer.Option("--dtype", help="bfloat16 or float32; auto: bfloat16 on a GPU, else float32"),
 ]
-Seed = Annotated[int, typer.Option(help="of everything that is drawn")]
+Seed = Annotated[int, typer.Option(min=0, max=10**12, help="of everything that is drawn")]
 Parts = Annotated[str, typer.Option(help="of seen, dev, unseen, unseen_paraphrase")]
 Directions = Annotated[
     str, typer.Option(help="of deduction, induction, reasoning, reconstruction; or all")

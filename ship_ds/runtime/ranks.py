@@ -1,10 +1,12 @@
 """Ranks of a run: started by deepspeed, torchrun or srun, or a single process."""
 
 import atexit
+import itertools
 import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -166,10 +168,19 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str] | None:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "MASTER_ADDR": environment.get("MASTER_ADDR", hosts[0]),
-        "MASTER_PORT": environment.get(
-            "MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
-        ),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(slurm_port(environment))),
     }
+
+
+def slurm_port(environment: Mapping[str, str]) -> int:
+    """A port by the job's id, and another one after each requeue, in case the first was taken; all
+    below those that Linux hands out by itself (32768 and more)."""
+    number = 31 * int(environment["SLURM_JOB_ID"])
+    number += 7919 * int(environment.get("SLURM_RESTART_COUNT", "0"))
+    return _FIRST_PORT + number % _NUM_PORTS
+
+
+_FIRST_PORT, _NUM_PORTS = 10_007, 22_003
 
 
 def slurm_nodes(compact: str, environment: Mapping[str, str]) -> list[str]:
@@ -177,9 +188,31 @@ def slurm_nodes(compact: str, environment: Mapping[str, str]) -> list[str]:
     no `scontrol`."""
     if "SHIP_DS_NODES" in environment:
         return environment["SHIP_DS_NODES"].split()
-    return subprocess.run(
-        ["scontrol", "show", "hostnames", compact], capture_output=True, text=True, check=True
-    ).stdout.split()
+    try:
+        return subprocess.run(
+            ["scontrol", "show", "hostnames", compact], capture_output=True, text=True, check=True
+        ).stdout.split()
+    except FileNotFoundError:  # in a container that was not started by slurm/train.sh
+        return expanded_nodes(compact)
+
+
+def expanded_nodes(compact: str) -> list[str]:
+    """ "gpu[08-10],login" -> ["gpu08", "gpu09", "gpu10", "login"]."""
+    found: list[str] = []
+    for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", compact):
+        parts = [
+            [name for one in part[1:-1].split(",") for name in _numbers(one)]
+            if part.startswith("[")
+            else [part]
+            for part in re.findall(r"\[[^\]]*\]|[^\[]+", item)
+        ]
+        found += ["".join(names) for names in itertools.product(*parts)]
+    return found
+
+
+def _numbers(text: str) -> list[str]:
+    first, _, last = text.partition("-")
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
 
 
 def rank() -> int:

@@ -1,0 +1,150 @@
+"""What `slurm/train.sh` asks for: lines of sweep files, a folder for one run alone, ports and node
+lists."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ship_ds.errors import UserError
+from ship_ds.runtime import ranks
+from ship_ds.runtime.run_lock import RunLock
+from ship_ds.runtime.sweep import main, overrides_of_line
+from tests.conftest import REPOSITORY, environment
+
+SWEEP = """# learning rates
+optimiser.lr=1e-4 training.steps=2
+
+  # and more
+optimiser.lr=1e-3  # higher
+run.folder="runs/my run-%a" data.path='a b'
+model.hypernetwork.targets=[q_proj, v_proj] training.steps=3
+"""
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_comments_and_empty_lines_do_not_count_and_quotes_are_a_shells(
+    tmp_path: Path, end: str
+) -> None:
+    path = tmp_path / "sweep.txt"
+    path.write_bytes(("\ufeff" + SWEEP.replace("\n", end)).encode())
+    assert [overrides_of_line(path, number) for number in range(1, 5)] == [
+        ["optimiser.lr=1e-4", "training.steps=2"],
+        ["optimiser.lr=1e-3"],
+        ["run.folder=runs/my run-%a", "data.path=a b"],
+        ["model.hypernetwork.targets=[q_proj, v_proj]", "training.steps=3"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "message"),
+    [
+        (SWEEP, 5, "has 4 lines of overrides, and the array index is 5: submit with --array=1-4"),
+        (SWEEP, 0, "the array index is 0"),
+        ("lr 3", 1, "line 1: lr: expected section.key=value"),
+        ("# one\na.b='x", 1, "line 2: no closing quotation"),
+    ],
+)
+def test_a_line_that_is_not_there_or_is_none_is_said(
+    tmp_path: Path, text: str, number: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweep.txt"
+    path.write_text(text)
+    assert main([str(path), str(number)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def dry_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "slurm/train.sh", *arguments],
+        cwd=REPOSITORY,
+        env={**environment(), "PYTHON": sys.executable, "VENV": "/none", **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_job_of_a_sweep_whose_folder_has_a_space(tmp_path: Path) -> None:
+    """And --dry-run may come last."""
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text(
+        "# first\r\n\r\ntraining.steps=7 model.hypernetwork.targets=[q_proj, v_proj]\r\n"
+    )
+    folder = tmp_path / "my run-%a"
+    done = dry_run(
+        "--config",
+        "quickstart-smoke",
+        f"run.folder={folder}",
+        "--dry-run",
+        SWEEP=str(sweep),
+        SLURM_ARRAY_TASK_ID="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "my\\ run-1 training.steps=7" in done.stdout and "\\[q_proj\\,\\ v_proj\\]" in done.stdout
+    )
+    refused = dry_run(
+        "--dry-run",
+        "--config",
+        "quickstart-smoke",
+        f"run.folder={tmp_path}/a",
+        SLURM_ARRAY_TASK_ID="1",
+    )
+    assert refused.returncode == 2 and "an array needs %a in run.folder" in refused.stderr
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from ship_ds.runtime.run_lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.take()
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(tmp_path)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        try:
+            assert first.stdout is not None and first.stdout.readline() == "taken\n"
+            with pytest.raises(UserError, match=r"run\.folder: .*another run is writing there"):
+                RunLock(tmp_path).take()
+        finally:
+            first.kill()
+    first_here, again_here = RunLock(tmp_path), RunLock(tmp_path)
+    first_here.take()
+    again_here.take()  # the same process
+
+
+def test_ports_stay_below_those_that_linux_hands_out_and_change_with_a_requeue() -> None:
+    jobs = [{"SLURM_JOB_ID": str(number)} for number in (*range(3000), 10**7, 10**9)]
+    ports = [ranks.slurm_port(job) for job in jobs]
+    assert all(1024 < port < 32_768 for port in ports)
+    assert len(set(ports[:3000])) == 3000  # jobs that run at once have ids close together
+    again = [ranks.slurm_port(job | {"SLURM_RESTART_COUNT": "1"}) for job in jobs]
+    assert all(one != other for one, other in zip(ports, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("compact", "nodes"),
+    [
+        ("node1", ["node1"]),
+        ("node[1-2]", ["node1", "node2"]),
+        ("gpu[08-10,12],login", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
+        ("r[1-2]n[3-4]", ["r1n3", "r1n4", "r2n3", "r2n4"]),
+        ("a-b[1]-ib,c", ["a-b1-ib", "c"]),
+    ],
+)
+def test_a_node_list_without_scontrol(
+    compact: str, nodes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert ranks.slurm_nodes(compact, {}) == nodes
