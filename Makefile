@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.build/torch_extensions
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-fast soak lint docs setup clean
+.PHONY: quickstart test test-fast soak fuzz lint docs setup clean
 
 setup: $(VENV)/.installed
 
@@ -48,6 +48,10 @@ test-fast: setup
 # Twenty kills, a lost node and other numbers of ranks (figures in runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed.
 soak: setup
 	$(BIN)/python -m pytest -m soak -s tests/soak tests/data tests/runtime tests/evaluation tests/serving tests/test_own_kinds.py
+
+# 100,000 inputs a parser, instead of the 40 of `make test`: hours on two cores.
+fuzz: setup
+	SHIP_DS_FUZZ=100000 $(PYTEST) tests/fuzz
 
 # The pages of docs/ as a site, into .build/site.
 docs: setup

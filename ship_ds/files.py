@@ -31,6 +31,12 @@ MANIFEST = "manifest.json"
 _PART, _REPLACED = ".part", ".replaced"
 
 
+def refuse_other_writers() -> None:
+    """What this process makes from here on, nobody but its user and group can write, whatever the
+    umask says: a bundle or a cache that others can write is code and weights of theirs."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
 def part_of(path: Path) -> Path:
     """Where a file or folder is while it is incomplete: "runs/a/bundle" -> "runs/a/bundle.part"."""
     return path.with_name(path.name + _PART)

@@ -71,6 +71,10 @@ class BaseOrigin:
         )
 
 
+_FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is looked up on a hub, and no code that lies beside the file runs."""
+
+
 def check_gguf(file: Path) -> None:
     """Look at the first bytes of a file.
 
@@ -176,7 +180,7 @@ def _read(file: Path) -> tuple[Any, Any, dict[str, str]]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
-    place: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    place: dict[str, Any] = {"gguf_file": file.name, **_FROM_FOLDER}
     config = AutoConfig.from_pretrained(file.parent, **place)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, config=config, **place)
     reader: Any = AutoModelForCausalLM

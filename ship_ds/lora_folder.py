@@ -11,7 +11,6 @@ Letters: F size of an attention head, G key-value heads, H hidden size, I inputs
 L decoder layers, O outputs of a linear, P virtual tokens, R LoRA rank.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ship_ds.errors import UserError
+from ship_ds.parsing import read_json_object
 from ship_ds.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def _read_config(folder: Path) -> "LoraConfig":
             f"{folder}: no adapter here (no {ADAPTER_CONFIG}); expected a PEFT LoRA folder"
         )
     try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        settings: dict[str, Any] = read_json_object(path)
         if settings.get("peft_type") != "LORA":
             raise UserError(f"{path}: peft_type is {settings.get('peft_type')}; expected LORA")
         with warnings.catch_warnings():
@@ -306,6 +306,15 @@ def _factors(
             f"{path}: {module}: has {', '.join(sorted(pair))}; expected lora_A and lora_B"
         )
     a_RI, b_OR = pair["lora_A"], pair["lora_B"]
+    if a_RI.ndim != 2 or b_OR.ndim != 2:
+        raise UserError(
+            f"{path}: {module}: lora_A is {tuple(a_RI.shape)} and lora_B {tuple(b_OR.shape)}; "
+            "expected the two matrices of a linear"
+        )
+    if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+        raise UserError(
+            f"{path}: {module}: has values that are infinite or no numbers; save the adapter again"
+        )
     if a_RI.shape[0] != rank or b_OR.shape[1] != rank:
         raise UserError(
             f"{path}: {module}: A has rank {a_RI.shape[0]} and B {b_OR.shape[1]}, and "

@@ -1,12 +1,13 @@
 """Padding, sums and compression on disk, against dense matrices."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import load_peft_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ship_ds.errors import UserError
 from ship_ds.lora_folder import (
@@ -168,6 +169,32 @@ def test_two_folders_of_the_same_modules_have_the_same_settings(tmp_path: Path) 
     assert (tmp_path / "a" / ADAPTER_CONFIG).read_text() == (
         tmp_path / "b" / ADAPTER_CONFIG
     ).read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(min(t)), "has lora_B; expected lora_A and lora_B"),
+        (lambda t: t[min(t)].fill_(float("nan")), "infinite or no numbers; save the adapter again"),
+        (lambda t: t[max(t)].fill_(float("inf")), "infinite or no numbers; save the adapter again"),
+        (lambda t: t.update({min(t): t[min(t)][None]}), "expected the two matrices of a linear"),
+        (
+            lambda t: t.update({"base_model.model.embed.lora_embedding_A": torch.ones(3, 9)}),
+            "embed: has lora_embedding_A; expected lora_A and lora_B",
+        ),
+    ],
+    ids=["half a pair", "no number", "infinite", "three dimensions", "an embedding"],
+)
+def test_adapters_of_others_that_are_no_lora_of_linears_are_one_line(
+    change: Callable[[dict[str, torch.Tensor]], object], message: str, tmp_path: Path
+) -> None:
+    write_lora(tmp_path, random_lora(0), "base")
+    tensors = {name: one.clone() for name, one in load_file(tmp_path / ADAPTER_WEIGHTS).items()}
+    change(tensors)
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match=message) as raised:
+        read_lora(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 def test_damaged_weights_are_one_line(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ it can be: what a verb needs for that is in checks.py, and whatever loads a mode
 the verbs, so that a mistyped name costs a fraction of a second.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from ship_ds.allocator import use_scalable_malloc
 from ship_ds.cli import converting, inspecting, serving, training, using
 from ship_ds.cli.verb import PANELS, app
 from ship_ds.errors import UserError
+from ship_ds.files import refuse_other_writers
+from ship_ds.parsing import unicode_text
 
 __all__ = ["app", "converting", "inspecting", "main", "run", "serving", "training", "using"]
 
@@ -41,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        for text in typed:
+            unicode_text(text, "arguments")
         # obj: what `evaluate` writes into its report as the command to repeat.
         return app(args=typed, prog_name="ship-ds", standalone_mode=False, obj=typed) or 0
     except UserError as error:
@@ -74,6 +79,11 @@ def run() -> NoReturn:
     # again.
     if sys.argv[1:2] == ["train"]:
         use_scalable_malloc()
+    refuse_other_writers()
+    # A terminal whose locale lacks a letter gets its escape, not a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except Exception:

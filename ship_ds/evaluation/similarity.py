@@ -69,8 +69,9 @@ class SentenceEncoder:
         """The encoder in transformers' format, in fp32 on the CPU."""
         from transformers import AutoModel, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        model = AutoModel.from_pretrained(folder, **local, dtype=torch.float32)
         return cls(model, tokenizer)
 
     @torch.no_grad()

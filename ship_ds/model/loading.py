@@ -177,7 +177,13 @@ def _load_whole(folder: Path, settings: PreTrainedConfig, **how: Any) -> Any:
         UserError: they lack a weight, or have one of another shape.
     """
     model, found = auto_class(settings).from_pretrained(
-        folder, **_FROM_FOLDER, **how, output_loading_info=True, ignore_mismatched_sizes=True
+        folder,
+        **_FROM_FOLDER,
+        **how,
+        # As `read_settings` left it: from the file again, it would name its own attention.
+        config=settings,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     if missing := found["missing_keys"]:
         raise UserError(

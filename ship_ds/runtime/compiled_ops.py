@@ -22,9 +22,7 @@ import torch
 from ship_ds.console import Log
 from ship_ds.errors import UserError
 from ship_ds.runtime.deepspeed_config import offloads_optimiser, offloads_to_nvme
-
-DEFAULT_FOLDER = Path.home() / ".cache" / "ship_ds" / "torch_extensions"
-"""Of this project's own, since only its processes keep to the lock."""
+from ship_ds.runtime.op_cache import op_cache
 
 
 def needed(deepspeed: Mapping[str, Any]) -> list[str]:
@@ -41,8 +39,8 @@ def build(names: Sequence[str], log: Log) -> None:
     from deepspeed.accelerator import get_accelerator
 
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
-    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(DEFAULT_FOLDER)))
-    root.mkdir(parents=True, exist_ok=True)
+    root = op_cache(os.environ)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
     with _one_process_at_a_time(root / "ship_ds.lock"):
         for stale in root.glob("*/lock"):
             log(f"{stale}: left behind by a process that was killed while it compiled; removed")

@@ -21,6 +21,7 @@ from ship_ds.config import Config, base_folder, load_config
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
+from ship_ds.runtime.op_cache import op_cache
 
 MOST_HANG_MINUTES = 25
 
@@ -36,6 +37,7 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
     if config.run.init_from is not None:
         verify(bundle_folder(config.run.init_from), hashes=False)
     _check_writable(Path(config.run.folder))
+    op_cache(environment)
     _check_gpus(environment)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ship_ds.console import log, log_from_any_rank
 from ship_ds.errors import UserError, first_line
+from ship_ds.files import refuse_other_writers
 from ship_ds.runtime import compiled_ops
 from ship_ds.threads import RankThreads, too_many_threads
 
@@ -108,6 +109,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     An exception that leaves the program would take the interpreter down, which may wait for ever
     for a process group whose other ranks are still at work (see `exit_process`).
     """
+    refuse_other_writers()
     try:
         code = main()
     except Exception:

@@ -1,4 +1,4 @@
-"""One run a folder: two that write the same checkpoints and bundle would leave a mixture of both."""
+"""One run a folder: two that write the same checkpoints and bundle would leave a mixture."""
 
 import errno
 import fcntl

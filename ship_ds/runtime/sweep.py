@@ -3,7 +3,7 @@
     python -m ship_ds.runtime.sweep sweep.txt 3      # prints the third line's overrides, one a line
 
 Comments (#) and empty lines do not count, so that `--array=1-N` goes over N settings. Quotes are as
-in a shell; a word that sets nothing belongs to the value before it, as in `targets=[q_proj, v_proj]`.
+in a shell; a word that sets nothing belongs to the value before it: `targets=[q_proj, v_proj]`.
 Imports no torch.
 """
 

@@ -1,0 +1,70 @@
+"""Configs, overrides of them, and DeepSpeed's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ship_ds.config import flat, load_config, parse_config, recipe_text
+from ship_ds.runtime.deepspeed_config import FOLDER, complete, read_deepspeed_config
+from tests.fuzz.documents import broken, changed, files, fuzz, reads_or_says, values
+
+CONFIG: Any = load_config("quickstart").model_dump(mode="json")
+KEYS = sorted({key.rpartition(".")[2] for key in flat(CONFIG)} | CONFIG.keys())
+WORDS = ["lora", "files", "mixture", "kind", "path", "nf4", "all-linear", "embedded", "on", "1:30"]
+
+
+@fuzz
+@given(st.one_of(changed(CONFIG, values(KEYS, WORDS)), values(KEYS, WORDS)))
+def test_values_are_a_config_or_one_line(document: Any) -> None:
+    if isinstance(document, dict):
+        reads_or_says(lambda: parse_config(document, "here").model_dump_json())
+
+
+def test_a_file_is_a_config_or_one_line(tmp_path: Path) -> None:
+    documents = st.one_of(changed(CONFIG, values(KEYS, WORDS)), values(KEYS, WORDS))
+    texts = st.one_of(
+        documents.map(lambda one: yaml.safe_dump(json.loads(json.dumps(one)))),
+        st.just(recipe_text("quickstart")),
+        st.text(alphabet="abc:{}[]&*!<>|-? \n\t#'\"01.~", max_size=60),
+    )
+
+    @fuzz
+    @given(broken(texts))
+    def check(content: bytes) -> None:
+        path = tmp_path / "own.yaml"
+        path.write_bytes(content)
+        reads_or_says(lambda: load_config(str(path)))
+
+    check()
+
+
+_NAMES = st.lists(st.sampled_from([*KEYS, "0", "", "targets"]), min_size=1, max_size=4).map(
+    ".".join
+)
+_VALUES = st.one_of(
+    values(KEYS, WORDS).map(json.dumps), st.text(alphabet="[]{}:,&*-~ab01.e'\"", max_size=12)
+)
+
+
+@fuzz
+@given(st.lists(st.tuples(_NAMES, _VALUES).map("=".join), min_size=1, max_size=3))
+def test_overrides_are_taken_or_one_line(overrides: list[str]) -> None:
+    reads_or_says(lambda: load_config("quickstart", overrides))
+
+
+def test_a_deepspeed_config_is_taken_or_one_line(tmp_path: Path) -> None:
+    good = json.loads((FOLDER / "zero3_offload_cpu.json").read_text())
+    keys = [*good, *good["zero_optimization"], "fp16", "data_types", "enabled", "device"]
+
+    @fuzz
+    @given(files(good, keys))
+    def check(content: bytes) -> None:
+        path = tmp_path / "own.json"
+        path.write_bytes(content)
+        reads_or_says(lambda: complete(read_deepspeed_config(str(path))))
+
+    check()

@@ -1,0 +1,170 @@
+"""Folders that others hand on: adapters, bundles, bases and their files."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from ship_ds.base_files import check_base_files
+from ship_ds.bundle import Bundle, frozen_bases, write_bundle
+from ship_ds.cli.checks import check_run
+from ship_ds.config import base_folder, load_config
+from ship_ds.files import Manifest
+from ship_ds.lora_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_lora
+from ship_ds.origin import read_origin
+from ship_ds.safetensors_header import read_header
+from tests.fuzz.documents import broken, files, fuzz, reads_or_says
+
+ORIGIN = {
+    "made_from": "k",
+    "run": "r",
+    "bundle": "0a",
+    "base": "embedded",
+    "base_fingerprint": "0b",
+    "quantisation": "nf4",
+    "shape": "rank 2",
+    "prompt_format": {"version": 2},
+    "probes": [[1, 2]],
+    "proof": {"from_live": 0.0, "from_base": 1.0},
+    "adapter": "0c",
+    "tuning": None,
+    "confidence": {"agreement": 0.5, "threshold": None},
+}
+LORA = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["q_proj"],
+    "bias": "none",
+    "init_lora_weights": True,
+    "use_rslora": False,
+    "base_model_name_or_path": "embedded",
+}
+
+
+def test_ship_json_is_read_or_one_line(tmp_path: Path) -> None:
+    @fuzz
+    @given(files(ORIGIN, list(ORIGIN)))
+    def check(content: bytes) -> None:
+        (tmp_path / "ship.json").write_bytes(content)
+        reads_or_says(lambda: read_origin(tmp_path).card())
+
+    check()
+
+
+def test_an_adapter_is_read_or_one_line(tmp_path: Path) -> None:
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    good = {f"{path}.lora_A.weight": torch.ones(2, 3), f"{path}.lora_B.weight": torch.ones(4, 2)}
+    save_file(good, tmp_path / ADAPTER_WEIGHTS)
+    weights = (tmp_path / ADAPTER_WEIGHTS).read_bytes()
+
+    @fuzz
+    @given(files(LORA, [*LORA, "rank_pattern", "use_dora"]), _safetensors(weights), st.booleans())
+    def check(settings: bytes, tensors: bytes, is_config: bool) -> None:
+        (tmp_path / ADAPTER_CONFIG).write_bytes(
+            settings if is_config else json.dumps(LORA).encode()
+        )
+        (tmp_path / ADAPTER_WEIGHTS).write_bytes(weights if is_config else tensors)
+        reads_or_says(lambda: read_lora(tmp_path))
+
+    check()
+
+
+def _safetensors(good: bytes) -> st.SearchStrategy[bytes]:
+    """The file broken, or its header another, with its length right or not."""
+    size = struct.unpack("<Q", good[:8])[0]
+    header, rest = json.loads(good[8 : 8 + size]), good[8 + size :]
+    names = [*header, "dtype", "shape", "data_offsets", "__metadata__"]
+
+    def whole(text: bytes) -> bytes:
+        return struct.pack("<Q", len(text)) + text + rest
+
+    return st.one_of(
+        files(header, names).map(whole),
+        broken(st.just("")).map(lambda extra: good + extra),
+        st.integers(0, len(good)).map(lambda end: good[:end]),
+        st.integers(0, 2**64 - 1).map(lambda wrong: struct.pack("<Q", wrong) + good[8:]),
+        st.binary(max_size=40),
+    )
+
+
+def test_a_header_is_read_or_one_line(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, tmp_path / "good")
+    path = tmp_path / "a.safetensors"
+
+    @fuzz
+    @given(_safetensors((tmp_path / "good").read_bytes()))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        reads_or_says(lambda: read_header(path))
+
+    check()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = load_config("quickstart-smoke")
+    folder = tmp_path_factory.mktemp("fuzz") / "bundle"
+    state = {"a": torch.ones(2)}
+    write_bundle(folder, state, config, {"version": 2}, frozen_bases(config), ["k"], ["x"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "prompt_format.json", "bases.json", "known_instructions.json", "probes.json"],
+)
+def test_a_bundle_is_opened_or_one_line(name: str, bundle: Path, tmp_path: Path) -> None:
+    """Its manifest, which anyone can write, lists the files as they are."""
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    document: Any = json.loads((bundle / name).read_text())
+
+    @fuzz
+    @given(files(document, list(document) if isinstance(document, dict) else ["k"]))
+    def check(content: bytes) -> None:
+        (folder / name).write_bytes(content)
+        Manifest.of(folder).write(folder)
+        reads_or_says(lambda: Bundle.open(folder))
+        if name == "config.json":
+            reads_or_says(lambda: check_run(folder))
+
+    check()
+
+
+def test_a_manifest_is_read_or_one_line(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    document = json.loads((bundle / "manifest.json").read_text())
+
+    @fuzz
+    @given(files(document, [*document, "bytes", "sha256", "../x", "/etc/passwd"]))
+    def check(content: bytes) -> None:
+        (folder / "manifest.json").write_bytes(content)
+        reads_or_says(lambda: Bundle.open(folder))
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"]
+)
+def test_a_base_is_looked_through_or_one_line(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base_folder("embedded"), tmp_path / "base"))
+    document = json.loads((folder / name).read_text())
+    if name == "tokenizer.json":
+        document = {key: document[key] for key in ("version", "model")} | {"model": {}}
+
+    @fuzz
+    @given(files(document, [*document, "auto_map", "quantization_config", "quant_method"]))
+    def check(content: bytes) -> None:
+        (folder / name).write_bytes(content)
+        reads_or_says(lambda: check_base_files(folder))
+
+    check()
