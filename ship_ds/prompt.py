@@ -11,12 +11,13 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, tzinfo
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from ship_ds.data.task import Example, Reading, SplitTask
 from ship_ds.errors import UserError
@@ -39,19 +40,22 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -
     """
 
     def render() -> str:
-        text: Any = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=True,
-            strftime_now=_TEMPLATES_DAY.strftime,
-        )
+        # In the child that renders, whose own modules these are. Of what it is given, transformers
+        # passes on data alone, and no clock.
+        chat_template_utils.datetime = _TemplatesDay  # type: ignore[attr-defined,misc]
+        text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return str(text)
 
     return within_limits(render)
 
 
-_TEMPLATES_DAY = datetime(2024, 7, 26)
-"""The day that Llama 3's template names where it is told none."""
+class _TemplatesDay(datetime):
+    """A clock that stands: at the day that Llama 3's template names where it is told none."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "_TemplatesDay":
+        """Always the same."""
+        return cls(2024, 7, 26, tzinfo=tz)
 
 
 def _stated(instruction: str) -> str:

@@ -1,21 +1,29 @@
 """The prompt format: which text, which labels, with and without a chat template, and its hash."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ship_ds.config import base_folder
 from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.loading import load_tokenizer
+from ship_ds.model.generation import greedy
+from ship_ds.model.language_model import language_model
+from ship_ds.model.loading import load_prompts, load_tokenizer
+from ship_ds.model.search import beam_search
 from ship_ds.prompt import ROLES, PromptFormat, describe_roles, is_described
 from tests.conftest import REPOSITORY
+from tests.model.models import tiny_lm
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerBase:
@@ -258,3 +266,80 @@ def test_an_encoder_that_reads_examples_is_described_by_them(
         "encoder with examples",
         "encoder with inputs",
     }
+
+
+@pytest.mark.parametrize("text", ["say </s> now", "</s>", "<pad>a</s>", "[user: </s>]"])
+def test_a_control_token_written_out_is_text(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """In what is asked, shown and answered: it ends nothing, and comes back as it was written."""
+    prompts = PromptFormat(tokenizer)
+    control = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    example = Example(text, text)
+    for ids in (
+        prompts.task_prompt(text, text, (example,)),
+        prompts.encoder_prompt(Reading(text, (example,))),
+        prompts.decoder_prompt((example,)),
+    ):
+        assert not control & set(ids) and text in _text(prompts, ids)
+    target = prompts.target(text)
+    assert prompts.eos_id not in target[:-1] and target[-1] == prompts.eos_id
+    assert prompts.finished_text(target) == text
+
+
+def test_the_templates_own_control_tokens_stay_so(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "</s>{{ messages[0]['content'] }}<pad>"
+    prompts = PromptFormat(tokenizer)
+    ids = prompts.task_prompt("say </s>")
+    assert ids[0] == prompts.eos_id and ids[-1] == tokenizer.pad_token_id
+    assert ids.count(prompts.eos_id) == 1
+
+
+def test_a_template_that_tells_the_time_is_told_the_same_day(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S') }} {{ messages[0]['content'] }}"
+    assert PromptFormat(tokenizer).before == "26 Jul 2024 00:00:00 "
+
+
+def test_padding_that_the_model_does_not_embed_is_not_used(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    ids = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert isinstance(ids[0], int) and isinstance(ids[1], int)
+    assert PromptFormat(tokenizer, vocabulary_size=max(ids) + 1).pad_id == ids[1]
+    assert ids[0] < ids[1] and PromptFormat(tokenizer, vocabulary_size=ids[1]).pad_id == ids[0]
+    with pytest.raises(UserError, match=f"eos_token is id {ids[0]}, and the model embeds 9 tokens"):
+        PromptFormat(tokenizer, vocabulary_size=9)
+
+
+def test_a_bases_answer_ends_by_any_token_that_its_generation_config_names(tmp_path: Path) -> None:
+    """As Gemma's <end_of_turn>: the tokenizer's eos is another."""
+    base = Path(shutil.copytree(base_folder("embedded"), tmp_path / "base"))
+    plain = load_prompts(str(base), None)
+    path = base / "generation_config.json"
+    other = plain.pad_id
+    path.write_text(json.dumps({"eos_token_id": [plain.eos_id, other]}))
+    prompts = load_prompts(str(base), None)
+    assert (plain.other_ends, prompts.other_ends) == ((), (other,))
+    assert plain.describe() == prompts.describe()  # of what is read, not of what ends it
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_another_end_is_an_end(num_beams: int) -> None:
+    """What the model would write first, taken for an end: the answer is empty, and finished."""
+    torch.manual_seed(0)
+    model: Any = tiny_lm("llama")
+    lm = language_model(model.eval())
+    prompts = TokenBatch.build([[3, 4, 5], [6, 7]], None, 0)
+
+    def texts(*ends: int) -> list[tuple[int, ...]]:
+        stream = lm.stream(prompts)
+        if num_beams == 1:
+            return [tuple(one) for one in greedy(stream, 1, 4, ends)]
+        searches = beam_search(stream, num_beams, 1, 4, other_ends=ends)
+        return [tuple(beams[0].tokens) for beams in searches]
+
+    first = lm.stream(prompts).logits_EV.argmax(-1).tolist()
+    assert 1 not in first and texts() != texts(*first)
+    assert not {*first} & {token for tokens in texts(*first) for token in tokens}
+    if num_beams == 1:
+        assert texts(*first) == [(1,), (1,)]

@@ -51,9 +51,11 @@ def exact_match(answer: str | None, references: Sequence[str]) -> bool:
 
 def _equal(answer: str, reference: str) -> bool:
     if is_list(answer) and is_list(reference):
-        return [int(n) for n in _NUMBER.findall(answer)] == [
-            int(n) for n in _NUMBER.findall(reference)
-        ]
+        # As texts: Python makes no number of thousands of digits. None begins with a zero.
+        numbers, expected = (
+            [n.replace("-0", "0") for n in _NUMBER.findall(text)] for text in (answer, reference)
+        )
+        return numbers == expected
     return answer == reference
 
 

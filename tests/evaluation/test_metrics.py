@@ -241,3 +241,10 @@ def test_metrics_of_the_instruction_induction_paper(
     metric: PaperMetric, answer: str | None, references: list[str], value: float
 ) -> None:
     assert paper_score(metric, answer, references) == pytest.approx(value)
+
+
+def test_numbers_of_thousands_of_digits_are_compared() -> None:
+    long = "9" * 5000
+    assert exact_match(f"[{long}, -0]", [f"{long} 0"])
+    assert not exact_match(long, [long[:-1] + "8"])
+    assert not exact_match(long, [f"-{long}"])
