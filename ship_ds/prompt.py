@@ -42,7 +42,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -
     def render() -> str:
         # In the child that renders, whose own modules these are. Of what it is given, transformers
         # passes on data alone, and no clock.
-        chat_template_utils.datetime = _TemplatesDay  # type: ignore[attr-defined,misc]
+        chat_template_utils.datetime = _TemplatesDay  # type: ignore[attr-defined]
         text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return str(text)
 
