@@ -273,8 +273,10 @@ def make_places(folder: Path) -> dict[str, Path]:
     save_file(
         {"latent_TZ": np.zeros((1, 64), np.float32)}, places["OTHER"], {"bundle": "of another"}
     )
-    origin = dict.fromkeys((field.name for field in fields(Origin)), "")
-    write_json(places["ADAPTER"] / "ship.json", origin | {"base": "no/such/base"})
+    empty: dict[str, Any] = {"prompt_format": {}, "probes": [], "proof": {}}
+    origin = dict.fromkeys((field.name for field in fields(Origin)), "") | empty
+    needless = {"tuning": None, "confidence": None}
+    write_json(places["ADAPTER"] / "ship.json", origin | needless | {"base": "no/such/base"})
     write_json(places["CHECKPOINT"] / "progress.json", {})
     return places
 
