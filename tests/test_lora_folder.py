@@ -101,7 +101,11 @@ def test_a_rank_that_the_config_does_not_say_is_one_line(tmp_path: Path) -> None
     [
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"q_proj": 2}},
+        {"rank_pattern": {"(a+)+b": 2}},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": "high"}},
+        {"alpha_pattern": {"[": 2}},
         {"init_lora_weights": "pissa"},
         {"of_a_newer_peft": 2},
         {"bias": "all"},
