@@ -121,6 +121,7 @@ def train_reader(model: ShipModel, bank: Bank, log: Log, seed: int = 0) -> LoraR
     kept: list[tuple[Tensor, Tensor]] = []
     started = time.perf_counter()
     with Progress("the reader of adapters", _ROUNDS, "round", log) as progress:
+        progress.begin("training on pairs of its hypernetwork")
         for _ in range(_ROUNDS):
             if time.perf_counter() - started > _MOST_SECONDS:
                 break
