@@ -42,10 +42,15 @@ _DROPPED = 0.2
 
 
 class LoraReader(nn.Module):
-    """The MLP from features to q(z | LoRA)."""
+    """The MLP from features to q(z | LoRA), in units of the latents that it was trained on."""
+
+    center_Z: Tensor
+    spread_Z: Tensor
 
     def __init__(self, sites: Sites, latent_size: int) -> None:
         super().__init__()
+        self.register_buffer("center_Z", torch.zeros(latent_size))
+        self.register_buffer("spread_Z", torch.ones(latent_size))
         self.sites, self.latent_size = dict(sites), latent_size
         num_features = len(sites) * _NUM_PROBES**2 + 1
         self.layers = nn.Sequential(
@@ -57,18 +62,19 @@ class LoraReader(nn.Module):
         )
 
     def forward(self, features_TU: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of z, (T, Z) each."""
+        """Mean and log-variance of (z - center) / spread, (T, Z) each."""
         norm_T = features_TU.norm(dim=1, keepdim=True).clamp(min=1e-12)
         # The direction and the size apart: a LoRA that was trained longer is the same one, larger.
         unit_TU = features_TU / norm_T * features_TU.shape[1] ** 0.5
-        mean_TZ, log_variance_TZ = self.layers(torch.cat([unit_TU, norm_T.log()], 1)).chunk(2, 1)
+        seen_TU = torch.cat([unit_TU, norm_T.log()], 1)
+        mean_TZ, log_variance_TZ = self.layers(seen_TU).chunk(2, 1)
         return mean_TZ, log_variance_TZ.clamp(-8, 4)
 
     @torch.no_grad()
     def read(self, adapter: Adapter) -> Tensor:
         """The mean of q(z | adapter), (T, Z)."""
-        mean_TZ: Tensor = self(features(adapter, self.sites))[0]
-        return mean_TZ
+        mean_TZ: Tensor = self(features(adapter, self.sites).to(self.center_Z))[0]
+        return self.center_Z + self.spread_Z * mean_TZ
 
 
 def features(adapter: Adapter, sites: Sites) -> Tensor:
@@ -114,6 +120,9 @@ def train_reader(model: ShipModel, bank: Bank, log: Log, seed: int = 0) -> LoraR
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         reader = LoraReader(sites, model.config.latent_size)
+    first_CZ = _latents(model, bank, _PAIRS, generator)
+    reader.center_Z.copy_(first_CZ.mean(0))
+    reader.spread_Z.copy_(first_CZ.std(0).clamp(min=1e-6))
     dropped = _modules_of_names(sites)
     optimiser = torch.optim.Adam(reader.parameters(), lr=1e-3)
     num_steps = _ROUNDS * _STEPS
@@ -131,7 +140,8 @@ def train_reader(model: ShipModel, bank: Bank, log: Log, seed: int = 0) -> LoraR
                 rows = torch.randint(len(latents_CZ), (_BATCH,), generator=generator)
                 seen_CU = _as_if_foreign(features_CU[rows], dropped, generator)
                 mean_CZ, log_variance_CZ = reader(seen_CU)
-                miss_CZ = (latents_CZ[rows] - mean_CZ).square()
+                aim_CZ = (latents_CZ[rows] - reader.center_Z) / reader.spread_Z
+                miss_CZ = (aim_CZ - mean_CZ).square()
                 loss = (miss_CZ * (-log_variance_CZ).exp() + log_variance_CZ).mean()
                 optimiser.zero_grad()
                 loss.backward()

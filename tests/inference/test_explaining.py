@@ -21,6 +21,7 @@ from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
 from ship_ds.inference import lora_reader
 from ship_ds.inference.adapter_reading import induce_from_weights, read_adapter, read_merged
+from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.explaining import (
     Threshold,
@@ -139,7 +140,7 @@ def turned(adapter: LoraAdapter) -> LoraAdapter:
     generator, factors = torch.Generator().manual_seed(3), {}
     for path, (a_1RI, b_1OR) in adapter.factors.items():
         rank = a_1RI.shape[1]
-        gauge = torch.eye(rank) + 0.3 * torch.randn(rank, rank, generator=generator)
+        gauge = torch.eye(rank) + 0.1 * torch.randn(rank, rank, generator=generator)
         inverse = torch.linalg.inv(gauge.double()).float()
         factors[path] = gauge @ a_1RI, b_1OR @ inverse
     return replace(adapter, factors=factors)
@@ -155,7 +156,8 @@ def test_other_factors_of_the_same_updates_change_nothing(
     torch.testing.assert_close(features(other, sites), features(lora, sites), atol=1e-5, rtol=1e-4)
     noise = features(noise_like(lora, "x"), sites)
     assert (noise - features(lora, sites)).norm() > 0.5 * noise.norm()
-    assert float(other.distance(lora)) < 1e-6
+    # Of random ones it is above 1.5; what is left is rounding of sums in fp32.
+    assert float(other.distance(lora)) < 1e-4
     first, second = explain_many(ship.model, ship.bank, [lora, other], [inputs] * 2, QUICK, 6)
     assert first.instruction == second.instruction == SAID
     assert first.agreement == second.agreement and first.answers == second.answers
@@ -164,16 +166,21 @@ def test_other_factors_of_the_same_updates_change_nothing(
 def test_the_reader_learns_where_adapters_come_from(
     ship: Ship, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A little training explains most of the latents that it was not trained on; weights that say
-    nothing explain none. Twice the same."""
-    monkeypatch.setattr(lora_reader, "_ROUNDS", 4)
+    """A little training explains most of latents that it was not trained on; what is kept reads the
+    same."""
+    monkeypatch.setattr(lora_reader, "_ROUNDS", 6)
+    monkeypatch.setattr(lora_reader, "_PAIRS", 256)
+    known_CZ = ship.bank.latent_CZ
+    # An untrained encoder's posterior is as wide as its means are far apart.
+    narrow = Bank(ship.bank.instructions, known_CZ, torch.zeros_like(known_CZ))
     said: list[str] = []
-    reader = train_reader(ship.model, ship.bank, said.append)
-    latent_CZ = ship.model.encode([f"keep the numbers less than {n}" for n in range(2, 9)])
+    reader = train_reader(ship.model, narrow, said.append)
+    assert "6 of 6 rounds" in said[-1]
+    latent_CZ = known_CZ[:12].lerp(known_CZ[12:], 0.3)
     generated = torch.cat([reader.read(ship.model.adapt(one[None])) for one in latent_CZ])
-    center = ship.bank.latent_CZ.mean(0)
+    center = known_CZ.mean(0)
     lost = (generated - latent_CZ).square().sum() / (latent_CZ - center).square().sum()
-    assert float(lost) < 0.4
+    assert float(lost) < 0.2
     # A site that the adapter leaves alone is no obstacle.
     whole = ship.model.adapt(latent_CZ[:1])
     some = replace(whole, factors=dict(list(whole.factors.items())[:-1]))
@@ -276,7 +283,7 @@ def test_an_adapter_of_peft_answers_as_with_peft(
     assert {path.rpartition(".")[2] for path in read.update_norms()} == set(
         settings["target_modules"]  # type: ignore[call-overload]
     )
-    batch = ship.model.task_batch(["3 4 9", "1 2"])
+    batch = ship.model.task_batch(["3 4 9", "1 2"], None, ["", ""])
     with torch.no_grad():
         ours = ship.model.task_llm.logits(read, batch)
         bare = ship.model.task_llm.logits(None, batch)
@@ -403,6 +410,7 @@ def test_the_verb_says_it_in_words_and_as_json(
     ship: Ship,
     bundle: Path,
     adapter: Path,
+    inputs: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert ship._derived is not None and ship._threshold is not None and ship._reader is not None
@@ -410,17 +418,17 @@ def test_the_verb_says_it_in_words_and_as_json(
     ship._derived.keep_threshold(ship._threshold)
     ship._derived.keep_reader(ship._reader)
     few = ["num_known=24", "num_rounds=0", "num_views=1", "num_samples=1", "steps=2"]
-    command = ["explain", str(adapter), "--run", str(bundle), "--input", "3 4 9", "7 1 2", "5 5 1"]
+    command = ["explain", str(adapter), "--run", str(bundle), "--input", *inputs[:6]]
     command += [part for one in few for part in ("--set", one)]
     assert cli.main([*command, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["instruction"] == SAID == row["candidates"][0]["instruction"]
-    assert [one["input"] for one in row["answers"]] == ["3 4 9", "7 1 2", "5 5 1"]
+    assert [one["input"] for one in row["answers"]] == inputs[:6]
     assert row["threshold"] == 0.5 <= row["agreement"]
     assert cli.main(command) == 0
     first, second, *rest = capsys.readouterr().out.splitlines()
     assert first == f"{adapter}: {SAID}"
-    assert second.startswith(f"  {SAID!r}: its own adapter gives 3 of the 3 answers")
+    assert second.startswith(f"  {SAID!r}: its own adapter gives 6 of the 6 answers")
     num_layers = ship.model.task_llm.lm.config.num_hidden_layers
     assert any(f"q_proj ({num_layers})" in line for line in rest)
     for name in ("explaining.json", "lora_reader.safetensors"):
