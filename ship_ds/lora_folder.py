@@ -427,7 +427,7 @@ def _read_lora_config(folder: Path) -> "LoraConfig":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config: LoraConfig = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
         raise UserError(f"{path}: peft cannot read it: {' '.join(str(error).split())}") from None
     if key := _unsupported(config, settings):
         raise UserError(

@@ -49,9 +49,12 @@ _NUM_SEARCHED = 8
 """Of the adapter's answers, that instructions are looked for on; the others only test."""
 _NUM_EXECUTED = 8
 """Best candidates of the search whose answers to all inputs are compared with the adapter's."""
+_WORTH_MATCHING = 0.25
+"""Share of the searched answers that some text has to give before a latent is sought that gives
+them all: what no text comes near, no latent near them does."""
 HALF = 0.5
 """The threshold where dev tells none."""
-_NUM_DEV = 16
+_NUM_DEV = 8
 _FEWEST = 4
 """Dev tasks that a threshold needs."""
 _NOISE = 0.5
@@ -158,7 +161,8 @@ def _induced(
         places, induce_many(model, bank, tasks, config, seed, log) if tasks else [], strict=True
     ):
         found[place] = induction
-        if not induction.that_fit:
+        most = max(candidate.most_right for candidate in induction.candidates)
+        if _WORTH_MATCHING * induction.num_examples <= most < induction.num_examples:
             log("no candidate gives every answer: matching its distributions")
             found[place] = _matched(
                 model, induction, adapters[place], examples[place], config, seed
@@ -380,7 +384,7 @@ def calibrate(
     Args:
         model: with its trained weights.
         bank: the known instructions.
-        dev: tasks, of which up to 16 are taken, evenly spaced.
+        dev: tasks, of which up to 8 are taken, evenly spaced.
         inputs: what all adapters are asked.
         config: how to search.
         max_new_tokens: of an answer.

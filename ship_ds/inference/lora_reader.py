@@ -12,8 +12,8 @@ few fixed random directions, seen from a few others:
 which no change of factors touches (B A is what counts, not B and A). Noise on the features and
 missing modules in training stand for adapters that were trained by somebody else.
 
-Letters: C candidates, I inputs of a linear, O outputs of a linear, T tasks, U features of all
-sites, Z latent size.
+Letters: C candidates, I inputs of a linear, J sites of a group, O outputs of a linear, R LoRA
+rank, T tasks, U features of a group, Z latent size. The group is all sites.
 """
 
 import time
