@@ -253,8 +253,9 @@ def main() -> None:
     by_peft = measured(ship, "peft, unseen", chosen, adapters)
     rows += [row | {"peft": one} for row, one in zip(by_peft, drawn, strict=True)]
     write(time.perf_counter() - started)
-    rows += measured(ship, "harness, seen", seen, trained_by_harness(ship, seen, options.seed))
-    write(time.perf_counter() - started)
+    if seen:
+        rows += measured(ship, "harness, seen", seen, trained_by_harness(ship, seen, options.seed))
+        write(time.perf_counter() - started)
 
 
 if __name__ == "__main__":
