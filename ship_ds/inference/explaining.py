@@ -14,7 +14,7 @@ Letters: C candidates, T tasks, Z latent size.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +49,10 @@ _NUM_SEARCHED = 8
 """Of the adapter's answers, that instructions are looked for on; the others only test."""
 _NUM_EXECUTED = 8
 """Best candidates of the search whose answers to all inputs are compared with the adapter's."""
+_SEARCH = {"num_rounds": 1}
+_READING = {"steps": 30, "num_beams": 2, "num_samples": 2}
+"""Where nothing else was set, of the search by answers and of the one by weights: each is one source
+of three, and together they would take twice as long."""
 _WORTH_MATCHING = 0.25
 """Share of the searched answers that some text has to give before a latent is sought that gives
 them all: what no text comes near, no latent near them does."""
@@ -112,8 +116,10 @@ def explain_many(
     ]
     bare = answer_bare(model, inputs, max_new_tokens)
     examples = [_examples(*row) for row in zip(inputs, answers, bare, strict=True)]
-    by_answers = _induced(model, bank, adapters, examples, config, seed, log)
-    by_weights = [_read(model, bank, adapter, config, reader, seed) for adapter in adapters]
+    search = _unless_set(config, _SEARCH)
+    by_answers = _induced(model, bank, adapters, examples, search, seed, log)
+    reading = _unless_set(config, _READING)
+    by_weights = [_read(model, bank, adapter, reading, reader, seed) for adapter in adapters]
     found = [
         _tested(model, *row, config) for row in zip(examples, by_answers, by_weights, strict=True)
     ]
@@ -132,6 +138,13 @@ def explain_many(
             executed, inputs, answers, bare, adapters, strict=True
         )
     ]
+
+
+def _unless_set(config: InductionConfig, numbers: Mapping[str, int]) -> InductionConfig:
+    """The search with these numbers where none was given."""
+    return config.model_copy(
+        update={key: value for key, value in numbers.items() if key not in config.model_fields_set}
+    )
 
 
 def _examples(
