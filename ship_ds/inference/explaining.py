@@ -51,8 +51,8 @@ _NUM_EXECUTED = 8
 """Best candidates of the search whose answers to all inputs are compared with the adapter's."""
 _SEARCH = {"num_rounds": 1}
 _READING = {"steps": 30, "num_beams": 2, "num_samples": 2}
-"""Where nothing else was set, of the search by answers and of the one by weights: each is one source
-of three, and together they would take twice as long."""
+"""Where nothing else was set, of the search by answers and of the one by weights: each is one
+source of three, and together they would take twice as long."""
 _WORTH_MATCHING = 0.25
 """Share of the searched answers that some text has to give before a latent is sought that gives
 them all: what no text comes near, no latent near them does."""
