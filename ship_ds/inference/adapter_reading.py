@@ -7,7 +7,7 @@ Letters: C candidates, O outputs of a linear, I inputs of a linear, Z latent siz
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
 from ship_ds.weights_folder import WeightsFolder
 
+_AT_ONCE = 64
+"""Known adapters that are made together; more take memory and save no time."""
 _ROUNDING = 2.0**-7
 """Of a weight's norm: what saving in 16 bits may have changed."""
 
@@ -147,6 +149,7 @@ def induce_from_weights(
     config: InductionConfig,
     seed: int = 0,
     read_CZ: Tensor | None = None,
+    known_C: Tensor | None = None,
 ) -> WeightInduction:
     """The instruction whose adapter lies nearest a given one, by the weights alone.
 
@@ -157,6 +160,7 @@ def induce_from_weights(
         config: how to search.
         seed: of every draw.
         read_CZ: latents that were read off the adapter in another way (lora_reader.py).
+        known_C: distances of the known instructions' adapters, where they are known already.
 
     Returns:
         The nearest known instructions, and those read out of the latents to which descent leads
@@ -165,7 +169,8 @@ def induce_from_weights(
     Raises:
         UserError: there is neither.
     """
-    known_C = _distances(model, bank.latent_CZ, adapter)
+    if known_C is None:
+        known_C = _distances(model, bank.latent_CZ, adapter)
     nearest = known_C.topk(min(config.num_restarts, len(bank)), largest=False).indices
     starts = [model.prior.mean(1).to(model.device), bank.latent_CZ[nearest].to(model.device)]
     exact_Z = model.hypernetwork.latent_of(adapter)
@@ -198,6 +203,21 @@ def induce_from_weights(
         tuple(descent.latent_CZ[best].tolist()),
         float(descent.loss_C[best]),
     )
+
+
+@torch.no_grad()
+def known_distances(model: ShipModel, bank: Bank, adapters: Sequence[Adapter]) -> list[Tensor]:
+    """How far the adapter of each known instruction is from each of these, (C,) each: to make them
+    is what takes long, and they are made once for all.
+
+    Raises:
+        UserError: adapters of this kind have no distance.
+    """
+    pieces = [
+        [made.distance(adapter) for adapter in adapters]
+        for made in map(model.adapt, bank.latent_CZ.split(_AT_ONCE))
+    ]
+    return [torch.cat(row) for row in zip(*pieces, strict=True)]
 
 
 def _decoded(model: ShipModel, latent_CZ: Tensor, config: InductionConfig, seed: int) -> list[str]:

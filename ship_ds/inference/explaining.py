@@ -22,7 +22,7 @@ import torch
 from ship_ds.console import Log, no_log
 from ship_ds.data.task import Example, SplitTask
 from ship_ds.errors import UserError
-from ship_ds.inference.adapter_reading import induce_from_weights
+from ship_ds.inference.adapter_reading import induce_from_weights, known_distances
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_bare, answer_latents, answer_stated, answer_under
@@ -119,7 +119,7 @@ def explain_many(
     search = _unless_set(config, _SEARCH)
     by_answers = _induced(model, bank, adapters, examples, search, seed, log)
     reading = _unless_set(config, _READING)
-    by_weights = [_read(model, bank, adapter, reading, reader, seed) for adapter in adapters]
+    by_weights = _read(model, bank, adapters, reading, reader, seed)
     found = [
         _tested(model, *row, config) for row in zip(examples, by_answers, by_weights, strict=True)
     ]
@@ -204,18 +204,29 @@ def _matched(
 def _read(
     model: ShipModel,
     bank: Bank,
-    adapter: Adapter,
+    adapters: Sequence[Adapter],
     config: InductionConfig,
     reader: LoraReader | None,
     seed: int,
-) -> WeightInduction | None:
-    """What the weights say; None where nothing can be said by them."""
-    read_CZ = reader.read(adapter) if reader is not None else None
+) -> list[WeightInduction | None]:
+    """What each adapter's weights say; None where nothing can be said by them."""
     try:
-        return induce_from_weights(model, bank, adapter, config, seed, read_CZ)
+        known = known_distances(model, bank, adapters) if len(bank) else [None] * len(adapters)
+        return [
+            induce_from_weights(
+                model,
+                bank,
+                adapter,
+                config,
+                seed,
+                reader.read(adapter) if reader is not None else None,
+                known_C,
+            )
+            for adapter, known_C in zip(adapters, known, strict=True)
+        ]
     except UserError:
         # A kind without a distance, or a run that knows and writes nothing.
-        return None
+        return [None] * len(adapters)
 
 
 def _tested(
