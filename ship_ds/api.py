@@ -24,26 +24,25 @@ from ship_ds.data.source import source_of
 from ship_ds.data.task import Example, Reading, SplitTask
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
-from ship_ds.inference.adapter_reading import (
-    induce_from_behaviour,
-    induce_from_weights,
-    read_adapter,
-)
+from ship_ds.inference.adapter_reading import read_adapter, read_merged
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.confidence import Calibration, Confidence, agreement, calibrate
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_bare, answer_latents
 from ship_ds.inference.derived import Derived
+from ship_ds.inference.explaining import HALF, Threshold, explain_many, made_up
+from ship_ds.inference.explaining import calibrate as calibrate_explaining
 from ship_ds.inference.induction import induce_many
 from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
+from ship_ds.inference.lora_reader import LoraReader, can_read, train_reader
 from ship_ds.inference.prompt_following import PromptFollowing, measure
 from ship_ds.inference.reasoning import reason_many
 from ship_ds.inference.results import (
     Candidate,
+    Explained,
+    Explanation,
     Induction,
     Reasoning,
-    WeightCandidate,
-    WeightInduction,
 )
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.assemble import LoadedWeights, build_ship
@@ -55,6 +54,8 @@ __all__ = [
     "Candidate",
     "Confidence",
     "Deduction",
+    "Explained",
+    "Explanation",
     "Familiarity",
     "Induction",
     "InductionConfig",
@@ -62,8 +63,7 @@ __all__ = [
     "Pair",
     "Reasoning",
     "Ship",
-    "WeightCandidate",
-    "WeightInduction",
+    "Threshold",
 ]
 
 Pair = tuple[str, str]
@@ -123,6 +123,8 @@ class Ship:
         self._measured_following: PromptFollowing | None = None
         self._asked_following = False
         self._calibration = derived.calibration() if derived else None
+        self._reader: LoraReader | None = None
+        self._threshold: Threshold | None = None
 
     @classmethod
     def from_run(
@@ -411,39 +413,124 @@ class Ship:
         search = self.searching(self._induction(config), log)
         return induce_many(self.model, self.bank, tasks, search, seed, log)[0]
 
-    def induce_from_adapter(
+    def explain(
         self,
         folder: str | Path,
         inputs: Sequence[str] = (),
+        *,
+        merged: bool = False,
         config: InductionConfig | None = None,
         seed: int = 0,
         log: Log = no_log,
-    ) -> Induction | WeightInduction:
-        """The instruction that describes an adapter, of ours or trained by somebody else.
+    ) -> Explanation:
+        """What an adapter does, of ours or trained by somebody else, in words.
+
+        The first call of a run trains a reader of its adapters and measures on its dev tasks from
+        which agreement on a text counts; both take minutes, once, and are kept with the bundle.
 
         Args:
-            folder: A PEFT LoRA folder for the run's base model.
-            inputs: The adapter's answers to these are explained; where there are none, its weights
-                are.
+            folder: A PEFT folder for the run's base model, of the kind that the run makes.
+            inputs: What the adapter is asked; none: inputs of the run's own tasks, or made of its
+                probes' words where its data are not where they were.
+            merged: The folder is a model that an adapter was merged into.
             config: How to search; None for the defaults.
-            seed: Of the texts that are sampled.
-            log: Takes a line of progress.
+            seed: Of every draw.
+            log: Takes lines of progress.
 
         Returns:
-            Candidates by how many of the adapter's answers they give, or by how near the weights
-            of theirs are.
+            The instruction, or None where nothing that can be said does this; and the candidates by
+            how many of the adapter's answers each gives.
 
         Raises:
-            UserError: Also where the folder is no plain LoRA, or of another base model.
+            UserError: Also where the folder cannot be read, or is of another base model; the line
+                names the module or setting.
         """
-        checks.check_inputs(self.model, inputs, self._length)
-        adapter, settings = read_adapter(self.model, Path(folder)), self._induction(config)
-        if not inputs:
-            return induce_from_weights(self.model, self.bank, adapter, settings, seed)
-        settings = self.searching(settings, log)
-        return induce_from_behaviour(
-            self.model, self.bank, adapter, inputs, settings, self._length, seed, log
-        )
+        texts = list(dict.fromkeys(inputs))
+        checks.check_inputs(self.model, texts, self._length)
+        reads = read_merged if merged else read_adapter
+        adapter = reads(self.model, Path(folder))
+        settings = self.searching(self._induction(config), log)
+        return explain_many(
+            self.model,
+            self.bank,
+            [adapter],
+            [texts or self.inputs_to_try()],
+            settings,
+            self._length,
+            self.explaining_threshold(log).value,
+            self.lora_reader(log),
+            seed,
+            log,
+        )[0]
+
+    def inputs_to_try(self) -> list[str]:
+        """Inputs to ask an adapter that nothing is known of: those of the run's own seen tasks, one
+        a task; or, where the data are not where they were, the probes and others of their words."""
+        try:
+            tasks = self._seen()
+        except (UserError, OSError):
+            tasks = ()
+        return made_up(tasks, self.probes)
+
+    def lora_reader(self, log: Log = no_log) -> LoraReader | None:
+        """The network that reads this run's adapters; trained when it is first asked for, in a
+        minute or a few, and then kept with the bundle.
+
+        Args:
+            log: Takes a line before it is trained.
+
+        Returns:
+            None for a run whose adapters are no LoRAs.
+        """
+        if self._reader is None and can_read(self.model):
+            sites, size = self.model.task_llm.sites(), self.config.model.latent_size
+            self._reader = self._derived.reader(sites, size) if self._derived else None
+            if self._reader is None:
+                log("training once a reader of this run's adapters")
+                self._reader = train_reader(self.model, self.bank, log)
+                if self._derived:
+                    self._derived.keep_reader(self._reader)
+        return self._reader
+
+    @property
+    def is_ready_to_explain(self) -> bool:
+        """Whether what `explain` has to train and to measure first is there."""
+        if self._threshold is None and self._derived is not None:
+            self._threshold = self._derived.threshold()
+        return self._threshold is not None
+
+    def explaining_threshold(self, log: Log = no_log) -> Threshold:
+        """From which agreement on a text counts as saying what an adapter does: measured once on
+        adapters that are made of the run's dev tasks, and then kept with the bundle.
+
+        Args:
+            log: Takes a line before it is measured.
+
+        Returns:
+            One half, of no tasks, where the data are not where they were.
+        """
+        if self._threshold is None:
+            self._threshold = self._derived.threshold() if self._derived else None
+        if self._threshold is None:
+            try:
+                dev = source_of(self.config.data).read(self.model.prompts.tokenizer, no_log).dev
+            except (UserError, OSError):
+                log("the run's data are not where they were: the threshold is one half")
+                return Threshold(HALF, 0.0, 0.0, 0)
+            log("measuring once on the run's dev tasks from which agreement on a text counts")
+            self._threshold = calibrate_explaining(
+                self.model,
+                self.bank,
+                dev,
+                self.inputs_to_try(),
+                self.searching(self._induction(None), log),
+                self._length,
+                self.lora_reader(log),
+                log,
+            )
+            if self._derived:
+                self._derived.keep_threshold(self._threshold)
+        return self._threshold
 
     def reason(
         self,

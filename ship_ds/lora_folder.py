@@ -4,6 +4,8 @@ several, compress it.
     FOLDER/adapter_config.json           peft's own LoraConfig or PromptTuningConfig
     FOLDER/adapter_model.safetensors     base_model.model.<module path>.lora_A.weight (R, I)
                                          base_model.model.<module path>.lora_B.weight (O, R)
+                                         and, of a DoRA,
+                                         base_model.model.<module path>.lora_magnitude_vector (O)
                                          or prompt_embeddings (P, H)
                                          or prompt_embeddings (P, L 2 G F) of a prefix
 
@@ -12,8 +14,9 @@ L decoder layers, O outputs of a linear, P virtual tokens, R LoRA rank.
 """
 
 import math
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +33,13 @@ from ship_ds.tensor_file import TensorFile
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+WeightOf = Callable[[str], Tensor]
+"""Module path -> the base's weight (O, I) there. Raises UserError for a path that has none."""
+
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     "alora_invocation_tokens",
-    "alpha_pattern",
     "arrow_config",
     "fan_in_fan_out",
     "kasa_config",
@@ -42,16 +47,19 @@ _UNSUPPORTED = (
     "lora_bias",
     "modules_to_save",
     "monteclora_config",
-    "rank_pattern",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
 )
-"""Settings of `peft` under which an adapter is more, or other, than scaling * B A."""
+"""Settings of `peft` under which an adapter is more, or other, than changes of linears' weights."""
 _KEEPS_THE_BASE = ("eva", "gaussian", "orthogonal")
 """Initialisations by name that leave the base's weights alone; PiSSA and its like change them."""
+_PLAIN_PATTERN = re.compile(r"\^?[\w.\\\[\]|-]+(?:[*+][\w.\\\[\]|-]*){0,2}\$?")
+"""Keys of rank_pattern and alpha_pattern that are matched: names, and expressions without groups
+and with two repetitions at most, as one of somebody else's could else run for ever."""
+_FIRST_RANK, _TOLERANCE = 64, 1e-4
+"""Of `factored`: the rank that is tried first, and what it may lose of the norm."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Lora:
     """One LoRA: the weight of each linear that it adapts changes by scaling * B A.
 
     Args:
-        factors: Module path -> (A, B), of shapes (R, I) and (O, R).
+        factors: Module path -> (A, B), of shapes (R, I) and (O, R); R may differ between modules.
         scaling: `peft`'s alpha / R, or alpha / sqrt(R) for a rank-stabilised one.
     """
 
@@ -68,7 +76,8 @@ class Lora:
 
     @property
     def rank(self) -> int:
-        return next(iter(self.factors.values()))[0].shape[0]
+        """The highest of its modules."""
+        return max(a_RI.shape[0] for a_RI, _ in self.factors.values())
 
     def padded(self, rank: int) -> "Lora":
         """The same function with zero rows up to `rank`, for servers that take certain ranks alone.
@@ -78,14 +87,16 @@ class Lora:
         Raises:
             UserError: The rank is above that already.
         """
-        missing = rank - self.rank
-        if missing < 0:
+        if rank < self.rank:
             raise UserError(
                 f"--pad-to {rank}: the adapter's rank is {self.rank} already; give that or more"
             )
         pad = torch.nn.functional.pad
         factors = {
-            path: (pad(a_RI, (0, 0, 0, missing)), pad(b_OR, (0, missing)))
+            path: (
+                pad(a_RI, (0, 0, 0, rank - a_RI.shape[0])),
+                pad(b_OR, (0, rank - b_OR.shape[1])),
+            )
             for path, (a_RI, b_OR) in self.factors.items()
         }
         return Lora(factors, self.scaling)
@@ -226,52 +237,191 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             file.add(name, tensor.cpu())
 
 
-def read_lora(folder: Path) -> Lora:
-    """The LoRA in a folder that we or `peft` wrote.
+def factored(delta_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) in fp32 with B A equal to the update of a weight: of the lowest rank
+    that loses less than 1e-4 of its norm where that is 64 at most, else the update itself."""
+    delta_OI = delta_OI.float()
+    norm, rank = delta_OI.norm(), min(_FIRST_RANK, *delta_OI.shape)
+    # A fixed sketch: the same folder gives the same factors.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u_OR, s_R, v_IR = torch.svd_lowrank(delta_OI, q=rank, niter=2)
+    rank = max(1, int((s_R > _TOLERANCE * norm / math.sqrt(rank)).sum()))
+    a_RI, b_OR = v_IR[:, :rank].T.contiguous(), u_OR[:, :rank] * s_R[:rank]
+    if (delta_OI - b_OR @ a_RI).norm() <= 2 * _TOLERANCE * norm:
+        return a_RI, b_OR
+    num_out, num_in = delta_OI.shape
+    if num_in <= num_out:
+        return torch.eye(num_in, device=delta_OI.device), delta_OI
+    return delta_OI, torch.eye(num_out, device=delta_OI.device)
+
+
+def read_lora(folder: Path, weight: WeightOf | None = None) -> Lora:
+    """The LoRA in a folder that we or `peft` wrote; a DoRA as the equal update of the weights.
+
+    Args:
+        folder: Of `peft`, with ranks and alphas of its own for some modules or not, rank-stabilised
+            or not.
+        weight: The base's weights, which a DoRA cannot be read without.
 
     Returns:
-        Its tensors are backed by the file's pages until they are copied.
+        Its tensors are backed by the file's pages until they are copied, where nothing had to be
+        computed.
 
     Raises:
         UserError: It is no LoRA, or one with a setting that is not supported; or a file is missing
-            or damaged. The message names the file.
+            or damaged. The message names the file, and setting or module.
     """
-    config = _read_config(folder)
+    config = _read_lora_config(folder)
+    if config.use_dora and weight is None:
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: use_dora is True, and that cannot be read here without "
+            "the base's weights; save the adapter as a plain LoRA"
+        )
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in sorted(_read_tensors(folder).items()):
+        module, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        modules.setdefault(module, {})[part] = tensor
+    if not modules:
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS}: has no tensors; expected a LoRA saved by peft"
+        )
+    common = _scaling(config, config.r, config.lora_alpha) or 1.0
+    factors = {}
+    for module, tensors in modules.items():
+        rank = _of_module(config.rank_pattern or {}, module, config.r)
+        alpha = _of_module(config.alpha_pattern or {}, module, config.lora_alpha)
+        a_RI, b_OR = _factors(folder, module, tensors, rank, bool(config.use_dora))
+        own = _scaling(config, rank, alpha)
+        if config.use_dora:
+            assert weight is not None
+            magnitude_O = tensors["lora_magnitude_vector"].float().flatten()
+            delta_OI = own * (b_OR.float() @ a_RI.float())
+            a_RI, b_OR = factored(_dora_update(folder, module, weight, delta_OI, magnitude_O))
+            own = 1.0
+        factors[module] = (a_RI, b_OR if own == common else b_OR.float() * (own / common))
+    return Lora(factors, common)
+
+
+def _scaling(config: "LoraConfig", rank: int, alpha: float) -> float:
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """A module's own number in a pattern of `peft`, by the first key that it matches."""
+    for name, value in pattern.items():
+        if re.match(rf"(.*\.)?(?:{name})$", module):
+            return value
+    return default
+
+
+def _dora_update(
+    folder: Path, module: str, weight: WeightOf, delta_OI: Tensor, magnitude_O: Tensor
+) -> Tensor:
+    """W' - W with W' = magnitude * (W + delta) / |W + delta|, row by row (Liu et al. 2024, arXiv
+    2402.09353, equation 5)."""
+    weight_OI = weight(module).float()
+    if weight_OI.shape != delta_OI.shape:
+        raise UserError(
+            f"{folder}: {module} is {delta_OI.shape[1]} -> {delta_OI.shape[0]} and this run's base "
+            f"has {weight_OI.shape[1]} -> {weight_OI.shape[0]} there: an adapter of another base "
+            "model"
+        )
+    moved_OI = weight_OI + delta_OI.to(weight_OI.device)
+    scale_O = magnitude_O.to(weight_OI.device) / moved_OI.norm(dim=1)
+    return scale_O[:, None] * moved_OI - weight_OI
+
+
+def read_soft_prompt(folder: Path) -> Tensor:
+    """The embeddings of the virtual tokens in a folder of `peft`'s prompt tuning, (P, H) in fp32.
+
+    Raises:
+        UserError: It is none, or a file is missing or damaged.
+    """
+    _read_settings(folder, "PROMPT_TUNING")
+    return _read_embeddings(folder)
+
+
+def read_prefix(folder: Path, num_blocks: int, heads: tuple[int, int]) -> list[Tensor]:
+    """Keys before values of each block, (2, G, P, F) in fp32, as `write_prefix` takes them.
+
+    Args:
+        folder: Of `peft`'s prefix tuning.
+        num_blocks: Of the base.
+        heads: Its key-value heads and the size of one.
+
+    Raises:
+        UserError: It is none, or of a base of other sizes; or a file is missing or damaged.
+    """
+    _read_settings(folder, "PREFIX_TUNING")
+    rows = _read_embeddings(folder)
+    num_heads, head_size = heads
+    width = num_blocks * 2 * num_heads * head_size
+    if rows.shape[1] != width:
+        raise UserError(
+            f"{folder}: prompt_embeddings: {rows.shape[1]} numbers a position, and this run's base "
+            f"takes {width}: an adapter of another base model"
+        )
+    return [
+        one.unflatten(1, (2, num_heads, head_size)).permute(1, 2, 0, 3).contiguous()
+        for one in rows.chunk(num_blocks, 1)
+    ]
+
+
+def _read_embeddings(folder: Path) -> Tensor:
+    tensors = _read_tensors(folder)
+    rows = tensors.get("prompt_embeddings")
+    if rows is None or rows.ndim != 2 or len(tensors) != 1:
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS}: has {', '.join(sorted(tensors)) or 'nothing'}; expected "
+            "prompt_embeddings, a row a virtual token"
+        )
+    return rows.float()
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / ADAPTER_WEIGHTS
     try:
-        tensors = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be read: {' '.join(str(error).split())}; save the adapter again"
         ) from None
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in sorted(tensors.items()):
-        module, _, half = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        pairs.setdefault(module, {})[half] = tensor
-    if not pairs:
-        raise UserError(f"{path}: has no tensors; expected a LoRA saved by peft")
-    factors = {module: _factors(folder, module, pairs[module], config.r) for module in pairs}
-    divisor = math.sqrt(config.r) if config.use_rslora else config.r
-    return Lora(factors, config.lora_alpha / divisor)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{path}: {name} has values that are no finite numbers; train or save the adapter "
+                "again"
+            )
+    return tensors
 
 
-def _read_config(folder: Path) -> "LoraConfig":
-    from peft import LoraConfig
-
+def _read_settings(folder: Path, kind: str) -> dict[str, Any]:
+    """adapter_config.json as it stands, of this `peft_type`."""
     path = folder / ADAPTER_CONFIG
     # Without this file peft would look for an adapter of that name on the hub.
     if not path.is_file():
         raise UserError(
             f"{folder}: no adapter here (no {ADAPTER_CONFIG}); expected a PEFT LoRA folder"
+            if kind == "LORA"
+            else f"{folder}: no adapter here (no {ADAPTER_CONFIG}); expected a PEFT folder"
         )
+    settings = read_json_object(path)
+    if settings.get("peft_type") != kind:
+        raise UserError(f"{path}: peft_type is {settings.get('peft_type')}; expected {kind}")
+    return settings
+
+
+def _read_lora_config(folder: Path) -> "LoraConfig":
+    from peft import LoraConfig
+
+    path = folder / ADAPTER_CONFIG
+    settings = _read_settings(folder, "LORA")
     try:
-        settings: dict[str, Any] = read_json_object(path)
-        if settings.get("peft_type") != "LORA":
-            raise UserError(f"{path}: peft_type is {settings.get('peft_type')}; expected LORA")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config: LoraConfig = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
         raise UserError(f"{path}: peft cannot read it: {' '.join(str(error).split())}") from None
     if key := _unsupported(config, settings):
         raise UserError(
@@ -282,11 +432,16 @@ def _read_config(folder: Path) -> "LoraConfig":
 
 
 def _unsupported(config: "LoraConfig", settings: Mapping[str, Any]) -> str | None:
-    """The first setting under which the adapter is not scaling * B A on the base as it is."""
-    if not isinstance(config.r, int) or config.r < 1:
+    """The first setting under which the adapter is more than updates of the base as it is."""
+    if not _is_number(config.r, int) or config.r < 1:
         return "r"
-    if not isinstance(config.lora_alpha, int | float):
+    if not _is_number(config.lora_alpha, int | float):
         return "lora_alpha"
+    ranks = config.rank_pattern or {}
+    if not _is_pattern(ranks, int) or min(ranks.values(), default=1) < 1:
+        return "rank_pattern"
+    if not _is_pattern(config.alpha_pattern or {}, int | float):
+        return "alpha_pattern"
     if config.bias != "none":
         return "bias"
     start = config.init_lora_weights
@@ -297,15 +452,36 @@ def _unsupported(config: "LoraConfig", settings: Mapping[str, Any]) -> str | Non
     return next((key for key in (*_UNSUPPORTED, *sorted(unknown)) if settings.get(key)), None)
 
 
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pattern(pattern: Any, kind: Any) -> bool:
+    """Whether it maps names, or harmless expressions, to numbers."""
+    if not isinstance(pattern, dict):
+        return False
+    for key, value in pattern.items():
+        if not _PLAIN_PATTERN.fullmatch(key) or not _is_number(value, kind):
+            return False
+        try:
+            re.compile(key)
+        except re.error:
+            return False
+    return True
+
+
 def _factors(
-    folder: Path, module: str, pair: Mapping[str, Tensor], rank: int
+    folder: Path, module: str, tensors: Mapping[str, Tensor], rank: int, has_magnitude: bool
 ) -> tuple[Tensor, Tensor]:
     path = folder / ADAPTER_WEIGHTS
-    if pair.keys() != {"lora_A", "lora_B"}:
+    expected = ["lora_A", "lora_B", *(["lora_magnitude_vector"] if has_magnitude else [])]
+    if sorted(tensors) != expected:
+        *first, last = expected
         raise UserError(
-            f"{path}: {module}: has {', '.join(sorted(pair))}; expected lora_A and lora_B"
+            f"{path}: {module}: has {', '.join(sorted(tensors))}; expected {', '.join(first)} and "
+            f"{last}"
         )
-    a_RI, b_OR = pair["lora_A"], pair["lora_B"]
+    a_RI, b_OR = tensors["lora_A"], tensors["lora_B"]
     if a_RI.ndim != 2 or b_OR.ndim != 2:
         raise UserError(
             f"{path}: {module}: lora_A is {tuple(a_RI.shape)} and lora_B {tuple(b_OR.shape)}; "
@@ -319,5 +495,10 @@ def _factors(
         raise UserError(
             f"{path}: {module}: A has rank {a_RI.shape[0]} and B {b_OR.shape[1]}, and "
             f"{ADAPTER_CONFIG} says r={rank}; the two files do not belong together"
+        )
+    if has_magnitude and tensors["lora_magnitude_vector"].numel() != b_OR.shape[0]:
+        raise UserError(
+            f"{path}: {module}: {tensors['lora_magnitude_vector'].numel()} magnitudes of "
+            f"{b_OR.shape[0]} outputs; the files do not belong together"
         )
     return a_RI, b_OR

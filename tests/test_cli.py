@@ -164,7 +164,17 @@ NOWHERE = [
     Bad("induce --run RUN --file FOLDER", "cannot be read"),
     Bad("induce --run RUN --file PAIRS --method best", "'--method'"),
     Bad("induce --run RUN --file PAIRS --candidates 0", "'--candidates'"),
-    Bad("induce --run RUN --adapter nowhere", "nowhere: no such folder"),
+    Bad("explain nowhere --run RUN", "nowhere: no such folder"),
+    Bad(
+        "explain FOLDER --run RUN", "no adapter here (no adapter_config.json); give it to --merged"
+    ),
+    Bad("explain --merged FOLDER --run RUN", "no merged model here (no config.json)"),
+    Bad("explain --run RUN", "give one of a PEFT folder and --merged"),
+    Bad("explain FOLDER --merged FOLDER --run RUN", "give one of a PEFT folder and --merged"),
+    Bad("explain FOLDER --run RUN --input 1 --file FILE", "give one of --input and --file"),
+    Bad("explain FOLDER --run RUN --file nowhere", "nowhere: cannot be read"),
+    Bad("explain FOLDER --run nowhere", "nowhere: no bundle"),
+    Bad("explain FOLDER --run RUN --set num_viewz=1", "--set num_viewz: unknown key"),
     Bad("induce --run RUN --file PAIRS --seed x", "'--seed'"),
     Bad("induce --run RUN --file PAIRS --set num_viewz=1", "--set num_viewz: unknown key"),
     Bad("induce --run RUN --file PAIRS --set num_views=0", "--set num_views: "),

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import load_peft_weights
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    load_peft_weights,
+)
 from safetensors.torch import load_file, save_file
 
 from ship_ds.errors import UserError
@@ -16,10 +22,14 @@ from ship_ds.lora_folder import (
     Lora,
     add,
     compressed,
+    factored,
     read_lora,
+    read_prefix,
+    read_soft_prompt,
     write_lora,
 )
 from tests.conftest import REPOSITORY
+from tests.model.models import HIDDEN, tiny_lm
 
 
 def random_lora(seed: int, rank: int = 3, scaling: float = 1.5) -> Lora:
@@ -102,7 +112,11 @@ def test_a_rank_that_the_config_does_not_say_is_one_line(tmp_path: Path) -> None
     [
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"q_proj": 2}},
+        {"rank_pattern": {"(a+)+b": 2}},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": "high"}},
+        {"alpha_pattern": {"[": 2}},
         {"init_lora_weights": "pissa"},
         {"of_a_newer_peft": 2},
         {"bias": "all"},
@@ -216,3 +230,100 @@ def test_an_adapter_of_0_1_0_written_again_is_the_same(tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in after)
     loaded = load_peft_weights(str(tmp_path), device="cpu")
     assert all(loaded[name].equal(before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 3, "lora_alpha": 6},
+        {"r": 3, "lora_alpha": 6, "use_rslora": True},
+        {"r": 3, "lora_alpha": 6, "use_dora": True},
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            # The first that matches counts; a name is no part of a longer one.
+            "rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 5, "proj": 7},
+            "alpha_pattern": {r"^model.layers.1.self_attn.q_proj": 3, r"up_.*": 1},
+        },
+        {"r": 4, "lora_alpha": 6, "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+        {"r": 4, "lora_alpha": 6, "rank_pattern": {"up_proj": 2}, "use_dora": True},
+        {"r": 2, "lora_alpha": 0, "alpha_pattern": {"q_proj": 3}},
+    ],
+)
+def test_what_is_read_is_what_peft_adds_to_the_weights(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    base = tiny_lm("llama")
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, **settings)
+    tuned = get_peft_model(base, config)
+    for name, parameter in tuned.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1 + 0.3 * torch.rand_like(parameter))
+    tuned.save_pretrained(tmp_path)
+    lora = read_lora(tmp_path, lambda path: before[f"{path}.weight"])
+    after = tuned.merge_and_unload().state_dict()
+    paths = {
+        name.removesuffix(".weight") for name in before if "q_proj" in name or "up_proj" in name
+    }
+    assert lora.factors.keys() == paths and len(paths) == 4
+    for path in paths:
+        wanted = after[f"{path}.weight"] - before[f"{path}.weight"]
+        assert settings["lora_alpha"] == 0 or wanted.norm() > 0.1
+        torch.testing.assert_close(lora.delta(path), wanted, atol=2e-5, rtol=1e-3)
+
+
+def test_a_dora_of_another_base_names_the_module(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], r=2, use_dora=True)
+    get_peft_model(tiny_lm("llama"), config).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"layers\.0\.self_attn\.q_proj is 64 -> 64 .* another base"
+    ):
+        read_lora(tmp_path, lambda path: torch.zeros(64, 32))
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
+    name = next(name for name in tensors if "magnitude" in name)
+    save_file(tensors | {name: torch.ones(3)}, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match="3 magnitudes of 64 outputs"):
+        read_lora(tmp_path, lambda path: torch.zeros(64, 64))
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(3, 3), (64, 64), (100, 70)])
+def test_an_update_is_factored_at_its_own_rank_or_whole(rank: int, kept: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, rank, generator=generator) for n in (90, 70))
+    delta = left @ right.T
+    for matrix in (delta, delta.T):
+        a_RI, b_OR = factored(matrix)
+        assert a_RI.shape == (kept, matrix.shape[1]) and b_OR.shape == (matrix.shape[0], kept)
+        assert (matrix - b_OR @ a_RI).norm() <= 2e-4 * matrix.norm()
+    assert factored(torch.zeros(5, 4))[1].abs().max() == 0
+
+
+def test_prompts_and_prefixes_of_peft_are_read(tmp_path: Path) -> None:
+    shared = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    prompt = get_peft_model(tiny_lm("llama"), PromptTuningConfig(**shared))
+    prompt.save_pretrained(tmp_path / "prompt")
+    read = read_soft_prompt(tmp_path / "prompt")
+    assert read.shape == (3, HIDDEN)
+    assert torch.equal(read, prompt.prompt_encoder["default"].embedding.weight)
+    # Projected by an MLP while it was trained: what is saved is what comes out of it.
+    projected = PrefixTuningConfig(**shared, prefix_projection=True, encoder_hidden_size=8)
+    for number, config in enumerate((PrefixTuningConfig(**shared), projected)):
+        prefix = get_peft_model(tiny_lm("llama"), config)
+        folder = tmp_path / f"prefix{number}"
+        prefix.save_pretrained(folder)
+        blocks = read_prefix(folder, 2, (2, 16))
+        with torch.no_grad():
+            cache = prefix.get_prompt(batch_size=1)
+        for states, layer in zip(blocks, cache.layers, strict=True):
+            torch.testing.assert_close(states[0], layer.keys[0])
+            torch.testing.assert_close(states[1], layer.values[0])
+    with pytest.raises(UserError, match="192 numbers a position|128 numbers a position"):
+        read_prefix(folder, 3, (2, 16))
+    with pytest.raises(UserError, match="peft_type is PREFIX_TUNING; expected PROMPT_TUNING"):
+        read_soft_prompt(folder)
+    with pytest.raises(UserError, match="peft_type is PROMPT_TUNING; expected LORA"):
+        read_lora(tmp_path / "prompt")
+    save_file({"prompt": read}, tmp_path / "prompt" / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match="has prompt; expected prompt_embeddings"):
+        read_soft_prompt(tmp_path / "prompt")

@@ -18,7 +18,10 @@ from ship_ds.bundle import bundle_from_checkpoint, frozen_bases
 from ship_ds.config import load_config, override_config, parse_config, recipe_names
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
-from ship_ds.inference.results import WeightInduction
+from ship_ds.inference.adapter_reading import induce_from_weights, read_adapter
+from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.explaining import Threshold
+from ship_ds.inference.lora_reader import LoraReader
 from ship_ds.model.loading import load_tokenizer
 from ship_ds.model.parameter_names import by_current_name, current_name
 from ship_ds.origin import read_origin
@@ -107,10 +110,15 @@ def test_an_adapter_is_read_back_into_words() -> None:
     """Both ways: a latent that makes these very weights, and what the adapter answers."""
     assert read_origin(FOLDER / "adapter").made_from == RECORDED["instructions"][0]
     ship = Ship.from_run(RUN)
-    by_weights = ship.induce_from_adapter(FOLDER / "adapter")
-    assert isinstance(by_weights, WeightInduction) and by_weights.latent_distance < 1e-3
-    by_answers = ship.induce_from_adapter(FOLDER / "adapter", RECORDED["inputs"])
-    assert by_answers.instruction
+    adapter = read_adapter(ship.model, FOLDER / "adapter")
+    by_weights = induce_from_weights(ship.model, ship.bank, adapter, InductionConfig())
+    assert by_weights.latent_distance < 1e-3
+    ship._threshold, ship._reader = (
+        Threshold(0.5, 0.0, 0.0, 0),
+        LoraReader(ship.model.task_llm.sites(), ship.config.model.latent_size),
+    )
+    found = ship.explain(FOLDER / "adapter", RECORDED["inputs"])
+    assert found.candidates and len(found.answers) == len(dict.fromkeys(RECORDED["inputs"]))
 
 
 def test_another_base_of_the_same_shape_is_one_line(

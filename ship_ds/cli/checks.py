@@ -36,6 +36,17 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: no such folder")
 
 
+def check_explained(folder: Path, is_merged: bool) -> None:
+    """An adapter's config, or a merged model's, is there."""
+    name = "config.json" if is_merged else "adapter_config.json"
+    if not (folder / name).is_file():
+        other = "give it to --merged if it is a merged model" if not is_merged else ""
+        raise UserError(
+            f"{folder}: no {'merged model' if is_merged else 'adapter'} here (no {name})"
+            + (f"; {other}" if other else "")
+        )
+
+
 def check_new(folder: Path) -> None:
     """Nothing is there yet where the result is to go."""
     refuse_existing(folder)

@@ -49,6 +49,12 @@ def serve(
     max_names: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="adapters that have names at a time")
     ] = 1000,
+    prepare: Annotated[
+        bool,
+        typer.Option(
+            "--prepare", help="first make what explaining adapters needs: minutes, once a run"
+        ),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -84,7 +90,10 @@ def serve(
             max_cached=max_adapters,
             max_names=max_names,
         )
-        room = Room(open_run(run, device, dtype), limits)
+        ship = open_run(run, device, dtype)
+        if prepare:
+            ship.explaining_threshold(log)
+        room = Room(ship, limits)
         app = create_app(
             room,
             name=name or run.resolve().name,

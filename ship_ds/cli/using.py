@@ -9,6 +9,7 @@ import typer
 
 from ship_ds.cli import checks
 from ship_ds.cli.verb import (
+    AsJson,
     BaseNow,
     Device,
     Dtype,
@@ -362,13 +363,6 @@ def answer(
 @verb(_PANEL)
 def induce(
     run: Run,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="a PEFT LoRA in place of examples; --file then gives inputs, if any",
-        ),
-    ] = None,
     file: JsonLines = None,
     candidates: Annotated[int, typer.Option(min=1, help="how many to show")] = 5,
     method: Method = "union",
@@ -379,22 +373,63 @@ def induce(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
-    """Examples, or an adapter -> instruction; JSON."""
+    """Examples -> instruction; JSON."""
     check_words(device, dtype)
-    from ship_ds.inference.lines import STDIN, induction_row, read_inputs, read_pairs
+    from ship_ds.inference.lines import STDIN, induction_row, read_pairs
 
-    if adapter:
-        inputs = read_inputs(file) if file else []
-        search = _search(run, base, method, preset, settings)
-        checks.check_folder(adapter)
-        induced = open_run(run, device, dtype, base).induce_from_adapter(
-            adapter, inputs, search, seed, log
-        )
-    else:
-        pairs = read_pairs(file or STDIN)
-        search = _search(run, base, method, preset, settings)
-        induced = open_run(run, device, dtype, base).induce(pairs, search, seed, log)
+    pairs = read_pairs(file or STDIN)
+    search = _search(run, base, method, preset, settings)
+    induced = open_run(run, device, dtype, base).induce(pairs, search, seed, log)
     print_row(induction_row(induced, candidates))
+    return 0
+
+
+@verb(_PANEL)
+def explain(
+    run: Run,
+    adapter: Annotated[
+        Path | None, typer.Argument(metavar="[FOLDER]", help="a PEFT folder, by whomever")
+    ] = None,
+    merged: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="a model that an adapter was merged into, instead"),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="INPUT...", help="what it is asked; default: the run's own"
+        ),
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", help='inputs as JSON lines, {"input": ...}; - for stdin')
+    ] = None,
+    as_json: AsJson = False,
+    settings: Set = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """An adapter -> what it does, in words, with the evidence."""
+    check_words(device, dtype)
+    from ship_ds.inference.lines import explanation_row, explanation_text, read_inputs
+
+    if (adapter is None) == (merged is None):
+        raise UserError("explain: give one of a PEFT folder and --merged")
+    if inputs and file:
+        raise UserError("explain: give one of --input and --file")
+    folder = adapter or merged
+    assert folder is not None
+    texts = inputs or (read_inputs(file) if file else [])
+    search = _search(run, "union", "ours", settings)
+    checks.check_folder(folder)
+    checks.check_explained(folder, is_merged=merged is not None)
+    explanation = open_run(run, device, dtype).explain(
+        folder, texts, merged=merged is not None, config=search, seed=seed, log=log
+    )
+    if as_json:
+        print_row(explanation_row(explanation))
+    else:
+        print("\n".join(explanation_text(explanation, str(folder))))
     return 0
 
 

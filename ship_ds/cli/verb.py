@@ -27,7 +27,7 @@ EXIT_CODES = "\n\n".join(
 )
 PANELS = ("Train", "Use", "Inspect", "Convert")
 """Of the help, in its order."""
-_SEVERAL = ("--probe", "--runs", "--part")
+_SEVERAL = ("--input", "--probe", "--runs", "--part")
 _LOOKS_LIKE_AN_OPTION = re.compile(r"--?[A-Za-z]\S*")
 
 

@@ -36,6 +36,7 @@ METHOD_NAMES = (
     "adapter_sum",
     "read_own_adapter",
     "read_trained_lora",
+    "explain",
     "random_decode",
     "bare_base",
     "shuffled_instruction",

@@ -1,12 +1,12 @@
-"""From an adapter to an instruction: which latent makes an adapter like this one, and what does the
-decoder read out of it.
+"""Adapters of anybody: the folder's value, and which latents make an adapter like it.
 
-With inputs the latent has to answer as the adapter does; without, its weight updates have to lie
-near the adapter's.
+With answers a latent has to answer as the adapter does; by the weights alone its updates have to
+lie near the adapter's. What is made of both is in explaining.py.
 
-Letters: C candidates, Z latent size.
+Letters: C candidates, O outputs of a linear, I inputs of a linear, Z latent size.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,25 +14,31 @@ import torch
 from torch import Tensor
 
 from ship_ds.config import base_folder
-from ship_ds.console import Log, no_log
-from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.deduction import answer_under
-from ship_ds.inference.gradient import Schedule, descend_on, descend_to_behaviour
-from ship_ds.inference.induction import induce_many, with_latents_decoded
+from ship_ds.inference.gradient import Schedule, descend_on
 from ship_ds.inference.proposals import draw_seed, likeliest_texts, sample_texts
-from ship_ds.inference.results import Induction, WeightCandidate, WeightInduction
+from ship_ds.inference.results import WeightCandidate, WeightInduction
+from ship_ds.lora_folder import Lora, factored
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.lora import LoraAdapter, adapter_of_lora
+from ship_ds.model.adapters.sites import linears_of, sizes, weight_of, wrap_also
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
 from ship_ds.weights_folder import WeightsFolder
 
+_AT_ONCE = 64
+"""Known adapters that are made together; more take memory and save no time."""
+_ROUNDING = 2.0**-7
+"""Of a weight's norm: what saving in 16 bits may have changed."""
+
 
 def read_adapter(model: ShipModel, folder: Path) -> Adapter:
     """A PEFT folder as an adapter of one task, of the kind that the model's hypernetwork makes.
+
+    Linears that it changes and the run's own adapters do not are made ready for it.
 
     Args:
         model: whose Task LLM it adapts.
@@ -42,7 +48,9 @@ def read_adapter(model: ShipModel, folder: Path) -> Adapter:
         UserError: it is no such folder, of another base, or of a kind that cannot be read back.
     """
     _check_origin(model, folder)
-    return model.hypernetwork.read(folder)
+    adapter = model.hypernetwork.read(folder, model.task_llm.lm)
+    wrap_also(model.task_llm.lm, adapter.update_norms())
+    return adapter
 
 
 def _check_origin(model: ShipModel, folder: Path) -> None:
@@ -58,61 +66,90 @@ def _check_origin(model: ShipModel, folder: Path) -> None:
         )
 
 
-def induce_from_behaviour(
-    model: ShipModel,
-    bank: Bank,
-    adapter: Adapter,
-    inputs: Sequence[str],
-    config: InductionConfig,
-    max_new_tokens: int,
-    seed: int = 0,
-    log: Log = no_log,
-) -> Induction:
-    """The instruction that explains an adapter's answers.
+def read_merged(model: ShipModel, folder: Path) -> Adapter:
+    """A merged model minus the run's base, as an adapter of one task.
+
+    A run in 4 bits computes with other weights than lie in its base's folder; which of the two was
+    merged into is the nearer one.
 
     Args:
-        model: with its trained weights.
-        bank: the known instructions.
-        adapter: of one task.
-        inputs: what it answers.
-        config: how to search.
-        max_new_tokens: of an answer.
-        seed: of every draw.
-        log: takes a line of progress.
-
-    Returns:
-        Candidates as for examples, with those read out of a latent whose adapter has the same
-        distributions over next tokens.
+        model: of a run whose adapters are LoRAs.
+        folder: of a model that transformers loads, of the base's architecture, in 16 or 32 bits.
 
     Raises:
-        UserError: none of the answers ends.
+        UserError: it is none, it has changed more than linears of blocks, or nothing.
     """
-    answers = answer_under(model, adapter, "", inputs, max_new_tokens)
-    examples = [Example(x, y) for x, y in zip(inputs, answers, strict=True) if y is not None]
-    if not examples:
+    lm = model.task_llm.lm
+    linears = linears_of(lm)
+    if not isinstance(model.adapt(model.prior.mean(1).to(model.device)), LoraAdapter):
         raise UserError(
-            f"induce: under this adapter none of {len(inputs)} answers ends within "
-            f"{max_new_tokens} tokens"
+            f"{folder}: a merged model is read as a LoRA, and this run's adapters are of another "
+            "kind; it needs a run with model.hypernetwork.kind=lora"
         )
-    log(f"the adapter answers {len(examples)} of {len(inputs)} inputs")
-    induction = induce_many(model, bank, [examples], config, seed, log)[0]
-    best = induction.candidates[: config.num_refined]
-    start_CZ = torch.tensor([induction.latent, *(candidate.latent for candidate in best)])
-    wordings = [induction.instruction] * len(start_CZ)
-    log("matching its distributions")
-    descent = descend_to_behaviour(
-        model,
-        start_CZ,
-        wordings,
-        adapter,
-        examples,
-        Schedule(config.steps, config.direct_lr, config.prior),
-    )
-    return with_latents_decoded(model, induction, examples, descent.latent_CZ, config, seed)
+    merged, base = WeightsFolder(folder), WeightsFolder(base_folder(model.config.task_llm.base))
+    _check_plain(folder)
+    _check_same_tensors(folder, merged, base)
+    own: dict[str, Tensor] = {}
+    as_computed: dict[str, Tensor] = {}
+    for name in base.entries:
+        path, after = name.removesuffix(".weight"), merged.read(name).float()
+        if not bool(after.isfinite().all()):
+            raise UserError(f"{folder}: {name} has values that are no finite numbers")
+        before = base.read(name).float()
+        if path in linears:
+            own[path] = after - before
+            as_computed[path] = after - weight_of(linears[path]).to(after.device)
+        elif (after - before).norm() > _ROUNDING * before.norm():
+            raise UserError(
+                f"{folder}: {name} is another one than the base's, and only changes of linears in "
+                "the blocks can be explained"
+            )
+    nearer = min((own, as_computed), key=_total_square)
+    changed = {path: delta_OI for path, delta_OI in nearer.items() if bool(delta_OI.any())}
+    if not changed:
+        raise UserError(f"{folder}: every weight is the base's: nothing was merged into it")
+    lora = Lora({path: factored(delta_OI) for path, delta_OI in changed.items()}, 1.0)
+    adapter = adapter_of_lora(folder, lora, sizes(linears), model.device)
+    wrap_also(lm, changed)
+    return adapter
+
+
+def _total_square(deltas: Mapping[str, Tensor]) -> float:
+    return sum(float(delta_OI.square().sum()) for delta_OI in deltas.values())
+
+
+def _check_plain(folder: Path) -> None:
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict) or "quantization_config" in settings:
+        raise UserError(
+            f"{path}: expected a model in 16 or 32 bits, not quantised; merge again with "
+            "--target dequantised"
+        )
+
+
+def _check_same_tensors(folder: Path, merged: WeightsFolder, base: WeightsFolder) -> None:
+    for name in dict.fromkeys([*base.entries, *merged.entries]):
+        theirs, ours = merged.entries.get(name), base.entries.get(name)
+        if theirs is None or ours is None or theirs.shape != ours.shape:
+            there, here = (one.shape if one else "absent" for one in (theirs, ours))
+            raise UserError(
+                f"{folder}: {name} is {there} there and {here} in this run's base: a model of "
+                "another base"
+            )
 
 
 def induce_from_weights(
-    model: ShipModel, bank: Bank, adapter: Adapter, config: InductionConfig, seed: int = 0
+    model: ShipModel,
+    bank: Bank,
+    adapter: Adapter,
+    config: InductionConfig,
+    seed: int = 0,
+    read_CZ: Tensor | None = None,
+    known_C: Tensor | None = None,
 ) -> WeightInduction:
     """The instruction whose adapter lies nearest a given one, by the weights alone.
 
@@ -122,17 +159,26 @@ def induce_from_weights(
         adapter: of one task.
         config: how to search.
         seed: of every draw.
+        read_CZ: latents that were read off the adapter in another way (lora_reader.py).
+        known_C: distances of the known instructions' adapters, where they are known already.
 
     Returns:
         The nearest known instructions, and those read out of the latents to which descent leads
-        from there and from the prior's mean.
+        from there, from the prior's mean and from those read otherwise; and of these themselves.
 
     Raises:
         UserError: there is neither.
     """
-    known_C = _distances(model, bank.latent_CZ, adapter)
+    if known_C is None:
+        known_C = _distances(model, bank.latent_CZ, adapter)
     nearest = known_C.topk(min(config.num_restarts, len(bank)), largest=False).indices
-    start_CZ = torch.cat([model.prior.mean(1).to(model.device), bank.latent_CZ[nearest]])
+    starts = [model.prior.mean(1).to(model.device), bank.latent_CZ[nearest].to(model.device)]
+    exact_Z = model.hypernetwork.latent_of(adapter)
+    if exact_Z is not None:
+        starts.append(exact_Z[None].to(model.device))
+    if read_CZ is not None:
+        starts.append(read_CZ.to(model.device))
+    start_CZ = torch.cat(starts)
 
     def loss(latent_CZ: Tensor) -> tuple[Tensor, Tensor]:
         distance_C = model.hypernetwork(latent_CZ).distance(adapter)
@@ -141,6 +187,8 @@ def induce_from_weights(
     # The weights alone say where z has to go: the prior has no part in it.
     descent = descend_on(model, start_CZ, loss, Schedule(config.steps, config.direct_lr, 0.0))
     origins = dict.fromkeys(_decoded(model, descent.latent_CZ, config, seed), "decoded")
+    if read_CZ is not None:
+        origins |= dict.fromkeys(_decoded(model, read_CZ, config, seed), "read")
     origins |= {bank.instructions[c]: "known" for c in nearest.tolist()}
     candidates = _by_distance(model, origins, adapter)
     if not candidates:
@@ -155,6 +203,21 @@ def induce_from_weights(
         tuple(descent.latent_CZ[best].tolist()),
         float(descent.loss_C[best]),
     )
+
+
+@torch.no_grad()
+def known_distances(model: ShipModel, bank: Bank, adapters: Sequence[Adapter]) -> list[Tensor]:
+    """How far the adapter of each known instruction is from each of these, (C,) each: to make them
+    is what takes long, and they are made once for all.
+
+    Raises:
+        UserError: adapters of this kind have no distance.
+    """
+    pieces = [
+        [made.distance(adapter) for adapter in adapters]
+        for made in map(model.adapt, bank.latent_CZ.split(_AT_ONCE))
+    ]
+    return [torch.cat(row) for row in zip(*pieces, strict=True)]
 
 
 def _decoded(model: ShipModel, latent_CZ: Tensor, config: InductionConfig, seed: int) -> list[str]:

@@ -3,6 +3,8 @@
     RUN/bundle/derived/known.safetensors        posteriors of the known instructions
     RUN/bundle/derived/prompt_following.json    whether text in the prompt is followed
     RUN/bundle/derived/confidence.json          what agreement says of the dev tasks
+    RUN/bundle/derived/lora_reader.safetensors  the reader of adapters
+    RUN/bundle/derived/explaining.json          from which agreement on a text says what one does
 
 Each file says of which weights and in which numbers it was made; one of others is made again. Where
 the folder cannot be written it is computed every time.
@@ -18,17 +20,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ship_ds.files import whole_file, write_json
 from ship_ds.inference.confidence import Calibration
+from ship_ds.inference.explaining import Threshold
+from ship_ds.inference.lora_reader import LoraReader
 from ship_ds.inference.prompt_following import PromptFollowing
+from ship_ds.model.adapters.adapter import Sites
 
-_Measured = TypeVar("_Measured", Calibration, PromptFollowing)
+_Measured = TypeVar("_Measured", Calibration, PromptFollowing, Threshold)
 
 _FOLDER, _KNOWN = "derived", "known.safetensors"
 _FOLLOWING, _CALIBRATION = "prompt_following.json", "confidence.json"
+_READER, _THRESHOLD = "lora_reader.safetensors", "explaining.json"
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,35 @@ class Derived:
         """Keep it, where the disk lets us."""
         self._keep(_CALIBRATION, calibration)
 
+    def threshold(self) -> Threshold | None:
+        """From which agreement on a text says what an adapter does; None where it is not kept."""
+        return self._kept(_THRESHOLD, Threshold)
+
+    def keep_threshold(self, threshold: Threshold) -> None:
+        """Keep it, where the disk lets us."""
+        self._keep(_THRESHOLD, threshold)
+
+    def reader(self, sites: Sites, latent_size: int) -> LoraReader | None:
+        """The reader of adapters of these sites; None where it is not kept."""
+        reader = LoraReader(sites, latent_size)
+        # RuntimeError: of a version whose reader has other layers.
+        with suppress(OSError, SafetensorError, RuntimeError):
+            path = self.bundle / _FOLDER / _READER
+            with safe_open(path, "pt") as file:
+                if file.metadata() != self._made_of:
+                    return None
+            reader.load_state_dict(load_file(path))
+            return reader.requires_grad_(False).eval()
+        return None
+
+    def keep_reader(self, reader: LoraReader) -> None:
+        """Keep it, where the disk lets us."""
+        with (
+            suppress(OSError, SafetensorError),
+            whole_file(self.bundle / _FOLDER / _READER, shared=True) as part,
+        ):
+            save_file(reader.state_dict(), part, self._made_of)
+
     def _kept(self, name: str, made: type[_Measured]) -> _Measured | None:
         # KeyError and TypeError: of a version that kept other numbers.
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -98,7 +133,7 @@ class Derived:
                 return made(**kept)
         return None
 
-    def _keep(self, name: str, measured: Calibration | PromptFollowing) -> None:
+    def _keep(self, name: str, measured: Calibration | PromptFollowing | Threshold) -> None:
         with suppress(OSError):
             row = asdict(measured) | {"made_of": self._made_of}
             write_json(self.bundle / _FOLDER / name, row, shared=True)

@@ -11,10 +11,10 @@ from ship_ds.data.task import read_error
 from ship_ds.errors import UserError
 from ship_ds.inference.results import (
     Candidate,
+    Explained,
+    Explanation,
     Induction,
     Reasoning,
-    WeightCandidate,
-    WeightInduction,
 )
 from ship_ds.parsing import decode, parse_json, read_text, split_lines, trimmed, unicode_text
 
@@ -101,28 +101,78 @@ def _name(source: str) -> str:
     return "standard input" if source == STDIN else source
 
 
-def induction_row(induction: Induction | WeightInduction, num_candidates: int) -> dict[str, Any]:
+def induction_row(induction: Induction, num_candidates: int) -> dict[str, Any]:
     """The best candidates without their latents; `alternatives` are the other texts that fit every
     example."""
-    row: dict[str, Any] = {"instruction": induction.instruction}
-    if isinstance(induction, Induction):
-        fitting = [candidate.instruction for candidate in induction.that_fit]
-        row["alternatives"] = [text for text in fitting if text != induction.instruction]
-        row["num_examples"] = induction.num_examples
-    return row | {
+    fitting = [candidate.instruction for candidate in induction.that_fit]
+    return {
+        "instruction": induction.instruction,
+        "alternatives": [text for text in fitting if text != induction.instruction],
+        "num_examples": induction.num_examples,
         "candidates": [_candidate(c) for c in induction.candidates[:num_candidates]],
         "latent": _short(induction.latent),
     }
 
 
-def _candidate(candidate: Candidate | WeightCandidate) -> dict[str, Any]:
+def _candidate(candidate: Candidate | Explained) -> dict[str, Any]:
     row = asdict(candidate)
-    del row["latent"]
+    row.pop("latent", None)
     # Infinity is no JSON number that another language reads, but rounding it would raise here.
     return {
         key: round(value, 4) if isinstance(value, float) and math.isfinite(value) else value
         for key, value in row.items()
     }
+
+
+def explanation_row(explanation: Explanation) -> dict[str, Any]:
+    """An explanation as JSON, with every answer."""
+    answers = zip(explanation.inputs, explanation.answers, explanation.base_answers, strict=True)
+    return {
+        "instruction": explanation.instruction,
+        "agreement": round(explanation.agreement, 4),
+        "threshold": round(explanation.threshold, 4),
+        "candidates": [_candidate(one) for one in explanation.candidates],
+        "answers": [
+            {"input": text, "adapter": answer, "base": bare} for text, answer, bare in answers
+        ],
+        "updates": {path: round(norm, 4) for path, norm in explanation.updates.items()},
+    }
+
+
+def explanation_text(explanation: Explanation, folder: str) -> list[str]:
+    """The same for people: what it does, how that is known, and what it changes."""
+    count, best = len(explanation.inputs), explanation.candidates[:1]
+    if explanation.instruction is not None:
+        lines = [f"{folder}: {explanation.instruction}"]
+    elif not explanation.num_changed:
+        lines = [f"{folder}: answers all {count} inputs as the base does"]
+    else:
+        lines = [f"{folder}: none of what this run can say does this"]
+    for one in best:
+        prompt = (
+            "" if one.same_in_prompt is None else f", as text in the prompt {one.same_in_prompt}"
+        )
+        lines.append(
+            f"  {one.instruction!r}: its own adapter gives {one.same} of the {count} answers"
+            f"{prompt}; agreement {one.agreement:.2f}, threshold {explanation.threshold:.2f}; "
+            f"found by {' and '.join(one.sources)}"
+        )
+    lines += [
+        f"  or {one.instruction!r}: {one.same} of {count}, agreement {one.agreement:.2f}"
+        for one in explanation.candidates[1:3]
+    ]
+    if explanation.updates:
+        names: dict[str, int] = {}
+        for path in explanation.updates:
+            name = path.rpartition(".")[2]
+            names[name] = names.get(name, 0) + 1
+        touched = ", ".join(f"{name} ({number})" for name, number in names.items())
+        lines.append(f"  changes {len(explanation.updates)} modules: {touched}")
+    lines.append(f"  answers {explanation.num_changed} of {count} inputs otherwise than the base:")
+    answers = zip(explanation.inputs, explanation.answers, explanation.base_answers, strict=True)
+    changed = [row for row in answers if row[1] != row[2]]
+    lines += [f"    {text}: {answer}   (base: {bare})" for text, answer, bare in changed[:3]]
+    return lines
 
 
 def _short(latent: tuple[float, ...]) -> list[float]:

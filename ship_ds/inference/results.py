@@ -82,7 +82,8 @@ class WeightCandidate:
         distance: |update - the given one's|^2 / |the given one's|^2 over all sites; 1 is as far as
             no update at all.
         latent: the mean of its posterior.
-        origin: known or decoded.
+        origin: known; decoded, out of the latents that descent found; or read, out of what the
+            reader (lora_reader.py) took the adapter for.
     """
 
     instruction: str
@@ -106,6 +107,65 @@ class WeightInduction:
     candidates: tuple[WeightCandidate, ...]
     latent: tuple[float, ...]
     latent_distance: float
+
+
+@dataclass(frozen=True)
+class Explained:
+    """An instruction that may say what an adapter does, and how far it does so.
+
+    Args:
+        instruction: the text.
+        sources: where it was found: weights, behaviour, bank.
+        same: of the inputs, those that the instruction's own adapter answers as the given one does.
+        same_in_prompt: of the inputs, those that the bare Task LLM answers so with the text in its
+            prompt; None where it does not follow text there.
+        agreement: by the better of both ways: the share of the adapter's answers that the text
+            gives, or of those that the base does not give by itself, whichever is lower.
+        distance: of its adapter's weights from the given ones; 1 is as far as no update at all.
+            None where the weights were not compared.
+    """
+
+    instruction: str
+    sources: tuple[str, ...]
+    same: int
+    same_in_prompt: int | None
+    agreement: float
+    distance: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an adapter does.
+
+    Args:
+        instruction: the best candidate's text; None where no candidate does what the adapter does.
+        candidates: best first.
+        threshold: agreement from which on a candidate counts as saying it.
+        inputs: what the adapter was asked.
+        answers: what it answered.
+        base_answers: what the bare Task LLM answers.
+        updates: module path -> Frobenius norm of what the adapter adds to the weight there; empty
+            for kinds that change no weights.
+    """
+
+    instruction: str | None
+    candidates: tuple[Explained, ...]
+    threshold: float
+    inputs: tuple[str, ...]
+    answers: tuple[str | None, ...]
+    base_answers: tuple[str | None, ...]
+    updates: dict[str, float]
+
+    @property
+    def agreement(self) -> float:
+        """Of the best candidate; 0 where there is none."""
+        return self.candidates[0].agreement if self.candidates else 0.0
+
+    @property
+    def num_changed(self) -> int:
+        """Inputs that the adapter answers otherwise than the base."""
+        pairs = zip(self.answers, self.base_answers, strict=True)
+        return sum(answer != bare for answer, bare in pairs)
 
 
 @dataclass(frozen=True)

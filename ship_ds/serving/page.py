@@ -35,7 +35,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from ship_ds.api import Candidate, Induction, Ship, WeightCandidate, WeightInduction
+from ship_ds.api import Candidate, Explained, Explanation, Induction, Ship
 from ship_ds.console import Log
 from ship_ds.console import log as log_to_console
 from ship_ds.errors import UserError
@@ -405,51 +405,45 @@ def explain_adapter(
     Args:
         ship: The run.
         files: Of the two names of a PEFT folder.
-        inputs: The adapter's answers to these are explained; none: its weights.
+        inputs: What the adapter is asked besides reading its weights; none: inputs of the run's own.
         log: Takes a line of progress.
 
     Raises:
-        UserError: The files are no adapter of this run's base.
+        UserError: The files are no adapter of this run's base, or the run is not ready to explain
+            one.
     """
     with tempfile.TemporaryDirectory(prefix="ship-ds-") as outer:
         folder = Path(outer) / "adapter"
         folder.mkdir()
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             (folder / name).write_bytes(files[name])
+        if not ship.is_ready_to_explain:
+            raise UserError(
+                "explain: this run has no reader of adapters yet, which takes minutes to train, "
+                "once: start the server with --prepare, or run `ship-ds explain` first"
+            )
         try:
-            found = ship.induce_from_adapter(folder, inputs, log=log)
+            found = ship.explain(folder, inputs, log=log)
         except UserError as error:
             # The folder's name on the server is nothing to the one who sent the files.
             raise UserError(
                 str(error).replace(f"{folder}/", "").replace(str(folder), "it")
             ) from None
-    return _by_answers(found) if isinstance(found, Induction) else _by_weights(found)
+    return _explanation(found)
 
 
-def _by_answers(found: Induction) -> ExplanationAnswer:
-    def evidence(one: Candidate) -> EvidenceAnswer:
-        right = f"{one.num_right} of {found.num_examples}"
-        return EvidenceAnswer(instruction=one.instruction, evidence=right, origin=one.origin)
+def _explanation(found: Explanation) -> ExplanationAnswer:
+    def evidence(one: Explained) -> EvidenceAnswer:
+        same = f"{one.same} of {len(found.inputs)}"
+        origin = ", ".join(one.sources)
+        return EvidenceAnswer(instruction=one.instruction, evidence=same, origin=origin)
 
     return ExplanationAnswer(
         instruction=found.instruction,
         evidence="Same answers",
-        about="Of the adapter's answers to your inputs, those that the candidate's own adapter "
-        "gives, too.",
-        candidates=[evidence(one) for one in found.candidates[:_NUM_CANDIDATES]],
-    )
-
-
-def _by_weights(found: WeightInduction) -> ExplanationAnswer:
-    def evidence(one: WeightCandidate) -> EvidenceAnswer:
-        distance = f"{one.distance:z.2f}"
-        return EvidenceAnswer(instruction=one.instruction, evidence=distance, origin=one.origin)
-
-    return ExplanationAnswer(
-        instruction=found.instruction,
-        evidence="Distance",
-        about="Of the candidate's weights from the adapter's: 0 is the same adapter, 1 is as far "
-        "as none at all.",
+        about=f"Of the adapter's answers to {len(found.inputs)} inputs, those that the text's own "
+        f"adapter gives, too. From an agreement of {found.threshold:.2f} on it says what the "
+        f"adapter does; the best one has {found.agreement:.2f}.",
         candidates=[evidence(one) for one in found.candidates[:_NUM_CANDIDATES]],
     )
 

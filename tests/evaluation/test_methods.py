@@ -17,6 +17,7 @@ from ship_ds.evaluation.baselines.lora_per_task import LoraPerTask
 from ship_ds.evaluation.baselines.oracles import OracleRecipe
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.composing import AdapterSum
+from ship_ds.evaluation.methods.explaining import ExplainTrainedLora
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
 from ship_ds.evaluation.methods.published import ShipDirect, ShipIndirect
 from ship_ds.evaluation.methods.rounds import ShipRounds
@@ -27,7 +28,9 @@ from ship_ds.evaluation.metrics import exact_match
 from ship_ds.inference import reasoning
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.deduction import answer_under
+from ship_ds.inference.explaining import Threshold, noise_like
 from ship_ds.inference.induction import MOST_TRIED
+from ship_ds.inference.lora_reader import LoraReader
 from tests.inference.conftest import bundle, ship
 
 __all__ = ["bundle", "ship"]
@@ -219,3 +222,17 @@ def test_a_lora_that_ship_would_make_is_read_as_its_instruction(
     trained = iter([ship.model.adapt(ship.model.encode([wording])) for wording in wordings])
     monkeypatch.setattr(made, "_lora", lambda examples: next(trained))
     assert made.induce([task.train[:2] for task in splits.seen[:2]]) == wordings
+
+
+def test_a_lora_is_explained_or_said_to_be_none(
+    make: Make, ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SHIP itself makes of an instruction is named by it; a random one is an empty text."""
+    made, wording = make(ExplainTrainedLora), splits.seen[0].task.instruction
+    own = ship.model.adapt(ship.model.encode([wording]))
+    trained = iter([own, noise_like(own, "x")])
+    monkeypatch.setattr(made, "_lora", lambda examples: next(trained))
+    monkeypatch.setattr(ship, "_threshold", Threshold(0.5, 1.0, 1.0, 16))
+    size = ship.config.model.latent_size
+    monkeypatch.setattr(ship, "_reader", LoraReader(ship.model.task_llm.sites(), size))
+    assert made.induce([task.train[:2] for task in splits.seen[:2]]) == [wording, ""]

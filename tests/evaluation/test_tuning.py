@@ -101,7 +101,7 @@ def test_curve_counts_the_steps_to_a_loss() -> None:
 def test_it_leaves_a_proved_folder_with_its_curve(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`induce --adapter` reads it as any LoRA of this base."""
+    """`explain` reads it as any LoRA of this base."""
     data, out = tmp_path / "pairs.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps({"input": x, "target": y}) + "\n" for x, y in PAIRS))
     command = ["tune", "--run", str(RUN), "--from", INSTRUCTION, "--data", str(data)]

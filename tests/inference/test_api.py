@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ship_ds import cli
 from ship_ds.api import Ship
@@ -20,14 +19,9 @@ from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.evaluation.harness import Run
 from ship_ds.export.compose import compose
-from ship_ds.export.deduce import export_one
-from ship_ds.export.requests import Request
 from ship_ds.files import sha256
-from ship_ds.inference.adapter_reading import read_adapter
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.latents import Familiarity
-from ship_ds.inference.results import Induction, WeightInduction
-from tests.model.models import tiny_lm
 
 pytestmark = pytest.mark.slow
 
@@ -44,13 +38,6 @@ QUICK = InductionConfig(
     max_new_tokens=8,
 )
 PAIRS = [("3 4 9", "4 9"), ("1 2", "2")]
-
-
-@pytest.fixture(scope="module")
-def adapter(ship: Ship, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("peft") / "adapter"
-    export_one(ship, Request("adapter", "remove element 2"), folder, ["3 4 9"])
-    return folder
 
 
 def test_deduce_gives_the_adapter_and_its_familiarity(ship: Ship) -> None:
@@ -93,108 +80,6 @@ def test_reason_answers_by_latent_refined_latent_and_text(ship: Ship, inputs: li
         )
 
 
-def test_an_adapters_weights_lead_back_to_its_instruction(ship: Ship, adapter: Path) -> None:
-    found = ship.induce_from_adapter(adapter, (), QUICK)
-    assert isinstance(found, WeightInduction)
-    assert found.instruction == "remove element 2" and found.candidates[0].distance < 1e-3
-    assert found.candidates[1].distance > 1e-2 and found.latent_distance < 1e-2
-
-
-def test_an_adapters_behaviour_leads_back_to_its_instruction(
-    ship: Ship, adapter: Path, inputs: list[str]
-) -> None:
-    every = QUICK.model_copy(update={"method": "bank", "num_known": 24, "num_finalists": 24})
-    found = ship.induce_from_adapter(adapter, inputs, every)
-    assert isinstance(found, Induction)
-    right = {c.instruction: c.num_right for c in found.candidates}
-    assert right["remove element 2"] == found.num_right == found.num_examples > 3
-    assert list(right.values()).count(found.num_examples) < len(right) / 2
-
-
-def test_a_foreign_adapter_of_peft_is_read(ship: Ship, tmp_path: Path) -> None:
-    """Saved by peft itself over some of the modules, and with another rank."""
-    base = ship.model.task_llm.lm.config
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(1)
-    tuned = get_peft_model(
-        LlamaForCausalLM(base),
-        LoraConfig(
-            r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False
-        ),
-    )
-    tuned.save_pretrained(tmp_path)
-    read = read_adapter(ship.model, tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert read.scaling == 2.0 and len(read.factors) == 2 * base.num_hidden_layers
-    for path, halves in read.factors.items():
-        for half, factor in zip("AB", halves, strict=True):
-            assert torch.equal(factor[0], saved[f"base_model.model.{path}.lora_{half}.weight"])
-    assert isinstance(ship.induce_from_adapter(tmp_path, (), QUICK), WeightInduction)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("shape", "another base model"),
-        ("path", "another base model"),
-        ("dora", "use_dora"),
-        ("kind", "peft_type is IA3; expected LORA"),
-        ("empty", "no adapter here"),
-        ("half", "cannot be read"),
-        ("bias", "bias is 'all'"),
-        ("b", "down_proj: has lora_A; expected lora_A and lora_B"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_one_line(
-    ship: Ship, adapter: Path, tmp_path: Path, change: str, message: str
-) -> None:
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    if change == "shape":
-        tensors = {
-            name: torch.zeros(tensor.shape[0], tensor.shape[1] + ("lora_A" in name))
-            for name, tensor in tensors.items()
-        }
-    if change == "path":
-        tensors = {
-            name.replace("self_attn", "attention"): tensor for name, tensor in tensors.items()
-        }
-    if change == "b":
-        tensors = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if "layers.0.mlp.down_proj.lora_B" not in name
-        }
-    settings |= {
-        "dora": {"use_dora": True},
-        "kind": {"peft_type": "IA3"},
-        "bias": {"bias": "all"},
-    }.get(change, {})
-    if change != "empty":
-        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-        save_file(tensors, tmp_path / "adapter_model.safetensors")
-    if change == "half":
-        (tmp_path / "adapter_model.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(UserError, match=message) as caught:
-        ship.induce_from_adapter(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_adapter_of_ours_for_other_weights_of_the_same_shape_is_one_line(
-    ship: Ship, adapter: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(adapter, tmp_path / "adapter")
-    origin = json.loads((adapter / "ship.json").read_text())
-    (tmp_path / "adapter" / "ship.json").write_text(
-        json.dumps(origin | {"base_fingerprint": "0" * 64})
-    )
-    with pytest.raises(
-        UserError, match="made for embedded with fingerprint 000000000000.* another base model"
-    ):
-        ship.induce_from_adapter(tmp_path / "adapter")
-
-
 def test_a_bundle_around_other_weights_of_the_same_shape_is_one_line(
     bundle: Path, tmp_path: Path
 ) -> None:
@@ -207,14 +92,6 @@ def test_a_bundle_around_other_weights_of_the_same_shape_is_one_line(
     (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="trained around embedded with fingerprint 000000000000"):
         Ship.from_run(tmp_path)
-
-
-def test_an_adapter_of_another_base_made_by_peft_is_one_line(ship: Ship, tmp_path: Path) -> None:
-    get_peft_model(tiny_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(UserError, match="another base model"):
-        ship.induce_from_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +189,7 @@ def test_answer_verb_says_how_many_samples_agree(
 
 
 def test_induce_verb_shows_candidates_and_progress(
-    bundle: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = _file(tmp_path, '{"input": "3 4 9", "target": "4 9"}\n')
     assert (
@@ -339,8 +216,6 @@ def test_induce_verb_shows_candidates_and_progress(
         and len(row["latent"]) == 64
         and "ship-ds: induction: " in shown.err
     )
-    assert cli.main(["induce", "--run", str(bundle), "--adapter", str(adapter)]) == 0
-    assert _rows(capsys)[0]["instruction"] == "remove element 2"
 
 
 def test_reason_verb_gives_a_row_an_input(

@@ -1,13 +1,16 @@
 """What every kind of adapter keeps to, kind by kind: a new one is tested by its line in `KINDS`."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ship_ds.config import ModelConfig
+from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.adapter import (
     Adapter,
@@ -16,7 +19,8 @@ from ship_ds.model.adapters.adapter import (
     Target,
     build_hypernetwork,
 )
-from ship_ds.model.adapters.sites import sites_in_each_block, wrap
+from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.model.adapters.sites import linears_of, sites_in_each_block, wrap, wrap_also
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import LanguageModel, language_model
@@ -300,3 +304,69 @@ def test_a_task_whose_states_are_left_out_goes_by_z_alone(name: str) -> None:
     without_states, called[:] = list(called), []
     _adapted(hypernetwork, _latent())
     assert called == without_states, "ranks that take turns run the same modules in one order"
+
+
+@pytest.mark.parametrize("name", ["lora", "soft_prompt", "reshape", "prefix"])
+def test_what_is_written_is_read_back(name: str, tmp_path: Path) -> None:
+    lm, hypernetwork = _made(name)
+    adapter = _awake(hypernetwork)(_latent())
+    for task, export in enumerate(hypernetwork.exports(adapter)):
+        folder = tmp_path / str(task)
+        folder.mkdir()
+        export.write(folder, "base", lm.module)
+        read = hypernetwork.read(folder, lm.module)
+        one = adapter.rows(torch.tensor([task]))
+        for key, tensor in one.tensors().items():
+            torch.testing.assert_close(read.tensors()[key], tensor, atol=1e-5, rtol=1e-4)
+        # A difference of sums in fp32.
+        assert float(read.distance(one).detach()) < 1e-5
+    latent_Z = hypernetwork.latent_of(read)
+    assert (latent_Z is not None) == (name == "reshape")
+    if latent_Z is not None:
+        torch.testing.assert_close(latent_Z, _latent()[1])
+
+
+@pytest.mark.parametrize("name", ["soft_prompt", "reshape", "prefix"])
+def test_another_length_is_one_line(name: str, tmp_path: Path) -> None:
+    lm, hypernetwork = _made(name)
+    hypernetwork.exports(_awake(hypernetwork)(_latent()))[0].write(tmp_path, "base", lm.module)
+    path = tmp_path / "adapter_model.safetensors"
+    rows = load_file(path)["prompt_embeddings"]
+    save_file({"prompt_embeddings": torch.cat([rows, rows[:1]])}, path)
+    with pytest.raises(UserError, match=r"prompt_embeddings: .*model\.hypernetwork\.") as caught:
+        hypernetwork.read(tmp_path, lm.module)
+    assert "\n" not in str(caught.value)
+
+
+def test_modules_that_the_run_does_not_adapt_can_be_wrapped_later() -> None:
+    """Under an adapter of both, against the sum of weights; parameters keep their names."""
+    model = tiny_lm("llama").requires_grad_(False)
+    wrap(model, sites_in_each_block(model, ("q_proj",)))
+    names = list(model.state_dict())
+    path = "model.layers.1.mlp.down_proj"
+    sites = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    assert linears_of(model).keys() >= {path, *sites}
+    wrap_also(model, [path, sites[0]])
+    wrap_also(model, [path])
+    generator = torch.Generator().manual_seed(5)
+    factors = {
+        one: (
+            0.3 * torch.randn(1, 2, linear.in_features, generator=generator),
+            0.3 * torch.randn(1, linear.out_features, 2, generator=generator),
+        )
+        for one, linear in linears_of(model).items()
+        if one in (path, sites[1])
+    }
+    ids = torch.tensor([[5, 9, 3, 7]])
+    plain = tiny_lm("llama")
+    with torch.no_grad():
+        bare = plain(input_ids=ids).logits
+        for one, (a_1RI, b_1OR) in factors.items():
+            plain.get_submodule(one).weight += 1.5 * b_1OR[0] @ a_1RI[0]
+        wanted = plain(input_ids=ids).logits
+        found = model(input_ids=ids, ship_adapter=LoraAdapter(factors, 1.5)).logits
+        without = model(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(without, bare, atol=1e-5, rtol=1e-5)
+    assert (wanted - bare).abs().max() > 0.05
+    assert len(names) == len(model.state_dict())

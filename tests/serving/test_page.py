@@ -25,6 +25,7 @@ import pytest
 from peft import PeftModel
 
 from ship_ds.api import Ship
+from ship_ds.inference.explaining import Threshold
 from ship_ds.config import base_folder
 from ship_ds.model.loading import load_lm
 from ship_ds.serving.limits import Limits
@@ -48,11 +49,16 @@ HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 
 @pytest.fixture(scope="module")
 def site(ship: Ship) -> Iterator[Served]:
+    """Ready to explain, with the searches that need nothing trained."""
     from tests.serving.conftest import started
 
+    ship._threshold = Threshold(0.5, 0.0, 0.0, 0)
+    ship.__dict__["lora_reader"] = lambda log: None
     running, stop = started(ship, Limits())
     yield running
     stop()
+    ship._threshold = None
+    del ship.__dict__["lora_reader"]
 
 
 @pytest.fixture(scope="module")
@@ -214,13 +220,14 @@ def test_a_downloaded_adapter_is_loaded_by_peft_and_explained(
     here.page.click("#explain")
     here.wait_for("#adapter-status", "Explained")
     rows = here.rows("#explained")
-    assert here.text("#explanation") == INSTRUCTION == rows[0][0] and rows[0][1] == "0.00"
-    assert "Distance" in here.text("#adapter-part")
+    assert here.text("#explanation") == INSTRUCTION == rows[0][0]
+    assert re.fullmatch(r"(\d+) of \1", rows[0][1]) and "weights" in rows[0][2]
+    assert "Same answers" in here.text("#adapter-part")
 
     here.page.fill("#adapter-inputs", "\n".join(INPUTS))
     here.page.click("#explain")
     here.wait_for("#adapter-status", "Explained")
-    assert re.fullmatch(r"\d of \d", here.rows("#explained")[0][1])
+    assert here.rows("#explained")[0][1] == f"{len(INPUTS)} of {len(INPUTS)}"
     assert temporary_folders() <= before
 
 
@@ -627,6 +634,15 @@ def test_an_adapter_may_be_larger_than_other_requests(serve: Serve, site: Served
     assert Limits().max_upload_bytes > MAX_ADAPTER_BYTES * 4 / 3
 
 
+def test_a_run_that_is_not_ready_says_how_to_make_it_so(
+    site: Served, ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training a reader would hold the model for minutes, whoever else asks."""
+    monkeypatch.setattr(ship, "_threshold", None)
+    refused = post(site, "explain", {"config": "e30=", "weights": "AAAA"})
+    assert refused.status_code == 400 and "--prepare" in refused.json()["error"]["message"]
+
+
 def test_one_adapter_is_explained_at_a_time(
     site: Served, ship: Ship, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -638,7 +654,7 @@ def test_one_adapter_is_explained_at_a_time(
         go_on.wait(30)
         raise ValueError("over")
 
-    monkeypatch.setattr(ship, "induce_from_adapter", slow)
+    monkeypatch.setattr(ship, "explain", slow)
     files = {"config": "e30=", "weights": "AAAA"}
     first = threading.Thread(target=post, args=(site, "explain", files))
     first.start()

@@ -9,7 +9,7 @@ Letters: T tasks, Z latent size, R LoRA rank, I inputs of a linear, O outputs of
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -69,8 +69,8 @@ class DiagonalCore(Hypernetwork):
     def exports(self, adapter: LoraAdapter) -> list[Export]:
         return exports_of_lora(adapter)
 
-    def read(self, folder: Path) -> LoraAdapter:
-        return read_lora_adapter(folder, self.sites, self.core.weight.device)
+    def read(self, folder: Path, lm: Any) -> LoraAdapter:
+        return read_lora_adapter(folder, lm, self.core.weight.device)
 
 
 ADAPTERS.register(DiagonalCoreConfig, DiagonalCore)

@@ -6,6 +6,7 @@ from ship_ds.evaluation.method import Method
 from ship_ds.evaluation.methods.composing import AdapterSum
 from ship_ds.evaluation.methods.controls import BareBase, MajorityLabel, ShuffledInstruction
 from ship_ds.evaluation.methods.doubting import Doubting
+from ship_ds.evaluation.methods.explaining import ExplainTrainedLora
 from ship_ds.evaluation.methods.icl import InContextLearning
 from ship_ds.evaluation.methods.instruction_induction import InstructionInduction
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
@@ -36,6 +37,7 @@ _CLASSES: tuple[type[Method], ...] = (
     AdapterSum,
     ReadOwnAdapter,
     ReadTrainedLora,
+    ExplainTrainedLora,
     baselines.LoraPerTask,
     *baselines.TRAINED,
 )

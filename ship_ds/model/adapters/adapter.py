@@ -94,6 +94,11 @@ class Adapter(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Everything that was generated, by name; its first dimension is T."""
 
+    def update_norms(self) -> dict[str, float]:
+        """Module path -> Frobenius norm of what is added to the weight there, of an adapter of one
+        task; of kinds that change no weights an empty one."""
+        return {}
+
     def distance(self, other: "Adapter") -> Tensor:
         """|each task of this - other|^2 / |other|^2, (T,), with gradient.
 
@@ -105,10 +110,7 @@ class Adapter(ABC):
         Raises:
             UserError: the kind has no such measure.
         """
-        raise UserError(
-            "induce: adapters of this run's kind cannot be compared by their weights; give inputs, "
-            "which compares them by their answers (--file)"
-        )
+        raise UserError("explain: adapters of this run's kind cannot be compared by their weights")
 
 
 class Export(ABC):
@@ -242,12 +244,24 @@ class Hypernetwork(nn.Module, ABC):
             "deduce: adapters of this run's kind have no file format; `ship-ds answer` applies them"
         )
 
-    def read(self, folder: Path) -> Adapter:
-        """The value of a folder that was written for one task. Raises UserError."""
+    def read(self, folder: Path, lm: Any) -> Adapter:
+        """The value of a folder that `peft` or `ship-ds deduce` wrote, by whomever it was trained.
+
+        Args:
+            folder: of one adapter.
+            lm: the base, a transformers model, wrapped or not.
+
+        Raises:
+            UserError: it is damaged, of another kind or of another base.
+        """
         raise UserError(
             f"{folder}: adapters of this run's kind cannot be read back; it needs a run with "
-            "model.hypernetwork.kind=lora"
+            "model.hypernetwork.kind=lora, prefix, soft_prompt or reshape"
         )
+
+    def latent_of(self, adapter: Any) -> Tensor | None:
+        """The latent (Z,) whose adapter this is, where it can be told without a search."""
+        return None
 
     def head_modules(self) -> list[nn.Module]:
         """Where most of the weights are; the rest is the trunk."""

@@ -31,6 +31,7 @@ from ship_ds.model.adapters.adapter import (
 )
 from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.segments import TaskEnds
+from ship_ds.model.adapters.sites import linears_of, sizes, weight_of
 from ship_ds.model.adapters.trunk import TrunkHypernetwork, layer_of, share_of
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -91,6 +92,13 @@ class LoraAdapter(Adapter):
             for half, factor in zip("AB", factors, strict=True)
         }
 
+    def update_norms(self) -> dict[str, float]:
+        """See `Adapter`."""
+        return {
+            path: abs(self.scaling) * math.sqrt(max(0.0, float(_inner(a, b, a, b)[0])))
+            for path, (a, b) in self.factors.items()
+        }
+
     def distance(self, other: Adapter) -> Tensor:
         """By the updates B A of every site: other factors of the same update are no distance."""
         assert isinstance(other, LoraAdapter)
@@ -98,11 +106,11 @@ class LoraAdapter(Adapter):
         for path, (a_TRI, b_TOR) in self.factors.items():
             total = total + self.scaling**2 * _inner(a_TRI, b_TOR, a_TRI, b_TOR)
             if path in other.factors:
-                a_1RI, b_1OR = other.factors[path]
-                square = other.scaling**2 * _inner(a_1RI, b_1OR, a_1RI, b_1OR)
-                both = self.scaling * other.scaling * _inner(a_TRI, b_TOR, a_1RI, b_1OR)
-                total, norm = total + square - 2 * both, norm + square
-        return total / norm.clamp(min=1e-12)
+                both = self.scaling * other.scaling
+                total = total - 2 * both * _inner(a_TRI, b_TOR, *other.factors[path])
+        for a_1RI, b_1OR in other.factors.values():
+            norm = norm + other.scaling**2 * _inner(a_1RI, b_1OR, a_1RI, b_1OR)
+        return (total + norm) / norm.clamp(min=1e-12)
 
     def over(self, offsets: Tensor | None) -> "LoraAdapter":
         return replace(self, ends=None if offsets is None else TaskEnds(offsets))
@@ -156,18 +164,40 @@ def as_adapter(lora: Lora) -> LoraAdapter:
     return LoraAdapter(factors, lora.scaling)
 
 
-def read_lora_adapter(folder: Path, sites: Sites, device: torch.device) -> LoraAdapter:
-    """A LoRA folder as the adapter of one task, in fp32: of any rank, and of any of the sites.
+def read_lora_adapter(folder: Path, lm: Any, device: torch.device) -> LoraAdapter:
+    """A LoRA folder as the adapter of one task, in fp32: of any ranks and of any linears of the
+    base's blocks, those that the run adapts or not.
 
     Args:
         folder: as `peft` or `ship-ds deduce` writes it.
-        sites: the linears that adapters of this run change.
+        lm: the base, a transformers model.
         device: where the factors go.
 
     Raises:
-        UserError: it is no LoRA folder, or adapts what is no site or of other sizes.
+        UserError: it is no LoRA folder, or adapts what is no such linear or of other sizes.
     """
-    lora = read_lora(folder)
+    linears = linears_of(lm)
+
+    def weight(path: str) -> Tensor:
+        if path not in linears:
+            raise _no_such_linear(folder, path, len(linears))
+        return weight_of(linears[path])
+
+    return adapter_of_lora(folder, read_lora(folder, weight), sizes(linears), device)
+
+
+def adapter_of_lora(folder: Path, lora: Lora, sites: Sites, device: torch.device) -> LoraAdapter:
+    """A LoRA as the adapter of one task, in fp32.
+
+    Args:
+        folder: where it comes from, for messages.
+        lora: what was read there.
+        sites: the linears that it may change.
+        device: where the factors go.
+
+    Raises:
+        UserError: it changes what is no site, or of other sizes.
+    """
     for path, (a_RI, b_OR) in lora.factors.items():
         _check_site(folder, path, (a_RI.shape[1], b_OR.shape[0]), sites)
     adapter = as_adapter(lora)
@@ -180,17 +210,20 @@ def read_lora_adapter(folder: Path, sites: Sites, device: torch.device) -> LoraA
 
 def _check_site(folder: Path, path: str, shape: tuple[int, int], sites: Sites) -> None:
     if path not in sites:
-        raise UserError(
-            f"{folder}: adapts {path}, which is none of the {len(sites)} linears that this run "
-            "adapts: an adapter of another base model, or of modules outside "
-            "model.hypernetwork.targets"
-        )
+        raise _no_such_linear(folder, path, len(sites))
     if shape != sites[path]:
         inputs, outputs = sites[path]
         raise UserError(
             f"{folder}: {path} is {shape[0]} -> {shape[1]} and this run's base has "
             f"{inputs} -> {outputs} there: an adapter of another base model"
         )
+
+
+def _no_such_linear(folder: Path, path: str, num_linears: int) -> UserError:
+    return UserError(
+        f"{folder}: adapts {path}, which is none of the {num_linears} linears in the blocks of "
+        "this run's base: an adapter of another base model, or of modules that cannot be adapted"
+    )
 
 
 def exports_of_lora(adapter: LoraAdapter) -> list[Export]:
@@ -399,6 +432,6 @@ class LoraHypernetwork(FactorHypernetwork):
         """See `Hypernetwork`."""
         return exports_of_lora(adapter)
 
-    def read(self, folder: Path) -> LoraAdapter:
+    def read(self, folder: Path, lm: Any) -> LoraAdapter:
         """See `read_lora_adapter`."""
-        return read_lora_adapter(folder, self.sites, self.from_latent.weight.device)
+        return read_lora_adapter(folder, lm, self.from_latent.weight.device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ship_ds.config import PrefixHypernetworkConfig
 from ship_ds.errors import UserError
-from ship_ds.lora_folder import write_prefix
+from ship_ds.lora_folder import read_prefix, write_prefix
 from ship_ds.model.adapters.adapter import Adapter, Export, Target, num_products
 from ship_ds.model.adapters.trunk import TrunkHypernetwork, share_of
 from ship_ds.model.attention import Prefix
@@ -155,6 +155,19 @@ class PrefixHypernetwork(TrunkHypernetwork):
 
     def head_modules(self) -> list[nn.Module]:
         return [self.head]
+
+    def read(self, folder: Path, lm: Any) -> PrefixAdapter:
+        """See `Hypernetwork`: keys and values of as many positions as the run's."""
+        _, num_heads, length, head_size = self.shape
+        states = read_prefix(folder, len(self.blocks), (num_heads, head_size))
+        if states[0].shape[2] != length:
+            raise UserError(
+                f"{folder}: prompt_embeddings: a prefix of {states[0].shape[2]} positions, and "
+                f"this run's have {length} (model.hypernetwork.length)"
+            )
+        device = self.head.weight.device
+        turned = [_turned(lm, one.to(device), -1)[None] for one in states]
+        return PrefixAdapter(dict(zip(self.blocks, turned, strict=True)))
 
     def exports(self, adapter: PrefixAdapter) -> list[Export]:
         """See `Hypernetwork`."""

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from ship_ds.config import ALL_LINEAR
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Adapter, Sites
+from transformers.pytorch_utils import Conv1D
+
 from ship_ds.model.language_model import LanguageModel, language_model, linear_sizes
 from ship_ds.model.nf4_linear import Nf4Linear
 
@@ -68,10 +70,14 @@ class AdaptedBlock(nn.Module):
     def __init__(self, block: nn.Module, path: str) -> None:
         super().__init__()
         self.block, self.path = block, path
-        # A plain list: they are registered below `block` already.
-        self.sites = [module for module in block.modules() if isinstance(module, AdaptedLinear)]
+        self.find_sites()
         self.register_state_dict_post_hook(_leave_block_out)
         self.register_load_state_dict_pre_hook(_put_block_in)
+
+    def find_sites(self) -> None:
+        """Look for wrapped linears, at the beginning and when more of them were wrapped."""
+        # A plain list: they are registered below `block` already.
+        self.sites = [m for m in self.block.modules() if isinstance(m, AdaptedLinear)]
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -171,7 +177,7 @@ def sites_in_each_block(model: nn.Module, targets: tuple[str, ...]) -> Sites:
         for block_path in lm.blocks()
         for path in _targets_in(type(model).__name__, block_path, linears, targets)
     ]
-    return _sizes({path: linears[path] for path in paths})
+    return sizes({path: linears[path] for path in paths})
 
 
 def sites_anywhere(model: nn.Module, targets: tuple[str, ...]) -> Sites:
@@ -183,7 +189,7 @@ def sites_anywhere(model: nn.Module, targets: tuple[str, ...]) -> Sites:
     """
     linears = _adaptable(model).linears()
     _check_targets("tuning.targets", type(model).__name__, linears, targets)
-    return _sizes({path: linears[path] for path in linears if is_target(path, targets)})
+    return sizes({path: linears[path] for path in linears if is_target(path, targets)})
 
 
 def _adaptable(model: nn.Module) -> LanguageModel:
@@ -221,8 +227,46 @@ def is_target(path: str, targets: Sequence[str]) -> bool:
     return ALL_LINEAR in targets or path.rpartition(".")[2] in targets
 
 
-def _sizes(linears: Mapping[str, nn.Module]) -> Sites:
+def sizes(linears: Mapping[str, nn.Module]) -> Sites:
+    """Inputs and outputs of each."""
     return {path: linear_sizes(one) for path, one in linears.items()}
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear of a model's blocks by its module path, wrapped or not.
+
+    Raises:
+        UserError: the model cannot be adapted.
+    """
+    wrapped = {f"{m.path}.base": m.path for m in model.modules() if isinstance(m, AdaptedLinear)}
+    return {wrapped.get(path, path): one for path, one in _adaptable(model).linears().items()}
+
+
+def weight_of(linear: nn.Linear) -> Tensor:
+    """A linear's weight (O, I) in fp32, as the model computes with it."""
+    if isinstance(linear, Nf4Linear):
+        # A copy: on a CPU the next linear writes over it.
+        return linear.dequantised(torch.float32).clone()
+    weight = linear.weight.detach().float()
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def wrap_also(model: nn.Module, paths: Iterable[str]) -> None:
+    """Wrap linears of a model that is wrapped already, for an adapter of other modules than the
+    run's; those that are wrapped stay.
+
+    Args:
+        model: see `wrap`.
+        paths: of linears in its blocks.
+    """
+    linears, modules = linears_of(model), dict(model.named_modules())
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        if not isinstance(getattr(modules[parent], name), AdaptedLinear):
+            setattr(modules[parent], name, AdaptedLinear(linears[path], path))
+    for block in model.modules():
+        if isinstance(block, AdaptedBlock):
+            block.find_sites()
 
 
 def sites_of(model: nn.Module) -> Sites:
@@ -230,4 +274,4 @@ def sites_of(model: nn.Module) -> Sites:
     wrapped = {
         module.path: module.base for module in model.modules() if isinstance(module, AdaptedLinear)
     }
-    return _sizes(wrapped)
+    return sizes(wrapped)

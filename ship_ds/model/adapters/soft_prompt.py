@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.config import ReshapeHypernetworkConfig, SoftPromptHypernetworkConfig
-from ship_ds.lora_folder import write_soft_prompt
+from ship_ds.errors import UserError
+from ship_ds.lora_folder import read_soft_prompt, write_soft_prompt
 from ship_ds.model.adapters.adapter import Adapter, Export, Hypernetwork, Target
 from ship_ds.model.reshape import check_reshape
 
@@ -67,6 +68,27 @@ class SoftPromptExport(Export):
         return f"soft prompt, {self.prompt_PH.shape[0]} virtual tokens"
 
 
+def read_prompt(folder: Path, shape: tuple[int, int], device: torch.device) -> SoftPrompt:
+    """A prompt-tuning folder of `peft` as the adapter of one task.
+
+    Args:
+        folder: as `peft` or `ship-ds deduce` writes it.
+        shape: the run's virtual tokens and its base's hidden size.
+        device: where the embeddings go.
+
+    Raises:
+        UserError: it is none, or has another shape.
+    """
+    prompt_PH = read_soft_prompt(folder)
+    if tuple(prompt_PH.shape) != shape:
+        raise UserError(
+            f"{folder}: prompt_embeddings: {prompt_PH.shape[0]} virtual tokens of "
+            f"{prompt_PH.shape[1]} numbers, and this run's have {shape[0]} of {shape[1]} "
+            "(model.hypernetwork.num_virtual_tokens)"
+        )
+    return SoftPrompt(prompt_PH[None].to(device))
+
+
 class SoftPromptHypernetwork(Hypernetwork):
     """z -> MLP -> P embeddings before the prompt."""
 
@@ -94,6 +116,11 @@ class SoftPromptHypernetwork(Hypernetwork):
         """See `Hypernetwork`."""
         return [SoftPromptExport(prompt_PH) for prompt_PH in adapter.prompt_TPH]
 
+    def read(self, folder: Path, lm: Any) -> SoftPrompt:
+        """See `read_prompt`."""
+        device = next(self.layers.parameters()).device
+        return read_prompt(folder, (self.num_virtual_tokens, self.hidden_size), device)
+
 
 class ReshapeHypernetwork(Hypernetwork):
     """z itself, cut into P embeddings before the prompt: the published "p-tuning" fusion (arXiv
@@ -108,6 +135,7 @@ class ReshapeHypernetwork(Hypernetwork):
             target.hidden_size,
         )
         self.num_virtual_tokens: int = config.num_virtual_tokens
+        self.hidden_size = target.hidden_size
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
         return SoftPrompt(latent_TZ.unflatten(1, (self.num_virtual_tokens, -1)))
@@ -115,3 +143,12 @@ class ReshapeHypernetwork(Hypernetwork):
     def exports(self, adapter: SoftPrompt) -> list[Export]:
         """See `Hypernetwork`."""
         return [SoftPromptExport(prompt_PH) for prompt_PH in adapter.prompt_TPH]
+
+    def read(self, folder: Path, lm: Any) -> SoftPrompt:
+        """See `read_prompt`."""
+        shape = self.num_virtual_tokens, self.hidden_size
+        return read_prompt(folder, shape, next(lm.parameters()).device)
+
+    def latent_of(self, adapter: SoftPrompt) -> Tensor:
+        """The prompt is z."""
+        return adapter.prompt_TPH[0].flatten()
