@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 # Here, since whatever imports torch's friends first is a module of this package.
 quiet_bitsandbytes()
-# Nothing is fetched from a hub by any of these libraries: models and data are folders. Who wants
-# otherwise in a program of his own sets the variable to 0.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Nor is a kernel of the hub run: bitsandbytes and transformers would take one from there, or from
-# its cache, wherever this package is installed and a processor or a config asks for it.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+# In vLLM, whose plugin this package has (serving/vllm_plugin.py), it is vLLM's to say.
+if "vllm" not in sys.modules:
+    # Nothing is fetched from a hub by any of these libraries: models and data are folders. Who
+    # wants otherwise in a program of his own sets the variable to 0.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Nor is a kernel of the hub run: bitsandbytes and transformers would take one from there, or
+    # from its cache, wherever this package is installed and a processor or a config asks for it.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 # Here, since every program of this package comes by before it imports torch. Who has torch already
 # has made up his mind.
 if "torch" not in sys.modules:

@@ -7,7 +7,7 @@ import typer
 
 from ship_ds.cli import checks
 from ship_ds.cli.using import open_run
-from ship_ds.cli.verb import Device, Dtype, Run, verb
+from ship_ds.cli.verb import BaseNow, Device, Dtype, Run, verb
 from ship_ds.console import log
 from ship_ds.errors import UserError
 from ship_ds.placement import check_words
@@ -55,6 +55,7 @@ def serve(
             "--prepare", help="first make what explaining adapters needs: minutes, once a run"
         ),
     ] = False,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -75,7 +76,7 @@ def serve(
             f"--host {host}: others could ask this server: give a key (--api-key or "
             "SHIP_DS_API_KEY), or leave it at 127.0.0.1"
         )
-    checks.check_run(run)
+    checks.check_run(run, base)
     with listening(host, port) as listener:
         from ship_ds.serving.app import create_app
         from ship_ds.serving.limits import Limits
@@ -90,7 +91,7 @@ def serve(
             max_cached=max_adapters,
             max_names=max_names,
         )
-        ship = open_run(run, device, dtype)
+        ship = open_run(run, device, dtype, base)
         if prepare:
             ship.explaining_threshold(log)
         room = Room(ship, limits)

@@ -406,6 +406,7 @@ def explain(
     as_json: AsJson = False,
     settings: Set = None,
     seed: Seed = 0,
+    base: BaseNow = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
@@ -420,10 +421,10 @@ def explain(
     folder = adapter or merged
     assert folder is not None
     texts = inputs or (read_inputs(file) if file else [])
-    search = _search(run, "union", "ours", settings)
+    search = _search(run, base, "union", "ours", settings)
     checks.check_folder(folder)
     checks.check_explained(folder, is_merged=merged is not None)
-    explanation = open_run(run, device, dtype).explain(
+    explanation = open_run(run, device, dtype, base).explain(
         folder, texts, merged=merged is not None, config=search, seed=seed, log=log
     )
     if as_json:

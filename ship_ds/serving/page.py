@@ -405,7 +405,7 @@ def explain_adapter(
     Args:
         ship: The run.
         files: Of the two names of a PEFT folder.
-        inputs: What the adapter is asked besides reading its weights; none: inputs of the run's own.
+        inputs: What the adapter is asked; none: inputs of the run's own.
         log: Takes a line of progress.
 
     Raises:

@@ -25,8 +25,8 @@ import pytest
 from peft import PeftModel
 
 from ship_ds.api import Ship
-from ship_ds.inference.explaining import Threshold
 from ship_ds.config import base_folder
+from ship_ds.inference.explaining import Threshold
 from ship_ds.model.loading import load_lm
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.page import MAX_ADAPTER_BYTES, Plane

@@ -155,6 +155,8 @@ def test_it_registers_without_torch(bundle: Path) -> None:
         "sys.modules['vllm.lora.resolver'] = resolver\n"
         "from ship_ds.serving.vllm_plugin import register\n"
         "register()\n"
+        "import os\n"
+        "assert 'kernels' not in sys.modules and 'HF_HUB_OFFLINE' not in os.environ\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

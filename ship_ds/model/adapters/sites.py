@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from ship_ds.config import ALL_LINEAR
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Adapter, Sites
-from transformers.pytorch_utils import Conv1D
-
 from ship_ds.model.language_model import LanguageModel, language_model, linear_sizes
 from ship_ds.model.nf4_linear import Nf4Linear
 
@@ -232,7 +231,7 @@ def sizes(linears: Mapping[str, nn.Module]) -> Sites:
     return {path: linear_sizes(one) for path, one in linears.items()}
 
 
-def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear of a model's blocks by its module path, wrapped or not.
 
     Raises:
@@ -242,12 +241,12 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     return {wrapped.get(path, path): one for path, one in _adaptable(model).linears().items()}
 
 
-def weight_of(linear: nn.Linear) -> Tensor:
+def weight_of(linear: nn.Module) -> Tensor:
     """A linear's weight (O, I) in fp32, as the model computes with it."""
     if isinstance(linear, Nf4Linear):
         # A copy: on a CPU the next linear writes over it.
         return linear.dequantised(torch.float32).clone()
-    weight = linear.weight.detach().float()
+    weight: Tensor = linear.get_parameter("weight").detach().float()
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
