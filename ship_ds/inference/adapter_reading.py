@@ -6,7 +6,6 @@ lie near the adapter's. What is made of both is in explaining.py.
 Letters: C candidates, O outputs of a linear, I inputs of a linear, Z latent size.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from ship_ds.model.adapters.lora import LoraAdapter, adapter_of_lora
 from ship_ds.model.adapters.sites import linears_of, sizes, weight_of, wrap_also
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
+from ship_ds.parsing import read_json_object
 from ship_ds.weights_folder import WeightsFolder
 
 _AT_ONCE = 64
@@ -120,11 +120,7 @@ def _total_square(deltas: Mapping[str, Tensor]) -> float:
 
 def _check_plain(folder: Path) -> None:
     path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict) or "quantization_config" in settings:
+    if "quantization_config" in read_json_object(path):
         raise UserError(
             f"{path}: expected a model in 16 or 32 bits, not quantised; merge again with "
             "--target dequantised"
