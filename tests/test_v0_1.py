@@ -32,9 +32,17 @@ RUN = FOLDER / "run"
 RECORDED = json.loads((REPOSITORY / FOLDER / "recorded.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the folder in its place: a run that is opened keeps what it works out."""
+    root = tmp_path_factory.mktemp("root")
+    shutil.copytree(REPOSITORY / FOLDER, root / FOLDER)
+    return root
+
+
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)
+def at_the_root(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copied)
 
 
 def check_behaviour(bundle: Path, recorded: dict[str, Any]) -> None:
