@@ -164,8 +164,8 @@ def test_what_a_kind_does_not_offer_is_one_line(tmp_path: Path) -> None:
     made = ship.adapt(torch.zeros(1, config.model.latent_size))
     for refused, message in (
         (lambda: ship.hypernetwork.exports(made), "deduce: .* no file format"),
-        (lambda: ship.hypernetwork.read(tmp_path), f"{tmp_path}: .* cannot be read back"),
-        (lambda: made.distance(made), "induce: .* give inputs"),
+        (lambda: ship.read_adapter(tmp_path), f"{tmp_path}: .* cannot be read back"),
+        (lambda: made.distance(made), "explain: .* cannot be compared by their weights"),
     ):
         with pytest.raises(UserError, match=message) as error:
             refused()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from ship_ds.config import base_folder
 from ship_ds.errors import UserError
@@ -23,7 +24,7 @@ from ship_ds.lora_folder import Lora, factored
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.lora import LoraAdapter, adapter_of_lora
-from ship_ds.model.adapters.sites import linears_of, sizes, weight_of, wrap_also
+from ship_ds.model.adapters.sites import sizes, weight_of
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
 from ship_ds.parsing import read_json_object
@@ -48,9 +49,7 @@ def read_adapter(model: ShipModel, folder: Path) -> Adapter:
         UserError: it is no such folder, of another base, or of a kind that cannot be read back.
     """
     _check_origin(model, folder)
-    adapter = model.hypernetwork.read(folder, model.task_llm.lm)
-    wrap_also(model.task_llm.lm, adapter.update_norms())
-    return adapter
+    return model.read_adapter(folder)
 
 
 def _check_origin(model: ShipModel, folder: Path) -> None:
@@ -79,8 +78,7 @@ def read_merged(model: ShipModel, folder: Path) -> Adapter:
     Raises:
         UserError: it is none, it has changed more than linears of blocks, or nothing.
     """
-    lm = model.task_llm.lm
-    linears = linears_of(lm)
+    linears = model.task_llm.linears()
     if not isinstance(model.adapt(model.prior.mean(1).to(model.device)), LoraAdapter):
         raise UserError(
             f"{folder}: a merged model is read as a LoRA, and this run's adapters are of another "
@@ -89,33 +87,42 @@ def read_merged(model: ShipModel, folder: Path) -> Adapter:
     merged, base = WeightsFolder(folder), WeightsFolder(base_folder(model.config.task_llm.base))
     _check_plain(folder)
     _check_same_tensors(folder, merged, base)
-    own: dict[str, Tensor] = {}
-    as_computed: dict[str, Tensor] = {}
+
+    def deltas(path: str) -> tuple[Tensor, Tensor]:
+        """(O, I): from the base in its folder, and from what the run computes with."""
+        after, before = (one.read(f"{path}.weight").float() for one in (merged, base))
+        computed_OI = weight_of(linears[path]).to(after.device)
+        if isinstance(linears[path], Conv1D):
+            after, before = after.T, before.T  # a Conv1D lies the other way round
+        return after - before, after - computed_OI
+
+    squares = [0.0, 0.0]
     for name in base.entries:
         path, after = name.removesuffix(".weight"), merged.read(name).float()
         if not bool(after.isfinite().all()):
             raise UserError(f"{folder}: {name} has values that are no finite numbers")
-        before = base.read(name).float()
         if path in linears:
-            own[path] = after - before
-            as_computed[path] = after - weight_of(linears[path]).to(after.device)
-        elif (after - before).norm() > _ROUNDING * before.norm():
+            for place, delta_OI in enumerate(deltas(path)):
+                squares[place] += float(delta_OI.square().sum())
+            continue
+        before = base.read(name).float()
+        if (after - before).norm() > _ROUNDING * before.norm():
             raise UserError(
                 f"{folder}: {name} is another one than the base's, and only changes of linears in "
                 "the blocks can be explained"
             )
-    nearer = min((own, as_computed), key=_total_square)
-    changed = {path: delta_OI for path, delta_OI in nearer.items() if bool(delta_OI.any())}
-    if not changed:
+    # One matrix at a time, read again: all differences of a large model are twice its size.
+    nearer = squares.index(min(squares))
+    factors = {
+        path: factored(delta_OI)
+        for path in linears
+        if f"{path}.weight" in base.entries and bool((delta_OI := deltas(path)[nearer]).any())
+    }
+    if not factors:
         raise UserError(f"{folder}: every weight is the base's: nothing was merged into it")
-    lora = Lora({path: factored(delta_OI) for path, delta_OI in changed.items()}, 1.0)
-    adapter = adapter_of_lora(folder, lora, sizes(linears), model.device)
-    wrap_also(lm, changed)
+    adapter = adapter_of_lora(folder, Lora(factors, 1.0), sizes(linears), model.device)
+    model.task_llm.make_ready(factors)
     return adapter
-
-
-def _total_square(deltas: Mapping[str, Tensor]) -> float:
-    return sum(float(delta_OI.square().sum()) for delta_OI in deltas.values())
 
 
 def _check_plain(folder: Path) -> None:

@@ -7,6 +7,7 @@ Letters: T tasks, E sequences, S padded length, H hidden size, Z latent size.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -272,6 +273,13 @@ class ShipModel(nn.Module):
         """
         latent_TZ = latent_TZ.to(self.device)
         return self._adapter(latent_TZ, Posterior(*self.encoder(read)), read, chance_T)
+
+    def read_adapter(self, folder: Path) -> Adapter:
+        """A PEFT folder as an adapter of one task; linears that it changes and the run's own
+        adapters do not are made ready for it. Raises UserError; see `Hypernetwork.read`."""
+        adapter = self.hypernetwork.read(folder, self.task_llm.lm)
+        self.task_llm.make_ready(adapter.update_norms())
+        return adapter
 
     def answer(
         self,

@@ -6,12 +6,12 @@ Rows are task-major: E rows of a batch share T adapters, E / T consecutive rows 
 Letters: E sequences, T tasks, K labelled positions, V vocabulary, H hidden size, S padded length.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
 from ship_ds.model.adapters.adapter import Adapter, Sites
-from ship_ds.model.adapters.sites import sites_of
+from ship_ds.model.adapters.sites import linears_of, sites_of, wrap_also
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import Stream
@@ -106,6 +106,14 @@ class TaskLlm(Writer):
             self.before_pass()
         soft = _virtual_tokens(adapter, len(prompts.lengths))
         return self.language_model.logits(prompts, adapter, soft)
+
+    def linears(self) -> dict[str, nn.Module]:
+        """Every linear of its blocks by module path, wrapped or not."""
+        return linears_of(self.lm)
+
+    def make_ready(self, paths: Iterable[str]) -> None:
+        """Let adapters change these linears too, beside the run's own sites."""
+        wrap_also(self.lm, paths)
 
     def sites(self) -> Sites:
         """Module path -> (in, out) of every linear that an adapter may change."""

@@ -306,7 +306,7 @@ def test_every_option_of_the_verb_is_the_setting_of_its_name(
         "set": "sft.lr=1",
     }
     asked: list[HarnessConfig] = []
-    monkeypatch.setattr(checks, "check_run", lambda run: None)
+    monkeypatch.setattr(checks, "check_run", lambda run, base: None)
     monkeypatch.setattr(
         "ship_ds.evaluation.evaluate.evaluate",
         lambda run, config, *rest: asked.append(config) or {"methods": {}},

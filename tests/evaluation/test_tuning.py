@@ -141,5 +141,5 @@ def test_it_leaves_a_proved_folder_with_its_curve(
     }
     assert origin["made_from"] == INSTRUCTION and math.isfinite(origin["proof"]["from_live"])
     assert "then trained by gradient on 16 examples: 30 steps" in (out / "README.md").read_text()
-    read = Ship.from_run(RUN, "cpu").model.hypernetwork.read(out)
+    read = Ship.from_run(RUN, "cpu").model.read_adapter(out)
     assert isinstance(read, LoraAdapter) and next(iter(read.factors.values()))[0].shape[1] == 4

@@ -85,7 +85,7 @@ def test_a_bundle_around_other_weights_of_the_same_shape_is_one_line(
 ) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     bases = tmp_path / "bundle" / "bases.json"
-    assert list(json.loads(bases.read_text())) == ["embedded"]
+    assert list(json.loads(bases.read_text())) == ["embedded", "embedded (config.json)"]
     bases.write_text(json.dumps({"embedded": "0" * 64}))
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["bases.json"] = {"bytes": bases.stat().st_size, "sha256": sha256(bases)}

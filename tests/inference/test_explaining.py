@@ -175,7 +175,7 @@ def test_the_reader_learns_where_adapters_come_from(
     narrow = Bank(ship.bank.instructions, known_CZ, torch.zeros_like(known_CZ))
     said: list[str] = []
     reader = train_reader(ship.model, narrow, said.append)
-    assert "6 of 6 rounds" in said[-1]
+    assert any("training on pairs" in line for line in said)
     latent_CZ = known_CZ[:12].lerp(known_CZ[12:], 0.3)
     generated = torch.cat([reader.read(ship.model.adapt(one[None])) for one in latent_CZ])
     center = known_CZ.mean(0)
@@ -342,7 +342,7 @@ def test_a_merged_model_is_read_as_what_was_merged(
         ("nan", r"down_proj\.lora_B\.weight has values that are no finite numbers"),
         ("embeddings", "adapts model.embed_tokens, which is none of the"),
         ("list", "expected a JSON object"),
-        ("deep", "peft cannot read it"),
+        ("deep", "nested too deeply"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_line(

@@ -63,12 +63,12 @@ def test_a_checkpoint_from_before_a_setting_existed_had_it_at_its_default(tmp_pa
     old = copy.deepcopy(config)
     del old["training"]["family_alpha"], old["optimiser"]["betas"], old["data"]["more_compositions"]
     made = checkpoint.Progress(4, 0.0, 0, 0, 1, old, "data")
-    checkpoint.check_same_run(tmp_path, made, config, "data")
+    checkpoint.check_same_run(tmp_path, made, config, "data", {})
     config["training"]["family_alpha"] = 0.5
     with pytest.raises(
         UserError, match="training.family_alpha was 1.0 and is 0.5 now; set it back"
     ):
-        checkpoint.check_same_run(tmp_path, made, config, "data")
+        checkpoint.check_same_run(tmp_path, made, config, "data", {})
 
 
 @pytest.mark.parametrize(("room", "num_bytes"), [(1_000_000, 9_000_000), (8_192, 0)])

@@ -543,10 +543,10 @@ def evaluation_is_cut_short(folder: Path) -> dict[str, Any]:
         made = Trainer(config, stop)
         adapt = made.model.adapt
 
-        def adapt_and_be_asked(latent_TZ: torch.Tensor) -> Adapter:
+        def adapt_and_be_asked(latent_TZ: torch.Tensor, *readings: Any) -> Adapter:
             if ranks.rank() == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            return adapt(latent_TZ)
+            return adapt(latent_TZ, *readings)
 
         made.model.adapt = adapt_and_be_asked  # type: ignore[method-assign]
         try:

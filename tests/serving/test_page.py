@@ -221,7 +221,7 @@ def test_a_downloaded_adapter_is_loaded_by_peft_and_explained(
     here.wait_for("#adapter-status", "Explained")
     rows = here.rows("#explained")
     assert here.text("#explanation") == INSTRUCTION == rows[0][0]
-    assert re.fullmatch(r"(\d+) of \1", rows[0][1]) and "weights" in rows[0][2]
+    assert re.fullmatch(r"(\d+) of \1", rows[0][1]) and "bank" in rows[0][2]
     assert "Same answers" in here.text("#adapter-part")
 
     here.page.fill("#adapter-inputs", "\n".join(INPUTS))
