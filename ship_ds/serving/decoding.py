@@ -394,7 +394,10 @@ class Decoder:
     def _choose(self, running: _Running) -> None:
         """The next token of each row, handed to it; rows that end with it leave."""
         logits_EV, form = running.stream.logits_EV, self.model.prompts
-        running.tokens = _next_tokens(logits_EV, running.rows)
+        running.tokens = [
+            form.eos_id if token in form.other_ends else token
+            for token in _next_tokens(logits_EV, running.rows)
+        ]
         kept = []
         for place, (row, token) in enumerate(zip(running.rows, running.tokens, strict=True)):
             chances: tuple[TokenChance, ...] = ()

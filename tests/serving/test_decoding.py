@@ -166,3 +166,24 @@ def test_a_seeds_draws_do_not_depend_on_the_batch(decoder: Decoder, ship: Ship) 
 )
 def test_what_may_still_change_is_held_back(written: str, stop: tuple[str, ...], sent: str) -> None:
     assert _settled(written, stop) == sent
+
+
+def test_an_answer_ends_by_any_end_of_the_base(
+    decoder: Decoder, ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `Answerer`: it is given back as the end of sequence, and is no part of the text."""
+    form = ship.model.prompts
+    plain, told_plain = row(ship, "add 2")
+    decoder.submit([plain])
+    finish(decoder)
+    assert len(plain.ids) > 2 and form.eos_id not in plain.ids[:2] and text(told_plain)
+    assert plain.ids[0] != plain.ids[1]
+    monkeypatch.setattr(form, "other_ends", (plain.ids[1],))
+    for sampling in ({"top_logprobs": 1}, {"temperature": 1.0, "top_p": 1e-6}):
+        ended, told = row(ship, "add 2", **sampling)
+        decoder.submit([ended])
+        finish(decoder)
+        assert ended.ids == [plain.ids[0], form.eos_id]
+        assert text(told) == form.text(plain.ids[:1])
+        assert isinstance(told[-1], Piece) and not told[-1].chances
+        assert told[-1].finish_reason == "stop"
