@@ -88,7 +88,9 @@ def beam_search(
         other_ends: tokens that end a text too, and are given back as `eos_id`.
     """
     searches = [_Search(num_beams, row, length_penalty) for row in range(stream.num_rows)]
-    scorer = Likelihood(2 * num_beams, eos_id, other_ends=other_ends)
+    # So many that as many beams are left to run where each has all its ends among the best.
+    num_extensions = num_beams * (1 + len({eos_id, *other_ends}))
+    scorer = Likelihood(num_extensions, eos_id, other_ends=other_ends)
     _run(stream, scorer, searches, max_new_tokens)
     return [search.best() for search in searches]
 

@@ -151,3 +151,14 @@ def test_a_trie_gives_the_tokens_that_follow() -> None:
     trie = TokenTrie([(5, 8, 1), (5, 9, 1), (6, 1)])
     assert trie.next_tokens(()) == (5, 6) and trie.next_tokens((5,)) == (8, 9)
     assert trie.next_tokens((5, 8, 1)) == () and trie.index((6, 1)) == 2
+
+
+def test_as_many_beams_go_on_where_ends_are_the_likeliest() -> None:
+    """A base may name several ends; each beam can have all of them in front of what goes on."""
+    torch.manual_seed(0)
+    model = tiny_lm("llama").eval()
+    stream = stream_of(model, TokenBatch.build([[3, 4, 5]], None, 0))
+    ends = stream.logits_EV[0].topk(6).indices.tolist()
+    assert EOS not in ends
+    (beams,) = beam_search(stream, 2, EOS, 4, other_ends=ends)
+    assert [beam.tokens for beam in beams] == [(EOS,), (EOS,)]
