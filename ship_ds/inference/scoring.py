@@ -17,8 +17,10 @@ from torch import Tensor
 from ship_ds.data.task import Example
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.generation import with_one_end
 from ship_ds.model.language_model import LanguageModel
 from ship_ds.model.ship import ShipModel
+from ship_ds.prompt import PromptFormat
 
 Examples = Sequence[Example]
 
@@ -98,7 +100,7 @@ def fit_of_latents(
         own = [one.task for one in pieces]
         adapter = model.adapt(latent_CZ[own], [wordings[task] for task in own])
         logits, labels = model.task_llm.score(adapter, batch, len(pieces))
-        losses, rights = _row_fits(logits, labels, batch)
+        losses, rights = _row_fits(logits, labels, batch, model.prompts)
         for piece, *values in zip(
             pieces, losses.chunk(len(pieces)), rights.chunk(len(pieces)), strict=True
         ):
@@ -165,7 +167,7 @@ def fit_in_prompt(
     lm = model.task_llm.language_model
     for rows, batch in scored_batches(lm, questions, targets, prompts.pad_id, model.device):
         logits, labels = model.task_llm.score(None, batch, 1)
-        losses, rights = _row_fits(logits, labels, batch)
+        losses, rights = _row_fits(logits, labels, batch, prompts)
         for row, loss, right in zip(rows, losses, rights, strict=True):
             c, m = places[row]
             fit.put(c, slice(m, m + 1), loss[None], right[None])
@@ -191,10 +193,14 @@ def losses_by_example(
     return sum_per_example(token_losses, batch, num_candidates)
 
 
-def _row_fits(logits_KV: Tensor, labels_K: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Each sequence's loss, and whether all its labels are the likeliest tokens; on the CPU."""
+def _row_fits(
+    logits_KV: Tensor, labels_K: Tensor, batch: TokenBatch, form: PromptFormat
+) -> tuple[Tensor, Tensor]:
+    """Each sequence's loss, and whether greedy decoding gives all its labels; on the CPU."""
     num_rows = len(batch.lengths)
-    wrong_K = (logits_KV.argmax(-1) != labels_K).float()
+    ends_X = torch.tensor(form.other_ends, device=logits_KV.device)
+    best_K = with_one_end(logits_KV.argmax(-1), form.eos_id, ends_X)
+    wrong_K = (best_K != labels_K).float()
     losses = losses_by_example(logits_KV, labels_K, batch, num_rows)[:, 0]
     return losses.cpu(), (sum_per_example(wrong_K, batch, num_rows)[:, 0] == 0).cpu()
 

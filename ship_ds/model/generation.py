@@ -53,6 +53,13 @@ def continue_rows(
     return texts
 
 
+def with_one_end(tokens_E: Tensor, eos_id: int, ends_X: Tensor) -> Tensor:
+    """These tokens, with `eos_id` in place of any other end."""
+    if not len(ends_X):
+        return tokens_E
+    return tokens_E.masked_fill(torch.isin(tokens_E, ends_X), eos_id)
+
+
 def greedy(
     stream: Stream, eos_id: int, max_new_tokens: int, other_ends: Sequence[int] = ()
 ) -> list[list[int]]:
@@ -63,10 +70,7 @@ def greedy(
     ends_X = torch.tensor(other_ends, device=stream.logits_EV.device)
 
     def choose(logits_EV: Tensor, running_E: Tensor, step: int) -> Tensor:
-        best_E = logits_EV.argmax(-1)
-        if not other_ends:
-            return best_E
-        return best_E.masked_fill(torch.isin(best_E, ends_X), eos_id)
+        return with_one_end(logits_EV.argmax(-1), eos_id, ends_X)
 
     return continue_rows(stream, choose, eos_id, max_new_tokens)
 

@@ -1,6 +1,7 @@
 """What comes out does not depend on how many rows the memory allows at once."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from ship_ds.data.task import Example
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.deduction import answer_bare, answer_latents, answer_stated
 from ship_ds.inference.proposals import edits, likeliest_texts, sample_texts
-from ship_ds.inference.scoring import Fit, fit_in_prompt, fit_of_latents
+from ship_ds.inference.scoring import Fit, _row_fits, fit_in_prompt, fit_of_latents
 from ship_ds.model import budget
+from ship_ds.model.batch import TokenBatch
 
 TEXTS = ["add 3", "remove every 5", "take the first 2"]
 EXAMPLES = [Example("1 2 3", "4 5"), Example("7", "7 8 9 1"), Example("4 4 4 4 4 1", "2")]
@@ -67,3 +69,15 @@ def test_losses_and_latents_are_the_same_one_row_at_a_time(
         torch.testing.assert_close(fit.loss_CM, expected.loss_CM, rtol=1e-4, atol=1e-4)
         assert torch.equal(fit.right_CM, expected.right_CM) and expected.loss_CM.min() > 0
     torch.testing.assert_close(ship.model.encode(TEXTS), latent_TZ, rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_that_another_end_ends_is_right() -> None:
+    """Greedy decoding gives back any end of the base as `eos_id`; before the end it is wrong."""
+    form: Any = SimpleNamespace(eos_id=1, other_ends=(7, 9))
+    targets = [[4, 5, 1]] * 4
+    batch = TokenBatch.build([[3]] * 4, targets, 0)
+    chosen = torch.tensor([[4, 5, 1], [4, 5, 9], [4, 7, 1], [4, 5, 6]])
+    logits_KV = torch.nn.functional.one_hot(chosen.flatten(), 10).float()
+    assert batch.labels_K.tolist() == [one for row in targets for one in row]
+    _, right_E = _row_fits(logits_KV, batch.labels_K, batch, form)
+    assert right_E.tolist() == [True, True, False, False]
