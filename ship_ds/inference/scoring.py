@@ -5,7 +5,8 @@ exactly it: it would where the target's every token, the end of sequence include
 likely one.
 
 Letters: C candidates, E sequences, K labelled positions, M examples of a task, V vocabulary,
-Z latent size. The sequences of a batch are the examples of all its candidates.
+X other letters flattened, Z latent size. The sequences of a batch are the examples of all its
+candidates.
 """
 
 from collections.abc import Iterator, Sequence
