@@ -13,13 +13,14 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, tzinfo
 from functools import lru_cache
+from reprlib import Repr
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from ship_ds.data.task import Example, Reading, SplitTask
+from ship_ds.data.task import Example, Reading, Splits, SplitTask
 from ship_ds.errors import UserError
 from ship_ds.template_limits import TemplateLimitError, within_limits
 
@@ -28,6 +29,8 @@ VERSION = 2
 ROLES = ("task_llm", "encoder", "decoder")
 """The language models of a SHIP, as a config names them; each may have its own tokenizer."""
 _MARK = "\x00"
+_SHORT = Repr()
+_SHORT.maxstring = 80
 _PLAIN_TEMPLATE = (f"{_MARK}\n", "\n")
 """Before and after the user's text for a base model without a chat template."""
 
@@ -112,6 +115,7 @@ class PromptFormat:
         self.other_ends = tuple(sorted({*ends} - {self.eos_id}))
         self.pad_id = _pad_id(tokenizer, self.eos_id, vocabulary_size)
         self._specials = _special_texts(tokenizer)
+        self._controls = _control_ids(tokenizer, {self.eos_id, *self.other_ends})
         self.before, self.after = self._split_template(system_message)
         self._known: Mapping[str, tuple[int, ...]] = {}
         self._ids = lru_cache(maxsize=1 << 18)(self._tokenise)
@@ -180,10 +184,49 @@ class PromptFormat:
     def _holds_specials(self, text: str) -> bool:
         return self._specials is not None and self._specials.search(text) is not None
 
-    def _spelled_out(self, text: str) -> tuple[int, ...]:
-        """The ids of a user's text in which "<eos>" is five letters and no end of anything."""
+    def _letters(self, text: str) -> tuple[int, ...]:
+        """The ids of a user's text in which "<eos>" is five letters and no end of anything, unless
+        the vocabulary itself holds that word."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return tuple(ids)
+
+    def acting_token(self, text: str) -> str | None:
+        """The first control token of a user's text that no letters spell, since the vocabulary
+        holds it as a word: it would act as one. None where there is none."""
+        return self._acting(self._letters(text)) if self._holds_specials(text) else None
+
+    def _acting(self, ids: Iterable[int]) -> str | None:
+        left = next((one for one in ids if one in self._controls), None)
+        return None if left is None else str(self.tokenizer.convert_ids_to_tokens(left))
+
+    def check_spelling(self, text: str, what: str) -> None:
+        """Refuse a text that has an `acting_token`.
+
+        Args:
+            text: what a user wrote.
+            what: it is, for the message.
+
+        Raises:
+            UserError: it has one.
+        """
+        if (token := self.acting_token(text)) is not None:
+            raise _would_act(what, token)
+
+    def _spelled_out(self, text: str) -> tuple[int, ...]:
+        ids = self._letters(text)
+        if (token := self._acting(ids)) is not None:
+            raise _would_act(_SHORT.repr(text), token)
+        return ids
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """A user's text by itself: an answer without its end.
+
+        Raises:
+            UserError: see `check_spelling`, as for every method that takes a user's text.
+        """
+        if self._holds_specials(text):
+            return self._spelled_out(text)
+        return self._ids(text)
 
     def _prompt(self, user_text: str) -> tuple[int, ...]:
         if self._holds_specials(user_text):
@@ -196,8 +239,7 @@ class PromptFormat:
 
     def target(self, text: str) -> tuple[int, ...]:
         """An answer's ids, and the end of sequence."""
-        ids = self._spelled_out(text) if self._holds_specials(text) else self._ids(text)
-        return (*ids, self.eos_id)
+        return (*self.ids(text), self.eos_id)
 
     def task_prompt(
         self, text: str, instruction: str | None = None, shots: Sequence[Example] = ()
@@ -303,6 +345,44 @@ def _special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> frozenset[int]:
+    """Tokens that no user's text may become. That of unknown words is none, unless it ends too."""
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    controls = added | {*tokenizer.all_special_ids}
+    return frozenset(controls - ({tokenizer.unk_token_id} - {*ends}))
+
+
+def _would_act(what: str, token: str) -> UserError:
+    return UserError(
+        f"{what}: {token!r} is a control token of the base model, whose vocabulary has no letters "
+        "to spell it, and would act as one: leave it out"
+    )
+
+
+def check_tasks(formats: Iterable[PromptFormat], splits: Splits) -> None:
+    """Refuse tasks with a text that one of these formats cannot spell.
+
+    Args:
+        formats: of the models that read them.
+        splits: the tasks.
+
+    Raises:
+        UserError: there is one; the message says where the task was read.
+    """
+    for form in formats:
+        for task in splits.tasks:
+            examples = (*task.train, *task.test)
+            for part, texts in (
+                ("instruction", (*task.wordings, *task.held_out_paraphrases)),
+                ("input", [example.input for example in examples]),
+                ("target", [example.target for example in examples]),
+            ):
+                for text in texts:
+                    if (token := form.acting_token(text)) is not None:
+                        where = f"{task.task.source}: task {task.id}: {part} {_SHORT.repr(text)}"
+                        raise _would_act(where, token)
 
 
 def describe_roles(prompts: Mapping[str, PromptFormat]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,14 +50,14 @@ from ship_ds.evaluation.questions import ask, tasks_of
 from ship_ds.files import write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
-from ship_ds.model.loading import load_tokenizer
+from ship_ds.model.loading import load_prompts, load_tokenizer
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.sizes import rows_of
 from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions
 from ship_ds.monitor.profile import StepProfile
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes, reset_peak_memory
-from ship_ds.prompt import describe_roles
+from ship_ds.prompt import ROLES, PromptFormat, check_tasks, describe_roles
 from ship_ds.runtime import checkpoint, preflight, ranks, shards, start_log
 from ship_ds.runtime.after_training import failures_are_one_line
 from ship_ds.runtime.agreement import Agreement, agree
@@ -179,7 +179,14 @@ class Trainer:
         """The tasks, and fingerprints of what a resume has to find again: data and frozen bases."""
         self.bases = frozen_bases(self.config)
         self.splits = source.read(load_tokenizer(self.config.model.task_llm.base), log)
+        check_tasks(self.formats(), self.splits)
         self.data_fingerprint = source.fingerprint(self.splits)
+
+    def formats(self) -> Collection[PromptFormat]:
+        """Those of the language models, one a base."""
+        model = self.config.model
+        bases = {getattr(model, role).base for role in ROLES}
+        return [load_prompts(base, model.system_message) for base in sorted(bases)]
 
     def build_model(self) -> ShipModel:
         """SHIP around its bases; a frozen 4-bit one is sharded while it loads, under ZeRO-3."""
@@ -670,7 +677,7 @@ def num_steps(training: TrainingConfig, splits: Splits) -> int:
 
 def cache_tokens(folder: Path, model: ShipModel, splits: Splits) -> None:
     """Tokenise all texts once: rank 0 first, then the others load what it wrote."""
-    tasks = (*splits.seen, *splits.dev, *splits.unseen)
+    tasks = splits.tasks
     for turn in (ranks.rank() == 0, ranks.rank() != 0):
         if turn:
             for prompts in {

@@ -2,26 +2,33 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.models import BPE, Unigram, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ship_ds.config import base_folder
-from ship_ds.data.task import Example, Reading
+from ship_ds.api import Ship
+from ship_ds.config import base_folder, load_config
+from ship_ds.console import no_log
+from ship_ds.data.source import source_of
+from ship_ds.data.task import Example, Reading, Splits, SplitTask, Task
 from ship_ds.errors import UserError
+from ship_ds.evaluation.harness import Run
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import language_model
 from ship_ds.model.loading import load_prompts, load_tokenizer
 from ship_ds.model.search import beam_search
-from ship_ds.prompt import ROLES, PromptFormat, describe_roles, is_described
+from ship_ds.prompt import ROLES, PromptFormat, check_tasks, describe_roles, is_described
+from ship_ds.train import Trainer
 from tests.conftest import REPOSITORY
 from tests.model.models import tiny_lm
 
@@ -283,6 +290,90 @@ def test_a_control_token_written_out_is_text(text: str, tokenizer: PreTrainedTok
     target = prompts.target(text)
     assert prompts.eos_id not in target[:-1] and target[-1] == prompts.eos_id
     assert prompts.finished_text(target) == text
+
+
+def _unigram_prompts() -> PromptFormat:
+    """A vocabulary that holds its control tokens as pieces, as T5's."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "abc </s>?")]
+    inner = Tokenizer(Unigram(list(dict(pieces).items()), 0, False))
+    return PromptFormat(
+        PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "text"),
+    [(PromptFormat(load_tokenizer("embedded")), "3 <eos> 4"), (_unigram_prompts(), "ab </s> c")],
+    ids=["WordLevel", "Unigram"],
+)
+def test_a_control_token_that_no_letters_spell_is_refused(prompts: PromptFormat, text: str) -> None:
+    token, example = str(prompts.tokenizer.eos_token), Example(text, text)
+    assert prompts.acting_token(text) == token
+    for read in (
+        lambda: prompts.target(text),
+        lambda: prompts.task_prompt(text),
+        lambda: prompts.encoder_prompt(text),
+        lambda: prompts.decoder_prompt((example,)),
+    ):
+        with pytest.raises(UserError, match=f"{token}.* is a control token") as error:
+            read()
+        assert "\n" not in str(error.value)
+    plain = text.replace(token, "")
+    assert prompts.acting_token(plain) is None and prompts.target(plain)[-1] == prompts.eos_id
+
+
+def test_an_unknown_word_is_no_control_token_unless_it_ends() -> None:
+    embedded = PromptFormat(load_tokenizer("embedded"))
+    assert embedded.acting_token("<unk> 3") is None
+    assert embedded.target("<unk> 3") == embedded.target("qwerty 3")
+    inner = Tokenizer(WordLevel({"<end>": 0, "3": 1}, "<end>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    ends = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<end>")
+    assert PromptFormat(ends).acting_token("3 <end>") == "<end>"
+
+
+def test_a_task_that_cannot_be_spelled_is_refused_with_its_place(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """By training and by the evaluation, before either tokenises it."""
+    embedded = PromptFormat(load_tokenizer("embedded"))
+    fine, bad = Example("1", "2"), Example("3 <eos> 4", "5")
+    whole = SplitTask(Task("t", "add 2", (fine, fine), source="a.jsonl:7"), (fine,), (fine,))
+    check_tasks([embedded], Splits((whole,), (), ()))
+    for part, task in (
+        ("input '3 <eos> 4'", replace(whole, train=(fine, bad))),
+        ("target '<pad>'", replace(whole, test=(Example("1", "<pad>"),))),
+        ("instruction 'add <eos>'", replace(whole, held_out_paraphrases=("add <eos>",))),
+    ):
+        for splits in (Splits((), (task,), ()), Splits((whole,), (), (task,))):
+            check_tasks([PromptFormat(tokenizer)], splits)
+            with pytest.raises(UserError, match=f"^a.jsonl:7: task t: {part}: '<"):
+                check_tasks([PromptFormat(tokenizer), embedded], splits)
+
+
+def test_training_and_evaluation_refuse_what_cannot_be_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"id": f"t{i}", "instruction": f"add {i}", "examples": [{"input": "3", "target": "4"}] * 4}
+        for i in range(4)
+    ]
+    rows[2]["examples"] = [{"input": f"{i}", "target": "5 <eos> 6"} for i in range(4)]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data={{kind: files, path: {path}, filters: {{min_examples_per_task: 1}}}}"
+    config = load_config("quickstart-smoke", [data])
+    line = f"^{path}:3: task t2: target '5 <eos> 6': '<eos>' is a control token"
+    trainer = object.__new__(Trainer)
+    trainer.config = config
+    with pytest.raises(UserError, match=line):
+        trainer.read_data(source_of(config.data))
+    prompts = PromptFormat(load_tokenizer("embedded"))
+    collator = SimpleNamespace(prompts=SimpleNamespace(**dict.fromkeys(ROLES, prompts)))
+    ship = SimpleNamespace(config=config, model=SimpleNamespace(prompts=prompts, collator=collator))
+    monkeypatch.setattr(Ship, "from_run", lambda *_: ship)
+    with pytest.raises(UserError, match=line):
+        Run.open(tmp_path, no_log)
 
 
 def test_the_templates_own_control_tokens_stay_so(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -105,6 +105,11 @@ class Splits:
     dev: tuple[SplitTask, ...]
     unseen: tuple[SplitTask, ...]
 
+    @property
+    def tasks(self) -> tuple[SplitTask, ...]:
+        """All of them."""
+        return (*self.seen, *self.dev, *self.unseen)
+
 
 def read_error(path: Path | str, where: str, problem: str) -> DataError:
     """The one-line form every reader uses, e.g. `tasks/a.json: Instances[3].output: expected a list

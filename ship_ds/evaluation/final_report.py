@@ -114,7 +114,7 @@ def measure_run(
         "left_out": {
             f"{key}.{part}": cell.num_left for (key, part), cell in cells.items() if cell.num_left
         },
-        "tables": metrics_to_show(_all_tasks(splits)),
+        "tables": metrics_to_show(splits.tasks),
         "evaluation_seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -137,13 +137,9 @@ def _group_of(key: str) -> int:
     return 2 if key == "reconstruction" else 1 if key == "controls.nearest_seen_rule" else 0
 
 
-def _all_tasks(splits: Splits) -> Sequence[SplitTask]:
-    return (*splits.seen, *splits.dev, *splits.unseen)
-
-
 def _sections(splits: Splits) -> Sequence[_Section]:
     """The majority label is there where some task's answers are labels: a closed set of texts."""
-    tasks = _all_tasks(splits)
+    tasks = splits.tasks
     has_labels = "label_accuracy" in metrics_to_show(tasks) and any(map(closed_labels, tasks))
     return [s for s in _SECTIONS if has_labels or s.method != "majority_label"]
 

@@ -36,6 +36,7 @@ from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.questions import PARTS, ask, tasks_of
 from ship_ds.monitor.progress import Progress
+from ship_ds.prompt import check_tasks
 from ship_ds.runtime import ranks
 
 _VERSION = 3
@@ -71,6 +72,7 @@ class Run:
         """
         ship = Ship.from_run(folder, device, dtype, base)
         splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, log)
+        check_tasks({*vars(ship.model.collator.prompts).values()}, splits)
         if (folder / "splits.json").is_file():
             for part, ids in json.loads(
                 (folder / "splits.json").read_text(encoding="utf-8")
