@@ -103,10 +103,6 @@ class PromptFormat:
         self.reads_examples = False
         """Whether the encoder is shown examples: part of what is described."""
         self.eos_id: int = tokenizer.eos_token_id
-        self.control_tokens = tuple(
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        )
-        """As they are written out; in a user's text they would act as what they are."""
         if vocabulary_size is not None and self.eos_id >= vocabulary_size:
             raise UserError(
                 f"{tokenizer.name_or_path}: the tokenizer's eos_token is id {self.eos_id}, and the "

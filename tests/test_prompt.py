@@ -22,6 +22,7 @@ from ship_ds.data.source import source_of
 from ship_ds.data.task import Example, Reading, Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation.harness import Run
+from ship_ds.inference.checks import check_text
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import language_model
@@ -33,13 +34,15 @@ from tests.conftest import REPOSITORY
 from tests.model.models import tiny_lm
 
 
-def _bytes_tokenizer() -> PreTrainedTokenizerBase:
+def _bytes_tokenizer(**more: str) -> PreTrainedTokenizerBase:
     """One token a byte, so that nothing of a text is lost (the embedded tokenizer drops
     punctuation)."""
     alphabet = sorted(ByteLevel.alphabet())
     inner = Tokenizer(BPE({token: i for i, token in enumerate(alphabet)}, []))
     inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", pad_token="<pad>", **more
+    )
     tokenizer.chat_template = (
         "{% for message in messages %}[{{ message['role'] }}: {{ message['content'] }}]{% endfor %}"
         "{% if add_generation_prompt %}[assistant: {% endif %}"
@@ -320,6 +323,28 @@ def test_a_control_token_that_no_letters_spell_is_refused(prompts: PromptFormat,
         assert "\n" not in str(error.value)
     plain = text.replace(token, "")
     assert prompts.acting_token(plain) is None and prompts.target(plain)[-1] == prompts.eos_id
+
+
+def test_users_may_write_what_data_may_hold(tokenizer: PreTrainedTokenizerBase) -> None:
+    """One rule for `Ship`, its verbs and the server, and for data and evaluation."""
+    letters, words = PromptFormat(tokenizer), PromptFormat(load_tokenizer("embedded"))
+    for text in ("say </s>", "<pad>", "3 <eos> 4"):
+        check_text(letters, text, "input 1")
+        assert letters.acting_token(text) is None
+    for text, token in (("3 <eos> 4", "<eos>"), ("<pad>", "<pad>"), ("<user> 3", "<user>")):
+        with pytest.raises(UserError, match=f"^input 1: '{token}' is a control token"):
+            check_text(words, text, "input 1")
+        assert words.acting_token(text) == token
+    # No token stands in this word, which is read as one that is unknown.
+    assert words.acting_token("3<eos>4") is None
+    with pytest.raises(UserError, match="^input 1: '3<eos>4' is not in the base model's vocab"):
+        check_text(words, "1 3<eos>4", "input 1")
+
+
+def test_an_end_that_stands_for_unknown_words_too_is_letters() -> None:
+    """As in GPT-2, whose bytes never need a token for unknown words."""
+    prompts = PromptFormat(_bytes_tokenizer(unk_token="</s>"))
+    check_text(prompts, "say </s>", "input 1")
 
 
 def test_an_unknown_word_is_no_control_token_unless_it_ends() -> None:

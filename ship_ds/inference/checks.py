@@ -134,27 +134,15 @@ def check_text(prompts: PromptFormat, text: str, what: str) -> None:
         what: it is, for the message.
 
     Raises:
-        UserError: it spells a control token, such as the end of a turn, which would act as one; or
-            it has a word outside the vocabulary.
+        UserError: a control token that is written out in it, such as the end of a turn, would act
+            as one; or it has a word outside the vocabulary.
     """
-    for token in prompts.control_tokens:
-        if token in text:
-            raise UserError(
-                f"{what}: {token!r} is a control token of the base model, and would act as one: "
-                "leave it out"
-            )
+    prompts.check_spelling(text, what)
     unknown = prompts.tokenizer.unk_token_id
-    if (
-        unknown is None
-        or unknown not in prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
-    ):
+    if unknown is None or unknown not in prompts.ids(text):
         return
     # The first word that alone is unknown: the line should name what to reword.
-    words = (
-        word
-        for word in text.split()
-        if unknown in prompts.tokenizer(word, add_special_tokens=False)["input_ids"]
-    )
+    words = (word for word in text.split() if unknown in prompts.ids(word))
     raise UserError(
         f"{what}: {next(words, text)!r} is not in the base model's vocabulary, so "
         "it would not be read: reword it"
