@@ -93,7 +93,7 @@ def test_they_train_and_log_what_is_in_force(run: tuple[str, Path], rows: Rows) 
     assert prior and all(parameter.shape == fresh[n].shape for n, parameter in prior.items())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_they_resume_bit_for_bit(run: tuple[str, Path], rows: Rows, tmp_path: Path) -> None:
     """In the middle of the schedule."""
     name, folder = run
@@ -120,7 +120,7 @@ def test_they_are_planned(name: str) -> None:
     assert sum(plan.memory.values()) > sum(plain.memory.values())
 
 
-@pytest.mark.distributed
+@pytest.mark.soak
 def test_two_ranks_take_the_steps_of_one(run: tuple[str, Path], rows: Rows, tmp_path: Path) -> None:
     """All but the contrast, whose others are those of the rank."""
     name, folder = run
