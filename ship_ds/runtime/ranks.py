@@ -19,6 +19,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
+from pydantic_core import to_json
 from torch import Tensor
 
 from ship_ds.console import log, log_from_any_rank
@@ -266,17 +267,25 @@ def gather_objects(value: Any, kind: Any = Any) -> list[Any]:
         value: of this rank.
         kind: its type, where JSON alone would lose it, such as a dataclass.
     """
-    if world_size() == 1:
-        return [value]
-    adapter = TypeAdapter(kind)
-    # By way of Python: pydantic itself would write null for a number that is none.
-    sent = json.dumps(adapter.dump_python(value, mode="json")).encode()
+    return [value] if world_size() == 1 else _gather(_written(value), kind)
+
+
+def _written(value: Any) -> bytes:
+    # By the value's own types, whatever it stands in, or NaN would go as null.
+    return to_json(value, inf_nan_mode="constants")
+
+
+def _read(text: bytes, kind: Any) -> Any:
+    return TypeAdapter(kind).validate_python(json.loads(text))
+
+
+def _gather(sent: bytes, kind: Any) -> list[Any]:
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(lengths, torch.tensor([len(sent)]))
     longest = max(int(length) for length in lengths)
     texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
     dist.all_gather(texts, torch.frombuffer(bytearray(sent.ljust(longest)), dtype=torch.uint8))
-    return [adapter.validate_python(json.loads(text.numpy().tobytes())) for text in texts]
+    return [_read(text.numpy().tobytes(), kind) for text in texts]
 
 
 def gather_results(work: Callable[[], Any], kind: Any = Any) -> list[Any]:
@@ -291,15 +300,16 @@ def gather_results(work: Callable[[], Any], kind: Any = Any) -> list[Any]:
         RankError: on the other ranks, in one line what went wrong on one.
         UserError: likewise, for what a user can mend.
     """
+    if world_size() == 1:
+        return [work()]
     try:
-        result = work()
+        sent = _written(_Answer(work()))
     except Exception as error:
-        # The others wait for this rank's result.
-        gather_objects(
-            _Answer(None, first_line(error), isinstance(error, UserError)), _Answer[kind]
-        )
+        # The others wait for this rank's result, which may also be one that cannot be written.
+        failed: _Answer[Any] = _Answer(None, first_line(error), isinstance(error, UserError))
+        _gather(_written(failed), _Answer[kind])
         raise
-    answers = gather_objects(_Answer(result), _Answer[kind])
+    answers = _gather(sent, _Answer[kind])
     for number, one in enumerate(answers):
         if one.failure is not None:
             raise (UserError if one.is_users else RankError)(f"rank {number}: {one.failure}")

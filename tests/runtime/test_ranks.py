@@ -1,9 +1,15 @@
-"""How a program that joined a process group ends: see `ranks.exit_process`."""
+"""How a program that joined a process group ends (`ranks.exit_process`), and how values get from
+rank to rank as text."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from ship_ds.runtime import ranks
 from tests.conftest import start
 
 _PROGRAM = """
@@ -31,3 +37,35 @@ def test_leaving_flushes_and_takes_nothing_down(tmp_path: Path) -> None:
     assert leaves.returncode == exits.returncode == 3, leaves.stderr
     assert leaves.stdout.endswith("said at exit\n")
     assert "taken down" in exits.stderr and "taken down" not in leaves.stderr
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What this rank sends; the second rank of two always sends the same."""
+    sent: list[torch.Tensor] = []
+
+    def all_gather(received: list[torch.Tensor], own: torch.Tensor) -> None:
+        sent.append(own)
+        for one in received:
+            one.copy_(own)
+
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    return sent
+
+
+@pytest.mark.parametrize(
+    "gather", [ranks.gather_objects, lambda v: ranks.gather_results(lambda: v)]
+)
+def test_a_number_that_is_none_arrives_as_it_was(gather: Any, gathered: list[torch.Tensor]) -> None:
+    value = {"loss": [math.nan, math.inf, -math.inf, 0.1], "name": "\u00e9"}
+    for rank, arrived in enumerate(gather(value)):
+        assert math.isnan(arrived["loss"].pop(0)), rank
+        assert arrived == {"loss": [math.inf, -math.inf, 0.1], "name": "\u00e9"}
+
+
+def test_a_result_that_cannot_be_sent_is_said_to_all_ranks(gathered: list[torch.Tensor]) -> None:
+    """They would wait for it."""
+    with pytest.raises(Exception, match="Unable to serialize"):
+        ranks.gather_results(lambda: torch.zeros(1))
+    assert "Unable to serialize" in bytes(gathered[-1].tolist()).decode()
