@@ -19,6 +19,9 @@ MEGABYTES = 1024
 LETTERS = 1 << 20
 """Of the rendered text; a system message and one turn are much shorter."""
 
+_SIZE = 8
+"""Bytes in which the child says how long its answer is."""
+
 
 class TemplateLimitError(Exception):
     """The template took too long, or too much."""
@@ -47,12 +50,14 @@ def within_limits(
         _render_and_exit(render, writer, letters)
     os.close(writer)
     try:
-        answer = _read(reader, time.monotonic() + seconds, 4 * letters + 1)
+        answer = _read(reader, time.monotonic() + seconds, _SIZE + 1 + 4 * letters)
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    if not answer:
+    # A child that was killed as it wrote leaves a part of its answer.
+    size, answer = answer[:_SIZE], answer[_SIZE:]
+    if not answer or len(answer) != int.from_bytes(size):
         raise TemplateLimitError(
             f"it takes more than {seconds:g} seconds, or more than {MEGABYTES} MB"
         )
@@ -65,23 +70,28 @@ def within_limits(
 
 
 def _render_and_exit(render: Callable[[], str], writer: int, letters: int) -> None:
-    """The child: one byte that says what follows, then the text."""
+    """The child: how long its answer is, and one byte that says of what kind, then the text."""
     try:
-        _limit_memory()
-        text = render()
-        answer = b"l" if len(text) > letters else b"t" + text.encode()
-    except (MemoryError, RecursionError):
-        answer = b""
-    except Exception as error:
-        answer = b"e" + (" ".join(str(error).split()) or type(error).__name__)[:1000].encode(
-            errors="replace"
-        )
-    try:
+        answer = _rendered(render, letters)
+        answer = len(answer).to_bytes(_SIZE) + answer
         while answer:
             answer = answer[os.write(writer, answer) :]
     finally:
-        # No handler, buffer or thread of the parent's is the child's to close.
+        # No handler, buffer or thread of the parent's is the child's to close, and none of the
+        # parent's callers is to hear of Ctrl-C twice.
         os._exit(0)
+
+
+def _rendered(render: Callable[[], str], letters: int) -> bytes:
+    try:
+        _limit_memory()
+        text = render()
+        return b"l" if len(text) > letters else b"t" + text.encode()
+    except (MemoryError, RecursionError):
+        return b""
+    except Exception as error:
+        said = (" ".join(str(error).split()) or type(error).__name__)[:1000]
+        return b"e" + said.encode(errors="replace")
 
 
 def _limit_memory() -> None:

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -201,6 +202,41 @@ def test_a_template_is_bounded(render: Callable[[], str], error: type[Exception]
     with pytest.raises(error):
         within_limits(render, seconds=2)
     assert within_limits(lambda: "héllo \x00", seconds=30) == "héllo \x00"
+
+
+def test_ctrl_c_unwinds_nothing_in_the_child(tmp_path: Path) -> None:
+    """Where it would run the parent's clean-ups a second time."""
+
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    parent, unwound = os.getpid(), tmp_path / "unwound"
+    with pytest.raises(TemplateLimitError):
+        try:
+            within_limits(interrupted, seconds=5)
+        except BaseException:
+            if os.getpid() != parent:
+                unwound.touch()
+                os._exit(1)
+            raise
+    assert not unwound.exists()
+
+
+def test_a_part_of_a_text_is_none() -> None:
+    """Of a child that is killed, as for its memory, while it writes."""
+    write = os.write
+
+    def killed_as_it_writes() -> str:
+        def part(file: int, data: bytes) -> int:
+            write(file, data[:30])
+            os.kill(os.getpid(), signal.SIGKILL)
+            return 0
+
+        os.write = part
+        return "x" * 100
+
+    with pytest.raises(TemplateLimitError):
+        within_limits(killed_as_it_writes, seconds=5)
 
 
 def test_a_template_of_nested_loops_is_one_line(tmp_path: Path) -> None:
