@@ -252,13 +252,15 @@ def fingerprints(name: str, base: str) -> dict[str, str]:
 
 
 def moved(old: Mapping[str, str], new: Mapping[str, str]) -> set[tuple[str, str]]:
-    """(name then, name now) of each base that was there then, by its fingerprint."""
-    return {
-        (then, now)
-        for then, fingerprint in old.items()
-        for now, other in new.items()
-        if fingerprint == other and not then.endswith(_SETTINGS)
-    }
+    """(name then, name now) of each base that was there then, by its fingerprint and, where both
+    say it, by that of its settings."""
+
+    def is_same(then: str, now: str) -> bool:
+        settings = {old.get(then + _SETTINGS), new.get(now + _SETTINGS)} - {None}
+        return old[then] == new[now] and len(settings) < 2
+
+    names = [[one for one in bases if not one.endswith(_SETTINGS)] for bases in (old, new)]
+    return {(then, now) for then in names[0] for now in names[1] if is_same(then, now)}
 
 
 def rebased(config: Config, bases: Mapping[str, str], base: str) -> tuple[Config, dict[str, str]]:
@@ -274,6 +276,7 @@ def rebased(config: Config, bases: Mapping[str, str], base: str) -> tuple[Config
         UserError: It is no base of the run's.
     """
     now = fingerprints(base, base)
+    # By its weights alone: what its settings are is told apart, and better, by `check_bases`.
     names = {then for then, _ in moved(bases, {base: now[base]})}
     if not names:
         expected = ", ".join(

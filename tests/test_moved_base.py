@@ -86,3 +86,19 @@ def test_a_resume_takes_the_same_base_elsewhere_and_no_other(tmp_path: Path) -> 
     for bases in ({"/new": "b"}, {}):
         with pytest.raises(UserError, match=r"model\.decoder\.base was /old and is /new now"):
             check_same_run(tmp_path, then, config("/new"), "data", bases)
+
+
+def test_a_resume_takes_no_base_elsewhere_of_other_settings(tmp_path: Path) -> None:
+    """Where both say them: earlier versions have the weights' fingerprint alone."""
+
+    def config(base: str) -> dict[str, object]:
+        made = load_config("quickstart-smoke", [f"model.task_llm.base={base}"])
+        return made.model_dump(mode="json")
+
+    bases = {"/old": "a", "/old (config.json)": "s"}
+    then = Progress(1, 0, 0, 0, 1, config("/old"), "data", bases=bases, git_revision="")
+    for now in ({"/new": "a", "/new (config.json)": "s"}, {"/new": "a"}):
+        check_same_run(tmp_path, then, config("/new"), "data", now)
+    with pytest.raises(UserError, match="was /old and is /new now"):
+        other = {"/new": "a", "/new (config.json)": "t"}
+        check_same_run(tmp_path, then, config("/new"), "data", other)
