@@ -85,6 +85,7 @@ class InstructionResolver:
         self.max_adapters, self.max_characters = max_adapters, max_characters
         self.max_pending, self._num_pending = max_pending, 0
         self._folder, self._made = folder, set[str]()
+        self._opened: dict[str, Ship] = {}
         # One: the models are not made for several threads.
         self._thread = ThreadPoolExecutor(1, "ship_ds")
 
@@ -151,19 +152,24 @@ class InstructionResolver:
             from ship_ds.inference.checks import check_instruction
 
             check_instruction(ship.model, instruction)
-            export_one(ship, Request(key, instruction), folder, ship.probes)
+            # Several API servers may share the folder and make one adapter at once.
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=self._root) as own:
+                made = Path(own) / folder.name
+                export_one(ship, Request(key, instruction), made, ship.probes)
+                _publish(made, folder)
         self._made.add(key)
         return folder
 
     def _ship(self, base_model_name: str) -> "Ship":
-        self._check_base(base_model_name)
-        return self._opened
-
-    @cached_property
-    def _opened(self) -> "Ship":
+        """The run around the folder that vLLM serves, which its config may know by another path."""
         from ship_ds.api import Ship
 
-        return Ship.from_run(self.run, self.device)
+        if base_model_name not in self._opened:
+            self._check_base(base_model_name)
+            self._opened[base_model_name] = Ship.from_run(
+                self.run, self.device, base=base_model_name
+            )
+        return self._opened[base_model_name]
 
     @cached_property
     def _root(self) -> Path:
@@ -176,10 +182,7 @@ class InstructionResolver:
 
     def _check_base(self, name: str) -> None:
         """Raises UserError where vLLM serves another model than the run's adapters are for."""
-        if getattr(self, "_checked", None) == name:
-            return
-        from ship_ds.bundle import Bundle, check_bases
-        from ship_ds.weights_folder import WeightsFolder
+        from ship_ds.bundle import Bundle, check_bases, fingerprints
 
         bundle = Bundle.open(self.run)
         base = bundle.config.model.task_llm.base
@@ -187,9 +190,15 @@ class InstructionResolver:
             raise UserError(
                 f"{name}: is no folder, and {self.run} was trained around {base}: serve that folder"
             )
-        fingerprint = WeightsFolder(Path(name)).fingerprint
-        check_bases(bundle.folder, {base: fingerprint}, bundle.bases)
-        self._checked = name
+        check_bases(bundle.folder, fingerprints(base, name), bundle.bases)
+
+
+def _publish(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

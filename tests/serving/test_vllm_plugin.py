@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -84,6 +85,45 @@ def test_an_instruction_becomes_a_folder_that_peft_would_load(bundle: Path, ship
     [again] = resolved(resolver, base, f"ship:{TEXT}")
     assert again.lora_path == made.lora_path
     assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_folder_that_vllm_serves_is_the_base(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the run's config says that it was; with settings of its own it is another model."""
+    served = Path(shutil.copytree(base_of(bundle), tmp_path / "served"))
+    opened: list[str | None] = []
+    from_run = Ship.from_run
+
+    def noted(path: Path, device: str, base: str | None = None) -> Ship:
+        opened.append(base)
+        return from_run(path, device, base=base)
+
+    monkeypatch.setattr(Ship, "from_run", noted)
+    [made] = resolved(InstructionResolver(bundle), str(served), f"ship:{TEXT}")
+    assert made is not None and opened == [str(served)]
+    path = served / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    assert resolved(InstructionResolver(bundle), str(served), f"ship:{TEXT}") == [None]
+    assert len(opened) == 1
+
+
+def test_servers_that_share_a_folder_make_one_adapter_at_once(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each writes apart from the other, and the second takes what the first has put there."""
+    first, second = (InstructionResolver(bundle, tmp_path) for _ in range(2))
+    base, write, others = base_of(bundle), vllm_plugin._publish, list[Any]()
+
+    def publish(part: Path, folder: Path) -> None:
+        monkeypatch.setattr(vllm_plugin, "_publish", write)
+        others.extend(resolved(second, base, f"ship:{TEXT}"))  # from beginning to end meanwhile
+        write(part, folder)
+
+    monkeypatch.setattr(vllm_plugin, "_publish", publish)
+    [made] = resolved(first, base, f"ship:{TEXT}")
+    assert [one.lora_path for one in others] == [made.lora_path]
+    assert [path.name for path in tmp_path.iterdir()] == [Path(made.lora_path).name]
 
 
 def test_what_is_no_instruction_of_ours_is_unknown(
