@@ -191,7 +191,9 @@ def measured(
     wordings: Sequence[str],
 ) -> list[DescentResult]:
     """How each latent explains all of its task's examples; also kept with the task."""
-    fit = fit_of_latents(model, latent_CZ, wordings, [start.search.examples for start in starts])
+    examples = [start.search.examples for start in starts]
+    # Descents make adapters of z alone, whatever text they began at.
+    fit = fit_of_latents(model, latent_CZ, wordings, examples, [""] * len(starts))
     results = [
         DescentResult(
             start.search, start.number, latent_Z, int(right_M.sum()), float(loss_M.mean())

@@ -58,7 +58,8 @@ def reason_many(
         inductions = _better(model, tasks, inductions, again)
     texts = [induction.instruction for induction in inductions]
     latent_TZ = torch.tensor([induction.latent for induction in inductions])
-    by_latent = answer_latents(model, latent_TZ, texts, inputs, max_new_tokens)
+    readings = [induction.latent_reading for induction in inductions]
+    by_latent = answer_latents(model, latent_TZ, texts, inputs, max_new_tokens, readings=readings)
     refined = answer_latents(model, model.encode(texts), texts, inputs, max_new_tokens)
     in_prompt = answer_stated(model, texts, inputs, max_new_tokens)
     return [Reasoning(*row) for row in zip(inductions, by_latent, refined, in_prompt, strict=True)]

@@ -58,6 +58,8 @@ class Induction:
         latent: the point whose adapter explains the examples best, by descent or encoded.
         num_right: examples that this adapter answers exactly.
         num_examples: how many were given.
+        latent_reading: the text whose latent it is, for an adapter that fuses it; empty where
+            descent found it.
     """
 
     instruction: str
@@ -65,6 +67,7 @@ class Induction:
     latent: tuple[float, ...]
     num_right: int
     num_examples: int
+    latent_reading: str = ""
 
     @property
     def that_fit(self) -> tuple[Candidate, ...]:

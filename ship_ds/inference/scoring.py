@@ -63,7 +63,11 @@ class Fit:
 
 @torch.no_grad()
 def fit_of_latents(
-    model: ShipModel, latent_CZ: Tensor, wordings: Sequence[str], examples: Sequence[Examples]
+    model: ShipModel,
+    latent_CZ: Tensor,
+    wordings: Sequence[str],
+    examples: Sequence[Examples],
+    readings: Sequence[str] | None = None,
 ) -> Fit:
     """How each latent's adapter explains examples.
 
@@ -72,7 +76,9 @@ def fit_of_latents(
         latent_CZ: one latent a candidate.
         wordings: an instruction a candidate, for a Task LLM that reads it too.
         examples: those of each candidate, equally many for all.
+        readings: what each latent was made of, for an adapter that fuses it; None: the wordings.
     """
+    read = wordings if readings is None else readings
     questions = [
         [model.question(e.input, text) for e in examples_M]
         for text, examples_M in zip(wordings, examples, strict=True)
@@ -99,7 +105,7 @@ def fit_of_latents(
             model.device,
         )
         own = [one.task for one in pieces]
-        adapter = model.adapt(latent_CZ[own], [wordings[task] for task in own])
+        adapter = model.adapt(latent_CZ[own], [read[task] for task in own])
         logits, labels = model.task_llm.score(adapter, batch, len(pieces))
         losses, rights = _row_fits(logits, labels, batch, model.prompts)
         for piece, *values in zip(

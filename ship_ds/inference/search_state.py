@@ -78,10 +78,12 @@ class SearchState:
                 "induce: the decoder wrote no instruction that ends; train it longer or use "
                 "method bank"
             )
-        points = [(c.num_right, c.loss, c.latent) for c in best]
-        points += [(d.num_right, d.loss, tuple(d.latent_Z.tolist())) for d in self.descents]
-        num_right, _, latent = min(points, key=lambda point: (-point[0], point[1]))
-        return Induction(best[0].instruction, tuple(best), latent, num_right, len(self.examples))
+        points = [(c.num_right, c.loss, c.latent, c.instruction) for c in best]
+        points += [(d.num_right, d.loss, tuple(d.latent_Z.tolist()), "") for d in self.descents]
+        num_right, _, latent, reading = min(points, key=lambda point: (-point[0], point[1]))
+        return Induction(
+            best[0].instruction, tuple(best), latent, num_right, len(self.examples), reading
+        )
 
 
 class Proposal(NamedTuple):

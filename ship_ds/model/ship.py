@@ -4,7 +4,7 @@ one module, for one engine. model/assemble.py puts it together.
 Letters: T tasks, E sequences, S padded length, H hidden size, Z latent size.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -216,30 +216,57 @@ class ShipModel(nn.Module):
     @torch.no_grad()
     def posterior(self, readings: Sequence[str | Reading]) -> Posterior:
         """q(z | k) of any number of instructions, or of examples (`Reading`)."""
-        prompts = self.encoder_prompts
-        ids = [self.collator.read_prompt(one) for one in readings]
-        reading, free = self.encoder.language_model.costs.reading, budget.bytes_free(self.device)
         order: list[int] = []
         # Where there are none: the encoder cannot read an empty batch.
         parts = [(torch.zeros(0, self.config.latent_size),) * 2] if not readings else []
-        for rows in budget.row_batches(list(map(len, ids)), free, reading):
-            batch = [ids[row] for row in rows]
-            parts.append(
-                self.encoder(TokenBatch.build(batch, None, prompts.pad_id, device=self.device))[:2]
-            )
+        for rows, _, (mean_TZ, log_variance_TZ, *_) in self._encoded(readings):
+            parts.append((mean_TZ, log_variance_TZ))
             order += rows
         # Row t of the result was read as number places[t].
         places = sorted(range(len(order)), key=order.__getitem__)
         mean_TZ, log_variance_TZ = (torch.cat(one)[places] for one in zip(*parts, strict=True))
         return Posterior(mean_TZ, log_variance_TZ)
 
+    def _encoded(
+        self, readings: Sequence[str | Reading]
+    ) -> Iterator[tuple[list[int], TokenBatch, tuple[Tensor, ...]]]:
+        """Numbers of readings, their batch and what the encoder gives of it, as many at a time as
+        there is room for."""
+        ids = [self.collator.read_prompt(one) for one in readings]
+        reading, free = self.encoder.language_model.costs.reading, budget.bytes_free(self.device)
+        for rows in budget.row_batches(list(map(len, ids)), free, reading):
+            prompts = [ids[row] for row in rows]
+            batch = TokenBatch.build(prompts, None, self.encoder_prompts.pad_id, device=self.device)
+            yield rows, batch, self.encoder(batch)
+
+    def _states(self, readings: Sequence[str | Reading]) -> tuple[Tensor, Tensor]:
+        """What the encoder's last layer gives of each, (T, S, H), zero in the padding, and where
+        they are real, (T, S)."""
+        parts = list(self._encoded(readings))
+        longest = max(batch.ids_ES.shape[1] for _, batch, _ in parts)
+        first_ESH = parts[0][2][2]
+        states_TSH = first_ESH.new_zeros(len(readings), longest, first_ESH.shape[2])
+        real_TS = torch.zeros(states_TSH.shape[:2], dtype=torch.bool, device=self.device)
+        for rows, batch, (_, _, states_ESH) in parts:
+            states_TSH[rows, : states_ESH.shape[1]] = states_ESH
+            real_TS[rows, : states_ESH.shape[1]] = batch.real_ES
+        return states_TSH, real_TS
+
     @cached_property
     def adapter_bytes(self) -> int:
         """Of one task's adapter, and of what `Adapter.prepared` makes of it; where it is as long as
         the instruction, of one of 128 tokens."""
-        adapter = self.adapt(torch.zeros(1, self.config.latent_size))
-        length = _USUAL_LENGTH if self.hypernetwork.fuses else 1
-        return 2 * length * sum(tensor.nbytes for tensor in adapter.tensors().values())
+        latent_TZ = torch.zeros(1, self.config.latent_size)
+        adapter = self.adapt(latent_TZ)
+        if self.hypernetwork.fuses:
+            size = self.encoder.language_model.hidden_size
+            states_TSH = torch.zeros(1, _USUAL_LENGTH, size, device=self.device)
+            real_TS = torch.ones(1, _USUAL_LENGTH, dtype=torch.bool, device=self.device)
+            with torch.no_grad():
+                adapter = self.hypernetwork(
+                    latent_TZ=latent_TZ.to(self.device), read=States(states_TSH, real_TS)
+                )
+        return 2 * sum(tensor.nbytes for tensor in adapter.tensors().values())
 
     @torch.no_grad()
     def adapt(
@@ -255,24 +282,25 @@ class ShipModel(nn.Module):
         if readings is None or not any(readings) or not self.hypernetwork.fuses:
             adapter: Adapter = self.hypernetwork(latent_TZ.to(self.device))
             return adapter
-        read = self.collator.readings([one or "" for one in readings], self.device)
         # Below any share that is left out, or above all.
         chances = [2.0 if one else -1.0 for one in readings]
-        return self.adapt_read(latent_TZ, read, torch.tensor(chances, device=self.device))
+        states = States(
+            *self._states([one or "" for one in readings]),
+            torch.tensor(chances, device=self.device),
+        )
+        fused: Adapter = self.hypernetwork(latent_TZ=latent_TZ.to(self.device), read=states)
+        return fused
 
     @torch.no_grad()
-    def adapt_read(
-        self, latent_TZ: Tensor, read: TokenBatch, chance_T: Tensor | None = None
-    ) -> Adapter:
+    def adapt_read(self, latent_TZ: Tensor, read: TokenBatch) -> Adapter:
         """The adapters of latents and of what the encoder reads.
 
         Args:
             latent_TZ: one a task.
             read: a row a task.
-            chance_T: see `States`.
         """
         latent_TZ = latent_TZ.to(self.device)
-        return self._adapter(latent_TZ, Posterior(*self.encoder(read)), read, chance_T)
+        return self._adapter(latent_TZ, Posterior(*self.encoder(read)), read)
 
     def read_adapter(self, folder: Path) -> Adapter:
         """A PEFT folder as an adapter of one task; linears that it changes and the run's own

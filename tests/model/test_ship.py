@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from ship_ds.config import (
+    BottleneckHypernetworkConfig,
+    CombinationConfig,
     DecoderConfig,
     EncoderConfig,
+    FusionHypernetworkConfig,
     LoraHypernetworkConfig,
     LoraTuning,
     LossConfig,
@@ -22,6 +25,11 @@ from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.flops import flops_of_parts
+from ship_ds.inference.descents import latents_of
+from ship_ds.inference.results import Candidate
+from ship_ds.inference.scoring import fit_of_latents
+from ship_ds.inference.search_state import SearchState
+from ship_ds.model import budget
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder import Decoder
@@ -297,3 +305,61 @@ def test_encoder_reads_the_last_real_token() -> None:
     )
     torch.testing.assert_close(both[:1], ship.encode(["put 7 at the front"]), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(both[0], both[1], atol=1e-3)
+
+
+def _fusing() -> ShipModel:
+    """States beside a part of z alone, whose size no instruction changes."""
+    parts = (BottleneckHypernetworkConfig(rank=2, width=8), FusionHypernetworkConfig(width=8))
+    ship = _ship(hypernetwork=CombinationConfig(parts=parts))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in ship.hypernetwork.parameters():
+            parameter.normal_(std=0.5)
+    return ship.eval()
+
+
+def test_fused_texts_are_read_as_many_at_a_time_as_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ship, texts = _fusing(), [WORDINGS[0], "", WORDINGS[1]]
+    latent_TZ = ship.encode([WORDINGS[0], WORDINGS[1], WORDINGS[1]])
+    together = ship.adapt(latent_TZ, texts).tensors()
+    monkeypatch.setattr(budget, "bytes_free", lambda device: 1)
+    num_rows: list[int] = []
+    ship.encoder.register_forward_hook(lambda _, read, __: num_rows.append(len(read[0].ids_ES)))
+    alone = ship.adapt(latent_TZ, texts).tensors()
+    assert num_rows == [1, 1, 1]
+    for name, tensor in together.items():
+        torch.testing.assert_close(alone[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_fused_adapter_the_part_of_the_states_alone_grows_with_the_text() -> None:
+    ship = _fusing()
+    sizes = []
+    for length in (1, 2, 128):
+        read = TokenBatch.build([[1] * length], None, 0)
+        tensors = ship.adapt_read(torch.zeros(1, 16), read).tensors()
+        sizes.append(2 * sum(tensor.nbytes for tensor in tensors.values()))
+    assert ship.adapter_bytes == sizes[0] + 127 * (sizes[1] - sizes[0]) == sizes[2]
+
+
+def test_a_latent_that_no_text_stands_behind_is_tried_without_states() -> None:
+    """As descent made its adapter, whatever text it began at."""
+    ship, latent_TZ = _fusing(), torch.randn(1, 16)
+    examples = [[Example("3 9 5", "9 5")]]
+    alone = fit_of_latents(ship, latent_TZ, [""], examples)
+    fused = fit_of_latents(ship, latent_TZ, [WORDINGS[0]], examples)
+    without = fit_of_latents(ship, latent_TZ, [WORDINGS[0]], examples, [""])
+    torch.testing.assert_close(without.loss_CM, alone.loss_CM)
+    assert float((fused.loss_CM - alone.loss_CM).abs()) > 1e-3
+    search = SearchState(tuple(examples[0]))
+    [found] = latents_of(ship, search, latent_TZ, WORDINGS[0])
+    assert found.loss == pytest.approx(float(alone.loss_CM), abs=1e-5)
+    search.tested[WORDINGS[1]] = Candidate(
+        WORDINGS[1], 0, found.loss + 1, None, None, (0.0,) * 16, "known"
+    )
+    assert search.result().latent_reading == "", "of descent"
+    search.tested[WORDINGS[1]] = Candidate(
+        WORDINGS[1], 0, found.loss - 1, None, None, (0.0,) * 16, "known"
+    )
+    assert search.result().latent_reading == WORDINGS[1]

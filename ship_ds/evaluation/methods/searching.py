@@ -68,9 +68,10 @@ class Searching(Untrained):
         inductions = self._inductions(shown)
         texts = [induction.instruction for induction in inductions]
         latent_TZ = torch.tensor([induction.latent for induction in inductions])
+        readings = [induction.latent_reading for induction in inductions]
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
         return {
-            "found": answer_latents(model, latent_TZ, texts, inputs, length),
+            "found": answer_latents(model, latent_TZ, texts, inputs, length, readings=readings),
             "stated": answer_stated(model, texts, inputs, length),
         }
 
