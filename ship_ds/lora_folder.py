@@ -41,7 +41,6 @@ _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "lora_bias",
@@ -442,6 +441,9 @@ def _unsupported(config: "LoraConfig", settings: Mapping[str, Any]) -> str | Non
         return "rank_pattern"
     if not _is_pattern(config.alpha_pattern or {}, int | float):
         return "alpha_pattern"
+    # Of a plain LoRA the factors are the same however the base stores its weight.
+    if config.use_dora and config.fan_in_fan_out:
+        return "fan_in_fan_out"
     if config.bias != "none":
         return "bias"
     start = config.init_lora_weights

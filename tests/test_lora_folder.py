@@ -173,6 +173,14 @@ def test_what_0_1_0_wrote_is_read_the_same(tmp_path: Path) -> None:
     assert read.scaling == 1.5 and read.factors.keys() == lora.factors.keys()
     for path, (a_RI, b_OR) in lora.factors.items():
         assert read.factors[path][0].equal(a_RI) and read.factors[path][1].equal(b_OR)
+    # What peft writes of a base whose linears are Conv1D, as GPT-2's are: the same factors.
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(settings | {"fan_in_fan_out": True}))
+    for path, (a_RI, b_OR) in read_lora(tmp_path).factors.items():
+        assert read.factors[path][0].equal(a_RI) and read.factors[path][1].equal(b_OR)
+    dora = settings | {"fan_in_fan_out": True, "use_dora": True}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(dora))
+    with pytest.raises(UserError, match="fan_in_fan_out is True, and that cannot be read here"):
+        read_lora(tmp_path, lambda path: torch.zeros(1))
 
 
 def test_two_folders_of_the_same_modules_have_the_same_settings(tmp_path: Path) -> None:
