@@ -440,7 +440,8 @@ def calibrate(
 
 
 def threshold_of(named: Sequence[float], refused: Sequence[float]) -> Threshold:
-    """Where two sorts of adapters part best.
+    """Where two sorts of adapters part best; where they do not part, `HALF` or above all that
+    should be refused.
 
     Args:
         named: agreement of those that should be named.
@@ -455,7 +456,9 @@ def threshold_of(named: Sequence[float], refused: Sequence[float]) -> Threshold:
     # Of several that part alike the lowest, and half way down to the next below it.
     lowest = max(values, key=parting)
     below = max((value for value in values if value < lowest), default=0.0)
-    value = (lowest + below) / 2 or HALF
+    value = (lowest + below) / 2
+    if parting(lowest) <= 0:
+        value = HALF if max(refused) < HALF else (max(refused) + 1) / 2
     return Threshold(
         value,
         sum(one >= value for one in named) / len(named),

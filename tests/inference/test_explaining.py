@@ -216,6 +216,9 @@ def test_thresholds_by_hand() -> None:
     assert threshold_of([0.7, 0.2], [0.2, 0.1]) == Threshold((0.2 + 0.1) / 2, 1.0, 0.5, 2)
     # Nothing agrees at all: every value parts as badly, and zero would name everything.
     assert threshold_of([0.0, 0.0], [0.0, 0.0]).value == 0.5
+    # The wrong way round: below both, as the lowest would be, random adapters were named.
+    assert threshold_of([0.1, 0.1], [0.2, 0.4]) == Threshold(0.5, 0.0, 1.0, 2)
+    assert threshold_of([0.1, 0.1], [0.2, 0.5]) == Threshold(0.75, 0.0, 1.0, 2)
 
 
 def test_agreement_by_hand() -> None:
