@@ -10,6 +10,9 @@ from ship_ds.console import log
 from ship_ds.errors import UserError
 
 _NAME = ".lock"
+_HELD: dict[Path, IO[str]] = {}
+"""By folder, what this process has locked: a POSIX lock goes as soon as any descriptor of its file
+is closed, so there is one for all."""
 
 
 class RunLock:
@@ -17,7 +20,6 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file: IO[str] | None = None
 
     def take(self) -> None:
         """Take the run's folder.
@@ -26,11 +28,12 @@ class RunLock:
             UserError: another process has it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Open for as long as the process lives: the lock goes with it.
-        self._file = (self.folder / _NAME).open("a", encoding="utf-8")
+        if self._is_held():
+            return
+        file = (self.folder / _NAME).open("a", encoding="utf-8")
         try:
             # Of the process, not of the open file: a program may open its run again.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 log(
@@ -42,3 +45,14 @@ class RunLock:
                 f"run.folder: {self.folder}: another run is writing there; wait for its end, or "
                 "choose another folder"
             ) from None
+        # Open for as long as the process lives: the lock goes with it.
+        _HELD[self.folder.resolve()] = file
+
+    def _is_held(self) -> bool:
+        """Whether this process has it; a folder that was removed meanwhile is another one."""
+        path, file = self.folder / _NAME, _HELD.get(self.folder.resolve())
+        return (
+            file is not None
+            and path.exists()
+            and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        )

@@ -62,9 +62,11 @@ def _words(path: Path, place: int, line: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the overrides and return 0, or print one line about the input and return 2."""
-    path, number = (sys.argv[1:] if arguments is None else arguments)[:2]
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        print("\n".join(overrides_of_line(Path(path), int(number))))
+        if len(words) != 2 or not re.fullmatch("[0-9]{1,9}", words[1]):
+            raise UserError(f"sweep: {' '.join(words)}: expected a sweep file and a line's number")
+        print("\n".join(overrides_of_line(Path(words[0]), int(words[1]))))
     except UserError as error:
         print(f"ship-ds: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """What `slurm/train.sh` asks for: lines of sweep files, a folder for one run alone, ports and node
 lists."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ def test_a_line_that_is_not_there_or_is_none_is_said(
     assert main([str(path), str(number)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["sweep.txt"], ["sweep.txt", "x"], ["a", "1", "2"]])
+def test_sweep_says_what_it_wants(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "expected a sweep file and a line's number" in error and error.count("\n") == 1
 
 
 def dry_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -122,6 +130,17 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path:
     first_here, again_here = RunLock(tmp_path), RunLock(tmp_path)
     first_here.take()
     again_here.take()  # the same process
+    del again_here
+    other = subprocess.run(
+        [sys.executable, "-c", _HOLD, str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert "another run is writing there" in other.stderr, "the first still has it"
+    shutil.rmtree(tmp_path)
+    RunLock(tmp_path).take()
+    assert (tmp_path / ".lock").exists(), "a folder of that name is another one"
 
 
 def test_ports_stay_below_those_that_linux_hands_out_and_change_with_a_requeue() -> None:
