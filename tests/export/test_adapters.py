@@ -98,7 +98,7 @@ def test_fused_states_leave_as_a_prefix_as_long_as_the_text(tmp_path: Path) -> N
         settings = json.loads((tmp_path / request.name / "adapter_config.json").read_text())
         assert settings["num_virtual_tokens"] == length
     latent_Z = torch.tensor(ship.encode(TEXTS[0]))
-    with pytest.raises(UserError, match="a latent has not: give the instruction"):
+    with pytest.raises(UserError, match="which a latent has not"):
         export_one(ship, Request("c", None, latent_Z), tmp_path / "c", PROBES)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "a", "b"}
 

@@ -181,8 +181,8 @@ def prefix_exports(adapter: PrefixAdapter) -> list[Export]:
         lengths = [int(length) for length in adapter.seen_TP.sum(1)]
         if not all(lengths):
             raise UserError(
-                "deduce: this run's adapters are made of the instruction's own states, which a "
-                "latent has not: give the instruction"
+                "this run's adapters are made of one instruction's own states, which a latent "
+                "has not, be it given or composed: name an instruction instead"
             )
     return [
         PrefixExport({path: one[task, :, :, :length] for path, one in adapter.states.items()})
