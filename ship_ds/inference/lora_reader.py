@@ -35,9 +35,9 @@ _NUM_PROBES = 6
 _WIDTH = 256
 _ROUNDS, _PAIRS, _STEPS, _BATCH, _KEPT = 24, 512, 40, 256, 8
 """Of training: rounds of new pairs and of steps, and how many rounds' pairs a step draws from."""
-_MOST_SECONDS = 3600.0
-"""After which no further round begins: a bound for what hangs, and no more, since readers of ranks
-that stop at different rounds differ."""
+_MOST_SECONDS = 400.0
+"""After which no further round begins: a large hypernetwork makes fewer pairs. Ranks that train a
+reader each may then stop at different rounds, and their readers differ."""
 _DROPPED = 0.2
 """How often a step leaves out all modules of one name, as adapters of fewer modules do."""
 
