@@ -1,6 +1,7 @@
 """The verb `serve`: a run behind OpenAI's API."""
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -65,6 +66,11 @@ def serve(
     key = os.environ.get("SHIP_DS_API_KEY") if api_key is None else api_key
     if key is not None and not key.strip():
         raise UserError("--api-key: is empty; leave it out, or give one")
+    if key is not None and not (key.isascii() and key.strip().isprintable()):
+        raise UserError(
+            "--api-key: has other letters than printable ASCII, which many clients cannot send; "
+            "choose another one"
+        )
     try:
         from ship_ds.serving.server import address, is_loopback, listening, serve
     except ModuleNotFoundError as error:
@@ -101,4 +107,10 @@ def serve(
             api_key=key.strip() if key else None,
             hosts=[host],
         )
-        return serve(app, room, listener)
+        code = serve(app, room, listener)
+        if room.is_running:
+            # It computes in torch, and Python's own end would abort in there.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code

@@ -279,7 +279,6 @@ class Decoder:
         for rows in self._admitted():
             self._guarded(rows, partial(self._begin, rows))
             self._drop_empty()  # of these, before the next look for some to join
-        self.metrics.running.set(self.num_running)
 
     def _drop_empty(self) -> None:
         self._running = [one for one in self._running if one.rows]

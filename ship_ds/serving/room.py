@@ -34,6 +34,10 @@ _TEXTS_REMEMBERED = 256
 """Whose token ids a server keeps; training, which chooses its texts, keeps more."""
 
 
+class _ClosedError(BaseException):
+    """The room has closed. No `except Exception` of what is running keeps it."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A prompt that is to be continued.
@@ -63,6 +67,7 @@ class Writing:
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece | RequestError]] = asyncio.Queue()
         self._rows: list[Row] = []
+        self._is_left = False
 
     def begin(self, questions: Sequence[Question]) -> list[Row]:
         """The rows that are to be written, on the model's thread."""
@@ -73,6 +78,8 @@ class Writing:
                 row = Row(question.source, question.ids, sampling, self._emitter(number), choice)
                 self._rows.append(row)
         self.num_answers = len(self._rows)
+        if self._is_left:  # meanwhile, and `cancel` has not seen all of them
+            self.cancel()
         return self._rows
 
     def _emitter(self, number: int) -> Callable[[Piece | RequestError], None]:
@@ -94,6 +101,7 @@ class Writing:
 
     def cancel(self) -> None:
         """Let the answers that are not done go."""
+        self._is_left = True
         for row in self._rows:
             row.is_cancelled = True
 
@@ -117,6 +125,9 @@ class Room:
         self._long: deque[Callable[[], None]] = deque()
         self._arrived = Condition()
         self._is_turning = self._is_closed = False
+        # Asked for when they are read: a number that was set may be older than another thread's.
+        self.metrics.waiting.set_function(lambda: self.num_waiting)
+        self.metrics.running.set_function(lambda: self.decoder.num_running)
         self._thread = Thread(target=self._work, name="model", daemon=True)
         for prompts in vars(ship.model.collator.prompts).values():
             prompts.forget_beyond(_TEXTS_REMEMBERED)
@@ -127,7 +138,7 @@ class Room:
         self._thread.start()
 
     def close(self) -> None:
-        """Let the thread end after what it is at; a long function is not waited for."""
+        """Let the thread end: a long function at its next pass, and that is not waited for."""
         with self._arrived:
             self._is_closed = True
             self._arrived.notify()
@@ -167,11 +178,12 @@ class Room:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function(self.ship))
+                except _ClosedError:
+                    future.set_exception(RequestError(503, "the server ends"))
                 except BaseException as error:
                     future.set_exception(error)
 
         self._num_calls += 1
-        self.metrics.waiting.set(self.num_waiting)
         with self._arrived:
             (self._short if is_short else self._long).append(run)
             self._arrived.notify()
@@ -190,7 +202,6 @@ class Room:
             self._num_calls -= 1
             with suppress(ValueError):  # or those who left would fill the queue
                 (self._short if is_short else self._long).remove(run)
-            self.metrics.waiting.set(self.num_waiting)
 
     async def write(self, questions: Callable[[Ship], Sequence[Question]]) -> Writing:
         """Answers to what `questions(ship)` asks; errors as of `call`.
@@ -214,11 +225,12 @@ class Room:
         while True:
             with self._arrived:
                 self._arrived.wait_for(self._has_work)
-            if self._is_closed:
+            try:
+                self._turn()
+            except _ClosedError:
                 return
-            self._turn()
-            if self._long:
-                self._long.popleft()()
+            if (run := _next(self._long)) is not None:
+                run()
 
     def _has_work(self) -> bool:
         return bool(self._is_closed or self._short or self._long or not self.decoder.is_idle)
@@ -228,12 +240,22 @@ class Room:
         of its passes through the Task LLM; the turn's own passes do, too."""
         if self._is_turning or current_thread() is not self._thread:
             return
+        if self._is_closed:
+            raise _ClosedError
         self._is_turning = True
         try:
             until = time.monotonic() + _CALLS_BEFORE_A_TOKEN
-            while self._short and time.monotonic() < until:
-                self._short.popleft()()
+            while time.monotonic() < until and (run := _next(self._short)) is not None:
+                run()
             if not self.decoder.is_idle:
                 self.decoder.turn()
         finally:
             self._is_turning = False
+
+
+def _next(queue: deque[Callable[[], None]]) -> Callable[[], None] | None:
+    """The first of them, taken out. Not looked for before: who waits for one takes it back."""
+    try:
+        return queue.popleft()
+    except IndexError:
+        return None

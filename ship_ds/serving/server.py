@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ship_ds.errors import UserError
 from ship_ds.serving.guard import LOOPBACK
@@ -88,10 +89,17 @@ class Server(uvicorn.Server):
         is_quiet: Leaves the line out.
     """
 
-    def __init__(self, app: FastAPI, is_quiet: bool = False) -> None:
+    def __init__(self, app: ASGIApp, is_quiet: bool = False) -> None:
+        async def until_the_end(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            except asyncio.CancelledError:  # uvicorn would log it with its traceback
+                if not self.should_exit:
+                    raise
+
         super().__init__(
             uvicorn.Config(
-                app,
+                until_the_end,
                 log_level="warning",
                 access_log=False,
                 lifespan="off",

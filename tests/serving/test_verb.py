@@ -30,6 +30,8 @@ def test_another_host_needs_a_key(
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
         assert "SHIP_DS_API_KEY" in refusal(capsys, "--run", str(bundle), "--host", host)
     assert "is empty" in refusal(capsys, "--run", str(bundle), "--api-key", " ")
+    for key in ("söme key", "some\x7fkey", "some\nkey"):
+        assert "printable ASCII" in refusal(capsys, "--run", str(bundle), "--api-key", key)
 
 
 def test_a_port_in_use_is_one_line(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
