@@ -9,6 +9,7 @@ Whoever serves the application starts the room and closes it.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
@@ -28,7 +29,7 @@ from ship_ds.serving.adapters import Adapters
 from ship_ds.serving.answers import ChatShape, Shape, events, whole
 from ship_ds.serving.decoding import Piece, Sampling, Source
 from ship_ds.serving.errors import RequestError
-from ship_ds.serving.guard import Guard
+from ship_ds.serving.guard import CLIENT_GONE, Guard
 from ship_ds.serving.metrics import CONTENT_TYPE_LATEST
 from ship_ds.serving.page import page_router
 from ship_ds.serving.protocol import (
@@ -45,8 +46,6 @@ from ship_ds.serving.room import Question, Room, Writing
 Result = TypeVar("Result")
 _MOST_NAMED_FIELDS = 100
 """Fields that the log names: a client can make up any number."""
-_CLIENT_GONE = 499
-"""nginx's status of a request whose client left; nobody reads it but the metrics."""
 
 
 class ErrorDetail(BaseModel):
@@ -133,10 +132,11 @@ def _answer_errors(app: FastAPI) -> None:
 def _invalid(error: RequestValidationError) -> RequestError:
     """The first thing that is wrong: "messages[0].content: ..."."""
     first = error.errors()[0]
-    place = [one for one in first["loc"] if one not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
         return RequestError(400, "the body is no JSON", code="invalid_json")
-    # Behind the field's own name pydantic puts the branch of a union that it tried.
+    # Before the field's own name is "body" or its like; behind it pydantic puts the branch of a
+    # union that it tried, such as "list[constrained-str]".
+    place = [one for one in first["loc"][1:] if not set("-[(") & set(str(one))]
     names = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in place]
     param = "".join(names[:3]).removeprefix(".")[:80] or None
     message = first["msg"].removeprefix("Value error, ")
@@ -270,12 +270,14 @@ class _Routes:
         )
 
         def questions(ship: Ship, source: Source) -> list[Question]:
-            made = [
-                Question(source, ids, [sampling] * num_choices) for ids in prompts(ship, source)
+            return [
+                Question(
+                    source,
+                    ids,
+                    [_fitting(ship, source, ids, sampling, max_tokens is None)] * num_choices,
+                )
+                for ids in prompts(ship, source)
             ]
-            for one in made:
-                _check_length(ship, one)
-            return made
 
         begun = self._begin(asked, instruction, questions, since)
         started = await _unless_gone(request, begun)
@@ -399,11 +401,17 @@ def _ids(
     return model.prompts.task_prompt(text, turns.system, [Example(x, y) for x, y in turns.shots])
 
 
-def _check_length(ship: Ship, question: Question) -> None:
+def _fitting(
+    ship: Ship, source: Source, ids: Sequence[int], sampling: Sampling, is_default: bool
+) -> Sampling:
+    """How the prompt is answered within the model's context: a length that the client did not ask
+    for gives way. Raises RequestError where that is not enough."""
     limit = ship.model.task_llm.language_model.context_length
-    virtual = ship.model.num_virtual_tokens if question.source.latent_1Z is not None else 0
-    num_read, num_new = virtual + len(question.ids), question.samplings[0].max_new_tokens
-    if limit is not None and num_read + num_new > limit:
+    virtual = ship.model.num_virtual_tokens if source.latent_1Z is not None else 0
+    num_read, num_new = virtual + len(ids), sampling.max_new_tokens
+    if limit is None or num_read + num_new <= limit:
+        return sampling
+    if not is_default:
         raise RequestError(
             400,
             f"max_tokens: the prompt's {num_read} tokens and an answer of {num_new} are more than "
@@ -411,6 +419,13 @@ def _check_length(ship: Ship, question: Question) -> None:
             "max_tokens",
             "context_length_exceeded",
         )
+    if num_read >= limit:
+        raise RequestError(
+            400,
+            f"the prompt's {num_read} tokens leave no room in the model's {limit}: shorten it",
+            code="context_length_exceeded",
+        )
+    return replace(sampling, max_new_tokens=limit - num_read)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
@@ -434,4 +449,4 @@ async def _left(request: Request) -> None:
 
 
 def _gone() -> Response:
-    return Response(status_code=_CLIENT_GONE)
+    return Response(status_code=CLIENT_GONE)

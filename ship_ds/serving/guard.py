@@ -23,6 +23,8 @@ UPLOAD_PATHS = ("/ship/v1/explain",)
 """What takes an adapter: a larger body than the others, and one at a time."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Names of this machine, in a URL."""
+CLIENT_GONE = 499
+"""nginx's status of a request whose client left; nobody reads it but the metrics."""
 
 
 class Guard:
@@ -70,11 +72,14 @@ class Guard:
             try:
                 self._check(Request(scope))
                 is_upload = scope["path"] in UPLOAD_PATHS and self._begin_upload()
-                receive = await self._whole_body(scope, receive)
+                whole = await self._whole_body(scope, receive)
             except RequestError as error:
                 await error.response()(scope, receive, counted)
                 return
-            await self.app(scope, receive, counted)
+            if whole is None:
+                status = CLIENT_GONE
+                return
+            await self.app(scope, whole, counted)
         finally:
             if is_upload:
                 self._is_uploading = False
@@ -85,7 +90,7 @@ class Guard:
     def _check(self, request: Request) -> None:
         host = request.headers.get("host", "")
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _netloc(origin) != host:
             raise RequestError(403, "origin: pages of other servers may not ask this one")
         if self.api_key is None:
             if _name(host) not in self.hosts:
@@ -96,7 +101,8 @@ class Guard:
                     code="forbidden_host",
                 )
             return
-        path = request.url.path
+        # Not that of `request.url`, which older Starlettes read from what Host says.
+        path = request.scope["path"]
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -112,8 +118,8 @@ class Guard:
         self._is_uploading = True
         return True
 
-    async def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
-        """The body, read to its end before anything is done with it."""
+    async def _whole_body(self, scope: Scope, receive: Receive) -> Receive | None:
+        """The body, read to its end before anything is done with it; None: the client left."""
         is_upload = scope["path"] in UPLOAD_PATHS
         most = self.limits.max_upload_bytes if is_upload else self.limits.max_body_bytes
         too_large = RequestError(413, f"the request has more than {most} bytes: send less")
@@ -121,14 +127,16 @@ class Guard:
         if not length.isdecimal() or int(length[:20]) > most:
             raise too_large
         parts: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        break
+                        return None
                     parts.append(message.get("body", b""))
-                    if sum(map(len, parts)) > most:
+                    size += len(parts[-1])
+                    if size > most:
                         raise too_large
                     if not message.get("more_body", False):
                         break
@@ -158,3 +166,11 @@ def _name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
+
+
+def _netloc(origin: str) -> str | None:
+    """ "http://localhost:8000" -> "localhost:8000"."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None

@@ -1,5 +1,6 @@
 """What a client is told when it asks what cannot be: each status, its body, the client's class."""
 
+import asyncio
 import http.client
 import json
 from typing import Any
@@ -8,8 +9,15 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
+from ship_ds.api import Ship
+from ship_ds.serving.app import _fitting
+from ship_ds.serving.decoding import Sampling, Source
+from ship_ds.serving.errors import RequestError
+from ship_ds.serving.guard import Guard
 from ship_ds.serving.limits import Limits
+from ship_ds.serving.metrics import Metrics
 from tests.serving.conftest import BASE, Serve, Served
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -49,6 +57,11 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         (CHAT, {"model": BASE, "ship_examples": [{"input": "1", "target": "2"}]}, "ship_examples"),
         (CHAT, {"model": "ship", "ship_examples": [{"input": "1"}]}, "ship_examples[0].target"),
         (CHAT, {"ship_examples": []}, "ship_examples"),
+        (
+            CHAT,
+            {"ship_examples": [{"input": "1", "target": "2", "body": 1}]},
+            "ship_examples[0].body",
+        ),
         (CHAT, {"n": 0}, "n"),
         (CHAT, {"n": 10**30}, "n"),
         (CHAT, {"max_tokens": -1}, "max_tokens"),
@@ -175,25 +188,27 @@ def test_a_body_that_never_comes_is_not_waited_for(serve: Serve) -> None:
 
 
 def test_a_key_is_asked_for_everywhere_but_at_the_door(serve: Serve) -> None:
-    served = serve(api_key="söme key")
+    served = serve(api_key="some key")
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
     for path in ("/v1/models", "/metrics", "/openapi.json", "/ship/v1/anything", "/pages", "//v1"):
         for headers in (
             {},
             {"Authorization": "Bearer wrong"},
-            {"Authorization": "Basic söme key".encode()},
-            {"Authorization": "söme key".encode()},
+            {"Authorization": "Basic some key"},
+            {"Authorization": "some key"},
+            {"Authorization": "Bearer söme key".encode()},
+            {"Host": "x/health?"},
+            {"Host": "x/page/?"},
         ):
             response = httpx.get(f"{served.url}{path}", headers=headers)  # type: ignore[arg-type]
             assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
     with pytest.raises(openai.AuthenticationError):
         served.client(api_key="wrong").models.list()
-    right = {"Authorization": "Bearer söme key".encode()}
-    models = httpx.get(f"{served.url}/v1/models", headers=right)  # type: ignore[arg-type]
-    assert models.status_code == 200
+    right = {"Authorization": "Bearer some key"}
+    assert httpx.get(f"{served.url}/v1/models", headers=right).status_code == 200
     # Another name of this machine is no matter where there is a key.
     asked = {**right, "Host": "far.example"}
-    assert httpx.get(f"{served.url}/v1/models", headers=asked).status_code == 200  # type: ignore[arg-type]
+    assert httpx.get(f"{served.url}/v1/models", headers=asked).status_code == 200
 
 
 def test_pages_of_others_may_not_ask(served: Served) -> None:
@@ -201,6 +216,7 @@ def test_pages_of_others_may_not_ask(served: Served) -> None:
     for headers in (
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://["},
         {"Origin": "http://127.0.0.1:1"},
         {"Host": "evil.example"},
         {"Host": "evil.example", "Origin": "http://evil.example"},
@@ -239,6 +255,47 @@ def test_what_is_counted_has_bounded_labels(serve: Serve) -> None:
                  "rows_a_forward_count", "made_adapters_total", "cached_adapters"):  # fmt: skip
         assert served.metric(f"ship_{name}") >= 1, name
     assert served.metric("ship_running_rows") == served.metric("ship_waiting_requests") == 0
+
+
+def test_a_field_is_named_without_what_pydantic_tried(served: Served) -> None:
+    for stop in (["a"] * 5, [""], "", [1], 5):
+        response = post(served, COMPLETIONS, {"model": BASE, "prompt": "3 7", "stop": stop})
+        assert "constrained" not in error_of(response)["param"]
+
+
+def test_an_answer_whose_length_nobody_asked_for_fits(ship: Ship) -> None:
+    limit = ship.model.task_llm.language_model.context_length
+    assert limit is not None
+    long, sampling = [1] * (limit - 3), Sampling(12)
+    assert _fitting(ship, Source(), long, sampling, True).max_new_tokens == 3
+    assert _fitting(ship, Source(), [1], sampling, True) is sampling
+    with pytest.raises(RequestError, match="max_tokens"):
+        _fitting(ship, Source(), long, sampling, False)
+    with pytest.raises(RequestError, match="leave no room") as refused:
+        _fitting(ship, Source(), [1] * limit, sampling, True)
+    assert refused.value.param is None
+
+
+def test_half_a_body_is_not_passed_on() -> None:
+    seen, metrics = [], Metrics()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(await receive())
+
+    messages = iter([
+        {"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}
+    ])  # fmt: skip
+
+    async def receive() -> Message:
+        return next(messages)
+
+    async def send(message: Message) -> None:
+        seen.append(message)
+
+    guard = Guard(app, api_key=None, hosts=(), limits=Limits(), metrics=metrics)
+    scope = {"type": "http", "path": CHAT, "method": "POST", "headers": [(b"host", b"localhost")]}
+    asyncio.run(guard(scope, receive, send))
+    assert not seen
 
 
 def test_health_is_the_models_too(serve: Serve) -> None:
