@@ -303,9 +303,9 @@ def _add_questions(router: APIRouter, room: Room, name: str) -> None:
 
     @router.post("/ship/v1/describe")
     async def describe(asked: InstructionAsked) -> DescriptionAnswer:
-        # Short once the bank is there, which the map has asked for.
+        # Short once bank and plane are there.
         return await room.call(
-            lambda ship: _description(ship, asked.instruction, planes), is_short=True
+            lambda ship: _description(ship, asked.instruction, planes), is_short=planes.made
         )
 
     @router.post("/ship/v1/confidence")
@@ -519,6 +519,7 @@ async def _events(
 async def _told(
     task: "asyncio.Future[BaseModel]", lines: "asyncio.Queue[str]", gone: threading.Event
 ) -> AsyncIterator[str]:
+    waiting: asyncio.Future[str] | None = None
     try:
         while not task.done():
             # A beat, so that a connection through a proxy stays and one that is gone is noticed.
@@ -544,6 +545,8 @@ async def _told(
     finally:
         gone.set()
         task.cancel()
+        if waiting is not None:
+            waiting.cancel()
 
 
 def _event(data: dict[str, Any]) -> str:
