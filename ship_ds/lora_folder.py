@@ -57,6 +57,10 @@ _KEEPS_THE_BASE = ("eva", "gaussian", "orthogonal")
 _PLAIN_PATTERN = re.compile(r"\^?[\w.\\\[\]|-]+(?:[*+][\w.\\\[\]|-]*){0,2}\$?")
 """Keys of rank_pattern and alpha_pattern that are matched: names, and expressions without groups
 and with two repetitions at most, as one of somebody else's could else run for ever."""
+_MOST_KEYS = 512
+"""Of either: each is matched against each module."""
+_LARGEST = 10**9
+"""Rank or alpha, of either sign: the square of a larger one may be no float."""
 _FIRST_RANK, _TOLERANCE = 64, 1e-4
 """Of `factored`: the rank that is tried first, and what it may lose of the norm."""
 
@@ -286,10 +290,11 @@ def read_lora(folder: Path, weight: WeightOf | None = None) -> Lora:
             f"{folder / ADAPTER_WEIGHTS}: has no tensors; expected a LoRA saved by peft"
         )
     common = _scaling(config, config.r, config.lora_alpha) or 1.0
+    ranks, alphas = _compiled(config.rank_pattern or {}), _compiled(config.alpha_pattern or {})
     factors = {}
     for module, tensors in modules.items():
-        rank = _of_module(config.rank_pattern or {}, module, config.r)
-        alpha = _of_module(config.alpha_pattern or {}, module, config.lora_alpha)
+        rank = _of_module(ranks, module, config.r)
+        alpha = _of_module(alphas, module, config.lora_alpha)
         a_RI, b_OR = _factors(folder, module, tensors, rank, bool(config.use_dora))
         own = _scaling(config, rank, alpha)
         if config.use_dora:
@@ -306,12 +311,14 @@ def _scaling(config: "LoraConfig", rank: int, alpha: float) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """A module's own number in a pattern of `peft`, by the first key that it matches."""
-    for name, value in pattern.items():
-        if re.match(rf"(.*\.)?(?:{name})$", module):
-            return value
-    return default
+def _compiled(pattern: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
+    """A pattern of `peft`, once for all modules: more keys than re remembers are compiled anew."""
+    return [(re.compile(rf"(.*\.)?(?:{name})$"), value) for name, value in pattern.items()]
+
+
+def _of_module(pattern: Sequence[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
+    """A module's own number in a pattern, by the first key that it matches."""
+    return next((value for name, value in pattern if name.match(module)), default)
 
 
 def _dora_update(
@@ -455,12 +462,12 @@ def _unsupported(config: "LoraConfig", settings: Mapping[str, Any]) -> str | Non
 
 
 def _is_number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def _is_pattern(pattern: Any, kind: Any) -> bool:
     """Whether it maps names, or harmless expressions, to numbers."""
-    if not isinstance(pattern, dict):
+    if not isinstance(pattern, dict) or len(pattern) > _MOST_KEYS:
         return False
     for key, value in pattern.items():
         if not _PLAIN_PATTERN.fullmatch(key) or not _is_number(value, kind):

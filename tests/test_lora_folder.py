@@ -122,7 +122,11 @@ def test_a_rank_that_the_config_does_not_say_is_one_line(tmp_path: Path) -> None
         {"bias": "all"},
         {"peft_type": "IA3"},
         {"peft_type": "NEWER"},
+        {"rank_pattern": {f"q_proj{number}": 2 for number in range(513)}},
         {"r": None},
+        {"r": 10**400},
+        {"lora_alpha": 1e308},
+        {"alpha_pattern": {"q_proj": -(10**400)}},
         {"lora_alpha": "high"},
     ],
 )
