@@ -23,6 +23,8 @@ _LFS = "version https://git-lfs.github.com/spec/"
 _MOST_NODES = 1_000_000
 """Of a YAML file, aliases counted as often as they are used: a few lines of them can stand for more
 than memory holds."""
+_MOST_MERGED = 16
+"""Sections that one merges in with `<<`."""
 _DEEPEST = 100
 """Levels of lists and sections in YAML; PyYAML needs several frames of Python's for each."""
 
@@ -139,8 +141,11 @@ class _TwiceError(Exception):
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _TwiceError(key)
+            seen.add(key)
     return values
 
 
@@ -198,7 +203,7 @@ class _Loader(yaml.SafeLoader):
 
     # Each loader has tables of its own: a change of an inherited one would reach all of PyYAML.
     yaml_implicit_resolvers = {}  # noqa: RUF012
-    _depth = 0
+    _depth = _num_merged = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._depth += 1
@@ -210,6 +215,21 @@ class _Loader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
+
+    def flatten_mapping(self, node: Any) -> None:
+        """PyYAML's own, with an end: what merges what merges doubles with each level."""
+        merged = [value for key, value in node.value if key.tag == _MERGE]
+        if not merged:
+            return super().flatten_mapping(node)  # also of what it calls itself
+        sections = [len(one.value) if one.id == "sequence" else 1 for one in merged]
+        if sum(sections) <= _MOST_MERGED:
+            super().flatten_mapping(node)
+            self._num_merged += len(node.value)
+            if self._num_merged <= _MOST_NODES:
+                return None
+        raise yaml.constructor.ConstructorError(
+            None, None, "<< merges in too much; write out what you mean", node.start_mark
+        )
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are there once each; what `<<` merges in gives way to them."""

@@ -35,6 +35,8 @@ _BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4} 
 """Of a value, where they are more than one."""
 _LONGEST = 100_000_000
 """Bytes of a header; the format's own bound."""
+_MOST_AXES = 64
+"""Of a tensor; torch has the same bound."""
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -123,7 +125,9 @@ def _place(path: Path, name: str, row: dict[str, Any], offset: int) -> Place:
     dtype, shape, (start, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
     if dtype not in TORCH_NAMES:
         raise UserError(f"{path}: {name} is of dtype {dtype}, which is not supported")
-    if not all(type(one) is int and one >= 0 for one in (*shape, start, end)):
+    sizes = (*shape, start, end)
+    # Of larger ones the product alone would take seconds.
+    if len(shape) > _MOST_AXES or not all(type(one) is int and 0 <= one < 1 << 62 for one in sizes):
         raise ValueError("not a size")
     if end - start != prod(shape) * _BYTES.get(dtype, 1):
         raise ValueError("another size than its shape's")

@@ -21,6 +21,7 @@ from ship_ds.config import (
 )
 from ship_ds.data.task_files import FilesConfig
 from ship_ds.errors import UserError
+from ship_ds.parsing import parse_yaml
 
 MINIMAL = {"run": {"folder": "runs/x"}, "training": {"steps": 3}}
 
@@ -349,6 +350,15 @@ def test_yaml_is_read_as_people_mean_it(override: str, value: object) -> None:
             ),
             "its aliases",
         ),
+        (
+            b"a: &a {x: 1}\n"
+            + b"".join(
+                b"%c: &%c {<<: [%s]}\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 10))
+                for i in range(7)
+            ),
+            "<< merges in too much",
+        ),
+        (b"a: &a {x: 1}\nb: {" + b"<<: *a, " * 17 + b"y: 1}", "<< merges in too much"),
         (b"run: {seed: " + b"9" * 5000 + b"}", "thousands of digits"),
         (b"a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         (b"a: !!bool maybe", "cannot be read as what it is tagged to be"),
@@ -366,6 +376,11 @@ def test_a_file_that_is_no_usable_yaml_is_one_line(
         load_config(str(path))
     text = str(caught.value)
     assert text.startswith(f"{path}: ") and message in text and "\n" not in text
+
+
+def test_what_yaml_merges_in_gives_way() -> None:
+    text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: [*b, *a], z: 3}"
+    assert parse_yaml(text, "")["c"] == {"x": 1, "y": 2, "z": 3}
 
 
 def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def test_one_file_and_several_hold_the_same(tmp_path: Path) -> None:
     assert WeightsFolder(tmp_path / "three").fingerprint != one.fingerprint
 
 
+def header(shape: list[int]) -> bytes:
+    text = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -49,6 +54,11 @@ def test_one_file_and_several_hold_the_same(tmp_path: Path) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"cut short: has \d+ bytes of \d+"),
         (lambda path: path.write_bytes(b"x" * 88), "not a safetensors file"),
         (lambda path: path.write_bytes(b""), "not a safetensors file"),
+        (
+            lambda path: path.write_bytes(header([0] + [2**62] * 60)),
+            "not a safetensors file",
+        ),
+        (lambda path: path.write_bytes(header([0] + [2**61] * 65)), "not a safetensors file"),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"F4"  ')),
             "a.weight is of dtype F4, which is not supported",

@@ -507,6 +507,10 @@ def test_files_of_the_system_are_passed_over_and_other_formats_counted(tmp_path:
         ('{"id": ' + "[" * 100_000, "line 2: not JSON: nested too deeply"),
         ('{"id": "x", "id": "y"}', "line 2: the key 'id' is there twice; leave one"),
         (
+            "{" + ", ".join(f'"{number}": 1' for number in [*range(100_000), 99_999]) + "}",
+            "line 2: the key '99999' is there twice; leave one",
+        ),
+        (
             '{"id": "x"},',
             "line 2: not JSON: Extra data at column 12; expected one JSON object",
         ),
