@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -282,7 +283,7 @@ def test_half_a_body_is_not_passed_on() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(await receive())
 
-    messages = iter([
+    messages: Iterator[Message] = iter([
         {"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}
     ])  # fmt: skip
 
