@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from starlette.datastructures import URL
+from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from ship_ds.api import Ship
@@ -210,6 +212,13 @@ def test_a_key_is_asked_for_everywhere_but_at_the_door(serve: Serve) -> None:
     # Another name of this machine is no matter where there is a key.
     asked = {**right, "Host": "far.example"}
     assert httpx.get(f"{served.url}/v1/models", headers=asked).status_code == 200
+
+
+def test_what_host_says_opens_no_path(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve(api_key="some key")
+    # As an older Starlette makes it of `Host: x/health?`.
+    monkeypatch.setattr(Request, "url", URL("http://x/health?/v1/models"))
+    assert httpx.get(f"{served.url}/v1/models").status_code == 401
 
 
 def test_pages_of_others_may_not_ask(served: Served) -> None:

@@ -4,7 +4,6 @@ colours, on a phone, and nobody else is asked anything.
 Every test ends with what the browser's console said and which other hosts it asked: nothing, none.
 """
 
-import asyncio
 import base64
 import io
 import json
@@ -30,7 +29,7 @@ from ship_ds.config import base_folder
 from ship_ds.inference.explaining import Threshold
 from ship_ds.model.loading import load_lm
 from ship_ds.serving.limits import Limits
-from ship_ds.serving.page import MAX_ADAPTER_BYTES, Plane, _told
+from ship_ds.serving.page import MAX_ADAPTER_BYTES, Plane
 from tests.inference.conftest import KNOWN
 from tests.serving.conftest import BASE, Serve, Served
 
@@ -682,20 +681,6 @@ def test_the_first_description_lets_answers_go_on(
     for _ in range(2):
         assert post(served, "describe", {"instruction": INSTRUCTION}).status_code == 200
     assert are_short == [False, True]
-
-
-def test_a_client_that_leaves_a_stream_leaves_no_task() -> None:
-    async def leave() -> None:
-        task: asyncio.Future[Any] = asyncio.ensure_future(asyncio.Event().wait())
-        told = _told(task, asyncio.Queue(), threading.Event())
-        assert await anext(told) == ": \n\n"
-        listening = asyncio.ensure_future(anext(told))
-        await asyncio.sleep(0.05)
-        listening.cancel()
-        await asyncio.gather(listening, task, return_exceptions=True)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-
-    asyncio.run(leave())
 
 
 def test_a_zip_of_a_client_that_leaves_is_gone(site: Served) -> None:

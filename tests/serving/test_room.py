@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from ship_ds.api import Ship
 from ship_ds.serving.decoding import Sampling, Source
 from ship_ds.serving.errors import RequestError
+from ship_ds.serving.page import _told
 from ship_ds.serving.room import Question, Room, Writing
 from ship_ds.serving.server import Server, address, listening
 
@@ -96,3 +98,17 @@ def test_a_stream_that_the_end_cuts_off_is_no_traceback(
     assert not thread.is_alive()
     said = capfd.readouterr().err
     assert "graceful shutdown exceeded" in said and "Traceback" not in said
+
+
+def test_a_client_that_leaves_a_stream_leaves_no_task() -> None:
+    async def leave() -> None:
+        task: asyncio.Future[Any] = asyncio.ensure_future(asyncio.Event().wait())
+        told = _told(task, asyncio.Queue(), threading.Event())
+        assert await anext(told) == ": \n\n"
+        listening = asyncio.ensure_future(anext(told))
+        await asyncio.sleep(0.05)
+        listening.cancel()
+        await asyncio.gather(listening, task, return_exceptions=True)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(leave())
