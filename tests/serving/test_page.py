@@ -340,6 +340,21 @@ def test_texts_of_others_are_text(visit: Callable[..., Visit]) -> None:
 
 
 @in_chromium
+def test_an_answer_that_comes_before_the_map_is_marked_on_it(visit: Callable[..., Visit]) -> None:
+    """The first map of a run takes as long as encoding all that it knows."""
+    here = visit()
+    here.wait_for("#run", BASE)
+    held: list[Any] = []
+    here.page.route("**/ship/v1/map", lambda route: held.append(route))
+    here.page.reload()
+    here.wait_for("#run", BASE)
+    here.answer()
+    assert here.page.locator("#map .typed").count() == 0
+    held[0].continue_()
+    here.page.wait_for_selector("#map .typed", state="attached")
+
+
+@in_chromium
 def test_the_map_is_walked_by_keys_and_has_a_table(visit: Callable[..., Visit], ship: Ship) -> None:
     here = visit()
     here.page.wait_for_selector("#map circle.known")

@@ -42,6 +42,7 @@ export class LatentMap {
     });
     this.marks = draw("g", { "aria-hidden": "true" });
     this.svg.replaceChildren(...this.dots, this.marks);
+    if (this.waiting) this.mark(...this.waiting);
   }
 
   // Where a point of the plane is on the picture; one outside of what is known stays at its edge.
@@ -53,6 +54,10 @@ export class LatentMap {
 
   // The instruction that was typed, and which known ones are near it.
   mark(x, y, near) {
+    if (!this.bounds) {  // an answer may come before the map does
+      this.waiting = [x, y, near];
+      return;
+    }
     const [cx, cy] = this.place(x, y);
     const label = draw("text", {
       x: cx > WIDTH - 60 ? cx - 12 : cx + 12, y: cy < 30 ? cy + 18 : cy - 9,
@@ -65,6 +70,7 @@ export class LatentMap {
   }
 
   clear() {
+    this.waiting = null;
     this.marks?.replaceChildren();
     for (const dot of this.dots) dot.classList.remove("near");
   }
