@@ -482,22 +482,39 @@ class Ship:
         Returns:
             None for a run whose adapters are no LoRAs.
         """
+        self._take_what_is_kept()
         if self._reader is None and can_read(self.model):
-            sites, size = self.model.task_llm.sites(), self.config.model.latent_size
-            self._reader = self._derived.reader(sites, size) if self._derived else None
-            if self._reader is None:
-                log("training once a reader of this run's adapters")
-                self._reader = train_reader(self.model, self.bank, log)
-                if self._derived:
-                    self._derived.keep_reader(self._reader)
+            log("training once a reader of this run's adapters")
+            self._reader = train_reader(self.model, self.bank, log)
+            if self._derived:
+                self._derived.keep_reader(self._reader)
         return self._reader
 
     @property
     def is_ready_to_explain(self) -> bool:
         """Whether what `explain` has to train and to measure first is there."""
-        if self._threshold is None and self._derived is not None:
+        self._take_what_is_kept()
+        has_reader = self._reader is not None or not can_read(self.model)
+        return has_reader and self._threshold is not None
+
+    def _take_what_is_kept(self) -> None:
+        """Reader and threshold, where an earlier process left them with the bundle."""
+        if self._derived is None:
+            return
+        if self._reader is None and can_read(self.model):
+            sites, size = self.model.task_llm.sites(), self.config.model.latent_size
+            self._reader = self._derived.reader(sites, size)
+        if self._threshold is None:
             self._threshold = self._derived.threshold()
-        return self._threshold is not None
+
+    def prepare_to_explain(self, log: Log = no_log) -> None:
+        """Train and measure now what the first call of `explain` otherwise would.
+
+        Args:
+            log: Takes lines of progress.
+        """
+        self.lora_reader(log)
+        self.explaining_threshold(log)
 
     def explaining_threshold(self, log: Log = no_log) -> Threshold:
         """From which agreement on a text counts as saying what an adapter does: measured once on
@@ -509,14 +526,14 @@ class Ship:
         Returns:
             One half, of no tasks, where the data are not where they were.
         """
-        if self._threshold is None:
-            self._threshold = self._derived.threshold() if self._derived else None
+        self._take_what_is_kept()
         if self._threshold is None:
             try:
                 dev = source_of(self.config.data).read(self.model.prompts.tokenizer, no_log).dev
             except (UserError, OSError):
                 log("the run's data are not where they were: the threshold is one half")
-                return Threshold(HALF, 0.0, 0.0, 0)
+                self._threshold = Threshold(HALF, 0.0, 0.0, 0)
+                return self._threshold
             log("measuring once on the run's dev tasks from which agreement on a text counts")
             self._threshold = calibrate_explaining(
                 self.model,

@@ -99,7 +99,7 @@ def serve(
         )
         ship = open_run(run, device, dtype, base)
         if prepare:
-            ship.explaining_threshold(log)
+            ship.prepare_to_explain(log)
         room = Room(ship, limits)
         app = create_app(
             room,

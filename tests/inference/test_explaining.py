@@ -209,6 +209,24 @@ def test_the_threshold_is_measured_on_dev_and_kept(ship: Ship, inputs: list[str]
     (ship._derived.bundle / "derived" / "explaining.json").unlink()
 
 
+def test_a_run_whose_data_are_gone_can_be_made_ready(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By half, which is not kept: the data may come back."""
+
+    def gone(config: object) -> None:
+        raise UserError("data.path: no such folder")
+
+    monkeypatch.setattr("ship_ds.api.source_of", gone)
+    monkeypatch.setattr(ship, "_threshold", None)
+    assert not ship.is_ready_to_explain
+    ship.prepare_to_explain()
+    assert ship.is_ready_to_explain and ship.explaining_threshold().value == 0.5
+    assert ship._derived is not None and ship._derived.threshold() is None
+    monkeypatch.setattr(ship, "_reader", None)
+    assert not ship.is_ready_to_explain, "the reader is trained first"
+
+
 def test_thresholds_by_hand() -> None:
     # All apart: half way between the two.
     assert threshold_of([0.9, 0.7], [0.1, 0.3]) == Threshold(0.5, 1.0, 1.0, 2)

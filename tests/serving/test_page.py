@@ -27,6 +27,7 @@ from peft import PeftModel
 from ship_ds.api import Ship
 from ship_ds.config import base_folder
 from ship_ds.inference.explaining import Threshold
+from ship_ds.inference.lora_reader import LoraReader
 from ship_ds.model.loading import load_lm
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.page import MAX_ADAPTER_BYTES, Plane
@@ -49,16 +50,15 @@ HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 
 @pytest.fixture(scope="module")
 def site(ship: Ship) -> Iterator[Served]:
-    """Ready to explain, with the searches that need nothing trained."""
+    """Ready to explain, by a reader that has learnt nothing."""
     from tests.serving.conftest import started
 
     ship._threshold = Threshold(0.5, 0.0, 0.0, 0)
-    ship.__dict__["lora_reader"] = lambda log: None
+    ship._reader = LoraReader(ship.model.task_llm.sites(), ship.config.model.latent_size)
     running, stop = started(ship, Limits())
     yield running
     stop()
-    ship._threshold = None
-    del ship.__dict__["lora_reader"]
+    ship._threshold = ship._reader = None
 
 
 @pytest.fixture(scope="module")
