@@ -1,7 +1,7 @@
 """What is wrong with the files of a base, as far as they tell it without torch: a download that was
 cut short, a model that needs its own code, weights that are no numbers.
 
-    problem = check_base_files(Path("models/llama"))
+    check_base_files(Path("models/llama"))      # raises UserError
 
 What only a model's code knows, such as names of weights that its config does not describe, is told
 as it is loaded.

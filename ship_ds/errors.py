@@ -7,6 +7,18 @@ class UserError(ValueError):
     it."""
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/"
+"""What a file begins with that git-lfs has put in another one's place."""
+
+
+def lfs_pointer(place: object) -> UserError:
+    """The error of such a file."""
+    return UserError(
+        f"{place}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or "
+        "download it again"
+    )
+
+
 def first_line(error: BaseException) -> str:
     """`OutOfMemoryError: CUDA out of memory.`: an exception's class and first line."""
     text = str(error).strip()

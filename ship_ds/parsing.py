@@ -17,9 +17,8 @@ from typing import Any
 
 import yaml
 
-from ship_ds.errors import UserError
+from ship_ds.errors import LFS_POINTER, UserError, lfs_pointer
 
-_LFS = "version https://git-lfs.github.com/spec/"
 _MOST_NODES = 1_000_000
 """Of a YAML file, aliases counted as often as they are used: a few lines of them can stand for more
 than memory holds."""
@@ -38,7 +37,9 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; name a file that can be read"
+        ) from None
     return decode(content, str(path))
 
 
@@ -54,11 +55,8 @@ def decode(content: bytes, place: str) -> str:
 
 def refuse_pointer(text: str, place: str) -> None:
     """Raise UserError for what git-lfs puts in a file's place until it is fetched."""
-    if text.startswith(_LFS):
-        raise UserError(
-            f"{place}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or "
-            "download it again"
-        )
+    if text.startswith(LFS_POINTER):
+        raise lfs_pointer(place)
 
 
 def trimmed(text: str) -> str:

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ship_ds.errors import UserError
+from ship_ds.errors import LFS_POINTER, UserError, lfs_pointer
 
 TORCH_NAMES = {
     "F64": "float64",
@@ -37,7 +37,6 @@ _LONGEST = 100_000_000
 """Bytes of a header; the format's own bound."""
 _MOST_AXES = 64
 """Of a tensor; torch has the same bound."""
-_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 WEIGHTS_INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -58,8 +57,8 @@ def weight_files(folder: Path) -> list[str]:
             "model saved as safetensors"
         )
     content = index.read_bytes()
-    if content.startswith(_LFS):
-        raise _pointer(index)
+    if content.startswith(LFS_POINTER.encode()):
+        raise lfs_pointer(index)
     try:
         files = sorted(set(json.loads(content)["weight_map"].values()))
         if any(Path(file).name != file for file in files):
@@ -69,13 +68,6 @@ def weight_files(folder: Path) -> list[str]:
             f"{index}: not an index of safetensors files; download the model again"
         ) from None
     return files
-
-
-def _pointer(path: Path) -> UserError:
-    return UserError(
-        f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or "
-        "download it again"
-    )
 
 
 @dataclass(frozen=True)
@@ -98,12 +90,14 @@ def read_header(path: Path) -> dict[str, Place]:
         there = path.stat().st_size
         with path.open("rb") as file:
             first = file.read(8)
-            if len(first) == 8 and _LFS.startswith(first):
-                raise _pointer(path)
+            if len(first) == 8 and LFS_POINTER.encode().startswith(first):
+                raise lfs_pointer(path)
             size = int.from_bytes(first, "little")
             text = file.read(size) if size <= min(there, _LONGEST) else b""
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; name a file that can be read"
+        ) from None
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)

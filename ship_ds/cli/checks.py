@@ -33,7 +33,7 @@ def check_share(option: str, value: float) -> None:
 def check_folder(folder: Path) -> None:
     """Somebody's run or adapter is there at all."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder; give one that is there")
 
 
 def check_explained(folder: Path, is_merged: bool) -> None:

@@ -26,6 +26,7 @@ from ship_ds.parsing import (
     parse_json,
     read_text,
     split_lines,
+    trimmed,
     unicode_text,
 )
 
@@ -111,7 +112,7 @@ def _read_row(place: str, line: str) -> tuple[str, str | None]:
             f"{place}: id {name[:100]!r} becomes a folder's name: use letters, digits, '.', '_' "
             "and '-', 200 of them at most, and neither .part nor .replaced at the end"
         )
-    return unicode_text(instruction.strip(), f"{place}: instruction"), name
+    return unicode_text(trimmed(instruction), f"{place}: instruction"), name
 
 
 def slug(text: str) -> str:

@@ -72,7 +72,9 @@ def opened(path: Path) -> IO[bytes]:
             return cast(IO[bytes], gzip.open(path))
         return path.open("rb")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}; name a file that can be read"
+        ) from None
 
 
 def read_whole(path: Path) -> str:
