@@ -4,13 +4,14 @@ model card for people."""
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from ship_ds.errors import UserError
 from ship_ds.files import write_json, write_text
 from ship_ds.parsing import read_json_object
+from ship_ds.weights_folder import WeightsFolder, settings_fingerprint
 
 ORIGIN, CARD = "ship.json", "README.md"
 
@@ -53,6 +54,14 @@ class Origin:
     tuning: dict[str, Any] | None = None
     confidence: dict[str, float | None] | None = None
     base_settings: str = ""
+
+    def other_than(self, base: WeightsFolder) -> Literal["weights", "settings"] | None:
+        """In what a folder is another base than the adapter's; None: it is that one."""
+        if base.fingerprint != self.base_fingerprint:
+            return "weights"
+        if self.base_settings and settings_fingerprint(base.folder) != self.base_settings:
+            return "settings"
+        return None
 
     def write(self, folder: Path) -> None:
         """Write both files into the adapter's folder."""

@@ -47,7 +47,7 @@ from ship_ds.origin import Origin, read_origin
 from ship_ds.parsing import read_json_object
 from ship_ds.safetensors_header import SINGLE_FILE, WEIGHTS_INDEX
 from ship_ds.tensor_file import TensorFile
-from ship_ds.weights_folder import WeightsFolder, settings_fingerprint
+from ship_ds.weights_folder import WeightsFolder
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 _PLAN, _REPORT, _CARD = "plan.json", "merge.json", "README.md"
@@ -312,13 +312,14 @@ def check_base(base: WeightsFolder, config: Mapping[str, Any], lora: Lora, origi
                 f"{base.folder}: the adapter changes {path}.weight of {shape}, and "
                 f"the base has {there}: wrong base"
             )
-    if base.fingerprint != origin.base_fingerprint:
+    other = origin.other_than(base)
+    if other == "weights":
         raise UserError(
             f"{base.folder}: same shapes, other weights than the base this adapter was made for "
             f"({origin.base}, fingerprint "
             f"{origin.base_fingerprint[:12]}): give that one as --base"
         )
-    if origin.base_settings and settings_fingerprint(base.folder) != origin.base_settings:
+    if other == "settings":
         raise UserError(
             f"{base.folder / 'config.json'}: same weights, other settings than the base this "
             "adapter was made for: give that one as --base"

@@ -58,10 +58,11 @@ def _check_origin(model: ShipModel, folder: Path) -> None:
     if not (folder / ORIGIN).is_file():
         return
     origin, base = read_origin(folder), model.config.task_llm.base
-    if WeightsFolder(base_folder(base)).fingerprint != origin.base_fingerprint:
+    other = origin.other_than(WeightsFolder(base_folder(base)))
+    if other is not None:
         raise UserError(
             f"{folder}: made for {origin.base} with fingerprint {origin.base_fingerprint[:12]}, "
-            f"which is not this run's {base}: an adapter of another base model"
+            f"which has other {other} than this run's {base}: an adapter of another base model"
         )
 
 
