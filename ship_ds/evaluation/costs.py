@@ -78,7 +78,7 @@ def query_costs(model: ShipModel, tasks: Sequence[SplitTask]) -> dict[str, Any]:
     def under_adapter(num_tokens: int) -> int:
         num_read = model.num_virtual_tokens + question + num_tokens * is_stated
         num_fused = num_tokens * size.fuses
-        return query_flops(size.task_llm, num_read, answer, True, num_fused)
+        return query_flops(size.task_llm, num_read, answer, under_adapter=True, num_fused=num_fused)
 
     def in_prompt(num_tokens: int) -> int:
         return query_flops(size.task_llm, question + num_tokens, answer, under_adapter=False)

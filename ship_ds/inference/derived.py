@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -106,7 +107,8 @@ class Derived:
 
     def reader(self, sites: Sites, latent_size: int) -> LoraReader | None:
         """The reader of adapters of these sites; None where it is not kept."""
-        reader = LoraReader(sites, latent_size)
+        with torch.random.fork_rng(devices=[]):  # what it draws is overwritten, and moves no draw
+            reader = LoraReader(sites, latent_size)
         # RuntimeError: of a version whose reader has other layers.
         with suppress(OSError, SafetensorError, RuntimeError):
             path = self.bundle / _FOLDER / _READER

@@ -10,7 +10,7 @@ second keeps a text that does nothing from explaining an adapter that does nearl
 even the best text gives less than a threshold, the answer is that nothing which can be said does
 this. The threshold lies between two sorts of adapters that are made of dev tasks (`calibrate`).
 
-Letters: C candidates, T tasks, Z latent size.
+Letters: C candidates, Z latent size, R LoRA rank, I inputs of a linear, O outputs of a linear.
 """
 
 import random

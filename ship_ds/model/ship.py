@@ -282,13 +282,11 @@ class ShipModel(nn.Module):
         if readings is None or not any(readings) or not self.hypernetwork.fuses:
             adapter: Adapter = self.hypernetwork(latent_TZ.to(self.device))
             return adapter
-        # Below any share that is left out, or above all.
-        chances = [2.0 if one else -1.0 for one in readings]
-        states = States(
-            *self._states([one or "" for one in readings]),
-            torch.tensor(chances, device=self.device),
+        states_TSH, real_TS = self._states([one or "" for one in readings])
+        is_read_T1 = torch.tensor([[bool(one)] for one in readings], device=self.device)
+        fused: Adapter = self.hypernetwork(
+            latent_TZ=latent_TZ.to(self.device), read=States(states_TSH, real_TS & is_read_T1)
         )
-        fused: Adapter = self.hypernetwork(latent_TZ=latent_TZ.to(self.device), read=states)
         return fused
 
     @torch.no_grad()

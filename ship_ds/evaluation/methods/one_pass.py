@@ -50,7 +50,7 @@ class OnePass(Untrained):
             Reading(wording, self._some(task))
             for task, wording in zip(tasks, wordings, strict=True)
         ]
-        return self._answers(readings, wordings, inputs)
+        return self._answers(readings, self.ship.model.encode(readings), wordings, inputs)
 
     def _some(self, task: SplitTask) -> tuple[Example, ...]:
         """Training examples of a task, drawn: files are often sorted by their answers."""
@@ -65,8 +65,9 @@ class OnePass(Untrained):
     ) -> AnswersByTask:
         readings = self._readings(shown)
         states_text = self.ship.config.model.task_llm.instruction != "none"
-        texts = self.induce(shown) if states_text else [""] * len(readings)
-        return self._answers(readings, texts, inputs)
+        latent_TZ = self.ship.model.encode(readings)
+        texts = self._texts(latent_TZ) if states_text else [""] * len(readings)
+        return self._answers(readings, latent_TZ, texts, inputs)
 
     def _readings(self, shown: Sequence[Sequence[Example]]) -> list[Reading]:
         """The examples, the first ones where there are more than in training."""
@@ -78,8 +79,11 @@ class OnePass(Untrained):
         return self.ship.model.decode(latent_TZ, length)
 
     def _answers(
-        self, readings: Sequence[Reading], texts: Sequence[str], inputs: Sequence[Sequence[str]]
+        self,
+        readings: Sequence[Reading],
+        latent_TZ: Tensor,
+        texts: Sequence[str],
+        inputs: Sequence[Sequence[str]],
     ) -> AnswersByTask:
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
-        latent_TZ = model.encode(readings)
         return answer_latents(model, latent_TZ, texts, inputs, length, readings=readings)
