@@ -126,7 +126,9 @@ def test_an_adapter_is_read_back_into_words() -> None:
         LoraReader(ship.model.task_llm.sites(), ship.config.model.latent_size),
     )
     found = ship.explain(FOLDER / "adapter", RECORDED["inputs"])
-    assert found.candidates and len(found.answers) == len(dict.fromkeys(RECORDED["inputs"]))
+    asked = list(dict.fromkeys(RECORDED["inputs"]))
+    assert list(found.answers) == ship.answer(RECORDED["instructions"][0], asked)
+    assert found.candidates and list(found.inputs) == asked
 
 
 def test_another_base_of_the_same_shape_is_one_line(
