@@ -47,7 +47,7 @@ test-fast: setup
 
 # Twenty kills, a lost node and other numbers of ranks (figures in runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed.
 soak: setup
-	$(BIN)/python -m pytest -m soak -s tests/soak tests/data tests/runtime tests/evaluation tests/serving tests/test_own_kinds.py
+	$(BIN)/python -m pytest -m soak -s tests
 
 # 100,000 inputs a parser, instead of the 40 of `make test`: hours on two cores.
 fuzz: setup
