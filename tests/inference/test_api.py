@@ -4,6 +4,7 @@ input."""
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -80,17 +81,22 @@ def test_reason_answers_by_latent_refined_latent_and_text(ship: Ship, inputs: li
         )
 
 
-def test_a_bundle_around_other_weights_of_the_same_shape_is_one_line(
-    bundle: Path, tmp_path: Path
+@pytest.mark.parametrize("key", ["embedded", "embedded (config.json)"])
+def test_a_bundle_around_another_base_of_the_same_shape_is_one_line(
+    key: str, bundle: Path, tmp_path: Path
 ) -> None:
+    """Of other weights, or of other settings."""
     shutil.copytree(bundle, tmp_path / "bundle")
     bases = tmp_path / "bundle" / "bases.json"
-    assert list(json.loads(bases.read_text())) == ["embedded", "embedded (config.json)"]
-    bases.write_text(json.dumps({"embedded": "0" * 64}))
+    known = json.loads(bases.read_text())
+    assert list(known) == ["embedded", "embedded (config.json)"]
+    bases.write_text(json.dumps(known | {key: "0" * 64}))
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["bases.json"] = {"bytes": bases.stat().st_size, "sha256": sha256(bases)}
     (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="trained around embedded with fingerprint 000000000000"):
+    with pytest.raises(
+        UserError, match=rf"trained around {re.escape(key)} with fingerprint 000000000000"
+    ):
         Ship.from_run(tmp_path)
 
 

@@ -176,6 +176,7 @@ def test_the_reader_learns_where_adapters_come_from(
     said: list[str] = []
     reader = train_reader(ship.model, narrow, said.append)
     assert any("training on pairs" in line for line in said)
+    said.clear()
     latent_CZ = known_CZ[:12].lerp(known_CZ[12:], 0.3)
     generated = torch.cat([reader.read(ship.model.adapt(one[None])) for one in latent_CZ])
     center = known_CZ.mean(0)
@@ -201,6 +202,7 @@ def test_the_threshold_is_measured_on_dev_and_kept(ship: Ship, inputs: list[str]
     ]
     found = calibrate(ship.model, ship.bank, dev, inputs[:6], QUICK, 6)
     assert found.num_tasks == 4 and 0 < found.value <= 1 and found.share_refused >= 0.75
+    assert found.share_named >= 0.5
     assert calibrate(ship.model, ship.bank, dev[:3], inputs[:6], QUICK, 6).num_tasks == 0
     assert ship._derived is not None
     ship._derived.keep_threshold(found)
@@ -256,7 +258,9 @@ def _task(text: str) -> SplitTask:
 
 def test_inputs_are_of_the_runs_tasks_or_made_of_its_probes(ship: Ship) -> None:
     tried = ship.inputs_to_try()
-    assert len(tried) == len(set(tried)) == 24 == len(ship.inputs_to_try())
+    assert tried == ship.inputs_to_try() and len(tried) == len(set(tried)) == 24
+    own = {example.input for task in ship._seen() for example in task.train}
+    assert set(tried) <= own
     alone = made_up([], ["3 7 1", "9 8"])
     assert alone[:2] == ["3 7 1", "9 8"] and len(set(alone)) == len(alone) > 12
     assert {word for text in alone for word in text.split()} == set("37198")
@@ -436,6 +440,7 @@ def test_the_verb_says_it_in_words_and_as_json(
 ) -> None:
     assert ship._derived is not None and ship._threshold is not None and ship._reader is not None
     # As an earlier call would have left them.
+    ship._threshold = replace(ship._threshold, value=0.4)  # another one than where none is kept
     ship._derived.keep_threshold(ship._threshold)
     ship._derived.keep_reader(ship._reader)
     few = ["num_known=24", "num_rounds=0", "num_views=1", "num_samples=1", "steps=2"]
@@ -445,7 +450,7 @@ def test_the_verb_says_it_in_words_and_as_json(
     row = json.loads(capsys.readouterr().out)
     assert row["instruction"] == SAID == row["candidates"][0]["instruction"]
     assert [one["input"] for one in row["answers"]] == inputs[:6]
-    assert row["threshold"] == 0.5 <= row["agreement"]
+    assert row["threshold"] == 0.4 <= row["agreement"]
     assert cli.main(command) == 0
     first, second, *rest = capsys.readouterr().out.splitlines()
     assert first == f"{adapter}: {SAID}"

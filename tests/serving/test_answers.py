@@ -9,8 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import torch
+from openai.types import CompletionChoice
 
 from ship_ds.api import Ship
+from ship_ds.data.task import Example
+from ship_ds.model.batch import TokenBatch
 from ship_ds.serving.limits import Limits
 from tests.conftest import REPOSITORY
 from tests.inference.conftest import KNOWN
@@ -96,7 +100,16 @@ def test_the_base_answers_bare_or_as_its_prompt_says(client: openai.OpenAI, ship
     prompts = [model.prompts.task_prompt(INPUT), model.prompts.task_prompt(INPUT, INSTRUCTION)]
     assert stated.usage is not None and shots.usage is not None and got.usage is not None
     assert stated.usage.prompt_tokens == len(prompts[1])
-    assert shots.usage.prompt_tokens > len(prompts[0])
+    examples = [Example("1 2", "3 4")]
+    prompts.append(model.prompts.task_prompt(INPUT, None, examples))
+    assert shots.usage.prompt_tokens == len(prompts[2])
+    for asked, prompt in ((got, prompts[0]), (stated, prompts[1]), (shots, prompts[2])):
+        batch = TokenBatch.build([prompt], None, model.prompts.pad_id)
+        num_new = ship.config.evaluation.max_new_tokens
+        [ids] = model.task_llm.generate(None, batch, model.prompts.eos_id, num_new)
+        answer = asked.choices[0]
+        written = answer.text if isinstance(answer, CompletionChoice) else answer.message.content
+        assert written == model.prompts.text(ids)
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI, ship: Ship) -> None:
@@ -155,7 +168,8 @@ def test_max_tokens_cuts_an_answer_off(client: openai.OpenAI) -> None:
     assert got.usage is not None and got.usage.completion_tokens == 2
 
 
-def test_log_probabilities_are_those_of_the_tokens(client: openai.OpenAI) -> None:
+@torch.no_grad()
+def test_log_probabilities_are_those_of_the_tokens(client: openai.OpenAI, ship: Ship) -> None:
     got = client.chat.completions.create(
         model=f"ship:{INSTRUCTION}", messages=[user()], logprobs=True, top_logprobs=3
     )
@@ -166,6 +180,12 @@ def test_log_probabilities_are_those_of_the_tokens(client: openai.OpenAI) -> Non
     for one in content:
         assert one.logprob <= 0 and len(one.top_logprobs) == 3
         assert one.top_logprobs[0].token == one.token  # greedy
+    model = ship.model
+    adapter = model.adapt(model.encode([INSTRUCTION]), [INSTRUCTION])
+    prompt = TokenBatch.build([model.question(INPUT)], None, model.prompts.pad_id)
+    first_V = model.task_llm.stream(adapter, prompt).logits_EV[0].float().log_softmax(0)
+    wanted = first_V.topk(3).values.tolist()
+    assert [one.logprob for one in content[0].top_logprobs] == pytest.approx(wanted, abs=1e-4)
     old = client.completions.create(model=f"ship:{INSTRUCTION}", prompt=INPUT, logprobs=2)
     assert old.choices[0].logprobs is not None
     assert old.choices[0].logprobs.tokens == [one.token for one in content]
