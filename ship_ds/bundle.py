@@ -22,11 +22,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ship_ds.config import Config, LoraTuning, parse_config
+from ship_ds.config import CombinationConfig, Config, LoraTuning, parse_config
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, recover, refuse_existing, whole_folder
 from ship_ds.parsing import read_json, read_json_object
+from ship_ds.section import Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +121,8 @@ class Bundle:
             )
 
     def load_into(self, model: "ShipModel") -> None:
-        """Copy the trained weights into a model that was built from the same config.
+        """Copy the trained weights into a model that was built from the same config, or from one
+        whose hypernetwork combines the bundle's with other parts. These stay as they were drawn.
 
         Raises:
             UserError: Its trainable parameters have other names or shapes.
@@ -133,6 +135,15 @@ class Bundle:
 
         state = by_current_name(load_file(self.folder / SHIP_WEIGHTS))
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        part = _part_of(self.config.model.hypernetwork, model.config.hypernetwork)
+        if part is not None:
+            inside = f"{_HYPERNETWORK}parts.{part}."
+            state = {_moved_inside(n, inside): one for n, one in state.items()}
+            trainable = {
+                n: p
+                for n, p in trainable.items()
+                if n.startswith(inside) or not n.startswith(_HYPERNETWORK)
+            }
         # A run in which no objective weighs what it says trains no decoder: the other's is left
         # out, or stays as it was drawn.
         if not model.decodes:
@@ -154,6 +165,21 @@ class Bundle:
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(state[name])
+
+
+_HYPERNETWORK = "hypernetwork."
+
+
+def _part_of(one: Section, other: Section) -> int | None:
+    """Which part of another hypernetwork's config one's is; None where it is no part of it."""
+    if not isinstance(other, CombinationConfig):
+        return None
+    return next((i for i, part in enumerate(other.parts) if part == one), None)
+
+
+def _moved_inside(name: str, inside: str) -> str:
+    """A parameter's name once the hypernetwork is the part that `inside` begins with."""
+    return name.replace(_HYPERNETWORK, inside, 1) if name.startswith(_HYPERNETWORK) else name
 
 
 def read_config(folder: Path) -> Config:

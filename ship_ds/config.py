@@ -67,7 +67,8 @@ class RunConfig(Section):
     """Of the initial weights, of the order of examples and of the noise of z."""
     init_from: PathText | None = None
     """A run or bundle folder whose weights this run starts from (pre-training before in-domain
-    training)."""
+    training). A combination of adapters may start from a run of one of its parts, with the same
+    settings; its other parts are new."""
 
 
 class FullTuning(Section):

@@ -8,11 +8,12 @@ import torch
 
 from ship_ds.api import Ship
 from ship_ds.bundle import Bundle, frozen_bases, probe_inputs, write_bundle
-from ship_ds.config import load_config
+from ship_ds.config import load_config, parse_config
 from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import describe_roles
 
 PROBES = ["4 4 1", "0 9", "é"]
@@ -113,6 +114,35 @@ def test_a_bundle_without_decoder_leaves_the_models_as_it_was_drawn(
     text = ["reverse the list"]
     assert torch.equal(whole.encode(text), without.encode(text))
     assert all(torch.equal(one, drawn[name]) for name, one in whole.decoder.state_dict().items())
+
+
+def combined(rank: int) -> ShipModel:
+    """The smoke recipe's hypernetwork with HINT's fusion beside it."""
+    own = load_config("quickstart-smoke").model.hypernetwork.model_dump() | {"rank": rank}
+    config = load_config("quickstart-smoke").model_dump()
+    config["model"]["hypernetwork"] = {"kind": "combination", "parts": [{"kind": "fusion"}, own]}
+    return build_ship(parse_config(config, "test").model, LoadedWeights())
+
+
+def test_a_combination_starts_from_a_run_of_one_of_its_parts(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    whole = build_ship(bundle.config.model, LoadedWeights())
+    bundle.load_into(whole)
+    model = combined(bundle.config.model.hypernetwork.model_dump()["rank"])
+    drawn = {name: one.clone() for name, one in model.state_dict().items()}
+    bundle.load_into(model)
+    part = {f"parts.1.{name}": one for name, one in whole.hypernetwork.state_dict().items()}
+    loaded = model.hypernetwork.state_dict()
+    assert part and all(loaded[name].equal(one) for name, one in part.items())
+    new = {f"hypernetwork.{name}" for name in loaded.keys() - part.keys()}
+    for name, one in model.state_dict().items():
+        if name in new:
+            assert one.equal(drawn[name]), name
+        elif not name.startswith("hypernetwork."):
+            assert one.equal(whole.state_dict()[name]), name
+    assert any("from_state" in name for name in new)
+    with pytest.raises(UserError, match=r"more names differ"):
+        bundle.load_into(combined(rank=3))
 
 
 def test_weights_of_other_shapes_are_one_line(folder: Path) -> None:
