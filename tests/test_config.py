@@ -127,6 +127,8 @@ def test_file_that_is_no_config_is_one_line(tmp_path: Path, text: str, message: 
         ("training.threads=-3", "training.threads: "),
         ("data.test_examples=0", "data.test_examples: "),
         ("data.seed=1", "data.seed=1: the embedded model learnt"),
+        ("data.form=brackets", "data.form and data.max_value: the embedded model reads"),
+        ("data.max_value=99", "data.form and data.max_value: the embedded model reads"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(override: str, message: str) -> None:

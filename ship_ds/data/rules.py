@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from ship_ds.data.source import TaskSource, TextLengths
 from ship_ds.data.task import Example, Splits, SplitTask, Task
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_VALUE = 9
+"""Of the numbers that rules are told apart by."""
 MIN_LENGTH, MAX_LENGTH = 4, 6
+"""Of the lists that rules are told apart by."""
 SAME_RULE_AGREEMENT = 0.95
 NUM_FIXED_INPUTS = 500
 
@@ -57,6 +59,25 @@ class RulesConfig(Section):
     unseen rule has."""
     num_seen: PositiveInt | None = None
     """Train on so many of the seen rules alone, drawn by `seed`; None: on all of them."""
+    form: Literal["spaces", "brackets"] = "spaces"
+    """How a list is written: `3 9 5`, or `[3, 9, 5]` as in BIG-bench's list functions. The embedded
+    model reads the first alone."""
+    min_length: int = Field(MIN_LENGTH, ge=0)
+    """Numbers in the shortest input."""
+    max_length: int = Field(MAX_LENGTH, ge=2, le=20)
+    """Numbers in the longest input; an answer may have twice as many."""
+    max_value: int = Field(MAX_VALUE, ge=MAX_VALUE, le=999)
+    """The largest number of an input. Above 9, half of the inputs have numbers up to 9 all the
+    same, which rules' own numbers are near to."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "RulesConfig":
+        if self.min_length > self.max_length:
+            raise ValueError("min_length: above max_length; give a smaller one")
+        return self
+
+
+_DEFAULT = RulesConfig()
 
 
 @dataclass(frozen=True)
@@ -678,12 +699,24 @@ class RulesSource(TaskSource):
         return build_world(self.config)
 
     def lengths(self) -> TextLengths:
-        """Of the longest texts that the templates make."""
-        return TextLengths(instruction=10, input=30, target=12)
+        """Of the longest texts that the templates make. A bracket or comma is a token, and a
+        pretrained model's tokenizer splits words and numbers."""
+        if self.config.form == "spaces":
+            return TextLengths(instruction=10, input=5 * self.config.max_length, target=12)
+        per_number = len(str(self.config.max_value)) + 2
+        longest = per_number * self.config.max_length
+        return TextLengths(instruction=32, input=longest + 2, target=2 * longest + 2)
 
     def conflict(self, bases: Sequence[str]) -> str | None:
         """See `TaskSource.conflict`."""
-        if not self.config.seed or "embedded" not in bases:
+        if "embedded" not in bases:
+            return None
+        if self.config.form != "spaces" or self.config.max_value > MAX_VALUE:
+            return (
+                "data.form and data.max_value: the embedded model reads numbers up to 9 with "
+                "spaces between them: leave both out, or give bases of your own"
+            )
+        if not self.config.seed:
             return None
         return (
             f"data.seed={self.config.seed}: the embedded model learnt the seen rules of seed 0, "
@@ -857,7 +890,7 @@ def fixed_inputs() -> list[Numbers]:
     """The inputs on which rules are told apart; drawn without hints, so that no rule is
     favoured."""
     rng = random.Random("fixed inputs")
-    return [_draw_list(rng, ()) for _ in range(NUM_FIXED_INPUTS)]
+    return [_draw_list(rng, (), _DEFAULT) for _ in range(NUM_FIXED_INPUTS)]
 
 
 class _Codes:
@@ -917,23 +950,30 @@ def _distinct(rules: list[Rule], groups: list[list[Rule]]) -> list[list[Rule]]:
     return [[rule for rule in group if rule.name in names] for group in groups]
 
 
-def _draw_list(rng: random.Random, hints: Numbers) -> Numbers:
-    xs = [rng.randint(0, MAX_VALUE) for _ in range(rng.randint(MIN_LENGTH, MAX_LENGTH))]
-    for hint in rng.sample(hints, min(len(hints), rng.randint(1, 2))) if hints else ():
+def _draw_list(rng: random.Random, hints: Numbers, config: RulesConfig) -> Numbers:
+    most = config.max_value
+    if most > MAX_VALUE and rng.random() < 0.5:
+        most = MAX_VALUE
+    length = rng.randint(config.min_length, config.max_length)
+    xs = [rng.randint(0, most) for _ in range(length)]
+    for hint in rng.sample(hints, min(len(hints), rng.randint(1, 2))) if hints and xs else ():
         xs[rng.randrange(len(xs))] = hint
     return tuple(xs)
 
 
-def draw_examples(rule: Rule, count: int, rng: random.Random) -> list[Example]:
+def draw_examples(
+    rule: Rule, count: int, rng: random.Random, config: RulesConfig = _DEFAULT
+) -> list[Example]:
     """`count` examples with distinct inputs; an answer that is empty or equal to its input is
     redrawn 9 times in 10."""
+    write = format_numbers if config.form == "spaces" else format_list
     examples: dict[Numbers, Example] = {}
     while len(examples) < count:
-        xs = _draw_list(rng, rule.hints)
+        xs = _draw_list(rng, rule.hints, config)
         ys = rule.apply(xs)
         if xs in examples or (ys in ((), xs) and rng.random() < 0.9):
             continue
-        examples[xs] = Example(format_numbers(xs), format_numbers(ys))
+        examples[xs] = Example(write(xs), write(ys))
     return list(examples.values())
 
 
@@ -942,9 +982,15 @@ def format_numbers(xs: Numbers) -> str:
     return " ".join(map(str, xs))
 
 
+def format_list(xs: Numbers) -> str:
+    """(3, 9, 5) -> "[3, 9, 5]", as the list functions of BIG-bench have them."""
+    return str(list(xs))
+
+
 def _split_task(rule: Rule, kind: str, config: RulesConfig) -> SplitTask:
     rng = random.Random(f"examples {config.seed} {rule.name}")
-    examples = tuple(draw_examples(rule, config.train_examples + config.test_examples, rng))
+    num_examples = config.train_examples + config.test_examples
+    examples = tuple(draw_examples(rule, num_examples, rng, config))
     task = Task(
         rule.name, rule.wordings[0], examples, rule.wordings[1:], source="rules", family=rule.family
     )

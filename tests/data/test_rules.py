@@ -1,5 +1,6 @@
 """The generated world keeps what its docstring promises."""
 
+import json
 import random
 import re
 from collections import Counter
@@ -133,6 +134,34 @@ def test_a_wording_is_drawn_from_those_that_training_may_show() -> None:
     drawn = {draw_wording(rule, rng) for _ in range(400)}
     assert drawn > set(rule.wordings) and rule.held_out not in drawn
     assert not [text for text in drawn for step in rule.steps if step.held_out in text]
+
+
+def test_lists_may_be_written_and_drawn_as_in_the_list_functions(world: Splits) -> None:
+    wide = {"form": "brackets", "min_length": 0, "max_length": 10, "max_value": 99, "num_seen": 40}
+    drawn = build_world(RulesConfig.model_validate(wide))
+    plain = {task.id: task for task in world.seen}
+    inputs, small = [], 0
+    for task in drawn.seen:
+        assert task.wordings == plain[task.id].wordings
+        assert task.test != plain[task.id].test
+        for example in task.train:
+            numbers, answer = json.loads(example.input), json.loads(example.target)
+            assert example.input == str(numbers) and example.target == str(answer)
+            inputs.append(numbers)
+            small += max(numbers, default=0) <= 9
+    lengths = {len(numbers) for numbers in inputs}
+    assert lengths == set(range(11)) and max(map(max, filter(None, inputs))) == 99
+    assert 0.45 < small / len(inputs) < 0.75  # half by the coin, short ones by chance
+    by_rule = {rule.name: rule for rule in part_rules(0)[0]}
+    for task in drawn.seen:
+        for example in task.test:
+            answer = by_rule[task.id].apply(tuple(json.loads(example.input)))
+            assert json.loads(example.target) == list(answer), task.id
+
+
+def test_lengths_that_cross_are_one_line() -> None:
+    with pytest.raises(ValueError, match="min_length: above max_length"):
+        RulesConfig(min_length=5, max_length=4)
 
 
 def test_drawn_inputs_are_distinct() -> None:
