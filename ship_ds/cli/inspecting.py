@@ -16,7 +16,6 @@ from ship_ds.cli.verb import (
     Directions,
     Dtype,
     NumTasks,
-    Parts,
     Run,
     Seed,
     verb,
@@ -145,7 +144,12 @@ def evaluate(
     context: typer.Context,
     run: Run,
     methods: Annotated[str, typer.Option(help="comma-separated names, or all")] = "all",
-    parts: Parts = "seen,unseen",
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="of seen, dev, unseen, unseen_paraphrase; default: seen,unseen; with --data unseen"
+        ),
+    ] = None,
     directions: Directions = "all",
     num_tasks: NumTasks = 120,
     num_shown: Annotated[
@@ -177,16 +181,27 @@ def evaluate(
         typer.Option("--set", metavar="METHOD.key=value", help="a number of a method"),
     ] = None,
     base: BaseNow = None,
+    other_data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="tasks of another file or folder, in place of the run's unseen ones; or a section "
+            "in braces, as data of kind files",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
     """SHIP beside the baselines in every direction; goes on where it stopped."""
     check_words(device, dtype)
+    from ship_ds.data.task_files import all_tested
     from ship_ds.evaluation.config import HarnessConfig
 
+    others = None if other_data is None else all_tested(other_data, "--data")
     settings = HarnessConfig.from_options(
         methods=methods,
-        parts=parts,
+        parts=parts or ("seen,unseen" if others is None else "unseen"),
         directions=directions,
         num_tasks=num_tasks,
         num_shown=num_shown,
@@ -203,6 +218,7 @@ def evaluate(
     )
     checks.check_run(run, base)
     from ship_ds.evaluation.evaluate import evaluate, show
+    from ship_ds.evaluation.harness import results_name
     from ship_ds.runtime import ranks
 
     ranks.quiet_libraries()
@@ -210,10 +226,10 @@ def evaluate(
         ranks.start(None)
     else:
         ranks.log_threads()
-    report = evaluate(run, settings, context.obj, log, ranks.own(device), dtype, base)
+    report = evaluate(run, settings, context.obj, log, ranks.own(device), dtype, base, others)
     if ranks.rank() == 0:
         show(report)
-        print(run / "evaluation" / "report.md")
+        print(run / results_name(others) / "report.md")
     return 0
 
 

@@ -31,8 +31,9 @@ class SplitConfig(Section):
 
     seed: int = 0
     """Of the draw of unseen and dev tasks, and of the test examples."""
-    unseen_share: float = Field(0.1, gt=0, lt=1)
-    """Tasks that are never trained on."""
+    unseen_share: float = Field(0.1, gt=0, le=1)
+    """Tasks that are never trained on; 1: all of them, and none is dev, as for a benchmark among
+    the sources of a mixture."""
     dev_share: float = Field(0.05, gt=0, lt=1)
     """Tasks that are never trained on and choose the best checkpoint."""
     test_examples: PositiveInt = 5
@@ -43,7 +44,7 @@ class SplitConfig(Section):
 
     @model_validator(mode="after")
     def _leaves_seen(self) -> "SplitConfig":
-        if self.unseen_share + self.dev_share >= 1:
+        if self.unseen_share < 1 <= self.unseen_share + self.dev_share:
             raise ValueError(
                 "unseen_share and dev_share leave nothing to train on: lower them to a sum below 1"
             )
@@ -55,10 +56,14 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
 
     A task with a single input is trained on and never tested. So a rule that has such a task is a
     seen one, and the shares are of the other rules; where these are fewer than three, all are seen.
+    Where all are to be unseen, tasks with a single input are left out.
 
     Raises:
         DataError: every task could be tested, and they are fewer than three rules.
     """
+    if config.unseen_share == 1:
+        tested = [_split_examples(task, config) for task in tasks if can_be_tested(task)]
+        return Splits((), (), tuple(tested))
     every = rule_groups(tasks)
     untested = [group for group in every if not all(can_be_tested(tasks[i]) for i in group)]
     groups = [group for group in every if all(can_be_tested(tasks[i]) for i in group)]
@@ -117,6 +122,15 @@ def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
     return SplitTask(
         task, tuple(train[: config.train_examples]), tuple(test[: config.test_examples])
     )
+
+
+def without_rules_of(
+    tasks: Sequence[SplitTask], others: Sequence[SplitTask]
+) -> tuple[SplitTask, ...]:
+    """The tasks that are no rule of the others, in their order."""
+    groups = rule_groups([one.task for one in (*others, *tasks)])
+    kept = sorted(i for group in groups if min(group) >= len(others) for i in group)
+    return tuple(tasks[i - len(others)] for i in kept)
 
 
 def rule_groups(tasks: Sequence[Task]) -> list[list[int]]:

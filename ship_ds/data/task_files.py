@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 from ship_ds.data.describe import describe
 from ship_ds.data.filters import FilterConfig, apply_filters
 from ship_ds.data.readers import Format, read_tasks, usual_min_examples
@@ -20,6 +22,8 @@ from ship_ds.data.splits import SplitConfig, split_tasks
 from ship_ds.data.task import Splits
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
 from ship_ds.errors import UserError
+from ship_ds.kinds import first_error
+from ship_ds.parsing import parse_yaml
 from ship_ds.section import PathText, Section
 
 if TYPE_CHECKING:
@@ -79,10 +83,34 @@ def read_files(
         for reason, count in counts.items():
             log(f"{step}: {reason}: {count}")
     splits = split_tasks(tasks, config.split)
+    if num_left_out := len(tasks) - len(splits.tasks):
+        log(f"left out: tasks of one input where all are to be tested: {num_left_out}")
     log(f"{len(splits.seen)} seen, {len(splits.dev)} dev and {len(splits.unseen)} unseen tasks")
     if num_untested := sum(not task.test for task in splits.seen):
         log(f"of the seen tasks {num_untested} are trained on and never tested: one input each")
     return splits
+
+
+def all_tested(text: str, place: str) -> FilesConfig:
+    """The files of a benchmark, all of whose tasks are to be tested.
+
+    Args:
+        text: A path; or, in braces, a section as data, kind: files has it.
+        place: Where the text stands, for messages.
+
+    Raises:
+        UserError: It is no such section, or the files cannot be opened; one line.
+    """
+    values = parse_yaml(text, place) if text.lstrip().startswith("{") else {"path": text}
+    try:
+        config = FilesConfig.model_validate(values)
+    except ValidationError as error:
+        first = first_error(error)
+        key = ".".join(map(str, first.location))
+        raise UserError(f"{place}: {key + ': ' if key else ''}{first}") from None
+    check_path(config, place)
+    split = config.split.model_copy(update={"unseen_share": 1.0})
+    return config.model_copy(update={"split": split})
 
 
 def lengths_of(config: FilesSection) -> TextLengths:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder
 from ship_ds.console import Log
+from ship_ds.data.task_files import FilesConfig
 from ship_ds.evaluation import induced_page
 from ship_ds.evaluation import report as reports
 from ship_ds.evaluation.cells import PROTOCOLS, Cell, Measured
@@ -32,8 +33,10 @@ def evaluate(
     device: str = "auto",
     dtype: str | None = None,
     base: str | None = None,
+    data: FilesConfig | None = None,
 ) -> dict[str, Any]:
-    """Measure what is missing; the report, which rank 0 writes to `<run>/evaluation`.
+    """Measure what is missing; the report, which rank 0 writes to `<run>/evaluation`, or to
+    `<run>/evaluation-NAME` for other data.
 
     Methods that were measured earlier under the same setting are in it as well.
 
@@ -42,11 +45,13 @@ def evaluate(
         arguments: of the command that asked for it; they stand in the report.
         log: takes a line a cell.
         device, dtype, base: see `Ship.from_run`.
+        data: see `Run.open`.
 
     Raises:
         UserError: no bundle is there, or the data are no longer those of the run.
     """
-    return evaluate_run(Run.open(folder, log, device, dtype, base), config, arguments, log)[0]
+    run = Run.open(folder, log, device, dtype, base, data)
+    return evaluate_run(run, config, arguments, log)[0]
 
 
 def evaluate_run(

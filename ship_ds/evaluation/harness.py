@@ -13,7 +13,7 @@ again; `<run>/evaluation` holds everything.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from ship_ds.api import Ship
 from ship_ds.config import overridden
 from ship_ds.console import Log
 from ship_ds.data.source import source_of
+from ship_ds.data.splits import without_rules_of
 from ship_ds.data.task import Splits, SplitTask
+from ship_ds.data.task_files import FilesConfig, read_files
 from ship_ds.errors import UserError
 from ship_ds.evaluation.budgets import Budget, Examples, Minutes, UntilDevStops
 from ship_ds.evaluation.cells import Cell, CellStore, Measured, cells_of, changed
@@ -50,6 +52,8 @@ class Run:
     folder: Path
     ship: Ship
     splits: Splits
+    results: str = "evaluation"
+    """The folder in the run's that holds what is measured."""
 
     @classmethod
     def open(
@@ -59,6 +63,7 @@ class Run:
         device: str = "auto",
         dtype: str | None = None,
         base: str | None = None,
+        data: FilesConfig | None = None,
     ) -> "Run":
         """The run in this folder, with the data that it was trained on.
 
@@ -66,13 +71,15 @@ class Run:
             folder: of the run.
             log: takes a line about the data.
             device, dtype, base: see `Ship.from_run`.
+            data: other tasks, to be tested in place of the run's own unseen ones; those among them
+                that are a rule of its seen or dev tasks are left out.
 
         Raises:
-            UserError: there is no bundle, or the data are no longer those of the run.
+            UserError: there is no bundle, the data are no longer those of the run, or of the other
+                tasks none is left.
         """
         ship = Ship.from_run(folder, device, dtype, base)
         splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, log)
-        check_tasks({*vars(ship.model.collator.prompts).values()}, splits)
         if (folder / "splits.json").is_file():
             for part, ids in json.loads(
                 (folder / "splits.json").read_text(encoding="utf-8")
@@ -82,7 +89,10 @@ class Run:
                         f"{folder / 'splits.json'}: the data now give other {part} "
                         "tasks than the run was made with"
                     )
-        return cls(folder, ship, splits)
+        if data is not None:
+            splits = _with_others(splits, data, ship, log)
+        check_tasks({*vars(ship.model.collator.prompts).values()}, splits)
+        return cls(folder, ship, splits, results_name(data))
 
     @cached_property
     def num_answered(self) -> int:
@@ -112,6 +122,22 @@ class Run:
         return parts
 
 
+def results_name(data: FilesConfig | None) -> str:
+    """The folder in a run's that holds what is measured: of its own data, or of others."""
+    return Run.results + (f"-{Path(data.path).resolve().name}" if data else "")
+
+
+def _with_others(splits: Splits, data: FilesConfig, ship: Ship, log: Log) -> Splits:
+    """The run's splits with the tasks of these files as the unseen ones."""
+    read = read_files(data, ship.model.prompts.tokenizer, log).tasks
+    others = without_rules_of(read, (*splits.seen, *splits.dev))
+    if num_known := len(read) - len(others):
+        log(f"left out: tasks with the rule of a seen or dev task of the run: {num_known}")
+    if not others:
+        raise UserError(f"--data: {data.path}: no task is left to test; see the counts above")
+    return replace(splits, unseen=others)
+
+
 class Harness:
     """Measures the cells that a config asks for and keeps them in `<run>/evaluation/cells`.
 
@@ -120,7 +146,7 @@ class Harness:
 
     def __init__(self, run: Run, config: HarnessConfig, log: Log) -> None:
         self.run, self.config, self.log = run, config, log
-        self.folder = run.folder / "evaluation"
+        self.folder = run.folder / run.results
         self.store = CellStore(self.folder / "cells")
         self.methods = {name: _changed(name, config.changes_of(name)) for name in METHODS}
         self.judges = build_judges(config.judges, run.ship, config.endpoint, self.folder / "judged")

@@ -6,7 +6,13 @@ import random
 import pytest
 from pydantic import ValidationError
 
-from ship_ds.data.splits import SplitConfig, hold_out, rule_groups, split_tasks
+from ship_ds.data.splits import (
+    SplitConfig,
+    hold_out,
+    rule_groups,
+    split_tasks,
+    without_rules_of,
+)
 from ship_ds.data.task import DataError, Example, SplitTask, Task
 
 
@@ -106,6 +112,22 @@ def test_three_rules_are_enough_for_any_shares(unseen: float, dev: float) -> Non
 def test_shares_that_leave_nothing_seen_are_refused() -> None:
     with pytest.raises(ValidationError, match="leave nothing to train on"):
         SplitConfig(unseen_share=0.6, dev_share=0.4)
+
+
+def test_of_a_benchmark_every_task_is_unseen() -> None:
+    tasks = [task("a", "first"), task("b", "second"), task("c", "third", num=1)]
+    splits = split_tasks(tasks, SplitConfig(unseen_share=1, test_examples=2))
+    assert [part.id for part in splits.tasks] == ["a", "b"] == [one.id for one in splits.unseen]
+    assert all(len(one.test) == 2 for one in splits.unseen)
+
+
+def test_tasks_of_known_rules_are_left_out_by_their_wordings() -> None:
+    config = SplitConfig(unseen_share=1)
+    known = split_tasks([task("a", "reverse it"), task("b", "say no", "deny all")], config).unseen
+    read = [task("x", "Reverse it!"), task("y", "something"), task("z", "else", "deny all")]
+    others = split_tasks(read, config).unseen
+    assert [one.id for one in without_rules_of(others, known)] == ["y"]
+    assert without_rules_of(others, ()) == others
 
 
 def test_no_input_is_both_trained_on_and_tested() -> None:

@@ -335,6 +335,51 @@ def test_every_option_of_the_verb_is_the_setting_of_its_name(
         by_place("sft")
 
 
+def test_other_tasks_are_measured_as_unseen_ones_beside_the_runs_own(
+    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fresh(evaluated, tmp_path / "run")
+    known = json.loads((run / "bundle" / "known_instructions.json").read_text())[0]
+    rows = [("first", "write the list as it is"), ("second", "give me nothing"), ("third", known)]
+    benchmark = tmp_path / "benchmark.jsonl"
+    with benchmark.open("w") as file:
+        for name, text in rows:
+            examples = [{"input": f"{i} 3", "target": f"{i} 3"} for i in range(8)]
+            row = {"id": name, "instruction": text, "examples": examples}
+            file.write(json.dumps(row) + "\n")
+    data = f"{{path: {benchmark}, split: {{test_examples: 2, unseen_share: 0.5}}}}"
+    arguments = ["--run", str(run), "--methods", "prompting,nearest_known", "--judge", "none"]
+    assert cli.main(["evaluate", *arguments, "--data", data]) == 0
+    said = capsys.readouterr()
+    assert "tasks with the rule of a seen or dev task of the run: 1" in said.err
+    results = run / "evaluation-benchmark.jsonl"
+    assert said.out.splitlines()[-1] == str(results / "report.md")
+    assert not (run / "evaluation").exists()
+    cells = json.loads((results / "report.json").read_text())["methods"]
+    assert list(cells["prompting"]["deduction"]) == ["unseen"]
+    measured = cells["prompting"]["deduction"]["unseen"]
+    assert (measured["n_tasks"], measured["n_examples"]) == (2, 4)
+    asked = [json.loads(line) for line in (results / "tasks.jsonl").read_text().splitlines()]
+    assert {row["task"] for row in asked} == {"first", "second"}
+    assert cells["nearest_known"]["reasoning"]["unseen"]["n_tasks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("nowhere", "--data: nowhere: No such file or directory; give a readable"),
+        ("{path: x, paht: y}", "--data: paht: "),
+        ("{path: x", "--data: "),
+    ],
+)
+def test_other_tasks_that_cannot_be_read_are_one_line(
+    text: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "--run", str(tmp_path), "--data", text]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and line in error
+
+
 def test_every_method_can_be_named_and_has_its_place_in_the_tables() -> None:
     assert tuple(METHODS) == METHOD_NAMES
 
