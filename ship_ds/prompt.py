@@ -61,6 +61,9 @@ class _TemplatesDay(datetime):
         return cls(2024, 7, 26, tzinfo=tz)
 
 
+_COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
+
+
 def _stated(instruction: str) -> str:
     return f"instruction: {instruction}"
 
@@ -245,6 +248,20 @@ class PromptFormat:
         for shot in shots:
             lines += [f"input: {shot.input}", f"output: {shot.target}"]
         return self._prompt("\n".join([*lines, _asked(text)]))
+
+    def published_task_prompt(self, text: str, instruction: str) -> tuple[int, ...]:
+        """The execution prompt of Honovich et al. (2022, arXiv 2205.10782), as a user's turn."""
+        return self._prompt(f"Instruction: {instruction}\nInput: {text}\nOutput:")
+
+    def published_induction_prompt(self, examples: Sequence[Example]) -> tuple[int, ...]:
+        """Theirs by which a model names the instruction of examples."""
+        pairs = "\n\n".join(f"Input: {one.input}\nOutput: {one.target}" for one in examples)
+        count = _COUNTS.get(len(examples), str(len(examples)))
+        return self._prompt(
+            f"I gave a friend an instruction and {count} inputs. The friend read the instruction "
+            "and wrote an output for every one of the inputs.\nHere are the input-output pairs:"
+            f"\n\n{pairs}\n\nThe instruction was"
+        )
 
     def encoder_prompt(self, read: str | Reading) -> tuple[int, ...]:
         """What the encoder reads: an instruction, or that and examples, or examples alone."""

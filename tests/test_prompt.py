@@ -162,6 +162,21 @@ def test_decoder_reads_the_published_sentence(tokenizer: PreTrainedTokenizerBase
     assert _text(prompts, prompts.decoder_prompt(())) == "This task is to:\n"
 
 
+def test_the_prompts_of_instruction_induction_are_the_published_ones(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    prompts = _without_template(tokenizer)
+    ids = prompts.published_task_prompt("cold", "Write the opposite.")
+    assert _text(prompts, ids) == "Instruction: Write the opposite.\nInput: cold\nOutput:\n"
+    pairs = [Example(one, other) for one, other in ("ab", "cd", "ef", "gh", "ij")]
+    assert _text(prompts, prompts.published_induction_prompt(pairs)) == (
+        "I gave a friend an instruction and five inputs. The friend read the instruction and wrote "
+        "an output for every one of the inputs.\nHere are the input-output pairs:\n\n"
+        "Input: a\nOutput: b\n\nInput: c\nOutput: d\n\nInput: e\nOutput: f\n\n"
+        "Input: g\nOutput: h\n\nInput: i\nOutput: j\n\nThe instruction was\n"
+    )
+
+
 def test_labels_are_on_the_target_and_its_end_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = PromptFormat(tokenizer)
     asked, target = prompts.task_prompt("3 1"), prompts.target("1 3")

@@ -44,7 +44,7 @@ METHOD_NAMES = (
 )
 """In the order of the tables; methods/__init__.py has the class of each."""
 Direction = Literal["deduction", "induction", "reasoning", "reconstruction"]
-JudgeName = Literal["execution", "rouge", "similarity", "endpoint"]
+JudgeName = Literal["execution", "published-execution", "rouge", "similarity", "endpoint"]
 BudgetName = Literal["minutes", "examples", "until_dev_stops"]
 Part = Literal["seen", "dev", "unseen", "unseen_paraphrase"]
 """Of the rules; the last one is the seen rules in a wording that training never shows."""
@@ -93,9 +93,10 @@ class HarnessConfig(Section):
     """At dev during the training of a baseline, for its learning curve; their time is not counted.
     With `budget: until_dev_stops` there is one a round over the seen tasks instead."""
     judges: tuple[JudgeName, ...] = ("execution", "rouge")
-    """What scores an induced instruction: do its answers match (execution), do its words (rouge),
-    does its meaning by a sentence encoder (similarity), does a language model call it the same
-    (endpoint); the last two score answers as well."""
+    """What scores an induced instruction: do its answers match (execution, and as the paper of
+    instruction induction has it, published-execution), do its words (rouge), does its meaning by a
+    sentence encoder (similarity), does a language model call it the same (endpoint); the last two
+    score answers as well."""
     endpoint: EndpointConfig = EndpointConfig()
     """The judge behind an endpoint, where it is one of `judges`."""
     seed: int = 0

@@ -69,6 +69,25 @@ class ExecutionJudge(Judge):
         }
 
 
+class PublishedExecutionJudge(Judge):
+    """Execution accuracy as the paper of instruction induction has it (Honovich et al. 2022): the
+    bare base, in that paper's prompt, scored by that paper's metric; tasks of other formats by
+    exact match."""
+
+    def __init__(self, ship: Ship) -> None:
+        self.model, self.max_new_tokens = ship.model, ship.config.evaluation.max_new_tokens
+
+    def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
+        inputs = [[example.input for example in q.checked] for q in questions]
+        answers = answer_stated(self.model, induced, inputs, self.max_new_tokens, published=True)
+        checked = [q.checked for q in questions]
+        exact, paper = (
+            rows_of(exact_match, answers, checked),
+            paper_rows(answers, checked, questions),
+        )
+        return {"published_execution": [a or b for a, b in zip(paper, exact, strict=True)]}
+
+
 def one_line(text: str) -> str:
     """The same words, one space between them."""
     return " ".join(text.split())
@@ -114,6 +133,7 @@ def build_judges(
     """Exact match needs no judge and is always there."""
     makers: dict[JudgeName, Callable[[], Judge]] = {
         "execution": lambda: ExecutionJudge(ship),
+        "published-execution": lambda: PublishedExecutionJudge(ship),
         "rouge": RougeJudge,
         "similarity": lambda: SimilarityJudge(SentenceEncoder.from_wheel(log)),
         "endpoint": lambda: EndpointJudge(endpoint, folder),

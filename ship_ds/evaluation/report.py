@@ -25,6 +25,7 @@ TITLES = {
     "execution_accuracy": "execution, text in the prompt",
     "execution_accuracy_encoder": "execution, through the encoder",
     "execution_paper_metric": "the paper's execution accuracy, text in the prompt",
+    "published_execution": "the paper's execution accuracy in the paper's prompt",
     "execution_paper_metric_encoder": "the paper's execution accuracy, through the encoder",
     "judged_equivalence": "judged the same",
     "judged_right": "judged right",

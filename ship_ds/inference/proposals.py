@@ -16,6 +16,7 @@ Letters: K labelled positions, V vocabulary, W views of the examples, Z latent s
 import hashlib
 import itertools
 import random
+import re
 from collections.abc import Container, Iterator, Sequence
 
 import torch
@@ -157,20 +158,40 @@ def likeliest_texts(
     return texts
 
 
-def asked_texts(model: ShipModel, shown: Sequence[Examples], max_new_tokens: int) -> list[str]:
+def asked_texts(
+    model: ShipModel, shown: Sequence[Examples], max_new_tokens: int, published: bool = False
+) -> list[str]:
     """What the bare Task LLM writes, greedily, when it is shown examples and asked for the
     instruction (Honovich et al. 2022, arXiv 2205.10782), whether it ends or not.
-
-    The prompt is the one that SHIP's decoder reads ("This task is to:").
 
     Args:
         model: holds the Task LLM.
         shown: the examples of each task.
         max_new_tokens: of a text.
+        published: by that paper's own prompt, its text without what that paper takes off; else by
+            the one that SHIP's decoder reads ("This task is to:").
     """
     form = model.prompts
-    prompts = [form.decoder_prompt(examples) for examples in shown]
-    return [form.text(row) for row in bare_answerer(model).rows([prompts], max_new_tokens)[0]]
+    ask = form.published_induction_prompt if published else form.decoder_prompt
+    prompts = [ask(examples) for examples in shown]
+    texts = [form.text(row) for row in bare_answerer(model).rows([prompts], max_new_tokens)[0]]
+    return [without_preamble(text) for text in texts] if published else texts
+
+
+_PREAMBLE = re.compile(r"\s*:?\s*(?:(?:probably|most likely):?\s*)*(?:to\b\s*)?")
+_QUOTED = re.compile(r'"([a-zA-Z.,\'\\/]+ [a-zA-Z .,\'\\/]+)"')
+
+
+def without_preamble(text: str) -> str:
+    """The instruction in what a model writes behind "The instruction was", as the paper of
+    instruction induction takes it: the first line without "probably", "most likely" and "to"; what
+    is quoted in it, where that is four words or more; no quotation marks."""
+    text = text[_PREAMBLE.match(text).end() :]  # type: ignore[union-attr]
+    line = text.strip().split("\n")[0]
+    quoted = _QUOTED.search(line)
+    if quoted is not None and len(quoted[1].split()) > 3:
+        line = quoted[1]
+    return line.replace('"', "").strip()
 
 
 @torch.no_grad()

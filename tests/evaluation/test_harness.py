@@ -260,6 +260,19 @@ def test_numbers_of_a_method_can_be_set_and_are_part_of_its_fingerprint(
             Harness(run, SMALL.model_copy(update={"changes": (change,)}), print)
 
 
+def test_the_base_may_be_asked_in_published_words(evaluated: Path, tmp_path: Path) -> None:
+    run = fresh(evaluated, tmp_path / "run")
+    shutil.copytree(evaluated / "evaluation", run / "evaluation")
+    names = ("prompting", "instruction_induction")
+    changes = tuple(f"{name}.prompt=published" for name in names)
+    small = SMALL.model_copy(update={"methods": names, "parts": ("seen",)})
+    assert measure(run, small)[1] == []
+    report, said = measure(run, small.model_copy(update={"changes": changes}))
+    assert any("another prompt" in line for line in said) and len(report["methods"]) > 2
+    with pytest.raises(UserError, match=r"--set prompting\.prompt: Input should be 'own' or 'publ"):
+        measure(run, small.model_copy(update={"changes": ("prompting.prompt=theirs",)}))
+
+
 def test_budgets_are_what_the_options_say(evaluated: Path, tmp_path: Path) -> None:
     """The smoke run took 12 steps of 8 tasks and 2 examples."""
     run = Run.open(evaluated, print)

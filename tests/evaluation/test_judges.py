@@ -4,6 +4,8 @@ protocol."""
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +14,21 @@ import pytest
 
 from ship_ds.api import Ship
 from ship_ds.data.rules import RulesConfig, build_world
+from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import JudgeName
 from ship_ds.evaluation.endpoint import EndpointConfig, EndpointJudge
-from ship_ds.evaluation.judges import ExactMatchJudge, ExecutionJudge, RougeJudge, judges_of
-from ship_ds.evaluation.metrics import rouge_l
+from ship_ds.evaluation.judges import (
+    ExactMatchJudge,
+    ExecutionJudge,
+    PublishedExecutionJudge,
+    RougeJudge,
+    judges_of,
+)
+from ship_ds.evaluation.metrics import exact_match, paper_score, rouge_l
 from ship_ds.evaluation.questions import Question, ask
+from ship_ds.inference.deduction import answer_stated
+from ship_ds.inference.proposals import without_preamble
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +232,55 @@ def test_rouge_l_by_hand() -> None:
 def test_rouge_judge_takes_the_best_wording(questions: list[Question]) -> None:
     held_out = questions[0].task.held_out_paraphrases[0]
     assert RougeJudge().columns([held_out], questions[:1]) == {"rouge_l": [[1.0]]}
+
+
+@pytest.mark.parametrize(
+    ("written", "instruction"),
+    [
+        ("to write the plural", "write the plural"),
+        (': probably "write each word\'s plural form"', "write each word's plural form"),
+        ("most likely: to add\nInput: 3", "add"),
+        ('to write "yes" or "no"', "write yes or no"),
+        ("total the numbers", "total the numbers"),
+        ("", ""),
+    ],
+)
+def test_of_what_is_written_the_published_way_the_instruction_is_taken(
+    written: str, instruction: str
+) -> None:
+    assert without_preamble(written) == instruction
+
+
+def test_published_execution_is_by_the_papers_prompt_and_metric(
+    one_rank_run: Path, questions: list[Question]
+) -> None:
+    ship = Ship.from_run(one_rank_run)
+    texts = [q.task.task.instruction for q in questions]
+    inputs = [[example.input for example in q.checked] for q in questions]
+    length = ship.config.evaluation.max_new_tokens
+    answers = answer_stated(ship.model, texts, inputs, length, published=True)
+    assert answers != answer_stated(ship.model, texts, inputs, length)
+    # Of the first question the right answer is the first word of what the base says.
+    checked = tuple(
+        Example(one.input, (answer or "0").split()[0])
+        for one, answer in zip(questions[0].checked, answers[0], strict=True)
+    )
+    task = replace(questions[0].task.task, paper_metric="contains")
+    first = replace(questions[0], checked=checked, task=replace(questions[0].task, task=task))
+    (column,) = PublishedExecutionJudge(ship).columns(texts, [first, *questions[1:]]).items()
+    assert column[0] == "published_execution" and [len(row) for row in column[1]] == [10] * 6
+    exact = [
+        [exact_match(answer, one.answers) for answer, one in zip(row, q.checked, strict=True)]
+        for row, q in zip(answers[1:], questions[1:], strict=True)
+    ]
+    assert column[1][1:] == exact
+    by_metric = partial(paper_score, "contains")
+    assert column[1][0] == [
+        by_metric(answer, one.answers) for answer, one in zip(answers[0], checked, strict=True)
+    ]
+    assert sum(column[1][0]) > sum(
+        exact_match(answer, one.answers) for answer, one in zip(answers[0], checked, strict=True)
+    )
 
 
 def test_execution_tells_the_true_instruction_from_another(

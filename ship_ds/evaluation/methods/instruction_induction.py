@@ -2,20 +2,27 @@
 shown examples of it."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ship_ds.data.task import Example
-from ship_ds.evaluation.methods.untrained import Untrained
+from ship_ds.evaluation.methods.untrained import PromptRecipe, Untrained
 from ship_ds.inference.proposals import asked_texts
 
 
 class InstructionInduction(Untrained):
-    """The bare base, greedily, with the prompt that SHIP's decoder reads ("This task is to:")
-    instead of the paper's own."""
+    """The bare base, greedily, with the prompt that SHIP's decoder reads ("This task is to:"), or
+    with the paper's own."""
 
     name: ClassVar[str] = "instruction_induction"
     about: ClassVar[str] = "the bare base names the task when shown the examples"
+    recipe: ClassVar[PromptRecipe] = PromptRecipe()
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """In whose prompt."""
+        return cls.recipe.settings()
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         length = self.ship.config.evaluation.max_instruction_tokens
-        return asked_texts(self.ship.model, shown, length)
+        published = self.recipe.prompt == "published"
+        return asked_texts(self.ship.model, shown, length, published)

@@ -1,10 +1,10 @@
 """Prompting: the bare base with the instruction in every query."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.methods.untrained import Untrained
+from ship_ds.evaluation.methods.untrained import PromptRecipe, Untrained
 from ship_ds.inference.deduction import AnswersByTask, answer_stated
 
 
@@ -14,10 +14,16 @@ class Prompting(Untrained):
     name: ClassVar[str] = "prompting"
     about: ClassVar[str] = "the bare base with the instruction in every prompt"
     states_instruction: ClassVar[bool] = True
+    recipe: ClassVar[PromptRecipe] = PromptRecipe()
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """In whose prompt."""
+        return cls.recipe.settings()
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        return answer_stated(
-            self.ship.model, wordings, inputs, self.ship.config.evaluation.max_new_tokens
-        )
+        length = self.ship.config.evaluation.max_new_tokens
+        published = self.recipe.prompt == "published"
+        return answer_stated(self.ship.model, wordings, inputs, length, published=published)

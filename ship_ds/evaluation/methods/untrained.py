@@ -1,12 +1,24 @@
 """What the methods share that take the run as it is."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ship_ds.api import Ship
 from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.method import Setting
+from ship_ds.section import Section
+
+
+class PromptRecipe(Section):
+    """Of a method that asks the bare base."""
+
+    prompt: Literal["own", "published"] = "own"
+    """In our words, or in those of the instruction-induction paper (Honovich et al. 2022)."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a cell depends on; our own words were not named before there were others."""
+        return {} if self.prompt == "own" else {"prompt": self.prompt}
 
 
 class Untrained:
