@@ -103,6 +103,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """What each line of a JSON Lines file holds. A last line that has no end is left out: somebody
+    is writing it, or was when the machine went down.
+
+    Raises:
+        UserError: It cannot be read, or a line is no JSON; the message has its number.
+    """
+    *lines, _ = split_lines(read_text(path))
+    return [
+        parse_json(line, f"{path}:{number}", is_line=True)
+        for number, line in enumerate(lines, 1)
+        if line
+    ]
+
+
 def parse_json(text: str, place: str, *, is_line: bool = False) -> Any:
     """What a JSON text says.
 

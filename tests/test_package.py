@@ -147,7 +147,8 @@ def test_wheel_lists_recipes_and_plans(installed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_trains_and_deduces(installed: Path, tmp_path: Path) -> None:
-    run_installed(installed, tmp_path, "train", "--config", "quickstart-smoke", "run.folder=run")
+    short = ("run.folder=run", "training.steps=4", "evaluation.ends_with_report=false")
+    run_installed(installed, tmp_path, "train", "--config", "quickstart-smoke", *short)
     assert (tmp_path / "run" / "bundle" / "manifest.json").is_file()
     said = run_installed(
         installed, tmp_path, "deduce", "add 5 to element 2", "--run", "run", "--out", "adapter"

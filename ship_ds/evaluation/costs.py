@@ -5,7 +5,6 @@ its FLOPs are by the formula of flops.py. An adapter is made once of an instruct
 under it costs the same however long that is; in the prompt it is read again by every query.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import chain
 from statistics import fmean, median
@@ -19,6 +18,7 @@ from ship_ds.evaluation.harness import Run
 from ship_ds.flops import deduction_flops, query_flops
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
+from ship_ds.parsing import read_json_lines
 
 INSTRUCTION_TOKENS = (16, 256, 4096)
 
@@ -32,10 +32,7 @@ def training_costs(run: Run) -> dict[str, Any]:
     log = run.folder / "metrics.jsonl"
     if not log.is_file():
         raise UserError(f"{log}: missing: it says how many steps the run took, and how long")
-    seconds = [
-        json.loads(row)["speed/step_seconds"]
-        for row in log.read_text(encoding="utf-8").splitlines()
-    ]
+    seconds = [row["speed/step_seconds"] for row in read_json_lines(log)]
     return {
         "steps": len(seconds),
         "minutes": round(sum(seconds) / 60, 4),

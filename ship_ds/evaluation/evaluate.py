@@ -1,6 +1,5 @@
 """`ship-ds evaluate`: open the run, measure what is missing, write the report."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import sha256, write_json, write_text
 from ship_ds.monitor.machine import versions
+from ship_ds.parsing import read_json_object
 from ship_ds.runtime import ranks
 
 
@@ -110,9 +110,7 @@ def write_latent_map(
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
     if not (bundle / SHIP_WEIGHTS).is_file():
         return
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["bundle"] == sha256(
-        bundle / SHIP_WEIGHTS
-    ):
+    if path.is_file() and read_json_object(path)["bundle"] == sha256(bundle / SHIP_WEIGHTS):
         return
     log(f"{path}: latents by gradient descent, for the t-SNE figure")
     run = Run.open(folder, log, device, dtype, base)

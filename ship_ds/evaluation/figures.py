@@ -7,7 +7,6 @@ Each figure is one function of run folders. It raises NotDrawn, saying which com
 lacks.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ship_ds.config import parse_config
 from ship_ds.console import Log
 from ship_ds.errors import UserError
 from ship_ds.files import whole_file
+from ship_ds.parsing import read_json_lines, read_json_object
 
 _LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "x", "D", "v", "+")
@@ -58,9 +58,7 @@ class NotDrawn(UserError):  # noqa: N818
 
 def losses(runs: Sequence[Path]) -> Figure:
     """Every objective of the first run over its steps, each step and smoothed over fifty."""
-    rows = [
-        json.loads(line) for line in _read(runs[0] / "metrics.jsonl", "train it first").splitlines()
-    ]
+    rows = read_json_lines(_there(runs[0] / "metrics.jsonl", "train it first"))
     # a key each, whatever the run was trained on; the total mixes units
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("loss/"))
     names.pop("loss/total", None)
@@ -94,9 +92,8 @@ def latents(runs: Sequence[Path]) -> Figure:
     where a latent is from."""
     from sklearn.manifold import TSNE
 
-    points = json.loads(
-        _read(runs[0] / "evaluation" / "latents.json", "`ship-ds plot` makes it from the bundle")
-    )["points"]
+    path = runs[0] / "evaluation" / "latents.json"
+    points = read_json_object(_there(path, "`ship-ds plot` makes it from the bundle"))["points"]
     latents = np.array([point["latent"] for point in points])
     perplexity = min(15, (len(points) - 1) / 3)
     places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(latents)
@@ -176,7 +173,8 @@ def training_rules(runs: Sequence[Path]) -> Figure:
     on."""
     runs = _alike(runs, ("data", "num_seen"))
     counts = {
-        run: len(json.loads(_read(run / "splits.json", "train it first"))["seen"]) for run in runs
+        run: len(read_json_object(_there(run / "splits.json", "train it first"))["seen"])
+        for run in runs
     }
     return _over_runs(
         runs,
@@ -191,7 +189,9 @@ def reconstruction_weight(runs: Sequence[Path]) -> Figure:
     latent, against the weight of the reconstruction loss."""
     runs = _alike(runs, ("loss", "reconstruction"))
     weights = {
-        run: json.loads(_read(run / "config.json", "train it first"))["loss"]["reconstruction"]
+        run: read_json_object(_there(run / "config.json", "train it first"))["loss"][
+            "reconstruction"
+        ]
         for run in runs
     }
     figure = _over_runs(
@@ -213,7 +213,7 @@ def _alike(runs: Sequence[Path], key: tuple[str, str]) -> list[Path]:
     is drawn as its."""
 
     def without_key(run: Path) -> dict[str, Any]:
-        written: dict[str, Any] = json.loads(_read(run / "config.json", "train it first"))
+        written = read_json_object(_there(run / "config.json", "train it first"))
         # parsed, so that a run of an earlier version has the defaults of keys that it did not know
         config: dict[str, Any] = parse_config(written, str(run)).model_dump(mode="json")
         trained = {name: config.get(name, {}) for name in ("data", "model", "loss", "optimiser")}
@@ -270,7 +270,7 @@ def _over_runs(runs: Sequence[Path], xs: Mapping[Path, float], label: str, what:
 def _reconstruction(run: Path) -> dict[str, Any]:
     """From the report that ends a training, which has it over all rules; a run may be without."""
     path = run / "report.json"
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    report = read_json_object(path) if path.is_file() else {}
     return {name: cells for name, cells in report.items() if name == "reconstruction"}
 
 
@@ -373,26 +373,20 @@ def _as_accuracy(axes: Axes, label: str) -> None:
 
 
 def _report(run: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(
-        _read(run / "evaluation" / "report.json", f"run ship-ds evaluate --run {run}")
-    )
-    return report
+    path = run / "evaluation" / "report.json"
+    return read_json_object(_there(path, f"run ship-ds evaluate --run {run}"))
 
 
-def _read(path: Path, remedy: str) -> str:
+def _there(path: Path, remedy: str) -> Path:
     if not path.is_file():
         raise NotDrawn(f"{path}: not there; {remedy}")
-    return path.read_text(encoding="utf-8")
+    return path
 
 
 def risk_coverage(runs: Sequence[Path]) -> Figure:
     """Errors among the answers that are kept when those with least agreement are left out."""
-    rows = [
-        json.loads(line)
-        for line in _read(
-            runs[0] / "evaluation" / "tasks.jsonl", "`ship-ds evaluate` writes it"
-        ).splitlines()
-    ]
+    path = runs[0] / "evaluation" / "tasks.jsonl"
+    rows = read_json_lines(_there(path, "`ship-ds evaluate` writes it"))
     rows = [row for row in rows if "agreement" in row]
     if not rows:
         raise NotDrawn(f"{runs[0]}: not measured; `ship-ds evaluate --methods ship_confidence`")

@@ -38,6 +38,7 @@ from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.questions import PARTS, ask, tasks_of
 from ship_ds.monitor.progress import Progress
+from ship_ds.parsing import read_json_object
 from ship_ds.prompt import check_tasks
 from ship_ds.runtime import ranks
 
@@ -81,9 +82,7 @@ class Run:
         ship = Ship.from_run(folder, device, dtype, base)
         splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, log)
         if (folder / "splits.json").is_file():
-            for part, ids in json.loads(
-                (folder / "splits.json").read_text(encoding="utf-8")
-            ).items():
+            for part, ids in read_json_object(folder / "splits.json").items():
                 if ids != [task.id for task in getattr(splits, part)]:
                     raise UserError(
                         f"{folder / 'splits.json'}: the data now give other {part} "

@@ -28,6 +28,7 @@ from ship_ds.config import Config, flat, load_config, parse_config, read_values
 from ship_ds.errors import UserError
 from ship_ds.files import recover
 from ship_ds.kinds import first_error
+from ship_ds.parsing import read_json_lines, read_json_object
 from ship_ds.runtime import preflight
 from ship_ds.section import Section
 
@@ -226,7 +227,7 @@ def _check_stored(trial: Trial, num_ranks: int) -> None:
     """What an earlier call left in the trial's folder is of this very trial."""
     path, starts = trial.folder / "config.json", trial.folder / "starts.jsonl"
     if path.is_file():
-        stored = parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))
+        stored = parse_config(read_json_object(path), str(path))
         then, now = (flat(config.model_dump(mode="json")) for config in (stored, trial.config))
         for key in sorted((then.keys() | now.keys()) - {"run.folder"}):
             if then.get(key) != now.get(key):
@@ -235,8 +236,8 @@ def _check_stored(trial: Trial, num_ranks: int) -> None:
                     "set it back, or name another --out"
                 )
     if starts.is_file():
-        for line in starts.read_text(encoding="utf-8").splitlines():
-            if (before := json.loads(line)["world_size"]) != num_ranks:
+        for row in read_json_lines(starts):
+            if (before := row["world_size"]) != num_ranks:
                 raise UserError(
                     f"{trial.folder}: was trained by {before} rank(s); give --nproc {before}, or "
                     "name another --out"

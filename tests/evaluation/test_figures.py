@@ -12,6 +12,7 @@ import pytest
 
 from ship_ds import cli
 from ship_ds.config import load_config
+from ship_ds.errors import UserError
 from ship_ds.evaluation import figures
 
 
@@ -181,6 +182,16 @@ def test_losses_has_a_curve_of_every_objective_whatever_they_are(tmp_path: Path)
     curves = {line.get_label(): line.get_ydata() for line in lines if line.get_color() == "black"}
     assert list(curves) == ["task", "distilled"]
     np.testing.assert_allclose(curves["distilled"], [1, 1])
+
+
+def test_a_line_that_is_being_written_is_left_out_and_a_damaged_one_named(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 0, "loss/task": 3}\n{"step": 1, "loss/task": 2}\n{"step": 2, "loss/')
+    curves = figures.losses([tmp_path]).axes[0].get_lines()
+    assert [list(np.asarray(line.get_xdata())) for line in curves] == [[0, 1], [0, 1]]
+    log.write_text('{"step": 0, "loss/task": 3}\n{"step": 1, "loss\n{"step": 2, "loss/task": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
+        figures.losses([tmp_path])
 
 
 def test_answers_of_equal_agreement_are_kept_together() -> None:
