@@ -215,6 +215,11 @@ class EncoderConfig(TrainedRoleConfig):
     """What the MLP that gives the posterior reads of the language model's last layer; a name alone,
     `pooling: attention`, is that kind with its defaults."""
 
+    @property
+    def reads_examples_alone(self) -> bool:
+        """Whether it was trained on examples without an instruction, too."""
+        return self.max_examples > 0 and self.drop_instruction > 0
+
 
 class DecoderConfig(TrainedRoleConfig):
     """Writes an instruction from z, from examples, or from both."""

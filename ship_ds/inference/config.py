@@ -87,6 +87,10 @@ class InductionConfig(Section):
     with them, by the thorough one, 0.771 and 0.684; about 100 s each in all, once."""
     num_views: PositiveInt = 4
     """Choices and orders of the examples that the decoder proposes from."""
+    num_read: NonNegativeInt = 2
+    """Choices of the examples that the encoder makes latents of, where it was trained to without an
+    instruction beside them: what the decoder writes of these is proposed, and the known
+    instructions nearest to them. `direct` starts from the first of them. Zero: none."""
     num_samples: NonNegativeInt = 6
     """Proposals sampled from each view."""
     num_beams: PositiveInt = 4
@@ -125,7 +129,8 @@ class InductionConfig(Section):
     num_shown: NonNegativeInt = 0
     """Examples that the decoder reads beside the latents of both, as far as it was trained to."""
     starts_from_draw: bool = False
-    """Whether `direct` starts from a draw of the prior; else from its mean first."""
+    """Whether `direct` starts from a draw of the prior; else from its mean first, or from what the
+    encoder makes of the examples (`num_read`)."""
     num_text_starts: NonNegativeInt = 0
     """Further descents of both, each from the best text so far, by a quarter of the steps."""
     num_restarts: PositiveInt = 3

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ship_ds.data.task import Reading
 from ship_ds.inference.config import DESCENTS, InductionConfig
 from ship_ds.inference.gradient import (
     NEUTRAL_INSTRUCTION,
@@ -73,6 +74,12 @@ def _descend_directly(
     start_CZ = torch.stack(
         [_start_on_latent(model, start, seed, config.starts_from_draw) for start in starts]
     )
+    if not config.starts_from_draw:
+        firsts = [i for i, start in enumerate(starts) if start.number == 0]
+        searches = [starts[i].search for i in firsts]
+        latent_TZ = read_examples(model, searches, config.num_read and 1, seed)
+        if len(latent_TZ):
+            start_CZ[firsts] = latent_TZ.to(start_CZ)
     examples, wordings = [start.search.examples for start in starts], [""] * len(starts)
     return descend_on_latent(model, start_CZ, wordings, examples, _schedule(config))
 
@@ -245,6 +252,22 @@ def decode_descents(
         for result, texts, more in zip(results, beams, samples, strict=True)
         for text in (*texts, *more)
     ]
+
+
+def read_examples(
+    model: ShipModel, searches: Sequence[SearchState], count: int, seed: int
+) -> Tensor:
+    """What the encoder makes of `count` choices of each task's examples, without an instruction:
+    latents, (tasks x count, latent size); none of a run whose encoder was not trained to."""
+    encoder = model.config.encoder
+    if not count or not searches or not encoder.reads_examples_alone:
+        return torch.empty(0, model.config.latent_size)
+    chosen = [
+        view
+        for search in searches
+        for view in _views(search, encoder.max_examples, count, seed, "read")
+    ]
+    return model.encode([Reading(None, tuple(view)) for view in chosen])
 
 
 def task_views(

@@ -320,7 +320,7 @@ def agreement_of(
     return min(_num_same(answers, said) / len(said), changed / len(places))
 
 
-_BEHAVIOUR = ("sampled", "beam", "asked", "refined", "edit", "splice", "neutral")
+_BEHAVIOUR = ("encoded", "sampled", "beam", "asked", "refined", "edit", "splice", "neutral")
 
 
 def _sources(candidate: Candidate, weights: WeightInduction | None) -> tuple[str, ...]:

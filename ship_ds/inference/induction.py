@@ -35,6 +35,7 @@ from ship_ds.inference.descents import (
     descend_from_scratch,
     descend_from_texts,
     latents_of,
+    read_examples,
     task_views,
 )
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION
@@ -180,6 +181,9 @@ def _first_proposals(
     if config.method in ("bank", "union"):
         progress.begin(f"looking among {len(bank)} known instructions")
         proposals += _known(model, bank, searches, config, seed)
+    if encoder_reads(model, config):
+        progress.begin("the encoder reads")
+        proposals += _read_by_encoder(model, bank, searches, config, seed)
     writes = config.method == "propose" or (config.method == "union" and config.asks_decoder)
     if writes:
         progress.begin("the decoder proposes")
@@ -232,6 +236,35 @@ def _known(
             # The larger bank begins with the smaller one.
             origin = "known" if c < len(bank) else "analogy"
             yield Proposal(search, larger.instructions[c], origin, larger.latent_CZ[c])
+
+
+def encoder_reads(model: ShipModel, config: InductionConfig) -> bool:
+    """Whether the search asks the encoder what it makes of examples."""
+    searches = config.method in ("propose", "union")
+    return searches and config.num_read > 0 and model.config.encoder.reads_examples_alone
+
+
+def _read_by_encoder(
+    model: ShipModel,
+    bank: Bank,
+    searches: Sequence[SearchState],
+    config: InductionConfig,
+    seed: int,
+) -> list[Proposal]:
+    """What the decoder writes of the latents that the encoder makes of choices of the examples, and
+    the known instructions nearest to these: induction in one pass, tested like all others."""
+    latent_WZ = read_examples(model, searches, config.num_read, seed).cpu()
+    owners = [search for search in searches for _ in range(config.num_read)]
+    proposals: list[Proposal] = []
+    if config.asks_decoder:
+        shown: list[Examples] = [()] * len(owners)
+        texts = likeliest_texts(model, shown, latent_WZ, config.num_beams, config.max_new_tokens)
+        proposals += _proposals(owners, texts, "encoded")
+    if config.method == "union" and len(bank):
+        for search, nearest in zip(owners, bank.nearest(latent_WZ, config.num_beams), strict=True):
+            for c in nearest:
+                proposals.append(Proposal(search, bank.instructions[c], "known", bank.latent_CZ[c]))
+    return proposals
 
 
 def _written_by_decoder(

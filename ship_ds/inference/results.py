@@ -21,8 +21,8 @@ class Candidate:
             tried, since the Task LLM does not follow text.
         loss_in_prompt: as `loss`, with the text in the prompt, or None.
         latent: the mean of its posterior.
-        origin: where it comes from: known, analogy, sampled, beam, asked, refined, edit, splice,
-            neutral.
+        origin: where it comes from: known, analogy, encoded, sampled, beam, asked, refined, edit,
+            splice, neutral.
     """
 
     instruction: str

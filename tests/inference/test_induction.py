@@ -2,17 +2,18 @@
 exactly."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from ship_ds.api import Ship
-from ship_ds.data.task import Example
+from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import BRIEF, THOROUGH, Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, Schedule, descend_on_latent, own_tokens
-from ship_ds.inference.induction import induce_many
+from ship_ds.inference.induction import _read_by_encoder, induce_many
 from ship_ds.inference.proposals import (
     draw_seed,
     edits,
@@ -22,6 +23,7 @@ from ship_ds.inference.proposals import (
     views,
 )
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
+from ship_ds.inference.search_state import SearchState
 from ship_ds.model.encoder import Posterior
 from ship_ds.model.ship import ShipModel
 
@@ -215,6 +217,78 @@ def test_every_method_gives_tested_candidates_in_order(
         "splice",
         "neutral",
     }
+
+
+@pytest.fixture
+def reading(ship: Ship, monkeypatch: pytest.MonkeyPatch) -> ShipModel:
+    """The model as if its encoder had been trained on examples alone, too."""
+    model = ship.model
+    encoder = model.config.encoder.model_copy(update={"max_examples": 2, "drop_instruction": 0.5})
+    monkeypatch.setattr(model, "config", model.config.model_copy(update={"encoder": encoder}))
+    return model
+
+
+def test_what_the_encoder_makes_of_examples_is_proposed_with_its_neighbours(
+    ship: Ship, reading: ShipModel, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many examples as it was trained to read, in `num_read` choices."""
+    asked: list[tuple[Sequence[Sequence[Example]], torch.Tensor]] = []
+
+    def writes(
+        model: ShipModel, shown: Sequence[Sequence[Example]], latent_WZ: torch.Tensor, *rest: int
+    ) -> list[list[str]]:
+        asked.append((shown, latent_WZ))
+        return [["add 5"] for _ in shown]
+
+    monkeypatch.setattr("ship_ds.inference.induction.likeliest_texts", writes)
+    shown = behaviour(ship, "add 3", inputs, 3)
+    alone = {"method": "propose", "num_views": 1, "num_samples": 0, "num_read": 3, "num_rounds": 0}
+    config = InductionConfig.model_validate({**QUICK, **alone})
+    (found,) = induce_many(reading, ship.bank, [shown], config)
+    assert ("add 5", "encoded") in {(c.instruction, c.origin) for c in found.candidates}
+    (views_of, latent_WZ), _ = asked
+    chosen = views(shown, 2, 3, draw_seed(0, repr(tuple(shown)), "views", "read"))
+    expected = reading.encode([Reading(None, tuple(view)) for view in chosen])
+    assert views_of == [(), (), ()] and torch.equal(latent_WZ, expected.cpu())
+    assert len({tuple(row) for row in latent_WZ.tolist()}) == 3
+
+    proposals = _read_by_encoder(
+        reading,
+        ship.bank,
+        [SearchState(tuple(shown))],
+        config.model_copy(update={"method": "union"}),
+        0,
+    )
+    known = [proposal.text for proposal in proposals if proposal.origin == "known"]
+    nearest = ship.bank.nearest(expected, config.num_beams)
+    assert known == [ship.bank.instructions[c] for row in nearest for c in row]
+
+    asked.clear()
+    induce_many(reading, ship.bank, [shown], config.model_copy(update={"num_read": 0}))
+    assert [latent for _, latent in asked] == [None]
+
+
+def test_a_direct_descent_starts_at_what_the_encoder_makes_of_the_examples(
+    ship: Ship, reading: ShipModel, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[torch.Tensor] = []
+
+    def spied(model: ShipModel, start_CZ: torch.Tensor, *rest: Any) -> Any:
+        starts.append(start_CZ.clone())
+        return descend_on_latent(model, start_CZ, *rest)
+
+    monkeypatch.setattr("ship_ds.inference.descents.descend_on_latent", spied)
+    config = InductionConfig.model_validate({**QUICK, "method": "direct", "num_rounds": 0})
+    tasks = [behaviour(ship, text, inputs, 3) for text in ("add 3", "add 1")]
+    for changes in ({}, {"num_read": 0}, {"starts_from_draw": True}):
+        induce_many(reading, ship.bank, tasks, config.model_copy(update=changes))
+    read, mean, draws = (torch.cat(starts[i : i + 1]) for i in range(3))
+    seeds = [draw_seed(0, repr(tuple(task)), "views", "read") for task in tasks]
+    chosen = [views(task, 2, 1, seed)[0] for task, seed in zip(tasks, seeds, strict=True)]
+    expected = reading.encode([Reading(None, tuple(view)) for view in chosen])
+    torch.testing.assert_close(read[[0, 2]], expected.cpu())
+    assert torch.equal(mean[0], reading.prior.mean(1)[0]) and torch.equal(mean[1], read[1])
+    assert not torch.equal(draws[0], read[0]) and not torch.equal(draws[0], mean[0])
 
 
 def test_a_decoder_that_proposes_nothing_leaves_the_neutral_instruction(

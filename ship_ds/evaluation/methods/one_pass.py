@@ -33,7 +33,7 @@ class OnePass(Untrained):
     def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
         """From examples alone, of an encoder that always read an instruction beside them; texts,
         of a run without decoder."""
-        if not ship.config.model.encoder.drop_instruction:
+        if not ship.config.model.encoder.reads_examples_alone:
             return ("induction", "reasoning")
         return () if ship.model.decodes else ("induction",)
 
