@@ -154,6 +154,12 @@ class Bundle:
             raise UserError(
                 f"{self.folder / SHIP_WEIGHTS}: {different[0]} and {len(different) - 1} more names "
                 "differ from the model in its config"
+                + (
+                    "; to start a combination from it, give one of "
+                    "model.hypernetwork.parts the settings of its hypernetwork"
+                    if isinstance(model.config.hypernetwork, CombinationConfig)
+                    else ""
+                )
             )
         for name, parameter in trainable.items():
             if parameter.shape != state[name].shape:
@@ -168,6 +174,7 @@ class Bundle:
 
 
 _HYPERNETWORK = "hypernetwork."
+"""What the names of its parameters begin with."""
 
 
 def _part_of(one: Section, other: Section) -> int | None:

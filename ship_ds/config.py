@@ -816,8 +816,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
     except ValidationError as error:
         first = first_error(error)
         key = _key(first.location, values)
-        message = "unknown key" if first.kind == "extra_forbidden" else str(first)
-        raise UserError(f"{source}: {key + ': ' if key else ''}{message}") from None
+        raise UserError(f"{source}: {key + ': ' if key else ''}{first.text}") from None
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

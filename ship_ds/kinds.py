@@ -49,6 +49,17 @@ class KindError(ValueError):
         super().__init__(message)
         self.location, self.kind = location, kind
 
+    @property
+    def text(self) -> str:
+        """What is wrong, without its key."""
+        return "unknown key" if self.kind == "extra_forbidden" else str(self)
+
+    @property
+    def line(self) -> str:
+        """Key and text."""
+        key = ".".join(map(str, self.location))
+        return f"{key}: {self.text}" if key else self.text
+
 
 @dataclass(frozen=True)
 class Kind:

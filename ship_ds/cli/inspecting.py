@@ -195,13 +195,13 @@ def evaluate(
 ) -> int:
     """SHIP beside the baselines in every direction; goes on where it stopped."""
     check_words(device, dtype)
-    from ship_ds.data.task_files import all_tested
+    from ship_ds.data.task_files import parse_benchmark
     from ship_ds.evaluation.config import HarnessConfig
 
-    others = None if other_data is None else all_tested(other_data, "--data")
+    others = None if other_data is None else parse_benchmark(other_data, "--data")
     settings = HarnessConfig.from_options(
         methods=methods,
-        parts=parts or ("seen,unseen" if others is None else "unseen"),
+        parts=parts if parts is not None else "seen,unseen" if others is None else "unseen",
         directions=directions,
         num_tasks=num_tasks,
         num_shown=num_shown,

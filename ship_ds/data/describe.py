@@ -77,7 +77,7 @@ def show(description: dict[str, Any]) -> str:
         f"{description['families']} families",
         *(f"left out: {reason}: {count}" for reason, count in description["filtered"].items()),
         f"kept: {kept['tasks']} tasks, {kept['examples']} examples"
-        + (f"; {untested} tasks of one input are trained on and never tested" if untested else ""),
+        + (f"; {untested} tasks of one input are never tested" if untested else ""),
     ]
     if "weight" in description:
         lines.insert(0, f"{description['path']}, weight {description['weight']:g}")

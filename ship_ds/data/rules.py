@@ -702,7 +702,8 @@ class RulesSource(TaskSource):
         """Of the longest texts that the templates make. A bracket or comma is a token, and a
         pretrained model's tokenizer splits words and numbers."""
         if self.config.form == "spaces":
-            return TextLengths(instruction=10, input=5 * self.config.max_length, target=12)
+            longest = self.config.max_length
+            return TextLengths(instruction=10, input=5 * longest, target=2 * longest)
         per_number = len(str(self.config.max_value)) + 2
         longest = per_number * self.config.max_length
         return TextLengths(instruction=32, input=longest + 2, target=2 * longest + 2)
@@ -961,14 +962,30 @@ def _draw_list(rng: random.Random, hints: Numbers, config: RulesConfig) -> Numbe
     return tuple(xs)
 
 
+_DRAWS_EACH = 1000
+"""Of an example; a rule of the default world takes 20 at most."""
+
+
 def draw_examples(
     rule: Rule, count: int, rng: random.Random, config: RulesConfig = _DEFAULT
 ) -> list[Example]:
     """`count` examples with distinct inputs; an answer that is empty or equal to its input is
-    redrawn 9 times in 10."""
+    redrawn 9 times in 10.
+
+    Raises:
+        UserError: There are too few such inputs.
+    """
     write = format_numbers if config.form == "spaces" else format_list
     examples: dict[Numbers, Example] = {}
+    num_draws = 0
     while len(examples) < count:
+        if num_draws == _DRAWS_EACH * count:
+            raise UserError(
+                f"data.max_length: {rule.name!r} has hardly {len(examples)} different inputs of at "
+                f"most {config.max_length} numbers, and {count} are asked for: make it longer, or "
+                "data.train_examples and data.test_examples fewer"
+            )
+        num_draws += 1
         xs = _draw_list(rng, rule.hints, config)
         ys = rule.apply(xs)
         if xs in examples or (ys in ((), xs) and rng.random() < 0.9):

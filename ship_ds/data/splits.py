@@ -8,6 +8,7 @@ many near copies).
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -124,13 +125,49 @@ def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
     )
 
 
+_FEWEST_LEFT = 12
+"""Words that a wording still has where it may be the beginning of another one."""
+
+
 def without_rules_of(
     tasks: Sequence[SplitTask], others: Sequence[SplitTask]
 ) -> tuple[SplitTask, ...]:
-    """The tasks that are no rule of the others, in their order."""
-    groups = rule_groups([one.task for one in (*others, *tasks)])
-    kept = sorted(i for group in groups if min(group) >= len(others) for i in group)
-    return tuple(tasks[i - len(others)] for i in kept)
+    """The tasks that are no rule of the others, in their order, by all wordings, also those that
+    training never shows.
+
+    The two may have been cut to other lengths, so one that is the beginning of another one is its
+    rule, too; a last word may have been cut within.
+    """
+    groups = rule_groups([replace(one.task, paraphrases=_others(one)) for one in (*others, *tasks)])
+    kept = sorted(i - len(others) for group in groups if min(group) >= len(others) for i in group)
+    ours, theirs = ([_words(one) for one in some] for some in (tasks, others))
+    cut_theirs = _beginnings(words for task in theirs for words in task)
+    cut_ours = _beginnings(words for task in ours for words in task)
+    lengths = {len(words) for words in cut_ours}
+    theirs_so_far = {tuple(words[:n]) for task in theirs for words in task for n in lengths}
+    return tuple(
+        tasks[i]
+        for i in kept
+        if not any(
+            words[:-1] in theirs_so_far or any(words[:n] in cut_theirs for n in range(len(words)))
+            for words in ours[i]
+            if len(words) > _FEWEST_LEFT
+        )
+    )
+
+
+def _others(task: SplitTask) -> tuple[str, ...]:
+    return (*task.task.paraphrases, *task.held_out_paraphrases)
+
+
+def _words(task: SplitTask) -> list[tuple[str, ...]]:
+    """Each wording word by word."""
+    return [tuple(text.lower().split()) for text in (task.task.instruction, *_others(task))]
+
+
+def _beginnings(wordings: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The long ones but for their last words."""
+    return {words[:-1] for words in wordings if len(words) > _FEWEST_LEFT}
 
 
 def rule_groups(tasks: Sequence[Task]) -> list[list[int]]:

@@ -19,7 +19,7 @@ from ship_ds.data.filters import FilterConfig, apply_filters
 from ship_ds.data.readers import Format, read_tasks, usual_min_examples
 from ship_ds.data.source import TaskSource, TextLengths
 from ship_ds.data.splits import SplitConfig, split_tasks
-from ship_ds.data.task import Splits
+from ship_ds.data.task import DataError, Splits
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
 from ship_ds.errors import UserError
 from ship_ds.kinds import first_error
@@ -91,26 +91,32 @@ def read_files(
     return splits
 
 
-def all_tested(text: str, place: str) -> FilesConfig:
-    """The files of a benchmark, all of whose tasks are to be tested.
+def parse_benchmark(text: str, place: str) -> FilesConfig:
+    """The files of a benchmark, all of whose tasks are to be tested, with their whole path.
 
     Args:
         text: A path; or, in braces, a section as data, kind: files has it.
         place: Where the text stands, for messages.
 
     Raises:
-        UserError: It is no such section, or the files cannot be opened; one line.
+        UserError: It is no such section, has a setting that says nothing of a benchmark, or the
+            files cannot be opened; one line.
     """
     values = parse_yaml(text, place) if text.lstrip().startswith("{") else {"path": text}
     try:
         config = FilesConfig.model_validate(values)
     except ValidationError as error:
-        first = first_error(error)
-        key = ".".join(map(str, first.location))
-        raise UserError(f"{place}: {key + ': ' if key else ''}{first}") from None
+        raise UserError(f"{place}: {first_error(error).line}") from None
+    for key in ("unseen_share", "dev_share"):
+        if key in config.split.model_fields_set:
+            raise UserError(f"{place}: split.{key}: all of these tasks are tested; leave it out")
+    if config.cache is not None:
+        raise UserError(f"{place}: cache: nothing of these tasks is kept; leave it out")
     check_path(config, place)
     split = config.split.model_copy(update={"unseen_share": 1.0})
-    return config.model_copy(update={"split": split})
+    # Else the same files would be other data from another folder.
+    path = str(Path(config.path).resolve())
+    return config.model_copy(update={"split": split, "path": path})
 
 
 def lengths_of(config: FilesSection) -> TextLengths:
@@ -163,7 +169,13 @@ class FilesSource(TaskSource):
 
     def read(self, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]) -> Splits:
         """See `TaskSource.read`."""
-        return read_files(self.config, tokenizer, log)
+        splits = read_files(self.config, tokenizer, log)
+        if not splits.seen:
+            raise DataError(
+                "data.split.unseen_share: no task is left to train on; give less than 1, or make "
+                "these files a source of a mixture"
+            )
+        return splits
 
     def lengths(self) -> TextLengths:
         """The limits of `truncation`."""

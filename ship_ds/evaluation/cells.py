@@ -5,7 +5,6 @@ A stored cell carries the fingerprint of everything that it depends on; under an
 is measured again.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from ship_ds.evaluation.config import Direction, Part
 from ship_ds.evaluation.method import Deduces, Induces, Method, Reasons, Reconstructs
 from ship_ds.files import write_json
+from ship_ds.parsing import read_json_object
 
 PROTOCOLS: dict[Direction, type] = {
     "deduction": Deduces,
@@ -82,11 +82,7 @@ class CellStore:
 
     def read(self, cell: Cell) -> Measured | None:
         """None: not measured yet, under whatever fingerprint."""
-        return (
-            Measured(**json.loads(self.path(cell).read_text(encoding="utf-8")))
-            if self.path(cell).is_file()
-            else None
-        )
+        return Measured(**read_json_object(self.path(cell))) if self.path(cell).is_file() else None
 
 
 def changed(measured: Measured, fingerprint: Mapping[str, Any]) -> list[str]:

@@ -102,7 +102,7 @@ class HarnessConfig(Section):
     seed: int = 0
     """Of the examples that are shown, and of the baselines."""
     changes: tuple[str, ...] = ()
-    """Numbers of methods that are not their default: "sft.lr=1e-3", "tagi.oracles.steps=80",
+    """Settings of methods that are not their default: "sft.lr=1e-3", "tagi.oracles.steps=80",
     "ship.num_rounds=0"."""
 
     @field_validator("methods")

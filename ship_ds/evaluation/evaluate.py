@@ -35,8 +35,8 @@ def evaluate(
     base: str | None = None,
     data: FilesConfig | None = None,
 ) -> dict[str, Any]:
-    """Measure what is missing; the report, which rank 0 writes to `<run>/evaluation`, or to
-    `<run>/evaluation-NAME` for other data.
+    """Measure what is missing; the report, which rank 0 writes to `<run>/evaluation`, or to the
+    folder of other data (`results_name`).
 
     Methods that were measured earlier under the same setting are in it as well.
 
@@ -48,7 +48,8 @@ def evaluate(
         data: see `Run.open`.
 
     Raises:
-        UserError: no bundle is there, or the data are no longer those of the run.
+        UserError: no bundle is there, the data are no longer those of the run, or of the other
+            data no task is left.
     """
     run = Run.open(folder, log, device, dtype, base, data)
     return evaluate_run(run, config, arguments, log)[0]

@@ -10,6 +10,7 @@ the tasks. A cell that is measured already, with the same bundle, data and setti
 again; `<run>/evaluation` holds everything.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ship_ds.api import Ship
-from ship_ds.config import overridden
+from ship_ds.bundle import Bundle
+from ship_ds.config import Config, overridden
 from ship_ds.console import Log
 from ship_ds.data.source import source_of
 from ship_ds.data.splits import without_rules_of
-from ship_ds.data.task import Splits, SplitTask
+from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.data.task_files import FilesConfig, read_files
 from ship_ds.errors import UserError
 from ship_ds.evaluation.budgets import Budget, Examples, Minutes, UntilDevStops
@@ -38,7 +40,7 @@ from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.questions import PARTS, ask, tasks_of
 from ship_ds.monitor.progress import Progress
-from ship_ds.parsing import read_json_object
+from ship_ds.parsing import read_json_lines, read_json_object
 from ship_ds.prompt import check_tasks
 from ship_ds.runtime import ranks
 
@@ -99,7 +101,7 @@ class Run:
         `training.max_minutes` may have made fewer than the config has."""
         training, log = self.ship.config.training, self.folder / "metrics.jsonl"
         if log.is_file():
-            num_steps = sum(1 for line in log.read_text(encoding="utf-8").splitlines() if line)
+            num_steps = len(read_json_lines(log))
         elif training.steps is not None:
             num_steps = training.steps
         else:
@@ -122,23 +124,43 @@ class Run:
 
 
 def results_name(data: FilesConfig | None) -> str:
-    """The folder in a run's that holds what is measured: of its own data, or of others."""
-    return Run.results + (f"-{Path(data.path).resolve().name}" if data else "")
+    """The folder in a run's that holds what is measured: of its own data, or of others, by their
+    last name and a hash of path and settings."""
+    if data is None:
+        return Run.results
+    digest = hashlib.sha256(data.model_dump_json().encode()).hexdigest()
+    return f"{Run.results}-{Path(data.path).name}-{digest[:8]}"
 
 
 def _with_others(splits: Splits, data: FilesConfig, ship: Ship, log: Log) -> Splits:
     """The run's splits with the tasks of these files as the unseen ones."""
     read = read_files(data, ship.model.prompts.tokenizer, log).tasks
-    others = without_rules_of(read, (*splits.seen, *splits.dev))
+    others = without_rules_of(read, (*splits.seen, *splits.dev, *_met_before(ship.config, log)))
     if num_known := len(read) - len(others):
-        log(f"left out: tasks with the rule of a seen or dev task of the run: {num_known}")
+        log(f"left out: tasks with the rule of one that was trained or chosen on: {num_known}")
     if not others:
         raise UserError(f"--data: {data.path}: no task is left to test; see the counts above")
     return replace(splits, unseen=others)
 
 
+def _met_before(config: Config, log: Log) -> list[SplitTask]:
+    """What the runs were trained on that this one started from, as their bundles know it: one
+    wording a task, no example."""
+    known: dict[str, None] = {}
+    while (source := config.run.init_from) is not None:
+        try:
+            bundle = Bundle.open(source)
+        except UserError as error:
+            log(f"run.init_from: what that run was trained on is not compared: {error}")
+            break
+        known |= dict.fromkeys(bundle.known_instructions)
+        config = bundle.config
+    return [SplitTask(Task(text, text, ()), (), ()) for text in known]
+
+
 class Harness:
-    """Measures the cells that a config asks for and keeps them in `<run>/evaluation/cells`.
+    """Measures the cells that a config asks for and keeps them in `<run>/evaluation/cells`, or in
+    that of the other data.
 
     The same calls on every rank; rank 0 alone writes.
     """
@@ -255,7 +277,8 @@ class Harness:
         setting = Setting(
             self.run.ship,
             self.run.splits,
-            self.folder / "methods" / name,
+            # Of whatever is tested: what a baseline is trained on is the run's own.
+            self.run.folder / Run.results / "methods" / name,
             self.budget if name in TRAINED else None,
             self.config.seed,
             # Without looks nothing would end it.

@@ -79,7 +79,8 @@ class PublishedExecutionJudge(Judge):
 
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         inputs = [[example.input for example in q.checked] for q in questions]
-        answers = answer_stated(self.model, induced, inputs, self.max_new_tokens, published=True)
+        prompt = self.model.prompts.published_task_prompt
+        answers = answer_stated(self.model, induced, inputs, self.max_new_tokens, prompt=prompt)
         checked = [q.checked for q in questions]
         exact, paper = (
             rows_of(exact_match, answers, checked),

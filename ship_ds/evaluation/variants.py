@@ -139,10 +139,7 @@ def _read_name(name: str) -> Iterator[Variant]:
     try:
         file = VariantsFile.model_validate(values)
     except ValidationError as error:
-        first = first_error(error)
-        key = ".".join(map(str, first.location))
-        message = "unknown key" if first.kind == "extra_forbidden" else str(first)
-        raise UserError(f"{name}: {key}: {message}") from None
+        raise UserError(f"{name}: {first_error(error).line}") from None
     for label, settings in file.variants.items():
         # JSON is YAML, as which the value of an override is read.
         overrides = tuple(f"{key}={json.dumps(value)}" for key, value in (settings or {}).items())

@@ -191,13 +191,13 @@ def answer_stated(
     inputs: Sequence[Sequence[str]],
     max_new_tokens: int,
     num_beams: int = 1,
-    published: bool = False,
+    prompt: Callable[[str, str], tuple[int, ...]] | None = None,
 ) -> AnswersByTask:
-    """The bare Task LLM's answers with each task's instruction in the prompt: in ours, or in that
-    of the instruction-induction paper (Honovich et al. 2022)."""
-    form = model.prompts.published_task_prompt if published else model.prompts.task_prompt
+    """The bare Task LLM's answers with each task's instruction in the prompt. prompt: that of an
+    input and an instruction, as ids; None: ours (`PromptFormat.task_prompt`)."""
+    prompt = prompt or model.prompts.task_prompt
     questions = [
-        [form(text, wording) for text in texts]
+        [prompt(text, wording) for text in texts]
         for wording, texts in zip(wordings, inputs, strict=True)
     ]
     return bare_answerer(model, num_beams).answers(questions, max_new_tokens)

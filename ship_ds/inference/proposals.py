@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -159,7 +159,10 @@ def likeliest_texts(
 
 
 def asked_texts(
-    model: ShipModel, shown: Sequence[Examples], max_new_tokens: int, published: bool = False
+    model: ShipModel,
+    shown: Sequence[Examples],
+    max_new_tokens: int,
+    prompt: Callable[[Examples], tuple[int, ...]] | None = None,
 ) -> list[str]:
     """What the bare Task LLM writes, greedily, when it is shown examples and asked for the
     instruction (Honovich et al. 2022, arXiv 2205.10782), whether it ends or not.
@@ -168,14 +171,12 @@ def asked_texts(
         model: holds the Task LLM.
         shown: the examples of each task.
         max_new_tokens: of a text.
-        published: by that paper's own prompt, its text without what that paper takes off; else by
-            the one that SHIP's decoder reads ("This task is to:").
+        prompt: of examples, as ids; None: the one that SHIP's decoder reads ("This task is to:").
     """
     form = model.prompts
-    ask = form.published_induction_prompt if published else form.decoder_prompt
-    prompts = [ask(examples) for examples in shown]
-    texts = [form.text(row) for row in bare_answerer(model).rows([prompts], max_new_tokens)[0]]
-    return [without_preamble(text) for text in texts] if published else texts
+    prompt = prompt or form.decoder_prompt
+    prompts = [prompt(examples) for examples in shown]
+    return [form.text(row) for row in bare_answerer(model).rows([prompts], max_new_tokens)[0]]
 
 
 _PREAMBLE = re.compile(r"\s*:?\s*(?:(?:probably|most likely):?\s*)*(?:to\b\s*)?")
@@ -183,9 +184,10 @@ _QUOTED = re.compile(r'"([a-zA-Z.,\'\\/]+ [a-zA-Z .,\'\\/]+)"')
 
 
 def without_preamble(text: str) -> str:
-    """The instruction in what a model writes behind "The instruction was", as the paper of
+    """The instruction in what a model writes behind "The instruction was", nearly as the paper of
     instruction induction takes it: the first line without "probably", "most likely" and "to"; what
-    is quoted in it, where that is four words or more; no quotation marks."""
+    is quoted in it, where that is four words or more; no quotation marks. There the letters "to"
+    go from "total" as well."""
     text = text[_PREAMBLE.match(text).end() :]  # type: ignore[union-attr]
     line = text.strip().split("\n")[0]
     quoted = _QUOTED.search(line)

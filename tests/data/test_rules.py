@@ -159,6 +159,13 @@ def test_lists_may_be_written_and_drawn_as_in_the_list_functions(world: Splits) 
             assert json.loads(example.target) == list(answer), task.id
 
 
+def test_rules_with_too_few_inputs_are_one_line() -> None:
+    with pytest.raises(
+        UserError, match=r"data\.max_length: .* and 58 are asked for: make it longer"
+    ):
+        build_world(RulesConfig(min_length=0, max_length=2))
+
+
 def test_lengths_that_cross_are_one_line() -> None:
     with pytest.raises(ValueError, match="min_length: above max_length"):
         RulesConfig(min_length=5, max_length=4)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -128,6 +129,26 @@ def test_tasks_of_known_rules_are_left_out_by_their_wordings() -> None:
     others = split_tasks(read, config).unseen
     assert [one.id for one in without_rules_of(others, known)] == ["y"]
     assert without_rules_of(others, ()) == others
+
+
+def test_a_wording_that_was_cut_is_the_rule_of_the_whole_one() -> None:
+    """Each way round; another ending of a short beginning is another rule."""
+    whole = " ".join(f"word{i}" for i in range(60))
+    cut, other = whole[: whole.index("word20") + 3], whole.replace("word30", "another")
+    config = SplitConfig(unseen_share=1)
+    for known, read, left in (
+        (cut, whole, []),
+        (whole, cut, []),
+        ("word0 word1 word2", whole, ["x"]),
+        (whole, whole.replace("word5 ", "instead "), []),  # near copies
+        (whole, " ".join(other.split()[28:]), ["x"]),
+    ):
+        (trained,) = split_tasks([task("a", known)], config).unseen
+        found = without_rules_of(split_tasks([task("x", read)], config).unseen, [trained])
+        assert [one.id for one in found] == left, read
+    shown = replace(trained, held_out_paraphrases=("never shown in training",))
+    asked = split_tasks([task("x", "never shown in training")], config).unseen
+    assert without_rules_of(asked, [shown]) == ()
 
 
 def test_no_input_is_both_trained_on_and_tested() -> None:

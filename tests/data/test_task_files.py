@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from ship_ds.data.task import DataError
 from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.model.loading import load_tokenizer
 
@@ -32,6 +33,13 @@ def test_every_count_is_logged(tmp_path: Path) -> None:
         "left out: examples: beyond the first 6 of a task: 60",
         "25 seen, 2 dev and 3 unseen tasks",
     ]
+
+
+def test_a_run_with_nothing_to_train_on_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, 4, [{"input": str(n), "target": str(n)} for n in range(8)])
+    config = FilesConfig.model_validate({"path": str(tmp_path), "split": {"unseen_share": 1}})
+    with pytest.raises(DataError, match=r"^data\.split\.unseen_share: no task is left to train on"):
+        FilesSource(config).read(load_tokenizer("embedded"), lambda line: None)
 
 
 def test_what_a_reader_leaves_out_is_logged(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from ship_ds import cli
 from ship_ds.cli import checks
+from ship_ds.console import no_log
+from ship_ds.data.task_files import parse_benchmark
 from ship_ds.errors import UserError
 from ship_ds.evaluation.baselines.tagi import Tagi
 from ship_ds.evaluation.budgets import Budget, Examples, Minutes, UntilDevStops
@@ -20,7 +22,11 @@ from ship_ds.evaluation.harness import Harness, Run
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.methods.icl import InContextLearning
+from ship_ds.evaluation.questions import ask, tasks_of
 from ship_ds.evaluation.report import confidence
+from ship_ds.files import Manifest
+from ship_ds.inference.deduction import answer_stated
+from ship_ds.inference.proposals import asked_texts, without_preamble
 from tests.conftest import start
 
 DIRECTIONS = {
@@ -267,8 +273,40 @@ def test_the_base_may_be_asked_in_published_words(evaluated: Path, tmp_path: Pat
     changes = tuple(f"{name}.prompt=published" for name in names)
     small = SMALL.model_copy(update={"methods": names, "parts": ("seen",)})
     assert measure(run, small)[1] == []
-    report, said = measure(run, small.model_copy(update={"changes": changes}))
-    assert any("another prompt" in line for line in said) and len(report["methods"]) > 2
+    _, said = measure(run, small.model_copy(update={"changes": changes}))
+    assert any("another prompt" in line for line in said)
+    opened = Run.open(run, no_log)
+    model, length = opened.ship.model, opened.ship.config.evaluation
+    tasks = tasks_of(opened.splits, "seen", small.num_tasks)
+    asked = [ask(task, num, small.seed, part="seen") for num in (0, 5) for task in tasks]
+    deduced, induced = asked[: len(tasks)], asked[len(tasks) :]
+    answers = answer_stated(
+        model,
+        [question.wording for question in deduced],
+        [question.inputs for question in deduced],
+        length.max_new_tokens,
+        prompt=model.prompts.published_task_prompt,
+    )
+    texts = asked_texts(
+        model,
+        [question.shown for question in induced],
+        length.max_instruction_tokens,
+        model.prompts.published_induction_prompt,
+    )
+    rows = [json.loads(line) for line in (run / "evaluation" / "tasks.jsonl").open()]
+    by_method = {
+        name: {
+            row["task"]: row["said"]
+            for row in rows
+            if row["method"] == name and row["part"] == "seen"
+        }
+        for name in names
+    }
+    ids = [task.id for task in tasks]
+    assert by_method["prompting"] == dict(zip(ids, answers, strict=True))
+    assert by_method["instruction_induction"] == dict(
+        zip(ids, map(without_preamble, texts), strict=True)
+    )
     with pytest.raises(UserError, match=r"--set prompting\.prompt: Input should be 'own' or 'publ"):
         measure(run, small.model_copy(update={"changes": ("prompting.prompt=theirs",)}))
 
@@ -349,7 +387,10 @@ def test_every_option_of_the_verb_is_the_setting_of_its_name(
 
 
 def test_other_tasks_are_measured_as_unseen_ones_beside_the_runs_own(
-    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluated: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = fresh(evaluated, tmp_path / "run")
     known = json.loads((run / "bundle" / "known_instructions.json").read_text())[0]
@@ -360,12 +401,12 @@ def test_other_tasks_are_measured_as_unseen_ones_beside_the_runs_own(
             examples = [{"input": f"{i} 3", "target": f"{i} 3"} for i in range(8)]
             row = {"id": name, "instruction": text, "examples": examples}
             file.write(json.dumps(row) + "\n")
-    data = f"{{path: {benchmark}, split: {{test_examples: 2, unseen_share: 0.5}}}}"
+    data = f"{{path: {benchmark}, split: {{test_examples: 2}}}}"
     arguments = ["--run", str(run), "--methods", "prompting,nearest_known", "--judge", "none"]
     assert cli.main(["evaluate", *arguments, "--data", data]) == 0
     said = capsys.readouterr()
-    assert "tasks with the rule of a seen or dev task of the run: 1" in said.err
-    results = run / "evaluation-benchmark.jsonl"
+    assert "tasks with the rule of one that was trained or chosen on: 1" in said.err
+    (results,) = run.glob("evaluation-benchmark.jsonl-*")
     assert said.out.splitlines()[-1] == str(results / "report.md")
     assert not (run / "evaluation").exists()
     cells = json.loads((results / "report.json").read_text())["methods"]
@@ -376,13 +417,53 @@ def test_other_tasks_are_measured_as_unseen_ones_beside_the_runs_own(
     assert {row["task"] for row in asked} == {"first", "second"}
     assert cells["nearest_known"]["reasoning"]["unseen"]["n_tasks"] == 2
 
+    # Of other settings there is another folder; and the very same, by another way to it, is there.
+    monkeypatch.chdir(tmp_path)
+    relative = data.replace(str(tmp_path), ".")
+    assert cli.main(["evaluate", *arguments, "--data", relative]) == 0
+    assert not re.search(r"tasks, [\d.]+ s$", capsys.readouterr().err, re.MULTILINE)
+    others = ["--methods", "prompting", "--judge", "none", "--data", "benchmark.jsonl"]
+    assert cli.main(["evaluate", "--run", str(run), *others]) == 0
+    assert len(list(run.glob("evaluation-benchmark.jsonl-*"))) == 2
+
+
+def test_what_an_earlier_run_was_trained_on_is_no_unseen_task(
+    evaluated: Path, tmp_path: Path
+) -> None:
+    """Of the run that this one started from, and of the one before."""
+    texts = ["write the list as it is", "say the third thing"]
+    folders = [fresh(evaluated, tmp_path / name) for name in ("first", "second", "third")]
+    for i, folder in enumerate(folders):
+        config = json.loads((folder / "bundle" / "config.json").read_text())
+        config["run"]["init_from"] = str(folders[i - 1]) if i else None
+        (folder / "bundle" / "config.json").write_text(json.dumps(config))
+        if i < 2:
+            (folder / "bundle" / "known_instructions.json").write_text(json.dumps([texts[i]]))
+        Manifest.of(folder / "bundle").write(folder / "bundle")
+    with (tmp_path / "benchmark.jsonl").open("w") as file:
+        for text in [*texts, "give me nothing"]:
+            examples = [{"input": f"{i} 3", "target": f"{i} 3"} for i in range(8)]
+            file.write(json.dumps({"id": text, "instruction": text, "examples": examples}) + "\n")
+    said: list[str] = []
+    benchmark = parse_benchmark(str(tmp_path / "benchmark.jsonl"), "--data")
+    for folder, unseen in zip(folders, (3, 2, 1), strict=True):
+        run = Run.open(folder, said.append, data=benchmark)
+        assert len(run.splits.unseen) == unseen
+    shutil.rmtree(folders[0])
+    assert len(Run.open(folders[2], said.append, data=benchmark).splits.unseen) == 2
+    assert any(
+        "run.init_from: what that run was trained on is not compared" in line for line in said
+    )
+
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
         ("nowhere", "--data: nowhere: No such file or directory; give a readable"),
-        ("{path: x, paht: y}", "--data: paht: "),
+        ("{path: x, paht: y}", "--data: paht: unknown key"),
         ("{path: x", "--data: "),
+        ("{path: ., split: {dev_share: 0.2}}", "--data: split.dev_share: all of these tasks are"),
+        ("{path: ., cache: x}", "--data: cache: nothing of these tasks is kept"),
     ],
 )
 def test_other_tasks_that_cannot_be_read_are_one_line(

@@ -258,7 +258,8 @@ def test_published_execution_is_by_the_papers_prompt_and_metric(
     texts = [q.task.task.instruction for q in questions]
     inputs = [[example.input for example in q.checked] for q in questions]
     length = ship.config.evaluation.max_new_tokens
-    answers = answer_stated(ship.model, texts, inputs, length, published=True)
+    prompt = ship.model.prompts.published_task_prompt
+    answers = answer_stated(ship.model, texts, inputs, length, prompt=prompt)
     assert answers != answer_stated(ship.model, texts, inputs, length)
     # Of the first question the right answer is the first word of what the base says.
     checked = tuple(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ship_ds.data.task import Example
 from ship_ds.evaluation.methods.untrained import PromptRecipe, Untrained
-from ship_ds.inference.proposals import asked_texts
+from ship_ds.inference.proposals import asked_texts, without_preamble
 
 
 class InstructionInduction(Untrained):
@@ -24,5 +24,8 @@ class InstructionInduction(Untrained):
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         length = self.ship.config.evaluation.max_instruction_tokens
-        published = self.recipe.prompt == "published"
-        return asked_texts(self.ship.model, shown, length, published)
+        model = self.ship.model
+        if self.recipe.prompt == "own":
+            return asked_texts(model, shown, length)
+        texts = asked_texts(model, shown, length, model.prompts.published_induction_prompt)
+        return [without_preamble(text) for text in texts]

@@ -24,6 +24,7 @@ class Prompting(Untrained):
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        length = self.ship.config.evaluation.max_new_tokens
+        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
         published = self.recipe.prompt == "published"
-        return answer_stated(self.ship.model, wordings, inputs, length, published=published)
+        prompt = model.prompts.published_task_prompt if published else None
+        return answer_stated(model, wordings, inputs, length, prompt=prompt)
