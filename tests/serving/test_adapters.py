@@ -1,6 +1,7 @@
 """Names: registered ones, cached ones, many at once; and that no text is taken for a place."""
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -177,7 +178,9 @@ def test_a_client_that_leaves_frees_its_rows(serve: Serve) -> None:
         model.task_llm.before_pass, model.prompts.eos_id = None, eos
 
 
-def test_no_field_is_opened_as_file_or_address(serve: Serve) -> None:
+def test_no_field_is_opened_as_file_or_address(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = serve()
     client = httpx.Client(base_url=served.url, timeout=60)
     client.get("/health")  # connected before connections are watched
@@ -191,6 +194,14 @@ def test_no_field_is_opened_as_file_or_address(serve: Serve) -> None:
             touched.append((event, arguments))
 
     sys.addaudithook(hear)  # there is no taking it back
+    for name in ("stat", "lstat"):  # which have no event
+        real = getattr(os, name)
+
+        def spied(path: Any, *rest: Any, real: Any = real, **options: Any) -> Any:
+            touched.append(("stat", path))
+            return real(path, *rest, **options)
+
+        monkeypatch.setattr(os, name, spied)
     places = ("/etc/passwd", "../../etc/passwd", "http://127.0.0.1:1/x", "file:///etc/passwd", ".")
     for place in places:
         for path, body in (
