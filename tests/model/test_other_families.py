@@ -17,6 +17,10 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     Starcoder2Config,
@@ -46,7 +50,7 @@ _SIZES: dict[str, Any] = {
 }
 
 
-_NAMES = ["mixtral", "stablelm", "opt", "gpt2", "gpt_neox", "starcoder2", "gpt_oss"]
+_NAMES = "mixtral stablelm opt gpt2 gpt_neox starcoder2 gpt_oss phi phi3".split()
 
 
 def _other(name: str) -> Any:
@@ -65,6 +69,11 @@ def _other(name: str) -> Any:
         case "gpt_neox":
             sizes = {key: _SIZES[key] for key in _SIZES if "key_value" not in key}
             return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval()
+        case "phi":
+            return PhiForCausalLM(PhiConfig(**_SIZES)).eval()
+        case "phi3":  # q, k and v, and gate and up, are one linear each
+            sizes = _SIZES | {"pad_token_id": 0, "sliding_window": 8}
+            return Phi3ForCausalLM(Phi3Config(**sizes)).eval()
         case "starcoder2":
             return Starcoder2ForCausalLM(Starcoder2Config(**_SIZES)).eval()
         case "gpt_oss":
