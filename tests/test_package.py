@@ -19,6 +19,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # flash_attn only runs on GPUs, and is an extra that needs CUDA's compiler to be installed.
 OPTIONAL = ("judge", "flash", "serve")
+_SERVER = ("app", "errors", "guard", "metrics", "page", "server")
+ONLY_IN = {
+    "vllm": {"ship_ds/serving/vllm_plugin.py"},
+    **{
+        name: {f"ship_ds/serving/{file}.py" for file in _SERVER}
+        for name in ("fastapi", "starlette", "uvicorn", "prometheus_client")
+    },
+}
+"""Files that may import what most users do not have; whoever imports these files does so late."""
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -53,6 +62,16 @@ def test_every_import_is_declared_and_every_declaration_imported() -> None:
     assert used - declared - extras == {"vllm"}
     # torch.utils.tensorboard imports it for us.
     assert declared - used == {"tensorboard"}
+
+
+def test_what_few_have_is_imported_in_named_files_alone() -> None:
+    found: dict[str, set[str]] = {name: set() for name in ONLY_IN}
+    for path in (REPOSITORY / "ship_ds").rglob("*.py"):
+        for name in ONLY_IN.keys() & set(imported(ast.parse(path.read_text()))):
+            found[name].add(str(path.relative_to(REPOSITORY)))
+    for name, files in found.items():
+        assert files and files <= ONLY_IN[name], (name, files - ONLY_IN[name])
+    assert set().union(*found.values()) == set().union(*ONLY_IN.values())
 
 
 @pytest.fixture(scope="module")

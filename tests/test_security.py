@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from jinja2 import TemplateError
@@ -21,7 +20,7 @@ from ship_ds.config import base_folder
 from ship_ds.errors import UserError
 from ship_ds.export.requests import read_instructions
 from ship_ds.files import Manifest
-from ship_ds.model.loading import load_lm, load_prompts, load_tokenizer, read_settings
+from ship_ds.model.loading import load_prompts
 from ship_ds.parsing import is_folder_name
 from ship_ds.runtime.op_cache import op_cache
 from ship_ds.template_limits import TemplateLimitError, within_limits
@@ -87,7 +86,16 @@ def refuse(*_, **__):
     raise OSError("no connection is made")
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = refuse
 from ship_ds.cli import main
-sys.exit(main({arguments!r}))
+for arguments in {verbs!r}:
+    assert main(arguments) == 0, arguments
+import torch
+from pathlib import Path
+from ship_ds.model.loading import load_lm, load_prompts, load_tokenizer, read_settings
+load_tokenizer({base!r})
+load_prompts({base!r}, None)
+assert read_settings(Path({base!r}))._attn_implementation is None
+model = load_lm({base!r}, {quantisation!r}, torch.float32)
+assert type(model).__module__.startswith("transformers."), type(model)
 """
 
 
@@ -97,7 +105,8 @@ def test_a_base_decides_no_code_that_runs(
     quantisation: str, hostile: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """transformers CVE-2026-4372 and CVE-2026-5241, vLLM CVE-2025-66448, 2026-22807, 2026-27893:
-    the plan and a training start read the base beside a stub of the package `kernels`."""
+    a plan, a training of a step, and each of our loaders read the base beside a stub of the package
+    `kernels`, and none of them runs a line of either, or connects to anything."""
     base, sentinel = hostile
     stub = tmp_path / "stub" / "kernels"
     stub.mkdir(parents=True)
@@ -107,23 +116,27 @@ def test_a_base_decides_no_code_that_runs(
         f"model.task_llm.quantisation={quantisation}",
         f"run.folder={tmp_path / 'run'}",
     ]
-    for verb in (["plan", "--config", "quickstart-smoke", "--gpus", "1"],):
-        program = _PROGRAM.format(sentinel=str(sentinel), arguments=[*verb, *settings])
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env={**environment(), "PYTHONPATH": f"{REPOSITORY}:{stub.parent}"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr
-    load_tokenizer(str(base))
-    load_prompts(str(base), None)
-    assert read_settings(base)._attn_implementation is None
-    import torch
-
-    model: Any = load_lm(str(base), "nf4" if quantisation == "nf4" else "none", torch.float32)
-    assert type(model).__module__.startswith("transformers.")
-    assert not sentinel.exists()
+    smoke = ["--config", "quickstart-smoke", *settings]
+    verbs = [
+        ["plan", *smoke, "--gpus", "1"],
+        ["train", *smoke, "training.steps=1", "evaluation.ends_with_report=false"],
+    ]
+    program = _PROGRAM.format(
+        sentinel=str(sentinel), verbs=verbs, base=str(base), quantisation=quantisation
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={
+            **environment(),
+            "PYTHONPATH": f"{REPOSITORY}:{stub.parent}",
+            "SHIP_DS_SYSTEM_MALLOC": "1",  # else the training starts the program again
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert not sentinel.exists(), sentinel.read_text()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_no_library_takes_a_kernel_from_the_hub(tmp_path: Path) -> None:
