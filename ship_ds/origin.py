@@ -4,9 +4,9 @@ model card for people."""
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from ship_ds.errors import UserError
 from ship_ds.files import write_json, write_text
@@ -14,6 +14,41 @@ from ship_ds.parsing import read_json_object
 from ship_ds.weights_folder import WeightsFolder, settings_fingerprint
 
 ORIGIN, CARD = "ship.json", "README.md"
+
+
+def _with(*names: str) -> AfterValidator:
+    """That a dictionary has these keys."""
+
+    def check(values: dict[str, Any]) -> dict[str, Any]:
+        for name in names:
+            if name not in values:
+                raise ValueError(f"has no {name!r}")
+        return values
+
+    return AfterValidator(check)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What training on examples did to a generated adapter.
+
+    Args:
+        start: Where it began.
+        steps: Of the training.
+        lr: Learning rate.
+        seed: Of the order of examples.
+        num_examples: That were trained on.
+        num_held_out: That were not.
+        held_out_loss: On these before and after, in nats a token.
+    """
+
+    start: str
+    steps: int
+    lr: float
+    seed: int
+    num_examples: int
+    num_held_out: int
+    held_out_loss: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -49,10 +84,10 @@ class Origin:
     shape: str
     prompt_format: dict[str, Any]
     probes: list[list[int]]
-    proof: dict[str, float]
+    proof: Annotated[dict[str, float], _with("from_live", "from_base")]
     adapter: str
-    tuning: dict[str, Any] | None = None
-    confidence: dict[str, float | None] | None = None
+    tuning: Tuning | None = None
+    confidence: Annotated[dict[str, float | None], _with("agreement", "threshold")] | None = None
     base_settings: str = ""
 
     def other_than(self, base: WeightsFolder) -> Literal["weights", "settings"] | None:
@@ -99,10 +134,10 @@ class Origin:
         """A line of the card; empty where nothing was trained afterwards."""
         if self.tuning is None:
             return ""
-        before, after = self.tuning["held_out_loss"]
+        before, after = self.tuning.held_out_loss
         return (
-            f"- then trained by gradient on {self.tuning['num_examples']} examples: "
-            f"{self.tuning['steps']} steps; loss of {self.tuning['num_held_out']} held-out ones "
+            f"- then trained by gradient on {self.tuning.num_examples} examples: "
+            f"{self.tuning.steps} steps; loss of {self.tuning.num_held_out} held-out ones "
             f"from {before:.3f} to {after:.3f} nats a token\n"
         )
 
@@ -127,4 +162,5 @@ def read_origin(folder: Path) -> Origin:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {place}: {first['msg']}; export the adapter again") from None
+        what = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {place}: {what}; export the adapter again") from None

@@ -22,6 +22,7 @@ from ship_ds.evaluation.baselines.static_adapters import StaticLora
 from ship_ds.evaluation.budgets import Steps
 from ship_ds.inference import checks
 from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.origin import Tuning
 
 _EXAMPLES_PER_STEP = 16
 _MOST_LOOKS = 20
@@ -91,17 +92,17 @@ class Tuned:
         """Of every curve, for JSON lines."""
         return [row for curve in (self.curve, self.fresh) if curve for row in curve.rows()]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Tuning:
         """For ship.json."""
-        return {
-            "start": self.curve.start,
-            "steps": self.recipe.steps,
-            "lr": self.recipe.lr,
-            "seed": self.recipe.seed,
-            "num_examples": self.num_examples,
-            "num_held_out": self.num_held_out,
-            "held_out_loss": [self.curve.first, self.curve.last],
-        }
+        return Tuning(
+            start=self.curve.start,
+            steps=self.recipe.steps,
+            lr=self.recipe.lr,
+            seed=self.recipe.seed,
+            num_examples=self.num_examples,
+            num_held_out=self.num_held_out,
+            held_out_loss=(self.curve.first, self.curve.last),
+        )
 
 
 def tune(

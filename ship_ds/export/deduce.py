@@ -136,7 +136,9 @@ def _finished(folder: Path, exporter: Exporter, request: Request, export: Export
         origin.adapter,
         origin.tuning,
     )
-    return Proof(**origin.proof) if found == expected else None
+    if found != expected:
+        return None
+    return Proof(origin.proof["from_live"], origin.proof["from_base"])
 
 
 def _write_beside(exporter: Exporter, folder: Path, request: Request, export: Export) -> Proof:

@@ -11,7 +11,6 @@ Letters: S padded length, V vocabulary.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from ship_ds.lora_folder import ADAPTER_WEIGHTS
 from ship_ds.model.adapters.adapter import Adapter, Export
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.loading import load_lm
-from ship_ds.origin import Origin
+from ship_ds.origin import Origin, Tuning
 from ship_ds.weights_folder import WeightsFolder, settings_fingerprint
 
 MAX_DIFFERENCE = 1e-4
@@ -68,7 +67,7 @@ class Exporter:
         export: Export,
         made_from: str,
         wording: str | None,
-        tuning: Mapping[str, Any] | None = None,
+        tuning: Tuning | None = None,
         confidence: Mapping[str, float | None] | None = None,
     ) -> Proof:
         """Write an adapter with its origin and model card, and prove it.
@@ -109,7 +108,7 @@ class Exporter:
             [list(ids) for ids in prompts],
             asdict(proof),
             sha256(part / ADAPTER_WEIGHTS),
-            None if tuning is None else dict(tuning),
+            tuning,
             None if confidence is None else dict(confidence),
             self.settings,
         ).write(part)

@@ -11,6 +11,7 @@ from ship_ds.export.peft_adapter import Exporter
 from ship_ds.export.proof import Proof
 from ship_ds.files import new_folder, write_text
 from ship_ds.model.adapters.lora import LoraAdapter, exports_of_lora
+from ship_ds.origin import Tuning
 
 CURVE = "tune.jsonl"
 
@@ -19,7 +20,7 @@ def export_tuned(
     ship: Ship,
     adapter: LoraAdapter,
     instruction: str,
-    tuning: Mapping[str, Any],
+    tuning: Tuning,
     curve: Sequence[Mapping[str, Any]],
     folder: Path,
     probes: Sequence[str],

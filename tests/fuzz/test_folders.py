@@ -1,6 +1,7 @@
 """Folders that others hand on: adapters, bundles, bases and their files."""
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -16,13 +17,14 @@ from ship_ds.base_files import check_base_files
 from ship_ds.bundle import Bundle, frozen_bases, write_bundle
 from ship_ds.cli.checks import check_run
 from ship_ds.config import base_folder, load_config
+from ship_ds.errors import UserError
 from ship_ds.files import Manifest
 from ship_ds.lora_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_lora
 from ship_ds.origin import read_origin
 from ship_ds.safetensors_header import read_header
 from tests.fuzz.documents import broken, files, fuzz, reads_or_says
 
-ORIGIN = {
+ORIGIN: dict[str, Any] = {
     "made_from": "k",
     "run": "r",
     "bundle": "0a",
@@ -34,8 +36,16 @@ ORIGIN = {
     "probes": [[1, 2]],
     "proof": {"from_live": 0.0, "from_base": 1.0},
     "adapter": "0c",
-    "tuning": None,
-    "confidence": {"agreement": 0.5, "threshold": None},
+    "tuning": {
+        "start": "generated",
+        "steps": 3,
+        "lr": 0.01,
+        "seed": 0,
+        "num_examples": 4,
+        "num_held_out": 1,
+        "held_out_loss": [2.0, 1.0],
+    },
+    "confidence": {"agreement": 0.5, "threshold": None, "auc": 0.5},
 }
 LORA = {
     "peft_type": "LORA",
@@ -51,6 +61,8 @@ LORA = {
 
 
 def test_ship_json_is_read_or_one_line(tmp_path: Path) -> None:
+    """Three of its fields are objects whose keys the model card names."""
+
     @fuzz
     @given(files(ORIGIN, list(ORIGIN)))
     def check(content: bytes) -> None:
@@ -60,11 +72,34 @@ def test_ship_json_is_read_or_one_line(tmp_path: Path) -> None:
     check()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("proof", {"from_live": 0.0}, "proof: has no 'from_base'"),
+        ("confidence", {}, "has no 'agreement'"),
+        ("confidence", {"agreement": 0.5}, "has no 'threshold'"),
+        ("tuning", {}, "tuning.start"),
+        ("tuning", {**ORIGIN["tuning"], "held_out_loss": [1.0]}, "tuning.held_out_loss"),
+    ],
+)
+def test_a_key_that_the_card_names_is_missed_by_its_name(
+    key: str, value: object, said: str, tmp_path: Path
+) -> None:
+    """Found by `make fuzz`: a KeyError, where the card is written or the proof is taken up."""
+    (tmp_path / "ship.json").write_text(json.dumps({**ORIGIN, key: value}))
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_origin(tmp_path)
+    (tmp_path / "ship.json").write_text(json.dumps(ORIGIN))
+    assert "then trained by gradient on 4 examples: 3 steps" in read_origin(tmp_path).card()
+
+
 def test_an_adapter_is_read_or_one_line(tmp_path: Path) -> None:
     path = "base_model.model.model.layers.0.self_attn.q_proj"
     good = {f"{path}.lora_A.weight": torch.ones(2, 3), f"{path}.lora_B.weight": torch.ones(4, 2)}
     save_file(good, tmp_path / ADAPTER_WEIGHTS)
     weights = (tmp_path / ADAPTER_WEIGHTS).read_bytes()
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(LORA))
+    read_lora(tmp_path)  # imports peft, for which no input is to blame
 
     @fuzz
     @given(files(LORA, [*LORA, "rank_pattern", "use_dora"]), _safetensors(weights), st.booleans())
