@@ -41,6 +41,9 @@ def serve(
     max_wait: Annotated[
         float, typer.Option(help="seconds that one waits; then it gets a 503")
     ] = 60.0,
+    max_connections: Annotated[
+        int, typer.Option(min=1, max=65_536, help="that are open at a time; more get a 503")
+    ] = 512,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="that a request may ask for")
     ] = 4096,
@@ -93,6 +96,7 @@ def serve(
             max_rows=max_rows,
             max_waiting=max_waiting,
             wait_seconds=max_wait,
+            max_connections=max_connections,
             max_new_tokens=max_new_tokens,
             max_cached=max_adapters,
             max_names=max_names,

@@ -11,6 +11,9 @@ class Limits:
         max_rows: Answers that are written at once; the free memory may allow fewer.
         max_waiting: Requests that wait for the model; more get a 429.
         wait_seconds: How long one of them waits for its turn at most; then it gets a 503.
+        max_connections: Open at a time; further ones get a 503.
+        head_seconds: In which a request has to begin and its head to arrive, on a new connection
+            or one that was answered; then it is closed.
         max_body_bytes: Of a request; a larger one gets a 413.
         max_upload_bytes: Of a request with an adapter in base64, one at a time.
         body_seconds: In which a request's body has to arrive.
@@ -24,6 +27,8 @@ class Limits:
     max_rows: int = 64
     max_waiting: int = 256
     wait_seconds: float = 60.0
+    max_connections: int = 512
+    head_seconds: float = 15.0
     max_body_bytes: int = 1 << 20
     max_upload_bytes: int = 44 << 20
     body_seconds: float = 30.0

@@ -5,25 +5,32 @@ with listening("127.0.0.1", 8000) as listener:
 """
 
 import asyncio
+import json
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ship_ds.errors import UserError
+from ship_ds.serving.errors import RequestError
 from ship_ds.serving.guard import LOOPBACK
+from ship_ds.serving.limits import Limits
 
 if TYPE_CHECKING:  # it needs torch, and a port in use is told before
     from ship_ds.serving.room import Room
 
 _SECONDS_TO_FINISH = 5
 """Of answers that are being written when a signal comes."""
+_SECONDS_BETWEEN_REQUESTS = 5
+"""For which a connection that was answered is kept without a further byte."""
 _INTERRUPTED = 130
 
 
@@ -72,7 +79,7 @@ def serve(app: FastAPI, room: "Room", listener: socket.socket) -> int:
     Returns:
         The exit code: 130 after SIGINT, 0 after SIGTERM.
     """
-    server = Server(app)
+    server = Server(app, room.limits)
     room.start()
     try:
         asyncio.run(server.serve(sockets=[listener]))
@@ -81,15 +88,81 @@ def serve(app: FastAPI, room: "Room", listener: socket.socket) -> int:
     return _INTERRUPTED if server.last_signal == signal.SIGINT else 0
 
 
+class Connection(H11Protocol):
+    """uvicorn's, which nobody holds without asking anything.
+
+    uvicorn itself waits for ever for the first request of a connection, and for the rest of the
+    head of one that has begun; its `limit_concurrency` keeps such connections and refuses the
+    requests of others.
+
+    Args:
+        limits: How many connections there may be, and how long one may ask nothing.
+        arguments: Of uvicorn.
+    """
+
+    def __init__(self, limits: Limits, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.limits = limits
+        self._silence: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            transport.write(_refusal(f"{self.limits.max_connections} connections are open"))
+            transport.close()
+            return
+        self._wait_for_a_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._end_silence()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`. A head that comes byte by byte wins no time."""
+        super().data_received(data)
+        if self._is_answering:
+            self._end_silence()
+
+    def on_response_complete(self) -> None:
+        """An answer is written: the next request may come."""
+        super().on_response_complete()
+        if not self._is_answering and not self.transport.is_closing():
+            self._wait_for_a_request()
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait_for_a_request(self) -> None:
+        self._end_silence()
+        self._silence = self.loop.call_later(self.limits.head_seconds, self.transport.close)
+
+    def _end_silence(self) -> None:
+        if self._silence is not None:
+            self._silence.cancel()
+
+
+def _refusal(message: str) -> bytes:
+    """An answer to a connection that is not read."""
+    body = json.dumps(RequestError(503, f"{message}: try later").body()).encode()
+    head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
+    return b"HTTP/1.1 503 Service Unavailable\r\n" + head.encode() + b"\r\n\r\n" + body
+
+
 class Server(uvicorn.Server):
     """uvicorn, which says when it is ready, and ends as the program's other verbs do.
 
     Args:
         app: What it serves.
+        limits: Of its connections; None: the usual ones.
         is_quiet: Leaves the line out.
     """
 
-    def __init__(self, app: ASGIApp, is_quiet: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits | None = None, *, is_quiet: bool = False
+    ) -> None:
         async def until_the_end(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 await app(scope, receive, send)
@@ -100,6 +173,9 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 until_the_end,
+                http=partial(Connection, limits or Limits()),  # type: ignore[arg-type]
+                ws="none",
+                timeout_keep_alive=_SECONDS_BETWEEN_REQUESTS,
                 log_level="warning",
                 access_log=False,
                 lifespan="off",

@@ -58,7 +58,7 @@ def started(ship: Ship, limits: Limits, **options: Any) -> tuple[Served, Callabl
     room = Room(ship, limits)
     app = create_app(room, name=BASE, **options)
     listener = listening("127.0.0.1", 0)
-    server = Server(app, is_quiet=True)
+    server = Server(app, limits, is_quiet=True)
     thread = threading.Thread(
         target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True
     )

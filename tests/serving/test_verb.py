@@ -48,6 +48,7 @@ def test_numbers_have_bounds(bundle: Path, capsys: pytest.CaptureFixture[str]) -
         ("--max-rows", "0"),
         ("--max-wait", "nan"),
         ("--max-waiting", "0"),
+        ("--max-connections", "0"),
         ("--device", "tpu"),
     ):
         refusal(capsys, "--run", str(bundle), option, value)
