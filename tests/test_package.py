@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # flash_attn only runs on GPUs, and is an extra that needs CUDA's compiler to be installed.
 OPTIONAL = ("judge", "flash", "serve")
-_SERVER = ("app", "errors", "guard", "metrics", "page", "server")
+_SERVER = ("app", "errors", "guard", "leaving", "metrics", "page", "server")
 ONLY_IN = {
     "vllm": {"ship_ds/serving/vllm_plugin.py"},
     **{

@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 
 import torch
@@ -23,7 +24,7 @@ from ship_ds.api import Ship
 from ship_ds.data.task import Example, Reading
 from ship_ds.inference import checks
 from ship_ds.serving.decoding import Source
-from ship_ds.serving.errors import RequestError
+from ship_ds.serving.errors import RequestError, naming_fields
 from ship_ds.serving.protocol import ShipExample
 from ship_ds.serving.room import Room
 
@@ -33,6 +34,14 @@ UNNAMED = "ship"
 """The model whose instruction, or examples, the request states elsewhere."""
 Pairs = tuple[tuple[str, str], ...]
 """Inputs with their targets."""
+
+
+@dataclass
+class _Flight:
+    """A source that is being made, and how many requests wait for it."""
+
+    task: asyncio.Task[Source]
+    num_waiting: int = 0
 
 
 @dataclass
@@ -58,7 +67,7 @@ class Adapters:
         self._named: dict[str, _Registered] = {}
         self._kept: OrderedDict[bytes, Source] = OrderedDict()
         self._num_bytes = 0
-        self._flights: dict[bytes, asyncio.Task[Source]] = {}
+        self._flights: dict[bytes, _Flight] = {}
 
     def cards(self) -> list[dict[str, object]]:
         """The base and the registered adapters, as `/v1/models` lists them."""
@@ -101,8 +110,8 @@ class Adapters:
             examples: Beside it.
 
         Raises:
-            RequestError: 404, no such name; 400, it states its task twice or not at all.
-            UserError: The instruction or the examples cannot be read.
+            RequestError: 404, no such name; 400, it states its task twice or not at all, or the
+                instruction or the examples cannot be read.
         """
         if model == self.base or model in self._named:
             if examples is not None:
@@ -113,7 +122,8 @@ class Adapters:
                 )
             return self._bare if model == self.base else self._named[model].source
         if model.startswith(PREFIX) and model != PREFIX:
-            return await self.make(model.removeprefix(PREFIX), examples)
+            with naming_fields(instruction="model", example="ship_examples"):
+                return await self.make(model.removeprefix(PREFIX), examples)
         if model not in (UNNAMED, PREFIX):
             raise self._unknown(model)
         if instruction is None and examples is None:
@@ -123,7 +133,8 @@ class Adapters:
                 "ship_examples",
                 "model",
             )
-        return await self.make(instruction, examples)
+        with naming_fields(instruction="messages", example="ship_examples"):
+            return await self.make(instruction, examples)
 
     def is_unnamed(self, model: str) -> bool:
         """Whether the task of this model stands elsewhere in the request."""
@@ -145,30 +156,41 @@ class Adapters:
     async def make(
         self, instruction: str | None, examples: Sequence[ShipExample] | None = None
     ) -> Source:
-        """The source of an instruction, of examples, or of both; made once, however many ask."""
+        """The source of an instruction, of examples, or of both; made once, however many ask, and
+        not to its end where all of them leave."""
         pairs = tuple((one.input, one.target) for one in examples) if examples else ()
         key = sha256(repr((instruction, pairs)).encode("utf-8", "backslashreplace")).digest()
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        if key not in self._flights:
-            flight = asyncio.ensure_future(self._fly(key, instruction, pairs))
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = _Flight(asyncio.ensure_future(self._fly(key, instruction, pairs)))
+            flight.task.add_done_callback(partial(self._landed, key))
             self._flights[key] = flight
-            # Else a fault that nobody waits for any more would be logged.
-            flight.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # Shielded: one who leaves takes the others' adapter not with him.
-        return await asyncio.shield(self._flights[key])
+        flight.num_waiting += 1
+        try:
+            # Shielded: one who leaves takes the others' adapter not with him.
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.num_waiting -= 1
+            if not flight.num_waiting and not flight.task.done():
+                flight.task.cancel()
+                self._landed(key, flight.task)  # one who comes now starts another
+
+    def _landed(self, key: bytes, task: "asyncio.Task[Source]") -> None:
+        if key in self._flights and self._flights[key].task is task:
+            del self._flights[key]
+        if task.done() and not task.cancelled():
+            task.exception()  # else a fault that nobody waits for any more would be logged
 
     async def _fly(self, key: bytes, instruction: str | None, pairs: Pairs) -> Source:
         make: Callable[[Ship, str | None, Pairs], Source] = _of_text
         if pairs:
             make = _read if _reads(self.room.ship, instruction, pairs) else _induced
-        try:
-            source = await self.room.call(
-                lambda ship: make(ship, instruction, pairs), is_short=make is not _induced
-            )
-        finally:
-            del self._flights[key]
+        source = await self.room.call(
+            lambda ship: make(ship, instruction, pairs), is_short=make is not _induced
+        )
         self.room.metrics.made.inc()
         self._keep(key, source)
         return source
@@ -200,7 +222,8 @@ class Adapters:
             raise RequestError(
                 400, "instruction: is missing; give that, or examples", "instruction"
             )
-        source = await self.make(instruction, examples)
+        with naming_fields(instruction="instruction", example="examples"):
+            source = await self.make(instruction, examples)
         self._check_name(name)  # somebody may have been faster
         self._named[name] = _Registered(source)
         return self._card_of(name)

@@ -6,11 +6,10 @@
 Whoever serves the application starts the room and closes it.
 """
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,8 +27,9 @@ from ship_ds.inference import checks
 from ship_ds.serving.adapters import Adapters
 from ship_ds.serving.answers import ChatShape, Shape, events, whole
 from ship_ds.serving.decoding import Piece, Sampling, Source
-from ship_ds.serving.errors import RequestError
-from ship_ds.serving.guard import CLIENT_GONE, Guard
+from ship_ds.serving.errors import RequestError, naming_fields
+from ship_ds.serving.guard import Guard
+from ship_ds.serving.leaving import CLIENT_GONE, ClientGoneError, unless_gone
 from ship_ds.serving.metrics import CONTENT_TYPE_LATEST
 from ship_ds.serving.page import page_router
 from ship_ds.serving.protocol import (
@@ -43,7 +43,6 @@ from ship_ds.serving.protocol import (
 )
 from ship_ds.serving.room import Question, Room, Writing
 
-Result = TypeVar("Result")
 _MOST_NAMED_FIELDS = 100
 """Fields that the log names: a client can make up any number."""
 
@@ -109,6 +108,10 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         return error.response()
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(UserError)
     async def unreadable(request: Request, error: UserError) -> Response:
@@ -189,8 +192,7 @@ class _Routes:
         """Give the adapter of an instruction, or of examples, a name."""
         self._notice(asked)
         made = self.adapters.register(asked.lora_name, asked.instruction, asked.examples)
-        card = await _unless_gone(request, made)
-        return _gone() if card is None else JSONResponse(card)
+        return JSONResponse(await unless_gone(request, made))
 
     async def unload(self, asked: UnloadRequest) -> dict[str, str]:
         """Take a name away."""
@@ -209,10 +211,9 @@ class _Routes:
             asked.max_tokens,
             None,
             lambda ship, source: [
-                _ids(ship, source, f"prompt {number}", text)
-                for number, text in enumerate(asked.prompts, start=1)
+                _ids(ship, source, what, text) for what, text in asked.named_prompts
             ],
-            len(asked.prompts),
+            len(asked.named_prompts),
         )
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
@@ -280,20 +281,16 @@ class _Routes:
             ]
 
         begun = self._begin(asked, instruction, questions, since)
-        started = await _unless_gone(request, begun)
-        if started is None:
-            return _gone()
-        source, writing, pieces, first = started
+        source, writing, pieces, first = await unless_gone(request, begun)
         words = shape(asked.model, source, self.room.ship.digest)
         if asked.stream:
             options = asked.stream_options
             told = events(first, pieces, writing, words, bool(options and options.include_usage))
             return _Stream(told, writing)
         try:
-            body = await _unless_gone(request, whole(first, pieces, writing, words))
+            return JSONResponse(await unless_gone(request, whole(first, pieces, writing, words)))
         finally:
             writing.cancel()
-        return _gone() if body is None else JSONResponse(body)
 
     async def _begin(
         self,
@@ -391,13 +388,14 @@ def _ids(
 ) -> Sequence[int]:
     """A prompt, in the run's own format."""
     model = ship.model
-    checks.check_text(model.prompts, text, what)
-    if source.latent_1Z is not None:
-        return model.question(text, source.instruction)
-    if turns is None:
-        return model.prompts.task_prompt(text)
-    for stated in (turns.system or "", *(one for shot in turns.shots for one in shot)):
-        checks.check_text(model.prompts, stated, what)
+    with naming_fields(prompt="prompt", message="messages"):
+        checks.check_text(model.prompts, text, what)
+        if source.latent_1Z is not None:
+            return model.question(text, source.instruction)
+        if turns is None:
+            return model.prompts.task_prompt(text)
+        for stated in (turns.system or "", *(one for shot in turns.shots for one in shot)):
+            checks.check_text(model.prompts, stated, what)
     return model.prompts.task_prompt(text, turns.system, [Example(x, y) for x, y in turns.shots])
 
 
@@ -426,27 +424,3 @@ def _fitting(
             code="context_length_exceeded",
         )
     return replace(sampling, max_new_tokens=limit - num_read)
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """What `work` returns; None, and its cancellation, where the client goes away before."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        return None
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _gone() -> Response:
-    return Response(status_code=CLIENT_GONE)

@@ -4,9 +4,14 @@
            "param": "model", "code": "model_not_found"}}
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.responses import JSONResponse
+
+from ship_ds.errors import UserError
 
 _TYPES = {
     401: "authentication_error",
@@ -58,3 +63,32 @@ class RequestError(Exception):
         """The same as a response."""
         headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
         return JSONResponse(self.body(), self.status, headers.get(self.status))
+
+
+_PLACE = re.compile(r"([a-z_.]+)(?: (\d+)(?:, (input|target))?)?( and \d+)?(?:: | with )")
+"""How a line of ours begins that names what is wrong: "example 2, target: ...", "input 1 with an
+answer of 12 tokens: ...", "examples 1 and 2: ...", "instruction: ..."."""
+
+
+@contextmanager
+def naming_fields(**fields: str) -> Iterator[None]:
+    """Whoever asks for something wrong in here is told which of his fields it is in.
+
+    Args:
+        fields: What our own lines call a thing, without the s of several, to the field that a
+            request has it in: `naming_fields(example="ship_examples")`.
+
+    Raises:
+        RequestError: 400, in place of a UserError that begins with one of these.
+    """
+    try:
+        yield
+    except UserError as error:
+        place = _PLACE.match(str(error))
+        name = place and (fields.get(place[1]) or fields.get(place[1].removesuffix("s")))
+        if place is None or name is None:
+            raise
+        param = name
+        if place[2] and not place[4]:
+            param += f"[{int(place[2]) - 1}]" + (f".{place[3]}" if place[3] else "")
+        raise RequestError(400, str(error), param) from None

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ship_ds.serving.errors import RequestError
+from ship_ds.serving.leaving import CLIENT_GONE
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
 
@@ -23,8 +24,6 @@ UPLOAD_PATHS = ("/ship/v1/explain",)
 """What takes an adapter: a larger body than the others, and one at a time."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Names of this machine, in a URL."""
-CLIENT_GONE = 499
-"""nginx's status of a request whose client left; nobody reads it but the metrics."""
 
 
 class Guard:

@@ -10,7 +10,8 @@
     POST /ship/v1/export         instruction -> its PEFT folder as a zip
 
 A stream has lines of progress, {"progress": "..."}, then {"result": ...} or an error, each a
-server-sent event; a client that goes away ends the work at its next line of progress.
+server-sent event; a client that goes away ends the work at its next pass through the Task LLM or
+line of progress.
 
 Nothing that a client sends is a name of a file: uploads and exports are in a folder of their own in
 the system's temporary one, for this user alone, which is gone before the answer is sent.
@@ -32,10 +33,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
-from ship_ds.api import Candidate, Explained, Explanation, Induction, Ship
+from ship_ds.api import Candidate, Explained, Explanation, Ship
 from ship_ds.console import Log
 from ship_ds.console import log as log_to_console
 from ship_ds.errors import UserError
@@ -43,7 +46,8 @@ from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request, slug
 from ship_ds.lora_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ship_ds.model.adapters.adapter import Hypernetwork
-from ship_ds.serving.errors import RequestError
+from ship_ds.serving.errors import RequestError, naming_fields
+from ship_ds.serving.leaving import unless_gone
 from ship_ds.serving.protocol import Examples, Text
 from ship_ds.serving.room import Room
 
@@ -294,30 +298,31 @@ def _add_questions(router: APIRouter, room: Room, name: str) -> None:
         )
 
     @router.get("/ship/v1/map")
-    async def map_of_latents() -> MapAnswer:
-        plane = await room.call(planes.of)
+    async def map_of_latents(request: HttpRequest) -> MapAnswer:
+        plane = await unless_gone(request, room.call(planes.of))
         if plane is None:
             return MapAnswer(points=[], explained=0.0)
         points = [PointAnswer(instruction=text, x=x, y=y) for text, x, y in plane.points]
         return MapAnswer(points=points, explained=plane.explained)
 
     @router.post("/ship/v1/describe")
-    async def describe(asked: InstructionAsked) -> DescriptionAnswer:
+    async def describe(asked: InstructionAsked, request: HttpRequest) -> DescriptionAnswer:
         # Short once bank and plane are there.
-        return await room.call(
+        described = room.call(
             lambda ship: _description(ship, asked.instruction, planes), is_short=planes.made
         )
+        return await unless_gone(request, described)
 
     @router.post("/ship/v1/confidence")
-    async def confidence(asked: ConfidenceAsked) -> ConfidenceAnswer:
-        return await room.call(lambda ship: _confidence(ship, asked))
+    async def confidence(asked: ConfidenceAsked, request: HttpRequest) -> ConfidenceAnswer:
+        return await unless_gone(request, room.call(lambda ship: _confidence(ship, asked)))
 
 
 def _add_jobs(router: APIRouter, room: Room) -> None:
     @router.post("/ship/v1/induce")
     async def induce(asked: InductionAsked) -> Response:
         pairs = [(one.input, one.target) for one in asked.examples]
-        return await _events(room, lambda ship, log: _induction(ship.induce(pairs, log=log)))
+        return await _events(room, lambda ship, log: _induction(ship, pairs, log))
 
     @router.post("/ship/v1/explain")
     async def explain(asked: ExplanationAsked) -> Response:
@@ -328,14 +333,14 @@ def _add_jobs(router: APIRouter, room: Room) -> None:
         }
         # Emptied at the end: a call that is taken back waits in the room's queue for its turn.
         return await _events(
-            room, lambda ship, log: explain_adapter(ship, files, inputs, log), files.clear
+            room, lambda ship, log: _explanation(ship, files, inputs, log), files.clear
         )
 
     @router.post(
         "/ship/v1/export", response_class=Response, responses={200: {"content": {_ZIP: {}}}}
     )
-    async def export(asked: InstructionAsked) -> Response:
-        file = await room.call(lambda ship: _export(ship, asked.instruction))
+    async def export(asked: InstructionAsked, request: HttpRequest) -> Response:
+        file = await unless_gone(request, room.call(lambda ship: _export(ship, asked.instruction)))
         headers = {"Content-Disposition": 'attachment; filename="adapter.zip"'}
         return StreamingResponse(_pieces(file), media_type=_ZIP, headers=headers)
 
@@ -356,7 +361,8 @@ def _run(ship: Ship, name: str, most_new_tokens: int) -> RunAnswer:
 
 
 def _description(ship: Ship, instruction: str, planes: _Planes) -> DescriptionAnswer:
-    latent = ship.encode(instruction)
+    with naming_fields(instruction="instruction"):
+        latent = ship.encode(instruction)
     familiarity, plane = ship.familiarity(instruction), planes.of(ship)
     nearest = ship.nearest_known(latent) if ship.known else []
     return DescriptionAnswer(
@@ -369,7 +375,8 @@ def _description(ship: Ship, instruction: str, planes: _Planes) -> DescriptionAn
 
 
 def _confidence(ship: Ship, asked: ConfidenceAsked) -> ConfidenceAnswer:
-    found = ship.confidence(asked.instruction, asked.inputs)
+    with naming_fields(instruction="instruction", input="inputs"):
+        found = ship.confidence(asked.instruction, asked.inputs)
     return ConfidenceAnswer(
         agreement=found.agreement,
         by_input=list(found.by_input),
@@ -379,7 +386,9 @@ def _confidence(ship: Ship, asked: ConfidenceAsked) -> ConfidenceAnswer:
     )
 
 
-def _induction(found: Induction) -> InductionAnswer:
+def _induction(ship: Ship, pairs: Sequence[tuple[str, str]], log: Log) -> InductionAnswer:
+    with naming_fields(example="examples"):
+        found = ship.induce(pairs, log=log)
     return InductionAnswer(
         num_examples=found.num_examples,
         candidates=[_candidate(one) for one in found.candidates[:_NUM_CANDIDATES]],
@@ -429,10 +438,21 @@ def explain_adapter(
             raise UserError(
                 str(error).replace(f"{folder}/", "").replace(str(folder), "it")
             ) from None
-    return _explanation(found)
+    return _answer(found)
 
 
-def _explanation(found: Explanation) -> ExplanationAnswer:
+_NAMED_FILES = {ADAPTER_CONFIG: "config", ADAPTER_WEIGHTS: "weights"}
+
+
+def _explanation(
+    ship: Ship, files: Mapping[str, bytes], inputs: Sequence[str], log: Log
+) -> ExplanationAnswer:
+    """The same, with a request's names for what is wrong."""
+    with naming_fields(**_NAMED_FILES, input="inputs"):
+        return explain_adapter(ship, files, inputs, log)
+
+
+def _answer(found: Explanation) -> ExplanationAnswer:
     def evidence(one: Explained) -> EvidenceAnswer:
         same = f"{one.same} of {len(found.inputs)}"
         origin = ", ".join(one.sources)
@@ -463,7 +483,8 @@ _ZIP = "application/zip"
 def _export(ship: Ship, instruction: str) -> IO[bytes]:
     """The instruction's PEFT folder, proved, as a zip in a file without a name, which is gone when
     it is closed."""
-    confidence = ship.confidence(instruction)
+    with naming_fields(instruction="instruction"):
+        confidence = ship.confidence(instruction)
     request = Request("adapter", instruction, confidence=confidence.summary())
     with tempfile.TemporaryDirectory(prefix="ship-ds-") as outer:
         folder = Path(outer) / "adapter"
@@ -513,11 +534,31 @@ async def _events(
     await asyncio.wait({task}, timeout=_SECONDS_BEFORE_A_STREAM)
     if task.done() and (error := task.exception()):
         raise error
-    return StreamingResponse(_told(task, lines, gone), media_type="text/event-stream")
+    return _Events(task, lines, gone)
+
+
+class _Events(StreamingResponse):
+    """What is told of a task. However it ends, and even where it never began, nobody works on."""
+
+    def __init__(
+        self,
+        task: "asyncio.Future[BaseModel]",
+        lines: "asyncio.Queue[str]",
+        gone: threading.Event,
+    ) -> None:
+        super().__init__(_told(task, lines), media_type="text/event-stream")
+        self.task, self.gone = task, gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.gone.set()
+            self.task.cancel()
 
 
 async def _told(
-    task: "asyncio.Future[BaseModel]", lines: "asyncio.Queue[str]", gone: threading.Event
+    task: "asyncio.Future[BaseModel]", lines: "asyncio.Queue[str]"
 ) -> AsyncIterator[str]:
     waiting: asyncio.Future[str] | None = None
     try:
@@ -543,8 +584,6 @@ async def _told(
         log_to_console(f"serve: {type(error).__name__} in a stream: {error}")
         yield _event(RequestError(500, "a fault of the server; its log has more").body())
     finally:
-        gone.set()
-        task.cancel()
         if waiting is not None:
             waiting.cancel()
 

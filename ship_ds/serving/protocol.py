@@ -132,9 +132,11 @@ class CompletionRequest(Writes):
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
-    def prompts(self) -> list[str]:
-        """The inputs."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+    def named_prompts(self) -> list[tuple[str, str]]:
+        """The inputs, each with what an error calls it."""
+        if isinstance(self.prompt, str):
+            return [("prompt", self.prompt)]
+        return [(f"prompt {number}", text) for number, text in enumerate(self.prompt, start=1)]
 
 
 class TextPart(BaseModel):

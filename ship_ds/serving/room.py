@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Condition, Thread, current_thread
+from threading import Condition, Event, Thread, current_thread
 from typing import TypeVar
 
 from ship_ds.api import Ship
@@ -36,6 +36,10 @@ _TEXTS_REMEMBERED = 256
 
 class _ClosedError(BaseException):
     """The room has closed. No `except Exception` of what is running keeps it."""
+
+
+class _LeftError(BaseException):
+    """Nobody waits any more for what is running."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,8 @@ class Room:
         self._long: deque[Callable[[], None]] = deque()
         self._arrived = Condition()
         self._is_turning = self._is_closed = False
+        self._left: Event | None = None
+        """Whether the caller of the long function that runs has left."""
         # Asked for when they are read: a number that was set may be older than another thread's.
         self.metrics.waiting.set_function(lambda: self.num_waiting)
         self.metrics.running.set_function(lambda: self.decoder.num_running)
@@ -159,8 +165,8 @@ class Room:
     async def call(self, function: Callable[[Ship], Result], *, is_short: bool = False) -> Result:
         """What `function(ship)` returns, or raises, on the thread that owns the model.
 
-        A caller that is cancelled before its turn takes the function back; one that is running
-        goes on to its end.
+        A caller that is cancelled before its turn takes the function back. A long function that is
+        running then ends at its next pass through the Task LLM, a short one at its end.
 
         Args:
             function: Gets the run. The answers that are being written go on before each pass that
@@ -173,15 +179,22 @@ class Room:
         if self.num_waiting >= self.limits.max_waiting:
             raise RequestError(429, f"{self.num_waiting} requests are waiting already: try later")
         future: Future[Result] = Future()
+        left = Event()
 
         def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(self.ship))
-                except _ClosedError:
-                    future.set_exception(RequestError(503, "the server ends"))
-                except BaseException as error:
-                    future.set_exception(error)
+            if not future.set_running_or_notify_cancel():
+                return
+            if not is_short:
+                self._left = left
+            try:
+                future.set_result(function(self.ship))
+            except _ClosedError:
+                future.set_exception(RequestError(503, "the server ends"))
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                if not is_short:
+                    self._left = None
 
         self._num_calls += 1
         with self._arrived:
@@ -199,6 +212,7 @@ class Room:
             ) from None
         finally:
             timer.cancel()
+            left.set()
             self._num_calls -= 1
             with suppress(ValueError):  # or those who left would fill the queue
                 (self._short if is_short else self._long).remove(run)
@@ -242,6 +256,8 @@ class Room:
             return
         if self._is_closed:
             raise _ClosedError
+        if self._left is not None and self._left.is_set():
+            raise _LeftError
         self._is_turning = True
         try:
             until = time.monotonic() + _CALLS_BEFORE_A_TOKEN

@@ -1,8 +1,12 @@
 """What a client is told when it asks what cannot be: each status, its body, the client's class."""
 
 import asyncio
+import contextlib
 import http.client
 import json
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,9 +19,10 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from ship_ds.api import Ship
+from ship_ds.errors import UserError
 from ship_ds.serving.app import _fitting
 from ship_ds.serving.decoding import Sampling, Source
-from ship_ds.serving.errors import RequestError
+from ship_ds.serving.errors import RequestError, naming_fields
 from ship_ds.serving.guard import Guard
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
@@ -188,6 +193,95 @@ def test_a_body_that_never_comes_is_not_waited_for(serve: Serve) -> None:
     connection.putheader("Content-Length", "10")
     connection.endheaders(b"{")
     assert connection.getresponse().status == 408
+
+
+def connected(served: Served) -> socket.socket:
+    host, port = urlsplit(served.url).netloc.split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_a_connection_that_asks_nothing_is_closed_and_they_are_counted(serve: Serve) -> None:
+    served = serve(Limits(max_connections=3, head_seconds=0.7))
+    since = time.monotonic()
+    with contextlib.ExitStack() as open_ones:
+        idle = [open_ones.enter_context(connected(served)) for _ in range(3)]
+        refused = open_ones.enter_context(connected(served))
+        head, _, body = refused.makefile("rb").read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(body)["error"]["code"] == "overloaded"
+        # A head that comes byte by byte wins no time.
+        with contextlib.suppress(OSError):
+            for letter in b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 1000:
+                idle[0].send(bytes([letter]))
+                time.sleep(0.02)
+        for one in idle:
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(1) == b""
+    assert time.monotonic() - since < 10
+    assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_a_connection_that_waits_for_its_answer_is_kept(serve: Serve) -> None:
+    served, go_on = serve(Limits(head_seconds=0.3)), threading.Event()
+    holding = threading.Thread(
+        target=asyncio.run, args=(served.room.call(lambda ship: go_on.wait(30)),)
+    )
+    holding.start()
+    threading.Timer(1.5, go_on.set).start()
+    connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)
+    connection.request("GET", "/ship/v1/run")
+    assert connection.getresponse().read().startswith(b"{")
+    holding.join()
+    # Its next request may come for as long again, and no longer.
+    held = connection.sock
+    held.sendall(b"GET /health HTTP/1.1\r\n")
+    assert held.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"model": "ship:qwerty", "messages": USER}, "model"),
+        (CHAT, {"model": "ship", "messages": [{"role": "system", "content": "zx"}, *USER]},
+         "messages"),
+        (CHAT, {"model": "ship:add 2", "messages": [{"role": "user", "content": "zx"}]},
+         "messages"),
+        (CHAT, {"model": BASE, "messages": [{"role": "system", "content": "zx"}, *USER]},
+         "messages"),
+        (COMPLETIONS, {"model": "ship:add 2", "prompt": "zx"}, "prompt"),
+        (COMPLETIONS, {"model": BASE, "prompt": ["3 7", "zx"]}, "prompt[1]"),
+        (COMPLETIONS, {"model": "ship", "prompt": "3 7",
+                       "ship_examples": [{"input": "3", "target": "5"},
+                                         {"input": "3", "target": "zx"}]},
+         "ship_examples[1].target"),
+        (COMPLETIONS, {"model": "ship", "prompt": "3 7",
+                       "ship_examples": [{"input": "3", "target": "5"},
+                                         {"input": "3", "target": "6"}]}, "ship_examples"),
+        ("/v1/load_lora_adapter", {"lora_name": "a", "instruction": "zx"}, "instruction"),
+        ("/v1/load_lora_adapter", {"lora_name": "a", "examples": [{"input": "z", "target": "5"}]},
+         "examples[0].input"),
+        ("/ship/v1/describe", {"instruction": "zx"}, "instruction"),
+        ("/ship/v1/confidence", {"instruction": "zx", "inputs": ["1"]}, "instruction"),
+        ("/ship/v1/confidence", {"instruction": "add 2", "inputs": ["1", "zx"]}, "inputs[1]"),
+        ("/ship/v1/confidence", {"instruction": "add 2", "inputs": ["1 " * 3000]}, "inputs[0]"),
+        ("/ship/v1/induce", {"examples": [{"input": "zx", "target": "5"}]}, "examples[0].input"),
+        ("/ship/v1/export", {"instruction": "zx"}, "instruction"),
+    ],
+)  # fmt: skip
+def test_what_the_model_cannot_read_is_in_the_field_that_is_named(
+    served: Served, path: str, body: dict[str, Any], param: str
+) -> None:
+    response = post(served, path, body)
+    assert (response.status_code, error_of(response)["param"]) == (400, param), response.text
+
+
+def test_a_line_about_something_else_names_no_field() -> None:
+    for line in ("explain: this run has no reader", "add 2", "input 1", "a: b"):
+        with pytest.raises(UserError, match=line), naming_fields(input="inputs"):
+            raise UserError(line)
+    with pytest.raises(RequestError) as named, naming_fields(**{"a.safetensors": "weights"}):
+        raise UserError("a.safetensors: is cut short")
+    assert named.value.param == "weights"
 
 
 def test_a_key_is_asked_for_everywhere_but_at_the_door(serve: Serve) -> None:

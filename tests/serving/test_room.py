@@ -9,14 +9,16 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ship_ds.api import Ship
 from ship_ds.serving.decoding import Sampling, Source
 from ship_ds.serving.errors import RequestError
-from ship_ds.serving.page import _told
+from ship_ds.serving.page import _Events
+from ship_ds.serving.protocol import ShipExample
 from ship_ds.serving.room import Question, Room, Writing
 from ship_ds.serving.server import Server, address, listening
+from tests.serving.conftest import Serve
 
 
 @pytest.mark.parametrize("queue", ["_short", "_long"])
@@ -100,15 +102,138 @@ def test_a_stream_that_the_end_cuts_off_is_no_traceback(
     assert "graceful shutdown exceeded" in said and "Traceback" not in said
 
 
-def test_a_client_that_leaves_a_stream_leaves_no_task() -> None:
+@pytest.mark.parametrize("begins", [True, False], ids=["in the stream", "before it"])
+def test_a_client_that_leaves_a_stream_leaves_no_task(begins: bool) -> None:
     async def leave() -> None:
         task: asyncio.Future[Any] = asyncio.ensure_future(asyncio.Event().wait())
-        told = _told(task, asyncio.Queue(), threading.Event())
-        assert await anext(told) == ": \n\n"
-        listening = asyncio.ensure_future(anext(told))
-        await asyncio.sleep(0.05)
-        listening.cancel()
-        await asyncio.gather(listening, task, return_exceptions=True)
+        gone, told = threading.Event(), asyncio.Event()
+
+        async def receive() -> Message:
+            if begins:
+                await told.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if not begins:
+                await asyncio.Event().wait()
+            if message.get("body"):
+                told.set()
+
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        await _Events(task, asyncio.Queue(), gone)(scope, receive, send)
+        await asyncio.wait([task], timeout=10)
+        assert task.cancelled() and gone.is_set() and told.is_set() == begins
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(leave())
+
+
+def test_a_long_call_ends_as_its_caller_leaves(ship: Ship) -> None:
+    """At its next pass; the room goes on with the next one."""
+    room = Room(ship)
+    begun, ended = threading.Event(), threading.Event()
+
+    def endless(ship: Ship) -> None:
+        begun.set()
+        try:
+            while True:
+                room._turn()
+        finally:
+            ended.set()
+
+    async def call_and_leave() -> None:
+        calling = asyncio.ensure_future(room.call(endless))
+        await asyncio.to_thread(begun.wait)
+        assert await room.call(lambda ship: 1, is_short=True) == 1
+        assert not ended.is_set()
+        calling.cancel()
+        assert await asyncio.wait_for(room.call(lambda ship: 2), 10) == 2
+        assert ended.is_set() and room.num_waiting == 0
+
+    room.start()
+    try:
+        asyncio.run(call_and_leave())
+    finally:
+        room.close()
+
+
+PAGE_CALLS = [
+    ("GET", "/ship/v1/map", None),
+    ("POST", "/ship/v1/describe", {"instruction": "add 2"}),
+    ("POST", "/ship/v1/confidence", {"instruction": "add 2", "inputs": ["3 7"]}),
+    ("POST", "/ship/v1/export", {"instruction": "add 2"}),
+    ("POST", "/ship/v1/induce", {"examples": [{"input": "3", "target": "5"}]}),
+    (
+        "POST",
+        "/v1/completions",
+        {"model": "ship", "prompt": "3", "ship_examples": [{"input": "3", "target": "5"}]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), PAGE_CALLS, ids=lambda value: str(value)[:20])
+def test_who_leaves_the_queue_leaves_no_place_in_it(
+    serve: Serve, method: str, path: str, body: object
+) -> None:
+    served, go_on, begun = serve(), threading.Event(), threading.Event()
+
+    def held(ship: Ship) -> None:
+        begun.set()
+        go_on.wait(60)
+
+    holding = threading.Thread(target=asyncio.run, args=(served.room.call(held),))
+    holding.start()
+    try:
+        assert begun.wait(30)
+        with pytest.raises(httpx.ReadTimeout):  # and closes the connection
+            timeout = httpx.Timeout(30, read=0.5)
+            with httpx.stream(method, served.url + path, json=body, timeout=timeout) as answer:
+                for _ in answer.iter_bytes():
+                    pass
+        assert eventually(lambda: served.room.num_waiting == 1), "its place is kept"
+    finally:
+        go_on.set()
+        holding.join()
+    assert eventually(lambda: served.room.num_waiting == 0)
+    assert not served.app.state.adapters._flights
+
+
+def eventually(is_so: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 10
+    while time.monotonic() < until and not is_so():
+        time.sleep(0.02)
+    return is_so()
+
+
+def test_what_several_wait_for_ends_with_the_last_of_them(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve()
+    room, adapters = served.room, served.app.state.adapters
+    begun, ended = threading.Event(), threading.Event()
+
+    def endless(pairs: object) -> None:
+        begun.set()
+        try:
+            while True:
+                room._turn()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(room.ship, "induce", endless)
+    examples = [ShipExample(input="3", target="5")]
+
+    async def come_and_leave() -> None:
+        tasks = [asyncio.ensure_future(adapters.make(None, examples)) for _ in range(2)]
+        await asyncio.to_thread(begun.wait)
+        tasks[0].cancel()
+        await asyncio.gather(tasks[0], return_exceptions=True)
+        await asyncio.sleep(0.1)
+        assert not ended.is_set() and len(adapters._flights) == 1
+        tasks[1].cancel()
+        await asyncio.gather(tasks[1], return_exceptions=True)
+        assert not adapters._flights  # who comes now is not handed what is being cancelled
+        assert await asyncio.to_thread(ended.wait, 10)
+
+    asyncio.run(come_and_leave())
+    assert eventually(lambda: room.num_waiting == 0)
