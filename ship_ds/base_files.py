@@ -28,6 +28,11 @@ _TOKENIZER_FILES = (
 _BESIDE = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _OWN_DEFAULTS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers that have no special tokens but those of their files."""
+ENCODER_DECODERS = {"t5"}
+"""Model types that read with one stack and write with another, and have a language model here. A
+plugin that brings one of its own adds its type."""
+_ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification")
+"""Architectures of T5 whose files lack the stack that writes."""
 _READS_QUANTISED = ("bitsandbytes",)
 """Ways to quantise whose weights are read here."""
 _MOST_SCANNED = 2_000_000_000
@@ -67,12 +72,44 @@ def check_settings(folder: Path) -> None:
             else "install a transformers that knows it"
         )
         raise UserError(f"{path}: model_type {kind!r} is not known to this transformers: {needs}")
+    _check_stacks(path, settings)
     method = quantised_by(settings)
     if method is not None and method not in _READS_QUANTISED:
         raise UserError(
             f"{path}: the weights are quantised already ({method}), which is not read here: give "
             "the model's 16-bit weights, and quantise by model.task_llm.quantisation=nf4"
         )
+
+
+def _check_stacks(path: Path, settings: Mapping[str, Any]) -> None:
+    kind = settings["model_type"]
+    if settings.get("is_encoder_decoder") and kind not in ENCODER_DECODERS:
+        raise UserError(
+            f"{path}: a {kind} is an encoder-decoder, and of those only "
+            f"{', '.join(sorted(ENCODER_DECODERS))} can be a base: give one of these, or a "
+            "decoder-only model"
+        )
+    named = settings.get("architectures")
+    lacking = [one for one in named if one in _ONE_STACK] if isinstance(named, list) else []
+    if lacking:
+        raise UserError(
+            f"{path}: a {lacking[0]} has no stack that writes; give the folder of a "
+            "T5ForConditionalGeneration"
+        )
+
+
+def encoder_decoder(folder: Path) -> str | None:
+    """The model type of a folder whose model reads with one stack and writes with another; None for
+    any other model."""
+    kind = read_json_object(folder / "config.json").get("model_type")
+    return kind if kind in ENCODER_DECODERS else None
+
+
+def linears_of_t5(folder: Path) -> set[str]:
+    """Last names of the linears in the blocks of a T5."""
+    settings = read_json_object(folder / "config.json")
+    is_gated = str(settings.get("feed_forward_proj", "relu")).startswith("gated")
+    return {"q", "k", "v", "o", "wo"} | ({"wi_0", "wi_1"} if is_gated else {"wi"})
 
 
 def quantised_by(settings: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,8 @@
 """Adapter folders in the layout of `peft`, and what can be done to a LoRA on disk: pad it, add
 several, compress it.
 
-    FOLDER/adapter_config.json           peft's own LoraConfig or PromptTuningConfig
+    FOLDER/adapter_config.json           peft's own LoraConfig or PromptTuningConfig, for a causal
+                                         LM or one of two stacks
     FOLDER/adapter_model.safetensors     base_model.model.<module path>.lora_A.weight (R, I)
                                          base_model.model.<module path>.lora_B.weight (O, R)
                                          and, of a DoRA,
@@ -153,13 +154,14 @@ def compressed(lora: Lora, rank: int) -> tuple[Lora, float]:
     return Lora(factors, lora.scaling), math.sqrt(lost / whole) if whole else 0.0
 
 
-def write_lora(folder: Path, lora: Lora, base: str) -> None:
+def write_lora(folder: Path, lora: Lora, base: str, settings: Any = None) -> None:
     """Write the two files of a LoRA into an existing folder.
 
     Args:
         folder: Where to.
         lora: Written in its own dtype.
         base: The base model's folder, as the config names it.
+        settings: The base model's transformers config; None: that of a causal LM.
     """
     from peft import LoraConfig
 
@@ -170,7 +172,7 @@ def write_lora(folder: Path, lora: Lora, base: str) -> None:
     _write_tensors(folder, tensors)
     alpha = lora.scaling * lora.rank
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=_task_type(settings),
         base_model_name_or_path=base,
         inference_mode=True,
         r=lora.rank,
@@ -194,7 +196,7 @@ def write_soft_prompt(folder: Path, prompt_PH: Tensor, base: str, settings: Any)
 
     _write_tensors(folder, {"prompt_embeddings": prompt_PH})
     PromptTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=_task_type(settings),
         base_model_name_or_path=base,
         inference_mode=True,
         num_virtual_tokens=prompt_PH.shape[0],
@@ -222,7 +224,7 @@ def write_prefix(folder: Path, states: Sequence[Tensor], base: str, settings: An
     rows = torch.cat([one.permute(2, 0, 1, 3).flatten(1) for one in states], 1)
     _write_tensors(folder, {"prompt_embeddings": rows.contiguous()})
     PrefixTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=_task_type(settings),
         base_model_name_or_path=base,
         inference_mode=True,
         num_virtual_tokens=length,
@@ -232,6 +234,11 @@ def write_prefix(folder: Path, states: Sequence[Tensor], base: str, settings: An
         num_attention_heads=num_heads,
         num_layers=settings.num_hidden_layers,
     ).save_pretrained(str(folder))
+
+
+def _task_type(settings: Any) -> str:
+    """As `peft` calls what a base is for: of two stacks it is told both's tokens."""
+    return "SEQ_2_SEQ_LM" if getattr(settings, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,8 @@ _MARK = "\x00"
 _SHORT = Repr()
 _SHORT.maxstring = 80
 _PLAIN_TEMPLATE = (f"{_MARK}\n", "\n")
-"""Before and after the user's text for a base model without a chat template."""
+"""Before and after the user's text for a base model without a chat template; after it the end of
+sequence where another stack writes the answer."""
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
@@ -83,6 +84,7 @@ class PromptFormat:
         ends: tokens by which the base's own answers end, such as Gemma's <end_of_turn>, which its
             generation_config.json names and its tokenizer does not; SHIP's end by `eos_id`.
         vocabulary_size: of the base's embeddings; None: as large as it has to be.
+        ends_prompts: what is read ends by itself, as T5 was trained to read, and is not continued.
 
     Raises:
         UserError: the tokenizer has no end-of-sequence token, so that answers could never end; or
@@ -96,6 +98,7 @@ class PromptFormat:
         system_message: str | None = None,
         ends: Collection[int] = (),
         vocabulary_size: int | None = None,
+        ends_prompts: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -115,6 +118,7 @@ class PromptFormat:
         self.pad_id = _pad_id(tokenizer, self.eos_id, vocabulary_size)
         self._specials = _special_texts(tokenizer)
         self._controls = _control_ids(tokenizer, {self.eos_id, *self.other_ends})
+        self._end = str(tokenizer.eos_token) if ends_prompts else _PLAIN_TEMPLATE[1]
         self.before, self.after = self._split_template(system_message)
         self._known: Mapping[str, tuple[int, ...]] = {}
         self._ids = lru_cache(maxsize=1 << 18)(self._tokenise)
@@ -125,7 +129,7 @@ class PromptFormat:
             if system_message is not None:
                 raise self._refused("there is none for model.system_message", "leave that out")
             bos = self.tokenizer.bos_token or ""
-            return bos + _PLAIN_TEMPLATE[0].split(_MARK)[0], _PLAIN_TEMPLATE[1]
+            return bos + _PLAIN_TEMPLATE[0].split(_MARK)[0], self._end
         turns = [{"role": "user", "content": _MARK}]
         if system_message is not None:
             turns.insert(0, {"role": "system", "content": system_message})

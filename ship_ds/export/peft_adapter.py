@@ -136,8 +136,8 @@ class Exporter:
 
 
 def live_logits(ship: Ship, adapter: Adapter, ids: Sequence[int]) -> Tensor:
-    """Logits (S, V) of the hypernetwork's own Task LLM under an adapter of one task, without the
-    places of virtual tokens.
+    """Logits (S, V) of the hypernetwork's own Task LLM under an adapter of one task; see
+    `LanguageModel.logits`.
 
     Args:
         ship: The run.
@@ -147,4 +147,4 @@ def live_logits(ship: Ship, adapter: Adapter, ids: Sequence[int]) -> Tensor:
     virtual = adapter.virtual_tokens()
     num_virtual = 0 if virtual is None else virtual.shape[1]
     batch = TokenBatch.build([ids], None, ship.model.prompts.pad_id, num_virtual, ship.model.device)
-    return ship.model.task_llm.logits(adapter, batch)[0, num_virtual:]
+    return ship.model.task_llm.logits(adapter, batch)[0]

@@ -83,10 +83,16 @@ class PeftBase:
 
 
 def _logits(model: nn.Module, ids: Sequence[int], device: torch.device) -> Tensor:
-    """Those of virtual tokens come first and are left out."""
-    logits_SV: Tensor = model(
-        input_ids=torch.tensor([list(ids)], device=device), use_cache=False
-    ).logits[0]
+    """Those of virtual tokens come first and are left out. A model of two stacks reads the prompt,
+    and is asked for the prompt's own tokens as its answer."""
+    ids_1S = torch.tensor([list(ids)], device=device)
+    tokens = {"input_ids": ids_1S}
+    settings: Any = model.config
+    if settings.is_encoder_decoder:
+        start = settings.decoder_start_token_id
+        start = settings.pad_token_id if start is None else start
+        tokens["decoder_input_ids"] = ids_1S.roll(1, 1).index_fill(1, ids_1S.new_zeros(1), start)
+    logits_SV: Tensor = model(**tokens, use_cache=False).logits[0]
     return logits_SV[-len(ids) :]
 
 

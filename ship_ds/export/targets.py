@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
+from ship_ds.model.language_model import auto_class
 from ship_ds.model.loading import read_settings
 from ship_ds.model.nf4 import Nf4, Pieces, pieces_of, spans
 from ship_ds.tensor_file import TensorFile
@@ -220,7 +220,8 @@ def transposed_names(base: Path) -> frozenset[str]:
 
 def _without_weights(base: Path) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(read_settings(base))
+        settings = read_settings(base)
+        return auto_class(settings).from_config(settings)
 
 
 def _nf4(name: str, weight: Tensor, dtype: torch.dtype, pieces: Pieces) -> Nf4:

@@ -112,7 +112,7 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     for reason in filter(None, map(port.missing, kind.features(config.hypernetwork))):
         raise UserError(reason)
     sites = sites_in_each_block(task_lm, kind.targets(config.hypernetwork))
-    target = Target(sites, port.hidden_size, tuple(port.blocks()), port.key_value_heads)
+    target = Target.of(port, sites)
     borrows = config.backbone == "shared"
     if borrows:
         tuned = _share(task_lm, sites, (config.encoder, config.decoder))

@@ -50,6 +50,7 @@ def resolve(
     dtype: torch.dtype,
     caps_scores: bool = False,
     takes_others: bool = True,
+    goes_by_lengths: bool = True,
 ) -> str:
     """The transformers `attn_implementation` for a model that will run on `device` in `dtype`.
 
@@ -61,10 +62,19 @@ def resolve(
             torch's kernel can do.
         takes_others: transformers' class of the model takes an attention that is not its own
             (GPT-OSS, whose heads have sinks, does not).
+        goes_by_lengths: kernels for variable lengths can run it (T5's, with its bias by distance,
+            they cannot).
 
     Raises:
         UserError: the choice cannot run there.
     """
+    if not goes_by_lengths:
+        if choice in ("varlen", "flash"):
+            raise UserError(
+                f"model.attention={choice}: this model adds a bias to its attention scores, which "
+                "that kernel does not know; set it to auto or sdpa"
+            )
+        return SDPA
     if not takes_others:
         if choice != "auto":
             raise UserError(
@@ -259,6 +269,7 @@ def prepend(
     value: Tensor,
     mask: Tensor | None,
     sliding_window: int | None = None,
+    is_causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values with an adapter's before them, and a mask by which every query sees these, or
     those of them that its row sees.
@@ -268,12 +279,15 @@ def prepend(
         query, key, value: see `sdpa_forward`.
         mask: of the keys there are, boolean or added to the scores; None: causal, within
             `sliding_window`.
+        is_causal: else no mask hides nothing.
     """
     keys, values, seen_EP = prefix
     keys, values = keys.to(key.dtype), values.to(key.dtype)
     length, num_keys = query.shape[2], key.shape[2]
-    if mask is None:
+    if mask is None and is_causal:
         mask = _causal(length, num_keys, sliding_window, query.device)
+    elif mask is None:
+        mask = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=query.device)
     is_boolean = mask.dtype == torch.bool
     if seen_EP is None:
         mask = torch.nn.functional.pad(mask, (keys.shape[2], 0), value=True if is_boolean else 0.0)
@@ -294,6 +308,7 @@ def sdpa_forward(
     scaling: float | None = None,
     ship_prefix: Prefix | None = None,
     ship_rows: RowGroups | None = None,
+    ship_cross_prefix: Prefix | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F).
@@ -301,9 +316,12 @@ def sdpa_forward(
     Args:
         module, query, key, value, attention_mask, dropout, scaling: as transformers gives them.
         ship_prefix: see `prepend`; its rows are the sequences.
+        ship_cross_prefix: that of a block's attention to another stack, in place of ship_prefix.
         ship_rows: where the rows of packed tokens are, which lie as one row, E = 1.
         kwargs: of transformers.
     """
+    if is_cross_attention(module):
+        ship_prefix = ship_cross_prefix
     # A bias by distance (T5's) is for whole rows alone.
     _refuse_unknown(module, kwargs, () if ship_rows is not None else ("position_bias",))
     attention_mask = _none_if_empty(attention_mask, module, ship_rows is not None)
@@ -327,12 +345,28 @@ def sdpa_forward(
         return packed_in_rows(attend, (query, key, value), ship_rows), None
     if ship_prefix is not None:
         key, value, attention_mask = prepend(
-            ship_prefix, query, key, value, attention_mask, kwargs.get("sliding_window")
+            ship_prefix,
+            query,
+            key,
+            value,
+            attention_mask,
+            kwargs.get("sliding_window"),
+            getattr(module, "is_causal", True),
         )
+        if (bias := kwargs.get("position_bias")) is not None:
+            # What has no place among the tokens is at no distance from any.
+            kwargs["position_bias"] = torch.nn.functional.pad(bias, (ship_prefix[0].shape[2], 0))
     out: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, **kwargs
     )
     return out
+
+
+def is_cross_attention(module: nn.Module) -> bool:
+    """Whether a stack that writes meets another one's states here: T5 builds the two attentions of
+    a block alike, but for this."""
+    attention: Any = module
+    return getattr(attention, "is_decoder", False) is True and not attention.is_causal
 
 
 _LONGEST_BY_PRODUCTS = 256
@@ -449,6 +483,7 @@ _CHANGES_NOTHING = {
     "sliding_window",
     "use_cache",
     "ship_prefix",
+    "ship_cross_prefix",
     "ship_rows",
 }
 """What our functions take into account, or what is of no account to them."""

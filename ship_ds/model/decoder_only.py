@@ -140,7 +140,7 @@ class DecoderOnly(LanguageModel):
             else {"inputs_embeds": embeddings_ESH}
         )
         # The rows are padded on the right and causal, so no state sees padding.
-        extra = self.whole_rows(batch) | _under(adapter, checkpointing)
+        extra = self.whole_rows(batch) | under(adapter, checkpointing)
         states: Tensor = self._stack(**tokens, **extra, use_cache=False).last_hidden_state
         return states
 
@@ -148,7 +148,7 @@ class DecoderOnly(LanguageModel):
         self, batch: TokenBatch, adapter: Adapter | None = None, *, checkpointing: bool = False
     ) -> Tensor:
         """See `LanguageModel`."""
-        extra = _under(adapter, checkpointing) | self._end_to_end(batch)
+        extra = under(adapter, checkpointing) | self._end_to_end(batch)
         states: Tensor = self._stack(
             inputs_embeds=self.embed_packed(batch), use_cache=False, **extra
         ).last_hidden_state
@@ -168,7 +168,7 @@ class DecoderOnly(LanguageModel):
         """See `LanguageModel`."""
         if adapter is not None:
             adapter = adapter.over(batch.task_offsets(num_tasks) if packed else None)
-        extra = _under(adapter, checkpointing) | {"use_cache": False}
+        extra = under(adapter, checkpointing) | {"use_cache": False}
         if packed:
             extra |= self._end_to_end(batch)
             hidden = self.embed_packed(batch, soft, instruction)
@@ -188,7 +188,7 @@ class DecoderOnly(LanguageModel):
         and a tied one is the embedding's weight as ever.
         """
         around = copy.copy(self.module)
-        around._modules = {**self.module._modules, self.module.base_model_prefix: _Given()}
+        around._modules = {**self.module._modules, self.module.base_model_prefix: GivenStates()}
         # Not called, but its forward: hooks on the whole model would meet it a second time.
         logits: Tensor = around.forward(inputs_embeds=states_XH[None], use_cache=False).logits
         return logits[0]
@@ -241,9 +241,9 @@ class DecoderOnly(LanguageModel):
     ) -> Tensor:
         """See `LanguageModel`."""
         out: Tensor = self.module(
-            inputs_embeds=self.embed(batch, soft), use_cache=False, **_under(adapter)
+            inputs_embeds=self.embed(batch, soft), use_cache=False, **under(adapter)
         ).logits
-        return out
+        return out[:, batch.num_virtual_tokens :]
 
     def stream(
         self,
@@ -265,11 +265,11 @@ def _hands_on(source: str) -> bool:
     return re.search(r"\*\*\w*kwargs,?\s*\)", body) is not None
 
 
-class _Given(nn.Module):
+class GivenStates(nn.Module):
     """In place of a model's stack: what it is given are the stack's states."""
 
     @property
-    def decoder(self) -> "_Given":
+    def decoder(self) -> "GivenStates":
         """OPT's forward calls its stack by this name."""
         return self
 
@@ -335,7 +335,7 @@ class CachedStream(Stream):
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
-            **_under(self.adapter),
+            **under(self.adapter),
             **attention,
         )
         self.logits_EV = out.logits[:, -1]
@@ -435,10 +435,11 @@ class CachedStream(Stream):
         return self.index([e for e, row in enumerate(rows) if prompts[row] != prompts[e]])
 
 
-def _under(adapter: Adapter | None, checkpointing: bool = False) -> dict[str, Any]:
-    """Stock blocks do not know the arguments, so they are passed where they say something alone."""
-    under: dict[str, Any] = {} if adapter is None else {"ship_adapter": adapter}
-    return under | ({"ship_checkpoint": True} if checkpointing else {})
+def under(adapter: Adapter | None, checkpointing: bool = False) -> dict[str, Any]:
+    """What a stack hands down to `AdaptedBlock`: stock blocks do not know the arguments, so they
+    are passed where they say something alone."""
+    given: dict[str, Any] = {} if adapter is None else {"ship_adapter": adapter}
+    return given | ({"ship_checkpoint": True} if checkpointing else {})
 
 
 def _lengths(ends: Tensor, longest: int) -> dict[str, Any]:

@@ -9,9 +9,9 @@
             blocks    module path            ->   what an adapter wraps
 
 An architecture is one class here, found by the class of its transformers config. `DecoderOnly`
-takes every causal LM whose blocks are a list. Another one is added by
+takes every causal LM whose blocks are a list, `EncoderDecoder` T5. Another one is added by
 
-    LANGUAGE_MODELS[T5Config] = EncoderDecoder
+    LANGUAGE_MODELS[MT5Config] = EncoderDecoder
 
 in a module that SHIP_DS_PLUGINS names (kinds.py). Nobody outside model/ touches `lm`: what depends
 on the architecture stays behind these methods.
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, T5Config
 from transformers.pytorch_utils import Conv1D
 
 from ship_ds.errors import UserError
@@ -174,6 +174,8 @@ class LanguageModel(ABC):
 
     auto_class: ClassVar[Any]
     """The transformers class that makes it from a folder or a config."""
+    goes_by_lengths: ClassVar[bool] = True
+    """Whether its attention may run in a kernel that is told lengths and nothing else."""
     unfit: ClassVar[Mapping[str, str]] = {}
     """Model types that it cannot take, and why, in a few words: told before one is loaded."""
 
@@ -308,6 +310,16 @@ class LanguageModel(ABC):
         An adapter wraps the linears inside; a block is what gradient checkpointing recomputes.
         """
 
+    def attentions(self) -> dict[str, str]:
+        """Where an adapter's prefix may be met -> module path of the block that it is in. A block's
+        own attention has the block's path; another of the same block, to what another stack read,
+        a path of its own and a place behind all of those."""
+        return {path: path for path in self.blocks()}
+
+    def fusing(self) -> tuple[str, ...]:
+        """Those of `attentions` where a text that another model read is met beside the input."""
+        return tuple(self.attentions())
+
     def linears(self) -> dict[str, nn.Module]:
         """Module path -> linear of all blocks; `linear_sizes` says how wide one is."""
         return {
@@ -421,7 +433,8 @@ class LanguageModel(ABC):
     def logits(
         self, batch: TokenBatch, adapter: "Adapter | None" = None, soft: Tensor | None = None
     ) -> Tensor:
-        """Logits (E, S, V) after every token of the prompts."""
+        """Logits (E, S - P, V), one for each token of the prompts but virtual ones: what comes
+        after it, or, where another stack writes, that token itself as the answer."""
 
     @abstractmethod
     def stream(
@@ -436,7 +449,8 @@ class LanguageModel(ABC):
 
 
 LANGUAGE_MODELS: dict[type[PreTrainedConfig], str | type[LanguageModel]] = {
-    PreTrainedConfig: "ship_ds.model.decoder_only:DecoderOnly"
+    PreTrainedConfig: "ship_ds.model.decoder_only:DecoderOnly",
+    T5Config: "ship_ds.model.encoder_decoder:EncoderDecoder",
 }
 """By the class of the transformers config, or the nearest one that it derives from."""
 

@@ -21,7 +21,7 @@ from ship_ds.console import log
 from ship_ds.errors import UserError, first_line
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
-from ship_ds.model.language_model import auto_class, language_model
+from ship_ds.model.language_model import auto_class, implementation, language_model
 from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 from ship_ds.parsing import read_json_object
@@ -73,7 +73,8 @@ def load_prompts(base: str, system_message: str | None) -> PromptFormat:
     folder = base_folder(base)
     settings = read_settings(folder)
     size = getattr(settings.get_text_config(decoder=True), "vocab_size", None)
-    return PromptFormat(load_tokenizer(base), system_message, _ends(folder), size)
+    two_stacks = bool(getattr(settings, "is_encoder_decoder", False))
+    return PromptFormat(load_tokenizer(base), system_message, _ends(folder), size, two_stacks)
 
 
 def _ends(folder: Path) -> tuple[int, ...]:
@@ -92,8 +93,8 @@ def load_lm(
     device: torch.device | None = None,
     shard: Shard | None = None,
 ) -> nn.Module:
-    """The causal LM in `dtype`; with "nf4" its linears in 4 bits with double quantisation (Dettmers
-    et al. 2023).
+    """The language model in `dtype`; with "nf4" its linears in 4 bits with double quantisation
+    (Dettmers et al. 2023).
 
     device: where it will run (None: on CUDA if this machine has it); it decides the attention. 16-
     and 32-bit weights load on the CPU, 4-bit ones are made on the device. shard: see streaming.py;
@@ -102,15 +103,21 @@ def load_lm(
     folder, device = base_folder(base), device or this_machine()
     settings = read_settings(folder)
     caps_scores = getattr(settings, "attn_logit_softcapping", None) is not None
-    kernel = resolve(attention, device, dtype, caps_scores, _runs_sdpa(settings))
+    by_lengths = implementation(settings).goes_by_lengths
+    kernel = resolve(attention, device, dtype, caps_scores, _runs_sdpa(settings), by_lengths)
     if quantisation == "none":
         model = _load_whole(folder, settings, dtype=dtype, attn_implementation=kernel)
     else:
         model = _load_nf4(folder, settings, dtype, kernel, device, shard)
         if (share := _share_in_16_bits(model)) > _MOST_UNSAID:
+            reason = (
+                "transformers leaves the feed-forward outputs of a T5 as they are"
+                if getattr(settings, "is_encoder_decoder", False)
+                else "NF4 is for linears, and its experts are none"
+            )
             _log_once(
-                f"{base}: {100 * share:.0f} % of the weights in its blocks stay in 16 bits: NF4 is "
-                "for linears, and its experts are none"
+                f"{base}: {100 * share:.0f} % of the weights in its blocks stay in 16 bits: "
+                f"{reason}"
             )
     use_nf4_linears(model, device, base)
     return model

@@ -32,7 +32,7 @@ alone."""
 
 
 def empty_nf4_lm(settings: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Any:
-    """A causal LM whose linears are for 4 bits, without weights.
+    """A language model whose linears are for 4 bits, without weights.
 
     Args:
         settings: Its transformers config.
@@ -66,7 +66,9 @@ def why_whole(folder: Path, model: Any) -> str | None:
         return f"transformers converts the weights of {type(model).__name__} while it reads them"
     if any(getattr(module, "source_cls", None) is Conv1D for module in model.modules()):
         return f"the weights of {type(model).__name__} lie transposed in its files"
-    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+    # transformers' own rule; T5's feed-forward outputs overflow in fp16 alone.
+    kept = model._keep_in_fp32_modules if model.dtype == torch.float16 else ()
+    if kept or (model._keep_in_fp32_modules_strict and model.dtype != torch.float32):
         return f"{type(model).__name__} keeps some weights in fp32"
     return None
 

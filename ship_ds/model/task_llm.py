@@ -101,7 +101,7 @@ class TaskLlm(Writer):
         return stream
 
     def logits(self, adapter: Adapter | None, prompts: TokenBatch) -> Tensor:
-        """Logits (E, S, V) after every token, virtual ones included."""
+        """See `LanguageModel.logits`."""
         if self.before_pass is not None:
             self.before_pass()
         soft = _virtual_tokens(adapter, len(prompts.lengths))

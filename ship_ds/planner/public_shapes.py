@@ -10,7 +10,7 @@ from typing import Any
 
 from ship_ds.config import Config, override_config
 from ship_ds.errors import UserError
-from ship_ds.runtime.preflight import check_base
+from ship_ds.runtime.preflight import check_base, check_stacks
 
 _ROLES = ("encoder", "decoder", "task_llm")
 
@@ -77,3 +77,5 @@ def check_bases(config: Config) -> None:
                 check_base(f"model.{role}.base", base, shapes_alone=True)
         except UserError as error:
             raise UserError(f"{error}; {WAY_OUT}") from None
+    if not any(getattr(config.model, role).base in PUBLIC_SHAPES for role in _ROLES):
+        check_stacks(config.model)

@@ -15,13 +15,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ship_ds.base_files import check_base_files, check_settings
+from ship_ds.base_files import (
+    check_base_files,
+    check_settings,
+    encoder_decoder,
+    linears_of_t5,
+)
 from ship_ds.bundle import bundle_folder, verify
-from ship_ds.config import Config, base_folder, load_config
+from ship_ds.config import ALL_LINEAR, Config, ModelConfig, base_folder, load_config
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
+from ship_ds.parsing import read_json_object
 from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
 from ship_ds.runtime.op_cache import op_cache
+from ship_ds.section import Section
 
 MOST_HANG_MINUTES = 25
 
@@ -33,6 +40,7 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
     bases = {getattr(config.model, role).base: role for role in ("decoder", "encoder", "task_llm")}
     for base, role in reversed(bases.items()):
         check_base(f"model.{role}.base", base)
+    check_stacks(config.model)
     source_of(config.data).check()
     if config.run.init_from is not None:
         verify(bundle_folder(config.run.init_from), hashes=False)
@@ -102,6 +110,65 @@ def check_base(key: str, base: str, *, shapes_alone: bool = False) -> None:
             check_base_files(folder)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def check_stacks(model: ModelConfig) -> None:
+    """Refuse what a base of two stacks, a T5, cannot be, and options that it cannot follow.
+
+    Args:
+        model: whose bases are there.
+
+    Raises:
+        UserError: the message names the setting.
+    """
+    base = model.task_llm.base
+    kind = encoder_decoder(base_folder(base))
+    if kind is not None and model.backbone == "shared":
+        raise UserError(
+            f"model.backbone=shared: {base}: a {kind} can be the Task LLM alone, and not encoder "
+            "and decoder too: set it to separate"
+        )
+    for role in ("encoder", "decoder"):
+        own = getattr(model, role).base
+        if other := encoder_decoder(base_folder(own)):
+            raise UserError(
+                f"model.{role}.base: {own}: a {other} can be the Task LLM alone: set it to a "
+                "decoder-only model, such as embedded"
+            )
+    if kind is None:
+        return
+    if model.attention in ("varlen", "flash"):
+        raise UserError(
+            f"model.attention={model.attention}: {base}: a {kind} adds a bias to its attention "
+            "scores, which that kernel does not know: set it to auto or sdpa"
+        )
+    if model.system_message is not None and not _has_template(base_folder(base)):
+        raise UserError(
+            f"model.system_message: {base}: this {kind} has no chat template to put it in: leave "
+            "it out"
+        )
+    if kind == "t5":
+        _check_targets(base, model.hypernetwork)
+
+
+def _has_template(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (
+        settings.is_file() and "chat_template" in read_json_object(settings)
+    )
+
+
+def _check_targets(base: str, section: Section) -> None:
+    """Here, since the default names are those of other models."""
+    known = linears_of_t5(base_folder(base))
+    for one in (section, *getattr(section, "parts", ())):
+        for target in getattr(one, "targets", ()):
+            if target not in known | {ALL_LINEAR}:
+                raise UserError(
+                    f"model.hypernetwork.targets: {base}: a t5 has no linear module {target!r}; "
+                    f"its blocks have {', '.join(sorted(known))}: name of these, or {ALL_LINEAR} "
+                    "for all"
+                )
 
 
 def _check_writable(folder: Path) -> None:

@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from ship_ds.model.adapters.adapter import Adapter
@@ -73,6 +75,38 @@ def tiny_lm(family: str, attention: str | None = None, seed: int = 0) -> PreTrai
                     tie_word_embeddings=True,
                 )
             )
+    return model.eval()
+
+
+def tiny_t5(version: str = "1.1", seed: int = 0, vocabulary: int = VOCABULARY) -> PreTrainedModel:
+    """Two blocks a stack, large biases by distance. Version 1.0: ReLU, tied and scaled output
+    layer; 1.1, Flan-T5's too: gated GELU and an output layer of its own."""
+    torch.manual_seed(seed)
+    is_old = version == "1.0"
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=HIDDEN,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="relu" if is_old else "gated-gelu",
+        tie_word_embeddings=is_old,
+        initializer_factor=1.5,
+        pad_token_id=0,
+        eos_token_id=EOS,
+        decoder_start_token_id=0,
+        attn_implementation=SDPA,
+    )
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relative_attention_bias" in name:
+                parameter.normal_(std=1.0)
+            elif (not is_old and ".q." in name) or ".k." in name:
+                parameter.mul_(2.0)
+    if not is_old:
+        model.lm_head.weight = nn.Parameter(0.3 * torch.randn(vocabulary, HIDDEN))
     return model.eval()
 
 

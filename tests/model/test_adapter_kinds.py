@@ -24,7 +24,7 @@ from ship_ds.model.adapters.sites import linears_of, sites_in_each_block, wrap, 
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import LanguageModel, language_model
-from tests.model.models import EOS, HIDDEN, random_rows, tiny_lm
+from tests.model.models import EOS, HIDDEN, random_rows, tiny_lm, tiny_t5
 
 Z, TASKS, STATE_SIZE = 2 * HIDDEN, 2, 12
 READ = States(
@@ -71,21 +71,40 @@ KINDS: dict[str, dict[str, Any]] = {
 STARTS_AT_THE_BASE = [name for name in KINDS if name.startswith(("lora", "bottleneck"))]
 
 
-def _section(name: str) -> Any:
-    return ModelConfig.model_validate({"hypernetwork": KINDS[name]}).hypernetwork
+LINEARS = {"lora": ["all-linear"], "bottleneck": ["o", "wo"]}
+"""Targets in a T5, whose linears have other names than the defaults."""
 
 
-def _made(name: str) -> tuple[LanguageModel, Hypernetwork]:
+def _section(name: str, family: str) -> Any:
+    section = KINDS[name]
+    if family == "t5":
+        parts = [one | _targets(one) for one in section.get("parts", [])]
+        section = section | _targets(section) | ({"parts": parts} if parts else {})
+    return ModelConfig.model_validate({"hypernetwork": section}).hypernetwork
+
+
+def _targets(section: dict[str, Any]) -> dict[str, Any]:
+    named = LINEARS.get(section["kind"])
+    return {} if named is None else {"targets": named}
+
+
+@pytest.fixture(params=["llama", "t5"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Of the Task LLM: one stack, and two."""
+    chosen: str = request.param
+    return chosen
+
+
+def _made(name: str, family: str = "llama") -> tuple[LanguageModel, Hypernetwork]:
     """A wrapped model and a fresh hypernetwork of the kind."""
-    section = _section(name)
-    model = tiny_lm("llama").requires_grad_(False)
+    section = _section(name, family)
+    model = (tiny_t5() if family == "t5" else tiny_lm(family)).requires_grad_(False)
     kind = ADAPTERS.implementation(section)
     sites = sites_in_each_block(model, kind.targets(section))
     wrap(model, sites)
     lm = language_model(model)
     torch.manual_seed(0)
-    blocks, heads = tuple(lm.blocks()), lm.key_value_heads
-    target = Target(sites, lm.hidden_size, blocks, heads, STATE_SIZE)
+    target = replace(Target.of(lm, sites), state_size=STATE_SIZE)
     return lm, build_hypernetwork(section, Z, target)
 
 
@@ -136,8 +155,8 @@ def test_every_kind_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", STARTS_AT_THE_BASE)
-def test_a_fresh_one_is_the_base(name: str) -> None:
-    lm, hypernetwork = _made(name)
+def test_a_fresh_one_is_the_base(name: str, family: str) -> None:
+    lm, hypernetwork = _made(name, family)
     bare = lm.score(_batch(hypernetwork))[0]
     assert torch.equal(_logits(lm, _adapted(hypernetwork, _latent()), _batch(hypernetwork)), bare)
     awake = _logits(lm, _adapted(_awake(hypernetwork), _latent()), _batch(hypernetwork))
@@ -145,8 +164,8 @@ def test_a_fresh_one_is_the_base(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_tasks_answer_as_each_alone_padded_and_packed(name: str) -> None:
-    lm, hypernetwork = _made(name)
+def test_tasks_answer_as_each_alone_padded_and_packed(name: str, family: str) -> None:
+    lm, hypernetwork = _made(name, family)
     adapter = _adapted(_awake(hypernetwork), _latent())
     together = _logits(lm, adapter, _batch(hypernetwork))
     alone = [
@@ -165,17 +184,18 @@ def test_tasks_answer_as_each_alone_padded_and_packed(name: str) -> None:
         )
         > 0.01
     )
-    assert hypernetwork.packs
-    packed = _logits(lm, adapter, _batch(hypernetwork), packed=True)
-    torch.testing.assert_close(packed, together, rtol=1e-4, atol=1e-4)
+    assert hypernetwork.packs and lm.packs == (family != "t5")
+    if lm.packs:
+        packed = _logits(lm, adapter, _batch(hypernetwork), packed=True)
+        torch.testing.assert_close(packed, together, rtol=1e-4, atol=1e-4)
     ready = _logits(lm, adapter.prepared(torch.float32), _batch(hypernetwork))
     torch.testing.assert_close(ready, together, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_rows_that_finish_leave_the_others_their_adapter(name: str) -> None:
+def test_rows_that_finish_leave_the_others_their_adapter(name: str, family: str) -> None:
     """Of task 0 one row stays, of task 1 two: each goes on as it would alone."""
-    lm, hypernetwork = _made(name)
+    lm, hypernetwork = _made(name, family)
     adapter = _adapted(_awake(hypernetwork), _latent())
     places = hypernetwork.num_virtual_tokens
 
@@ -198,15 +218,17 @@ def test_rows_that_finish_leave_the_others_their_adapter(name: str) -> None:
     assert answers == [greedy(stream([row], row // 2), EOS, 6)[0] for row in range(4)]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("family", "packed"), [("llama", False), ("llama", True), ("t5", False)], indirect=["family"]
+)
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_reach_all_of_two_adapters_alive_under_checkpointing(
-    name: str, packed: bool
+    name: str, family: str, packed: bool
 ) -> None:
     """Both forwards, then both backwards: a recomputation sees the adapter of its own forward."""
 
     def gradients(checkpointing: bool) -> dict[str, Tensor]:
-        lm, hypernetwork = _made(name)
+        lm, hypernetwork = _made(name, family)
         _awake(hypernetwork)
         latents = [_latent(seed).requires_grad_() for seed in (1, 2)]
         options: Any = {"packed": packed, "checkpointing": checkpointing}
@@ -221,7 +243,7 @@ def test_gradients_reach_all_of_two_adapters_alive_under_checkpointing(
         return {place: one.grad for place, one in named if one.grad is not None}
 
     plain, recomputed = gradients(False), gradients(True)
-    names = {place for place, _ in _made(name)[1].named_parameters()}
+    names = {place for place, _ in _made(name, family)[1].named_parameters()}
     assert plain.keys() == recomputed.keys() == names | {"z0", "z1"}
     for place, one in plain.items():
         assert float(one.abs().max()) > 0, place
@@ -229,8 +251,8 @@ def test_gradients_reach_all_of_two_adapters_alive_under_checkpointing(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_was_generated_has_a_row_a_task(name: str) -> None:
-    _, hypernetwork = _made(name)
+def test_what_was_generated_has_a_row_a_task(name: str, family: str) -> None:
+    _, hypernetwork = _made(name, family)
     adapter = _adapted(_awake(hypernetwork), _latent())
     tensors = adapter.tensors()
     assert tensors and {len(tensor) for tensor in tensors.values()} == {TASKS}

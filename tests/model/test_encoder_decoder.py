@@ -1,88 +1,182 @@
-"""The toy T5 against the stock model: what the port promises holds for two stacks as well."""
+"""T5 against the stock model: what the port promises holds for two stacks as well."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from torch import Tensor, nn
+from transformers import AutoConfig, MT5Config, MT5ForConditionalGeneration
 
-from ship_ds.config import DecoderConfig, LoraHypernetworkConfig, ModelConfig, TaskLlmConfig
-from ship_ds.data.sampler import TaskDraw
-from ship_ds.data.task import Example
+from ship_ds.model import nf4, streaming
+from ship_ds.model.adapters.prefix import PrefixAdapter
 from ship_ds.model.adapters.sites import wrap_sites
-from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.model.attention import SDPA
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.encoder_decoder import EncoderDecoder
+from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import language_model
-from ship_ds.model.loading import load_tokenizer
+from ship_ds.model.loading import load_lm
+from ship_ds.model.nf4_linear import Nf4Linear, use_nf4_linears
 from ship_ds.model.search import beam_search
-from tests.model.models import EOS, VOCABULARY, greedy_rows, label_logits, random_lora, random_rows
-from tests.toys.encoder_decoder import EncoderDecoder
+from tests.model.models import (
+    EOS,
+    HIDDEN,
+    VOCABULARY,
+    greedy_rows,
+    label_logits,
+    random_lora,
+    random_rows,
+    tiny_t5,
+)
 
-SIZE, NUM_VIRTUAL = 32, 3
-TARGETS = ("q", "v", "wo")
+VERSIONS = ("1.0", "1.1")
+NUM_VIRTUAL = 3
+TARGETS = {"1.0": ("q", "v", "wi", "wo"), "1.1": ("q", "k", "wi_1", "wo")}
 PROMPTS, ANSWERS = [9, 4, 7, 6], [2, 5, 1, 3]
 
 
-def tiny_t5(seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=SIZE,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        initializer_factor=2.0,
-        pad_token_id=0,
-        eos_token_id=EOS,
-        decoder_start_token_id=0,
-    )
-    return T5ForConditionalGeneration(config).eval()
-
-
-def _merged(adapter: Any, task: int) -> Any:
-    model = tiny_t5()
-    with torch.no_grad():
-        for path, (a_TRI, b_TOR) in adapter.factors.items():
-            model.get_submodule(path).weight += adapter.scaling * b_TOR[task] @ a_TRI[task]
-    return model
+def _rows() -> list[tuple[list[int], list[int]]]:
+    return list(zip(random_rows(PROMPTS), random_rows(ANSWERS, 5), strict=True))
 
 
 def _batch() -> TokenBatch:
     return TokenBatch.build(random_rows(PROMPTS), random_rows(ANSWERS, 5), 0, NUM_VIRTUAL)
 
 
-def _soft() -> torch.Tensor:
-    return torch.randn(4, NUM_VIRTUAL, SIZE, generator=torch.Generator().manual_seed(9))
+def _soft() -> Tensor:
+    return torch.randn(4, NUM_VIRTUAL, HIDDEN, generator=torch.Generator().manual_seed(9))
+
+
+def _stock_logits(model: Any, soft_1PH: Tensor, prompt: list[int], answer: list[int]) -> Tensor:
+    """transformers' own, of one row without padding."""
+    embedded = model.get_input_embeddings()(torch.tensor([prompt]))
+    embedded = torch.cat([soft_1PH.to(embedded.dtype), embedded], 1)
+    logits: Tensor = model(inputs_embeds=embedded, labels=torch.tensor([answer])).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_loss_is_the_stock_models(version: str, dtype: torch.dtype) -> None:
+    """To fp64's last digits: whatever is masked, shifted or scaled otherwise shows."""
+    model = tiny_t5(version).to(dtype)
+    logits, labels = label_logits(model, _batch(), _soft().to(dtype))
+    stock: Any = tiny_t5(version).to(dtype)
+    stock.set_attn_implementation("eager")
+    expected = [
+        _stock_logits(stock, _soft()[e : e + 1], *row).log_softmax(-1)
+        for e, row in enumerate(_rows())
+    ]
+    bound = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(logits.log_softmax(-1), torch.cat(expected), rtol=0, atol=bound)
+    assert labels.tolist() == [token for _, answer in _rows() for token in answer]
+    scaled = label_logits(stock, _batch(), _soft().to(dtype) * 1.01)[0]
+    assert float((scaled - logits).detach().abs().max()) > 1e-3
+
+
+def test_version_1_0_scales_what_its_tied_output_layer_reads() -> None:
+    old, new = (language_model(tiny_t5(version)) for version in VERSIONS)
+    states = torch.randn(5, HIDDEN)
+    tied = states @ old.module.shared.weight.T / HIDDEN**0.5
+    torch.testing.assert_close(old.head(states), tied, rtol=1e-5, atol=1e-5)
+    own = states @ new.module.lm_head.weight.T
+    torch.testing.assert_close(new.head(states), own, rtol=1e-5, atol=1e-5)
+
+
+def _merged(version: str, adapter: Any, task: int) -> Any:
+    model = tiny_t5(version).double()
+    with torch.no_grad():
+        for path, (a_TRI, b_TOR) in adapter.factors.items():
+            model.get_submodule(path).weight += adapter.scaling * b_TOR[task] @ a_TRI[task]
+    return model
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_label_logits_under_an_adapter_are_the_merged_models(checkpointing: bool) -> None:
-    model = tiny_t5()
-    adapter = random_lora(wrap_sites(model, TARGETS), 2)
-    assert any(".EncDecAttention." in path for path in adapter.factors)
-    logits, labels = label_logits(
-        model, _batch(), _soft(), adapter, num_tasks=2, checkpointing=checkpointing
+@pytest.mark.parametrize("version", VERSIONS)
+def test_label_logits_under_an_adapter_are_the_merged_models(
+    version: str, checkpointing: bool
+) -> None:
+    """In fp64: unscaled attention makes much of a rounding."""
+    model = tiny_t5(version).double()
+    drawn = random_lora(wrap_sites(model, TARGETS[version]), 2)
+    adapter = replace(
+        drawn,
+        factors={
+            path: (a.detach().double().requires_grad_(), b.detach().double().requires_grad_())
+            for path, (a, b) in drawn.factors.items()
+        },
     )
-    expected = []
-    for e, (prompt, answer) in enumerate(
-        zip(random_rows(PROMPTS), random_rows(ANSWERS, 5), strict=True)
-    ):
-        merged = _merged(adapter, e // 2)
-        embedded = merged.get_input_embeddings()(torch.tensor([prompt]))
-        embedded = torch.cat([_soft()[e : e + 1], embedded], 1)
-        expected.append(merged(inputs_embeds=embedded, labels=torch.tensor([answer])).logits[0])
-    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
-    assert labels.tolist() == [token for row in random_rows(ANSWERS, 5) for token in row]
-    torch.nn.functional.cross_entropy(logits, labels).backward()
+    assert any(".EncDecAttention." in path for path in adapter.factors)
+    assert {path.split(".")[0] for path in adapter.factors} == {"encoder", "decoder"}
+    logits, labels = label_logits(
+        model, _batch(), _soft().double(), adapter, num_tasks=2, checkpointing=checkpointing
+    )
+    expected = [
+        _stock_logits(_merged(version, adapter, e // 2), _soft()[e : e + 1], *row)
+        for e, row in enumerate(_rows())
+    ]
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-10, atol=1e-10)
+    nn.functional.cross_entropy(logits, labels).backward()
     for a_TRI, _ in adapter.factors.values():
         assert a_TRI.grad is not None and float(a_TRI.grad.abs().max()) > 0
 
 
+def _attended(
+    queries_AYF: Tensor, keys_ASF: Tensor, values_ASF: Tensor, bias_AYS: Tensor
+) -> Tensor:
+    return (queries_AYF @ keys_ASF.mT + bias_AYS).softmax(-1) @ values_ASF
+
+
 @torch.no_grad()
-def test_greedy_is_transformers_greedy() -> None:
-    model, rows = tiny_t5(), random_rows(PROMPTS)
+@pytest.mark.parametrize("place", ["encoder.block.1", "decoder.block.1", "decoder.block.1.layer.1"])
+def test_a_prefix_is_met_where_it_belongs_and_nowhere_else(place: str) -> None:
+    """By hand: keys at no distance from any token beside the attention's own, in one row."""
+    model: Any = tiny_t5()
+    plain = copy.deepcopy(model)
+    wrap_sites(model, ("q",))
+    states = torch.randn(1, 2, 4, 3, 16, generator=torch.Generator().manual_seed(3))
+    adapter = PrefixAdapter({place: states})
+    seen: dict[str, Tensor] = {}
+    part = "EncDecAttention" if place.endswith("layer.1") else "SelfAttention"
+    layer = plain.get_submodule(place if place.endswith("layer.1") else f"{place}.layer.0")
+    attention = getattr(layer, part)
+
+    def by_hand(module: Any, arguments: Any, given: dict[str, Any], out: Any) -> Any:
+        query_input, mask = arguments[0], given["mask"]
+        source = given.get("key_value_states")
+        source = query_input if source is None else source
+        heads = lambda x: x.unflatten(-1, (4, 16)).transpose(1, 2)[0]  # noqa: E731
+        keys = torch.cat([states[0, 0], heads(module.k(source))], 1)
+        values = torch.cat([states[0, 1], heads(module.v(source))], 1)
+        bias = out[1][0]
+        if mask is not None:
+            bias = bias.masked_fill(~mask[0], -torch.inf)
+        elif module.is_causal:
+            length = bias.shape[-1]
+            future = torch.ones(length, length, dtype=torch.bool).triu(1)
+            bias = bias.masked_fill(future, -torch.inf)
+        bias = nn.functional.pad(bias, (3, 0))
+        made = _attended(heads(module.q(query_input)), keys, values, bias)
+        seen["out"] = module.o(made.transpose(0, 1).flatten(1)[None])
+        return (seen["out"], *out[1:])
+
+    attention.register_forward_hook(by_hand, with_kwargs=True)
+    batch = TokenBatch.build(random_rows([7]), random_rows([5], 5), 0)
+    expected = label_logits(plain, batch)[0]
+    assert "out" in seen
+    found = label_logits(model, batch, adapter=adapter)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((label_logits(model, batch)[0] - found).abs().max()) > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", VERSIONS)
+def test_greedy_is_transformers_greedy(version: str) -> None:
+    model: Any = tiny_t5(version)
+    rows = random_rows(PROMPTS)
     ours = greedy_rows(model, TokenBatch.build(rows, None, 0), None, None, EOS, 10)
     for row, tokens in zip(rows, ours, strict=True):
         stock = model.generate(torch.tensor([row]), max_new_tokens=10, do_sample=False)[0].tolist()
@@ -92,9 +186,28 @@ def test_greedy_is_transformers_greedy() -> None:
 
 
 @torch.no_grad()
+def test_a_stream_says_what_the_whole_answer_would() -> None:
+    """Token by token with its cache, and in one forward."""
+    model = tiny_t5()
+    lm = language_model(model)
+    adapter = random_lora(wrap_sites(model, TARGETS["1.1"]), 2)
+    soft = _soft()
+    prompts = TokenBatch.build(random_rows(PROMPTS), None, 0, NUM_VIRTUAL)
+    answers = random_rows([4] * 4, 5)
+    whole = TokenBatch.build(random_rows(PROMPTS), answers, 0, NUM_VIRTUAL)
+    expected = lm.score(whole, adapter, 2, soft=soft)[0].unflatten(0, (4, 4))
+    stream = lm.stream(prompts, adapter, soft=soft)
+    stream.reserve(3)
+    for y in range(4):
+        torch.testing.assert_close(stream.logits_EV, expected[:, y], rtol=1e-4, atol=1e-4)
+        if y < 3:
+            stream.advance(torch.tensor([row[y] for row in answers]))
+
+
+@torch.no_grad()
 def test_beams_under_adapters_keep_their_rows() -> None:
     model, rows = tiny_t5(), random_rows(PROMPTS)
-    adapter = random_lora(wrap_sites(model, TARGETS), 2)
+    adapter = random_lora(wrap_sites(model, TARGETS["1.1"]), 2)
     lm = language_model(model)
     together = beam_search(lm.stream(TokenBatch.build(rows, None, 0), adapter), 3, EOS, 8)
     for e, row in enumerate(rows):
@@ -103,53 +216,91 @@ def test_beams_under_adapters_keep_their_rows() -> None:
         assert [beam.tokens for beam in alone] == [beam.tokens for beam in together[e]]
 
 
+@torch.no_grad()
+def test_a_sharded_models_tokens_go_the_way_of_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same modules in the same order, or ranks that take turns would hang; the same answers,
+    of unequally many rows a task too."""
+    model, rows = tiny_t5(), random_rows(PROMPTS)
+    adapter = random_lora(wrap_sites(model, TARGETS["1.1"]), 2)
+    lm = language_model(model)
+    prompts = TokenBatch.build(rows, None, 0)
+    expected = greedy(lm.stream(prompts, adapter), EOS, 8)
+    monkeypatch.setattr(EncoderDecoder, "is_sharded", True)
+    called: list[str] = []
+    for path, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_hook(lambda *_, path=path: called.append(path))
+    stream = lm.stream(prompts, adapter)
+    read, called[:] = list(called), []
+    stream.select([0, 2, 3])
+    stream.advance(stream.logits_EV.argmax(-1))
+    assert called == read and len(read) > 40
+    called.clear()
+    lm.logits(TokenBatch.of_lengths(1, 1, 0, device="cpu"))
+    assert called == read, "what a rank without work goes through"
+    assert greedy(lm.stream(prompts, adapter), EOS, 8) == expected
+    assert len({len(row) for row in expected}) > 1, "no row left before the others"
+
+
 def test_it_runs_on_the_meta_device_and_says_what_it_lacks() -> None:
     with torch.device("meta"):
-        model = tiny_t5()
-        adapter = random_lora(wrap_sites(model, TARGETS), 2)
+        model = tiny_t5("1.0")
+        adapter = random_lora(wrap_sites(model, ("q",)), 2)
     lm = language_model(model)
     assert isinstance(lm, EncoderDecoder) and lm.context_length is None and not lm.packs
     reason = lm.missing("packing")
-    assert reason is not None and "\n" not in reason and lm.missing("adapters") is None
+    assert reason is not None and "\n" not in reason
+    assert lm.missing("adapters") is None and lm.missing("prefix") is None
     logits, _ = lm.score(TokenBatch.of_lengths(4, 7, 3), adapter, 2)
     assert logits.is_meta and logits.shape == (12, VOCABULARY)
-    assert lm.hidden(TokenBatch.of_lengths(4, 7, 0)).shape == (4, 7, SIZE)
-    assert lm.states(TokenBatch.of_lengths(4, 7, 0)).shape == (4, 7, SIZE)
+    assert lm.hidden(TokenBatch.of_lengths(4, 7, 0)).shape == (4, 7, HIDDEN)
+    assert lm.logits(TokenBatch.of_lengths(4, 7, 0, 2), soft=None).shape == (4, 7, VOCABULARY)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    """A T5 with the embedded LM's tokenizer."""
-    tokenizer = load_tokenizer("embedded")
-    tokenizer.save_pretrained(tmp_path)
-    tiny_t5(vocabulary=len(tokenizer)).save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
-def test_ship_trains_and_answers_with_it_as_task_llm_and_decoder(folder: str) -> None:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        latent_size=16,
-        task_llm=TaskLlmConfig(base=folder, quantisation="none"),
-        decoder=DecoderConfig(base=folder, quantisation="none"),
-        hypernetwork=LoraHypernetworkConfig(rank=2, width=8, targets=TARGETS),
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+@torch.no_grad()
+def test_a_folder_is_read_as_transformers_reads_it(
+    version: str, quantisation: Any, tmp_path: Path
+) -> None:
+    """Tied or not, and in NF4 by our own loader: the bits of transformers' loading."""
+    tiny_t5(version).save_pretrained(tmp_path)
+    ours: Any = load_lm(str(tmp_path), quantisation, torch.float32, device=torch.device("cpu"))
+    settings = AutoConfig.from_pretrained(tmp_path)
+    assert settings.scale_decoder_outputs == (version == "1.0")
+    assert ours.config._attn_implementation == SDPA
+    assert (ours.lm_head.weight is ours.shared.weight) == (version == "1.0")
+    batch = TokenBatch.build(random_rows(PROMPTS), random_rows(ANSWERS, 5), 0)
+    made, stock = (label_logits(one, batch)[0] for one in (ours, tiny_t5(version)))
+    if quantisation == "none":
+        assert torch.equal(made, stock)
+        return
+    assert streaming.why_whole(tmp_path, ours) is None
+    whole: Any = type(ours).from_pretrained(
+        tmp_path, quantization_config=nf4.config(torch.float32), attn_implementation=SDPA
     )
-    ship = build_ship(config, LoadedWeights())
-    with torch.no_grad():
-        for name, parameter in ship.hypernetwork.named_parameters():
-            if "to_b" in name:
-                parameter.normal_(std=0.5)
-    wordings = ["keep the numbers greater than 4", "put 7 at the front"]
-    examples = (Example("3 9 5", "9 5"), Example("1 2", ""))
-    draws = [TaskDraw(text, text, examples, examples[:1], True) for text in wordings]
-    sums = ship(ship.collate(draws, 0, 0)).objectives
-    sum(sums.values()).backward()
-    for part in (ship.encoder.head, ship.hypernetwork, ship.decoder.from_latent):
-        gradients = [parameter.grad for parameter in part.parameters()]
-        assert all(gradient is not None and bool(gradient.any()) for gradient in gradients)
-    adapter = ship.adapt(ship.encode(wordings))
-    questions = ship.task_batch(["3 9 5", "1 2", "8 8 1", "4"], None, [None] * 4)
-    eos_id = ship.prompts.eos_id
-    under, bare = (ship.task_llm.generate(one, questions, eos_id, 6) for one in (adapter, None))
-    assert len(under) == 4 and under != bare
-    assert len(ship.decode(ship.encode(wordings), 5)) == 2
+    use_nf4_linears(whole, torch.device("cpu"), "whole")
+    assert torch.equal(label_logits(whole.eval(), batch)[0], made)
+    packed = {path for path, one in ours.named_modules() if isinstance(one, Nf4Linear)}
+    names = {path.rpartition(".")[2] for path in packed}
+    assert names >= {"q", "k", "v", "o"} and not names & {"wo", "lm_head"}
+    assert float((made - stock).abs().max()) > 0.01
+
+
+def test_mt5_comes_in_by_a_plugin(tmp_path: Path) -> None:
+    from tests.toys import encoder_decoder
+
+    assert encoder_decoder.MT5Config is MT5Config
+    config = MT5Config(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    MT5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    lm = language_model(load_lm(str(tmp_path), "none", torch.float32, device=torch.device("cpu")))
+    assert isinstance(lm, EncoderDecoder)
+    assert lm.score(_batch(), soft=_soft()[..., :16])[0].shape == (sum(ANSWERS), VOCABULARY)

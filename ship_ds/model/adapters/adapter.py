@@ -13,7 +13,7 @@ I inputs of a linear, O outputs of a linear, P virtual tokens, H hidden size, Z 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.attention import Prefix
-from ship_ds.model.language_model import Feature
+from ship_ds.model.language_model import Feature, LanguageModel
 from ship_ds.section import Section
 
 Sites = Mapping[str, tuple[int, int]]
@@ -61,7 +61,8 @@ class Adapter(ABC):
         return None
 
     def prefix(self, path: str, num_rows: int) -> Prefix | None:
-        """What every row attends to besides in the block at module `path`; None: nothing."""
+        """What every row attends to besides in the block at module `path`, or at another of
+        `LanguageModel.attentions`; None: nothing."""
         return None
 
     @abstractmethod
@@ -162,7 +163,8 @@ class Target:
     """The Task LLM as hypernetworks see it, and the encoder's states where one reads them.
 
     sites: its wrapped linears. blocks: module paths. hidden_size: of its embeddings. heads:
-    key-value heads and the size of one. state_size: of the encoder's states.
+    key-value heads and the size of one. state_size: of the encoder's states. attentions: where a
+    prefix is met, and in which block. fusing: those where the encoder's states are.
     """
 
     sites: Sites
@@ -170,6 +172,20 @@ class Target:
     blocks: tuple[str, ...] = ()
     heads: tuple[int, int] = (0, 0)
     state_size: int = 0
+    attentions: Mapping[str, str] = field(default_factory=dict)
+    fusing: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, lm: LanguageModel, sites: Sites) -> "Target":
+        """A language model with these sites."""
+        return cls(
+            sites,
+            lm.hidden_size,
+            tuple(lm.blocks()),
+            lm.key_value_heads,
+            attentions=lm.attentions(),
+            fusing=lm.fusing(),
+        )
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ class FusionHypernetwork(TrunkHypernetwork):
     def __init__(self, config: FusionHypernetworkConfig, latent_size: int, target: Target) -> None:
         super().__init__()
         num_heads, head_size = target.heads
-        self.drop, self.blocks, self.shape = config.drop, target.blocks, (2, num_heads, head_size)
-        heads = [nn.Linear(config.width, 2 * num_heads * head_size) for _ in target.blocks]
+        self.drop, self.places, self.shape = config.drop, target.fusing, (2, num_heads, head_size)
+        heads = [nn.Linear(config.width, 2 * num_heads * head_size) for _ in self.places]
         for head in heads:
             # Small keys, as torch draws them, take no more than their share of the attention, and
             # the values say nothing yet.
@@ -61,7 +61,7 @@ class FusionHypernetwork(TrunkHypernetwork):
         seen_TP = read.real_TS
         if read.chance_T is not None:
             seen_TP = seen_TP & (read.chance_T >= self.drop)[:, None]
-        return PrefixAdapter(dict(zip(self.blocks, states, strict=True)), seen_TP)
+        return PrefixAdapter(dict(zip(self.places, states, strict=True)), seen_TP)
 
     def _nothing(self, latent_TZ: Tensor) -> States:
         num_tasks, device = len(latent_TZ), latent_TZ.device

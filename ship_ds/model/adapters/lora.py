@@ -138,7 +138,7 @@ class LoraExport(Export):
 
     def write(self, part: Path, base: str, lm: Any) -> None:
         """See `Export`."""
-        write_lora(part, self.lora, base)
+        write_lora(part, self.lora, base, lm.config)
 
     def shape(self) -> str:
         """See `Export`."""

@@ -29,7 +29,8 @@ from ship_ds.model.rotation import rotated_by
 class PrefixAdapter(Adapter):
     """Keys and values of T tasks.
 
-    states: block path -> (T, 2, G, P, F), keys before values. seen_TP: which of them the task's
+    states: block path, or another place where a prefix is met -> (T, 2, G, P, F), keys before
+    values. seen_TP: which of them the task's
     rows attend to, the first ones of each; None: to all. task_E: of each row; None: every task has
     equally many.
     """
@@ -44,6 +45,8 @@ class PrefixAdapter(Adapter):
 
     def prefix(self, path: str, num_rows: int) -> Prefix | None:
         """See `Adapter`."""
+        if path not in self.states:
+            return None
         keys_EGPF, values_EGPF = self._per_row(self.states[path], num_rows).unbind(1)
         seen_EP = None if self.seen_TP is None else self._per_row(self.seen_TP, num_rows)
         return keys_EGPF, values_EGPF, seen_EP
@@ -129,7 +132,8 @@ class PrefixHypernetwork(TrunkHypernetwork):
     def __init__(self, config: PrefixHypernetworkConfig, latent_size: int, target: Target) -> None:
         super().__init__()
         num_heads, head_size = target.heads
-        self.blocks = target.blocks
+        self.places = tuple(target.attentions)
+        self.layers = [target.blocks.index(block) for block in target.attentions.values()]
         self.shape = (2, num_heads, config.length, head_size)
         self.prefix_length = config.length
         head = nn.Linear(config.width, 2 * num_heads * config.length * head_size)
@@ -138,20 +142,23 @@ class PrefixHypernetwork(TrunkHypernetwork):
         nn.init.normal_(keys)
         nn.init.zeros_(values)
         nn.init.zeros_(head.bias)
-        self.num_shares = len(self.blocks) if config.latent == "by_layer" else 1
-        self.add_trunk(share_of(latent_size, self.num_shares), config.width, [len(self.blocks)])
+        self.num_shares = len(target.blocks) if config.latent == "by_layer" else 1
+        self.add_trunk(share_of(latent_size, self.num_shares), config.width, [len(self.places)])
         self.head = head
 
     def forward(self, latent_TZ: Tensor) -> PrefixAdapter:
         from_latent = self.project(latent_TZ, self.num_shares)  # (T, 1 or L, D)
-        places_LD = self.embeddings(0, len(self.blocks), from_latent.device)
+        if self.num_shares > 1 and len(self.places) > self.num_shares:
+            # A block with two attentions has one share of z.
+            from_latent = from_latent[:, torch.tensor(self.layers, device=from_latent.device)]
+        places_LD = self.embeddings(0, len(self.places), from_latent.device)
         states = self.head(self.run_trunk(from_latent + places_LD)).unflatten(2, self.shape)
-        return PrefixAdapter(dict(zip(self.blocks, states.unbind(1), strict=True)))
+        return PrefixAdapter(dict(zip(self.places, states.unbind(1), strict=True)))
 
     def num_products(self) -> int:
-        """See `Hypernetwork`: trunk and head run once for each block."""
+        """See `Hypernetwork`: trunk and head run once for each attention."""
         once = self.num_shares * num_products(self.from_latent)
-        return once + len(self.blocks) * (num_products(self.trunk) + num_products(self.head))
+        return once + len(self.places) * (num_products(self.trunk) + num_products(self.head))
 
     def head_modules(self) -> list[nn.Module]:
         return [self.head]
@@ -159,7 +166,7 @@ class PrefixHypernetwork(TrunkHypernetwork):
     def read(self, folder: Path, lm: Any) -> PrefixAdapter:
         """See `Hypernetwork`: keys and values of as many positions as the run's."""
         _, num_heads, length, head_size = self.shape
-        states = read_prefix(folder, len(self.blocks), (num_heads, head_size))
+        states = read_prefix(folder, len(self.places), (num_heads, head_size))
         if states[0].shape[2] != length:
             raise UserError(
                 f"{folder}: prompt_embeddings: a prefix of {states[0].shape[2]} positions, and "
@@ -167,7 +174,7 @@ class PrefixHypernetwork(TrunkHypernetwork):
             )
         device = self.head.weight.device
         turned = [_turned(lm, one.to(device), -1)[None] for one in states]
-        return PrefixAdapter(dict(zip(self.blocks, turned, strict=True)))
+        return PrefixAdapter(dict(zip(self.places, turned, strict=True)))
 
     def exports(self, adapter: PrefixAdapter) -> list[Export]:
         """See `Hypernetwork`."""

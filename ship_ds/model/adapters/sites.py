@@ -66,9 +66,18 @@ class AdaptedBlock(nn.Module):
     and its checkpoints and bundles stay the same.
     """
 
-    def __init__(self, block: nn.Module, path: str) -> None:
+    def __init__(self, block: nn.Module, path: str, attentions: Sequence[str] = ()) -> None:
+        """Wrap a block.
+
+        Args:
+            block: of a transformers model.
+            path: its module path.
+            attentions: where a prefix is met in it (`LanguageModel.attentions`); the block's own
+                first.
+        """
         super().__init__()
         self.block, self.path = block, path
+        self.prefixes = list(zip(_PREFIXES, attentions or (path,), strict=False))
         self.find_sites()
         self.register_state_dict_post_hook(_leave_block_out)
         self.register_load_state_dict_pre_hook(_put_block_in)
@@ -102,9 +111,12 @@ class AdaptedBlock(nn.Module):
                 site.adapter = ship_adapter
             rows = kwargs.get("ship_rows")  # of packed tokens, which lie as one
             num_rows = len(hidden) if rows is None else len(rows.row_E)
-            prefix = ship_adapter and ship_adapter.prefix(self.path, num_rows)
             # The block hands what it does not know down to the attention function.
-            extra = {} if prefix is None else {"ship_prefix": prefix}
+            extra = {
+                name: prefix
+                for name, place in self.prefixes
+                if ship_adapter and (prefix := ship_adapter.prefix(place, num_rows)) is not None
+            }
             try:
                 return self.block(hidden, *args, **kwargs, **extra)
             finally:
@@ -117,6 +129,9 @@ class AdaptedBlock(nn.Module):
 
 
 _BLOCK = "block."
+_PREFIXES = ("ship_prefix", "ship_cross_prefix")
+"""What the prefixes of a block's own attention, and of its attention to another stack, are called
+on their way to attention.py."""
 
 
 def _leave_block_out(
@@ -158,8 +173,10 @@ def wrap(model: nn.Module, sites: Iterable[str]) -> None:
     lm = _adaptable(model)
     for path in dict.fromkeys(sites):
         model.set_submodule(path, AdaptedLinear(model.get_submodule(path), path))
+    attentions = lm.attentions()
     for path, block in lm.blocks().items():
-        model.set_submodule(path, AdaptedBlock(block, path))
+        own = [place for place, block_path in attentions.items() if block_path == path]
+        model.set_submodule(path, AdaptedBlock(block, path, own))
 
 
 def sites_in_each_block(model: nn.Module, targets: tuple[str, ...]) -> Sites:
