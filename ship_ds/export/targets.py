@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
-from ship_ds.model.language_model import auto_class
+from ship_ds.model.language_model import without_weights
 from ship_ds.model.loading import read_settings
 from ship_ds.model.nf4 import Nf4, Pieces, pieces_of, spans
 from ship_ds.tensor_file import TensorFile
@@ -220,8 +220,7 @@ def transposed_names(base: Path) -> frozenset[str]:
 
 def _without_weights(base: Path) -> Any:
     with torch.device("meta"):
-        settings = read_settings(base)
-        return auto_class(settings).from_config(settings)
+        return without_weights(read_settings(base))
 
 
 def _nf4(name: str, weight: Tensor, dtype: torch.dtype, pieces: Pieces) -> Nf4:

@@ -43,6 +43,13 @@ class EncoderDecoder(LanguageModel):
             return f"{type(self.module).__name__}: reads padded rows alone"
         return None
 
+    @staticmethod
+    def untie(module: Any) -> None:
+        """See `LanguageModel`. transformers ties what is not scaled too (T5 of version 1.1), and
+        parts the two where a file holds both."""
+        if getattr(module.config, "scale_decoder_outputs", True) is False:
+            module.lm_head.weight = nn.Parameter(torch.empty_like(module.lm_head.weight))
+
     def blocks(self) -> dict[str, nn.Module]:
         """See `LanguageModel`: the reading stack's, then the writing one's."""
         return {

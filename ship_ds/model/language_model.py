@@ -294,6 +294,11 @@ class LanguageModel(ABC):
         parameter, for which the engine waits in vain."""
         self.module.set_output_embeddings(nn.Identity())
 
+    @staticmethod
+    def untie(module: Any) -> None:
+        """Give the output layer of a model without weights its own, where files of its kind have
+        one that the config does not tell of."""
+
     @abstractmethod
     def missing(self, feature: Feature) -> str | None:
         """Why this model cannot do it, in one line; None where it can."""
@@ -481,6 +486,21 @@ def auto_class(config: PreTrainedConfig) -> Any:
     if reason := implementation(config).unfit.get(config.model_type):
         raise UserError(f"{config.model_type}: {reason}; give another base")
     return chosen
+
+
+def without_weights(config: PreTrainedConfig, **how: Any) -> Any:
+    """The transformers model of a config, for its shapes.
+
+    Args:
+        config: of the model.
+        how: as transformers' `from_config` takes it.
+
+    Raises:
+        UserError: see `auto_class`.
+    """
+    model = auto_class(config).from_config(config, **how)
+    implementation(config).untie(model)
+    return model
 
 
 def language_model(module: nn.Module) -> LanguageModel:

@@ -21,7 +21,12 @@ from ship_ds.console import log
 from ship_ds.errors import UserError, first_line
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
-from ship_ds.model.language_model import auto_class, implementation, language_model
+from ship_ds.model.language_model import (
+    auto_class,
+    implementation,
+    language_model,
+    without_weights,
+)
 from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 from ship_ds.parsing import read_json_object
@@ -208,7 +213,7 @@ def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> i
     """Of the weights as they are held, by their shapes alone; without the scales of 4-bit ones."""
     with torch.device("meta"):
         settings = read_settings(base_folder(base))
-        model = auto_class(settings).from_config(settings, dtype=dtype)
+        model = without_weights(settings, dtype=dtype)
     linears = nf4.quantised_linears(model).values() if quantisation == "nf4" else ()
     packed = {id(linear.weight) for linear in linears}
     return sum(

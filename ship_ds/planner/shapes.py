@@ -26,7 +26,7 @@ from ship_ds.config import (
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.assemble import build_ship
-from ship_ds.model.language_model import auto_class
+from ship_ds.model.language_model import without_weights
 from ship_ds.model.loading import Quantisation, read_settings
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
@@ -221,5 +221,7 @@ def meta_lm(base: str, dtype: torch.dtype, max_layers: int | None = None) -> nn.
     if max_layers is not None and config.num_hidden_layers > max_layers:
         config = copy.deepcopy(config)
         config.num_hidden_layers = max_layers
-    lm: nn.Module = auto_class(config).from_config(config, dtype=dtype, attn_implementation=PLANNED)
+        if getattr(config, "num_decoder_layers", None):  # of the stack that writes
+            config.num_decoder_layers = min(config.num_decoder_layers, max_layers)
+    lm: nn.Module = without_weights(config, dtype=dtype, attn_implementation=PLANNED)
     return lm

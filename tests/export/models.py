@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ship_ds.api import Ship
 from ship_ds.config import Config, base_folder, parse_config
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from tests.model.models import tiny_t5
 
 FAMILIES = ("llama", "qwen2", "mistral")
 PROBES = ("3 7 3 5", "1 3 9")
@@ -37,9 +38,20 @@ def make_base(
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(
         folder, max_shard_size=shard_size
     )
+    _copy_tokenizer(folder)
+    return folder
+
+
+def make_t5_base(folder: Path, version: str = "1.1") -> Path:
+    """A random T5 in fp32 with the embedded tokenizer."""
+    tiny_t5(version, vocabulary=266).save_pretrained(folder)
+    _copy_tokenizer(folder)
+    return folder
+
+
+def _copy_tokenizer(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(base_folder("embedded") / name, folder / name)
-    return folder
 
 
 def make_ship(
@@ -47,9 +59,12 @@ def make_ship(
     *,
     quantisation: str = "nf4",
     encoder: dict[str, object] | None = None,
+    decoder: dict[str, object] | None = None,
+    std: float = 0.3,
     **hypernetwork: object,
 ) -> Ship:
-    """Adapters large enough that logits tell mistakes apart; the embedded tiny LM encodes."""
+    """Adapters large enough that logits tell mistakes apart; the base encodes and decodes, or what
+    these sections name."""
     config: Config = parse_config(
         {
             "run": {"folder": "runs/none"},
@@ -57,6 +72,7 @@ def make_ship(
             "model": {
                 "latent_size": 64,
                 "encoder": encoder or {},
+                "decoder": decoder or {},
                 "task_llm": {"base": str(base), "quantisation": quantisation},
                 "hypernetwork": {"rank": 4, "alpha": 6, "width": 32, **hypernetwork}
                 if "kind" not in hypernetwork
@@ -70,5 +86,5 @@ def make_ship(
     with torch.no_grad():
         for parameter in model.hypernetwork.parameters():
             if parameter.ndim == 2:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=std)
     return Ship(model, config, "0" * 64)

@@ -108,6 +108,11 @@ class PrefixExport(Export):
 
     def write(self, part: Path, base: str, lm: Any) -> None:
         """See `Export`."""
+        if lm.config.is_encoder_decoder:
+            raise UserError(
+                f"deduce: {type(lm).__name__}: peft's prefixes stand in the stack that writes alone, "
+                "and this run's in both and in cross-attention; `ship-ds answer` applies the adapter"
+            )
         write_prefix(part, [_turned(lm, one, 1) for one in self.states.values()], base, lm.config)
 
     def shape(self) -> str:
