@@ -29,7 +29,7 @@ I inputs of a linear, O outputs of a linear.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PEAKS = {
     "B200": 2250e12,
@@ -56,16 +56,43 @@ class Rows:
     """What the formula needs to know of a batch of sequences.
 
     num_tokens: without padding. sum_of_squares: of the lengths. num_labels: logits that are read.
+    read_squares, written_squares: of the lengths before the targets, and of the targets'.
     """
 
     num_tokens: int
     sum_of_squares: int
     num_labels: int
+    read_squares: int = 0
+    written_squares: int = 0
 
     @classmethod
-    def of(cls, lengths: Sequence[int], num_labels: int) -> "Rows":
-        """Of sequences of these lengths, virtual tokens included."""
-        return cls(sum(lengths), sum(length * length for length in lengths), num_labels)
+    def of(
+        cls, lengths: Sequence[int], num_labels: int, written: Sequence[int] | None = None
+    ) -> "Rows":
+        """Of sequences of these lengths, virtual tokens included; `written` of each are its
+        target's."""
+        read_squares = written_squares = 0
+        if written:
+            pairs = zip(lengths, written, strict=True)
+            read_squares = sum((length - target) ** 2 for length, target in pairs)
+            written_squares = sum(target * target for target in written)
+        squares = sum(length * length for length in lengths)
+        return cls(sum(lengths), squares, num_labels, read_squares, written_squares)
+
+    @property
+    def read(self) -> "Rows":
+        """What comes before the targets alone."""
+        return Rows(self.num_tokens - self.num_labels, self.read_squares, 0)
+
+    @property
+    def written(self) -> "Rows":
+        """The targets alone: their first token is read in the place of a start token."""
+        return Rows(self.num_labels, self.written_squares, self.num_labels)
+
+    @property
+    def crossing_pairs(self) -> int:
+        """Of a target's token and one before it."""
+        return (self.sum_of_squares - self.read_squares - self.written_squares) // 2
 
 
 @dataclass(frozen=True)
@@ -73,6 +100,7 @@ class StepRows:
     """The rows of a micro-step: what encoder, Task LLM and decoder read, and how many tasks.
 
     fused_pairs: tokens that the Task LLM reads times those of their task that the encoder reads.
+    fused_written: the same of its targets' tokens.
     """
 
     encoder: Rows
@@ -80,6 +108,7 @@ class StepRows:
     decoder: Rows
     num_tasks: int
     fused_pairs: int = 0
+    fused_written: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,6 +176,67 @@ class RoleSize:
         pooling = Matrices(self.pooling).flops(rows.num_tokens, True, True)
         return pooling + Matrices(self.head).flops(num_tasks, True, True)
 
+    def fused_pairs(self, rows: StepRows) -> int:
+        """Of a token and a fused state, where states are fused."""
+        return rows.fused_pairs
+
+    def query_flops(
+        self, num_read: int, num_new: int, under_adapter: bool, num_fused: int = 0
+    ) -> int:
+        """See the function of this name."""
+        pairs = num_read**2 + sum(num_read + new for new in range(1, num_new))
+        pairs += (self.prefix + num_fused) * under_adapter * (num_read + num_new - 1)
+        return (
+            self._token_flops(num_read + num_new - 1, under_adapter)
+            + 4 * self.attention * pairs
+            + 2 * self.output * num_new
+        )
+
+    def _token_flops(self, num_tokens: int, under_adapter: bool) -> int:
+        """Of all products with a token, without gradients."""
+        adapter = (self.low_rank.total + self.after) * under_adapter
+        return 2 * (self.blocks.total + adapter) * num_tokens
+
+
+@dataclass(frozen=True)
+class TwoStacks(RoleSize):
+    """A language model that reads with one stack and writes with another.
+
+    The fields are of what runs over a prompt's tokens: the reading stack, and the keys and values
+    of cross-attention. writing: what runs over an answer's, whose `prefix` is met by its own tokens
+    and by cross-attention, each.
+    """
+
+    writing: RoleSize = field(kw_only=True)
+
+    def model_flops(self, rows: Rows, more_pairs: int = 0) -> int:
+        """Of both stacks; more_pairs: of a written token and a key that cross-attention meets."""
+        crossing = rows.crossing_pairs + self.writing.prefix * rows.num_labels + more_pairs
+        return super().model_flops(rows.read) + self.writing.model_flops(rows.written, crossing)
+
+    def low_rank_flops(self, rows: Rows) -> int:
+        """Of both stacks."""
+        return super().low_rank_flops(rows.read) + self.writing.low_rank_flops(rows.written)
+
+    def fused_pairs(self, rows: StepRows) -> int:
+        """Cross-attention alone meets them."""
+        return rows.fused_written
+
+    def query_flops(
+        self, num_read: int, num_new: int, under_adapter: bool, num_fused: int = 0
+    ) -> int:
+        """The prompt is read once; each new token meets those before it and the prompt."""
+        writing, read = self.writing, self._token_flops(num_read, under_adapter)
+        pairs = num_read**2 + self.prefix * under_adapter * num_read
+        crossing = num_new * (num_read + (2 * writing.prefix + num_fused) * under_adapter)
+        written = sum(range(1, num_new + 1)) + crossing
+        return (
+            read
+            + writing._token_flops(num_new, under_adapter)
+            + 4 * (self.attention * pairs + writing.attention * written)
+            + 2 * writing.output * num_new
+        )
+
 
 @dataclass(frozen=True)
 class ShipSize:
@@ -183,7 +273,7 @@ def flops_of_parts(size: ShipSize, rows: StepRows) -> dict[str, int]:
         "hypernetwork": Matrices(size.hypernetwork).flops(rows.num_tasks, True, True)
         + Matrices(size.of_state).flops(rows.encoder.num_tokens, True, True),
         "adapters": task_llm.low_rank_flops(rows.task_llm),
-        "task_llm": task_llm.model_flops(rows.task_llm, rows.fused_pairs * size.fuses),
+        "task_llm": task_llm.model_flops(rows.task_llm, task_llm.fused_pairs(rows) * size.fuses),
         "decoder": decoder.model_flops(rows.decoder)
         + decoder.low_rank_flops(rows.decoder)
         + decoder.head_flops(rows.decoder, rows.num_tasks),
@@ -203,15 +293,7 @@ def query_flops(
         under_adapter: whether what was generated is applied to each token.
         num_fused: keys of its adapter, beside those of a prefix.
     """
-    adapter = task_llm.low_rank.total + task_llm.after
-    products = task_llm.blocks.total + adapter * under_adapter
-    pairs = num_read**2 + sum(num_read + new for new in range(1, num_new))
-    pairs += (task_llm.prefix + num_fused) * under_adapter * (num_read + num_new - 1)
-    return (
-        2 * products * (num_read + num_new - 1)
-        + 4 * task_llm.attention * pairs
-        + 2 * task_llm.output * num_new
-    )
+    return task_llm.query_flops(num_read, num_new, under_adapter, num_fused)
 
 
 def deduction_flops(size: ShipSize, num_read: int) -> int:

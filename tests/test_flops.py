@@ -30,6 +30,7 @@ from ship_ds.model.sizes import rows_of
 from ship_ds.model.step import ShipBatch
 from ship_ds.planner.activations import Workload, planned_batch
 from ship_ds.planner.shapes import MetaWeights, Shapes, base_config
+from tests.export.models import make_t5_base
 
 LORAS = [
     "model.encoder={quantisation: nf4, tuning: {kind: lora, rank: 8, dropout: 0}}",
@@ -98,6 +99,59 @@ def test_the_formula_is_what_torch_counts(base: str, overrides: list[str]) -> No
     assert sum(parts.values()) == counter.get_total_flops()
     assert (parts["adapters"] == 0) == ("soft_prompt" in str(overrides))
     assert min(count for part, count in parts.items() if part != "adapters") > 0
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run around a T5."""
+    base = make_t5_base(tmp_path_factory.mktemp("t5"))
+    others = [f"model.{role}.base=embedded" for role in ("encoder", "decoder")]
+    return [f"model.task_llm.base={base}", "model.task_llm.quantisation=none", *others]
+
+
+_ON_T5 = [
+    "model.hypernetwork={kind: lora, targets: all-linear}",
+    "model.hypernetwork={kind: combination, parts: "
+    "[{kind: lora, targets: all-linear}, {kind: bottleneck, targets: [o, wo]}]}",
+]
+
+
+@pytest.mark.parametrize("hypernetwork", _ON_T5, ids=["lora", "combination"])
+def test_both_stacks_are_what_torch_counts(t5: list[str], hypernetwork: str) -> None:
+    config = load_config("quickstart", [*t5, hypernetwork, "loss.kl=0"]).model
+    ship = model_of(config)
+    shapes = Shapes(config, torch.bfloat16, ship, frozenset())
+    batch = planned_batch(shapes, Workload(2, 3, 9, 14, 5, config.decoder.max_examples))
+    with FlopCounterMode(display=False) as counter:
+        sum(ship(batch).objectives.values(), torch.zeros(())).backward()
+    assert sum(flops_of_parts(ship.flop_size(), rows_of(batch)).values()) == (
+        counter.get_total_flops()
+    )
+
+
+@pytest.mark.parametrize("hypernetwork", [*_ON_T5, "model.hypernetwork={kind: prefix, length: 3}"])
+@torch.no_grad()
+def test_a_query_of_two_stacks_is_what_torch_counts(t5: list[str], hypernetwork: str) -> None:
+    ship = build_ship(load_config("quickstart", [*t5, hypernetwork]).model, LoadedWeights()).eval()
+    adapter = ship.adapt(torch.zeros(1, ship.config.latent_size))
+    for made in (adapter, None):
+        batch = TokenBatch.build([list(range(10, 21))], None, ship.prompts.pad_id)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            stream = ship.task_llm.stream(made, batch)
+            stream.reserve(3)
+            for _ in range(3):
+                stream.advance(stream.logits_EV.argmax(-1))
+        assert counter.get_total_flops() == query_flops(
+            ship.flop_size().task_llm, 11, 4, under_adapter=made is not None
+        )
+
+
+def test_two_stacks_by_hand() -> None:
+    """A prompt of three tokens with a target of two, and one of one with three: what is read, what
+    is written, and what meets across."""
+    rows = Rows.of([5, 4], 5, [2, 3])
+    assert (rows.read, rows.written) == (Rows(4, 9 + 1, 0), Rows(5, 4 + 9, 5))
+    assert rows.crossing_pairs == 3 * 2 + 1 * 3
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,9 @@ class EncoderDecoder(LanguageModel):
         return None
 
     @staticmethod
-    def untie(module: Any) -> None:
-        """See `LanguageModel`. transformers ties what is not scaled too (T5 of version 1.1), and
-        parts the two where a file holds both."""
-        if getattr(module.config, "scale_decoder_outputs", True) is False:
-            module.lm_head.weight = nn.Parameter(torch.empty_like(module.lm_head.weight))
+    def has_own_output(config: Any) -> bool:
+        """See `LanguageModel`: that of version 1.1, which is not scaled."""
+        return getattr(config, "scale_decoder_outputs", True) is False
 
     def blocks(self) -> dict[str, nn.Module]:
         """See `LanguageModel`: the reading stack's, then the writing one's."""
@@ -79,6 +77,11 @@ class EncoderDecoder(LanguageModel):
         """See `LanguageModel`: of a writing block also that to what was read."""
         cross = {f"{path}.layer.1": path for path in self.blocks() if path.startswith("decoder.")}
         return super().attentions() | cross
+
+    def is_written(self, path: str) -> bool:
+        """See `LanguageModel`: keys and values of cross-attention are those of what was read."""
+        of_read = path.endswith((".EncDecAttention.k", ".EncDecAttention.v"))
+        return path.startswith("decoder.") and not of_read
 
     def hidden(
         self,

@@ -295,9 +295,10 @@ class LanguageModel(ABC):
         self.module.set_output_embeddings(nn.Identity())
 
     @staticmethod
-    def untie(module: Any) -> None:
-        """Give the output layer of a model without weights its own, where files of its kind have
-        one that the config does not tell of."""
+    def has_own_output(config: Any) -> bool:
+        """Whether files of a model with this config hold an output layer of its own, although
+        transformers takes it for tied until it has read them."""
+        return False
 
     @abstractmethod
     def missing(self, feature: Feature) -> str | None:
@@ -324,6 +325,11 @@ class LanguageModel(ABC):
     def fusing(self) -> tuple[str, ...]:
         """Those of `attentions` where a text that another model read is met beside the input."""
         return tuple(self.attentions())
+
+    def is_written(self, path: str) -> bool:
+        """Whether the block or linear at this module path runs over an answer's tokens alone, as
+        what writes does where another stack reads. For FLOPs."""
+        return False
 
     def linears(self) -> dict[str, nn.Module]:
         """Module path -> linear of all blocks; `linear_sizes` says how wide one is."""
@@ -499,7 +505,9 @@ def without_weights(config: PreTrainedConfig, **how: Any) -> Any:
         UserError: see `auto_class`.
     """
     model = auto_class(config).from_config(config, **how)
-    implementation(config).untie(model)
+    if implementation(config).has_own_output(config):
+        output = model.get_output_embeddings()
+        output.weight = nn.Parameter(torch.empty_like(output.weight))
     return model
 
 

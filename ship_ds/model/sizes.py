@@ -5,20 +5,30 @@ linear, P virtual tokens, H hidden size, Z latent size, V vocabulary.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import prod
 
 from torch import nn
 
 from ship_ds.config import LoraTuning, ModelConfig, TrainedRoleConfig
-from ship_ds.flops import Matrices, RoleSize, Rows, ShipSize, StepRows
-from ship_ds.model.adapters.adapter import num_products
+from ship_ds.flops import Matrices, RoleSize, Rows, ShipSize, StepRows, TwoStacks
+from ship_ds.model.adapters.adapter import Hypernetwork, num_products
 from ship_ds.model.adapters.sites import is_target
 from ship_ds.model.language_model import LanguageModel, linear_sizes
 from ship_ds.model.step import Parts, ShipBatch
 
-_READ_BLOCK_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv")
-"""Names of the linears that read what comes into a block, in transformers' causal LMs."""
+_READ_BLOCK_INPUT = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "query_key_value",
+    "Wqkv",
+    "q",
+    "k",
+    "v",
+)
+"""Names of the linears that read what comes into a block, in transformers' causal LMs and T5."""
 _WRAPPED = ("base",)
 """What a wrapper of a linear calls the one inside it."""
 
@@ -35,16 +45,11 @@ def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize
     task_lm = parts.task_llm.language_model
     # In training a soft instruction is read as tokens, whose embeddings are frozen.
     has_soft_tokens = hypernetwork.num_virtual_tokens > 0
-    task_llm = RoleSize(
-        _matrices(_linears(task_lm)),
-        _low_rank(_linears(task_lm), hypernetwork.ranks()),
-        _attention(task_lm),
-        task_lm.vocabulary_size * task_lm.hidden_size,
-        is_trained=False,
-        embeddings_have_gradient=has_soft_tokens,
-        after=hypernetwork.products_after(),
-        prefix=hypernetwork.prefix_length,
-    )
+    task_llm = _stack(task_lm, hypernetwork, has_soft_tokens, writes=False)
+    if any(map(task_lm.is_written, task_lm.blocks())):
+        writing = _stack(task_lm, hypernetwork, False, writes=True)
+        reading = {one.name: getattr(task_llm, one.name) for one in fields(task_llm)}
+        task_llm = TwoStacks(**reading | {"output": 0}, writing=writing)
     encoder_size = _role(config.encoder, encoder.language_model, encoder.head_products, False)
     if encoder.pooling is not None:
         encoder_size = replace(encoder_size, pooling=encoder.pooling.num_products)
@@ -65,13 +70,35 @@ def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize
 def rows_of(batch: ShipBatch) -> StepRows:
     """What the three language models read in a micro-step, without padding."""
     encoder, task_llm, decoder = (
-        Rows.of(tokens.lengths, tokens.num_targets)
+        Rows.of(tokens.lengths, tokens.num_targets, tokens.target_lengths)
         for tokens in (batch.instructions, batch.answers, batch.decoded)
     )
     read, answered = batch.instructions.lengths, batch.answers.lengths
     rows_per_task = len(answered) // max(1, len(read))
     pairs = sum(length * read[row // rows_per_task] for row, length in enumerate(answered))
-    return StepRows(encoder, task_llm, decoder, batch.num_tasks, pairs)
+    targets = enumerate(batch.answers.target_lengths)
+    written = sum(length * read[row // rows_per_task] for row, length in targets)
+    return StepRows(encoder, task_llm, decoder, batch.num_tasks, pairs, written)
+
+
+def _stack(
+    lm: LanguageModel, hypernetwork: Hypernetwork, has_soft_tokens: bool, *, writes: bool
+) -> RoleSize:
+    """What of the Task LLM runs over an answer's tokens alone, or over the others: in a model of
+    one stack over all."""
+    all_linears, after = _linears(lm), hypernetwork.products_after()
+    linears = {path: one for path, one in all_linears.items() if lm.is_written(path) == writes}
+    ranks = {path: rank for path, rank in hypernetwork.ranks().items() if path in linears}
+    return RoleSize(
+        _matrices(linears),
+        _low_rank(linears, ranks),
+        _attention(lm, writes),
+        lm.vocabulary_size * lm.hidden_size,
+        is_trained=False,
+        embeddings_have_gradient=has_soft_tokens,
+        after=sum(count for path, count in after.items() if path in linears),
+        prefix=hypernetwork.prefix_length,
+    )
 
 
 def _role(config: TrainedRoleConfig, lm: LanguageModel, head: int, is_decoder: bool) -> RoleSize:
@@ -84,7 +111,7 @@ def _role(config: TrainedRoleConfig, lm: LanguageModel, head: int, is_decoder: b
     return RoleSize(
         _matrices(linears),
         _low_rank(linears, ranks),
-        _attention(lm),
+        _attention(lm, False),
         lm.vocabulary_size * lm.hidden_size if is_decoder else 0,
         is_trained=not is_lora,
         embeddings_have_gradient=is_decoder or not is_lora,
@@ -127,9 +154,17 @@ def _reading(linears: Mapping[str, nn.Module]) -> list[str]:
     # model.layers.0.self_attn.q_proj: the block is what comes down to the number
     number = next((i for i, name in enumerate(first) if name.isdecimal()), 0)
     block = ".".join(first[: number + 1]) + "."
-    return [path for path in linears if path.startswith(block) and _name(path) in _READ_BLOCK_INPUT]
+    return [
+        path
+        for path in linears
+        # Cross-attention stands in the middle of a block, and its queries read what came before.
+        if path.startswith(block)
+        and _name(path) in _READ_BLOCK_INPUT
+        and "EncDecAttention" not in path
+    ]
 
 
-def _attention(lm: LanguageModel) -> int:
+def _attention(lm: LanguageModel, writes: bool) -> int:
     settings = lm.module.config
-    return len(lm.blocks()) * settings.num_attention_heads * lm.key_value_heads[1]
+    num_blocks = sum(lm.is_written(path) == writes for path in lm.blocks())
+    return num_blocks * settings.num_attention_heads * lm.key_value_heads[1]

@@ -12,28 +12,40 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ship_ds.model.attention import PACKS, TAKES_PREFIX, packed_in_rows, prefix_of, prepend
+from ship_ds.model.attention import (
+    PACKS,
+    TAKES_PREFIX,
+    is_cross_attention,
+    packed_in_rows,
+    prefix_of,
+    prepend,
+)
 
 PLANNED = "ship_planned"
 
 
 class _Fused(torch.autograd.Function):
     """Keeps query, key, value, output and the row sums, as flash attention does (Dao et al.
-    2022)."""
+    2022), and the mask that a bias by distance becomes."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         rows, heads, length, _ = query.shape
         # as the kernels lay it out: no copy follows
         out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
         row_sums_EAS = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, row_sums_EAS)
+        mask = None
+        if bias is not None:
+            mask = bias.new_empty(rows, heads, length, key.shape[2])
+        ctx.save_for_backward(query, key, value, out, row_sums_EAS, mask)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
-        return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        return *(torch.empty_like(tensor) for tensor in (query, key, value)), None
 
 
 def planned_attention(
@@ -45,13 +57,14 @@ def planned_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature: query (E, A, S, size of a head) -> (E, S, A, size)."""
-    prefix, rows = kwargs.get("ship_prefix"), kwargs.get("ship_rows")
+    name = "ship_cross_prefix" if is_cross_attention(module) else "ship_prefix"
+    prefix, rows, bias = kwargs.get(name), kwargs.get("ship_rows"), kwargs.get("position_bias")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, row_E: Tensor | None = None) -> Tensor:
         if prefix is not None:
             own = prefix if row_E is None else prefix_of(prefix, row_E)
             k, v, _ = prepend(own, q, k, v, None)
-        return _Fused.apply(q, k, v).transpose(1, 2)
+        return _Fused.apply(q, k, v, bias).transpose(1, 2)
 
     if rows is not None:
         return packed_in_rows(attend, (query, key, value), rows), None

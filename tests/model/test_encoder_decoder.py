@@ -73,8 +73,8 @@ def test_the_loss_is_the_stock_models(version: str, dtype: torch.dtype) -> None:
     bound = 1e-12 if dtype == torch.float64 else 2e-5
     torch.testing.assert_close(logits.log_softmax(-1), torch.cat(expected), rtol=0, atol=bound)
     assert labels.tolist() == [token for _, answer in _rows() for token in answer]
-    scaled = label_logits(stock, _batch(), _soft().to(dtype) * 1.01)[0]
-    assert float((scaled - logits).detach().abs().max()) > 1e-3
+    moved = label_logits(model, _batch(), _soft().to(dtype) * 1.01)[0]
+    assert float((moved - logits).detach().abs().max()) > 1e-3, "virtual tokens say nothing"
 
 
 def test_version_1_0_scales_what_its_tied_output_layer_reads() -> None:

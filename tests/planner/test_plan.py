@@ -22,6 +22,7 @@ from ship_ds.planner.plan import RESERVED, Machines, advise, make_plan
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes, meta_lm, public_shapes
 from ship_ds.planner.show import verdict, warnings_of
 from ship_ds.planner.zero import DEFAULTS, Zero, traffic
+from tests.export.models import make_t5_base
 
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
@@ -260,6 +261,29 @@ def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides:
     )
     assert planned.peak == pytest.approx(real.peak, rel=0.1)
     assert min(planned.kept["task LLM"], planned.logits) > 0
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_two_stacks_are_planned_as_they_compute(checkpointing: str, tmp_path: Path) -> None:
+    """As above, around a T5: what each block's bias by distance becomes is kept, too."""
+    overrides = [
+        f"model.task_llm.base={make_t5_base(tmp_path)}",
+        *(f"model.{role}.base=embedded" for role in ("encoder", "decoder")),
+        "model.task_llm.quantisation=none",
+        f"model.task_llm.checkpointing={checkpointing}",
+        "model.hypernetwork={kind: lora, targets: all-linear}",
+    ]
+    config = load_config("quickstart-smoke", overrides).model
+    model, work = build_ship(config, LoadedWeights()).train(), Workload(2, 3, 9, 14, 5, 2)
+    shapes = build_shapes(config, torch.float32)
+    planned = count_activations(shapes, work)
+    real = count_activations(Shapes(config, torch.float32, model, frozenset()), work)
+    assert planned.kept["task LLM"] == pytest.approx(real.kept["task LLM"], rel=0.02)
+    assert (planned.adapters, planned.logits) == (real.adapters, real.logits)
+    assert planned.peak == pytest.approx(real.peak, rel=0.1)
+    assert sum(weight.numel for weight in shapes.weights("task LLM")) == sum(
+        parameter.numel() for parameter in model.task_llm.parameters()
+    )
 
 
 def test_learned_queries_are_in_a_plans_counts() -> None:

@@ -250,9 +250,10 @@ class Hypernetwork(nn.Module, ABC):
         """Multiplications that make an adapter of one of the encoder's states more. For FLOPs."""
         return 0
 
-    def products_after(self) -> int:
-        """Multiplications of one token with what `Adapter.after` adds, of all sites. For FLOPs."""
-        return 0
+    def products_after(self) -> Mapping[str, int]:
+        """Module path -> multiplications of one token with what `Adapter.after` adds there. For
+        FLOPs."""
+        return {}
 
     def exports(self, adapter: Any) -> list[Export]:
         """Each task's adapter on its way out. Raises UserError for a kind without a format."""

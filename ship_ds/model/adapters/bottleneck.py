@@ -69,6 +69,6 @@ class BottleneckHypernetwork(FactorHypernetwork):
     def forward(self, latent_TZ: Tensor) -> BottleneckAdapter:
         return BottleneckAdapter(self.factors(latent_TZ))
 
-    def products_after(self) -> int:
+    def products_after(self) -> dict[str, int]:
         """See `Hypernetwork`."""
-        return sum(2 * self.rank * size for _, size in self.sites.values())
+        return {path: 2 * self.rank * size for path, (_, size) in self.sites.items()}

@@ -12,6 +12,7 @@ Letters: T tasks, E sequences, Z latent size, R LoRA rank, I inputs of a linear,
 linear, G key-value heads, P virtual tokens, F size of an attention head.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -177,9 +178,12 @@ class Combination(Hypernetwork):
         """See `Hypernetwork`."""
         return sum(part.products_of_state() for part in self._hypernetworks())
 
-    def products_after(self) -> int:
+    def products_after(self) -> dict[str, int]:
         """See `Hypernetwork`."""
-        return sum(part.products_after() for part in self._hypernetworks())
+        added: Counter[str] = Counter()
+        for part in self._hypernetworks():
+            added.update(part.products_after())
+        return dict(added)
 
     def head_modules(self) -> list[nn.Module]:
         return [head for part in self._hypernetworks() for head in part.head_modules()]

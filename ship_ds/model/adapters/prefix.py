@@ -110,8 +110,8 @@ class PrefixExport(Export):
         """See `Export`."""
         if lm.config.is_encoder_decoder:
             raise UserError(
-                f"deduce: {type(lm).__name__}: peft's prefixes stand in the stack that writes alone, "
-                "and this run's in both and in cross-attention; `ship-ds answer` applies the adapter"
+                f"deduce: {type(lm).__name__}: peft's prefixes stand in the writing stack alone, "
+                "this run's in both and in cross-attention; `ship-ds answer` applies them"
             )
         write_prefix(part, [_turned(lm, one, 1) for one in self.states.values()], base, lm.config)
 
