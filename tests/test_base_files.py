@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ship_ds.base_files import check_base_files
+from ship_ds.base_files import check_base_files, encoder_decoder, linears_of_t5
 from ship_ds.config import base_folder
 from ship_ds.errors import UserError
 
@@ -81,6 +81,14 @@ def test_the_embedded_base_has_no_fault(base: Path) -> None:
             edit("config.json", quantization_config={"quant_method": "gptq"}),
             r"are quantised already \(gptq\)",
         ),
+        (
+            edit("config.json", model_type="bart", is_encoder_decoder=True),
+            "a bart is an encoder-decoder, and of those only .*t5 can be a base",
+        ),
+        (
+            edit("config.json", model_type="t5", architectures=["T5EncoderModel"]),
+            "a T5EncoderModel has no stack that writes",
+        ),
         (change_weights(float("nan"), "float32"), "has values that are infinite or no numbers"),
         (change_weights(float("-inf"), "float16"), "has values that are infinite or no numbers"),
     ],
@@ -90,6 +98,17 @@ def test_a_fault_is_one_line(damage: Callable[[Path], object], message: str, bas
     with pytest.raises(UserError, match=message) as caught:
         check_base_files(base)
     assert "\n" not in str(caught.value) and str(base) in str(caught.value)
+
+
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_a_t5_is_known_by_its_config(feed_forward: str, base: Path) -> None:
+    two_stacks = {"model_type": "t5", "is_encoder_decoder": True}
+    edit("config.json", **two_stacks, feed_forward_proj=feed_forward)(base)
+    check_base_files(base)
+    assert encoder_decoder(base) == "t5" and encoder_decoder(base_folder("embedded")) is None
+    assert linears_of_t5(base) == {"q", "k", "v", "o", "wo"} | (
+        {"wi"} if feed_forward == "relu" else {"wi_0", "wi_1"}
+    )
 
 
 def test_large_numbers_are_numbers(base: Path) -> None:

@@ -310,6 +310,17 @@ def test_a_control_token_written_out_is_text(text: str, tokenizer: PreTrainedTok
     assert prompts.finished_text(target) == text
 
 
+def test_what_another_stack_reads_ends_by_itself(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As T5 was trained to read; a template says how prompts end, where there is one."""
+    tokenizer.chat_template = None
+    plain, read = PromptFormat(tokenizer), PromptFormat(tokenizer, ends_prompts=True)
+    before = plain.task_prompt("3 1", "add 2")
+    asked = read.task_prompt("3 1", "add 2")
+    assert asked[-1] == read.eos_id and asked.count(read.eos_id) == 1
+    assert before.count(plain.eos_id) == 0 and _text(read, asked[:-1]) == _text(plain, before)
+    assert plain.describe()["hash"] != read.describe()["hash"]
+
+
 def _unigram_prompts() -> PromptFormat:
     """A vocabulary that holds its control tokens as pieces, as T5's."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "abc </s>?")]

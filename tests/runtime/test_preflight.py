@@ -1,13 +1,14 @@
 """What stops a run in seconds, with one line and without torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ship_ds.config import load_config
+from ship_ds.config import base_folder, load_config
 from ship_ds.errors import UserError
 from ship_ds.runtime import preflight
 from tests.conftest import REPOSITORY, environment
@@ -46,6 +47,65 @@ def test_a_good_run_passes_and_leaves_an_empty_folder(tmp_path: Path) -> None:
 def test_bad_input_is_named(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(tmp_path, *overrides)
+
+
+@pytest.fixture
+def t5(tmp_path: Path) -> str:
+    """What tells a T5: its config.json."""
+    base = shutil.copytree(base_folder("embedded"), tmp_path / "t5")
+    config = {"model_type": "t5", "is_encoder_decoder": True, "feed_forward_proj": "gated-gelu"}
+    (base / "config.json").write_text(json.dumps(config))
+    return f"model.task_llm.base={base}"
+
+
+OTHERS = ["model.encoder.base=embedded", "model.decoder.base=embedded"]
+LINEARS = "model.hypernetwork.targets=[q, wi_1]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([LINEARS], "model.encoder.base: .*: a t5 can be the Task LLM alone: set it to"),
+        ([LINEARS, OTHERS[0]], "model.decoder.base: .*: a t5 can be the Task LLM alone"),
+        (
+            [
+                "model.backbone=shared",
+                "model.encoder={quantisation: nf4, tuning: {kind: lora, rank: 2}}",
+                "model.decoder={quantisation: nf4, tuning: {kind: lora, rank: 2}}",
+            ],
+            "model.backbone=shared: .*: a t5 can be the Task LLM alone.*: set it to separate",
+        ),
+        (
+            [*OTHERS, LINEARS, "model.attention=flash"],
+            "model.attention=flash: .*: a t5 adds a bias .*: set it to auto or sdpa",
+        ),
+        (
+            OTHERS,
+            "model.hypernetwork.targets: .*: a t5 has no linear module 'q_proj'; its blocks have "
+            "k, o, q, v, wi_0, wi_1, wo: name of these, or all-linear",
+        ),
+        (
+            [*OTHERS, "model.hypernetwork={kind: combination, parts: [{kind: prefix}, {}]}"],
+            "model.hypernetwork.targets: .* no linear module 'q_proj'",
+        ),
+    ],
+)
+def test_what_a_t5_cannot_do_is_named(
+    tmp_path: Path, t5: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check(tmp_path, t5, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_t5_passes_without_a_template_it_takes_no_system_message(tmp_path: Path, t5: str) -> None:
+    message = "model.system_message=Be brief."
+    for linears in (LINEARS, "model.hypernetwork.targets=all-linear"):
+        check(tmp_path, t5, *OTHERS, linears, message)
+    (tmp_path / "t5" / "chat_template.jinja").unlink()
+    check(tmp_path, t5, *OTHERS, LINEARS)
+    with pytest.raises(UserError, match="model.system_message: .* has no chat template"):
+        check(tmp_path, t5, *OTHERS, LINEARS, message)
 
 
 @pytest.mark.parametrize("part", ["offload_param", "offload_optimizer"])

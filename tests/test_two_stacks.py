@@ -1,0 +1,89 @@
+"""A T5 as Task LLM from end to end, as a user runs it: train, go on after a crash, answer, export,
+merge."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM
+
+from ship_ds import cli
+from ship_ds.api import Ship
+from ship_ds.model import nf4
+from tests.conftest import start
+from tests.export.models import make_t5_base
+
+SETTINGS = [
+    *(f"model.{role}.base=embedded" for role in ("encoder", "decoder")),
+    "model.task_llm.instruction=hard",
+    "model.hypernetwork={kind: lora, rank: 2, targets: all-linear}",
+    "training.steps=4",
+    "checkpoint.every_steps=2",
+    "evaluation.every_steps=4",
+    "evaluation.ends_with_report=false",
+]
+TEXT, INPUT = "reverse the list", "3 9 5"
+
+
+def _train(folder: Path, base: Path) -> None:
+    base_setting = f"model.task_llm.base={base}"
+    command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={folder}"]
+    done = start([*command, base_setting, *SETTINGS])
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps; then, as after a crash, the last two again from the checkpoint before them."""
+    root = tmp_path_factory.mktemp("two_stacks")
+    folder, base = root / "run", make_t5_base(root / "base")
+    _train(folder, base)
+    shutil.copy(folder / "metrics.jsonl", folder / "first.jsonl")
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    _train(folder, base)
+    return folder
+
+
+@pytest.mark.slow
+def test_it_trains_and_resumes_to_the_bit(
+    run: Path, rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    first = [json.loads(line) for line in (run / "first.jsonl").read_text().splitlines()]
+    again = rows(run)
+    names = [name for name in again[0] if name.startswith(("loss/", "optimiser/gradient"))]
+    assert [row["step"] for row in again] == [0, 1, 2, 3] and "loss/task" in names
+    for before, after in zip(first, again, strict=True):
+        assert {name: before[name] for name in names} == {name: after[name] for name in names}
+    assert len({row["loss/task"] for row in again}) == 4
+    assert all(row["optimiser/gradient_norm"] > 0 for row in again)
+
+
+@pytest.mark.slow
+def test_its_adapters_answer_leave_and_merge(run: Path, tmp_path: Path) -> None:
+    """By the verbs; then transformers and peft alone, peft on the base as training saw it."""
+    ship = Ship.from_run(run)
+    assert len(ship.answer(TEXT, [INPUT, "1 2"])) == 2
+    made = ["deduce", TEXT, "--run", str(run), "--out", str(tmp_path / "adapter")]
+    assert cli.main(made) == 0
+    assert cli.main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+    ids = torch.tensor([ship.model.question(INPUT, TEXT)])
+    labels = torch.tensor([ship.model.prompts.target("5 9 3")])
+    batch = ship.model.task_batch([INPUT], ["5 9 3"], [TEXT])
+    with torch.no_grad():
+        live = ship.model.task_llm.score(ship.deduce(TEXT).adapter, batch, 1)[0]
+        bare = ship.model.task_llm.score(None, batch, 1)[0]
+        merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+        stock = AutoModelForSeq2SeqLM.from_pretrained(
+            ship.config.model.task_llm.base, quantization_config=nf4.config(torch.float32)
+        )
+        loaded = PeftModel.from_pretrained(stock, str(tmp_path / "adapter"))
+        for model in (merged, loaded):
+            found = model.eval()(input_ids=ids, labels=labels).logits[0]
+            # Unscaled attention over random weights makes much of a rounding.
+            torch.testing.assert_close(found, live, rtol=0, atol=2e-2)
+    assert float((live - bare).abs().max()) > 1
