@@ -154,6 +154,20 @@ def test_two_stacks_by_hand() -> None:
     assert rows.crossing_pairs == 3 * 2 + 1 * 3
 
 
+def test_states_fused_by_two_stacks_by_hand(t5: list[str]) -> None:
+    """A target's tokens alone meet them, in cross-attention: 2 blocks of 4 heads of 16 numbers."""
+    config = load_config("quickstart", [*t5, "model.hypernetwork={kind: fusion}"]).model
+    ship = build_ship(config, LoadedWeights())
+    read = TokenBatch.build([[9] * 3, [9] * 5], None, 0)
+    asked = TokenBatch.build([[9] * 4, [9] * 6, [9] * 2, [9] * 2], [[8] * 2, [8], [8], [8]], 0)
+    noise_TZ, shows_T = torch.zeros(2, config.latent_size), torch.ones(2, dtype=torch.bool)
+    rows = rows_of(ShipBatch(read, asked, read, shows_T, noise_TZ, torch.ones(2)))
+    assert rows.fused_written == 3 * (2 + 1) + 5 * (1 + 1)
+    size = ship.flop_size()
+    fused, alone = (flops_of_parts(one, rows) for one in (size, replace(size, fuses=False)))
+    assert fused["task_llm"] - alone["task_llm"] == 3 * 4 * 2 * 4 * 16 * rows.fused_written
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

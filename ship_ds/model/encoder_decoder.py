@@ -75,8 +75,16 @@ class EncoderDecoder(LanguageModel):
 
     def attentions(self) -> dict[str, str]:
         """See `LanguageModel`: of a writing block also that to what was read."""
-        cross = {f"{path}.layer.1": path for path in self.blocks() if path.startswith("decoder.")}
-        return super().attentions() | cross
+        return super().attentions() | self._crossing()
+
+    def fusing(self) -> tuple[str, ...]:
+        """See `LanguageModel`: cross-attention meets a text's states beside those of the input, as
+        in HINT."""
+        return tuple(self._crossing())
+
+    def _crossing(self) -> dict[str, str]:
+        """Cross-attention -> its block."""
+        return {f"{path}.layer.1": path for path in self.blocks() if path.startswith("decoder.")}
 
     def is_written(self, path: str) -> bool:
         """See `LanguageModel`: keys and values of cross-attention are those of what was read."""

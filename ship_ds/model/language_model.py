@@ -323,7 +323,8 @@ class LanguageModel(ABC):
         return {path: path for path in self.blocks()}
 
     def fusing(self) -> tuple[str, ...]:
-        """Those of `attentions` where a text that another model read is met beside the input."""
+        """Those of `attentions` where a text that another model read is met beside the input
+        (fusion.py)."""
         return tuple(self.attentions())
 
     def is_written(self, path: str) -> bool:

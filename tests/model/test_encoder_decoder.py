@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, MT5Config, MT5ForConditionalGeneration
 
+from ship_ds.config import FusionHypernetworkConfig, PrefixHypernetworkConfig
 from ship_ds.model import nf4, streaming
+from ship_ds.model.adapters.adapter import States, Target, build_hypernetwork
 from ship_ds.model.adapters.prefix import PrefixAdapter
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.attention import SDPA
@@ -240,6 +242,34 @@ def test_a_sharded_models_tokens_go_the_way_of_its_prompts(monkeypatch: pytest.M
     assert called == read, "what a rank without work goes through"
     assert greedy(lm.stream(prompts, adapter), EOS, 8) == expected
     assert len({len(row) for row in expected}) > 1, "no row left before the others"
+
+
+def test_fused_states_are_met_by_cross_attention_alone() -> None:
+    """HINT's place for the encoded instruction; a prefix is met in both stacks as well."""
+    lm = language_model(tiny_t5())
+    cross = ("decoder.block.0.layer.1", "decoder.block.1.layer.1")
+    assert lm.fusing() == cross
+    assert lm.attentions() == {
+        **{path: path for path in lm.blocks()},
+        **{path: path.removesuffix(".layer.1") for path in cross},
+    }
+    target = replace(Target.of(lm, {}), state_size=5)
+    hypernetwork = build_hypernetwork(FusionHypernetworkConfig(width=8), 4, target)
+    read = States(torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.bool))
+    made = hypernetwork(torch.randn(2, 4), read)
+    assert tuple(made.tensors()) == cross
+    assert {one.shape for one in made.tensors().values()} == {(2, 2, 4, 3, 16)}
+    # The two models' blocks have one share of z each, and its cross-attention the block's.
+    config = PrefixHypernetworkConfig(length=2, width=8, latent="by_layer")
+    prefix = build_hypernetwork(config, 4, target)
+    with torch.no_grad():
+        for parameter in prefix.parameters():
+            parameter.normal_()
+        before, latent = prefix(torch.zeros(1, 4)).tensors(), torch.zeros(1, 4)
+        latent[0, 3] = 1  # of the last block
+        after = prefix(latent).tensors()
+    changed = {place for place in before if not torch.equal(before[place], after[place])}
+    assert changed == {"decoder.block.1", "decoder.block.1.layer.1"}
 
 
 def test_it_runs_on_the_meta_device_and_says_what_it_lacks() -> None:

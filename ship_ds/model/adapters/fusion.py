@@ -6,8 +6,9 @@ last layer gives of the instruction becomes a key and a value of every block, be
     z -----------------+
 
 In HINT, an encoder-decoder, the decoder's cross-attention meets the encoded instruction beside the
-encoded input. A decoder-only model has no such place, so its blocks meet it as they meet their own
-past. It is computed once a task; a query pays for the attention to it and for no product of it.
+encoded input, and so it does where the Task LLM is a T5. A decoder-only model has no such place, so
+its blocks meet it as they meet their own past. It is computed once a task; a query pays for the
+attention to it and for no product of it.
 
 Without the states (a latent that no text stands behind) nothing is seen: training leaves them out
 of some tasks (`drop`), so that the rest of a combination learns to do without.
@@ -29,7 +30,8 @@ from ship_ds.model.adapters.trunk import TrunkHypernetwork
 
 
 class FusionHypernetwork(TrunkHypernetwork):
-    """States and z -> keys and values of every block, as many as there are states."""
+    """States and z -> keys and values of every block, or of every cross-attention where there is
+    one, as many as there are states."""
 
     needs: ClassVar = ("adapters", "prefix")
     fuses = True
