@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
 
 from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.attention import TAKES_PREFIX
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.budget import Costs
 from ship_ds.model.decoder_only import GivenStates, under
@@ -41,6 +42,12 @@ class EncoderDecoder(LanguageModel):
         """See `LanguageModel`."""
         if feature == "packing":
             return f"{type(self.module).__name__}: reads padded rows alone"
+        attention = self.module.config._attn_implementation
+        if feature == "prefix" and attention not in TAKES_PREFIX:
+            return (
+                f"{type(self.module).__name__}: its attention here is {attention}, which cannot "
+                "attend to a prefix; set model.attention=sdpa"
+            )
         return None
 
     @staticmethod

@@ -167,7 +167,7 @@ class ShipModel(nn.Module):
     def forward(self, batch: ShipBatch) -> StepSums:
         """One sample of z feeds both halves: the adapter (VIB) and, where a decoder is trained, the
         reconstruction (VAE)."""
-        packed = self.packs
+        packed = self.hypernetwork.packs  # each language model knows whether it can
         posterior = Posterior(*self.encoder(batch.instructions))
         latent_TZ = posterior.sample(batch.noise_TZ)
         adapter = self._adapter(latent_TZ, posterior, batch.instructions, batch.chance_T)

@@ -281,6 +281,9 @@ def test_it_runs_on_the_meta_device_and_says_what_it_lacks() -> None:
     reason = lm.missing("packing")
     assert reason is not None and "\n" not in reason
     assert lm.missing("adapters") is None and lm.missing("prefix") is None
+    model.set_attn_implementation("eager")
+    assert "cannot attend to a prefix" in str(lm.missing("prefix"))
+    model.set_attn_implementation(SDPA)
     logits, _ = lm.score(TokenBatch.of_lengths(4, 7, 3), adapter, 2)
     assert logits.is_meta and logits.shape == (12, VOCABULARY)
     assert lm.hidden(TokenBatch.of_lengths(4, 7, 0)).shape == (4, 7, HIDDEN)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ship_ds.api import Ship
-from ship_ds.config import LoraHypernetworkConfig
+from ship_ds.config import ALL_LINEAR, LoraHypernetworkConfig
 from ship_ds.inference.deduction import Answerer, AnswersByTask
 from ship_ds.inference.scoring import scored_batches
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.adapters.sites import wrap_sites
+from ship_ds.model.adapters.sites import linears_of, wrap_sites
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.budget import Piece
 from ship_ds.model.loading import freeze, load_lm
@@ -242,5 +242,8 @@ def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:
     lm = freeze(
         load_lm(settings.base, settings.quantisation, ship.dtype, "auto", ship.model.device)
     )
+    names = {path.rpartition(".")[2] for path in linears_of(lm)}
+    if not names >= {*lora.targets}:  # a base with other names, such as a T5
+        lora = lora.model_copy(update={"targets": (ALL_LINEAR,)})
     wrap_sites(lm, lora.targets)
     return TaskLlm(lm, settings.checkpointing).to(ship.model.device), lora
