@@ -108,12 +108,12 @@ def _made(name: str, family: str = "llama") -> tuple[LanguageModel, Hypernetwork
     return lm, build_hypernetwork(section, Z, target)
 
 
-def _awake(hypernetwork: Hypernetwork) -> Hypernetwork:
+def _awake(hypernetwork: Hypernetwork, spread: float = 0.2) -> Hypernetwork:
     """No weight that starts at zero is zero any more."""
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in hypernetwork.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.add_(torch.randn_like(parameter) * spread)
     return hypernetwork
 
 
@@ -166,7 +166,9 @@ def test_a_fresh_one_is_the_base(name: str, family: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_tasks_answer_as_each_alone_padded_and_packed(name: str, family: str) -> None:
     lm, hypernetwork = _made(name, family)
-    adapter = _adapted(_awake(hypernetwork), _latent())
+    # T5's scores are not scaled: small keys in its cross-attention take next to nothing.
+    spread = 1.0 if (name, family) == ("fusion", "t5") else 0.2
+    adapter = _adapted(_awake(hypernetwork, spread), _latent())
     together = _logits(lm, adapter, _batch(hypernetwork))
     alone = [
         _logits(lm, adapter.rows(torch.tensor([t])), _batch(hypernetwork, slice(2 * t, 2 * t + 2)))
