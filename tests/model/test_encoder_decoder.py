@@ -175,6 +175,20 @@ def test_a_prefix_is_met_where_it_belongs_and_nowhere_else(place: str) -> None:
 
 
 @torch.no_grad()
+def test_what_reads_sees_all_of_a_text_beside_a_prefix_without_a_mask_too() -> None:
+    model: Any = tiny_t5()
+    wrap_sites(model, ("q",))
+    states = torch.randn(1, 2, 4, 3, 16, generator=torch.Generator().manual_seed(3))
+    given = {
+        "inputs_embeds": torch.randn(1, 6, HIDDEN, generator=torch.Generator().manual_seed(4)),
+        "ship_adapter": PrefixAdapter({"encoder.block.1": states}),
+    }
+    everything = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    masked = model.encoder(**given, attention_mask=everything).last_hidden_state
+    torch.testing.assert_close(model.encoder(**given).last_hidden_state, masked)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("version", VERSIONS)
 def test_greedy_is_transformers_greedy(version: str) -> None:
     model: Any = tiny_t5(version)
