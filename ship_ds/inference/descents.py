@@ -1,6 +1,6 @@
 """Descents of many tasks at once, and the texts that the decoder reads out of what they find.
 
-Letters: C candidates, H hidden size, M examples of a task, S padded length, Z latent size.
+Letters: C candidates, H hidden size, M examples of a task, S padded length, T tasks, Z latent size.
 """
 
 from collections.abc import Iterator, Sequence

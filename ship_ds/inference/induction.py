@@ -16,7 +16,7 @@ nothing of use where people wrote them. There (`InductionConfig.suited_to`) the 
 the decoder proposes, the known instructions that it finds likeliest, what the Task LLM says when it
 is asked, and, in a second round, other wordings of the best and their nearest known neighbours.
 
-Letters: C candidates, Z latent size.
+Letters: C candidates, W views of the examples, Z latent size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
