@@ -4,14 +4,16 @@ model card for people."""
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from ship_ds.errors import UserError
 from ship_ds.files import write_json, write_text
 from ship_ds.parsing import read_json_object
-from ship_ds.weights_folder import WeightsFolder, settings_fingerprint
+
+if TYPE_CHECKING:
+    from ship_ds.weights_folder import WeightsFolder
 
 ORIGIN, CARD = "ship.json", "README.md"
 
@@ -90,8 +92,11 @@ class Origin:
     confidence: Annotated[dict[str, float | None], _with("agreement", "threshold")] | None = None
     base_settings: str = ""
 
-    def other_than(self, base: WeightsFolder) -> Literal["weights", "settings"] | None:
+    def other_than(self, base: "WeightsFolder") -> Literal["weights", "settings"] | None:
         """In what a folder is another base than the adapter's; None: it is that one."""
+        # Here: it brings torch, and a command line reads an origin first.
+        from ship_ds.weights_folder import settings_fingerprint
+
         if base.fingerprint != self.base_fingerprint:
             return "weights"
         if self.base_settings and settings_fingerprint(base.folder) != self.base_settings:

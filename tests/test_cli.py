@@ -283,7 +283,8 @@ def make_places(folder: Path) -> dict[str, Path]:
     save_file(
         {"latent_TZ": np.zeros((1, 64), np.float32)}, places["OTHER"], {"bundle": "of another"}
     )
-    empty: dict[str, Any] = {"prompt_format": {}, "probes": [], "proof": {}}
+    proof = {"from_live": 0.0, "from_base": 1.0}
+    empty: dict[str, Any] = {"prompt_format": {}, "probes": [], "proof": proof}
     origin = dict.fromkeys((field.name for field in fields(Origin)), "") | empty
     needless = {"tuning": None, "confidence": None}
     write_json(places["ADAPTER"] / "ship.json", origin | needless | {"base": "no/such/base"})
