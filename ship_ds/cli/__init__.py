@@ -19,13 +19,23 @@ import typer
 from typer.exceptions import TyperException
 
 from ship_ds.allocator import use_scalable_malloc
-from ship_ds.cli import converting, inspecting, serving, training, using
+from ship_ds.cli import converting, inspecting, serving, supplying, training, using
 from ship_ds.cli.verb import PANELS, app
 from ship_ds.errors import UserError
 from ship_ds.files import refuse_other_writers
 from ship_ds.parsing import unicode_text
 
-__all__ = ["app", "converting", "inspecting", "main", "run", "serving", "training", "using"]
+__all__ = [
+    "app",
+    "converting",
+    "inspecting",
+    "main",
+    "run",
+    "serving",
+    "supplying",
+    "training",
+    "using",
+]
 
 # Each file registers its verbs as it is imported, and imports are sorted by name.
 app.registered_commands.sort(key=lambda verb: PANELS.index(str(verb.rich_help_panel)))

@@ -11,7 +11,6 @@ same settings: a pre-training on it keeps from training what an in-domain run wi
 Where one rule is in two sources, the part that is tested keeps it. Imports no torch.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from ship_ds.data.source import TaskSource, TextLengths
+from ship_ds.data.source import TaskSource, TextLengths, with_weights
 from ship_ds.data.splits import rule_groups
 from ship_ds.data.task import DataError, Splits, SplitTask
 from ship_ds.data.task_files import (
@@ -120,8 +119,7 @@ class MixtureTasks(TaskSource):
 
     def fingerprint(self, splits: Splits) -> str:
         """Of the tasks and of their weights: others draw other tasks."""
-        weights = [task.weight for task in splits.seen]
-        return hashlib.sha256(f"{super().fingerprint(splits)} {weights}".encode()).hexdigest()
+        return with_weights(super().fingerprint(splits), splits)
 
 
 def _read(
@@ -140,7 +138,7 @@ def _named(tasks: Sequence[SplitTask], source: MixtureSource) -> tuple[SplitTask
         replace(
             task,
             task=replace(task.task, id=f"{source.label}/{task.id}"),
-            weight=source.weight,
+            weight=source.weight * task.weight,
         )
         for task in tasks
     )
@@ -178,6 +176,6 @@ def _shares(sources: Sequence[MixtureSource], seen: Sequence[SplitTask]) -> list
     return [
         f"{source.label}: weight {source.weight:g}: {len(tasks)} seen tasks, "
         f"{sum(len(task.train) for task in tasks)} examples, "
-        f"{len(tasks) * source.weight / total:.1%} of the draws"
+        f"{sum(task.weight for task in tasks) / total:.1%} of the draws"
         for source, tasks in zip(sources, parts, strict=True)
     ]

@@ -92,6 +92,12 @@ class TaskSource(ABC):
         return hashlib.sha256(repr(splits).encode()).hexdigest()
 
 
+def with_weights(fingerprint: str, splits: Splits) -> str:
+    """The fingerprint of these tasks with their weights: others draw other tasks."""
+    weights = [task.weight for task in splits.seen]
+    return hashlib.sha256(f"{fingerprint} {weights}".encode()).hexdigest()
+
+
 def source_of(data: Section) -> TaskSource:
     """The source that a config's section `data` names by its kind."""
     source: TaskSource = SOURCES.implementation(data)(data)

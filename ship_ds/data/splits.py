@@ -106,7 +106,7 @@ def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
     are in file order."""
     inputs = list(dict.fromkeys(example.input for example in task.examples))
     if len(inputs) < 2:
-        return SplitTask(task, task.examples[: config.train_examples], ())
+        return SplitTask(task, task.examples[: config.train_examples], (), weight=task.weight)
     tested = {example.input for example in task.examples if isinstance(example, HeldOutExample)}
     if not tested:
         drawn = random.Random(f"test {config.seed} {task.id}").sample(
@@ -121,7 +121,10 @@ def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
     train = [example for example in task.examples if example.input not in tested]
     test = [example for example in task.examples if example.input in tested]
     return SplitTask(
-        task, tuple(train[: config.train_examples]), tuple(test[: config.test_examples])
+        task,
+        tuple(train[: config.train_examples]),
+        tuple(test[: config.test_examples]),
+        weight=task.weight,
     )
 
 

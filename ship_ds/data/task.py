@@ -55,7 +55,8 @@ class Task:
 
     `source` says where it was read (a file, or "rules"); `family` groups tasks for macro-averages
     and is the task's own category where the format has one (SNI `Categories`, the generator's rule
-    family), else empty. `paper_metric` changes no training, so it is in no fingerprint.
+    family), else empty. `paper_metric` changes no training, so it is in no fingerprint. `weight` is
+    how often the file wants it drawn beside a task of weight 1.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Task:
     source: str = ""
     family: str = ""
     paper_metric: PaperMetric = field(default="", repr=False)
+    weight: float = field(default=1.0, repr=False)
 
 
 @dataclass(frozen=True)

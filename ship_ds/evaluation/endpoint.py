@@ -25,12 +25,11 @@ class EndpointJudge(Judge):
     """A language model behind an OpenAI-compatible endpoint says whether the text means the same as
     the instruction, and whether an answer is right.
 
-    Every reply is kept in `folder` under the hash of its request, and is not asked for again.
+    Every reply is kept in `folder`; see `ChatEndpoint`.
     """
 
     def __init__(self, config: EndpointConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
-        self.client = _client(config)
+        self.endpoint = ChatEndpoint(config, folder, "the judge", "leave that judge out")
         self.prompt = JUDGE_PROMPTS[config.prompts]
 
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
@@ -54,18 +53,43 @@ class EndpointJudge(Judge):
 
     def is_same(self, text: str, instruction: str) -> bool:
         """Whether the judge says that the text means what the instruction does."""
-        return self.prompt.is_yes(self.reply(self.prompt.about_text(text, instruction)))
+        return self.prompt.is_yes(self.endpoint.reply(self.prompt.about_text(text, instruction)))
 
     def is_right(self, answer: str | None, example: Example, instruction: str) -> bool:
         """Whether the judge calls the answer right; of one that never ended it is not asked."""
         if answer is None:
             return False
         messages = self.prompt.about_answer(answer, example, instruction)
-        return self.prompt.is_yes(self.reply(messages))
+        return self.prompt.is_yes(self.endpoint.reply(messages))
 
-    def reply(self, messages: list[dict[str, str]]) -> str:
-        """The judge's words, from the folder where it has been asked before."""
-        request = {"model": self.config.model, "messages": messages, "temperature": 0}
+
+class ChatEndpoint:
+    """Whoever answers at an OpenAI-compatible endpoint.
+
+    Every reply is kept in `folder` under the hash of its request, and is not asked for again.
+
+    Args:
+        config: where it is, and which model.
+        folder: of the replies.
+        who: it is to the user, for messages.
+        instead: what to do where the package openai is missing.
+    """
+
+    def __init__(self, config: EndpointConfig, folder: Path, who: str, instead: str) -> None:
+        self.config, self.folder, self.who = config, folder, who
+        self.client = _client(config, who, instead)
+
+    def reply(self, messages: list[dict[str, str]], **options: Any) -> str:
+        """Its words, from the folder where it has been asked before.
+
+        Args:
+            messages: of the chat.
+            options: of the request, such as its temperature; 0 by default.
+
+        Raises:
+            UserError: it gave no answer.
+        """
+        request = {"model": self.config.model, "messages": messages, "temperature": 0, **options}
         path = (
             self.folder
             / f"{sha256(json.dumps([self.config.url, request]).encode()).hexdigest()}.json"
@@ -90,24 +114,24 @@ class EndpointJudge(Judge):
             answer = self.client.chat.completions.create(**request)
         except OpenAIError as error:
             raise UserError(
-                f"{self.config.url}: the judge gave no answer: {' '.join(str(error).split())}"
+                f"{self.config.url}: {self.who} gave no answer: {' '.join(str(error).split())}"
             ) from None
         if not answer.choices:
             raise UserError(
-                f"{self.config.url}: the judge's reply has no choices; is it an "
+                f"{self.config.url}: the reply of {self.who} has no choices; is it an "
                 "OpenAI-compatible endpoint?"
             )
         return answer.model_dump(mode="json")
 
 
-def _client(config: EndpointConfig) -> "OpenAI":
-    """Imported here: `openai` is an extra, which no other judge needs."""
+def _client(config: EndpointConfig, who: str, instead: str) -> "OpenAI":
+    """Imported here: `openai` is an extra, which nothing else needs."""
     try:
         from openai import OpenAI
     except ImportError:
         raise UserError(
-            "--judge endpoint needs the package openai: pip install 'ship-ds[judge]', or leave "
-            "that judge out"
+            f"{who} behind an endpoint needs the package openai: pip install 'ship-ds[judge]', or "
+            f"{instead}"
         ) from None
     # The client retries with backoff by itself: connection errors, 408, 409, 429 and 5xx. Local
     # servers take any key.

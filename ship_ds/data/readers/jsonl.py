@@ -2,13 +2,15 @@
 
     {"id": "t1", "instruction": "...", "examples": [
         {"input": "...", "target": "...", "references": ["..."]}],
-     "paraphrases": ["..."], "family": "..."}
+     "paraphrases": ["..."], "family": "...", "weight": 1, "origin": {...}}
 
-`references` (every right answer beside the target), `paraphrases` and `family` may be left out; any
+`references` (every right answer beside the target), `paraphrases`, `family`, `weight` (how often it
+is drawn beside a task of weight 1) and `origin` (how it was made; not read) may be left out; any
 other key is an error.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from ship_ds.data.readers.rows import first_row, rows_of
 from ship_ds.data.task import Example, Task, read_error
 
 _TASK_KEYS, _EXAMPLE_KEYS = (
-    {"id", "instruction", "examples", "paraphrases", "family"},
+    {"id", "instruction", "examples", "paraphrases", "family", "weight", "origin"},
     {"input", "target", "references"},
 )
+
+_LARGEST_WEIGHT = 1_000
 
 
 def files(path: Path) -> list[Path]:
@@ -59,7 +63,39 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
         tuple(others),
         source=f"{path}:{where.split()[-1]}",
         family=expect(row.get("family", ""), str, path, f"{where}.family"),
+        weight=_weight(row.get("weight", 1), path, f"{where}.weight"),
     )
+
+
+def row_of(task: Task, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """The task as a line of our format.
+
+    Args:
+        task: what `read` gives back, but for its source.
+        origin: how it was made.
+    """
+    row: dict[str, Any] = {"id": task.id, "instruction": task.instruction}
+    if task.paraphrases:
+        row["paraphrases"] = list(task.paraphrases)
+    if task.family:
+        row["family"] = task.family
+    if task.weight != 1:
+        row["weight"] = task.weight
+    row["examples"] = [
+        {"input": example.input, "target": example.target}
+        | ({"references": list(example.references)} if example.references else {})
+        for example in task.examples
+    ]
+    return row | {"origin": dict(origin)}
+
+
+def _weight(value: object, path: Path, where: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 < value <= _LARGEST_WEIGHT):  # type: ignore[operator]
+        raise read_error(
+            path, where, f"expected a number above 0 and up to {_LARGEST_WEIGHT}, got {value!r:.40}"
+        )
+    return float(value)  # type: ignore[arg-type]
 
 
 def _read_example(row: object, path: Path, where: str) -> Example:

@@ -1,0 +1,67 @@
+"""The verb `supply` of the panel "Use": more tasks for few, by a trained run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ship_ds.cli import checks
+from ship_ds.cli.verb import BaseNow, Device, Dtype, Run, Seed, verb
+from ship_ds.console import log
+from ship_ds.placement import check_words
+
+_PANEL = "Use"
+
+
+@verb(_PANEL)
+def supply(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND", help="propose, compress, chains or disagreement (docs/supply.md)"
+        ),
+    ],
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", help="the .jsonl to write")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="tasks to start from; default: those that the run trains on"),
+    ] = None,
+    num_tasks: Annotated[int, typer.Option(min=1, help="to write or to look at, at most")] = 64,
+    endpoint: Annotated[
+        str, typer.Option(help="with by=endpoint; OPENAI_API_KEY holds its key")
+    ] = "http://localhost:8000/v1",
+    endpoint_model: Annotated[str, typer.Option(help="name of the endpoint's model")] = "default",
+    seed: Seed = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="a number of the kind (docs/supply.md)"),
+    ] = None,
+    base: BaseNow = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """More tasks, written as JSONL with their origin; goes on where it stopped."""
+    check_words(device, dtype)
+    from ship_ds.data.readers import read_tasks
+    from ship_ds.errors import UserError
+    from ship_ds.supply.config import parse_settings
+
+    config = parse_settings(kind, set_ or ())
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out {out}: expected a name that ends in .jsonl")
+    checks.check_new(out)
+    if data is not None:
+        read_tasks(data, "auto")
+    checks.check_run(run, base)
+    from ship_ds.cli.using import open_run
+    from ship_ds.evaluation.config import EndpointConfig
+    from ship_ds.supply.make import make
+
+    endpoint_config = EndpointConfig(url=endpoint, model=endpoint_model)
+    ship = open_run(run, device, dtype, base)
+    counts = make(ship, config, kind, out, data, num_tasks, seed, endpoint_config, log)
+    for name, count in counts.items():
+        print(f"{name}: {count}")
+    print(out)
+    return 0

@@ -1,0 +1,1 @@
+"""More tasks for few: verbs that write tasks in our JSONL, each with its origin."""

@@ -1,0 +1,113 @@
+"""Shortened instructions, by what the run needs of them.
+
+After "Did You Read the Instructions?" (Yin et al. 2023, arXiv 2306.01150): sentences, then words,
+are dropped one by one, each time the one that the examples miss least, as long as it
+is within a tolerance of the whole instruction's. Theirs prunes a tree of the syntax by the model
+that reads it in the prompt; here the Task LLM reads none of it, but has the adapter that is made
+of the shortened text.
+
+Letters: C candidates, M examples of a task.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ship_ds.api import Ship
+from ship_ds.console import Log
+from ship_ds.data.readers.jsonl import row_of
+from ship_ds.data.task import Example, Task
+from ship_ds.inference.scoring import fit_of_latents
+from ship_ds.monitor.progress import Progress
+from ship_ds.supply.config import CompressConfig
+from ship_ds.supply.journal import Journal, Part
+from ship_ds.supply.known import is_readable
+
+Losses = Callable[[Sequence[str]], list[float]]
+"""Texts -> the loss of the task's examples under each, in nats a token; infinite where a text
+cannot be read."""
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+
+
+def compressed(text: str, losses: Losses, config: CompressConfig) -> tuple[str, float, float]:
+    """The shortened text, its loss and that of the whole one; the text itself where nothing can go.
+
+    Args:
+        text: an instruction.
+        losses: of texts.
+        config: tolerance and least length.
+    """
+    whole = losses([text])[0]
+    most = whole + config.tolerance
+    text, loss = _dropped(_SENTENCE.split(text), whole, most, losses, config.min_words)
+    if len(text.split()) <= config.most_words:
+        text, loss = _dropped(text.split(), loss, most, losses, config.min_words)
+    return text, loss, whole
+
+
+def _dropped(
+    pieces: Sequence[str], loss: float, most: float, losses: Losses, min_words: int
+) -> tuple[str, float]:
+    """Drop the piece that is missed least, as long as the loss is then at most `most`."""
+    pieces = list(pieces)
+    while len(pieces) > 1:
+        shorter = [pieces[:i] + pieces[i + 1 :] for i in range(len(pieces))]
+        shorter = [rest for rest in shorter if len(" ".join(rest).split()) >= min_words]
+        if not shorter:
+            break
+        found = losses([" ".join(rest) for rest in shorter])
+        best = min(range(len(found)), key=found.__getitem__)
+        if found[best] > most:
+            break
+        pieces, loss = shorter[best], found[best]
+    return " ".join(pieces), loss
+
+
+def losses_of(ship: Ship, examples: Sequence[Example]) -> Losses:
+    """The losses of these examples under the adapters of texts."""
+    num_tokens = sum(len(ship.model.prompts.target(e.target)) for e in examples)
+
+    def losses(texts: Sequence[str]) -> list[float]:
+        found = [float("inf")] * len(texts)
+        read = [i for i, text in enumerate(texts) if is_readable(ship, text)]
+        if read:
+            wordings = [texts[i] for i in read]
+            latent_CZ = ship.model.encode(wordings)
+            fit = fit_of_latents(ship.model, latent_CZ, wordings, [examples] * len(read))
+            for i, loss in zip(read, (fit.loss_CM.sum(1) / num_tokens).tolist(), strict=True):
+                found[i] = loss
+        return found
+
+    return losses
+
+
+def compress_tasks(
+    ship: Ship, tasks: Sequence[Task], config: CompressConfig, journal: Journal, log: Log
+) -> None:
+    """Add to the journal each task, with its shortened instruction as one more wording where there
+    is one."""
+    with Progress("supply", len(tasks), log=log) as progress:
+        progress.done(len(journal.parts))
+        for task in tasks[len(journal.parts) :]:
+            progress.begin("compress")
+            journal.add(_part(ship, task, config))
+            progress.done(1)
+
+
+def _part(ship: Ship, task: Task, config: CompressConfig) -> Part:
+    if not is_readable(ship, task.instruction) or not task.examples:
+        return Part({"unreadable": 1}, [])
+    losses = losses_of(ship, task.examples[: config.num_examples])
+    text, loss, whole = compressed(task.instruction, losses, config)
+    origin = {
+        "how": "compress",
+        "run": ship.digest[:12],
+        "loss": round(loss, 4),
+        "loss_of_whole": round(whole, 4),
+    }
+    if text == task.instruction or text in task.paraphrases:
+        return Part({"nothing to drop": 1}, [])
+    words, before = len(text.split()), len(task.instruction.split())
+    counts = {"shortened": 1, "words before": before, "words after": words}
+    longer = replace(task, paraphrases=(*task.paraphrases, text))
+    return Part(counts, [row_of(longer, origin | {"wording": text})])

@@ -1,0 +1,118 @@
+"""`ship-ds supply`: a kind, its journal, and the file that is written."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ship_ds.api import Ship
+from ship_ds.console import Log
+from ship_ds.data.task import Task
+from ship_ds.errors import UserError
+from ship_ds.evaluation.config import EndpointConfig
+from ship_ds.evaluation.endpoint import ChatEndpoint
+from ship_ds.supply.chains import make_chains
+from ship_ds.supply.compress import compress_tasks
+from ship_ds.supply.config import (
+    ChainsConfig,
+    CompressConfig,
+    DisagreementConfig,
+    ProposeConfig,
+    SupplyConfig,
+)
+from ship_ds.supply.disagreement import measure_disagreement, weighted
+from ship_ds.supply.journal import Journal
+from ship_ds.supply.known import known_tasks
+from ship_ds.supply.propose import propose
+from ship_ds.supply.proposers import (
+    DecoderProposer,
+    EndpointProposer,
+    Proposer,
+    TaskLlmProposer,
+)
+
+
+def make(
+    ship: Ship,
+    config: SupplyConfig,
+    kind: str,
+    out: Path,
+    data: Path | None,
+    num_tasks: int,
+    seed: int,
+    endpoint: EndpointConfig,
+    log: Log,
+) -> Counter[str]:
+    """How many things met what end; the file is then there.
+
+    Args:
+        ship: the run.
+        config: of the kind.
+        kind: as a user names it.
+        out: the file to write.
+        data: tasks to start from; None: the run's own.
+        num_tasks: to write or to look at, at most.
+        seed: of every draw.
+        endpoint: for proposals by one.
+        log: takes lines of progress.
+
+    Raises:
+        UserError: nothing was kept, the tasks cannot be read, or the journal is another one's.
+    """
+    tasks = known_tasks(ship, data)
+    asked = {
+        "kind": kind,
+        "--set": config.model_dump(mode="json"),
+        "--run": ship.digest,
+        "--data": str(data),
+        "--num-tasks": num_tasks,
+        "--seed": seed,
+        "--endpoint": [endpoint.url, endpoint.model],
+    }
+    with Journal.opened(out, asked) as journal:
+        if journal.parts:
+            log(f"{out}: going on after {len(journal.parts)} parts, {len(journal.tasks)} tasks")
+        _work(ship, config, out, tasks, num_tasks, seed, endpoint, journal, log)
+        counts = journal.counts
+        if not journal.tasks:
+            ends = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise UserError(f"{out}: no task was kept ({ends}); lower a bound by --set")
+        if isinstance(config, DisagreementConfig):
+            journal.finish(weighted(journal.tasks, config.floor))
+        else:
+            journal.finish()
+    return counts
+
+
+def _work(
+    ship: Ship,
+    config: SupplyConfig,
+    out: Path,
+    tasks: Sequence[Task],
+    num_tasks: int,
+    seed: int,
+    endpoint: EndpointConfig,
+    journal: Journal,
+    log: Log,
+) -> None:
+    if isinstance(config, ProposeConfig):
+        proposer = _proposer(ship, config, out, endpoint)
+        propose(ship, proposer, tasks, config, num_tasks, seed, journal, log)
+    elif isinstance(config, DisagreementConfig):
+        measure_disagreement(ship, tasks[:num_tasks], config, seed, journal, log)
+    elif isinstance(config, CompressConfig):
+        compress_tasks(ship, tasks[:num_tasks], config, journal, log)
+    elif isinstance(config, ChainsConfig):
+        make_chains(ship, tasks, config, num_tasks, seed, journal, log)
+
+
+def _proposer(ship: Ship, config: ProposeConfig, out: Path, endpoint: EndpointConfig) -> Proposer:
+    if config.by == "decoder":
+        if not ship.model.decodes:
+            raise UserError("--set by=decoder: this run trained no decoder; try by=task_llm")
+        return DecoderProposer(ship, config)
+    if config.by == "task_llm":
+        return TaskLlmProposer(ship, config)
+    folder = out.with_name(out.name + ".replies")
+    return EndpointProposer(
+        ChatEndpoint(endpoint, folder, "the proposer", "set by=decoder"), config
+    )

@@ -1,0 +1,196 @@
+"""Whole supplies by a run with random heads: what is written, resumed, and read again."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ship_ds.api import Ship
+from ship_ds.console import no_log
+from ship_ds.data.readers import read_tasks
+from ship_ds.errors import UserError
+from ship_ds.evaluation.config import EndpointConfig
+from ship_ds.supply.config import parse_settings
+from ship_ds.supply.journal import Journal, Part
+from ship_ds.supply.make import make
+from tests.evaluation.test_judges import Handler, Server, serve
+
+EASY = {
+    "propose": [
+        "num_at_once=6",
+        "max_rounds=4",
+        "min_examples=5",
+        "num_inputs=6",
+        "min_cycle=0",
+        "min_agreement=0",
+        "max_rouge=1",
+    ],
+    "compress": ["tolerance=1", "num_examples=3"],
+    "chains": ["num_at_once=4", "min_agreement=0", "num_inputs=8"],
+    "disagreement": ["num_at_once=3", "num_inputs=4", "num_dropped=4"],
+}
+
+
+def supply(
+    ship: Ship,
+    kind: str,
+    out: Path,
+    data: Path,
+    changes: list[str],
+    url: str = "http://127.0.0.1:1/v1",
+    num_tasks: int = 8,
+) -> dict[str, int]:
+    config = parse_settings(kind, changes)
+    endpoint = EndpointConfig(url=url, model="writer", retries=0)
+    return make(ship, config, kind, out, data, num_tasks, 0, endpoint, no_log)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Writer(Server):
+    """Proposes instructions, one of them known and one with a word that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.RequestHandlerClass = Says
+
+
+class Says(Handler):
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        said = "1. reverse the list\n- add 3\n\n2) frobnicate\nput 7 at the end\nsort the numbers"
+        message = {"role": "assistant", "content": said}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self.reply(
+            200,
+            {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 1,
+                "model": "writer",
+                "choices": [choice],
+            },
+        )
+
+
+@pytest.fixture
+def writer() -> Iterator[Server]:
+    yield from serve(Writer())
+
+
+def killed_after(count: int) -> Callable[[Journal, Part], None]:
+    add, calls = Journal.add, []
+
+    def dies(journal: Journal, part: Part) -> None:
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        calls.append(1)
+        add(journal, part)
+
+    return dies
+
+
+@pytest.mark.parametrize("kind", ["compress", "chains", "disagreement"])
+def test_a_kill_costs_one_part_and_no_byte(
+    kind: str, ship: Ship, tasks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    counts = supply(ship, kind, whole, tasks_file, EASY[kind])
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", killed_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            supply(ship, kind, cut, tasks_file, EASY[kind])
+    journal = tmp_path / "cut.jsonl.journal"
+    assert not cut.exists() and len(rows(journal)) == 2
+    with journal.open("a") as file:
+        file.write('{"counts": {"kept": 1')  # as a kill within a write leaves it
+    with pytest.raises(UserError, match="begun with another --num-tasks"):
+        supply(ship, kind, cut, tasks_file, EASY[kind], num_tasks=9)
+    assert supply(ship, kind, cut, tasks_file, EASY[kind]) == counts
+    assert cut.read_bytes() == whole.read_bytes() and not journal.exists()
+    read = read_tasks(whole)
+    assert [task.id for task in read] == [row["id"] for row in rows(whole)]
+    assert all(row["origin"]["how"] == kind for row in rows(whole))
+
+
+def test_disagreement_is_a_weight_that_the_reader_takes(
+    ship: Ship, tasks_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "weighted.jsonl"
+    supply(ship, "disagreement", out, tasks_file, EASY["disagreement"])
+    written, tasks = rows(out), read_tasks(out)
+    assert len({task.weight for task in tasks}) > 1
+    assert sum(task.weight for task in tasks) == pytest.approx(8, abs=1e-2)
+    order = sorted(range(8), key=lambda i: written[i]["origin"]["disagreement"])
+    assert [tasks[i].weight for i in order] == sorted(task.weight for task in tasks)
+    assert [task.instruction for task in tasks] == [t.instruction for t in read_tasks(tasks_file)][
+        :8
+    ]
+
+
+def test_decoder_s_proposals_go_through_every_filter_and_are_the_same_again(
+    ship: Ship, tasks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An untrained decoder writes words at random, which this test does not need to be good."""
+    texts = ["reverse the list", "add 3", "frobnicate", "put 7 at the end", "reverse the list"]
+    monkeypatch.setattr(
+        "ship_ds.supply.proposers.sample_texts", lambda *arguments: [[text] for text in texts]
+    )
+    changes = [*EASY["propose"], f"num_at_once={len(texts)}", "max_rounds=1"]
+    outs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    counts = [supply(ship, "propose", out, tasks_file, changes) for out in outs]
+    assert counts[0] == counts[1] and outs[0].read_bytes() == outs[1].read_bytes()
+    assert (counts[0]["proposed"], counts[0]["repeated"]) == (5, 1)
+    assert (counts[0]["unreadable"], counts[0]["known"]) == (1, 1)
+    for row in rows(outs[0]):
+        origin = row["origin"]
+        assert origin["by"] == "decoder" and ("around" in origin or origin["from"] == "prior")
+        answers = ship.answer(row["instruction"], [e["input"] for e in row["examples"]])
+        assert answers == [e["target"] for e in row["examples"]]
+
+
+def test_a_cycle_that_does_not_hold_is_counted(
+    ship: Ship, tasks_file: Path, tmp_path: Path, writer: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "ship_ds.supply.propose._Rounds.cycle", lambda self, examples: ("add 1", 0.5)
+    )
+    changes = [*EASY["propose"], "by=endpoint", "max_rounds=1", "min_cycle=0.51"]
+    with pytest.raises(UserError, match="no task was kept .*cycle"):
+        supply(ship, "propose", tmp_path / "none.jsonl", tasks_file, changes, writer.url)
+
+
+def test_an_endpoint_proposes_and_is_asked_once(
+    ship: Ship, tasks_file: Path, tmp_path: Path, writer: Server
+) -> None:
+    changes = [*EASY["propose"], "by=endpoint", "max_rounds=2"]
+    out = tmp_path / "out.jsonl"
+    counts = supply(ship, "propose", out, tasks_file, changes, writer.url)
+    assert (counts["proposed"], counts["repeated"]) == (10, 5)
+    assert (counts["unreadable"], counts["known"]) == (1, 1)
+    assert len(writer.requests) == 2
+    first = out.read_bytes()
+    assert {row["origin"]["model"] for row in rows(out)} == {"writer"}
+    assert {row["instruction"] for row in rows(out)} <= {
+        "reverse the list",
+        "put 7 at the end",
+        "sort the numbers",
+    }
+    out.unlink()
+    supply(ship, "propose", out, tasks_file, changes, writer.url)
+    assert len(writer.requests) == 2 and out.read_bytes() == first
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with (
+        Journal.opened(out, {"kind": "x"}),
+        pytest.raises(UserError, match="another process writes it"),
+        Journal.opened(out, {"kind": "x"}),
+    ):
+        pass

@@ -1,0 +1,89 @@
+"""How many tasks of `ship-ds supply` are right, where the instructions are those of the generated
+world: each answer is compared with what the world's own functions make of the input.
+
+    python -m tools.check_supply tasks.jsonl
+
+An instruction that is no wording of the world's grammar is counted as one that means nothing here.
+"""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+from ship_ds.data.rules import _JOINTS as JOINTS
+from ship_ds.data.rules import FAMILIES, MAX_VALUE, Step
+from ship_ds.evaluation.metrics import exact_match
+
+_PARAMETERS = range(MAX_VALUE + 6)
+"""A little beyond those of the world: what is new may well have others."""
+
+
+def steps() -> dict[str, Step]:
+    """Every wording of every family with any parameters."""
+    found: dict[str, Step] = {}
+    for family in FAMILIES:
+        count = len(family.parameters[0])
+        for values in product(_PARAMETERS, repeat=count):
+            letters = dict(zip("abcd", values, strict=False))
+            for template in family.templates:
+                found.setdefault(
+                    template.format(**letters),
+                    lambda xs, family=family, values=values: family.apply(xs, *values),
+                )
+    return found
+
+
+def meanings(text: str, known: dict[str, Step]) -> list[Step]:
+    """What the text may mean: a step, or two in a row in each way that it can be cut."""
+    found = [known[text]] if text in known else []
+    for joint in JOINTS:
+        before, between, after = joint.replace("{first}", "|").replace("{second}", "|").split("|")
+        if not (text.startswith(before) and text.endswith(after) and between in text):
+            continue
+        inner = text[len(before) : len(text) - len(after)]
+        start = inner.find(between)
+        while start >= 0:
+            first, second = inner[:start], inner[start + len(between) :]
+            if first in known and second in known:
+                one, two = known[first], known[second]
+                found.append(lambda xs, one=one, two=two: two(one(xs)))
+            start = inner.find(between, start + 1)
+    return found
+
+
+def share_right(row: dict, meant: list[Step]) -> float:
+    """Of the task's answers, by the meaning that most of them have."""
+
+    def right(step: Step) -> float:
+        hits = []
+        for example in row["examples"]:
+            numbers = tuple(map(int, example["input"].split()))
+            try:
+                expected = " ".join(map(str, step(numbers)))
+            except (IndexError, ValueError, ZeroDivisionError):
+                expected = ""
+            hits.append(exact_match(example["target"], [expected]))
+        return sum(hits) / len(hits)
+
+    return max(map(right, meant))
+
+
+def main() -> None:
+    """Print the counts."""
+    known = steps()
+    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    found = [(row, meanings(row["instruction"], known)) for row in rows]
+    shares = [share_right(row, meant) for row, meant in found if meant]
+    print(f"{len(rows)} tasks, {len(shares)} of them in the world's words")
+    if shares:
+        whole = sum(share == 1 for share in shares)
+        mean = sum(shares) / len(shares)
+        print(f"{whole} with every answer right; {mean:.3f} of the answers on average")
+    for row, meant in found:
+        verdict = f"{share_right(row, meant):.2f}" if meant else "  no"
+        print(f"{verdict}  {row['instruction']}")
+
+
+if __name__ == "__main__":
+    main()
