@@ -96,6 +96,10 @@ class Journal:
         rows = self.tasks if tasks is None else tasks
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(self._out, "".join(lines))
+        self.drop()
+
+    def drop(self) -> None:
+        """Remove what was kept."""
         Path(self._file.name).unlink()
 
 

@@ -74,6 +74,7 @@ def make(
         _work(ship, config, out, tasks, num_tasks, seed, endpoint, journal, log)
         counts = journal.counts
         if not journal.tasks:
+            journal.drop()
             ends = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise UserError(f"{out}: no task was kept ({ends}); lower a bound by --set")
         if isinstance(config, DisagreementConfig):

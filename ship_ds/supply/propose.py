@@ -13,8 +13,8 @@ et al. 2023, arXiv 2310.13961) and Cycle-Instruct. In this order, each counted:
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,14 +23,16 @@ from ship_ds.console import Log
 from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.task import Example, Task
 from ship_ds.inference.confidence import agreement
+from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents
+from ship_ds.inference.induction import induce_many
 from ship_ds.inference.latents import nearest_known
 from ship_ds.monitor.progress import Progress
 from ship_ds.supply.config import ProposeConfig
 from ship_ds.supply.filters import agreed, is_new, is_trivial, share_alike
 from ship_ds.supply.journal import Journal, Part
 from ship_ds.supply.known import inputs_of, is_readable
-from ship_ds.supply.proposers import Proposal, Proposer
+from ship_ds.supply.proposers import Proposer
 
 
 def propose(
@@ -82,81 +84,113 @@ class _Rounds:
         self.by_instruction = {task.instruction: task for task in known}
         self.length = ship.config.evaluation.max_new_tokens
         self.bank = ship.bank_of(self.known)
+        # Through the encoder alone, and without descents: it has to tell whether examples lead back
+        # to what they were made by, not to find the best text there is.
+        self.search = InductionConfig(
+            num_rounds=0,
+            ranks_in_prompt=False,
+            max_new_tokens=ship.config.evaluation.max_instruction_tokens,
+        )
 
     def take(self, number: int, journal: Journal, most: int) -> Part:
         """The round's part: at most `most` tasks."""
-        counts: Counter[str] = Counter()
         proposals = self.proposer.propose(self.known, self.seed, number)
-        counts["proposed"] = len(proposals)
-        tried = {text for part in journal.parts for text in part.tried}
+        counts = Counter(proposed=len(proposals))
         kept = [task["instruction"] for task in journal.tasks]
-        tasks: list[dict[str, Any]] = []
+        before = [text for part in journal.parts for text in part.tried]
+        tried = dict.fromkeys(proposal.text.strip() for proposal in proposals)
+        tried = {text: None for text in tried if text not in before}
+        counts["repeated"] = len(proposals) - len(tried)
+        new = self.screen(list(tried), kept, counts)
+        answered = self.execute(new) if new else []
+        for one in answered:
+            if len(one.examples) < self.config.min_examples:
+                counts["disagreement"] += 1
+            elif is_trivial(one.examples):
+                counts["trivial"] += 1
+        answered = [one for one in answered if self.is_worth_a_search(one)]
+        rows: list[dict[str, Any]] = []
+        origins = {proposal.text.strip(): proposal.origin for proposal in reversed(proposals)}
+        for one, (induced, share) in zip(answered, self.cycles(answered), strict=True):
+            if share < self.config.min_cycle:
+                counts["cycle"] += 1
+            elif len(rows) == most:
+                counts["not written: enough are kept"] += 1
+            else:
+                counts["kept"] += 1
+                name = f"propose-{self.seed}-{number}-{len(rows)}"
+                rows.append(self.row(one, name, origins[one.text], induced, share))
+        return Part(dict(counts), rows, list(tried))
+
+    def screen(self, texts: Sequence[str], kept: Sequence[str], counts: Counter[str]) -> list[str]:
+        """Those that can be read and are like no other; `counts` takes the rest."""
         new: list[str] = []
-        for proposal in proposals:
-            text = proposal.text.strip()
-            if len(tasks) == most:
-                counts["not looked at: enough are kept"] += 1
-                continue
-            if text in tried:
-                counts["repeated"] += 1
-                continue
-            tried.add(text)
-            new.append(text)
+        for text in texts:
             if not is_readable(self.ship, text):
                 counts["unreadable"] += 1
-            elif not is_new(text, [*self.known, *kept], self.config.max_rouge):
+            elif not is_new(text, [*self.known, *kept, *new], self.config.max_rouge):
                 counts["known"] += 1
             else:
-                reason, row = self.answer(proposal, f"{number}-{len(new)}")
-                counts[reason] += 1
-                if row is not None:
-                    kept.append(text)
-                    tasks.append(row)
-        return Part(dict(counts), tasks, new)
+                new.append(text)
+        return new
 
-    def answer(self, proposal: Proposal, name: str) -> tuple[str, dict[str, Any] | None]:
-        """What becomes of a new instruction: the reason and, where it is kept, its line."""
-        config, text = self.config, proposal.text.strip()
-        source, examples, share = self.execute(text)
-        if len(examples) < config.min_examples:
-            return "disagreement", None
-        if is_trivial(examples):
-            return "trivial", None
-        induced, cycle = self.cycle(examples)
-        if cycle < config.min_cycle:
-            return "cycle", None
-        origin = proposal.origin | {
+    def is_worth_a_search(self, one: "Answered") -> bool:
+        """Whether it has enough answers, which say something."""
+        return len(one.examples) >= self.config.min_examples and not is_trivial(one.examples)
+
+    def row(
+        self, one: "Answered", name: str, origin: Mapping[str, Any], induced: str, share: float
+    ) -> dict[str, Any]:
+        """The line of a task that is kept."""
+        how = {
             "how": "propose",
-            "inputs_of": source.id,
-            "agreement": round(share, 3),
+            "inputs_of": one.source.id,
+            "agreement": round(one.agreement, 3),
             "induced": induced,
-            "cycle": round(cycle, 3),
+            "cycle": round(share, 3),
         }
-        task = Task(f"propose-{self.seed}-{name}", text, tuple(examples))
-        return "kept", row_of(task, origin)
+        return row_of(Task(name, one.text, tuple(one.examples)), {**origin, **how})
 
     @torch.no_grad()
-    def execute(self, text: str) -> tuple[Task, list[Example], float]:
-        """The known task that is nearest to an instruction, the answers to its inputs that are
-        agreed on, and the mean agreement."""
-        ship, config = self.ship, self.config
-        posterior = ship.model.posterior([text])
-        nearest = nearest_known(self.bank, posterior.mean_TZ[0], 1)[0].instruction
-        source = self.by_instruction[nearest]
-        places = list(range(len(source.examples)))
-        random.Random(f"inputs {self.seed} {text}").shuffle(places)
-        inputs = inputs_of(source, config.num_inputs, places)
-        answers = answer_latents(ship.model, posterior.mean_TZ, [text], [inputs], self.length)
-        shares = agreement(ship.model, posterior, [text], [inputs], answers, self.length)
-        examples = agreed(inputs, answers[0], shares[0], config.min_agreement)
-        return source, examples, sum(shares[0]) / len(shares[0])
+    def execute(self, texts: Sequence[str]) -> list["Answered"]:
+        """Each instruction's answers to inputs of the known task that is nearest to it."""
+        model, config = self.ship.model, self.config
+        posterior = model.posterior(texts)
+        sources, inputs = [], []
+        for text, latent_Z in zip(texts, posterior.mean_TZ, strict=True):
+            source = self.by_instruction[nearest_known(self.bank, latent_Z, 1)[0].instruction]
+            places = list(range(len(source.examples)))
+            random.Random(f"inputs {self.seed} {text}").shuffle(places)
+            sources.append(source)
+            inputs.append(inputs_of(source, config.num_inputs, places))
+        answers = answer_latents(model, posterior.mean_TZ, texts, inputs, self.length)
+        shares = agreement(model, posterior, texts, inputs, answers, self.length)
+        return [
+            Answered(text, source, agreed(*row, config.min_agreement), sum(row[2]) / len(row[2]))
+            for text, source, *row in zip(texts, sources, inputs, answers, shares, strict=True)
+        ]
 
-    def cycle(self, examples: Sequence[Example]) -> tuple[str, float]:
-        """The instruction that some examples induce, and the share of the others that it answers as
-        they have it."""
-        shown, asked = examples[: self.config.num_shown], examples[self.config.num_shown :]
-        induced = self.ship.induce([(e.input, e.target) for e in shown], seed=self.seed).instruction
-        if not is_readable(self.ship, induced):
-            return induced, 0.0
-        answers = self.ship.answer(induced, [e.input for e in asked])
-        return induced, share_alike(answers, asked)
+    def cycles(self, answered: Sequence["Answered"]) -> list[tuple[str, float]]:
+        """Of each the instruction that some of its examples induce, and the share of the others
+        that this one answers as they have it."""
+        if not answered:
+            return []
+        num_shown = self.config.num_shown
+        shown = [one.examples[:num_shown] for one in answered]
+        asked = [one.examples[num_shown:] for one in answered]
+        inductions = induce_many(self.ship.model, self.ship.bank, shown, self.search, self.seed)
+        induced = [found.instruction for found in inductions]
+        # What the search returns was read and tested by it, so it can be read again.
+        answers = self.ship.answer_many(induced, [[e.input for e in row] for row in asked])
+        shares = [share_alike(row, others) for row, others in zip(answers, asked, strict=True)]
+        return list(zip(induced, shares, strict=True))
+
+
+class Answered(NamedTuple):
+    """An instruction with the task whose inputs it takes, the answers that are agreed on, and the
+    mean agreement of all of them."""
+
+    text: str
+    source: Task
+    examples: list[Example]
+    agreement: float

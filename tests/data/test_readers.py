@@ -4,12 +4,14 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from ship_ds.data.readers import FORMATS, Format, detect_format, read_tasks
+from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.splits import SplitConfig, hold_out, split_tasks
 from ship_ds.data.task import DataError, Example
 
@@ -427,6 +429,22 @@ def test_our_jsonl(tmp_path: Path) -> None:
     path.write_text(json.dumps(good) + "\n" + json.dumps(good) + "\n")
     with pytest.raises(DataError, match=r"jsonl:2: the task id 't' is also that of .*jsonl:1"):
         read_tasks(path)
+
+
+def test_our_jsonl_has_weights_and_an_origin_that_is_not_read(tmp_path: Path) -> None:
+    row = {"id": "t", "instruction": "do", "examples": [{"input": "a", "target": "b"}]}
+    path = tmp_path / "tasks.jsonl"
+    rows = [row | {"weight": 2.5, "origin": {"how": "x"}}, row | {"id": "u"}]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    heavy, plain = read_tasks(path)
+    assert (heavy.weight, plain.weight) == (2.5, 1.0)
+    assert repr(replace(heavy, weight=1.0)) == repr(heavy)  # what older fingerprints are made of
+    path.write_text(json.dumps(row_of(heavy, {"how": "y"})))
+    assert [replace(task, source="") for task in read_tasks(path)] == [replace(heavy, source="")]
+    for bad in (0, -1, True, "2", float("nan"), 1001):
+        path.write_text(json.dumps(row | {"weight": bad}))
+        with pytest.raises(DataError, match="line 1.weight: expected a number above 0"):
+            read_tasks(path)
 
 
 def test_jsonl_from_other_machines(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From a folder to splits: each step's counts are logged, and nothing heavy is imported."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from ship_ds.data.mixture import MixtureConfig, MixtureSource, MixtureTasks
 from ship_ds.data.task import DataError
 from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.model.loading import load_tokenizer
@@ -33,6 +35,23 @@ def test_every_count_is_logged(tmp_path: Path) -> None:
         "left out: examples: beyond the first 6 of a task: 60",
         "25 seen, 2 dev and 3 unseen tasks",
     ]
+
+
+def test_weights_of_a_file_reach_the_sampler_and_the_fingerprint(tmp_path: Path) -> None:
+    write(tmp_path, 30, [{"input": str(n), "target": str(n)} for n in range(8)])
+    source, tokenizer = FilesSource(FilesConfig(path=str(tmp_path))), load_tokenizer("embedded")
+    plain = source.read(tokenizer, lambda line: None)
+    # As it was before files had weights: a run without any goes on.
+    assert source.fingerprint(plain) == hashlib.sha256(repr(plain).encode()).hexdigest()
+    file = tmp_path / "a.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row | {"weight": 3}) + "\n" for row in rows))
+    heavy = source.read(tokenizer, lambda line: None)
+    assert {task.weight for task in heavy.seen} == {3.0}
+    assert source.fingerprint(heavy) != source.fingerprint(plain)
+    mixture = MixtureConfig(sources=(MixtureSource(path=str(tmp_path), weight=0.5),))
+    mixed = MixtureTasks(mixture).read(tokenizer, lambda line: None)
+    assert {task.weight for task in mixed.seen} == {1.5}
 
 
 def test_a_run_with_nothing_to_train_on_is_one_line(tmp_path: Path) -> None:

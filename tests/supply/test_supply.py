@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ EASY = {
         "max_rouge=1",
     ],
     "compress": ["tolerance=1", "num_examples=3"],
-    "chains": ["num_at_once=4", "min_agreement=0", "num_inputs=8"],
+    "chains": ["num_at_once=4", "num_inputs=8"],
     "disagreement": ["num_at_once=3", "num_inputs=4", "num_dropped=4"],
 }
 
@@ -83,6 +84,35 @@ def writer() -> Iterator[Server]:
     yield from serve(Writer())
 
 
+def by_rule(wording: str, text: str) -> str:
+    """An answer that always ends: backwards, and a digit that tells wordings apart. Of a chain the
+    first step is what the tasks of the file have as targets."""
+    words = text.split()
+    before, _, last = wording.rpartition(" and then ")
+    words = [words[0], words[2]] if before else words
+    return " ".join([*reversed(words), str(len(last) % 10)])
+
+
+@pytest.fixture
+def answers_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run with random heads seldom ends an answer."""
+
+    def answers(model: Any, latents: Any, wordings: Any, inputs: Any, *more: Any) -> Any:
+        return [[by_rule(k, x) for x in row] for k, row in zip(wordings, inputs, strict=True)]
+
+    for place in ("supply.propose", "inference.confidence", "api"):
+        monkeypatch.setattr(f"ship_ds.{place}.answer_latents", answers)
+
+
+@pytest.fixture(params=["sort the numbers"])
+def induces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every search ends with this instruction; of 16 letters, as three of the proposed ones."""
+    monkeypatch.setattr(
+        "ship_ds.supply.propose.induce_many",
+        lambda model, bank, shown, *more: [SimpleNamespace(instruction=request.param)] * len(shown),
+    )
+
+
 def killed_after(count: int) -> Callable[[Journal, Part], None]:
     add, calls = Journal.add, []
 
@@ -95,7 +125,8 @@ def killed_after(count: int) -> Callable[[Journal, Part], None]:
     return dies
 
 
-@pytest.mark.parametrize("kind", ["compress", "chains", "disagreement"])
+@pytest.mark.usefixtures("answers_by_rule")
+@pytest.mark.parametrize("kind", ["compress", "chains"])
 def test_a_kill_costs_one_part_and_no_byte(
     kind: str, ship: Ship, tasks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +149,13 @@ def test_a_kill_costs_one_part_and_no_byte(
     assert all(row["origin"]["how"] == kind for row in rows(whole))
 
 
+def test_a_kill_while_disagreement_is_measured(
+    ship: Ship, tasks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the run's own answers, which change as words go."""
+    test_a_kill_costs_one_part_and_no_byte("disagreement", ship, tasks_file, tmp_path, monkeypatch)
+
+
 def test_disagreement_is_a_weight_that_the_reader_takes(
     ship: Ship, tasks_file: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +171,7 @@ def test_disagreement_is_a_weight_that_the_reader_takes(
     ]
 
 
+@pytest.mark.usefixtures("answers_by_rule", "induces")
 def test_decoder_s_proposals_go_through_every_filter_and_are_the_same_again(
     ship: Ship, tasks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,33 +193,36 @@ def test_decoder_s_proposals_go_through_every_filter_and_are_the_same_again(
         assert answers == [e["target"] for e in row["examples"]]
 
 
+@pytest.mark.usefixtures("answers_by_rule", "induces")
+@pytest.mark.parametrize("induces", ["add 1"], indirect=True)
 def test_a_cycle_that_does_not_hold_is_counted(
-    ship: Ship, tasks_file: Path, tmp_path: Path, writer: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "ship_ds.supply.propose._Rounds.cycle", lambda self, examples: ("add 1", 0.5)
-    )
-    changes = [*EASY["propose"], "by=endpoint", "max_rounds=1", "min_cycle=0.51"]
-    with pytest.raises(UserError, match="no task was kept .*cycle"):
-        supply(ship, "propose", tmp_path / "none.jsonl", tasks_file, changes, writer.url)
-
-
-def test_an_endpoint_proposes_and_is_asked_once(
     ship: Ship, tasks_file: Path, tmp_path: Path, writer: Server
 ) -> None:
-    changes = [*EASY["propose"], "by=endpoint", "max_rounds=2"]
+    changes = [*EASY["propose"], "by=endpoint", "max_rounds=1", "min_cycle=0.1"]
+    with pytest.raises(UserError, match="no task was kept .*cycle 3"):
+        supply(ship, "propose", tmp_path / "none.jsonl", tasks_file, changes, writer.url)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]  # nor a journal
+
+
+@pytest.mark.usefixtures("answers_by_rule", "induces")
+def test_an_endpoint_proposes_and_is_asked_once(
+    ship: Ship, tasks_file: Path, tmp_path: Path, writer: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [*EASY["propose"], "by=endpoint", "max_rounds=2", "min_cycle=1"]
     out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", killed_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            supply(ship, "propose", out, tasks_file, changes, writer.url)
+    assert not out.exists() and len(writer.requests) == 2
     counts = supply(ship, "propose", out, tasks_file, changes, writer.url)
-    assert (counts["proposed"], counts["repeated"]) == (10, 5)
-    assert (counts["unreadable"], counts["known"]) == (1, 1)
-    assert len(writer.requests) == 2
+    assert counts == {"proposed": 10, "repeated": 5, "unreadable": 1, "known": 1, "kept": 3}
+    assert len(writer.requests) == 2  # the reply of the round that was lost is kept
+    made = {row["instruction"]: row for row in rows(out)}
+    assert list(made) == ["reverse the list", "put 7 at the end", "sort the numbers"]
+    origin = made["put 7 at the end"]["origin"]
+    assert (origin["by"], origin["model"], origin["cycle"]) == ("endpoint", "writer", 1.0)
     first = out.read_bytes()
-    assert {row["origin"]["model"] for row in rows(out)} == {"writer"}
-    assert {row["instruction"] for row in rows(out)} <= {
-        "reverse the list",
-        "put 7 at the end",
-        "sort the numbers",
-    }
     out.unlink()
     supply(ship, "propose", out, tasks_file, changes, writer.url)
     assert len(writer.requests) == 2 and out.read_bytes() == first
