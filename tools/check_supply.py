@@ -8,15 +8,25 @@ An instruction that is no wording of the world's grammar is counted as one that 
 
 import json
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from ship_ds.data.rules import _JOINTS as JOINTS
-from ship_ds.data.rules import FAMILIES, MAX_VALUE, Step
+from ship_ds.data.rules import FAMILIES, MAX_VALUE, Family, Numbers, Step
 from ship_ds.evaluation.metrics import exact_match
 
 _PARAMETERS = range(MAX_VALUE + 6)
 """A little beyond those of the world: what is new may well have others."""
+
+
+def _apply(family: Family, values: Numbers, xs: Numbers) -> Numbers:
+    return family.apply(xs, *values)
+
+
+def _both(first: Step, second: Step, xs: Numbers) -> Numbers:
+    return second(first(xs))
 
 
 def steps() -> dict[str, Step]:
@@ -27,10 +37,7 @@ def steps() -> dict[str, Step]:
         for values in product(_PARAMETERS, repeat=count):
             letters = dict(zip("abcd", values, strict=False))
             for template in family.templates:
-                found.setdefault(
-                    template.format(**letters),
-                    lambda xs, family=family, values=values: family.apply(xs, *values),
-                )
+                found.setdefault(template.format(**letters), partial(_apply, family, values))
     return found
 
 
@@ -46,13 +53,12 @@ def meanings(text: str, known: dict[str, Step]) -> list[Step]:
         while start >= 0:
             first, second = inner[:start], inner[start + len(between) :]
             if first in known and second in known:
-                one, two = known[first], known[second]
-                found.append(lambda xs, one=one, two=two: two(one(xs)))
+                found.append(partial(_both, known[first], known[second]))
             start = inner.find(between, start + 1)
     return found
 
 
-def share_right(row: dict, meant: list[Step]) -> float:
+def share_right(row: dict[str, Any], meant: list[Step]) -> float:
     """Of the task's answers, by the meaning that most of them have."""
 
     def right(step: Step) -> float:

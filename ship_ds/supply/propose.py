@@ -165,10 +165,11 @@ class _Rounds:
             inputs.append(inputs_of(source, config.num_inputs, places))
         answers = answer_latents(model, posterior.mean_TZ, texts, inputs, self.length)
         shares = agreement(model, posterior, texts, inputs, answers, self.length)
-        return [
-            Answered(text, source, agreed(*row, config.min_agreement), sum(row[2]) / len(row[2]))
-            for text, source, *row in zip(texts, sources, inputs, answers, shares, strict=True)
-        ]
+        found = []
+        for i, (text, source) in enumerate(zip(texts, sources, strict=True)):
+            examples = agreed(inputs[i], answers[i], shares[i], config.min_agreement)
+            found.append(Answered(text, source, examples, sum(shares[i]) / len(shares[i])))
+        return found
 
     def cycles(self, answered: Sequence["Answered"]) -> list[tuple[str, float]]:
         """Of each the instruction that some of its examples induce, and the share of the others

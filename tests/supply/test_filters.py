@@ -1,5 +1,7 @@
 """Each filter by itself, on texts."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from ship_ds.data.task import Example, Task
@@ -82,7 +84,7 @@ def test_pairs_are_distinct_and_of_different_tasks() -> None:
 def test_compression_drops_what_the_loss_does_not_need() -> None:
     """The loss needs "keep" and "4"; one more word lowers it a little."""
 
-    def losses(texts: list[str]) -> list[float]:
+    def losses(texts: Sequence[str]) -> list[float]:
         return [
             1.0 * (not {"keep", "4"} <= set(text.split())) + 0.03 * ("numbers" not in text)
             for text in texts

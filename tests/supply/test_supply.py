@@ -114,7 +114,7 @@ def induces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def killed_after(count: int) -> Callable[[Journal, Part], None]:
-    add, calls = Journal.add, []
+    add, calls = Journal.add, list[int]()
 
     def dies(journal: Journal, part: Part) -> None:
         if len(calls) == count:
