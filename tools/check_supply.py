@@ -6,15 +6,14 @@ world: each answer is compared with what the world's own functions make of the i
 An instruction that is no wording of the world's grammar is counted as one that means nothing here.
 """
 
-import json
 import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-from ship_ds.data.rules import _JOINTS as JOINTS
-from ship_ds.data.rules import FAMILIES, MAX_VALUE, Family, Numbers, Step
+from ship_ds.data.readers import read_tasks
+from ship_ds.data.rules import FAMILIES, JOINTS, MAX_VALUE, Family, Numbers, Step
+from ship_ds.data.task import Task
 from ship_ds.evaluation.metrics import exact_match
 
 _PARAMETERS = range(MAX_VALUE + 6)
@@ -58,18 +57,18 @@ def meanings(text: str, known: dict[str, Step]) -> list[Step]:
     return found
 
 
-def share_right(row: dict[str, Any], meant: list[Step]) -> float:
+def share_right(task: Task, meant: list[Step]) -> float:
     """Of the task's answers, by the meaning that most of them have."""
 
     def right(step: Step) -> float:
         hits = []
-        for example in row["examples"]:
-            numbers = tuple(map(int, example["input"].split()))
+        for example in task.examples:
+            numbers = tuple(map(int, example.input.split()))
             try:
                 expected = " ".join(map(str, step(numbers)))
             except (IndexError, ValueError, ZeroDivisionError):
                 expected = ""
-            hits.append(exact_match(example["target"], [expected]))
+            hits.append(exact_match(example.target, [expected]))
         return sum(hits) / len(hits)
 
     return max(map(right, meant))
@@ -78,17 +77,17 @@ def share_right(row: dict[str, Any], meant: list[Step]) -> float:
 def main() -> None:
     """Print the counts."""
     known = steps()
-    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    found = [(row, meanings(row["instruction"], known)) for row in rows]
-    shares = [share_right(row, meant) for row, meant in found if meant]
-    print(f"{len(rows)} tasks, {len(shares)} of them in the world's words")
+    tasks = read_tasks(Path(sys.argv[1]), "ship")
+    found = [(task, meanings(task.instruction, known)) for task in tasks]
+    shares = [share_right(task, meant) for task, meant in found if meant]
+    print(f"{len(tasks)} tasks, {len(shares)} of them in the world's words")
     if shares:
         whole = sum(share == 1 for share in shares)
         mean = sum(shares) / len(shares)
         print(f"{whole} with every answer right; {mean:.3f} of the answers on average")
-    for row, meant in found:
-        verdict = f"{share_right(row, meant):.2f}" if meant else "  no"
-        print(f"{verdict}  {row['instruction']}")
+    for task, meant in found:
+        verdict = f"{share_right(task, meant):.2f}" if meant else "  no"
+        print(f"{verdict}  {task.instruction}")
 
 
 if __name__ == "__main__":

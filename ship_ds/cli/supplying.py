@@ -27,11 +27,17 @@ def supply(
         Path | None,
         typer.Option("--data", help="tasks to start from; default: those that the run trains on"),
     ] = None,
-    num_tasks: Annotated[int, typer.Option(min=1, help="to write or to look at, at most")] = 64,
+    num_tasks: Annotated[
+        int | None,
+        typer.Option(min=1, help="to write or to look at, at most; default: 64 new ones, or all"),
+    ] = None,
     endpoint: Annotated[
-        str, typer.Option(help="with by=endpoint; OPENAI_API_KEY holds its key")
-    ] = "http://localhost:8000/v1",
-    endpoint_model: Annotated[str, typer.Option(help="name of the endpoint's model")] = "default",
+        str | None,
+        typer.Option(
+            help="with by=endpoint, default http://localhost:8000/v1; OPENAI_API_KEY holds its key"
+        ),
+    ] = None,
+    endpoint_model: Annotated[str | None, typer.Option(help="name of the endpoint's model")] = None,
     seed: Seed = 0,
     set_: Annotated[
         list[str] | None,
@@ -46,11 +52,15 @@ def supply(
     from ship_ds.data.readers import read_tasks
     from ship_ds.errors import UserError
     from ship_ds.supply.config import parse_settings
+    from ship_ds.supply.journal import journal_of
 
     config = parse_settings(kind, set_ or ())
+    if getattr(config, "by", "") != "endpoint" and (endpoint or endpoint_model):
+        raise UserError("--endpoint: nothing asks it; add --set by=endpoint to propose by it")
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: expected a name that ends in .jsonl")
-    checks.check_new(out)
+    if not journal_of(out).exists():  # else the file is one that a kill left beside it
+        checks.check_new(out)
     if data is not None:
         read_tasks(data, "auto")
     checks.check_run(run, base)
@@ -58,7 +68,9 @@ def supply(
     from ship_ds.evaluation.config import EndpointConfig
     from ship_ds.supply.make import make
 
-    endpoint_config = EndpointConfig(url=endpoint, model=endpoint_model)
+    endpoint_config = EndpointConfig(
+        url=endpoint or "http://localhost:8000/v1", model=endpoint_model or "default"
+    )
     ship = open_run(run, device, dtype, base)
     counts = make(ship, config, kind, out, data, num_tasks, seed, endpoint_config, log)
     for name, count in counts.items():

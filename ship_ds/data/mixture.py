@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
-from ship_ds.data.source import TaskSource, TextLengths, with_weights
+from ship_ds.data.source import TaskSource, TextLengths, with_weights, without_weights
 from ship_ds.data.splits import rule_groups
-from ship_ds.data.task import DataError, Splits, SplitTask
+from ship_ds.data.task import SMALLEST_WEIGHT, DataError, Splits, SplitTask
 from ship_ds.data.task_files import (
     FilesSection,
     check_path,
@@ -40,7 +40,7 @@ class MixtureSource(FilesSection):
 
     name: str = Field("", pattern="^[^/]*$")
     """What the ids of its tasks begin with, NAME/; empty: the last part of its path."""
-    weight: PositiveFloat = 1.0
+    weight: float = Field(1.0, ge=SMALLEST_WEIGHT, allow_inf_nan=False)
     """How often each of its seen tasks is drawn, beside a task of a source of weight 1. So a source
     of n seen tasks gets n x weight parts of all draws, and at weight 1 everywhere all tasks are met
     equally often."""
@@ -119,7 +119,7 @@ class MixtureTasks(TaskSource):
 
     def fingerprint(self, splits: Splits) -> str:
         """Of the tasks and of their weights: others draw other tasks."""
-        return with_weights(super().fingerprint(splits), splits)
+        return with_weights(without_weights(splits), splits)
 
 
 def _read(

@@ -680,7 +680,7 @@ _NUM_SEEN_PAIRS, _NUM_UNSEEN_PAIRS = 64, 8
 _RULES_PER_UNSEEN_PAIR = 4
 _NUM_DEV_PARAMETER, _NUM_UNSEEN_PARAMETER = 48, 84
 _NUM_DEV_PAIRS = 2
-_JOINTS = (
+JOINTS = (
     "{first} and then {second}",
     "first {first} then {second}",
     "{first} then {second}",
@@ -835,7 +835,7 @@ def _compose(pair: tuple[Family, Family], count: int, rng: random.Random) -> lis
 def _composed_rule(first: Rule, second: Rule) -> Rule:
     wordings = tuple(
         joint.format(first=first.wordings[i % 2], second=second.wordings[i // 2 % 2])
-        for i, joint in enumerate(_JOINTS)
+        for i, joint in enumerate(JOINTS)
     )
     return Rule(
         family=f"{first.family}+{second.family}",
@@ -884,7 +884,7 @@ def draw_wording(rule: Rule, rng: random.Random) -> str:
     if not rule.steps:
         return rng.choice(rule.wordings)
     first, second = (rng.choice(step.wordings) for step in rule.steps)
-    return rng.choice(_JOINTS[:-1]).format(first=first, second=second)
+    return rng.choice(JOINTS[:-1]).format(first=first, second=second)
 
 
 def fixed_inputs() -> list[Numbers]:

@@ -89,7 +89,14 @@ class TaskSource(ABC):
 
     def fingerprint(self, splits: Splits) -> str:
         """64 hexadecimal digits that change with the data: a checkpoint goes on with no others."""
-        return hashlib.sha256(repr(splits).encode()).hexdigest()
+        plain = without_weights(splits)
+        is_weighted = any(task.weight != 1 for task in splits.seen)
+        return with_weights(plain, splits) if is_weighted else plain
+
+
+def without_weights(splits: Splits) -> str:
+    """The fingerprint of these tasks, however often they are drawn."""
+    return hashlib.sha256(repr(splits).encode()).hexdigest()
 
 
 def with_weights(fingerprint: str, splits: Splits) -> str:

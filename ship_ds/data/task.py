@@ -49,6 +49,11 @@ class Reading:
     states_targets: bool = True
 
 
+SMALLEST_WEIGHT = 1e-6
+"""That a file or a source may give a task: the sampler counts epochs of smaller ones beyond all
+numbers."""
+
+
 @dataclass(frozen=True)
 class Task:
     """An instruction, examples that follow it, and other wordings of it.

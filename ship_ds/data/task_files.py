@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ship_ds.data.describe import describe
 from ship_ds.data.filters import FilterConfig, apply_filters
 from ship_ds.data.readers import Format, read_tasks, usual_min_examples
-from ship_ds.data.source import TaskSource, TextLengths, with_weights
+from ship_ds.data.source import TaskSource, TextLengths
 from ship_ds.data.splits import SplitConfig, split_tasks
 from ship_ds.data.task import DataError, Splits
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
@@ -176,12 +176,6 @@ class FilesSource(TaskSource):
                 "these files a source of a mixture"
             )
         return splits
-
-    def fingerprint(self, splits: Splits) -> str:
-        """Of the tasks, and of their weights where the files give any."""
-        plain = super().fingerprint(splits)
-        is_weighted = any(task.weight != 1 for task in splits.seen)
-        return with_weights(plain, splits) if is_weighted else plain
 
     def lengths(self) -> TextLengths:
         """The limits of `truncation`."""

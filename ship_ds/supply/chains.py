@@ -2,6 +2,7 @@
 
 After Chain-of-Instructions (Hayati et al. 2024, arXiv 2402.11532). In this order, each counted:
 
+    held out       in one of its wordings a dev or unseen rule of the run
     shape          outputs of the first are no inputs of the second, by what they are made of
     unfinished     too few inputs with an answer of both
     trivial        most answers are the input, or all are one
@@ -27,7 +28,7 @@ from ship_ds.monitor.progress import Progress
 from ship_ds.supply.config import ChainsConfig
 from ship_ds.supply.filters import Answers, is_trivial, share_alike
 from ship_ds.supply.journal import Journal, Part
-from ship_ds.supply.known import is_readable
+from ship_ds.supply.known import Known, is_readable
 
 
 def fits(outputs: Sequence[str], inputs: Sequence[str]) -> bool:
@@ -44,7 +45,7 @@ def fits(outputs: Sequence[str], inputs: Sequence[str]) -> bool:
 
 def make_chains(
     ship: Ship,
-    tasks: Sequence[Task],
+    known: Known,
     config: ChainsConfig,
     num_tasks: int,
     seed: int,
@@ -52,6 +53,7 @@ def make_chains(
     log: Log,
 ) -> None:
     """Add pairs to the journal, in parts, until it has `num_tasks` tasks or all pairs are tried."""
+    tasks = known.tasks
     pairs = draw_pairs(len(tasks), config.max_pairs, seed)
     size = config.num_at_once
     with Progress("supply", num_tasks, log=log) as progress:
@@ -62,7 +64,7 @@ def make_chains(
                 break
             progress.begin(f"pairs from {start + 1}")
             chosen = [(tasks[a], tasks[b]) for a, b in pairs[start : start + size]]
-            part = _part(ship, chosen, config, missing)
+            part = _part(ship, known, chosen, config, missing)
             journal.add(part)
             progress.done(len(part.tasks))
 
@@ -75,13 +77,22 @@ def draw_pairs(num_tasks: int, count: int, seed: int) -> list[tuple[int, int]]:
     return [(a, b + (b >= a)) for a, b in pairs]
 
 
-def _part(ship: Ship, pairs: Sequence[tuple[Task, Task]], config: ChainsConfig, most: int) -> Part:
+def _part(
+    ship: Ship,
+    known: Known,
+    pairs: Sequence[tuple[Task, Task]],
+    config: ChainsConfig,
+    most: int,
+) -> Part:
     counts: Counter[str] = Counter(pairs=len(pairs))
     rows: list[dict[str, Any]] = []
     read: list[Chain] = []
-    for first, second in pairs:
+    away = known.give_away([_worded(first, second, config) for first, second in pairs])
+    for (first, second), is_away in zip(pairs, away, strict=True):
         chain = Chain.of(first, second, config)
-        if not fits([e.target for e in chain.given], [e.input for e in second.examples]):
+        if is_away:
+            counts["held out"] += 1
+        elif not fits([e.target for e in chain.given], [e.input for e in second.examples]):
             counts["shape"] += 1
         elif not all(is_readable(ship, text) for text in (chain.text, second.instruction)):
             counts["unreadable"] += 1
@@ -102,6 +113,16 @@ def _part(ship: Ship, pairs: Sequence[tuple[Task, Task]], config: ChainsConfig, 
             }
             rows.append(row_of(task, origin))
     return Part(dict(counts), rows)
+
+
+def _worded(first: Task, second: Task, config: ChainsConfig) -> Task:
+    """A task without examples, of every wording of the two in one."""
+    texts = [
+        config.joint.format(first=one, second=other)
+        for one in (first.instruction, *first.paraphrases)
+        for other in (second.instruction, *second.paraphrases)
+    ]
+    return Task(f"{first.id} {second.id}", texts[0], (), tuple(texts[1:]))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ship_ds.inference.scoring import fit_of_latents
 from ship_ds.monitor.progress import Progress
 from ship_ds.supply.config import CompressConfig
 from ship_ds.supply.journal import Journal, Part
-from ship_ds.supply.known import is_readable
+from ship_ds.supply.known import Known, is_readable
 
 Losses = Callable[[Sequence[str]], list[float]]
 """Texts -> the loss of the task's examples under each, in nats a token; infinite where a text
@@ -82,19 +82,25 @@ def losses_of(ship: Ship, examples: Sequence[Example]) -> Losses:
 
 
 def compress_tasks(
-    ship: Ship, tasks: Sequence[Task], config: CompressConfig, journal: Journal, log: Log
+    ship: Ship,
+    known: Known,
+    num_tasks: int | None,
+    config: CompressConfig,
+    journal: Journal,
+    log: Log,
 ) -> None:
     """Add to the journal each task, with its shortened instruction as one more wording where there
-    is one."""
+    is one. num_tasks: that are looked at; None: all."""
+    tasks = known.tasks[:num_tasks]
     with Progress("supply", len(tasks), log=log) as progress:
         progress.done(len(journal.parts))
         for task in tasks[len(journal.parts) :]:
             progress.begin("compress")
-            journal.add(_part(ship, task, config))
+            journal.add(_part(ship, known, task, config))
             progress.done(1)
 
 
-def _part(ship: Ship, task: Task, config: CompressConfig) -> Part:
+def _part(ship: Ship, known: Known, task: Task, config: CompressConfig) -> Part:
     if not is_readable(ship, task.instruction) or not task.examples:
         return Part({"unreadable": 1}, [])
     losses = losses_of(ship, task.examples[: config.num_examples])
@@ -107,6 +113,8 @@ def _part(ship: Ship, task: Task, config: CompressConfig) -> Part:
     }
     if text == task.instruction or text in task.paraphrases:
         return Part({"nothing to drop": 1}, [])
+    if known.give_away([Task(task.id, text, ())])[0]:
+        return Part({"held out": 1}, [])
     words, before = len(text.split()), len(task.instruction.split())
     counts = {"shortened": 1, "words before": before, "words after": words}
     longer = replace(task, paraphrases=(*task.paraphrases, text))

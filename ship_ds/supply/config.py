@@ -27,6 +27,8 @@ class ProposeConfig(Section):
     """After which it stops, with fewer tasks than were asked for."""
     prior_share: Share = 0.25
     """Of the decoder's latents: drawn from the prior; the others around known instructions'."""
+    between_share: Share = 0.25
+    """Of these others: around a point on the way from one known instruction to another."""
     spread: NonNegativeFloat = 4.0
     """Of the others, in deviations of the known instruction's posterior."""
     temperature: PositiveFloat = 0.7

@@ -13,7 +13,7 @@ from typing import Any
 from ship_ds.api import Ship
 from ship_ds.console import Log
 from ship_ds.data.readers.jsonl import row_of
-from ship_ds.data.task import Task
+from ship_ds.data.task import SMALLEST_WEIGHT, Task
 from ship_ds.inference.deduction import answer_latents
 from ship_ds.monitor.progress import Progress
 from ship_ds.supply.config import DisagreementConfig
@@ -51,9 +51,11 @@ def change(answers: Sequence[str | None], others: Sequence[Sequence[str | None]]
 
 def weights_of(disagreements: Sequence[float], floor: float) -> list[float]:
     """Weights in proportion to disagreement plus `floor`, with a mean of 1."""
+    if not disagreements:
+        return []
     raised = [value + floor for value in disagreements]
     mean = sum(raised) / len(raised)
-    return [round(value / mean, 4) for value in raised]
+    return [max(SMALLEST_WEIGHT, round(value / mean, 4)) for value in raised]
 
 
 def measure_disagreement(
@@ -66,7 +68,8 @@ def measure_disagreement(
 ) -> None:
     """Add to the journal each task with its disagreement, in parts.
 
-    A task that the run cannot read, or that has no words to drop, is counted and has none.
+    A task that the run cannot read, or that has no words to drop, is counted and has none: its
+    weight is 1.
     """
     size = config.num_at_once
     with Progress("supply", len(tasks), log=log) as progress:
@@ -107,23 +110,29 @@ def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: i
         if wordings
         else ()
     )
-    rows: list[dict[str, Any]] = []
+    found: dict[int, float] = {}
     for task, others in read:
         own, *rest = (next(answers) for _ in range(1 + len(others)))
-        origin = {
-            "how": "disagreement",
-            "disagreement": round(change(own, rest), 4),
-            "run": ship.digest[:12],
-        }
-        rows.append(row_of(replace(task, weight=1.0), origin))
+        found[id(task)] = round(change(own, rest), 4)
+    rows = [
+        row_of(
+            replace(task, weight=1.0),
+            {
+                "how": "disagreement",
+                "disagreement": found.get(id(task)),
+                "run": ship.digest[:12],
+            },
+        )
+        for task in tasks
+    ]
     return Part(counts, rows)
 
 
 def weighted(rows: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]]:
-    """The lines with their weights."""
-    if not rows:
-        return []
-    weights = weights_of([row["origin"]["disagreement"] for row in rows], floor)
+    """The lines with their weights: 1 where nothing was measured."""
+    found = [row["origin"]["disagreement"] for row in rows]
+    measured = iter(weights_of([one for one in found if one is not None], floor))
+    weights = [1.0 if one is None else next(measured) for one in found]
     return [
         {**{k: v for k, v in row.items() if k != "origin"}, "weight": w, "origin": row["origin"]}
         for row, w in zip(rows, weights, strict=True)

@@ -54,7 +54,7 @@ class Journal:
             UserError: another process writes it now, what was left was made by other settings, or
                 the file cannot be written.
         """
-        path = out.with_name(out.name + _SUFFIX)
+        path = journal_of(out)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+b")
@@ -101,6 +101,11 @@ class Journal:
     def drop(self) -> None:
         """Remove what was kept."""
         Path(self._file.name).unlink()
+
+
+def journal_of(out: Path) -> Path:
+    """Where the journal of a file is."""
+    return out.with_name(out.name + _SUFFIX)
 
 
 def _whole_rows(file: IO[bytes]) -> list[dict[str, Any]]:

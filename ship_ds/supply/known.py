@@ -1,34 +1,102 @@
-"""The tasks that a supply starts from."""
+"""The tasks that a supply starts from, and those that it must not give away."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ship_ds.api import Ship
-from ship_ds.console import no_log
+from ship_ds.console import Log, no_log
 from ship_ds.data.readers import read_tasks
 from ship_ds.data.source import source_of
-from ship_ds.data.task import Task
+from ship_ds.data.splits import without_rules_of
+from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
 
 
-def known_tasks(ship: Ship, path: Path | None) -> list[Task]:
+@dataclass(frozen=True)
+class Known:
+    """What a supply knows.
+
+    Args:
+        tasks: to start from, without those of held-out rules.
+        wordings: of these and of the run's seen tasks, those that training never shows among them.
+        held_out: the run's dev and unseen tasks.
+        left_out: how many tasks of the file were held-out rules.
+    """
+
+    tasks: tuple[Task, ...]
+    wordings: tuple[str, ...]
+    held_out: tuple[SplitTask, ...] = ()
+    left_out: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that is known, but not of where it was read."""
+        tasks = [(replace(task, source=""), task.weight) for task in self.tasks]
+        others = [_wordings(one) for one in self.held_out]
+        return hashlib.sha256(repr((tasks, self.wordings, others)).encode()).hexdigest()
+
+    def give_away(self, tasks: Sequence[Task]) -> list[bool]:
+        """Of each task whether it is a rule that the run holds out."""
+        if not self.held_out:
+            return [False] * len(tasks)
+        split = [SplitTask(task, task.examples, ()) for task in tasks]
+        kept = {id(one) for one in without_rules_of(split, self.held_out)}
+        return [id(one) not in kept for one in split]
+
+    @property
+    def held_out_wordings(self) -> list[str]:
+        """Of dev and unseen tasks."""
+        return [text for one in self.held_out for text in _wordings(one)]
+
+
+def known_tasks(ship: Ship, path: Path | None, log: Log) -> Known:
     """Tasks of a file or folder, or those that the run trains on, with training examples alone.
 
+    Args:
+        ship: the run, whose dev and unseen rules are left out of the file's tasks.
+        path: of the file or folder; None: the run's own tasks.
+        log: is told where the run's own tasks cannot be read.
+
     Raises:
-        UserError: the run's data are not where they were.
+        UserError: there is no path and the run's data are not where they were, or every task of the
+            file is a held-out rule.
     """
-    if path is not None:
-        return read_tasks(path, "auto", Counter())
     try:
-        seen = source_of(ship.config.data).read(ship.model.prompts.tokenizer, no_log).seen
+        parts = parts_of(ship)
     except (UserError, OSError) as error:
-        raise UserError(f"--data: the run's own cannot be read ({error}); give a file") from None
-    return [
-        Task(one.id, one.task.instruction, one.train, one.task.paraphrases, family=one.task.family)
-        for one in seen
-    ]
+        if path is None:
+            raise UserError(
+                f"--data: the run's own cannot be read ({error}); give a file"
+            ) from None
+        log(f"the run's own data cannot be read ({error}): its dev and unseen rules stay in")
+        parts = Splits((), (), ())
+    held_out = (*parts.dev, *parts.unseen)
+    own = tuple(text for one in parts.seen for text in _wordings(one))
+    if path is None:
+        tasks = tuple(replace(one.task, examples=one.train, id=one.id) for one in parts.seen)
+        return Known(tasks, own, held_out)
+    read = read_tasks(path, "auto", Counter())
+    secret = Known((), (), held_out).give_away(read)
+    tasks = tuple(task for task, is_secret in zip(read, secret, strict=True) if not is_secret)
+    if not tasks:
+        raise UserError(
+            f"--data {path}: every task is a dev or unseen rule of the run; give others"
+        )
+    wordings = [text for task in tasks for text in (task.instruction, *task.paraphrases)]
+    return Known(tasks, tuple(dict.fromkeys([*wordings, *own])), held_out, len(read) - len(tasks))
+
+
+def parts_of(ship: Ship) -> Splits:
+    """The run's own tasks."""
+    return source_of(ship.config.data).read(ship.model.prompts.tokenizer, no_log)
+
+
+def _wordings(one: SplitTask) -> tuple[str, ...]:
+    return (one.task.instruction, *one.task.paraphrases, *one.held_out_paraphrases)
 
 
 def inputs_of(task: Task, count: int, order: Sequence[int] | None = None) -> list[str]:

@@ -1,12 +1,11 @@
 """`ship-ds supply`: a kind, its journal, and the file that is written."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ship_ds.api import Ship
 from ship_ds.console import Log
-from ship_ds.data.task import Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
 from ship_ds.evaluation.endpoint import ChatEndpoint
@@ -21,7 +20,7 @@ from ship_ds.supply.config import (
 )
 from ship_ds.supply.disagreement import measure_disagreement, weighted
 from ship_ds.supply.journal import Journal
-from ship_ds.supply.known import known_tasks
+from ship_ds.supply.known import Known, known_tasks
 from ship_ds.supply.propose import propose
 from ship_ds.supply.proposers import (
     DecoderProposer,
@@ -30,6 +29,9 @@ from ship_ds.supply.proposers import (
     TaskLlmProposer,
 )
 
+_MOST_NEW = 64
+"""Tasks that are written by a kind that makes new ones."""
+
 
 def make(
     ship: Ship,
@@ -37,7 +39,7 @@ def make(
     kind: str,
     out: Path,
     data: Path | None,
-    num_tasks: int,
+    num_tasks: int | None,
     seed: int,
     endpoint: EndpointConfig,
     log: Log,
@@ -50,7 +52,7 @@ def make(
         kind: as a user names it.
         out: the file to write.
         data: tasks to start from; None: the run's own.
-        num_tasks: to write or to look at, at most.
+        num_tasks: to write or to look at, at most; None: 64 to write, all to look at.
         seed: of every draw.
         endpoint: for proposals by one.
         log: takes lines of progress.
@@ -58,21 +60,24 @@ def make(
     Raises:
         UserError: nothing was kept, the tasks cannot be read, or the journal is another one's.
     """
-    tasks = known_tasks(ship, data)
-    asked = {
+    known = known_tasks(ship, data, log)
+    asked: dict[str, Any] = {
         "kind": kind,
         "--set": config.model_dump(mode="json"),
         "--run": ship.digest,
-        "--data": str(data),
+        "--data": known.fingerprint,
         "--num-tasks": num_tasks,
         "--seed": seed,
-        "--endpoint": [endpoint.url, endpoint.model],
     }
+    if isinstance(config, ProposeConfig) and config.by == "endpoint":
+        asked["--endpoint"] = [endpoint.url, endpoint.model]
     with Journal.opened(out, asked) as journal:
         if journal.parts:
             log(f"{out}: going on after {len(journal.parts)} parts, {len(journal.tasks)} tasks")
-        _work(ship, config, out, tasks, num_tasks, seed, endpoint, journal, log)
+        _work(ship, config, out, known, num_tasks, seed, endpoint, journal, log)
         counts = journal.counts
+        if known.left_out:
+            counts["held-out rules of --data"] = known.left_out
         if not journal.tasks:
             journal.drop()
             ends = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -88,22 +93,23 @@ def _work(
     ship: Ship,
     config: SupplyConfig,
     out: Path,
-    tasks: Sequence[Task],
-    num_tasks: int,
+    known: Known,
+    num_tasks: int | None,
     seed: int,
     endpoint: EndpointConfig,
     journal: Journal,
     log: Log,
 ) -> None:
+    most = _MOST_NEW if num_tasks is None else num_tasks
     if isinstance(config, ProposeConfig):
         proposer = _proposer(ship, config, out, endpoint)
-        propose(ship, proposer, tasks, config, num_tasks, seed, journal, log)
+        propose(ship, proposer, known, config, most, seed, journal, log)
     elif isinstance(config, DisagreementConfig):
-        measure_disagreement(ship, tasks[:num_tasks], config, seed, journal, log)
+        measure_disagreement(ship, known.tasks[:num_tasks], config, seed, journal, log)
     elif isinstance(config, CompressConfig):
-        compress_tasks(ship, tasks[:num_tasks], config, journal, log)
+        compress_tasks(ship, known, num_tasks, config, journal, log)
     elif isinstance(config, ChainsConfig):
-        make_chains(ship, tasks, config, num_tasks, seed, journal, log)
+        make_chains(ship, known, config, most, seed, journal, log)
 
 
 def _proposer(ship: Ship, config: ProposeConfig, out: Path, endpoint: EndpointConfig) -> Proposer:

@@ -5,7 +5,8 @@ et al. 2023, arXiv 2310.13961) and Cycle-Instruct. In this order, each counted:
 
     repeated          proposed before
     unreadable        the encoder cannot read it
-    known             ROUGE-L with a known or kept one is 0.7 or more
+    held out          a dev or unseen rule of the run, or near to one
+    known             ROUGE-L with a wording of a known task or a kept one is 0.7 or more
     disagreement      too few answers that the samples of its posterior agree on
     trivial           most answers are the input, or all are one
     cycle             the instruction that its examples induce answers other inputs otherwise
@@ -31,14 +32,14 @@ from ship_ds.monitor.progress import Progress
 from ship_ds.supply.config import ProposeConfig
 from ship_ds.supply.filters import agreed, is_new, is_trivial, share_alike
 from ship_ds.supply.journal import Journal, Part
-from ship_ds.supply.known import inputs_of, is_readable
+from ship_ds.supply.known import Known, inputs_of, is_readable
 from ship_ds.supply.proposers import Proposer
 
 
 def propose(
     ship: Ship,
     proposer: Proposer,
-    known: Sequence[Task],
+    known: Known,
     config: ProposeConfig,
     num_tasks: int,
     seed: int,
@@ -50,7 +51,7 @@ def propose(
     Args:
         ship: answers, and induces.
         proposer: of instructions.
-        known: tasks that a new one must not be like, and whose inputs it takes.
+        known: what a new one must not be like, and whose inputs it takes.
         config: see there.
         num_tasks: to keep.
         seed: of every draw.
@@ -75,13 +76,14 @@ class _Rounds:
         self,
         ship: Ship,
         proposer: Proposer,
-        known: Sequence[Task],
+        known: Known,
         config: ProposeConfig,
         seed: int,
     ) -> None:
         self.ship, self.proposer, self.config, self.seed = ship, proposer, config, seed
-        self.known = [task.instruction for task in known]
-        self.by_instruction = {task.instruction: task for task in known}
+        self.known = [task.instruction for task in known.tasks]
+        self.all, self.held_out_wordings = known, known.held_out_wordings
+        self.by_instruction = {task.instruction: task for task in known.tasks}
         self.length = ship.config.evaluation.max_new_tokens
         self.bank = ship.bank_of(self.known)
         # Through the encoder alone, and without descents: it has to tell whether examples lead back
@@ -125,10 +127,13 @@ class _Rounds:
     def screen(self, texts: Sequence[str], kept: Sequence[str], counts: Counter[str]) -> list[str]:
         """Those that can be read and are like no other; `counts` takes the rest."""
         new: list[str] = []
-        for text in texts:
+        away = self.all.give_away([Task(text, text, ()) for text in texts])
+        for text, is_away in zip(texts, away, strict=True):
             if not is_readable(self.ship, text):
                 counts["unreadable"] += 1
-            elif not is_new(text, [*self.known, *kept, *new], self.config.max_rouge):
+            elif is_away or not is_new(text, self.held_out_wordings, self.config.max_rouge):
+                counts["held out"] += 1
+            elif not is_new(text, [*self.all.wordings, *kept, *new], self.config.max_rouge):
                 counts["known"] += 1
             else:
                 new.append(text)

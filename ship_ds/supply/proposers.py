@@ -62,9 +62,20 @@ class DecoderProposer(Proposer):
         drawn_TZ = model.prior.sample(count, generator).to(bank.latent_CZ.device)
         noise_TZ = torch.randn(drawn_TZ.shape, generator=generator).to(drawn_TZ.device)
         rows = torch.tensor([start or 0 for start in starts], device=drawn_TZ.device)
-        around_TZ = (
-            bank.latent_CZ[rows] + config.spread * (bank.log_variance_CZ[rows] / 2).exp() * noise_TZ
+        # A generator of its own, so that the other draws do not hang on the share.
+        ways = random.Random(f"supply ways {seed} {number}")
+        ends = [
+            ways.randrange(len(bank))
+            if ways.random() < config.between_share and start is not None
+            else None
+            for start in starts
+        ]
+        way_T1 = torch.tensor([[0.0 if end is None else ways.random()] for end in ends])
+        others = torch.tensor([end or 0 for end in ends], device=drawn_TZ.device)
+        middle_TZ = torch.lerp(
+            bank.latent_CZ[rows], bank.latent_CZ[others], way_T1.to(bank.latent_CZ)
         )
+        around_TZ = middle_TZ + config.spread * (bank.log_variance_CZ[rows] / 2).exp() * noise_TZ
         is_drawn = torch.tensor([start is None for start in starts], device=drawn_TZ.device)
         latent_TZ = torch.where(is_drawn[:, None], drawn_TZ, around_TZ)
         texts = sample_texts(
@@ -80,9 +91,10 @@ class DecoderProposer(Proposer):
             Proposal(
                 text,
                 {"by": "decoder", "run": self.ship.digest[:12]}
-                | ({"from": "prior"} if start is None else {"around": bank.instructions[start]}),
+                | ({"from": "prior"} if start is None else {"around": bank.instructions[start]})
+                | ({} if end is None else {"towards": bank.instructions[end]}),
             )
-            for row, start in zip(texts, starts, strict=True)
+            for row, start, end in zip(texts, starts, ends, strict=True)
             for text in row
         ]
 

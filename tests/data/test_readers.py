@@ -441,9 +441,9 @@ def test_our_jsonl_has_weights_and_an_origin_that_is_not_read(tmp_path: Path) ->
     assert repr(replace(heavy, weight=1.0)) == repr(heavy)  # what older fingerprints are made of
     path.write_text(json.dumps(row_of(heavy, {"how": "y"})))
     assert [replace(task, source="") for task in read_tasks(path)] == [replace(heavy, source="")]
-    for bad in (0, -1, True, "2", float("nan"), 1001):
+    for bad in (0, -1, 1e-300, 1e-7, True, "2", float("nan"), 1001):
         path.write_text(json.dumps(row | {"weight": bad}))
-        with pytest.raises(DataError, match="line 1.weight: expected a number above 0"):
+        with pytest.raises(DataError, match="line 1.weight: expected a number from 1e-06"):
             read_tasks(path)
 
 

@@ -16,8 +16,8 @@ from ship_ds.api import Ship
 from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
-from ship_ds.evaluation.config import JudgeName
-from ship_ds.evaluation.endpoint import EndpointConfig, EndpointJudge
+from ship_ds.evaluation.config import EndpointConfig, JudgeName
+from ship_ds.evaluation.endpoint import EndpointJudge
 from ship_ds.evaluation.judges import (
     ExactMatchJudge,
     ExecutionJudge,

@@ -1,7 +1,7 @@
 """Whole supplies by a run with random heads: what is written, resumed, and read again."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from ship_ds.api import Ship
+from ship_ds.cli.supplying import supply as verb
 from ship_ds.console import no_log
 from ship_ds.data.readers import read_tasks
+from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
-from ship_ds.supply.config import parse_settings
-from ship_ds.supply.journal import Journal, Part
+from ship_ds.supply.config import ProposeConfig, parse_settings
+from ship_ds.supply.journal import Journal, Part, journal_of
 from ship_ds.supply.make import make
+from ship_ds.supply.proposers import DecoderProposer
 from tests.evaluation.test_judges import Handler, Server, serve
 
 EASY = {
@@ -41,11 +44,28 @@ def supply(
     data: Path,
     changes: list[str],
     url: str = "http://127.0.0.1:1/v1",
-    num_tasks: int = 8,
+    num_tasks: int | None = 8,
 ) -> dict[str, int]:
     config = parse_settings(kind, changes)
     endpoint = EndpointConfig(url=url, model="writer", retries=0)
     return make(ship, config, kind, out, data, num_tasks, 0, endpoint, no_log)
+
+
+@pytest.fixture(autouse=True)
+def parts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The bundle's own data are those of this: none, or tasks of these wordings."""
+
+    def hold(seen: Sequence[Sequence[str]] = (), unseen: Sequence[Sequence[str]] = ()) -> None:
+        made = [
+            tuple(SplitTask(Task(f"own {k[0]}", k[0], ()), (), (), tuple(k[1:])) for k in part)
+            for part in (seen, unseen)
+        ]
+        monkeypatch.setattr(
+            "ship_ds.supply.known.parts_of", lambda ship: Splits(made[0], (), made[1])
+        )
+
+    hold()
+    return hold
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -226,6 +246,124 @@ def test_an_endpoint_proposes_and_is_asked_once(
     out.unlink()
     supply(ship, "propose", out, tasks_file, changes, writer.url)
     assert len(writer.requests) == 2 and out.read_bytes() == first
+
+
+@pytest.mark.usefixtures("answers_by_rule", "induces")
+def test_held_out_rules_and_known_wordings_are_no_proposals(
+    ship: Ship, tasks_file: Path, tmp_path: Path, writer: Server, parts: Callable[..., None]
+) -> None:
+    parts(seen=[["foo", "put 7 at the end"]], unseen=[["bar", "reverse the list"], ["add 3"]])
+    changes = [*EASY["propose"], "by=endpoint", "max_rounds=1"]
+    out = tmp_path / "out.jsonl"
+    counts = supply(ship, "propose", out, tasks_file, changes, writer.url)
+    assert (counts["held out"], counts["known"], counts["kept"]) == (2, 1, 1)
+    assert [row["instruction"] for row in rows(out)] == ["sort the numbers"]
+    assert counts["held-out rules of --data"] == 1
+
+
+@pytest.mark.usefixtures("answers_by_rule")
+@pytest.mark.parametrize("kind", ["chains", "compress", "disagreement"])
+def test_held_out_rules_are_nowhere(
+    kind: str, ship: Ship, tasks_file: Path, tmp_path: Path, parts: Callable[..., None]
+) -> None:
+    before = supply(ship, kind, tmp_path / "all.jsonl", tasks_file, EASY[kind], num_tasks=None)
+    secret = rows(tmp_path / "all.jsonl")[0]
+    wording = secret["origin"].get("wording", secret["instruction"])
+    parts(unseen=[["bar", wording]])
+    out = tmp_path / "out.jsonl"
+    counts = supply(ship, kind, out, tasks_file, EASY[kind], num_tasks=None)
+    assert wording not in [
+        text for row in rows(out) for text in (row["instruction"], *row.get("paraphrases", ()))
+    ]
+    left_out = counts.get("held out", 0) + counts.get("held-out rules of --data", 0)
+    assert left_out > before.get("held out", 0)
+
+
+def test_all_tasks_get_a_weight_also_those_that_cannot_be_measured(
+    ship: Ship, tmp_path: Path
+) -> None:
+    """More tasks than a kind makes of itself."""
+    data, out = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
+    examples = [{"input": f"{i} 1", "target": f"{i}"} for i in range(4)]
+    texts = ["frobnicate this", "reverse", *["add 3"] * 64]
+    lines = [
+        {"id": f"t{i}", "instruction": text, "examples": examples} for i, text in enumerate(texts)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = ["num_inputs=1", "num_dropped=1", "num_at_once=33"]
+    supply(ship, "disagreement", out, data, changes, num_tasks=None)
+    assert [task.id for task in read_tasks(out)] == [line["id"] for line in lines]
+    assert [task.weight for task in read_tasks(out)[:2]] == [1.0, 1.0]
+    assert rows(out)[0]["origin"]["disagreement"] is None
+
+
+def test_the_journal_knows_tasks_by_what_they_are(
+    ship: Ship, tasks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, moved, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "out.jsonl"
+    data.write_bytes(tasks_file.read_bytes())
+    kind = "compress"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", killed_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            supply(ship, kind, out, data, EASY[kind])
+    data.write_bytes(tasks_file.read_bytes().replace(b"9", b"8"))
+    with pytest.raises(UserError, match="begun with another --data"):
+        supply(ship, kind, out, data, EASY[kind])
+    moved.write_bytes(tasks_file.read_bytes())
+    supply(ship, kind, out, moved, EASY[kind], url="http://127.0.0.1:2/v1")
+    assert out.exists()
+
+
+def test_a_kill_before_the_journal_goes(
+    ship: Ship, tasks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "drop", lambda journal: None)
+        supply(ship, "compress", out, tasks_file, EASY["compress"])
+    first = out.read_bytes()
+    assert journal_of(out).exists()
+    supply(ship, "compress", out, tasks_file, EASY["compress"])
+    assert out.read_bytes() == first and not journal_of(out).exists()
+
+
+def test_an_endpoint_that_nothing_asks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="by=endpoint"):
+        verb("propose", tmp_path, tmp_path / "o.jsonl", endpoint="http://127.0.0.1:1/v1")
+
+
+@pytest.mark.usefixtures("answers_by_rule", "induces")
+def test_answers_that_samples_do_not_give_are_left_out(
+    ship: Ship, tasks_file: Path, tmp_path: Path, writer: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "ship_ds.supply.propose.agreement",
+        lambda model, posterior, texts, inputs, *more: [[0.5] * len(row) for row in inputs],
+    )
+    changes = [*EASY["propose"], "by=endpoint", "max_rounds=1", "min_agreement=0.6"]
+    with pytest.raises(UserError, match="disagreement 3"):
+        supply(ship, "propose", tmp_path / "none.jsonl", tasks_file, changes, writer.url)
+
+
+def test_latents_lie_between_two_known_instructions(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def texts(model: Any, shown: Any, latent_TZ: Any, *more: Any) -> list[list[str]]:
+        seen.append(latent_TZ)
+        return [["x"]] * len(latent_TZ)
+
+    monkeypatch.setattr("ship_ds.supply.proposers.sample_texts", texts)
+    config = ProposeConfig(prior_share=0, between_share=1, spread=0, num_at_once=8)
+    known = ["reverse the list", "add 3"]
+    made = DecoderProposer(ship, config).propose(known, 0, 0)
+    a, b = ship.bank_of(known).latent_CZ
+    way = ((seen[0] - a) @ (b - a)) / ((b - a) @ (b - a))
+    assert all("towards" in one.origin for one in made)
+    assert ((way > 0.01) & (way < 0.99)).any()
+    assert seen[0].sub(a + way[:, None] * (b - a)).abs().max() < 1e-4
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from ship_ds.data.readers.checks import distinct, example, expect, field, texts
 from ship_ds.data.readers.files import files_of, kind_of
 from ship_ds.data.readers.rows import first_row, rows_of
-from ship_ds.data.task import Example, Task, read_error
+from ship_ds.data.task import SMALLEST_WEIGHT, Example, Task, read_error
 
 _TASK_KEYS, _EXAMPLE_KEYS = (
     {"id", "instruction", "examples", "paraphrases", "family", "weight", "origin"},
@@ -91,9 +91,11 @@ def row_of(task: Task, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 def _weight(value: object, path: Path, where: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and 0 < value <= _LARGEST_WEIGHT):  # type: ignore[operator]
+    if not (is_number and SMALLEST_WEIGHT <= value <= _LARGEST_WEIGHT):  # type: ignore[operator]
         raise read_error(
-            path, where, f"expected a number above 0 and up to {_LARGEST_WEIGHT}, got {value!r:.40}"
+            path,
+            where,
+            f"expected a number from {SMALLEST_WEIGHT:g} to {_LARGEST_WEIGHT}, got {value!r:.40}",
         )
     return float(value)  # type: ignore[arg-type]
 
