@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from ship_ds.data.mixture import MixtureConfig, MixtureSource, MixtureTasks
-from ship_ds.data.task import DataError
+from ship_ds.data.source import TaskSource
+from ship_ds.data.task import DataError, Splits, SplitTask, Task
 from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.model.loading import load_tokenizer
 
@@ -52,6 +53,23 @@ def test_weights_of_a_file_reach_the_sampler_and_the_fingerprint(tmp_path: Path)
     mixture = MixtureConfig(sources=(MixtureSource(path=str(tmp_path), weight=0.5),))
     mixed = MixtureTasks(mixture).read(tokenizer, lambda line: None)
     assert {task.weight for task in mixed.seen} == {1.5}
+
+
+def test_weights_are_in_the_fingerprint_of_every_source_and_have_a_least_one() -> None:
+    class Plain(FilesSource):
+        fingerprint = TaskSource.fingerprint
+
+    source = Plain(FilesConfig(path="x"))
+    one, heavy = (
+        Splits((SplitTask(Task("t", "do", ()), (), (), weight=w),), (), ()) for w in (1.0, 3.0)
+    )
+    assert source.fingerprint(one) == hashlib.sha256(repr(one).encode()).hexdigest()
+    assert source.fingerprint(heavy) != source.fingerprint(one)
+    mixture = MixtureTasks(MixtureConfig(sources=(MixtureSource(path="x"),)))
+    old = hashlib.sha256(repr(one).encode()).hexdigest()
+    assert mixture.fingerprint(one) == hashlib.sha256(f"{old} [1.0]".encode()).hexdigest()
+    with pytest.raises(ValidationError, match="weight"):
+        MixtureSource(path="x", weight=1e-300)
 
 
 def test_a_run_with_nothing_to_train_on_is_one_line(tmp_path: Path) -> None:
