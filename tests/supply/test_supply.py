@@ -307,7 +307,7 @@ def test_the_journal_knows_tasks_by_what_they_are(
         patch.setattr(Journal, "add", killed_after(1))
         with pytest.raises(KeyboardInterrupt):
             supply(ship, kind, out, data, EASY[kind])
-    data.write_bytes(tasks_file.read_bytes().replace(b"9", b"8"))
+    data.write_bytes(tasks_file.read_bytes().replace(b' 3"', b' 4"'))
     with pytest.raises(UserError, match="begun with another --data"):
         supply(ship, kind, out, data, EASY[kind])
     moved.write_bytes(tasks_file.read_bytes())
