@@ -175,7 +175,7 @@ def test_judges_score_what_they_are_for() -> None:
     names: list[JudgeName] = ["execution", "rouge", "similarity", "endpoint"]
     assert judges_of("induction", names) == names
     for direction in ("deduction", "reasoning"):
-        assert judges_of(direction, names) == ["similarity", "endpoint"]  # type: ignore[arg-type]
+        assert judges_of(direction, names) == ["similarity", "endpoint"]
     assert judges_of("reconstruction", names) == []
 
 

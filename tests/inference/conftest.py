@@ -2,6 +2,7 @@
 behaviour of its own."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -33,8 +34,9 @@ def random_bundle(folder: Path, spread: float = 0.05, max_new_tokens: int = 6) -
     torch.manual_seed(0)
     model = build_ship(config.model, LoadedWeights())
     with torch.no_grad():
-        model.encoder.head[-1].weight.mul_(20)  # or all instructions would have nearly one latent
-        for head in model.hypernetwork.heads:
+        last = cast(torch.nn.Linear, model.encoder.head[-1])
+        last.weight.mul_(20)  # or all instructions would have nearly one latent
+        for head in cast(Any, model.hypernetwork).heads:
             head.to_b.weight.normal_(std=spread)
     state = {
         name: parameter.detach()
