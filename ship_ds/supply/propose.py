@@ -10,6 +10,8 @@ et al. 2023, arXiv 2310.13961) and Cycle-Instruct. In this order, each counted:
     disagreement      too few answers that the samples of its posterior agree on
     trivial           most answers are the input, or all are one
     cycle             the instruction that its examples induce answers other inputs otherwise
+
+Letters: T tasks, Z latent size.
 """
 
 import random

@@ -1,6 +1,6 @@
 """Who proposes instructions: the run's decoder, its Task LLM, or an endpoint.
 
-Letters: T tasks, Z latent size.
+Letters: C candidates, T tasks, Z latent size.
 """
 
 import random
