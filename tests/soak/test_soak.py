@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 
-from ship_ds.data.rules import RulesConfig, build_world
 from tests.conftest import REPOSITORY, environment
 from tests.runtime import slurm_cluster
 from tests.runtime.test_resume import LOSSES, _ranks_of
@@ -118,29 +117,6 @@ class Run:
         process.wait()
         for number in _ranks_of(self.folder):
             os.kill(number, signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty tasks of the generated world as JSONL."""
-    splits = build_world(RulesConfig(train_examples=12, test_examples=3, num_seen=40))
-    path = tmp_path_factory.mktemp("data") / "tasks.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "id": task.id,
-                    "instruction": task.task.instruction,
-                    "examples": [
-                        {"input": e.input, "target": e.target} for e in (*task.train, *task.test)
-                    ],
-                }
-            )
-            + "\n"
-            for task in splits.seen
-        )
-    )
-    return path
 
 
 @pytest.fixture(scope="module")

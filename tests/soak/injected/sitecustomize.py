@@ -1,0 +1,163 @@
+"""Makes one rank of a run fail once, from outside the package: every Python process whose
+PYTHONPATH names this folder loads this file first.
+
+    FAULT='{"kind": "sigkill", "module": "ship_ds.runtime.engine", "name": "Engine.backward",
+            "call": 2, "before": true, "rank": 1, "target": "rank", "fired": "/tmp/fired",
+            "disk": "/mnt/small"}' PYTHONPATH=tests/soak/injected:. torchrun -m ship_ds.train ...
+
+The named function is wrapped as its module is imported. What happens then is real: the process
+reads address 0, gets the signal, or finds its disk full. `fired` holds the time in seconds of the
+epoch once it has happened, and nothing happens where that file is there.
+"""
+
+import ctypes
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_SIGNALS = ("sigint", "sigkill", "sigterm", "sigstop")
+
+
+class InjectedError(RuntimeError):
+    """What is raised; no part of the package knows it."""
+
+
+class Injector(MetaPathFinder):
+    """Wraps one function of one module."""
+
+    def __init__(self, fault: dict[str, Any]) -> None:
+        self.fault = fault
+        self.num_calls = 0
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """The module's own, whose loader wraps the function once the module has run."""
+        if name != self.fault["module"]:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        run = spec.loader.exec_module
+
+        def run_and_wrap(module: ModuleType) -> None:
+            run(module)
+            self.wrap(module)
+
+        spec.loader.exec_module = run_and_wrap  # type: ignore[method-assign]
+        return spec
+
+    def wrap(self, module: ModuleType) -> None:
+        """Put the function that fails in the place of the one that does not."""
+        *owners, name = self.fault["name"].split(".")
+        owner: Any = module
+        for one in owners:
+            owner = getattr(owner, one)
+        function = getattr(owner, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            self.num_calls += 1
+            is_due = self.num_calls == self.fault["call"]
+            if is_due and self.fault["before"]:
+                self.fire()
+            value = function(*args, **options)
+            if is_due and not self.fault["before"]:
+                self.fire()
+            return value
+
+        setattr(owner, name, call)
+
+    def fire(self) -> None:
+        """Once in the life of a run."""
+        try:
+            file = os.open(self.fault["fired"], os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            return
+        os.write(file, f"{time.time()}".encode())
+        os.close(file)
+        kind = self.fault["kind"]
+        if kind in _SIGNALS:
+            send(signal.Signals[kind.upper()], self.fault["target"])
+        else:
+            _KINDS[kind](self.fault)
+
+
+def send(number: signal.Signals, target: str) -> None:
+    """To this rank, to all ranks, as Slurm does, or to their launcher, as a keyboard does."""
+    launcher = os.getppid()
+    if target == "launcher":
+        os.kill(launcher, number)
+    elif target == "rank":
+        os.kill(os.getpid(), number)
+    else:
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        for child in sorted(map(int, children), key=lambda one: one == os.getpid()):
+            os.kill(child, number)
+
+
+def fail(_: dict[str, Any]) -> None:
+    """An exception that nobody expects."""
+    raise InjectedError("injected\nsecond line")
+
+
+def fail_in_thread(fault: dict[str, Any]) -> None:
+    """In the package's own thread where this is one, else in one that is started for it."""
+    if threading.current_thread() is not threading.main_thread():
+        fail(fault)
+    thread = threading.Thread(target=fail, args=(fault,), name="injected")
+    thread.start()
+    thread.join()
+
+
+def abort(_: dict[str, Any]) -> None:
+    """As a failed check in C++."""
+    os.abort()
+
+
+def read_address_zero(_: dict[str, Any]) -> None:
+    """A segmentation fault."""
+    ctypes.string_at(0)
+
+
+def hold_gil(_: dict[str, Any]) -> None:
+    """Wait for a mutex that this thread holds, in C, without letting go of the interpreter. Unlike
+    sleep() it does not return when a signal comes."""
+    mutex = ctypes.create_string_buffer(128)
+    library = ctypes.PyDLL(None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
+
+def fill_disk(fault: dict[str, Any]) -> None:
+    """Take every free byte of the file system that the run folder lies on."""
+    with open(Path(fault["disk"], "balloon"), "wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            piece = b"\0" * size
+            try:
+                while True:
+                    file.write(piece)
+            except OSError:
+                continue
+
+
+_KINDS = {
+    "exception": fail,
+    "thread": fail_in_thread,
+    "abort": abort,
+    "sigsegv": read_address_zero,
+    "gil": hold_gil,
+    "disk": fill_disk,
+}
+
+# The launcher has no rank, and is never hit from inside. Rank null: whichever comes there first.
+if "FAULT" in os.environ and "RANK" in os.environ:
+    _fault = json.loads(os.environ["FAULT"])
+    if _fault["rank"] in (None, int(os.environ["RANK"])):
+        sys.meta_path.insert(0, Injector(_fault))
