@@ -10,6 +10,7 @@ Letters: T tasks, Z latent size.
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import math
@@ -23,9 +24,12 @@ from pathlib import Path
 # starts this file by itself.
 import ship_ds  # noqa: F401
 from ship_ds.allocator import use_scalable_malloc
+from ship_ds.console import current_rank, log
+from ship_ds.runtime import sign_of_life
 
 if __name__ == "__main__":
     use_scalable_malloc()
+    sign_of_life.OF_THIS_PROCESS.start(current_rank(os.environ))
 
 # isort: split
 import torch
@@ -34,7 +38,6 @@ from torch import Tensor
 from ship_ds.api import Ship
 from ship_ds.bundle import Bundle, check_bases, frozen_bases, probe_inputs, write_bundle
 from ship_ds.config import Config, TrainingConfig, load_config
-from ship_ds.console import log
 from ship_ds.data.sampler import ReadingDraw, StepSampler, balanced
 from ship_ds.data.source import TaskSource, source_of
 from ship_ds.data.task import Splits
@@ -121,7 +124,9 @@ class StepCounts:
 class Trainer:
     """setup -> train -> close, the same on every rank; rank 0 alone writes."""
 
-    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self, config: Config, stop: StopRequest | None = None, watchdog: Watchdog | None = None
+    ) -> None:
         """Set up everything, and go on from the newest checkpoint of the run folder.
 
         The order matters: each comment says to what.
@@ -129,6 +134,7 @@ class Trainer:
         Args:
             config: of the run.
             stop: what hears the signals that ask a run to end; None: one that hears none.
+            watchdog: what ends a run that hangs; None: one that watches nothing.
 
         Raises:
             UserError: the config, the data or the run folder, with what to change.
@@ -138,7 +144,8 @@ class Trainer:
         # Before the process group, where one rank that fails leaves the others waiting.
         preflight.check(config, os.environ)
         self.stop = stop or StopRequest(config.training.grace_seconds)
-        self.watchdog = Watchdog(self.folder, config.training.hang_minutes)
+        self.watchdog = watchdog or Watchdog(self.folder, None)
+        self.watchdog.begin()
         ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
         parts_per_step(config.training)  # raises where the ranks cannot divide a step
         self.lock = RunLock(self.folder)
@@ -706,10 +713,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(args.config, args.overrides)
-        with StopRequest(config.training.grace_seconds) as stop:
-            trainer = Trainer(config, stop)
+        minutes = config.training.hang_minutes
+        sign_of_life.OF_THIS_PROCESS.limit = None if minutes is None else 60 * minutes
+        watchdog = Watchdog(Path(config.run.folder), minutes)
+        with StopRequest(config.training.grace_seconds) as stop, contextlib.closing(watchdog):
+            trainer = Trainer(config, stop, watchdog)
             trainer.train()
             trainer.close()
+            watchdog.leave()
     except UserError as error:
         print(f"ship-ds: {error}", file=sys.stderr)
         return BAD_INPUT

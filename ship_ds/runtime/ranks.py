@@ -33,6 +33,8 @@ _KNOWN_NOTICES = (
     # an adapter leaves the hypernetwork; its linears have hooks of their own
     "A module has unknown inputs or outputs type",
 )
+INTERRUPTED = 130
+"""By SIGINT, as a shell has it."""
 SINGLE = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -105,7 +107,8 @@ def exit_process(code: int) -> NoReturn:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Run a program and end the process with its code; an exception is printed and is code 1.
+    """Run a program and end the process with its code; an exception is printed and is code 1, an
+    interrupt from the keyboard is a line and 130.
 
     An exception that leaves the program would take the interpreter down, which may wait for ever
     for a process group whose other ranks are still at work (see `exit_process`).
@@ -113,6 +116,9 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     refuse_other_writers()
     try:
         code = main()
+    except KeyboardInterrupt:
+        log("interrupted: the same command goes on from the newest checkpoint, where there is one")
+        code = INTERRUPTED
     except Exception:
         sys.excepthook(*sys.exc_info())
         code = 1

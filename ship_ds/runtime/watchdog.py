@@ -3,7 +3,9 @@ the job.
 
 Each rank's watching thread writes where its process stands to RUN/ranks/rank-N.json every few
 seconds, so that the others can tell a rank that waits in a collective from one that is somewhere
-else, and both from one that is gone.
+else, and both from one that is gone. Steps are expected while a run trains; before and after, when
+a large file may take hours, it is a sign of life from every rank that has given one. A rank whose
+own threads cannot run is named by the process beside it (sign_of_life.py).
 """
 
 import contextlib
@@ -13,14 +15,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 import ship_ds
-from ship_ds.console import log_from_any_rank
+from ship_ds.console import current_rank, log_from_any_rank
 from ship_ds.files import write_json
-from ship_ds.runtime import ranks
 from ship_ds.runtime.stopping import HUNG
 
 _PACKAGE = str(Path(ship_ds.__file__).parent)
@@ -48,11 +50,13 @@ class Position:
 
 
 class Watchdog:
-    """Watches from `start` to `stop`; `record_step` tells of each step.
+    """Watches from `begin` to `close`; between `start` and `stop` it expects the steps that
+    `record_step` tells of.
 
     Args:
         folder: of the run.
-        minutes: after how many without a step the job ends; None watches nothing.
+        minutes: after how many without a step, or without a sign of life of another rank, the job
+            ends; None watches nothing.
     """
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
@@ -60,49 +64,89 @@ class Watchdog:
         self.limit = None if minutes is None else 60 * minutes
         self.period = 0.0 if minutes is None else min(15.0, 60 * minutes / 10)
         self._step, self._last_step_time = 0, time.monotonic()
+        self._began, self._expects_steps = time.time(), False
         self._done = threading.Event()
 
-    def start(self) -> None:
+    def begin(self) -> None:
+        """Start the thread; the run folder can be written."""
         if self.limit is None:
             return
-        self.record_step(self._step)
         self.folder.mkdir(parents=True, exist_ok=True)
         threading.Thread(
             target=self._watch, args=(self.limit,), name="watchdog", daemon=True
         ).start()
 
+    def start(self) -> None:
+        """From here on there are steps."""
+        self.record_step(self._step)
+        self._expects_steps = True
+
     def record_step(self, step: int) -> None:
         self._step, self._last_step_time = step, time.monotonic()
 
     def stop(self) -> None:
+        """The last step is taken."""
+        self._expects_steps = False
+
+    def close(self) -> None:
+        """End the thread."""
         self._done.set()
+
+    def leave(self) -> None:
+        """This rank ends as it should, and the others are not to miss it."""
+        self.close()
+        with contextlib.suppress(OSError):
+            self._path_of(current_rank(os.environ)).unlink(missing_ok=True)
 
     def _watch(self, limit: float) -> None:
         while not self._done.wait(self.period):
-            position = self._write_position()
-            if time.monotonic() - self._last_step_time > limit:
-                self._report_and_exit(position, limit)
+            position, is_written = self._write_position()
+            if self._expects_steps and time.monotonic() - self._last_step_time > limit:
+                self._report_and_exit(position, f"no step for {limit / 60:g} minutes")
+            # Where this rank cannot write, the others cannot either, and are silent for that.
+            if is_written and (text := self._describe_silence(limit)) is not None:
+                self._report_and_exit(position, text)
 
-    def _write_position(self) -> Position:
+    def _describe_silence(self, limit: float) -> str | None:
+        """Of the next rank, the last one's being the first: with each looking at one file, a
+        thousand ranks are no load on their disk."""
+        neighbour = (current_rank(os.environ) + 1) % num_ranks(os.environ)
+        path = self._path_of(neighbour)
+        if neighbour == current_rank(os.environ) or not path.is_file():
+            return None
+        said = _read_position(path).time
+        # What it said before this start counts for nothing: it may come much later.
+        is_silent = said >= self._began and time.time() - said > limit
+        return (
+            f"no sign of life of rank {neighbour} for {limit / 60:g} minutes" if is_silent else None
+        )
+
+    def _path_of(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.json"
+
+    def _write_position(self) -> tuple[Position, bool]:
+        """Where this process stands, and whether it could be written down."""
         position = Position(self._step, *_current_position(), time.time())
-        path = self.folder / f"rank-{ranks.rank()}.json"
         # a full disk ends the run elsewhere, with its own line, but not the watching
         with contextlib.suppress(OSError):
+            path = self._path_of(current_rank(os.environ))
             write_json(path, asdict(position), indent=None, durable=False)
-        return position
+            return position, True
+        return position, False
 
-    def _report_and_exit(self, position: Position, limit: float) -> None:
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        missing = "; ".join(
-            missing_ranks(self.folder, ranks.world_size(), 3 * self.period)
-        ) or describe_deadlock(self.folder, ranks.world_size())
-        log_from_any_rank(
-            f"rank {ranks.rank()}: no step for {limit / 60:g} minutes "
-            f"(training.hang_minutes): waiting at {position}. "
-            f"Missing: {missing}. The stacks are above; leaving with code "
-            f"{HUNG}"
-        )
-        os._exit(HUNG)
+    def _report_and_exit(self, position: Position, reason: str) -> None:
+        try:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            size = num_ranks(os.environ)
+            missing = "; ".join(
+                missing_ranks(self.folder, size, 3 * self.period)
+            ) or describe_deadlock(self.folder, size)
+            log_from_any_rank(
+                f"rank {current_rank(os.environ)}: {reason} (training.hang_minutes): waiting at "
+                f"{position}. Missing: {missing}. The stacks are above; leaving with code {HUNG}"
+            )
+        finally:
+            os._exit(HUNG)
 
 
 def missing_ranks(folder: Path, world_size: int, stale_seconds: float) -> list[str]:
@@ -113,7 +157,7 @@ def missing_ranks(folder: Path, world_size: int, stale_seconds: float) -> list[s
         if not path.is_file():
             rows.append(f"rank {rank} (never seen)")
             continue
-        position = Position(**json.loads(path.read_text(encoding="utf-8")))
+        position = _read_position(path)
         age = time.time() - position.time
         if age > stale_seconds:
             rows.append(f"rank {rank} (no sign of life for {age:.0f} s; last at {position})")
@@ -125,15 +169,21 @@ def missing_ranks(folder: Path, world_size: int, stale_seconds: float) -> list[s
 def describe_deadlock(folder: Path, world_size: int) -> str:
     """No rank is missing: they wait for each other, and in different places where their programs
     went different ways."""
-    positions = [
-        Position(**json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")))
-        for rank in range(world_size)
-    ]
+    positions = [_read_position(folder / f"rank-{rank}.json") for rank in range(world_size)]
     if len({(position.step, position.collective, position.line) for position in positions}) == 1:
         return "none: all wait in the same collective, so the network or a device hangs"
     return "none, but they wait in different places: " + "; ".join(
         f"rank {i} at {position}" for i, position in enumerate(positions)
     )
+
+
+def _read_position(path: Path) -> Position:
+    return Position(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def num_ranks(environment: Mapping[str, str]) -> int:
+    """How many ranks the launcher has started, before the process group is there."""
+    return int(environment.get("WORLD_SIZE") or environment.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def _current_position() -> tuple[str | None, str]:

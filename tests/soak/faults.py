@@ -174,12 +174,12 @@ class Fault:
 @dataclass
 class Outcome:
     """What a start came to. Seconds are None where there was nothing to measure; `codes` are those
-    that torchrun reports, by rank, negative for a signal."""
+    that torchrun reports, by rank, negative for a signal; `hit` is the rank that failed."""
 
     code: int
     codes: dict[int, int]
     log: str
-    fired: float | None
+    hit: int | None
     seconds_to_end: float | None = None
     seconds_to_name: float | None = None
     seconds_to_first_step: float | None = None
@@ -188,9 +188,8 @@ class Outcome:
 
 @dataclass
 class Bench:
-    """Where runs of the matrix lie, and what they have in common."""
+    """What the runs of the matrix have in common."""
 
-    root: Path
     data: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of the undisturbed run."""
@@ -208,7 +207,7 @@ class Run:
         self.folder, self.ops, self.log = root / "run", root / "ops", root.parent / "log"
         self.num_starts = 0
         root.mkdir(parents=True, exist_ok=True)
-        if bench.extensions is not None:
+        if bench.extensions is not None and not self.ops.exists():
             shutil.copytree(bench.extensions, self.ops)
             self.ops.chmod(0o700)
 
@@ -244,10 +243,15 @@ class Run:
                 env={**environment(), "TORCH_EXTENSIONS_DIR": str(self.ops), **extra},
                 start_new_session=True,
             )
-            outcome = self._watch(process, fired)
+            try:
+                outcome = self._watch(process, fired)
+            except BaseException:
+                for number in _ranks_of(self.folder):
+                    os.kill(number, signal.SIGKILL)
+                raise
         if disk is not None:
             (disk / "balloon").unlink(missing_ok=True)
-        if fault is not None and outcome.fired is None:
+        if fault is not None and outcome.hit is None:
             outcome.problems.append("the fault did not come")
         return outcome
 
@@ -268,12 +272,15 @@ class Run:
             int(rank): int(code)
             for rank, code in re.findall(r"rank +: (\d+) .*\n\s*exitcode +: (-?\d+)", text)
         }
-        at = float(fired.read_text()) if fired.exists() else None
+        at, hit = None, None
+        if fired.exists():
+            when, rank = fired.read_text().split()
+            at, hit = float(when), int(rank)
         return Outcome(
             process.returncode,
             codes,
             text,
-            at,
+            hit,
             None if at is None else ended - at,
             None if at is None or named is None else named - at,
             None if first_step is None else first_step - begun,
@@ -311,6 +318,9 @@ class Run:
                     return f"step {number}: {name} {row[name]} != {self.bench.rows[number][name]}"
         return None
 
+    def is_done(self) -> bool:
+        return (self.folder / "report.json").exists()
+
     def difference_of_whole(self) -> str | None:
         """The same of a run that is done, whose last row and weights have to be there too."""
         if len(self.rows()) != NUM_STEPS:
@@ -328,7 +338,8 @@ class Run:
 def wrong_end(fault: Fault, outcome: Outcome) -> list[str]:
     """What is not as docs/troubleshooting.md has it about how a start ended."""
     problems = list(outcome.problems)
-    hit = outcome.codes.get(fault.rank if fault.rank is not None else _first(outcome.codes))
+    # torchrun lists no ranks where all ended with 0.
+    code = outcome.code if outcome.hit is None else outcome.codes.get(outcome.hit, outcome.code)
     wanted = codes_of(fault)
     if fault.kind in HANGS:
         if outcome.seconds_to_name is None or outcome.seconds_to_name > SECONDS_TO_NAME:
@@ -339,7 +350,7 @@ def wrong_end(fault: Fault, outcome: Outcome) -> list[str]:
         # torchrun's own code; it gives its ranks 30 s and reports none of their codes.
         if outcome.code == 0 and fault.phase != "report":
             problems.append("code 0")
-    elif (outcome.code if hit is None else hit) not in wanted:
+    elif code not in wanted:
         problems.append(f"codes {outcome.codes} of {outcome.code} instead of {wanted}")
     if outcome.code and "Traceback" in outcome.log and fault.kind in ("sigterm", "disk", "sigint"):
         before_summary = outcome.log.split("torch.distributed.elastic")[0]
@@ -362,10 +373,6 @@ def codes_of(fault: Fault) -> tuple[int, ...]:
         "sigterm": (75,),
         "disk": (0, 2) if in_report else (2,),
     }.get(fault.kind, ())
-
-
-def _first(codes: dict[int, int]) -> int:
-    return min(codes, default=0)
 
 
 def effective_share(

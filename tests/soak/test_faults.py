@@ -10,19 +10,22 @@ The figures of all shards go to runs/faults.json. A full disk is a tmpfs that is
 byte, which root alone may mount: without, its cells say so.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from ship_ds.files import sha256, write_json
 from tests.conftest import REPOSITORY, environment
-from tests.soak.faults import KINDS, ORDERS, Bench, Fault, Run, wrong_end
+from tests.soak.faults import KINDS, ORDERS, Bench, Fault, Outcome, Run, wrong_end
 
 pytestmark = pytest.mark.soak
 WANTED = os.environ.get("FAULT_PHASES", "").split(",") if "FAULT_PHASES" in os.environ else None
@@ -31,17 +34,25 @@ SIZE_OF_DISK = "192m"
 
 
 @pytest.fixture(scope="module")
-def bench(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """The undisturbed run, and the op that it compiled."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    extensions = root / "extensions"
-    shutil.copytree(environment()["TORCH_EXTENSIONS_DIR"], extensions)
-    run = Run(root / "disk", Bench(root, data, extensions=extensions))
-    outcome = run.start()
-    assert outcome.code == 0, outcome.log[-4000:]
+def bench(data: Path) -> Bench:
+    """The undisturbed run, and the op that it compiled; kept in .build/ for as long as the code is
+    the same, since every shard needs it."""
+    digest = hashlib.sha256(json.dumps([version("torch"), version("deepspeed")]).encode())
+    for path in sorted((REPOSITORY / "ship_ds").rglob("*.py")):
+        digest.update(path.read_bytes())
+    root = REPOSITORY / ".build" / f"undisturbed-{digest.hexdigest()[:12]}"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / "lock"):
+        kept = root / "tasks.jsonl"
+        compiled = Path(environment()["TORCH_EXTENSIONS_DIR"])
+        run = Run(root / "place", Bench(kept, extensions=compiled if compiled.is_dir() else None))
+        if not run.is_done():
+            shutil.copy(data, kept)
+            outcome = run.start()
+            assert outcome.code == 0, outcome.log[-4000:]
+            print(f"undisturbed: first step after {outcome.seconds_to_first_step:.0f} s")
     weights = sha256(run.folder / "bundle" / "ship.safetensors")
-    print(f"undisturbed: first step after {outcome.seconds_to_first_step:.0f} s")
-    return Bench(root, data, run.rows(), weights, run.ops)
+    return Bench(kept, run.rows(), weights, run.ops)
 
 
 @pytest.fixture
@@ -64,6 +75,61 @@ def record(rows: list[dict[str, Any]]) -> None:
     write_json(FIGURES, {"cells": [cells[key] for key in sorted(cells)]})
 
 
+class BadDay:
+    """Runs of one kind of fault and one seed. A run that is done, as after a fault that harms
+    nothing, is followed by a new one for the phases that are left."""
+
+    def __init__(self, kind: str, seed: int, bench: Bench, place: Path, disk: Path | None) -> None:
+        self.kind, self.seed, self.bench, self.place, self.disk = kind, seed, bench, place, disk
+        self.problems: list[str] = []
+        self.runs: list[Run] = []
+        self.cells: list[dict[str, Any]] = []
+        self.open: list[dict[str, Any]] = []
+        """Cells of the run that is not done."""
+
+    def meet(self, phase: str) -> None:
+        """One start, with the fault in it."""
+        if not self.open:
+            self.runs.append(Run(self.place / f"run-{len(self.runs)}", self.bench))
+        fault = Fault.draw(self.kind, phase, self.seed)
+        outcome = self.runs[-1].start(fault, self.disk)
+        self.open.append(row_of(fault, outcome))
+        self.cells.append(self.open[-1])
+        self.judge(str(fault), outcome, wrong_end(fault, outcome))
+
+    def finish(self) -> None:
+        """One start without a fault, where a run is not done."""
+        if not self.open:
+            return
+        outcome = self.runs[-1].start(disk=self.disk)
+        problems = list(outcome.problems)
+        if outcome.code:
+            problems.append(f"left alone it ended with {outcome.code}")
+        self.judge(f"{self.kind}, seed {self.seed}: left alone", outcome, problems)
+
+    def judge(self, name: str, outcome: Outcome, problems: list[str]) -> None:
+        """Compare the run with the one that nobody disturbed, and write down what is found."""
+        run = self.runs[-1]
+        is_done = outcome.code == 0 and run.is_done()
+        difference = run.difference_of_whole() if is_done else run.difference()
+        for cell in self.open:
+            cell["exact"] = cell["exact"] and difference is None
+            cell["resumed to the end"] = is_done
+        if len(self.open) > 1 and outcome.seconds_to_first_step is not None:
+            self.open[-2]["seconds to restart"] = round(outcome.seconds_to_first_step, 1)
+        found = [*problems, *([] if difference is None else [difference])]
+        self.open[-1]["problems"] += found
+        self.problems += [f"{name}: {one}" for one in found]
+        print(f"{name}: code {outcome.code}, ranks {outcome.codes}; {found or 'as it should be'}")
+        if found:
+            keep = FIGURES.with_suffix("") / f"{self.kind}-{self.seed}-{run.num_starts}.log"
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            keep.write_text(outcome.log)
+        record(self.cells)
+        if is_done:
+            self.open = []
+
+
 @pytest.mark.parametrize("seed", range(len(ORDERS)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_in_each_phase_changes_no_step(
@@ -74,55 +140,19 @@ def test_a_fault_in_each_phase_changes_no_step(
         reason = "a file system of its own cannot be mounted here"
         record([{"kind": kind, "phase": p, "seed": seed, "not run": reason} for p in phases])
         pytest.skip(reason)
-    cells: list[dict[str, Any]] = []
-    problems: list[str] = []
-    num_runs = 0
-    run: Run | None = None
-    of_this_run: list[dict[str, Any]] = []
-    for phase in [*phases, None]:
-        if run is None:
-            if phase is None:
-                break
-            num_runs += 1
-            place = (disk if kind == "disk" and disk else tmp_path) / f"run-{num_runs}"
-            run, of_this_run = Run(place, bench), []
-        fault = None if phase is None else Fault.draw(kind, phase, seed)
-        outcome = run.start(fault, disk if kind == "disk" else None)
-        if outcome.seconds_to_first_step is not None and of_this_run:
-            of_this_run[-1]["seconds to restart"] = round(outcome.seconds_to_first_step, 1)
-        found = wrong_end(fault, outcome) if fault is not None else list(outcome.problems)
-        is_whole = outcome.code == 0
-        if fault is None and not is_whole:
-            found.append(f"the start that nobody disturbed ended with {outcome.code}")
-        difference = run.difference_of_whole() if is_whole else run.difference()
-        if difference is not None:
-            found.append(difference)
-        if fault is not None:
-            of_this_run.append(row_of(fault, outcome))
-            cells.append(of_this_run[-1])
-        for cell in of_this_run:
-            cell["exact"] = cell.get("exact", True) and difference is None
-            cell["resumed"] = is_whole
-        of_this_run[-1].setdefault("problems", []).extend(found)
-        name = str(fault) if fault is not None else f"{kind}, seed {seed}: left alone"
-        print(f"{name}: code {outcome.code}, ranks {outcome.codes}; {found or 'as it should be'}")
-        for one in found:
-            problems.append(f"{name}: {one}")
-            keep = FIGURES.parent / "faults" / f"{kind}-{phase}-{seed}.log"
-            keep.parent.mkdir(parents=True, exist_ok=True)
-            keep.write_text(outcome.log)
-        record(cells)
-        if is_whole:
-            run = None
-    assert not problems, "\n".join(problems)
+    is_disk = kind == "disk"
+    day = BadDay(
+        kind, seed, bench, disk if is_disk and disk else tmp_path, disk if is_disk else None
+    )
+    for phase in phases:
+        day.meet(phase)
+    day.finish()
+    assert not day.problems, "\n".join(day.problems)
 
 
-def row_of(fault: Fault, outcome: Any) -> dict[str, Any]:
+def row_of(fault: Fault, outcome: Outcome) -> dict[str, Any]:
     """A cell of runs/faults.json."""
-
-    def rounded(value: float | None) -> float | None:
-        return None if value is None else round(value, 1)
-
+    seconds = {"until named": outcome.seconds_to_name, "until the end": outcome.seconds_to_end}
     return {
         "kind": fault.kind,
         "phase": fault.phase,
@@ -130,6 +160,10 @@ def row_of(fault: Fault, outcome: Any) -> dict[str, Any]:
         "where": str(fault),
         "code": outcome.code,
         "codes of ranks": outcome.codes,
-        "seconds until named": rounded(outcome.seconds_to_name),
-        "seconds until the end": rounded(outcome.seconds_to_end),
+        **{
+            f"seconds {name}": None if value is None else round(value, 1)
+            for name, value in seconds.items()
+        },
+        "exact": True,
+        "problems": [],
     }

@@ -7,7 +7,7 @@ PYTHONPATH names this folder loads this file first.
 
 The named function is wrapped as its module is imported. What happens then is real: the process
 reads address 0, gets the signal, or finds its disk full. `fired` holds the time in seconds of the
-epoch once it has happened, and nothing happens where that file is there.
+epoch and the rank once it has happened, and nothing happens where that file is there.
 """
 
 import ctypes
@@ -80,7 +80,7 @@ class Injector(MetaPathFinder):
             file = os.open(self.fault["fired"], os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         except FileExistsError:
             return
-        os.write(file, f"{time.time()}".encode())
+        os.write(file, f"{time.time()} {os.environ['RANK']}".encode())
         os.close(file)
         kind = self.fault["kind"]
         if kind in _SIGNALS:

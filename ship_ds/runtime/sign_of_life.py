@@ -1,0 +1,134 @@
+"""A process beside each rank that says when the rank gives no sign of life, and where it stands.
+
+The hang detector (watchdog.py) is a thread of Python: it cannot run while a call in C holds the
+interpreter, nor in a process that is stopped. So a thread of the rank writes a line into a pipe
+every second, and another process, which loads nothing, reads it. After 30 s without, one line says
+which rank it is and whether it is stopped, and the rank's own faulthandler, which is C and needs no
+interpreter, writes the stack of every thread. It goes on by itself if the lines come again; after
+training.hang_minutes the process is killed, or its node would wait for ever.
+
+Imports nothing of the package: it is that process's program as well.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+NAME_AFTER_SECONDS = 30.0
+KILL_LATER_SECONDS = 20.0
+"""Than training.hang_minutes, so that the other ranks say where they wait, and end, first."""
+_PERIOD_SECONDS = 1.0
+_NEVER = "never"
+_STACKS = signal.SIGUSR2
+"""Upon which a rank writes its stacks."""
+_OF_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+
+
+class SignOfLife:
+    """This process's: `start` it as early as can be, and it lasts as long as the process."""
+
+    def __init__(self) -> None:
+        self.limit: float | None = None
+        """Seconds without a sign of life after which the process is killed; None: never."""
+
+    def start(self, rank: int) -> None:
+        """Start the other process and the thread that writes to it."""
+        faulthandler.register(_STACKS, file=sys.stderr, all_threads=True)
+        # -I and -S: it starts in a few hundredths of a second, whatever the environment holds.
+        command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(rank)]
+        watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        assert watcher.stdin is not None
+        threading.Thread(
+            target=self._write, args=(watcher.stdin,), name="sign of life", daemon=True
+        ).start()
+
+    def _write(self, pipe: IO[bytes]) -> None:
+        # A watcher that is gone, or stopped until the pipe is full, is no reason to end a run.
+        os.set_blocking(pipe.fileno(), False)
+        with contextlib.suppress(BrokenPipeError):
+            while True:
+                line = _NEVER if self.limit is None else f"{self.limit}"
+                with contextlib.suppress(BlockingIOError):
+                    os.write(pipe.fileno(), f"{line}\n".encode())
+                time.sleep(_PERIOD_SECONDS)
+
+
+OF_THIS_PROCESS = SignOfLife()
+"""A program starts it; what it runs sets the limit once it knows it."""
+
+
+class Watcher:
+    """The other process: one rank's."""
+
+    def __init__(self, process: int, rank: int, name_after: float = NAME_AFTER_SECONDS) -> None:
+        self.process, self.rank, self.name_after = process, rank, name_after
+        self.limit: float | None = None
+        self._last, self._is_named = time.monotonic(), False
+
+    def watch(self, pipe: int) -> None:
+        """Read signs of life until the rank closes the pipe, which it does by ending."""
+        while True:
+            if select.select([pipe], [], [], _PERIOD_SECONDS)[0]:
+                text = os.read(pipe, 4096).decode()
+                if not text:
+                    return
+                self._hear(text)
+            silent = time.monotonic() - self._last
+            if silent > self.name_after and not self._is_named:
+                self._name(silent)
+            if self.limit is not None and silent > self.limit + KILL_LATER_SECONDS:
+                self._say(
+                    f"no sign of life for {silent:.0f} s (training.hang_minutes): process "
+                    f"{self.process} is killed"
+                )
+                os.kill(self.process, signal.SIGKILL)
+                return
+
+    def _hear(self, text: str) -> None:
+        if self._is_named:
+            self._say(f"goes on, after {time.monotonic() - self._last:.0f} s")
+        self._last, self._is_named = time.monotonic(), False
+        line = text.split()[-1]
+        self.limit = None if line == _NEVER else float(line)
+
+    def _name(self, silent: float) -> None:
+        self._is_named = True
+        before = f"no sign of life for {silent:.0f} s: process {self.process} "
+        if is_stopped(self.process):
+            self._say(f"{before}was stopped by a signal: `kill -CONT {self.process}`")
+            return
+        self._say(f"{before}is in a call that holds the interpreter; its stacks follow")
+        os.kill(self.process, _STACKS)
+
+    def _say(self, text: str) -> None:
+        print(f"ship-ds: rank {self.rank}: {text}", file=sys.stderr, flush=True)
+
+
+def is_stopped(process: int) -> bool:
+    """Whether a signal or a debugger has stopped it; False where there is no /proc to ask."""
+    try:
+        # The name, in brackets, may hold anything.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
+def main() -> None:
+    """Watch the process whose number and rank are given, through standard input."""
+    # Signals to the group are for the rank, whose end is this process's.
+    for number in _OF_THE_RANK:
+        signal.signal(number, signal.SIG_IGN)
+    process, rank = map(int, sys.argv[1:3])
+    Watcher(process, rank).watch(sys.stdin.fileno())
+
+
+if __name__ == "__main__":
+    main()
