@@ -85,10 +85,15 @@ _TIERS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put each test that asks for a run above into its tier; others say theirs themselves."""
+    """Put each test that asks for a run above into its tier; others say theirs themselves. Of the
+    soak tests keep the share that SHARD names: 2/6 is the second, eighth, ... of them."""
     for item in items:
         for name in _TIERS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(_TIERS[name])
+    number, _, num_shards = os.environ.get("SHARD", "1/1").partition("/")
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    others = set(soak) - set(soak[int(number) - 1 :: int(num_shards)])
+    items[:] = [item for item in items if item not in others]
 
 
 def once(factory: pytest.TempPathFactory, name: str, train: Callable[[Path], Path]) -> Path:

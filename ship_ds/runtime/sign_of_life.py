@@ -33,9 +33,17 @@ _OF_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, si
 
 
 class SignOfLife:
-    """This process's: `start` it as early as can be, and it lasts as long as the process."""
+    """This process's: `start` it as early as can be, and it lasts as long as the process.
 
-    def __init__(self) -> None:
+    Args:
+        name_after: seconds without a sign of life after which a line says so.
+        kill_later: seconds by which the end comes after `limit`.
+    """
+
+    def __init__(
+        self, name_after: float = NAME_AFTER_SECONDS, kill_later: float = KILL_LATER_SECONDS
+    ) -> None:
+        self.seconds = name_after, kill_later
         self.limit: float | None = None
         """Seconds without a sign of life after which the process is killed; None: never."""
 
@@ -43,8 +51,11 @@ class SignOfLife:
         """Start the other process and the thread that writes to it."""
         faulthandler.register(_STACKS, file=sys.stderr, all_threads=True)
         # -I and -S: it starts in a few hundredths of a second, whatever the environment holds.
-        command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(rank)]
-        watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-I", "-S", __file__]
+        arguments = map(str, (os.getpid(), rank, *self.seconds))
+        watcher = subprocess.Popen(
+            [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
         assert watcher.stdin is not None
         threading.Thread(
             target=self._write, args=(watcher.stdin,), name="sign of life", daemon=True
@@ -68,8 +79,9 @@ OF_THIS_PROCESS = SignOfLife()
 class Watcher:
     """The other process: one rank's."""
 
-    def __init__(self, process: int, rank: int, name_after: float = NAME_AFTER_SECONDS) -> None:
-        self.process, self.rank, self.name_after = process, rank, name_after
+    def __init__(self, process: int, rank: int, name_after: float, kill_later: float) -> None:
+        self.process, self.rank = process, rank
+        self.name_after, self.kill_later = name_after, kill_later
         self.limit: float | None = None
         self._last, self._is_named = time.monotonic(), False
 
@@ -84,7 +96,7 @@ class Watcher:
             silent = time.monotonic() - self._last
             if silent > self.name_after and not self._is_named:
                 self._name(silent)
-            if self.limit is not None and silent > self.limit + KILL_LATER_SECONDS:
+            if self.limit is not None and silent > self.limit + self.kill_later:
                 self._say(
                     f"no sign of life for {silent:.0f} s (training.hang_minutes): process "
                     f"{self.process} is killed"
@@ -122,12 +134,12 @@ def is_stopped(process: int) -> bool:
 
 
 def main() -> None:
-    """Watch the process whose number and rank are given, through standard input."""
+    """Watch the process whose number, rank and limits are given, through standard input."""
     # Signals to the group are for the rank, whose end is this process's.
     for number in _OF_THE_RANK:
         signal.signal(number, signal.SIG_IGN)
-    process, rank = map(int, sys.argv[1:3])
-    Watcher(process, rank).watch(sys.stdin.fileno())
+    process, rank, name_after, kill_later = sys.argv[1:]
+    Watcher(int(process), int(rank), float(name_after), float(kill_later)).watch(sys.stdin.fileno())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,18 @@ def test_leaving_flushes_and_takes_nothing_down(tmp_path: Path) -> None:
     assert "taken down" in exits.stderr and "taken down" not in leaves.stderr
 
 
+@pytest.mark.slow
+def test_an_interrupt_from_the_keyboard_is_a_line_and_code_130(tmp_path: Path) -> None:
+    program = tmp_path / "interrupted.py"
+    end = "def main():\n    os.kill(os.getpid(), 2)\nranks.run_program(main)"
+    program.write_text(_PROGRAM.format(end=end))
+    done = start([str(program)])
+    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith(
+        "ship-ds: interrupted"
+    )
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture
 def gathered(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """What this rank sends; the second rank of two always sends the same."""

@@ -200,11 +200,12 @@ class Bench:
 
 
 class Run:
-    """One run folder and its own folder of compiled ops, both below `root`."""
+    """One run folder and its own folder of compiled ops, both below `root`; what it says goes to
+    `notes`, which no fault fills."""
 
-    def __init__(self, root: Path, bench: Bench) -> None:
-        self.root, self.bench = root, bench
-        self.folder, self.ops, self.log = root / "run", root / "ops", root.parent / "log"
+    def __init__(self, root: Path, bench: Bench, notes: Path) -> None:
+        self.root, self.bench, self.notes = root, bench, notes
+        self.folder, self.ops, self.log = root / "run", root / "ops", notes / f"{root.name}.log"
         self.num_starts = 0
         root.mkdir(parents=True, exist_ok=True)
         if bench.extensions is not None and not self.ops.exists():
@@ -232,7 +233,7 @@ class Run:
             for library in self.ops.glob("*/*.so"):
                 library.unlink()
         self.num_starts += 1
-        fired = self.root.parent / f"fired-{self.num_starts}"
+        fired = self.notes / f"{self.root.name}-{self.num_starts}"
         extra = fault.variables(fired, disk or self.root) if fault is not None else {}
         with self.log.open("wb") as log:
             process = subprocess.Popen(
@@ -340,6 +341,8 @@ def wrong_end(fault: Fault, outcome: Outcome) -> list[str]:
     problems = list(outcome.problems)
     # torchrun lists no ranks where all ended with 0.
     code = outcome.code if outcome.hit is None else outcome.codes.get(outcome.hit, outcome.code)
+    if fault.kind == "disk":  # it is full for all, and who writes first finds out
+        code = max(outcome.codes.values(), default=outcome.code)
     wanted = codes_of(fault)
     if fault.kind in HANGS:
         if outcome.seconds_to_name is None or outcome.seconds_to_name > SECONDS_TO_NAME:

@@ -45,7 +45,8 @@ def bench(data: Path) -> Bench:
     with FileLock(root / "lock"):
         kept = root / "tasks.jsonl"
         compiled = Path(environment()["TORCH_EXTENSIONS_DIR"])
-        run = Run(root / "place", Bench(kept, extensions=compiled if compiled.is_dir() else None))
+        alone = Bench(kept, extensions=compiled if compiled.is_dir() else None)
+        run = Run(root / "place", alone, root)
         if not run.is_done():
             shutil.copy(data, kept)
             outcome = run.start()
@@ -79,18 +80,23 @@ class BadDay:
     """Runs of one kind of fault and one seed. A run that is done, as after a fault that harms
     nothing, is followed by a new one for the phases that are left."""
 
-    def __init__(self, kind: str, seed: int, bench: Bench, place: Path, disk: Path | None) -> None:
-        self.kind, self.seed, self.bench, self.place, self.disk = kind, seed, bench, place, disk
+    def __init__(self, kind: str, seed: int, bench: Bench, notes: Path, disk: Path | None) -> None:
+        self.kind, self.seed, self.bench, self.notes = kind, seed, bench, notes
+        self.disk = disk
         self.problems: list[str] = []
         self.runs: list[Run] = []
         self.cells: list[dict[str, Any]] = []
         self.open: list[dict[str, Any]] = []
         """Cells of the run that is not done."""
 
+    def new_run(self) -> Run:
+        place = (self.disk or self.notes) / f"run-{len(self.runs)}"
+        return Run(place, self.bench, self.notes)
+
     def meet(self, phase: str) -> None:
         """One start, with the fault in it."""
         if not self.open:
-            self.runs.append(Run(self.place / f"run-{len(self.runs)}", self.bench))
+            self.runs.append(self.new_run())
         fault = Fault.draw(self.kind, phase, self.seed)
         outcome = self.runs[-1].start(fault, self.disk)
         self.open.append(row_of(fault, outcome))
@@ -140,10 +146,7 @@ def test_a_fault_in_each_phase_changes_no_step(
         reason = "a file system of its own cannot be mounted here"
         record([{"kind": kind, "phase": p, "seed": seed, "not run": reason} for p in phases])
         pytest.skip(reason)
-    is_disk = kind == "disk"
-    day = BadDay(
-        kind, seed, bench, disk if is_disk and disk else tmp_path, disk if is_disk else None
-    )
+    day = BadDay(kind, seed, bench, tmp_path, disk if kind == "disk" else None)
     for phase in phases:
         day.meet(phase)
     day.finish()
