@@ -14,6 +14,7 @@ FOLDER.replaced. A process killed between the two renames leaves that name alone
 which every reader and the next writer call first, gives it its own name back.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -195,6 +196,20 @@ def new_folder(folder: Path) -> AbstractContextManager[Path]:
 def disk_error(folder: Path, error: OSError, advice: str) -> UserError:
     """One line: the file, the system's reason, and what to do about it."""
     return UserError(f"{error.filename or folder}: {error.strerror or error}: {advice}")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception, or what it was raised in the place of, says that a disk or a quota is
+    full: as the system does, or in the words of a compiler or of a library that gives no number."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if full or any(os.strerror(number) in str(error) for number in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_inside(name: str) -> bool:

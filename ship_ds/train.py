@@ -11,7 +11,6 @@ Letters: T tasks, Z latent size.
 
 import argparse
 import contextlib
-import errno
 import json
 import math
 import os
@@ -50,7 +49,7 @@ from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.metrics import metrics_to_show, score
 from ship_ds.evaluation.questions import ask, tasks_of
-from ship_ds.files import write_json
+from ship_ds.files import is_disk_full, write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.loading import load_prompts, load_tokenizer
@@ -724,17 +723,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ship-ds: {error}", file=sys.stderr)
         return BAD_INPUT
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            "ship-ds: run.folder: its disk or quota is full: make room and start the same "
-            "command again",
-            file=sys.stderr,
-        )
-        return BAD_INPUT
     except Preempted:
         return PREEMPTED
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        # It may be the disk that the log is on.
+        with contextlib.suppress(OSError):
+            print(
+                "ship-ds: run.folder or TORCH_EXTENSIONS_DIR: its disk or quota is full: make room "
+                "and start the same command again",
+                file=sys.stderr,
+                flush=True,
+            )
+        return BAD_INPUT
     return 0
 
 

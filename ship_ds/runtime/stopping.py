@@ -5,6 +5,7 @@ any time. The ranks agree on it at the next step boundary, write a checkpoint an
 PREEMPTED, upon which slurm/train.sh requeues the job.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -116,4 +117,6 @@ class StopRequest:
 
 
 def _print(text: str) -> None:
-    log_from_any_rank(f"rank {ranks.rank()}: {text}")
+    # A log that cannot be written, as on a full disk, stops neither the signals nor the exit.
+    with contextlib.suppress(OSError):
+        log_from_any_rank(f"rank {ranks.rank()}: {text}")

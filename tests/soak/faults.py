@@ -243,6 +243,8 @@ class Run:
                 stderr=log,
                 env={**environment(), "TORCH_EXTENSIONS_DIR": str(self.ops), **extra},
                 start_new_session=True,
+                # A shell has its background jobs ignore it, and so would these.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             try:
                 outcome = self._watch(process, fired)
@@ -355,10 +357,10 @@ def wrong_end(fault: Fault, outcome: Outcome) -> list[str]:
             problems.append("code 0")
     elif code not in wanted:
         problems.append(f"codes {outcome.codes} of {outcome.code} instead of {wanted}")
-    if outcome.code and "Traceback" in outcome.log and fault.kind in ("sigterm", "disk", "sigint"):
-        before_summary = outcome.log.split("torch.distributed.elastic")[0]
-        if "Traceback" in before_summary:
-            problems.append("a trace of Python")
+    # Then comes torchrun's own.
+    own = re.split(r"torch.distributed.elastic", outcome.log)[0]
+    if outcome.code and fault.kind in ("sigterm", "disk", "sigint") and "Traceback" in own:
+        problems.append("a trace of Python")
     return problems
 
 
