@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all, whatever happens in between."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from ship_ds.config import load_config
 from ship_ds.errors import UserError
 from ship_ds.files import (
     Manifest,
+    is_disk_full,
     new_folder,
     part_of,
     publish,
@@ -54,6 +56,30 @@ def test_a_folder_is_replaced_whole_or_left_as_it_was(tmp_path: Path) -> None:
     assert (folder / "a").read_text() == "new" and names(tmp_path) == ["bundle"]
     with pytest.raises(UserError, match="bundle: already there; name a new folder or remove it"):
         new_folder(folder)
+
+
+def raised_by(error: BaseException, cause: BaseException | None) -> BaseException:
+    try:
+        raise error from cause
+    except type(error) as raised:
+        return raised
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), None, True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), None, True),
+        (RuntimeError("Error building extension"), OSError(errno.ENOSPC, "full"), True),
+        (RuntimeError("ld: final link failed: No space left on device"), None, True),
+        (OSError(errno.EACCES, "Permission denied"), None, False),
+        (RuntimeError("Error building extension"), ValueError("a space is left"), False),
+    ],
+)
+def test_a_full_disk_is_known_by_its_number_and_by_its_words(
+    error: BaseException, cause: BaseException | None, expected: bool
+) -> None:
+    assert is_disk_full(raised_by(error, cause)) is expected
 
 
 def test_a_folder_set_aside_counts_as_there(tmp_path: Path) -> None:

@@ -218,6 +218,32 @@ def test_a_failing_report_leaves_a_finished_run_with_code_0(
     assert "Tried to allocate 46 GiB" in (tmp_path / "report_failure.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("Error building extension: ld: No space left on device"), 2),
+        (RuntimeError("Error building extension: ld: no such file"), None),
+    ],
+)
+def test_a_full_disk_is_one_line_and_code_2_wherever_it_is_met(
+    error: Exception,
+    code: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "Trainer", fail)
+    if code is None:
+        with pytest.raises(RuntimeError):
+            train.main(["--config", "quickstart-smoke"])
+        return
+    assert train.main(["--config", "quickstart-smoke"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ship-ds: run.folder or TORCH_EXTENSIONS_DIR: its disk or quota is full")
+
+
 _TWO_RANKS = """
 import os, sys, time
 from pathlib import Path

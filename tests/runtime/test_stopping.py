@@ -70,3 +70,13 @@ def test_a_process_stuck_in_a_collective_is_forced_out(before: str, code: int) -
     )
     assert done.returncode == code, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("ship-ds: rank 0: ")
+
+
+@pytest.mark.slow
+def test_a_log_that_cannot_be_written_keeps_no_process_alive() -> None:
+    command = [sys.executable, "-c", STUCK.format(before="pass")]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=environment(), stderr=full, timeout=200, check=False
+        )
+    assert done.returncode == NOT_SAVED_IN_TIME
