@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Site:
     rank: int | None = None
 
 
-_CHECKPOINT, _ENGINE = "ship_ds.runtime.checkpoint", "ship_ds.runtime.engine"
+CHECKPOINT, ENGINE = "ship_ds.runtime.checkpoint", "ship_ds.runtime.engine"
 PHASES = {
     "start": (
         Site("ship_ds.runtime.preflight", "check"),
@@ -80,8 +81,8 @@ PHASES = {
     ),
     "load": (
         Site("ship_ds.model.assemble", "build_ship"),
-        Site(_ENGINE, "Engine.__init__"),
-        Site(_CHECKPOINT, "newest_good_to_resume"),
+        Site(ENGINE, "Engine.__init__"),
+        Site(CHECKPOINT, "newest_good_to_resume"),
     ),
     "data": (
         Site("ship_ds.data.task_files", "FilesSource.read"),
@@ -90,8 +91,8 @@ PHASES = {
     ),
     "step": (
         Site("ship_ds.data.sampler", "StepSampler.draw_rank", calls=2),
-        Site(_ENGINE, "Engine.backward", calls=2),
-        Site(_ENGINE, "Engine.step", calls=2),
+        Site(ENGINE, "Engine.backward", calls=2),
+        Site(ENGINE, "Engine.step", calls=2),
         Site("ship_ds.runtime.agreement", "agree", calls=2),
         Site("ship_ds.monitor.writer", "Monitor.step", calls=2, rank=0),
     ),
@@ -101,10 +102,10 @@ PHASES = {
         Site("ship_ds.monitor.writer", "Monitor.evaluation", rank=0),
     ),
     "save": (
-        Site(_ENGINE, "Engine.save_shards"),
-        Site(_CHECKPOINT, "_hash_shared_out"),
-        Site(_CHECKPOINT, "replace_folder", rank=0),
-        Site(_CHECKPOINT, "_prune", rank=0),
+        Site(ENGINE, "Engine.save_shards"),
+        Site(CHECKPOINT, "_hash_shared_out"),
+        Site(CHECKPOINT, "replace_folder", rank=0),
+        Site(CHECKPOINT, "_prune", rank=0),
     ),
     "report": (
         Site("ship_ds.bundle", "write_bundle", rank=0),
@@ -198,26 +199,11 @@ class Bench:
     extensions: Path | None = None
     """A folder with the compiled op, that runs copy."""
 
-
-class Run:
-    """One run folder and its own folder of compiled ops, both below `root`; what it says goes to
-    `notes`, which no fault fills."""
-
-    def __init__(self, root: Path, bench: Bench, notes: Path) -> None:
-        self.root, self.bench, self.notes = root, bench, notes
-        self.folder, self.ops, self.log = root / "run", root / "ops", notes / f"{root.name}.log"
-        self.num_starts = 0
-        root.mkdir(parents=True, exist_ok=True)
-        if bench.extensions is not None and not self.ops.exists():
-            shutil.copytree(bench.extensions, self.ops)
-            self.ops.chmod(0o700)
-
-    def command(self) -> list[str]:
+    def settings(self) -> list[str]:
+        """Of every run of the matrix: under a minute on two idle cores, and each phase in it."""
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "ship_ds.train", "--config", "quickstart-smoke"),
-            f"run.folder={self.folder}",
-            f"data={{kind: files, path: {self.bench.data}}}",
+            *("--config", "quickstart-smoke"),
+            f"data={{kind: files, path: {self.data}}}",
             f"training.steps={NUM_STEPS}",
             f"training.hang_minutes={HANG_MINUTES}",
             "training.grace_seconds=60",
@@ -226,7 +212,42 @@ class Run:
             "evaluation.num_final_tasks=2",
         ]
 
-    def start(self, fault: Fault | None = None, disk: Path | None = None) -> Outcome:
+
+class Run:
+    """One run folder and its own folder of compiled ops, both below `root`; what it says goes to
+    `notes`, which no fault fills."""
+
+    def __init__(
+        self, root: Path, bench: Bench, notes: Path, settings: Sequence[str] | None = None
+    ) -> None:
+        self.root, self.bench, self.notes = root, bench, notes
+        self.settings = bench.settings() if settings is None else settings
+        self.folder, self.ops = root / "run", root / "ops"
+        self.num_starts = 0
+        root.mkdir(parents=True, exist_ok=True)
+        if bench.extensions is not None and not self.ops.exists():
+            shutil.copytree(bench.extensions, self.ops)
+            self.ops.chmod(0o700)
+
+    @property
+    def log(self) -> Path:
+        """Of the newest start."""
+        return self.notes / f"{self.root.name}-{self.num_starts}.log"
+
+    def command(self) -> list[str]:
+        return [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "ship_ds.train"),
+            f"run.folder={self.folder}",
+            *self.settings,
+        ]
+
+    def start(
+        self,
+        fault: Fault | None = None,
+        disk: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> Outcome:
         """Start it once and wait for its end; a fault that did not come is a problem."""
         if fault is not None and fault.phase == "compile":
             # What remains to be done is to link it: seconds, and the same lock is held meanwhile.
@@ -234,7 +255,7 @@ class Run:
                 library.unlink()
         self.num_starts += 1
         fired = self.notes / f"{self.root.name}-{self.num_starts}"
-        extra = fault.variables(fired, disk or self.root) if fault is not None else {}
+        extra = fault.variables(fired, disk or self.root) if fault is not None else variables or {}
         with self.log.open("wb") as log:
             process = subprocess.Popen(
                 self.command(),

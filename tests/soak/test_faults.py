@@ -18,14 +18,28 @@ import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from ship_ds.config import load_config
 from ship_ds.files import sha256, write_json
 from tests.conftest import REPOSITORY, environment
-from tests.soak.faults import KINDS, ORDERS, Bench, Fault, Outcome, Run, wrong_end
+from tests.soak.faults import (
+    CHECKPOINT,
+    ENGINE,
+    KINDS,
+    ORDERS,
+    Bench,
+    Fault,
+    Outcome,
+    Run,
+    Site,
+    effective_share,
+    wrong_end,
+)
 
 pytestmark = pytest.mark.soak
 WANTED = os.environ.get("FAULT_PHASES", "").split(",") if "FAULT_PHASES" in os.environ else None
@@ -170,3 +184,34 @@ def row_of(fault: Fault, outcome: Outcome) -> dict[str, Any]:
         "exact": True,
         "problems": [],
     }
+
+
+def test_most_of_the_time_goes_into_steps_that_are_kept(tmp_path: Path) -> None:
+    """At one failure an hour, with the embedded default as `make quickstart` trains it."""
+    config = load_config("quickstart")
+    settings = ["evaluation.every_steps=0", "evaluation.ends_with_report=false"]
+    settings += ["--config", "quickstart", "training.steps=12", "checkpoint.every_steps=4"]
+    compiled = Path(environment()["TORCH_EXTENSIONS_DIR"])
+    run = Run(tmp_path / "run", Bench(tmp_path, extensions=compiled), tmp_path, settings)
+    killed = Fault("sigkill", "step", 0, Site(ENGINE, "Engine.step"), 6, True, 1, "rank")
+    times = tmp_path / "times"
+    time_saves = Fault("time", "save", 0, Site(CHECKPOINT, "save"), 0, True, 0, "rank")
+    first = run.start(killed)
+    second = run.start(variables=time_saves.variables(times, tmp_path))
+    assert second.code == 0, second.log[-4000:]
+    assert first.seconds_to_end is not None and second.seconds_to_first_step is not None
+    measured = {
+        "seconds to restart": first.seconds_to_end + second.seconds_to_first_step,
+        "seconds of a step": median(row["speed/step_seconds"] for row in run.rows()),
+        "seconds of a save": median(map(float, times.read_text().split())),
+    }
+    share = effective_share(
+        3600,
+        measured["seconds to restart"],
+        config.checkpoint.every_steps * measured["seconds of a step"],
+        measured["seconds of a save"],
+    )
+    figures = {name: round(value, 3) for name, value in (*measured.items(), ("share", share))}
+    print(f"effective training time at one failure an hour: {figures}")
+    write_json(FIGURES.with_name("effective_time.json"), figures)
+    assert share >= 0.97
