@@ -86,8 +86,9 @@ class Watcher:
         self._last, self._is_named = time.monotonic(), False
 
     def watch(self, pipe: int) -> None:
-        """Read signs of life until the rank closes the pipe, which it does by ending."""
-        while True:
+        """Read signs of life until the rank has ended, and closed the pipe by that unless a
+        process that it forked still holds it."""
+        while os.getppid() == self.process:
             if select.select([pipe], [], [], _PERIOD_SECONDS)[0]:
                 text = os.read(pipe, 4096).decode()
                 if not text:

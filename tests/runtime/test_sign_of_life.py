@@ -73,3 +73,8 @@ def test_a_process_that_works_is_not_named() -> None:
     """The pipe is the only thing that holds the other process: `run` waits for it, too."""
     done = run("time.sleep(2.5)")
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_process_that_has_ended_is_not_named_for_what_it_forked() -> None:
+    done = run("if os.fork() == 0: time.sleep(4); os._exit(0)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
