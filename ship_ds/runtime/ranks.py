@@ -108,7 +108,7 @@ def exit_process(code: int) -> NoReturn:
 
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Run a program and end the process with its code; an exception is printed and is code 1, an
-    interrupt from the keyboard is a line and 130.
+    interrupt from the keyboard is a line and 130, and the end of another rank a line and 1.
 
     An exception that leaves the program would take the interpreter down, which may wait for ever
     for a process group whose other ranks are still at work (see `exit_process`).
@@ -119,10 +119,24 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         log("interrupted: the same command goes on from the newest checkpoint, where there is one")
         code = INTERRUPTED
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except Exception as error:
+        if has_lost_a_peer(error):
+            # Who ended has said why, and where this rank waited for it says nothing.
+            log_from_any_rank(
+                f"rank {rank()}: another rank has ended, or the network to it: see what it says"
+            )
+        else:
+            sys.excepthook(*sys.exc_info())
         code = 1
     exit_process(code)
+
+
+def has_lost_a_peer(error: Exception) -> bool:
+    """Whether gloo says so; NCCL leaves it to its watchdog, which ends the process by itself."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer")
 
 
 def quiet_libraries() -> None:

@@ -39,6 +39,29 @@ def test_leaving_flushes_and_takes_nothing_down(tmp_path: Path) -> None:
     assert "taken down" in exits.stderr and "taken down" not in leaves.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "is_lost"),
+    [
+        ("[pair.cc:553] Connection closed by peer [127.0.0.1]:14209. This is typically", True),
+        ("[pair.cc:537] Read error [127.0.0.1]:2: Connection reset by peer", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_rank_whose_peer_has_ended_adds_one_line(
+    text: str, is_lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise RuntimeError(text)
+
+    codes: list[int] = []
+    monkeypatch.setattr(ranks, "exit_process", codes.append)
+    monkeypatch.setattr(ranks, "refuse_other_writers", lambda: None)
+    ranks.run_program(main)
+    said = capsys.readouterr().err
+    assert codes == [1] and ("Traceback" in said) is not is_lost
+    assert said.startswith("ship-ds: rank 0: another rank has ended") is is_lost
+
+
 @pytest.mark.slow
 def test_an_interrupt_from_the_keyboard_is_a_line_and_code_130(tmp_path: Path) -> None:
     program = tmp_path / "interrupted.py"
