@@ -111,10 +111,12 @@ class Watchdog:
         """Of the next rank, the last one's being the first: with each looking at one file, a
         thousand ranks are no load on their disk."""
         neighbour = (current_rank(os.environ) + 1) % num_ranks(os.environ)
-        path = self._path_of(neighbour)
-        if neighbour == current_rank(os.environ) or not path.is_file():
+        if neighbour == current_rank(os.environ):
             return None
-        said = _read_position(path).time
+        try:
+            said = _read_position(self._path_of(neighbour)).time
+        except FileNotFoundError:  # it has not begun, or has left
+            return None
         # What it said before this start counts for nothing: it may come much later.
         is_silent = said >= self._began and time.time() - said > limit
         return (
