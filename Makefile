@@ -46,7 +46,7 @@ test-fast: setup
 	$(PYTEST) -m "not slow and not distributed and not slurm and not soak"
 
 # Ten kinds of fault in eight phases of a run (figures in runs/faults.json), twenty kills, a lost node and other numbers of ranks
-# (runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed. Many hours: `make soak SHARD=1/8` is an eighth of it, and
+# (runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed. Many hours: `make soak SHARD=1/10` is a tenth of it, and
 # docs/results.md says how long.
 soak: setup
 	$(BIN)/python -m pytest -m soak -s tests

@@ -86,7 +86,7 @@ _TIERS = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put each test that asks for a run above into its tier; others say theirs themselves. Of the
-    soak tests keep the share that SHARD names: 2/6 is the second, eighth, ... of them."""
+    soak tests keep the share that SHARD names: 2/10 is the second, twelfth, ... of them."""
     for item in items:
         for name in _TIERS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(_TIERS[name])

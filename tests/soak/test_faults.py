@@ -2,7 +2,7 @@
 is named within a minute.
 
     make soak                       # all of it, beside the other soak tests
-    SHARD=2/6 make soak             # the second sixth, which takes under an hour on two idle cores
+    make soak SHARD=2/10            # the second of ten shares, each with three runs of the matrix
     python -m pytest -m soak -s tests/soak/test_faults.py -k "sigkill-0"      # one run of eight
     FAULT_PHASES=save,step python -m pytest ...                               # some phases alone
 
@@ -135,8 +135,10 @@ class BadDay:
         for cell in self.open:
             cell["exact"] = cell["exact"] and difference is None
             cell["resumed to the end"] = is_done
-        if len(self.open) > 1 and outcome.seconds_to_first_step is not None:
-            self.open[-2]["seconds to restart"] = round(outcome.seconds_to_first_step, 1)
+        # Of the fault before, from which this start went on.
+        before = self.open if outcome.hit is None else self.open[:-1]
+        if before and outcome.seconds_to_first_step is not None:
+            before[-1]["seconds to restart"] = round(outcome.seconds_to_first_step, 1)
         found = [*problems, *([] if difference is None else [difference])]
         self.open[-1]["problems"] += found
         self.problems += [f"{name}: {one}" for one in found]
