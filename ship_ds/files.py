@@ -198,15 +198,16 @@ def disk_error(folder: Path, error: OSError, advice: str) -> UserError:
     return UserError(f"{error.filename or folder}: {error.strerror or error}: {advice}")
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or what it was raised in the place of, says that a disk or a quota is
-    full: as the system does, or in the words of a compiler or of a library that gives no number."""
+def disk_full_error(error: BaseException | None) -> BaseException | None:
+    """The exception, or the one that it was raised in the place of, which says that a disk or a
+    quota is full: as the system does, or in the words of a compiler or of a library that gives no
+    number; None: none does."""
     while error is not None:
         full = isinstance(error, OSError) and error.errno in _FULL
         if full or any(os.strerror(number) in str(error) for number in _FULL):
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -23,7 +23,7 @@ from pathlib import Path
 # starts this file by itself.
 import ship_ds  # noqa: F401
 from ship_ds.allocator import use_scalable_malloc
-from ship_ds.console import current_rank, log
+from ship_ds.console import current_rank, log, log_from_any_rank
 from ship_ds.runtime import sign_of_life
 
 if __name__ == "__main__":
@@ -49,7 +49,7 @@ from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.metrics import metrics_to_show, score
 from ship_ds.evaluation.questions import ask, tasks_of
-from ship_ds.files import is_disk_full, write_json
+from ship_ds.files import disk_full_error, write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.loading import load_prompts, load_tokenizer
@@ -721,20 +721,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trainer.close()
             watchdog.leave()
     except UserError as error:
-        print(f"ship-ds: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            log_from_any_rank(str(error))
         return BAD_INPUT
     except Preempted:
         return PREEMPTED
     except Exception as error:
-        if not is_disk_full(error):
+        full = disk_full_error(error)
+        if full is None:
             raise
+        place = getattr(full, "filename", None) or "run.folder or TORCH_EXTENSIONS_DIR"
         # It may be the disk that the log is on.
         with contextlib.suppress(OSError):
-            print(
-                "ship-ds: run.folder or TORCH_EXTENSIONS_DIR: its disk or quota is full: make room "
-                "and start the same command again",
-                file=sys.stderr,
-                flush=True,
+            log_from_any_rank(
+                f"{place}: its disk or quota is full ({first_line(full)}): make room and start the "
+                "same command again"
             )
         return BAD_INPUT
     return 0

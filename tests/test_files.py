@@ -14,7 +14,7 @@ from ship_ds.config import load_config
 from ship_ds.errors import UserError
 from ship_ds.files import (
     Manifest,
-    is_disk_full,
+    disk_full_error,
     new_folder,
     part_of,
     publish,
@@ -68,18 +68,19 @@ def raised_by(error: BaseException, cause: BaseException | None) -> BaseExceptio
 @pytest.mark.parametrize(
     ("error", "cause", "expected"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), None, True),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), None, True),
-        (RuntimeError("Error building extension"), OSError(errno.ENOSPC, "full"), True),
-        (RuntimeError("ld: final link failed: No space left on device"), None, True),
-        (OSError(errno.EACCES, "Permission denied"), None, False),
-        (RuntimeError("Error building extension"), ValueError("a space is left"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), None, "error"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), None, "error"),
+        (RuntimeError("Error building extension"), OSError(errno.ENOSPC, "full"), "cause"),
+        (RuntimeError("ld: final link failed: No space left on device"), None, "error"),
+        (OSError(errno.EACCES, "Permission denied"), None, ""),
+        (RuntimeError("Error building extension"), ValueError("a space is left"), ""),
     ],
 )
 def test_a_full_disk_is_known_by_its_number_and_by_its_words(
-    error: BaseException, cause: BaseException | None, expected: bool
+    error: BaseException, cause: BaseException | None, expected: str
 ) -> None:
-    assert is_disk_full(raised_by(error, cause)) is expected
+    found = disk_full_error(raised_by(error, cause))
+    assert found is {"error": error, "cause": cause, "": None}[expected]
 
 
 def test_a_folder_set_aside_counts_as_there(tmp_path: Path) -> None:

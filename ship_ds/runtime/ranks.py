@@ -1,6 +1,7 @@
 """Ranks of a run: started by deepspeed, torchrun or srun, or a single process."""
 
 import atexit
+import contextlib
 import itertools
 import json
 import logging
@@ -100,8 +101,9 @@ def exit_process(code: int) -> NoReturn:
     """
     if dist.is_initialized():
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -117,17 +119,24 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except KeyboardInterrupt:
-        log("interrupted: the same command goes on from the newest checkpoint, where there is one")
         code = INTERRUPTED
-    except Exception as error:
-        if has_lost_a_peer(error):
-            # Who ended has said why, and where this rank waited for it says nothing.
-            log_from_any_rank(
-                f"rank {rank()}: another rank has ended, or the network to it: see what it says"
+        # Here and below: a log on a full disk does not keep this process from its end.
+        with contextlib.suppress(OSError):
+            log(
+                "interrupted: the same command goes on from the newest checkpoint, where there is "
+                "one"
             )
-        else:
-            sys.excepthook(*sys.exc_info())
+    except Exception as error:
         code = 1
+        with contextlib.suppress(OSError):
+            if has_lost_a_peer(error):
+                # Who ended has said why, and where this rank waited for it says little.
+                log_from_any_rank(
+                    f"rank {rank()}: another rank has ended, or the network to it: see what it "
+                    f"says ({first_line(error)})"
+                )
+            else:
+                sys.excepthook(*sys.exc_info())
     exit_process(code)
 
 

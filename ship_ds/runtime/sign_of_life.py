@@ -29,7 +29,14 @@ _PERIOD_SECONDS = 1.0
 _NEVER = "never"
 _STACKS = signal.SIGUSR2
 """Upon which a rank writes its stacks."""
-_OF_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+_OF_THE_RANK = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+)
 
 
 class SignOfLife:
@@ -83,38 +90,45 @@ class Watcher:
         self.process, self.rank = process, rank
         self.name_after, self.kill_later = name_after, kill_later
         self.limit: float | None = None
-        self._last, self._is_named = time.monotonic(), False
+        self._silent, self._is_named = 0.0, False
 
     def watch(self, pipe: int) -> None:
         """Read signs of life until the rank has ended, and closed the pipe by that unless a
         process that it forked still holds it."""
+        before = time.monotonic()
         while os.getppid() == self.process:
+            text = None
             if select.select([pipe], [], [], _PERIOD_SECONDS)[0]:
                 text = os.read(pipe, 4096).decode()
                 if not text:
                     return
+            now = time.monotonic()
+            # No more, or the time in which both processes were stopped would count.
+            self._silent += min(now - before, 2 * _PERIOD_SECONDS)
+            before = now
+            if text is not None:
                 self._hear(text)
-            silent = time.monotonic() - self._last
-            if silent > self.name_after and not self._is_named:
-                self._name(silent)
-            if self.limit is not None and silent > self.limit + self.kill_later:
+            if self._silent > self.name_after and not self._is_named:
+                self._name()
+            if self.limit is not None and self._silent > self.limit + self.kill_later:
+                # First, since the line may have nowhere to go.
+                os.kill(self.process, signal.SIGKILL)
                 self._say(
-                    f"no sign of life for {silent:.0f} s (training.hang_minutes): process "
+                    f"no sign of life for {self._silent:.0f} s (training.hang_minutes): process "
                     f"{self.process} is killed"
                 )
-                os.kill(self.process, signal.SIGKILL)
                 return
 
     def _hear(self, text: str) -> None:
         if self._is_named:
-            self._say(f"goes on, after {time.monotonic() - self._last:.0f} s")
-        self._last, self._is_named = time.monotonic(), False
+            self._say(f"goes on, after {self._silent:.0f} s")
+        self._silent, self._is_named = 0.0, False
         line = text.split()[-1]
         self.limit = None if line == _NEVER else float(line)
 
-    def _name(self, silent: float) -> None:
+    def _name(self) -> None:
         self._is_named = True
-        before = f"no sign of life for {silent:.0f} s: process {self.process} "
+        before = f"no sign of life for {self._silent:.0f} s: process {self.process} "
         if is_stopped(self.process):
             self._say(f"{before}was stopped by a signal: `kill -CONT {self.process}`")
             return
@@ -122,7 +136,8 @@ class Watcher:
         os.kill(self.process, _STACKS)
 
     def _say(self, text: str) -> None:
-        print(f"ship-ds: rank {self.rank}: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # it may be on a full disk, or its reader gone
+            print(f"ship-ds: rank {self.rank}: {text}", file=sys.stderr, flush=True)
 
 
 def is_stopped(process: int) -> bool:

@@ -22,6 +22,7 @@ from types import FrameType
 
 import ship_ds
 from ship_ds.console import current_rank, log_from_any_rank
+from ship_ds.errors import first_line
 from ship_ds.files import write_json
 from ship_ds.runtime.stopping import HUNG
 
@@ -63,8 +64,11 @@ class Watchdog:
         self.folder = folder / "ranks"
         self.limit = None if minutes is None else 60 * minutes
         self.period = 0.0 if minutes is None else min(15.0, 60 * minutes / 10)
-        self._step, self._last_step_time = 0, time.monotonic()
-        self._began, self._expects_steps = time.time(), False
+        self._step, self._num_records = 0, 0
+        self._expects_steps = False
+        # What the neighbour said before this start counts for nothing: it may come much later.
+        self._said_before = None if minutes is None else self._neighbours_word()
+        self._said, self._same_looks = self._said_before, 0
         self._done = threading.Event()
 
     def begin(self) -> None:
@@ -82,10 +86,12 @@ class Watchdog:
         self._expects_steps = True
 
     def record_step(self, step: int) -> None:
-        self._step, self._last_step_time = step, time.monotonic()
+        self._step = step
+        self._num_records += 1
 
     def stop(self) -> None:
         """The last step is taken."""
+        self._same_looks = 0
         self._expects_steps = False
 
     def close(self) -> None:
@@ -99,29 +105,51 @@ class Watchdog:
             self._path_of(current_rank(os.environ)).unlink(missing_ok=True)
 
     def _watch(self, limit: float) -> None:
+        num_records, without_step, before = self._num_records, 0.0, time.monotonic()
         while not self._done.wait(self.period):
+            now = time.monotonic()
+            # No more, or the time in which this process was stopped would count.
+            without_step += min(now - before, 2 * self.period)
+            before = now
+            # Before the number of records, or a `start` in between would end the run.
+            expects_steps = self._expects_steps
+            if not expects_steps or self._num_records != num_records:
+                num_records, without_step = self._num_records, 0.0
             position, is_written = self._write_position()
-            if self._expects_steps and time.monotonic() - self._last_step_time > limit:
-                self._report_and_exit(position, f"no step for {limit / 60:g} minutes")
+            if expects_steps:
+                if without_step > limit:
+                    self._report_and_exit(position, f"no step for {limit / 60:g} minutes")
             # Where this rank cannot write, the others cannot either, and are silent for that.
-            if is_written and (text := self._describe_silence(limit)) is not None:
+            elif is_written and (text := self._describe_silence(limit)) is not None:
                 self._report_and_exit(position, text)
 
     def _describe_silence(self, limit: float) -> str | None:
-        """Of the next rank, the last one's being the first: with each looking at one file, a
-        thousand ranks are no load on their disk."""
-        neighbour = (current_rank(os.environ) + 1) % num_ranks(os.environ)
-        if neighbour == current_rank(os.environ):
+        """One more look at the next rank, the last one's being the first: with each looking at one
+        file, a thousand ranks are no load on their disk.
+
+        The looks are counted and no clock is read: those of two nodes may differ by hours, and one
+        goes on while this process is stopped.
+        """
+        said = self._neighbours_word()
+        if said is None or said == self._said_before:
+            return None
+        self._same_looks = self._same_looks + 1 if said == self._said else 0
+        self._said = said
+        if self._same_looks * self.period <= limit:
+            return None
+        return f"no sign of life of rank {self._neighbour()} for {limit / 60:g} minutes"
+
+    def _neighbour(self) -> int:
+        return (current_rank(os.environ) + 1) % num_ranks(os.environ)
+
+    def _neighbours_word(self) -> Position | None:
+        """None: there is no neighbour, or it has not begun, has left, or cannot be understood."""
+        if self._neighbour() == current_rank(os.environ):
             return None
         try:
-            said = _read_position(self._path_of(neighbour)).time
-        except FileNotFoundError:  # it has not begun, or has left
+            return _read_position(self._path_of(self._neighbour()))
+        except (OSError, ValueError, TypeError):
             return None
-        # What it said before this start counts for nothing: it may come much later.
-        is_silent = said >= self._began and time.time() - said > limit
-        return (
-            f"no sign of life of rank {neighbour} for {limit / 60:g} minutes" if is_silent else None
-        )
 
     def _path_of(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.json"
@@ -138,17 +166,23 @@ class Watchdog:
 
     def _report_and_exit(self, position: Position, reason: str) -> None:
         try:
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            size = num_ranks(os.environ)
-            missing = "; ".join(
-                missing_ranks(self.folder, size, 3 * self.period)
-            ) or describe_deadlock(self.folder, size)
+            with contextlib.suppress(OSError, ValueError):
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
             log_from_any_rank(
                 f"rank {current_rank(os.environ)}: {reason} (training.hang_minutes): waiting at "
-                f"{position}. Missing: {missing}. The stacks are above; leaving with code {HUNG}"
+                f"{position}. Missing: {self._describe_missing()}. The stacks are above; leaving "
+                f"with code {HUNG}"
             )
         finally:
             os._exit(HUNG)
+
+    def _describe_missing(self) -> str:
+        size = num_ranks(os.environ)
+        try:
+            missing = missing_ranks(self.folder, size, 3 * self.period)
+            return "; ".join(missing) or describe_deadlock(self.folder, size)
+        except (OSError, ValueError, TypeError) as error:
+            return f"not known, as {self.folder} cannot be read ({first_line(error)})"
 
 
 def missing_ranks(folder: Path, world_size: int, stale_seconds: float) -> list[str]:
