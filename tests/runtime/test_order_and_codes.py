@@ -1,5 +1,6 @@
 """What a failing evaluation or report costs: no step, and no exit code; a run of stubs."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from ship_ds import train
 from ship_ds.config import load_config
 from ship_ds.data.task import Example, Splits, SplitTask, Task
+from ship_ds.errors import UserError
 from ship_ds.evaluation.measure import Outcome
 from ship_ds.runtime import checkpoint, ranks
 from ship_ds.runtime.agreement import Agreement
@@ -218,30 +220,49 @@ def test_a_failing_report_leaves_a_finished_run_with_code_0(
     assert "Tried to allocate 46 GiB" in (tmp_path / "report_failure.txt").read_text()
 
 
+LINKER = "Error building extension: ld: No space left on device"
+
+
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "line"),
     [
-        (RuntimeError("Error building extension: ld: No space left on device"), 2),
+        (
+            RuntimeError(LINKER),
+            f"run.folder or TORCH_EXTENSIONS_DIR: DISK (RuntimeError: {LINKER}): ",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            "/a/b: DISK (OSError: [Errno 28] ",
+        ),
         (RuntimeError("Error building extension: ld: no such file"), None),
+        (UserError("a.yaml: as it is"), "a.yaml: as it is"),
     ],
 )
+@pytest.mark.parametrize("log_is_full", [False, True])
 def test_a_full_disk_is_one_line_and_code_2_wherever_it_is_met(
     error: Exception,
-    code: int | None,
+    line: str | None,
+    log_is_full: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: object) -> None:
         raise error
 
+    def write(_: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(train, "Trainer", fail)
-    if code is None:
-        with pytest.raises(RuntimeError):
+    if log_is_full:
+        monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=write, flush=lambda: None))
+    if line is None:
+        with pytest.raises(RuntimeError, match="no such file"):
             train.main(["--config", "quickstart-smoke"])
         return
-    assert train.main(["--config", "quickstart-smoke"]) == code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ship-ds: run.folder or TORCH_EXTENSIONS_DIR: its disk or quota is full")
+    assert train.main(["--config", "quickstart-smoke"]) == 2
+    if not log_is_full:
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith("ship-ds: " + line.replace("DISK", "its disk or quota is full"))
 
 
 _TWO_RANKS = """

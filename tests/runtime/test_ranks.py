@@ -1,8 +1,11 @@
 """How a program that joined a process group ends (`ranks.exit_process`), and how values get from
 rank to rank as text."""
 
+import errno
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +63,42 @@ def test_a_rank_whose_peer_has_ended_adds_one_line(
     said = capsys.readouterr().err
     assert codes == [1] and ("Traceback" in said) is not is_lost
     assert said.startswith("ship-ds: rank 0: another rank has ended") is is_lost
+    assert f"RuntimeError: {text}" in said  # gloo's, or it could be any rank and any reason
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("Connection closed by peer"), 1),
+        (RuntimeError("of its own"), 1),
+    ],
+)
+def test_a_log_on_a_full_disk_does_not_keep_a_process_from_its_end(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class End(Exception):  # noqa: N818
+        """In the place of the process's."""
+
+    def main() -> int:
+        raise error
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def end(code: int) -> None:
+        raise End(code)
+
+    monkeypatch.setattr(ranks, "refuse_other_writers", lambda: None)
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ranks.atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setattr(ranks.os, "_exit", end)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, SimpleNamespace(write=fail, flush=fail))
+    with pytest.raises(End) as found:
+        ranks.run_program(main)
+    assert found.value.args == (code,)
 
 
 @pytest.mark.slow

@@ -1,11 +1,17 @@
 """A process that cannot run its own threads is named by the one beside it, and ended in time."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from ship_ds.runtime import sign_of_life
 from tests.conftest import REPOSITORY, environment
 
 PROGRAM = """
@@ -78,3 +84,78 @@ def test_a_process_that_works_is_not_named() -> None:
 def test_a_process_that_has_ended_is_not_named_for_what_it_forked() -> None:
     done = run("if os.fork() == 0: time.sleep(4); os._exit(0)")
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+class Heard:
+    """What a watcher did, in order, while so many seconds at a time went by without a sign of
+    life; of its limits of 30 and 10 + 20 s."""
+
+    def __init__(
+        self, seconds: list[float], monkeypatch: pytest.MonkeyPatch, full: bool = False
+    ) -> None:
+        self.done: list[str] = []
+        clock, left = [0.0], iter(seconds)
+
+        def select(*_: object) -> tuple[list[int], ...]:
+            passed = next(left, None)
+            clock[0] += passed or 0
+            return ([0] if passed is None else []), [], []
+
+        def write(text: str) -> None:
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if text.strip():
+                self.done.append(text)
+
+        calls = SimpleNamespace(
+            getppid=lambda: 7,
+            read=lambda *_: b"",
+            kill=lambda process, number: self.done.append(f"{number.name} to {process}"),
+        )
+        monkeypatch.setattr(sign_of_life, "os", calls)
+        monkeypatch.setattr(sign_of_life, "select", SimpleNamespace(select=select))
+        monkeypatch.setattr(sign_of_life, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        monkeypatch.setattr(sign_of_life, "is_stopped", lambda _: False)
+        monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=write, flush=lambda: None))
+        watcher = sign_of_life.Watcher(7, 3, 30, 20)
+        watcher.limit = 10
+        watcher.watch(0)
+        monkeypatch.undo()
+
+
+def test_the_time_in_which_the_watcher_was_stopped_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `scontrol suspend` stops both."""
+    assert Heard([*[1.0] * 20, 5000.0, *[1.0] * 8], monkeypatch).done == []
+    assert len(Heard([1.0] * 31, monkeypatch).done) == 4
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_end_comes_before_the_line_and_without_it(
+    full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = Heard([1.0] * 40, monkeypatch, full).done
+    assert [text for text in done if " to 7" in text] == ["SIGUSR2 to 7", "SIGKILL to 7"]
+    assert full or done[-1].endswith("process 7 is killed")
+
+
+def test_what_is_sent_to_all_of_a_job_does_not_end_the_watcher() -> None:
+    command = [sys.executable, "-I", "-S", sign_of_life.__file__, str(os.getpid()), "0", "30", "20"]
+    wanted = ("HUP", "INT", "QUIT", "USR1", "USR2", "TERM")
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as watcher:
+        deadline = time.monotonic() + 20
+        missing = wanted
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.02)
+            (line,) = (
+                line
+                for line in Path(f"/proc/{watcher.pid}/status").read_text().splitlines()
+                if line.startswith("SigIgn:")
+            )
+            mask = int(line.split()[1], 16)
+            missing = tuple(
+                name for name in wanted if not mask >> (signal.Signals[f"SIG{name}"] - 1) & 1
+            )
+        watcher.kill()
+    assert missing == ()
