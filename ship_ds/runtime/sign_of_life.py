@@ -64,19 +64,25 @@ class SignOfLife:
             [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
         assert watcher.stdin is not None
+        # A watcher that is gone, or stopped until the pipe is full, is no reason to end a run.
+        os.set_blocking(watcher.stdin.fileno(), False)
+        # Here, or a process that is stopped before its thread runs would never tell its limit.
+        with contextlib.suppress(BrokenPipeError):
+            self._write_line(watcher.stdin)
         threading.Thread(
             target=self._write, args=(watcher.stdin,), name="sign of life", daemon=True
         ).start()
 
     def _write(self, pipe: IO[bytes]) -> None:
-        # A watcher that is gone, or stopped until the pipe is full, is no reason to end a run.
-        os.set_blocking(pipe.fileno(), False)
         with contextlib.suppress(BrokenPipeError):
             while True:
-                line = _NEVER if self.limit is None else f"{self.limit}"
-                with contextlib.suppress(BlockingIOError):
-                    os.write(pipe.fileno(), f"{line}\n".encode())
                 time.sleep(_PERIOD_SECONDS)
+                self._write_line(pipe)
+
+    def _write_line(self, pipe: IO[bytes]) -> None:
+        line = _NEVER if self.limit is None else f"{self.limit}"
+        with contextlib.suppress(BlockingIOError):
+            os.write(pipe.fileno(), f"{line}\n".encode())
 
 
 OF_THIS_PROCESS = SignOfLife()
@@ -144,7 +150,8 @@ def is_stopped(process: int) -> bool:
     """Whether a signal or a debugger has stopped it; False where there is no /proc to ask."""
     try:
         # The name, in brackets, may hold anything.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[0] in "Tt"
     except OSError:
         return False
 
