@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.lora_folder import ADAPTER_CONFIG
+from ship_ds.model.encoder_decoder import start_token
 
 Prompts = Sequence[Sequence[int]]
 """Token ids of each."""
@@ -89,8 +90,7 @@ def _logits(model: nn.Module, ids: Sequence[int], device: torch.device) -> Tenso
     tokens = {"input_ids": ids_1S}
     settings: Any = model.config
     if settings.is_encoder_decoder:
-        start = settings.decoder_start_token_id
-        start = settings.pad_token_id if start is None else start
+        start = start_token(settings)
         tokens["decoder_input_ids"] = ids_1S.roll(1, 1).index_fill(1, ids_1S.new_zeros(1), start)
     logits_SV: Tensor = model(**tokens, use_cache=False).logits[0]
     return logits_SV[-len(ids) :]

@@ -184,11 +184,7 @@ class EncoderDecoder(LanguageModel):
     @property
     def start(self) -> int:
         """The token that every answer begins after."""
-        settings = self.module.config
-        token: int | None = settings.decoder_start_token_id
-        if token is None:
-            token = settings.pad_token_id
-        return token or 0
+        return start_token(self.module.config)
 
     def _read(
         self,
@@ -224,6 +220,16 @@ class EncoderDecoder(LanguageModel):
             **under(adapter, checkpointing),
         ).last_hidden_state
         return states
+
+
+def start_token(settings: Any) -> int:
+    """The token that answers begin after: the config's own, else that of padding, else the first,
+    as T5 has it. transformers' T5Config knows the key only where config.json has it."""
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        token: int | None = getattr(settings, name, None)
+        if token is not None:
+            return token
+    return 0
 
 
 class WrittenStream(Stream):

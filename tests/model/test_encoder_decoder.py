@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from ship_ds.model.adapters.prefix import PrefixAdapter
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.attention import SDPA
 from ship_ds.model.batch import TokenBatch
-from ship_ds.model.encoder_decoder import EncoderDecoder
+from ship_ds.model.encoder_decoder import EncoderDecoder, start_token
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import language_model
 from ship_ds.model.loading import load_lm
@@ -199,6 +200,22 @@ def test_greedy_is_transformers_greedy(version: str) -> None:
         stock = stock[1:]
         assert tokens == (stock[: stock.index(EOS) + 1] if EOS in stock else stock)
     assert len({tuple(row) for row in ours}) > 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "token"),
+    [
+        ({"decoder_start_token_id": 3, "pad_token_id": 1}, 3),
+        ({"decoder_start_token_id": 0, "pad_token_id": 1}, 0),
+        ({"decoder_start_token_id": None, "pad_token_id": 1}, 1),
+        ({"pad_token_id": 1}, 1),
+        ({"pad_token_id": None}, 0),
+    ],
+)
+def test_answers_begin_after_the_start_token_or_padding(
+    settings: dict[str, int | None], token: int
+) -> None:
+    assert start_token(SimpleNamespace(**settings)) == token
 
 
 @torch.no_grad()
