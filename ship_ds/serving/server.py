@@ -6,6 +6,7 @@ with listening("127.0.0.1", 8000) as listener:
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ship_ds.console import log
 from ship_ds.errors import UserError
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.guard import LOOPBACK
@@ -151,6 +153,13 @@ def _refusal(message: str) -> bytes:
     return b"HTTP/1.1 503 Service Unavailable\r\n" + head.encode() + b"\r\n\r\n" + body
 
 
+class _ToConsole(logging.Handler):
+    """uvicorn's warnings, as lines of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log(self.format(record))
+
+
 class Server(uvicorn.Server):
     """uvicorn, which says when it is ready, and ends as the program's other verbs do.
 
@@ -163,6 +172,9 @@ class Server(uvicorn.Server):
     def __init__(
         self, app: ASGIApp, limits: Limits | None = None, *, is_quiet: bool = False
     ) -> None:
+        warnings = logging.getLogger("uvicorn")
+        warnings.handlers, warnings.propagate = [_ToConsole()], False
+
         async def until_the_end(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 await app(scope, receive, send)
@@ -176,6 +188,8 @@ class Server(uvicorn.Server):
                 http=partial(Connection, limits or Limits()),  # type: ignore[arg-type]
                 ws="none",
                 timeout_keep_alive=_SECONDS_BETWEEN_REQUESTS,
+                # uvicorn's own would close every handler of the process, whoever has set it up.
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 lifespan="off",

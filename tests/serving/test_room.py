@@ -1,6 +1,7 @@
 """The thread that owns the model: what comes and goes while it works, and its end."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -55,18 +56,29 @@ def test_rows_that_are_made_while_their_client_leaves_are_cancelled() -> None:
     asyncio.run(begun())
 
 
+class Endless:
+    """A call of the model's that goes from pass to pass until it is ended, or `over` is set."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.begun, self.over, self.ended = (threading.Event() for _ in range(3))
+
+    def __call__(self, ship: Ship) -> None:
+        self.begun.set()
+        try:
+            while not self.over.is_set():
+                self.room._turn()
+        finally:
+            self.ended.set()
+
+
 def test_a_long_call_ends_with_the_room(ship: Ship) -> None:
     room = Room(ship)
-    begun, over = threading.Event(), threading.Event()
-
-    def endless(ship: Ship) -> None:
-        begun.set()
-        while not over.is_set():
-            room._turn()
+    endless = Endless(room)
 
     async def call_and_close() -> None:
         calling = asyncio.ensure_future(room.call(endless))
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(endless.begun.wait)
         await asyncio.to_thread(room.close)
         with pytest.raises(RequestError, match="ends"):
             await asyncio.wait_for(calling, 10)
@@ -78,7 +90,7 @@ def test_a_long_call_ends_with_the_room(ship: Ship) -> None:
         assert not room.is_running
         assert time.monotonic() - since < 4
     finally:
-        over.set()
+        endless.over.set()
 
 
 def test_a_stream_that_the_end_cuts_off_is_no_traceback(
@@ -100,6 +112,21 @@ def test_a_stream_that_the_end_cuts_off_is_no_traceback(
     assert not thread.is_alive()
     said = capfd.readouterr().err
     assert "graceful shutdown exceeded" in said and "Traceback" not in said
+
+
+def test_a_server_leaves_the_handlers_of_others_alone() -> None:
+    """absl's, which rouge_score brings, closes the stream that it writes to."""
+    closed = []
+
+    class Theirs(logging.NullHandler):
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    theirs = Theirs()
+    Server(lambda *_: None, is_quiet=True)  # type: ignore[arg-type, return-value]
+    assert not closed
+    theirs.close()
 
 
 @pytest.mark.parametrize("begins", [True, False], ids=["in the stream", "before it"])
@@ -131,29 +158,22 @@ def test_a_client_that_leaves_a_stream_leaves_no_task(begins: bool) -> None:
 def test_a_long_call_ends_as_its_caller_leaves(ship: Ship) -> None:
     """At its next pass; the room goes on with the next one."""
     room = Room(ship)
-    begun, ended = threading.Event(), threading.Event()
-
-    def endless(ship: Ship) -> None:
-        begun.set()
-        try:
-            while True:
-                room._turn()
-        finally:
-            ended.set()
+    endless = Endless(room)
 
     async def call_and_leave() -> None:
         calling = asyncio.ensure_future(room.call(endless))
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(endless.begun.wait)
         assert await room.call(lambda ship: 1, is_short=True) == 1
-        assert not ended.is_set()
+        assert not endless.ended.is_set()
         calling.cancel()
         assert await asyncio.wait_for(room.call(lambda ship: 2), 10) == 2
-        assert ended.is_set() and room.num_waiting == 0
+        assert endless.ended.is_set() and room.num_waiting == 0
 
     room.start()
     try:
         asyncio.run(call_and_leave())
     finally:
+        endless.over.set()
         room.close()
 
 
