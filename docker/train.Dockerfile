@@ -1,9 +1,9 @@
 # Training on NVIDIA GPUs (docs/cluster.md). With the compiler: DeepSpeed makes its optimisers at the first start.
 #
 #     docker build -f docker/train.Dockerfile -t ship-ds-train .
-#     docker run --rm --gpus all --ipc host -v "$PWD/runs:/work/runs" -v "$PWD/data:/work/data:ro" -v "$PWD/bases:/work/bases:ro" \
-#         ship-ds-train deepspeed --num_gpus 8 ship_ds/train.py --config lora-8b model.task_llm.base=/work/bases/MODEL \
-#         data.path=/work/data run.folder=/work/runs/lora-8b
+#     docker run --rm --gpus all --ipc host -v "$PWD/runs:/srv/runs" -v "$PWD/data:/srv/data:ro" -v "$PWD/bases:/srv/bases:ro" \
+#         ship-ds-train deepspeed --num_gpus 8 ship_ds/train.py --config lora-8b model.task_llm.base=/srv/bases/MODEL \
+#         data.path=/srv/data run.folder=/srv/runs/lora-8b
 #
 # The folder that runs go to has to be writable for the user with id 1001. Nobody has built it yet: tests/test_containers.py
 # reads it, and hadolint does. The CUDA of the image is that of torch's wheels; it has to be one that torch knows.

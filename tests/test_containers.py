@@ -112,7 +112,7 @@ def test_the_training_of_the_docs_is_what_the_image_can_start() -> None:
         words = shlex.split(command)
         assert words[3] == "ship_ds/train.py" and (REPOSITORY / words[3]).exists()
         load_config(words[5], words[6:])
-        mounts = re.findall(r':(/work/\w+)(?::ro)?"', joined)
+        mounts = re.findall(r':(/srv/\w+)(?::ro)?"', joined)
         for word in words[6:]:
             assert any(f"={mount}" in word for mount in mounts), word
 
