@@ -50,9 +50,14 @@ class KindError(ValueError):
         self.location, self.kind = location, kind
 
     @property
+    def is_unknown_key(self) -> bool:
+        """Whether the section has no such key."""
+        return self.kind == "extra_forbidden"
+
+    @property
     def text(self) -> str:
         """What is wrong, without its key."""
-        return "unknown key" if self.kind == "extra_forbidden" else str(self)
+        return "unknown key" if self.is_unknown_key else str(self)
 
     @property
     def line(self) -> str:

@@ -4,12 +4,21 @@ Imports no torch, so that a wrong one is told at once.
 """
 
 from collections.abc import Sequence
+from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from ship_ds.config import overridden
 from ship_ds.errors import UserError
+from ship_ds.kinds import first_error
 from ship_ds.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -97,6 +106,14 @@ class ChainsConfig(Section):
     joint: str = "{first} and then {second}"
     """How two instructions become one."""
 
+    @field_validator("joint")
+    @classmethod
+    def _joins(cls, joint: str) -> str:
+        fields = sorted({name for _, name, _, _ in Formatter().parse(joint) if name is not None})
+        if fields != ["first", "second"]:
+            raise ValueError("expected a text with {first} and {second} in it, and no other braces")
+        return joint
+
 
 SupplyConfig = ProposeConfig | DisagreementConfig | CompressConfig | ChainsConfig
 KINDS: dict[str, type[SupplyConfig]] = {
@@ -122,12 +139,9 @@ def parse_settings(kind: str, changes: Sequence[str]) -> SupplyConfig:
     try:
         config = KINDS[kind].model_validate(overridden({}, changes))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(KINDS[kind].model_fields)
-            raise UserError(f"--set {key}: unknown key; there are {known}") from None
-        raise UserError(f"--set {key}: {first['msg']}") from None
+        first = first_error(error)
+        known = f"; there are {', '.join(KINDS[kind].model_fields)}" if first.is_unknown_key else ""
+        raise UserError(f"--set {first.line}{known}") from None
     if isinstance(config, ProposeConfig) and config.min_examples <= config.num_shown:
         raise UserError(
             f"--set min_examples: {config.min_examples}: expected more than num_shown "
@@ -138,8 +152,4 @@ def parse_settings(kind: str, changes: Sequence[str]) -> SupplyConfig:
             f"--set min_examples: {config.min_examples}: expected num_inputs "
             f"({config.num_inputs}) at most"
         )
-    if isinstance(config, ChainsConfig) and not (
-        "{first}" in config.joint and "{second}" in config.joint
-    ):
-        raise UserError("--set joint: expected a text with {first} and {second} in it")
     return config

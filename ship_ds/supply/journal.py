@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from ship_ds.errors import UserError
 from ship_ds.files import write_text
 
@@ -29,6 +31,9 @@ class Part(NamedTuple):
     counts: dict[str, int]
     tasks: list[dict[str, Any]]
     tried: Sequence[str] = ()
+
+
+_PARTS = TypeAdapter(list[Part])
 
 
 class Journal:
@@ -70,11 +75,15 @@ class Journal:
             if not rows:
                 _append(file, line)
             elif rows[0] != line:
-                key = next((k for k in line if rows[0].get(k) != line[k]), "a setting")
+                key = next((k for k in line if rows[0].get(k) != line[k]), "setting")
                 raise UserError(
                     f"{path}: was begun with another {key}; repeat that command, or remove the file"
                 )
-            yield cls(out, file, [Part(**row) for row in rows[1:]])
+            try:
+                parts = _PARTS.validate_python(rows[1:])
+            except ValidationError:
+                raise _damaged(file) from None
+            yield cls(out, file, parts)
 
     @property
     def counts(self) -> Counter[str]:
@@ -115,9 +124,16 @@ def _whole_rows(file: IO[bytes]) -> list[dict[str, Any]]:
     whole = data[: data.rfind(b"\n") + 1]
     file.truncate(len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        rows = [json.loads(line) for line in whole.splitlines()]
     except ValueError:
-        raise UserError(f"{file.name}: damaged; remove it and start again") from None
+        raise _damaged(file) from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise _damaged(file)
+    return rows
+
+
+def _damaged(file: IO[bytes]) -> UserError:
+    return UserError(f"{file.name}: damaged; remove it and start again")
 
 
 def _append(file: IO[bytes], row: Mapping[str, Any]) -> None:

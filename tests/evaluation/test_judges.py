@@ -64,7 +64,11 @@ class Handler(BaseHTTPRequestHandler):
         one, other = (line.partition(": ")[2] for line in lines[-2:])
         has_system = body["messages"][0]["role"] == "system"
         said = ("No.", "Yes.", "It is False.", "That is **True**.")[2 * has_system + (one == other)]
-        message = {"role": "assistant", "content": said}
+        self.say(said, body["model"])
+
+    def say(self, text: str, model: str) -> None:
+        """Reply as a model that writes this."""
+        message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         self.reply(
             200,
@@ -72,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
                 "id": "chatcmpl-1",
                 "object": "chat.completion",
                 "created": 1,
-                "model": body["model"],
+                "model": model,
                 "choices": [choice],
                 "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
             },

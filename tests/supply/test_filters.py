@@ -122,13 +122,17 @@ def test_disagreement_is_the_share_of_answers_that_change() -> None:
     ("kind", "change", "named"),
     [
         ("propse", "", "expected one of propose"),
-        ("propose", "max_rogue=1", "unknown key"),
+        ("propose", "max_rogue=1", "--set max_rogue: unknown key; there are by, num_at_once, "),
         ("propose", "max_rouge=2", "max_rouge"),
         ("propose", "num_shown=8", "more than num_shown"),
         ("chains", "min_examples=17", "num_inputs"),
-        ("chains", "joint=and", "{first}"),
+        ("chains", "joint=and", "--set joint: expected a text with {first}"),
+        ("chains", "joint='{first} and {other} {second}'", "no other braces"),
+        ("chains", "joint='{first} and {second} {}'", "no other braces"),
+        ("chains", "joint='{first} and {second'", "--set joint: "),
     ],
 )
 def test_wrong_settings_are_named(kind: str, change: str, named: str) -> None:
-    with pytest.raises(UserError, match=named.replace("{", r"\{")):
+    with pytest.raises(UserError, match=named.replace("{", r"\{")) as error:
         parse_settings(kind, [change] if change else [])
+    assert "\n" not in str(error.value)

@@ -85,18 +85,7 @@ class Says(Handler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body)
         said = "1. reverse the list\n- add 3\n\n2) frobnicate\nput 7 at the end\nsort the numbers"
-        message = {"role": "assistant", "content": said}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        self.reply(
-            200,
-            {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 1,
-                "model": "writer",
-                "choices": [choice],
-            },
-        )
+        self.say(said, body["model"])
 
 
 @pytest.fixture
@@ -313,6 +302,17 @@ def test_the_journal_knows_tasks_by_what_they_are(
     moved.write_bytes(tasks_file.read_bytes())
     supply(ship, kind, out, moved, EASY[kind], url="http://127.0.0.1:2/v1")
     assert out.exists()
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"counts": {}, "taks": []}', '{"counts": 3}'])
+def test_a_damaged_journal_is_one_line(line: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    journal_of(out).write_text(json.dumps({"kind": "compress"}) + "\n" + line + "\n")
+    with (
+        pytest.raises(UserError, match="journal: damaged; remove it"),
+        Journal.opened(out, {"kind": "compress"}),
+    ):
+        pass
 
 
 def test_a_kill_before_the_journal_goes(
