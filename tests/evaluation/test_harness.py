@@ -449,6 +449,12 @@ def test_what_an_earlier_run_was_trained_on_is_no_unseen_task(
     for folder, unseen in zip(folders, (3, 2, 1), strict=True):
         run = Run.open(folder, said.append, data=benchmark)
         assert len(run.splits.unseen) == unseen
+    # The first folder was trained again, from what had begun with it.
+    config = json.loads((folders[0] / "bundle" / "config.json").read_text())
+    config["run"]["init_from"] = str(folders[2])
+    (folders[0] / "bundle" / "config.json").write_text(json.dumps(config))
+    Manifest.of(folders[0] / "bundle").write(folders[0] / "bundle")
+    assert len(Run.open(folders[2], said.append, data=benchmark).splits.unseen) == 1
     shutil.rmtree(folders[0])
     assert len(Run.open(folders[2], said.append, data=benchmark).splits.unseen) == 2
     assert any(
