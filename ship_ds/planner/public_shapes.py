@@ -77,5 +77,4 @@ def check_bases(config: Config) -> None:
                 check_base(f"model.{role}.base", base, shapes_alone=True)
         except UserError as error:
             raise UserError(f"{error}; {WAY_OUT}") from None
-    if not any(getattr(config.model, role).base in PUBLIC_SHAPES for role in _ROLES):
-        check_stacks(config.model)
+    check_stacks(config.model, PUBLIC_SHAPES)

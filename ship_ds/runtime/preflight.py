@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +112,18 @@ def check_base(key: str, base: str, *, shapes_alone: bool = False) -> None:
         raise UserError(f"{key}: {error}") from None
 
 
-def check_stacks(model: ModelConfig) -> None:
+def check_stacks(model: ModelConfig, one_stack: Collection[str] = ()) -> None:
     """Refuse what a base of two stacks, a T5, cannot be, and options that it cannot follow.
 
     Args:
         model: whose bases are there.
+        one_stack: bases that are known to have one, and need not be there.
 
     Raises:
         UserError: the message names the setting.
     """
     base = model.task_llm.base
-    kind = encoder_decoder(base_folder(base))
+    kind = None if base in one_stack else encoder_decoder(base_folder(base))
     if kind is not None and model.backbone == "shared":
         raise UserError(
             f"model.backbone=shared: {base}: a {kind} can be the Task LLM alone, and not encoder "
@@ -130,7 +131,7 @@ def check_stacks(model: ModelConfig) -> None:
         )
     for role in ("encoder", "decoder"):
         own = getattr(model, role).base
-        if other := encoder_decoder(base_folder(own)):
+        if own not in one_stack and (other := encoder_decoder(base_folder(own))):
             raise UserError(
                 f"model.{role}.base: {own}: a {other} can be the Task LLM alone: set it to a "
                 "decoder-only model, such as embedded"
