@@ -198,6 +198,10 @@ def disk_error(folder: Path, error: OSError, advice: str) -> UserError:
     return UserError(f"{error.filename or folder}: {error.strerror or error}: {advice}")
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a full disk, and of a quota that is used up."""
+
+
 def disk_full_error(error: BaseException | None) -> BaseException | None:
     """The exception, or the one that it was raised in the place of, which says that a disk or a
     quota is full: as the system does, or in the words of a compiler or of a library that gives no
@@ -208,9 +212,6 @@ def disk_full_error(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_inside(name: str) -> bool:

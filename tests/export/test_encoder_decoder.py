@@ -18,7 +18,8 @@ from ship_ds.export.merge import Merge
 from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.requests import Request
 from ship_ds.lora_folder import read_lora
-from tests.export.models import PROBES, make_ship, make_t5_base
+from ship_ds.model.loading import load_prompts
+from tests.export.models import PROBES, make_base, make_ship, make_t5_base
 from tests.model.models import HIDDEN
 
 TEXT = "put 7 at the front"
@@ -36,6 +37,16 @@ def _answer_logits(model: Any, ids: list[int], answer: list[int]) -> torch.Tenso
             input_ids=torch.tensor([ids]), labels=torch.tensor([answer])
         ).logits[0]
     return logits
+
+
+def test_prompts_of_a_folder_without_a_template_end_as_t5_reads(tmp_path: Path) -> None:
+    """As every published T5 is; those of a base of one stack are gone on with."""
+    folders = make_t5_base(tmp_path / "t5"), make_base(tmp_path / "llama")
+    for folder in folders:
+        (folder / "chat_template.jinja").unlink()
+    read, continued = (load_prompts(str(folder), None) for folder in folders)
+    assert read.task_prompt("3 1")[-1] == read.eos_id
+    assert continued.eos_id not in continued.task_prompt("3 1")
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])

@@ -21,6 +21,7 @@ from ship_ds.model.adapters.prefix import PrefixAdapter
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.attention import FLASH, SDPA, VARLEN, resolve
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.encoder_decoder import EncoderDecoder
 from ship_ds.model.language_model import language_model
 from tests.model.models import (
     EOS,
@@ -73,6 +74,18 @@ def test_choice_resolves(
     choice: Any, device: torch.device, dtype: torch.dtype, card: None, caps: bool, expected: str
 ) -> None:
     assert resolve(choice, device, dtype, caps) == expected
+
+
+@pytest.mark.parametrize("card", [(H100, True), (H100, False)], indirect=True)
+def test_an_attention_with_a_bias_goes_to_no_kernel_for_lengths(card: None) -> None:
+    """As T5's, on a card that has all of them."""
+    by_lengths = EncoderDecoder.goes_by_lengths
+    assert resolve("auto", CUDA, BF16, goes_by_lengths=by_lengths) == SDPA
+    assert resolve("sdpa", CUDA, BF16, goes_by_lengths=by_lengths) == SDPA
+    with pytest.raises(UserError, match=r"^model\.attention=varlen: this model adds a bias"):
+        resolve("varlen", CUDA, BF16, goes_by_lengths=by_lengths)
+    with pytest.raises(UserError, match=r"^model\.attention=flash: this model adds a bias"):
+        resolve("flash", CUDA, BF16, goes_by_lengths=by_lengths)
 
 
 @pytest.mark.parametrize(

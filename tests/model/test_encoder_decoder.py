@@ -352,9 +352,9 @@ def test_a_folder_is_read_as_transformers_reads_it(
 
 
 def test_mt5_comes_in_by_a_plugin(tmp_path: Path) -> None:
-    from tests.toys import encoder_decoder
+    import tests.toys.encoder_decoder  # noqa: F401 (registers it)
 
-    assert encoder_decoder.MT5Config is MT5Config
+    torch.manual_seed(0)
     config = MT5Config(
         vocab_size=VOCABULARY,
         d_model=16,
@@ -364,7 +364,12 @@ def test_mt5_comes_in_by_a_plugin(tmp_path: Path) -> None:
         num_heads=2,
         decoder_start_token_id=0,
     )
-    MT5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    stock: Any = MT5ForConditionalGeneration(config).eval()
+    stock.save_pretrained(tmp_path)
     lm = language_model(load_lm(str(tmp_path), "none", torch.float32, device=torch.device("cpu")))
     assert isinstance(lm, EncoderDecoder)
-    assert lm.score(_batch(), soft=_soft()[..., :16])[0].shape == (sum(ANSWERS), VOCABULARY)
+    soft = _soft()[..., :16]
+    logits = lm.score(_batch(), soft=soft)[0]
+    expected = [_stock_logits(stock, soft[e : e + 1], *row) for e, row in enumerate(_rows())]
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert float(logits.detach().std()) > 0.01

@@ -111,7 +111,7 @@ class PrefixExport(Export):
         if lm.config.is_encoder_decoder:
             raise UserError(
                 f"deduce: {type(lm).__name__}: peft's prefixes stand in the writing stack alone, "
-                "this run's in both and in cross-attention; `ship-ds answer` applies them"
+                "and this run's elsewhere, too; `ship-ds answer` applies them"
             )
         write_prefix(part, [_turned(lm, one, 1) for one in self.states.values()], base, lm.config)
 
