@@ -147,16 +147,16 @@ def _met_before(config: Config, log: Log) -> list[SplitTask]:
     """What the runs were trained on that this one started from, as their bundles know it: one
     wording a task, no example."""
     known: dict[str, None] = {}
-    met: set[str] = set()
+    met: set[Path] = set()
     while (source := config.run.init_from) is not None:
+        if (folder := Path(source).resolve()) in met:  # trained again, from what began with it
+            break
+        met.add(folder)
         try:
             bundle = Bundle.open(source)
         except UserError as error:
             log(f"run.init_from: what that run was trained on is not compared: {error}")
             break
-        if bundle.digest in met:  # a folder that was trained again, from what began with it
-            break
-        met.add(bundle.digest)
         known |= dict.fromkeys(bundle.known_instructions)
         config = bundle.config
     return [SplitTask(Task(text, text, ()), (), ()) for text in known]
