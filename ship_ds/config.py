@@ -692,10 +692,11 @@ class EvaluationConfig(Section):
     never."""
     num_tasks: PositiveInt = 64
     """Seen rules, and dev rules, looked at while training."""
-    best_by: Literal["exact_match", "rouge_l"] = "exact_match"
+    best_by: Literal["exact_match", "rouge_l", "answer_loss"] = "exact_match"
     """The score of dev in these looks by which a checkpoint is the best one, which stays on disk.
-    ROUGE-L tells more where answers are texts, of which few are met word by word; scores from
-    before a change of this setting no longer count."""
+    ROUGE-L tells more where answers are texts, of which few are met word by word, and the loss of
+    the right answers tells most of few tasks; scores from before a change of this setting no longer
+    count."""
     num_final_tasks: PositiveInt = 1_000_000
     """Seen rules in the final report at most."""
     final_share: float | None = Field(0.1, gt=0)

@@ -47,7 +47,7 @@ from ship_ds.evaluation.config import Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
-from ship_ds.evaluation.metrics import metrics_to_show, score
+from ship_ds.evaluation.metrics import LESS_IS_BETTER, metrics_to_show, score
 from ship_ds.evaluation.questions import ask, tasks_of
 from ship_ds.files import disk_full_error, write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
@@ -517,8 +517,8 @@ class Trainer:
         rank.
 
         Returns:
-            Deduction on dev by the metric that checkpoints are chosen by; None where there are no
-            dev tasks.
+            Deduction on dev by the metric that checkpoints are chosen by, more being better; None
+            where there are no dev tasks.
 
         Raises:
             Preempted: between its parts.
@@ -548,7 +548,8 @@ class Trainer:
             self.monitor.evaluation(self.step, scalars)
             if pairs:
                 self.monitor.texts(self.step, pairs)
-        return scalars.get(scalar_name(config.best_by, "dev"))
+        score = scalars.get(scalar_name(config.best_by, "dev"))
+        return None if score is None else -score if config.best_by in LESS_IS_BETTER else score
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""

@@ -21,6 +21,7 @@ from ship_ds.evaluation.method import (
     Deduces,
     Doubts,
     Induces,
+    Predicts,
     Reasons,
     ReasonsOtherwise,
     Reconstructs,
@@ -145,6 +146,10 @@ def _deduction(method: Deduces, questions: Sequence[Question], judges: Sequence[
     wordings, inputs = [q.wording for q in questions], [q.inputs for q in questions]
     answers = method.deduce([q.task for q in questions], wordings, inputs)
     columns = _answer_columns(answers, questions, judges)
+    if isinstance(method, Predicts):
+        columns["answer_loss"] = method.answer_losses(
+            [q.task for q in questions], wordings, [q.asked for q in questions]
+        )
     if isinstance(method, Doubts):
         columns["agreement"] = method.agreement(wordings, inputs, answers)
     return answers, columns

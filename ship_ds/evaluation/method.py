@@ -79,6 +79,20 @@ class Deduces(Protocol):
 
 
 @runtime_checkable
+class Predicts(Protocol):
+    """Deduces, and gives every text a probability, the right answers among them."""
+
+    def answer_losses(
+        self,
+        tasks: Sequence[SplitTask],
+        wordings: Sequence[str],
+        asked: Sequence[Sequence[Example]],
+    ) -> list[list[float]]:
+        """Cross-entropy of each example's target, nats a token, its end among them; arguments as in
+        `deduce`."""
+
+
+@runtime_checkable
 class Doubts(Protocol):
     """Deduces, and says of each answer how far it can be relied on."""
 

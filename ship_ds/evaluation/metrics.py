@@ -6,9 +6,10 @@ tasks.
     label_accuracy      where a task's answers are a closed set: the nearest label is the right one
     rouge_l             words in common, in order
     paper_metric        what the paper of the task's format scores it by
+    answer_loss         nats a token of the right answer: no answer is generated, and less is better
 
-Each compares an answer with every right one and takes the best. An answer that never ended is None,
-and wrong.
+Each of the others compares an answer with every right one and takes the best. An answer that never
+ended is None, and wrong.
 """
 
 import re
@@ -32,8 +33,12 @@ _NUM_RESAMPLES = 2000
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LABEL_WORD = re.compile(r"(?:(?<!\w)[+-](?=\d))?\w+(?:[-'.]\w+)*")
 """A word of a label: with its sign before a number, and with what stands within it."""
-ANSWER_METRICS = ("exact_match", "normalised_match", "label_accuracy", "paper_metric", "rouge_l")
+ANSWER_METRICS = (
+    *("exact_match", "normalised_match", "label_accuracy", "paper_metric", "rouge_l"),
+    "answer_loss",
+)
 """Of answers, in the order of the tables."""
+LESS_IS_BETTER = ("answer_loss",)
 MOST_LABELS = 10
 """Distinct answers of a task that count as a closed set, at most."""
 

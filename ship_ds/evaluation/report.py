@@ -32,6 +32,7 @@ TITLES = {
     "exact_match_found": "exact match by the latent found",
     "exact_match_stated": "exact match, induced text in the prompt",
     "agreement": "agreement of samples",
+    "answer_loss": "loss of the right answer in nats a token, less is better",
 }
 LEADING = {
     "deduction": "exact_match",

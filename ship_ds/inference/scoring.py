@@ -9,8 +9,9 @@ X other letters flattened, Z latent size. The sequences of a batch are the examp
 candidates.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
 
 Examples = Sequence[Example]
+PromptOf = Callable[[str, Any], tuple[int, ...]]
+"""An input and an instruction -> token ids."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,10 @@ def scored_batches(
 
 @torch.no_grad()
 def fit_in_prompt(
-    model: ShipModel, wordings: Sequence[str | None], examples: Sequence[Examples]
+    model: ShipModel,
+    wordings: Sequence[str | None],
+    examples: Sequence[Examples],
+    prompt: PromptOf | None = None,
 ) -> Fit:
     """How the bare Task LLM explains examples with an instruction in the prompt.
 
@@ -166,10 +172,12 @@ def fit_in_prompt(
         model: holds the Task LLM.
         wordings: an instruction a candidate; None: none.
         examples: those of each candidate, equally many for all.
+        prompt: of an input and an instruction, as ids; None: ours (`PromptFormat.task_prompt`).
     """
     prompts, fit = model.prompts, Fit.empty(examples)
+    prompt = prompt or prompts.task_prompt
     places = [(c, m) for c, examples_M in enumerate(examples) for m in range(len(examples_M))]
-    questions = [prompts.task_prompt(examples[c][m].input, wordings[c]) for c, m in places]
+    questions = [prompt(examples[c][m].input, wordings[c]) for c, m in places]
     targets = [prompts.target(examples[c][m].target) for c, m in places]
     lm = model.task_llm.language_model
     for rows, batch in scored_batches(lm, questions, targets, prompts.pad_id, model.device):
@@ -179,6 +187,50 @@ def fit_in_prompt(
             c, m = places[row]
             fit.put(c, slice(m, m + 1), loss[None], right[None])
     return fit
+
+
+def losses_under_adapters(
+    model: ShipModel, wordings: Sequence[str], examples: Sequence[Examples]
+) -> list[list[float]]:
+    """Loss of each target under the adapter of its instruction, nats a token with the end of
+    sequence; one row an instruction, of as many examples as it has."""
+    latent_CZ = model.encode(wordings)
+    return _losses_a_token(
+        lambda some: fit_of_latents(
+            model, latent_CZ[some], [wordings[c] for c in some], [examples[c] for c in some]
+        ),
+        examples,
+        model.prompts,
+    )
+
+
+def losses_in_prompt(
+    model: ShipModel,
+    wordings: Sequence[str | None],
+    examples: Sequence[Examples],
+    prompt: PromptOf | None = None,
+) -> list[list[float]]:
+    """Likewise of the bare Task LLM with the instruction in the prompt; None: without one."""
+    return _losses_a_token(
+        lambda some: fit_in_prompt(
+            model, [wordings[c] for c in some], [examples[c] for c in some], prompt
+        ),
+        examples,
+        model.prompts,
+    )
+
+
+def _losses_a_token(
+    fit_of: Callable[[list[int]], Fit], examples: Sequence[Examples], form: PromptFormat
+) -> list[list[float]]:
+    """fit_of: of some candidates by their numbers, which have equally many examples."""
+    losses: list[list[float]] = [[] for _ in examples]
+    for count in sorted({len(some) for some in examples} - {0}):
+        alike = [c for c, some in enumerate(examples) if len(some) == count]
+        for c, loss_M in zip(alike, fit_of(alike).loss_CM.tolist(), strict=True):
+            lengths = [len(form.target(example.target)) for example in examples[c]]
+            losses[c] = [loss / length for loss, length in zip(loss_M, lengths, strict=True)]
+    return losses
 
 
 def answers_batch(

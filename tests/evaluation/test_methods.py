@@ -15,22 +15,27 @@ from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.data.task import Example, Splits
 from ship_ds.evaluation.baselines.lora_per_task import LoraPerTask
 from ship_ds.evaluation.baselines.oracles import OracleRecipe
+from ship_ds.evaluation.measure import measure
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.composing import AdapterSum
+from ship_ds.evaluation.methods.controls import BareBase, ShuffledInstruction
 from ship_ds.evaluation.methods.explaining import ExplainTrainedLora
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
+from ship_ds.evaluation.methods.prompting import Prompting
 from ship_ds.evaluation.methods.published import ShipDirect, ShipIndirect
 from ship_ds.evaluation.methods.rounds import ShipRounds
 from ship_ds.evaluation.methods.searching import Searching
-from ship_ds.evaluation.methods.ship import SearchWithoutDecoder
+from ship_ds.evaluation.methods.ship import SearchWithoutDecoder, ShipMethod
 from ship_ds.evaluation.methods.weights import ReadOwnAdapter, ReadTrainedLora
 from ship_ds.evaluation.metrics import exact_match
+from ship_ds.evaluation.questions import ask
 from ship_ds.inference import reasoning
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.deduction import answer_under
 from ship_ds.inference.explaining import Threshold, noise_like
 from ship_ds.inference.induction import MOST_TRIED
 from ship_ds.inference.lora_reader import LoraReader
+from ship_ds.model.batch import TokenBatch
 from tests.inference.conftest import bundle, ship
 
 __all__ = ["bundle", "ship"]
@@ -52,6 +57,53 @@ FEW = {
     "num_restarts": 1,
     "refine_steps": 1,
 }
+
+
+def _loss_a_token(ship: Ship, adapter: Any, prompt: Sequence[int], target: str) -> float:
+    """By the whole model's logits, of one example alone."""
+    end = ship.model.prompts.target(target)
+    batch = TokenBatch.build([[*prompt, *end]], None, ship.model.prompts.pad_id)
+    logits_1SV = ship.model.task_llm.language_model.logits(batch, adapter)
+    states = logits_1SV[0, len(prompt) - 1 : -1].float()
+    return float(torch.nn.functional.cross_entropy(states, torch.tensor(end)))
+
+
+@torch.no_grad()
+def test_the_loss_of_an_answer_is_the_cross_entropy_a_token(ship: Ship, splits: Splits) -> None:
+    """Of tasks with more and with fewer inputs, and with none."""
+    tasks = splits.seen[:3]
+    setting = Setting(ship, splits, Path(), None, 0)
+    wordings = [task.task.instruction for task in tasks]
+    asked = [tasks[0].test[:2], (), (Example("1 2 3", "3"), *tasks[2].test[:2])]
+    prompts = ship.model.prompts
+    latent_TZ = ship.model.encode(wordings)
+    by_hand: dict[type, Callable[[int, Example], float]] = {
+        ShipMethod: lambda t, e: _loss_a_token(
+            ship, ship.model.adapt(latent_TZ[[t]]), prompts.task_prompt(e.input), e.target
+        ),
+        BareBase: lambda t, e: _loss_a_token(ship, None, prompts.task_prompt(e.input), e.target),
+        Prompting: lambda t, e: _loss_a_token(
+            ship, None, prompts.task_prompt(e.input, wordings[t]), e.target
+        ),
+    }
+    for method, loss in by_hand.items():
+        found = method(setting).answer_losses(tasks, wordings, asked)
+        assert [len(row) for row in found] == [2, 0, 3]
+        expected = [loss(t, e) for t, row in enumerate(asked) for e in row]
+        assert list(chain(*found)) == pytest.approx(expected, rel=1e-3)
+    shuffled = ShuffledInstruction(setting)
+    others = [shuffled._another(task) for task in tasks]
+    assert shuffled.answer_losses(tasks, wordings, asked) == ShipMethod(setting).answer_losses(
+        tasks, others, asked
+    )
+
+
+def test_the_loss_of_answers_is_a_metric_of_deduction(ship: Ship, splits: Splits) -> None:
+    questions = [ask(task, 0, 0, 2) for task in splits.seen[:2]]
+    method = ShipMethod(Setting(ship, splits, Path(), None, 0))
+    outcome = measure(method, "deduction", questions)
+    losses = method.answer_losses([], [q.wording for q in questions], [q.asked for q in questions])
+    assert outcome.values("answer_loss") == losses and [len(row) for row in losses] == [2, 2]
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,16 @@ def test_an_evaluation_that_a_signal_cuts_short_is_no_failure(tmp_path: Path) ->
                 "deduction_rouge_l/dev": 0.75,
             },
         ),
+        (
+            "answer_loss",
+            -1.5,
+            {
+                "deduction/seen": 0.25,
+                "deduction_answer_loss/seen": 1.5,
+                "deduction/dev": 0.25,
+                "deduction_answer_loss/dev": 1.5,
+            },
+        ),
     ],
 )
 def test_a_checkpoint_is_scored_by_the_metric_of_the_config(
@@ -147,9 +157,10 @@ def test_a_checkpoint_is_scored_by_the_metric_of_the_config(
     dev_score: float,
     logged: dict[str, float],
 ) -> None:
-    """It is logged, though the answers are lists, of which exact match alone is."""
-    row = {"exact_match": [0.25], "rouge_l": [0.75], "instruction": "k", "said": "k"}
-    outcome = Outcome(["exact_match", "rouge_l"], [row])
+    """It is logged, though the answers are lists, of which exact match alone is; where less is
+    better, the checkpoint's score is the negative."""
+    values = {"exact_match": [0.25], "rouge_l": [0.75], "answer_loss": [1.5]}
+    outcome = Outcome([*values], [{**values, "instruction": "k", "said": "k"}])
     monkeypatch.setattr(train, "measure_over_ranks", lambda *args, **options: outcome)
     monkeypatch.setattr(train, "Ship", lambda *args, **options: None)
     monkeypatch.setattr(train, "ShipMethod", lambda setting: None)

@@ -5,11 +5,12 @@ import random
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ship_ds.data.task import SplitTask
+from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.evaluation.metrics import majority_label
 from ship_ds.inference.deduction import AnswersByTask, answer_bare, answer_latents
+from ship_ds.inference.scoring import losses_in_prompt, losses_under_adapters
 
 
 class BareBase(Untrained):
@@ -22,6 +23,15 @@ class BareBase(Untrained):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         return answer_bare(self.ship.model, inputs, self.ship.config.evaluation.max_new_tokens)
+
+    def answer_losses(
+        self,
+        tasks: Sequence[SplitTask],
+        wordings: Sequence[str],
+        asked: Sequence[Sequence[Example]],
+    ) -> list[list[float]]:
+        """See `Predicts`."""
+        return losses_in_prompt(self.ship.model, [None] * len(asked), asked)
 
 
 class ShuffledInstruction(Untrained):
@@ -51,6 +61,15 @@ class ShuffledInstruction(Untrained):
             inputs,
             self.ship.config.evaluation.max_new_tokens,
         )
+
+    def answer_losses(
+        self,
+        tasks: Sequence[SplitTask],
+        wordings: Sequence[str],
+        asked: Sequence[Sequence[Example]],
+    ) -> list[list[float]]:
+        """See `Predicts`."""
+        return losses_under_adapters(self.ship.model, [self._another(t) for t in tasks], asked)
 
     def _another(self, task: SplitTask) -> str:
         # With one seen task there is no other: its own instruction is all that can be drawn.

@@ -6,10 +6,11 @@ Letters: T tasks, Z latent size.
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ship_ds.data.task import SplitTask
+from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.methods.searching import Searching
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.inference.scoring import losses_under_adapters
 
 
 class ShipMethod(Searching):
@@ -28,6 +29,15 @@ class ShipMethod(Searching):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         return self.answer(wordings, inputs)
+
+    def answer_losses(
+        self,
+        tasks: Sequence[SplitTask],
+        wordings: Sequence[str],
+        asked: Sequence[Sequence[Example]],
+    ) -> list[list[float]]:
+        """See `Predicts`."""
+        return losses_under_adapters(self.ship.model, wordings, asked)
 
     def reconstruct(self, wordings: Sequence[str]) -> list[str]:
         """What the decoder makes of each instruction's posterior mean, without examples."""
