@@ -702,8 +702,9 @@ class EvaluationConfig(Section):
     final_share: float | None = Field(0.1, gt=0)
     """Time for the final report as a share of the training's: it measures as many tasks as fit,
     spread over all of them, and says how many it left out. None: all, however long."""
-    min_final_tasks: PositiveInt = 4
-    """Tasks of each row and part of the final report, whatever time they take."""
+    min_final_tasks: PositiveInt = 1
+    """Tasks of each row and part of the final report, whatever time they take, and at least one a
+    rank."""
     ends_with_report: bool = True
     """False: the run ends with its bundle."""
     examples_per_task: PositiveInt = 5

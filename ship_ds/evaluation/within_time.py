@@ -2,8 +2,9 @@
 
     order 0 4 2 6 1 5 3 7 of eight tasks: the first few of them lie evenly among all, however few
 
-First every cell gets its least number of tasks. Then each group of cells takes its share of the
-time that is left, in blocks that double as long as the last one says that the next will fit.
+First every cell gets its least number of tasks, or one a rank, which take no longer than one. Then
+each group of cells takes its share of the time that is left, in blocks that double as long as the
+last one says that the next will fit.
 """
 
 import time
@@ -83,14 +84,14 @@ def measure_within(
     Args:
         groups: in the order in which they are measured.
         seconds: that it may take, by rank 0's word; None: all tasks, however long.
-        least: tasks of each cell whatever they take.
+        least: tasks of each cell whatever they take, and at least one a rank.
         progress: is told of every block.
     """
     if seconds is not None:
         # Each rank has timed the training by a watch of its own; from here on all of them have to
         # measure the same tasks.
         seconds = ranks.gather_objects(seconds)[0]
-    clock = _Clock(seconds)
+    clock, least = _Clock(seconds), max(least, ranks.world_size())
     sizes = []
     for group in groups:
         started, size = clock.now(), least if seconds is not None else group.num_left

@@ -111,6 +111,13 @@ def test_the_least_number_is_measured_whatever_it_takes(make: Make, clock: list[
     assert measured(groups, 1, 4) == [4, 3]
 
 
+def test_no_rank_is_idle_in_the_first_tasks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks answer three tasks in the time of one."""
+    monkeypatch.setattr(within_time.ranks, "world_size", lambda: 3)
+    monkeypatch.setattr(within_time.ranks, "gather_objects", lambda of_this_rank: [of_this_rank])
+    assert measured([Group(1.0, [make("a", 50, 9.0)])], 1, 1) == [3]
+
+
 def test_time_that_a_group_has_no_use_for_goes_to_the_next(make: Make) -> None:
     groups = [Group(0.9, [make("a", 4, 1.0)]), Group(1.0, [make("b", 50, 1.0)])]
     assert measured(groups, 24, 4) == [4, 19]
