@@ -21,6 +21,7 @@ from ship_ds.data.source import TaskSource, TextLengths
 from ship_ds.data.splits import SplitConfig, split_tasks
 from ship_ds.data.task import DataError, Splits
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
+from ship_ds.data.unknown import unknown_texts
 from ship_ds.errors import UserError
 from ship_ds.kinds import first_error
 from ship_ds.parsing import parse_yaml
@@ -79,6 +80,7 @@ def read_files(
         ("left out", {**unread, **filtered}),
         ("cut to length", cut),
         ("left out after cutting", emptied),
+        ("read as the tokenizer's unknown token", unknown_texts(tasks, tokenizer)),
     ):
         for reason, count in counts.items():
             log(f"{step}: {reason}: {count}")
