@@ -210,6 +210,10 @@ class EncoderConfig(TrainedRoleConfig):
     drop_targets: float = Field(0.0, ge=0, lt=1)
     """How often the targets of the shown examples are left out, so that inputs without labels say
     something too."""
+    drop_words: float = Field(0.0, ge=0, lt=1)
+    """How often a word of the instruction is left out of what is read in training, while the
+    decoder has to write all of them: z is then of what the words say together and not of the very
+    text (a denoising autoencoder, as SDAE of Hill et al. 2016, arXiv 1602.03483)."""
 
     pooling: Pooling = LastPooling()
     """What the MLP that gives the posterior reads of the language model's last layer; a name alone,

@@ -219,7 +219,12 @@ class Trainer:
             training.examples_per_task,
             decoder.max_examples,
             decoder.drop_latent,
-            ReadingDraw(encoder.max_examples, encoder.drop_instruction, encoder.drop_targets),
+            ReadingDraw(
+                encoder.max_examples,
+                encoder.drop_instruction,
+                encoder.drop_targets,
+                encoder.drop_words,
+            ),
         )
 
     def open_monitor(self) -> Monitor:

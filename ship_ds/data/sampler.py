@@ -52,17 +52,18 @@ class ReadingDraw:
 
     max_examples: at most, of those that are not answered; each step draws how many.
     drop_instruction: how often the wording is left out where there are examples. drop_targets:
-    likewise the examples' targets.
+    likewise the examples' targets. drop_words: how often a word of the wording is, one by one.
     """
 
     max_examples: int = 0
     drop_instruction: float = 0.0
     drop_targets: float = 0.0
+    drop_words: float = 0.0
 
     def draw(
         self, task: SplitTask, wording: str, answered: Sequence[Example], seed: int, place: str
     ) -> Reading | None:
-        """The reading of a task, a function of the arguments alone; None: its wording.
+        """The reading of a task, a function of the arguments alone; None: its wording as it is.
 
         Args:
             task: its training examples are drawn from.
@@ -71,8 +72,10 @@ class ReadingDraw:
             seed: of the run.
             place: "step position", of which the step draws the number of examples.
         """
+        kept = self._some_words(wording, random.Random(f"{seed} words {place} {task.id}"))
+        alone = None if kept == wording else Reading(kept)
         if not self.max_examples:
-            return None
+            return alone
         step, _, position = place.partition(" ")
         count = random.Random(f"{seed} read {step}").randint(0, self.max_examples)
         rng = random.Random(f"{seed} read {position} {task.id}")
@@ -80,10 +83,18 @@ class ReadingDraw:
         others = [example for example in task.train if example.input not in known]
         examples = tuple(rng.sample(others, min(count, len(others))))
         if not examples:
-            return None
+            return alone
         drops_instruction = rng.random() < self.drop_instruction
         drops_targets = rng.random() < self.drop_targets
-        return Reading(None if drops_instruction else wording, examples, not drops_targets)
+        return Reading(None if drops_instruction else kept, examples, not drops_targets)
+
+    def _some_words(self, wording: str, rng: random.Random) -> str:
+        """The wording without some of its words; one stays at least."""
+        if not self.drop_words:
+            return wording
+        words = wording.split()
+        kept = [word for word in words if rng.random() >= self.drop_words]
+        return " ".join(kept or rng.sample(words, 1))
 
 
 def balanced(tasks: Sequence[SplitTask], alpha: float) -> tuple[SplitTask, ...]:

@@ -208,6 +208,31 @@ def test_what_the_encoder_reads() -> None:
     assert abs(sum(not read.states_targets for read in shown) / len(shown) - 0.25) < 0.07
 
 
+def test_words_are_left_out_of_what_the_encoder_reads_alone() -> None:
+    """In their order, as often as asked for, otherwise at each step; the wording that the decoder
+    writes and all else stay."""
+    long = " ".join(f"w{i}" for i in range(30))
+    tasks = [replace(_task(i), task=replace(_task(i).task, instruction=long)) for i in range(4)]
+    plain, noisy = (
+        _sampler(tasks=tasks, tasks_per_step=4, reading=reading)
+        for reading in (ReadingDraw(2), ReadingDraw(2, drop_words=0.3))
+    )
+    kept: list[str] = []
+    for step in range(60):
+        for before, after in zip(plain.draw_step(step), noisy.draw_step(step), strict=True):
+            assert replace(after, read=None) == replace(before, read=None)
+            assert after.reading.examples == before.reading.examples
+            words = iter(after.wording.split())
+            text = after.reading.instruction or ""
+            assert text and all(word in words for word in text.split())
+            kept += [text] if after.wording == long else []
+    assert len(set(kept)) > 0.9 * len(kept)
+    share = sum(len(text.split()) for text in kept) / (30 * len(kept))
+    assert abs(share - 0.7) < 0.03
+    short = _sampler(tasks=[_task(0)], tasks_per_step=1, reading=ReadingDraw(drop_words=0.9))
+    assert all(short.draw_step(step)[0].reading.instruction for step in range(60))
+
+
 def test_a_task_without_an_example_to_spare_is_read_by_its_wording() -> None:
     tight = StepSampler([_task(0, 2)], 3, 1, 2, 0, 0.0, ReadingDraw(3, 0.5))
     assert all(tight.draw_step(step)[0].reading.examples == () for step in range(9))
