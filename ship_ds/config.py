@@ -239,7 +239,18 @@ class DecoderConfig(TrainedRoleConfig):
     num_soft_tokens x hidden size)."""
 
 
-class LoraHypernetworkConfig(Section):
+class TrunkConfig(Section):
+    """What kinds of adapter have in common that are made place by place: z and a learned embedding
+    of the place go through one MLP."""
+
+    width: PositiveInt = 128
+    """Of the hidden layers between z, or a state that is fused, and what is generated."""
+    normalises_latent: bool = False
+    """What z adds to a place's embedding gets mean zero and variance one. Otherwise training, which
+    a small loss.kl lets make z large, can hide the places from each other."""
+
+
+class LoraHypernetworkConfig(TrunkConfig):
     """A LoRA over linears of the Task LLM, generated whole."""
 
     kind: Literal["lora"] = "lora"
@@ -250,8 +261,6 @@ class LoraHypernetworkConfig(Section):
     targets: Targets = Field(ALL_PROJECTIONS, min_length=1)
     """Last names of the linears of the Task LLM that are adapted; all-linear: every one of its
     blocks."""
-    width: PositiveInt = 128
-    """Of the hidden layers between z and the heads."""
     heads: Literal["per_module", "per_layer", "per_rank"] = "per_module"
     """One head a module shape, one a layer (largest), or one a shape that makes a single rank
     (smallest)."""
@@ -260,7 +269,7 @@ class LoraHypernetworkConfig(Section):
     """Each linear reads all of z, or the share of its block alone, of equal shares."""
 
 
-class BottleneckHypernetworkConfig(Section):
+class BottleneckHypernetworkConfig(TrunkConfig):
     """Bottleneck adapters: what a linear gives, plus a narrow MLP of that, generated whole."""
 
     kind: Literal["bottleneck"] = "bottleneck"
@@ -271,33 +280,27 @@ class BottleneckHypernetworkConfig(Section):
     targets: Targets = Field(("o_proj", "down_proj"), min_length=1)
     """Last names of the linears of the Task LLM after which it stands; all-linear: every one of its
     blocks."""
-    width: PositiveInt = 128
-    """Of the hidden layers between z and the heads."""
     heads: Literal["per_module", "per_layer", "per_rank"] = "per_module"
     """As a LoRA's."""
     latent: Literal["whole", "by_layer"] = "whole"
     """Each adapter reads all of z, or the share of its block alone, of equal shares."""
 
 
-class PrefixHypernetworkConfig(Section):
+class PrefixHypernetworkConfig(TrunkConfig):
     """Keys and values that every block attends to before its own, generated whole."""
 
     kind: Literal["prefix"] = "prefix"
     length: PositiveInt = 8
     """Keys and values of each block."""
-    width: PositiveInt = 128
-    """Of the hidden layers between z and the keys."""
     latent: Literal["whole", "by_layer"] = "whole"
     """Each block reads all of z, or its own share alone, of equal shares."""
 
 
-class FusionHypernetworkConfig(Section):
+class FusionHypernetworkConfig(TrunkConfig):
     """Instruction fusion (HINT): every state that the encoder gives of the instruction becomes a
     key and a value of every block, beside z. Usually a part of a combination."""
 
     kind: Literal["fusion"] = "fusion"
-    width: PositiveInt = 128
-    """Of the hidden layers between a state and its keys."""
     drop: float = Field(0.1, ge=0, le=1)
     """How often training leaves a task's states out, so that what is made of z alone is of use
     where no instruction is known."""

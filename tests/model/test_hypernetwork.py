@@ -108,6 +108,25 @@ def test_gradients_reach_every_parameter_and_z(heads: str) -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@torch.no_grad()
+def test_a_normalised_latent_cannot_hide_the_places() -> None:
+    """How far the A of two sites of one shape differ, by how far those of one site are from zero:
+    under a z a thousand times as large they become one, unless what z adds is normalised."""
+
+    def apart(normalises: bool, scale: float) -> float:
+        torch.manual_seed(0)
+        config = LoraHypernetworkConfig(rank=RANK, width=WIDTH, normalises_latent=normalises)
+        hypernetwork = LoraHypernetwork(config, Z, Target(SITES, 64))
+        for head in hypernetwork.heads:
+            head.to_a.bias.zero_()  # type: ignore[union-attr,operator]
+        factors = hypernetwork(scale * _latent()).factors
+        (up, _), (gate, _) = (factors[f"model.layers.1.mlp.{name}"] for name in ("up", "gate"))
+        return float((up - gate).norm() / up.norm())
+
+    assert apart(False, 1) > 0.3 and apart(False, 1000) < 0.01
+    assert apart(True, 1) > 0.3 and apart(True, 1000) == pytest.approx(apart(True, 1), rel=0.5)
+
+
 def test_state_names_of_the_default() -> None:
     """Bundles hold them."""
     names = {name.rpartition(".")[0] for name in _hypernetwork("per_module").state_dict()}

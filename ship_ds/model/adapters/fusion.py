@@ -46,7 +46,7 @@ class FusionHypernetwork(TrunkHypernetwork):
             # the values say nothing yet.
             nn.init.zeros_(head.weight.chunk(2)[1])
             nn.init.zeros_(head.bias)
-        self.add_trunk(latent_size, config.width, ())
+        self.add_trunk(latent_size, config, ())
         self.from_state = nn.Linear(target.state_size, config.width)
         # States of a last layer are normed: a state weighs as much as z.
         nn.init.normal_(self.from_state.weight, std=1 / math.sqrt(target.state_size))

@@ -383,7 +383,7 @@ class FactorHypernetwork(TrunkHypernetwork):
                 layers = torch.tensor([layer_of(path, target.blocks) for path in head.places])
                 self.register_buffer(f"layers_{group}", layers, persistent=False)
         self.add_trunk(
-            share_of(latent_size, self.num_shares), width, [head.num_embeddings for head in heads]
+            share_of(latent_size, self.num_shares), config, [head.num_embeddings for head in heads]
         )
         self.heads = nn.ModuleList(heads)
 

@@ -148,7 +148,7 @@ class PrefixHypernetwork(TrunkHypernetwork):
         nn.init.zeros_(values)
         nn.init.zeros_(head.bias)
         self.num_shares = len(target.blocks) if config.latent == "by_layer" else 1
-        self.add_trunk(share_of(latent_size, self.num_shares), config.width, [len(self.places)])
+        self.add_trunk(share_of(latent_size, self.num_shares), config, [len(self.places)])
         self.head = head
 
     def forward(self, latent_TZ: Tensor) -> PrefixAdapter:

@@ -2,6 +2,7 @@
 adapter of there.
 
     features = LayerNorm(x + MLP(x)) / sqrt(D)      x = W z + embedding of the place
+                                                    or normalised W z + embedding
 
 A place is a site, or a block. With `latent: by_layer` z is cut into one share a block, and a place
 reads the share of its block alone: what layer queries gathered (HINT, Ivison et al. 2023, arXiv
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ship_ds.config import TrunkConfig
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Hypernetwork
 
@@ -24,14 +26,15 @@ from ship_ds.model.adapters.adapter import Hypernetwork
 class TrunkHypernetwork(Hypernetwork):
     """A hypernetwork that turns z into features of its places; a subclass adds the heads."""
 
-    def add_trunk(self, latent_size: int, width: int, groups: Sequence[int]) -> None:
+    def add_trunk(self, latent_size: int, config: TrunkConfig, groups: Sequence[int]) -> None:
         """Make the trunk. A subclass calls it once, after its heads are drawn.
 
         Args:
             latent_size: Z, or the share of it that a place reads.
-            width: D.
+            config: says D, and whether W z is normalised.
             groups: how many embeddings each group of places has.
         """
+        width, self.normalises = config.width, config.normalises_latent
         self.from_latent = nn.Linear(latent_size, width)
         # z weighs as much as a place's embedding
         nn.init.normal_(self.from_latent.weight, std=1 / math.sqrt(latent_size))
@@ -50,6 +53,9 @@ class TrunkHypernetwork(Hypernetwork):
         """What the places of each share of z add to their embeddings, (T, num_shares, D)."""
         shares = latent_TZ.to(self.from_latent.weight.dtype).unflatten(1, (num_shares, -1))
         projected: Tensor = self.from_latent(shares)
+        if self.normalises:
+            # Without weights of its own: a scale would grow as z does.
+            return torch.nn.functional.layer_norm(projected, projected.shape[-1:])
         return projected
 
     def run_trunk(self, features_TUD: Tensor) -> Tensor:
