@@ -125,7 +125,8 @@ class Bundle:
         whose hypernetwork combines the bundle's with other parts. These stay as they were drawn.
 
         Raises:
-            UserError: Its trainable parameters have other names or shapes.
+            UserError: Its trainable parameters have other names or shapes, or make another
+                adapter.
         """
         import torch
         from safetensors.torch import load_file
@@ -135,7 +136,13 @@ class Bundle:
 
         state = by_current_name(load_file(self.folder / SHIP_WEIGHTS))
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        part = _part_of(self.config.model.hypernetwork, model.config.hypernetwork)
+        own, other = self.config.model.hypernetwork, model.config.hypernetwork
+        if key := _other_meaning(own, other):
+            raise UserError(
+                f"{self.folder}: its weights were trained with model.hypernetwork.{key}="
+                f"{json.dumps(getattr(own, key))}: set that here too"
+            )
+        part = _part_of(own, other)
         if part is not None:
             inside = f"{_HYPERNETWORK}parts.{part}."
             state = {_moved_inside(n, inside): one for n, one in state.items()}
@@ -175,6 +182,18 @@ class Bundle:
 
 _HYPERNETWORK = "hypernetwork."
 """What the names of its parameters begin with."""
+
+
+_MEANING = ("alpha", "normalises_latent")
+"""Settings that change what a hypernetwork's weights make, and neither their names nor shapes."""
+
+
+def _other_meaning(one: Section, other: Section) -> str | None:
+    """The first of these settings in which two hypernetworks of one kind differ."""
+    if type(one) is not type(other):
+        return None
+    keys = (key for key in _MEANING if hasattr(one, key))
+    return next((key for key in keys if getattr(one, key) != getattr(other, key)), None)
 
 
 def _part_of(one: Section, other: Section) -> int | None:

@@ -154,6 +154,22 @@ def test_weights_of_other_shapes_are_one_line(folder: Path) -> None:
         Bundle.open(folder).load_into(model)
 
 
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("alpha=4", r"hypernetwork\.alpha=16\.0: set"),
+        ("normalises_latent=true", "latent=false: set"),
+    ],
+)
+def test_weights_that_would_make_other_adapters_are_one_line(
+    folder: Path, setting: str, line: str
+) -> None:
+    """Names and shapes are the same, and a run that began with them would begin elsewhere."""
+    config = load_config("quickstart-smoke", [f"model.hypernetwork.{setting}"])
+    with pytest.raises(UserError, match=line):
+        Bundle.open(folder).load_into(build_ship(config.model, LoadedWeights()))
+
+
 def test_a_run_opens_from_inside_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert list(Bundle.open(Path(".")).probes) == PROBES
