@@ -221,9 +221,19 @@ class FrozenBase:
 
 
 def named_as_before(lora: LoraHypernetworkConfig) -> str:
-    """The section without `latent`, which is of the run's own hypernetwork and came later: what
-    earlier versions trained is found again."""
-    return repr(lora).replace(", latent='whole'", "")
+    """The section as the first version wrote it, and what is set of what came later: what earlier
+    versions trained is found again.
+
+    The order is written out, since that of the fields moves when a base class takes one of them.
+    """
+    first = ("kind", "rank", "alpha", "targets", "width", "heads")
+    later = [
+        name
+        for name, field in type(lora).model_fields.items()
+        if name not in first and getattr(lora, name) != field.default
+    ]
+    named = ", ".join(f"{name}={getattr(lora, name)!r}" for name in (*first, *later))
+    return f"{type(lora).__name__}({named})"
 
 
 def _rows(by_task: Sequence[Sequence[Any]], parts: Sequence[Piece]) -> list[Any]:

@@ -131,12 +131,14 @@ def test_run_without_lora_gets_a_base_with_lora_sites(ship: Ship) -> None:
 
 
 def test_baselines_of_earlier_versions_are_found_again() -> None:
-    """Their LoRA was named without `latent`, which says nothing of them."""
+    """Their LoRA was named without what came later, which is named only where it is set."""
     lora = LoraHypernetworkConfig(rank=4, targets=("q_proj",))
     assert named_as_before(lora) == (
         "LoraHypernetworkConfig(kind='lora', rank=4, alpha=16, targets=('q_proj',), width=128, "
         "heads='per_module')"
     )
+    other = lora.model_copy(update={"normalises_latent": True})
+    assert named_as_before(other).endswith("heads='per_module', normalises_latent=True)")
 
 
 def test_a_run_by_layer_gives_baselines_a_lora_over_all_of_z() -> None:
