@@ -685,6 +685,9 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(0, ge=0)
     """Zero: at the end, and before each evaluation."""
+    every_minutes: PositiveFloat | None = None
+    """After so many minutes of training without one; what a failure costs is then known, however
+    long a step takes. None: by the steps alone."""
     keep_last: PositiveInt = 2
     """Beside these, the best on dev is kept; see evaluation.best_by."""
     max_gigabytes: PositiveFloat | None = None

@@ -250,6 +250,7 @@ class Trainer:
         self.owes_evaluation = False
         self.num_evaluation_starts = 0
         self.saved_step: int | None = None
+        self.saved_seconds = 0.0
         good = checkpoint.newest_good_to_resume(self.folder / "checkpoints", log)
         if good is None:
             return
@@ -272,6 +273,7 @@ class Trainer:
         self.owes_evaluation = progress.owes_evaluation
         self.num_evaluation_starts = progress.num_evaluation_starts if self.owes_evaluation else 0
         self.watch.seconds, self.watch.tokens = progress.seconds, progress.tokens
+        self.saved_seconds = progress.seconds
 
     def train(self) -> None:
         """Take every step that is left, saving and evaluating when it is due.
@@ -289,7 +291,7 @@ class Trainer:
                 self.take_step()
                 self.owes_evaluation = is_due(self.step, self.config.evaluation.every_steps)
                 # Saved before it is evaluated, so that an evaluation that fails loses no step.
-                if self.owes_evaluation or is_due(self.step, self.config.checkpoint.every_steps):
+                if self.owes_evaluation or self.checkpoint_is_due():
                     self.save()
                 if self.owes_evaluation:
                     self.evaluate_saved_step()
@@ -318,7 +320,8 @@ class Trainer:
         counts = self.count([]).of_flat(agreed.counts)
         self.prefetch_batches(self.step + 1)
         sums = self.losses_and_gradients(batches, counts)
-        lr = learning_rate(self.step, self.config.optimiser, self.num_steps, agreed.spent)
+        spent = self.share_of_minutes(agreed.seconds)
+        lr = learning_rate(self.step, self.config.optimiser, self.num_steps, spent)
         self.engine.set_learning_rate(lr)
         skipped = self.engine.step()
         self.agreed = self.agree(self.prefetched(self.step + 1), sums)
@@ -363,7 +366,7 @@ class Trainer:
         step before, and on whether to go on."""
         return agree(
             self.stop.is_asked,
-            self.share_of_minutes(self.watch.seconds_so_far()),
+            self.watch.seconds_so_far(),
             self.count(batches).flat(),
             torch.zeros(0, device=ranks.device()) if sums is None else sums,
         )
@@ -575,7 +578,7 @@ class Trainer:
             probes=probe_inputs(self.splits.seen),
         )
         checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
-        self.saved_step = self.step
+        self.saved_step, self.saved_seconds = self.step, self.seconds()
 
     def known_instructions(self) -> list[str]:
         return [task.task.instruction for task in self.splits.seen]
@@ -583,10 +586,20 @@ class Trainer:
     def spent_time(self) -> float:
         """The share of training.max_minutes that is used, the same on every rank; 0 without a
         limit."""
-        if self.agreed is not None:
-            return self.agreed.spent
+        return self.share_of_minutes(self.seconds())
+
+    def seconds(self) -> float:
+        """Of training so far, the same on every rank."""
         # Before the first step of a start, what the checkpoint says, to every rank alike.
-        return self.share_of_minutes(self.watch.seconds)
+        return self.watch.seconds if self.agreed is None else self.agreed.seconds
+
+    def checkpoint_is_due(self) -> bool:
+        """By the steps, or by the time since the newest checkpoint; the same on every rank."""
+        config = self.config.checkpoint
+        if is_due(self.step, config.every_steps):
+            return True
+        minutes = config.every_minutes
+        return minutes is not None and self.seconds() - self.saved_seconds >= 60 * minutes
 
     def share_of_minutes(self, seconds: float) -> float:
         """Of training.max_minutes; 0 without a limit."""

@@ -2,7 +2,7 @@
 
 Each reduction costs a round over the network, which at a thousand ranks takes as long as a good
 part of the step. So the losses of the step that ends, the counts of the step that begins, the stop
-flag and the time spent travel together, on the engine's device.
+flag and the time of training travel together, on the engine's device.
 
 Letters: X other letters flattened.
 """
@@ -20,34 +20,36 @@ from ship_ds.runtime import ranks
 class Agreement:
     """The same on every rank.
 
-    is_asked_to_stop: whether any rank is. spent: the share of training.max_minutes that is used.
-    counts: of the step to come, summed over ranks. sums: of the step before it, summed over ranks,
-    float64 (X,) on the CPU; empty before the first step.
+    is_asked_to_stop: whether any rank is. seconds: of training so far, the mean over ranks. counts:
+    of the step to come, summed over ranks. sums: of the step before it, summed over ranks, float64
+    (X,) on the CPU; empty before the first step.
     """
 
     is_asked_to_stop: bool
-    spent: float
+    seconds: float
     counts: list[float]
     sums: Tensor
 
 
-def agree(is_asked_to_stop: bool, spent: float, counts: Sequence[float], sums: Tensor) -> Agreement:
+def agree(
+    is_asked_to_stop: bool, seconds: float, counts: Sequence[float], sums: Tensor
+) -> Agreement:
     """Reduce this rank's part of an agreement; every rank calls it at the same boundary.
 
     Args:
         is_asked_to_stop: whether this rank is.
-        spent: this rank's share of training.max_minutes; ranks take the mean.
+        seconds: of training so far by this rank's clock.
         counts: of the step to come, known on the host.
         sums: any vector (X,) of the step before, on the engine's device.
     """
-    on_host = torch.tensor([float(is_asked_to_stop), spent, *counts], dtype=torch.float64)
+    on_host = torch.tensor([float(is_asked_to_stop), seconds, *counts], dtype=torch.float64)
     flat = torch.cat([on_host.to(sums.device, non_blocking=True), sums.double()])
     agreed = ranks.sum_over_ranks(flat).cpu()
-    num_asked, spent_by_all = agreed[:2].tolist()
+    num_asked, seconds_of_all = agreed[:2].tolist()
     end = 2 + len(counts)
     return Agreement(
         num_asked > 0,
-        spent_by_all / ranks.world_size(),
+        seconds_of_all / ranks.world_size(),
         agreed[2:end].tolist(),
         agreed[end:],
     )

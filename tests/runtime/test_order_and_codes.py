@@ -44,7 +44,7 @@ class StubTrainer(train.Trainer):
         self.num_steps, self.num_bad_steps = 4, 0
         self.data_fingerprint, self.bases = "data", {}
         self.splits: Any = SimpleNamespace(seen=[])
-        self.step, self.saved_step, self.agreed = 0, None, None
+        self.step, self.saved_step, self.saved_seconds, self.agreed = 0, None, 0.0, None
         self.owes_evaluation, self.num_evaluation_starts = False, 0
         good = checkpoint.newest_good_to_resume(folder / "checkpoints", print)
         if good is not None:
@@ -193,6 +193,38 @@ def test_a_run_that_its_minutes_ended_trains_no_further_when_it_starts_again(
     trainer.watch.seconds = 59.5
     trainer.train()
     assert trainer.step == 4
+
+
+def test_a_checkpoint_comes_after_so_many_minutes_of_training(tmp_path: Path) -> None:
+    """By the ranks' common clock, counted from the checkpoint before, also over a restart."""
+
+    class Timed(StubTrainer):
+        def __init__(self, seconds_of_steps: list[float]) -> None:
+            super().__init__(tmp_path)
+            overrides = ["checkpoint.every_minutes=1", "checkpoint.every_steps=0"]
+            self.config = load_config("quickstart-smoke", overrides)
+            self.num_steps, self.left = self.step + len(seconds_of_steps), seconds_of_steps
+            self.saved: list[int] = []
+
+        def take_step(self) -> None:
+            super().take_step()
+            seconds = self.seconds() + self.left.pop(0)
+            self.watch.seconds = seconds + self.step / 100  # this rank's own, a little apart
+            self.agreed = Agreement(False, seconds, [], torch.zeros(0))
+
+        def save(self) -> None:
+            super().save()
+            self.saved.append(self.step)
+
+    trainer = Timed([59.0, 1.0, 59.0, 30.0, 30.0, 20.0])
+    trainer.train()
+    assert trainer.saved == [2, 4]
+    trainer.num_steps = 0
+    trainer.save()  # as on the way out: 50 s after the one before, by the clock of all
+    again = Timed([59.0, 1.0, 1.0])
+    assert again.step == 6 and again.saved_seconds == again.seconds()
+    again.train()
+    assert again.saved == [8]
 
 
 def test_a_stop_that_is_agreed_on_after_the_last_step_is_heeded_by_every_rank(

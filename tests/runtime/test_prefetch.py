@@ -65,6 +65,6 @@ def test_a_closed_one_has_no_thread_and_no_batches() -> None:
 
 def test_an_agreement_keeps_counts_and_sums_apart() -> None:
     agreed = agree(True, 0.25, [3, 2.0, 70], torch.tensor([0.1, 0.2], dtype=torch.float64))
-    assert (agreed.is_asked_to_stop, agreed.spent) == (True, 0.25)
+    assert (agreed.is_asked_to_stop, agreed.seconds) == (True, 0.25)
     assert agreed.counts == [3.0, 2.0, 70.0] and agreed.sums.tolist() == [0.1, 0.2]
     assert not agree(False, 0.0, [], torch.zeros(0)).is_asked_to_stop

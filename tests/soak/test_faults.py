@@ -192,10 +192,11 @@ def test_how_much_of_the_time_goes_into_steps_that_are_kept(tmp_path: Path) -> N
     """At one failure an hour, with the embedded default as `make quickstart` trains it: measured
     and written down. How much it is, is the machine's; that the formula was asked is tested."""
     config = load_config("quickstart")
-    # Zero: at the evaluations alone.
-    num_steps = config.checkpoint.every_steps or config.evaluation.every_steps
+    every_minutes = config.checkpoint.every_minutes
+    assert every_minutes is not None
     settings = ["evaluation.every_steps=0", "evaluation.ends_with_report=false"]
     settings += ["--config", "quickstart", "training.steps=12", "checkpoint.every_steps=4"]
+    settings += ["checkpoint.every_minutes=null"]
     compiled = Path(environment()["TORCH_EXTENSIONS_DIR"])
     run = Run(tmp_path / "run", Bench(tmp_path, extensions=compiled), tmp_path, settings)
     killed = Fault("sigkill", "step", 0, Site(ENGINE, "Engine.step"), 6, True, 1, "rank")
@@ -210,15 +211,16 @@ def test_how_much_of_the_time_goes_into_steps_that_are_kept(tmp_path: Path) -> N
         "seconds of a step": median(row["speed/step_seconds"] for row in run.rows()),
         "seconds of a save": median(map(float, times.read_text().split())),
     }
-    between_saves = num_steps * measured["seconds of a step"]
+    # The first step that ends after the minutes is the one that is saved.
+    between_saves = 60 * every_minutes + measured["seconds of a step"] / 2
     share = effective_share(
         3600, measured["seconds to restart"], between_saves, measured["seconds of a save"]
     )
     print(f"effective training time at one failure an hour: {share:.3f} of {measured}")
     path = FIGURES.with_name("effective_time.json")
-    write_json(path, {**measured, "steps between saves": num_steps, "share": share})
+    write_json(path, {**measured, "seconds between saves": between_saves, "share": share})
     kept = json.loads(path.read_text())
-    between_saves = kept["steps between saves"] * kept["seconds of a step"]
+    between_saves = kept["seconds between saves"]
     lost = kept["seconds to restart"] + (between_saves + kept["seconds of a save"]) / 2
     again = (1 - lost / 3600) * between_saves / (between_saves + kept["seconds of a save"])
     assert kept["share"] == pytest.approx(again)
