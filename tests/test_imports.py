@@ -73,8 +73,14 @@ def test_the_ground_floor_stands_by_itself(name: str) -> None:
             "assert 'torch' in sys.modules and 'deepspeed' not in sys.modules",
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "import torch; own = torch.compile; import ship_ds.train, bitsandbytes;"
+            "assert 'torch._inductor.compile_fx' not in sys.modules;"
+            "assert torch.compile is own",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["none for the package", "torch alone for Ship"],
+    ids=["none for the package", "torch alone for Ship", "no compiler for the trainer"],
 )
 def test_what_an_import_costs(program: str) -> None:
     done = subprocess.run(

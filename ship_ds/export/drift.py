@@ -8,10 +8,10 @@ base stands for it here.
 from pathlib import Path
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import torch
 
 from ship_ds.export.proof import PeftBase, largest_difference
+from ship_ds.model.bitsandbytes_import import bitsandbytes
 from ship_ds.model.loading import Quantisation, load_lm
 from ship_ds.origin import read_origin
 
@@ -51,7 +51,7 @@ def _in_fp32(model: torch.nn.Module) -> torch.nn.Module:
     """NF4 weights that a file says are for 16-bit arithmetic, computed in fp32, so that only
     weights differ."""
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight: Any = module.weight
             module.compute_dtype = weight.quant_state.dtype = torch.float32
     return model

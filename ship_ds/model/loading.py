@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import bitsandbytes
 import torch
 from torch import nn
 from transformers import (
@@ -21,6 +20,7 @@ from ship_ds.console import log
 from ship_ds.errors import UserError, first_line
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
+from ship_ds.model.bitsandbytes_import import bitsandbytes
 from ship_ds.model.language_model import (
     auto_class,
     implementation,

@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes
 import torch
-from bitsandbytes import functional as bnb
-from bitsandbytes.cextension import lib as native_library
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ship_ds.model.bitsandbytes_import import bitsandbytes
+
+# isort: split
+from bitsandbytes import functional as bnb
+from bitsandbytes.cextension import lib as native_library
 
 BLOCK = 64
 """Weights that share a scale."""

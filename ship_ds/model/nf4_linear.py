@@ -14,13 +14,13 @@ Letters: T tasks, R LoRA rank, I inputs of a linear, O outputs of a linear, N pa
 
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.segment_lora import LowRank, add_low_rank, factor_gradients
+from ship_ds.model.bitsandbytes_import import bitsandbytes
 from ship_ds.model.nf4 import BLOCK, dequantised
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
+from ship_ds.model.bitsandbytes_import import bitsandbytes
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.nf4 import Nf4, pieces_of
 from ship_ds.weights_folder import WeightsFolder
@@ -139,7 +139,7 @@ def _read(weights: WeightsFolder, path: str, expected: Tensor) -> Tensor:
 def _load(empty: Any, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """A parameter in the place of `empty`: on `device`, in 4 bits where that one is for them, and
     no longer backed by the file."""
-    if not isinstance(empty, bnb.nn.Params4bit):
+    if not isinstance(empty, bitsandbytes.nn.Params4bit):
         return nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False)
     pieces = pieces_of(tensor, dtype, device)
     return Nf4.of(tensor.shape, dtype, pieces, device).parameter(empty)
