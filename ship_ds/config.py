@@ -720,7 +720,8 @@ class EvaluationConfig(Section):
     examples_per_task: PositiveInt = 5
     """Test inputs answered for each task, while training and in the final report."""
     max_new_tokens: PositiveInt = 20
-    """Of an answer; a longer one counts as none."""
+    """Of an answer, its end included; a longer one is never the right one. Right answers that are
+    longer are counted in one line at the start."""
     max_instruction_tokens: PositiveInt = 40
     """Of an instruction that the decoder writes."""
 

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from ship_ds.data.task import Example, Reading, Splits, SplitTask
+from ship_ds.data.task import CutOff, Example, Reading, Splits, SplitTask
 from ship_ds.errors import UserError
 from ship_ds.template_limits import TemplateLimitError, within_limits
 
@@ -296,6 +296,10 @@ class PromptFormat:
         """As `text`, but None where no end-of-sequence came in time: an answer that never ended is
         none."""
         return self.text(ids) if ids[-1] == self.eos_id else None
+
+    def written_text(self, ids: Sequence[int]) -> str:
+        """As `text`, but a `CutOff` where no end-of-sequence came in time."""
+        return self.text(ids) if ids[-1] == self.eos_id else CutOff(self.text(ids))
 
     def samples(self) -> dict[str, tuple[int, ...]]:
         """Token ids of fixed texts through every method that renders for a model, by a name.

@@ -48,7 +48,7 @@ from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.metrics import LESS_IS_BETTER, metrics_to_show, score
-from ship_ds.evaluation.questions import ask, tasks_of
+from ship_ds.evaluation.questions import ask, tasks_of, warn_of_long_targets
 from ship_ds.files import disk_full_error, write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
@@ -159,6 +159,8 @@ class Trainer:
         # late holds up every gather of the others.
         if (folder := source.token_cache(self.folder)) is not None:
             cache_tokens(folder, model, self.splits)
+        limit = config.evaluation.max_new_tokens
+        warn_of_long_targets(self.splits.tasks, model.prompts, limit, log)
         # Before the engine too: from there on weights may be sharded, and the optimiser has copied
         # them in fp32.
         if config.run.init_from is not None:

@@ -22,6 +22,11 @@ PaperMetric = Literal["", "exact", "set", "contains", "f1"]
 its own."""
 
 
+class CutOff(str):
+    """What was written of an answer that met its limit before its end: never the right one, but
+    words that can be scored."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One input with its target. `references` lists every right answer, the target first; empty

@@ -13,6 +13,7 @@ from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
 from ship_ds.evaluation.judge import Columns, Judge
 from ship_ds.evaluation.judge_prompts import JUDGE_PROMPTS
+from ship_ds.evaluation.metrics import has_ended
 from ship_ds.evaluation.questions import Question
 from ship_ds.files import write_json
 from ship_ds.inference.deduction import AnswersByTask
@@ -57,7 +58,7 @@ class EndpointJudge(Judge):
 
     def is_right(self, answer: str | None, example: Example, instruction: str) -> bool:
         """Whether the judge calls the answer right; of one that never ended it is not asked."""
-        if answer is None:
+        if not has_ended(answer):
             return False
         messages = self.prompt.about_answer(answer, example, instruction)
         return self.prompt.is_yes(self.endpoint.reply(messages))

@@ -38,13 +38,13 @@ from ship_ds.evaluation.judges import build_judges, judges_of
 from ship_ds.evaluation.measure import joined, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED
-from ship_ds.evaluation.questions import PARTS, ask, tasks_of
+from ship_ds.evaluation.questions import PARTS, ask, tasks_of, warn_of_long_targets
 from ship_ds.monitor.progress import Progress
 from ship_ds.parsing import read_json_lines, read_json_object
 from ship_ds.prompt import check_tasks
 from ship_ds.runtime import ranks
 
-_VERSION = 3
+_VERSION = 4
 """Of the way in which cells are measured; another one measures them again."""
 
 
@@ -93,6 +93,8 @@ class Run:
         if data is not None:
             splits = _with_others(splits, data, ship, log)
         check_tasks({*vars(ship.model.collator.prompts).values()}, splits)
+        limit = ship.config.evaluation.max_new_tokens
+        warn_of_long_targets(splits.tasks, ship.model.prompts, limit, log)
         return cls(folder, ship, splits, results_name(data))
 
     @cached_property

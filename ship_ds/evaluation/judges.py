@@ -58,8 +58,9 @@ class ExecutionJudge(Judge):
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         inputs = [[example.input for example in q.checked] for q in questions]
         latent_TZ = self.model.encode(induced)
-        stated = answer_stated(self.model, induced, inputs, self.max_new_tokens)
-        through = answer_latents(self.model, latent_TZ, induced, inputs, self.max_new_tokens)
+        length = self.max_new_tokens
+        stated = answer_stated(self.model, induced, inputs, length, keeps_cut_off=True)
+        through = answer_latents(self.model, latent_TZ, induced, inputs, length, keeps_cut_off=True)
         checked = [q.checked for q in questions]
         return {
             "execution_accuracy": rows_of(exact_match, stated, checked),
@@ -80,7 +81,9 @@ class PublishedExecutionJudge(Judge):
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         inputs = [[example.input for example in q.checked] for q in questions]
         prompt = self.model.prompts.published_task_prompt
-        answers = answer_stated(self.model, induced, inputs, self.max_new_tokens, prompt=prompt)
+        answers = answer_stated(
+            self.model, induced, inputs, self.max_new_tokens, prompt=prompt, keeps_cut_off=True
+        )
         checked = [q.checked for q in questions]
         exact, paper = (
             rows_of(exact_match, answers, checked),

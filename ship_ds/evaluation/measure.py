@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from ship_ds.data.task import CutOff
 from ship_ds.evaluation.cells import TaskRow
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judge import Columns, Judge
@@ -82,11 +83,18 @@ def measure(
             "kind": q.task.kind,
             "instruction": q.task.task.instruction,
             "said": output,
+            **_num_cut_off(output),
             **{name: values[i] for name, values in columns.items()},
         }
         for i, (q, output) in enumerate(zip(questions, outputs, strict=True))
     ]
     return Outcome(list(columns), rows)
+
+
+def _num_cut_off(output: Any) -> dict[str, int]:
+    """How many of a task's answers never ended, where any did: as texts they look like others."""
+    number = sum(isinstance(answer, CutOff) for answer in output) if type(output) is list else 0
+    return {"cut_off": number} if number else {}
 
 
 def measure_over_ranks(

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from ship_ds.data.task import PaperMetric, SplitTask
+from ship_ds.data.task import CutOff, PaperMetric, SplitTask
 
 _NUMBERS = r"-?(?:0|[1-9]\d*)(?:[\s,]+-?(?:0|[1-9]\d*))*"
 _LIST = re.compile(rf"{_NUMBERS}|\[\s*(?:{_NUMBERS})?\s*\]")
@@ -47,11 +47,16 @@ def exact_match(answer: str | None, references: Sequence[str]) -> bool:
     """Equal to any reference: as parsed lists where both are lists of integers, else as stripped
     strings.
 
-    None, an answer that never ended, is wrong.
+    None and `CutOff`, answers that never ended, are wrong.
     """
-    return answer is not None and any(
+    return has_ended(answer) and any(
         _equal(answer.strip(), reference.strip()) for reference in references
     )
+
+
+def has_ended(answer: str | None) -> TypeGuard[str]:
+    """Whether it is an answer at all."""
+    return answer is not None and not isinstance(answer, CutOff)
 
 
 def _equal(answer: str, reference: str) -> bool:
@@ -77,7 +82,7 @@ def normalised_match(answer: str | None, references: Sequence[str]) -> bool:
     """
     if exact_match(answer, references):
         return True
-    return answer is not None and any(
+    return has_ended(answer) and any(
         not (is_list(answer) and is_list(reference))
         and (normal_form(answer) or answer.strip().lower())
         == (normal_form(reference) or reference.strip().lower())
@@ -169,7 +174,8 @@ def rouge_l(answer: str | None, references: Sequence[str]) -> float:
     """The best F-measure of the longest common subsequence of words (Lin 2004) with any reference,
     0 to 1.
 
-    An exact match is 1, also where neither has a word, as empty lists.
+    An exact match is 1, also where neither has a word, as empty lists. Of an answer that never
+    ended, what was written counts, as where a benchmark cuts answers at a length.
     """
     if answer is None:
         return 0.0

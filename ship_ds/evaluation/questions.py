@@ -2,12 +2,14 @@
 measured beside it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from ship_ds.console import Log
 from ship_ds.data.task import Example, Splits, SplitTask
 from ship_ds.evaluation.config import Part
+from ship_ds.prompt import PromptFormat
 
 PARTS: tuple[Part, ...] = get_args(Part)
 MIN_CHECKED = 10
@@ -68,6 +70,34 @@ def ask(
         shown,
         task.test[:num_asked],
         (*task.test, *spare[: max(0, MIN_CHECKED - len(task.test))]),
+    )
+
+
+def warn_of_long_targets(
+    tasks: Iterable[SplitTask], form: PromptFormat, max_new_tokens: int, log: Log
+) -> None:
+    """One line about test examples none of whose right answers ends within the limit: whatever a
+    model learns, exact match is zero there.
+
+    Args:
+        tasks: with their test examples.
+        form: of the Task LLM.
+        max_new_tokens: of an answer, its end included.
+        log: takes the line.
+    """
+    lengths = {
+        task.id: [min(len(form.target(text)) for text in one.answers) for one in task.test]
+        for task in tasks
+    }
+    long = {id: sum(length > max_new_tokens for length in row) for id, row in lengths.items()}
+    if not any(long.values()):
+        return
+    most = max(long, key=long.__getitem__)
+    enough = max(map(max, filter(None, lengths.values())))
+    log(
+        f"evaluation.max_new_tokens: no right answer ends within {max_new_tokens} tokens to "
+        f"{sum(long.values())} of {sum(map(len, lengths.values()))} test examples, of "
+        f"{sum(map(bool, long.values()))} tasks, most of them of {most}; {enough} is enough for all"
     )
 
 

@@ -28,7 +28,8 @@ from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
 
 AnswersByTask = list[list[str | None]]
-"""One row a task, one answer an input; None where no end of sequence came in time."""
+"""One row a task, one answer an input; None where no end of sequence came in time, or a `CutOff`
+for whoever scores what was written all the same (`keeps_cut_off`)."""
 Ids = Sequence[int]
 AdapterOf = Callable[[Sequence[int]], Adapter]
 """Numbers of tasks -> their adapters, or one adapter for all."""
@@ -45,6 +46,7 @@ class Answerer:
         num_virtual_tokens: that its adapters put before each prompt.
         adapter_bytes: of one task's adapter.
         num_beams: 1 decodes greedily.
+        keeps_cut_off: an answer that did not end in time is a `CutOff` in place of None.
     """
 
     task_llm: TaskLlm
@@ -53,6 +55,7 @@ class Answerer:
     num_virtual_tokens: int = field(default=0, kw_only=True)
     adapter_bytes: int = field(default=0, kw_only=True)
     num_beams: int = field(default=1, kw_only=True)
+    keeps_cut_off: bool = field(default=False, kw_only=True)
 
     def answers(
         self,
@@ -62,7 +65,8 @@ class Answerer:
     ) -> AnswersByTask:
         """Each task's answers; arguments as in `rows`."""
         rows = self.rows(questions, max_new_tokens, adapter_of)
-        return [[self.form.finished_text(row) for row in rows_of_task] for rows_of_task in rows]
+        text_of = self.form.written_text if self.keeps_cut_off else self.form.finished_text
+        return [[text_of(row) for row in rows_of_task] for rows_of_task in rows]
 
     @torch.no_grad()
     def rows(
@@ -128,7 +132,7 @@ class Answerer:
         return [beams[0].tokens for beams in searches]
 
 
-def answerer(model: ShipModel, num_beams: int = 1) -> Answerer:
+def answerer(model: ShipModel, num_beams: int = 1, *, keeps_cut_off: bool = False) -> Answerer:
     """The model's own Task LLM under the adapters of its hypernetwork."""
     return Answerer(
         model.task_llm,
@@ -137,12 +141,19 @@ def answerer(model: ShipModel, num_beams: int = 1) -> Answerer:
         num_virtual_tokens=model.num_virtual_tokens,
         adapter_bytes=model.adapter_bytes,
         num_beams=num_beams,
+        keeps_cut_off=keeps_cut_off,
     )
 
 
-def bare_answerer(model: ShipModel, num_beams: int = 1) -> Answerer:
+def bare_answerer(model: ShipModel, num_beams: int = 1, *, keeps_cut_off: bool = False) -> Answerer:
     """The model's own Task LLM without adapters."""
-    return Answerer(model.task_llm, model.prompts, model.device, num_beams=num_beams)
+    return Answerer(
+        model.task_llm,
+        model.prompts,
+        model.device,
+        num_beams=num_beams,
+        keeps_cut_off=keeps_cut_off,
+    )
 
 
 def answer_latents(
@@ -153,6 +164,8 @@ def answer_latents(
     max_new_tokens: int,
     num_beams: int = 1,
     readings: Sequence[str | Reading] | None = None,
+    *,
+    keeps_cut_off: bool = False,
 ) -> AnswersByTask:
     """Each task's inputs answered under the adapter of its own latent.
 
@@ -164,13 +177,14 @@ def answer_latents(
         max_new_tokens: cuts an answer off.
         num_beams: 1 decodes greedily.
         readings: what each latent was made of, for an adapter that fuses it; None: the wordings.
+        keeps_cut_off: see `Answerer`, as below.
     """
     read = wordings if readings is None else readings
     questions = [
         [model.question(text, wording) for text in texts]
         for wording, texts in zip(wordings, inputs, strict=True)
     ]
-    return answerer(model, num_beams).answers(
+    return answerer(model, num_beams, keeps_cut_off=keeps_cut_off).answers(
         questions,
         max_new_tokens,
         lambda tasks: model.adapt(latent_TZ[list(tasks)], [read[task] for task in tasks]),
@@ -178,11 +192,18 @@ def answer_latents(
 
 
 def answer_under(
-    model: ShipModel, adapter: Adapter, wording: str, inputs: Sequence[str], max_new_tokens: int
+    model: ShipModel,
+    adapter: Adapter,
+    wording: str,
+    inputs: Sequence[str],
+    max_new_tokens: int,
+    *,
+    keeps_cut_off: bool = False,
 ) -> list[str | None]:
     """Inputs answered under one given adapter, of one task."""
     questions = [[model.question(text, wording) for text in inputs]]
-    return answerer(model).answers(questions, max_new_tokens, lambda tasks: adapter)[0]
+    answering = answerer(model, keeps_cut_off=keeps_cut_off)
+    return answering.answers(questions, max_new_tokens, lambda tasks: adapter)[0]
 
 
 def answer_stated(
@@ -192,6 +213,8 @@ def answer_stated(
     max_new_tokens: int,
     num_beams: int = 1,
     prompt: Callable[[str, str], tuple[int, ...]] | None = None,
+    *,
+    keeps_cut_off: bool = False,
 ) -> AnswersByTask:
     """The bare Task LLM's answers with each task's instruction in the prompt. prompt: that of an
     input and an instruction, as ids; None: ours (`PromptFormat.task_prompt`)."""
@@ -200,12 +223,18 @@ def answer_stated(
         [prompt(text, wording) for text in texts]
         for wording, texts in zip(wordings, inputs, strict=True)
     ]
-    return bare_answerer(model, num_beams).answers(questions, max_new_tokens)
+    answering = bare_answerer(model, num_beams, keeps_cut_off=keeps_cut_off)
+    return answering.answers(questions, max_new_tokens)
 
 
 def answer_bare(
-    model: ShipModel, inputs: Sequence[Sequence[str]], max_new_tokens: int
+    model: ShipModel,
+    inputs: Sequence[Sequence[str]],
+    max_new_tokens: int,
+    *,
+    keeps_cut_off: bool = False,
 ) -> AnswersByTask:
     """The bare Task LLM's answers, with neither adapter nor instruction."""
     questions = [[model.prompts.task_prompt(text) for text in texts] for texts in inputs]
-    return bare_answerer(model).answers(questions, max_new_tokens)
+    answering = bare_answerer(model, keeps_cut_off=keeps_cut_off)
+    return answering.answers(questions, max_new_tokens)

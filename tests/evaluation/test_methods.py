@@ -12,14 +12,16 @@ import torch
 
 from ship_ds.api import Ship
 from ship_ds.data.rules import RulesConfig, build_world
-from ship_ds.data.task import Example, Splits
+from ship_ds.data.task import CutOff, Example, Splits
 from ship_ds.evaluation.baselines.lora_per_task import LoraPerTask
 from ship_ds.evaluation.baselines.oracles import OracleRecipe
 from ship_ds.evaluation.measure import measure
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.composing import AdapterSum
 from ship_ds.evaluation.methods.controls import BareBase, ShuffledInstruction
+from ship_ds.evaluation.methods.doubting import Doubting
 from ship_ds.evaluation.methods.explaining import ExplainTrainedLora
+from ship_ds.evaluation.methods.icl import InContextLearning
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
 from ship_ds.evaluation.methods.prompting import Prompting
 from ship_ds.evaluation.methods.published import ShipDirect, ShipIndirect
@@ -104,6 +106,27 @@ def test_the_loss_of_answers_is_a_metric_of_deduction(ship: Ship, splits: Splits
     outcome = measure(method, "deduction", questions)
     losses = method.answer_losses([], [q.wording for q in questions], [q.asked for q in questions])
     assert outcome.values("answer_loss") == losses and [len(row) for row in losses] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "method", [ShipMethod, Prompting, BareBase, ShuffledInstruction, Doubting, InContextLearning]
+)
+def test_what_was_written_of_an_answer_that_did_not_end_is_scored(
+    method: type, ship: Ship, splits: Splits
+) -> None:
+    """After two tokens, where no answer ends but an empty one and those of one token."""
+    evaluation = ship.config.evaluation.model_copy(update={"max_new_tokens": 2})
+    config = ship.config.model_copy(update={"evaluation": evaluation})
+    short = Ship(ship.model, config, digest=ship.digest)
+    is_shown = method is InContextLearning
+    questions = [ask(task, 2 if is_shown else 0, 0, 3) for task in splits.seen[:4]]
+    asked = method(Setting(short, splits, Path(), None, 0))
+    outcome = measure(asked, "reasoning" if is_shown else "deduction", questions)
+    said = [text for row in outcome.rows for text in row["said"]]
+    cut_off = [text for text in said if isinstance(text, CutOff)]
+    assert cut_off and None not in said
+    assert sum(row.get("cut_off", 0) for row in outcome.rows) == len(cut_off)
+    assert any(text.strip() for text in cut_off)
 
 
 @pytest.fixture(scope="module")

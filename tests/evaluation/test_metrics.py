@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from ship_ds.data.task import Example, PaperMetric, SplitTask, Task
+from ship_ds.data.task import CutOff, Example, PaperMetric, SplitTask, Task
 from ship_ds.evaluation.metrics import (
     ANSWER_METRICS,
     closed_labels,
@@ -61,6 +61,17 @@ def test_any_reference_is_enough() -> None:
 
 def test_answer_that_never_ended_is_wrong() -> None:
     assert not exact_match(None, ["", "None"])
+    assert not exact_match(CutOff("3 1"), ["3 1"])
+    assert not normalised_match(CutOff("Positive."), ["positive"])
+
+
+def test_of_an_answer_that_never_ended_what_was_written_counts() -> None:
+    """A base that talks on has said something."""
+    talk = CutOff("It is positive. The reviewer likes")
+    assert rouge_l(talk, ["It is positive"]) == rouge_l(str(talk), ["It is positive"]) > 0.6
+    assert label_match(talk, ["positive"], ("positive", "negative"))
+    assert paper_score("exact", CutOff("It is positive. And"), ["it is positive"]) == 1
+    assert rouge_l(None, ["It is positive"]) == 0
 
 
 def test_score_is_the_mean_over_tasks_not_over_examples() -> None:

@@ -1,7 +1,10 @@
 """What is shown and asked."""
 
+from dataclasses import replace
+
 from ship_ds.data.task import Example, SplitTask, Task
-from ship_ds.evaluation.questions import ask, spread
+from ship_ds.evaluation.questions import ask, spread, warn_of_long_targets
+from ship_ds.model.loading import load_prompts
 
 
 def task(name: str, num_train: int, num_test: int) -> SplitTask:
@@ -19,6 +22,22 @@ def test_shown_examples_are_never_asked() -> None:
     assert question.asked == task("a", 20, 3).test
     assert question.checked[:3] == question.asked and len(question.checked) == 10
     assert not set(question.checked) & set(question.shown)
+
+
+def test_targets_that_no_answer_can_reach_are_one_line() -> None:
+    """By the shortest right answer of each, its end included; training examples do not count."""
+    form, lines = load_prompts("embedded", None), list[str]()
+    long = Example("1", "1 2 3 4 5 6", ("1 2 3 4 5 6", "1 2 3 4"))
+    short = task("short", 2, 2)
+    tasks = [replace(task("long", 2, 2), test=(long, *short.test)), replace(short, train=(long,))]
+    needed = min(len(form.target(text)) for text in long.answers)
+    warn_of_long_targets(tasks, form, needed, lines.append)
+    assert not lines
+    warn_of_long_targets(tasks, form, needed - 1, lines.append)
+    [line] = lines
+    assert "1 of 5 test examples, of 1 tasks" in line and "most of them of long;" in line
+    assert line.endswith(f"{needed} is enough for all")
+    warn_of_long_targets([], form, 1, lines.append)
 
 
 def test_test_examples_are_enough_where_there_are_ten() -> None:

@@ -165,7 +165,7 @@ class FrozenBase:
 
     def generate(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[str | None]:
         """The bare base's greedy texts; None where no end came in time."""
-        return self._answerer().answers([prompts], max_new_tokens)[0]
+        return self._answerer(keeps_cut_off=False).answers([prompts], max_new_tokens)[0]
 
     def answer(
         self,
@@ -183,13 +183,14 @@ class FrozenBase:
         max_new_tokens = self.config.evaluation.max_new_tokens
         return self._answerer(num_virtual_tokens).answers(questions, max_new_tokens, adapter_of)
 
-    def _answerer(self, num_virtual_tokens: int = 0) -> Answerer:
+    def _answerer(self, num_virtual_tokens: int = 0, keeps_cut_off: bool = True) -> Answerer:
         return Answerer(
             self.task_llm,
             self.prompts,
             self.device,
             num_virtual_tokens=num_virtual_tokens,
             adapter_bytes=self.adapter_bytes,
+            keeps_cut_off=keeps_cut_off,
         )
 
     @property

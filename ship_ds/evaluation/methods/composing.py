@@ -39,7 +39,12 @@ class AdapterSum(Untrained):
         return [
             # By the instruction, whatever the wording: that may join its steps by other words.
             answer_under(
-                model, self._sum(task.task.instruction.split(_JOINT)), wording, texts, length
+                model,
+                self._sum(task.task.instruction.split(_JOINT)),
+                wording,
+                texts,
+                length,
+                keeps_cut_off=True,
             )
             for task, wording, texts in zip(tasks, wordings, inputs, strict=True)
         ]

@@ -22,7 +22,8 @@ class BareBase(Untrained):
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        return answer_bare(self.ship.model, inputs, self.ship.config.evaluation.max_new_tokens)
+        length = self.ship.config.evaluation.max_new_tokens
+        return answer_bare(self.ship.model, inputs, length, keeps_cut_off=True)
 
     def answer_losses(
         self,
@@ -60,6 +61,7 @@ class ShuffledInstruction(Untrained):
             others,
             inputs,
             self.ship.config.evaluation.max_new_tokens,
+            keeps_cut_off=True,
         )
 
     def answer_losses(

@@ -6,7 +6,7 @@ Letters: T tasks, Z latent size.
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ship_ds.data.task import SplitTask
+from ship_ds.data.task import CutOff, SplitTask
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.confidence import NUM_SAMPLES, SPREAD, agreement
 from ship_ds.inference.deduction import AnswersByTask, answer_latents
@@ -32,7 +32,9 @@ class Doubting(Untrained):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         latent_TZ = self.ship.model.encode(wordings)
-        return answer_latents(self.ship.model, latent_TZ, wordings, inputs, self._length)
+        return answer_latents(
+            self.ship.model, latent_TZ, wordings, inputs, self._length, keeps_cut_off=True
+        )
 
     def agreement(
         self,
@@ -42,7 +44,10 @@ class Doubting(Untrained):
     ) -> list[list[float]]:
         """Of each answer, the share of samples that give it too."""
         posterior = self.ship.model.posterior(wordings)
-        return agreement(self.ship.model, posterior, wordings, inputs, answers, self._length)
+        ended: AnswersByTask = [
+            [None if isinstance(answer, CutOff) else answer for answer in row] for row in answers
+        ]
+        return agreement(self.ship.model, posterior, wordings, inputs, ended, self._length)
 
     @property
     def _length(self) -> int:

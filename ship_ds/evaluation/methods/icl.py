@@ -32,7 +32,8 @@ class InContextLearning(Untrained):
             [self.prompt(text, shots) for text in row]
             for shots, row in zip(shown, inputs, strict=True)
         ]
-        return bare_answerer(self.model).answers(prompts, self.max_new_tokens)
+        answering = bare_answerer(self.model, keeps_cut_off=True)
+        return answering.answers(prompts, self.max_new_tokens)
 
     def prompt(self, text: str, shots: Sequence[Example]) -> tuple[int, ...]:
         """Token ids of the shots and the query, with as many shots as the context has room for."""

@@ -86,4 +86,6 @@ class OnePass(Untrained):
         inputs: Sequence[Sequence[str]],
     ) -> AnswersByTask:
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
-        return answer_latents(model, latent_TZ, texts, inputs, length, readings=readings)
+        return answer_latents(
+            model, latent_TZ, texts, inputs, length, readings=readings, keeps_cut_off=True
+        )

@@ -26,7 +26,9 @@ class Prompting(Untrained):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
-        return answer_stated(model, wordings, inputs, length, prompt=self._prompt)
+        return answer_stated(
+            model, wordings, inputs, length, prompt=self._prompt, keeps_cut_off=True
+        )
 
     def answer_losses(
         self,

@@ -92,4 +92,5 @@ class Searching(Untrained):
             wordings,
             inputs,
             self.ship.config.evaluation.max_new_tokens,
+            keeps_cut_off=True,
         )
