@@ -9,7 +9,6 @@ The same program runs the embedded default on two CPU cores and a 7B model on a 
 Letters: T tasks, Z latent size.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -24,10 +23,11 @@ from pathlib import Path
 import ship_ds  # noqa: F401
 from ship_ds.allocator import use_scalable_malloc
 from ship_ds.console import current_rank, log, log_from_any_rank
-from ship_ds.runtime import sign_of_life
+from ship_ds.runtime import preflight, sign_of_life
 
 if __name__ == "__main__":
     use_scalable_malloc()
+    preflight.exit_on_bad_input(__doc__)
     sign_of_life.OF_THIS_PROCESS.start(current_rank(os.environ))
 
 # isort: split
@@ -49,6 +49,7 @@ from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.metrics import LESS_IS_BETTER, metrics_to_show, score
 from ship_ds.evaluation.questions import ask, tasks_of, warn_of_long_targets
+from ship_ds.exit_codes import BAD_INPUT, PREEMPTED
 from ship_ds.files import disk_full_error, write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
@@ -60,14 +61,14 @@ from ship_ds.monitor.machine import versions
 from ship_ds.monitor.profile import StepProfile
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes, reset_peak_memory
 from ship_ds.prompt import ROLES, PromptFormat, check_tasks, describe_roles
-from ship_ds.runtime import checkpoint, preflight, ranks, shards, start_log
+from ship_ds.runtime import checkpoint, ranks, shards, start_log
 from ship_ds.runtime.after_training import failures_are_one_line
 from ship_ds.runtime.agreement import Agreement, agree
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import Engine, engine_dtype, learning_rate, parts_per_step
 from ship_ds.runtime.prefetch import Prefetch
 from ship_ds.runtime.run_lock import RunLock
-from ship_ds.runtime.stopping import BAD_INPUT, PREEMPTED, Preempted, StopRequest
+from ship_ds.runtime.stopping import Preempted, StopRequest
 from ship_ds.runtime.watchdog import Watchdog
 
 _ACTIVE_NATS = 0.01
@@ -723,14 +724,7 @@ def init_from(model: ShipModel, source: str, bases: Mapping[str, str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the arguments say and return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="a recipe's name or a YAML file")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
-    # the deepspeed launcher appends it
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_intermixed_args(arguments)
+    args = preflight.parsed(arguments, __doc__)
     try:
         config = load_config(args.config, args.overrides)
         minutes = config.training.hang_minutes

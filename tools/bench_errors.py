@@ -33,6 +33,7 @@ COMMANDS = {
     "missing option": [*SHIP, "train"],
     "mistyped recipe": [*SHIP, "train", "--config", "quikstart"],
     "unknown key": [*SHIP, "train", "--config", "quickstart", "training.stepz=3"],
+    "mistyped recipe, by module": ["-m", "ship_ds.train", "--config", "quikstart"],
     "missing base": [*SHIP, "train", "--config", "quickstart", "model.task_llm.base=nowhere"],
     "missing run": [*SHIP, "deduce", "x", "--run", "nowhere", "--out", "out"],
     "missing run (induce)": [*SHIP, "induce", "--run", "nowhere", "--file", "PAIRS"],

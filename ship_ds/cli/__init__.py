@@ -21,7 +21,9 @@ from typer.exceptions import TyperException
 from ship_ds.allocator import use_scalable_malloc
 from ship_ds.cli import converting, inspecting, serving, supplying, training, using
 from ship_ds.cli.verb import PANELS, app
+from ship_ds.console import log_from_any_rank
 from ship_ds.errors import UserError
+from ship_ds.exit_codes import BAD_INPUT, INTERRUPTED
 from ship_ds.files import refuse_other_writers
 from ship_ds.parsing import unicode_text
 
@@ -40,8 +42,6 @@ __all__ = [
 # Each file registers its verbs as it is imported, and imports are sorted by name.
 app.registered_commands.sort(key=lambda verb: PANELS.index(str(verb.rich_help_panel)))
 
-_BAD_INPUT, _INTERRUPTED = 2, 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
@@ -59,17 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # obj: what `evaluate` writes into its report as the command to repeat.
         return app(args=typed, prog_name="ship-ds", standalone_mode=False, obj=typed) or 0
     except UserError as error:
-        print(f"ship-ds: {error}", file=sys.stderr)
+        log_from_any_rank(str(error))
     except TyperException as error:
-        print(f"ship-ds: {_usage(error)}", file=sys.stderr)
+        log_from_any_rank(_usage(error))
     except BrokenPipeError:
         # The reader of a pipe, such as head, has enough. Python would flush to it once more as it
         # exits, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except typer.Abort:
-        return _INTERRUPTED
-    return _BAD_INPUT
+        return INTERRUPTED
+    return BAD_INPUT
 
 
 def _usage(error: TyperException) -> str:

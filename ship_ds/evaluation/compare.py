@@ -21,12 +21,11 @@ from ship_ds.console import Log
 from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.variants import Trial, in_turn
+from ship_ds.exit_codes import PREEMPTED
 from ship_ds.files import write_text
 
 _STANDARD_ERROR = 2
 _FAILED = 1
-_PREEMPTED = 75
-"""As runtime/stopping.py has it, which imports torch."""
 
 
 class Stopped(Exception):  # noqa: N818, it is no error
@@ -65,7 +64,7 @@ def compare(
             failures = train_all(trials, num_ranks, lock, log)
         except Stopped:
             log("asked to stop: the same command goes on")
-            return _PREEMPTED
+            return PREEMPTED
         trained = [trial for trial in trials if trial.name not in failures]
         failures |= _write_table(trained, failures, settings, out, arguments, log, device, dtype)
     for name, reason in failures.items():
@@ -199,6 +198,6 @@ def _run(command: Sequence[str], lock: int) -> int:
             code = process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
-    if asked or code == _PREEMPTED:
+    if asked or code == PREEMPTED:
         raise Stopped
     return code

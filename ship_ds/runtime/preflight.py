@@ -23,8 +23,10 @@ from ship_ds.base_files import (
 )
 from ship_ds.bundle import bundle_folder, verify
 from ship_ds.config import ALL_LINEAR, Config, ModelConfig, base_folder, load_config
+from ship_ds.console import log_from_any_rank
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
+from ship_ds.exit_codes import BAD_INPUT
 from ship_ds.parsing import read_json_object
 from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
 from ship_ds.runtime.op_cache import op_cache
@@ -197,20 +199,40 @@ def _check_gpus(environment: Mapping[str, str]) -> None:
         )
 
 
+def parsed(arguments: Sequence[str] | None, description: str | None) -> argparse.Namespace:
+    """What a program that trains, or checks what would be trained, is started with."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a recipe's name or a YAML file")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    # the deepspeed launcher appends it
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(arguments)
+
+
+def exit_on_bad_input(description: str | None) -> None:
+    """End this process with one line about its arguments where `check` finds something wrong: for
+    a program to call before it imports torch, which takes seconds."""
+    args = parsed(None, description)
+    try:
+        check(load_config(args.config, args.overrides), os.environ)
+    except UserError as error:
+        log_from_any_rank(str(error))
+        sys.exit(BAD_INPUT)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the run folder and return 0, or print one line about the input and return 2."""
-    parser = argparse.ArgumentParser(description="Check a run's input before it is started.")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_intermixed_args(arguments)
+    args = parsed(arguments, "Check a run's input before it is started.")
     try:
         config = load_config(args.config, args.overrides)
         check(config, os.environ)
         num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
         check_division(config.training.tasks_per_step, num_ranks, config.training.accumulation)
     except UserError as error:
-        print(f"ship-ds: {error}", file=sys.stderr)
-        return 2
+        log_from_any_rank(str(error))
+        return BAD_INPUT
     print(config.run.folder)
     return 0
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ship_ds.console import log, log_from_any_rank
 from ship_ds.errors import UserError, first_line
+from ship_ds.exit_codes import INTERRUPTED
 from ship_ds.files import refuse_other_writers
 from ship_ds.runtime import compiled_ops
 from ship_ds.threads import RankThreads, too_many_threads
@@ -34,8 +35,6 @@ _KNOWN_NOTICES = (
     # an adapter leaves the hypernetwork; its linears have hooks of their own
     "A module has unknown inputs or outputs type",
 )
-INTERRUPTED = 130
-"""By SIGINT, as a shell has it."""
 SINGLE = {
     "RANK": "0",
     "LOCAL_RANK": "0",

@@ -14,15 +14,8 @@ from types import TracebackType
 import torch
 
 from ship_ds.console import log_from_any_rank
+from ship_ds.exit_codes import NOT_SAVED_IN_TIME, PREEMPTED
 from ship_ds.runtime import ranks
-
-BAD_INPUT = 2
-PREEMPTED = 75
-"""Asked to stop; everything is saved: start the same command again (EX_TEMPFAIL of sysexits.h)."""
-HUNG = 76
-"""No step for training.hang_minutes; goes on from the last checkpoint."""
-NOT_SAVED_IN_TIME = 77
-"""Asked to stop, but no step boundary or no checkpoint came within training.grace_seconds."""
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 

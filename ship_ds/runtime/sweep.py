@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ship_ds.console import log_from_any_rank
 from ship_ds.errors import UserError
+from ship_ds.exit_codes import BAD_INPUT
 from ship_ds.parsing import read_text, split_lines
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -68,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"sweep: {' '.join(words)}: expected a sweep file and a line's number")
         print("\n".join(overrides_of_line(Path(words[0]), int(words[1]))))
     except UserError as error:
-        print(f"ship-ds: {error}", file=sys.stderr)
-        return 2
+        log_from_any_rank(str(error))
+        return BAD_INPUT
     return 0
 
 

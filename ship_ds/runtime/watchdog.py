@@ -23,8 +23,8 @@ from types import FrameType
 import ship_ds
 from ship_ds.console import current_rank, log_from_any_rank
 from ship_ds.errors import first_line
+from ship_ds.exit_codes import HUNG
 from ship_ds.files import write_json
-from ship_ds.runtime.stopping import HUNG
 
 _PACKAGE = str(Path(ship_ds.__file__).parent)
 _COLLECTIVES = (

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ship_ds.console import log
 from ship_ds.errors import UserError
+from ship_ds.exit_codes import INTERRUPTED
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.guard import LOOPBACK
 from ship_ds.serving.limits import Limits
@@ -33,7 +34,6 @@ _SECONDS_TO_FINISH = 5
 """Of answers that are being written when a signal comes."""
 _SECONDS_BETWEEN_REQUESTS = 5
 """For which a connection that was answered is kept without a further byte."""
-_INTERRUPTED = 130
 
 
 def is_loopback(host: str) -> bool:
@@ -87,7 +87,7 @@ def serve(app: FastAPI, room: "Room", listener: socket.socket) -> int:
         asyncio.run(server.serve(sockets=[listener]))
     finally:
         room.close()
-    return _INTERRUPTED if server.last_signal == signal.SIGINT else 0
+    return INTERRUPTED if server.last_signal == signal.SIGINT else 0
 
 
 class Connection(H11Protocol):

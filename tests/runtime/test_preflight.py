@@ -197,3 +197,30 @@ def test_it_loads_no_torch() -> None:
         ).returncode
         == 0
     )
+
+
+@pytest.mark.parametrize("program", ["-m ship_ds.train", "ship_ds/train.py --local_rank=0"])
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--config quikstart", "ship-ds: quikstart: no such config file"),
+        ("--config quickstart-smoke training.stepz=3", "training.stepz: unknown key"),
+        ("--config quickstart-smoke model.task_llm.base=/nowhere", "expected a model folder"),
+    ],
+)
+def test_a_rank_says_what_is_wrong_before_it_imports_torch(
+    program: str, arguments: str, line: str, tmp_path: Path
+) -> None:
+    # Whoever imports it here fails.
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    path = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    done = subprocess.run(
+        [sys.executable, *program.split(), *arguments.split(), f"run.folder={tmp_path / 'run'}"],
+        cwd=REPOSITORY,
+        env={**environment(), **path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    [said] = done.stderr.splitlines()
+    assert line in said and not done.stdout

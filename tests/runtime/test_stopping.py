@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from ship_ds.runtime.stopping import NOT_SAVED_IN_TIME, PREEMPTED, Preempted, StopRequest
+from ship_ds.exit_codes import NOT_SAVED_IN_TIME, PREEMPTED
+from ship_ds.runtime.stopping import Preempted, StopRequest
 from tests.conftest import REPOSITORY, environment
 
 STUCK = """

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from ship_ds.exit_codes import HUNG
 from ship_ds.runtime import watchdog as watchdog_module
-from ship_ds.runtime.stopping import HUNG
 from ship_ds.runtime.watchdog import Position, Watchdog, missing_ranks
 from tests.conftest import REPOSITORY, environment
 
