@@ -7,13 +7,26 @@ worth trying:
     0 1   3           9         graph.neighbours    [[a, b], [b, a], [c, b], [d, c]]
                                 graph.spread(3)     [a, d, c]
 
-Letters: C candidates, Z latent size.
+Letters: C candidates, T tasks, Z latent size.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+_MOST_DISTANCES = 1 << 25
+"""At once: those of 50,000 candidates to each other take 10 GB."""
+
+
+def distances(from_TZ: Tensor, latent_CZ: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Which points, and their distances to all candidates (T, C), as many at once as there is room
+    for."""
+    num_rows = max(1, _MOST_DISTANCES // max(1, len(latent_CZ)))
+    for start in range(0, len(from_TZ), num_rows):
+        rows = slice(start, start + num_rows)
+        yield rows, torch.cdist(from_TZ[rows], latent_CZ)
 
 
 class LatentGraph:
@@ -31,8 +44,9 @@ class LatentGraph:
     def neighbours(self) -> list[list[int]]:
         """The nearest points of each, nearest first."""
         count = min(self.num_neighbours, len(self.latent_CZ))
-        distances = torch.cdist(self.latent_CZ, self.latent_CZ)
-        nearest: list[list[int]] = distances.topk(count, largest=False).indices.tolist()
+        nearest: list[list[int]] = []
+        for _, distance_TC in distances(self.latent_CZ, self.latent_CZ):
+            nearest += distance_TC.topk(count, largest=False).indices.tolist()
         return nearest
 
     def spread(self, count: int) -> list[int]:

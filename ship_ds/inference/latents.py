@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from ship_ds.inference.bank import Bank
+from ship_ds.inference.latent_graph import distances
 from ship_ds.model.ship import ShipModel
 
 FAR_QUANTILE = 0.99
 """An instruction is far from training when its isolation is above that of this share of the known
 ones. The entropy of its posterior says nothing of it: on 114 unseen tasks of the quickstart it was
 lower where answers were wrong (docs/results.md)."""
+
+_NUM_COMPARED = 4096
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,23 @@ class Surroundings:
     """What an instruction is compared with, sorted.
 
     Args:
-        distance_C: from each known instruction to the nearest other one.
+        distance_C: from a known instruction to the nearest other one.
     """
 
     distance_C: Tensor
 
     @classmethod
     def of(cls, bank: Bank) -> "Surroundings":
-        """Those of all known instructions."""
-        apart_CC = torch.cdist(bank.latent_CZ, bank.latent_CZ).fill_diagonal_(torch.inf)
-        return cls(apart_CC.amin(1).sort().values)
+        """Those of all known instructions; of very many, of as many as tell how far one usually
+        is from the next, evenly spaced."""
+        latent_CZ = bank.latent_CZ
+        num = min(len(bank), _NUM_COMPARED)
+        chosen = torch.arange(num) * len(bank) // num
+        nearest = []
+        for rows, distance_TC in distances(latent_CZ[chosen], latent_CZ):
+            distance_TC[torch.arange(len(distance_TC)), chosen[rows]] = torch.inf  # itself
+            nearest.append(distance_TC.amin(1))
+        return cls(torch.cat(nearest).sort().values)
 
     def familiarity(self, model: ShipModel, bank: Bank, instruction: str) -> Familiarity:
         """How an instruction lies among the known ones; a known one is compared with the

@@ -1,6 +1,11 @@
 """Where an instruction lies among the known ones."""
 
+import pytest
+import torch
+
 from ship_ds.api import Ship
+from ship_ds.inference import latents
+from ship_ds.inference.bank import Bank
 from ship_ds.inference.latents import Surroundings, nearest_known
 
 
@@ -21,3 +26,14 @@ def test_the_known_are_familiar_and_a_latent_far_from_all_is_not(ship: Ship) -> 
         "numbers numbers numbers after after list sort the front and then give",
     )
     assert far.isolation == 1.0 and far.is_far
+
+
+def test_of_very_many_known_ones_some_are_compared_with_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    latent_CZ = torch.tensor([[0.0], [1.0], [1.5], [4.0], [4.25], [9.0]])
+    bank = Bank(tuple("abcdef"), latent_CZ, torch.zeros(6, 1))
+    assert Surroundings.of(bank).distance_C.tolist() == [0.25, 0.25, 0.5, 0.5, 1.0, 4.75]
+    monkeypatch.setattr(latents, "_NUM_COMPARED", 3)
+    # The first, third and fifth.
+    assert Surroundings.of(bank).distance_C.tolist() == [0.25, 0.5, 1.0]
