@@ -11,10 +11,10 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from ship_ds.data.matching import exact_match
 from ship_ds.data.readers import read_tasks
 from ship_ds.data.rules import FAMILIES, JOINTS, MAX_VALUE, Family, Numbers, Step
 from ship_ds.data.task import Task
-from ship_ds.evaluation.metrics import exact_match
 
 _PARAMETERS = range(MAX_VALUE + 6)
 """A little beyond those of the world: what is new may well have others."""

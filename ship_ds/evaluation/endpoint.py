@@ -8,12 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ship_ds.data.matching import has_ended
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
 from ship_ds.evaluation.judge import Columns, Judge
 from ship_ds.evaluation.judge_prompts import JUDGE_PROMPTS
-from ship_ds.evaluation.metrics import has_ended
 from ship_ds.evaluation.questions import Question
 from ship_ds.files import write_json
 from ship_ds.inference.deduction import AnswersByTask

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ship_ds.api import Ship
 from ship_ds.console import log
+from ship_ds.data.matching import exact_match
 from ship_ds.data.task import Example
 from ship_ds.evaluation.config import Direction, EndpointConfig, JudgeName
 from ship_ds.evaluation.endpoint import EndpointJudge
 from ship_ds.evaluation.judge import Columns, Judge
-from ship_ds.evaluation.metrics import exact_match, paper_score, rouge_l
+from ship_ds.evaluation.metrics import paper_score, rouge_l
 from ship_ds.evaluation.questions import Question
 from ship_ds.evaluation.similarity import SentenceEncoder, SimilarityJudge
 from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 from ship_ds.data.task import CutOff
+from ship_ds.data.matching import exact_match
 from ship_ds.evaluation.cells import TaskRow
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judge import Columns, Judge
@@ -29,7 +30,6 @@ from ship_ds.evaluation.method import (
 )
 from ship_ds.evaluation.metrics import (
     closed_labels,
-    exact_match,
     label_match,
     normalised_match,
     rouge_l,

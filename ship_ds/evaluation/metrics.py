@@ -1,7 +1,7 @@
 """Scores of answers and texts with their uncertainty: what each metric is, and the interval over
 tasks.
 
-    exact_match         the very answer; lists of integers as lists
+    exact_match         the very answer; lists of integers as lists (data/matching.py)
     normalised_match    SQuAD's: case, punctuation, articles and white space do not count
     label_accuracy      where a task's answers are a closed set: the nearest label is the right one
     rouge_l             words in common, in order
@@ -20,15 +20,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
-from ship_ds.data.task import CutOff, PaperMetric, SplitTask
+from ship_ds.data.matching import exact_match, has_ended, is_list
+from ship_ds.data.task import PaperMetric, SplitTask
 
-_NUMBERS = r"-?(?:0|[1-9]\d*)(?:[\s,]+-?(?:0|[1-9]\d*))*"
-_LIST = re.compile(rf"{_NUMBERS}|\[\s*(?:{_NUMBERS})?\s*\]")
-_NUMBER = re.compile(r"-?\d+")
 _NUM_RESAMPLES = 2000
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LABEL_WORD = re.compile(r"(?:(?<!\w)[+-](?=\d))?\w+(?:[-'.]\w+)*")
@@ -41,37 +39,6 @@ ANSWER_METRICS = (
 LESS_IS_BETTER = ("answer_loss",)
 MOST_LABELS = 10
 """Distinct answers of a task that count as a closed set, at most."""
-
-
-def exact_match(answer: str | None, references: Sequence[str]) -> bool:
-    """Equal to any reference: as parsed lists where both are lists of integers, else as stripped
-    strings.
-
-    None and `CutOff`, answers that never ended, are wrong.
-    """
-    return has_ended(answer) and any(
-        _equal(answer.strip(), reference.strip()) for reference in references
-    )
-
-
-def has_ended(answer: str | None) -> TypeGuard[str]:
-    """Whether it is an answer at all."""
-    return answer is not None and not isinstance(answer, CutOff)
-
-
-def _equal(answer: str, reference: str) -> bool:
-    if is_list(answer) and is_list(reference):
-        # As texts: Python makes no number of thousands of digits. None begins with a zero.
-        numbers, expected = (
-            [n.replace("-0", "0") for n in _NUMBER.findall(text)] for text in (answer, reference)
-        )
-        return numbers == expected
-    return answer == reference
-
-
-def is_list(text: str) -> bool:
-    """Whether it reads as integers: "3 1", "[3, 1]", "-4"."""
-    return _LIST.fullmatch(text.strip()) is not None
 
 
 def normalised_match(answer: str | None, references: Sequence[str]) -> bool:

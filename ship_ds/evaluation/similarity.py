@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.console import Log
+from ship_ds.data.matching import exact_match
 from ship_ds.evaluation.judge import Columns, Judge
-from ship_ds.evaluation.metrics import exact_match
 from ship_ds.evaluation.questions import Question
 from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.runtime import ranks

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ship_ds.data.matching import exact_match
 from ship_ds.data.task import SplitTask
 from ship_ds.inference.deduction import AnswersByTask, answer_latents
 from ship_ds.model.encoder import Posterior, keyed_generator
@@ -165,7 +166,7 @@ def calibrate(model: ShipModel, dev: Sequence[SplitTask], max_new_tokens: int) -
 def share_right(answers: Sequence[str | None], task: SplitTask) -> float:
     """Of the answers to a task's first test inputs, those that are exactly a right one."""
     pairs = list(zip(answers, task.test, strict=False))
-    return sum(answer in example.answers for answer, example in pairs) / len(pairs)
+    return sum(exact_match(answer, example.answers) for answer, example in pairs) / len(pairs)
 
 
 def share_is_done(share: float) -> bool:

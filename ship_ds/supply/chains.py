@@ -21,9 +21,9 @@ from typing import Any
 
 from ship_ds.api import Ship
 from ship_ds.console import Log
+from ship_ds.data.matching import is_list
 from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.task import Example, Task
-from ship_ds.evaluation.metrics import is_list
 from ship_ds.monitor.progress import Progress
 from ship_ds.supply.config import ChainsConfig
 from ship_ds.supply.filters import Answers, is_trivial, share_alike

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from ship_ds.data.matching import exact_match
 from ship_ds.data.task import Example
-from ship_ds.evaluation.metrics import exact_match, rouge_l
+from ship_ds.evaluation.metrics import rouge_l
 
 Answers = Sequence[str | None]
 

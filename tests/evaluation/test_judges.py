@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from ship_ds.api import Ship
+from ship_ds.data.matching import exact_match
 from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
@@ -25,7 +26,7 @@ from ship_ds.evaluation.judges import (
     RougeJudge,
     judges_of,
 )
-from ship_ds.evaluation.metrics import exact_match, paper_score, rouge_l
+from ship_ds.evaluation.metrics import paper_score, rouge_l
 from ship_ds.evaluation.questions import Question, ask
 from ship_ds.inference.deduction import answer_stated
 from ship_ds.inference.proposals import without_preamble

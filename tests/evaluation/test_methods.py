@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
+from ship_ds.data.matching import exact_match
 from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.data.task import CutOff, Example, Splits
 from ship_ds.evaluation.baselines.lora_per_task import LoraPerTask
@@ -29,7 +30,6 @@ from ship_ds.evaluation.methods.rounds import ShipRounds
 from ship_ds.evaluation.methods.searching import Searching
 from ship_ds.evaluation.methods.ship import SearchWithoutDecoder, ShipMethod
 from ship_ds.evaluation.methods.weights import ReadOwnAdapter, ReadTrainedLora
-from ship_ds.evaluation.metrics import exact_match
 from ship_ds.evaluation.questions import ask
 from ship_ds.inference import reasoning
 from ship_ds.inference.bank import Bank

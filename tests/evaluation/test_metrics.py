@@ -11,7 +11,6 @@ from ship_ds.data.task import CutOff, Example, PaperMetric, SplitTask, Task
 from ship_ds.evaluation.metrics import (
     ANSWER_METRICS,
     closed_labels,
-    exact_match,
     label_match,
     majority_label,
     metrics_to_show,
@@ -22,56 +21,6 @@ from ship_ds.evaluation.metrics import (
     score,
     summary,
 )
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "right"),
-    [
-        ("[1, 2, 3]", "[1,2,3]", True),
-        ("1 2 3", "[1, 2, 3]", True),
-        (" 1  2 ", "1 2", True),
-        ("[]", "[ ]", True),
-        ("1 2", "2 1", False),
-        ("1 2", "1 2 3", False),
-        ("[]", "[0]", False),
-        ("-1 2", "1 2", False),
-        ("12", "1 2", False),
-        ("yes", " yes\n", True),
-        ("Yes", "yes", False),
-        ("", "", True),
-        ("", "[]", False),
-        ("1 2 three", "1 2 three", True),
-        ("1 2 three", "1, 2, three", False),
-        ("3.5", "3 5", False),
-    ],
-)
-def test_lists_are_compared_as_lists_and_the_rest_as_text(
-    answer: str, reference: str, right: bool
-) -> None:
-    assert exact_match(answer, [reference]) is right
-
-
-def test_any_reference_is_enough() -> None:
-    assert (
-        exact_match("b", ["a", "b"])
-        and not exact_match("c", ["a", "b"])
-        and not exact_match("a", [])
-    )
-
-
-def test_answer_that_never_ended_is_wrong() -> None:
-    assert not exact_match(None, ["", "None"])
-    assert not exact_match(CutOff("3 1"), ["3 1"])
-    assert not normalised_match(CutOff("Positive."), ["positive"])
-
-
-def test_of_an_answer_that_never_ended_what_was_written_counts() -> None:
-    """A base that talks on has said something."""
-    talk = CutOff("It is positive. The reviewer likes")
-    assert rouge_l(talk, ["It is positive"]) == rouge_l(str(talk), ["It is positive"]) > 0.6
-    assert label_match(talk, ["positive"], ("positive", "negative"))
-    assert paper_score("exact", CutOff("It is positive. And"), ["it is positive"]) == 1
-    assert rouge_l(None, ["It is positive"]) == 0
 
 
 def test_score_is_the_mean_over_tasks_not_over_examples() -> None:
@@ -252,10 +201,3 @@ def test_metrics_of_the_instruction_induction_paper(
     metric: PaperMetric, answer: str | None, references: list[str], value: float
 ) -> None:
     assert paper_score(metric, answer, references) == pytest.approx(value)
-
-
-def test_numbers_of_thousands_of_digits_are_compared() -> None:
-    long = "9" * 5000
-    assert exact_match(f"[{long}, -0]", [f"{long} 0"])
-    assert not exact_match(long, [long[:-1] + "8"])
-    assert not exact_match(long, [f"-{long}"])

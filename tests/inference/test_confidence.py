@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
+from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.inference.confidence import (
     Calibration,
     Confidence,
     agreement,
     auc,
     calibrate,
+    share_right,
     threshold_of,
 )
 from ship_ds.inference.deduction import answer_latents
@@ -56,6 +58,13 @@ def test_the_threshold_parts_what_is_done_from_what_is_not() -> None:
     assert threshold_of(agreed, done) == Calibration(0.65, 15 / 16, 8)
     # Two that are not done are too few.
     assert threshold_of(agreed[:6], done[:6]) == Calibration(None, None, 6)
+
+
+def test_answers_are_right_as_everywhere_else() -> None:
+    """By exact match: lists of integers as lists, and spaces around an answer do not count."""
+    examples = Example("1", "[1, 2]"), Example("2", "cat", ("cat", "dog")), Example("3", "x")
+    task = SplitTask(Task("t", "k", examples), (), examples)
+    assert share_right(["[1,2]", "dog ", None], task) == 2 / 3
 
 
 def test_a_run_says_what_its_dev_tasks_say(ship: Ship, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
+from ship_ds.data.matching import exact_match
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.baselines import oracles
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
@@ -18,7 +19,6 @@ from ship_ds.evaluation.baselines.oracles import (
 )
 from ship_ds.evaluation.baselines.tagi import Tagi
 from ship_ds.evaluation.budgets import Steps, UntilDevStops
-from ship_ds.evaluation.metrics import exact_match
 from ship_ds.model.adapters.lora import LoraAdapter
 
 pytestmark = pytest.mark.slow
