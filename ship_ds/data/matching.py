@@ -1,6 +1,7 @@
 """Whether an answer is a right one: exact match, which all that counts right answers goes by."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -13,7 +14,7 @@ _NUMBER = re.compile(r"-?\d+")
 
 def exact_match(answer: str | None, references: Sequence[str]) -> bool:
     """Equal to any reference: as parsed lists where both are lists of integers, else as stripped
-    strings.
+    strings, however Unicode writes their letters (`composed`).
 
     None and `CutOff`, answers that never ended, are wrong.
     """
@@ -30,7 +31,13 @@ def has_ended(answer: str | None) -> TypeGuard[str]:
 def _equal(answer: str, reference: str) -> bool:
     if is_list(answer) and is_list(reference):
         return integers(answer) == integers(reference)
-    return answer == reference
+    return composed(answer) == composed(reference)
+
+
+def composed(text: str) -> str:
+    """The text with each accent in its letter where there is such a letter (Unicode's NFC): many
+    tokenizers write "e" and an accent as "é". No more is made equal: "x²" is not "x2"."""
+    return unicodedata.normalize("NFC", text)
 
 
 def is_list(text: str) -> bool:

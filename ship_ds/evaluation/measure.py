@@ -192,7 +192,7 @@ def _reconstruction(
         (one_line(text), one_line(q.wording)) for text, q in zip(texts, questions, strict=True)
     ]
     return texts, {
-        "exact_match": [[text == wording] for text, wording in pairs],
+        "exact_match": [[exact_match(text, [wording])] for text, wording in pairs],
         "normalised_match": [[normalised_match(text, [wording])] for text, wording in pairs],
         "rouge_l": [[rouge_l(text, [wording])] for text, wording in pairs],
     }

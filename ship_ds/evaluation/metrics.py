@@ -9,7 +9,7 @@ tasks.
     answer_loss         nats a token of the right answer: no answer is generated, and less is better
 
 Each of the others compares an answer with every right one and takes the best. An answer that never
-ended is None, and wrong.
+ended is None, and wrong. Letters are compared as NFC has them (`composed`), but for paper_metric.
 """
 
 import re
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ship_ds.data.matching import exact_match, has_ended, is_list
+from ship_ds.data.matching import composed, exact_match, has_ended, is_list
 from ship_ds.data.task import PaperMetric, SplitTask
 
 _NUM_RESAMPLES = 2000
@@ -63,7 +63,8 @@ def normal_form(text: str) -> str:
     As SQuAD's evaluation does it (Rajpurkar et al. 2016), and as MLQA's for the punctuation of
     every script (Lewis et al. 2020). Signs are taken out, not replaced: "3.5" becomes "35".
     """
-    letters = "".join(letter for letter in text.lower() if not _is_punctuation(letter))
+    lower = composed(text.lower())
+    letters = "".join(letter for letter in lower if not _is_punctuation(letter))
     return " ".join(_ARTICLES.sub(" ", letters).split())
 
 
@@ -91,8 +92,9 @@ def _label_form(text: str) -> str:
     """Words in lower case, without the punctuation around them: "(B)." is "b". What makes a label
     another one stays: a sign before a number, a point within one, "A" where SQuAD's form sees an
     article; of signs alone ("+", "-") all."""
+    text = composed(text)
     words = _LABEL_WORD.findall(text)
-    return " ".join(words).lower() or text.strip()
+    return composed(" ".join(words).lower()) or text.strip()
 
 
 def label_match(answer: str | None, references: Sequence[str], labels: Sequence[str]) -> bool:
@@ -112,7 +114,7 @@ def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
     said, forms = _label_form(answer), [_label_form(label) for label in labels]
     if said in forms:
         return labels[forms.index(said)]
-    in_its_case = [" ".join(_LABEL_WORD.findall(text)) for text in (answer, *labels)]
+    in_its_case = [" ".join(_LABEL_WORD.findall(composed(text))) for text in (answer, *labels)]
     for text, *names in (in_its_case, [said, *forms]):
         places = [(f" {text} ".find(f" {name} "), -len(name), i) for i, name in enumerate(names)]
         within = [place for place in places if place[0] >= 0]
@@ -171,7 +173,7 @@ class _Words:
     def tokenize(self, text: str) -> list[str]:
         """Runs of letters, digits and what is written over them, in lower case; of scripts without
         spaces every letter is a word (as mT5's multilingual ROUGE has it)."""
-        text = text.lower()
+        text = composed(text.lower())
         if text.isascii():
             return _ASCII_WORD.findall(text)
         spaced = _UNSPACED.sub(r" \g<0> ", text)

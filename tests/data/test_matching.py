@@ -24,6 +24,9 @@ from ship_ds.data.matching import exact_match
         ("1 2 three", "1 2 three", True),
         ("1 2 three", "1, 2, three", False),
         ("3.5", "3 5", False),
+        ("caf\u00e9", "cafe\u0301", True),
+        ("cafe", "caf\u00e9", False),
+        ("x\u00b2", "x2", False),
     ],
 )
 def test_lists_are_compared_as_lists_and_the_rest_as_text(

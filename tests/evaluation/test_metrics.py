@@ -177,6 +177,19 @@ def test_words_of_rouge_are_the_scorers_own_in_ascii_and_of_every_script_beyond(
     assert rouge_l("हिन्दी भाषा", ["हिन्दी"]) == pytest.approx(2 / 3)
 
 
+def test_letters_are_equal_however_unicode_writes_them() -> None:
+    """The capital J with a caron has no letter of its own, the small one has."""
+    for one, other in (("Caf\u00e9 noir", "cafe\u0301 noir"), ("J\u030c", "\u01f0")):
+        assert normalised_match(one, [other]) and normalised_match(other, [one])
+        assert rouge_l(one, [other]) == rouge_l(other, [one]) == 1
+    assert nearest_label("CAFE\u0301", ("cafe", "caf\u00e9")) == "caf\u00e9"
+    same = ["caf\u00e9", "cafe\u0301", "x", "x"]
+    assert closed_labels(task(same, same[1:2])) == ("caf\u00e9", "x")
+    assert normalised_match("x2", ["x\u00b2"]) is False
+    # As the paper has it.
+    assert paper_score("exact", "caf\u00e9", ["cafe\u0301"]) == 0
+
+
 def test_metrics_of_lists_are_exact_match_alone() -> None:
     assert metrics_to_show([task(["3 1"], ["1 2", "[]", ""])]) == ("exact_match",)
     assert metrics_to_show([task(["3 1"], ["1 2"]), task([], ["cat"])]) == ANSWER_METRICS
