@@ -63,8 +63,7 @@ def normal_form(text: str) -> str:
     As SQuAD's evaluation does it (Rajpurkar et al. 2016), and as MLQA's for the punctuation of
     every script (Lewis et al. 2020). Signs are taken out, not replaced: "3.5" becomes "35".
     """
-    lower = composed(text.lower())
-    letters = "".join(letter for letter in lower if not _is_punctuation(letter))
+    letters = "".join(letter for letter in _lower(text) if not _is_punctuation(letter))
     return " ".join(_ARTICLES.sub(" ", letters).split())
 
 
@@ -92,9 +91,39 @@ def _label_form(text: str) -> str:
     """Words in lower case, without the punctuation around them: "(B)." is "b". What makes a label
     another one stays: a sign before a number, a point within one, "A" where SQuAD's form sees an
     article; of signs alone ("+", "-") all."""
-    text = composed(text)
-    words = _LABEL_WORD.findall(text)
-    return composed(" ".join(words).lower()) or text.strip()
+    return _lower(_label_words(text)) or _label_text(text).strip()
+
+
+def _label_text(text: str) -> str:
+    """Without the selectors that ask for an emoji's picture, or for its letter."""
+    return composed(text).replace("\ufe0e", "").replace("\ufe0f", "")
+
+
+def _label_words(text: str) -> str:
+    """The words, one space between them."""
+    text = _label_text(text)
+    return " ".join(text[slice(*word.span())] for word in _LABEL_WORD.finditer(_as_letters(text)))
+
+
+def _label_signs(text: str) -> str:
+    """What stands between the words, which each leave a place behind."""
+    return _LABEL_WORD.sub("\0", _as_letters(_label_text(text)))
+
+
+def _as_letters(text: str) -> str:
+    """The text with a letter for every vowel sign and accent that stands behind one: to `re` they
+    are no part of a word, which would make one of हाँ, हूँ and है."""
+    if text.isascii():
+        return text
+    letters: list[str] = []
+    for letter in text:
+        is_mark = unicodedata.category(letter) in ("Mn", "Mc")
+        letters.append("x" if is_mark and letters and letters[-1].isalnum() else letter)
+    return "".join(letters)
+
+
+def _lower(text: str) -> str:
+    return composed(text.lower())
 
 
 def label_match(answer: str | None, references: Sequence[str], labels: Sequence[str]) -> bool:
@@ -104,19 +133,27 @@ def label_match(answer: str | None, references: Sequence[str], labels: Sequence[
 
 
 def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
-    """The label that an answer means, by the first of these rules that finds one, word by word
-    (`_label_form`): the equal one; the one that stands first in the answer as whole words, in its
-    own case if any does ("It is a B" means "B"), the longer of two at one place; the one most alike
-    letter by letter (difflib's ratio). None: no letter in common.
+    """The label that an answer means, by the first of these rules that finds one (`_label_form`):
+    the equal one; the one that stands first in the answer as whole words, in its own case if any
+    does ("It is a B" means "B"), the longer of two at one place; of those without words the one
+    that stands first among the answer's signs ("It is <=." means "<="); the one most alike letter
+    by letter (difflib's ratio). None: no letter in common.
     """
     if answer is None:
         return None
     said, forms = _label_form(answer), [_label_form(label) for label in labels]
     if said in forms:
         return labels[forms.index(said)]
-    in_its_case = [" ".join(_LABEL_WORD.findall(composed(text))) for text in (answer, *labels)]
-    for text, *names in (in_its_case, [said, *forms]):
-        places = [(f" {text} ".find(f" {name} "), -len(name), i) for i, name in enumerate(names)]
+    words = [f" {_label_words(text)} " for text in (answer, *labels)]
+    named = words[1:]
+    signs = [form if not name.strip() else "" for form, name in zip(forms, named, strict=True)]
+    for text, names in (
+        (words[0], named),
+        (_lower(words[0]), [_lower(name) for name in named]),
+        (_label_signs(answer), signs),
+    ):
+        # A label without words is in every text as words, and one with them as signs.
+        places = [(text.find(name), -len(name), i) for i, name in enumerate(names) if name.strip()]
         within = [place for place in places if place[0] >= 0]
         if within:
             return labels[min(within)[2]]
@@ -173,7 +210,7 @@ class _Words:
     def tokenize(self, text: str) -> list[str]:
         """Runs of letters, digits and what is written over them, in lower case; of scripts without
         spaces every letter is a word (as mT5's multilingual ROUGE has it)."""
-        text = composed(text.lower())
+        text = _lower(text)
         if text.isascii():
             return _ASCII_WORD.findall(text)
         spaced = _UNSPACED.sub(r" \g<0> ", text)

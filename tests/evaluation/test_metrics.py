@@ -112,6 +112,7 @@ def task(train: Sequence[str], test: Sequence[str]) -> SplitTask:
         ("yes no yes no".split(), ["maybe"], ()),
         (["yes"] * 9, ["yes"], ()),
         ("+ - + -".split(), ["-"], ("+", "-")),
+        (["ด\u0e35", "ด\u0e39"] * 2, ["ด\u0e39"], ("ด\u0e35", "ด\u0e39")),
         ([str(i) for i in range(10)] * 2, ["3"], tuple(map(str, range(10)))),
         ([str(i) for i in range(11)] * 2, ["3"], ()),
     ],
@@ -151,6 +152,19 @@ def test_nearest_label_by_each_rule(answer: str | None, nearest: str | None) -> 
         ("a", ("B", "A"), "A"),
         ("about 3.5, I think", ("35", "3.5"), "3.5"),
         ("-", ("+", "-"), "-"),
+        ("It is +.", ("-", "+"), "+"),
+        ("non-toxic: +", ("-", "+"), "+"),
+        (">.", ("<", "=", ">"), ">"),
+        ("It is <=.", ("<", "=", "<="), "<="),
+        ("\U0001f621!", ("\U0001f600", "\U0001f621"), "\U0001f621"),
+        ("positive \U0001f621", ("\U0001f600", "\U0001f621"), "\U0001f621"),
+        ("\u2764", ("\u2600\ufe0f", "\u2764\ufe0f"), "\u2764\ufe0f"),
+        ("I think - yes", ("-", "yes"), "yes"),
+        ("ह\u0942\u0901", ("ह\u093e\u0901", "ह\u0948", "ह\u0942\u0901"), "ह\u0942\u0901"),
+        ("उत्तर है।", ("ह\u093e\u0901", "ह\u0948"), "ह\u0948"),
+        ("ด\u0e39.", ("ด\u0e35", "ด\u0e39"), "ด\u0e39"),
+        ("ك\u064f", ("ك\u064e", "ك\u064f"), "ك\u064f"),
+        ("J\u030c!", ("k", "\u01f0"), "\u01f0"),
     ],
 )
 def test_signs_points_and_letters_tell_labels_apart(
@@ -160,6 +174,16 @@ def test_signs_points_and_letters_tell_labels_apart(
     assert [label_match(answer, [label], labels) for label in labels] == [
         label == nearest for label in labels
     ]
+
+
+@pytest.mark.parametrize("answer", ["", " ", "7", "it is"])
+def test_answer_without_a_sign_means_no_label_of_signs(answer: str) -> None:
+    assert nearest_label(answer, ("<", "=", ">")) is None
+
+
+def test_an_empty_label_is_meant_by_an_empty_answer_alone() -> None:
+    labels = ("", "x")
+    assert [nearest_label(answer, labels) for answer in ("", "an x", "-")] == ["", "x", None]
 
 
 def test_majority_label_is_the_most_frequent_and_the_first_of_equals() -> None:
