@@ -44,17 +44,21 @@ MOST_LABELS = 10
 def normalised_match(answer: str | None, references: Sequence[str]) -> bool:
     """Equal to any reference in normal form; lists of integers as lists, where a sign counts.
 
-    A text of nothing but articles and punctuation has no normal form: it is compared as it is, but
-    for its case.
+    A text of articles alone keeps them ("A." is "a"), and one of punctuation alone all of it.
     """
     if exact_match(answer, references):
         return True
-    return has_ended(answer) and any(
-        not (is_list(answer) and is_list(reference))
-        and (normal_form(answer) or answer.strip().lower())
-        == (normal_form(reference) or reference.strip().lower())
-        for reference in references
-    )
+    return has_ended(answer) and any(_are_alike(answer, reference) for reference in references)
+
+
+def _are_alike(answer: str, reference: str) -> bool:
+    if is_list(answer) and is_list(reference):
+        return False  # or they were an exact match
+    forms = [
+        normal_form(text) or " ".join(_unpunctuated(text).split()) or _lower(text.strip())
+        for text in (answer, reference)
+    ]
+    return forms[0] == forms[1]
 
 
 def normal_form(text: str) -> str:
@@ -63,8 +67,11 @@ def normal_form(text: str) -> str:
     As SQuAD's evaluation does it (Rajpurkar et al. 2016), and as MLQA's for the punctuation of
     every script (Lewis et al. 2020). Signs are taken out, not replaced: "3.5" becomes "35".
     """
-    letters = "".join(letter for letter in _lower(text) if not _is_punctuation(letter))
-    return " ".join(_ARTICLES.sub(" ", letters).split())
+    return " ".join(_ARTICLES.sub(" ", _unpunctuated(text)).split())
+
+
+def _unpunctuated(text: str) -> str:
+    return "".join(letter for letter in _lower(text) if not _is_punctuation(letter))
 
 
 def _is_punctuation(letter: str) -> bool:

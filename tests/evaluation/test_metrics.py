@@ -92,6 +92,11 @@ def test_metric_of_some_tasks_counts_these_alone() -> None:
         ("?", "!", False),
         ("+", "+", True),
         ("the", "", False),
+        ("A", "A.", True),
+        ("B", "B.", True),
+        ("(a)", "A", True),
+        ("A", "the", False),
+        ("?", "A", False),
     ],
 )
 def test_normal_form_is_squads(answer: str, reference: str, right: bool) -> None:
