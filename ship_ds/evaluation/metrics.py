@@ -28,6 +28,7 @@ from ship_ds.data.matching import composed, exact_match, has_ended, is_list
 from ship_ds.data.task import PaperMetric, SplitTask
 
 _NUM_RESAMPLES = 2000
+_GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LABEL_WORD = re.compile(r"(?:(?<!\w)[+-](?=\d))?\w+(?:[-'.]\w+)*")
 """A word of a label: with its sign before a number, and with what stands within it."""
@@ -42,7 +43,8 @@ MOST_LABELS = 10
 
 
 def normalised_match(answer: str | None, references: Sequence[str]) -> bool:
-    """Equal to any reference in normal form; lists of integers as lists, where a sign counts.
+    """Equal to any reference in normal form; lists of integers as lists, where a sign counts, and
+    "1,234" as 1234 as well: a list to exact match, it may be a number in groups of three.
 
     A text of articles alone keeps them ("A." is "a"), and one of punctuation alone all of it.
     """
@@ -52,13 +54,18 @@ def normalised_match(answer: str | None, references: Sequence[str]) -> bool:
 
 
 def _are_alike(answer: str, reference: str) -> bool:
+    answer, reference = _ungrouped(answer), _ungrouped(reference)
     if is_list(answer) and is_list(reference):
-        return False  # or they were an exact match
+        return exact_match(answer, [reference])
     forms = [
         normal_form(text) or " ".join(_unpunctuated(text).split()) or _lower(text.strip())
         for text in (answer, reference)
     ]
     return forms[0] == forms[1]
+
+
+def _ungrouped(text: str) -> str:
+    return text.replace(",", "") if _GROUPS.fullmatch(text.strip()) else text
 
 
 def normal_form(text: str) -> str:

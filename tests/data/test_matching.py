@@ -21,6 +21,8 @@ from ship_ds.data.matching import exact_match
         ("Yes", "yes", False),
         ("", "", True),
         ("", "[]", False),
+        ("1 234", "1,234", True),
+        ("1234", "1,234", False),
         ("1 2 three", "1 2 three", True),
         ("1 2 three", "1, 2, three", False),
         ("3.5", "3 5", False),

@@ -97,6 +97,14 @@ def test_metric_of_some_tasks_counts_these_alone() -> None:
         ("(a)", "A", True),
         ("A", "the", False),
         ("?", "A", False),
+        ("1234", "1,234", True),
+        ("1,234", "1234", True),
+        ("12345678", "12,345,678", True),
+        ("-1,234", "1234", False),
+        ("-1,000", "1,000", False),
+        ("123", "1,23", False),
+        ("1234", "1, 234", False),
+        ("1234", "[1,234]", False),
     ],
 )
 def test_normal_form_is_squads(answer: str, reference: str, right: bool) -> None:
