@@ -23,7 +23,7 @@ from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.metrics import closed_labels, metrics_to_show, summary
 from ship_ds.evaluation.questions import ask, tasks_of
-from ship_ds.evaluation.report import TITLES
+from ship_ds.evaluation.report import TITLES, value_and_interval
 from ship_ds.evaluation.within_time import Group, TimedCell, evenly, measure_within
 from ship_ds.files import write_json
 from ship_ds.monitor.progress import Progress
@@ -236,12 +236,10 @@ def _title(section: _Section) -> str:
 
 
 def _text(cell: dict[str, Any] | None, metric: str) -> str:
-    """Empty where the metric does not apply."""
+    """Empty where the metric does not apply, or is not finite."""
     if cell is None:
         return ""
     if not cell["n_tasks"]:
         return "no tasks"
-    if metric not in cell:
-        return ""
-    (low, high), value = cell[metric]["ci95"], cell[metric]["value"]
-    return f"{value:.3f} [{low:.3f}, {high:.3f}] n={cell[metric].get('n_tasks', cell['n_tasks'])}"
+    text = value_and_interval(cell.get(metric))
+    return text and f"{text} n={cell[metric].get('n_tasks', cell['n_tasks'])}"

@@ -12,6 +12,7 @@ Each of the others compares an answer with every right one and takes the best. A
 ended is None, and wrong. Letters are compared as NFC has them (`composed`), but for paper_metric.
 """
 
+import math
 import re
 import string
 import unicodedata
@@ -304,8 +305,8 @@ class Score:
     num_examples: int
 
     def interval(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: null where there was no task."""
-        if not self.num_tasks:
+        """For JSON, which has no NaN: null where there was no task, or a loss was not finite."""
+        if not math.isfinite(self.value):
             return {"value": None, "ci95": None}
         return {"value": round(self.value, 4), "ci95": [round(bound, 4) for bound in self.ci95]}
 
@@ -318,7 +319,8 @@ def score(results: Sequence[Sequence[float]]) -> Score:
         return Score(float("nan"), (float("nan"), float("nan")), 0, 0)
     means = np.array([np.mean(row) for row in results])
     picks = np.random.default_rng(0).integers(0, len(means), (_NUM_RESAMPLES, len(means)))
-    low, high = np.quantile(means[picks].mean(1), [0.025, 0.975])
+    with np.errstate(invalid="ignore"):  # a loss may be infinite
+        low, high = np.quantile(means[picks].mean(1), [0.025, 0.975])
     return Score(
         float(means.mean()), (float(low), float(high)), len(means), sum(len(row) for row in results)
     )

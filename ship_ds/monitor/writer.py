@@ -47,8 +47,7 @@ class Monitor:
     def step(self, step: int, scalars: Mapping[str, float]) -> None:
         """A value that is not finite is null in metrics.jsonl (JSON has no NaN) and NaN in
         TensorBoard."""
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._last_row = {"step": step, **finite}
+        self._last_row = {"step": step, **_finite(scalars)}
         self._offset_of_last_row = self.rows.tell()
         self._write_row()
         for name, value in scalars.items():
@@ -66,15 +65,15 @@ class Monitor:
     def evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
         """After `step` steps: joins the row of the last of them, whose number is one less, in
         metrics.jsonl and TensorBoard. A run that has resumed has no such row; evaluations.jsonl has
-        every evaluation."""
+        every evaluation. A value that is not finite is written as in `step`."""
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step - 1)
         if self._last_row.get("step") == step - 1:
             self.rows.truncate(self._offset_of_last_row)
-            self._last_row |= scalars
+            self._last_row |= _finite(scalars)
             self._write_row()
         with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+            file.write(json.dumps({"step": step, **_finite(scalars)}) + "\n")
         self.bar.write(
             f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scalars.items())
         )
@@ -95,6 +94,10 @@ class Monitor:
         self.rows.close()
         self.board.close()
         figures.save("loss", figures.losses, [self.folder], self.folder)
+
+
+def _finite(scalars: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in scalars.items()}
 
 
 def _cell(text: str) -> str:

@@ -23,6 +23,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -324,12 +325,15 @@ def _prune(root: Path, config: CheckpointConfig, best_by: str) -> None:
 
 
 def _dev_score(folder: Path, best_by: str) -> float | None:
-    """None as well where the score is by another metric, or the folder has been damaged since."""
+    """None as well where the score is by another metric or no number, which none is better than, or
+    the folder has been damaged since."""
     try:
         progress = read_progress(folder)
     except (OSError, ValueError, TypeError):
         return None
-    return progress.dev_score if progress.best_by == best_by else None
+    score = progress.dev_score
+    is_known = score is not None and math.isfinite(score) and progress.best_by == best_by
+    return score if is_known else None
 
 
 def _bytes(folder: Path) -> int:

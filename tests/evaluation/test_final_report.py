@@ -75,6 +75,13 @@ def test_kinds_of_unseen_rules_are_shares_of_the_unseen(one_rank_run: Path) -> N
     assert sum(cell["n_tasks"] for cell in kinds) == deduction["unseen"]["n_tasks"]
 
 
+def test_score_that_is_not_finite_leaves_its_place_empty() -> None:
+    cell = {"n_tasks": 2, "answer_loss": {"value": None, "ci95": None}}
+    assert final_report._text(cell, "answer_loss") == ""
+    cell["answer_loss"] = {"value": 1.25, "ci95": [1.0, 1.5], "n_tasks": 1}
+    assert final_report._text(cell, "answer_loss") == "1.250 [1.000, 1.500] n=1"
+
+
 def test_table_has_a_row_of_every_measurement(
     one_rank_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,17 @@ def test_no_task_is_not_a_score_of_zero() -> None:
     assert json.loads(json.dumps(summary([], []), allow_nan=False)) == nothing
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_score_that_is_not_finite_is_null_in_json(loss: float) -> None:
+    rows = [{"answer_loss": [1.0, loss]}, {"answer_loss": [1.0]}]
+    report = summary(["answer_loss"], rows)
+    assert json.loads(json.dumps(report, allow_nan=False)) == {
+        "answer_loss": {"value": None, "ci95": None},
+        "n_tasks": 2,
+        "n_examples": 3,
+    }
+
+
 def test_json_has_the_reports_keys() -> None:
     assert summary(["exact_match"], [{"exact_match": [True, False]}]) == {
         "exact_match": {"value": 0.5, "ci95": [0.5, 0.5]},

@@ -2,6 +2,7 @@
 written."""
 
 import copy
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -208,7 +209,7 @@ def test_saving_a_step_again_never_leaves_it_without_a_checkpoint(
 def test_the_best_on_dev_is_kept_beside_the_newest_and_the_disk_cap_spares_both(
     tmp_path: Path,
 ) -> None:
-    for step, score in enumerate((0.1, 0.9, 0.3, None, 0.2), 1):
+    for step, score in enumerate((math.nan, 0.9, 0.3, None, 0.2), 1):
         checkpoint.save(
             Engine(100_000), tmp_path, progress(step, score), CheckpointConfig(keep_last=2)
         )
