@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ship_ds.console import log
 from ship_ds.data.task import Example
 from ship_ds.evaluation.baselines.group_decoding import group_beams
 from ship_ds.evaluation.baselines.oracles import draw
@@ -55,7 +56,8 @@ class Itd(TrainedMethod):
     the mean over the shown examples of log p(token | x_i, y_i), and the finished ones ranked by
     sum_i log p(f | x_i, y_i) - (n - 1) log p(f).
     Simplified: the initial inductions vary by the examples shown instead of by sampled decoding; x
-    is taken from the data instead of being generated.
+    is taken from the data instead of being generated. A base that ends no answer teaches nothing:
+    its own texts are voted on.
     """
 
     name: ClassVar[str] = "itd"
@@ -70,6 +72,9 @@ class Itd(TrainedMethod):
     def train(self) -> None:
         recipe, prompts = self.recipe, self.base.prompts
         deduced, sampler = self.deduce_data(), self.sampler
+        if not deduced:
+            log(f"{self.name}: the base ended no answer, so that it has nothing to train on")
+            return
         num_rows = recipe.rows_per_step or sampler.tasks_per_step * sampler.examples_per_task
         rng = random.Random(f"{self.setting.seed} itd")
 

@@ -30,6 +30,18 @@ def test_deduced_targets_are_the_bases_own(
         assert ship.model.answer(None, [example.input], 8, [one.instruction]) == [example.target]
 
 
+def test_base_that_ends_no_answer_votes_on_its_own_texts(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = make(Itd)
+    shown = [task.train[:2] for task in method.setting.splits.seen[:2]]
+    untrained = method.induce(shown)
+    monkeypatch.setattr(method.base, "generate", lambda prompts, length: [None] * len(prompts))
+    method.prepare()
+    assert "itd: the base ended no answer" in capsys.readouterr().err
+    assert method.induce(shown) == untrained
+
+
 def test_one_prompt_and_one_beam_are_greedy(ship: Ship) -> None:
     base = FrozenBase(ship)
     adapter = awake_lora(base, 1)()
