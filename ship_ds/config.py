@@ -37,13 +37,11 @@ from ship_ds.kinds import (
     OBJECTIVES,
     PRIORS,
     SOURCES,
-    KindError,
-    first_error,
     load_plugins,
     parse_section,
 )
 from ship_ds.parsing import parse_yaml, read_text
-from ship_ds.section import PathText, Section
+from ship_ds.section import FieldError, PathText, Section, first_error
 
 ALL_LINEAR = "all-linear"
 """Instead of names: every linear of a block, as `peft` calls it."""
@@ -567,15 +565,15 @@ class LossConfig(Section):
     def _objective(name: str, values: Any) -> Section:
         """A number is the weight alone."""
         if name not in OBJECTIVES.names():
-            raise KindError(
+            raise FieldError(
                 (name,),
                 "value_error",
                 f"unknown key; objectives are {', '.join(OBJECTIVES.names())}, and {FROM_OUTSIDE}",
             )
         try:
             return parse_section(OBJECTIVES.config_class(name), _weight_by_number(values))
-        except KindError as error:
-            raise KindError((name, *error.location), error.kind, str(error)) from None
+        except FieldError as error:
+            raise FieldError((name, *error.location), error.kind, str(error)) from None
 
     def objectives(self) -> dict[str, ObjectiveConfig]:
         """The section of every objective by name, in a fixed order: the three of the paper first.

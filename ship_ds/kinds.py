@@ -31,39 +31,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from ship_ds.errors import UserError
-from ship_ds.section import Section
+from ship_ds.section import FieldError, Section, first_error
 
 FROM_OUTSIDE = "those of modules that SHIP_DS_PLUGINS names"
-
-
-class KindError(ValueError):
-    """What is wrong inside a section whose class a table has chosen; pydantic hands it on whole.
-
-    Args:
-        location: the key below the section, () for the section itself.
-        kind: pydantic's type of the error, such as "extra_forbidden".
-        message: one line.
-    """
-
-    def __init__(self, location: tuple[int | str, ...], kind: str, message: str) -> None:
-        super().__init__(message)
-        self.location, self.kind = location, kind
-
-    @property
-    def is_unknown_key(self) -> bool:
-        """Whether the section has no such key."""
-        return self.kind == "extra_forbidden"
-
-    @property
-    def text(self) -> str:
-        """What is wrong, without its key."""
-        return "unknown key" if self.is_unknown_key else str(self)
-
-    @property
-    def line(self) -> str:
-        """Key and text."""
-        key = ".".join(map(str, self.location))
-        return f"{key}: {self.text}" if key else self.text
 
 
 @dataclass(frozen=True)
@@ -127,34 +97,27 @@ class Kinds:
         return next(n for n, kind in self._kinds.items() if type(config) is kind.config_class)
 
     def validate(self, values: Any) -> Section:
-        """A section of the kind that it names; for pydantic's BeforeValidator. Raises KindError."""
+        """A section of the kind that it names; for pydantic's BeforeValidator.
+
+        Raises FieldError."""
         if isinstance(values, Section):
             return values
         if not isinstance(values, dict):
-            raise KindError((), "value_error", f"expected a section, got {type(values).__name__}")
+            raise FieldError((), "value_error", f"expected a section, got {type(values).__name__}")
         name = values.get("kind", self._default(values))
         if not isinstance(name, str) or name not in self._kinds:
             known = ", ".join(self._kinds)
             message = f"there is no {name!r}; there are {known}, and {FROM_OUTSIDE}"
-            raise KindError(("kind",), "value_error", message)
+            raise FieldError(("kind",), "value_error", message)
         return parse_section(self._kinds[name].config_class, values)
 
 
 def parse_section(section_class: type[Section], values: Any) -> Section:
-    """The section, or KindError with the place of the first thing that is wrong in it."""
+    """The section, or FieldError with the place of the first thing that is wrong in it."""
     try:
         return section_class.model_validate(values)
     except ValidationError as error:
         raise first_error(error) from None
-
-
-def first_error(error: ValidationError) -> KindError:
-    """The first of pydantic's errors, its place in full where a table chose a section's class."""
-    first = error.errors()[0]
-    inner = first.get("ctx", {}).get("error")
-    if isinstance(inner, KindError):
-        return KindError((*first["loc"], *inner.location), inner.kind, str(inner))
-    return KindError(first["loc"], first["type"], first["msg"].removeprefix("Value error, "))
 
 
 ADAPTERS = Kinds("model.hypernetwork", lambda values: "lora")

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from ship_ds.errors import UserError
 from ship_ds.files import write_json, write_text
 from ship_ds.parsing import read_json_object
+from ship_ds.section import first_error
 
 if TYPE_CHECKING:
     from ship_ds.weights_folder import WeightsFolder
@@ -165,7 +166,4 @@ def read_origin(folder: Path) -> Origin:
     try:
         return TypeAdapter(Origin).validate_python(values, strict=False)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        what = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {place}: {what}; export the adapter again") from None
+        raise UserError(f"{path}: {first_error(error).line}; export the adapter again") from None

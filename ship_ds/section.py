@@ -1,8 +1,10 @@
-"""What every section of a config is: frozen and strict. Imports no torch."""
+"""What every section of a config is: frozen and strict; the first thing that is wrong in one, or in
+whatever else pydantic reads. Imports no torch."""
 
 import os
 import re
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
@@ -53,3 +55,49 @@ class Section(BaseModel):
             ):
                 raise ValueError(f"{name}: true and false are no value of it")
         return values
+
+
+class FieldError(ValueError):
+    """What is wrong with one field. Raised inside a section whose class a table has chosen, it is
+    handed on whole by pydantic.
+
+    Args:
+        location: the key below what was read, () for all of it.
+        kind: pydantic's type of the error, such as "extra_forbidden".
+        message: one line.
+    """
+
+    def __init__(self, location: tuple[int | str, ...], kind: str, message: str) -> None:
+        super().__init__(message)
+        self.location, self.kind = location, kind
+
+    @property
+    def is_unknown_key(self) -> bool:
+        """Whether there is no such key, of a section or of a dataclass."""
+        return self.kind in ("extra_forbidden", "unexpected_keyword_argument")
+
+    @property
+    def text(self) -> str:
+        """What is wrong, without its key."""
+        return "unknown key" if self.is_unknown_key else str(self)
+
+    @property
+    def line(self) -> str:
+        """Key and text."""
+        key = ".".join(map(str, self.location))
+        return f"{key}: {self.text}" if key else self.text
+
+
+class _Errors(Protocol):
+    """Pydantic's ValidationError, and FastAPI's own."""
+
+    def errors(self) -> Sequence[Any]: ...
+
+
+def first_error(error: _Errors) -> FieldError:
+    """The first of pydantic's errors, its place in full where a table chose a section's class."""
+    first = error.errors()[0]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, FieldError):
+        return FieldError((*first["loc"], *inner.location), inner.kind, str(inner))
+    return FieldError(first["loc"], first["type"], first["msg"].removeprefix("Value error, "))

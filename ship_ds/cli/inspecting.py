@@ -118,12 +118,14 @@ def _filters(given: dict[str, Any]) -> "FilterConfig":
     from pydantic import ValidationError
 
     from ship_ds.data.filters import FilterConfig
+    from ship_ds.section import first_error
 
     try:
         return FilterConfig.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
+        first = first_error(error)
+        option = str(first.location[0]).replace("_", "-")
+        raise UserError(f"--{option}: {first.text}") from None
 
 
 def _of_config(recipe: str, overrides: Sequence[str]) -> list[dict[str, Any]]:

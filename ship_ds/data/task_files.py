@@ -23,9 +23,8 @@ from ship_ds.data.task import DataError, Splits
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
 from ship_ds.data.unknown import unknown_texts
 from ship_ds.errors import UserError
-from ship_ds.kinds import first_error
 from ship_ds.parsing import parse_yaml
-from ship_ds.section import PathText, Section
+from ship_ds.section import PathText, Section, first_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from ship_ds.errors import UserError
-from ship_ds.section import Section
+from ship_ds.section import Section, first_error
 
 METHOD_NAMES = (
     "ship",
@@ -176,12 +176,12 @@ class HarnessConfig(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = first_error(error)
             # --endpoint and its likes are a section of their own
-            place = first["loc"][: 2 if first["loc"][0] == "endpoint" else 1]
+            place = first.location[: 2 if first.location[0] == "endpoint" else 1]
             option = "-".join(map(str, place)).replace("_", "-").replace("judges", "judge")
             option = option.replace("changes", "set")
-            raise UserError(f"--{option}: {first['msg'].removeprefix('Value error, ')}") from None
+            raise UserError(f"--{option}: {first.text}") from None
 
 
 def _listed(text: str) -> list[str]:

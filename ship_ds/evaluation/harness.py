@@ -43,6 +43,7 @@ from ship_ds.monitor.progress import Progress
 from ship_ds.parsing import read_json_lines, read_json_object
 from ship_ds.prompt import check_tasks
 from ship_ds.runtime import ranks
+from ship_ds.section import first_error
 
 _VERSION = 4
 """Of the way in which cells are measured; another one measures them again."""
@@ -346,8 +347,6 @@ def _changed(name: str, changes: Sequence[str]) -> type[Method]:
     try:
         recipe = kind.validate_python(values, extra="forbid")
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"--set {name}.{key}: {first['msg']}") from None
+        raise UserError(f"--set {name}.{first_error(error).line}") from None
     changed: type[Method] = type(method.__name__, (method,), {"recipe": recipe})
     return changed

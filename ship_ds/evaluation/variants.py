@@ -27,10 +27,9 @@ from ship_ds.bundle import verify
 from ship_ds.config import Config, flat, load_config, parse_config, read_values
 from ship_ds.errors import UserError
 from ship_ds.files import recover
-from ship_ds.kinds import first_error
 from ship_ds.parsing import read_json_lines, read_json_object
 from ship_ds.runtime import preflight
-from ship_ds.section import Section
+from ship_ds.section import Section, first_error
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=.*", re.DOTALL)
 _LABEL = re.compile(r"\w[\w.-]*")

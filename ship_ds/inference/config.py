@@ -17,7 +17,7 @@ from pydantic import (
 
 from ship_ds.config import overridden
 from ship_ds.errors import UserError
-from ship_ds.section import Section
+from ship_ds.section import Section, first_error
 
 Method = Literal["direct", "indirect", "bank", "propose", "union"]
 Preset = Literal["ours", "published", "published-refined"]
@@ -204,10 +204,6 @@ class InductionConfig(Section):
                 overridden(self.model_dump(exclude_unset=True), overrides)
             )
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            if first["type"] == "extra_forbidden":
-                known = ", ".join(type(self).model_fields)
-                raise UserError(f"--set {key}: unknown key; there are {known}") from None
-            message = first["msg"].removeprefix("Value error, ")
-            raise UserError(f"--set {key + ': ' if key else ''}{message}") from None
+            first, known = first_error(error), ", ".join(type(self).model_fields)
+            hint = f"; there are {known}" if first.is_unknown_key else ""
+            raise UserError(f"--set {first.line}{hint}") from None

@@ -24,6 +24,7 @@ from ship_ds.console import log
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
+from ship_ds.section import first_error
 from ship_ds.serving.adapters import Adapters
 from ship_ds.serving.answers import ChatShape, Shape, events, whole
 from ship_ds.serving.decoding import Piece, Sampling, Source
@@ -134,16 +135,15 @@ def _answer_errors(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> RequestError:
     """The first thing that is wrong: "messages[0].content: ..."."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
+    first = first_error(error)
+    if first.kind == "json_invalid":
         return RequestError(400, "the body is no JSON", code="invalid_json")
     # Before the field's own name is "body" or its like; behind it pydantic puts the branch of a
     # union that it tried, such as "list[constrained-str]".
-    place = [one for one in first["loc"][1:] if not set("-[(") & set(str(one))]
+    place = [one for one in first.location[1:] if not set("-[(") & set(str(one))]
     names = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in place]
     param = "".join(names[:3]).removeprefix(".")[:80] or None
-    message = first["msg"].removeprefix("Value error, ")
-    return RequestError(400, f"{param or 'body'}: {message}", param, first["type"])
+    return RequestError(400, f"{param or 'body'}: {first}", param, first.kind)
 
 
 class _Routes:

@@ -18,8 +18,7 @@ from pydantic import (
 
 from ship_ds.config import overridden
 from ship_ds.errors import UserError
-from ship_ds.kinds import first_error
-from ship_ds.section import Section
+from ship_ds.section import Section, first_error
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
