@@ -185,14 +185,19 @@ def threshold_of(agreed: Sequence[float], done: Sequence[bool]) -> Calibration:
     wrong = [value for value, is_done in zip(agreed, done, strict=True) if not is_done]
     if min(len(right), len(wrong)) < _FEWEST_TASKS:
         return Calibration(None, None, len(done))
+    return Calibration(best_parting(right, wrong)[0], auc(agreed, done), len(done))
 
-    def parting(threshold: float) -> float:
-        above = [sum(value >= threshold for value in one) / len(one) for one in (right, wrong)]
-        return above[0] - above[1]
 
-    # Of several that part alike the lowest, which warns least.
-    threshold = max(sorted(set(agreed)), key=parting)
-    return Calibration(threshold, auc(agreed, done), len(done))
+def best_parting(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
+    """The value at or above which most of `above` and fewest of `below` lie, and the difference of
+    the two shares. Of several that part alike the lowest, which warns and refuses least."""
+
+    def parting(value: float) -> float:
+        shares = [sum(one >= value for one in sort) / len(sort) for sort in (above, below)]
+        return shares[0] - shares[1]
+
+    best = max(sorted({*above, *below}), key=parting)
+    return best, parting(best)
 
 
 def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:

@@ -24,6 +24,7 @@ from ship_ds.data.task import Example, SplitTask
 from ship_ds.errors import UserError
 from ship_ds.inference.adapter_reading import induce_from_weights, known_distances
 from ship_ds.inference.bank import Bank
+from ship_ds.inference.confidence import best_parting
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_bare, answer_latents, answer_stated, answer_under
 from ship_ds.inference.gradient import Schedule, descend_to_behaviour
@@ -447,17 +448,11 @@ def threshold_of(named: Sequence[float], refused: Sequence[float]) -> Threshold:
         named: agreement of those that should be named.
         refused: of those that should not.
     """
-    values = sorted({*named, *refused})
-
-    def parting(value: float) -> float:
-        above = [sum(one >= value for one in sort) / len(sort) for sort in (named, refused)]
-        return above[0] - above[1]
-
-    # Of several that part alike the lowest, and half way down to the next below it.
-    lowest = max(values, key=parting)
-    below = max((value for value in values if value < lowest), default=0.0)
+    lowest, difference = best_parting(named, refused)
+    # Half way down to the next below it.
+    below = max((value for value in (*named, *refused) if value < lowest), default=0.0)
     value = (lowest + below) / 2
-    if parting(lowest) <= 0:
+    if difference <= 0:
         value = HALF if max(refused) < HALF else (max(refused) + 1) / 2
     return Threshold(
         value,

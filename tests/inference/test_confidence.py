@@ -14,6 +14,7 @@ from ship_ds.inference.confidence import (
     Confidence,
     agreement,
     auc,
+    best_parting,
     calibrate,
     share_right,
     threshold_of,
@@ -58,6 +59,12 @@ def test_the_threshold_parts_what_is_done_from_what_is_not() -> None:
     assert threshold_of(agreed, done) == Calibration(0.65, 15 / 16, 8)
     # Two that are not done are too few.
     assert threshold_of(agreed[:6], done[:6]) == Calibration(None, None, 6)
+
+
+def test_of_values_that_part_alike_the_lowest_is_taken() -> None:
+    # From 0.4 on and from 0.8 on: half more of the first.
+    assert best_parting([0.8, 0.4], [0.4, 0.1]) == (0.4, 0.5)
+    assert best_parting([0.1], [0.9]) == (0.1, 0.0)
 
 
 def test_answers_are_right_as_everywhere_else() -> None:
