@@ -94,8 +94,6 @@ class Run:
         if data is not None:
             splits = _with_others(splits, data, ship, log)
         check_tasks({*vars(ship.model.collator.prompts).values()}, splits)
-        limit = ship.config.evaluation.max_new_tokens
-        warn_of_long_targets(splits.tasks, ship.model.prompts, limit, log)
         return cls(folder, ship, splits, results_name(data))
 
     @cached_property
@@ -201,14 +199,24 @@ class Harness:
 
     def measure_all(self) -> None:
         """Measure what is not stored, or was measured under another setting."""
+        missing: dict[str, list[Cell]] = {}
         for name in self.config.methods:
             if not self.cells(name):
                 self.log(
                     f"{name}: does none of the directions asked for on any task of these parts"
                 )
-            missing = self._missing(name)
-            if missing:
-                self._measure_method(name, missing)
+            missing[name] = self._missing(name)
+        self._warn_of_long_targets([cell for cells in missing.values() for cell in cells])
+        for name, cells in missing.items():
+            if cells:
+                self._measure_method(name, cells)
+
+    def _warn_of_long_targets(self, cells: Sequence[Cell]) -> None:
+        answered = [cell for cell in cells if cell.direction in ("deduction", "reasoning")]
+        tasks = {task.id: task for cell in answered for task in self._tasks(cell)}
+        ship = self.run.ship
+        limit = ship.config.evaluation.max_new_tokens
+        warn_of_long_targets(tasks.values(), ship.model.prompts, limit, self.log)
 
     def cells(self, name: str) -> list[Cell]:
         """What the config asks of a method, where there are tasks that it applies to."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from ship_ds.data.task import CutOff
 from ship_ds.data.matching import exact_match
+from ship_ds.data.task import CutOff
 from ship_ds.evaluation.cells import TaskRow
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judge import Columns, Judge

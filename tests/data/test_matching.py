@@ -3,6 +3,7 @@
 import pytest
 
 from ship_ds.data.matching import exact_match
+from ship_ds.data.task import CutOff
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def test_any_reference_is_enough() -> None:
 
 def test_answer_that_never_ended_is_wrong() -> None:
     assert not exact_match(None, ["", "None"])
+    assert not exact_match(CutOff("3 1"), ["3 1"])
 
 
 def test_numbers_of_thousands_of_digits_are_compared() -> None:

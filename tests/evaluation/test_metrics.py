@@ -23,6 +23,16 @@ from ship_ds.evaluation.metrics import (
 )
 
 
+def test_of_an_answer_that_never_ended_what_was_written_counts() -> None:
+    """A base that talks on has said something."""
+    talk = CutOff("It is positive. The reviewer likes")
+    assert rouge_l(talk, ["It is positive"]) == rouge_l(str(talk), ["It is positive"]) > 0.6
+    assert label_match(talk, ["positive"], ("positive", "negative"))
+    assert paper_score("exact", CutOff("It is positive. And"), ["it is positive"]) == 1
+    assert not normalised_match(CutOff("Positive."), ["positive"])
+    assert rouge_l(None, ["It is positive"]) == 0
+
+
 def test_score_is_the_mean_over_tasks_not_over_examples() -> None:
     result = score([[True], [False, False, False, True]])
     assert result.value == (1 + 0.25) / 2 and (result.num_tasks, result.num_examples) == (2, 5)
