@@ -146,10 +146,11 @@ def _named(tasks: Sequence[SplitTask], source: MixtureSource) -> tuple[SplitTask
 
 def _without_leaks(splits: Splits, log: Callable[[str], None]) -> Splits:
     """Every rule in one part: where sources put it into several, unseen keeps it before dev, and
-    dev before seen."""
+    dev before seen. Sources may cut one instruction to different lengths."""
     tasks = [(part, task) for part in reversed(_PARTS) for task in getattr(splits, part)]
     kept: dict[str, list[SplitTask]] = {part: [] for part in _PARTS}
-    for group in rule_groups([task.task for _, task in tasks]):
+    sources = [task.id.split("/")[0] for _, task in tasks]
+    for group in rule_groups([task.task for _, task in tasks], cut_as=sources):
         # in the order unseen, dev, seen
         owner = tasks[min(group)][0]
         for i in group:

@@ -7,12 +7,13 @@ many near copies).
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 
 from pydantic import Field, PositiveInt, model_validator
 
 from ship_ds.data.task import DataError, Example, Splits, SplitTask, Task
+from ship_ds.data.words import plain_words
 from ship_ds.section import Section
 
 SAME_RULE_JACCARD = 0.8
@@ -128,68 +129,51 @@ def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
     )
 
 
-_FEWEST_LEFT = 12
-"""Words that a wording still has where it may be the beginning of another one."""
-
-
 def without_rules_of(
     tasks: Sequence[SplitTask], others: Sequence[SplitTask]
 ) -> tuple[SplitTask, ...]:
     """The tasks that are no rule of the others, in their order, by all wordings, also those that
-    training never shows.
-
-    The two may have been cut to other lengths, so one that is the beginning of another one is its
-    rule, too; a last word may have been cut within.
-    """
-    groups = rule_groups([replace(one.task, paraphrases=_others(one)) for one in (*others, *tasks)])
-    kept = sorted(i - len(others) for group in groups if min(group) >= len(others) for i in group)
-    ours, theirs = ([_words(one) for one in some] for some in (tasks, others))
-    cut_theirs = _beginnings(words for task in theirs for words in task)
-    cut_ours = _beginnings(words for task in ours for words in task)
-    lengths = {len(words) for words in cut_ours}
-    theirs_so_far = {tuple(words[:n]) for task in theirs for words in task for n in lengths}
-    return tuple(
-        tasks[i]
-        for i in kept
-        if not any(
-            words[:-1] in theirs_so_far or any(words[:n] in cut_theirs for n in range(len(words)))
-            for words in ours[i]
-            if len(words) > _FEWEST_LEFT
-        )
+    training never shows. The two may have been cut to other lengths."""
+    groups = rule_groups(
+        [_with_all_wordings(one) for one in (*others, *tasks)],
+        cut_as=[True] * len(others) + [False] * len(tasks),
     )
+    kept = sorted(i - len(others) for group in groups if min(group) >= len(others) for i in group)
+    return tuple(tasks[i] for i in kept)
 
 
-def _others(task: SplitTask) -> tuple[str, ...]:
-    return (*task.task.paraphrases, *task.held_out_paraphrases)
+def _with_all_wordings(one: SplitTask) -> Task:
+    return replace(one.task, paraphrases=(*one.task.paraphrases, *one.held_out_paraphrases))
 
 
-def _words(task: SplitTask) -> list[tuple[str, ...]]:
-    """Each wording word by word."""
-    return [tuple(text.lower().split()) for text in (task.task.instruction, *_others(task))]
-
-
-def _beginnings(wordings: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    """The long ones but for their last words."""
-    return {words[:-1] for words in wordings if len(words) > _FEWEST_LEFT}
-
-
-def rule_groups(tasks: Sequence[Task]) -> list[list[int]]:
+def rule_groups(tasks: Sequence[Task], cut_as: Sequence[Hashable] | None = None) -> list[list[int]]:
     """Indices of the tasks, grouped into rules, in order of their first task.
 
     Tasks whose wordings are equal or near copies are one rule, and so are tasks that a chain of
     such pairs joins: [[0, 2], [1], [3, 4]].
+
+    Args:
+        tasks: of one source or of several.
+        cut_as: of each task with which others it was cut to one length; where two were cut to
+            different ones, a wording that is the beginning of another one is its rule, too. None:
+            all alike.
     """
     # Here: scipy takes half a second to import, and most configs are only read.
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
+    wordings = [
+        [plain_words(text) for text in (task.instruction, *task.paraphrases)] for task in tasks
+    ]
     first_tasks: dict[frozenset[str], int] = {}
     pairs = [
-        (i, first_tasks.setdefault(_tokens(wording), i))
-        for i, task in enumerate(tasks)
-        for wording in (task.instruction, *task.paraphrases)
+        (i, first_tasks.setdefault(frozenset(words), i))
+        for i, of_task in enumerate(wordings)
+        for words in of_task
     ]
     pairs += [(first_tasks[one], first_tasks[other]) for one, other in _similar(first_tasks)]
+    if cut_as is not None:
+        pairs += _beginnings(wordings, cut_as)
     if not pairs:
         return []
     rows, columns = zip(*pairs, strict=True)
@@ -202,10 +186,29 @@ def rule_groups(tasks: Sequence[Task]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _tokens(text: str) -> frozenset[str]:
-    """Lower-case words; punctuation after a word is not part of it, while a sign of its own ("=")
-    is a word."""
-    return frozenset(word.strip(".,:;!?\"'()") or word for word in text.lower().split())
+_FEWEST_LEFT = 12
+"""Words that a wording still has where it may be the beginning of another one."""
+
+
+def _beginnings(
+    wordings: Sequence[Sequence[Sequence[str]]], cut_as: Sequence[Hashable]
+) -> list[tuple[int, int]]:
+    """Pairs of tasks that were cut to different lengths, where a wording of one is the beginning of
+    a wording of the other but for its last word, which may have been cut within."""
+    cut: dict[tuple[str, ...], dict[Hashable, list[int]]] = {}
+    for i, of_task in enumerate(wordings):
+        for words in of_task:
+            if len(words) > _FEWEST_LEFT:
+                cut.setdefault(tuple(words[:-1]), {}).setdefault(cut_as[i], []).append(i)
+    return [
+        (i, other)
+        for i, of_task in enumerate(wordings)
+        for words in of_task
+        for length in range(_FEWEST_LEFT, len(words) + 1)
+        for length_of, others in cut.get(tuple(words[:length]), {}).items()
+        if length_of != cut_as[i]
+        for other in others
+    ]
 
 
 def _similar(sets: Iterable[frozenset[str]]) -> list[tuple[frozenset[str], frozenset[str]]]:

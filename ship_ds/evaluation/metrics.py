@@ -27,6 +27,7 @@ import numpy as np
 
 from ship_ds.data.matching import composed, exact_match, has_ended, is_list
 from ship_ds.data.task import PaperMetric, SplitTask
+from ship_ds.data.words import is_punctuation, spaced
 
 _NUM_RESAMPLES = 2000
 _GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
@@ -83,7 +84,7 @@ def _unpunctuated(text: str) -> str:
 
 
 def _is_punctuation(letter: str) -> bool:
-    return letter in string.punctuation or unicodedata.category(letter).startswith("P")
+    return letter in string.punctuation or is_punctuation(letter)
 
 
 def closed_labels(task: SplitTask) -> tuple[str, ...]:
@@ -228,17 +229,11 @@ class _Words:
         text = _lower(text)
         if text.isascii():
             return _ASCII_WORD.findall(text)
-        spaced = _UNSPACED.sub(r" \g<0> ", text)
-        kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in spaced)
+        kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in spaced(text))
         return "".join(kept).split()
 
 
 _ASCII_WORD = re.compile("[a-z0-9]+")
-# Thai and Lao, Burmese, Khmer, kana, Han
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff]"
-)
 
 
 def paper_score(metric: PaperMetric, answer: str | None, references: Sequence[str]) -> float:

@@ -4,6 +4,7 @@ pre-training on triples and an in-domain run that starts from it."""
 import json
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -93,6 +94,19 @@ def test_a_rule_in_two_parts_stays_where_it_is_tested(folder: Path) -> None:
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     assert unseen <= parts[2], "before dev, whichever source has it there"
     assert dev <= parts[1] | parts[2] and any("the rule of a tested one" in x for x in lines)
+
+
+def test_a_rule_is_found_where_sources_cut_it_to_other_lengths(folder: Path) -> None:
+    whole = [" ".join(f"{x}{y}" for y in ascii_lowercase) for x in ascii_lowercase]
+    tasks(folder / "tasks.jsonl", whole)
+    tasks(folder / "again.jsonl", whole)
+    cut = {"truncation": {"instruction": {"tokens": 18}}, "split": {"seed": 1}}
+    splits, lines = read(mixture(folder, path=str(folder / "again.jsonl"), **cut))
+    rules = [{task.task.instruction[0] for task in part} for part in (splits.seen, splits.dev)]
+    tested = {task.task.instruction[0] for task in splits.unseen}
+    assert len({len(task.task.instruction) for task in splits.unseen}) == 2
+    assert not rules[0] & rules[1] and not (rules[0] | rules[1]) & tested
+    assert any("the rule of a tested one" in line for line in lines)
 
 
 def test_weights_are_part_of_what_a_checkpoint_compares(folder: Path) -> None:

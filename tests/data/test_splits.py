@@ -49,6 +49,45 @@ def test_equal_and_near_equal_wordings_are_one_rule() -> None:
     assert rule_groups(tasks) == [[0, 2], [1, 7], [3, 4], [5], [6]]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("这是好的吗？", "这是好的吗"),
+        ("这是好的吗？", "这是好的吗?"),
+        ("请回答，这是好的吗", "请回答 这是好的吗。"),
+        ("请把下面的英文句子翻译成法文", "请把下面的英文句子翻译成法语"),
+        ("これは良いですか？", "これは良いですか"),
+        ("هل هذا جيد؟", "هل هذا جيد"),
+        ("क्या यह अच्छा है।", "क्या यह अच्छा है"),
+        ("क्या यह अच्छा है ।", "क्या यह अच्छा है"),
+        ("¿Es bueno?", "Es bueno"),
+        ("«Это хорошо?»", "это хорошо"),
+        ("tell the caf\u00e9", "tell the cafe\u0301"),
+        ("Ｉｓ ｉｔ ｇｏｏｄ？", "Is it good"),
+    ],
+)
+def test_near_copies_are_one_rule_in_every_script(one: str, other: str) -> None:
+    tasks = [task("a", one), task("b", other)]
+    assert rule_groups(tasks) == [[0, 1]]
+    known, read = (split_tasks([only], SplitConfig(unseen_share=1)).unseen for only in tasks)
+    assert without_rules_of(read, known) == ()
+
+
+def test_other_rules_stay_so_in_every_script() -> None:
+    texts = (
+        "这是好的吗",
+        "那是坏的吗",
+        "把每个数加一",
+        "add -1",
+        "add 1",
+        "é + 1",
+        "é = 1",
+        "？",
+        "!",
+    )
+    assert len(rule_groups([task(text, text) for text in texts])) == len(texts)
+
+
 def test_one_rule_reaches_over_a_chain_of_near_copies() -> None:
     words = [f"w{i}" for i in range(30)]
     assert rule_groups([task(str(i), " ".join(words[i : i + 20])) for i in (0, 4, 2)]) == [
@@ -149,6 +188,24 @@ def test_a_wording_that_was_cut_is_the_rule_of_the_whole_one() -> None:
     shown = replace(trained, held_out_paraphrases=("never shown in training",))
     asked = split_tasks([task("x", "never shown in training")], config).unseen
     assert without_rules_of(asked, [shown]) == ()
+
+
+def test_a_chinese_wording_that_was_cut_is_the_rule_of_the_whole_one() -> None:
+    whole = "阅读给出的段落，然后用一句完整的话回答后面的问题，不要重复题目中的任何词语。"
+    known, read = (
+        split_tasks([task("a", text)], SplitConfig(unseen_share=1)).unseen
+        for text in (whole[:20], whole)
+    )
+    assert without_rules_of(read, known) == without_rules_of(known, read) == ()
+
+
+def test_near_copies_of_a_cut_wording_go_with_it() -> None:
+    """Of one length all: only where lengths differ is a beginning the same rule."""
+    words = [f"word{i}" for i in range(60)]
+    cut, near = " ".join(words[:20]), " ".join([*words[:19], "another"])
+    tasks = [task("a", " ".join(words)), task("b", cut), task("c", near)]
+    assert rule_groups(tasks) == [[0], [1, 2]]
+    assert rule_groups(tasks, cut_as=["long", "short", "short"]) == [[0, 1, 2]]
 
 
 def test_no_input_is_both_trained_on_and_tested() -> None:

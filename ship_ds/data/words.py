@@ -1,0 +1,40 @@
+"""Words of any script: Thai, Chinese and others put no spaces between theirs, so there a letter
+stands for one."""
+
+import re
+import unicodedata
+
+# Thai and Lao, Burmese, Khmer, kana, Han
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+"""Letters of these scripts, as a regular expression has them between brackets."""
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+_MARKS = ".,:;!?\"'()"
+"""Of ASCII: other signs may be what an instruction is about, such as "-1" and "#"."""
+
+
+def spaced(text: str) -> str:
+    """The text with spaces around each letter of a script that has none between words."""
+    return _UNSPACED.sub(r" \g<0> ", text)
+
+
+def plain_words(text: str) -> list[str]:
+    """Lower-case words by which two wordings are compared, however they are encoded (NFKC).
+
+    Punctuation around a word is not part of it, in any script. A sign of its own ("=") is a word;
+    beyond ASCII, where a mark is often parted from its word, only what is no punctuation.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    # Splits of ASCII texts are those of earlier versions: runs go on with no others.
+    if text.isascii():
+        return [word.strip(_MARKS) or word for word in text.split()]
+    marks = _MARKS + "".join(c for c in set(text) if not c.isascii() and is_punctuation(c))
+    words = spaced(text).split()
+    return [kept for word in words if (kept := word.strip(marks))] or words
+
+
+def is_punctuation(letter: str) -> bool:
+    """Whether Unicode calls it so, in any script."""
+    return unicodedata.category(letter).startswith("P")
