@@ -21,7 +21,8 @@ def describe(
     split: SplitConfig | None = None,
 ) -> dict[str, Any]:
     """Counts before the filters, what the reader and the filters leave out by reason and what then
-    stays, and three tasks with an example; the parts of a split, where one is given."""
+    stays, and three tasks with an example; the parts of a split and the weight of its seen tasks,
+    where one is given."""
     unread: Counter[str] = Counter()
     tasks = read_tasks(path, format, unread)
     kept, filtered = apply_filters(
@@ -40,7 +41,7 @@ def describe(
             "examples": sum(len(task.examples) for task in kept),
             "never_tested": sum(not can_be_tested(task) for task in kept),
         },
-        **({} if split is None else {"parts": _parts(kept, split)}),
+        **({} if split is None else _parts(kept, split)),
         "samples": [
             {
                 "id": task.id,
@@ -54,12 +55,13 @@ def describe(
     }
 
 
-def _parts(tasks: list[Task], config: SplitConfig) -> dict[str, int] | str:
-    """Tasks of each part, or why there are none."""
+def _parts(tasks: list[Task], config: SplitConfig) -> dict[str, Any]:
+    """Tasks of each part, or why there are none; the sum of the weights of those that are seen."""
     try:
-        return counts(split_tasks(tasks, config))
+        splits = split_tasks(tasks, config)
     except DataError as error:
-        return str(error)
+        return {"parts": str(error), "seen_weight": 0.0}
+    return {"parts": counts(splits), "seen_weight": sum(task.weight for task in splits.seen)}
 
 
 def counts(splits: Splits) -> dict[str, int]:

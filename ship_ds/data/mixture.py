@@ -105,7 +105,7 @@ class MixtureTasks(TaskSource):
         """One description a source, with its share of the draws before texts are cut."""
         described = [describe_files(source) for source in self.config.sources]
         draws = [
-            source.weight * (0 if isinstance(one["parts"], str) else one["parts"]["seen"])
+            source.weight * one["seen_weight"]
             for source, one in zip(self.config.sources, described, strict=True)
         ]
         return [

@@ -137,6 +137,17 @@ def test_the_verb_data_describes_every_source(
     assert "alpaca.json, weight 3" in capsys.readouterr().out
 
 
+def test_the_verb_data_counts_the_weights_of_tasks_too(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "tasks.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(row | {"weight": 2}) + "\n" for row in rows)
+    (folder / "tasks.jsonl").write_text(text)
+    source = mixture(folder, weight=0.5)
+    first, second = source.describe()
+    assert first["share_of_draws"] == pytest.approx(50 / 70)
+    assert second["share_of_draws"] == pytest.approx(20 / 70)
+    assert "71.4% of the draws" in read(source)[1][-2]
+
+
 @pytest.mark.parametrize(
     ("data", "line"),
     [
