@@ -104,7 +104,7 @@ def can_be_tested(task: Task) -> bool:
 
 def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
     """Examples with equal inputs stay on one side, so that no test input was trained on. Both sides
-    are in file order."""
+    are in file order, and each test input is asked once."""
     inputs = list(dict.fromkeys(example.input for example in task.examples))
     if len(inputs) < 2:
         return SplitTask(task, task.examples[: config.train_examples], (), weight=task.weight)
@@ -120,13 +120,27 @@ def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
             "few to train and to test on"
         )
     train = [example for example in task.examples if example.input not in tested]
-    test = [example for example in task.examples if example.input in tested]
+    test = _by_input(example for example in task.examples if example.input in tested)
     return SplitTask(
         task,
         tuple(train[: config.train_examples]),
-        tuple(test[: config.test_examples]),
+        test[: config.test_examples],
         weight=task.weight,
     )
+
+
+def _by_input(examples: Iterable[Example]) -> tuple[Example, ...]:
+    """One example an input: the first, with the answers of all as its references."""
+    found: dict[str, list[Example]] = {}
+    for example in examples:
+        found.setdefault(example.input, []).append(example)
+    # One that is alone stays as it was read: fingerprints are of what it looks like.
+    return tuple(one[0] if len(one) == 1 else _merged(one) for one in found.values())
+
+
+def _merged(examples: Sequence[Example]) -> Example:
+    answers = tuple(dict.fromkeys(text for one in examples for text in one.answers))
+    return replace(examples[0], references=answers if len(answers) > 1 else ())
 
 
 def without_rules_of(

@@ -211,11 +211,23 @@ def test_near_copies_of_a_cut_wording_go_with_it() -> None:
 def test_no_input_is_both_trained_on_and_tested() -> None:
     part = only(tuple(Example(str(i % 7), str(i)) for i in range(20)), SplitConfig(test_examples=5))
     assert not {e.input for e in part.train} & {e.input for e in part.test}
-    assert len(part.test) == 5 and len({e.input for e in part.train}) == 4
+    assert len(part.test) == 3 and len({e.input for e in part.train}) == 4
     same = (Example("x", "1"), Example("x", "2"))
     assert (only(same, SplitConfig()).train, only(same, SplitConfig()).test) == (same, ())
     with pytest.raises(DataError, match="task 'a' has 2 distinct inputs, too few"):
         only((hold_out(Example("x", "1")), hold_out(Example("y", "2"))), SplitConfig())
+
+
+def test_an_input_is_tested_once_with_all_its_answers() -> None:
+    rows = tuple(Example(text, f"{text}{i}") for text in "ABCD" for i in range(4))
+    part = only(rows, SplitConfig())
+    assert len(part.test) == 2 and len(part.train) == 8
+    for one in part.test:
+        assert one.target == f"{one.input}0"
+        assert one.answers == tuple(f"{one.input}{i}" for i in range(4))
+    same = tuple(Example(x, "1", refs) for x in "ab" for refs in (("1", "2"), ("1", "2", "3")))
+    assert only(same, SplitConfig()).test[0].references == ("1", "2", "3")
+    assert only((*same[:1] * 2, *same[2:3] * 2), SplitConfig()).test[0] in same
 
 
 def test_test_examples_are_drawn_by_seed_from_the_whole_file() -> None:
@@ -237,7 +249,7 @@ def test_a_formats_own_test_examples_are_never_trained_on(num_test: int) -> None
     held = (hold_out(Example("3", "z")), hold_out(Example("8", "z")))
     part = only(given + held, SplitConfig(test_examples=num_test))
     assert part.train == given[:3] + given[4:]
-    assert [e.input for e in part.test] == ["3", "3", "8"][:num_test]
+    assert part.test == (Example("3", "y", ("y", "z")), held[1])[:num_test]
 
 
 def test_a_task_of_one_input_is_trained_on_and_never_tested() -> None:
