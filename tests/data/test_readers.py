@@ -38,6 +38,14 @@ def sni(**changes: Any) -> dict[str, Any]:
     }
 
 
+def p3(text: str, answer: str | None) -> dict[str, Any]:
+    return {
+        "inputs_pretokenized": f"Is this good? Review: {text}\nAnswer:",
+        "targets_pretokenized": answer,
+        "inputs": [1],
+    }
+
+
 def test_natural_instructions(tmp_path: Path) -> None:
     write(tmp_path / "tasks" / "task2_b.json", sni(Definition="One text, not a list"))
     write(tmp_path / "tasks" / "task1_a.json", sni(Definition=["First.", "Second."]))
@@ -299,14 +307,6 @@ def test_p3_sample(tmp_path: Path) -> None:
         read_tasks(tmp_path)
 
 
-def p3(text: str, answer: str | None) -> dict[str, Any]:
-    return {
-        "inputs_pretokenized": f"Is this good? Review: {text}\nAnswer:",
-        "targets_pretokenized": answer,
-        "inputs": [1],
-    }
-
-
 def write_p3(path: Path, rows: list[dict[str, Any]]) -> Path:
     import datasets
 
@@ -357,6 +357,33 @@ def test_p3_splits_are_kept(tmp_path: Path, test_file: str) -> None:
     assert [task.id for task in tasks] == ["a", "b"]
     (held,) = (example for example in tasks[0].examples if example.input == "fine")
     assert held == hold_out(Example("fine", "yes")) and len(tasks[0].examples) == 3
+
+
+@pytest.mark.parametrize(
+    ("train_file", "test_file"),
+    [
+        ("train/0.jsonl", "Test/0.jsonl"),
+        ("Train/0.jsonl", "VALIDATION/0.jsonl"),
+        ("Train.jsonl", "TEST.jsonl"),
+        ("testimonials.jsonl", "Dev-00000-of-00001.jsonl"),
+        ("devices.jsonl", "test1.jsonl"),
+        ("developers.jsonl", "test_matched.jsonl"),
+        ("validations.jsonl", "dev.jsonl.gz"),
+    ],
+)
+def test_p3_splits_have_names_in_any_case(
+    tmp_path: Path, train_file: str, test_file: str
+) -> None:
+    write_p3(tmp_path / "a" / train_file, [p3("good", "yes"), p3("bad", "no")])
+    rows = json.dumps(p3("fine", "yes")).encode()
+    (tmp_path / "a" / test_file).parent.mkdir(exist_ok=True)
+    is_zipped = test_file.endswith("gz")
+    (tmp_path / "a" / test_file).write_bytes(gzip.compress(rows) if is_zipped else rows)
+    (task,) = read_tasks(tmp_path)
+    held = hold_out(Example("fine", "yes"))
+    assert task.id == "a" and set(task.examples) == {
+        *(Example("good", "yes"), Example("bad", "no"), held)
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@ columns are ignored.
 
 A folder of parquet, arrow or JSONL files, or of folders of them. One prompt is one task, as on the
 hub: its folder, or the folder above when that is named after a split
-(imdb_sentiment/test/0000.parquet). Rows of a file or folder named test, validation or dev are held
-out. The instruction is what all inputs of a task share at their start and end, since P3 stores the
-filled-in prompt alone; a prompt with text between its fields keeps that in its inputs.
+(imdb_sentiment/test/0000.parquet). Rows of a file or folder named test, validation or dev, in any
+case, are held out. The instruction is what all inputs of a task share at their start and end, since
+P3 stores the filled-in prompt alone; a prompt with text between its fields keeps that in its
+inputs.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,8 @@ _KINDS = (".parquet", ".arrow", ".jsonl")
 _INPUTS, _TARGETS = "inputs_pretokenized", "targets_pretokenized"
 _HELD_OUT = ("test", "validation", "dev")
 _SPLITS = ("train", *_HELD_OUT)
+# test, test_1, test-00000-of-00001 and test1, but not testimonials
+_HELD_OUT_FILE = re.compile(rf"(?:{'|'.join(_HELD_OUT)})(?![^\W\d_])")
 
 
 def files(path: Path) -> list[Path]:
@@ -49,7 +53,7 @@ def read(path: Path, counts: Counter[str]) -> list[Task]:
     for file in files(path):
         folder = (
             file.parent.parent
-            if file.parent.name in _SPLITS and file.parent != path
+            if file.parent.name.lower() in _SPLITS and file.parent != path
             else file.parent
         )
         tasks.setdefault(file if path.is_file() else folder, []).append(file)
@@ -83,7 +87,8 @@ def _read_task(folder: Path, parts: list[Path], root: Path) -> Task:
 
 
 def _is_held_out(file: Path) -> bool:
-    return file.parent.name in _HELD_OUT or file.name.startswith(_HELD_OUT)
+    is_named_so = _HELD_OUT_FILE.match(stem_of(file).lower()) is not None
+    return is_named_so or file.parent.name.lower() in _HELD_OUT
 
 
 def _rows(file: Path) -> Iterator[tuple[str, str]]:
