@@ -11,6 +11,9 @@ UNSPACED = (
 )
 """Letters of these scripts, as a regular expression has them between brackets."""
 _UNSPACED = re.compile(f"[{UNSPACED}]")
+_PART = re.compile(rf"[{UNSPACED}][^{UNSPACED}\w\s]*\s?|[^{UNSPACED}\s]+\s?")
+# CJK punctuation and full-width forms of ASCII's
+_WIDE_MARK = re.compile("[\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]")
 _MARKS = ".,:;!?\"'()"
 """Of ASCII: other signs may be what an instruction is about, such as "-1" and "#"."""
 
@@ -18,6 +21,17 @@ _MARKS = ".,:;!?\"'()"
 def spaced(text: str) -> str:
     """The text with spaces around each letter of a script that has none between words."""
     return _UNSPACED.sub(r" \g<0> ", text)
+
+
+def parted(text: str) -> list[str]:
+    """Its words, each with the marks and the space behind it: joined, they are the text with single
+    spaces. A letter of a script without spaces is a word."""
+    return _PART.findall(" ".join(text.split()))
+
+
+def stands_alone(letter: str) -> bool:
+    """Whether a letter is a word, or a mark of those scripts."""
+    return _UNSPACED.match(letter) is not None or _WIDE_MARK.match(letter) is not None
 
 
 def plain_words(text: str) -> list[str]:

@@ -371,9 +371,7 @@ def test_p3_splits_are_kept(tmp_path: Path, test_file: str) -> None:
         ("validations.jsonl", "dev.jsonl.gz"),
     ],
 )
-def test_p3_splits_have_names_in_any_case(
-    tmp_path: Path, train_file: str, test_file: str
-) -> None:
+def test_p3_splits_have_names_in_any_case(tmp_path: Path, train_file: str, test_file: str) -> None:
     write_p3(tmp_path / "a" / train_file, [p3("good", "yes"), p3("bad", "no")])
     rows = json.dumps(p3("fine", "yes")).encode()
     (tmp_path / "a" / test_file).parent.mkdir(exist_ok=True)
@@ -384,6 +382,15 @@ def test_p3_splits_have_names_in_any_case(
     assert task.id == "a" and set(task.examples) == {
         *(Example("good", "yes"), Example("bad", "no"), held)
     }
+
+
+def test_p3_instruction_without_spaces(tmp_path: Path) -> None:
+    texts = ("今天天气很好，我很高兴", "这部电影太无聊了", "服务还可以")
+    rows = [p3("", "是") | {"inputs_pretokenized": f"这是好评吗？{x}。答案：是或否"} for x in texts]
+    write_p3(tmp_path / "a.jsonl", rows)
+    (task,) = read_tasks(tmp_path)
+    assert task.instruction == "这是好评吗？ 。答案：是或否"
+    assert [one.input for one in task.examples] == list(texts)
 
 
 @pytest.mark.parametrize(
@@ -621,6 +628,16 @@ def test_plain_text_is_cut_into_three(tmp_path: Path) -> None:
         assert 4 <= last <= 24 and last <= middle
     assert len({len(one.split()) for one, _, _ in parts[1:]}) > 1
     assert read_tasks(tmp_path) == tasks
+
+
+def test_plain_text_without_spaces_is_cut_by_letters(tmp_path: Path) -> None:
+    text = "河流发源于城镇上方的山丘，向南穿过两个湖泊，然后在没有船的 old harbour 附近流入大海。"
+    (tmp_path / "a.txt").write_text(text)
+    (task,) = read_tasks(tmp_path)
+    (example,) = task.examples
+    parts = (task.instruction, example.input, example.target)
+    assert all(parts) and "".join(parts).replace(" ", "") == text.replace(" ", "")
+    assert sum(map(len, parts)) >= len(text) - 2, "no spaces between letters"
 
 
 @pytest.mark.parametrize("file", ["a.jsonl", "a.parquet", "a.arrow"])

@@ -21,6 +21,7 @@ from ship_ds.data.readers.rows import first_row
 from ship_ds.data.readers.tables import table
 from ship_ds.data.splits import hold_out
 from ship_ds.data.task import Task, read_error
+from ship_ds.data.words import stands_alone
 
 _KINDS = (".parquet", ".arrow", ".jsonl")
 _INPUTS, _TARGETS = "inputs_pretokenized", "targets_pretokenized"
@@ -103,11 +104,15 @@ def _rows(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _shared(texts: list[str]) -> tuple[str, str]:
-    """The common start and end of all texts, cut back to whole words."""
+    """The common start and end of all texts, cut back to whole words; of scripts without spaces
+    every letter and mark is one."""
     before = os.path.commonprefix(texts)
-    if not before.endswith(("\n", " ")):
-        before = before[: max(before.rfind(" "), before.rfind("\n")) + 1]
+    while before and before[-1] not in "\n " and not stands_alone(before[-1]):
+        before = before[:-1]
     endings = [text[len(before) :] for text in texts]
     after = os.path.commonprefix([text[::-1] for text in endings])[::-1]
-    start = next((i for i, letter in enumerate(after) if letter.isspace()), len(after))
+    start = next(
+        (i for i, letter in enumerate(after) if letter.isspace() or stands_alone(letter)),
+        len(after),
+    )
     return before, after[start:]

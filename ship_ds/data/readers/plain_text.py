@@ -6,9 +6,9 @@
     target         the rest
 
 .txt files, whose paragraphs are parted by empty lines, or a column `text` of JSONL, parquet or
-arrow. A longer paragraph is several passages. Where a passage is cut is drawn from its own text, so
-that it is cut alike in every run. Each passage is a task of one example, called by its file and
-number.
+arrow. Letters of scripts without spaces are words. A longer paragraph is several passages. Where a
+passage is cut is drawn from its own text, so that it is cut alike in every run. Each passage is a
+task of one example, called by its file and number.
 """
 
 import random
@@ -23,6 +23,7 @@ from ship_ds.data.readers.files import files_of, kind_of, read_whole
 from ship_ds.data.readers.rows import first_row
 from ship_ds.data.readers.tables import table
 from ship_ds.data.task import DataError, Example, Task
+from ship_ds.data.words import parted
 
 MIN_EXAMPLES_PER_TASK = 1
 """Tasks of one example are what this format is for."""
@@ -60,7 +61,7 @@ def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each passage."""
     tasks: dict[tuple[str, str, str], Task] = {}
     for file in files(path):
-        passages = (one for text in _paragraphs(file) for one in _passages(text.split(), counts))
+        passages = (one for text in _paragraphs(file) for one in _passages(parted(text), counts))
         for number, words in enumerate(passages, 1):
             instruction, text, target = _cut(words)
             key = (instruction, text, target)
@@ -107,10 +108,10 @@ def _passages(words: Sequence[str], counts: Counter[str]) -> Iterator[Sequence[s
 
 def _cut(words: Sequence[str]) -> tuple[str, str, str]:
     """Instruction, input and target of a passage."""
-    draw = random.Random(" ".join(words))
+    draw = random.Random("".join(words).rstrip())
     first = round(len(words) * draw.uniform(*_FIRST))
     left = len(words) - first
     last = draw.randint(_TARGET[0], max(_TARGET[0], min(_TARGET[1], left // 2)))
     parts = words[:first], words[first : len(words) - last], words[len(words) - last :]
-    instruction, text, target = (" ".join(part) for part in parts)
+    instruction, text, target = ("".join(part).rstrip() for part in parts)
     return instruction, text, target
