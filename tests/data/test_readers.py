@@ -265,6 +265,33 @@ def test_instruction_induction(tmp_path: Path) -> None:
         read_tasks(tmp_path)
 
 
+def test_instruction_induction_in_files_that_are_compressed(tmp_path: Path) -> None:
+    rows = {"examples": {"1": {"input": "cat", "output": "feline"}}}
+    for file, content in (
+        ("annotations/synonyms.json.gz", {"annotations": ["say it otherwise"]}),
+        ("raw/execute/synonyms.json", rows),
+        ("raw/induce/synonyms.json.gz", rows),
+    ):
+        path = write(tmp_path / file, content)
+        if path.suffix == ".gz":
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    (task,) = read_tasks(tmp_path)
+    assert (task.id, task.paper_metric) == ("synonyms", "contains")
+    assert task.examples == (Example("cat", "feline"),) * 2
+
+
+@pytest.mark.parametrize("name", ["task.json.gz", "Task.JSON"])
+def test_list_functions_by_other_names(tmp_path: Path, name: str) -> None:
+    rows = [{"input": "[1]", "target": "[]"}, {"input": "[2]", "target": "[]"}]
+    for folder in ("c001", "c002"):
+        path = write(tmp_path / folder / name, {"description": '"drop it"', "examples": rows})
+        if path.suffix == ".gz":
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    assert detect_format(tmp_path) == "list-functions"
+    assert [task.id for task in read_tasks(tmp_path)] == ["c001", "c002"]
+    assert read_tasks(path)[0].instruction == "drop it"
+
+
 def test_list_functions(tmp_path: Path) -> None:
     row = {"input": "[1, 2]", "target": "[]"}
     write(
@@ -500,6 +527,37 @@ def test_jsonl_from_other_machines(tmp_path: Path) -> None:
         path.write_bytes(content + b"\n")
         with pytest.raises(DataError, match=complaint):
             read_tasks(path)
+
+
+def test_a_byte_order_mark_on_a_blank_line(tmp_path: Path) -> None:
+    row = json.dumps(task_rows("x")[0]).encode()
+    for first in (b"", b"\n", b" \r\n", b"\r"):
+        (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + first + row)
+        assert [task.id for task in read_tasks(tmp_path)] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("alpaca", {"instruction": "k", "input": "x" * (1 << 20), "output": "y"}),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": "x" * (1 << 20)},
+                    {"role": "assistant", "content": "y"},
+                ]
+            },
+        ),
+        ("p3", p3("x" * (1 << 20), "y")),
+        ("plain-text", {"text": "some words " * (1 << 17)}),
+    ],
+)
+def test_a_first_row_may_be_long(tmp_path: Path, name: str, row: dict[str, Any]) -> None:
+    for text in (json.dumps(row), json.dumps([row]) if name in ("alpaca", "messages") else ""):
+        if text:
+            (tmp_path / "t.jsonl").write_text(text + "\n")
+            assert detect_format(tmp_path) == name
 
 
 def task_rows(*names: str) -> list[dict[str, Any]]:

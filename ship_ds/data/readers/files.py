@@ -7,6 +7,7 @@
 import gzip
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, cast
@@ -114,13 +115,14 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
             # An old Mac's lines end with a carriage return alone; JSON has it nowhere else.
             for line in re.split(rb"\r(?!\n)", part.rstrip(b"\r\n")):
                 number += 1
-                if line.strip():
-                    yield number, _line(line, path, number)
+                text = line.removeprefix(BOM_UTF8) if number == 1 else line
+                if text.strip():
+                    yield number, _line(text, path, number)
 
 
 def _line(line: bytes, path: Path, number: int) -> str:
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = line.decode()
     except UnicodeDecodeError as error:
         raise read_error(
             path, f"line {number}", f"not UTF-8 at its byte {error.start}; save it as UTF-8"

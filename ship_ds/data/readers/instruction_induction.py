@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.data.readers.checks import distinct, example, expect, field, load_object, texts
-from ship_ds.data.readers.files import files_of
+from ship_ds.data.readers.files import files_of, stem_of
 from ship_ds.data.task import Example, PaperMetric, Task, read_error
 
 _METRICS: dict[str, PaperMetric] = {
@@ -40,24 +40,28 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks of the folder, one for each file below annotations/."""
+    annotations = files_of(path / "annotations", (".json",))
+    raw = {part: files_of(path / "raw" / part, (".json",)) for part in ("execute", "induce")}
+    names = {stem_of(file) for file in annotations}
+    for file in (file for files in raw.values() for file in files):
+        if stem_of(file) not in names:
+            place = path / "annotations" / f"{stem_of(file)}.json"
+            raise read_error(file, "file", f"has no instruction: {place} is not there")
     tasks = []
-    for raw in files(path):
-        if not (path / "annotations" / raw.name).is_file():
-            raise read_error(
-                raw, "file", f"has no instruction: {path / 'annotations' / raw.name} is not there"
-            )
-    for file in files_of(path / "annotations", (".json",)):
+    for file in annotations:
+        name = stem_of(file)
         wordings = distinct(texts(load_object(file), "annotations", file, "file"))
-        parts = [path / "raw" / part / file.name for part in ("execute", "induce")]
-        if not any(part.is_file() for part in parts):
+        parts = [one for files in raw.values() for one in files if stem_of(one) == name]
+        if not parts:
+            places = [path / "raw" / part / f"{name}.json" for part in raw]
             raise read_error(
-                file, "file", f"has no examples: neither {parts[0]} nor {parts[1]} is there"
+                file, "file", f"has no examples: neither {places[0]} nor {places[1]} is there"
             )
-        examples = [row for part in parts if part.is_file() for row in _read_examples(part)]
-        metric = _METRICS.get(file.stem, "exact")
+        examples = [row for part in parts for row in _read_examples(part)]
+        metric = _METRICS.get(name, "exact")
         tasks.append(
             Task(
-                file.stem,
+                name,
                 wordings[0],
                 tuple(examples),
                 wordings[1:],

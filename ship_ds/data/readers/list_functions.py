@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from ship_ds.data.readers.checks import example, expect, field, load_object, texts
-from ship_ds.data.readers.files import KEY_BYTES, head
+from ship_ds.data.readers.files import KEY_BYTES, files_of, head, stem_of
 from ship_ds.data.task import Task, read_error
 
 _RULE = re.compile(r'"(.*)"', re.DOTALL)
@@ -14,11 +14,12 @@ _RULE = re.compile(r'"(.*)"', re.DOTALL)
 
 def files(path: Path) -> list[Path]:
     """The task.json, or those of the folder's folders."""
-    if path.is_file():
-        return [path] if path.name == "task.json" else []
-    return (
-        [path / "task.json"] if (path / "task.json").is_file() else sorted(path.glob("*/task.json"))
-    )
+    inner = [] if path.is_file() else sorted(path.glob("*/"))
+    return _task_files(path) or [file for folder in inner for file in _task_files(folder)]
+
+
+def _task_files(path: Path) -> list[Path]:
+    return [file for file in files_of(path, (".json",)) if stem_of(file).lower() == "task"]
 
 
 def matches(path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ship_ds.data.readers.checks import expect, load_json, load_lines
-from ship_ds.data.readers.files import FIRST_BYTES, files_of, head, stem_of
+from ship_ds.data.readers.files import FIRST_BYTES, KEY_BYTES, files_of, head, stem_of
 from ship_ds.data.task import Example, Task, read_error
 
 _KINDS = (".json", ".jsonl")
@@ -36,14 +36,22 @@ def first_row(path: Path) -> dict[str, Any] | None:
     found = files(path)
     if not found:
         return None
-    text = head(found[0], FIRST_BYTES).lstrip()
+    row = _first_value(head(found[0], FIRST_BYTES))
+    if row is None:  # it may go on where that ends
+        row = _first_value(head(found[0], KEY_BYTES))
+    return row if isinstance(row, dict) else None
+
+
+def _first_value(text: str) -> object:
+    """What the text begins with, or the array that it begins with; None where that is no JSON, as
+    far as it goes."""
+    text = text.lstrip()
     if text.startswith("["):
         text = text[1:].lstrip()
     try:
-        row, _ = json.JSONDecoder().raw_decode(text)
+        return json.JSONDecoder().raw_decode(text)[0]
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
 
 
 def rows_of(paths: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
