@@ -8,11 +8,13 @@ in the data is therefore the step number alone. A task of weight w comes w times
 """
 
 import random
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -89,12 +91,20 @@ class ReadingDraw:
         return Reading(None if drops_instruction else kept, examples, not drops_targets)
 
     def _some_words(self, wording: str, rng: random.Random) -> str:
-        """The wording without some of its words; one stays at least."""
+        """The wording without some of its words; one stays at least. Between two that stay is the
+        white space that was there, with its line breaks."""
         if not self.drop_words:
             return wording
         words = wording.split()
-        kept = [word for word in words if rng.random() >= self.drop_words]
-        return " ".join(kept or rng.sample(words, 1))
+        kept = [i for i in range(len(words)) if rng.random() >= self.drop_words]
+        if len(kept) == len(words):
+            return wording
+        kept = kept or rng.sample(range(len(words)), 1)
+        gaps = re.findall(r"\s+", wording.strip())
+        between = [max(gaps[i:j], key=lambda gap: gap.count("\n")) for i, j in pairwise(kept)]
+        return words[kept[0]] + "".join(
+            gap + words[i] for gap, i in zip(between, kept[1:], strict=True)
+        )
 
 
 def balanced(tasks: Sequence[SplitTask], alpha: float) -> tuple[SplitTask, ...]:

@@ -233,6 +233,21 @@ def test_words_are_left_out_of_what_the_encoder_reads_alone() -> None:
     assert all(short.draw_step(step)[0].reading.instruction for step in range(60))
 
 
+def test_what_is_left_of_a_wording_keeps_its_lines() -> None:
+    wording = "  w1 w2\n\nw3\tw4  w5\n- w6"
+    one = replace(_task(0), task=replace(_task(0).task, instruction=wording, paraphrases=()))
+    for share, num_texts in ((1e-9, 1), (0.5, 20)):
+        sampler = _sampler(tasks=[one], tasks_per_step=1, reading=ReadingDraw(drop_words=share))
+        found = [sampler.draw_step(step)[0].reading.instruction or "" for step in range(60)]
+        assert len(set(found)) >= num_texts and (share == 0.5 or set(found) == {wording})
+        for text in found:
+            for before, after, gap in (("w1", "w2", " "), ("w3", "w4", "\t"), ("w4", "w5", "  ")):
+                if before in text and after in text:
+                    assert f"{before}{gap}{after}" in text
+            first, rest = ({"w1", "w2"} & set(text.split()), {"w3", "w4"} & set(text.split()))
+            assert ("\n\n" in text) >= bool(first and rest)
+
+
 def test_a_task_without_an_example_to_spare_is_read_by_its_wording() -> None:
     tight = StepSampler([_task(0, 2)], 3, 1, 2, 0, 0.0, ReadingDraw(3, 0.5))
     assert all(tight.draw_step(step)[0].reading.examples == () for step in range(9))
