@@ -28,6 +28,12 @@ def hold_out(example: Example) -> HeldOutExample:
     return HeldOutExample(example.input, example.target, example.references)
 
 
+def not_held_out(task: Task) -> tuple[Example, ...]:
+    """The examples that may be trained on, by their inputs."""
+    held = {example.input for example in task.examples if isinstance(example, HeldOutExample)}
+    return tuple(example for example in task.examples if example.input not in held)
+
+
 class SplitConfig(Section):
     """The shares are of rules."""
 

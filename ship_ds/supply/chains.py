@@ -104,7 +104,7 @@ def _part(
             reason = "not written: enough are kept"
         counts[reason] += 1
         if reason == "kept":
-            task = Task(f"chain-{chain.first.id}-{chain.second.id}", chain.text, tuple(examples))
+            task = Task(chain.id, chain.text, tuple(examples))
             origin = {
                 "how": "chains",
                 "of": [chain.first.id, chain.second.id],
@@ -147,6 +147,12 @@ class Chain:
         joint = config.joint.format(first=first.instruction, second=second.instruction)
         given = {example.input: example for example in first.examples}
         return cls(first, second, joint, tuple(given.values())[: config.num_inputs])
+
+    @property
+    def id(self) -> str:
+        """No other pair has it, whatever signs the two ids have."""
+        first = self.first.id.replace("%", "%25").replace("+", "%2B")
+        return f"chain-{first}+{self.second.id}"
 
     @property
     def inputs(self) -> list[str]:

@@ -39,10 +39,11 @@ def compressed(text: str, losses: Losses, config: CompressConfig) -> tuple[str, 
     """
     whole = losses([text])[0]
     most = whole + config.tolerance
-    text, loss = _dropped(_SENTENCE.split(text), whole, most, losses, config.min_words)
-    if len(text.split()) <= config.most_words:
-        text, loss = _dropped(text.split(), loss, most, losses, config.min_words)
-    return text, loss, whole
+    short, loss = _dropped(_SENTENCE.split(text), whole, most, losses, config.min_words)
+    if len(short.split()) <= config.most_words:
+        short, loss = _dropped(short.split(), loss, most, losses, config.min_words)
+    # Pieces are put together with single spaces.
+    return (text if short.split() == text.split() else short), loss, whole
 
 
 def _dropped(
@@ -111,7 +112,8 @@ def _part(ship: Ship, known: Known, task: Task, config: CompressConfig) -> Part:
         "loss": round(loss, 4),
         "loss_of_whole": round(whole, 4),
     }
-    if text == task.instruction or text in task.paraphrases:
+    known_words = [one.split() for one in (task.instruction, *task.paraphrases)]
+    if text.split() in known_words:
         return Part({"nothing to drop": 1}, [])
     if known.give_away([Task(task.id, text, ())])[0]:
         return Part({"held out": 1}, [])

@@ -10,7 +10,7 @@ from ship_ds.api import Ship
 from ship_ds.console import Log, no_log
 from ship_ds.data.readers import read_tasks
 from ship_ds.data.source import source_of
-from ship_ds.data.splits import without_rules_of
+from ship_ds.data.splits import not_held_out, without_rules_of
 from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
@@ -79,7 +79,11 @@ def known_tasks(ship: Ship, path: Path | None, log: Log) -> Known:
     if path is None:
         tasks = tuple(replace(one.task, examples=one.train, id=one.id) for one in parts.seen)
         return Known(tasks, own, held_out)
-    read = read_tasks(path, "auto", Counter())
+    whole = read_tasks(path, "auto", Counter())
+    read = [replace(task, examples=not_held_out(task)) for task in whole]
+    num_tests = sum(len(task.examples) for task in whole) - sum(len(x.examples) for x in read)
+    if num_tests:
+        log(f"--data {path}: {num_tests} test examples of its format are left out")
     secret = Known((), (), held_out).give_away(read)
     tasks = tuple(task for task, is_secret in zip(read, secret, strict=True) if not is_secret)
     if not tasks:

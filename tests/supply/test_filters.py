@@ -75,6 +75,13 @@ def test_the_second_task_s_own_examples_come_before_what_the_run_answers() -> No
     assert chain().judged(wrong, wrong, alone, ChainsConfig())[1][0] == Example("0", "2")
 
 
+def test_two_pairs_have_two_ids() -> None:
+    names = ("a", "b-c", "a-b", "c", "a+b", "b+c", "a%2Bb", "%", "a+", "+c")
+    tasks = [Task(name, name, ()) for name in names]
+    ids = {Chain.of(one, other, ChainsConfig()).id for one in tasks for other in tasks}
+    assert len(ids) == len(names) ** 2
+
+
 def test_pairs_are_distinct_and_of_different_tasks() -> None:
     pairs = draw_pairs(5, 100, 0)
     assert len(set(pairs)) == 20 and all(a != b for a, b in pairs)
@@ -96,6 +103,8 @@ def test_compression_drops_what_the_loss_does_not_need() -> None:
     loose = tight.model_copy(update={"tolerance": 0.05})
     assert compressed(text, losses, loose)[0] == "keep 4"
     assert len(compressed(text, losses, loose.model_copy(update={"min_words": 4}))[0].split()) == 4
+    spaced = "numbers.\n\n  keep 4"
+    assert compressed(spaced, losses, tight) == (spaced, 0.0, 0.0)
 
 
 def test_words_are_dropped_by_the_seed() -> None:

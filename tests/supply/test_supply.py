@@ -268,6 +268,34 @@ def test_held_out_rules_are_nowhere(
     assert left_out > before.get("held out", 0)
 
 
+def test_test_rows_of_a_format_are_not_written(ship: Ship, tmp_path: Path) -> None:
+    """Nor what else has their inputs."""
+    for file, texts in (("train", "3 1,4 2,5 1,6 1"), ("test", "6 1,7 1")):
+        lines = [
+            {"inputs_pretokenized": f"add 3 {text} .", "targets_pretokenized": file}
+            for text in texts.split(",")
+        ]
+        folder = tmp_path / "p3"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out.jsonl"
+    said: list[str] = []
+    config = parse_settings("disagreement", EASY["disagreement"])
+    make(ship, config, "disagreement", out, folder, None, 0, EndpointConfig(), said.append)
+    (row,) = rows(out)
+    assert [one["input"] for one in row["examples"]] == ["3 1", "4 2", "5 1"]
+    assert any("3 test examples of its format are left out" in line for line in said)
+
+
+def test_an_instruction_of_the_same_words_is_not_shortened(ship: Ship, tmp_path: Path) -> None:
+    examples = [{"input": f"{i} 1", "target": f"{i}"} for i in range(4)]
+    row = {"id": "t", "instruction": "reverse\n the  list", "examples": examples}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    changes = ["min_words=3", "tolerance=1"]
+    with pytest.raises(UserError, match="nothing to drop 1"):
+        supply(ship, "compress", tmp_path / "out.jsonl", tmp_path / "a.jsonl", changes)
+
+
 def test_all_tasks_get_a_weight_also_those_that_cannot_be_measured(
     ship: Ship, tmp_path: Path
 ) -> None:
