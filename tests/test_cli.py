@@ -156,6 +156,7 @@ NOWHERE = [
     Bad("answer x --run RUN", "standard input: is empty"),
     Bad("answer x --file nowhere --run RUN", "nowhere: cannot be read"),
     Bad("answer x 1 --run RUN --beams 0", "'--beams'"),
+    Bad("answer x 1 --file FILE --run RUN", "answer: give one of INPUT and --file"),
     Bad("answer --run RUN", "missing argument 'instruction'"),
     Bad("serve", "missing option '--run'"),
     Bad("serve --run nowhere", "nowhere: no bundle"),

@@ -343,6 +343,8 @@ def answer(
     check_words(device, dtype)
     from ship_ds.inference.lines import STDIN, read_inputs
 
+    if inputs and file:
+        raise UserError("answer: give one of INPUT and --file")
     texts = inputs or read_inputs(file or STDIN)
     checks.check_run(run, base)
     ship = open_run(run, device, dtype, base)
