@@ -12,12 +12,12 @@ Letters: T tasks, Z latent size.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 
 import torch
 from torch import Tensor
 
-from ship_ds.data.task import Reading
+from ship_ds.data.task import Example, Reading
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
@@ -154,6 +154,23 @@ def bare_answerer(model: ShipModel, num_beams: int = 1, *, keeps_cut_off: bool =
         num_beams=num_beams,
         keeps_cut_off=keeps_cut_off,
     )
+
+
+def prompt_with_room(
+    prompt: Callable[[Sequence[Example]], Ids],
+    shown: Sequence[Example],
+    model: ShipModel,
+    max_new_tokens: int,
+) -> Ids:
+    """The prompt of as many of the examples as the bare Task LLM's context has room for beside what
+    it will write; the last ones are left out first."""
+    context = model.task_llm.language_model.context_length
+    whole = prompt(shown)
+    if context is None or len(whole) + max_new_tokens <= context:
+        return whole
+    num_tokens = (len(prompt(shown[:count])) for count in range(1, len(shown)))
+    num_fitting = sum(1 for _ in takewhile(lambda n: n + max_new_tokens <= context, num_tokens))
+    return prompt(shown[:num_fitting])
 
 
 def answer_latents(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example
-from ship_ds.inference.deduction import bare_answerer
+from ship_ds.inference.deduction import bare_answerer, prompt_with_room
 from ship_ds.inference.scoring import scored_batches
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
@@ -165,7 +165,8 @@ def asked_texts(
     prompt: Callable[[Examples], tuple[int, ...]] | None = None,
 ) -> list[str]:
     """What the bare Task LLM writes, greedily, when it is shown examples and asked for the
-    instruction (Honovich et al. 2022, arXiv 2205.10782), whether it ends or not.
+    instruction (Honovich et al. 2022, arXiv 2205.10782), whether it ends or not. Examples that its
+    context has no room for are left out, the last ones first.
 
     Args:
         model: holds the Task LLM.
@@ -175,7 +176,7 @@ def asked_texts(
     """
     form = model.prompts
     prompt = prompt or form.decoder_prompt
-    prompts = [prompt(examples) for examples in shown]
+    prompts = [prompt_with_room(prompt, examples, model, max_new_tokens) for examples in shown]
     return [form.text(row) for row in bare_answerer(model).rows([prompts], max_new_tokens)[0]]
 
 

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from ship_ds.evaluation.report import confidence
 from ship_ds.files import Manifest
 from ship_ds.inference.deduction import answer_stated
 from ship_ds.inference.proposals import asked_texts, without_preamble
+from ship_ds.model.language_model import LanguageModel
 from tests.conftest import start
 
 DIRECTIONS = {
@@ -495,15 +498,28 @@ def test_data_that_changed_since_training_are_refused(
     assert "the data now give other seen tasks" in capsys.readouterr().err
 
 
-def test_shots_that_do_not_fit_are_left_out_last_first(one_rank_run: Path, tmp_path: Path) -> None:
+def test_shots_that_do_not_fit_are_left_out_last_first(
+    one_rank_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the row icl, and where the Task LLM is asked for the instruction."""
     run = Run.open(one_rank_run, print)
     task = run.splits.seen[0]
     method = InContextLearning(Setting(run.ship, run.splits, tmp_path, None, 0))
-    whole = method.prompt(task.test[0].input, task.train[:3])
-    assert whole == run.ship.model.prompts.task_prompt(task.test[0].input, None, task.train[:3])
-    method.context = len(whole) + method.max_new_tokens - 1
-    assert (
-        method.prompt(task.test[0].input, task.train[:3])
-        == method.prompt(task.test[0].input, task.train[:2])
-        != whole
+    model = run.ship.model
+    shots = task.train[:3]
+    whole = method.prompt(task.test[0].input, shots)
+    assert whole == model.prompts.task_prompt(task.test[0].input, None, shots)
+    read: list[Sequence[Sequence[int]]] = []
+    monkeypatch.setattr(
+        "ship_ds.inference.proposals.bare_answerer",
+        lambda model: SimpleNamespace(rows=lambda asked, length: [read.extend(asked) or asked[0]]),
     )
+    for room, num_left in ((0, 3), (-1, 2), (-len(whole), 0)):
+        longest = len(whole) + run.ship.config.evaluation.max_new_tokens + room
+        monkeypatch.setattr(LanguageModel, "context_length", longest)
+        left = model.prompts.task_prompt(task.test[0].input, None, shots[:num_left])
+        assert method.prompt(task.test[0].input, shots) == left
+        for prompt in (model.prompts.published_induction_prompt, model.prompts.decoder_prompt):
+            monkeypatch.setattr(LanguageModel, "context_length", len(prompt(shots)) + 5 + room)
+            asked_texts(model, [shots, ()], 5, prompt)
+            assert read.pop() == [prompt(shots[:num_left]), prompt(())]

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ship_ds.data.task import Example
-from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.inference.deduction import AnswersByTask, bare_answerer
+from ship_ds.inference.deduction import AnswersByTask, bare_answerer, prompt_with_room
 
 
 class InContextLearning(Untrained):
@@ -17,14 +16,6 @@ class InContextLearning(Untrained):
     name: ClassVar[str] = "icl"
     about: ClassVar[str] = "the bare base with the shown examples in every prompt"
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.model, self.max_new_tokens = (
-            self.ship.model,
-            self.ship.config.evaluation.max_new_tokens,
-        )
-        self.context = self.model.task_llm.language_model.context_length
-
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
@@ -32,11 +23,19 @@ class InContextLearning(Untrained):
             [self.prompt(text, shots) for text in row]
             for shots, row in zip(shown, inputs, strict=True)
         ]
-        answering = bare_answerer(self.model, keeps_cut_off=True)
-        return answering.answers(prompts, self.max_new_tokens)
+        answering = bare_answerer(self.ship.model, keeps_cut_off=True)
+        return answering.answers(prompts, self._max_new_tokens)
 
-    def prompt(self, text: str, shots: Sequence[Example]) -> tuple[int, ...]:
+    def prompt(self, text: str, shots: Sequence[Example]) -> Sequence[int]:
         """Token ids of the shots and the query, with as many shots as the context has room for."""
-        ids = self.model.prompts.task_prompt(text, None, shots)
-        fits = self.context is None or len(ids) + self.max_new_tokens <= self.context
-        return ids if fits or not shots else self.prompt(text, shots[:-1])
+        model = self.ship.model
+        return prompt_with_room(
+            lambda some: model.prompts.task_prompt(text, None, some),
+            shots,
+            model,
+            self._max_new_tokens,
+        )
+
+    @property
+    def _max_new_tokens(self) -> int:
+        return self.ship.config.evaluation.max_new_tokens
