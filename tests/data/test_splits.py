@@ -57,6 +57,9 @@ def test_equal_and_near_equal_wordings_are_one_rule() -> None:
         ("请回答，这是好的吗", "请回答 这是好的吗。"),
         ("请把下面的英文句子翻译成法文", "请把下面的英文句子翻译成法语"),
         ("これは良いですか？", "これは良いですか"),
+        ("ဒါကောင်းလား။", "ဒါကောင်းလား"),
+        ("តើនេះល្អទេ។", "តើនេះល្អទេ"),
+        ("แปลประโยคต่อไปนี้เป็นภาษาอังกฤษให้ครบถ้วน", "แปลประโยคต่อไปนี้เป็นภาษาอังกฤษให้ครบ"),
         ("هل هذا جيد؟", "هل هذا جيد"),
         ("क्या यह अच्छा है।", "क्या यह अच्छा है"),
         ("क्या यह अच्छा है ।", "क्या यह अच्छा है"),
@@ -86,6 +89,14 @@ def test_other_rules_stay_so_in_every_script() -> None:
         "!",
     )
     assert len(rule_groups([task(text, text) for text in texts])) == len(texts)
+
+
+def test_long_texts_of_one_alphabet_are_no_near_copies() -> None:
+    """They have most of its letters in common."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("กขคงจชดตทนบปพมยรลวสหอาิี", k=4)) for _ in range(400)]
+    texts = ["".join(rng.sample(words, 60)) for _ in range(4)]
+    assert len(rule_groups([task(text, text) for text in texts])) == 4
 
 
 def test_one_rule_reaches_over_a_chain_of_near_copies() -> None:
