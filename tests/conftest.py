@@ -84,6 +84,13 @@ _TIERS = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those of `-m gpu`: the others are written for CPU ranks, and a
+    rank that sees a GPU takes it."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put each test that asks for a run above into its tier; others say theirs themselves. Of the
     soak tests keep the share that SHARD names: 2/10 is the second, twelfth, ... of them."""
