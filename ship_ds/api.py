@@ -83,12 +83,14 @@ class Deduction:
         familiarity: How the instruction lies among those that were trained on; its `is_far` warns
             that the adapter may not do what the text says. None where the bundle knows fewer than
             two instructions.
+        reading: What the encoder read where that was more than the instruction; else None.
     """
 
     instruction: str
     latent: tuple[float, ...]
     adapter: Adapter
     familiarity: Familiarity | None
+    reading: Reading | None = None
 
 
 class Ship:
@@ -286,30 +288,42 @@ class Ship:
         return Deduction(instruction, tuple(latent_TZ[0].tolist()), adapter, familiarity)
 
     @torch.no_grad()
-    def read(self, examples: Sequence[Pair], instruction: str | None = None) -> Deduction:
-        """The adapter that the encoder makes of examples in one pass, without a search.
+    def read(
+        self,
+        examples: Sequence[Pair] = (),
+        instruction: str | None = None,
+        inputs: Sequence[str] = (),
+    ) -> Deduction:
+        """The adapter that the encoder makes of examples, or of inputs without answers, in one
+        pass, without a search.
 
         Args:
             examples: Pairs of input and target, none of which is to be answered afterwards.
             instruction: What they follow, where it is known.
+            inputs: In place of examples: what is to be answered, or others like it.
 
         Returns:
             Latent and adapter. Its instruction is the given one, or what the decoder reads out of
             the latent; the familiarity is that of a given one.
 
         Raises:
-            UserError: This run's encoder reads no examples, or fewer than these.
+            UserError: This run's encoder reads no examples, or fewer than these, or always read
+                their targets; or both are given.
         """
-        given = tuple(Example(text, target) for text, target in examples)
-        reading = Reading(instruction, given)
+        if examples and inputs:
+            raise UserError("give examples, or inputs without their targets: not both")
+        pairs = [(text, "") for text in inputs] if inputs else examples
+        given = tuple(Example(text, target) for text, target in pairs)
+        reading = Reading(instruction, given, states_targets=not inputs)
         checks.check_reading(self.model, reading)
         latent_TZ = self.model.encode([reading])
         adapter = self.model.adapt(latent_TZ, [reading])
         latent = tuple(latent_TZ[0].tolist())
         if instruction is not None:
-            return Deduction(instruction, latent, adapter, self.familiarity(instruction))
+            return Deduction(instruction, latent, adapter, self.familiarity(instruction), reading)
         length = self.config.evaluation.max_instruction_tokens
-        return Deduction(self.model.decode(latent_TZ, length)[0], latent, adapter, None)
+        said = self.model.decode(latent_TZ, length)[0]
+        return Deduction(said, latent, adapter, None, reading)
 
     @torch.no_grad()
     def familiarity(self, instruction: str) -> Familiarity | None:

@@ -125,6 +125,8 @@ NOWHERE = [
     Bad("deduce x --run CUT --out OUT", "ship.safetensors has "),
     Bad("deduce x --file FILE --run RUN --out OUT", "give one of an instruction, --file"),
     Bad("deduce --run RUN --out OUT", "give one of an instruction, --file"),
+    Bad("deduce --inputs FILE --examples FILE --run RUN --out OUT", "give one of an instruction"),
+    Bad("deduce --inputs nowhere --run RUN --out OUT", "nowhere: cannot be read"),
     Bad("deduce --file nowhere --run RUN --out OUT", "nowhere: no such file"),
     Bad("deduce --file EMPTY --run RUN --out OUT", "has no instructions"),
     Bad("deduce --latent OTHER --run RUN --out OUT", "made with another run's weights"),

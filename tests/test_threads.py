@@ -20,9 +20,11 @@ def test_a_users_own_policy_stays() -> None:
         assert chosen == {name: "active"}
 
 
+RANK = 'sys.argv[1:] = ["--config", "quickstart-smoke", f"run.folder={sys.argv[2]}"]; '
 STARTS = {
-    "module": 'runpy.run_module("ship_ds.train", run_name="__main__")',
-    "file": 'sys.path[0] = "ship_ds"; runpy.run_path("ship_ds/train.py", run_name="__main__")',
+    "module": RANK + 'runpy.run_module("ship_ds.train", run_name="__main__")',
+    "file": RANK
+    + 'sys.path[0] = "ship_ds"; runpy.run_path("ship_ds/train.py", run_name="__main__")',
     "verb": 'from ship_ds import cli; cli.main(["answer", "x", "1", "--run", sys.argv[1]])',
     "api": "from ship_ds import Ship",
 }
@@ -47,7 +49,7 @@ sys.path.insert(0, {str(REPOSITORY)!r})
     surroundings = {k: v for k, v in environment().items() if not k.startswith(("OMP_W", "KMP"))}
     run = REPOSITORY / "tests" / "fixtures" / "v0_1" / "run"
     done = subprocess.run(
-        [sys.executable, "-c", program, str(run)],
+        [sys.executable, "-c", program, str(run), str(tmp_path / "run")],
         cwd=REPOSITORY,
         env=surroundings,
         capture_output=True,

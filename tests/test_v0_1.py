@@ -170,13 +170,17 @@ def test_the_embedded_model_is_the_one_of_0_1_0() -> None:
 
 
 AS_THE_AUTHORS = ["data.filters.max_instruction_words=32", "data.filters.min_examples_per_task=27"]
+LONGEST_TARGET = "evaluation.max_new_tokens=129"
 CHANGED = {
-    "pretrain-7b": AS_THE_AUTHORS,
-    "in-domain-7b": [*AS_THE_AUTHORS, "run.init_from=null"],
+    "pretrain-7b": [*AS_THE_AUTHORS, LONGEST_TARGET],
+    "in-domain-7b": [*AS_THE_AUTHORS, LONGEST_TARGET, "run.init_from=null"],
+    "natural-instructions": ["evaluation.max_new_tokens=49"],
+    "quickstart": ["checkpoint.every_minutes=0.75"],
     "quickstart-smoke": ["evaluation.final_share=null"],
 }
-"""What 0.2 put right in the published setting, where the recipes' first lines say so; and a report
-of all tasks after seconds of training."""
+"""What 0.2 put right in the published setting, where the recipes' first lines say so; answers as
+long as the targets may be; how often is saved; and a report of all tasks after seconds of
+training."""
 
 
 @pytest.mark.parametrize("name", RECORDED["recipes"])

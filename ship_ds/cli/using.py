@@ -85,6 +85,13 @@ def deduce(
             "an instruction",
         ),
     ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="as --examples, but inputs without targets: one a line, or JSON lines with input",
+        ),
+    ] = None,
     probe: Probes = None,
     pad_to: PadTo = None,
     base: BaseNow = None,
@@ -94,15 +101,16 @@ def deduce(
     """Instructions -> PEFT folders, each proved on the way out."""
     check_words(device, dtype)
     from ship_ds.export.requests import Request, read_instructions, read_latents
-    from ship_ds.inference.lines import read_pairs
+    from ship_ds.inference.lines import read_inputs, read_pairs
 
-    sources = (instruction or examples, file, latent)
-    if sources.count(None) != 2:
+    shown = examples or inputs
+    if (instruction or shown, file, latent).count(None) != 2 or (examples and inputs):
         raise UserError(
-            "deduce: give one of an instruction, --file, --latent or --examples (this one with an "
-            "instruction or without)"
+            "deduce: give one of an instruction, --file, --latent, --examples or --inputs (these "
+            "two with an instruction or without)"
         )
     pairs = read_pairs(examples) if examples else []
+    texts = read_inputs(inputs) if inputs else []
     requests = read_instructions(file) if file else [Request("adapter", instruction)]
     bundle = checks.check_run(run, base)
     if latent:
@@ -125,8 +133,8 @@ def deduce(
             f"each differs from the bare base by {batch.worst.from_base:.2f} or more"
         )
         return 0
-    if pairs:
-        requests = [_of_examples(ship, pairs, instruction)]
+    if shown:
+        requests = [_of_examples(ship, pairs, texts, instruction)]
     elif instruction is not None:
         confidence = ship.confidence(instruction, probes)
         requests = [Request("adapter", instruction, confidence=confidence.summary())]
@@ -135,7 +143,7 @@ def deduce(
         f"{out}: peft = live within {proof.from_live:.1e}; differs from the bare base by "
         f"{proof.from_base:.2f}"
     )
-    if pairs:
+    if shown:
         print(f"  made from {requests[0].made_from}")
     elif instruction is not None:
         _show_answers(ship, instruction, probes, confidence)
@@ -144,22 +152,23 @@ def deduce(
 
 
 def _of_examples(
-    ship: "Ship", pairs: Sequence[tuple[str, str]], instruction: str | None
+    ship: "Ship",
+    pairs: Sequence[tuple[str, str]],
+    inputs: Sequence[str],
+    instruction: str | None,
 ) -> "Request":
-    """What the encoder makes of examples, as an export wants it."""
+    """What the encoder makes of examples, or of inputs, as an export wants it."""
     import torch
 
-    from ship_ds.data.task import Example, Reading
     from ship_ds.export.requests import Request
 
-    read = ship.read(pairs, instruction)
-    about = f"{len(pairs)} examples"
-    if read.instruction and instruction is None:
-        about += f", of which the decoder reads {read.instruction!r}"
+    read = ship.read(pairs, instruction, inputs)
+    about = f"{len(inputs)} inputs without targets" if inputs else f"{len(pairs)} examples"
     if instruction is not None:
-        about = f"{instruction!r} and {len(pairs)} examples"
-    reading = Reading(instruction, tuple(Example(*pair) for pair in pairs))
-    return Request("adapter", instruction, torch.tensor(read.latent), about, reading)
+        about = f"{instruction!r} and {about}"
+    elif read.instruction:
+        about += f", of which the decoder reads {read.instruction!r}"
+    return Request("adapter", instruction, torch.tensor(read.latent), about, read.reading)
 
 
 def _warn_of(ship: "Ship", instruction: str, confidence: "Confidence | None" = None) -> None:

@@ -59,9 +59,15 @@ def check_reading(model: ShipModel, reading: Reading) -> None:
         )
     if not reading.examples:
         raise UserError("examples: there are none; give at least one line with input and target")
+    if not reading.states_targets and not model.config.encoder.drop_targets:
+        raise UserError(
+            "inputs: this run's encoder always read their targets, too "
+            "(model.encoder.drop_targets=0): give examples"
+        )
     for number, example in enumerate(reading.examples, start=1):
-        for part, text in (("input", example.input), ("target", example.target)):
-            check_text(model.encoder_prompts, text, f"example {number}, {part}")
+        check_text(model.encoder_prompts, example.input, f"example {number}, input")
+        if reading.states_targets:
+            check_text(model.encoder_prompts, example.target, f"example {number}, target")
     check_length(
         len(model.encoder_prompts.encoder_prompt(reading)),
         model.encoder.language_model.context_length,

@@ -21,7 +21,6 @@ from hashlib import sha256
 import torch
 
 from ship_ds.api import Ship
-from ship_ds.data.task import Example, Reading
 from ship_ds.inference import checks
 from ship_ds.serving.decoding import Source
 from ship_ds.serving.errors import RequestError, naming_fields
@@ -271,14 +270,14 @@ def _reads(ship: Ship, instruction: str | None, pairs: Pairs) -> bool:
     """Whether the encoder makes a latent of examples in one pass; with an instruction nothing else
     does."""
     encoder = ship.model.config.encoder
-    reads_alone = encoder.max_examples >= len(pairs) and encoder.drop_instruction > 0
+    reads_alone = encoder.reads_examples_alone and encoder.max_examples >= len(pairs)
     return instruction is not None or reads_alone
 
 
 def _read(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:
     read = ship.read(pairs, instruction)
-    reading = Reading(instruction, tuple(Example(x, y) for x, y in pairs))
-    return Source(read.instruction, torch.tensor([read.latent]), reading)
+    assert read.reading is not None  # as of everything that was read so
+    return Source(read.instruction, torch.tensor([read.latent]), read.reading)
 
 
 def _induced(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:

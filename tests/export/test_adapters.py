@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
 from ship_ds.export.compose import compose
 from ship_ds.export.deduce import export_many, export_one, generate
@@ -144,6 +145,23 @@ def test_examples_become_a_proved_folder(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=f"examples: this run's encoder {message}"):
             other.read([("3 1", "1 3")])
+
+
+def test_inputs_without_targets_become_a_proved_folder(tmp_path: Path) -> None:
+    """The encoder sees no target, not even an empty one."""
+    reads = {"max_examples": 2, "drop_instruction": 0.5, "drop_targets": 0.5}
+    ship = make_ship("embedded", encoder=reads)
+    read = ship.read(inputs=["3 1", "4"])
+    reading = Reading(None, (Example("3 1", "1 3"), Example("4", "4")), states_targets=False)
+    torch.testing.assert_close(torch.tensor(read.latent), ship.model.encode([reading])[0])
+    assert read.latent != ship.read([("3 1", "1 3"), ("4", "4")]).latent
+    request = Request("a", None, torch.tensor(read.latent), "2 inputs", read.reading)
+    proof = export_one(ship, request, tmp_path / "a", PROBES)
+    assert proof.from_live <= 1e-4 < proof.from_base
+    with pytest.raises(UserError, match="give examples, or inputs"):
+        ship.read([("3 1", "1 3")], inputs=["3"])
+    with pytest.raises(UserError, match=r"inputs: .*drop_targets=0\): give examples"):
+        make_ship("embedded", encoder=reads | {"drop_targets": 0}).read(inputs=["3"])
 
 
 def test_a_saved_latent_makes_the_same_adapter(tmp_path: Path) -> None:
