@@ -129,6 +129,14 @@ def visit(chromium: Any, site: Served) -> Iterator[Callable[..., Visit]]:
         one.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The server of these tests is in this process; another one's folders do not count."""
+    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("temporary"))
+    yield
+    tempfile.tempdir = before
+
+
 def temporary_folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("ship-ds-*"))
 
