@@ -1,6 +1,7 @@
 """The quickstart's whole path in small: two real ranks under ZeRO-3, bundle, report, adapter."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
 from ship_ds.model.adapters.lora import LoraAdapter
+from tests.conftest import REPOSITORY
 
 CELLS = [
     *(f"deduction.{part}" for part in ("seen", "unseen", "unseen_paraphrase")),
@@ -66,6 +68,34 @@ def test_one_rank_and_two_take_the_same_losses(
     for left, right in zip(one, two, strict=True):
         for name in ("loss/total", "loss/task", "loss/reconstruction", "loss/kl"):
             assert left[name] == pytest.approx(right[name], rel=4e-3), (left["step"], name)
+
+
+def test_every_scalar_of_a_log_is_on_its_page(
+    two_rank_run: Path, rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    page = (REPOSITORY / "docs" / "logs.md").read_text()
+    names = re.findall(r"`([^`]+)`", "".join(re.findall(r"^\| (`[^|]+) \|", page, re.MULTILINE)))
+    known = [re.sub("[A-Z]+", r"\\w+", re.escape(name)) for name in names]
+    logged = {name for row in rows(two_rank_run) for name in row}
+    assert len(logged) > 15
+    assert not [name for name in logged if not any(re.fullmatch(one, name) for one in known)]
+
+
+def test_the_log_counts_the_useful_operations_of_all_ranks(
+    two_rank_run: Path, one_rank_run: Path, rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    for run, num_ranks in ((one_rank_run, 1), (two_rank_run, 2)):
+        for row in rows(run):
+            parts = [value for name, value in row.items() if name.startswith("teraflops/")]
+            assert len(parts) == 5 and min(parts) > 0
+            rate = row["speed/teraflops_per_second"] * row["speed/step_seconds"]
+            assert rate * num_ranks == pytest.approx(sum(parts))
+            assert row["speed/tokens_per_second"] > 0 and row["memory/gigabytes"] > 0
+            assert row["latent/active_units"] >= 0 and row["optimiser/gradient_norm"] > 0
+    # The same step of the same run, on however many ranks.
+    for one, two in zip(rows(one_rank_run), rows(two_rank_run), strict=True):
+        for name in ("teraflops/encoder", "teraflops/task_llm", "teraflops/decoder"):
+            assert one[name] == pytest.approx(two[name])
 
 
 def test_an_evaluation_joins_the_row_of_the_step_before_it(
