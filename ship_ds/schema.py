@@ -34,7 +34,7 @@ _BOUNDS = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingRow:
     """One key of a section: its name there, and three texts."""
 
     name: str
@@ -44,13 +44,13 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Group:
+class SettingGroup:
     """A section, or a kind of one; key: where it is in a config, such as "model.encoder"."""
 
     key: str
     kind: str | None
     about: str
-    settings: tuple[Setting, ...]
+    settings: tuple[SettingRow, ...]
 
     @property
     def title(self) -> str:
@@ -58,7 +58,7 @@ class Group:
         return self.key if self.kind is None else f"{self.key}, kind: {self.kind}"
 
 
-def groups() -> list[Group]:
+def groups() -> list[SettingGroup]:
     """Every section, from the top down; those of the verbs evaluate and induce come last."""
     load_plugins()
     return [
@@ -68,7 +68,7 @@ def groups() -> list[Group]:
     ]
 
 
-def chosen_groups(section: str | None) -> list[Group]:
+def chosen_groups(section: str | None) -> list[SettingGroup]:
     """The groups of a section and below it; of all for None.
 
     Raises:
@@ -86,7 +86,7 @@ def _is_below(key: str, section: str) -> bool:
     return f"{key.removeprefix('ship-ds ')}.".startswith(f"{section.removeprefix('ship-ds ')}.")
 
 
-def show(chosen: Sequence[Group]) -> str:
+def show(chosen: Sequence[SettingGroup]) -> str:
     """The groups for a terminal, as wide as it is:
 
     training.steps = null    integer above 0 or null
@@ -103,7 +103,7 @@ def show(chosen: Sequence[Group]) -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def _config_groups(section: type[Section], key: str, about: str) -> Iterator[Group]:
+def _config_groups(section: type[Section], key: str, about: str) -> Iterator[SettingGroup]:
     """The group of one section class, then those of the sections in it."""
     fields = section.model_fields
     inner = {name: _sections(field, _join(key, name)) for name, field in fields.items()}
@@ -115,7 +115,7 @@ def _config_groups(section: type[Section], key: str, about: str) -> Iterator[Gro
     )
     kind = fields["kind"].default if "kind" in fields else None
     if settings or kind:
-        yield Group(key, kind, about, settings)
+        yield SettingGroup(key, kind, about, settings)
     for name, sections in inner.items():
         meaning = fields[name].description or ""
         for each in sections:
@@ -154,9 +154,9 @@ def _about(section: type[Section]) -> str:
 
 def _setting(
     name: str, schema: Mapping[str, Any], is_required: bool, root: Mapping[str, Any]
-) -> Setting:
+) -> SettingRow:
     default = "required" if is_required else json.dumps(schema.get("default"), ensure_ascii=False)
-    return Setting(
+    return SettingRow(
         name, type_text(schema, root), default, " ".join(schema.get("description", "").split())
     )
 

@@ -362,6 +362,6 @@ def test_choices_are_those_of_the_library() -> None:
     from ship_ds.export.targets import TargetName
     from ship_ds.inference.config import Method
 
-    assert tuple(target.value for target in converting.Target) == get_args(TargetName)
+    assert tuple(target.value for target in converting.MergeTarget) == get_args(TargetName)
     assert get_args(get_args(converting.Dtype)[0]) == get_args(Dtype)
     assert set(get_args(get_args(using.Method)[0])) == set(get_args(Method))

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ship_ds.console import current_rank, log, no_log
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 
 
 def test_a_line_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +64,7 @@ def test_importing_the_trainer_writes_nothing_of_bitsandbytes() -> None:
 def test_a_log_of_the_callers_own_is_told_of_each_part() -> None:
     """It may end the work there."""
     lines: list[str] = []
-    with Progress("induction", 2, "part", lines.append) as progress:
+    with ProgressLine("induction", 2, "part", lines.append) as progress:
         for part in ("the decoder proposes", "testing"):
             progress.begin(part)
             progress.done(1)

@@ -92,6 +92,16 @@ def test_what_an_import_costs(program: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_class_name_is_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert len(homes) > 300
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
 def test_what_is_not_there_is_said_as_by_python() -> None:
     import ship_ds
 

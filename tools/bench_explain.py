@@ -31,7 +31,7 @@ from ship_ds.console import log
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, draw, train_group
-from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.harness import Run
 from ship_ds.evaluation.questions import spread
 from ship_ds.files import write_json
@@ -54,7 +54,7 @@ def trained_by_harness(ship: Ship, tasks: Sequence[SplitTask], seed: int) -> lis
     """A LoRA for each task, all in one batch."""
     base = FrozenBase(ship)
     torch.manual_seed(seed)
-    first = StaticLora(base.sites, base.lora)
+    first = TaskLoras(base.sites, base.lora)
     examples = {task.id: task.train for task in tasks}
     group = train_group(base, first, examples, RECIPE, EXAMPLES, seed, "LoRAs by gradient")
     return [group.rows(torch.tensor([row])) for row in range(len(tasks))]

@@ -29,7 +29,7 @@ import httpx
 from ship_ds.api import Ship
 from ship_ds.files import write_json
 from ship_ds.monitor.machine import describe_machine, versions
-from ship_ds.serving.decoding import Decoder, Row, Sampling, Source
+from ship_ds.serving.decoding import AnswerWriter, Row, Sampling, Source
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
 
@@ -101,7 +101,7 @@ def tokens_a_second(
 ) -> tuple[float, float]:
     """Of rows that begin together, until all are done, by the clock and by the processor's time;
     their adapters are made within it."""
-    decoder = Decoder(ship.model, Limits(), Metrics())
+    decoder = AnswerWriter(ship.model, Limits(), Metrics())
     sampling = Sampling(length)
     question = ship.model.question(text)
     decoder.submit([Row(source, question, sampling, lambda piece: None) for source in sources])

@@ -5,7 +5,7 @@ python tools/make_configuration_page.py
 
 from pathlib import Path
 
-from ship_ds.schema import Group, Setting, groups
+from ship_ds.schema import SettingGroup, SettingRow, groups
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _HEAD = """# Configuration
@@ -29,14 +29,14 @@ def page() -> str:
     return _HEAD + "".join(map(_section, groups()))
 
 
-def _section(group: Group) -> str:
+def _section(group: SettingGroup) -> str:
     rows = "".join(map(_row, group.settings))
     table = f"| key | type | default | meaning |\n|---|---|---|---|\n{rows}" if rows else ""
     parts = [f"\n## {group.title}\n", group.about and f"\n{group.about}\n", table and f"\n{table}"]
     return "".join(part for part in parts if part)
 
 
-def _row(setting: Setting) -> str:
+def _row(setting: SettingRow) -> str:
     cells = (f"`{setting.name}`", setting.type, f"`{setting.default}`", setting.meaning)
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |\n"
 

@@ -15,7 +15,7 @@ from ship_ds.placement import check_words
 _PANEL = "Convert"
 
 
-class Target(StrEnum):
+class MergeTarget(StrEnum):
     """An enumeration, since typer takes no list of literals; targets.py has what each is."""
 
     ORIGINAL = "original"
@@ -67,7 +67,7 @@ def merge(
     out: Out,
     base: BaseNow = None,
     target: Annotated[
-        Target | None,
+        MergeTarget | None,
         typer.Option(
             help="what the adapter is added to; default: the weights that training saw, which are "
             "dequantised for a run in NF4 and original for any other"
@@ -122,7 +122,7 @@ def convert(
     probe: Probes = None,
     pad_to: PadTo = None,
     target: Annotated[
-        list[Target] | None,
+        list[MergeTarget] | None,
         typer.Option(
             help="merge each adapter into this; may be given several times; default: no merging"
         ),

@@ -76,7 +76,7 @@ class Steps(Budget):
 
 
 @dataclass(frozen=True)
-class Examples(Budget):
+class AnsweredExamples(Budget):
     """A number of answered examples, as many as SHIP's own training had: equal data, whatever a
     step costs."""
 
@@ -86,9 +86,9 @@ class Examples(Budget):
         """By answered examples."""
         return used.examples / self.examples
 
-    def share(self, part: float) -> "Examples":
+    def share(self, part: float) -> "AnsweredExamples":
         """Of the examples, at least one."""
-        return Examples(max(1, round(self.examples * part)))
+        return AnsweredExamples(max(1, round(self.examples * part)))
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class UntilDevStops(Budget):
         """Every stage goes on until it stops by itself."""
         return self
 
-    def without_dev(self) -> Examples:
+    def without_dev(self) -> AnsweredExamples:
         """Bounded by answered examples."""
-        return Examples(self.examples)
+        return AnsweredExamples(self.examples)
 
     def rate(self, used: Spent) -> float:
         """A warm-up, and then always the same: nobody knows where it ends."""

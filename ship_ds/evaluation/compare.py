@@ -20,7 +20,7 @@ from types import FrameType
 from ship_ds.console import Log
 from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation.config import HarnessConfig
-from ship_ds.evaluation.variants import Trial, in_turn
+from ship_ds.evaluation.variants import VariantRun, in_turn
 from ship_ds.exit_codes import PREEMPTED
 from ship_ds.files import write_text
 
@@ -33,7 +33,7 @@ class Stopped(Exception):  # noqa: N818, it is no error
 
 
 def compare(
-    trials: Sequence[Trial],
+    trials: Sequence[VariantRun],
     settings: HarnessConfig,
     out: Path,
     num_ranks: int,
@@ -73,7 +73,7 @@ def compare(
 
 
 def _write_table(
-    trials: Sequence[Trial],
+    trials: Sequence[VariantRun],
     failures: Mapping[str, str],
     settings: HarnessConfig,
     out: Path,
@@ -95,10 +95,10 @@ def _write_table(
 
     ranks.quiet_libraries()
     ranks.log_threads()
-    entries: list[comparison.Entry] = []
+    entries: list[comparison.ComparedRun] = []
     unmeasured: dict[str, str] = {}
 
-    def measured(trial: Trial) -> comparison.Entry:
+    def measured(trial: VariantRun) -> comparison.ComparedRun:
         """The run's models are let go as this returns."""
         run = Run.open(trial.folder, log, device, dtype)
         return comparison.measure(trial.label, trial.seed, run, settings, arguments, log, entries)
@@ -147,7 +147,7 @@ def _alone(out: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def train_all(trials: Sequence[Trial], num_ranks: int, lock: int, log: Log) -> dict[str, str]:
+def train_all(trials: Sequence[VariantRun], num_ranks: int, lock: int, log: Log) -> dict[str, str]:
     """Train what is not trained, one after the other.
 
     Args:

@@ -45,7 +45,7 @@ _EQUAL_TIME = 0.99
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedRun:
     """A run that was measured, or the upper reference beside it.
 
     seed: None for the reference, `_POOLED` for several seeds together. facts: costs.py.
@@ -75,8 +75,8 @@ def measure(
     settings: HarnessConfig,
     arguments: Sequence[str],
     log: Log,
-    beside: Sequence[Entry] = (),
-) -> Entry:
+    beside: Sequence[ComparedRun] = (),
+) -> ComparedRun:
     """Measure what is not measured of a run, and count what it costs.
 
     Args:
@@ -102,7 +102,7 @@ def measure(
     asked = list(dict.fromkeys(task for tasks in of_parts.values() for task in tasks))
     facts = {**training_costs(run), **sizes(run.ship.model), **query_costs(run.ship.model, asked)}
     limit = run.ship.config.training.max_minutes
-    return Entry(
+    return ComparedRun(
         label,
         seed,
         str(run.folder),
@@ -144,7 +144,7 @@ def _reference(run: Run, digests: Mapping[Part, str]) -> str:
 
 
 def build(
-    entries: Sequence[Entry],
+    entries: Sequence[ComparedRun],
     failures: Mapping[str, str],
     settings: HarnessConfig,
     arguments: Sequence[str],
@@ -172,10 +172,10 @@ def build(
     }
 
 
-def with_pooled(entries: Sequence[Entry]) -> list[Entry]:
+def with_pooled(entries: Sequence[ComparedRun]) -> list[ComparedRun]:
     """Variants side by side, each followed by its seeds together where it has several: a task's
     score is then its mean over them, and the interval is over tasks alone."""
-    rows: list[Entry] = []
+    rows: list[ComparedRun] = []
     for label in dict.fromkeys(entry.label for entry in entries):
         of_label = [entry for entry in entries if entry.label == label]
         rows += of_label
@@ -197,11 +197,11 @@ def _joined(cells: Sequence[Measured]) -> Measured:
     return replace(cells[0], metrics=metrics, rows=rows)
 
 
-def _references(entries: Sequence[Entry]) -> list[Entry]:
+def _references(entries: Sequence[ComparedRun]) -> list[ComparedRun]:
     """The instruction in the prompt: once for each base and tasks among the entries."""
     known = [entry for entry in entries if entry.in_prompt]
     return [
-        Entry(
+        ComparedRun(
             IN_PROMPT if len(known) == 1 else f"{IN_PROMPT} ({entry.label})",
             None,
             entry.folder,
@@ -213,7 +213,7 @@ def _references(entries: Sequence[Entry]) -> list[Entry]:
     ]
 
 
-def _partner(entry: Entry, rows: Sequence[Entry]) -> Entry | None:
+def _partner(entry: ComparedRun, rows: Sequence[ComparedRun]) -> ComparedRun | None:
     """What an entry is compared with: the first variant with the same seed, or as it comes first;
     with several seeds together, likewise. None: it is the first variant."""
     if entry.label == rows[0].label:
@@ -223,7 +223,7 @@ def _partner(entry: Entry, rows: Sequence[Entry]) -> Entry | None:
     return next((row for row in of_first if row.seed == wanted), of_first[0])
 
 
-def _row(entry: Entry, rows: Sequence[Entry]) -> dict[str, Any]:
+def _row(entry: ComparedRun, rows: Sequence[ComparedRun]) -> dict[str, Any]:
     partner = _partner(entry, rows)
     scores: dict[str, Any] = {}
     differences: dict[str, Any] = {}
@@ -244,11 +244,11 @@ def _row(entry: Entry, rows: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _same_tasks(entry: Entry, other: Entry, part: Part) -> bool:
+def _same_tasks(entry: ComparedRun, other: ComparedRun, part: Part) -> bool:
     return entry.tasks[part] == other.tasks[part]
 
 
-def _unequal_time(entries: Sequence[Entry]) -> list[str]:
+def _unequal_time(entries: Sequence[ComparedRun]) -> list[str]:
     """A line for each run that its steps ended before its time was up."""
     return [
         f"{entry.name}: took all its {entry.facts['steps']:,} steps in "
@@ -259,7 +259,7 @@ def _unequal_time(entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-def _other_tasks(rows: Sequence[Entry]) -> list[str]:
+def _other_tasks(rows: Sequence[ComparedRun]) -> list[str]:
     """A line for each entry that was asked other tasks than the one it is compared with."""
     notes = []
     for entry in rows:

@@ -26,7 +26,7 @@ from ship_ds.evaluation.questions import ask, tasks_of
 from ship_ds.evaluation.report import TITLES, value_and_interval
 from ship_ds.evaluation.within_time import Group, TimedCell, evenly, measure_within
 from ship_ds.files import write_json
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 
 _NUM_CONTROL_TASKS = 114
 """Seen rules in the controls: as many as there are unseen ones in the generated world."""
@@ -105,7 +105,7 @@ def measure_run(
         Group(share, [cell for (key, _), cell in cells.items() if _group_of(key) == number])
         for number, share in enumerate(_SHARES)
     ]
-    with Progress("report", sum(len(cell.tasks) for cell in cells.values())) as progress:
+    with ProgressLine("report", sum(len(cell.tasks) for cell in cells.values())) as progress:
         measure_within(groups, seconds, ship.config.evaluation.min_final_tasks, progress)
     report: dict[str, Any] = {}
     for (key, part), cell in cells.items():

@@ -31,7 +31,7 @@ from ship_ds.data.splits import without_rules_of
 from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.data.task_files import FilesConfig, read_files
 from ship_ds.errors import UserError
-from ship_ds.evaluation.budgets import Budget, Examples, Minutes, UntilDevStops
+from ship_ds.evaluation.budgets import AnsweredExamples, Budget, Minutes, UntilDevStops
 from ship_ds.evaluation.cells import Cell, CellStore, Measured, cells_of, changed
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.judges import build_judges, judges_of
@@ -39,7 +39,7 @@ from ship_ds.evaluation.measure import joined, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.questions import PARTS, ask, tasks_of, warn_of_long_targets
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 from ship_ds.parsing import read_json_lines, read_json_object
 from ship_ds.prompt import check_tasks
 from ship_ds.runtime import ranks
@@ -188,7 +188,7 @@ class Harness:
             case "minutes":
                 return Minutes(self.config.minutes)
             case "examples":
-                return Examples(self.run.num_answered)
+                return AnsweredExamples(self.run.num_answered)
             case "until_dev_stops":
                 if not any(task.test for task in self.run.splits.dev):
                     raise UserError(
@@ -322,7 +322,7 @@ class Harness:
             for task in self._tasks(cell)
         ]
         outcomes = []
-        with Progress(cell.name, len(questions)) as progress:
+        with ProgressLine(cell.name, len(questions)) as progress:
             for start in range(0, len(questions), self._num_at_once):
                 some = questions[start : start + self._num_at_once]
                 outcomes.append(measure_over_ranks(method, cell.direction, some, self.judges))

@@ -18,7 +18,7 @@ from ship_ds.errors import UserError
 from ship_ds.evaluation.baselines.fitting import Looks, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import draw
-from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.budgets import Steps
 from ship_ds.inference import checks
 from ship_ds.model.adapters.lora import LoraAdapter
@@ -158,17 +158,17 @@ def parted(
     return order[num_held_out:], order[:num_held_out]
 
 
-def fresh_lora(base: FrozenBase, seed: int) -> StaticLora:
+def fresh_lora(base: FrozenBase, seed: int) -> TaskLoras:
     """A LoRA of the run's rank and sites where `peft` starts it: A uniform, B zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        lora = StaticLora(base.sites, base.lora)
+        lora = TaskLoras(base.sites, base.lora)
     return lora.to(base.device)
 
 
 def train_lora(
     base: FrozenBase,
-    lora: StaticLora,
+    lora: TaskLoras,
     question: Callable[[str], Sequence[int]],
     train: Sequence[Example],
     held_out: Sequence[Example],

@@ -59,7 +59,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Trial:
+class VariantRun:
     """One training of a variant. overrides: every one that its command has."""
 
     label: str
@@ -151,7 +151,7 @@ def plan(
     out: Path,
     minutes: float | None,
     seeds: Sequence[int] | None,
-) -> list[Trial]:
+) -> list[VariantRun]:
     """Every training, in the order of the table: a variant's seeds side by side.
 
     Args:
@@ -183,7 +183,7 @@ def _trials(
     out: Path,
     minutes: float | None,
     seeds: Sequence[int] | None,
-) -> Iterator[Trial]:
+) -> Iterator[VariantRun]:
     settings = [_NO_REPORT, *common, *variant.overrides]
     if minutes is not None:
         settings.append(f"training.max_minutes={minutes:g}")
@@ -193,7 +193,7 @@ def _trials(
     for seed in own:
         folder = out / variant.label / f"seed-{seed}"
         overrides = (*settings, f"run.seed={seed}", f"run.folder={json.dumps(str(folder))}")
-        yield Trial(variant.label, seed, variant.source, overrides, _load(variant, overrides))
+        yield VariantRun(variant.label, seed, variant.source, overrides, _load(variant, overrides))
 
 
 def _load(variant: Variant, overrides: Sequence[str]) -> Config:
@@ -203,7 +203,7 @@ def _load(variant: Variant, overrides: Sequence[str]) -> Config:
         raise UserError(f"{variant.label}: {error}") from None
 
 
-def check(trials: Iterable[Trial], num_ranks: int, environment: Mapping[str, str]) -> None:
+def check(trials: Iterable[VariantRun], num_ranks: int, environment: Mapping[str, str]) -> None:
     """Whatever would stop one of the trainings later, as far as it can be known.
 
     Raises:
@@ -219,7 +219,7 @@ def check(trials: Iterable[Trial], num_ranks: int, environment: Mapping[str, str
             raise UserError(f"{trial.label}: {error}") from None
 
 
-def _check_stored(trial: Trial, num_ranks: int) -> None:
+def _check_stored(trial: VariantRun, num_ranks: int) -> None:
     """What an earlier call left in the trial's folder is of this very trial."""
     path, starts = trial.folder / "config.json", trial.folder / "starts.jsonl"
     if path.is_file():
@@ -240,16 +240,16 @@ def _check_stored(trial: Trial, num_ranks: int) -> None:
                 )
 
 
-def commands(trials: Sequence[Trial], num_ranks: int) -> list[str]:
+def commands(trials: Sequence[VariantRun], num_ranks: int) -> list[str]:
     """What trains each, as a shell takes it, in the order in which they are started."""
     return [shlex.join(trial.train_command(num_ranks)) for trial in in_turn(trials)]
 
 
-def in_turn(trials: Sequence[Trial]) -> list[Trial]:
+def in_turn(trials: Sequence[VariantRun]) -> list[VariantRun]:
     """As they are trained: every variant with its first seed, then with its second, so that a
     comparison that is cut short has something of each."""
     turns: dict[str, int] = {}
-    order: list[tuple[int, Trial]] = []
+    order: list[tuple[int, VariantRun]] = []
     for trial in trials:
         turn = turns[trial.label] = turns.get(trial.label, -1) + 1
         order.append((turn, trial))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.measure import Outcome, joined
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 from ship_ds.runtime import ranks
 
 _MARGIN = 0.8
@@ -52,7 +52,7 @@ class TimedCell:
         """Tasks that were not measured."""
         return len(self.tasks) - self.num_measured
 
-    def advance(self, count: int, progress: Progress) -> None:
+    def advance(self, count: int, progress: ProgressLine) -> None:
         """Measure the next `count` tasks, or as many as are left."""
         some = self.tasks[self.num_measured :][:count]
         if some:
@@ -77,7 +77,7 @@ class Group:
 
 
 def measure_within(
-    groups: Sequence[Group], seconds: float | None, least: int, progress: Progress
+    groups: Sequence[Group], seconds: float | None, least: int, progress: ProgressLine
 ) -> None:
     """Measure the cells of all groups, the same tasks on every rank.
 
@@ -105,7 +105,7 @@ def measure_within(
 
 
 def _fill(
-    group: Group, size: int, took: float, until: float, clock: "_Clock", progress: Progress
+    group: Group, size: int, took: float, until: float, clock: "_Clock", progress: ProgressLine
 ) -> None:
     """Blocks of twice the size of the last one, or as many tasks as will fit before `until`."""
     while group.num_left:
@@ -118,7 +118,7 @@ def _fill(
         took = clock.now() - started
 
 
-def _advance(group: Group, size: int, progress: Progress) -> None:
+def _advance(group: Group, size: int, progress: ProgressLine) -> None:
     for cell in group.cells:
         cell.advance(size, progress)
 

@@ -52,7 +52,7 @@ from ship_ds.inference.scoring import Examples
 from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals
 from ship_ds.model.ship import ShipModel
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 
 MOST_TRIED = 2000
 """Known instructions that `tries_all_known` tries; where more are known it walks, as it does
@@ -97,7 +97,7 @@ def induce_many(
     config = config.suited_to(bank.share_in_slots)
     searches = [SearchState(tuple(examples)) for examples in tasks]
     num_stages = 2 + _num_rounds(config)
-    with Progress("induction", num_stages * len(tasks), "part", log) as progress:
+    with ProgressLine("induction", num_stages * len(tasks), "part", log) as progress:
         for group in _by_num_examples(searches, config.num_at_once):
             _search(model, bank, group, config, seed, progress)
     return [search.result() for search in searches]
@@ -140,7 +140,7 @@ def _search(
     searches: list[SearchState],
     config: InductionConfig,
     seed: int,
-    progress: Progress,
+    progress: ProgressLine,
 ) -> None:
     proposals = _first_proposals(model, bank, searches, config, seed, progress)
     progress.done(len(searches))
@@ -171,7 +171,7 @@ def _first_proposals(
     searches: list[SearchState],
     config: InductionConfig,
     seed: int,
-    progress: Progress,
+    progress: ProgressLine,
 ) -> list[Proposal]:
     if config.method in DESCENTS:
         progress.begin("descending")

@@ -28,7 +28,7 @@ from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter, Sites
 from ship_ds.model.encoder import keyed_generator
 from ship_ds.model.ship import ShipModel
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 
 _NUM_PROBES = 6
 """Directions on each side of a site's update."""
@@ -130,7 +130,7 @@ def train_reader(model: ShipModel, bank: Bank, log: Log, seed: int = 0) -> LoraR
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=num_steps)
     kept: list[tuple[Tensor, Tensor]] = []
     started = time.perf_counter()
-    with Progress("the reader of adapters", _ROUNDS, "round", log) as progress:
+    with ProgressLine("the reader of adapters", _ROUNDS, "round", log) as progress:
         progress.begin("training on pairs of its hypernetwork")
         for _ in range(_ROUNDS):
             if time.perf_counter() - started > _MOST_SECONDS:

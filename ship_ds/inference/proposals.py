@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ship_ds.data.task import Example
 from ship_ds.inference.deduction import bare_answerer, prompt_with_room
-from ship_ds.inference.scoring import scored_batches
+from ship_ds.inference.scoring import Examples, scored_batches
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import sample
@@ -32,7 +32,6 @@ from ship_ds.model.language_model import Stream
 from ship_ds.model.search import beam_search
 from ship_ds.model.ship import ShipModel
 
-Examples = Sequence[Example]
 _CUTS = 12
 """Places at which two texts are spliced, at most."""
 

@@ -23,7 +23,7 @@ from ship_ds.console import log as console_log
 _SECONDS_BETWEEN_LINES = 10
 
 
-class Progress:
+class ProgressLine:
     """Of `total` tasks, or other units, part by part."""
 
     def __init__(self, title: str, total: int, unit: str = "task", log: Log = console_log) -> None:
@@ -37,7 +37,7 @@ class Progress:
         if is_terminal and log is console_log:
             self.bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressLine":
         return self
 
     def begin(self, part: str) -> None:

@@ -29,7 +29,7 @@ RECONSTRUCTION = "reconstruction"
 
 
 @dataclass(frozen=True)
-class Pass:
+class PlannedPass:
     """One way in which evaluation runs a language model: `rows` sequences, each of `width` tokens
     before `new_tokens` of answer; `num_bytes` at the heaviest moment, beside the weights."""
 
@@ -46,7 +46,7 @@ def passes(
     config: EvaluationConfig,
     num_tasks: int = 1,
     rows_of_task: int = 1,
-) -> list[Pass]:
+) -> list[PlannedPass]:
     """Those that a run makes; none where it evaluates nothing.
 
     Args:
@@ -63,14 +63,14 @@ def passes(
 @lru_cache(maxsize=16)
 def _count(
     shapes: Shapes, work: Workload, config: EvaluationConfig, num_tasks: int, rows_of_task: int
-) -> list[Pass]:
+) -> list[PlannedPass]:
     if shapes.shallow:
         two, four = (_count(few, work, config, num_tasks, rows_of_task) for few in shapes.shallow)
         return [
             replace(more, num_bytes=_grown(shapes, few, more))
             for few, more in zip(two, four, strict=True)
         ]
-    counted: list[Pass] = []
+    counted: list[PlannedPass] = []
     if config.every_steps or config.ends_with_report:
         counted += [
             _answers(shapes, work, config, num_tasks, rows_of_task),
@@ -84,14 +84,14 @@ def _count(
     return counted
 
 
-def _grown(shapes: Shapes, few: Pass, more: Pass) -> int:
+def _grown(shapes: Shapes, few: PlannedPass, more: PlannedPass) -> int:
     part = "decoder" if more.name == RECONSTRUCTION else "task LLM"
     return extrapolated(shapes, part, few.num_bytes, more.num_bytes)
 
 
 def _answers(
     shapes: Shapes, work: Workload, config: EvaluationConfig, num_tasks: int, rows_of_task: int
-) -> Pass:
+) -> PlannedPass:
     """SHIP's own, each task's under its adapter."""
     ship, rows = shapes.ship, num_tasks * rows_of_task
     width = work.answer_length(shapes) - work.target_tokens
@@ -102,12 +102,12 @@ def _answers(
         return ship.task_llm.stream(_adapter(shapes, work, num_tasks), prompts)
 
     num_bytes = _peak_of_answers(shapes, ship.task_llm.language_model, read, config.max_new_tokens)
-    return Pass("answers under adapters", rows, width, config.max_new_tokens, num_bytes)
+    return PlannedPass("answers under adapters", rows, width, config.max_new_tokens, num_bytes)
 
 
 def _answers_to_prompts(
     shapes: Shapes, work: Workload, config: EvaluationConfig, rows: int
-) -> Pass:
+) -> PlannedPass:
     """The bare base's with the instruction in the prompt, a control of the report."""
     task_llm = shapes.ship.task_llm
     width = work.instruction_tokens + work.input_tokens
@@ -117,10 +117,10 @@ def _answers_to_prompts(
         return task_llm.stream(None, prompts)
 
     num_bytes = _peak_of_answers(shapes, task_llm.language_model, read, config.max_new_tokens)
-    return Pass("answers to prompts", rows, width, config.max_new_tokens, num_bytes)
+    return PlannedPass("answers to prompts", rows, width, config.max_new_tokens, num_bytes)
 
 
-def _reconstruction(shapes: Shapes, config: EvaluationConfig) -> Pass:
+def _reconstruction(shapes: Shapes, config: EvaluationConfig) -> PlannedPass:
     """The decoder writes after the soft tokens and a few words of prompt."""
     num_soft, decoder = shapes.config.decoder.num_soft_tokens, shapes.ship.decoder
     new_tokens = config.max_instruction_tokens
@@ -130,10 +130,10 @@ def _reconstruction(shapes: Shapes, config: EvaluationConfig) -> Pass:
         return decoder.stream(_latents(shapes, 1), None, prompts)
 
     num_bytes = _peak_of_answers(shapes, decoder.language_model, read, new_tokens)
-    return Pass(RECONSTRUCTION, 1, num_soft + _DECODER_PROMPT, new_tokens, num_bytes)
+    return PlannedPass(RECONSTRUCTION, 1, num_soft + _DECODER_PROMPT, new_tokens, num_bytes)
 
 
-def _losses(shapes: Shapes, work: Workload, num_tasks: int, rows_of_task: int) -> Pass:
+def _losses(shapes: Shapes, work: Workload, num_tasks: int, rows_of_task: int) -> PlannedPass:
     """How well adapters explain examples, for the report's control `nearest_known`."""
     ship, rows = shapes.ship, num_tasks * rows_of_task
     width = work.answer_length(shapes) - work.target_tokens
@@ -144,7 +144,7 @@ def _losses(shapes: Shapes, work: Workload, num_tasks: int, rows_of_task: int) -
         )
         adapter = _adapter(shapes, work, num_tasks)
         sum_cross_entropy(*ship.task_llm.score(adapter, batch, num_tasks))
-    return Pass("losses of examples", rows, width, work.target_tokens, live.peak)
+    return PlannedPass("losses of examples", rows, width, work.target_tokens, live.peak)
 
 
 _DECODER_PROMPT = 16
@@ -175,7 +175,7 @@ def _peak_of_answers(
     return max(live.peak, at_the_end)
 
 
-def rows_answered(shapes: Shapes, one: Pass, bytes_free: int) -> int:
+def rows_answered(shapes: Shapes, one: PlannedPass, bytes_free: int) -> int:
     """Rows that evaluation will answer at once on a GPU with so much left, at least one.
 
     Args:

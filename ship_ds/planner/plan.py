@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ship_ds.config import Config, override_config
 from ship_ds.model.adapters.sites import AdaptedBlock
 from ship_ds.planner.activations import Activations, Lengths, Workload, count_activations
-from ship_ds.planner.evaluation import Pass, rows_answered
+from ship_ds.planner.evaluation import PlannedPass, rows_answered
 from ship_ds.planner.evaluation import passes as evaluation_passes
 from ship_ds.planner.forecast import Forecast, forecast
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes
@@ -52,7 +52,7 @@ class Plan:
     parameters: dict[str, int]
     is_sharded: bool
     largest_gathered: tuple[str, int]
-    passes: list[Pass]
+    passes: list[PlannedPass]
     rows_at_once: int
     forecast: Forecast
 
@@ -142,7 +142,7 @@ def _memory(
 
 
 def _evaluating(
-    zero: Zero, held: Held, evaluations: Sequence[Pass], dequantised: int
+    zero: Zero, held: Held, evaluations: Sequence[PlannedPass], dequantised: int
 ) -> dict[str, int]:
     if not evaluations:
         return {}
@@ -161,7 +161,7 @@ def _staying(zero: Zero, held: Held) -> dict[str, int]:
     return {name: num_bytes for name, num_bytes in held.gpu.items() if name not in freed}
 
 
-def _rows_at_once(shapes: Shapes, evaluations: Sequence[Pass], bytes_free: int) -> int:
+def _rows_at_once(shapes: Shapes, evaluations: Sequence[PlannedPass], bytes_free: int) -> int:
     """Of answers under adapters; none where nothing is evaluated."""
     return rows_answered(shapes, evaluations[0], bytes_free) if evaluations else 0
 

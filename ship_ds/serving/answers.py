@@ -7,7 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 from ship_ds.console import log
-from ship_ds.serving.decoding import FinishReason, Piece, Source, TokenChance
+from ship_ds.serving.decoding import AnswerPart, FinishReason, Source, TokenChance
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.room import Writing
 
@@ -52,7 +52,7 @@ class Shape:
         """A choice that says that an answer begins."""
         return None
 
-    def delta(self, number: int, piece: Piece) -> dict[str, Any]:
+    def delta(self, number: int, piece: AnswerPart) -> dict[str, Any]:
         """A choice with what is new."""
         return self.choice(number, piece.text, piece.chances, piece.finish_reason)
 
@@ -82,7 +82,7 @@ class ChatShape(Shape):
             "finish_reason": None,
         }
 
-    def delta(self, number: int, piece: Piece) -> dict[str, Any]:
+    def delta(self, number: int, piece: AnswerPart) -> dict[str, Any]:
         """See `Shape`."""
         return {
             "index": number,
@@ -93,17 +93,17 @@ class ChatShape(Shape):
 
 
 async def whole(
-    first: tuple[int, Piece],
-    pieces: AsyncIterator[tuple[int, Piece]],
+    first: tuple[int, AnswerPart],
+    pieces: AsyncIterator[tuple[int, AnswerPart]],
     writing: Writing,
     shape: Shape,
 ) -> dict[str, Any]:
     """All answers in one body, when the last one is done; arguments as in `events`."""
     texts = [""] * writing.num_answers
     chances: list[list[TokenChance]] = [[] for _ in texts]
-    last: dict[int, Piece] = {}
+    last: dict[int, AnswerPart] = {}
 
-    def take(number: int, piece: Piece) -> None:
+    def take(number: int, piece: AnswerPart) -> None:
         texts[number] += piece.text
         chances[number] += piece.chances
         last[number] = piece
@@ -119,8 +119,8 @@ async def whole(
 
 
 async def events(
-    first: tuple[int, Piece],
-    pieces: AsyncIterator[tuple[int, Piece]],
+    first: tuple[int, AnswerPart],
+    pieces: AsyncIterator[tuple[int, AnswerPart]],
     writing: Writing,
     shape: Shape,
     include_usage: bool,
@@ -134,14 +134,14 @@ async def events(
         shape: The words around them.
         include_usage: Whether the tokens are told at the end.
     """
-    last: dict[int, Piece] = {}
+    last: dict[int, AnswerPart] = {}
     usage = {"usage": None} if include_usage else {}
 
     def event(choices: Sequence[Mapping[str, Any] | None], **fields: Any) -> bytes:
         kept = [one for one in choices if one is not None]
         return _event({**shape.head(True), "choices": kept, **usage, **fields})
 
-    def of(number: int, piece: Piece) -> bytes:
+    def of(number: int, piece: AnswerPart) -> bytes:
         is_new = number not in last
         last[number] = piece
         # Without letters and without an end there is nothing to tell.
@@ -170,7 +170,7 @@ def _event(body: Mapping[str, Any]) -> bytes:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
 
 
-def _usage(writing: Writing, last: Mapping[int, Piece]) -> dict[str, int]:
+def _usage(writing: Writing, last: Mapping[int, AnswerPart]) -> dict[str, int]:
     num_new = sum(piece.num_tokens for piece in last.values())
     return {
         "prompt_tokens": writing.prompt_tokens,

@@ -27,7 +27,7 @@ from ship_ds.inference import checks
 from ship_ds.section import first_error
 from ship_ds.serving.adapters import Adapters
 from ship_ds.serving.answers import ChatShape, Shape, events, whole
-from ship_ds.serving.decoding import Piece, Sampling, Source
+from ship_ds.serving.decoding import AnswerPart, Sampling, Source
 from ship_ds.serving.errors import RequestError, naming_fields
 from ship_ds.serving.guard import Guard
 from ship_ds.serving.leaving import CLIENT_GONE, ClientGoneError, unless_gone
@@ -42,7 +42,7 @@ from ship_ds.serving.protocol import (
     UnloadRequest,
     Writes,
 )
-from ship_ds.serving.room import Question, Room, Writing
+from ship_ds.serving.room import Query, Room, Writing
 
 _MOST_NAMED_FIELDS = 100
 """Fields that the log names: a client can make up any number."""
@@ -270,9 +270,9 @@ class _Routes:
             top_logprobs,
         )
 
-        def questions(ship: Ship, source: Source) -> list[Question]:
+        def questions(ship: Ship, source: Source) -> list[Query]:
             return [
-                Question(
+                Query(
                     source,
                     ids,
                     [_fitting(ship, source, ids, sampling, max_tokens is None)] * num_choices,
@@ -296,9 +296,9 @@ class _Routes:
         self,
         asked: Writes,
         instruction: str | None,
-        questions: Callable[[Ship, Source], list[Question]],
+        questions: Callable[[Ship, Source], list[Query]],
         since: float,
-    ) -> tuple[Source, Writing, AsyncIterator[tuple[int, Piece]], tuple[int, Piece]]:
+    ) -> tuple[Source, Writing, AsyncIterator[tuple[int, AnswerPart]], tuple[int, AnswerPart]]:
         """Everything up to the first piece: what goes wrong until then has a status."""
         source = await self.adapters.resolve(asked.model, instruction, asked.ship_examples)
         writing = await self.room.write(lambda ship: questions(ship, source))

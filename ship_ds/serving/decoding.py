@@ -82,7 +82,7 @@ class TokenChance:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPart:
     """What a turn adds to an answer.
 
     Args:
@@ -138,7 +138,7 @@ class Row:
         source: Source,
         prompt: Sequence[int],
         sampling: Sampling,
-        emit: Callable[[Piece | RequestError], None],
+        emit: Callable[[AnswerPart | RequestError], None],
         number: int = 0,
     ) -> None:
         self.source, self.prompt, self.sampling, self.emit = source, prompt, sampling, emit
@@ -179,7 +179,9 @@ class Row:
             reason = "length"
         if reason is None:
             text = _settled(text, self.sampling.stop)
-        self.emit(Piece(self._unsent(text, reason is not None), chances, len(self.ids), reason))
+        self.emit(
+            AnswerPart(self._unsent(text, reason is not None), chances, len(self.ids), reason)
+        )
         return reason
 
     def _unsent(self, text: str, is_last: bool) -> str:
@@ -230,7 +232,7 @@ class _Running:
         return self.rows[0].is_bare
 
 
-class Decoder:
+class AnswerWriter:
     """Writes answers; lives on the thread that owns the model.
 
     Args:

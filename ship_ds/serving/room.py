@@ -22,7 +22,7 @@ from threading import Condition, Event, Thread, current_thread
 from typing import TypeVar
 
 from ship_ds.api import Ship
-from ship_ds.serving.decoding import Decoder, Piece, Row, Sampling, Source
+from ship_ds.serving.decoding import AnswerPart, AnswerWriter, Row, Sampling, Source
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
@@ -43,7 +43,7 @@ class _LeftError(BaseException):
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """A prompt that is to be continued.
 
     Args:
@@ -69,11 +69,11 @@ class Writing:
     def __init__(self) -> None:
         self.prompt_tokens = self.num_answers = 0
         self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[tuple[int, Piece | RequestError]] = asyncio.Queue()
+        self._pieces: asyncio.Queue[tuple[int, AnswerPart | RequestError]] = asyncio.Queue()
         self._rows: list[Row] = []
         self._is_left = False
 
-    def begin(self, questions: Sequence[Question]) -> list[Row]:
+    def begin(self, questions: Sequence[Query]) -> list[Row]:
         """The rows that are to be written, on the model's thread."""
         for question in questions:
             self.prompt_tokens += len(question.ids)
@@ -86,14 +86,14 @@ class Writing:
             self.cancel()
         return self._rows
 
-    def _emitter(self, number: int) -> Callable[[Piece | RequestError], None]:
-        def emit(piece: Piece | RequestError) -> None:
+    def _emitter(self, number: int) -> Callable[[AnswerPart | RequestError], None]:
+        def emit(piece: AnswerPart | RequestError) -> None:
             with suppress(RuntimeError):  # the loop has closed: nobody listens any more
                 self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
 
         return emit
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, AnswerPart]]:
         """Raises RequestError where an answer could not be written."""
         num_open = self.num_answers
         while num_open:
@@ -123,7 +123,7 @@ class Room:
         self, ship: Ship, limits: Limits | None = None, metrics: Metrics | None = None
     ) -> None:
         self.ship, self.limits, self.metrics = ship, limits or Limits(), metrics or Metrics()
-        self.decoder = Decoder(ship.model, self.limits, self.metrics)
+        self.decoder = AnswerWriter(ship.model, self.limits, self.metrics)
         self._num_calls = 0
         self._short: deque[Callable[[], None]] = deque()
         self._long: deque[Callable[[], None]] = deque()
@@ -217,7 +217,7 @@ class Room:
             with suppress(ValueError):  # or those who left would fill the queue
                 (self._short if is_short else self._long).remove(run)
 
-    async def write(self, questions: Callable[[Ship], Sequence[Question]]) -> Writing:
+    async def write(self, questions: Callable[[Ship], Sequence[Query]]) -> Writing:
         """Answers to what `questions(ship)` asks; errors as of `call`.
 
         Args:

@@ -24,10 +24,10 @@ from ship_ds.console import Log
 from ship_ds.data.matching import is_list
 from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.task import Example, Task
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import ChainsConfig
 from ship_ds.supply.filters import Answers, is_trivial, share_alike
-from ship_ds.supply.journal import Journal, Part
+from ship_ds.supply.journal import Journal, SupplyPart
 from ship_ds.supply.known import Known, is_readable
 
 
@@ -56,7 +56,7 @@ def make_chains(
     tasks = known.tasks
     pairs = draw_pairs(len(tasks), config.max_pairs, seed)
     size = config.num_at_once
-    with Progress("supply", num_tasks, log=log) as progress:
+    with ProgressLine("supply", num_tasks, log=log) as progress:
         progress.done(len(journal.tasks))
         for start in range(size * len(journal.parts), len(pairs), size):
             missing = num_tasks - len(journal.tasks)
@@ -83,7 +83,7 @@ def _part(
     pairs: Sequence[tuple[Task, Task]],
     config: ChainsConfig,
     most: int,
-) -> Part:
+) -> SupplyPart:
     counts: Counter[str] = Counter(pairs=len(pairs))
     rows: list[dict[str, Any]] = []
     read: list[Chain] = []
@@ -112,7 +112,7 @@ def _part(
                 "agreement": round(share, 3),
             }
             rows.append(row_of(task, origin))
-    return Part(dict(counts), rows)
+    return SupplyPart(dict(counts), rows)
 
 
 def _worded(first: Task, second: Task, config: ChainsConfig) -> Task:

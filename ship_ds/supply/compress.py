@@ -18,9 +18,9 @@ from ship_ds.console import Log
 from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.task import Example, Task
 from ship_ds.inference.scoring import fit_of_latents
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import CompressConfig
-from ship_ds.supply.journal import Journal, Part
+from ship_ds.supply.journal import Journal, SupplyPart
 from ship_ds.supply.known import Known, is_readable
 
 Losses = Callable[[Sequence[str]], list[float]]
@@ -93,7 +93,7 @@ def compress_tasks(
     """Add to the journal each task, with its shortened instruction as one more wording where there
     is one. num_tasks: that are looked at; None: all."""
     tasks = known.tasks[:num_tasks]
-    with Progress("supply", len(tasks), log=log) as progress:
+    with ProgressLine("supply", len(tasks), log=log) as progress:
         progress.done(len(journal.parts))
         for task in tasks[len(journal.parts) :]:
             progress.begin("compress")
@@ -101,9 +101,9 @@ def compress_tasks(
             progress.done(1)
 
 
-def _part(ship: Ship, known: Known, task: Task, config: CompressConfig) -> Part:
+def _part(ship: Ship, known: Known, task: Task, config: CompressConfig) -> SupplyPart:
     if not is_readable(ship, task.instruction) or not task.examples:
-        return Part({"unreadable": 1}, [])
+        return SupplyPart({"unreadable": 1}, [])
     losses = losses_of(ship, task.examples[: config.num_examples])
     text, loss, whole = compressed(task.instruction, losses, config)
     origin = {
@@ -114,10 +114,10 @@ def _part(ship: Ship, known: Known, task: Task, config: CompressConfig) -> Part:
     }
     known_words = [one.split() for one in (task.instruction, *task.paraphrases)]
     if text.split() in known_words:
-        return Part({"nothing to drop": 1}, [])
+        return SupplyPart({"nothing to drop": 1}, [])
     if known.give_away([Task(task.id, text, ())])[0]:
-        return Part({"held out": 1}, [])
+        return SupplyPart({"held out": 1}, [])
     words, before = len(text.split()), len(task.instruction.split())
     counts = {"shortened": 1, "words before": before, "words after": words}
     longer = replace(task, paraphrases=(*task.paraphrases, text))
-    return Part(counts, [row_of(longer, origin | {"wording": text})])
+    return SupplyPart(counts, [row_of(longer, origin | {"wording": text})])

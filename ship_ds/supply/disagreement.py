@@ -15,9 +15,9 @@ from ship_ds.console import Log
 from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.task import SMALLEST_WEIGHT, Task
 from ship_ds.inference.deduction import answer_latents
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import DisagreementConfig
-from ship_ds.supply.journal import Journal, Part
+from ship_ds.supply.journal import Journal, SupplyPart
 from ship_ds.supply.known import inputs_of, is_readable
 
 
@@ -72,7 +72,7 @@ def measure_disagreement(
     weight is 1.
     """
     size = config.num_at_once
-    with Progress("supply", len(tasks), log=log) as progress:
+    with ProgressLine("supply", len(tasks), log=log) as progress:
         progress.done(min(len(tasks), size * len(journal.parts)))
         for start in range(size * len(journal.parts), len(tasks), size):
             progress.begin("disagreement")
@@ -80,7 +80,7 @@ def measure_disagreement(
             progress.done(len(tasks[start : start + size]))
 
 
-def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: int) -> Part:
+def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: int) -> SupplyPart:
     counts: dict[str, int] = {}
     read: list[tuple[Task, list[str]]] = []
     for task in tasks:
@@ -125,7 +125,7 @@ def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: i
         )
         for task in tasks
     ]
-    return Part(counts, rows)
+    return SupplyPart(counts, rows)
 
 
 def weighted(rows: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from ship_ds.files import write_text
 _SUFFIX = ".journal"
 
 
-class Part(NamedTuple):
+class SupplyPart(NamedTuple):
     """What a part of the work came to: how many things met what end, tasks as lines of our format,
     and texts that later parts have to know of."""
 
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     tried: Sequence[str] = ()
 
 
-_PARTS = TypeAdapter(list[Part])
+_PARTS = TypeAdapter(list[SupplyPart])
 
 
 class Journal:
@@ -43,7 +43,7 @@ class Journal:
         parts: that are done, in their order.
     """
 
-    def __init__(self, out: Path, file: IO[bytes], parts: list[Part]) -> None:
+    def __init__(self, out: Path, file: IO[bytes], parts: list[SupplyPart]) -> None:
         self._out, self._file, self.parts = out, file, parts
 
     @classmethod
@@ -95,7 +95,7 @@ class Journal:
         """Of all parts."""
         return [task for part in self.parts for task in part.tasks]
 
-    def add(self, part: Part) -> None:
+    def add(self, part: SupplyPart) -> None:
         """Keep a part; it is on the disk when this returns."""
         _append(self._file, part._asdict())
         self.parts.append(part)

@@ -30,10 +30,10 @@ from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents
 from ship_ds.inference.induction import induce_many
 from ship_ds.inference.latents import nearest_known
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import ProposeConfig
 from ship_ds.supply.filters import agreed, is_new, is_trivial, share_alike
-from ship_ds.supply.journal import Journal, Part
+from ship_ds.supply.journal import Journal, SupplyPart
 from ship_ds.supply.known import Known, inputs_of, is_readable
 from ship_ds.supply.proposers import Proposer
 
@@ -61,7 +61,7 @@ def propose(
         log: takes lines of progress.
     """
     rounds = _Rounds(ship, proposer, known, config, seed)
-    with Progress("supply", num_tasks, log=log) as progress:
+    with ProgressLine("supply", num_tasks, log=log) as progress:
         progress.done(len(journal.tasks))
         for number in range(len(journal.parts), config.max_rounds):
             missing = num_tasks - len(journal.tasks)
@@ -96,7 +96,7 @@ class _Rounds:
             max_new_tokens=ship.config.evaluation.max_instruction_tokens,
         )
 
-    def take(self, number: int, journal: Journal, most: int) -> Part:
+    def take(self, number: int, journal: Journal, most: int) -> SupplyPart:
         """The round's part: at most `most` tasks."""
         proposals = self.proposer.propose(self.known, self.seed, number)
         counts = Counter(proposed=len(proposals))
@@ -124,7 +124,7 @@ class _Rounds:
                 counts["kept"] += 1
                 name = f"propose-{self.seed}-{number}-{len(rows)}"
                 rows.append(self.row(one, name, origins[one.text], induced, share))
-        return Part(dict(counts), rows, list(tried))
+        return SupplyPart(dict(counts), rows, list(tried))
 
     def screen(self, texts: Sequence[str], kept: Sequence[str], counts: Counter[str]) -> list[str]:
         """Those that can be read and are like no other; `counts` takes the rest."""

@@ -25,7 +25,7 @@ _ASKED = (
 _NUMBER = re.compile(r"^\s*(?:\d+\s*[.):]|[-*•])\s*")
 
 
-class Proposal(NamedTuple):
+class ProposedTask(NamedTuple):
     """An instruction, and what it was made of."""
 
     text: str
@@ -36,7 +36,7 @@ class Proposer(ABC):
     """Proposes instructions, as a function of the seed and the round."""
 
     @abstractmethod
-    def propose(self, known: Sequence[str], seed: int, number: int) -> list[Proposal]:
+    def propose(self, known: Sequence[str], seed: int, number: int) -> list[ProposedTask]:
         """Those of round `number`. known: instructions to start from."""
 
 
@@ -48,7 +48,7 @@ class DecoderProposer(Proposer):
         self._bank: Bank | None = None
 
     @torch.no_grad()
-    def propose(self, known: Sequence[str], seed: int, number: int) -> list[Proposal]:
+    def propose(self, known: Sequence[str], seed: int, number: int) -> list[ProposedTask]:
         """See `Proposer`."""
         model, config = self.ship.model, self.config
         rng = random.Random(f"supply {seed} {number}")
@@ -88,7 +88,7 @@ class DecoderProposer(Proposer):
             self.ship.config.evaluation.max_instruction_tokens,
         )
         return [
-            Proposal(
+            ProposedTask(
                 text,
                 {"by": "decoder", "run": self.ship.digest[:12]}
                 | ({"from": "prior"} if start is None else {"around": bank.instructions[start]})
@@ -105,7 +105,7 @@ class TaskLlmProposer(Proposer):
     def __init__(self, ship: Ship, config: ProposeConfig) -> None:
         self.ship, self.config = ship, config
 
-    def propose(self, known: Sequence[str], seed: int, number: int) -> list[Proposal]:
+    def propose(self, known: Sequence[str], seed: int, number: int) -> list[ProposedTask]:
         """See `Proposer`: one for each list, greedily; the lists differ."""
         form, prompts = self.ship.model.prompts, []
         lists = [
@@ -120,7 +120,7 @@ class TaskLlmProposer(Proposer):
         origin = {"by": "task_llm", "run": self.ship.digest[:12]}
         texts = [_lines(form.text(row))[:1] for row in rows]
         return [
-            Proposal(text, origin | {"shown": shown})
+            ProposedTask(text, origin | {"shown": shown})
             for row, shown in zip(texts, lists, strict=True)
             for text in row
         ]
@@ -132,7 +132,7 @@ class EndpointProposer(Proposer):
     def __init__(self, endpoint: ChatEndpoint, config: ProposeConfig) -> None:
         self.endpoint, self.config = endpoint, config
 
-    def propose(self, known: Sequence[str], seed: int, number: int) -> list[Proposal]:
+    def propose(self, known: Sequence[str], seed: int, number: int) -> list[ProposedTask]:
         """See `Proposer`: one request a round."""
         shown = _some(known, self.config.num_in_context, f"{seed} {number}")
         asked = _ASKED.format(count=len(shown), wanted=self.config.num_at_once)
@@ -144,7 +144,7 @@ class EndpointProposer(Proposer):
             seed=draw_seed("supply", seed, number) % 2**31,
         )
         origin = {"by": "endpoint", "model": self.endpoint.config.model, "shown": shown}
-        return [Proposal(text, origin) for text in _lines(said)[: self.config.num_at_once]]
+        return [ProposedTask(text, origin) for text in _lines(said)[: self.config.num_at_once]]
 
 
 def _some(known: Sequence[str], count: int, key: str) -> list[str]:

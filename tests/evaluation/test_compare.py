@@ -15,15 +15,15 @@ import pytest
 from ship_ds import cli
 from ship_ds.errors import UserError
 from ship_ds.evaluation import compare, comparison
-from ship_ds.evaluation.comparison import Entry
+from ship_ds.evaluation.comparison import ComparedRun
 from ship_ds.evaluation.config import HarnessConfig
-from ship_ds.evaluation.variants import Trial, plan, read_variants
+from ship_ds.evaluation.variants import VariantRun, plan, read_variants
 from ship_ds.files import Manifest, write_json
 from tests.conftest import environment
 
 
 @pytest.fixture
-def trials(tmp_path: Path) -> list[Trial]:
+def trials(tmp_path: Path) -> list[VariantRun]:
     (tmp_path / "kinds.yaml").write_text("config: quickstart\nvariants: {a: , b: , c: }\n")
     return plan(read_variants([str(tmp_path / "kinds.yaml")]), [], tmp_path / "out", 1, None)
 
@@ -37,7 +37,7 @@ def train_by(monkeypatch: pytest.MonkeyPatch) -> Replace:
 
     def replace(program: str) -> None:
         monkeypatch.setattr(
-            Trial,
+            VariantRun,
             "train_command",
             lambda trial, num_ranks: [sys.executable, "-c", program, trial.label],
         )
@@ -46,7 +46,7 @@ def train_by(monkeypatch: pytest.MonkeyPatch) -> Replace:
 
 
 def test_a_variant_that_fails_is_named_and_the_others_are_trained(
-    trials: list[Trial], train_by: Replace, tmp_path: Path
+    trials: list[VariantRun], train_by: Replace, tmp_path: Path
 ) -> None:
     train_by(
         "import pathlib, sys; print('training'); "
@@ -62,7 +62,7 @@ def test_a_variant_that_fails_is_named_and_the_others_are_trained(
 
 
 def test_what_is_trained_is_not_trained_again(
-    trials: list[Trial], train_by: Replace, tmp_path: Path
+    trials: list[VariantRun], train_by: Replace, tmp_path: Path
 ) -> None:
     bundle = trials[1].folder / "bundle"
     bundle.mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_what_is_trained_is_not_trained_again(
 
 
 def test_term_reaches_the_training_and_no_other_is_started(
-    trials: list[Trial], train_by: Replace, tmp_path: Path
+    trials: list[VariantRun], train_by: Replace, tmp_path: Path
 ) -> None:
     """The training saves and ends with 75, as ship_ds.train does."""
     train_by(
@@ -105,7 +105,7 @@ def test_term_reaches_the_training_and_no_other_is_started(
 
 
 def test_a_training_that_outlives_its_comparison_keeps_the_next_one_out(
-    trials: list[Trial], train_by: Replace, tmp_path: Path
+    trials: list[VariantRun], train_by: Replace, tmp_path: Path
 ) -> None:
     """By a descriptor that it has inherited."""
     train_by(
@@ -124,7 +124,7 @@ def test_a_training_that_outlives_its_comparison_keeps_the_next_one_out(
 
 
 def test_the_table_is_of_those_that_were_trained_and_measured(
-    trials: list[Trial],
+    trials: list[VariantRun],
     train_by: Replace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -137,7 +137,7 @@ def test_the_table_is_of_those_that_were_trained_and_measured(
     )
     measure = comparison.measure
 
-    def measured(label: str, *arguments: Any) -> Entry:
+    def measured(label: str, *arguments: Any) -> ComparedRun:
         if label == "c":
             raise RuntimeError("out of luck")
         return measure(label, *arguments)

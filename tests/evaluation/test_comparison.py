@@ -13,7 +13,7 @@ import pytest
 from ship_ds.console import no_log
 from ship_ds.evaluation import comparison
 from ship_ds.evaluation.cells import Measured
-from ship_ds.evaluation.comparison import Entry
+from ship_ds.evaluation.comparison import ComparedRun
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.harness import Run
 
@@ -25,9 +25,9 @@ SETTINGS = HarnessConfig(
 
 
 @pytest.fixture(scope="module")
-def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
+def entries(tmp_path_factory: pytest.TempPathFactory) -> list[ComparedRun]:
     root = tmp_path_factory.mktemp("compared")
-    found: list[Entry] = []
+    found: list[ComparedRun] = []
     for label, seed in (("first", 0), ("first", 1), ("second", 0)):
         folder = root / f"{label}-{seed}"
         shutil.copytree(TRAINED, folder, ignore=shutil.ignore_patterns("checkpoints"))
@@ -37,11 +37,11 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
 
 
 @pytest.fixture
-def report(entries: list[Entry]) -> dict[str, Any]:
+def report(entries: list[ComparedRun]) -> dict[str, Any]:
     return comparison.build(entries, {"third, seed 0": "it fell"}, SETTINGS, ["compare", "x"])
 
 
-def test_costs_are_those_of_the_run(entries: list[Entry]) -> None:
+def test_costs_are_those_of_the_run(entries: list[ComparedRun]) -> None:
     rows = [json.loads(row) for row in (TRAINED / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["speed/step_seconds"] for row in rows]
     facts = entries[0].facts
@@ -59,7 +59,7 @@ def test_costs_are_those_of_the_run(entries: list[Entry]) -> None:
     assert facts["query_gigaflops"]["16"] < in_prompt[0] * 2 and in_prompt == sorted(in_prompt)
 
 
-def test_the_instruction_in_the_prompt_is_measured_once(entries: list[Entry]) -> None:
+def test_the_instruction_in_the_prompt_is_measured_once(entries: list[ComparedRun]) -> None:
     assert [bool(entry.in_prompt) for entry in entries] == [True, False, False]
     stored = [
         sorted(path.name for path in (Path(entry.folder) / "evaluation" / "cells").iterdir())
@@ -97,7 +97,7 @@ def measured(values: dict[str, list[float]]) -> Measured:
     return Measured({}, ["exact_match"], rows, 1.0, 0.0, 1)
 
 
-def test_differences_are_task_by_task_and_seed_by_seed(entries: list[Entry]) -> None:
+def test_differences_are_task_by_task_and_seed_by_seed(entries: list[ComparedRun]) -> None:
     """Four runs that were asked two tasks; by hand."""
     first, other = entries[0], entries[2]
     scores = {
@@ -133,7 +133,7 @@ def test_differences_are_task_by_task_and_seed_by_seed(entries: list[Entry]) -> 
     assert "| second | all | 0.750 [0.750, 0.750] | 0.250 [0.000, 0.500] |" in page
 
 
-def test_other_tasks_are_told_and_not_subtracted(entries: list[Entry]) -> None:
+def test_other_tasks_are_told_and_not_subtracted(entries: list[ComparedRun]) -> None:
     first, _, second = entries
     other = replace(second, tasks={**second.tasks, "unseen": "others"})
     report = comparison.build([first, other], {}, SETTINGS, ["compare"])
@@ -144,7 +144,7 @@ def test_other_tasks_are_told_and_not_subtracted(entries: list[Entry]) -> None:
     ]
 
 
-def test_a_run_that_its_steps_ended_is_told(entries: list[Entry]) -> None:
+def test_a_run_that_its_steps_ended_is_told(entries: list[ComparedRun]) -> None:
     first = entries[0]
     minutes = first.facts["minutes"]
     for limit, told in ((minutes * 2, True), (minutes * 0.98, False)):

@@ -17,7 +17,7 @@ from ship_ds.console import no_log
 from ship_ds.data.task_files import parse_benchmark
 from ship_ds.errors import UserError
 from ship_ds.evaluation.baselines.tagi import Tagi
-from ship_ds.evaluation.budgets import Budget, Examples, Minutes, UntilDevStops
+from ship_ds.evaluation.budgets import AnsweredExamples, Budget, Minutes, UntilDevStops
 from ship_ds.evaluation.config import METHOD_NAMES, EndpointConfig, HarnessConfig
 from ship_ds.evaluation.evaluate import evaluate
 from ship_ds.evaluation.harness import Harness, Run
@@ -323,7 +323,7 @@ def test_budgets_are_what_the_options_say(evaluated: Path, tmp_path: Path) -> No
         return Harness(run, SMALL.model_copy(update=options), print).budget
 
     assert budget(minutes=90.0) == Minutes(90)
-    assert budget(budget="examples") == Examples(12 * 8 * 2)
+    assert budget(budget="examples") == AnsweredExamples(12 * 8 * 2)
     # As many as were trained, not as many as the config asked for: max_minutes may have ended it.
     shorter = tmp_path / "shorter"
     shorter.mkdir()
@@ -332,7 +332,7 @@ def test_budgets_are_what_the_options_say(evaluated: Path, tmp_path: Path) -> No
     ended = Harness(
         replace(run, folder=shorter), SMALL.model_copy(update={"budget": "examples"}), print
     )
-    assert ended.budget == Examples(5 * 8 * 2)
+    assert ended.budget == AnsweredExamples(5 * 8 * 2)
     assert budget(budget="until_dev_stops", patience=3) == UntilDevStops(3, 12 * 8 * 2)
     blind = replace(run, splits=replace(run.splits, dev=()))
     with pytest.raises(UserError, match="no dev tasks; take minutes or examples"):

@@ -12,7 +12,7 @@ import pytest
 from ship_ds.config import load_config
 from ship_ds.errors import UserError
 from ship_ds.evaluation.variants import (
-    Trial,
+    VariantRun,
     check,
     commands,
     in_turn,
@@ -44,7 +44,7 @@ def planned(
     common: Sequence[str] = (),
     minutes: float | None = 0.5,
     seeds: Sequence[int] | None = None,
-) -> list[Trial]:
+) -> list[VariantRun]:
     return plan(read_variants(names), common, out, minutes, seeds)
 
 

@@ -10,7 +10,7 @@ from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.evaluation import within_time
 from ship_ds.evaluation.measure import Outcome, joined
 from ship_ds.evaluation.within_time import Group, TimedCell, evenly, measure_within
-from ship_ds.monitor.progress import Progress
+from ship_ds.monitor.progress import ProgressLine
 
 Make = Callable[..., TimedCell]
 
@@ -47,7 +47,7 @@ def make(clock: list[float]) -> Make:
 
 
 def measured(groups: Sequence[Group], seconds: float | None, least: int) -> list[int]:
-    measure_within(groups, seconds, least, Progress("report", 1))
+    measure_within(groups, seconds, least, ProgressLine("report", 1))
     return [cell.num_measured for group in groups for cell in group.cells]
 
 

@@ -17,7 +17,7 @@ from ship_ds.model import nf4
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.loading import read_settings
 from ship_ds.planner.activations import Workload, count_activations
-from ship_ds.planner.evaluation import Pass
+from ship_ds.planner.evaluation import PlannedPass
 from ship_ds.planner.plan import RESERVED, Machines, advise, make_plan
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes, meta_lm, public_shapes
 from ship_ds.planner.show import verdict, warnings_of
@@ -411,7 +411,7 @@ def test_rows_are_answered_by_what_is_free() -> None:
     assert make_plan(_small(), Machines(1, 8, 10**6)).rows_at_once == 1
 
 
-def _passes(*overrides: str) -> list[Pass]:
+def _passes(*overrides: str) -> list[PlannedPass]:
     return make_plan(_small(*overrides), Machines(1, 8, 10**12)).passes
 
 

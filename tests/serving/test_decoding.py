@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
-from ship_ds.serving.decoding import Decoder, Piece, Row, Sampling, Source, _settled
+from ship_ds.serving.decoding import AnswerPart, AnswerWriter, Row, Sampling, Source, _settled
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
 from tests.serving.conftest import INPUT
 
-Pieces = list[Piece | RequestError]
+Pieces = list[AnswerPart | RequestError]
 
 
 @pytest.fixture
-def decoder(ship: Ship) -> Decoder:
-    return Decoder(ship.model, Limits(), Metrics())
+def decoder(ship: Ship) -> AnswerWriter:
+    return AnswerWriter(ship.model, Limits(), Metrics())
 
 
 def row(ship: Ship, instruction: str | None, **sampling: Any) -> tuple[Row, Pieces]:
@@ -30,13 +30,13 @@ def row(ship: Ship, instruction: str | None, **sampling: Any) -> tuple[Row, Piec
     return Row(source, ship.model.question(INPUT, instruction), settings, pieces.append), pieces
 
 
-def text(pieces: Sequence[Piece | RequestError]) -> str:
-    assert all(isinstance(piece, Piece) for piece in pieces), pieces
+def text(pieces: Sequence[AnswerPart | RequestError]) -> str:
+    assert all(isinstance(piece, AnswerPart) for piece in pieces), pieces
     assert pieces[-1].finish_reason  # type: ignore[union-attr]
     return "".join(piece.text for piece in pieces)  # type: ignore[union-attr]
 
 
-def finish(decoder: Decoder) -> None:
+def finish(decoder: AnswerWriter) -> None:
     for _ in range(100):
         if decoder.is_idle:
             return
@@ -44,7 +44,7 @@ def finish(decoder: Decoder) -> None:
     pytest.fail("not done after a hundred turns")
 
 
-def test_a_row_begins_in_the_turn_in_which_another_ends(decoder: Decoder, ship: Ship) -> None:
+def test_a_row_begins_in_the_turn_in_which_another_ends(decoder: AnswerWriter, ship: Ship) -> None:
     first, told = row(ship, "add 2", max_new_tokens=2)
     second, told_second = row(ship, "add 3")
     alone, told_alone = row(ship, "add 3")
@@ -52,7 +52,7 @@ def test_a_row_begins_in_the_turn_in_which_another_ends(decoder: Decoder, ship: 
     decoder.turn()
     decoder.submit([second])
     decoder.turn()
-    assert isinstance(told[-1], Piece) and told[-1].finish_reason
+    assert isinstance(told[-1], AnswerPart) and told[-1].finish_reason
     finish(decoder)
     decoder.submit([alone])
     finish(decoder)
@@ -60,7 +60,7 @@ def test_a_row_begins_in_the_turn_in_which_another_ends(decoder: Decoder, ship: 
 
 
 def test_rows_that_end_with_their_first_token_leave_those_that_begin_after_them(
-    decoder: Decoder, ship: Ship
+    decoder: AnswerWriter, ship: Ship
 ) -> None:
     """Both begin in one turn, those under adapters first."""
     short, told_short = row(ship, "add 2", max_new_tokens=1)
@@ -68,10 +68,12 @@ def test_rows_that_end_with_their_first_token_leave_those_that_begin_after_them(
     decoder.submit([short, bare])
     finish(decoder)
     for pieces in (told_short, told_bare):
-        assert isinstance(pieces[-1], Piece) and pieces[-1].finish_reason
+        assert isinstance(pieces[-1], AnswerPart) and pieces[-1].finish_reason
 
 
-def test_rows_that_came_at_different_turns_share_forwards(decoder: Decoder, ship: Ship) -> None:
+def test_rows_that_came_at_different_turns_share_forwards(
+    decoder: AnswerWriter, ship: Ship
+) -> None:
     instructions = ["add 2", "add 3", "remove every 3", None, "add 2", None]
     rows = [row(ship, instruction) for instruction in instructions]
     alone = []
@@ -87,7 +89,7 @@ def test_rows_that_came_at_different_turns_share_forwards(decoder: Decoder, ship
     assert [text(pieces) for _, pieces in rows] == alone
 
 
-def test_what_does_not_fit_waits_and_comes_in_order(decoder: Decoder, ship: Ship) -> None:
+def test_what_does_not_fit_waits_and_comes_in_order(decoder: AnswerWriter, ship: Ship) -> None:
     rows = [row(ship, "add 2") for _ in range(5)]
     decoder._bytes = int(2.5 * decoder._row_bytes([rows[0][0]]))
     decoder.submit([one for one, _ in rows])
@@ -103,7 +105,7 @@ def test_what_does_not_fit_waits_and_comes_in_order(decoder: Decoder, ship: Ship
 
 
 def test_no_more_rows_than_allowed(ship: Ship) -> None:
-    decoder = Decoder(ship.model, Limits(max_rows=3), Metrics())
+    decoder = AnswerWriter(ship.model, Limits(max_rows=3), Metrics())
     decoder.submit([row(ship, "add 2")[0] for _ in range(5)])
     decoder.turn()
     assert (decoder.num_running, decoder.num_waiting) == (3, 2)
@@ -111,7 +113,7 @@ def test_no_more_rows_than_allowed(ship: Ship) -> None:
 
 
 def test_a_row_that_waited_too_long_is_told(ship: Ship) -> None:
-    decoder = Decoder(ship.model, Limits(wait_seconds=0), Metrics())
+    decoder = AnswerWriter(ship.model, Limits(wait_seconds=0), Metrics())
     late, pieces = row(ship, "add 2")
     decoder.submit([late])
     decoder.turn()
@@ -121,7 +123,7 @@ def test_a_row_that_waited_too_long_is_told(ship: Ship) -> None:
 
 
 def test_a_fault_ends_its_rows_and_not_the_decoder(
-    decoder: Decoder, ship: Ship, monkeypatch: pytest.MonkeyPatch
+    decoder: AnswerWriter, ship: Ship, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for fault, status in ((RuntimeError("x"), 500), (torch.OutOfMemoryError("x"), 503)):
         one, pieces = row(ship, "add 2")
@@ -142,7 +144,7 @@ def test_a_fault_ends_its_rows_and_not_the_decoder(
     assert text(pieces)
 
 
-def test_a_seeds_draws_do_not_depend_on_the_batch(decoder: Decoder, ship: Ship) -> None:
+def test_a_seeds_draws_do_not_depend_on_the_batch(decoder: AnswerWriter, ship: Ship) -> None:
     warm = {"temperature": 1.5, "seed": 5}
     alone, told = row(ship, "add 2", **warm)
     decoder.submit([alone])
@@ -169,7 +171,7 @@ def test_what_may_still_change_is_held_back(written: str, stop: tuple[str, ...],
 
 
 def test_an_answer_ends_by_any_end_of_the_base(
-    decoder: Decoder, ship: Ship, monkeypatch: pytest.MonkeyPatch
+    decoder: AnswerWriter, ship: Ship, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in `Answerer`: it is given back as the end of sequence, and is no part of the text."""
     form = ship.model.prompts
@@ -185,5 +187,5 @@ def test_an_answer_ends_by_any_end_of_the_base(
         finish(decoder)
         assert ended.ids == [plain.ids[0], form.eos_id]
         assert text(told) == form.text(plain.ids[:1])
-        assert isinstance(told[-1], Piece) and not told[-1].chances
+        assert isinstance(told[-1], AnswerPart) and not told[-1].chances
         assert told[-1].finish_reason == "stop"

@@ -17,7 +17,7 @@ from ship_ds.serving.decoding import Sampling, Source
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.page import _Events
 from ship_ds.serving.protocol import ShipExample
-from ship_ds.serving.room import Question, Room, Writing
+from ship_ds.serving.room import Query, Room, Writing
 from ship_ds.serving.server import Server, address, listening
 from tests.serving.conftest import Serve
 
@@ -50,7 +50,7 @@ def test_rows_that_are_made_while_their_client_leaves_are_cancelled() -> None:
                 writing.cancel()
                 return super().__iter__()
 
-        rows = writing.begin([Question(Source(), [1], Leaving([Sampling(3), Sampling(3)]))])
+        rows = writing.begin([Query(Source(), [1], Leaving([Sampling(3), Sampling(3)]))])
         assert [row.is_cancelled for row in rows] == [True, True]
 
     asyncio.run(begun())

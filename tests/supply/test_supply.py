@@ -16,7 +16,7 @@ from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
 from ship_ds.supply.config import ProposeConfig, parse_settings
-from ship_ds.supply.journal import Journal, Part, journal_of
+from ship_ds.supply.journal import Journal, SupplyPart, journal_of
 from ship_ds.supply.make import make
 from ship_ds.supply.proposers import DecoderProposer
 from tests.evaluation.test_judges import Handler, Server, serve
@@ -122,10 +122,10 @@ def induces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def killed_after(count: int) -> Callable[[Journal, Part], None]:
+def killed_after(count: int) -> Callable[[Journal, SupplyPart], None]:
     add, calls = Journal.add, list[int]()
 
-    def dies(journal: Journal, part: Part) -> None:
+    def dies(journal: Journal, part: SupplyPart) -> None:
         if len(calls) == count:
             raise KeyboardInterrupt
         calls.append(1)

@@ -5,7 +5,7 @@ Letters: E sequences, T tasks, K labelled positions, V vocabulary, S padded leng
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ship_ds.api import Ship
 from ship_ds.config import ALL_LINEAR, LoraHypernetworkConfig
-from ship_ds.inference.deduction import Answerer, AnswersByTask
+from ship_ds.inference.deduction import AdapterOf, Answerer, AnswersByTask, Ids
 from ship_ds.inference.scoring import scored_batches
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
@@ -24,10 +24,6 @@ from ship_ds.model.budget import Piece
 from ship_ds.model.loading import freeze, load_lm
 from ship_ds.model.step import Predictions
 from ship_ds.model.task_llm import TaskLlm
-
-Ids = Sequence[int]
-AdapterOf = Callable[[Sequence[int]], Adapter]
-"""Numbers of tasks -> their adapters."""
 
 
 class FrozenBase:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.baselines.frozen_base import Ids
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, Oracles, train_oracles
 from ship_ds.evaluation.baselines.trained import TrainedMethod
-from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.inference.deduction import AnswersByTask, Ids
 from ship_ds.model.adapters.adapter import Target
 from ship_ds.model.adapters.lora import LoraAdapter, LoraHypernetwork
 

@@ -3,7 +3,8 @@ prompts at once."""
 
 from collections.abc import Sequence
 
-from ship_ds.evaluation.baselines.frozen_base import FrozenBase, Ids
+from ship_ds.evaluation.baselines.frozen_base import FrozenBase
+from ship_ds.inference.deduction import Ids
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.search import vote
 

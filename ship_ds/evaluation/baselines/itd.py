@@ -15,7 +15,7 @@ from ship_ds.console import log
 from ship_ds.data.task import Example
 from ship_ds.evaluation.baselines.group_decoding import group_beams
 from ship_ds.evaluation.baselines.oracles import draw
-from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.baselines.trained import TrainedMethod
 from ship_ds.evaluation.budgets import Spent
 from ship_ds.model import budget
@@ -64,10 +64,10 @@ class Itd(TrainedMethod):
     about: ClassVar[str] = "a LoRA on the base's own deductions; the examples vote on the text"
     states_instruction: ClassVar[bool] = False
     recipe: ClassVar[ItdRecipe] = ItdRecipe()
-    module: StaticLora
+    module: TaskLoras
 
     def build(self) -> nn.Module:
-        return StaticLora(self.base.sites, self.base.lora)
+        return TaskLoras(self.base.sites, self.base.lora)
 
     def train(self) -> None:
         recipe, prompts = self.recipe, self.base.prompts

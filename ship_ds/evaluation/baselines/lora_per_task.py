@@ -10,7 +10,7 @@ from ship_ds.api import Ship
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, group_size, train_group
-from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.method import Setting
 from ship_ds.inference.deduction import AnswersByTask
@@ -75,7 +75,7 @@ class LoraPerTask:
         with torch.random.fork_rng():
             # Every LoRA starts from the same weights, whatever its group.
             torch.manual_seed(self.setting.seed)
-            first = StaticLora(self.base.sites, self.base.lora)
+            first = TaskLoras(self.base.sites, self.base.lora)
         examples = {task.id: task.train for task in group}
         lora = train_group(
             self.base, first, examples, self.recipe, self.num_drawn, self.setting.seed, title

@@ -17,7 +17,7 @@ from torch import Tensor
 from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
-from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.budgets import Budget, Spent, Steps
 from ship_ds.model import budget as budgets
 from ship_ds.model.adapters.lora import LoraAdapter
@@ -96,7 +96,7 @@ def train_oracles(
     an oracle for which there is no room (`_most_oracles`).
     """
     order = random.Random(f"{seed} oracles").sample(tasks, len(tasks))[: _most_oracles(base)]
-    first, started, used = StaticLora(base.sites, base.lora), time.perf_counter(), Spent()
+    first, started, used = TaskLoras(base.sites, base.lora), time.perf_counter(), Spent()
     size, groups = group_size(base, [task.train for task in order], examples_per_task), []
     for start in range(0, len(order), size):
         used = used.after(0, 0, time.perf_counter() - started)
@@ -114,7 +114,7 @@ def train_oracles(
 
 def train_group(
     base: FrozenBase,
-    first: StaticLora,
+    first: TaskLoras,
     examples: Mapping[str, Sequence[Example]],
     recipe: OracleRecipe,
     examples_per_task: int,
@@ -132,7 +132,7 @@ def train_group(
         seed: of the examples that a step draws.
         title: of the progress bar.
     """
-    loras = StaticLora(base.sites, base.lora, len(examples))
+    loras = TaskLoras(base.sites, base.lora, len(examples))
     loras.load_state_dict(
         {
             name: weight.expand_as(own)

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.baselines.fitting import fit
-from ship_ds.evaluation.baselines.frozen_base import Ids
 from ship_ds.evaluation.baselines.static_adapters import StaticSoftPrompt
 from ship_ds.evaluation.baselines.trained import TrainedMethod
 from ship_ds.evaluation.budgets import Steps
-from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.inference.deduction import AnswersByTask, Ids
 from ship_ds.model.adapters.soft_prompt import SoftPrompt
 
 

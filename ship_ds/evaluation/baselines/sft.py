@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ship_ds.data.task import SplitTask
-from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.baselines.trained import TrainedMethod, targets_of
 from ship_ds.inference.deduction import AnswersByTask
 
@@ -31,10 +31,10 @@ class Sft(TrainedMethod):
     about: ClassVar[str] = "one LoRA for all tasks, trained with the instruction in the prompt"
     states_instruction: ClassVar[bool] = True
     recipe: ClassVar[SftRecipe] = SftRecipe()
-    module: StaticLora
+    module: TaskLoras
 
     def build(self) -> nn.Module:
-        return StaticLora(self.base.sites, self.base.lora)
+        return TaskLoras(self.base.sites, self.base.lora)
 
     def train(self) -> None:
         """On the seen tasks, each in one of its wordings."""

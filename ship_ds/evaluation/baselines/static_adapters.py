@@ -15,7 +15,7 @@ from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.adapters.soft_prompt import SoftPrompt
 
 
-class StaticLora(nn.Module):
+class TaskLoras(nn.Module):
     """The LoRAs of T tasks, started as `peft` does (A uniform, B zero), with the same A for
     all, so that distances between them are of what they learnt."""
 

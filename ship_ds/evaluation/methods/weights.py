@@ -14,7 +14,7 @@ from ship_ds.api import Ship
 from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, train_group
-from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained, makes_lora
 from ship_ds.inference.adapter_reading import induce_from_weights
@@ -98,7 +98,7 @@ class ReadTrainedLora(_WeightsReader):
     def _lora(self, examples: Sequence[Example]) -> Adapter:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            first = StaticLora(self.base.sites, self.base.lora)
+            first = TaskLoras(self.base.sites, self.base.lora)
         return train_group(
             self.base,
             first,

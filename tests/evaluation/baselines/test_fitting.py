@@ -10,7 +10,7 @@ from torch import nn
 
 from ship_ds.evaluation.baselines import fitting
 from ship_ds.evaluation.baselines.fitting import Looks, fit
-from ship_ds.evaluation.budgets import Examples, Minutes, Spent, Steps, UntilDevStops
+from ship_ds.evaluation.budgets import AnsweredExamples, Minutes, Spent, Steps, UntilDevStops
 
 
 def test_steps_are_counted_and_shared_out() -> None:
@@ -66,7 +66,7 @@ def test_minutes_end_by_the_clock_and_examples_by_their_number() -> None:
     losses = fit(
         [parameter],
         lambda step: [(parameter - 1).square().sum()],
-        Examples(100).share(0.5),
+        AnsweredExamples(100).share(0.5),
         0.1,
         "test",
         num_examples=8,

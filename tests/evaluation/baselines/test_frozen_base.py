@@ -10,15 +10,15 @@ from ship_ds.api import Ship
 from ship_ds.config import LoraHypernetworkConfig, SoftPromptHypernetworkConfig, load_config
 from ship_ds.data.task import Splits
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase, named_as_before
-from ship_ds.evaluation.baselines.static_adapters import StaticLora
+from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.model.assemble import LoadedWeights, build_ship
 
 
-def awake_lora(base: FrozenBase, num_tasks: int) -> StaticLora:
+def awake_lora(base: FrozenBase, num_tasks: int) -> TaskLoras:
     """Every task's B different from zero and from the others'."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
-        lora = StaticLora(base.sites, base.lora, num_tasks)
+        lora = TaskLoras(base.sites, base.lora, num_tasks)
         for b_TOR in lora.b:
             b_TOR.normal_(std=0.05)
     return lora.requires_grad_(False)
@@ -74,7 +74,7 @@ def test_task_loss_has_the_gradient_of_the_task_alone(
 
     def gradients(tasks: list[int]) -> Callable[[int], list[torch.Tensor]]:
         lora = awake_lora(base, 3)
-        own = StaticLora(base.sites, base.lora, len(tasks))
+        own = TaskLoras(base.sites, base.lora, len(tasks))
         own.load_state_dict({name: weight[tasks] for name, weight in lora.state_dict().items()})
         pieces = base.losses_per_task(
             lambda some: own().rows(torch.tensor(some)),
@@ -123,7 +123,7 @@ def test_run_without_lora_gets_a_base_with_lora_sites(ship: Ship) -> None:
     base = FrozenBase(soft)
     assert len(base.sites) == 7 * 4 and base.task_llm is not soft.model.task_llm
     question = base.prompts.task_prompt("3 9 5", "reverse the list")
-    bare = StaticLora(base.sites, base.lora)()
+    bare = TaskLoras(base.sites, base.lora)()
     assert base.answer([[question]], lambda _: bare)[0] == soft.model.answer(
         None, ["3 9 5"], soft.config.evaluation.max_new_tokens, ["reverse the list"]
     )
