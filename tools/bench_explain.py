@@ -28,12 +28,11 @@ from transformers import AutoModelForCausalLM
 from ship_ds.api import Ship
 from ship_ds.config import base_folder
 from ship_ds.console import log
-from ship_ds.data.task import SplitTask
+from ship_ds.data.task import SplitTask, spread
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, draw, train_group
 from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.harness import Run
-from ship_ds.evaluation.questions import spread
 from ship_ds.files import write_json
 from ship_ds.inference.adapter_reading import read_adapter
 from ship_ds.inference.config import InductionConfig

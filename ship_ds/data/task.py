@@ -5,9 +5,10 @@ Plain frozen values without tensors, so readers, splits and the generator can be
 torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ship_ds.errors import UserError
 
@@ -17,6 +18,7 @@ class DataError(UserError):
     expected, what to do."""
 
 
+Item = TypeVar("Item")
 PaperMetric = Literal["", "exact", "set", "contains", "f1"]
 """How the paper of a format scores a task's answers (evaluation/metrics.py); "": not in a way of
 its own."""
@@ -127,3 +129,10 @@ def read_error(path: Path | str, where: str, problem: str) -> DataError:
     """The one-line form every reader uses, e.g. `tasks/a.json: Instances[3].output: expected a list
     of strings, got int`."""
     return DataError(f"{path}: {where}: {problem}")
+
+
+def spread(items: Sequence[Item], count: int) -> Sequence[Item]:
+    """At most `count` of them, evenly spaced: of tasks, so that every family stays."""
+    if count >= len(items):
+        return items
+    return [items[i * len(items) // count] for i in range(count)]

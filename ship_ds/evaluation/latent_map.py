@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from ship_ds.api import Ship
-from ship_ds.data.task import Splits, SplitTask
-from ship_ds.evaluation.questions import ask, spread
+from ship_ds.data.task import Splits, SplitTask, spread
+from ship_ds.evaluation.questions import ask
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.gradient import Schedule, descend_on_latent
 

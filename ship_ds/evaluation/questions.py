@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ship_ds.console import Log
-from ship_ds.data.task import Example, Splits, SplitTask
+from ship_ds.data.task import Example, Splits, SplitTask, spread
 from ship_ds.evaluation.config import Part
 from ship_ds.prompt import PromptFormat
 
@@ -106,10 +106,3 @@ def tasks_of(splits: Splits, part: Part, count: int) -> Sequence[SplitTask]:
     if part == "unseen_paraphrase":
         return [task for task in tasks_of(splits, "seen", count) if task.held_out_paraphrases]
     return spread([task for task in getattr(splits, part) if task.test], count)
-
-
-def spread(tasks: Sequence[SplitTask], count: int) -> Sequence[SplitTask]:
-    """At most `count` tasks, evenly spaced, so that every family stays."""
-    if count >= len(tasks):
-        return tasks
-    return [tasks[i * len(tasks) // count] for i in range(count)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.data.matching import exact_match
-from ship_ds.data.task import SplitTask
+from ship_ds.data.task import SplitTask, spread
 from ship_ds.inference.deduction import AnswersByTask, answer_latents
 from ship_ds.model.encoder import Posterior, keyed_generator
 from ship_ds.model.ship import ShipModel
@@ -150,8 +150,7 @@ def calibrate(model: ShipModel, dev: Sequence[SplitTask], max_new_tokens: int) -
         max_new_tokens: cuts an answer off.
     """
     tested = [task for task in dev if task.test]
-    count = min(_NUM_TASKS, len(tested))
-    tasks = [tested[i * len(tested) // count] for i in range(count)]
+    tasks = spread(tested, _NUM_TASKS)
     if len(tasks) < 2 * _FEWEST_TASKS:
         return Calibration(None, None, len(tasks))
     texts = [task.task.instruction for task in tasks]

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ship_ds.console import Log, no_log
-from ship_ds.data.task import Example, SplitTask
+from ship_ds.data.task import Example, SplitTask, spread
 from ship_ds.errors import UserError
 from ship_ds.inference.adapter_reading import induce_from_weights, known_distances
 from ship_ds.inference.bank import Bank
@@ -416,10 +416,9 @@ def calibrate(
         reader: of this run's adapters.
         log: takes lines of progress.
     """
-    count = min(_NUM_DEV, len(dev))
-    texts = [dev[place * len(dev) // count].task.instruction for place in range(count)]
+    texts = [task.task.instruction for task in spread(dev, _NUM_DEV)]
     own = [model.adapt(latent_Z[None]) for latent_Z in model.encode(texts)] if texts else []
-    if count < _FEWEST or not isinstance(own[0], LoraAdapter):
+    if len(texts) < _FEWEST or not isinstance(own[0], LoraAdapter):
         return Threshold(HALF, 0.0, 0.0, 0)
     loras = [adapter for adapter in own if isinstance(adapter, LoraAdapter)]
     subjects = [
@@ -437,7 +436,7 @@ def calibrate(
         log=log,
     )
     agreed = [one.agreement for one in found]
-    return threshold_of(agreed[:count], agreed[count:])
+    return threshold_of(agreed[: len(own)], agreed[len(own) :])
 
 
 def threshold_of(named: Sequence[float], refused: Sequence[float]) -> Threshold:

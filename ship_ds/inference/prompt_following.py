@@ -12,7 +12,7 @@ Letters: C candidates, M examples of a task.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ship_ds.data.task import SplitTask
+from ship_ds.data.task import SplitTask, spread
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
 from ship_ds.model.ship import ShipModel
 
@@ -65,8 +65,7 @@ def measure(model: ShipModel, seen: Sequence[SplitTask]) -> PromptFollowing | No
     with_enough = [task for task in seen if len(task.train) >= _NUM_EXAMPLES]
     if not with_enough:
         return None
-    count = min(_NUM_TASKS, len(with_enough))
-    tasks = [with_enough[i * len(with_enough) // count] for i in range(count)]
+    tasks = spread(with_enough, _NUM_TASKS)
     texts = [task.task.instruction for task in tasks]
     examples = [task.train[:_NUM_EXAMPLES] for task in tasks]
     stated = fit_in_prompt(model, texts, examples)

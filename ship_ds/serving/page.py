@@ -41,6 +41,7 @@ from starlette.types import Receive, Scope, Send
 from ship_ds.api import Candidate, Explained, Explanation, Ship
 from ship_ds.console import Log
 from ship_ds.console import log as log_to_console
+from ship_ds.data.task import spread
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request, slug
@@ -232,8 +233,7 @@ class Plane:
         latent_CZ = ship.bank.latent_CZ.float().cpu().numpy()
         axes = PCA(2, svd_solver="full").fit(latent_CZ)
         places = axes.transform(latent_CZ).tolist()
-        count = min(_MAX_POINTS, len(places))
-        chosen = [i * len(places) // count for i in range(count)]
+        chosen = spread(range(len(places)), _MAX_POINTS)
         points = tuple((ship.bank.instructions[i], places[i][0], places[i][1]) for i in chosen)
         return cls(points, float(axes.explained_variance_ratio_.sum()), axes)
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from ship_ds.data.task import Example, SplitTask, Task
-from ship_ds.evaluation.questions import ask, spread, warn_of_long_targets
+from ship_ds.data.task import Example, SplitTask, Task, spread
+from ship_ds.evaluation.questions import ask, warn_of_long_targets
 from ship_ds.model.loading import load_prompts
 
 

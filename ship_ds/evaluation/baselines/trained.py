@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ship_ds.api import Ship
 from ship_ds.console import log
 from ship_ds.data.sampler import StepSampler, TaskDraw, balanced
-from ship_ds.data.task import SplitTask
+from ship_ds.data.task import SplitTask, spread
 from ship_ds.evaluation.baselines.fitting import Looks, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.budgets import Budget
@@ -34,7 +34,7 @@ from ship_ds.evaluation.judges import RougeJudge
 from ship_ds.evaluation.measure import measure
 from ship_ds.evaluation.method import Deduces, Setting
 from ship_ds.evaluation.metrics import score
-from ship_ds.evaluation.questions import ask, spread
+from ship_ds.evaluation.questions import ask
 from ship_ds.files import recover, sha256, whole_folder, write_json
 from ship_ds.runtime import ranks
 
