@@ -398,7 +398,7 @@ def check_tasks(formats: Iterable[PromptFormat], splits: Splits) -> None:
             for part, texts in (
                 ("instruction", (*task.wordings, *task.held_out_paraphrases)),
                 ("input", [example.input for example in examples]),
-                ("target", [example.target for example in examples]),
+                ("target", [text for example in examples for text in example.answers]),
             ):
                 for text in texts:
                     if (token := form.acting_token(text)) is not None:

@@ -560,7 +560,9 @@ class Trainer:
             if pairs:
                 self.monitor.texts(self.step, pairs)
         score = scalars.get(scalar_name(config.best_by, "dev"))
-        return None if score is None else -score if config.best_by in LESS_IS_BETTER else score
+        if score is None or not math.isfinite(score):
+            return None
+        return -score if config.best_by in LESS_IS_BETTER else score
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""

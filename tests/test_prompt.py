@@ -396,6 +396,7 @@ def test_a_task_that_cannot_be_spelled_is_refused_with_its_place(
     for part, task in (
         ("input '3 <eos> 4'", replace(whole, train=(fine, bad))),
         ("target '<pad>'", replace(whole, test=(Example("1", "<pad>"),))),
+        ("target '<pad>'", replace(whole, test=(Example("1", "2", ("2", "<pad>")),))),
         ("instruction 'add <eos>'", replace(whole, held_out_paraphrases=("add <eos>",))),
     ):
         for splits in (Splits((), (task,), ()), Splits((whole,), (), (task,))):

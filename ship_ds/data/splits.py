@@ -13,7 +13,7 @@ from dataclasses import replace
 from pydantic import Field, PositiveInt, model_validator
 
 from ship_ds.data.task import DataError, Example, Splits, SplitTask, Task
-from ship_ds.data.words import plain_words
+from ship_ds.data.words import is_punctuation, plain_words
 from ship_ds.section import Section
 
 SAME_RULE_JACCARD = 0.8
@@ -215,6 +215,9 @@ def _beginnings(
 ) -> list[tuple[int, int]]:
     """Pairs of tasks that were cut to different lengths, where a wording of one is the beginning of
     a wording of the other but for its last word, which may have been cut within."""
+    # A mark of its own is a word where all is ASCII (`plain_words`), and what was cut away may hold
+    # the only other letter.
+    wordings = [[_without_marks(words) for words in of_task] for of_task in wordings]
     cut: dict[tuple[str, ...], dict[Hashable, list[int]]] = {}
     for i, of_task in enumerate(wordings):
         for words in of_task:
@@ -229,6 +232,10 @@ def _beginnings(
         if length_of != cut_as[i]
         for other in others
     ]
+
+
+def _without_marks(words: Sequence[str]) -> list[str]:
+    return [word for word in words if not all(map(is_punctuation, word))]
 
 
 def _similar(sets: Iterable[frozenset[str]]) -> list[tuple[frozenset[str], frozenset[str]]]:

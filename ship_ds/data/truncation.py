@@ -101,11 +101,12 @@ def truncate_tasks(
     remaining = []
     for task in tasks:
         wordings = wording(_wordings(task))
-        within = [
-            short
-            for example in task.examples
-            if (short := _cut_example(example, question, answer)) is not None
-        ]
+        cut = [(example, _cut_example(example, question, answer)) for example in task.examples]
+        within = [short for _, short in cut if short is not None]
+        whole = {example.input for example, short in cut if short is not None}
+        counts["inputs: cut to the very text of another one"] += len(whole) - len(
+            {short.input for short in within}
+        )
         counts["examples: left without input or target"] += len(task.examples) - len(within)
         if wordings and within:
             remaining.append(

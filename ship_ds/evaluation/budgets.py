@@ -75,12 +75,16 @@ class Steps(Budget):
         return Steps(max(1, round(self.steps * part)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AnsweredExamples(Budget):
     """A number of answered examples, as many as SHIP's own training had: equal data, whatever a
     step costs."""
 
     examples: int
+
+    def __repr__(self) -> str:
+        """As baselines and cells of earlier versions have it, which are found by it."""
+        return f"Examples(examples={self.examples})"
 
     def spent(self, used: Spent) -> float:
         """By answered examples."""

@@ -24,7 +24,7 @@ PROTOCOLS: dict[Direction, type] = {
 SHOWS_EXAMPLES: tuple[Direction, ...] = ("induction", "reasoning")
 TaskRow = dict[str, Any]
 """One task of a cell: its id, kind and instruction, what the method answered (`said`), and a list
-of values for each metric."""
+of values for each metric; where answers never ended, how many (`cut_off`)."""
 
 
 @dataclass(frozen=True)

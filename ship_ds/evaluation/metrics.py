@@ -9,7 +9,8 @@ tasks.
     answer_loss         nats a token of the right answer: no answer is generated, and less is better
 
 Each of the others compares an answer with every right one and takes the best. An answer that never
-ended is None, and wrong. Letters are compared as NFC has them (`composed`), but for paper_metric.
+ended is wrong in the first two; of a `CutOff` the others score what was written. Letters are
+compared as NFC has them (`composed`), but for paper_metric.
 """
 
 import math

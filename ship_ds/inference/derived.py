@@ -2,7 +2,8 @@
 
     RUN/bundle/derived/known.safetensors        posteriors of the known instructions
     RUN/bundle/derived/prompt_following.json    whether text in the prompt is followed
-    RUN/bundle/derived/confidence.json          what agreement says of the dev tasks
+    RUN/bundle/derived/confidence_exact_match.json
+                                                what agreement says of the dev tasks
     RUN/bundle/derived/lora_reader.safetensors  the reader of adapters
     RUN/bundle/derived/explaining.json          from which agreement on a text says what one does
 
@@ -34,7 +35,8 @@ from ship_ds.model.adapters.adapter import Sites
 _Measured = TypeVar("_Measured", Calibration, PromptFollowing, Threshold)
 
 _FOLDER, _KNOWN = "derived", "known.safetensors"
-_FOLLOWING, _CALIBRATION = "prompt_following.json", "confidence.json"
+# The second one by what it counts as right: `confidence.json` of earlier versions compared texts.
+_FOLLOWING, _CALIBRATION = "prompt_following.json", "confidence_exact_match.json"
 _READER, _THRESHOLD = "lora_reader.safetensors", "explaining.json"
 
 

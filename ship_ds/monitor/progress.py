@@ -2,7 +2,7 @@
 seconds at most. A log of the caller's own is told of each part as it begins instead: it may show
 it, or end the work by raising.
 
-    with Progress("report", 400) as progress:
+    with ProgressLine("report", 400) as progress:
         progress.begin("deduction, seen")
         ...
         progress.done(120)      # ship-ds: report: deduction, seen: 120 of 400 tasks, 31 s

@@ -1,4 +1,4 @@
-"""Ending early without losing a step: preemption, time limits, and the codes a run ends with.
+"""Ending early without losing a step: preemption and time limits.
 
 USR1 (a time limit that nears, by `#SBATCH --signal`) and TERM (preemption) may reach any rank at
 any time. The ranks agree on it at the next step boundary, write a checkpoint and leave with

@@ -1,6 +1,6 @@
 """Many answers at once, each growing by a token a turn.
 
-    decoder = Decoder(ship.model, limits, metrics)
+    decoder = AnswerWriter(ship.model, limits, metrics)
     decoder.submit(rows)
     while not decoder.is_idle:
         decoder.turn()          # every row's `emit` gets what it may send

@@ -196,6 +196,11 @@ def test_a_wording_that_was_cut_is_the_rule_of_the_whole_one() -> None:
         (trained,) = split_tasks([task("a", known)], config).unseen
         found = without_rules_of(split_tasks([task("x", read)], config).unseen, [trained])
         assert [one.id for one in found] == left, read
+    # Marks that stand alone are words of an ASCII text, and here of one side alone.
+    colons = "".join(f"w{i} : " for i in range(20))
+    for known, read in ((colons, f"{colons} in the café"), (f"{colons} in the café", colons)):
+        (trained,) = split_tasks([task("a", known)], config).unseen
+        assert without_rules_of(split_tasks([task("x", read)], config).unseen, [trained]) == ()
     shown = replace(trained, held_out_paraphrases=("never shown in training",))
     asked = split_tasks([task("x", "never shown in training")], config).unseen
     assert without_rules_of(asked, [shown]) == ()

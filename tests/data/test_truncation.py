@@ -57,6 +57,18 @@ def test_policies(tokenizer: PreTrainedTokenizerBase, policy: str, left: str | N
     assert cut_input("1 2 3 4 5 6", tokenizer, 3, policy) == left
 
 
+def test_inputs_that_cutting_makes_equal_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Their answers then count as right for each other."""
+    rows = [("1 2 3 6", "1"), ("1 2 4 6", "2"), ("1 2 4 6", "3"), ("5", "1"), ("5", "2")]
+    task = Task("t", "put 7", tuple(Example(*row) for row in rows))
+    config = limits(input={"tokens": 3, "policy": "cut_middle"})
+    _, counts = truncate_tasks([task], tokenizer, config)
+    assert counts == {
+        "input: cut_middle at 3 tokens": 3,
+        "inputs: cut to the very text of another one": 1,
+    }
+
+
 def test_counts_by_field_and_policy(tokenizer: PreTrainedTokenizerBase) -> None:
     config = limits(
         instruction={"tokens": 2},

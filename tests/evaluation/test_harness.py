@@ -333,6 +333,7 @@ def test_budgets_are_what_the_options_say(evaluated: Path, tmp_path: Path) -> No
         replace(run, folder=shorter), SMALL.model_copy(update={"budget": "examples"}), print
     )
     assert ended.budget == AnsweredExamples(5 * 8 * 2)
+    assert repr(ended.budget) == "Examples(examples=80)"  # by which earlier versions stored it
     assert budget(budget="until_dev_stops", patience=3) == UntilDevStops(3, 12 * 8 * 2)
     blind = replace(run, splits=replace(run.splits, dev=()))
     with pytest.raises(UserError, match="no dev tasks; take minutes or examples"):

@@ -114,7 +114,7 @@ def test_what_was_measured_is_kept_with_the_bundle(ship: Ship) -> None:
     derived.keep_calibration(measured)
     assert derived.calibration() == measured
     assert replace(derived, digest="another").calibration() is None
-    path = derived.bundle / "derived" / "confidence.json"
+    path = derived.bundle / "derived" / "confidence_exact_match.json"
     path.write_text(json.dumps({"made_of": derived._made_of, "cut": 0.5}))
     assert derived.calibration() is None
     path.unlink()

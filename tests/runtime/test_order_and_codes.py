@@ -180,6 +180,8 @@ def test_a_checkpoint_is_scored_by_the_metric_of_the_config(
     trainer.evaluate_saved_step()
     assert looks == [logged]
     assert (saved(tmp_path, 4).dev_score, saved(tmp_path, 4).best_by) == (dev_score, best_by)
+    outcome.rows[0][best_by] = [float("nan")]
+    assert trainer.evaluate() is None
 
 
 def test_a_run_that_its_minutes_ended_trains_no_further_when_it_starts_again(

@@ -28,7 +28,7 @@ from ship_ds.data.sampler import StepSampler, TaskDraw, balanced
 from ship_ds.data.task import SplitTask, spread
 from ship_ds.evaluation.baselines.fitting import Looks, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
-from ship_ds.evaluation.budgets import Budget
+from ship_ds.evaluation.budgets import Budget, UntilDevStops
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judges import RougeJudge
 from ship_ds.evaluation.measure import measure
@@ -44,6 +44,9 @@ _NUM_DEV_TASKS, _NUM_SHOWN = 24, 5
 """Of a look at dev; the second to a method that induces."""
 TRAINING = 4
 """Of the way in which `fit` and `prepare` train; under another one weights are trained again."""
+_DEV_SCORE = 2
+"""Of the way in which a look at dev scores: it decides how long a training goes on that has no
+other end."""
 
 
 @contextmanager
@@ -197,6 +200,7 @@ class TrainedMethod(ABC):
             "step": [training.tasks_per_step, training.examples_per_task, training.family_alpha],
             "seen": hashlib.sha256(repr(self.setting.splits.seen).encode()).hexdigest()[:16],
             "base": self.base.fingerprint(),
+            **({"dev score": _DEV_SCORE} if isinstance(self.budget, UntilDevStops) else {}),
         }
 
     def _is_stored(self) -> bool:
