@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -704,8 +705,11 @@ def main(folder: Path, checks: dict[str, Callable[[Path], dict[str, Any]]]) -> N
     found: dict[str, Any] = {}
     rules.build_world = lru_cache(rules.build_world)  # two dozen trainers, one world
     for name, check in checks.items():
+        started = time.perf_counter()
         found[name] = ranks.gather_objects(check(folder / name))
         if ranks.rank() == 0:
+            # For whoever looks for where the time of the tests goes.
+            print(f"{name}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
             (folder / "found.json").write_text(json.dumps(found))
 
 
