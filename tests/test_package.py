@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -62,6 +63,21 @@ def test_every_import_is_declared_and_every_declaration_imported() -> None:
     assert used - declared - extras == {"vllm"}
     # torch.utils.tensorboard imports it for us.
     assert declared - used == {"tensorboard"}
+
+
+@pytest.mark.parametrize("python", ["3.11.2", "3.12.3"])
+def test_what_is_pinned_runs_on_the_pythons_of_debian_and_ubuntu(python: str) -> None:
+    """A pin that asks for a later patch of 3.11 leaves pip without a solution there."""
+    pinned = re.findall(r"^([\w.-]+)==", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    found = 0
+    for name in pinned:
+        try:
+            needs = importlib.metadata.metadata(name).get("Requires-Python")
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of another platform, or of an extra
+        found += 1
+        assert needs is None or SpecifierSet(needs).contains(python), (name, needs)
+    assert found > 100
 
 
 def test_what_few_have_is_imported_in_named_files_alone() -> None:
