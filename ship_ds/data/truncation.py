@@ -103,10 +103,7 @@ def truncate_tasks(
         wordings = wording(_wordings(task))
         cut = [(example, _cut_example(example, question, answer)) for example in task.examples]
         within = [short for _, short in cut if short is not None]
-        whole = {example.input for example, short in cut if short is not None}
-        counts["inputs: cut to the very text of another one"] += len(whole) - len(
-            {short.input for short in within}
-        )
+        counts["inputs: cut to the text of another one with other answers"] += _num_confused(cut)
         counts["examples: left without input or target"] += len(task.examples) - len(within)
         if wordings and within:
             remaining.append(
@@ -117,6 +114,18 @@ def truncate_tasks(
         else:
             counts["tasks: left without instruction or examples"] += 1
     return remaining, {what: count for what, count in counts.items() if count}
+
+
+def _num_confused(cut: Iterable[tuple[Example, Example | None]]) -> int:
+    """Of inputs that differ and are equal once cut, all but the first one, where their answers
+    differ."""
+    whole: dict[str, set[str]] = {}
+    answers: dict[str, set[tuple[str, ...]]] = {}
+    for example, short in cut:
+        if short is not None:
+            whole.setdefault(short.input, set()).add(example.input)
+            answers.setdefault(short.input, set()).add(short.answers)
+    return sum(len(texts) - 1 for text, texts in whole.items() if len(answers[text]) > 1)
 
 
 def _wordings(task: Task) -> tuple[str, ...]:

@@ -60,12 +60,13 @@ def test_policies(tokenizer: PreTrainedTokenizerBase, policy: str, left: str | N
 def test_inputs_that_cutting_makes_equal_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
     """Their answers then count as right for each other."""
     rows = [("1 2 3 6", "1"), ("1 2 4 6", "2"), ("1 2 4 6", "3"), ("5", "1"), ("5", "2")]
+    rows += [("1 1 7 8", "4"), ("1 1 9 8", "4")]  # one example, twice
     task = Task("t", "put 7", tuple(Example(*row) for row in rows))
     config = limits(input={"tokens": 3, "policy": "cut_middle"})
     _, counts = truncate_tasks([task], tokenizer, config)
     assert counts == {
-        "input: cut_middle at 3 tokens": 3,
-        "inputs: cut to the very text of another one": 1,
+        "input: cut_middle at 3 tokens": 5,
+        "inputs: cut to the text of another one with other answers": 1,
     }
 
 
