@@ -27,8 +27,9 @@ from ship_ds.runtime import preflight, sign_of_life
 
 if __name__ == "__main__":
     use_scalable_malloc()
-    preflight.exit_on_bad_input(__doc__)
+    # First, since a rank may be stopped anywhere from here on.
     sign_of_life.OF_THIS_PROCESS.start(current_rank(os.environ))
+    preflight.exit_on_bad_input(__doc__)
 
 # isort: split
 import torch

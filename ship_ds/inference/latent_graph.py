@@ -21,8 +21,8 @@ _MOST_DISTANCES = 1 << 25
 
 
 def distances(from_TZ: Tensor, latent_CZ: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Which points, and their distances to all candidates (T, C), as many at once as there is room
-    for."""
+    """Which points, and their Euclidean distances to all candidates (T, C), of as many points at
+    once as `_MOST_DISTANCES` allows."""
     num_rows = max(1, _MOST_DISTANCES // max(1, len(latent_CZ)))
     for start in range(0, len(from_TZ), num_rows):
         rows = slice(start, start + num_rows)

@@ -23,10 +23,10 @@ from ship_ds.base_files import (
 )
 from ship_ds.bundle import bundle_folder, verify
 from ship_ds.config import ALL_LINEAR, Config, ModelConfig, base_folder, load_config
-from ship_ds.console import log_from_any_rank
+from ship_ds.console import log, log_from_any_rank
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
-from ship_ds.exit_codes import BAD_INPUT
+from ship_ds.exit_codes import BAD_INPUT, INTERRUPTED
 from ship_ds.parsing import read_json_object
 from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
 from ship_ds.runtime.op_cache import op_cache
@@ -213,13 +213,20 @@ def parsed(arguments: Sequence[str] | None, description: str | None) -> argparse
 
 def exit_on_bad_input(description: str | None) -> None:
     """End this process with one line about its arguments where `check` finds something wrong: for
-    a program to call before it imports torch, which takes seconds."""
+    a program to call before it imports torch, which takes seconds.
+
+    Raises:
+        SystemExit: with BAD_INPUT, or INTERRUPTED from the keyboard.
+    """
     args = parsed(None, description)
     try:
         check(load_config(args.config, args.overrides), os.environ)
     except UserError as error:
         log_from_any_rank(str(error))
         sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        log("interrupted before anything was loaded: start the same command again")
+        sys.exit(INTERRUPTED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -198,7 +198,8 @@ def test_a_wording_that_was_cut_is_the_rule_of_the_whole_one() -> None:
         assert [one.id for one in found] == left, read
     # Marks that stand alone are words of an ASCII text, and here of one side alone.
     colons = "".join(f"w{i} : " for i in range(20))
-    for known, read in ((colons, f"{colons} in the café"), (f"{colons} in the café", colons)):
+    longer = f"{colons} in the café " + " ".join(f"x{i}" for i in range(40))  # no near copy
+    for known, read in ((colons, longer), (longer, colons)):
         (trained,) = split_tasks([task("a", known)], config).unseen
         assert without_rules_of(split_tasks([task("x", read)], config).unseen, [trained]) == ()
     shown = replace(trained, held_out_paraphrases=("never shown in training",))

@@ -224,3 +224,17 @@ def test_a_rank_says_what_is_wrong_before_it_imports_torch(
     assert done.returncode == 2, done.stderr
     [said] = done.stderr.splitlines()
     assert line in said and not done.stdout
+
+
+def test_an_interrupt_before_torch_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "check", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train", "--config", "quickstart-smoke"])
+    with pytest.raises(SystemExit) as ended:
+        preflight.exit_on_bad_input(None)
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 130 and line.startswith("ship-ds: interrupted")

@@ -58,19 +58,21 @@ class Site:
     """A function of the package, or of torch, in which a phase can be hit.
 
     calls: the fault comes in one of its first so many calls. rank: the only one that calls it;
-    None: both do.
+    None: both do. spared: calls before these.
     """
 
     module: str
     name: str
     calls: int = 1
     rank: int | None = None
+    spared: int = 0
 
 
 CHECKPOINT, ENGINE = "ship_ds.runtime.checkpoint", "ship_ds.runtime.engine"
 PHASES = {
     "start": (
-        Site("ship_ds.runtime.preflight", "check"),
+        # The first call is the program's own before torch is there, and before it hears signals.
+        Site("ship_ds.runtime.preflight", "check", spared=1),
         Site("ship_ds.runtime.ranks", "start"),
         Site("ship_ds.runtime.run_lock", "RunLock.take", rank=0),
     ),
@@ -140,7 +142,7 @@ class Fault:
             phase,
             seed,
             site,
-            rng.randint(1, site.calls),
+            site.spared + rng.randint(1, site.calls),
             rng.random() < 0.5,
             rank,
             rng.choice(targets),
