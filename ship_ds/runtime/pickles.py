@@ -13,7 +13,19 @@ def _trusted() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    def member(enumeration: Any, name: str) -> ZeroStageEnum:
+        if enumeration is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError(f"{name!r} of {enumeration!r} is no stage of ZeRO")
+        return ZeroStageEnum[name]
+
+    return [
+        DynamicLossScaler,
+        LossScaler,
+        ZeroStageEnum,
+        fragment_address,
+        # By which Python 3.11.0 to 3.11.3 pickle the members of an enumeration; here of this one.
+        (member, "builtins.getattr"),
+    ]
 
 
 def load_shard(path: Path) -> dict[str, Any]:
