@@ -13,7 +13,12 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-SECONDS = 10.0
+SECONDS = 10
+"""Of the processor. By the clock a first start after an installation met them once, with a format
+that is made in 0.03 s: a child may have to wait for the disk, or for others."""
+_PATIENCE = 6
+"""Times that long by the clock: for a child that stands still, as one that was forked while a
+thread held a lock."""
 MEGABYTES = 1024
 """That rendering may take beside what the process has already."""
 LETTERS = 1 << 20
@@ -27,14 +32,12 @@ class TemplateLimitError(Exception):
     """The template took too long, or too much."""
 
 
-def within_limits(
-    render: Callable[[], str], seconds: float = SECONDS, letters: int = LETTERS
-) -> str:
+def within_limits(render: Callable[[], str], seconds: int = SECONDS, letters: int = LETTERS) -> str:
     """What `render` gives, made in a child of this process that is ended at a limit.
 
     Args:
         render: a pure function of Python; no thread and no lock of this process is of use to it.
-        seconds: until the child is killed.
+        seconds: of the processor, until the child is killed.
         letters: of the text, at most.
 
     Raises:
@@ -47,21 +50,28 @@ def within_limits(
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        _render_and_exit(render, writer, letters)
+        _render_and_exit(render, writer, seconds, letters)
     os.close(writer)
+    patience = _PATIENCE * seconds
+    status = 0
     try:
-        answer = _read(reader, time.monotonic() + seconds, _SIZE + 1 + 4 * letters)
+        answer = _read(reader, time.monotonic() + patience, _SIZE + 1 + 4 * letters)
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)  # of a child that has ended already, how it did
     # A child that was killed as it wrote leaves a part of its answer.
     size, answer = answer[:_SIZE], answer[_SIZE:]
     if not answer or len(answer) != int.from_bytes(size):
+        is_out_of_time = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
         raise TemplateLimitError(
-            f"it takes more than {seconds:g} seconds, or more than {MEGABYTES} MB"
+            f"it takes more than {seconds} seconds of the processor"
+            if is_out_of_time
+            else f"its rendering was killed, or stood still for {patience} seconds"
         )
     kind, text = answer[:1], answer[1:].decode()
+    if kind == b"m":
+        raise TemplateLimitError(f"it takes more than {MEGABYTES} MB, or nests without end")
     if kind == b"e":
         raise TemplateError(text)
     if kind == b"l":
@@ -69,10 +79,10 @@ def within_limits(
     return text
 
 
-def _render_and_exit(render: Callable[[], str], writer: int, letters: int) -> None:
+def _render_and_exit(render: Callable[[], str], writer: int, seconds: int, letters: int) -> None:
     """The child: how long its answer is, and one byte that says of what kind, then the text."""
     try:
-        answer = _rendered(render, letters)
+        answer = _rendered(render, seconds, letters)
         answer = len(answer).to_bytes(_SIZE) + answer
         while answer:
             answer = answer[os.write(writer, answer) :]
@@ -82,23 +92,25 @@ def _render_and_exit(render: Callable[[], str], writer: int, letters: int) -> No
         os._exit(0)
 
 
-def _rendered(render: Callable[[], str], letters: int) -> bytes:
+def _rendered(render: Callable[[], str], seconds: int, letters: int) -> bytes:
     try:
-        _limit_memory()
+        _limit(seconds)
         text = render()
         return b"l" if len(text) > letters else b"t" + text.encode()
     except (MemoryError, RecursionError):
-        return b""
+        return b"m"
     except Exception as error:
         said = (" ".join(str(error).split()) or type(error).__name__)[:1000]
         return b"e" + said.encode(errors="replace")
 
 
-def _limit_memory() -> None:
+def _limit(seconds: int) -> None:
+    """Memory and processor time of this process, which is a child and has used none so far."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     most = pages * resource.getpagesize() + (MEGABYTES << 20)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
 def _read(reader: int, until: float, most: int) -> bytes:
