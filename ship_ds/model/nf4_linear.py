@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ship_ds.errors import UserError
-from ship_ds.model.adapters.segment_lora import LowRank, add_low_rank, factor_gradients
+from ship_ds.model.adapters.segment_lora import (
+    LowRank,
+    add_low_rank,
+    factor_gradients,
+    low_gradient,
+)
 from ship_ds.model.bitsandbytes_import import bitsandbytes
 from ship_ds.model.nf4 import BLOCK, dequantised
 
@@ -83,7 +88,8 @@ class _Nf4LowRank(torch.autograd.Function):
         kept = x if any(ctx.needs_input_grad[4:6]) else None
         ctx.save_for_backward(kept, a_TRI, b_TOR, low_NR)
         ctx.module, ctx.products, ctx.scaling = module, products, scaling
-        return out_NO.view(*x.shape[:-1], -1)
+        # What a custom function gives as a view may not be added to in place.
+        return out_NO if x.dim() == 2 else out_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -94,7 +100,7 @@ class _Nf4LowRank(torch.autograd.Function):
         grad_NO = grad.reshape(-1, grad.shape[-1]).contiguous()
         grad_x = grad_a_TRI = grad_b_TOR = None
         if a_TRI is not None:
-            grad_low_NR = ctx.products.times(grad_NO, b_TOR).mul_(ctx.scaling)
+            grad_low_NR = low_gradient(ctx.products, grad_NO, b_TOR, ctx.scaling)
         if any(wants_factors):
             x_NI = x.reshape(-1, x.shape[-1])
             grad_a_TRI, grad_b_TOR = factor_gradients(

@@ -13,6 +13,7 @@ from ship_ds.model.adapters.segments import (
     PaddedSegments,
     Segments,
     TaskEnds,
+    TiledSegments,
     ragged_kind,
     segments,
 )
@@ -81,6 +82,71 @@ def test_every_way_to_multiply_gives_the_same(
     torch.testing.assert_close(products.outer(x, grad), outer, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [[5], [3, 0, 4], [0, 6, 1, 2], [2, 3, 0, 7, 1, 4]])
+@pytest.mark.parametrize(("rank", "together"), [(8, 4), (10, 3), (16, 2)])
+def test_tasks_in_one_tile_give_what_each_would(
+    rank: int, together: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp64, where they are not tiled of themselves, against one product a task."""
+    torch.manual_seed(0)
+    shapes = (sum(lengths), NUM_IN), (len(lengths), rank, NUM_IN), (len(lengths), NUM_OUT, rank)
+    x, a_TRI, b_TOR = leaves = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes
+    ]
+    weights = torch.randn(sum(lengths), NUM_OUT, dtype=torch.float64)
+    ends, made = _ends(lengths), []
+
+    def tiled(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds) -> Segments:
+        made.append(TiledSegments(ends, rank, x.dtype))
+        return made[-1]
+
+    monkeypatch.setattr("ship_ds.model.adapters.segment_lora.segments", tiled)
+    ours, loop = (
+        (out, *torch.autograd.grad((out * weights).sum(), leaves))
+        for out in (
+            LowRank(a_TRI, b_TOR, 0.5, ends).delta(x),
+            0.5 * _per_task(x, a_TRI, b_TOR, lengths),
+        )
+    )
+    for one, other in zip(ours, loop, strict=True):
+        torch.testing.assert_close(one, other)
+    assert made[0].together == together
+    assert len(made[0].ends.on_host) == -(-len(lengths) // together)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_tasks", "rank", "num_out", "kind"),
+    [
+        (torch.bfloat16, 2, 8, 8, TiledSegments),
+        (torch.bfloat16, 2, 16, 8, TiledSegments),
+        (torch.bfloat16, 2, 17, 8, LoopedSegments),
+        (torch.bfloat16, 1, 8, 8, LoopedSegments),
+        (torch.float32, 2, 8, 8, GroupedSegments),
+        (torch.float32, 2, 3, 8, GroupedSegments),
+        (torch.float32, 2, 8, 6, LoopedSegments),
+        (torch.float64, 2, 8, 8, LoopedSegments),
+    ],
+)
+def test_sizes_decide_how_a_cpu_multiplies(
+    dtype: torch.dtype, num_tasks: int, rank: int, num_out: int, kind: type[Segments]
+) -> None:
+    torch.manual_seed(0)
+    ends = _ends([3] * num_tasks)
+    x, a_TRI, b_TOR = (
+        torch.randn(*shape, dtype=dtype)
+        for shape in (
+            (3 * num_tasks, 4),
+            (num_tasks, rank, 4),
+            (num_tasks, num_out, rank),
+        )
+    )
+    assert type(segments(x, a_TRI, b_TOR, ends)) is kind
+    expected = _per_task(x.double(), a_TRI.double(), b_TOR.double(), [3] * num_tasks)
+    tolerance = 0.1 if dtype.itemsize == 2 else 1e-5
+    delta = LowRank(a_TRI, b_TOR, 1.0, ends).delta(x).double()
+    torch.testing.assert_close(delta, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("lengths", [None, [7, 0, 5]])
 def test_gradients_in_fp64(lengths: list[int] | None) -> None:
     torch.manual_seed(0)
@@ -141,8 +207,9 @@ def test_adds_in_place_and_keeps_no_tensor_of_the_output() -> None:
 
 def test_the_ends_are_read_once_for_all_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = _ends([2, 3])
+    x, a_TRI, b_TOR = torch.ones(5, 4).double(), torch.ones(2, 1, 4), torch.ones(2, 4, 1)
     for _ in range(3):
-        assert isinstance(segments(torch.ones(5, 4), 2, ends), LoopedSegments)
+        assert isinstance(segments(x, a_TRI, b_TOR, ends), LoopedSegments)
     monkeypatch.setattr(Tensor, "tolist", lambda self: pytest.fail("read once more"))
     with pytest.raises(pytest.fail.Exception):
         ends.on_host  # noqa: B018

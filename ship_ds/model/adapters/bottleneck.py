@@ -40,7 +40,7 @@ class BottleneckAdapter(Adapter):
             return None
         y_NO = y.flatten(0, -2)
         products, a_TRO, b_TOR = factors.operands(y_NO)
-        hidden_NR = torch.nn.functional.gelu(product(products, y_NO, a_TRO.mT))
+        hidden_NR = torch.nn.functional.gelu(products.keep_own(product(products, y_NO, a_TRO.mT)))
         return (product(products, hidden_NR, b_TOR.mT) * factors.scaling).view_as(y)
 
     def rows(self, index: Tensor) -> "BottleneckAdapter":

@@ -51,7 +51,7 @@ class LowRank:
 
     def operands(self, x: Tensor) -> tuple[Segments, Tensor, Tensor]:
         """The products for tokens such as x, and the factors as they take them."""
-        products = segments(x, len(self.a_TRI), self.ends)
+        products = segments(x, self.a_TRI, self.b_TOR, self.ends)
         return products, *products.aligned(self.a_TRI.to(x.dtype), self.b_TOR.to(x.dtype))
 
 
@@ -68,11 +68,16 @@ def add_low_rank(
     Returns:
         low_NR, which the backward pass needs.
     """
-    low_NR = products.times(x_NI, a_TRI.mT)
+    low_NR = products.keep_own(products.times(x_NI, a_TRI.mT))
     if scaling != 1:
         low_NR.mul_(scaling)
     products.add_times(out_NO, low_NR, b_TOR.mT)
     return low_NR
+
+
+def low_gradient(products: Segments, grad_NO: Tensor, b_TOR: Tensor, scaling: float) -> Tensor:
+    """The gradient of A x, (N, R), from that of the output."""
+    return products.keep_own(products.times(grad_NO, b_TOR)).mul_(scaling)
 
 
 def factor_gradients(
@@ -83,7 +88,7 @@ def factor_gradients(
     Args:
         products: as in the forward.
         grad_NO: of the output.
-        grad_low_NR: of A x: `grad_NO` times B and scaling.
+        grad_low_NR: see `low_gradient`.
         x_NI: the input.
         low_NR: what `add_low_rank` gave.
     """
@@ -114,7 +119,7 @@ class _AddLowRank(torch.autograd.Function):
         x, a_TRI, b_TOR, low_NR = ctx.saved_tensors
         # The gradient of a sum has strides of zero, which no product takes.
         grad_NO = grad.reshape(-1, grad.shape[-1]).contiguous()
-        grad_low_NR = ctx.products.times(grad_NO, b_TOR).mul_(ctx.scaling)
+        grad_low_NR = low_gradient(ctx.products, grad_NO, b_TOR, ctx.scaling)
         grad_x = grad_a_TRI = grad_b_TOR = None
         if any(ctx.needs_input_grad[2:4]):
             x_NI = x.reshape(-1, x.shape[-1])

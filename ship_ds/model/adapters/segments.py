@@ -6,8 +6,8 @@
     product    times, with gradients
 
 A low-rank adapter needs no others: forward, input gradient and both weight gradients are made of
-these three. How they are computed depends on the device and on whether tasks have equally many
-tokens; `segments` chooses.
+these three. How they are computed depends on the device, the dtype and on whether tasks have
+equally many tokens; `segments` chooses.
 
 Letters: T tasks, N packed tokens, R LoRA rank, I inputs of a linear, O outputs of a linear,
 X other letters flattened.
@@ -24,6 +24,9 @@ from torch.autograd.function import once_differentiable
 
 _ALIGNMENT_BYTES = 16
 """grouped_mm wants rows in multiples of this."""
+_TILE = 32
+"""Numbers of 16 bits that a tile of AMX holds across a product's inner dimension: narrower products
+take as long on such a CPU."""
 _GROUPED_CAPABILITIES = (9, 10)
 """Major versions of the cards where grouped_mm is one kernel, in bf16; elsewhere it copies the ends
 to the host and launches one product a task."""
@@ -38,6 +41,7 @@ class TaskEnds:
 
     def __init__(self, offsets_T: Tensor) -> None:
         self.offsets_T = offsets_T
+        self._tiles: dict[Any, tuple[TaskEnds, Tensor]] = {}
 
     @cached_property
     def on_host(self) -> list[int]:
@@ -52,6 +56,20 @@ class TaskEnds:
             yield task, start, end
             start = end
 
+    def tiles(self, together: int, rank: int, dtype: torch.dtype) -> "tuple[TaskEnds, Tensor]":
+        """The ends of every `together` tasks taken as one, and (N, together * rank): one where a
+        column is of a token's own task, else zero. Made once for all linears."""
+        key = together, rank, dtype
+        if key not in self._tiles:
+            last = self.on_host[-1:] if len(self.on_host) % together else []
+            ends = torch.tensor(self.on_host[together - 1 :: together] + last, dtype=torch.int32)
+            own_NX = torch.zeros(self.on_host[-1], together * rank, dtype=dtype)
+            for task, start, end in self.spans():
+                first = task % together * rank
+                own_NX[start:end, first : first + rank] = 1
+            self._tiles[key] = TaskEnds(ends), own_NX
+        return self._tiles[key]
+
 
 class Segments(ABC):
     """The three products; see the top of this file. Tokens are contiguous; matrices may have any
@@ -59,8 +77,13 @@ class Segments(ABC):
 
     def aligned(self, a_TRI: Tensor, b_TOR: Tensor) -> tuple[Tensor, Tensor]:
         """The factors as the products take them: with zeros behind the ranks where they need a
-        multiple of some number. With gradient."""
+        multiple of some number, several tasks as one. With gradient."""
         return a_TRI, b_TOR
+
+    def keep_own(self, low_NR: Tensor) -> Tensor:
+        """What `times` gave for aligned factors, zero in place where a rank is not of the token's
+        own task. With gradient."""
+        return low_NR
 
     @abstractmethod
     def times(self, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
@@ -97,7 +120,8 @@ class EqualSegments(Segments):
 
 
 class LoopedSegments(Segments):
-    """One product a task, written where it belongs; for the CPU, where the ends are at hand."""
+    """One product a task, written where it belongs; for the CPU, where the ends are at hand and
+    nothing better takes these sizes."""
 
     def __init__(self, ends: TaskEnds) -> None:
         self.ends = ends
@@ -120,8 +144,36 @@ class LoopedSegments(Segments):
         return out_TIO
 
 
+class TiledSegments(LoopedSegments):
+    """One product for as many tasks as fit into a tile with their ranks, for 16 bits on the CPU.
+
+    Each task alone would pay for a whole tile, and for products of new sizes in every batch, each
+    of which takes oneDNN a millisecond to prepare. The factors of a tile's tasks lie as one of more
+    ranks, and between the two products a token keeps those of its own task.
+    """
+
+    def __init__(self, ends: TaskEnds, rank: int, dtype: torch.dtype) -> None:
+        self.together = _TILE // rank
+        tiles, self.own_NX = ends.tiles(self.together, rank, dtype)
+        super().__init__(tiles)
+
+    def aligned(self, a_TRI: Tensor, b_TOR: Tensor) -> tuple[Tensor, Tensor]:
+        # B of a head lies as its transpose: where the tiles are full, neither is copied.
+        return self._tiled(a_TRI), self._tiled(b_TOR.mT).mT
+
+    def _tiled(self, factor_TRX: Tensor) -> Tensor:
+        if missing := -len(factor_TRX) % self.together:
+            factor_TRX = torch.nn.functional.pad(factor_TRX, (0, 0, 0, 0, 0, missing))
+        _, rank, size = factor_TRX.shape
+        return factor_TRX.reshape(-1, self.together * rank, size)
+
+    def keep_own(self, low_NR: Tensor) -> Tensor:
+        return low_NR.mul_(self.own_NX)
+
+
 class GroupedSegments(Segments):
-    """torch's grouped product: one kernel for all tasks, the ends stay on the device."""
+    """torch's grouped product: one kernel for all tasks, the ends stay on the device. On a CPU it
+    is the loop, in C++: half of the time where a task's product is as short as its call."""
 
     def __init__(self, ends: TaskEnds) -> None:
         self.offsets_T = ends.offsets_T
@@ -217,27 +269,38 @@ def product(products: Segments, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
     return out
 
 
-def segments(x: Tensor, num_tasks: int, ends: TaskEnds | None) -> Segments:
-    """The products for tokens such as x.
+def segments(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds | None) -> Segments:
+    """The products for tokens such as x with these factors.
 
     Args:
         x: its device and dtype count.
-        num_tasks: T.
+        a_TRI, b_TOR: their shapes count.
         ends: of the tasks; None: every task has equally many tokens.
     """
     if ends is None:
-        return EqualSegments(num_tasks)
+        return EqualSegments(len(a_TRI))
+    if x.device.type == "cpu":
+        return _on_cpu(x.dtype, a_TRI, b_TOR, ends)
     index = x.device.index if x.device.type == "cuda" else None
     return ragged_kind(x.device.type, index, x.dtype)(ends)
+
+
+def _on_cpu(dtype: torch.dtype, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds) -> Segments:
+    num_tasks, rank, num_in = a_TRI.shape
+    if dtype.itemsize == 2 and min(_TILE // rank, num_tasks) > 1:
+        return TiledSegments(ends, rank, dtype)
+    step = _ALIGNMENT_BYTES // dtype.itemsize
+    if dtype == torch.float32 and not num_in % step and not b_TOR.shape[1] % step:
+        return GroupedSegments(ends)
+    return LoopedSegments(ends)
 
 
 @lru_cache
 def ragged_kind(
     device: str, index: int | None, dtype: torch.dtype
 ) -> Callable[[TaskEnds], Segments]:
-    """The products for segments of any lengths on a device; asks a card for its capability once."""
-    if device == "cpu":
-        return LoopedSegments
+    """The products for segments of any lengths on another device than the CPU; asks a card for its
+    capability once."""
     if device == "meta":
         return GroupedSegments if dtype == torch.bfloat16 else ShapeSegments
     major, _ = torch.cuda.get_device_capability(index)
