@@ -23,7 +23,7 @@ from ship_ds.model.nf4_linear import Nf4Linear
 
 class AdaptedLinear(nn.Module):
     """A target linear, wrapped once. It calls `base(x)`, where ZeRO-3 gathers and the weight is
-    dequantised, and adds what the adapter says: in place where that is of low rank."""
+    dequantised, and adds what the adapter says, in place."""
 
     def __init__(self, base: nn.Module, path: str) -> None:
         super().__init__()
@@ -43,19 +43,23 @@ class AdaptedLinear(nn.Module):
 
     def _changed(self, x: Tensor) -> Tensor:
         """The base's output with what the adapter makes of its input."""
-        low_rank = None if self.adapter is None else self.adapter.low_rank(self.path)
+        if self.adapter is None:
+            plain: Tensor = self.base(x)
+            return plain
+        low_rank = self.adapter.low_rank(self.path)
         if low_rank is not None and isinstance(self.base, Nf4Linear):
             # By name: DeepSpeed's hooks look at positional arguments, and know tensors alone.
             fused: Tensor = self.base(x, low_rank=low_rank)
             return fused
+        # As rows: the output of a linear over more dimensions is a view, and to add to that in
+        # place makes autograd copy its gradient.
+        x_NI = x.flatten(0, -2)
+        out: Tensor = self.base(x_NI)
         if low_rank is not None:
-            # As rows: the output of a linear over more dimensions is a view, and to add to that in
-            # place makes autograd copy its gradient.
-            x_NI = x.flatten(0, -2)
-            return low_rank.add_to(self.base(x_NI), x_NI).unflatten(0, x.shape[:-1])
-        out: Tensor = self.base(x)
-        delta = None if self.adapter is None else self.adapter.delta(self.path, x)
-        return out if delta is None else out + delta.to(out.dtype)
+            out = low_rank.add_to(out, x_NI)
+        elif (delta := self.adapter.delta(self.path, x)) is not None:
+            out = out.add_(delta.to(out.dtype).flatten(0, -2))
+        return out.unflatten(0, x.shape[:-1])
 
 
 class AdaptedBlock(nn.Module):
