@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -397,14 +398,44 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float | None
         key, value: (E, G, S, F).
         scaling: of the scores; None: 1 / sqrt(F).
     """
-    num_groups, length = key.shape[1], query.shape[2]
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    # Scaled before the product: F numbers a token instead of S.
-    grouped = (query * scaling).unflatten(1, (num_groups, -1)).flatten(2, 3)
-    scores = (grouped @ key.mT).unflatten(2, (-1, length))
-    scores = scores.masked_fill(_future(length, query.device), -torch.inf)
-    weights = scores.softmax(-1).flatten(2, 3)
-    return (weights @ value).unflatten(2, (-1, length)).flatten(1, 2).transpose(1, 2)
+    out: Tensor = _ByProducts.apply(query, key, value, scaling)
+    return out
+
+
+class _ByProducts(torch.autograd.Function):
+    """One node where the operations would be twelve, and the future is hidden in place. Queries and
+    scores lie as (E x G, query heads of a key head x S, ...), keys and values as (E x G, S, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        num_rows, num_heads, length, head_size = query.shape
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)
+        # Scaled before the product: F numbers a token instead of S.
+        scaled = torch.mul(query, scaling, out=query.new_empty(query.shape))
+        queries = scaled.view(len(keys), -1, head_size)
+        scores = torch.bmm(queries, keys.mT)
+        scores.view(-1, length, length).masked_fill_(_future(length, query.device), -torch.inf)
+        weights = scores.softmax(-1)
+        out = torch.bmm(weights, values)
+        ctx.save_for_backward(queries, keys, values, weights)
+        ctx.scaling = scaling
+        return out.view(num_rows, num_heads, length, head_size).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        queries, keys, values, weights = ctx.saved_tensors
+        num_rows, length, _, head_size = grad.shape
+        grad_out = grad.transpose(1, 2).reshape(queries.shape)
+        grad_value = torch.bmm(weights.mT, grad_out)
+        grad_weights = torch.bmm(grad_out, values.mT)
+        # Zero where the future is hidden, as the weights are.
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, grad.dtype)
+        grad_key = torch.bmm(grad_scores.mT, queries)
+        grad_query = torch.bmm(grad_scores, keys).mul_(ctx.scaling)
+        shape = num_rows, -1, length, head_size
+        return grad_query.view(shape), grad_key.view(shape), grad_value.view(shape), None
 
 
 def packed_in_rows(
