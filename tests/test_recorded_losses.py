@@ -5,7 +5,7 @@ Version 0.1.0 added up in another order: its linear layers met padding. Other or
 measured: the kernels of AVX-512, AVX2 and SSE (`ATEN_CPU_CAPABILITY`, `MKL_CBWR`,
 `ONEDNN_MAX_CPU_ISA`) are at most 7e-5 of a loss and 8e-5 of a gradient norm apart after 40 steps,
 one rank and two 1.2e-4 and 2.7e-4. The tolerances are four times the largest of these. What stands
-in recorded_bits.json is off 0.1.0's by at most 4.8e-05 of a loss and 4.4e-05 of a norm.
+in recorded_bits.json is off 0.1.0's by at most 1.2e-05 of a loss and 6.4e-05 of a norm.
 
 All 27 cases are compared by `make soak` (tests/soak/test_recorded_losses.py).
 """

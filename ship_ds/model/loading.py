@@ -27,6 +27,7 @@ from ship_ds.model.language_model import (
     language_model,
     without_weights,
 )
+from ship_ds.model.lean_modules import make_lean
 from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 from ship_ds.parsing import read_json_object
@@ -125,7 +126,7 @@ def load_lm(
                 f"{reason}"
             )
     use_nf4_linears(model, device, base)
-    return model
+    return make_lean(model)
 
 
 _MOST_UNSAID = 0.05

@@ -27,6 +27,7 @@ from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.assemble import build_ship
 from ship_ds.model.language_model import without_weights
+from ship_ds.model.lean_modules import make_lean
 from ship_ds.model.loading import Quantisation, read_settings
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
@@ -223,5 +224,4 @@ def meta_lm(base: str, dtype: torch.dtype, max_layers: int | None = None) -> nn.
         config.num_hidden_layers = max_layers
         if getattr(config, "num_decoder_layers", None):  # of the stack that writes
             config.num_decoder_layers = min(config.num_decoder_layers, max_layers)
-    lm: nn.Module = without_weights(config, dtype=dtype, attn_implementation=PLANNED)
-    return lm
+    return make_lean(without_weights(config, dtype=dtype, attn_implementation=PLANNED))
