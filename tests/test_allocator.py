@@ -34,6 +34,44 @@ def test_the_same_command_runs_again_with_the_library_before_others(
     assert surroundings == {"A": "b", "LD_PRELOAD": "libc.so.6 x.so"}
 
 
+@pytest.mark.parametrize(("chosen", "told"), [({}, "oversize"), ({"MALLOC_CONF": "a:1"}, "a:1")])
+def test_jemalloc_keeps_the_pages_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str], told: str
+) -> None:
+    monkeypatch.setattr(allocator, "_loads", lambda library: True)
+    [(_, _, surroundings)] = restarts(monkeypatch, chosen, allocator.LIBRARIES)
+    assert surroundings["MALLOC_CONF"].startswith(told)
+    assert "MALLOC_CONF" not in restarts(monkeypatch, {}, ("libtcmalloc.so.4",))[0][2]
+
+
+_PAGES = """
+import resource, sys
+from ship_ds import allocator
+allocator._GPU = allocator.Path('/nowhere')
+allocator.use_scalable_malloc()
+if allocator.allocator_in_use() != "jemalloc":
+    sys.exit()
+size = 50 << 20
+bytearray(size)  # given back at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+bytearray(size)
+fresh = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(fresh * resource.getpagesize() / size)
+"""
+
+
+def test_a_real_jemalloc_hands_out_the_same_pages_again() -> None:
+    surroundings = environment() | {"PYTHONPATH": str(REPOSITORY)}
+    for name in ("LD_PRELOAD", "MALLOC_CONF", allocator.KEEP):
+        surroundings.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", _PAGES], env=surroundings, capture_output=True, text=True
+    )
+    if not done.stdout:
+        pytest.skip("jemalloc is not installed")
+    assert float(done.stdout) < 0.1, done.stderr
+
+
 @pytest.mark.parametrize("library", allocator.LIBRARIES)
 def test_it_starts_again_once(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     """Whether or not the loader took the library."""
