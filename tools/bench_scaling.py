@@ -197,9 +197,13 @@ def main() -> None:
     if args.worker:
         work(args.files, args.config, args.overrides)
         return
+    from ship_ds.allocator import allocator_in_use, use_scalable_malloc
     from ship_ds.monitor.machine import add_row
 
-    add_row(args.out, args.label or args.config, compare(args))
+    # All ranks inherit the allocator that a training takes.
+    use_scalable_malloc()
+    row = compare(args) | {"malloc": allocator_in_use()}
+    add_row(args.out, args.label or args.config, row)
 
 
 if __name__ == "__main__":

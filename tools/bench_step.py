@@ -274,14 +274,25 @@ def work(name: str, arguments: Sequence[str]) -> None:
 class Contestant:
     """A process that takes steps when it is asked to."""
 
-    def __init__(self, name: str, checkout: Path, arguments: Sequence[str], threads: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        checkout: Path,
+        arguments: Sequence[str],
+        threads: int,
+        system_malloc: bool = False,
+    ) -> None:
+        surroundings = dict(os.environ)
+        if system_malloc:
+            for variable in ("LD_PRELOAD", "MALLOC_CONF"):
+                surroundings.pop(variable, None)
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", name, "--config", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=checkout,
-            env=os.environ
+            env=surroundings
             | {
                 "PYTHONPATH": str(checkout),
                 "OMP_NUM_THREADS": str(threads),
@@ -332,7 +343,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     # Three contestants of a real model do not fit into a small machine's memory together.
     checkouts = {name: path for name, path in checkouts.items() if name not in args.without}
     contestants = {
-        name: Contestant(name, checkout, arguments, args.threads)
+        name: Contestant(name, checkout, arguments, args.threads, name in args.system_malloc)
         for name, checkout in checkouts.items()
     }
     for _ in range(args.warm_up + args.steps):
@@ -376,6 +387,13 @@ def main() -> None:
     parser.add_argument(
         "--without", nargs="*", default=[], choices=["published", "before"], help="not measured"
     )
+    parser.add_argument(
+        "--system-malloc",
+        nargs="*",
+        default=[],
+        choices=["published", "before"],
+        help="who runs under the system's malloc, as version 0.1.0 did of itself",
+    )
     parser.add_argument("--steps", type=int, default=5, help="rounds that count")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds before them")
     parser.add_argument("--threads", type=int, default=2, help="of each contestant")
@@ -389,9 +407,9 @@ def main() -> None:
     from ship_ds.allocator import allocator_in_use, use_scalable_malloc
     from ship_ds.monitor.machine import add_row
 
-    # All contestants inherit the allocator that a training takes.
+    # All contestants inherit the allocator that a training takes, unless they are named.
     use_scalable_malloc()
-    row = compare(args) | {"malloc": allocator_in_use()}
+    row = compare(args) | {"malloc": allocator_in_use(), "system_malloc": args.system_malloc}
     add_row(args.out, args.label or args.config, row)
 
 
