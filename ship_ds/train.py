@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,12 +43,8 @@ from ship_ds.data.task import Splits
 from ship_ds.data.token_cache import tokenise_all
 from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation import final_report
-from ship_ds.evaluation.config import Part
-from ship_ds.evaluation.measure import Outcome, measure_over_ranks
-from ship_ds.evaluation.method import Setting
-from ship_ds.evaluation.methods.ship import ShipMethod
-from ship_ds.evaluation.metrics import LESS_IS_BETTER, metrics_to_show, score
-from ship_ds.evaluation.questions import ask, tasks_of, warn_of_long_targets
+from ship_ds.evaluation.dev_check import check_dev
+from ship_ds.evaluation.questions import warn_of_long_targets
 from ship_ds.exit_codes import BAD_INPUT, PREEMPTED
 from ship_ds.files import disk_full_error, write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
@@ -525,45 +520,19 @@ class Trainer:
             checkpoint.record_evaluation(folder, num_starts, dev_score, is_owed, best_by)
 
     def evaluate(self) -> float | None:
-        """Deduction on a few seen and dev rules, and a few reconstructions, a share of them on each
-        rank.
-
-        Returns:
-            Deduction on dev by the metric that checkpoints are chosen by, more being better; None
-            where there are no dev tasks.
+        """The score on dev that checkpoints are chosen by, more being better; None: there is none.
 
         Raises:
-            Preempted: between its parts.
+            Preempted: between the evaluation's parts.
         """
-        config = self.config.evaluation
-        self.model.eval()
-        ship = Ship(self.model, self.config, digest="")
-        method = ShipMethod(Setting(ship, self.splits, self.folder, None, seed=0))
-        scalars: dict[str, float] = {}
-        parts: tuple[Part, ...] = ("seen", "dev")
-        for part in parts:
-            self.stop.raise_if_asked()
-            tasks = tasks_of(self.splits, part, sys.maxsize)
-            few = tasks[:: max(1, len(tasks) // config.num_tasks)][: config.num_tasks]
-            questions = [ask(task, 0, 0, config.examples_per_task) for task in few]
-            outcome = measure_over_ranks(method, "deduction", questions, model=self.model)
-            metrics = tuple(dict.fromkeys((*metrics_to_show(few), config.best_by)))
-            scalars |= deduction_scores(outcome, part, metrics)
-        pairs: list[tuple[str, str]] = []
-        if self.model.decodes:
-            self.stop.raise_if_asked()
-            few = self.splits.seen[:4] + self.splits.dev[:4]
-            questions = [ask(task, 0, 0) for task in few]
-            outcome = measure_over_ranks(method, "reconstruction", questions, model=self.model)
-            pairs = [(row["instruction"], row["said"]) for row in outcome.rows]
+        found = check_dev(
+            self.model, self.config, self.splits, self.folder, self.stop.raise_if_asked
+        )
         if self.monitor is not None:
-            self.monitor.evaluation(self.step, scalars)
-            if pairs:
-                self.monitor.texts(self.step, pairs)
-        score = scalars.get(scalar_name(config.best_by, "dev"))
-        if score is None or not math.isfinite(score):
-            return None
-        return -score if config.best_by in LESS_IS_BETTER else score
+            self.monitor.evaluation(self.step, found.scalars)
+            if found.texts:
+                self.monitor.texts(self.step, found.texts)
+        return found.dev_score
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""
@@ -679,20 +648,6 @@ class Trainer:
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens at this one; never for zero."""
     return every > 0 and step % every == 0
-
-
-def deduction_scores(outcome: Outcome, part: str, metrics: Sequence[str]) -> dict[str, float]:
-    """For the log."""
-    return {
-        scalar_name(metric, part): score(outcome.values(metric)).value
-        for metric in metrics
-        if metric in outcome.metrics
-    }
-
-
-def scalar_name(metric: str, part: str) -> str:
-    """In the log: exact match is `deduction/PART`, any other metric `deduction_METRIC/PART`."""
-    return f"deduction{'' if metric == 'exact_match' else '_' + metric}/{part}"
 
 
 def num_steps(training: TrainingConfig, splits: Splits) -> int:

@@ -14,6 +14,7 @@ from ship_ds import train
 from ship_ds.config import load_config
 from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.errors import UserError
+from ship_ds.evaluation import dev_check
 from ship_ds.evaluation.measure import Outcome
 from ship_ds.runtime import checkpoint, ranks
 from ship_ds.runtime.agreement import Agreement
@@ -161,9 +162,9 @@ def test_a_checkpoint_is_scored_by_the_metric_of_the_config(
     better, the checkpoint's score is the negative."""
     values = {"exact_match": [0.25], "rouge_l": [0.75], "answer_loss": [1.5]}
     outcome = Outcome([*values], [{**values, "instruction": "k", "said": "k"}])
-    monkeypatch.setattr(train, "measure_over_ranks", lambda *args, **options: outcome)
-    monkeypatch.setattr(train, "Ship", lambda *args, **options: None)
-    monkeypatch.setattr(train, "ShipMethod", lambda setting: None)
+    monkeypatch.setattr(dev_check, "measure_over_ranks", lambda *args, **options: outcome)
+    monkeypatch.setattr(dev_check, "Ship", lambda *args, **options: None)
+    monkeypatch.setattr(dev_check, "ShipMethod", lambda setting: None)
     looks: list[dict[str, float]] = []
     trainer = StubTrainer(tmp_path)
     trainer.config = load_config("quickstart-smoke", [f"evaluation.best_by={best_by}"])
