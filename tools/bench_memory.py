@@ -32,7 +32,7 @@ from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.planner.activations import Workload, count_activations, planned_batch
 from ship_ds.planner.evaluation import passes
 from ship_ds.planner.plan import Machines, make_plan, shapes_of
-from ship_ds.planner.shapes import Shapes, build_shapes
+from ship_ds.planner.shapes import Shapes
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -276,18 +276,6 @@ def measure(case: str, stage: str, folder: Path) -> dict[str, int]:
     return measured
 
 
-def against_the_gpu(folder: Path) -> dict[str, Any]:
-    """The plan of today against what a step held on the GPU that tools/bench_gpu.py ran on."""
-    from bench_gpu import LLAMA_1B, model_config
-
-    part = json.loads((RESULTS.parent / "gpu.json").read_text())["parts"]["ship_1b"]
-    measured = part["against_the_planner"]["measured_bytes"]
-    shapes = build_shapes(model_config(LLAMA_1B, "none", folder), torch.bfloat16)
-    plan = count_activations(shapes, Workload(4, 4, 128, 448, 64, 0)).peak
-    row = {"planned": plan, "measured": measured, "measured_min_max": [measured, measured]}
-    return {"a step beyond weights": {**row, "error_percent": error_percent(plan, measured)}}
-
-
 def error_percent(plan: int, measured: int) -> float:
     """Above zero where the plan says too much."""
     return round(100 * (plan / measured - 1), 1)
@@ -310,7 +298,6 @@ def main() -> None:
         make_base(folder / "smollm2")
         report = header(args.repeats)
         report["results"] = earlier(report) if args.only else {}
-        report["results"]["three 1B Llamas, one H100"] = against_the_gpu(folder / "llama")
         for case in CASES:
             for stage in stages_of(case):
                 name = f"{case}; {stage}"
