@@ -22,9 +22,18 @@ def measured(folder: Path, *arguments: str) -> dict[str, Any]:
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker],
         timeout=800,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, said_by_ranks(done.stderr)
     (folder / "stderr").write_text(done.stderr)
     return {**json.loads((folder / "found.json").read_text()), "folder": folder}
+
+
+def said_by_ranks(stderr: str) -> str:
+    """The last lines of each, since the launcher's own come after them."""
+    lines = stderr.splitlines()
+    first, second = (
+        [line for line in lines if line.startswith(f"[rank{rank}]")][-40:] for rank in (0, 1)
+    )
+    return "\n".join([*first, *second, *lines[-20:]])
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,16 @@ def test_each_rank_holds_half(found: dict[str, Any], what: str) -> None:
         held, everything = rank[what]
         assert held == pytest.approx(everything / 2, rel=0.1)
         assert rank["num_nf4"] == 28 and not rank["still whole"]
+
+
+@pytest.mark.parametrize("tuning", ["lora", "whole"])
+def test_a_sharded_output_layer_gives_its_loss_in_pieces(
+    found: dict[str, Any], tuning: str
+) -> None:
+    """It is let go within the piece, before the checkpoint looks at what was recomputed."""
+    for rank in found["loss_in_pieces"]:
+        assert rank[f"{tuning}, 3"] == pytest.approx(rank[f"{tuning}, 1"], rel=1e-5)
+        assert rank[f"{tuning}, 1"][0] != rank[f"{tuning}, 1"][1]
 
 
 def test_no_gathered_4_bit_weight_is_alive_after_the_forward(found: dict[str, Any]) -> None:

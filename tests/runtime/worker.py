@@ -39,6 +39,8 @@ from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.ship import ShipMethod
 from ship_ds.evaluation.questions import ask
 from ship_ds.evaluation.similarity import SentenceEncoder
+from ship_ds.loss import num_pieces
+from ship_ds.model import step as step_module
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.nf4_linear import Nf4Linear
 from ship_ds.model.step import ShipBatch
@@ -300,6 +302,22 @@ def shared_backbone(folder: Path) -> dict[str, Any]:
                 folder / place / "shared", *run, *recomputing, f"model.backbone={other}"
             )
             found[f"{place}, as {other}"] = losses(again)
+    return found
+
+
+def loss_in_pieces(folder: Path) -> dict[str, Any]:
+    """Losses of two steps with the sharded output layer's logits whole and in pieces, each made
+    again in the backward pass; of roles with a LoRA, and trained whole."""
+    found: dict[str, Any] = {}
+    for tuning, settings in {"lora": LORA_ROLES, "whole": ()}.items():
+        for pieces in (1, 3):
+            step_module.num_pieces = lambda *_, pieces=pieces: pieces  # type: ignore[misc]
+            try:
+                run = [*SHARDED, *settings, *FOUR_STEPS]
+                made = trainer(folder / tuning / str(pieces), *run)
+                found[f"{tuning}, {pieces}"] = [losses(made), losses(made)]
+            finally:
+                step_module.num_pieces = num_pieces
     return found
 
 
@@ -664,6 +682,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "zero2_goes_on": zero2_goes_on,
     "sharded_base_resumes": sharded_base_resumes,
     "accumulation": accumulation,
+    "loss_in_pieces": loss_in_pieces,
     "too_many_bad_steps": too_many_bad_steps,
     "published_recipes": published_recipes,
     "one_rank_goes_on_as_two": one_rank_goes_on_as_two,
