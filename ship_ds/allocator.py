@@ -21,8 +21,9 @@ _PRELOAD = "LD_PRELOAD"
 _SETTINGS = {"jemalloc": ("MALLOC_CONF", "oversize_threshold:0,muzzy_decay_ms:-1")}
 """What an allocator is told, by which variable. jemalloc gives blocks of 8 MB and more back to the
 system at once, and smaller ones after ten seconds; a step then gets its gigabytes page by page from
-the kernel again, a sixth of its time. So all go the same way, and stay mapped until the kernel
-wants them: it may take them at any moment, though they count as this process's until then."""
+the kernel again, a sixth of its time. So large blocks have no threshold, and pages stay mapped
+until the kernel wants them: it may take them at any moment, though they count as this process's
+until then."""
 _GPU = Path("/dev/nvidiactl")
 _MAPS = Path("/proc/self/maps")
 
@@ -51,7 +52,7 @@ def use_scalable_malloc(
     preloads = f"{library} {environment.get(_PRELOAD, '')}".strip()
     settings = dict(told for name, told in _SETTINGS.items() if name in library)
     arguments = [sys.executable, *sys.orig_argv[1:]]
-    # A user's own settings of the allocator win.
+    # A user's own settings of the allocator replace ours whole.
     start_again(sys.executable, arguments, {**settings, **environment, _PRELOAD: preloads})
 
 

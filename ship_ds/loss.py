@@ -81,7 +81,8 @@ def _sum_in_pieces(
     parts = zip(*(one.tensor_split(pieces) for one in rows), strict=True)
     sums = [
         # Unchecked: ZeRO-3 lets the output layer go again before the check looks at its shape, and
-        # gathers it once more when its gradient is due.
+        # gathers it once more when its gradient is due. A piece has no randomness, and no shape in
+        # it depends on data.
         checkpoint(
             of_piece,
             *part,

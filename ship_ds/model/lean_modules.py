@@ -3,7 +3,9 @@
 transformers writes its modules out in single operations. For each of them autograd keeps what it
 might need, an RMS norm two fp32 tensors of its input's size, and goes back through them one by one;
 on a CPU that takes longer than some of the matrix products. The two below keep the input that is
-there anyway, and compute the same. Without gradients transformers' own forward runs, bit for bit.
+there anyway, and compute the same up to rounding. Without gradients transformers' own forward runs,
+bit for bit: a checkpoint whose first pass has none (`use_reentrant=True`) would mix the two. A
+module of such a class is deep-copied as ever, but cannot be pickled.
 
     RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467)
         scale = 1 / sqrt(mean(x^2) + epsilon)      in fp32
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.models.llama import modeling_llama as llama
 
-_ROTARY = "apply_rotary_pos_emb"
+_ROTARY, _HALVES = "apply_rotary_pos_emb", "rotate_half"
 
 
 def make_lean(model: nn.Module) -> nn.Module:
@@ -39,8 +41,9 @@ def make_lean(model: nn.Module) -> nn.Module:
         kind = type(module)
         if kind not in _SUBCLASSES:
             _SUBCLASSES[kind] = _lean(kind)
-        # The same attributes and another forward, as nf4_linear.py does it.
-        module.__class__ = _SUBCLASSES[kind]
+        if _SUBCLASSES[kind] is not kind:
+            # The same attributes and another forward, as nf4_linear.py does it.
+            module.__class__ = _SUBCLASSES[kind]
     return model
 
 
@@ -53,12 +56,18 @@ def _lean(kind: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {"__module__": __name__, "__qualname__": kind.__name__}
     if _is_same(kind.forward, llama.LlamaRMSNorm.forward):
         return type(kind.__name__, (_LeanRmsNorm, kind), body)
-    own = getattr(sys.modules.get(kind.__module__), _ROTARY, None)
-    # Not a class of ours, whose module may import what it does not call.
     code = getattr(vars(kind).get("forward"), "__code__", None)
-    if code and _ROTARY in code.co_names and _is_same(own, llama.apply_rotary_pos_emb):
+    if code and _ROTARY in code.co_names and _turns_as_llama(sys.modules[kind.__module__]):
         return type(kind.__name__, (kind,), body | {"forward": _with_rotary(kind.forward)})
     return kind
+
+
+def _turns_as_llama(module: Any) -> bool:
+    """By both functions: NanoChat copies the one and turns its halves the other way in the one that
+    it calls."""
+    return all(
+        _is_same(getattr(module, name, None), getattr(llama, name)) for name in (_ROTARY, _HALVES)
+    )
 
 
 def _is_same(function: Any, other: Any) -> bool:

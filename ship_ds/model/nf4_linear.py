@@ -50,7 +50,7 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
             # bitsandbytes has kernels for few rows, with which decoding reads the packed weight.
             out: Tensor = super().forward(x)
             return out if low_rank is None else low_rank.add_to(out, x)
-        inputs = x.to(self.compute_dtype or x.dtype)
+        inputs = x.to(self.compute_dtype or x.dtype).contiguous()
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         operands: tuple[Any, ...] = (None, None, None, 1.0)
         if low_rank is not None:

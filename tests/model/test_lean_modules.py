@@ -13,6 +13,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.nanochat import modeling_nanochat as nanochat
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi import modeling_phi as phi
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -180,11 +181,11 @@ def test_turning_keeps_the_angles_alone() -> None:
     assert saved == [[(1, 1, 7, 8), (1, 1, 7, 8)]] * 2
 
 
-def test_an_attention_that_turns_otherwise_stays() -> None:
-    """Cohere's pairs are neighbours, not halves."""
-    config = AutoConfig.for_model("cohere", **SHAPE)
-    attention = cohere.CohereAttention(config, 0)
-    assert type(make_lean(attention)) is cohere.CohereAttention
+@pytest.mark.parametrize(("family", "name"), [(cohere, "Cohere"), (nanochat, "NanoChat")])
+def test_an_attention_that_turns_otherwise_stays(family: ModuleType, name: str) -> None:
+    """Cohere's pairs are neighbours, not halves; NanoChat's turn the other way."""
+    kind = getattr(family, f"{name}Attention")
+    assert type(make_lean(kind(AutoConfig.for_model(name.lower(), **SHAPE), 0))) is kind
 
 
 def test_a_second_time_changes_nothing() -> None:

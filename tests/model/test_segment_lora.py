@@ -97,7 +97,7 @@ def test_tasks_in_one_tile_give_what_each_would(
     ends, made = _ends(lengths), []
 
     def tiled(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds) -> Segments:
-        made.append(TiledSegments(ends, rank, x.dtype))
+        made.append(TiledSegments(ends, rank))
         return made[-1]
 
     monkeypatch.setattr("ship_ds.model.adapters.segment_lora.segments", tiled)
@@ -112,6 +112,21 @@ def test_tasks_in_one_tile_give_what_each_would(
         torch.testing.assert_close(one, other)
     assert made[0].together == together
     assert len(made[0].ends.on_host) == -(-len(lengths) // together)
+
+
+def test_what_overflows_in_one_task_stays_there() -> None:
+    a_TRI, b_TOR = torch.ones(2, 8, 4).bfloat16(), torch.ones(2, 8, 8).bfloat16()
+    a_TRI[1] = 3e38
+    delta = LowRank(a_TRI, b_TOR, 1.0, _ends([3, 3])).delta(torch.ones(6, 4).bfloat16())
+    assert delta[:3].eq(32).all() and delta[3:].isinf().all()
+
+
+def test_tokens_may_lie_apart() -> None:
+    """A grouped product alone takes rows of aligned bytes."""
+    torch.manual_seed(0)
+    x, a_TRI, b_TOR = torch.randn(7, 9)[:, :8], torch.randn(2, 4, 8), torch.randn(2, 8, 4)
+    delta = LowRank(a_TRI, b_TOR, 1.0, _ends([3, 4])).delta(x)
+    torch.testing.assert_close(delta, _per_task(x, a_TRI, b_TOR, [3, 4]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class LowRank:
             out: (..., O), contiguous; what it held before is lost.
             x: (..., I), its tokens task-major.
         """
-        x = x.to(out.dtype)
+        x = x.to(out.dtype).contiguous()
         products, a_TRI, b_TOR = self.operands(x)
         result: Tensor = _AddLowRank.apply(out, x, a_TRI, b_TOR, self.scaling, products)
         return result

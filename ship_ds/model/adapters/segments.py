@@ -56,18 +56,18 @@ class TaskEnds:
             yield task, start, end
             start = end
 
-    def tiles(self, together: int, rank: int, dtype: torch.dtype) -> "tuple[TaskEnds, Tensor]":
-        """The ends of every `together` tasks taken as one, and (N, together * rank): one where a
-        column is of a token's own task, else zero. Made once for all linears."""
-        key = together, rank, dtype
+    def tiles(self, together: int, rank: int) -> "tuple[TaskEnds, Tensor]":
+        """The ends of every `together` tasks taken as one, and (N, together * rank): where a column
+        is not of a token's own task. Made once for all linears."""
+        key = together, rank
         if key not in self._tiles:
             last = self.on_host[-1:] if len(self.on_host) % together else []
             ends = torch.tensor(self.on_host[together - 1 :: together] + last, dtype=torch.int32)
-            own_NX = torch.zeros(self.on_host[-1], together * rank, dtype=dtype)
+            foreign_NX = torch.ones(self.on_host[-1], together * rank, dtype=torch.bool)
             for task, start, end in self.spans():
                 first = task % together * rank
-                own_NX[start:end, first : first + rank] = 1
-            self._tiles[key] = TaskEnds(ends), own_NX
+                foreign_NX[start:end, first : first + rank] = False
+            self._tiles[key] = TaskEnds(ends), foreign_NX
         return self._tiles[key]
 
 
@@ -152,9 +152,9 @@ class TiledSegments(LoopedSegments):
     ranks, and between the two products a token keeps those of its own task.
     """
 
-    def __init__(self, ends: TaskEnds, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, ends: TaskEnds, rank: int) -> None:
         self.together = _TILE // rank
-        tiles, self.own_NX = ends.tiles(self.together, rank, dtype)
+        tiles, self.foreign_NX = ends.tiles(self.together, rank)
         super().__init__(tiles)
 
     def aligned(self, a_TRI: Tensor, b_TOR: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,12 +168,14 @@ class TiledSegments(LoopedSegments):
         return factor_TRX.reshape(-1, self.together * rank, size)
 
     def keep_own(self, low_NR: Tensor) -> Tensor:
-        return low_NR.mul_(self.own_NX)
+        # Not multiplied by zero: what is infinite of one task would be NaN for the others.
+        return low_NR.masked_fill_(self.foreign_NX, 0)
 
 
 class GroupedSegments(Segments):
     """torch's grouped product: one kernel for all tasks, the ends stay on the device. On a CPU it
-    is the loop, in C++: half of the time where a task's product is as short as its call."""
+    is the loop, in C++: half of the time where a task's product is as short as its call. torch's
+    counter of FLOPs does not see it."""
 
     def __init__(self, ends: TaskEnds) -> None:
         self.offsets_T = ends.offsets_T
@@ -288,7 +290,7 @@ def segments(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds | None) -> 
 def _on_cpu(dtype: torch.dtype, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds) -> Segments:
     num_tasks, rank, num_in = a_TRI.shape
     if dtype.itemsize == 2 and min(_TILE // rank, num_tasks) > 1:
-        return TiledSegments(ends, rank, dtype)
+        return TiledSegments(ends, rank)
     step = _ALIGNMENT_BYTES // dtype.itemsize
     if dtype == torch.float32 and not num_in % step and not b_TOR.shape[1] % step:
         return GroupedSegments(ends)

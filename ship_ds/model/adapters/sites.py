@@ -23,7 +23,8 @@ from ship_ds.model.nf4_linear import Nf4Linear
 
 class AdaptedLinear(nn.Module):
     """A target linear, wrapped once. It calls `base(x)`, where ZeRO-3 gathers and the weight is
-    dequantised, and adds what the adapter says, in place."""
+    dequantised, and adds what the adapter says, in place: a base gives a tensor of its own, which
+    no custom function made as a view."""
 
     def __init__(self, base: nn.Module, path: str) -> None:
         super().__init__()
