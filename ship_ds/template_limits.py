@@ -13,6 +13,8 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
+from ship_ds.errors import UserError
+
 SECONDS = 10
 """Of the processor. By the clock a first start after an installation met them once, with a format
 that is made in 0.03 s: a child may have to wait for the disk, or for others."""
@@ -43,12 +45,22 @@ def within_limits(render: Callable[[], str], seconds: int = SECONDS, letters: in
     Raises:
         TemplateError: as `render` raised it, or what else it raised, in words.
         TemplateLimitError: a limit was met.
+        UserError: the system starts no child.
     """
     reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        # Of threads that hold locks as this process forks; the child asks for none of them.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    try:
+        with warnings.catch_warnings():
+            # Of threads that hold locks as this process forks; the child asks for none of them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+    except OSError as error:
+        # Also where this process has mapped more than the machine's memory, touched or not.
+        os.close(reader)
+        os.close(writer)
+        raise UserError(
+            f"no process can be started to render a chat template in ({error.strerror}): end what "
+            "else takes memory, or raise the limit of processes (ulimit -u)"
+        ) from None
     if child == 0:
         _render_and_exit(render, writer, seconds, letters)
     os.close(writer)

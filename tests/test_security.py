@@ -3,6 +3,7 @@ hand on, a base, a template, an adapter or a bundle, decides nothing of what cod
 writes nothing beside what was asked for. See tests/fuzz/ for what parsers are given."""
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -219,6 +220,19 @@ def test_a_template_is_bounded(
     with pytest.raises(error, match=message):
         within_limits(render, seconds=1)
     assert within_limits(lambda: "héllo \x00", seconds=30) == "héllo \x00"
+
+
+def test_a_system_that_starts_no_child_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the template's fault, and no pipe stays open."""
+
+    def refuses() -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    before = set(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fork", refuses)
+    with pytest.raises(UserError, match="Cannot allocate memory.*: end what else takes memory"):
+        load_prompts("embedded", None)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_child_that_waits_is_no_endless_template() -> None:

@@ -293,6 +293,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.case:
         return on_a_rank(args.case, args.stage, Path(args.folder))
+    names = [f"{case}; {stage}" for case in CASES for stage in stages_of(case)]
+    if not any(name.startswith(args.only) for name in names):
+        parser.error(f"--only {args.only!r}: no case begins so; there are {' | '.join(names)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_base(folder / "smollm2")

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +271,15 @@ def work(name: str, arguments: Sequence[str]) -> None:
     os._exit(0)  # see runtime/ranks.py: exit_process
 
 
+def under_system_malloc() -> dict[str, str]:
+    """This process's environment without its allocator."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LD_PRELOAD", "MALLOC_CONF")
+    }
+
+
 class Contestant:
     """A process that takes steps when it is asked to."""
 
@@ -280,20 +289,16 @@ class Contestant:
         checkout: Path,
         arguments: Sequence[str],
         threads: int,
-        system_malloc: bool = False,
+        surroundings: Mapping[str, str],
     ) -> None:
-        surroundings = dict(os.environ)
-        if system_malloc:
-            for variable in ("LD_PRELOAD", "MALLOC_CONF"):
-                surroundings.pop(variable, None)
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", name, "--config", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=checkout,
-            env=surroundings
-            | {
+            env={
+                **surroundings,
                 "PYTHONPATH": str(checkout),
                 "OMP_NUM_THREADS": str(threads),
                 "OMP_WAIT_POLICY": "passive",
@@ -343,7 +348,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     # Three contestants of a real model do not fit into a small machine's memory together.
     checkouts = {name: path for name, path in checkouts.items() if name not in args.without}
     contestants = {
-        name: Contestant(name, checkout, arguments, args.threads, name in args.system_malloc)
+        name: Contestant(
+            name,
+            checkout,
+            arguments,
+            args.threads,
+            under_system_malloc() if name in args.system_malloc else os.environ,
+        )
         for name, checkout in checkouts.items()
     }
     for _ in range(args.warm_up + args.steps):

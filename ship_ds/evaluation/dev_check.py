@@ -43,7 +43,7 @@ def check_dev(
     config: Config,
     splits: Splits,
     folder: Path,
-    raise_if_asked: Callable[[], None] = lambda: None,
+    raise_if_asked: Callable[[], None],
 ) -> DevCheck:
     """Deduction on a few seen and dev tasks, and a few reconstructions, a share of them on each
     rank.
@@ -53,7 +53,10 @@ def check_dev(
         config: of the run; `evaluation` says how many tasks and which metric.
         splits: of the run.
         folder: of the run.
-        raise_if_asked: called between parts, to end there.
+        raise_if_asked: called before each part; what it raises ends the evaluation there.
+
+    Raises:
+        RankError: another rank failed within a part.
     """
     model.eval()
     settings = config.evaluation

@@ -76,7 +76,14 @@ def add_low_rank(
 
 
 def low_gradient(products: Segments, grad_NO: Tensor, b_TOR: Tensor, scaling: float) -> Tensor:
-    """The gradient of A x, (N, R), from that of the output."""
+    """The gradient of A x, (N, R).
+
+    Args:
+        products: as in the forward.
+        grad_NO: of the output.
+        b_TOR: as the products take it (`Segments.aligned`).
+        scaling: of the update.
+    """
     return products.keep_own(products.times(grad_NO, b_TOR)).mul_(scaling)
 
 

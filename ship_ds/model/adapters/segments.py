@@ -26,7 +26,7 @@ _ALIGNMENT_BYTES = 16
 """grouped_mm wants rows in multiples of this."""
 _TILE = 32
 """Numbers of 16 bits that a tile of AMX holds across a product's inner dimension: narrower products
-take as long on such a CPU."""
+take nearly as long on such a CPU."""
 _GROUPED_CAPABILITIES = (9, 10)
 """Major versions of the cards where grouped_mm is one kernel, in bf16; elsewhere it copies the ends
 to the host and launches one product a task."""
