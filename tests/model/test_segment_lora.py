@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ship_ds.model.adapters.bottleneck import BottleneckAdapter
+from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.segments import (
     GroupedSegments,
@@ -119,6 +121,32 @@ def test_what_overflows_in_one_task_stays_there() -> None:
     a_TRI[1] = 3e38
     delta = LowRank(a_TRI, b_TOR, 1.0, _ends([3, 3])).delta(torch.ones(6, 4).bfloat16())
     assert delta[:3].eq(32).all() and delta[3:].isinf().all()
+
+
+def test_bottlenecks_in_one_tile_give_what_each_would() -> None:
+    """In 16 bits several tasks' factors are one product, with a nonlinearity between the two."""
+    torch.manual_seed(0)
+    lengths = [3, 5, 2]
+    factors = torch.randn(3, 8, 16), torch.randn(3, 16, 8)
+    leaves = [one.bfloat16().requires_grad_() for one in (torch.randn(1, 10, 16), *factors)]
+    y, a_TRO, b_TOR = leaves
+    adapter = LoraAdapter({"site": (a_TRO, b_TOR)}, 0.5, _ends(lengths))
+    after = BottleneckAdapter(adapter).after("site", y)
+    assert after is not None
+    alone = torch.cat(
+        [
+            0.5 * torch.nn.functional.gelu(part @ a.T) @ b.T
+            for part, a, b in zip(y[0].split(lengths), a_TRO, b_TOR, strict=True)
+        ]
+    )[None]
+    weights = torch.randn(1, 10, 16).bfloat16()
+    for ours, theirs in zip(
+        (after, *torch.autograd.grad((after * weights).sum(), leaves)),
+        (alone, *torch.autograd.grad((alone * weights).sum(), leaves)),
+        strict=True,
+    ):
+        scale = theirs.detach().abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * scale)
 
 
 def test_tokens_may_lie_apart() -> None:
