@@ -407,6 +407,10 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
     """auto: on CUDA of capability 8.0 in 16 bits flash_attn 2 if it is installed, else torch's
     variable-length kernel; SDPA elsewhere."""
+    elementwise: Literal["eager", "compiled"] = "eager"
+    """How training computes the norms, rotary embeddings and SwiGLU of the families whose code is
+    Llama's. compiled: each by torch.compile, one pass over memory; some seconds at the first start,
+    and it needs a C++ compiler on a CPU, Triton on a GPU."""
 
     @model_validator(mode="after")
     def _one_base_for_all(self) -> "ModelConfig":

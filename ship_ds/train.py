@@ -198,6 +198,7 @@ class Trainer:
         weights = LoadedWeights(
             engine_dtype(self.config.training),
             self.config.model.attention,
+            elementwise=self.config.model.elementwise,
             shard=shards.sharder(self.config.training),
         )
         model = build_ship(self.config.model, weights, self.config.loss)

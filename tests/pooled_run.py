@@ -1,6 +1,7 @@
 """Trains four steps as HINT does, as a user's command does, with every weight sharded, and writes
 what the trained model encodes: an NF4 encoder that reads examples too, a learned query for each
-share of z, bottlenecks and prefixes made of them, the encoder's states fused, no decoder.
+share of z, bottlenecks and prefixes made of them, the encoder's states fused, no decoder; what
+stands between the matrix products compiled.
 
     python -m tests.pooled_run FOLDER
     torchrun --nproc-per-node 2 -m tests.pooled_run FOLDER
@@ -35,6 +36,7 @@ def config_of(folder: Path | str) -> Config:
             "training.deepspeed=zero3_shard_all",  # no parameter is too small to be sharded
             "optimiser.warmup_steps=0",
             "loss.reconstruction=0",
+            "model.elementwise=compiled",
             "evaluation.every_steps=0",
             "evaluation.ends_with_report=false",
             "checkpoint.every_steps=2",

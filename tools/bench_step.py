@@ -7,12 +7,12 @@ against another checkout; writes tools/results/step.json.
 
 A contestant is a process of its own, so that its peak of memory is its own; they take one step in
 turn, round after round, and the others wait without spinning. `ship-ds` is this checkout's Trainer
-with one rank, `before` the Trainer of the checkout in --against. `published` is written below:
-three models in the run's dtype (16 bits where training.deepspeed says so), rows padded to the
-longest, the instruction encoded once for every example, A and B applied row by row by einsum,
-logits at every position, AdamW. Its hypernetwork, prompts, draws and learning rate are the run's
-own, so that all contestants do the same useful work; its decoder writes the instruction once for
-every task.
+with one rank, `compiled` the same with model.elementwise=compiled, `before` the Trainer of the
+checkout in --against. `published` is written below: three models in the run's dtype (16 bits where
+training.deepspeed says so), rows padded to the longest, the instruction encoded once for every
+example, A and B applied row by row by einsum, logits at every position, AdamW. Its hypernetwork,
+prompts, draws and learning rate are the run's own, so that all contestants do the same useful work;
+its decoder writes the instruction once for every task.
 
 Letters: E sequences, S padded length, R LoRA rank, I inputs of a linear, O outputs of a linear,
 Z latent size, H hidden size, P virtual tokens, V vocabulary.
@@ -242,6 +242,7 @@ class PublishedStep:
 
 CONTESTANTS: dict[str, type[TrainerStep] | type[PublishedStep]] = {
     "ship-ds": TrainerStep,
+    "compiled": TrainerStep,
     "before": TrainerStep,
     "published": PublishedStep,
 }
@@ -254,7 +255,8 @@ def work(name: str, arguments: Sequence[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not mix with the answers
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config(arguments[0], [*arguments[1:], f"run.folder={folder}"])
+        own = ["model.elementwise=compiled"] if name == "compiled" else []
+        config = load_config(arguments[0], [*arguments[1:], *own, f"run.folder={folder}"])
         contestant = CONTESTANTS[name](config)
         reset_peak()
         print(json.dumps({"ready": name}), file=answers, flush=True)
@@ -343,6 +345,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Every contestant's figures and the ratios of its step to that of `ship-ds`."""
     arguments = [args.config, *args.overrides]
     checkouts = {"ship-ds": REPOSITORY, "published": REPOSITORY}
+    if args.compiled:
+        checkouts["compiled"] = REPOSITORY
     if args.against:
         checkouts["before"] = Path(args.against).resolve()
     # Three contestants of a real model do not fit into a small machine's memory together.
@@ -395,6 +399,9 @@ def main() -> None:
     parser.add_argument("--config", default="quickstart", help="a recipe's name or a YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--against", help="another checkout of ship-ds, measured as `before`")
+    parser.add_argument(
+        "--compiled", action="store_true", help="this checkout with model.elementwise=compiled too"
+    )
     parser.add_argument(
         "--without", nargs="*", default=[], choices=["published", "before"], help="not measured"
     )

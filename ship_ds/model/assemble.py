@@ -24,6 +24,7 @@ from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.attention import Choice, this_machine
 from ship_ds.model.collate import Collator, Prompts
 from ship_ds.model.decoder import Decoder
+from ship_ds.model.elementwise import Way
 from ship_ds.model.encoder import Encoder
 from ship_ds.model.language_model import language_model
 from ship_ds.model.loading import (
@@ -62,19 +63,22 @@ class LoadedWeights:
 
     dtype: of the language models. device: where the model will run; the weights are on the CPU
     until `to` or the engine moves them. shard: for frozen 4-bit bases, while they load
-    (streaming.py).
+    (streaming.py). elementwise: how norms, rotary embeddings and SwiGLU are computed in training.
     """
 
     dtype: torch.dtype = torch.float32
     attention: Choice = "auto"
     device: torch.device | None = None
     shard: Shard | None = None
+    elementwise: Way = "eager"
 
     def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
         """The folder's causal LM."""
         device = self.device or this_machine()
         shard = self.shard if sharded else None
-        return load_lm(base, quantisation, self.dtype, self.attention, device, shard)
+        return load_lm(
+            base, quantisation, self.dtype, self.attention, device, shard, self.elementwise
+        )
 
     def prompts(self, base: str, system_message: str | None) -> PromptFormat:
         """The format with the folder's tokenizer."""

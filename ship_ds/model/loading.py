@@ -21,6 +21,7 @@ from ship_ds.errors import UserError, first_line
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
 from ship_ds.model.bitsandbytes_import import bitsandbytes
+from ship_ds.model.elementwise import Way, check_compiler
 from ship_ds.model.language_model import (
     auto_class,
     implementation,
@@ -98,15 +99,21 @@ def load_lm(
     attention: Choice = "auto",
     device: torch.device | None = None,
     shard: Shard | None = None,
+    elementwise: Way = "eager",
 ) -> nn.Module:
     """The language model in `dtype`; with "nf4" its linears in 4 bits with double quantisation
     (Dettmers et al. 2023).
 
     device: where it will run (None: on CUDA if this machine has it); it decides the attention. 16-
     and 32-bit weights load on the CPU, 4-bit ones are made on the device. shard: see streaming.py;
-    for 4-bit weights alone.
+    for 4-bit weights alone. elementwise: see lean_modules.py.
+
+    Raises:
+        UserError: the folder or its model, a kernel that cannot run on the device, or no compiler.
     """
     folder, device = base_folder(base), device or this_machine()
+    if elementwise == "compiled":
+        check_compiler(device)
     settings = read_settings(folder)
     caps_scores = getattr(settings, "attn_logit_softcapping", None) is not None
     by_lengths = implementation(settings).goes_by_lengths
@@ -126,7 +133,7 @@ def load_lm(
                 f"{reason}"
             )
     use_nf4_linears(model, device, base)
-    return make_lean(model)
+    return make_lean(model, elementwise)
 
 
 _MOST_UNSAID = 0.05

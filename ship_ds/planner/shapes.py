@@ -26,6 +26,7 @@ from ship_ds.config import (
 from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.assemble import build_ship
+from ship_ds.model.elementwise import Way
 from ship_ds.model.language_model import without_weights
 from ship_ds.model.lean_modules import make_lean
 from ship_ds.model.loading import Quantisation, read_settings
@@ -132,13 +133,15 @@ class MetaWeights:
     They are not quantised: what would be is remembered instead, so that a plan counts its bytes.
     """
 
-    def __init__(self, dtype: torch.dtype, max_layers: int | None = None) -> None:
-        self.dtype, self.max_layers = dtype, max_layers
+    def __init__(
+        self, dtype: torch.dtype, max_layers: int | None = None, elementwise: Way = "eager"
+    ) -> None:
+        self.dtype, self.max_layers, self.elementwise = dtype, max_layers, elementwise
         self.nf4: set[int] = set()
 
     def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
         """The base's shapes."""
-        lm = meta_lm(base, self.dtype, self.max_layers)
+        lm = meta_lm(base, self.dtype, self.max_layers, self.elementwise)
         if quantisation == "nf4":
             self.nf4 |= {id(linear.weight) for linear in nf4.quantised_linears(lm).values()}
         return lm
@@ -186,7 +189,7 @@ def _without_shares(config: ModelConfig) -> ModelConfig:
 def _build(
     config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None, max_layers: int | None
 ) -> Shapes:
-    weights = MetaWeights(dtype, max_layers)
+    weights = MetaWeights(dtype, max_layers, config.elementwise)
     with torch.device("meta"):
         ship = build_ship(config, weights, loss)
     shapes = Shapes(config, dtype, ship, frozenset())
@@ -210,13 +213,16 @@ def base_config(base: str) -> PreTrainedConfig:
         raise UserError(f"{error}; {WAY_OUT}") from None
 
 
-def meta_lm(base: str, dtype: torch.dtype, max_layers: int | None = None) -> nn.Module:
+def meta_lm(
+    base: str, dtype: torch.dtype, max_layers: int | None = None, elementwise: Way = "eager"
+) -> nn.Module:
     """The language model of a base on the meta device: shapes without memory.
 
     Args:
         base: see `base_config`.
         dtype: of its weights.
         max_layers: the layers after these are left out; None: none are.
+        elementwise: what a block keeps for its backward pass depends on it.
     """
     config = base_config(base)
     if max_layers is not None and config.num_hidden_layers > max_layers:
@@ -224,4 +230,5 @@ def meta_lm(base: str, dtype: torch.dtype, max_layers: int | None = None) -> nn.
         config.num_hidden_layers = max_layers
         if getattr(config, "num_decoder_layers", None):  # of the stack that writes
             config.num_decoder_layers = min(config.num_decoder_layers, max_layers)
-    return make_lean(without_weights(config, dtype=dtype, attn_implementation=PLANNED))
+    model = without_weights(config, dtype=dtype, attn_implementation=PLANNED)
+    return make_lean(model, elementwise)

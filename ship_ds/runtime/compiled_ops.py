@@ -41,6 +41,8 @@ def build(names: Sequence[str], log: Log) -> None:
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     root = op_cache(os.environ)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
+    # What torch.compile makes is code too, and its own folder in /tmp is for whoever is first.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
     with _one_process_at_a_time(root / "ship_ds.lock"):
         for stale in root.glob("*/lock"):
             log(f"{stale}: left behind by a process that was killed while it compiled; removed")

@@ -114,6 +114,46 @@ def test_a_weight_of_another_dtype_takes_transformers_way() -> None:
     assert make_lean(_norm())(x).dtype == torch.float32
 
 
+def _mlp_results(mlp: nn.Module) -> list[Tensor]:
+    """The output and the gradient of the input."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 3, 64).bfloat16().requires_grad_()
+    out = mlp(x)
+    weights = torch.linspace(-1, 1, out.numel()).bfloat16().view(out.shape)
+    return [out, *torch.autograd.grad((out * weights).sum(), [x])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("activation", "is_swiglu"), [("silu", True), ("gelu", False)])
+def test_a_feed_forward_layer_is_taken_where_it_is_compiled(
+    activation: str, is_swiglu: bool
+) -> None:
+    """SwiGLU alone has a backward pass of its own there, which keeps gate and up."""
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=96, hidden_act=activation
+    )
+    torch.manual_seed(0)
+    mlp = llama.LlamaMLP(config).bfloat16().requires_grad_(False)
+    theirs = _mlp_results(mlp)
+    assert type(make_lean(mlp)) is llama.LlamaMLP
+    assert type(make_lean(mlp, "compiled")) is not llama.LlamaMLP
+    ours = _mlp_results(mlp)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
+    x = torch.randn(3, 64).bfloat16().requires_grad_()
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mlp(x)
+    assert kept.count((3, 96)) == (2 if is_swiglu else 3)
+    with torch.no_grad():
+        assert mlp(x).equal(llama.LlamaMLP.forward(mlp, x))  # type: ignore[arg-type]
+
+
 SHAPE = dict(
     hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=1
 )

@@ -24,6 +24,8 @@ from ship_ds.planner.show import verdict, warnings_of
 from ship_ds.planner.zero import DEFAULTS, Zero, traffic
 from tests.export.models import make_t5_base
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
@@ -238,8 +240,9 @@ def test_missing_base_names_the_way_out(capsys: pytest.CaptureFixture[str]) -> N
         ["model.encoder.pooling=attention"],
         ["model.hypernetwork={kind: bottleneck}", "model.encoder.max_examples=2"],
         ["model.hypernetwork={kind: bottleneck}", "loss.reconstruction=0"],
+        ["model.elementwise=compiled"],
     ],
-    ids=["lora", "soft_prompt", "pooling", "bottleneck", "no_decoder"],
+    ids=["lora", "soft_prompt", "pooling", "bottleneck", "no_decoder", "compiled"],
 )
 def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides: list[str]) -> None:
     """The same forward on the meta device and on real weights, to the byte; the peak, for which
@@ -249,7 +252,8 @@ def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides:
     """
     whole = load_config("quickstart-smoke", overrides)
     config, loss = whole.model, whole.loss
-    model = build_ship(config, LoadedWeights(), loss).train()
+    weights = LoadedWeights(elementwise=config.elementwise)
+    model = build_ship(config, weights, loss).train()
     work = Workload(2, 3, 9, 14, 5, 2)
     planned = count_activations(build_shapes(config, torch.float32, loss), work)
     real = count_activations(Shapes(config, torch.float32, model, frozenset()), work)
