@@ -43,6 +43,10 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -
     trained for, so for them it is always the same one.
     """
 
+    key = str((tokenizer.chat_template, tokenizer.special_tokens_map, turns))
+    if key in _RENDERED:
+        return _RENDERED[key]
+
     def render() -> str:
         # In the child that renders, whose own modules these are. Of what it is given, transformers
         # passes on data alone, and no clock.
@@ -50,7 +54,13 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -
         text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return str(text)
 
-    return within_limits(render)
+    _RENDERED[key] = within_limits(render)
+    return _RENDERED[key]
+
+
+_RENDERED: dict[str, str] = {}
+"""What a template gave, by all that it is given: three roles of one base have the same, and a child
+takes longer to start the larger this process is."""
 
 
 class _TemplatesDay(datetime):
