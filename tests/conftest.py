@@ -92,11 +92,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put each test that asks for a run above into its tier; others say theirs themselves. Of the
-    soak tests keep the share that SHARD names: 2/10 is the second, twelfth, ... of them."""
+    """Put each test that asks for a run above into its tier; others say theirs themselves. Put
+    them in order, for several processes that take a file each. Of the soak tests keep the share
+    that SHARD names: 2/10 is the second, twelfth, ... of them."""
     for item in items:
         for name in _TIERS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(_TIERS[name])
+    # First what takes longest, so that at the end no process works on one such file alone.
+    long_files = {
+        item.path
+        for item in items
+        if item.get_closest_marker("distributed") or item.get_closest_marker("slurm")
+    }
+    items.sort(key=lambda item: item.path not in long_files)
     number, _, num_shards = os.environ.get("SHARD", "1/1").partition("/")
     soak = [item for item in items if item.get_closest_marker("soak")]
     others = set(soak) - set(soak[int(number) - 1 :: int(num_shards)])

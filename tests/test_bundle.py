@@ -16,6 +16,8 @@ from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import describe_roles
 
+pytestmark = pytest.mark.slow
+
 PROBES = ["4 4 1", "0 9", "é"]
 
 

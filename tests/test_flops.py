@@ -32,6 +32,8 @@ from ship_ds.planner.activations import Workload, planned_batch
 from ship_ds.planner.shapes import MetaWeights, Shapes, base_config
 from tests.export.models import make_t5_base
 
+pytestmark = pytest.mark.slow
+
 LORAS = [
     "model.encoder={quantisation: nf4, tuning: {kind: lora, rank: 8, dropout: 0}}",
     "model.decoder={quantisation: nf4, tuning: {kind: lora, rank: 2, dropout: 0}, max_examples: 1}",

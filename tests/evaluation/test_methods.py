@@ -40,6 +40,8 @@ from ship_ds.inference.lora_reader import LoraReader
 from ship_ds.model.batch import TokenBatch
 from tests.inference.conftest import bundle, ship
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["bundle", "ship"]
 
 Make = Callable[[Any], Any]

@@ -23,6 +23,8 @@ from ship_ds.model.loading import load_lm
 from ship_ds.model.rotation import rotated_by
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ("put 7 at the front", "reverse the list", "keep the numbers greater than 4")
 
 

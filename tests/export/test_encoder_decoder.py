@@ -22,6 +22,8 @@ from ship_ds.model.loading import load_prompts
 from tests.export.models import PROBES, make_base, make_ship, make_t5_base
 from tests.model.models import HIDDEN
 
+pytestmark = pytest.mark.slow
+
 TEXT = "put 7 at the front"
 OTHERS: Any = {"encoder": {"base": "embedded"}, "decoder": {"base": "embedded"}}
 

@@ -31,6 +31,8 @@ from ship_ds.model.nf4 import Nf4, pieces_of
 from tests.conftest import REPOSITORY, start
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship
 
+pytestmark = pytest.mark.slow
+
 TEXT = "put 7 at the front"
 
 

@@ -22,6 +22,8 @@ from ship_ds.inference.confidence import (
 from ship_ds.inference.deduction import answer_latents
 from ship_ds.model.encoder import Posterior
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["add 3", "remove every 5", "take the first 2"]
 INPUTS = [["3 4 9", "1 2"], ["5 5"], ["7 1 2", "4", "9 9 1"]]
 

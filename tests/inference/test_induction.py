@@ -27,6 +27,8 @@ from ship_ds.inference.search_state import SearchState
 from ship_ds.model.encoder import Posterior
 from ship_ds.model.ship import ShipModel
 
+pytestmark = pytest.mark.slow
+
 QUICK = {
     "num_views": 2,
     "num_samples": 2,

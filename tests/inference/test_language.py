@@ -25,6 +25,8 @@ from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals as try_proposals
 from tests.inference.conftest import KNOWN
 
+pytestmark = pytest.mark.slow
+
 WRITTEN = (
     "add 3 to each number of the list",
     "remove every 5",

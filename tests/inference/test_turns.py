@@ -21,6 +21,8 @@ from ship_ds.model.encoder import keyed_generator
 from ship_ds.model.turns import in_turn
 from tests.inference.test_induction import QUICK, behaviour
 
+pytestmark = pytest.mark.slow
+
 
 class TwoRanks:
     """Sums over two threads."""

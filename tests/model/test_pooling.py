@@ -23,6 +23,8 @@ from ship_ds.prompt import describe_roles
 from tests.model.models import wake_up
 from tests.model.test_shared_backbone import config_of, step, trained
 
+pytestmark = pytest.mark.slow
+
 WORDINGS = ["keep the numbers greater than 4", "reverse", "put 7 at the front of the list"]
 LENGTHS = [5, 2, 9]
 ATTENTION: dict[str, Any] = {"encoder.pooling": {"kind": "attention", "num_queries": 3}}

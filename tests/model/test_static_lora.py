@@ -28,6 +28,8 @@ from ship_ds.model.parameter_names import current_name
 from ship_ds.model.ship import ShipModel
 from tests.model.models import tiny_lm, wake_up
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(2, 14).view(2, 6)
 TUNING = LoraTuning(rank=3, alpha=6, dropout=0.25, targets=("down_proj", "q_proj"))
 

@@ -33,6 +33,8 @@ from ship_ds.model.loading import load_tokenizer
 from ship_ds.planner.shapes import MetaWeights, base_config
 from ship_ds.prompt import PromptFormat
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ModelConfig(
     latent_size=16,
     task_llm=TaskLlmConfig(quantisation="none", checkpointing=True),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import pytest
 
 from ship_ds.runtime import sign_of_life
 from tests.conftest import REPOSITORY, environment
+
+pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import ctypes, os, signal, sys, time
@@ -35,20 +38,47 @@ print("done")
 """
 
 
-def run(call: str, limit: float | None = 2) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(call=call, limit=limit)],
-        cwd=REPOSITORY,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+CALLS: dict[str, tuple[str, float | None]] = {
+    "waits": ("wait_for_a_mutex()", 2),
+    "is stopped": ("stop()", 2),
+    "returns, without a limit": ("library.sleep(3); time.sleep(2)", None),
+    "returns": ("library.sleep(3); time.sleep(2)", 3),
+    "works": ("time.sleep(2.5)", 2),
+    "forks": ("if os.fork() == 0: time.sleep(4); os._exit(0)", 2),
+}
+"""What a program does, and its limit in seconds. They sleep most of their time."""
 
 
-def test_a_call_that_holds_the_interpreter_is_named_with_its_stack() -> None:
-    done = run("wait_for_a_mutex()")
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[str], subprocess.CompletedProcess[str]]]:
+    """What became of a program; all of them are started together."""
+    programs = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(call=call, limit=limit)],
+            cwd=REPOSITORY,
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name, (call, limit) in CALLS.items()
+    }
+
+    def result(name: str) -> subprocess.CompletedProcess[str]:
+        stdout, stderr = programs[name].communicate(timeout=60)
+        return subprocess.CompletedProcess(name, programs[name].returncode, stdout, stderr)
+
+    yield result
+    for program in programs.values():
+        program.kill()
+        program.communicate()
+
+
+Run = Callable[[str], subprocess.CompletedProcess[str]]
+
+
+def test_a_call_that_holds_the_interpreter_is_named_with_its_stack(run: Run) -> None:
+    done = run("waits")
     assert done.returncode == -signal.SIGKILL
     first, *stacks, last = done.stderr.splitlines()
     assert first.startswith("ship-ds: rank 3: no sign of life for ") and first.endswith(
@@ -58,31 +88,31 @@ def test_a_call_that_holds_the_interpreter_is_named_with_its_stack() -> None:
     assert "(training.hang_minutes): process " in last and last.endswith("is killed")
 
 
-def test_a_process_that_a_signal_stopped_is_named() -> None:
-    done = run("stop()")
+def test_a_process_that_a_signal_stopped_is_named(run: Run) -> None:
+    done = run("is stopped")
     assert done.returncode == -signal.SIGKILL
     named, killed = done.stderr.splitlines()
     assert "was stopped by a signal: `kill -CONT " in named and killed.endswith("is killed")
 
 
-@pytest.mark.parametrize("limit", [None, 3])
-def test_a_call_that_returns_is_forgotten(limit: float | None) -> None:
+@pytest.mark.parametrize("name", ["returns, without a limit", "returns"])
+def test_a_call_that_returns_is_forgotten(run: Run, name: str) -> None:
     """Without a limit it may take as long as it likes."""
-    done = run("library.sleep(3); time.sleep(2)", limit)
+    done = run(name)
     assert (done.returncode, done.stdout) == (0, "done\n")
     assert (
         done.stderr.count("no sign of life") == done.stderr.count("ship-ds: rank 3: goes on") == 1
     )
 
 
-def test_a_process_that_works_is_not_named() -> None:
+def test_a_process_that_works_is_not_named(run: Run) -> None:
     """The pipe is the only thing that holds the other process: `run` waits for it, too."""
-    done = run("time.sleep(2.5)")
+    done = run("works")
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
-def test_a_process_that_has_ended_is_not_named_for_what_it_forked() -> None:
-    done = run("if os.fork() == 0: time.sleep(4); os._exit(0)")
+def test_a_process_that_has_ended_is_not_named_for_what_it_forked(run: Run) -> None:
+    done = run("forks")
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 

@@ -19,6 +19,8 @@ from ship_ds.serving.limits import Limits
 from ship_ds.serving.room import Room
 from tests.serving.conftest import BASE, INPUT, Serve, Served
 
+pytestmark = pytest.mark.slow
+
 
 def load(served: Served, **body: Any) -> httpx.Response:
     return httpx.post(f"{served.url}/v1/load_lora_adapter", json=body, timeout=60)

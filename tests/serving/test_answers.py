@@ -20,6 +20,8 @@ from tests.conftest import REPOSITORY
 from tests.inference.conftest import KNOWN
 from tests.serving.conftest import BASE, INPUT, Serve
 
+pytestmark = pytest.mark.slow
+
 INSTRUCTION = "add 2"
 SYSTEM = {"role": "system", "content": INSTRUCTION}
 

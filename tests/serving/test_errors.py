@@ -28,6 +28,8 @@ from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
 from tests.serving.conftest import BASE, Serve, Served
 
+pytestmark = pytest.mark.slow
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "3 7"}]
 

@@ -21,6 +21,8 @@ from ship_ds.serving.room import Query, Room, Writing
 from ship_ds.serving.server import Server, address, listening
 from tests.serving.conftest import Serve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("queue", ["_short", "_long"])
 def test_a_call_that_is_taken_back_as_its_turn_comes(ship: Ship, queue: str) -> None:

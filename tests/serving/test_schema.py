@@ -18,6 +18,8 @@ from ship_ds.serving.limits import Limits
 from ship_ds.serving.room import Room
 from tests.serving.conftest import BASE, Served, started
 
+pytestmark = pytest.mark.slow
+
 MODES = pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name.lower())
 
 

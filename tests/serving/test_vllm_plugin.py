@@ -24,6 +24,8 @@ from ship_ds.errors import UserError
 from ship_ds.serving import vllm_plugin
 from ship_ds.serving.vllm_plugin import InstructionResolver, register
 
+pytestmark = pytest.mark.slow
+
 TEXT = "reverse the list"
 
 

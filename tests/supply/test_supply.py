@@ -21,6 +21,8 @@ from ship_ds.supply.make import make
 from ship_ds.supply.proposers import DecoderProposer
 from tests.evaluation.test_judges import Handler, Server, serve
 
+pytestmark = pytest.mark.slow
+
 EASY = {
     "propose": [
         "num_at_once=6",
