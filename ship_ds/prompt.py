@@ -43,7 +43,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -
     trained for, so for them it is always the same one.
     """
 
-    key = str((tokenizer.chat_template, tokenizer.special_tokens_map, turns))
+    key = str((type(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map, turns))
     if key in _RENDERED:
         return _RENDERED[key]
 

@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -20,12 +21,14 @@ import pytest
 from jinja2 import TemplateError
 
 from ship_ds.config import base_folder
+from ship_ds.console import no_log
 from ship_ds.errors import UserError
 from ship_ds.export.requests import read_instructions
 from ship_ds.files import Manifest
 from ship_ds.model.loading import load_prompts
 from ship_ds.parsing import is_folder_name
-from ship_ds.runtime.op_cache import op_cache
+from ship_ds.runtime import compiled_ops
+from ship_ds.runtime.op_cache import compiled_cache, op_cache
 from ship_ds.template_limits import TemplateLimitError, within_limits
 from tests.conftest import REPOSITORY, environment
 
@@ -374,6 +377,35 @@ def test_compiled_ops_that_others_can_write_are_refused(
         op_cache({"TORCH_EXTENSIONS_DIR": "/dev/null/ops"})
     monkeypatch.setenv("HOME", "/nowhere/at/all")
     assert op_cache({}).parts[-2] == f"ship_ds-{os.getuid()}"
+
+
+def test_what_torch_compiles_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From other users, whose folder torch's default in /tmp may be, and from machines with another
+    processor, for which torch would take it."""
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")}
+    own = compiled_cache(environment)
+    assert own.parent == tmp_path / "ops" / "inductor" and own.is_dir()
+    environment["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/torchinductor_somebody"
+    assert compiled_cache(environment) == own
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name : another\nflags : fpu avx2\n")
+    monkeypatch.setattr("ship_ds.runtime.op_cache._PROCESSOR", tmp_path / "cpuinfo")
+    assert compiled_cache(environment) != own
+    chosen = tmp_path / "chosen"
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(chosen)
+    assert compiled_cache(environment) == chosen
+    chosen.chmod(0o777)
+    with pytest.raises(UserError, match="TORCHINDUCTOR_CACHE_DIR: .*: others can write"):
+        compiled_cache(environment)
+
+
+def test_a_training_compiles_into_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_me")
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # which it changes
+    compiled_ops.build([], no_log)
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == tmp_path / "inductor"
 
 
 def test_every_text_file_is_opened_as_utf_8() -> None:

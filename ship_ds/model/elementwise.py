@@ -19,6 +19,7 @@ Letters: H hidden size, X other letters flattened, E sequences, A attention head
 F size of an attention head.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -110,40 +111,79 @@ class Kernels(NamedTuple):
 EAGER = Kernels()
 
 
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(one, memory_format=torch.contiguous_format) for one in tensors)
+
+
+def _normed_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(x)[0], x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+_SHAPES = Kernels(
+    rms_norm=_normed_like,
+    rms_norm_gradient=lambda grad, x, *_: _like(x)[0],
+    turned=lambda x, *_: _like(x)[0],
+    swiglu=lambda gate, up: _like(gate)[0],
+    swiglu_gradients=lambda grad, gate, up: _like(gate, up),  # type: ignore[arg-type,return-value]
+)
+"""Of what is compiled the results alone, for a plan: one loop holds nothing else."""
+
+
 @cache
 def compiled() -> Kernels:
     """Each of them compiled when it is first called, for any size."""
     # Here: a second to import, and nothing for those who compile nothing.
     import torch._inductor.config
 
-    # Otherwise torch starts a process a core for the compiler, which five loops do not need.
-    torch._inductor.config.compile_threads = 1
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # Otherwise torch starts a process a core for the compiler, which five loops do not need.
+        torch._inductor.config.compile_threads = 1
     kernels = EAGER._replace(turned=_turned_at_once)
-    return Kernels(*[_compiled(kernel) for kernel in kernels])
+    return Kernels(
+        *[_compiled(getattr(kernels, name), getattr(_SHAPES, name)) for name in Kernels._fields]
+    )
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
     # dynamic: hardly two steps have as many tokens, and each would compile anew.
     made = torch.compile(function, dynamic=True)
 
-    def run(x: Tensor, *others: Any) -> Any:
-        # A plan runs the model on shapes, of which there is nothing to compile.
-        return function(x, *others) if x.is_meta else made(x, *others)
+    def run(*inputs: Any) -> Any:
+        if inputs[0].is_meta:
+            return shapes(*inputs)
+        # A tensor that wants a gradient, one that is a view of such a one and a parameter, whose
+        # sizes are taken for fixed, would each be compiled for, up to torch's limit, and computed
+        # in eager mode after that.
+        return made(*[one.detach() if isinstance(one, Tensor) else one for one in inputs])
 
     return run
 
 
-def check_compiler(device: torch.device) -> None:
-    """Compile the smallest of them.
+@torch.no_grad()
+def compile_all(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile each of them, so that what cannot be compiled is known before the first step.
 
     Raises:
-        UserError: torch.compile cannot, with what it misses.
+        UserError: torch.compile cannot, or has nowhere to keep what it makes.
     """
-    few = torch.zeros(2, 16, device=device)
+    x = torch.zeros(3, 2, 5, 16, device=device, dtype=dtype)
     try:
-        compiled().swiglu(few, few)
-    except Exception as error:  # of many kinds: no compiler, no Triton, a folder that is full
+        kernels = compiled()
+        _, scale = kernels.rms_norm(x, x[0, 0, 0], 1e-5)
+        kernels.rms_norm_gradient(x, x, x[0, 0, 0], scale)
+        for sign in (1, -1):
+            kernels.turned(x, x[:, :1], x[:, :1], sign)
+        kernels.swiglu(x, x)
+        kernels.swiglu_gradients(x, x, x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: no compiler, no Triton
         cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise UserError(
+                f"TORCHINDUCTOR_CACHE_DIR: {first_line(cause)}: set it to a folder of your own on "
+                "a disk with room"
+            ) from None
         raise UserError(
             f"model.elementwise=compiled: torch.compile: {first_line(cause)}: install what it "
             "misses, or set model.elementwise=eager"

@@ -41,7 +41,7 @@ def make_lean(model: nn.Module, way: Way = "eager") -> nn.Module:
     and results stay.
 
     Args:
-        model: of any family.
+        model: of any family; a second time nothing changes, whatever the way.
         way: how what stands between the matrix products is computed.
 
     Returns:
@@ -161,6 +161,9 @@ class _LeanMlp(_Lean):
 
     def forward(self, x: Tensor) -> Tensor:
         """Down of SwiGLU of gate and up."""
+        if not torch.is_grad_enabled():
+            plain: Tensor = super().forward(x)  # type: ignore[misc]
+            return plain
         gate, up = self.gate_proj(x), self.up_proj(x)
         is_swiglu = isinstance(self.act_fn, _SILU) and gate.dtype == up.dtype
         if is_swiglu and _wants_gradient(gate, up):

@@ -21,7 +21,7 @@ from ship_ds.errors import UserError, first_line
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
 from ship_ds.model.bitsandbytes_import import bitsandbytes
-from ship_ds.model.elementwise import Way, check_compiler
+from ship_ds.model.elementwise import Way, compile_all
 from ship_ds.model.language_model import (
     auto_class,
     implementation,
@@ -113,7 +113,7 @@ def load_lm(
     """
     folder, device = base_folder(base), device or this_machine()
     if elementwise == "compiled":
-        check_compiler(device)
+        compile_all(device, dtype)
     settings = read_settings(folder)
     caps_scores = getattr(settings, "attn_logit_softcapping", None) is not None
     by_lengths = implementation(settings).goes_by_lengths

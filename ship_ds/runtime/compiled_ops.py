@@ -22,7 +22,7 @@ import torch
 from ship_ds.console import Log
 from ship_ds.errors import UserError
 from ship_ds.runtime.deepspeed_config import offloads_optimiser, offloads_to_nvme
-from ship_ds.runtime.op_cache import op_cache
+from ship_ds.runtime.op_cache import compiled_cache, op_cache
 
 
 def needed(deepspeed: Mapping[str, Any]) -> list[str]:
@@ -41,8 +41,7 @@ def build(names: Sequence[str], log: Log) -> None:
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     root = op_cache(os.environ)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
-    # What torch.compile makes is code too, and its own folder in /tmp is for whoever is first.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_cache(os.environ))
     with _one_process_at_a_time(root / "ship_ds.lock"):
         for stale in root.glob("*/lock"):
             log(f"{stale}: left behind by a process that was killed while it compiled; removed")

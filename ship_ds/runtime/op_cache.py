@@ -1,15 +1,19 @@
-"""Where DeepSpeed's compiled ops are kept. What lies there is loaded as code, so nobody else may be
-able to write it. Imports no torch."""
+"""Where DeepSpeed's compiled ops are kept, and what torch.compile makes. What lies there is loaded
+as code, so nobody else may be able to write it. Imports no torch."""
 
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 from ship_ds.errors import UserError
 
 _VARIABLE = "TORCH_EXTENSIONS_DIR"
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+_PROCESSOR = Path("/proc/cpuinfo")
 
 
 def op_cache(environment: Mapping[str, str]) -> Path:
@@ -19,17 +23,49 @@ def op_cache(environment: Mapping[str, str]) -> Path:
     Raises:
         UserError: it cannot be written, or others can write it.
     """
-    folder = Path(environment.get(_VARIABLE) or _default())
+    return _own(Path(environment.get(_VARIABLE) or _default()), _VARIABLE)
+
+
+def compiled_cache(environment: Mapping[str, str]) -> Path:
+    """The folder of what torch.compile makes, made where it is missing: as the user says, or one
+    below `op_cache` for machines with this one's processor.
+
+    torch looks up what it made by the program alone, and finds a loop for the vectors of another
+    processor where machines share the folder: half of what that computes is wrong.
+
+    Raises:
+        UserError: see `op_cache`.
+    """
+    # torch's default is a folder in /tmp, whoever made it. Its modules put that into the
+    # environment as they are imported, so that it says nothing of the user.
+    default = Path(tempfile.gettempdir()) / "torchinductor_"
+    chosen = environment.get(_COMPILED, str(default))
+    if not chosen.startswith(str(default)):
+        return _own(Path(chosen), _COMPILED)
+    return _own(op_cache(environment) / "inductor" / _processor(), _VARIABLE)
+
+
+def _processor() -> str:
+    """A name for what this machine's compiler makes loops for."""
+    try:
+        lines = _PROCESSOR.read_text(encoding="utf-8")
+    except OSError:
+        lines = str(os.uname())
+    kind = sorted(set(re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", lines, re.M)))
+    return sha256("\n".join(kind).encode()).hexdigest()[:12]
+
+
+def _own(folder: Path, variable: str) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()
     except OSError as error:
         raise UserError(
-            f"{_VARIABLE}: {folder}: {error.strerror}: set it to a folder that can be written"
+            f"{variable}: {folder}: {error.strerror}: set it to a folder that can be written"
         ) from None
     if about.st_uid not in (os.getuid(), 0) or about.st_mode & stat.S_IWOTH:
         raise UserError(
-            f"{_VARIABLE}: {folder}: others can write what would be run from there: chmod o-w it, "
+            f"{variable}: {folder}: others can write what would be run from there: chmod o-w it, "
             "or set the variable to a folder of your own"
         )
     return folder

@@ -29,7 +29,7 @@ from ship_ds.errors import UserError
 from ship_ds.exit_codes import BAD_INPUT, INTERRUPTED
 from ship_ds.parsing import read_json_object
 from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
-from ship_ds.runtime.op_cache import op_cache
+from ship_ds.runtime.op_cache import compiled_cache, op_cache
 from ship_ds.section import Section
 
 MOST_HANG_MINUTES = 25
@@ -48,6 +48,8 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
         verify(bundle_folder(config.run.init_from), hashes=False)
     _check_writable(Path(config.run.folder))
     op_cache(environment)
+    # Before torch is imported, which makes the folder and has no line for one that it cannot make.
+    compiled_cache(environment)
     _check_gpus(environment)
 
 

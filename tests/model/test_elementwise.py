@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ship_ds.errors import UserError
 from ship_ds.model import elementwise
@@ -82,7 +85,7 @@ def test_rms_norm(kernels: Kernels, dtype: torch.dtype, tolerance: float) -> Non
 @both_ways
 def test_turning_and_turning_back(kernels: Kernels, dtype: torch.dtype, tolerance: float) -> None:
     angle = drawn(3, 1, 7, 8, dtype=torch.float32).repeat(1, 1, 1, 2)
-    x = drawn(3, 2, 7, 16, dtype=dtype)
+    x = drawn(3, 7, 2, 16, dtype=dtype).transpose(1, 2)  # as an attention has it
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     (out, grad_x, *_), grad = expected(plain_turned, x, cos, sin)
     found = [kernels.turned(x, cos, sin, 1), kernels.turned(grad.to(dtype), cos, sin, -1)]
@@ -97,20 +100,87 @@ def test_swiglu(kernels: Kernels, dtype: torch.dtype, tolerance: float) -> None:
     agree(found, wanted, dtype, tolerance)
 
 
-def test_nothing_is_compiled_of_shapes() -> None:
-    """A plan runs the model on them."""
-    gate = torch.empty(3, 8, device="meta")
-    seen = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert compiled().swiglu(gate, gate).shape == gate.shape
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == seen
+def test_a_plan_holds_the_results_alone() -> None:
+    """Of the same shapes, dtypes and layout as are computed; nothing is compiled."""
+    x, weight, scale = drawn(2, 3, 8, dtype=torch.bfloat16), drawn(8, dtype=torch.bfloat16), 1e-5
+    turning = x[:, None].transpose(1, 2), x[:, :, None], x[:, :, None], -1
+    norm_scale = drawn(2, 3, 1, dtype=torch.float32)
+    calls: dict[str, tuple[Any, ...]] = {
+        "rms_norm": (x, weight, scale),
+        "rms_norm_gradient": (x, x, weight, norm_scale),
+        "turned": turning,
+        "swiglu": (x, x),
+        "swiglu_gradients": (x, x, x),
+    }
+    assert tuple(calls) == Kernels._fields
+    for name, inputs in calls.items():
+        on_meta = [one.to("meta") if isinstance(one, Tensor) else one for one in inputs]
+        planned, real = getattr(compiled(), name)(*on_meta), getattr(EAGER, name)(*inputs)
+        if isinstance(real, Tensor):
+            planned, real = (planned,), (real,)
+        assert [(one.shape, one.dtype) for one in planned] == [
+            (one.shape, one.dtype) for one in real
+        ]
+        assert all(one.is_meta and one.is_contiguous() for one in planned)
+
+
+def test_few_kinds_of_input_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond torch's limit of eight a function is computed as in eager mode. Any number of tokens,
+    any width, gradients or none, views or not: few."""
+    graphs: list[str] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compile_ = partial(torch.compile, backend=count)
+    monkeypatch.setattr("ship_ds.model.elementwise.torch.compile", compile_)
+    kernels = elementwise.compiled.__wrapped__()
+    numbers: dict[str, int] = {}
+    for width in (16, 24):
+        weight = nn.Parameter(torch.ones(width), requires_grad=False)
+        for num_sequences, num_tokens in ((1, 5), (3, 7), (4, 2)):
+            for wants in (False, True):
+                x = drawn(num_sequences, num_tokens, width, dtype=torch.float32)
+                x.requires_grad_(wants)
+                heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+                angle = drawn(num_sequences, 1, num_tokens, width // 2, dtype=torch.float32)
+                for name, inputs in {
+                    "rms_norm": (x, weight, EPSILON),
+                    "rms_norm_gradient": (x, x, weight, x[..., :1]),
+                    "turned": (heads, angle, angle, 1),
+                    "turned ": (heads, angle, angle, -1),
+                    "swiglu": (x, x.detach()),
+                    "swiglu_gradients": (x, x, x.detach()),
+                }.items():
+                    before = len(graphs)
+                    getattr(kernels, name.strip())(*inputs)
+                    numbers[name.strip()] = numbers.get(name.strip(), 0) + len(graphs) - before
+    assert max(numbers.values()) <= 5 and min(numbers.values()) >= 1, numbers
+
+
+def refused(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said where torch compiles with these settings, and has compiled nothing yet."""
+    monkeypatch.setattr(elementwise, "compiled", elementwise.compiled.__wrapped__)
+    torch._dynamo.reset()
+    # Not by monkeypatch, which leaves a setting of torch's deleted.
+    with torch._inductor.config.patch(settings), pytest.raises(UserError) as raised:
+        elementwise.compile_all(torch.device("cpu"), torch.float32)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def test_a_machine_that_cannot_compile_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "compiled", elementwise.compiled.__wrapped__)
-    torch._dynamo.reset()
     settings = {"cpp.cxx": (os.devnull,), "force_disable_caches": True}
-    # Not by monkeypatch, which leaves a setting of torch's deleted.
-    with torch._inductor.config.patch(settings), pytest.raises(UserError) as raised:
-        elementwise.check_compiler(torch.device("cpu"))
-    assert "\n" not in str(raised.value)
-    assert str(raised.value).startswith("model.elementwise=compiled: torch.compile: ")
+    said = refused(settings, monkeypatch)
+    assert said.startswith("model.elementwise=compiled: torch.compile: ")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()  # imported before, which makes the folder, too
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    said = refused({"force_disable_caches": True}, monkeypatch)
+    assert said.startswith("TORCHINDUCTOR_CACHE_DIR: NotADirectoryError: ")

@@ -733,6 +733,7 @@ def let_go_of_buckets() -> None:
             if storage.nbytes() >= 10**9:
                 storage.resize_(0)
     # DeepSpeed collects garbage at each start, through all that is alive: not through these again.
+    gc.collect()
     gc.freeze()
 
 
