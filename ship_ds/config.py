@@ -259,10 +259,11 @@ class LoraHypernetworkConfig(TrunkConfig):
     targets: Targets = Field(ALL_PROJECTIONS, min_length=1)
     """Last names of the linears of the Task LLM that are adapted; all-linear: every one of its
     blocks."""
-    heads: Literal["per_module", "per_layer", "per_rank"] = "per_module"
-    """One head a module shape, one a layer (largest), or one a shape that makes a single rank
-    (smallest)."""
-
+    heads: Literal["per_module", "per_layer", "per_rank", "diagonal", "square"] = "per_module"
+    """One head a module shape, one a layer (largest), or one a shape that makes a single rank (of
+    those that make A and B the smallest). diagonal, square: A and B are learned, the same for all
+    tasks, and z gives a weight of each rank, or a matrix between them (Zhyper); fewer numbers of z,
+    so that the rank may be higher."""
     latent: Literal["whole", "by_layer"] = "whole"
     """Each linear reads all of z, or the share of its block alone, of equal shares."""
 
@@ -278,7 +279,7 @@ class BottleneckHypernetworkConfig(TrunkConfig):
     targets: Targets = Field(("o_proj", "down_proj"), min_length=1)
     """Last names of the linears of the Task LLM after which it stands; all-linear: every one of its
     blocks."""
-    heads: Literal["per_module", "per_layer", "per_rank"] = "per_module"
+    heads: Literal["per_module", "per_layer", "per_rank", "diagonal", "square"] = "per_module"
     """As a LoRA's."""
     latent: Literal["whole", "by_layer"] = "whole"
     """Each adapter reads all of z, or the share of its block alone, of equal shares."""
@@ -328,6 +329,10 @@ class SoftPromptHypernetworkConfig(Section):
     """Embeddings put before the prompt of the Task LLM."""
     width: PositiveInt = 128
     """Of the hidden layer between z and the embeddings."""
+    rank: PositiveInt | None = None
+    """The embeddings are made as a product of num_virtual_tokens x rank numbers and a learned
+    matrix, rank x hidden size, the same for all tasks (Decomposed Prompt Tuning): fewer weights.
+    None: whole."""
 
 
 class ReshapeHypernetworkConfig(Section):

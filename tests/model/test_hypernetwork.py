@@ -19,7 +19,10 @@ from ship_ds.model.batch import TokenBatch
 from tests.model.models import label_logits, random_rows, tiny_lm
 
 Z, WIDTH, RANK = 6, 16, 4
-KINDS = ("per_module", "per_layer", "per_rank")
+GENERATED = ("per_module", "per_layer", "per_rank")
+LEARNED = ("diagonal", "square")
+"""Heads with an A and a B that are the same for all tasks."""
+KINDS = (*GENERATED, *LEARNED)
 SITES = {
     f"model.layers.{layer}.{name}": shape
     for layer in range(3)
@@ -77,12 +80,12 @@ def _awake(hypernetwork: LoraHypernetwork) -> LoraHypernetwork:
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in hypernetwork.named_parameters():
-            if "to_b" in name:
+            if "to_b" in name or "to_core" in name:
                 parameter.normal_(std=0.3)
     return hypernetwork
 
 
-@pytest.mark.parametrize("heads", KINDS)
+@pytest.mark.parametrize("heads", GENERATED)
 def test_z_the_layer_the_module_and_the_rank_all_matter(heads: str) -> None:
     factors = _awake(_hypernetwork(heads))(_latent()).factors
     for part in (0, 1):
@@ -95,6 +98,28 @@ def test_z_the_layer_the_module_and_the_rank_all_matter(heads: str) -> None:
     assert torch.linalg.matrix_rank(shift, rtol=1e-3) > 1, (
         "the ranks of B must depend on z each in its own way"
     )
+
+
+@pytest.mark.parametrize(("heads", "core_size"), [("diagonal", RANK), ("square", RANK * RANK)])
+def test_z_makes_what_stands_between_a_learned_a_and_b(heads: str, core_size: int) -> None:
+    """B core A, the core of each task and site made by one linear of the trunk's features."""
+    hypernetwork = _awake(_hypernetwork(heads))
+    seen: list[tuple[torch.Tensor, ...]] = []
+    for head in hypernetwork.heads:
+        head.to_core.register_forward_hook(  # type: ignore[union-attr,operator]
+            lambda _, inputs, output: seen.append((*inputs, output))
+        )
+    factors = hypernetwork(_latent()).factors
+    for head, (_, core_TJX) in zip(hypernetwork.heads, seen, strict=True):
+        assert core_TJX.shape[2] == core_size
+        for place, path in enumerate(head.paths):  # type: ignore[arg-type]
+            a_TRI, b_TOR = factors[path]
+            a_RI = head.a.weight[place].view(RANK, -1)  # type: ignore[union-attr,index,operator]
+            b_OR = head.b.weight[place].view(-1, RANK)  # type: ignore[union-attr,index,operator]
+            for task, core in enumerate(core_TJX[:, place]):
+                square = core.diag() if heads == "diagonal" else core.view(RANK, RANK)
+                torch.testing.assert_close(b_TOR[task] @ a_TRI[task], b_OR @ square @ a_RI)
+            assert not torch.allclose(b_TOR[0], b_TOR[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("heads", KINDS)
@@ -147,7 +172,7 @@ def test_head_sizes_by_hand() -> None:
         heads: sum(
             p.numel() for module in _hypernetwork(heads).head_modules() for p in module.parameters()
         )
-        for heads in KINDS
+        for heads in GENERATED
     }
     one_of_each = (8 + 8) + (8 + 4) + (8 + 12)
     assert sizes == {
@@ -155,6 +180,29 @@ def test_head_sizes_by_hand() -> None:
         "per_layer": 3 * (WIDTH + 1) * RANK * (one_of_each + 8 + 12),
         "per_rank": (WIDTH + 1) * one_of_each + 3 * RANK * WIDTH,
     }
+
+
+def test_sizes_of_heads_with_learned_factors_by_hand() -> None:
+    """Every site's own A and B, and one linear for each of the three shapes."""
+    for heads, core_size in (("diagonal", RANK), ("square", RANK * RANK)):
+        size = sum(p.numel() for head in _hypernetwork(heads).heads for p in head.parameters())
+        of_sites = RANK * sum(num_in + num_out for num_in, num_out in SITES.values())
+        assert size == of_sites + 3 * (WIDTH + 1) * core_size
+
+
+def test_a_decomposed_soft_prompt_is_of_the_rank_it_says() -> None:
+    config = SoftPromptHypernetworkConfig(num_virtual_tokens=5, width=8, rank=2)
+    hypernetwork = build_hypernetwork(config, Z, Target({}, 10))
+    tokens = hypernetwork(_latent()).virtual_tokens()
+    assert tokens is not None and tokens.shape == (2, 5, 10)
+    assert torch.linalg.matrix_rank(tokens).tolist() == [2, 2]
+    # One row space for all tasks: the learned matrix's.
+    assert torch.linalg.matrix_rank(tokens.flatten(0, 1)) == 2
+    weights = {name: parameter.shape for name, parameter in hypernetwork.named_parameters()}
+    assert weights["layers.2.weight"] == (5 * 2, 8) and weights["basis.weight"] == (10, 2)
+    assert hypernetwork.num_products() == Z * 8 + 8 * 5 * 2 + 5 * 2 * 10
+    tokens.sum().backward()
+    assert all(parameter.grad is not None for parameter in hypernetwork.parameters())
 
 
 def test_soft_prompt_shape_and_gradient() -> None:

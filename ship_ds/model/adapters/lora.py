@@ -1,16 +1,14 @@
 """LoRA (Hu et al. 2021): z -> A and B of every target linear.
 
-A hypernetwork is a trunk shared by all sites (z plus a learned embedding -> MLP) and heads. Each
-head serves a group of sites, says how many embeddings they need, and turns the trunk's features
-into their A and B. B starts at exactly zero, so step 0 is the base model; A starts as in `peft`.
+A hypernetwork is a trunk shared by all sites (z plus a learned embedding -> MLP) and heads
+(lora_heads.py), which make A and B of its features. B starts at exactly zero, so step 0 is the base
+model; A starts as in `peft`.
 
 Letters: T tasks, Z latent size, D hypernetwork width, J sites of a group, U features of a group,
 R LoRA rank, I inputs of a linear, O outputs of a linear, X other letters flattened.
 """
 
 import math
-import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,13 +27,11 @@ from ship_ds.model.adapters.adapter import (
     Target,
     num_products,
 )
+from ship_ds.model.adapters.lora_heads import HEADS, Factors, LoraHead
 from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.segments import TaskEnds
 from ship_ds.model.adapters.sites import linears_of, sizes, weight_of
 from ship_ds.model.adapters.trunk import TrunkHypernetwork, layer_of, share_of
-
-Factors = dict[str, tuple[Tensor, Tensor]]
-"""Module path -> (a_TRI, b_TOR)."""
 
 
 @dataclass(frozen=True)
@@ -235,134 +231,6 @@ def exports_of_lora(adapter: LoraAdapter) -> list[Export]:
     ]
 
 
-class LoraHead(nn.Module, ABC):
-    """Makes the factors of one group of sites; made from (width, rank, those sites)."""
-
-    num_embeddings: int
-    """How many embeddings tell the group's features apart."""
-    places: Sequence[str]
-    """Module path of a site that each feature is of, U of them."""
-
-    @staticmethod
-    def groups(sites: Sites) -> list[Sites]:
-        """All sites parted into those that one head serves: here, those of one (in, out) shape."""
-        return [
-            {path: sites[path] for path in sites if sites[path] == shape}
-            for shape in sorted(set(sites.values()))
-        ]
-
-    def units(self, embeddings_JD: Tensor) -> Tensor:
-        """What each feature stands for, (U, D), from the group's embeddings."""
-        return embeddings_JD
-
-    @property
-    def num_features(self) -> int:
-        """U."""
-        return self.num_embeddings
-
-    @abstractmethod
-    def forward(self, features_TUD: Tensor) -> Factors:
-        """A and B of each of the group's sites, from the features (T, U, D)."""
-
-
-class ShapeHead(LoraHead):
-    """`per_module`: all ranks of A and B of a site from one feature; shared by the sites of one
-    shape."""
-
-    def __init__(self, width: int, rank: int, sites: Sites) -> None:
-        super().__init__()
-        self.paths, self.num_embeddings = list(sites), len(sites)
-        self.places = self.paths
-        self.rank, (self.num_in, self.num_out) = rank, next(iter(sites.values()))
-        self.to_a = nn.Linear(width, rank * self.num_in)
-        self.to_b = nn.Linear(width, rank * self.num_out)
-        nn.init.normal_(self.to_a.weight, std=0.2 / math.sqrt(self.num_in))
-        nn.init.uniform_(self.to_a.bias, -1 / math.sqrt(self.num_in), 1 / math.sqrt(self.num_in))
-        _zero(self.to_b)
-
-    def forward(self, features_TUD: Tensor) -> Factors:
-        a_TJRI = self.to_a(features_TUD).unflatten(2, (self.rank, self.num_in))
-        b_TJOR = self.to_b(features_TUD).unflatten(2, (self.num_out, self.rank))
-        return _by_path(self.paths, a_TJRI, b_TJOR)
-
-
-class LayerHead(LoraHead):
-    """`per_layer`: A and B of every module of one layer from one feature; no layer shares it, so it
-    is the largest."""
-
-    def __init__(self, width: int, rank: int, sites: Sites) -> None:
-        super().__init__()
-        self.num_embeddings, self.places = 1, list(sites)[:1]
-        self.parts = nn.ModuleList(
-            ShapeHead(width, rank, {path: shape}) for path, shape in sites.items()
-        )
-
-    @staticmethod
-    def groups(sites: Sites) -> list[Sites]:
-        layers: dict[str, dict[str, tuple[int, int]]] = {}
-        for path, shape in sites.items():
-            layer = re.match(r".*?\.\d+(?=\.)", path)
-            layers.setdefault(layer[0] if layer else "", {})[path] = shape
-        return list(layers.values())
-
-    def forward(self, features_TUD: Tensor) -> Factors:
-        return {
-            path: factors for part in self.parts for path, factors in part(features_TUD).items()
-        }
-
-
-class RankHead(LoraHead):
-    """`per_rank`: one row of A and one column of B from one feature, which a learned rank embedding
-    tells apart; smallest."""
-
-    def __init__(self, width: int, rank: int, sites: Sites) -> None:
-        super().__init__()
-        self.paths, self.num_embeddings, self.rank = list(sites), len(sites), rank
-        self.places = [path for path in sites for _ in range(rank)]
-        num_in, num_out = next(iter(sites.values()))
-        self.rank_embedding = nn.Embedding(rank, width)
-        self.to_a = nn.Linear(width, num_in)
-        self.to_b = nn.Linear(width, num_out)
-        # All of A's variance is in the weight: a bias, shared by the ranks, would make their rows
-        # alike.
-        nn.init.normal_(self.to_a.weight, std=1 / math.sqrt(3 * num_in))
-        nn.init.zeros_(self.to_a.bias)
-        _zero(self.to_b)
-
-    @property
-    def num_features(self) -> int:
-        return self.num_embeddings * self.rank
-
-    def units(self, embeddings_JD: Tensor) -> Tensor:
-        """Before the trunk: behind it, two linear maps would give all ranks the same dependence on
-        z."""
-        ranks_RD = self.rank_embedding(torch.arange(self.rank, device=embeddings_JD.device))
-        return (embeddings_JD[:, None] + ranks_RD).flatten(0, 1)
-
-    def forward(self, features_TUD: Tensor) -> Factors:
-        a_TJRI = self.to_a(features_TUD).unflatten(1, (-1, self.rank))
-        b_TJOR = self.to_b(features_TUD).unflatten(1, (-1, self.rank)).transpose(2, 3)
-        return _by_path(self.paths, a_TJRI, b_TJOR)
-
-
-def _by_path(paths: list[str], a_TJRI: Tensor, b_TJOR: Tensor) -> Factors:
-    """Each site's A and B. The gradient of unbind is one stack; that of indexing would be a tensor
-    of all sites for every one of them."""
-    return dict(zip(paths, zip(a_TJRI.unbind(1), b_TJOR.unbind(1), strict=True), strict=True))
-
-
-def _zero(linear: nn.Linear) -> None:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-
-
-HEADS: Mapping[str, type[ShapeHead] | type[LayerHead] | type[RankHead]] = {
-    "per_module": ShapeHead,
-    "per_layer": LayerHead,
-    "per_rank": RankHead,
-}
-
-
 class FactorHypernetwork(TrunkHypernetwork):
     """z and the learned embedding of a site (layer and module) -> MLP -> heads."""
 
@@ -414,7 +282,9 @@ class FactorHypernetwork(TrunkHypernetwork):
         """See `Hypernetwork`: trunk and head run once for each of the head's features."""
         heads = (head for head in self.heads if isinstance(head, LoraHead))
         return self.num_shares * num_products(self.from_latent) + sum(
-            head.num_features * (num_products(self.trunk) + num_products(head)) for head in heads
+            head.num_features * (num_products(self.trunk) + num_products(head))
+            + head.products_of_factors()
+            for head in heads
         )
 
 

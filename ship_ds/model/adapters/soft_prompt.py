@@ -1,6 +1,7 @@
 """Soft prompts (Lester et al. 2021): z -> embeddings before every prompt, by an MLP or as they are.
 
-Letters: T tasks, Z latent size, P virtual tokens, H hidden size, X other letters flattened.
+Letters: T tasks, Z latent size, P virtual tokens, H hidden size, R LoRA rank,
+X other letters flattened.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ship_ds.config import ReshapeHypernetworkConfig, SoftPromptHypernetworkConfig
 from ship_ds.errors import UserError
 from ship_ds.lora_folder import read_soft_prompt, write_soft_prompt
-from ship_ds.model.adapters.adapter import Adapter, Export, Hypernetwork, Target
+from ship_ds.model.adapters.adapter import Adapter, Export, Hypernetwork, Target, num_products
 from ship_ds.model.reshape import check_reshape
 
 
@@ -90,7 +91,8 @@ def read_prompt(folder: Path, shape: tuple[int, int], device: torch.device) -> S
 
 
 class SoftPromptHypernetwork(Hypernetwork):
-    """z -> MLP -> P embeddings before the prompt."""
+    """z -> MLP -> P embeddings before the prompt, whole or as the product of P x R numbers and a
+    learned matrix R x H (Decomposed Prompt Tuning, Xiao et al. 2023, arXiv 2310.10094)."""
 
     def __init__(
         self, config: SoftPromptHypernetworkConfig, latent_size: int, target: Target
@@ -99,18 +101,28 @@ class SoftPromptHypernetwork(Hypernetwork):
         hidden_size = target.hidden_size
         self.num_virtual_tokens: int = config.num_virtual_tokens
         self.hidden_size = hidden_size
+        made = hidden_size if config.rank is None else config.rank
         self.layers = nn.Sequential(
             nn.Linear(latent_size, config.width),
             nn.SiLU(),
-            nn.Linear(config.width, config.num_virtual_tokens * hidden_size),
+            nn.Linear(config.width, config.num_virtual_tokens * made),
+        )
+        self.basis = (
+            None if config.rank is None else nn.Linear(config.rank, hidden_size, bias=False)
         )
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
-        prompt_TX = self.layers(latent_TZ.to(next(self.layers.parameters()).dtype))
-        return SoftPrompt(prompt_TX.view(-1, self.num_virtual_tokens, self.hidden_size))
+        made_TX = self.layers(latent_TZ.to(next(self.layers.parameters()).dtype))
+        made_TPX = made_TX.unflatten(1, (self.num_virtual_tokens, -1))
+        return SoftPrompt(made_TPX if self.basis is None else self.basis(made_TPX))
 
     def head_modules(self) -> list[nn.Module]:
-        return [self.layers[-1]]
+        return [self.layers[-1], *([] if self.basis is None else [self.basis])]
+
+    def num_products(self) -> int:
+        """See `Hypernetwork`."""
+        of_basis = 0 if self.basis is None else num_products(self.basis)
+        return num_products(self.layers) + self.num_virtual_tokens * of_basis
 
     def exports(self, adapter: SoftPrompt) -> list[Export]:
         """See `Hypernetwork`."""
