@@ -132,6 +132,23 @@ class TaskLlmConfig(Section):
     instruction: Literal["none", "hard", "soft"] = "none"
     """The instruction before each input as well: not at all, as text, or as embeddings of its
     tokens."""
+    fading_steps: int = Field(0, ge=0)
+    """Steps of training in which the instruction leaves the prompts: of step s a share of
+    1 - s / fading_steps of the tasks still states it as text, beside the adapter. Evaluation never
+    does. For instruction=none, to which the prompts come; zero: it never stands there."""
+
+    @model_validator(mode="after")
+    def _fades_to_none(self) -> "TaskLlmConfig":
+        if self.fading_steps and self.instruction != "none":
+            raise ValueError(
+                f"fading_steps={self.fading_steps} is for instruction=none, to which the prompts "
+                f"come; with {self.instruction} it stays in all of them: leave one of the two out"
+            )
+        return self
+
+    def stated_share(self, step: int) -> float:
+        """The share of a step's tasks whose prompts still state the instruction."""
+        return max(0.0, 1 - step / self.fading_steps) if self.fading_steps else 0.0
 
     def shards(self, stored_bytes: Callable[[], float]) -> bool:
         """Whether ZeRO-3 partitions the frozen base over the ranks instead of leaving it whole.

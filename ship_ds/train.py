@@ -441,7 +441,10 @@ class Trainer:
         seconds = self.watch.stop(losses.num_tokens)
         if self.monitor is None:
             return
-        scheduled = self.config.loss.scheduled(self.step, self.num_steps)
+        scheduled = dict(self.config.loss.scheduled(self.step, self.num_steps))
+        if self.config.model.task_llm.fading_steps:
+            share = self.config.model.task_llm.stated_share(self.step)
+            scheduled["instruction_in_prompt"] = share
         self.monitor.step(
             self.step,
             {

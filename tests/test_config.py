@@ -73,11 +73,15 @@ def test_every_recipe_parses_and_opens_with_its_command(name: str) -> None:
         ("model.hypernetwork={kind: lora, targets: []}", "targets: .*at least 1"),
         (
             "model.hypernetwork={kind: lora, heads: per_token}",
-            "heads: .*'per_module', 'per_layer' or 'per_rank'",
+            "heads: .*'per_module', 'per_layer', 'per_rank', 'diagonal' or 'square'",
         ),
         (
             "model.task_llm.instruction=loud",
             "model.task_llm.instruction: .*'none', 'hard' or 'soft'",
+        ),
+        (
+            "model.task_llm={instruction: hard, fading_steps: 10}",
+            "model.task_llm: fading_steps=10 is for instruction=none",
         ),
         ("model.attention=eager", "model.attention: .*'auto', 'sdpa', 'varlen' or 'flash'"),
         (

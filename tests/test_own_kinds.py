@@ -26,6 +26,7 @@ RUNS = {
         "model.prior={kind: mixture, num_components: 3}",
         "loss.kl={weight: 0.01, free_bits: 0.02, warmup_steps: 3}",
         "loss.distillation={weight: 0.5, temperature: 2.0}",
+        "model.task_llm.fading_steps=4",
     ],
     "flow": [
         "model.prior={kind: flow, num_layers: 3, width: 8}",
@@ -34,7 +35,10 @@ RUNS = {
     ],
 }
 SCHEDULES = {
-    "mixture": {"schedule/kl_weight": [0.01 / 3, 0.02 / 3, 0.01, 0.01]},
+    "mixture": {
+        "schedule/kl_weight": [0.01 / 3, 0.02 / 3, 0.01, 0.01],
+        "schedule/instruction_in_prompt": [1.0, 0.75, 0.5, 0.25],
+    },
     "flow": {"schedule/kl_capacity": [0.125, 0.25, 0.375, 0.5]},
 }
 

@@ -186,6 +186,7 @@ def _collator(
         parts.hypernetwork.num_virtual_tokens,
         config.decoder.num_soft_tokens,
         parts.encoder.language_model.context_length,
+        config.task_llm.stated_share,
     )
 
 

@@ -2,12 +2,13 @@
 
 The Task LLM reads (model.task_llm.instruction), V being the adapter's virtual tokens, k the
 instruction, x the input: `none` [V, prompt(x)]; `hard` [V, prompt(k, x)]; `soft` [V, embeddings of
-k's tokens, prompt(x)], where induction may put optimised embeddings in place of the table's.
+k's tokens, prompt(x)], where induction may put optimised embeddings in place of the table's. In
+training some tasks of a run with `none` may read as with `hard` (model.task_llm.fading_steps).
 
 Letters: T tasks, Z latent size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,7 +37,8 @@ class Collator:
 
     instruction: how the Task LLM's prompts state the instruction. num_virtual_tokens: places that
     its adapters' virtual tokens take. num_soft_tokens: those of z before the decoder's prompts.
-    encoder_context: tokens that the encoder reads at most; None: any number.
+    encoder_context: tokens that the encoder reads at most; None: any number. stated_share: of a
+    step's tasks whose prompts state the instruction as text, whatever `instruction` says.
     """
 
     prompts: Prompts
@@ -45,6 +47,7 @@ class Collator:
     num_virtual_tokens: int
     num_soft_tokens: int
     encoder_context: int | None = None
+    stated_share: Callable[[int], float] = lambda _: 0.0
 
     def step(
         self, draws: Sequence[TaskDraw], seed: int, step: int, device: torch.device
@@ -54,14 +57,21 @@ class Collator:
         Made on the host and moved in one copy.
         """
         host = torch.device("cpu")
-        answered = [(example, draw.wording) for draw in draws for example in draw.answered]
+        names = [draw.task_id for draw in draws]
+        states = self._states_instruction(seed, step, names)
+        answered = [
+            (example, draw.wording, is_stated)
+            for draw, is_stated in zip(draws, states, strict=True)
+            for example in draw.answered
+        ]
         return ShipBatch(
             self.readings([draw.reading for draw in draws], host),
             self.answers(
-                [example.input for example, _ in answered],
-                [example.target for example, _ in answered],
-                [wording for _, wording in answered],
+                [example.input for example, _, _ in answered],
+                [example.target for example, _, _ in answered],
+                [wording for _, wording, _ in answered],
                 host,
+                [is_stated for _, _, is_stated in answered],
             ),
             TokenBatch.build(
                 [self.prompts.decoder.decoder_prompt(draw.shown) for draw in draws],
@@ -71,10 +81,19 @@ class Collator:
                 host,
             ),
             torch.tensor([draw.shows_latent for draw in draws], device=host),
-            posterior_noise(seed, step, [draw.task_id for draw in draws], self.latent_size),
-            chances(seed, step, [draw.task_id for draw in draws]),
+            posterior_noise(seed, step, names, self.latent_size),
+            chances(seed, step, names),
             step=step,
         ).to(device)
+
+    def _states_instruction(self, seed: int, step: int, names: list[str]) -> list[bool]:
+        """For each task of a step whether its prompts state the instruction all the same."""
+        share = self.stated_share(step)
+        if share == 0:
+            return [False] * len(names)
+        # Others than those by which a kind of adapter leaves states out.
+        drawn = chances(seed, step, [f"stated {name}" for name in names])
+        return [chance < share for chance in drawn.tolist()]
 
     def readings(self, readings: Sequence[str | Reading], device: torch.device) -> TokenBatch:
         """What the encoder reads: instructions, examples, or both."""
@@ -96,14 +115,18 @@ class Collator:
         targets: Sequence[str] | None,
         wordings: Sequence[str | None],
         device: torch.device,
+        states: Sequence[bool] | None = None,
     ) -> TokenBatch:
         """What the Task LLM reads under an adapter, one wording an input; no targets: to be
-        answered."""
+        answered. states: which inputs stand behind the wording as text, whatever `instruction`
+        says; None: none."""
         prompts = self.prompts.task_llm
         return TokenBatch.build(
             [
-                prompts.task_prompt(text, self._in_text(wording))
-                for text, wording in zip(inputs, wordings, strict=True)
+                prompts.task_prompt(text, wording if is_stated else self._in_text(wording))
+                for text, wording, is_stated in zip(
+                    inputs, wordings, states or [False] * len(inputs), strict=True
+                )
             ],
             None if targets is None else [prompts.target(text) for text in targets],
             prompts.pad_id,

@@ -56,7 +56,9 @@ class Workload:
         return self.tasks * self.examples_per_task
 
     def answer_length(self, shapes: Shapes) -> int:
-        in_prompt = self.instruction_tokens if shapes.config.task_llm.instruction != "none" else 0
+        task_llm = shapes.config.task_llm
+        is_stated = task_llm.instruction != "none" or task_llm.fading_steps
+        in_prompt = self.instruction_tokens if is_stated else 0
         return shapes.ship.num_virtual_tokens + in_prompt + self.input_tokens + self.target_tokens
 
     def read_length(self, shapes: Shapes) -> int:

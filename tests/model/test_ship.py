@@ -101,6 +101,43 @@ def test_full_tuning_trains_all_of_both_roles() -> None:
     assert idle == {"decoder.without_latent"}  # both draws showed z
 
 
+def test_the_instruction_leaves_the_prompts_task_by_task() -> None:
+    """At first all of them read as with `hard`, in the end none; each task by its name and the step
+    alone, whoever is beside it; an evaluation never states it."""
+    fading, hard, none = (
+        _ship(task_llm=TaskLlmConfig(quantisation="none", **more))
+        for more in ({"fading_steps": 4}, {"instruction": "hard"}, {})
+    )
+    draws = [
+        TaskDraw(f"task {i}", WORDINGS[i % 2], (Example(INPUTS[i % 4], "1"),), (), True)
+        for i in range(40)
+    ]
+
+    def prompts(ship: ShipModel, step: int, draws: list[TaskDraw] = draws) -> list[list[int]]:
+        answers = ship.collate(draws, 0, step).answers
+        return [
+            row[:length]
+            for row, length in zip(answers.ids_ES.tolist(), answers.lengths, strict=True)
+        ]
+
+    stated, bare = prompts(hard, 0), prompts(none, 0)
+    assert prompts(fading, 0) == stated and prompts(fading, 4) == prompts(fading, 9) == bare
+    assert all(len(one) > len(other) for one, other in zip(stated, bare, strict=True))
+    numbers = []
+    for step in (1, 3):
+        mixed = prompts(fading, step)
+        for row, *both in zip(mixed, stated, bare, strict=True):
+            assert row in both
+        assert prompts(fading, step, draws[::-3]) == mixed[::-3]
+        numbers.append(sum(row == one for row, one in zip(mixed, stated, strict=True)))
+    assert 24 <= numbers[0] <= 36 and 4 <= numbers[1] <= 16  # 30 and 10 on average
+    asked, expected = (
+        ship.collator.answers(INPUTS, None, [WORDINGS[0]] * 4, torch.device("cpu"))
+        for ship in (fading, none)
+    )
+    assert asked.ids_ES.equal(expected.ids_ES)
+
+
 def test_without_reconstruction_there_is_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """It neither runs nor is trained nor counted; all else is to the bit as it was."""
     whole = _ship()
