@@ -1,7 +1,7 @@
 """Trains four steps as HINT does, as a user's command does, with every weight sharded, and writes
 what the trained model encodes: an NF4 encoder that reads examples too, a learned query for each
-share of z, bottlenecks and prefixes made of them, the encoder's states fused, no decoder; what
-stands between the matrix products compiled.
+share of z, bottlenecks (of learned factors with a core between them) and prefixes made of them, the
+encoder's states fused, no decoder; what stands between the matrix products compiled.
 
     python -m tests.pooled_run FOLDER
     torchrun --nproc-per-node 2 -m tests.pooled_run FOLDER
@@ -27,7 +27,8 @@ def config_of(folder: Path | str) -> Config:
     tuning = "{kind: lora, rank: 4, dropout: 0}"
     pooling = "{kind: attention, num_queries: 4, shares: true}"
     prefix = "{kind: prefix, latent: by_layer, length: 3}"
-    parts = f"[{{kind: bottleneck, latent: by_layer}}, {prefix}, {{kind: fusion, width: 32}}]"
+    bottleneck = "{kind: bottleneck, latent: by_layer, heads: diagonal}"
+    parts = f"[{bottleneck}, {prefix}, {{kind: fusion, width: 32}}]"
     return load_config(
         "quickstart-smoke",
         [
