@@ -149,8 +149,10 @@ class CoreHead(LoraHead):
         self.b = nn.Embedding(len(sites), rank * self.num_out)
         self.to_core = nn.Linear(width, self.core_size(rank))
         nn.init.uniform_(self.a.weight, -1 / math.sqrt(self.num_in), 1 / math.sqrt(self.num_in))
-        # Not zero beside a core that is: neither would ever get a gradient.
-        nn.init.normal_(self.b.weight, std=1 / math.sqrt(rank))
+        # Not zero beside a core that is: neither would ever get a gradient. And so large that a
+        # task's B moves as fast as one that is generated, of which Adam moves each number as far as
+        # one of the core.
+        nn.init.normal_(self.b.weight, std=math.sqrt(rank / self.core_size(rank)))
         _zero(self.to_core)
 
     @staticmethod

@@ -4,6 +4,7 @@ Letters: T tasks, Z latent size, P virtual tokens, H hidden size, R LoRA rank,
 X other letters flattened.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,11 @@ class SoftPromptHypernetwork(Hypernetwork):
             nn.SiLU(),
             nn.Linear(config.width, config.num_virtual_tokens * made),
         )
-        self.basis = (
-            None if config.rank is None else nn.Linear(config.rank, hidden_size, bias=False)
-        )
+        self.basis = None
+        if config.rank is not None:
+            self.basis = nn.Linear(config.rank, hidden_size, bias=False)
+            # An embedding is then as large as one that is made whole.
+            nn.init.normal_(self.basis.weight, std=1 / math.sqrt(config.rank))
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
         made_TX = self.layers(latent_TZ.to(next(self.layers.parameters()).dtype))
