@@ -42,7 +42,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "heads": "per_rank",
         "latent": "by_layer",
     },
-    "lora diagonal": {"kind": "lora", "rank": 3, "width": 16, "heads": "diagonal"},
+    # Its learned B has numbers of size one: with the others' scale what it adds drowns the model.
+    "lora diagonal": {"kind": "lora", "rank": 3, "alpha": 3, "width": 16, "heads": "diagonal"},
     "lora square by layer": {
         "kind": "lora",
         "rank": 3,
