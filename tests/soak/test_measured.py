@@ -7,13 +7,8 @@ import pytest
 from tests.planner.test_measured import CASES, check
 from tools import bench_memory
 
-_TOO_LOW = ("smollm2, recomputed", "zero3_shard_all, 2 ranks")
-"""Its step holds 3.40 GB and is planned at 2.99 (2026-11-27): what the plan leaves out is not known
-yet. Who mends it takes this mark away."""
 OTHERS = [
-    pytest.param(case, stage, marks=pytest.mark.xfail(strict=True))
-    if (case, stage) == _TOO_LOW
-    else (case, stage)
+    (case, stage)
     for case in bench_memory.CASES
     for stage in bench_memory.stages_of(case)
     if (case, stage) not in CASES
