@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ship_ds.config import Config, load_config
+from ship_ds.model.elementwise import EAGER, compiled
 from ship_ds.runtime import ranks
 from ship_ds.train import Trainer
 
@@ -51,6 +52,8 @@ def config_of(folder: Path | str) -> Config:
 def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path((arguments or sys.argv[1:])[0])
     trainer = Trainer(config_of(folder))
+    # A run that did not listen to model.elementwise would differ by nothing else.
+    assert any(getattr(one, "kernels", EAGER) is compiled() for one in trainer.model.modules())
     trainer.train()
     trainer.close()
     trainer.model.eval()

@@ -389,7 +389,12 @@ def test_what_torch_compiles_is_kept_apart(tmp_path: Path, monkeypatch: pytest.M
     assert compiled_cache(environment) == own
     (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name : another\nflags : fpu avx2\n")
     monkeypatch.setattr("ship_ds.runtime.op_cache._PROCESSOR", tmp_path / "cpuinfo")
-    assert compiled_cache(environment) != own
+    others = [compiled_cache(environment)]
+    (tmp_path / "cpuinfo").write_text("processor : 0\n")  # as of a system that says no more
+    for node in ("a", "b"):
+        monkeypatch.setattr(os, "uname", lambda node=node: ("Linux", node))
+        others.append(compiled_cache(environment))
+    assert len({own, *others}) == 4
     chosen = tmp_path / "chosen"
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(chosen)
     assert compiled_cache(environment) == chosen

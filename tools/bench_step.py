@@ -248,6 +248,10 @@ CONTESTANTS: dict[str, type[TrainerStep] | type[PublishedStep]] = {
 }
 
 
+_OWN_SETTINGS = {"compiled": ["model.elementwise=compiled"]}
+"""Of contestants that take others than the rest."""
+
+
 def work(name: str, arguments: Sequence[str]) -> None:
     """A contestant's process: builds, then takes a step for every line that it reads."""
     from ship_ds.config import load_config
@@ -255,7 +259,7 @@ def work(name: str, arguments: Sequence[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not mix with the answers
     with tempfile.TemporaryDirectory() as folder:
-        own = ["model.elementwise=compiled"] if name == "compiled" else []
+        own = _OWN_SETTINGS.get(name, [])
         config = load_config(arguments[0], [*arguments[1:], *own, f"run.folder={folder}"])
         contestant = CONTESTANTS[name](config)
         reset_peak()

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ship_ds.errors import UserError
 from ship_ds.model import elementwise
-from ship_ds.model.elementwise import EAGER, Kernels, compiled
+from ship_ds.model.elementwise import EAGER, Kernels, Way, compiled
+from ship_ds.model.loading import Quantisation, load_lm
 
 EPSILON = 1e-5
 
@@ -100,6 +101,18 @@ def test_swiglu(kernels: Kernels, dtype: torch.dtype, tolerance: float) -> None:
     agree(found, wanted, dtype, tolerance)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_every_block_of_a_base_takes_what_is_asked_for(quantisation: Quantisation) -> None:
+    """Its norms, its attention and its feed-forward layer; in eager mode not the last."""
+    for way, expected, number in (("eager", EAGER, 3), ("compiled", compiled(), 4)):
+        lm = load_lm("embedded", quantisation, torch.float32, elementwise=cast(Way, way))
+        layers = [module for name, module in lm.named_modules() if ".layers." in name]
+        taken = [module.kernels for module in layers if hasattr(module, "kernels")]
+        assert len(taken) == number * lm.config.num_hidden_layers
+        assert all(kernels is expected for kernels in taken)
+
+
 def test_a_plan_holds_the_results_alone() -> None:
     """Of the same shapes, dtypes and layout as are computed; nothing is compiled."""
     x, weight, scale = drawn(2, 3, 8, dtype=torch.bfloat16), drawn(8, dtype=torch.bfloat16), 1e-5
@@ -160,12 +173,13 @@ def test_few_kinds_of_input_are_compiled_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def refused(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What is said where torch compiles with these settings, and has compiled nothing yet."""
+    """What is said as a base loads where torch compiles with these settings, and has compiled
+    nothing yet."""
     monkeypatch.setattr(elementwise, "compiled", elementwise.compiled.__wrapped__)
     torch._dynamo.reset()
     # Not by monkeypatch, which leaves a setting of torch's deleted.
     with torch._inductor.config.patch(settings), pytest.raises(UserError) as raised:
-        elementwise.compile_all(torch.device("cpu"), torch.float32)
+        load_lm("embedded", "none", torch.float32, elementwise="compiled")
     assert "\n" not in str(raised.value)
     return str(raised.value)
 

@@ -182,6 +182,18 @@ def test_head_sizes_by_hand() -> None:
     }
 
 
+@pytest.mark.parametrize("heads", LEARNED)
+def test_a_core_of_random_numbers_makes_a_b_as_large(heads: str) -> None:
+    """Then B moves as fast as one that is generated: Adam moves every number as far."""
+    config = LoraHypernetworkConfig(rank=16, width=WIDTH, heads=heads)  # type: ignore[arg-type]
+    hypernetwork = LoraHypernetwork(config, Z, Target({"model.layers.0.m": (8, 64)}, 64))
+    (head,) = hypernetwork.heads
+    core_TJX = torch.randn(40, 1, head.to_core.out_features)  # type: ignore[union-attr,arg-type]
+    b_JOR = head.b.weight.view(1, 64, 16)  # type: ignore[union-attr,operator]
+    b_TJOR = head.times_core(b_JOR, core_TJX)  # type: ignore[operator]
+    assert float(b_TJOR.detach().std()) == pytest.approx(1.0, rel=0.1)
+
+
 def test_sizes_of_heads_with_learned_factors_by_hand() -> None:
     """Every site's own A and B, and one linear for each of the three shapes."""
     for heads, core_size in (("diagonal", RANK), ("square", RANK * RANK)):
@@ -203,6 +215,10 @@ def test_a_decomposed_soft_prompt_is_of_the_rank_it_says() -> None:
     assert hypernetwork.num_products() == Z * 8 + 8 * 5 * 2 + 5 * 2 * 10
     tokens.sum().backward()
     assert all(parameter.grad is not None for parameter in hypernetwork.parameters())
+    wide = SoftPromptHypernetworkConfig(num_virtual_tokens=5, width=8, rank=16)
+    basis = dict(build_hypernetwork(wide, Z, Target({}, 64)).named_parameters())["basis.weight"]
+    # Sums of 16 products are then as large as what they are made of.
+    assert float(basis.detach().std()) == pytest.approx(1 / 4, rel=0.1)
 
 
 def test_soft_prompt_shape_and_gradient() -> None:

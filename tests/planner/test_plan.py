@@ -265,6 +265,15 @@ def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides:
     assert min(planned.kept["task LLM"], planned.logits) > 0
 
 
+def test_an_instruction_that_fades_is_planned_in_every_prompt() -> None:
+    """As it is in the first step; the run with `hard` keeps it."""
+    fading, hard, none = (
+        make_plan(_small(*more), Machines(1, 1, 10**12)).memory["activations, task LLM"]
+        for more in (["model.task_llm.fading_steps=9"], ["model.task_llm.instruction=hard"], [])
+    )
+    assert fading == hard > none
+
+
 def test_compiled_loops_keep_and_hold_less() -> None:
     """For the backward pass of SwiGLU gate and up alone, not what silu makes of gate. Two plans are
     compared: torch compiles nothing under what counts the bytes of a real model."""

@@ -108,7 +108,7 @@ class SoftPromptHypernetwork(Hypernetwork):
             nn.SiLU(),
             nn.Linear(config.width, config.num_virtual_tokens * made),
         )
-        self.basis = None
+        self.basis: nn.Module = nn.Identity()
         if config.rank is not None:
             self.basis = nn.Linear(config.rank, hidden_size, bias=False)
             # An embedding is then as large as one that is made whole.
@@ -116,16 +116,14 @@ class SoftPromptHypernetwork(Hypernetwork):
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
         made_TX = self.layers(latent_TZ.to(next(self.layers.parameters()).dtype))
-        made_TPX = made_TX.unflatten(1, (self.num_virtual_tokens, -1))
-        return SoftPrompt(made_TPX if self.basis is None else self.basis(made_TPX))
+        return SoftPrompt(self.basis(made_TX.unflatten(1, (self.num_virtual_tokens, -1))))
 
     def head_modules(self) -> list[nn.Module]:
-        return [self.layers[-1], *([] if self.basis is None else [self.basis])]
+        return [self.layers[-1], self.basis]
 
     def num_products(self) -> int:
         """See `Hypernetwork`."""
-        of_basis = 0 if self.basis is None else num_products(self.basis)
-        return num_products(self.layers) + self.num_virtual_tokens * of_basis
+        return num_products(self.layers) + self.num_virtual_tokens * num_products(self.basis)
 
     def exports(self, adapter: SoftPrompt) -> list[Export]:
         """See `Hypernetwork`."""
