@@ -11,8 +11,13 @@ that the file holds already, of the same card and versions, stay.
     segment_lora  products of T adapters against the base linear, forward and backward
     ship_1b       SHIP of three 1B Llamas in bf16: packed against padded, memory against the planner
     ship_8b_nf4   the same of three 8B Llamas in NF4, the Task LLM's blocks recomputed
+    elementwise   norms, rotary embeddings and SwiGLU: eager, compiled, and torch's own norm
+    lora_8b       the recipe of that name on random weights: its step at two sizes, and adapters
     adapter_8b    what adapters of the seven projections cost an 8B Task LLM; decoding
     trainer_*     the smoke recipe under DeepSpeed, on the GPU and, to compare losses, without it
+    trainer_moves the same from the CPU to the GPU and back, by its checkpoints
+    lora_8b_24gb  the recipe of that name through the trainer, an evaluation and the report
+                  included, on a random base of 16 GB of files and within 23 GB of this GPU
 
 Times are medians over rounds in which the variants take turns, with the smallest and the largest.
 Without CUDA it says so in one line and measures nothing.
@@ -25,6 +30,7 @@ import datetime
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,18 +39,21 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
 from ship_ds.config import load_config
+from ship_ds.flops import flops_of_parts, peak_of
+from ship_ds.model import elementwise
 from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.segments import TaskEnds
@@ -53,10 +62,12 @@ from ship_ds.model.assemble import build_ship
 from ship_ds.model.attention import SDPA, VARLEN
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import auto_class
+from ship_ds.model.lean_modules import make_lean
 from ship_ds.model.loading import freeze
 from ship_ds.model.nf4 import Nf4, pieces_of
 from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.ship import ShipModel
+from ship_ds.model.sizes import rows_of
 from ship_ds.model.step import ShipBatch
 from ship_ds.model.streaming import empty_nf4_lm
 from ship_ds.model.task_llm import TaskLlm
@@ -66,6 +77,7 @@ from ship_ds.planner.shapes import Shapes, build_shapes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
+TINY_LM = REPOSITORY / "ship_ds" / "assets" / "tiny_lm"
 LLAMA_1B: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -87,8 +99,8 @@ LAYOUTS = ("packed", "padded", "padded_sdpa")
 """Of a batch: packed and padded by torch's variable-length kernel, padded by SDPA."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 16
-TRAINER_SECONDS = 120
-"""One run of the smoke recipe may take."""
+TRAINER_SECONDS = 200
+"""One run of the trainer may take."""
 
 # ---- measuring
 
@@ -130,7 +142,7 @@ def take_turns(
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
     """|ours - reference| / |reference|."""
-    ours, reference = ours.double(), reference.double()
+    ours, reference = ours.detach().double(), reference.detach().double()
     return float((ours - reference).norm() / reference.norm())
 
 
@@ -200,14 +212,22 @@ def _random_(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def random_lm(settings: Any, quantisation: str, dtype: torch.dtype, device: torch.device) -> Any:
+def random_lm(
+    settings: Any,
+    quantisation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    way: elementwise.Way = "eager",
+) -> Any:
     """A causal LM of random weights, made where it runs; its linears in NF4 where asked."""
+    if way == "compiled":
+        elementwise.compile_all(device, dtype)
     if quantisation == "none":
         with torch.device(device):
             lm = auto_class(settings).from_config(settings, dtype=dtype, attn_implementation=VARLEN)
         for parameter in lm.parameters():
             _random_(parameter)
-        return lm.eval()
+        return make_lean(lm, way).eval()
     lm = empty_nf4_lm(settings, dtype, VARLEN)
     for module in lm.modules():
         for name, empty in list(module._parameters.items()):
@@ -221,7 +241,7 @@ def random_lm(settings: Any, quantisation: str, dtype: torch.dtype, device: torc
             module._parameters[name] = filled
     lm.tie_weights()
     use_nf4_linears(lm, device, "random")
-    return lm.eval()
+    return make_lean(lm, way).eval()
 
 
 @dataclass(frozen=True)
@@ -230,10 +250,11 @@ class RandomWeights:
 
     dtype: torch.dtype
     device: torch.device
+    way: elementwise.Way = "eager"
 
     def language_model(self, base: str, quantisation: str, sharded: bool) -> nn.Module:
         lm: nn.Module = random_lm(
-            AutoConfig.from_pretrained(base), quantisation, self.dtype, self.device
+            AutoConfig.from_pretrained(base), quantisation, self.dtype, self.device, self.way
         )
         return lm
 
@@ -269,7 +290,7 @@ def model_config(shape: Mapping[str, Any], quantisation: str, folder: Path) -> A
 @torch.no_grad()
 def random_ship(config: Any, dtype: torch.dtype, device: torch.device) -> ShipModel:
     """All of SHIP in one dtype, as the engine casts it: parameters alone, buffers as they are."""
-    ship = build_ship(config, RandomWeights(dtype, device)).to(device)
+    ship = build_ship(config, RandomWeights(dtype, device, config.elementwise)).to(device)
     for parameter in ship.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -586,6 +607,126 @@ def _against_the_planner(ship: ShipModel, planned: Shapes, config: Any) -> dict[
     }
 
 
+def elementwise_part(rounds: int, device: torch.device) -> dict[str, Any]:
+    """16,384 tokens of an 8B Llama, forward and backward: norm (4096 wide), rotary embedding of 32
+    heads of 128, SwiGLU (14336 wide), each against float64; torch's own norm and SwiGLU beside
+    ours, of which the second is what `elementwise=eager` runs."""
+    start = time.perf_counter()
+    elementwise.compile_all(device, torch.bfloat16)
+    found: dict[str, Any] = {"seconds_to_compile": round(time.perf_counter() - start, 1)}
+    draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    x, weight, grad = draw(1, 16384, 4096), draw(4096), draw(1, 16384, 4096)
+    heads, angles = draw(1, 32, 16384, 128), draw(1, 1, 16384, 64)
+    cos, sin = (torch.cat([one, one], -1) for one in (angles.cos(), angles.sin()))
+    gate, up, grad_of_glu = (draw(1, 16384, 14336) for _ in range(3))
+    ways = {"eager": elementwise.EAGER, "compiled": elementwise.compiled()}
+
+    def norm(kernels: elementwise.Kernels, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight, grad = inputs
+        normed, scale = kernels.rms_norm(x, weight, 1e-5)
+        return normed, kernels.rms_norm_gradient(grad, x, weight, scale)
+
+    def rotary(kernels: elementwise.Kernels, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, cos, sin = inputs
+        return kernels.turned(x, cos, sin, 1), kernels.turned(x, cos, sin, -1)
+
+    def swiglu(kernels: elementwise.Kernels, *inputs: Tensor) -> tuple[Tensor, ...]:
+        gate, up, grad = inputs
+        return kernels.swiglu(gate, up), *kernels.swiglu_gradients(grad, gate, up)
+
+    def torchs_norm() -> tuple[Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        normed = nn.functional.rms_norm(leaf, (4096,), weight, 1e-5)
+        return normed, *torch.autograd.grad(normed, leaf, grad)
+
+    def torchs_swiglu() -> tuple[Tensor, ...]:
+        leaves = [one.detach().requires_grad_() for one in (gate, up)]
+        out = nn.functional.silu(leaves[0]) * leaves[1]
+        return out, *torch.autograd.grad(out, leaves, grad_of_glu)
+
+    torchs = {"norm": torchs_norm, "swiglu": torchs_swiglu}
+    operands = {
+        "norm": (norm, (x, weight, grad)),
+        "rotary": (rotary, (heads, cos, sin)),
+        "swiglu": (swiglu, (gate, up, grad_of_glu)),
+    }
+    for name, (run, inputs) in operands.items():
+        variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+            way: partial(run, kernels, *inputs) for way, kernels in ways.items()
+        }
+        if name in torchs:
+            variants["torch's"] = torchs[name]
+        exact = run(elementwise.EAGER, *[one.double() for one in inputs])
+        found[name] = {
+            "largest_relative_error_to_float64": {
+                way: max(relative_error(o, e) for o, e in zip(made(), exact, strict=True))
+                for way, made in variants.items()
+            },
+            "times": take_turns(variants, rounds, 5),
+        }
+        del exact
+    return found
+
+
+def lora_8b(rounds: int, device: torch.device) -> dict[str, Any]:
+    """Packed micro-batches of 2 and 8 tasks x 4 examples (a rank's of the recipe on 16 and on 4
+    GPUs), eager and compiled: time, MFU by flops.py, peak; and how many adapters a second."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        AutoConfig.for_model(**LLAMA_8B).save_pretrained(name)
+        base = f"model.task_llm.base={name}"
+        ships = {
+            way: random_ship(
+                load_config("lora-8b", [base, f"model.elementwise={way}"]).model,
+                torch.bfloat16,
+                device,
+            )
+            for way in ("eager", "compiled")
+        }
+    ship, peak = ships["eager"], peak_of(torch.cuda.get_device_name())
+    found: dict[str, Any] = {}
+    for tasks in (2, 8):
+        batch = random_batch(ship, tasks, 4)
+        steps = {way: partial(take_step, one, batch) for way, one in ships.items()}
+        case = found[f"{tasks} tasks x 4 examples"] = {"tokens": _tokens(batch)}
+        losses = {way: float(step()) for way, step in steps.items()}
+        case["loss"] = losses
+        case["peak_bytes_of_a_step"] = {way: peak_bytes(step) for way, step in steps.items()}
+        case["times"] = take_turns(steps, rounds)
+        flops = sum(flops_of_parts(ship.flop_size(), rows_of(batch)).values())
+        for one in case["times"].values():
+            one["tokens_per_second"] = round(1e3 * batch.num_tokens / one["median_ms"])
+            one["mfu"] = round(flops / (1e-3 * one["median_ms"]) / peak, 3) if peak else None
+        case["profile"] = profiled(steps["eager"])
+    for one in ships.values():
+        one.zero_grad(set_to_none=True)
+    found["adapters"] = _adapters(ship, device)
+    return found
+
+
+@torch.no_grad()
+def _adapters(ship: ShipModel, device: torch.device, count: int = 1024) -> dict[str, Any]:
+    """From the tokens of so many instructions (32 to 128 tokens each) to their LoRAs, 64 at a time,
+    each part of which is let go before the next."""
+    vocabulary = ship.task_llm.language_model.vocabulary_size
+    draw = random.Random(2)
+    batches = [
+        TokenBatch.build(random_rows(64, 32, 128, vocabulary, draw), None, 0, 0, device)
+        for _ in range(count // 64)
+    ]
+
+    def make() -> None:
+        for batch in batches:
+            latent_TZ, *_ = ship.encoder(batch)
+            ship.hypernetwork(latent_TZ=latent_TZ)
+
+    [taken] = take_turns({"make": make}, 2).values()
+    return taken | {
+        "adapters": count,
+        "adapters_per_second": round(1e3 * count / taken["median_ms"]),
+    }
+
+
 def adapter_8b(rounds: int, device: torch.device) -> dict[str, Any]:
     """A frozen bf16 Task LLM alone, 8 tasks x 8 examples packed, blocks recomputed; under adapters
     and without, the gradient going down to soft tokens in both."""
@@ -659,19 +800,127 @@ def trainer(setting: str, on_gpu: bool, rounds: int, device: torch.device) -> di
     """The smoke recipe through `python -m ship_ds.train` with one of the files of ds_configs/: does
     it end well, and what are its losses."""
     with tempfile.TemporaryDirectory() as name:
-        return _smoke(setting, on_gpu, Path(name) / "run")
+        settings = [f"training.deepspeed={setting}"]
+        return _train("quickstart-smoke", Path(name) / "run", settings, on_gpu)
 
 
-def _smoke(setting: str, on_gpu: bool, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "ship_ds.train", "--config", "quickstart-smoke"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+def trainer_moves(rounds: int, device: torch.device) -> dict[str, Any]:
+    """The smoke recipe without CUDA, which saves after 4, 8 and 12 steps; from the first of these
+    on the GPU; and from the second, which that wrote, without it again."""
+    settings = [
+        "evaluation.every_steps=0",
+        "evaluation.ends_with_report=false",
+        "checkpoint.every_steps=4",
+        "checkpoint.keep_last=3",
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name) / "run"
+        found = {"CPU": _train("quickstart-smoke", run, settings, on_gpu=False)}
+        for begins_at, place in ((4, "GPU"), (8, "CPU")):
+            for checkpoint in (run / "checkpoints").glob("step-*"):
+                if int(checkpoint.name.removeprefix("step-")) > begins_at:
+                    shutil.rmtree(checkpoint)
+            title = f"{place} from the checkpoint of step {begins_at}"
+            found[title] = _train("quickstart-smoke", run, settings, place == "GPU")
+        return found
+
+
+def lora_8b_24gb(rounds: int, device: torch.device) -> dict[str, Any]:
+    """Two steps of the recipe, a look and the report, every text as long as the recipe's limits.
+    The random base never ends an answer, so that all are as long as they may be."""
+    memory = torch.cuda.get_device_properties(device).total_memory
+    # A GB of 24 is CUDA's own.
+    share = f"per_process_memory_fraction:{_BYTES_OF_24_GB / memory:.4f}"
+    with tempfile.TemporaryDirectory() as name:
+        base, data, run = (Path(name) / one for one in ("base", "tasks.jsonl", "run"))
+        start = time.perf_counter()
+        write_random_base(base, device)
+        written = time.perf_counter() - start
+        torch.cuda.empty_cache()
+        write_long_tasks(data, 48, 256, 384, 96)
+        settings = [
+            f"model.task_llm.base={base}",
+            f"data.path={data}",
+            "training.epochs=null",
+            "training.steps=2",
+            "evaluation.every_steps=2",
+            "evaluation.num_tasks=2",
+            "evaluation.num_final_tasks=2",
+        ]
+        allocator = {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:True,{share}"}
+        found = _train("lora-8b-24gb", run, settings, True, allocator)
+        return {"allocator": allocator, "seconds_to_write_the_base": round(written, 1), **found}
+
+
+_BYTES_OF_24_GB = 23e9
+
+
+def write_random_base(folder: Path, device: torch.device) -> None:
+    """An 8B Llama of random weights as transformers saves one, with the embedded default's
+    tokenizer, whose ids are the first of its vocabulary."""
+    shutil.copytree(TINY_LM, folder)
+    (folder / "model.safetensors").unlink()
+    known = json.loads((folder / "config.json").read_text())
+    ids = {name: known[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = AutoConfig.for_model(**LLAMA_8B, **ids)
+    settings.architectures = ["LlamaForCausalLM"]
+    settings.save_pretrained(folder)
+    with torch.device("meta"):
+        lm = auto_class(settings).from_config(settings, dtype=torch.bfloat16)
+    shards: list[list[str]] = [[]]
+    shapes = {path: weight.shape for path, weight in lm.named_parameters()}
+    for path, shape in shapes.items():
+        if sum(shapes[one].numel() for one in shards[-1]) + shape.numel() > 10**9 and shards[-1]:
+            shards.append([])
+        shards[-1].append(path)
+    places: dict[str, str] = {}
+    for number, paths in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        weights = {
+            path: _random_(torch.empty(shapes[path], dtype=torch.bfloat16, device=device)).cpu()
+            for path in paths
+        }
+        save_file(weights, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(paths, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_long_tasks(file: Path, count: int, instruction: int, given: int, target: int) -> None:
+    """Tasks whose texts have so many tokens of that tokenizer."""
+    draw = random.Random(0)
+    tokenizer = json.loads((TINY_LM / "tokenizer.json").read_text())
+    # Of words: texts that differ by their numbers alone count as one rule.
+    words = sorted(filter(str.isalpha, tokenizer["model"]["vocab"]))
+
+    def text(length: int) -> str:
+        return " ".join(draw.choices(words, k=length))
+
+    lines = []
+    for task in range(count):
+        pairs = [{"input": text(given), "target": text(target)} for _ in range(20)]
+        line = {"id": f"task {task}", "instruction": text(instruction), "examples": pairs}
+        lines.append(json.dumps(line))
+    file.write_text("\n".join(lines))
+
+
+def _train(
+    recipe: str,
+    folder: Path,
+    settings: Sequence[str],
+    on_gpu: bool,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run `python -m ship_ds.train` to its end: exit code, seconds, and the log's figures."""
+    command = [sys.executable, "-m", "ship_ds.train", "--config", recipe, f"run.folder={folder}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
     if not on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     output = folder.with_suffix(".txt")
     start = time.perf_counter()
     with output.open("w") as file:
         process = subprocess.Popen(
-            [*command, f"run.folder={folder}", f"training.deepspeed={setting}"],
+            [*command, *settings],
             cwd=REPOSITORY,
             env=environment,
             stdout=file,
@@ -681,15 +930,28 @@ def _smoke(setting: str, on_gpu: bool, folder: Path) -> dict[str, Any]:
             code: int | str = process.wait(TRAINER_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
             code = f"stopped after {TRAINER_SECONDS} s"
     report: dict[str, Any] = {"exit": code, "seconds": round(time.perf_counter() - start, 1)}
     rows = folder / "metrics.jsonl"
     if rows.exists():
         lines = [json.loads(line) for line in rows.read_text().splitlines()]
-        report["losses"] = [round(line["loss/total"], 5) for line in lines]
+        for name, metric in _LOGGED.items():
+            report[name] = [round(line[metric], 5) for line in lines if metric in line]
+    if (folder / "report.json").exists():
+        parts = json.loads((folder / "report.json").read_text())["deduction"]
+        report["tasks_of_the_report"] = {name: one["n_tasks"] for name, one in parts.items()}
     if code:
         report["output"] = _last_lines(output.read_text())
     return report
+
+
+_LOGGED = {
+    "losses": "loss/total",
+    "step_seconds": "speed/step_seconds",
+    "memory_gigabytes": "memory/gigabytes",
+    "mfu": "speed/mfu",
+}
 
 
 PARTS: Mapping[str, tuple[Callable[[int, torch.device], dict[str, Any]], int]] = {
@@ -697,11 +959,16 @@ PARTS: Mapping[str, tuple[Callable[[int, torch.device], dict[str, Any]], int]] =
     "segment_lora": (segment_lora_part, 90),
     "ship_1b": (ship_1b, 150),
     "ship_8b_nf4": (ship_8b_nf4, 180),
+    "elementwise": (elementwise_part, 120),
+    "lora_8b": (lora_8b, 180),
     "adapter_8b": (adapter_8b, 150),
     "trainer_zero2": (partial(trainer, "zero2", True), 150),
+    "trainer_zero2_bf16": (partial(trainer, "zero2_bf16", True), 150),
     "trainer_zero3": (partial(trainer, "zero3", True), 150),
     "trainer_zero3_bf16": (partial(trainer, "zero3_bf16", True), 150),
     "trainer_zero2_cpu": (partial(trainer, "zero2", False), 150),
+    "trainer_moves": (trainer_moves, 300),
+    "lora_8b_24gb": (lora_8b_24gb, 240),
 }
 """Name -> (what measures it, seconds after which it is stopped)."""
 

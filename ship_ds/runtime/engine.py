@@ -16,6 +16,7 @@ from ship_ds.runtime.deepspeed_config import (
     offloads_optimiser,
     read_deepspeed_config,
 )
+from ship_ds.runtime.gradient_norm import take_norms_at_once
 from ship_ds.runtime.preflight import check_division
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -92,6 +93,8 @@ class Engine(Generic[Module]):
         )[0]
         if self.zero_stage() == 3:
             shards.reduce_by_parameter(self.deepspeed.optimizer)
+        else:
+            take_norms_at_once(self.deepspeed.optimizer)
         self.module = module
 
     def train(self) -> None:

@@ -101,6 +101,37 @@ def test_swiglu(kernels: Kernels, dtype: torch.dtype, tolerance: float) -> None:
     agree(found, wanted, dtype, tolerance)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_all_three_on_cuda(way: Way) -> None:
+    kernels = compiled() if way == "compiled" else EAGER
+    draw = partial(drawn, dtype=torch.bfloat16)
+
+    def check(
+        plain: Callable[..., Tensor], ours: Callable[..., list[Tensor]], *inputs: Tensor
+    ) -> None:
+        wanted, grad = expected(plain, *inputs)
+        found = ours(grad.bfloat16().cuda(), *[one.cuda() for one in inputs])
+        agree([one.cpu() for one in found], wanted[: len(found)], torch.bfloat16, 2e-2)
+
+    def norm(grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+        out, scale = kernels.rms_norm(x, weight, EPSILON)
+        return [out, kernels.rms_norm_gradient(grad, x, weight, scale)]
+
+    def turned(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        return [kernels.turned(x, cos, sin, 1), kernels.turned(grad, cos, sin, -1)]
+
+    def swiglu(grad: Tensor, gate: Tensor, up: Tensor) -> list[Tensor]:
+        return [kernels.swiglu(gate, up), *kernels.swiglu_gradients(grad, gate, up)]
+
+    for length in (5, 700):  # the second of a size that was not compiled for
+        check(plain_norm, norm, draw(2, length, 576) * 3, draw(576) + 1)
+        angle = draw(2, 1, length, 32).repeat(1, 1, 1, 2)
+        check(plain_turned, turned, draw(2, 9, length, 64), angle.cos(), angle.sin())
+        check(plain_swiglu, swiglu, draw(2, length, 1536), draw(length, 2, 1536).transpose(0, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 def test_every_block_of_a_base_takes_what_is_asked_for(quantisation: Quantisation) -> None:

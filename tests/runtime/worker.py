@@ -710,7 +710,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     },
     **{
         f"bad_step_{stage}": bad_step_is_skipped_everywhere(stage)
-        for stage in ("zero1", "zero2", "zero3", "zero3_bf16")
+        for stage in ("zero1", "zero2", "zero2_bf16", "zero3", "zero3_bf16")
     },
 }
 
