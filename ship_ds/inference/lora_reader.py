@@ -83,7 +83,7 @@ def features(adapter: Adapter, sites: Sites) -> Tensor:
     changes nothing."""
     made = []
     for path, (num_in, num_out) in sites.items():
-        low = adapter.low_rank(path)
+        low = adapter.factors_at(path)
         if low is None:
             made.append(torch.zeros(adapter.num_tasks, _NUM_PROBES**2))
             continue

@@ -469,7 +469,8 @@ def _groups(states: Tensor, rows: RowGroups) -> list[Tensor]:
     """Packed states (1, heads, N, F) as (rows, heads, width, F) of each group, zero in the
     padding."""
     sizes = [count * width for count, width in rows.groups]
-    packed = states[0].transpose(0, 1)
+    # Squeezed, not indexed: the gradient of an index is a copy within a tensor of zeros.
+    packed = states.squeeze(0).transpose(0, 1)
     if rows.are_equal:
         return [packed.unflatten(0, rows.groups[0]).transpose(1, 2)]
     padded = packed.new_zeros(sum(sizes), *packed.shape[1:]).index_copy(0, rows.place_N, packed)

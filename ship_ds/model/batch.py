@@ -134,6 +134,17 @@ class RowGroups(OnDevice):
             end += width
         return cls(_ranges(starts, lengths), _tensor(order), tuple(groups))
 
+    @classmethod
+    def end_to_end(cls, parts: "Sequence[RowGroups]") -> "RowGroups":
+        """Of the rows of several batches, one after the other: each keeps its groups."""
+        places = accumulate((sum(map(math.prod, part.groups)) for part in parts), initial=0)
+        numbers = accumulate((len(part.row_E) for part in parts), initial=0)
+        return cls(
+            torch.cat([part.place_N + n for part, n in zip(parts, places, strict=False)]),
+            torch.cat([part.row_E + n for part, n in zip(parts, numbers, strict=False)]),
+            tuple(group for part in parts for group in part.groups),
+        )
+
     @property
     def are_equal(self) -> bool:
         """Whether all have one length: then the packed tokens lie as the rows do."""
@@ -343,6 +354,36 @@ class TokenBatch(OnDevice):
         if len(tokens) == 1:
             return None
         return self.lengths_E.reshape(num_tasks, -1).sum(1).cumsum(0).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one packed row are, for attention: of one batch or of several, one after
+    the other.
+
+    Args:
+        position_N, ends, rows: as in `Packed`.
+        longest: sequence, in tokens; on the host.
+    """
+
+    position_N: Tensor
+    ends: Tensor
+    rows: RowGroups
+    longest: int
+
+    @classmethod
+    def of(cls, batches: Sequence[TokenBatch]) -> "Layout":
+        """End to end."""
+        longest = max(batch.ids_ES.shape[1] for batch in batches)
+        packed = [batch.packed for batch in batches]
+        if len(packed) == 1:
+            [one] = packed
+            return cls(one.position_N, one.ends, one.rows, longest)
+        starts = accumulate((batch.num_tokens for batch in batches), initial=0)
+        ends = [one.ends[:1] for one in packed[:1]]
+        ends += [one.ends[1:] + start for one, start in zip(packed, starts, strict=False)]
+        rows = RowGroups.end_to_end([one.rows for one in packed])
+        return cls(torch.cat([one.position_N for one in packed]), torch.cat(ends), rows, longest)
 
 
 def _tensor(values: Sequence[int]) -> Tensor:

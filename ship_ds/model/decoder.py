@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
-from ship_ds.model.language_model import Stream
+from ship_ds.model.language_model import Passage, Stream
 from ship_ds.model.reshape import check_reshape
 from ship_ds.model.role import Writer
 
@@ -115,6 +115,14 @@ class Decoder(Writer):
             checkpointing=self.checkpointing,
         )
         return states_KH, batch.labels_K
+
+    def passage(
+        self, latent_TZ: Tensor, shows_latent_T: Tensor | None, batch: TokenBatch
+    ) -> Passage:
+        """What `forward` reads, for a pass of another role over the same base; not under ZeRO-3,
+        which gathers the learned tokens in `forward` alone."""
+        soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
+        return Passage(batch, self.own_adapter, soft=soft_TPH)
 
     def generate(
         self, latent_TZ: Tensor, prompts: TokenBatch, eos_id: int, max_new_tokens: int

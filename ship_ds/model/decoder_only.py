@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.together import Together
 from ship_ds.model.attention import (
     FLASH,
     PACKS,
@@ -33,9 +34,9 @@ from ship_ds.model.attention import (
     no_mask,
     no_mask_of_packed,
 )
-from ship_ds.model.batch import TokenBatch
+from ship_ds.model.batch import Layout, TokenBatch
 from ship_ds.model.key_value_cache import ending_at, preallocated_cache, preallocated_layers
-from ship_ds.model.language_model import Feature, LanguageModel, Stream
+from ship_ds.model.language_model import Feature, LanguageModel, Passage, Stream
 
 EAGER, SLIDING = "eager", "sliding_attention"
 MASKED = (SDPA, VARLEN, EAGER)
@@ -148,7 +149,7 @@ class DecoderOnly(LanguageModel):
         self, batch: TokenBatch, adapter: Adapter | None = None, *, checkpointing: bool = False
     ) -> Tensor:
         """See `LanguageModel`."""
-        extra = under(adapter, checkpointing) | self._end_to_end(batch)
+        extra = under(adapter, checkpointing) | self._end_to_end([batch])
         states: Tensor = self._stack(
             inputs_embeds=self.embed_packed(batch), use_cache=False, **extra
         ).last_hidden_state
@@ -166,20 +167,37 @@ class DecoderOnly(LanguageModel):
         checkpointing: bool = False,
     ) -> Tensor:
         """See `LanguageModel`."""
+        if packed:
+            passage = Passage(batch, adapter, num_tasks, soft, instruction)
+            [packed_KH] = self.label_states_together([passage], checkpointing=checkpointing)
+            return packed_KH
         if adapter is not None:
-            adapter = adapter.over(batch.task_offsets(num_tasks) if packed else None)
-        extra = under(adapter, checkpointing) | {"use_cache": False}
-        if packed:
-            extra |= self._end_to_end(batch)
-            hidden = self.embed_packed(batch, soft, instruction)
-        else:
-            extra |= self.whole_rows(batch)
-            hidden = self.embed(batch, soft, instruction)
+            adapter = adapter.over(None)
+        extra = under(adapter, checkpointing) | self.whole_rows(batch)
+        hidden = self.embed(batch, soft, instruction)
         # The prompt, the virtual tokens and the padding never meet the V-wide product.
-        states: Tensor = self._stack(inputs_embeds=hidden, **extra).last_hidden_state
-        if packed:
-            return states[0].index_select(0, batch.packed.predicts_K)
+        states: Tensor = self._stack(
+            inputs_embeds=hidden, use_cache=False, **extra
+        ).last_hidden_state
         return states[batch.padded.row_K, batch.padded.column_K]
+
+    def label_states_together(
+        self, passages: Sequence[Passage], *, checkpointing: bool = False
+    ) -> list[Tensor]:
+        """See `LanguageModel`."""
+        batches = [one.batch for one in passages]
+        extra = under(_adapter_over(passages), checkpointing) | self._end_to_end(batches)
+        hidden = [self.embed_packed(one.batch, one.soft, one.instruction) for one in passages]
+        states: Tensor = self._stack(
+            inputs_embeds=torch.cat(hidden, 1) if len(hidden) > 1 else hidden[0],
+            use_cache=False,
+            **extra,
+        ).last_hidden_state
+        parts = states[0].split([batch.num_tokens for batch in batches])
+        return [
+            part.index_select(0, batch.packed.predicts_K)
+            for part, batch in zip(parts, batches, strict=True)
+        ]
 
     def head(self, states_XH: Tensor) -> Tensor:
         """See `LanguageModel`; the model's own forward around a stack that gives the states.
@@ -193,24 +211,22 @@ class DecoderOnly(LanguageModel):
         logits: Tensor = around.forward(inputs_embeds=states_XH[None], use_cache=False).logits
         return logits[0]
 
-    def _end_to_end(self, batch: TokenBatch) -> dict[str, Any]:
-        """What a stack needs for one row of all tokens.
+    def _end_to_end(self, batches: Sequence[TokenBatch]) -> dict[str, Any]:
+        """What a stack needs for one row of all tokens of all batches.
 
         Kernels for variable lengths go by the cumulative lengths, SDPA by the rows. Another
         attention gets transformers' mask, which keeps samples apart where the positions start
         again: right, but for the square of all tokens.
         """
-        packed = batch.packed
-        inputs: dict[str, Any] = {"position_ids": packed.position_N[None]}
+        layout = Layout.of(batches)
+        device = layout.position_N.device
+        inputs: dict[str, Any] = {"position_ids": layout.position_N[None]}
         if self._attention not in PACKS:
-            return inputs | self._mask(packed.ends.device, batch.num_tokens)
+            return inputs | self._mask(device, len(layout.position_N))
         if self._attention in (VARLEN, FLASH):
-            inputs |= _lengths(packed.ends, batch.ids_ES.shape[1])
+            inputs |= _lengths(layout.ends, layout.longest)
         if self._attention != FLASH:
-            inputs |= {
-                "ship_rows": packed.rows,
-                "attention_mask": no_mask_of_packed(packed.ends.device),
-            }
+            inputs |= {"ship_rows": layout.rows, "attention_mask": no_mask_of_packed(device)}
         return inputs
 
     def whole_rows(self, batch: TokenBatch) -> dict[str, Any]:
@@ -433,6 +449,19 @@ class CachedStream(Stream):
             return None
         prompts = self.prompt_of_row
         return self.index([e for e, row in enumerate(rows) if prompts[row] != prompts[e]])
+
+
+def _adapter_over(passages: Sequence[Passage]) -> Adapter | None:
+    """What packed tokens are read under, text after text."""
+    if all(one.adapter is None for one in passages):
+        return None
+    adapters = [
+        one.adapter and one.adapter.over(one.batch.task_offsets(one.num_tasks)) for one in passages
+    ]
+    if len(adapters) == 1:
+        return adapters[0]
+    counts = [one.batch.num_tokens for one in passages]
+    return Together(tuple(zip(adapters, counts, strict=True)))
 
 
 def under(adapter: Adapter | None, checkpointing: bool = False) -> dict[str, Any]:

@@ -29,6 +29,7 @@ P virtual tokens, H hidden size, T tasks, X other letters flattened.
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -163,6 +164,17 @@ def linear_sizes(linear: Any) -> tuple[int, int]:
             linear.out_features,
         )
     )
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What one role reads of a batch: arguments as in `LanguageModel.label_states`."""
+
+    batch: TokenBatch
+    adapter: "Adapter | None" = None
+    num_tasks: int = 1
+    soft: Tensor | None = None
+    instruction: Tensor | None = None
 
 
 class LanguageModel(ABC):
@@ -431,6 +443,18 @@ class LanguageModel(ABC):
             packed: run one sequence of all tokens instead of padded rows, where `missing` allows.
             checkpointing: recompute each block in the backward pass.
         """
+
+    def label_states_together(
+        self, passages: Sequence[Passage], *, checkpointing: bool = False
+    ) -> list[Tensor]:
+        """The `label_states` of each, read packed and end to end in one pass: of a model that
+        `packs`, where `together.read_together` allows.
+
+        Args:
+            passages: what is read, none under another's adapter.
+            checkpointing: recompute each block in the backward pass.
+        """
+        raise NotImplementedError
 
     def head(self, states_XH: Tensor) -> Tensor:
         """Logits (X, V) of some of `label_states`, with all that the model does to logits."""

@@ -20,10 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.segment_lora import (
-    LowRank,
-    add_low_rank,
-    factor_gradients,
-    low_gradient,
+    Addition,
+    Term,
+    add_input_gradients,
+    add_terms,
+    term_gradients,
 )
 from ship_ds.model.bitsandbytes_import import bitsandbytes
 from ship_ds.model.nf4 import BLOCK, dequantised
@@ -39,12 +40,12 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
         state: Any = weight.quant_state or self.quant_state
         return dequantised(weight, state, dtype)
 
-    def forward(self, x: Tensor, low_rank: LowRank | None = None) -> Tensor:
+    def forward(self, x: Tensor, low_rank: Addition | None = None) -> Tensor:
         """x W^T + bias, and what the low-rank part adds.
 
         Args:
             x: (..., I).
-            low_rank: see `LowRank`.
+            low_rank: see segment_lora.py.
         """
         if not self._is_trained(x, low_rank):
             # bitsandbytes has kernels for few rows, with which decoding reads the packed weight.
@@ -52,17 +53,15 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
             return out if low_rank is None else low_rank.add_to(out, x)
         inputs = x.to(self.compute_dtype or x.dtype).contiguous()
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        operands: tuple[Any, ...] = (None, None, None, 1.0)
-        if low_rank is not None:
-            operands = (*low_rank.operands(inputs), low_rank.scaling)
-        out = _Nf4LowRank.apply(self, inputs, bias, *operands)
+        terms, factors = ([], []) if low_rank is None else low_rank.terms(inputs)
+        out = _Nf4LowRank.apply(self, inputs, bias, terms, *factors)
         return out.to(x.dtype)
 
-    def _is_trained(self, x: Tensor, low_rank: LowRank | None) -> bool:
+    def _is_trained(self, x: Tensor, low_rank: Addition | None) -> bool:
         """Whether anything that this linear computes from wants a gradient."""
         sources = [x] if self.bias is None else [x, self.bias]
         if low_rank is not None:
-            sources += [low_rank.a_TRI, low_rank.b_TOR]
+            sources += low_rank.matrices()
         return torch.is_grad_enabled() and any(source.requires_grad for source in sources)
 
 
@@ -73,46 +72,36 @@ class _Nf4LowRank(torch.autograd.Function):
         module: Nf4Linear,
         x: Tensor,
         bias: Tensor | None,
-        products: Any,
-        a_TRI: Tensor | None,
-        b_TOR: Tensor | None,
-        scaling: float,
+        terms: list[Term],
+        *factors: Tensor,
     ) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
         weight_IO = module.dequantised(x.dtype).T
         out_NO = x_NI @ weight_IO if bias is None else torch.addmm(bias, x_NI, weight_IO)
-        low_NR = None
-        if a_TRI is not None and b_TOR is not None:
-            low_NR = add_low_rank(products, out_NO, x_NI, a_TRI, b_TOR, scaling)
+        lows = add_terms(terms, out_NO, x_NI, factors)
         # The input is wanted for the gradients of A and B alone.
-        kept = x if any(ctx.needs_input_grad[4:6]) else None
-        ctx.save_for_backward(kept, a_TRI, b_TOR, low_NR)
-        ctx.module, ctx.products, ctx.scaling = module, products, scaling
+        kept = x if any(ctx.needs_input_grad[4:]) else None
+        ctx.save_for_backward(kept, *lows, *factors)
+        ctx.module, ctx.terms = module, terms
         # What a custom function gives as a view may not be added to in place.
         return out_NO if x.dim() == 2 else out_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a_TRI, b_TOR, low_NR = ctx.saved_tensors
-        _, wants_x, wants_bias, _, *wants_factors, _ = ctx.needs_input_grad
+        x, *kept = ctx.saved_tensors
+        _, wants_x, wants_bias, _, *wants_factors = ctx.needs_input_grad
         # The gradient of a sum has strides of zero, which no product takes.
         grad_NO = grad.reshape(-1, grad.shape[-1]).contiguous()
-        grad_x = grad_a_TRI = grad_b_TOR = None
-        if a_TRI is not None:
-            grad_low_NR = low_gradient(ctx.products, grad_NO, b_TOR, ctx.scaling)
-        if any(wants_factors):
-            x_NI = x.reshape(-1, x.shape[-1])
-            grad_a_TRI, grad_b_TOR = factor_gradients(
-                ctx.products, grad_NO, grad_low_NR, x_NI, low_NR
-            )
+        x_NI = x.reshape(-1, x.shape[-1]) if any(wants_factors) else None
+        lows, grad_factors = term_gradients(ctx.terms, grad_NO, x_NI, kept)
+        grad_x = None
         if wants_x:
             grad_NI = grad_NO @ ctx.module.dequantised(grad_NO.dtype)
-            if a_TRI is not None:
-                ctx.products.add_times(grad_NI, grad_low_NR, a_TRI)
+            add_input_gradients(ctx.terms, grad_NI, lows, kept)
             grad_x = grad_NI.view(*grad.shape[:-1], -1)
         grad_bias = grad_NO.sum(0) if wants_bias else None
-        return None, grad_x, grad_bias, None, grad_a_TRI, grad_b_TOR, None
+        return None, grad_x, grad_bias, None, *grad_factors
 
 
 def use_nf4_linears(model: nn.Module, device: torch.device, base: str) -> None:

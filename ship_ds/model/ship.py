@@ -6,7 +6,7 @@ Letters: T tasks, E sequences, S padded length, H hidden size, Z latent size.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ship_ds.data.task import Reading
 from ship_ds.flops import ShipSize
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter, States
+from ship_ds.model.adapters.together import read_together
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.collate import Collator
 from ship_ds.model.encoder import Posterior
@@ -63,6 +64,8 @@ class ShipModel(nn.Module):
         self.objectives = dict(objectives)
         self._parts = [parts]  # in a list, since a module's attribute would be registered twice
         self._collator = collator
+        self.plans_shards = False
+        """Whether a plan, whose parameters have shapes alone, stands for ZeRO-3."""
         self._outside = [] if shards_task_llm else [parts.task_llm]
         # The order of registration is the order of the parameters in the optimiser's state: it
         # stays as in 0.1.0, whose checkpoints go on.
@@ -126,6 +129,11 @@ class ShipModel(nn.Module):
         return super()._apply(fn, recurse)
 
     @property
+    def decoder_is_sharded(self) -> bool:
+        """Whether ZeRO-3 holds the decoder's own parameters in pieces."""
+        return self.plans_shards or hasattr(self.decoder.without_latent, "ds_id")
+
+    @property
     def device(self) -> torch.device:
         """Where the trained parts are."""
         return next(self.encoder.head.parameters()).device
@@ -171,22 +179,42 @@ class ShipModel(nn.Module):
         posterior = Posterior(*self.encoder(batch.instructions))
         latent_TZ = posterior.sample(batch.noise_TZ)
         adapter = self._adapter(latent_TZ, posterior, batch.instructions, batch.chance_T)
-        answers = Predictions(
-            self.task_llm.language_model,
-            *self.task_llm(adapter, batch.answers, batch.num_tasks, packed),
-        )
-        texts = None
-        if self.decodes:
-            texts = Predictions(
-                self.decoder.language_model,
-                *self.decoder(latent_TZ, batch.shows_latent_T, batch.decoded, packed),
+        task_lm, texts = self.task_llm.language_model, None
+        to_decode = latent_TZ, batch.shows_latent_T, batch.decoded
+        if self.reads_together(adapter):
+            beside = self.decoder.passage(*to_decode)
+            states, labels = self.task_llm(
+                adapter, batch.answers, batch.num_tasks, packed, beside=beside
             )
+            counts = [batch.answers.num_targets, batch.decoded.num_targets]
+            answers, texts = map(
+                partial(Predictions, task_lm), states.split(counts), labels.split(counts)
+            )
+        else:
+            read = self.task_llm(adapter, batch.answers, batch.num_tasks, packed)
+            answers = Predictions(task_lm, *read)
+            if self.decodes:
+                written = self.decoder(*to_decode, packed)
+                texts = Predictions(self.decoder.language_model, *written)
         kl_TZ = self.prior.kl(posterior.mean_TZ, posterior.log_variance_TZ, latent_TZ)
         outputs = Outputs(
             self._parts[0], batch, posterior, latent_TZ, kl_TZ, adapter, answers, texts
         )
         sums = {name: objective.sum(outputs) for name, objective in self.objectives.items()}
         return StepSums(sums, kl_TZ.detach())
+
+    def reads_together(self, adapter: Adapter) -> bool:
+        """Whether Task LLM and decoder, one base, read in one pass; not under ZeRO-3, which gathers
+        the decoder's own parameters in its forward."""
+        decoder, task_llm = self.decoder, self.task_llm
+        return (
+            self.decodes
+            and self.config.backbone == "shared"
+            and self.packs
+            and decoder.checkpointing == task_llm.checkpointing
+            and not self.decoder_is_sharded
+            and read_together((adapter, decoder.own_adapter))
+        )
 
     def _adapter(
         self,

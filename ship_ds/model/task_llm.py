@@ -8,13 +8,14 @@ Letters: E sequences, T tasks, K labelled positions, V vocabulary, H hidden size
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ship_ds.model.adapters.adapter import Adapter, Sites
 from ship_ds.model.adapters.sites import linears_of, sites_of, wrap_also
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
-from ship_ds.model.language_model import Stream
+from ship_ds.model.language_model import Passage, Stream
 from ship_ds.model.role import Writer
 
 
@@ -47,6 +48,7 @@ class TaskLlm(Writer):
         num_tasks: int,
         packed: bool = False,
         instruction: Tensor | None = None,
+        beside: Passage | None = None,
     ) -> tuple[Tensor, Tensor]:
         """States (K, H) before the labels of the answers, and the labels (K,); see
         `LanguageModel.label_states`.
@@ -58,14 +60,23 @@ class TaskLlm(Writer):
             packed: without padding, where the model can.
             instruction: embeddings (T, instruction length, H) in place of the instruction tokens
                 that the batch has before each prompt.
+            beside: what another role reads in the same pass; its states and labels follow.
         """
         num_rows = len(batch.lengths)
+        soft = _virtual_tokens(adapter, num_rows)
+        instruction = _per_row(instruction, num_rows)
+        if beside is not None:
+            own = Passage(batch, adapter, num_tasks, soft, instruction)
+            states = self.language_model.label_states_together(
+                [own, beside], checkpointing=self.checkpointing
+            )
+            return torch.cat(states), torch.cat([batch.labels_K, beside.batch.labels_K])
         states_KH = self.language_model.label_states(
             batch,
             adapter,
             num_tasks,
-            soft=_virtual_tokens(adapter, num_rows),
-            instruction=_per_row(instruction, num_rows),
+            soft=soft,
+            instruction=instruction,
             packed=packed and self.language_model.packs,
             checkpointing=self.checkpointing,
         )

@@ -102,12 +102,18 @@ class Activations:
 
 
 @lru_cache(maxsize=16)
-def count_activations(shapes: Shapes, work: Workload) -> Activations:
+def count_activations(shapes: Shapes, work: Workload, is_zero3: bool = False) -> Activations:
     """By one forward and backward of the very model that trains, on the device of its weights: the
-    meta device in a plan, a real one where a test compares the two."""
-    if not shapes.shallow:
-        return _Count(shapes, work).run()
-    return _of_all_layers(shapes, *(_Count(few, work).run() for few in shapes.shallow))
+    meta device in a plan, a real one where a test compares the two.
+
+    Args:
+        shapes: of the model.
+        work: a micro-batch of one rank.
+        is_zero3: trained weights are sharded (`ShipModel.reads_together`).
+    """
+    models = shapes.shallow or (shapes,)
+    counts = [_Count(one, work).run(is_zero3) for one in models]
+    return _of_all_layers(shapes, *counts) if shapes.shallow else counts[0]
 
 
 def _of_all_layers(shapes: Shapes, two: Activations, four: Activations) -> Activations:
@@ -179,16 +185,18 @@ class _Count:
         self.live = LiveBytes([*parameters, *shapes.ship.buffers()])
         self.adapters = 0
 
-    def run(self) -> Activations:
+    def run(self, is_zero3: bool) -> Activations:
         """The step, and what it held."""
         batch = planned_batch(self.shapes, self.work)
         hooks = [*self._watch_parts(), *self._drop_gradients()]
+        self.shapes.ship.plans_shards = is_zero3
         try:
             with self.live:
                 sums = list(self.shapes.ship(batch).objectives.values())
                 kept = self._kept()
                 torch.stack(sums).sum().backward()
         finally:
+            self.shapes.ship.plans_shards = False
             for hook in hooks:
                 hook.remove()
         logits = kept.pop("logits")

@@ -87,6 +87,80 @@ def test_one_base_gives_the_bits_of_three(quantisation: str) -> None:
     assert answers[0] == answers[1] and texts[0] == texts[1]
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "rank": 4, "width": 8, "targets": ["q_proj", "down_proj"]},
+    "soft_prompt": {"kind": "soft_prompt", "num_virtual_tokens": 3},
+    "both": {
+        "kind": "combination",
+        "parts": [
+            {"kind": "lora", "rank": 1, "width": 8, "targets": ["q_proj"]},
+            {"kind": "soft_prompt", "num_virtual_tokens": 2},
+        ],
+    },
+}
+
+
+def without_dropout(**changes: Any) -> dict[str, Any]:
+    """Roles of which Task LLM and decoder may be read in one pass."""
+    tuning = {"kind": "lora", "dropout": 0.0, "targets": ["q_proj", "o_proj"]}
+    return {
+        "encoder": {"quantisation": "nf4", "tuning": tuning | {"rank": 3}},
+        "decoder": {"quantisation": "nf4", "tuning": tuning | {"rank": 2, "alpha": 3.0}},
+        **changes,
+    }
+
+
+def num_passes(ship: ShipModel) -> int:
+    """Of a step's forward over the base."""
+    passes = []
+    block = ship.task_llm.language_model.blocks()["model.layers.0"]
+    hook = block.register_forward_pre_hook(lambda *_: passes.append(1))
+    step(ship)
+    hook.remove()
+    return len(passes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_task_llm_and_decoder_are_read_in_one_pass(
+    kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = without_dropout(hypernetwork=KINDS[kind])
+    if checkpointing:
+        changes["decoder"]["checkpointing"] = True
+        changes["task_llm.checkpointing"] = True
+    ship = build(config_of("shared", "nf4", **changes).model)
+    assert num_passes(ship) == 2
+    ship.zero_grad()
+    losses, gradients = step(ship)
+    with monkeypatch.context() as patched:
+        patched.setattr(ShipModel, "reads_together", lambda *_: False)
+        apart = build(ship.config)
+        assert num_passes(apart) == 3
+        apart.zero_grad()
+        expected_losses, expected = step(apart)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert list(gradients) == list(expected) and any(map(torch.any, gradients.values()))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max() + 1e-3)
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder": {"quantisation": "nf4", "tuning": {"kind": "lora", "rank": 2, "dropout": 0.1}}},
+        {"decoder.checkpointing": True},
+        {"hypernetwork": {"kind": "bottleneck", "rank": 2, "width": 8}},
+        {"hypernetwork": {"kind": "prefix", "length": 2, "width": 8}},
+    ],
+)
+def test_what_is_more_than_low_rank_is_read_in_passes_of_its_own(changes: dict[str, Any]) -> None:
+    ship = build(config_of("shared", "nf4", **without_dropout() | changes).model)
+    assert num_passes(ship) == 3
+
+
 @pytest.mark.parametrize(("shard", "num_models"), [("never", 0), ("always", 1)])
 def test_the_base_is_in_the_engine_once_where_it_is_sharded(shard: str, num_models: int) -> None:
     model = config_of("shared", "nf4", **{"task_llm.shard": shard}).model

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
-from ship_ds.model.adapters.segment_lora import LowRank
+from ship_ds.model.adapters.segment_lora import Addition, LowRank
 from ship_ds.model.attention import Prefix
 from ship_ds.model.language_model import Feature, LanguageModel
 from ship_ds.section import Section
@@ -40,7 +40,7 @@ class Adapter(ABC):
     def num_tasks(self) -> int:
         """T, or how many rows it was expanded to."""
 
-    def low_rank(self, path: str) -> LowRank | None:
+    def low_rank(self, path: str) -> Addition | None:
         """What is added to the output of the linear at module `path`, where it is of low rank; the
         site adds it in place. None: nothing, or no such thing."""
         return None
@@ -48,8 +48,19 @@ class Adapter(ABC):
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         """What is added to the output of the linear at module `path` for input x (..., I), its
         tokens task-major; None: nothing. A kind with `low_rank` needs no other."""
-        low_rank = self.low_rank(path)
+        low_rank = self.factors_at(path)
         return None if low_rank is None else low_rank.delta(x)
+
+    def is_low_rank(self) -> bool:
+        """Whether `factors_at` says all that this changes inside the blocks."""
+        own = type(self)
+        return (own.delta, own.after, own.prefix) == (Adapter.delta, Adapter.after, Adapter.prefix)
+
+    def factors_at(self, path: str) -> LowRank | None:
+        """`low_rank` of one text; a kind may have one that a site has no use of."""
+        low_rank = self.low_rank(path)
+        assert low_rank is None or isinstance(low_rank, LowRank)
+        return low_rank
 
     def after(self, path: str, y: Tensor) -> Tensor | None:
         """What is added to the output y (..., O) of the linear at module `path` where it is made of

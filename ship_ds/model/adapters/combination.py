@@ -51,8 +51,12 @@ class CombinedAdapter(Adapter):
         """One of all ranks side by side; None where a part adds what is none of low rank."""
         if any(type(part).delta is not Adapter.delta for part in self.parts):
             return None
-        found = [one for part in self.parts if (one := part.low_rank(path)) is not None]
+        found = [one for part in self.parts if (one := part.factors_at(path)) is not None]
         return reduce(_side_by_side, found) if found else None
+
+    def is_low_rank(self) -> bool:
+        """See `Adapter`."""
+        return all(part.is_low_rank() for part in self.parts)
 
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         """See `Adapter`."""

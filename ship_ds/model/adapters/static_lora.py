@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ship_ds.config import LoraTuning
 from ship_ds.model.adapters.adapter import Adapter, Sites
+from ship_ds.model.adapters.segment_lora import LowRank
 
 
 class LowRankUpdate(nn.Module):
@@ -35,6 +36,13 @@ class LowRankUpdate(nn.Module):
         # Scaled between the two: `rank` numbers a token, where the update has `num_out`.
         update: Tensor = self.lora_b(low_rank * self.scaling)
         return update
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the two matrices are all of it, and at hand: dropout is not in force, and ZeRO-3,
+        which gathers them for a module alone, holds no shares of them."""
+        drops = self.training and self.dropout.p > 0
+        return not drops and not hasattr(self.lora_a.weight, "ds_id")
 
 
 class StaticLora(nn.Module):
@@ -84,6 +92,18 @@ class StaticLoraAdapter(Adapter):
     def num_tasks(self) -> int:
         """One, whatever the rows are."""
         return 1
+
+    def is_low_rank(self) -> bool:
+        """See `Adapter`."""
+        return all(update.is_low_rank for update in self.updates.values())
+
+    def factors_at(self, path: str) -> LowRank | None:
+        """See `Adapter`. Not `low_rank`: a site's own function in Python takes a host longer than
+        the operations of `delta`, 0.46 ms beside 0.35 forward and backward."""
+        update = self.updates.get(path)
+        if update is None:
+            return None
+        return LowRank(update.lora_a.weight[None], update.lora_b.weight[None], update.scaling)
 
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         """See `Adapter`."""
