@@ -264,7 +264,7 @@ def planned(case: str, stage: str, folder: Path) -> dict[str, int]:
     """The same by the plan."""
     config, ranks = settings(case, stage, folder), STAGES[stage]
     plan = make_plan(config, Machines(1, ranks, 10**12), LENGTHS)
-    counted = count_activations(shapes_of(config), plan.work)
+    counted = count_activations(shapes_of(config), plan.work, stage.startswith("zero3"))
     during_a_step = counted.peak + plan.memory["working memory"] - counted.working
     held = sum(plan.memory.values()) - during_a_step
     # gathered weights stay from one step to the next only where a pass holds them

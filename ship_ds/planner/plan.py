@@ -100,7 +100,7 @@ def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None
         work,
         _memory(
             held,
-            count_activations(shapes, work),
+            count_activations(shapes, work, zero.stage == 3),
             _dequantised(shapes),
             gradients_come_last(zero, engine, accumulation),
         ),
@@ -112,7 +112,7 @@ def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None
         _largest(zero, engine),
         evaluations,
         _rows_at_once(shapes, evaluations, machines.gpu_memory - RESERVED - staying),
-        forecast(shapes, work, sent, accumulation, machines.nodes),
+        forecast(shapes, work, sent, accumulation, machines.nodes, zero.stage == 3),
     )
 
 
