@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ship_ds.model.adapters.bottleneck import BottleneckAdapter
 from ship_ds.model.adapters.lora import LoraAdapter
-from ship_ds.model.adapters.segment_lora import LowRank
+from ship_ds.model.adapters.segment_lora import EndToEnd, LowRank
 from ship_ds.model.adapters.segments import (
     GroupedSegments,
     LoopedSegments,
@@ -19,6 +20,7 @@ from ship_ds.model.adapters.segments import (
     ragged_kind,
     segments,
 )
+from ship_ds.model.nf4_linear import Nf4Linear, use_nf4_linears
 
 NUM_IN, NUM_OUT = 16, 8
 RAGGED = [[2, 17, 11], [0, 29, 1], [30, 0, 0]]
@@ -188,6 +190,54 @@ def test_sizes_decide_how_a_cpu_multiplies(
     tolerance = 0.1 if dtype.itemsize == 2 else 1e-5
     delta = LowRank(a_TRI, b_TOR, 1.0, ends).delta(x).double()
     torch.testing.assert_close(delta, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("base", ["alone", "nf4"])
+def test_texts_end_to_end_each_under_its_own(base: str) -> None:
+    """Three tasks of 9 tokens, 4 tokens under nothing, 6 of one task; in fp64, or on a 4-bit base,
+    which dequantises once for all."""
+    torch.manual_seed(0)
+    dtype = torch.float64 if base == "alone" else torch.float32
+    x, first_a, first_b, last_a, last_b = leaves = [
+        torch.randn(*shape, dtype=dtype, requires_grad=True)
+        for shape in ((1, 19, 64), (3, 2, 64), (3, 5, 2), (1, 4, 64), (1, 5, 4))
+    ]
+    added = EndToEnd(
+        (
+            (LowRank(first_a, first_b, 0.5, _ends([2, 3, 4])), 9),
+            (None, 4),
+            (LowRank(last_a, last_b, 3.0), 6),
+        )
+    )
+    linear = quantised(64, 5)
+    bare = x.new_zeros(1, 19, 5) if base == "alone" else x @ linear.dequantised(dtype).clone().T
+    if base == "alone":
+        out = added.add_to(torch.zeros(1, 19, 5, dtype=dtype), x)
+    else:
+        out = linear(x, low_rank=added)
+    parts = [
+        0.5 * _per_task(x[0, :9], first_a, first_b, [2, 3, 4]),
+        x.new_zeros(4, 5),
+        3 * _per_task(x[0, 13:], last_a, last_b, [6]),
+    ]
+    expected = bare + torch.cat(parts)[None]
+    weights = torch.randn(1, 19, 5, dtype=dtype)
+    for ours, theirs in zip(
+        (out, *torch.autograd.grad((out * weights).sum(), leaves)),
+        (expected, *torch.autograd.grad((expected * weights).sum(), leaves)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def quantised(num_in: int, num_out: int) -> Nf4Linear:
+    """A frozen 4-bit linear."""
+    linear = bnb.nn.Linear4bit(num_in, num_out, bias=False, quant_type="nf4")
+    model = nn.ModuleList([linear.float().to("cpu").requires_grad_(False)])
+    use_nf4_linears(model, torch.device("cpu"), "a base")
+    made = model[0]
+    assert isinstance(made, Nf4Linear)
+    return made
 
 
 @pytest.mark.parametrize("lengths", [None, [7, 0, 5]])

@@ -152,6 +152,21 @@ def test_a_checkpoint_goes_on_with_other_backbones_and_checkpointing(
         assert rank[f"{place}, as separate"] == rank[f"{place}, as shared"] == expected
 
 
+def test_lora_8b_trains_in_one_pass_over_the_base_as_in_two(found: dict[str, Any]) -> None:
+    for rank in found["recipe_of_8b"]:
+        assert rank["zero2, together"] == pytest.approx(rank["zero2, apart"], rel=1e-5)
+        # Numbers of 16 bits.
+        assert rank["zero2_bf16, together"] == pytest.approx(rank["zero2_bf16, apart"], rel=2e-2)
+        assert rank["zero2_bf16, together"] == pytest.approx(rank["zero2, together"], rel=2e-2)
+        # ZeRO-3 gathers the decoder's own weights in a pass of its own.
+        assert rank["zero3, together"] == pytest.approx(rank["zero2, apart"], rel=1e-6)
+        passes = {name: rank[f"{name}, passes"] for name in rank if "passes" not in name}
+        assert passes == dict.fromkeys(passes, 6) | {
+            "zero2, together": 4,
+            "zero2_bf16, together": 4,
+        }
+
+
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_micro_batches_change_nothing_but_rounding(found: dict[str, Any], stage: str) -> None:
     """The third loss has two updates behind it."""

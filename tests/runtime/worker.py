@@ -44,6 +44,7 @@ from ship_ds.loss import num_pieces
 from ship_ds.model import step as step_module
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.nf4_linear import Nf4Linear
+from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import ShipBatch
 from ship_ds.runtime import checkpoint, ranks, repartition
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
@@ -303,6 +304,43 @@ def shared_backbone(folder: Path) -> dict[str, Any]:
                 folder / place / "shared", *run, *recomputing, f"model.backbone={other}"
             )
             found[f"{place}, as {other}"] = losses(again)
+    return found
+
+
+def recipe_of_8b(folder: Path) -> dict[str, Any]:
+    """Losses of two steps of lora-8b's model section, the embedded base in Llama's place: one
+    NF4 base, LoRAs without dropout, every block recomputed, ZeRO-2 in bf16. Task LLM and decoder in
+    one pass and in two, and in fp32, where nothing but the order of sums differs; and passes over
+    the first block."""
+    tuned = "quantisation: nf4, checkpointing: true, tuning: {kind: lora, rank: 4, dropout: 0}"
+    run = [
+        "model.backbone=shared",
+        f"model.encoder={{{tuned}}}",
+        f"model.decoder={{{tuned}, max_examples: 2, drop_latent: 0.1}}",
+        "model.task_llm.checkpointing=true",
+        "model.task_llm.shard=never",
+        *FOUR_STEPS,
+    ]
+    found: dict[str, Any] = {}
+    together = ShipModel.reads_together
+    for stage, way in (
+        ("zero2_bf16", "together"),
+        ("zero2_bf16", "apart"),
+        ("zero2", "together"),
+        ("zero2", "apart"),
+        ("zero3", "together"),
+    ):
+        if way == "apart":
+            ShipModel.reads_together = lambda *_: False  # type: ignore[method-assign]
+        try:
+            made = trainer(folder / stage / way, *run, f"training.deepspeed={stage}")
+            passes: list[int] = []
+            block = made.model.task_llm.language_model.blocks()["model.layers.0"]
+            block.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+            found[f"{stage}, {way}"] = [losses(made), losses(made)]
+            found[f"{stage}, {way}, passes"] = len(passes)
+        finally:
+            ShipModel.reads_together = together  # type: ignore[method-assign]
     return found
 
 
@@ -684,6 +722,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sharded_base_resumes": sharded_base_resumes,
     "accumulation": accumulation,
     "loss_in_pieces": loss_in_pieces,
+    "recipe_of_8b": recipe_of_8b,
     "too_many_bad_steps": too_many_bad_steps,
     "published_recipes": published_recipes,
     "one_rank_goes_on_as_two": one_rank_goes_on_as_two,
