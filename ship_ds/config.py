@@ -432,8 +432,8 @@ class ModelConfig(Section):
     variable-length kernel; SDPA elsewhere."""
     elementwise: Literal["eager", "compiled"] = "eager"
     """How training computes the norms, rotary embeddings and SwiGLU of the families whose code is
-    Llama's. compiled: each by torch.compile, one pass over memory; some seconds at the first start,
-    and it needs a C++ compiler on a CPU, Triton on a GPU."""
+    Llama's. compiled: each by torch.compile, one pass over memory; some seconds at each start, on a
+    CPU twenty at the first, and it needs a C++ compiler on a CPU, Triton on a GPU."""
 
     @model_validator(mode="after")
     def _one_base_for_all(self) -> "ModelConfig":

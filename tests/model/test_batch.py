@@ -2,7 +2,7 @@
 
 import torch
 
-from ship_ds.model.batch import RowGroups, TokenBatch, from_one_buffer, in_one_buffer
+from ship_ds.model.batch import Layout, RowGroups, TokenBatch, from_one_buffer, in_one_buffer
 
 
 def _batch() -> TokenBatch:
@@ -78,6 +78,25 @@ def test_rows_of_about_one_length_share_a_group() -> None:
     expected = [starts[e] + i for e, length in enumerate([5, 9, 8, 4]) for i in range(length)]
     assert rows.place_N.tolist() == expected
     assert RowGroups.of([6] * 5).groups == ((5, 6),)
+
+
+def test_batches_end_to_end_are_one_layout() -> None:
+    """Of five rows as of three and two, but that each batch keeps its own groups."""
+    ids = [[7] * length for length in (5, 9, 8, 4, 6)]
+    first, second = (TokenBatch.build(rows, None, 0) for rows in (ids[:3], ids[3:]))
+    layout, whole = Layout.of([first, second]), Layout.of([TokenBatch.build(ids, None, 0)])
+    assert torch.equal(layout.ends, whole.ends) and layout.ends.dtype == torch.int32
+    assert torch.equal(layout.position_N, whole.position_N)
+    assert layout.longest == whole.longest == 9
+    rows = layout.rows
+    assert rows.groups == (*first.packed.rows.groups, *second.packed.rows.groups)
+    assert rows.row_E.tolist() == [1, 2, 0, 4, 3]
+    # Row 4 is the longest of the second batch, whose rows begin after those of the first.
+    start = sum(count * width for count, width in first.packed.rows.groups)
+    assert rows.place_N[22:].tolist() == [start + 6 + n for n in range(4)] + [
+        start + n for n in range(6)
+    ]
+    assert Layout.of([first]).rows is first.packed.rows
 
 
 def test_tensors_of_a_batch_travel_in_one_buffer() -> None:

@@ -72,6 +72,10 @@ def test_no_gathered_4_bit_weight_is_alive_after_the_forward(found: dict[str, An
         assert rank["alive after the forward"] == [28, 0]
 
 
+def test_no_ranges_are_opened_for_a_profiler_of_gpus(found: dict[str, Any]) -> None:
+    assert not any(rank["profiler ranges"] for rank in found["each_rank_holds_half"])
+
+
 def test_steps_and_an_evaluation_leave_the_base_as_it_was(found: dict[str, Any]) -> None:
     for rank in found["base_is_untouched"]:
         assert rank["steps"] == 4 and rank["before"] == rank["after"]

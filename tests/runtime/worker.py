@@ -24,6 +24,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import nvtx
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -87,6 +88,7 @@ def each_rank_holds_half(folder: Path) -> dict[str, Any]:
             sum(p.ds_numel for p in quantised.values()),
         ],
         "still whole": [n for n, p in quantised.items() if p.numel()],
+        "profiler ranges": nvtx.enable_nvtx,
         "num_nf4": len(quantised),
         "alive after the forward": alive,
     }
