@@ -3,17 +3,14 @@ the middle.
 
 PyTorch guards such a build with a file called `lock`, which a killed process leaves behind, and
 every later start then waits for it without a word. Here each process builds under an advisory lock
-of the kernel's, which dies with its holder: who holds it knows that nobody else builds, and that a
-`lock` file which stays in the op's folder is nobody's. One that goes away belongs to a process that
-loads a built op, as DeepSpeed does once more when ranks connect.
-
-And each uses the `ninja` of the Python package: two versions, as with and without an activated
-environment, reject each other's log and compile everything again at every change.
+of the kernel's, which dies with its holder: who holds it knows that a `lock` file found in the op's
+folder is nobody's. And each uses the `ninja` of the Python package: two versions, as with and
+without an activated environment, reject each other's log and compile everything again at every
+change.
 """
 
 import fcntl
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,10 +43,9 @@ def build(names: Sequence[str], log: Log) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_cache(os.environ))
     with _one_process_at_a_time(root / "ship_ds.lock"):
-        for lock in root.glob("*/lock"):
-            if _stays(lock):
-                log(f"{lock}: left behind by a process that was killed while it compiled; removed")
-                lock.unlink(missing_ok=True)
+        for stale in root.glob("*/lock"):
+            log(f"{stale}: left behind by a process that was killed while it compiled; removed")
+            stale.unlink()
         for name in names:
             builder = get_accelerator().create_op_builder(name)
             if builder is not None and builder.is_compatible():
@@ -59,29 +55,6 @@ def build(names: Sequence[str], log: Log) -> None:
                     "training.deepspeed: offload to NVMe needs libaio with its "
                     "headers: install libaio-dev"
                 )
-
-
-_SECONDS_TO_LOAD = 3.0
-"""How long the file of a process that loads a built op is there at most: milliseconds are usual."""
-
-
-def _stays(lock: Path) -> bool:
-    """Whether it is the same file for as long as that."""
-    deadline, before = time.monotonic() + _SECONDS_TO_LOAD, _identity(lock)
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        if _identity(lock) != before:
-            return False
-    return before is not None
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """None where it is gone."""
-    try:
-        about = path.stat()
-    except FileNotFoundError:
-        return None
-    return about.st_ino, about.st_mtime_ns
 
 
 @contextmanager
