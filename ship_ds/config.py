@@ -422,8 +422,9 @@ class ModelConfig(Section):
     """What z is drawn from, and what the posterior is held close to."""
     backbone: Literal["separate", "shared"] = "separate"
     """separate: encoder, decoder and Task LLM each load their base; shared: they are one frozen
-    base, loaded once, and differ by their LoRA. Where the decoder's LoRA has no dropout and ZeRO-3
-    does not shard it, Task LLM and decoder then read in one pass, if they checkpoint alike."""
+    base, loaded once, and differ by their LoRA. Where generated adapters
+    are of low rank (LoRA, soft prompt), the decoder's LoRA has no dropout, ZeRO-3 does not shard it
+    and both checkpoint alike, Task LLM and decoder then read in one pass."""
     system_message: str | None = None
     """The system's turn of every prompt's chat template; left out: the template's own, for which
     some write a sentence into each prompt. "": an empty turn, the fewest tokens."""

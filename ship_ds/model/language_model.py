@@ -448,7 +448,7 @@ class LanguageModel(ABC):
         self, passages: Sequence[Passage], *, checkpointing: bool = False
     ) -> list[Tensor]:
         """The `label_states` of each, read packed and end to end in one pass: of a model that
-        `packs`, where `together.read_together` allows.
+        `packs`, where `together.can_read_together` allows.
 
         Args:
             passages: what is read, none under another's adapter.

@@ -1,12 +1,12 @@
 """SHIP (Sun et al. 2025, arXiv 2502.02315): encoder, prior, hypernetwork, Task LLM and decoder in
 one module, for one engine. model/assemble.py puts it together.
 
-Letters: T tasks, E sequences, S padded length, H hidden size, Z latent size.
+Letters: T tasks, E sequences, S padded length, H hidden size, Z latent size, K labelled positions.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ship_ds.data.task import Reading
 from ship_ds.flops import ShipSize
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter, States
-from ship_ds.model.adapters.together import read_together
+from ship_ds.model.adapters.together import can_read_together
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.collate import Collator
 from ship_ds.model.encoder import Posterior
@@ -129,11 +129,6 @@ class ShipModel(nn.Module):
         return super()._apply(fn, recurse)
 
     @property
-    def decoder_is_sharded(self) -> bool:
-        """Whether ZeRO-3 holds the decoder's own parameters in pieces."""
-        return self.plans_shards or hasattr(self.decoder.without_latent, "ds_id")
-
-    @property
     def device(self) -> torch.device:
         """Where the trained parts are."""
         return next(self.encoder.head.parameters()).device
@@ -187,9 +182,9 @@ class ShipModel(nn.Module):
                 adapter, batch.answers, batch.num_tasks, packed, beside=beside
             )
             counts = [batch.answers.num_targets, batch.decoded.num_targets]
-            answers, texts = map(
-                partial(Predictions, task_lm), states.split(counts), labels.split(counts)
-            )
+            (own_KH, other_KH), (own_K, other_K) = states.split(counts), labels.split(counts)
+            answers = Predictions(task_lm, own_KH, own_K)
+            texts = Predictions(task_lm, other_KH, other_K)
         else:
             read = self.task_llm(adapter, batch.answers, batch.num_tasks, packed)
             answers = Predictions(task_lm, *read)
@@ -205,15 +200,15 @@ class ShipModel(nn.Module):
 
     def reads_together(self, adapter: Adapter) -> bool:
         """Whether Task LLM and decoder, one base, read in one pass; not under ZeRO-3, which gathers
-        the decoder's own parameters in its forward."""
+        the decoder's parameters in its own forward (`LowRankUpdate.is_at_hand` sees them there)."""
         decoder, task_llm = self.decoder, self.task_llm
         return (
             self.decodes
             and self.config.backbone == "shared"
             and self.packs
             and decoder.checkpointing == task_llm.checkpointing
-            and not self.decoder_is_sharded
-            and read_together((adapter, decoder.own_adapter))
+            and not self.plans_shards
+            and can_read_together((adapter, decoder.own_adapter))
         )
 
     def _adapter(

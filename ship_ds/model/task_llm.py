@@ -60,12 +60,14 @@ class TaskLlm(Writer):
             packed: without padding, where the model can.
             instruction: embeddings (T, instruction length, H) in place of the instruction tokens
                 that the batch has before each prompt.
-            beside: what another role reads in the same pass; its states and labels follow.
+            beside: what another role reads in the same pass, packed; its states and labels follow,
+                in the same tensors, so that hooks on this module see what they always do.
         """
         num_rows = len(batch.lengths)
         soft = _virtual_tokens(adapter, num_rows)
         instruction = _per_row(instruction, num_rows)
         if beside is not None:
+            assert packed
             own = Passage(batch, adapter, num_tasks, soft, instruction)
             states = self.language_model.label_states_together(
                 [own, beside], checkpointing=self.checkpointing

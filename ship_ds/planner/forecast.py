@@ -19,8 +19,8 @@ from ship_ds.planner.shapes import Shapes
 from ship_ds.planner.zero import Traffic
 
 RATE = 217e12
-"""Useful FLOPs a second: the recipe lora-8b in NF4, 16,349 tokens a micro-step, all recomputed, on
-one H100 (docs/gpu.md)."""
+"""Useful FLOPs a second: the recipe lora-8b in NF4, 16,349 tokens a micro-step, all recomputed,
+Task LLM and decoder in two passes, on one H100 (docs/gpu.md)."""
 BETWEEN_NODES, INSIDE_NODE = 50e9, 300e9
 """Bytes a second of one GPU's links: an InfiniBand NDR port; about two thirds of an H100's
 NVLink."""
@@ -28,11 +28,12 @@ KERNELS_A_BLOCK = 230
 """Launched for one block of one role in forward and backward: assumed, of the size that a count
 of dispatched operations on the CPU gave; a recomputed block launches its forward again."""
 ROLES_OF_ONE_PASS = 1.5
-"""How many roles' kernels a pass over the tokens of Task LLM and decoder launches (18,428 beside
-22,348 operations, the encoder's included: docs/gpu.md)."""
+"""How many roles' kernels a pass over the tokens of Task LLM and decoder launches: 18,428 beside
+22,348 operations, the encoder's included, counted on the CPU (docs/gpu.md)."""
 LAUNCH_SECONDS = 70e-6
-"""Of the host, for each kernel and all the Python around it: 1.56 s for 22,080 of lora-8b with
-4,079 tokens, where the GPU waits for the host (docs/gpu.md)."""
+"""Of the host, for each kernel and all the Python around it: 1.55 to 2.03 s for 22,080 of lora-8b
+with 4,079 tokens in two passes, where the GPU waits for the host (docs/gpu.md). Every block was
+recomputed, which launches more than those: without checkpointing this is too much."""
 
 
 @dataclass(frozen=True)

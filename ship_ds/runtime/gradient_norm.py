@@ -2,11 +2,12 @@
 
 Between a backward pass and the optimiser's step DeepSpeed 0.19.8 goes through the parameters one by
 one: ten kernels ask each gradient whether it is finite, five make its norm. LoRAs have hundreds of
-small parameters: of the 34,458 kernels of a step with 30 Llama blocks in each role (SmolLM2's
-number), 13,213 were these, where 58 do. Where a GPU is quicker than its host can launch, kernels
-are what a step costs.
+small parameters: the engine's step of SHIP with 30 Llama blocks in each role (SmolLM2's number)
+launched 13,213 kernels, and launches 58 now (docs/gpu.md). Where a GPU is quicker than its host can
+launch, kernels are what a step costs.
 
-The norm alone says both: a gradient that is not finite makes it so, and DeepSpeed looks at it too.
+The norm alone says both: a gradient that is not finite makes it so, and DeepSpeed from 0.19.8 on
+skips a step by it too. An earlier one would take the step, so pyproject.toml excludes it.
 """
 
 from collections.abc import Iterable
@@ -23,8 +24,7 @@ def take_norms_at_once(optimiser: Any) -> None:
 
     Args:
         optimiser: DeepSpeed's, in place. One that offloads is left as it is: it makes the norms
-            while gradients move. (runtime/zero/stage_1_and_2.py: its names are private, so
-            pyproject.toml caps the version.)
+            while gradients move. (runtime/zero/stage_1_and_2.py, whose names are private.)
     """
     if optimiser.cpu_offload or not optimiser.compute_grad_norm:
         return

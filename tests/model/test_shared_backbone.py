@@ -100,12 +100,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def without_dropout(**changes: Any) -> dict[str, Any]:
+def without_dropout(quantisation: str = "nf4", **changes: Any) -> dict[str, Any]:
     """Roles of which Task LLM and decoder may be read in one pass."""
     tuning = {"kind": "lora", "dropout": 0.0, "targets": ["q_proj", "o_proj"]}
     return {
-        "encoder": {"quantisation": "nf4", "tuning": tuning | {"rank": 3}},
-        "decoder": {"quantisation": "nf4", "tuning": tuning | {"rank": 2, "alpha": 3.0}},
+        "encoder": {"quantisation": quantisation, "tuning": tuning | {"rank": 3}},
+        "decoder": {"quantisation": quantisation, "tuning": tuning | {"rank": 2, "alpha": 3.0}},
         **changes,
     }
 
@@ -120,16 +120,24 @@ def num_passes(ship: ShipModel) -> int:
     return len(passes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "quantisation", "checkpointing"),
+    [
+        ("lora", "nf4", False),
+        ("lora", "nf4", True),
+        ("lora", "none", True),
+        ("soft_prompt", "nf4", True),
+        ("both", "none", False),
+    ],
+)
 def test_task_llm_and_decoder_are_read_in_one_pass(
-    kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, quantisation: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = without_dropout(hypernetwork=KINDS[kind])
+    changes = without_dropout(quantisation, hypernetwork=KINDS[kind])
     if checkpointing:
         changes["decoder"]["checkpointing"] = True
         changes["task_llm.checkpointing"] = True
-    ship = build(config_of("shared", "nf4", **changes).model)
+    ship = build(config_of("shared", quantisation, **changes).model)
     assert num_passes(ship) == 2
     ship.zero_grad()
     losses, gradients = step(ship)

@@ -451,6 +451,28 @@ def test_a_hypernetwork_of_billions_is_pointed_out() -> None:
     assert "2.6 billion weights" in line and "31.2 GB" in line and "per_module" in line
 
 
+def test_one_pass_of_two_roles_is_planned_where_it_is_one() -> None:
+    """It launches half a role less, and its heaviest block holds the tokens of both."""
+    role = "{quantisation: nf4, checkpointing: true, tuning: {kind: lora, rank: 4, dropout: %s}}"
+    plans = {}
+    for dropout in (0, 0.1):
+        for stage in (2, 3):
+            config = _small(
+                "model.backbone=shared",
+                f"model.encoder={role % dropout}",
+                f"model.decoder={role % dropout}",
+                "model.task_llm={quantisation: nf4, checkpointing: true, shard: never}",
+                f"training.deepspeed=zero{stage}_bf16",
+            )
+            plans[dropout, stage] = make_plan(config, Machines(1, 2, 10**12))
+    blocks = {key: plan.forecast.kernels / 230 for key, plan in plans.items()}
+    assert blocks == {(0, 2): 2.5 * 4, (0, 3): 3 * 4, (0.1, 2): 3 * 4, (0.1, 3): 3 * 4}
+    working = {key: plan.memory["working memory"] for key, plan in plans.items()}
+    assert working[0, 2] > 1.1 * working[0, 3]
+    read = {key: "activations, decoder" in plan.memory for key, plan in plans.items()}
+    assert read == {(0, 2): False, (0, 3): True, (0.1, 2): True, (0.1, 3): True}
+
+
 def test_the_forecast_is_the_longest_of_its_three_terms() -> None:
     short, long = (
         make_plan(_small(f"training.tasks_per_step={tasks}"), Machines(2, 8, 10**12)).forecast

@@ -52,12 +52,16 @@ class Adapter(ABC):
         return None if low_rank is None else low_rank.delta(x)
 
     def is_low_rank(self) -> bool:
-        """Whether `factors_at` says all that this changes inside the blocks."""
+        """Whether `factors_at` says all that this changes inside the blocks. By the methods that a
+        kind has of its own: who adds another one that acts in there adds it here."""
         own = type(self)
         return (own.delta, own.after, own.prefix) == (Adapter.delta, Adapter.after, Adapter.prefix)
 
     def factors_at(self, path: str) -> LowRank | None:
-        """`low_rank` of one text; a kind may have one that a site has no use of."""
+        """The factors of what is added at a linear, as one matrix product of low rank; None: none.
+
+        `low_rank` says so to a site, which then runs the product's own function. A kind for which a
+        site is quicker without (the static LoRA) has factors all the same."""
         low_rank = self.low_rank(path)
         assert low_rank is None or isinstance(low_rank, LowRank)
         return low_rank

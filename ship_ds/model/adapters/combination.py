@@ -49,14 +49,17 @@ class CombinedAdapter(Adapter):
 
     def low_rank(self, path: str) -> LowRank | None:
         """One of all ranks side by side; None where a part adds what is none of low rank."""
-        if any(type(part).delta is not Adapter.delta for part in self.parts):
+        if not self._adds_products_alone():
             return None
         found = [one for part in self.parts if (one := part.factors_at(path)) is not None]
         return reduce(_side_by_side, found) if found else None
 
+    def _adds_products_alone(self) -> bool:
+        return all(type(part).delta is Adapter.delta for part in self.parts)
+
     def is_low_rank(self) -> bool:
         """See `Adapter`."""
-        return all(part.is_low_rank() for part in self.parts)
+        return self._adds_products_alone() and all(part.is_low_rank() for part in self.parts)
 
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         """See `Adapter`."""

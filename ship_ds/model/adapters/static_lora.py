@@ -38,8 +38,8 @@ class LowRankUpdate(nn.Module):
         return update
 
     @property
-    def is_low_rank(self) -> bool:
-        """Whether the two matrices are all of it, and at hand: dropout is not in force, and ZeRO-3,
+    def is_at_hand(self) -> bool:
+        """Whether the two matrices are all of it, and whole: dropout is not in force, and ZeRO-3,
         which gathers them for a module alone, holds no shares of them."""
         drops = self.training and self.dropout.p > 0
         return not drops and not hasattr(self.lora_a.weight, "ds_id")
@@ -95,7 +95,7 @@ class StaticLoraAdapter(Adapter):
 
     def is_low_rank(self) -> bool:
         """See `Adapter`."""
-        return all(update.is_low_rank for update in self.updates.values())
+        return all(update.is_at_hand for update in self.updates.values())
 
     def factors_at(self, path: str) -> LowRank | None:
         """See `Adapter`. Not `low_rank`: a site's own function in Python takes a host longer than

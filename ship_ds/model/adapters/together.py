@@ -14,7 +14,7 @@ from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.segment_lora import EndToEnd
 
 
-def read_together(adapters: Sequence[Adapter | None]) -> bool:
+def can_read_together(adapters: Sequence[Adapter | None]) -> bool:
     """Whether what these change is of low rank, everywhere: then `Together` says it."""
     return all(adapter is None or adapter.is_low_rank() for adapter in adapters)
 
@@ -31,7 +31,7 @@ class Together(Adapter):
 
     @property
     def num_tasks(self) -> int:
-        return sum(part.num_tasks for part, _ in self.parts if part is not None)
+        raise NotImplementedError("each text has its own")
 
     def low_rank(self, path: str) -> EndToEnd | None:
         """What each part adds to its own tokens."""
