@@ -1,6 +1,7 @@
 """The GPU benchmark where there is no GPU, and what it keeps of an earlier report."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def test_parts_of_another_version_do_not_stay(
     path.write_text(json.dumps({**REPORT, "parts": {"limits": {}}}))
     report = {**REPORT, "versions": {"torch": torch_version}}
     assert bench_gpu._earlier_parts(path, report) == parts
+
+
+def test_what_a_stopped_part_had_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_until_the_limit(command: list[str], **_: object) -> None:
+        monkeypatch.setattr(bench_gpu, "_kept_in", Path(command[command.index("--out") + 1]))
+        bench_gpu.keep({"first case": 1.5})
+        raise subprocess.TimeoutExpired(command, 60, output="a line")
+
+    monkeypatch.setattr(subprocess, "run", run_until_the_limit)
+    assert bench_gpu.run_part("limits", 2) == {
+        "first case": 1.5,
+        "failed": ["stopped after 60 s", "a line"],
+    }
 
 
 def test_relative_error_is_one_where_the_difference_is_as_large_as_the_reference() -> None:

@@ -104,6 +104,15 @@ TRAINER_SECONDS = 200
 
 # ---- measuring
 
+_kept_in: Path | None = None
+"""Where a part's process keeps what it has found so far."""
+
+
+def keep(found: Mapping[str, Any]) -> None:
+    """Save what a part has found, so that its time limit costs no more than what comes after."""
+    if _kept_in is not None:
+        _kept_in.write_text(json.dumps(found))
+
 
 def synchronise() -> None:
     if torch.cuda.is_available():
@@ -488,6 +497,7 @@ def _ship_part(
     times = take_turns(steps, rounds)
     flops = _model_flops(ship, batch)
     found["times"] = times
+    keep(found)
     for one in times.values():
         one["tokens_per_second"] = round(1e3 * batch.num_tokens / one["median_ms"])
         one["model_tflops"] = round(flops / one["median_ms"] / 1e9, 1)
@@ -697,6 +707,7 @@ def lora_8b(rounds: int, device: torch.device) -> dict[str, Any]:
         for one in case["times"].values():
             one["tokens_per_second"] = round(1e3 * batch.num_tokens / one["median_ms"])
             one["mfu"] = round(flops / (1e-3 * one["median_ms"]) / peak, 3) if peak else None
+        keep(found)
         case["profile"] = profiled(steps["eager"])
     for one in ships.values():
         one.zero_grad(set_to_none=True)
@@ -771,6 +782,7 @@ def adapter_8b(rounds: int, device: torch.device) -> dict[str, Any]:
         one["tokens_per_second"] = round(1e3 * batch.num_tokens / one["median_ms"])
     with_, without = (found["times"][name]["median_ms"] for name in variants)
     found["ratio"] = round(with_ / without, 3)
+    keep(found)
     found["profile_with_adapters"] = profiled(variants["with adapters"])
     found["decoding"] = _decoding(task_llm, adapter, rows, settings.vocab_size, device)
     return found
@@ -995,14 +1007,16 @@ def run_part(name: str, rounds: int) -> dict[str, Any]:
                 timeout=limit,
             )
         except subprocess.TimeoutExpired as error:
-            return {"failed": [f"stopped after {limit} s", *_last_lines(str(error.output))]}
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            return kept | {"failed": [f"stopped after {limit} s", *_last_lines(str(error.output))]}
         taken = {
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - start, 1),
         }
         if not path.exists():
             return taken | {"failed": _last_lines(done.stdout)}
-        return taken | json.loads(path.read_text())
+        failed = {"failed": _last_lines(done.stdout)} if done.returncode else {}
+        return taken | json.loads(path.read_text()) | failed
 
 
 def _with_repository() -> str:
@@ -1046,6 +1060,8 @@ def main() -> int:
         print("bench_gpu: no CUDA here, nothing was measured")
         return 0
     if args.part:
+        global _kept_in
+        _kept_in = args.out
         try:
             found = PARTS[args.part][0](args.rounds, torch.device("cuda", 0))
         except Exception:
