@@ -4,7 +4,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,20 @@ def test_each_rank_holds_half(found: dict[str, Any], what: str) -> None:
         assert rank["num_nf4"] == 28 and not rank["still whole"]
 
 
-@pytest.mark.parametrize("tuning", ["lora", "whole"])
-def test_a_sharded_output_layer_gives_its_loss_in_pieces(
-    found: dict[str, Any], tuning: str
-) -> None:
+def gives_its_loss_in_pieces(ranks: Iterable[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["3"] == pytest.approx(rank["1"], rel=1e-5)
+        assert rank["1"][0] != rank["1"][1]
+
+
+def test_a_sharded_output_layer_gives_its_loss_in_pieces(found: dict[str, Any]) -> None:
     """It is let go within the piece, before the checkpoint looks at what was recomputed."""
-    for rank in found["loss_in_pieces"]:
-        assert rank[f"{tuning}, 3"] == pytest.approx(rank[f"{tuning}, 1"], rel=1e-5)
-        assert rank[f"{tuning}, 1"][0] != rank[f"{tuning}, 1"][1]
+    gives_its_loss_in_pieces(found["loss_in_pieces"])
+
+
+@pytest.mark.soak
+def test_so_it_does_where_roles_are_trained_whole(found_long: dict[str, Any]) -> None:
+    gives_its_loss_in_pieces(found_long["loss_in_pieces_of_whole_roles"])
 
 
 def test_no_gathered_4_bit_weight_is_alive_after_the_forward(found: dict[str, Any]) -> None:
