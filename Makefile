@@ -42,7 +42,7 @@ $(VENV)/.smollm2: $(VENV)/.installed
 test: lint $(VENV)/.smollm2
 	$(PYTEST)
 
-# What needs no run of its own, no second rank and no cluster: about a minute on two cores.
+# What needs no run of its own, no second rank and no cluster: a minute and a half on two cores.
 test-fast: setup
 	$(PYTEST) -m "not slow and not distributed and not slurm and not soak"
 
