@@ -20,7 +20,7 @@ import ninja
 import torch
 
 from ship_ds.console import Log
-from ship_ds.errors import UserError
+from ship_ds.errors import UserError, first_line
 from ship_ds.runtime.deepspeed_config import offloads_optimiser, offloads_to_nvme
 from ship_ds.runtime.op_cache import compiled_cache, op_cache
 
@@ -49,12 +49,26 @@ def build(names: Sequence[str], log: Log) -> None:
         for name in names:
             builder = get_accelerator().create_op_builder(name)
             if builder is not None and builder.is_compatible():
-                builder.load(verbose=False)
+                _load(builder)
             elif name == "AsyncIOBuilder":
                 raise UserError(
                     "training.deepspeed: offload to NVMe needs libaio with its "
                     "headers: install libaio-dev"
                 )
+
+
+def _load(builder: Any) -> None:
+    """Compile it where it is not yet. Raises UserError where that fails."""
+    try:
+        builder.load(verbose=False)
+    except RuntimeError as error:  # torch's, with all that ninja and the compiler said
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        said = [line for line in lines if "not found" in line or "error:" in line]
+        reason = said[0] if said else first_line(error)
+        raise UserError(
+            f"DeepSpeed's {builder.name}: cannot be compiled: {reason}: install a C++ compiler "
+            "such as g++, or set CXX to one"
+        ) from None
 
 
 @contextmanager

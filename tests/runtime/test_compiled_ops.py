@@ -48,6 +48,34 @@ def test_a_build_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mo
     other.join()
 
 
+def test_a_machine_without_a_compiler_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In torch 2.13's words: the command, then what the shell says of it."""
+
+    class Failing:
+        name = "deepspeed_shm_comm"
+
+        def is_compatible(self) -> bool:
+            return True
+
+        def load(self, verbose: bool) -> None:
+            raise RuntimeError(
+                "Error building extension 'deepspeed_shm_comm': [1/3] /no/c++ -MMD -c shm.cpp\n"
+                "FAILED: [code=127] shm.o \n/no/c++ -MMD -c shm.cpp\n"
+                "/bin/sh: 1: /no/c++: not found\nninja: build stopped: subcommand failed.\n"
+            )
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(type(get_accelerator()), "create_op_builder", lambda self, name: Failing())
+    with pytest.raises(UserError) as caught:
+        compiled_ops.build(["ShareMemCommBuilder"], print)
+    assert str(caught.value) == (
+        "DeepSpeed's deepspeed_shm_comm: cannot be compiled: /bin/sh: 1: /no/c++: not found: "
+        "install a C++ compiler such as g++, or set CXX to one"
+    )
+
+
 def test_nvme_asks_for_libaio_and_says_where_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
