@@ -128,6 +128,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: expected 1 or more")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"

@@ -99,7 +99,8 @@ class StaticLoraAdapter(Adapter):
 
     def factors_at(self, path: str) -> LowRank | None:
         """See `Adapter`. Not `low_rank`: a site's own function in Python takes a host longer than
-        the operations of `delta`, 0.46 ms beside 0.35 forward and backward."""
+        the operations of `delta`: 0.46 ms beside 0.35 of one core, forward and backward, for 40
+        tokens of a 64 x 64 linear in bf16, whose products cost next to nothing (2026-11-27)."""
         update = self.updates.get(path)
         if update is None:
             return None
