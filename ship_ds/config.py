@@ -734,7 +734,7 @@ class EvaluationConfig(Section):
     the right answers tells most of few tasks; scores from before a change of this setting no longer
     count."""
     num_final_tasks: PositiveInt = 1_000_000
-    """Seen rules in the final report at most."""
+    """Tasks of each part in the final report at most."""
     final_share: float | None = Field(0.1, gt=0)
     """Time for the final report as a share of the training's: it measures as many tasks as fit,
     spread over all of them, and says how many it left out. None: all, however long."""

@@ -123,12 +123,12 @@ def _cells(
     sections: Sequence[_Section], methods: Mapping[str, Method], ship: Ship, splits: Splits
 ) -> dict[tuple[str, Part], TimedCell]:
     """By section and part; other wordings have one only where there are any."""
-    num_seen = ship.config.evaluation.num_final_tasks
+    most = ship.config.evaluation.num_final_tasks
     return {
         (section.key, part): _cell(methods[section.method], section, part, tasks, ship)
         for section in sections
         for part in section.parts
-        if (tasks := _tasks(splits, section, part, num_seen)) or part != "unseen_paraphrase"
+        if (tasks := _tasks(splits, section, part, most)) or part != "unseen_paraphrase"
     }
 
 
@@ -144,10 +144,9 @@ def _sections(splits: Splits) -> Sequence[_Section]:
     return [s for s in _SECTIONS if has_labels or s.method != "majority_label"]
 
 
-def _tasks(splits: Splits, section: _Section, part: Part, num_seen: int) -> Sequence[SplitTask]:
-    """All dev and unseen rules and at most `num_seen` of the seen ones, in the order in which they
-    are measured; of some sections the first ones, so that these are among SHIP's own."""
-    most = sys.maxsize if part in ("dev", "unseen") else num_seen
+def _tasks(splits: Splits, section: _Section, part: Part, most: int) -> Sequence[SplitTask]:
+    """At most so many tasks of a part, in the order in which they are measured; of some sections
+    the first ones, so that these are among SHIP's own."""
     tasks = evenly(tasks_of(splits, part, most))
     if part == "seen" and section.key.startswith("controls."):
         tasks = tasks[:_NUM_CONTROL_TASKS]
