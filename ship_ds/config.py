@@ -265,7 +265,31 @@ class TrunkConfig(Section):
     a small loss.kl lets make z large, can hide the places from each other."""
 
 
-class LoraHypernetworkConfig(TrunkConfig):
+class FactorConfig(TrunkConfig):
+    """What kinds of adapter have in common that are made of two factors, A before B."""
+
+    heads: Literal["per_module", "per_layer", "per_rank", "diagonal", "square"] = "per_module"
+    """One head a module shape, one a layer (largest), or one a shape that makes a single rank (of
+    those that make A and B the smallest). diagonal, square: A and B are learned, the same for all
+    tasks, and z gives a weight of each rank, or a matrix between them (Zhyper); fewer numbers of z,
+    so that the rank may be higher."""
+    latent: Literal["whole", "by_layer"] = "whole"
+    """Each place reads all of z, or the share of its block alone, of equal shares."""
+    starts_at_zero: Literal["b", "a"] = "b"
+    """Which factor a fresh adapter has zero, so that it is the base: B beside a random A, as peft
+    starts a LoRA, or A beside a random B (Init[B] of Hayou et al. 2024, arXiv 2406.08447)."""
+
+    @model_validator(mode="after")
+    def _generates_both(self) -> "FactorConfig":
+        if self.starts_at_zero == "a" and self.heads in ("diagonal", "square"):
+            raise ValueError(
+                f"starts_at_zero=a is for heads that make A and B of z; with heads={self.heads} "
+                "what stands between them starts at zero: leave one of the two out"
+            )
+        return self
+
+
+class LoraHypernetworkConfig(FactorConfig):
     """A LoRA over linears of the Task LLM, generated whole."""
 
     kind: Literal["lora"] = "lora"
@@ -276,16 +300,9 @@ class LoraHypernetworkConfig(TrunkConfig):
     targets: Targets = Field(ALL_PROJECTIONS, min_length=1)
     """Last names of the linears of the Task LLM that are adapted; all-linear: every one of its
     blocks."""
-    heads: Literal["per_module", "per_layer", "per_rank", "diagonal", "square"] = "per_module"
-    """One head a module shape, one a layer (largest), or one a shape that makes a single rank (of
-    those that make A and B the smallest). diagonal, square: A and B are learned, the same for all
-    tasks, and z gives a weight of each rank, or a matrix between them (Zhyper); fewer numbers of z,
-    so that the rank may be higher."""
-    latent: Literal["whole", "by_layer"] = "whole"
-    """Each linear reads all of z, or the share of its block alone, of equal shares."""
 
 
-class BottleneckHypernetworkConfig(TrunkConfig):
+class BottleneckHypernetworkConfig(FactorConfig):
     """Bottleneck adapters: what a linear gives, plus a narrow MLP of that, generated whole."""
 
     kind: Literal["bottleneck"] = "bottleneck"
@@ -296,10 +313,6 @@ class BottleneckHypernetworkConfig(TrunkConfig):
     targets: Targets = Field(("o_proj", "down_proj"), min_length=1)
     """Last names of the linears of the Task LLM after which it stands; all-linear: every one of its
     blocks."""
-    heads: Literal["per_module", "per_layer", "per_rank", "diagonal", "square"] = "per_module"
-    """As a LoRA's."""
-    latent: Literal["whole", "by_layer"] = "whole"
-    """Each adapter reads all of z, or the share of its block alone, of equal shares."""
 
 
 class PrefixHypernetworkConfig(TrunkConfig):

@@ -35,6 +35,7 @@ READ = States(
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 3, "width": 16},
     "lora by layer": {"kind": "lora", "rank": 3, "width": 16, "latent": "by_layer"},
+    "lora from a": {"kind": "lora", "rank": 3, "width": 16, "starts_at_zero": "a"},
     "lora per rank by layer": {
         "kind": "lora",
         "rank": 3,
@@ -63,6 +64,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "prefix by layer": {"kind": "prefix", "length": 3, "width": 16, "latent": "by_layer"},
     "bottleneck": {"kind": "bottleneck", "rank": 3, "width": 16},
     "bottleneck by layer": {"kind": "bottleneck", "rank": 3, "width": 16, "latent": "by_layer"},
+    "bottleneck from a": {"kind": "bottleneck", "rank": 3, "width": 16, "starts_at_zero": "a"},
     "bottleneck diagonal": {"kind": "bottleneck", "rank": 3, "width": 16, "heads": "diagonal"},
     "fusion": {"kind": "fusion", "width": 16},
     "combination": {

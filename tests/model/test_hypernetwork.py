@@ -35,11 +35,14 @@ SITES = {
 }
 
 
-def _hypernetwork(heads: Any, sites: dict[str, tuple[int, int]] = SITES) -> LoraHypernetwork:
+def _hypernetwork(
+    heads: Any, sites: dict[str, tuple[int, int]] = SITES, zero: Any = "b"
+) -> LoraHypernetwork:
     torch.manual_seed(0)
-    return LoraHypernetwork(
-        LoraHypernetworkConfig(rank=RANK, alpha=8, width=WIDTH, heads=heads), Z, Target(sites, 64)
+    config = LoraHypernetworkConfig(
+        rank=RANK, alpha=8, width=WIDTH, heads=heads, starts_at_zero=zero
     )
+    return LoraHypernetwork(config, Z, Target(sites, 64))
 
 
 def _latent(num_tasks: int = 2) -> torch.Tensor:
@@ -63,6 +66,31 @@ def test_a_starts_as_in_peft(heads: str) -> None:
     a = torch.stack([a for a, _ in _hypernetwork(heads, sites)(_latent()).factors.values()])
     assert float(a.detach().std()) == pytest.approx((3 * 64) ** -0.5, rel=0.25)
     assert torch.linalg.matrix_rank(a, rtol=0.05).unique().tolist() == [RANK]
+
+
+@pytest.mark.parametrize("heads", GENERATED)
+def test_the_other_start_has_a_at_zero_and_b_as_peft_draws_its_weights(heads: str) -> None:
+    """Uniform in +-1/sqrt(R), R being the inputs of B; and A's numbers learn, B's not yet."""
+    sites = {f"model.layers.{i}.m": (8, 64) for i in range(8)}
+    hypernetwork = _hypernetwork(heads, sites, "a")
+    factors = hypernetwork(_latent()).factors
+    assert not any(a.any() for a, _ in factors.values())
+    b = torch.stack([b for _, b in factors.values()])
+    assert float(b.detach().std()) == pytest.approx((3 * RANK) ** -0.5, rel=0.25)
+    assert torch.linalg.matrix_rank(b, rtol=0.05).unique().tolist() == [RANK]
+    sum((b @ a).sum() for a, b in factors.values()).backward()
+    learns = {
+        name.split(".")[-2]: bool(parameter.grad.any())
+        for name, parameter in hypernetwork.heads.named_parameters()
+        if parameter.grad is not None and name.endswith("weight")
+    }
+    assert learns["to_a"] and not learns["to_b"]
+
+
+@pytest.mark.parametrize("heads", LEARNED)
+def test_learned_factors_have_no_other_start(heads: Any) -> None:
+    with pytest.raises(ValueError, match="starts_at_zero=a is for heads that make A and B of z"):
+        LoraHypernetworkConfig(heads=heads, starts_at_zero="a")
 
 
 @pytest.mark.parametrize("heads", KINDS)

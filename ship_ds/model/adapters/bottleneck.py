@@ -3,8 +3,9 @@
     y += alpha / R * B gelu(A y)        y is what the linear gives, before it joins the residual
 
 After a block's attention and after its feed-forward part, as published; HINT (Ivison et al. 2023)
-generates the same. A and B come from the heads of a LoRA whose linears are O -> O. B starts at
-zero, so step 0 is the base model. `peft` has no such adapter, so there is no folder of one.
+generates the same. A and B come from the heads of a LoRA whose linears are O -> O. One of them
+starts at zero, so step 0 is the base model. `peft` has no such adapter, so there is no folder of
+one.
 
 Letters: T tasks, N packed tokens, R LoRA rank, O outputs of a linear, Z latent size.
 """

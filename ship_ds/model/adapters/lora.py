@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021): z -> A and B of every target linear.
 
 A hypernetwork is a trunk shared by all sites (z plus a learned embedding -> MLP) and heads
-(lora_heads.py), which make A and B of its features. B starts at exactly zero, so step 0 is the base
-model; A starts as in `peft`.
+(lora_heads.py), which make A and B of its features. One of the two starts at exactly zero, so step
+0 is the base model.
 
 Letters: T tasks, Z latent size, D hypernetwork width, J sites of a group, U features of a group,
 R LoRA rank, I inputs of a linear, O outputs of a linear, X other letters flattened.
@@ -244,7 +244,10 @@ class FactorHypernetwork(TrunkHypernetwork):
         self.scaling, self.sites = config.alpha / config.rank, target.sites
         self.rank = config.rank
         width, head_type = config.width, HEADS[config.heads]
-        heads = [head_type(width, config.rank, group) for group in head_type.groups(target.sites)]
+        heads = [
+            head_type(width, config.rank, group, config.starts_at_zero)
+            for group in head_type.groups(target.sites)
+        ]
         self.num_shares = len(target.blocks) if config.latent == "by_layer" else 1
         if self.num_shares > 1:
             for group, head in enumerate(heads):

@@ -1,6 +1,7 @@
 """The heads of a hypernetwork of LoRAs: the trunk's features -> A and B of a group of sites.
 
-Each head says how many embeddings its sites need. B starts at exactly zero, A as in `peft`.
+Each head says how many embeddings its sites need. One factor starts at exactly zero, B where
+nothing else is said, the other one as `peft` starts A.
 
 Letters: T tasks, D hypernetwork width, J sites of a group, U features of a group, R LoRA rank,
 I inputs of a linear, O outputs of a linear, X other letters flattened.
@@ -10,6 +11,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,12 @@ from ship_ds.model.adapters.adapter import Sites
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module path -> (a_TRI, b_TOR)."""
+Factor = Literal["a", "b"]
 
 
 class LoraHead(nn.Module, ABC):
-    """Makes the factors of one group of sites; made from (width, rank, those sites)."""
+    """Makes the factors of one group of sites; made from (width, rank, those sites, the factor that
+    starts at zero)."""
 
     num_embeddings: int
     """How many embeddings tell the group's features apart."""
@@ -58,16 +62,16 @@ class ShapeHead(LoraHead):
     """`per_module`: all ranks of A and B of a site from one feature; shared by the sites of one
     shape."""
 
-    def __init__(self, width: int, rank: int, sites: Sites) -> None:
+    def __init__(self, width: int, rank: int, sites: Sites, zero: Factor) -> None:
         super().__init__()
         self.paths, self.num_embeddings = list(sites), len(sites)
         self.places = self.paths
         self.rank, (self.num_in, self.num_out) = rank, next(iter(sites.values()))
         self.to_a = nn.Linear(width, rank * self.num_in)
         self.to_b = nn.Linear(width, rank * self.num_out)
-        nn.init.normal_(self.to_a.weight, std=0.2 / math.sqrt(self.num_in))
-        nn.init.uniform_(self.to_a.bias, -1 / math.sqrt(self.num_in), 1 / math.sqrt(self.num_in))
-        _zero(self.to_b)
+        started, bound = _zero_one(self, zero, rank, self.num_in)
+        nn.init.normal_(started.weight, std=0.2 * bound)
+        nn.init.uniform_(started.bias, -bound, bound)
 
     def forward(self, features_TUD: Tensor) -> Factors:
         a_TJRI = self.to_a(features_TUD).unflatten(2, (self.rank, self.num_in))
@@ -79,11 +83,11 @@ class LayerHead(LoraHead):
     """`per_layer`: A and B of every module of one layer from one feature; no layer shares it, so it
     is the largest."""
 
-    def __init__(self, width: int, rank: int, sites: Sites) -> None:
+    def __init__(self, width: int, rank: int, sites: Sites, zero: Factor) -> None:
         super().__init__()
         self.num_embeddings, self.places = 1, list(sites)[:1]
         self.parts = nn.ModuleList(
-            ShapeHead(width, rank, {path: shape}) for path, shape in sites.items()
+            ShapeHead(width, rank, {path: shape}, zero) for path, shape in sites.items()
         )
 
     @staticmethod
@@ -104,7 +108,7 @@ class RankHead(LoraHead):
     """`per_rank`: one row of A and one column of B from one feature, which a learned rank embedding
     tells apart; smallest."""
 
-    def __init__(self, width: int, rank: int, sites: Sites) -> None:
+    def __init__(self, width: int, rank: int, sites: Sites, zero: Factor) -> None:
         super().__init__()
         self.paths, self.num_embeddings, self.rank = list(sites), len(sites), rank
         self.places = [path for path in sites for _ in range(rank)]
@@ -112,11 +116,10 @@ class RankHead(LoraHead):
         self.rank_embedding = nn.Embedding(rank, width)
         self.to_a = nn.Linear(width, num_in)
         self.to_b = nn.Linear(width, num_out)
-        # All of A's variance is in the weight: a bias, shared by the ranks, would make their rows
-        # alike.
-        nn.init.normal_(self.to_a.weight, std=1 / math.sqrt(3 * num_in))
-        nn.init.zeros_(self.to_a.bias)
-        _zero(self.to_b)
+        started, bound = _zero_one(self, zero, rank, num_in)
+        # All variance is in the weight: a bias, shared by the ranks, would make them alike.
+        nn.init.normal_(started.weight, std=bound / math.sqrt(3))
+        nn.init.zeros_(started.bias)
 
     @property
     def num_features(self) -> int:
@@ -139,8 +142,9 @@ class CoreHead(LoraHead):
     times the core is the task's B (Zhyper, Abdalla et al. 2025, arXiv 2510.19733). A site's feature
     becomes R or R x R numbers in place of R x (I + O)."""
 
-    def __init__(self, width: int, rank: int, sites: Sites) -> None:
+    def __init__(self, width: int, rank: int, sites: Sites, zero: Factor) -> None:
         super().__init__()
+        assert zero == "b", "the config refuses the other"
         self.paths, self.num_embeddings = list(sites), len(sites)
         self.places = self.paths
         self.rank, (self.num_in, self.num_out) = rank, next(iter(sites.values()))
@@ -201,6 +205,22 @@ def _by_path(paths: list[str], a_TJRI: Tensor, b_TJOR: Tensor) -> Factors:
     """Each site's A and B. The gradient of unbind is one stack; that of indexing would be a tensor
     of all sites for every one of them."""
     return dict(zip(paths, zip(a_TJRI.unbind(1), b_TJOR.unbind(1), strict=True), strict=True))
+
+
+def _zero_one(
+    head: "ShapeHead | RankHead", zero: Factor, rank: int, num_in: int
+) -> tuple[nn.Linear, float]:
+    """Set what makes one factor to zero.
+
+    Returns:
+        What makes the other, to be drawn, and the bound of that factor's numbers as `peft` draws
+        them: 1 / sqrt(inputs of the linear that the factor is), I of A and R of B.
+    """
+    if zero == "b":
+        _zero(head.to_b)
+        return head.to_a, 1 / math.sqrt(num_in)
+    _zero(head.to_a)
+    return head.to_b, 1 / math.sqrt(rank)
 
 
 def _zero(linear: nn.Linear) -> None:
