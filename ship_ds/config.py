@@ -10,7 +10,7 @@ component gets its own slice.
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -479,6 +479,8 @@ class ModelConfig(Section):
 class ObjectiveConfig(Section):
     """An objective beside the three of the paper; one with more settings adds them."""
 
+    wants: ClassVar[tuple[str, ...]] = ()
+    """Objectives without whose weight it means nothing."""
     weight: NonNegativeFloat = 1.0
     """The loss is the sum of weight x objective."""
 
@@ -581,6 +583,17 @@ class ContrastiveConfig(ObjectiveConfig):
     """The cosines of posterior means are divided by it."""
 
 
+class CycleConfig(ObjectiveConfig):
+    """How far the text that the decoder writes of a latent is read back from it: half the mean
+    squared difference, nats a dimension of z; off unless named."""
+
+    wants: ClassVar = ("reconstruction",)
+    latents: Literal["posterior", "prior"] = "posterior"
+    """Whose texts are written: the step's own latents, or draws from the prior."""
+    num_tokens: PositiveInt = 24
+    """That are written of each; what has not ended by then is read as it stands."""
+
+
 class LossConfig(Section):
     """The weight of each objective; `loss.NAME=WEIGHT` adds a registered one (kinds.py)."""
 
@@ -615,6 +628,18 @@ class LossConfig(Section):
             return parse_section(OBJECTIVES.config_class(name), _weight_by_number(values))
         except FieldError as error:
             raise FieldError((name, *error.location), error.kind, str(error)) from None
+
+    @model_validator(mode="after")
+    def _has_what_is_wanted(self) -> "LossConfig":
+        weights = self.weights()
+        for name, section in self.objectives().items():
+            for wanted in section.wants:
+                if weights[name] > 0 and weights.get(wanted, 0) == 0:
+                    raise ValueError(
+                        f"{name}={weights[name]:g} needs loss.{wanted} above zero: set that too, "
+                        f"or leave {name} out"
+                    )
+        return self
 
     def objectives(self) -> dict[str, ObjectiveConfig]:
         """The section of every objective by name, in a fixed order: the three of the paper first.
@@ -654,6 +679,7 @@ OBJECTIVES.register(ObjectiveConfig, f"{_OBJECTIVES}:ReconstructionLoss", "recon
 OBJECTIVES.register(KlConfig, f"{_OBJECTIVES}:KlLoss", "kl")
 OBJECTIVES.register(DistillationConfig, "ship_ds.model.distillation:Distillation", "distillation")
 OBJECTIVES.register(ContrastiveConfig, "ship_ds.model.contrastive:Contrastive", "contrastive")
+OBJECTIVES.register(CycleConfig, "ship_ds.model.cycle:Cycle", "cycle")
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]

@@ -75,6 +75,18 @@ def greedy(
     return continue_rows(stream, choose, eos_id, max_new_tokens)
 
 
+@torch.no_grad()
+def greedy_of_length(stream: Stream, num_tokens: int) -> Tensor:
+    """The most likely token at every step, (E, Y): exactly `num_tokens` of each row, whatever ends
+    in them, so that the number of passes is known beforehand and the host waits for none."""
+    stream.reserve(num_tokens - 1)
+    tokens = [stream.logits_EV.argmax(-1)]
+    for _ in range(num_tokens - 1):
+        stream.advance(tokens[-1])
+        tokens.append(stream.logits_EV.argmax(-1))
+    return torch.stack(tokens, 1)
+
+
 def sample(stream: Stream, uniform_EY: Tensor, temperature: float, eos_id: int) -> list[list[int]]:
     """Tokens drawn from softmax(logits / temperature).
 

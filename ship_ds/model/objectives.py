@@ -3,7 +3,7 @@
 The model's forward gives the sum of every objective over a micro-batch; the trainer divides by the
 count over the whole step, all ranks and accumulation included, and adds up by the weights of the
 config's `loss` section. Trainer, log, TensorBoard, figures and planner loop over the names. The
-paper's three are here; others have files of their own (distillation.py, contrastive.py).
+paper's three are here; others have files of their own (distillation.py, contrastive.py, cycle.py).
 
 A new objective is a class with a config class in the table `kinds.OBJECTIVES`; it may be an
 nn.Module, whose parameters then train along. They belong into submodules such as nn.Linear: `sum`

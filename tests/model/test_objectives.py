@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ship_ds.config import (
     ContrastiveConfig,
+    CycleConfig,
     DistillationConfig,
     KlConfig,
     LoraHypernetworkConfig,
@@ -22,7 +23,10 @@ from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.contrastive import Contrastive, SecondWordings
+from ship_ds.model.cycle import Cycle, CycleInputs
 from ship_ds.model.distillation import Distillation
+from ship_ds.model.encoder import keyed_generator
+from ship_ds.model.generation import greedy, greedy_of_length
 from ship_ds.model.objectives import KlLoss, Objective
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import Outputs, Predictions, ShipBatch
@@ -232,3 +236,96 @@ def test_contrast_without_a_second_wording_is_zero_and_reads_all_the_same() -> N
     assert float(loss.detach()) == 0 and len(calls) == 2
     assert ship.objectives["contrastive"].count(batch) == 0
     assert all(p.grad is None or not p.grad.any() for p in ship.parameters())
+
+
+def cycle_of(latent_TZ: Tensor, mean_TZ: Tensor) -> float:
+    """The objective where the encoder reads `mean_TZ` out of whatever is written."""
+
+    class Stub:
+        training = True
+
+        def eval(self) -> None:
+            self.training = False
+
+        def train(self, mode: bool) -> None:
+            self.training = mode
+
+        def stream(self, latent_TZ: Tensor, *_: Any) -> Any:
+            assert not self.training, "no dropout"
+            self.latent_TZ = latent_TZ
+            return SimpleNamespace(logits_EV=torch.eye(2), reserve=print, advance=print)
+
+    decoder = Stub()
+    outputs: Any = SimpleNamespace(
+        latent_TZ=latent_TZ,
+        parts=SimpleNamespace(decoder=decoder, encoder=lambda ids_TY: (mean_TZ, None)),
+        batch=SimpleNamespace(extras={"cycle": CycleInputs(None, repr, lambda ids: ids)}),  # type: ignore[arg-type, return-value]
+    )
+    loss = Cycle(CycleConfig(num_tokens=1)).sum(outputs)
+    assert torch.equal(decoder.latent_TZ, latent_TZ) and decoder.training
+    # What is read is what moves, not what was written of.
+    loss.backward()
+    assert latent_TZ.grad is None and mean_TZ.grad is not None
+    return float(loss.detach())
+
+
+def test_the_cycle_is_half_the_mean_square_by_hand() -> None:
+    latent_TZ = torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)
+    mean_TZ = torch.tensor([[1.0, 0.0], [3.0, 1.0]], requires_grad=True)
+    assert cycle_of(latent_TZ, mean_TZ) == pytest.approx((0 + 4) / 4 + (9 + 1) / 4)
+    same_TZ = latent_TZ.detach().clone().requires_grad_()
+    assert cycle_of(latent_TZ, same_TZ) == 0
+
+
+@pytest.mark.parametrize("latents", ["posterior", "prior"])
+def test_a_cycle_reads_what_is_written_of_the_latents(latents: str) -> None:
+    """As `encode` reads what `decode` writes; the encoder learns by it, and nobody else."""
+    section = {"weight": 1, "latents": latents, "num_tokens": 6}
+    ship, spy = ship_with(LossConfig.model_validate({"cycle": section}))
+    batch = ship.collate(DRAWS, 0, 0)
+    loss = ship(batch).objectives["cycle"]
+    latent_TZ = spy.outputs.latent_TZ.detach()
+    if latents == "prior":
+        keys = ("cycle a 3 9 5 1 2", "cycle b 8 8 1 4")
+        latent_TZ = torch.cat([ship.prior.sample(1, keyed_generator(key)) for key in keys])
+    texts = ship.decode(latent_TZ, 6)
+    assert len({*texts}) == 2
+    expected = (latent_TZ - ship.encode(texts)).square().mean(1).sum() / 2
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+    assert ship.objectives["cycle"].count(batch) == 2
+    loss.backward()
+    moved = {n.split(".")[0] for n, p in ship.named_parameters() if p.grad is not None}
+    assert moved == {"encoder"} and ship.decoder.training
+
+
+def test_a_draw_from_the_prior_belongs_to_its_task() -> None:
+    """On whatever rank that is: the sums of the parts are the whole's."""
+    section = {"weight": 1, "latents": "prior", "num_tokens": 4}
+    ship, _ = ship_with(LossConfig.model_validate({"cycle": section}))
+    whole, *parts = (
+        float(ship(ship.collate(draws, 0, 0)).objectives["cycle"].detach())
+        for draws in (DRAWS, DRAWS[:1], DRAWS[1:])
+    )
+    assert sum(parts) == pytest.approx(whole, rel=1e-4)
+
+
+def test_every_rank_writes_as_many_tokens_whatever_ends() -> None:
+    """Under ZeRO-3 the passes have to be as many everywhere; the texts are those of `greedy`."""
+    ship, _ = ship_with(LossConfig.model_validate({"cycle": {"num_tokens": 5}}))
+    latent_TZ, batch = torch.randn(3, 16), ship.collator.undecoded(3, torch.device("cpu"))
+    passes: list[int] = []
+    stream = ship.decoder.stream(latent_TZ, None, batch)
+    stream.before_token = lambda: passes.append(1)
+    ids_TY = greedy_of_length(stream, 5)
+    assert ids_TY.shape == (3, 5) and len(passes) == 4
+    eos, found = ship.decoder_prompts.eos_id, ids_TY.tolist()
+    for end in (eos, found[0][1]):  # one that comes soon, too
+        rows = greedy(ship.decoder.stream(latent_TZ, None, batch), end, 5)
+        cut = [row[: row.index(end) + 1] if end in row else row for row in found]
+        assert rows == cut
+
+
+def test_a_cycle_without_a_trained_decoder_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cycle=1 needs loss\.reconstruction above zero"):
+        LossConfig.model_validate({"cycle": 1, "reconstruction": 0})
+    LossConfig.model_validate({"cycle": 0, "reconstruction": 0})
