@@ -230,6 +230,10 @@ class EncoderConfig(TrainedRoleConfig):
     decoder has to write all of them: z is then of what the words say together and not of the very
     text (a denoising autoencoder, as SDAE of Hill et al. 2016, arXiv 1602.03483)."""
 
+    chunk_tokens: PositiveInt | None = None
+    """A text of more tokens is cut into chunks of at most so many, which the language model reads
+    each by itself; what is pooled is of all of them. So a text may be longer than the context, and
+    costs as its length and not as its square. None: in one piece."""
     pooling: Pooling = LastPooling()
     """What the MLP that gives the posterior reads of the language model's last layer; a name alone,
     `pooling: attention`, is that kind with its defaults."""

@@ -23,7 +23,7 @@ def check_instruction(model: ShipModel, instruction: str) -> None:
     check_text(model.encoder_prompts, instruction, "instruction")
     check_length(
         len(model.encoder_prompts.encoder_prompt(instruction)),
-        model.encoder.language_model.context_length,
+        model.encoder.longest_text,
         "instruction",
         "encoder",
     )
@@ -70,7 +70,7 @@ def check_reading(model: ShipModel, reading: Reading) -> None:
             check_text(model.encoder_prompts, example.target, f"example {number}, target")
     check_length(
         len(model.encoder_prompts.encoder_prompt(reading)),
-        model.encoder.language_model.context_length,
+        model.encoder.longest_text,
         "examples",
         "encoder",
     )

@@ -130,6 +130,7 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
         config.latent_size,
         config.encoder.pooling,
         encoder_lora,
+        chunk_tokens=config.encoder.chunk_tokens,
         checkpointing=config.encoder.checkpointing,
         borrows=borrows,
     )
@@ -185,7 +186,7 @@ def _collator(
         config.latent_size,
         parts.hypernetwork.num_virtual_tokens,
         config.decoder.num_soft_tokens,
-        parts.encoder.language_model.context_length,
+        parts.encoder.longest_text,
         config.task_llm.stated_share,
     )
 

@@ -343,6 +343,26 @@ class TokenBatch(OnDevice):
             states_NH = zeros_XH.index_copy(0, self.packed.source_N, states_NH)
         return states_NH.unflatten(0, (num_rows, width))
 
+    def in_chunks(self, most: int) -> "TokenBatch":
+        """The same tokens in rows of at most so many: a longer one is cut into as few of about
+        equal length as hold it, one after the other. So the packed tokens stay where they are.
+
+        Args:
+            most: tokens; this is a batch of prompts alone, without virtual tokens.
+        """
+        assert not self.num_targets and not self.num_virtual_tokens
+        lengths = [part for length in self.lengths for part in chunk_lengths(length, most)]
+        cut = self._indexed(
+            torch.zeros(len(lengths), max(lengths), dtype=torch.long, device="cpu"),
+            tuple(lengths),
+            (0,) * len(lengths),
+            0,
+            [0] * len(lengths),
+        ).to(self.ids_ES.device)
+        ids_N = self.ids_ES.flatten().index_select(0, self.packed.source_N)
+        ids_X = cut.ids_ES.flatten().index_copy(0, cut.packed.source_N, ids_N)
+        return replace(cut, ids_ES=ids_X.view_as(cut.ids_ES))
+
     def task_offsets(self, num_tasks: int) -> Tensor | None:
         """Where each task's tokens end in the packed layout, (T,) int32; E / T sequences a task.
 
@@ -384,6 +404,13 @@ class Layout:
         ends += [one.ends[1:] + start for one, start in zip(packed, starts, strict=False)]
         rows = RowGroups.end_to_end([one.rows for one in packed])
         return cls(torch.cat([one.position_N for one in packed]), torch.cat(ends), rows, longest)
+
+
+def chunk_lengths(length: int, most: int) -> list[int]:
+    """Lengths of the fewest chunks of at most `most` tokens that hold a text, which differ by one
+    at most."""
+    count = -(-length // most)
+    return [(length + place) // count for place in range(count)]
 
 
 def _tensor(values: Sequence[int]) -> Tensor:

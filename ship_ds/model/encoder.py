@@ -2,7 +2,7 @@
 
     last token's state, or what learned queries gather of all (pooling.py) -> MLP -> q(z | k)
 
-Letters: E sequences, T tasks, S padded length, H hidden size, Z latent size,
+Letters: E sequences, T tasks, S padded length, N packed tokens, H hidden size, Z latent size,
 X other letters flattened.
 """
 
@@ -17,7 +17,7 @@ from ship_ds.config import AttentionPooling, LastPooling
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import num_products
 from ship_ds.model.adapters.static_lora import StaticLora
-from ship_ds.model.batch import TokenBatch
+from ship_ds.model.batch import TokenBatch, chunk_lengths
 from ship_ds.model.pooling import LearnedQueries
 from ship_ds.model.role import Role
 
@@ -45,7 +45,7 @@ class Encoder(Role):
     """Hidden states of a language model, pooled -> MLP -> posterior.
 
     Attributes:
-        pooling: None: the last token's state alone.
+        pooling: None: the last token's state alone; of a text in chunks the mean of theirs.
         gives_states: whether `forward` gives the states of all tokens besides.
     """
 
@@ -58,6 +58,7 @@ class Encoder(Role):
         pooling: LastPooling | AttentionPooling,
         adapter: StaticLora | None = None,
         *,
+        chunk_tokens: int | None = None,
         checkpointing: bool = False,
         borrows: bool = False,
     ) -> None:
@@ -67,13 +68,20 @@ class Encoder(Role):
             lm: a transformers model.
             latent_size: Z.
             pooling: what the head reads of the states.
+            chunk_tokens: a text of more is read in chunks; None: in one piece.
             adapter, checkpointing, borrows: see `Role`.
 
         Raises:
-            UserError: the pooling does not fit the model.
+            UserError: the pooling or the chunks do not fit the model.
         """
         super().__init__(lm, adapter, checkpointing=checkpointing, borrows=borrows)
         hidden_size = self.language_model.hidden_size
+        self.chunk_tokens, context = chunk_tokens, self.language_model.context_length
+        if chunk_tokens is not None and context is not None and chunk_tokens > context:
+            raise UserError(
+                f"model.encoder.chunk_tokens ({chunk_tokens}): the base reads at most {context} "
+                "tokens: set that or less"
+            )
         if not borrows:
             self.language_model.drop_output_layer()
         self.pooling: LearnedQueries | None = None
@@ -116,6 +124,11 @@ class Encoder(Role):
         return (*posterior, states) if self.gives_states else posterior
 
     @property
+    def longest_text(self) -> int | None:
+        """The most tokens that it can read; None: any number."""
+        return self.language_model.context_length if self.chunk_tokens is None else None
+
+    @property
     def head_products(self) -> int:
         """Multiplications that make one task's posterior of what was pooled."""
         return self.num_shares * num_products(self.head)
@@ -124,16 +137,40 @@ class Encoder(Role):
         """What the head reads, in its dtype, and the states that were read for it."""
         lm, dtype = self.language_model, next(self.head.parameters()).dtype
         needs_all = self.gives_states or self.pooling is not None
+        rows = self._in_chunks(batch)
+        if embeddings_TSH is not None and rows is not batch:
+            embeddings_TSH = _laid_out(embeddings_TSH, batch, rows)
         read = lm.states if needs_all else lm.last_states
-        states = read(batch, embeddings_TSH, self.own_adapter, checkpointing=self.checkpointing)
+        states = read(rows, embeddings_TSH, self.own_adapter, checkpointing=self.checkpointing)
         states = states.to(dtype)
-        if self.pooling is not None:
-            return self.pooling(states, batch.real_ES), states
         if not needs_all:
-            return states, states
-        # A causal model's last token has read the whole instruction.
-        rows = torch.arange(len(states), device=states.device)
-        return states[rows, batch.lengths_E - 1], states
+            last_TH = self._mean_of_chunks(states, batch, rows)
+            return last_TH, last_TH
+        states_TSH = states if rows is batch else _laid_out(states, rows, batch)
+        if self.pooling is not None:
+            return self.pooling(states_TSH, batch.real_ES), states_TSH
+        # A causal model's last token has read all of its row.
+        last_EH = states[torch.arange(len(states), device=states.device), rows.lengths_E - 1]
+        return self._mean_of_chunks(last_EH, batch, rows), states_TSH
+
+    def _in_chunks(self, batch: TokenBatch) -> TokenBatch:
+        """What the language model reads of these texts: themselves, where none is long."""
+        most = self.chunk_tokens
+        return batch if most is None or max(batch.lengths) <= most else batch.in_chunks(most)
+
+    def _mean_of_chunks(self, last_EH: Tensor, batch: TokenBatch, rows: TokenBatch) -> Tensor:
+        """Of each text, (T, H), from the last state of each chunk."""
+        if rows is batch:
+            return last_EH
+        assert self.chunk_tokens is not None
+        counts = [len(chunk_lengths(length, self.chunk_tokens)) for length in batch.lengths]
+        return torch.stack([of_text.mean(0) for of_text in last_EH.split(counts)])
+
+
+def _laid_out(states_ESH: Tensor, rows: TokenBatch, others: TokenBatch) -> Tensor:
+    """What stands in the rows of one batch, in those of another that has the same packed tokens:
+    texts and their chunks."""
+    return others.in_rows(states_ESH.flatten(0, 1).index_select(0, rows.packed.source_N))
 
 
 def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int) -> Tensor:

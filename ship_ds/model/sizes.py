@@ -14,6 +14,7 @@ from ship_ds.config import LoraTuning, ModelConfig, TrainedRoleConfig
 from ship_ds.flops import Matrices, RoleSize, Rows, ShipSize, StepRows, TwoStacks
 from ship_ds.model.adapters.adapter import Hypernetwork, num_products
 from ship_ds.model.adapters.sites import is_target
+from ship_ds.model.batch import chunk_lengths
 from ship_ds.model.language_model import LanguageModel, linear_sizes
 from ship_ds.model.step import Parts, ShipBatch
 
@@ -67,12 +68,20 @@ def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize
     )
 
 
-def rows_of(batch: ShipBatch) -> StepRows:
-    """What the three language models read in a micro-step, without padding."""
-    encoder, task_llm, decoder = (
+def rows_of(batch: ShipBatch, chunk_tokens: int | None = None) -> StepRows:
+    """What the three language models read in a micro-step, without padding.
+
+    Args:
+        batch: of the micro-step.
+        chunk_tokens: of the encoder.
+    """
+    task_llm, decoder = (
         Rows.of(tokens.lengths, tokens.num_targets, tokens.target_lengths)
-        for tokens in (batch.instructions, batch.answers, batch.decoded)
+        for tokens in (batch.answers, batch.decoded)
     )
+    texts = batch.instructions.lengths
+    chunks = [part for text in texts for part in chunk_lengths(text, chunk_tokens or text)]
+    encoder = Rows.of(chunks, 0, [0] * len(chunks))
     read, answered = batch.instructions.lengths, batch.answers.lengths
     rows_per_task = len(answered) // max(1, len(read))
     pairs = sum(length * read[row // rows_per_task] for row, length in enumerate(answered))

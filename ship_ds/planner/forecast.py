@@ -87,7 +87,8 @@ def forecast(
         num_nodes: on more than one, everything sent crosses the slower links.
         is_zero3: trained weights are sharded (`ShipModel.reads_together`).
     """
-    parts = flops_of_parts(shapes.ship.flop_size(), rows_of(planned_batch(shapes, work)))
+    rows = rows_of(planned_batch(shapes, work), shapes.ship.encoder.chunk_tokens)
+    parts = flops_of_parts(shapes.ship.flop_size(), rows)
     useful = sum(parts.values()) * micro_steps
     kernels = round(_blocks_read(shapes.ship, is_zero3) * KERNELS_A_BLOCK * micro_steps)
     between = num_nodes > 1

@@ -44,6 +44,10 @@ POOLED = CONFIG.model_copy(
     update={"encoder": EncoderConfig(base=CONFIG.encoder.base, pooling=AttentionPooling())}
 )
 """The encoder reads all positions."""
+CHUNKED = CONFIG.model_copy(
+    update={"encoder": EncoderConfig(base=CONFIG.encoder.base, chunk_tokens=4)}
+)
+"""It reads texts in pieces."""
 PLAIN = LossConfig()
 EVERYTHING = LossConfig.model_validate(
     {"kl": {"free_bits": 0.1, "warmup_steps": 3}, "distillation": 0.5, "contrastive": 0.1}
@@ -51,6 +55,7 @@ EVERYTHING = LossConfig.model_validate(
 CASES = {
     "last": (CONFIG, PLAIN),
     "attention": (POOLED, PLAIN),
+    "chunks": (CHUNKED, PLAIN),
     "mixture": (CONFIG.model_copy(update={"prior": MixturePriorConfig()}), EVERYTHING),
     "flow": (CONFIG.model_copy(update={"prior": FlowPriorConfig()}), EVERYTHING),
 }
