@@ -40,6 +40,7 @@ METHOD_NAMES = (
     "random_decode",
     "bare_base",
     "shuffled_instruction",
+    "neighbour_instruction",
     "majority_label",
 )
 """In the order of the tables; methods/__init__.py has the class of each."""

@@ -42,6 +42,7 @@ DIRECTIONS = {
     "random_decode": ["induction"],
     "bare_base": ["deduction"],
     "shuffled_instruction": ["deduction"],
+    "neighbour_instruction": ["deduction"],
     "majority_label": ["deduction"],
 }
 SMALL = HarnessConfig(methods=tuple(DIRECTIONS), num_tasks=2)

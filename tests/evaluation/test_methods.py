@@ -19,7 +19,11 @@ from ship_ds.evaluation.baselines.oracles import OracleRecipe
 from ship_ds.evaluation.measure import measure
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.composing import AdapterSum
-from ship_ds.evaluation.methods.controls import BareBase, ShuffledInstruction
+from ship_ds.evaluation.methods.controls import (
+    BareBase,
+    NeighbourInstruction,
+    ShuffledInstruction,
+)
 from ship_ds.evaluation.methods.doubting import Doubting
 from ship_ds.evaluation.methods.explaining import ExplainTrainedLora
 from ship_ds.evaluation.methods.icl import InContextLearning
@@ -95,11 +99,28 @@ def test_the_loss_of_an_answer_is_the_cross_entropy_a_token(ship: Ship, splits: 
         assert [len(row) for row in found] == [2, 0, 3]
         expected = [loss(t, e) for t, row in enumerate(asked) for e in row]
         assert list(chain(*found)) == pytest.approx(expected, rel=1e-3)
-    shuffled = ShuffledInstruction(setting)
-    others = [shuffled._another(task) for task in tasks]
-    assert shuffled.answer_losses(tasks, wordings, asked) == ShipMethod(setting).answer_losses(
-        tasks, others, asked
-    )
+    for control in (ShuffledInstruction(setting), NeighbourInstruction(setting)):
+        others = control.others(tasks, wordings)
+        assert all(other != own for other, own in zip(others, wordings, strict=True))
+        losses = ShipMethod(setting).answer_losses(tasks, others, asked)
+        assert control.answer_losses(tasks, wordings, asked) == losses
+
+
+def test_a_neighbour_is_the_seen_task_with_the_nearest_latent(ship: Ship, splits: Splits) -> None:
+    """Of an unseen task by its wording; of a seen one the nearest other, whatever its wording."""
+    neighbours = NeighbourInstruction(Setting(ship, splits, Path(), None, 0))
+    seen = [task.task.instruction for task in splits.seen]
+    latent_CZ = ship.model.encode(seen)
+    tasks = [splits.unseen[0], splits.unseen[1], splits.seen[2]]
+    wordings = [task.task.instruction for task in tasks]
+    for task, wording in zip(tasks, wordings, strict=True):
+        distances = (ship.model.encode([wording]) - latent_CZ).square().sum(1).tolist()
+        best = min(
+            (far, text) for far, text in zip(distances, seen, strict=True) if text != wording
+        )
+        assert neighbours.others([task], [wording]) == [best[1]]
+    # A task that has another's wording: its own row alone is left out.
+    assert neighbours.others([splits.seen[0]], [seen[5]]) == [seen[5]]
 
 
 def test_the_loss_of_answers_is_a_metric_of_deduction(ship: Ship, splits: Splits) -> None:

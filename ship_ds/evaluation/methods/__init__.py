@@ -4,7 +4,12 @@ from ship_ds.evaluation import baselines
 from ship_ds.evaluation.config import METHOD_NAMES
 from ship_ds.evaluation.method import Method
 from ship_ds.evaluation.methods.composing import AdapterSum
-from ship_ds.evaluation.methods.controls import BareBase, MajorityLabel, ShuffledInstruction
+from ship_ds.evaluation.methods.controls import (
+    BareBase,
+    MajorityLabel,
+    NeighbourInstruction,
+    ShuffledInstruction,
+)
 from ship_ds.evaluation.methods.doubting import Doubting
 from ship_ds.evaluation.methods.explaining import ExplainTrainedLora
 from ship_ds.evaluation.methods.icl import InContextLearning
@@ -30,6 +35,7 @@ _CLASSES: tuple[type[Method], ...] = (
     RandomDecode,
     BareBase,
     ShuffledInstruction,
+    NeighbourInstruction,
     MajorityLabel,
     ShipIndirect,
     ShipDirect,

@@ -1,9 +1,17 @@
 """Controls of deduction: what the base answers by itself, whether *this* instruction is what helps,
-and what no model at all would score."""
+and what no model at all would score.
+
+Letters: C candidates, T tasks, Z latent size. The candidates are the seen tasks.
+"""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.method import Setting
@@ -35,15 +43,9 @@ class BareBase(Untrained):
         return losses_in_prompt(self.ship.model, [None] * len(asked), asked)
 
 
-class ShuffledInstruction(Untrained):
-    """SHIP under another rule's instruction: a seen one, drawn for each task by its id.
+class AnotherInstruction(Untrained, ABC):
+    """SHIP under a seen task's instruction in place of the task's own; a subclass says which."""
 
-    So it depends on the task and the seed alone, whichever tasks are measured beside it and on
-    however many ranks.
-    """
-
-    name: ClassVar[str] = "shuffled_instruction"
-    about: ClassVar[str] = "control: SHIP under another seen task's instruction"
     answers_as_ship: ClassVar[bool] = True
 
     def __init__(self, setting: Setting) -> None:
@@ -53,7 +55,7 @@ class ShuffledInstruction(Untrained):
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        others = [self._another(task) for task in tasks]
+        others = self.others(tasks, wordings)
         model = self.ship.model
         return answer_latents(
             model,
@@ -71,12 +73,49 @@ class ShuffledInstruction(Untrained):
         asked: Sequence[Sequence[Example]],
     ) -> list[list[float]]:
         """See `Predicts`."""
-        return losses_under_adapters(self.ship.model, [self._another(t) for t in tasks], asked)
+        return losses_under_adapters(self.ship.model, self.others(tasks, wordings), asked)
+
+    @abstractmethod
+    def others(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[str]:
+        """An instruction for each task, a function of the task, its wording and the seed alone:
+        whichever tasks are measured beside it and on however many ranks."""
+
+
+class ShuffledInstruction(AnotherInstruction):
+    """Another rule's instruction, drawn for each task by its id."""
+
+    name: ClassVar[str] = "shuffled_instruction"
+    about: ClassVar[str] = "control: SHIP under another seen task's instruction"
+
+    def others(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[str]:
+        """See `AnotherInstruction`."""
+        return [self._another(task) for task in tasks]
 
     def _another(self, task: SplitTask) -> str:
         # With one seen task there is no other: its own instruction is all that can be drawn.
         others = [seen for seen in self.seen if seen.id != task.id] or self.seen
         return random.Random(f"{self.seed} shuffled {task.id}").choice(others).task.instruction
+
+
+class NeighbourInstruction(AnotherInstruction):
+    """The instruction of the seen task whose latent is nearest to that of the task's own: what a
+    lookup among the seen tasks would answer. Of a seen task it is the nearest other one."""
+
+    name: ClassVar[str] = "neighbour_instruction"
+    about: ClassVar[str] = "control: SHIP under the seen instruction with the nearest latent"
+
+    @cached_property
+    def _latent_CZ(self) -> Tensor:
+        return self.ship.model.encode([task.task.instruction for task in self.seen])
+
+    def others(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[str]:
+        """See `AnotherInstruction`."""
+        distance_TC = torch.cdist(self.ship.model.encode(wordings), self._latent_CZ)
+        own = {seen.id: c for c, seen in enumerate(self.seen)}
+        for row_C, task in zip(distance_TC, tasks, strict=True):
+            if task.id in own:
+                row_C[own[task.id]] = torch.inf
+        return [self.seen[c].task.instruction for c in distance_TC.argmin(1).tolist()]
 
 
 class MajorityLabel(Untrained):
