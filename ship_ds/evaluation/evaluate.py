@@ -106,12 +106,13 @@ def write_latent_map(
     dtype: str | None = None,
     base: str | None = None,
 ) -> None:
-    """Write `<run>/evaluation/latents.json`, unless it is there for this very bundle, or the run
-    has none yet."""
+    """Write `<run>/evaluation/latents.json`, unless it is there for this very bundle and by this
+    version, or the run has no bundle yet."""
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
     if not (bundle / SHIP_WEIGHTS).is_file():
         return
-    if path.is_file() and read_json_object(path)["bundle"] == sha256(bundle / SHIP_WEIGHTS):
+    there = read_json_object(path) if path.is_file() else {}
+    if "tasks" in there and there["bundle"] == sha256(bundle / SHIP_WEIGHTS):
         return
     log(f"{path}: latents by gradient descent, for the t-SNE figure")
     run = Run.open(folder, log, device, dtype, base)

@@ -8,6 +8,7 @@ lacks.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -33,6 +34,8 @@ _MARKERS = ("o", "s", "^", "x", "D", "v", "+")
 _GREYS = ("0.0", "0.35", "0.6")
 _KINDS = {"encoded": ("o", "white"), "trained": ("x", "black"), "re-encoded": ("s", "0.6")}
 """Of latents: marker and fill."""
+_FEWEST_TASKS = 10
+"""That a map of all tasks is drawn of."""
 _MEASURES = {
     "deduction": ("deduction", "exact_match"),
     "induction": ("induction", "execution_accuracy"),
@@ -131,6 +134,71 @@ def latents(runs: Sequence[Path]) -> Figure:
     axes.set(xlabel="t-SNE axis 1 (no unit)", ylabel="t-SNE axis 2 (no unit)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     return figure
+
+
+def categories(runs: Sequence[Path]) -> Figure:
+    """t-SNE of every task's latent: a marker for each of the largest categories, dots for the
+    others, filled where training never saw the task."""
+    from sklearn.manifold import TSNE
+
+    path = runs[0] / "evaluation" / "latents.json"
+    tasks = read_json_object(_there(path, "`ship-ds plot` makes it from the bundle")).get(
+        "tasks", []
+    )
+    names = [task["category"] for task in tasks]
+    largest = [name for name, _ in Counter(names).most_common(len(_MARKERS))]
+    if len(largest) < 2 or len(tasks) < _FEWEST_TASKS:
+        raise NotDrawn(f"{runs[0]}: its tasks have no two categories, or are few")
+    latents = np.array([task["latent"] for task in tasks])
+    perplexity = min(30, (len(tasks) - 1) / 3)
+    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(latents)
+    figure, axes = plt.subplots(figsize=(7.5, 6))
+    others = [i for i, name in enumerate(names) if name not in largest]
+    axes.plot(*places[others].T, ".", color="0.75", markersize=3, label="other categories")
+    for name, marker in zip(largest, _MARKERS, strict=False):
+        for is_seen in (True, False):
+            chosen = [
+                i
+                for i, task in enumerate(tasks)
+                if task["category"] == name and (task["part"] == "seen") == is_seen
+            ]
+            axes.plot(
+                *places[chosen].T,
+                linestyle="",
+                marker=marker,
+                color="black",
+                markerfacecolor="white" if is_seen else "black",
+                markersize=5,
+                markeredgewidth=0.8 if is_seen else 1.6,
+                label=f"{name} ({names.count(name)})" if is_seen else None,
+            )
+    alike, chance = _share_of_like_neighbours(latents, names)
+    axes.set_title(
+        f"nearest other task of the same category: {alike:.0%}, by chance {chance:.0%}", fontsize=10
+    )
+    axes.set(xlabel="t-SNE axis 1 (no unit)", ylabel="t-SNE axis 2 (no unit)")
+    axes.legend(
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        frameon=False,
+        fontsize=8,
+        title="seen; dev and unseen are filled",
+        title_fontsize=8,
+    )
+    return figure
+
+
+def _share_of_like_neighbours(
+    latents: np.ndarray[Any, Any], names: Sequence[str]
+) -> tuple[float, float]:
+    """How often a task's nearest other one is of its category, and how often any other one is."""
+    squares = (latents**2).sum(1)
+    distances = squares[:, None] + squares - 2 * latents @ latents.T
+    np.fill_diagonal(distances, np.inf)
+    like = [names[other] == name for name, other in zip(names, distances.argmin(1), strict=True)]
+    counts = Counter(names)
+    pairs = sum(count * (count - 1) for count in counts.values())
+    return sum(like) / len(names), pairs / (len(names) * (len(names) - 1))
 
 
 def shown_examples(runs: Sequence[Path]) -> Figure:
@@ -429,6 +497,7 @@ def _risks(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[floa
 FIGURES: dict[str, Callable[[Sequence[Path]], Figure]] = {
     "losses": losses,
     "latents": latents,
+    "categories": categories,
     "comparison": comparison,
     "shown_examples": shown_examples,
     "training_rules": training_rules,

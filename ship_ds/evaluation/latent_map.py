@@ -1,5 +1,5 @@
-"""Latents of a few tasks by where they are from, for the t-SNE figure (arXiv 2502.02315, section
-4).
+"""Latents for two t-SNE figures: of a few tasks by where they are from (arXiv 2502.02315, section
+4), and of all tasks by their category.
 
 encoded: each wording's posterior mean. trained: found by gradient on a draw of the task's examples,
 from the prior's mean. re-encoded: what the decoder makes of a trained latent, encoded again.
@@ -24,7 +24,8 @@ _NUM_SHOWN = 5
 
 
 def latent_map(ship: Ship, splits: Splits, seed: int = 0) -> dict[str, Any]:
-    """`points`: instruction, kind and latent of each."""
+    """`points`: instruction, kind and latent of each. `tasks`: category, part and latent of every
+    task's own instruction, where its format has categories."""
     tasks = [
         *spread(splits.seen, NUM_TASKS // 2),
         *spread(splits.unseen, NUM_TASKS - NUM_TASKS // 2),
@@ -44,7 +45,17 @@ def latent_map(ship: Ship, splits: Splits, seed: int = 0) -> dict[str, Any]:
     if ship.model.decodes:
         texts = ship.model.decode(trained_CZ, ship.config.evaluation.max_instruction_tokens)
         points += _points("re-encoded", owners, ship.model.encode(texts))
-    return {"bundle": ship.digest, "seed": seed, "points": points}
+    return {"bundle": ship.digest, "seed": seed, "points": points, "tasks": _tasks(ship, splits)}
+
+
+def _tasks(ship: Ship, splits: Splits) -> list[dict[str, Any]]:
+    parts = {"seen": splits.seen, "dev": splits.dev, "unseen": splits.unseen}
+    tasks = [(part, task.task) for part, some in parts.items() for task in some if task.task.family]
+    latent_TZ = ship.model.encode([task.instruction for _, task in tasks])
+    return [
+        {"category": task.family, "part": part, "latent": _rounded(latent_Z)}
+        for (part, task), latent_Z in zip(tasks, latent_TZ.tolist(), strict=True)
+    ]
 
 
 def _trained(ship: Ship, draws: Sequence[tuple[SplitTask, int]], seed: int) -> Tensor:
@@ -69,7 +80,11 @@ def _points(kind: str, tasks: Sequence[SplitTask], latent_CZ: Tensor) -> list[di
         {
             "instruction": task.task.instruction,
             "kind": kind,
-            "latent": [round(value, 5) for value in latent_Z],
+            "latent": _rounded(latent_Z),
         }
         for task, latent_Z in zip(tasks, latent_CZ.tolist(), strict=True)
     ]
+
+
+def _rounded(latent_Z: Sequence[float]) -> list[float]:
+    return [round(value, 5) for value in latent_Z]

@@ -71,7 +71,15 @@ def write_run(folder: Path, num_seen: int, weight: float, value: float) -> Path:
         for kind in ("encoded", "trained", "re-encoded")
         for _ in range(4)
     ]
-    (folder / "evaluation" / "latents.json").write_text(json.dumps({"points": points}))
+    categories = ["Text to Code", "Misc.", *(f"category {n}" for n in range(8))]
+    latents = [
+        {"category": name, "part": part, "latent": [rng.gauss(n, 1) for _ in range(4)]}
+        for n, name in enumerate(categories)
+        for part in ("seen", "seen", "unseen")
+    ]
+    (folder / "evaluation" / "latents.json").write_text(
+        json.dumps({"points": points, "tasks": latents})
+    )
     tasks = [
         {
             "part": part,
@@ -198,3 +206,20 @@ def test_answers_of_equal_agreement_are_kept_together() -> None:
     """Of four answers: the surest is right; of two equal ones one is; the last is wrong."""
     coverage, risk = figures._risks([(1.0, 1.0), (0.5, 1.0), (0.5, 0.0), (0.0, 0.0)])
     assert coverage == [25, 75, 100] and risk == [0, pytest.approx(100 / 3), 50]
+
+
+def test_like_neighbours_are_counted_by_hand() -> None:
+    """Two of five have one of their category next to them; of the 20 ordered pairs 4 are alike."""
+    latents = np.array([[0.0], [1.0], [3.0], [3.5], [9.0]])
+    alike, chance = figures._share_of_like_neighbours(latents, ["a", "a", "b", "c", "b"])
+    assert alike == pytest.approx(2 / 5) and chance == pytest.approx(4 / 20)
+
+
+def test_a_run_of_one_category_has_no_map_of_them(runs: list[Path]) -> None:
+    path = runs[0] / "evaluation" / "latents.json"
+    kept = json.loads(path.read_text())
+    for task in kept["tasks"]:
+        task["category"] = "one"
+    path.write_text(json.dumps(kept))
+    with pytest.raises(figures.NotDrawn, match="no two categories"):
+        figures.categories(runs)
