@@ -51,7 +51,7 @@ ENOUGH = 0.9
 
 def trained_by_harness(ship: Ship, tasks: Sequence[SplitTask], seed: int) -> list[LoraAdapter]:
     """A LoRA for each task, all in one batch."""
-    base = FrozenBase(ship)
+    base = FrozenBase.of_run(ship)
     torch.manual_seed(seed)
     first = TaskLoras(base.sites, base.lora)
     examples = {task.id: task.train for task in tasks}

@@ -126,7 +126,7 @@ def tune(
     examples = [Example(*pair) for pair in pairs]
     checks.check_examples(ship.model, examples)
     train, held_out = parted(examples, recipe.held_out_share, recipe.seed)
-    base = FrozenBase(ship)
+    base = FrozenBase.of_run(ship)
     generated = ship.model.adapt(ship.model.encode([instruction]))
     assert isinstance(generated, LoraAdapter), "the verb refuses other kinds"
     lora = fresh_lora(base, recipe.seed)

@@ -34,7 +34,7 @@ def ship() -> Ship:
 
 def nats_a_token(ship: Ship, adapter: LoraAdapter, examples: Sequence[Example]) -> float:
     """By another route than training's: the likelihoods that the baselines are scored by."""
-    base = FrozenBase(ship)
+    base = FrozenBase.of_run(ship)
     prompts = [ship.model.question(example.input) for example in examples]
     targets = [example.target for example in examples]
     tokens = sum(len(base.prompts.target(text)) for text in targets)

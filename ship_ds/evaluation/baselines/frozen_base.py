@@ -13,29 +13,74 @@ import torch
 from torch import Tensor
 
 from ship_ds.api import Ship
-from ship_ds.config import ALL_LINEAR, LoraHypernetworkConfig
+from ship_ds.config import ALL_LINEAR, Config, LoraHypernetworkConfig, TaskLlmConfig
 from ship_ds.inference.deduction import AdapterOf, Answerer, AnswersByTask, Ids
 from ship_ds.inference.scoring import scored_batches
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.adapters.sites import linears_of, wrap_sites
+from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.budget import Piece
-from ship_ds.model.loading import freeze, load_lm
+from ship_ds.model.loading import freeze, load_lm, load_prompts
 from ship_ds.model.step import Predictions
 from ship_ds.model.task_llm import TaskLlm
+from ship_ds.prompt import PromptFormat
 
 
 class FrozenBase:
     """Losses and answers of the frozen base under an adapter. Nothing of it is ever trained."""
 
-    def __init__(self, ship: Ship) -> None:
-        self.config = ship.config
-        self.prompts = ship.model.prompts
-        self.device, self.packs = ship.model.device, ship.model.packs
-        self.task_llm, self.lora = _with_lora_sites(ship)
+    def __init__(
+        self,
+        config: Config,
+        prompts: PromptFormat,
+        task_llm: TaskLlm,
+        lora: LoraHypernetworkConfig,
+        device: torch.device,
+        packs: bool,
+    ) -> None:
+        """Made by `of_run` or `of_config`.
+
+        Args:
+            config: of the run.
+            prompts: the Task LLM's format.
+            task_llm: with the LoRA's sites.
+            lora: its rank and scaling, and how a hypernetwork makes it.
+            device: where all of it is.
+            packs: whether batches are laid out without padding.
+        """
+        self.config, self.prompts = config, prompts
+        self.device, self.packs = device, packs
+        self.task_llm, self.lora = task_llm, lora
         self.sites = self.task_llm.sites()
         self.hidden_size = self.task_llm.language_model.hidden_size
+
+    @classmethod
+    def of_run(cls, ship: Ship) -> "FrozenBase":
+        """That of a run, which it goes on using."""
+        task_llm, lora = _with_lora_sites(ship)
+        model = ship.model
+        return cls(ship.config, model.prompts, task_llm, lora, model.device, model.packs)
+
+    @classmethod
+    def of_config(
+        cls, config: Config, lora: LoraHypernetworkConfig, device: torch.device, dtype: torch.dtype
+    ) -> "FrozenBase":
+        """That of a run which need not be trained yet; nothing but the Task LLM is loaded.
+
+        Args:
+            config: of the run.
+            lora: whose sites the base gets.
+            device: where it runs.
+            dtype: of its weights.
+
+        Raises:
+            UserError: the base cannot be loaded, or a block of it lacks a target.
+        """
+        settings = config.model.task_llm
+        task_llm = _loaded(settings, lora, device, dtype)
+        prompts = load_prompts(settings.base, config.model.system_message)
+        return cls(config, prompts, task_llm, lora, device, task_llm.language_model.packs)
 
     def batch(
         self, prompts: Sequence[Ids], targets: Sequence[str] | None, num_virtual_tokens: int = 0
@@ -245,12 +290,17 @@ def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:
     if isinstance(config.hypernetwork, LoraHypernetworkConfig):
         # The baselines' hypernetworks read no z that could be cut into shares.
         return ship.model.task_llm, config.hypernetwork.model_copy(update={"latent": "whole"})
-    lora, settings = LoraHypernetworkConfig(), config.task_llm
-    lm = freeze(
-        load_lm(settings.base, settings.quantisation, ship.dtype, "auto", ship.model.device)
-    )
-    names = {path.rpartition(".")[2] for path in linears_of(lm)}
+    lora = LoraHypernetworkConfig()
+    names = {path.rpartition(".")[2] for path in ship.model.task_llm.linears()}
     if not names >= {*lora.targets}:  # a base with other names, such as a T5
         lora = lora.model_copy(update={"targets": (ALL_LINEAR,)})
+    return _loaded(config.task_llm, lora, ship.model.device, ship.dtype), lora
+
+
+def _loaded(
+    settings: TaskLlmConfig, lora: LoraHypernetworkConfig, device: torch.device, dtype: torch.dtype
+) -> TaskLlm:
+    """The frozen base with the LoRA's sites."""
+    lm = freeze(load_lm(settings.base, settings.quantisation, dtype, "auto", device))
     wrap_sites(lm, lora.targets)
-    return TaskLlm(lm, settings.checkpointing).to(ship.model.device), lora
+    return TaskLlm(lm, settings.checkpointing).to(device)

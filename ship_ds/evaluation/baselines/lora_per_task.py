@@ -51,7 +51,7 @@ class LoraPerTask:
         return True
 
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.base = setting, FrozenBase(setting.ship)
+        self.setting, self.base = setting, FrozenBase.of_run(setting.ship)
         self.num_drawn = setting.ship.config.training.examples_per_task
 
     def prepare(self) -> None:

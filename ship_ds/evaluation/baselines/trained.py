@@ -97,7 +97,7 @@ class TrainedMethod(ABC):
         chosen = budget or setting.budget
         assert chosen is not None, "who makes a method that trains says what it may spend"
         self.budget: Budget = chosen
-        self.base = FrozenBase(setting.ship)
+        self.base = FrozenBase.of_run(setting.ship)
         self.looks = self._looks()
         with torch.random.fork_rng():
             torch.manual_seed(setting.seed)

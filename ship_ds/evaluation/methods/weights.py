@@ -89,7 +89,7 @@ class ReadTrainedLora(_WeightsReader):
 
     @cached_property
     def base(self) -> FrozenBase:
-        return FrozenBase(self.ship)
+        return FrozenBase.of_run(self.ship)
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         """One LoRA and one text a task."""

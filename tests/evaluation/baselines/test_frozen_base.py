@@ -25,7 +25,7 @@ def awake_lora(base: FrozenBase, num_tasks: int) -> TaskLoras:
 
 
 def test_log_likelihood_is_that_of_a_chain_of_single_tokens(ship: Ship) -> None:
-    base = FrozenBase(ship)
+    base = FrozenBase.of_run(ship)
     adapter = awake_lora(base, 1)()
     prompts, targets = [base.prompts.task_prompt(x) for x in ("3 9 5", "1 2")], ["9 5", "1 2 3"]
     found = base.log_likelihoods(adapter, prompts, targets)
@@ -44,7 +44,7 @@ def test_log_likelihood_is_that_of_a_chain_of_single_tokens(ship: Ship) -> None:
 def test_answers_of_uneven_tasks_are_those_of_each_task_alone(
     ship: Ship, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = FrozenBase(ship)
+    base = FrozenBase.of_run(ship)
     lora = awake_lora(base, 3)()
     rows = [["3 9 5", "8"], ["1 2", "4 4 8", "7"], ["6 0", "2 2"]]
     questions = [[base.prompts.task_prompt(x, "reverse the list") for x in row] for row in rows]
@@ -69,7 +69,7 @@ def test_task_loss_has_the_gradient_of_the_task_alone(
     ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever pieces the memory cuts a step into."""
-    base = FrozenBase(ship)
+    base = FrozenBase.of_run(ship)
     rows = [task.train[:2] for task in splits.seen[:3]]
 
     def gradients(tasks: list[int]) -> Callable[[int], list[torch.Tensor]]:
@@ -95,7 +95,7 @@ def test_task_loss_has_the_gradient_of_the_task_alone(
 def test_pieces_add_up_to_the_mean_over_all_targets(
     ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = FrozenBase(ship)
+    base = FrozenBase.of_run(ship)
     rows = [task.train[: 1 + t] for t, task in enumerate(splits.seen[:3])]
     asked = [[base.prompts.task_prompt(e.input) for e in row] for row in rows]
     targets = [[e.target for e in row] for row in rows]
@@ -120,14 +120,14 @@ def test_run_without_lora_gets_a_base_with_lora_sites(ship: Ship) -> None:
         config,
         "untrained",
     )
-    base = FrozenBase(soft)
+    base = FrozenBase.of_run(soft)
     assert len(base.sites) == 7 * 4 and base.task_llm is not soft.model.task_llm
     question = base.prompts.task_prompt("3 9 5", "reverse the list")
     bare = TaskLoras(base.sites, base.lora)()
     assert base.answer([[question]], lambda _: bare)[0] == soft.model.answer(
         None, ["3 9 5"], soft.config.evaluation.max_new_tokens, ["reverse the list"]
     )
-    assert base.fingerprint() != FrozenBase(ship).fingerprint()
+    assert base.fingerprint() != FrozenBase.of_run(ship).fingerprint()
 
 
 def test_baselines_of_earlier_versions_are_found_again() -> None:
@@ -145,4 +145,4 @@ def test_a_run_by_layer_gives_baselines_a_lora_over_all_of_z() -> None:
     """Whose hypernetworks read no z that could be cut into shares."""
     config = load_config("quickstart-smoke", ["model.hypernetwork={kind: lora, latent: by_layer}"])
     ship = Ship(build_ship(config.model, LoadedWeights()), config, "0" * 64)
-    assert FrozenBase(ship).lora.latent == "whole"
+    assert FrozenBase.of_run(ship).lora.latent == "whole"

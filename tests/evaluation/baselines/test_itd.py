@@ -43,7 +43,7 @@ def test_base_that_ends_no_answer_votes_on_its_own_texts(
 
 
 def test_one_prompt_and_one_beam_are_greedy(ship: Ship) -> None:
-    base = FrozenBase(ship)
+    base = FrozenBase.of_run(ship)
     adapter = awake_lora(base, 1)()
     prompts = [base.prompts.task_prompt(x, "reverse the list") for x in ("3 9 5", "1 2 8 8", "4")]
     greedy = base.answer([prompts], lambda _: adapter)[0]
@@ -56,7 +56,7 @@ def test_one_prompt_and_one_beam_are_greedy(ship: Ship) -> None:
 def test_wide_beams_find_the_best_text_of_all_under_two_prompts(ship: Ship) -> None:
     """Texts of at most one token, all scored by hand; two tasks at once, each with prompts of
     unequal length."""
-    base = FrozenBase(ship)
+    base = FrozenBase.of_run(ship)
     adapter = awake_lora(base, 1)()
     words = [base.prompts.text([token]) for token in range(base.task_llm.lm.config.vocab_size)]  # type: ignore[union-attr]
     texts = sorted({word for word in words if len(base.prompts.target(word)) == 2} | {""})

@@ -35,7 +35,7 @@ def right(base: FrozenBase, oracles: Oracles, adapter_of: SplitTask, task: Split
 def test_oracle_fits_the_examples_of_its_task_and_not_of_another(
     ship: Ship, splits: Splits
 ) -> None:
-    base, (one, other) = FrozenBase(ship), (splits.seen[0], splits.seen[3])
+    base, (one, other) = FrozenBase.of_run(ship), (splits.seen[0], splits.seen[3])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         oracles = train_oracles(base, [one, other], Steps(1), OracleRecipe(steps=50, lr=3e-2), 6, 0)
@@ -47,7 +47,7 @@ def test_oracle_fits_the_examples_of_its_task_and_not_of_another(
 def test_groups_change_nothing_and_none_begins_without_budget(
     ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, tasks = FrozenBase(ship), splits.seen[:2]
+    base, tasks = FrozenBase.of_run(ship), splits.seen[:2]
 
     def train(num_steps: int) -> Oracles:
         with torch.random.fork_rng():
@@ -101,7 +101,7 @@ def test_a_group_is_no_larger_than_a_step_that_fits(
     ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or a small budget would be spent on the first group."""
-    base, examples = FrozenBase(ship), [task.train for task in splits.seen]
+    base, examples = FrozenBase.of_run(ship), [task.train for task in splits.seen]
     free = 1000 * base.adapter_bytes
     monkeypatch.setattr(oracles.budgets, "bytes_free", lambda device: free)
     sizes = [group_size(base, examples, per_task) for per_task in (1, 10, 10**6)]
