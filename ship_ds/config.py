@@ -499,6 +499,17 @@ class ObjectiveConfig(Section):
         """What a schedule has set at a step, by name, for the log; empty where nothing changes."""
         return {}
 
+    def conflict(self, model: ModelConfig) -> str | None:
+        """Why it cannot be had of such a model, in one line; None: it can."""
+        return None
+
+    def check(self, model: ModelConfig) -> None:
+        """Look at what it reads from disk, before a training loads torch.
+
+        Raises:
+            UserError: it is not there, or not of such a model; one line that names the setting.
+        """
+
 
 class KlConfig(ObjectiveConfig):
     """KL(q(z | k) || p(z)), averaged over the dimensions of z, nats; `loss.kl=1e-3` is the weight
@@ -598,6 +609,49 @@ class CycleConfig(ObjectiveConfig):
     """That are written of each; what has not ended by then is read as it stands."""
 
 
+class OraclesConfig(ObjectiveConfig):
+    """The distance from the generated LoRA of a task to one that was trained on that task's
+    examples, in units of the bank's spread, a task that has one; off unless named."""
+
+    weight: NonNegativeFloat = 0.1
+    """The loss is the sum of weight x objective."""
+    bank: PathText
+    """The folder that `ship-ds oracles` wrote; a run that goes on may find it elsewhere."""
+
+    def conflict(self, model: ModelConfig) -> str | None:
+        """Where no LoRA is generated, or prompts state what the oracles' do not."""
+        return why_no_oracles(model)
+
+    def check(self, model: ModelConfig) -> None:
+        """See `ObjectiveConfig`."""
+        from ship_ds.oracle_bank import check_bank
+
+        check_bank(Path(self.bank), model)
+
+
+def lora_of(section: Section) -> LoraHypernetworkConfig | None:
+    """The LoRA of a `model.hypernetwork`, itself or the one among the parts; None where there is
+    none, or more than one."""
+    parts = getattr(section, "parts", (section,))
+    loras = [part for part in parts if isinstance(part, LoraHypernetworkConfig)]
+    return loras[0] if len(loras) == 1 else None
+
+
+def why_no_oracles(model: ModelConfig) -> str | None:
+    """Why no LoRA trained on a task's examples is what this model's are to be; None: it is."""
+    if lora_of(model.hypernetwork) is None:
+        return (
+            "oracles are LoRAs, and model.hypernetwork generates none, or several: set "
+            "model.hypernetwork.kind=lora, or a combination with one"
+        )
+    if model.task_llm.instruction != "none":
+        return (
+            "oracles are trained on prompts without the instruction, and "
+            f"model.task_llm.instruction={model.task_llm.instruction} states it: set it to none"
+        )
+    return None
+
+
 class LossConfig(Section):
     """The weight of each objective; `loss.NAME=WEIGHT` adds a registered one (kinds.py)."""
 
@@ -684,6 +738,7 @@ OBJECTIVES.register(KlConfig, f"{_OBJECTIVES}:KlLoss", "kl")
 OBJECTIVES.register(DistillationConfig, "ship_ds.model.distillation:Distillation", "distillation")
 OBJECTIVES.register(ContrastiveConfig, "ship_ds.model.contrastive:Contrastive", "contrastive")
 OBJECTIVES.register(CycleConfig, "ship_ds.model.cycle:Cycle", "cycle")
+OBJECTIVES.register(OraclesConfig, "ship_ds.model.oracles:OracleDistance", "oracles")
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -836,6 +891,9 @@ class Config(Section):
         bases = [self.model.task_llm.base, self.model.encoder.base, self.model.decoder.base]
         if conflict := source_of(self.data).conflict(bases):
             raise ValueError(conflict)
+        for name, objective in self.loss.objectives().items():
+            if conflict := objective.conflict(self.model):
+                raise ValueError(f"loss.{name}: {conflict}")
         encoder = self.model.encoder
         if (encoder.drop_instruction or encoder.drop_targets) and not encoder.max_examples:
             raise ValueError(

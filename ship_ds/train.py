@@ -35,7 +35,14 @@ import torch
 from torch import Tensor
 
 from ship_ds.api import Ship
-from ship_ds.bundle import Bundle, check_bases, frozen_bases, probe_inputs, write_bundle
+from ship_ds.bundle import (
+    Bundle,
+    check_bases,
+    fingerprints,
+    frozen_bases,
+    probe_inputs,
+    write_bundle,
+)
 from ship_ds.config import Config, TrainingConfig, load_config
 from ship_ds.data.sampler import ReadingDraw, StepSampler, balanced
 from ship_ds.data.source import TaskSource, source_of
@@ -50,6 +57,7 @@ from ship_ds.files import disk_full_error, write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.loading import load_prompts, load_tokenizer
+from ship_ds.model.objectives import Training
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.sizes import rows_of
 from ship_ds.model.step import ShipBatch
@@ -152,6 +160,7 @@ class Trainer:
         source = source_of(config.data)
         self.read_data(source)
         model = self.build_model()
+        self.outside = self.begin_objectives(model)
         # Before the engine: ranks other than 0 wait for the tokens, and under ZeRO-3 a rank that is
         # late holds up every gather of the others.
         if (folder := source.token_cache(self.folder)) is not None:
@@ -206,6 +215,14 @@ class Trainer:
         log("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts))
         return model
 
+    def begin_objectives(self, model: ShipModel) -> dict[str, str]:
+        """Let the objectives open what they read as the run trains; its fingerprints by the names
+        of those that read any."""
+        base = fingerprints("the base", self.config.model.task_llm.base)
+        training = Training(self.splits.seen, base, model.prompts.describe(), log)
+        begun = {name: one.begin(training) for name, one in model.objectives.items()}
+        return {name: found for name, found in begun.items() if found}
+
     def make_sampler(self) -> StepSampler:
         """Draws the tasks and examples of any step from its number alone, the same on all ranks."""
         training, decoder = self.config.training, self.config.model.decoder
@@ -254,7 +271,9 @@ class Trainer:
         good = checkpoint.newest_good_to_resume(self.folder / "checkpoints", log)
         if good is None:
             return
-        check_bases(good, self.bases, checkpoint.read_progress(good).bases)
+        then = checkpoint.read_progress(good)
+        check_bases(good, self.bases, then.bases)
+        checkpoint.check_outside(good, self.outside, then.outside)
         progress = checkpoint.load(
             self.engine,
             good,
@@ -556,6 +575,7 @@ class Trainer:
             known_instructions=self.known_instructions(),
             bases=self.bases,
             probes=probe_inputs(self.splits.seen),
+            outside=self.outside,
         )
         checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
         self.saved_step, self.saved_seconds = self.step, self.seconds()

@@ -158,10 +158,13 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     task_llm = TaskLlm(task_lm, config.task_llm.checkpointing, sites)
     parts = Parts(encoder, prior, hypernetwork, task_llm, decoder)
     loss = loss or LossConfig()
+    objectives = build_objectives(loss.objectives())
+    for objective in objectives.values():
+        objective.meet(parts)
     return ShipModel(
         config,
         parts,
-        build_objectives(loss.objectives()),
+        objectives,
         _collator(config, prompts, parts),
         sharded,
         trains_decoder(loss.weights()),

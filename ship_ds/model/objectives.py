@@ -3,7 +3,8 @@
 The model's forward gives the sum of every objective over a micro-batch; the trainer divides by the
 count over the whole step, all ranks and accumulation included, and adds up by the weights of the
 config's `loss` section. Trainer, log, TensorBoard, figures and planner loop over the names. The
-paper's three are here; others have files of their own (distillation.py, contrastive.py, cycle.py).
+paper's three are here; others have files of their own (distillation.py, contrastive.py, cycle.py,
+oracles.py).
 
 A new objective is a class with a config class in the table `kinds.OBJECTIVES`; it may be an
 nn.Module, whose parameters then train along. They belong into submodules such as nn.Linear: `sum`
@@ -16,19 +17,37 @@ Letters: T tasks, Z latent size.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ship_ds.config import KlConfig
+from ship_ds.console import Log
 from ship_ds.data.sampler import TaskDraw
+from ship_ds.data.task import SplitTask
 from ship_ds.kinds import OBJECTIVES
-from ship_ds.model.step import Outputs, ShipBatch
+from ship_ds.model.step import Outputs, Parts, ShipBatch
 from ship_ds.section import Section
 
 if TYPE_CHECKING:
     from ship_ds.model.collate import Collator
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run tells its objectives before it trains.
+
+    tasks: that it trains on. base: fingerprints of the Task LLM's base, named `the base`
+    (`bundle.fingerprints`). prompts: the description of its prompt format. log: takes lines of
+    progress.
+    """
+
+    tasks: Sequence[SplitTask]
+    base: Mapping[str, str]
+    prompts: Mapping[str, Any]
+    log: Log
 
 
 class Objective(ABC):
@@ -40,6 +59,21 @@ class Objective(ABC):
 
     def __init__(self, config: Section) -> None:
         super().__init__()
+
+    def meet(self, parts: Parts) -> None:
+        """Remember what it has to know of the model that it is an objective of; called once, as the
+        model is put together, of real weights or of shapes."""
+        return
+
+    def begin(self, training: Training) -> str:
+        """The fingerprint of what it reads from disk as it trains, which a run that goes on has to
+        find again; "": nothing. Called once, before a training makes its first batch, on every
+        rank; whoever opens a run or plans one needs none of it.
+
+        Raises:
+            UserError: it does not fit the run.
+        """
+        return ""
 
     def prepare(
         self, draws: Sequence[TaskDraw], collator: "Collator", device: torch.device

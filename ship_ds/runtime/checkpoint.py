@@ -62,6 +62,8 @@ _FREE_TO_CHANGE = {
     "run.init_from",
     # Was 2 where it is null now; the fingerprint of the data says whether it changed anything.
     "data.filters.min_examples_per_task",
+    # Its fingerprint says whether it is another one; see `check_outside`.
+    "loss.oracles.bank",
     "training.max_minutes",
     "training.max_bad_steps",
     "training.deepspeed",
@@ -108,6 +110,8 @@ class Progress:
     """Fingerprints of the frozen models; see `bundle.frozen_bases`."""
     probes: list[str] = field(default_factory=list)
     """Inputs of the seen tasks, for the bundle; see `bundle.probe_inputs`."""
+    outside: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of what objectives read from disk, by their names; see `Objective.begin`."""
     git_revision: str = field(default_factory=lambda: git_revision())
 
 
@@ -476,6 +480,25 @@ def check_same_run(
             f"{folder}: the data are not the ones this run was trained on; restore "
             "them or choose another run.folder"
         )
+
+
+def check_outside(folder: Path, outside: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Compare what the objectives read from disk with what they read then.
+
+    Args:
+        folder: of the checkpoint, for the message.
+        outside: fingerprints as they are now, by the objectives' names.
+        expected: as they were.
+
+    Raises:
+        UserError: it is another one now.
+    """
+    for name, then in expected.items():
+        if name in outside and outside[name] != then:
+            raise UserError(
+                f"{folder}: what loss.{name} reads had the fingerprint {then[:12]} and has "
+                f"{outside[name][:12]} now; put it back, or choose another run.folder"
+            )
 
 
 def _check_same_parameters(trainable: Mapping[str, torch.nn.Parameter], folder: Path) -> None:

@@ -44,6 +44,8 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
         check_base(f"model.{role}.base", base)
     check_stacks(config.model)
     source_of(config.data).check()
+    for objective in config.loss.objectives().values():
+        objective.check(config.model)
     if config.run.init_from is not None:
         verify(bundle_folder(config.run.init_from), hashes=False)
     _check_writable(Path(config.run.folder))

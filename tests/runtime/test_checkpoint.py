@@ -72,6 +72,15 @@ def test_a_checkpoint_from_before_a_setting_existed_had_it_at_its_default(tmp_pa
         checkpoint.check_same_run(tmp_path, made, config, "data", {})
 
 
+def test_other_files_of_an_objective_are_refused_by_its_name(tmp_path: Path) -> None:
+    """An objective that is new, or read nothing then, has nothing to be compared with."""
+    then = {"oracles": "a" * 64}
+    checkpoint.check_outside(tmp_path, {"oracles": "a" * 64, "other": "c"}, then)
+    checkpoint.check_outside(tmp_path, {"oracles": "a" * 64}, {})
+    with pytest.raises(UserError, match=r"what loss\.oracles reads had .* aaa.*has bbb.* now; put"):
+        checkpoint.check_outside(tmp_path, {"oracles": "b" * 64}, then)
+
+
 @pytest.mark.parametrize(("room", "num_bytes"), [(1_000_000, 9_000_000), (8_192, 0)])
 def test_a_full_disk_leaves_the_checkpoint_before(
     small_disk: Path, room: int, num_bytes: int

@@ -1,0 +1,144 @@
+"""A bank of oracles on disk: for each task a LoRA of the Task LLM that was trained by gradient on
+that task's examples alone.
+
+    BANK/bank.json                  what they were trained for and on: `OracleBank`
+    BANK/group-0000.safetensors     of the tasks of one group, in their order: the LoRA of each as a
+                                    row of 16-bit numbers, and the loss before and after training
+    BANK/spreads.safetensors        how far the oracles lie apart, by site
+    BANK/manifest.json              sizes and hashes of all these
+
+`ship-ds oracles` writes it (evaluation/oracle_training.py), and the objective `oracles` reads it
+(model/oracles.py). Imports no torch: what does not fit a config is told before that is loaded.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import PositiveInt, ValidationError
+
+from ship_ds.errors import UserError
+from ship_ds.files import MANIFEST, Manifest, recover, sha256
+from ship_ds.parsing import read_json_object
+from ship_ds.section import Section, first_error
+
+if TYPE_CHECKING:
+    from ship_ds.config import ModelConfig
+    from ship_ds.data.task import SplitTask
+
+BANK, SPREADS = "bank.json", "spreads.safetensors"
+SETTING = "loss.oracles.bank"
+"""Where a config names a bank."""
+
+
+class OracleBank(Section):
+    """What the oracles were trained for, and how."""
+
+    version: Literal[1] = 1
+    """Of the format."""
+    made_for: dict[str, Any]
+    """What a training has to have likewise: base, prompts, numbers of the LoRA."""
+    trained: dict[str, Any]
+    """Options of the training."""
+    sites: dict[str, tuple[int, int]]
+    """Module path -> (in, out) of the linears that each LoRA changes."""
+    tasks: dict[str, str]
+    """Id -> digest of the examples it was trained on, in the order of the rows."""
+    group_size: PositiveInt
+    """Tasks of a group; the last one may have fewer."""
+
+    def groups(self) -> Iterator[tuple[str, list[str]]]:
+        """The file and the tasks of each group."""
+        ids = list(self.tasks)
+        for number in range(math.ceil(len(ids) / self.group_size)):
+            start = number * self.group_size
+            yield f"group-{number:04d}.safetensors", ids[start : start + self.group_size]
+
+
+def read_bank(folder: Path, key: str = SETTING) -> OracleBank:
+    """The bank's description.
+
+    Args:
+        folder: of the bank.
+        key: of the setting or option that names it, for messages.
+
+    Raises:
+        UserError: there is none, or it is none.
+    """
+    if not (folder / BANK).is_file():
+        raise UserError(
+            f"{key}: {folder}: no bank of oracles here (no {BANK}); `ship-ds oracles` makes one"
+        )
+    try:
+        return OracleBank.model_validate(read_json_object(folder / BANK))
+    except ValidationError as error:
+        line = first_error(error).line
+        raise UserError(f"{key}: {folder / BANK}: {line}; make the bank anew") from None
+
+
+def settings_of(model: "ModelConfig") -> dict[str, Any]:
+    """What of a config decides the oracles, as far as it can be told without reading a model."""
+    from ship_ds.config import lora_of
+
+    lora = lora_of(model.hypernetwork)
+    assert lora is not None, "the config refuses it (why_no_oracles)"
+    return {
+        "model.task_llm.quantisation": model.task_llm.quantisation,
+        "model.hypernetwork.rank": lora.rank,
+        "model.hypernetwork.alpha": float(lora.alpha),
+    }
+
+
+def check_bank(folder: Path, model: "ModelConfig") -> None:
+    """A bank is whole by its files' sizes, and of such a model by what its config says.
+
+    Raises:
+        UserError: it is not there, cut short, or of other LoRAs.
+    """
+    from ship_ds.config import ALL_LINEAR, lora_of
+
+    recover(folder)
+    bank, lora = read_bank(folder), lora_of(model.hypernetwork)
+    check_files(folder, hashes=False)
+    check_made_for(folder, bank.made_for, settings_of(model))
+    targets = set(lora.targets if lora is not None else ())
+    names = {path.rpartition(".")[2] for path in bank.sites}
+    if ALL_LINEAR not in targets and targets != names:
+        raise _unlike(folder, "model.hypernetwork.targets", sorted(names), sorted(targets))
+
+
+def check_files(folder: Path, *, hashes: bool = True) -> None:
+    """Every file of a bank is there as it was written. Raises UserError."""
+    try:
+        problem = Manifest.read(folder).problem(folder, hashes=hashes)
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        raise UserError(f"{SETTING}: {folder}: {problem}; make the bank anew, or copy it again")
+
+
+def check_made_for(folder: Path, made_for: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """What a bank was made for is what is wanted. Raises UserError with the first that differs."""
+    for key, now in wanted.items():
+        if made_for.get(key) != now:
+            raise _unlike(folder, key, made_for.get(key), now)
+
+
+def _unlike(folder: Path, key: str, then: object, now: object) -> UserError:
+    return UserError(
+        f"{SETTING}: {folder}: made for {key}={then}, and this run has {now}: name a bank that "
+        "`ship-ds oracles` made of this config"
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """Names a whole bank by all that its manifest lists."""
+    return sha256(folder / MANIFEST)
+
+
+def examples_digest(task: "SplitTask") -> str:
+    """Names the examples that a task's oracle is trained on."""
+    pairs = [(example.input, example.target) for example in task.train]
+    return hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
