@@ -17,6 +17,7 @@ from ship_ds.cli.verb import _one_value_each, _refuse_unknown
 from ship_ds.config import load_config, recipe_names
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, write_json
+from ship_ds.oracle_bank import OracleBank, settings_of
 from ship_ds.origin import Origin
 from tests.conftest import start
 
@@ -114,6 +115,33 @@ NOWHERE = [
     Bad("compare quickstart --out OUT --device gpu", "device gpu: expected auto"),
     Bad("compare VARIANTS --out OUT", "variants.yaml: seed: unknown key"),
     Bad("compare pretrain-7b --minutes 1 --out OUT", "pretrain-7b: model.task_llm.base: "),
+    Bad("oracles --config nowhere --out OUT", "nowhere: no such config file, and no recipe"),
+    Bad("oracles --config quickstart", "missing option '--out'"),
+    Bad("oracles --config quickstart --out FOLDER", "already there"),
+    Bad("oracles --config quickstart --out OUT --lr 0", "--lr: 0"),
+    Bad("oracles --config quickstart --out OUT --steps 0", "'--steps'"),
+    Bad("oracles --config quickstart --out OUT --examples-per-step 0", "'--examples-per-step'"),
+    Bad("oracles --config quickstart --out OUT --device gpu", "device gpu: expected auto"),
+    Bad(
+        "oracles --config quickstart --out OUT model.hypernetwork.kind=prefix",
+        "oracles are LoRAs, and model.hypernetwork generates none",
+    ),
+    Bad(
+        "oracles --config quickstart --out OUT model.task_llm.instruction=hard",
+        "model.task_llm.instruction=hard states it",
+    ),
+    Bad(
+        "oracles --config quickstart --out OUT model.task_llm.base=FOLDER",
+        "model.task_llm.base: ",
+    ),
+    Bad("oracles --config quickstart --out OUT 'data={path: nowhere}'", "data.path: nowhere"),
+    Bad("train --config quickstart loss.oracles=0.1", "loss.oracles.bank: "),
+    Bad("train --config quickstart loss.oracles.bank=nowhere", "nowhere: no bank of oracles here"),
+    Bad("train --config quickstart loss.oracles.bank=ORACLES", "model.hypernetwork.rank=2, and"),
+    Bad(
+        "train --config quickstart model.hypernetwork.kind=prefix loss.oracles.bank=ORACLES",
+        "loss.oracles: oracles are LoRAs",
+    ),
     Bad("supply propse --run RUN --out a.jsonl", "expected one of propose"),
     Bad("supply propose --run RUN --out a.txt", "expected a name that ends in .jsonl"),
     Bad("supply propose --run RUN --out a.jsonl --set max_rogue=1", "--set max_rogue"),
@@ -264,12 +292,13 @@ def make_places(folder: Path) -> dict[str, Path]:
     places = {
         name: folder / name.lower()
         for name in (
-            "RUN CUT LOST SOFT OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT".split()
+            "RUN CUT LOST SOFT OUT FOLDER FILE ROWS EMPTY PAIRS OTHER ADAPTER CHECKPOINT "
+            "ORACLES".split()
         )
     }
     places["VARIANTS"] = folder / "variants.yaml"
     places["VARIANTS"].write_text("config: quickstart\nseed: 1\nvariants: {a: }\n")
-    for name in ("RUN", "CUT", "LOST", "SOFT", "FOLDER", "ADAPTER", "CHECKPOINT"):
+    for name in ("RUN", "CUT", "LOST", "SOFT", "FOLDER", "ADAPTER", "CHECKPOINT", "ORACLES"):
         places[name].mkdir()
     (places["FOLDER"] / "notes.txt").write_text("nothing of ours")
     for name in ("RUN", "CUT", "LOST", "SOFT"):
@@ -298,6 +327,12 @@ def make_places(folder: Path) -> dict[str, Path]:
     needless = {"tuning": None, "confidence": None}
     write_json(places["ADAPTER"] / "ship.json", origin | needless | {"base": "no/such/base"})
     write_json(places["CHECKPOINT"] / "progress.json", {})
+    quickstart = load_config("quickstart", ["model.hypernetwork.rank=2"])
+    bank = OracleBank(
+        made_for=settings_of(quickstart.model), trained={}, sites={}, tasks={}, group_size=1
+    )
+    write_json(places["ORACLES"] / "bank.json", bank.model_dump(mode="json"))
+    Manifest.of(places["ORACLES"]).write(places["ORACLES"])
     return places
 
 

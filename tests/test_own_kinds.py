@@ -28,6 +28,7 @@ RUNS = {
         "loss.distillation={weight: 0.5, temperature: 2.0}",
         "loss.cycle={weight: 0.1, latents: prior, num_tokens: 4}",
         "model.task_llm.fading_steps=4",
+        "loss.oracles={weight: 0.5, bank: BANK}",
     ],
     "flow": [
         "model.prior={kind: flow, num_layers: 3, width: 8}",
@@ -44,9 +45,11 @@ SCHEDULES = {
 }
 
 
-def train(folder: Path, settings: list[str], *launcher: str) -> str:
+def train(folder: Path, bank: Path, settings: list[str], *launcher: str) -> str:
+    """settings: BANK in them is the bank's folder."""
     command = [*launcher, "-m", "ship_ds.train", "--config", "quickstart-smoke"]
-    done = start([*command, f"run.folder={folder}", *SHARED, *settings], timeout=400)
+    placed = [setting.replace("BANK", str(bank)) for setting in settings]
+    done = start([*command, f"run.folder={folder}", *SHARED, *placed], timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -59,6 +62,16 @@ def series(rows: list[dict[str, Any]]) -> list[list[float]]:
     return [[row[name] for name in names] for row in rows]
 
 
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of oracles that took two steps each."""
+    out = tmp_path_factory.mktemp("oracles") / "bank"
+    command = ["oracles", "--config", "quickstart-smoke", "--out", str(out), "--steps", "2"]
+    done = start(["-m", "ship_ds.cli", *command])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
 # One in `make test`; the others train as long each, and go into `make soak`.
 @pytest.fixture(
     scope="module",
@@ -67,10 +80,10 @@ def series(rows: list[dict[str, Any]]) -> list[list[float]]:
         for place, name in enumerate(RUNS)
     ],
 )
-def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def run(request: Any, bank: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """On one rank."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    train(folder, RUNS[request.param])
+    train(folder, bank, RUNS[request.param])
     return request.param, folder
 
 
@@ -104,14 +117,18 @@ def test_they_train_and_log_what_is_in_force(run: tuple[str, Path], rows: Rows) 
 
 
 @pytest.mark.soak
-def test_they_resume_bit_for_bit(run: tuple[str, Path], rows: Rows, tmp_path: Path) -> None:
-    """In the middle of the schedule."""
+def test_they_resume_bit_for_bit(
+    run: tuple[str, Path], bank: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """In the middle of the schedule, with a bank that lies elsewhere by then."""
     name, folder = run
+    moved = tmp_path / "moved"
+    shutil.copytree(bank, moved)
     again = tmp_path / "run"
     shutil.copytree(folder, again)
     shutil.rmtree(again / "checkpoints" / "step-00000004")
     shutil.rmtree(again / "bundle")
-    assert "after step 2" in train(again, RUNS[name])
+    assert "after step 2" in train(again, moved, RUNS[name])
     assert series(rows(again)) == series(rows(folder))
     weights = [one / "bundle" / "ship.safetensors" for one in (folder, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -131,11 +148,13 @@ def test_they_are_planned(name: str) -> None:
 
 
 @pytest.mark.soak
-def test_two_ranks_take_the_steps_of_one(run: tuple[str, Path], rows: Rows, tmp_path: Path) -> None:
+def test_two_ranks_take_the_steps_of_one(
+    run: tuple[str, Path], bank: Path, rows: Rows, tmp_path: Path
+) -> None:
     """All but the contrast, whose others are those of the rank."""
     name, folder = run
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    train(tmp_path / "run", RUNS[name], *launcher)
+    train(tmp_path / "run", bank, RUNS[name], *launcher)
     one, two = rows(folder), rows(tmp_path / "run")
     if name == "flow":
         assert [row["loss/kl"] for row in two[:1]] == pytest.approx([one[0]["loss/kl"]], rel=1e-3)

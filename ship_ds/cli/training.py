@@ -14,9 +14,11 @@ from ship_ds.cli.verb import (
     Directions,
     Dtype,
     NumTasks,
+    Out,
     Overrides,
     Parts,
     Recipe,
+    Seed,
     verb,
 )
 from ship_ds.console import log
@@ -132,6 +134,52 @@ def compare(
     from ship_ds.evaluation.compare import compare
 
     return compare(trials, settings, out, nproc, context.obj, log, device, dtype)
+
+
+@verb(_PANEL)
+def oracles(
+    config: Recipe,
+    out: Out,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="of each oracle")] = 40,
+    lr: Annotated[float, typer.Option(help="of Adam, at its highest")] = 1e-2,
+    examples_per_step: Annotated[
+        int | None,
+        typer.Option(min=1, help="of each task; default: training.examples_per_task"),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """A LoRA for each seen task, trained on its examples, for loss.oracles; goes on if stopped."""
+    check_words(device, dtype)
+    checks.check_positive("--lr", lr)
+    from ship_ds.config import load_config, why_no_oracles
+    from ship_ds.data.source import source_of
+    from ship_ds.runtime import preflight
+
+    settings = load_config(config, overrides or ())
+    if reason := why_no_oracles(settings.model):
+        raise UserError(f"oracles: {reason}")
+    preflight.check_base("model.task_llm.base", settings.model.task_llm.base)
+    preflight.check_stacks(settings.model)
+    source_of(settings.data).check()
+    checks.check_new(out)
+    from ship_ds.evaluation.oracle_training import BankRecipe, in_words, make_bank
+    from ship_ds.placement import choose_device, choose_dtype
+    from ship_ds.runtime import ranks
+
+    ranks.quiet_libraries()
+    ranks.log_threads()
+    where = choose_device(device)
+    count = examples_per_step or settings.training.examples_per_task
+    recipe = BankRecipe(steps, lr, count, seed)
+    learnt = make_bank(settings, out, recipe, where, choose_dtype(dtype, where), log)
+    for one in learnt:
+        print(f"{one.task_id}: {one.before:.3f} -> {one.after:.3f}")
+    print(in_words(learnt))
+    print(out)
+    return 0
 
 
 def _seeds(text: str) -> list[int]:

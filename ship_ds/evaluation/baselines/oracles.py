@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ship_ds.data.task import Example, SplitTask
+from ship_ds.data.task import Example, SplitTask, spread
 from ship_ds.evaluation.baselines.fitting import fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.static_adapters import TaskLoras
@@ -24,6 +24,8 @@ from ship_ds.model.adapters.lora import LoraAdapter
 
 _MOST_IN_GROUP = 60
 """Tasks trained in one batch."""
+_MOST_SCORED = 32
+"""Examples of a task that its oracle is measured on."""
 _ROOM_FOR_ORACLES = 2
 """Times what a batch may take (model/budget.py): 2 GiB on a CPU."""
 
@@ -156,6 +158,16 @@ def train_group(
 
     fit(loras.parameters(), losses_at, Steps(recipe.steps), recipe.lr, title, clip=math.inf)
     return loras.requires_grad_(False)()
+
+
+def nats_a_token(base: FrozenBase, lora: LoraAdapter, examples: Sequence[Example]) -> float:
+    """The mean loss of a task's targets under a LoRA of one task; of many examples of a few, evenly
+    spaced."""
+    some = spread(examples, _MOST_SCORED)
+    targets = [example.target for example in some]
+    prompts = [base.prompts.task_prompt(example.input) for example in some]
+    num_tokens = sum(len(base.prompts.target(text)) for text in targets)
+    return float(-base.log_likelihoods(lora, prompts, targets).sum() / num_tokens)
 
 
 def group_size(
