@@ -6,7 +6,7 @@ loss may take the logits in pieces. Data are reached by the batch's index tensor
 neither waits for a GPU nor needs data at all, and on the meta device it gives the shapes.
 
 Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary,
-P virtual tokens, H hidden size, X other letters flattened.
+P virtual tokens, H hidden size, T tasks, X other letters flattened.
 """
 
 import copy
@@ -37,6 +37,7 @@ from ship_ds.model.attention import (
 from ship_ds.model.batch import Layout, TokenBatch
 from ship_ds.model.key_value_cache import ending_at, preallocated_cache, preallocated_layers
 from ship_ds.model.language_model import Feature, LanguageModel, Passage, Stream
+from ship_ds.model.projections import can_project, keys_and_values
 
 EAGER, SLIDING = "eager", "sliding_attention"
 MASKED = (SDPA, VARLEN, EAGER)
@@ -65,6 +66,8 @@ class DecoderOnly(LanguageModel):
         attention = self._attention
         if feature == "packing":
             return self._why_padded()
+        if feature == "projection":
+            return self._why_not_projected()
         if feature == "prefix" and self.module.config.model_type in _KEEP_ENDS_TO_THEMSELVES:
             return (
                 f"{type(self.module).__name__}: its blocks do not hand a prefix on to their "
@@ -90,6 +93,20 @@ class DecoderOnly(LanguageModel):
                 "reaches them; give another base"
             )
         return None
+
+    def _why_not_projected(self) -> str | None:
+        if can_project(self.module, [*self.blocks().values()]):
+            return None
+        return (
+            f"{type(self.module).__name__}: makes keys and values otherwise than Llama's and "
+            "Qwen3's attention, so prompts in its blocks are not known how to project; set "
+            "another model.hypernetwork.kind, such as prefix"
+        )
+
+    def keys_and_values(self, place: str, states_TPH: Tensor) -> Tensor:
+        """See `LanguageModel`."""
+        states_TPH = states_TPH.to(self.module.dtype)
+        return keys_and_values(self.module, self.blocks()[place], states_TPH)
 
     def _why_padded(self) -> str | None:
         name, attention = type(self.module).__name__, self._attention

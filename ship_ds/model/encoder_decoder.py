@@ -10,7 +10,8 @@ no kernel for packed tokens knows. T5 scales no scores, and shares the first blo
 blocks after it, so its blocks hand on what AdaptedBlock passes through.
 
 Letters: E sequences, S padded length, K labelled positions, H hidden size, V vocabulary,
-P virtual tokens, Y generated tokens, X other letters flattened.
+P virtual tokens, Y generated tokens, T tasks, G key-value heads, F size of an attention head,
+X other letters flattened.
 """
 
 import copy
@@ -30,6 +31,7 @@ from ship_ds.model.budget import Costs
 from ship_ds.model.decoder_only import GivenStates, under
 from ship_ds.model.key_value_cache import preallocated_cache, preallocated_layers
 from ship_ds.model.language_model import Feature, LanguageModel, Stream
+from ship_ds.model.projections import inside
 
 
 class EncoderDecoder(LanguageModel):
@@ -88,6 +90,18 @@ class EncoderDecoder(LanguageModel):
         """See `LanguageModel`: cross-attention meets a text's states beside those of the input, as
         in HINT."""
         return tuple(self._crossing())
+
+    def keys_and_values(self, place: str, states_TPH: Tensor) -> Tensor:
+        """See `LanguageModel`. T5 turns no keys: its bias by distance is zero for what has no place
+        among the tokens. Cross-attention takes what was read as it is."""
+        states_TPH, crossing = states_TPH.to(self.module.dtype), self._crossing()
+        layers = inside(self.blocks()[crossing.get(place, place)]).layer
+        if place in crossing:
+            attention = layers[1].EncDecAttention
+        else:
+            attention, states_TPH = layers[0].SelfAttention, layers[0].layer_norm(states_TPH)
+        made = [project(states_TPH) for project in (attention.k, attention.v)]
+        return torch.stack(made, 1).unflatten(3, self.key_value_heads).transpose(2, 3)
 
     def _crossing(self) -> dict[str, str]:
         """Cross-attention -> its block."""

@@ -23,7 +23,8 @@ stack, so an adapter's products need no offsets in any of them. A cache belongs 
 which alone knows how to reorder it.
 
 Letters: E sequences, S padded length, N packed tokens, K labelled positions, V vocabulary,
-P virtual tokens, H hidden size, T tasks, X other letters flattened.
+P virtual tokens, H hidden size, T tasks, G key-value heads, F size of an attention head,
+X other letters flattened.
 """
 
 import importlib
@@ -46,9 +47,9 @@ from ship_ds.model.budget import Costs
 if TYPE_CHECKING:  # adapters.py wraps what this file finds
     from ship_ds.model.adapters.adapter import Adapter
 
-Feature = Literal["adapters", "prefix", "packing"]
-"""What a model may lack: sites for adapters; attention to a prefix of theirs; batches without
-padding."""
+Feature = Literal["adapters", "prefix", "projection", "packing"]
+"""What a model may lack: sites for adapters; attention to a prefix of theirs; keys and values of
+given states; batches without padding."""
 
 
 class Stream(ABC):
@@ -338,6 +339,24 @@ class LanguageModel(ABC):
         """Those of `attentions` where a text that another model read is met beside the input
         (fusion.py)."""
         return tuple(self.attentions())
+
+    def keys_and_values(self, place: str, states_TPH: Tensor) -> Tensor:
+        """What one of `attentions` makes of hidden states that no token stands behind, keys before
+        values, (T, 2, G, P, F): by the modules that it calls itself, which are frozen, and with the
+        positions right before a prompt's. Of a model that `missing` does not refuse.
+
+        Args:
+            place: which.
+            states_TPH: as they would come into the block, or, where what another stack read is met,
+                as they would come from that stack.
+
+        Raises:
+            UserError: the class does not say what its attention makes of them.
+        """
+        raise UserError(
+            f"{type(self.module).__name__}: {type(self).__name__} does not say what its attention "
+            "makes of given states; set another model.hypernetwork.kind, such as prefix"
+        )
 
     def is_written(self, path: str) -> bool:
         """Whether the block or linear at this module path runs over an answer's tokens alone, as
