@@ -329,6 +329,20 @@ class PrefixHypernetworkConfig(TrunkConfig):
     """Each block reads all of z, or its own share alone, of equal shares."""
 
 
+class LayerPromptHypernetworkConfig(TrunkConfig):
+    """Hidden states before each block's input, of which the block's own frozen projections make
+    keys and values (IAPT)."""
+
+    kind: Literal["layer_prompt"] = "layer_prompt"
+    length: PositiveInt = 4
+    """Hidden states of each block."""
+    latent: Literal["whole", "by_layer"] = "whole"
+    """Each block reads all of z, or its own share alone, of equal shares."""
+    rank: PositiveInt | None = None
+    """A block's hidden states are made as a product of length x rank numbers and a learned matrix,
+    rank x hidden size, the same for all blocks and tasks: fewer weights. None: whole."""
+
+
 class FusionHypernetworkConfig(TrunkConfig):
     """Instruction fusion (HINT): every state that the encoder gives of the instruction becomes a
     key and a value of every block, beside z. Usually a part of a combination."""
@@ -384,6 +398,9 @@ ADAPTERS.register(
     BottleneckHypernetworkConfig, "ship_ds.model.adapters.bottleneck:BottleneckHypernetwork"
 )
 ADAPTERS.register(PrefixHypernetworkConfig, "ship_ds.model.adapters.prefix:PrefixHypernetwork")
+ADAPTERS.register(
+    LayerPromptHypernetworkConfig, "ship_ds.model.adapters.layer_prompt:LayerPromptHypernetwork"
+)
 ADAPTERS.register(FusionHypernetworkConfig, "ship_ds.model.adapters.fusion:FusionHypernetwork")
 ADAPTERS.register(CombinationConfig, "ship_ds.model.adapters.combination:Combination")
 ADAPTERS.register(SoftPromptHypernetworkConfig, f"{_SOFT_PROMPT}:SoftPromptHypernetwork")

@@ -242,6 +242,7 @@ class TwoStacks(RoleSize):
 class ShipSize:
     """The roles, and the multiplications that make the adapter of one task out of z.
 
+    of_base: those of them with the Task LLM's frozen matrices, which hypernetwork leaves out.
     of_state: those of each of the encoder's states, where they are fused. fuses: whether the Task
     LLM meets a key for each.
     """
@@ -250,6 +251,7 @@ class ShipSize:
     task_llm: RoleSize
     decoder: RoleSize
     hypernetwork: int
+    of_base: int = 0
     of_state: int = 0
     fuses: bool = False
 
@@ -271,6 +273,7 @@ def flops_of_parts(size: ShipSize, rows: StepRows) -> dict[str, int]:
         + encoder.low_rank_flops(rows.encoder)
         + encoder.head_flops(rows.encoder, rows.num_tasks),
         "hypernetwork": Matrices(size.hypernetwork).flops(rows.num_tasks, True, True)
+        + Matrices(size.of_base).flops(rows.num_tasks, True, False)
         + Matrices(size.of_state).flops(rows.encoder.num_tokens, True, True),
         "adapters": task_llm.low_rank_flops(rows.task_llm),
         "task_llm": task_llm.model_flops(rows.task_llm, task_llm.fused_pairs(rows) * size.fuses),
@@ -306,5 +309,5 @@ def deduction_flops(size: ShipSize, num_read: int) -> int:
     """
     encoder = size.encoder
     products = encoder.blocks.total + encoder.low_rank.total + encoder.pooling + size.of_state
-    once = encoder.head + size.hypernetwork
+    once = encoder.head + size.hypernetwork + size.of_base
     return 2 * (products * num_read + once) + 4 * encoder.attention * num_read**2

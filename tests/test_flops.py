@@ -14,6 +14,7 @@ from ship_ds.flops import (
     Matrices,
     RoleSize,
     Rows,
+    StepRows,
     deduction_flops,
     flops_of_parts,
     peak_of,
@@ -183,8 +184,9 @@ def test_states_fused_by_two_stacks_by_hand(t5: list[str]) -> None:
         ["model.hypernetwork={kind: soft_prompt}"],
         ["model.encoder.pooling=attention"],
         ["model.hypernetwork={kind: fusion}"],
+        ["model.hypernetwork={kind: layer_prompt, rank: 6}"],
     ],
-    ids=["lora", "soft_prompt", "pooling", "fusion"],
+    ids=["lora", "soft_prompt", "pooling", "fusion", "layer_prompt"],
 )
 @torch.no_grad()
 def test_a_query_and_its_adapter_are_what_torch_counts(overrides: list[str]) -> None:
@@ -240,6 +242,24 @@ def test_fused_states_by_hand() -> None:
     assert size.of_state == of_state
     without = flops_of_parts(replace(size, of_state=0), rows)
     assert fused["hypernetwork"] - without["hypernetwork"] == 3 * 2 * of_state * 8
+
+
+@pytest.mark.parametrize("hypernetwork", ["{kind: layer_prompt}", "{kind: layer_prompt, rank: 6}"])
+@pytest.mark.parametrize("others", ["", "{kind: prefix}, {kind: lora}"])
+def test_frozen_projections_count_two_passes(hypernetwork: str, others: str) -> None:
+    """Three tasks' adapters and their gradients; attention's own share torch's counter cannot see
+    (`test_fused_states_by_hand`)."""
+    if others:
+        hypernetwork = f"{{kind: combination, parts: [{hypernetwork}, {others}]}}"
+    overrides = ["model.task_llm.quantisation=none", f"model.hypernetwork={hypernetwork}"]
+    ship = build_ship(load_config("quickstart", overrides).model, LoadedWeights())
+    latent_TZ = torch.randn(3, ship.config.latent_size).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        made = ship.hypernetwork(latent_TZ).tensors().values()
+        sum((one.sum() for one in made), torch.zeros(())).backward()
+    nothing = Rows(0, 0, 0)
+    parts = flops_of_parts(ship.flop_size(), StepRows(nothing, nothing, nothing, 3))
+    assert parts["hypernetwork"] == counter.get_total_flops()
 
 
 def test_the_terms_by_hand() -> None:

@@ -132,7 +132,12 @@ def test_toys_are_planned() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "hypernetwork", [pytest.param("{kind: prefix, length: 3}", marks=pytest.mark.soak), HINT]
+    "hypernetwork",
+    [
+        pytest.param("{kind: prefix, length: 3}", marks=pytest.mark.soak),
+        pytest.param("{kind: layer_prompt, length: 3}", marks=pytest.mark.soak),
+        HINT,
+    ],
 )
 def test_kinds_that_are_no_lora_train(hypernetwork: str, tmp_path: Path) -> None:
     done = _train(tmp_path / "run", f"model.hypernetwork={hypernetwork}", "training.steps=3")

@@ -63,6 +63,7 @@ def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize
         task_llm,
         decoder_size,
         hypernetwork.num_products(),
+        hypernetwork.products_of_base(),
         hypernetwork.products_of_state(),
         hypernetwork.fuses,
     )

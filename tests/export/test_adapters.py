@@ -74,10 +74,16 @@ def test_soft_prompts_leave_as_prompt_tuning(kind: str, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"base", "a"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "quantisation"), [("prefix", "nf4"), ("layer_prompt", "nf4"), ("layer_prompt", "none")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefixes_leave_as_prefix_tuning(family: str, tmp_path: Path) -> None:
+def test_prefixes_leave_as_prefix_tuning(
+    family: str, kind: str, quantisation: str, tmp_path: Path
+) -> None:
     """Where `peft` has the prompt begin behind the prefix, keys are turned on by as much."""
-    ship = make_ship(make_base(tmp_path / "base", family), kind="prefix", length=3)
+    base = make_base(tmp_path / "base", family)
+    ship = make_ship(base, quantisation=quantisation, kind=kind, length=3)
     proof = export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
     assert proof.from_live <= 1e-4 < 0.1 < proof.from_base
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

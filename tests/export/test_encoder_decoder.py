@@ -104,8 +104,9 @@ def test_a_soft_prompt_leaves_as_prompt_tuning(kind: str, tmp_path: Path) -> Non
     torch.testing.assert_close(_answer_logits(loaded, ids, ids), live, rtol=0, atol=1e-3)
 
 
-def test_a_prefix_has_no_folder_and_says_so(tmp_path: Path) -> None:
-    ship = _ship(make_t5_base(tmp_path / "base"), kind="prefix", length=2)
+@pytest.mark.parametrize("kind", ["prefix", "layer_prompt"])
+def test_a_prefix_has_no_folder_and_says_so(kind: str, tmp_path: Path) -> None:
+    ship = _ship(make_t5_base(tmp_path / "base"), kind=kind, length=2)
     with pytest.raises(
         UserError, match="T5ForConditionalGeneration: .* alone, .*ship-ds answer"
     ) as caught:

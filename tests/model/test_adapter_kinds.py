@@ -62,6 +62,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "reshape": {"kind": "reshape", "num_virtual_tokens": 2},
     "prefix": {"kind": "prefix", "length": 3, "width": 16},
     "prefix by layer": {"kind": "prefix", "length": 3, "width": 16, "latent": "by_layer"},
+    "layer_prompt": {"kind": "layer_prompt", "length": 3, "width": 16},
+    "layer_prompt decomposed by layer": {
+        "kind": "layer_prompt",
+        "length": 3,
+        "width": 16,
+        "latent": "by_layer",
+        "rank": 5,
+    },
     "bottleneck": {"kind": "bottleneck", "rank": 3, "width": 16},
     "bottleneck by layer": {"kind": "bottleneck", "rank": 3, "width": 16, "latent": "by_layer"},
     "bottleneck from a": {"kind": "bottleneck", "rank": 3, "width": 16, "starts_at_zero": "a"},
@@ -352,7 +360,7 @@ def test_a_task_whose_states_are_left_out_goes_by_z_alone(name: str) -> None:
     assert called == without_states, "ranks that take turns run the same modules in one order"
 
 
-@pytest.mark.parametrize("name", ["lora", "soft_prompt", "reshape", "prefix"])
+@pytest.mark.parametrize("name", ["lora", "soft_prompt", "reshape", "prefix", "layer_prompt"])
 def test_what_is_written_is_read_back(name: str, tmp_path: Path) -> None:
     lm, hypernetwork = _made(name)
     adapter = _awake(hypernetwork)(_latent())
@@ -372,7 +380,7 @@ def test_what_is_written_is_read_back(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(latent_Z, _latent()[1])
 
 
-@pytest.mark.parametrize("name", ["soft_prompt", "reshape", "prefix"])
+@pytest.mark.parametrize("name", ["soft_prompt", "reshape", "prefix", "layer_prompt"])
 def test_another_length_is_one_line(name: str, tmp_path: Path) -> None:
     lm, hypernetwork = _made(name)
     hypernetwork.exports(_awake(hypernetwork)(_latent()))[0].write(tmp_path, "base", lm.module)

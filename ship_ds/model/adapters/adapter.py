@@ -12,7 +12,7 @@ I inputs of a linear, O outputs of a linear, P virtual tokens, H hidden size, Z 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -179,7 +179,9 @@ class Target:
 
     sites: its wrapped linears. blocks: module paths. hidden_size: of its embeddings. heads:
     key-value heads and the size of one. state_size: of the encoder's states. attentions: where a
-    prefix is met, and in which block. fusing: those where the encoder's states are.
+    prefix is met, and in which block. fusing: those where the encoder's states are. project: see
+    `LanguageModel.keys_and_values`; it has the frozen weights, and a hypernetwork has them not
+    among its own.
     """
 
     sites: Sites
@@ -189,6 +191,7 @@ class Target:
     state_size: int = 0
     attentions: Mapping[str, str] = field(default_factory=dict)
     fusing: tuple[str, ...] = ()
+    project: Callable[[str, Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, lm: LanguageModel, sites: Sites) -> "Target":
@@ -200,6 +203,7 @@ class Target:
             lm.key_value_heads,
             attentions=lm.attentions(),
             fusing=lm.fusing(),
+            project=lm.keys_and_values,
         )
 
 
@@ -257,6 +261,11 @@ class Hypernetwork(nn.Module, ABC):
         """Multiplications that make one task's adapter: here, each linear used once. For FLOPs."""
         return num_products(self)
 
+    def products_of_base(self) -> int:
+        """Multiplications of one task's adapter with the Task LLM's own matrices, frozen as they
+        are. For FLOPs."""
+        return 0
+
     def ranks(self) -> Mapping[str, int]:
         """Module path -> rank of the product that its adapters add there. For FLOPs."""
         return {}
@@ -288,7 +297,7 @@ class Hypernetwork(nn.Module, ABC):
         """
         raise UserError(
             f"{folder}: adapters of this run's kind cannot be read back; it needs a run with "
-            "model.hypernetwork.kind=lora, prefix, soft_prompt or reshape"
+            "model.hypernetwork.kind=lora, prefix, layer_prompt, soft_prompt or reshape"
         )
 
     def latent_of(self, adapter: Any) -> Tensor | None:

@@ -173,6 +173,10 @@ class Combination(Hypernetwork):
         """See `Hypernetwork`."""
         return sum(part.num_products() for part in self._hypernetworks())
 
+    def products_of_base(self) -> int:
+        """See `Hypernetwork`."""
+        return sum(part.products_of_base() for part in self._hypernetworks())
+
     def ranks(self) -> Mapping[str, int]:
         """See `Hypernetwork`."""
         ranks: dict[str, int] = {}

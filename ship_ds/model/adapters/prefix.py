@@ -5,10 +5,12 @@ A query costs the attention to P keys more, however long the instruction was. A 
 the base model: its values are zero, and its keys take their share of the attention.
 
 Letters: T tasks, E sequences, Z latent size, L decoder layers, D hypernetwork width,
-G key-value heads, P virtual tokens, F size of an attention head.
+G key-value heads, P virtual tokens, F size of an attention head, U features of a group,
+X other letters flattened.
 """
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ship_ds.config import PrefixHypernetworkConfig
+from ship_ds.config import LayerPromptHypernetworkConfig, PrefixHypernetworkConfig
 from ship_ds.errors import UserError
 from ship_ds.lora_folder import read_prefix, write_prefix
 from ship_ds.model.adapters.adapter import Adapter, Export, Target, num_products
@@ -128,28 +130,36 @@ def _turned(lm: Any, states_2GPF: Tensor, sign: int) -> Tensor:
     return torch.stack([rotated_by(lm, keys_GPF, sign * keys_GPF.shape[1]), values_GPF])
 
 
-class PrefixHypernetwork(TrunkHypernetwork):
-    """z and the learned embedding of a block -> MLP -> its keys and values, by one linear for all
-    blocks."""
+class OneHeadHypernetwork(TrunkHypernetwork):
+    """z and the learned embedding of a block -> MLP -> its keys and values, by one head for all
+    blocks; a subclass has the head and makes keys and values of what it gives."""
 
-    needs: ClassVar = ("adapters", "prefix")
+    head: nn.Linear
 
-    def __init__(self, config: PrefixHypernetworkConfig, latent_size: int, target: Target) -> None:
-        super().__init__()
+    def add_places(
+        self,
+        config: PrefixHypernetworkConfig | LayerPromptHypernetworkConfig,
+        latent_size: int,
+        target: Target,
+    ) -> None:
+        """Make the trunk. A subclass calls it once, after its head is drawn.
+
+        Args:
+            config: says how many keys a block gets, and which share of z it reads.
+            latent_size: Z.
+            target: the Task LLM.
+        """
         num_heads, head_size = target.heads
         self.places = tuple(target.attentions)
         self.layers = [target.blocks.index(block) for block in target.attentions.values()]
         self.shape = (2, num_heads, config.length, head_size)
         self.prefix_length = config.length
-        head = nn.Linear(config.width, 2 * num_heads * config.length * head_size)
-        keys, values = head.weight.chunk(2)
-        # Keys of about unit size, which tell the positions apart; values that say nothing yet.
-        nn.init.normal_(keys)
-        nn.init.zeros_(values)
-        nn.init.zeros_(head.bias)
         self.num_shares = len(target.blocks) if config.latent == "by_layer" else 1
         self.add_trunk(share_of(latent_size, self.num_shares), config, [len(self.places)])
-        self.head = head
+
+    @abstractmethod
+    def keys_and_values(self, made_TUX: Tensor) -> Iterable[Tensor]:
+        """Those of each place, (T, 2, G, P, F), of what the head gives of it."""
 
     def forward(self, latent_TZ: Tensor) -> PrefixAdapter:
         from_latent = self.project(latent_TZ, self.num_shares)  # (T, 1 or L, D)
@@ -157,8 +167,8 @@ class PrefixHypernetwork(TrunkHypernetwork):
             # A block with two attentions has one share of z.
             from_latent = from_latent[:, torch.tensor(self.layers, device=from_latent.device)]
         places_LD = self.embeddings(0, len(self.places), from_latent.device)
-        states = self.head(self.run_trunk(from_latent + places_LD)).unflatten(2, self.shape)
-        return PrefixAdapter(dict(zip(self.places, states.unbind(1), strict=True)))
+        states = self.keys_and_values(self.head(self.run_trunk(from_latent + places_LD)))
+        return PrefixAdapter(dict(zip(self.places, states, strict=True)))
 
     def num_products(self) -> int:
         """See `Hypernetwork`: trunk and head run once for each attention."""
@@ -184,6 +194,28 @@ class PrefixHypernetwork(TrunkHypernetwork):
     def exports(self, adapter: PrefixAdapter) -> list[Export]:
         """See `Hypernetwork`."""
         return prefix_exports(adapter)
+
+
+class PrefixHypernetwork(OneHeadHypernetwork):
+    """A head that gives the keys and values themselves."""
+
+    needs: ClassVar = ("adapters", "prefix")
+
+    def __init__(self, config: PrefixHypernetworkConfig, latent_size: int, target: Target) -> None:
+        super().__init__()
+        num_heads, head_size = target.heads
+        head = nn.Linear(config.width, 2 * num_heads * config.length * head_size)
+        keys, values = head.weight.chunk(2)
+        # Keys of about unit size, which tell the positions apart; values that say nothing yet.
+        nn.init.normal_(keys)
+        nn.init.zeros_(values)
+        nn.init.zeros_(head.bias)
+        self.add_places(config, latent_size, target)
+        self.head = head
+
+    def keys_and_values(self, made_TUX: Tensor) -> Iterable[Tensor]:
+        """See `OneHeadHypernetwork`."""
+        return made_TUX.unflatten(2, self.shape).unbind(1)
 
 
 def prefix_exports(adapter: PrefixAdapter) -> list[Export]:

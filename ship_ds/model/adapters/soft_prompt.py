@@ -91,6 +91,16 @@ def read_prompt(folder: Path, shape: tuple[int, int], device: torch.device) -> S
     return SoftPrompt(prompt_PH[None].to(device))
 
 
+def basis_of(rank: int | None, hidden_size: int) -> nn.Module:
+    """What makes virtual tokens of the numbers that a head gives of each: of R numbers by a learned
+    matrix (R, H), with which they are as large as whole ones; None: they are whole."""
+    if rank is None:
+        return nn.Identity()
+    basis = nn.Linear(rank, hidden_size, bias=False)
+    nn.init.normal_(basis.weight, std=1 / math.sqrt(rank))
+    return basis
+
+
 class SoftPromptHypernetwork(Hypernetwork):
     """z -> MLP -> P embeddings before the prompt, whole or as the product of P x R numbers and a
     learned matrix R x H (Decomposed Prompt Tuning, Xiao et al. 2023, arXiv 2310.10094)."""
@@ -108,11 +118,7 @@ class SoftPromptHypernetwork(Hypernetwork):
             nn.SiLU(),
             nn.Linear(config.width, config.num_virtual_tokens * made),
         )
-        self.basis: nn.Module = nn.Identity()
-        if config.rank is not None:
-            self.basis = nn.Linear(config.rank, hidden_size, bias=False)
-            # An embedding is then as large as one that is made whole.
-            nn.init.normal_(self.basis.weight, std=1 / math.sqrt(config.rank))
+        self.basis = basis_of(config.rank, hidden_size)
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
         made_TX = self.layers(latent_TZ.to(next(self.layers.parameters()).dtype))
