@@ -19,6 +19,7 @@ from ship_ds.inference.induction import induce_many
 from ship_ds.kinds import PRIORS
 from ship_ds.model.encoder import keyed_generator
 from ship_ds.model.turns import in_turn
+from tests.export.models import make_ship
 from tests.inference.test_induction import QUICK, behaviour
 
 pytestmark = pytest.mark.slow
@@ -96,6 +97,24 @@ def test_ranks_with_other_work_make_the_same_passes(bundle: Path, works: Any) ->
         assert list(threads.map(run, (0, 1))) == alone
     assert calls[0] == calls[1] and len(calls[0]) > 100
     assert all(ship.model.task_llm.before_pass is None for ship in ships)
+
+
+def test_prompts_in_every_block_wait_for_their_turn() -> None:
+    """What makes their keys and values is the Task LLM's: one rank deduces, the other states the
+    instruction and makes none."""
+    ranks = TwoRanks()
+    ships = [make_ship("embedded", kind="layer_prompt", length=2) for _ in range(2)]
+    works = (deduces, states)
+    alone = [work(ship) for work, ship in zip(works, ships, strict=True)]
+    calls = [calls_of(ship) for ship in ships]
+
+    def run(rank: int) -> Any:
+        with torch.no_grad(), in_turn(ships[rank].model, ranks.sum_of(rank)):
+            return works[rank](ships[rank])
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, (0, 1))) == alone
+    assert calls[0] == calls[1] and len(calls[0]) > 100
 
 
 @pytest.mark.parametrize("config", [MixturePriorConfig(num_components=2), FlowPriorConfig()])

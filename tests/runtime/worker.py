@@ -364,6 +364,18 @@ def loss_in_pieces(roles: Sequence[str]) -> Callable[[Path], dict[str, Any]]:
     return measure
 
 
+def prompts_in_every_block(folder: Path) -> dict[str, Any]:
+    """Losses of two steps whose adapters are made with the Task LLM's own projections, it sharded,
+    its blocks recomputed, and whole."""
+    kind = "model.hypernetwork={kind: layer_prompt, length: 3, width: 16}"
+    found = {}
+    for shard in ("always", "never"):
+        how = [f"model.task_llm.shard={shard}", "model.task_llm.checkpointing=true"]
+        made = trainer(folder / shard, SHARDED[0], kind, *how, *FOUR_STEPS)
+        found[shard] = [losses(made), losses(made)]
+    return found
+
+
 def accumulation(folder: Path) -> dict[str, Any]:
     """Losses of three steps in micro-batches."""
     found = {}
@@ -726,6 +738,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sharded_base_resumes": sharded_base_resumes,
     "accumulation": accumulation,
     "loss_in_pieces": loss_in_pieces(LORA_ROLES),
+    "prompts_in_every_block": prompts_in_every_block,
     "recipe_of_8b": recipe_of_8b,
     "too_many_bad_steps": too_many_bad_steps,
     "published_recipes": published_recipes,
