@@ -156,9 +156,11 @@ def test_another_command_is_refused_by_what_differs(
 
 
 def test_a_second_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = []
+    begun, said = [], []
 
     def begin_another(*given: Any) -> None:
+        assert not begun, "a second one trains"
+        begun.append(given)
         with pytest.raises(UserError, match="another process writes it; name another --out") as e:
             make(tmp_path / "bank")
         said.append(str(e.value))
