@@ -20,7 +20,8 @@ from torch import Tensor
 from ship_ds.data.matching import exact_match
 from ship_ds.data.task import SplitTask, spread
 from ship_ds.inference.deduction import AnswersByTask, answer_latents
-from ship_ds.model.encoder import Posterior, keyed_generator
+from ship_ds.model.drawing import keyed_generator
+from ship_ds.model.encoder import Posterior
 from ship_ds.model.ship import ShipModel
 
 NUM_SAMPLES = 8

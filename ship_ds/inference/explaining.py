@@ -41,7 +41,7 @@ from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.lora import LoraAdapter
-from ship_ds.model.encoder import keyed_generator
+from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.ship import ShipModel
 
 NUM_INPUTS = 24

@@ -26,7 +26,7 @@ from ship_ds.console import Log
 from ship_ds.inference.bank import Bank
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter, Sites
-from ship_ds.model.encoder import keyed_generator
+from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.ship import ShipModel
 from ship_ds.monitor.progress import ProgressLine
 

@@ -21,7 +21,7 @@ from ship_ds.config import CycleConfig
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.model.batch import OnDevice, TokenBatch
 from ship_ds.model.decoder import Decoder
-from ship_ds.model.encoder import keyed_generator
+from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.generation import greedy_of_length
 from ship_ds.model.objectives import Objective
 from ship_ds.model.priors import Prior

@@ -6,7 +6,6 @@ Letters: E sequences, T tasks, S padded length, N packed tokens, H hidden size, 
 X other letters flattened.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import num_products
 from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.batch import TokenBatch, chunk_lengths
+from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.pooling import LearnedQueries
 from ship_ds.model.role import Role
 
@@ -194,9 +194,3 @@ def chances(seed: int, step: int, task_ids: list[str]) -> Tensor:
 
 def _task_noise(key: str, latent_size: int) -> Tensor:
     return torch.randn(latent_size, generator=keyed_generator(key))
-
-
-def keyed_generator(key: str) -> torch.Generator:
-    """A generator on the CPU whose draws are a function of the key alone."""
-    digest = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
-    return torch.Generator().manual_seed(digest)

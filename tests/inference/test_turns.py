@@ -17,7 +17,7 @@ from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents, answer_stated
 from ship_ds.inference.induction import induce_many
 from ship_ds.kinds import PRIORS
-from ship_ds.model.encoder import keyed_generator
+from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.turns import in_turn
 from tests.export.models import make_ship
 from tests.inference.test_induction import QUICK, behaviour

@@ -25,7 +25,7 @@ from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.contrastive import Contrastive, SecondWordings
 from ship_ds.model.cycle import Cycle, CycleInputs
 from ship_ds.model.distillation import Distillation
-from ship_ds.model.encoder import keyed_generator
+from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.generation import greedy, greedy_of_length
 from ship_ds.model.objectives import KlLoss, Objective
 from ship_ds.model.ship import ShipModel

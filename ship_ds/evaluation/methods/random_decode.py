@@ -12,7 +12,7 @@ import torch
 from ship_ds.data.task import Example
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.model.encoder import keyed_generator
+from ship_ds.model.drawing import keyed_generator
 
 
 class RandomDecode(Untrained):
