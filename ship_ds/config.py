@@ -392,7 +392,36 @@ class ReshapeHypernetworkConfig(Section):
     """Embeddings that z is cut into."""
 
 
+class SparseHypernetworkConfig(TrunkConfig):
+    """Changes of single weights of the Task LLM's last blocks, a number for each, generated whole
+    (SHiRA)."""
+
+    kind: Literal["sparse"] = "sparse"
+    rank: PositiveInt = 8
+    """As many weights of a linear change as a LoRA of this rank has: rank x (inputs + outputs)."""
+    num_blocks: PositiveInt | None = 2
+    """The last ones of each stack whose linears change; the backward pass ends there. None: all."""
+    targets: Targets = Field(ALL_PROJECTIONS, min_length=1)
+    """Last names of the linears of the Task LLM of which weights change; all-linear: every one of
+    its blocks."""
+
+
+class ScatterHypernetworkConfig(Section):
+    """The same with z itself as the numbers, spread over the linears by their sizes: latent_size
+    weights change (SHIP's "delta" fusion)."""
+
+    kind: Literal["scatter"] = "scatter"
+    scale: PositiveFloat = 1.0
+    """A weight changes by scale x its number of z."""
+    num_blocks: PositiveInt | None = 2
+    """The last ones of each stack whose linears change; the backward pass ends there. None: all."""
+    targets: Targets = Field(ALL_PROJECTIONS, min_length=1)
+    """Last names of the linears of the Task LLM of which weights change; all-linear: every one of
+    its blocks."""
+
+
 _SOFT_PROMPT = "ship_ds.model.adapters.soft_prompt"
+_SPARSE = "ship_ds.model.adapters.sparse"
 ADAPTERS.register(LoraHypernetworkConfig, "ship_ds.model.adapters.lora:LoraHypernetwork")
 ADAPTERS.register(
     BottleneckHypernetworkConfig, "ship_ds.model.adapters.bottleneck:BottleneckHypernetwork"
@@ -405,6 +434,8 @@ ADAPTERS.register(FusionHypernetworkConfig, "ship_ds.model.adapters.fusion:Fusio
 ADAPTERS.register(CombinationConfig, "ship_ds.model.adapters.combination:Combination")
 ADAPTERS.register(SoftPromptHypernetworkConfig, f"{_SOFT_PROMPT}:SoftPromptHypernetwork")
 ADAPTERS.register(ReshapeHypernetworkConfig, f"{_SOFT_PROMPT}:ReshapeHypernetwork")
+ADAPTERS.register(SparseHypernetworkConfig, f"{_SPARSE}:SparseHypernetwork")
+ADAPTERS.register(ScatterHypernetworkConfig, f"{_SPARSE}:ScatterHypernetwork")
 HypernetworkConfig = Annotated[SerializeAsAny[Section], BeforeValidator(ADAPTERS.validate)]
 
 

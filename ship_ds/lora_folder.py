@@ -9,9 +9,12 @@ several, compress it.
                                          base_model.model.<module path>.lora_magnitude_vector (O)
                                          or prompt_embeddings (P, H)
                                          or prompt_embeddings (P, L 2 G F) of a prefix
+                                         or, of a SHiRA,
+                                         base_model.model.<module path>.shira_weight (X)
+                                         base_model.model.<module path>.shira_indices (2, X)
 
 Letters: F size of an attention head, G key-value heads, H hidden size, I inputs of a linear,
-L decoder layers, O outputs of a linear, P virtual tokens, R LoRA rank.
+L decoder layers, O outputs of a linear, P virtual tokens, R LoRA rank, X other letters flattened.
 """
 
 import math
@@ -20,7 +23,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -62,8 +65,20 @@ _MOST_KEYS = 512
 """Of either: each is matched against each module."""
 _LARGEST = 10**9
 """Rank or alpha, of either sign: the square of a larger one may be no float."""
+_SHIRA_WEIGHT, _SHIRA_INDICES = "shira_weight", "shira_indices"
 _FIRST_RANK, _TOLERANCE = 64, 1e-4
 """Of `factored`: the rank that is tried first, and what it may lose of the norm."""
+
+
+class Update(Protocol):
+    """One adapter that is a change of linears' weights."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Module path -> (O, I) of each weight that it changes."""
+
+    def delta(self, path: str) -> Tensor:
+        """The update of one module's weight in fp32, (O, I)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,11 @@ class Lora:
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     scaling: float
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """See `Update`."""
+        return {path: (len(b_OR), a_RI.shape[1]) for path, (a_RI, b_OR) in self.factors.items()}
 
     @property
     def rank(self) -> int:
@@ -109,6 +129,32 @@ class Lora:
         """The update of one module's weight, scaling * B A in fp32, (O, I)."""
         a_RI, b_OR = self.factors[path]
         return (b_OR.float() @ a_RI.float()).mul_(self.scaling)
+
+
+@dataclass(frozen=True)
+class SparseUpdate:
+    """One SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175): some weights of linears change.
+
+    Args:
+        entries: Module path -> output and input of each such weight, (2, X), none twice; and by how
+            much it changes, (X,).
+        sizes: Module path -> (O, I).
+    """
+
+    entries: Mapping[str, tuple[Tensor, Tensor]]
+    sizes: Mapping[str, tuple[int, int]]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """See `Update`."""
+        return {path: self.sizes[path] for path in self.entries}
+
+    def delta(self, path: str) -> Tensor:
+        """See `Update`."""
+        places, values_X = self.entries[path]
+        delta_OI = torch.zeros(self.sizes[path])
+        delta_OI[tuple(places.long())] = values_X.float()
+        return delta_OI
 
 
 def add(parts: Sequence[tuple[float, Lora]]) -> Lora:
@@ -236,6 +282,34 @@ def write_prefix(folder: Path, states: Sequence[Tensor], base: str, settings: An
     ).save_pretrained(str(folder))
 
 
+def write_sparse(folder: Path, update: SparseUpdate, rank: int, base: str, settings: Any) -> None:
+    """Write the two files of a SHiRA into an existing folder.
+
+    Args:
+        folder: Where to.
+        update: With rank (I + O) weights of each linear.
+        rank: `peft`'s r.
+        base: The base model's folder, as the config names it.
+        settings: The base model's transformers config.
+    """
+    from peft import ShiraConfig
+
+    tensors = {}
+    for path, (places, values_X) in update.entries.items():
+        tensors[f"{_PREFIX}{path}.{_SHIRA_WEIGHT}"] = values_X
+        tensors[f"{_PREFIX}{path}.{_SHIRA_INDICES}"] = places.int()
+    _write_tensors(folder, tensors)
+    config = ShiraConfig(
+        task_type=_task_type(settings),
+        base_model_name_or_path=base,
+        inference_mode=True,
+        r=rank,
+    )
+    # Whole paths, since other blocks have linears of the same names; a list, as in `write_lora`.
+    config.target_modules = sorted(update.entries)
+    config.save_pretrained(str(folder))
+
+
 def _task_type(settings: Any) -> str:
     """As `peft` calls what a base is for: of two stacks it is told both's tokens."""
     return "SEQ_2_SEQ_LM" if getattr(settings, "is_encoder_decoder", False) else "CAUSAL_LM"
@@ -312,6 +386,85 @@ def read_lora(folder: Path, weight: WeightOf | None = None) -> Lora:
             own = 1.0
         factors[module] = (a_RI, b_OR if own == common else b_OR.float() * (own / common))
     return Lora(factors, common)
+
+
+def read_sparse(folder: Path, shape_of: Callable[[str], tuple[int, int] | None]) -> SparseUpdate:
+    """The SHiRA in a folder that we or `peft` wrote.
+
+    Args:
+        folder: Of `peft`.
+        shape_of: Module path -> (O, I) of the weight there; None for a path that has none.
+
+    Raises:
+        UserError: It is none, or of a base of other sizes; or a file is missing or damaged.
+    """
+    settings = _read_settings(folder, "SHIRA")
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in sorted(_read_tensors(folder, _SHIRA_INDICES).items()):
+        module, _, part = name.removeprefix(_PREFIX).rpartition(".")
+        modules.setdefault(module, {})[part] = tensor
+    entries, sizes = {}, {}
+    for module, tensors in modules.items():
+        shape = shape_of(module)
+        if shape is None:
+            raise UserError(
+                f"{folder}: changes {module}, which is none of the linears that can change here: "
+                "an adapter of another base model, or of a run with other settings"
+            )
+        sizes[module] = shape
+        entries[module] = _entries(folder, module, tensors, shape, settings)
+    if not entries:
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS}: has no tensors; expected a SHiRA saved by peft"
+        )
+    return SparseUpdate(entries, sizes)
+
+
+def _entries(
+    folder: Path,
+    module: str,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    settings: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Places and numbers of one linear, that fit its weight and the config."""
+    path, expected = folder / ADAPTER_WEIGHTS, [_SHIRA_INDICES, _SHIRA_WEIGHT]
+    if sorted(tensors) != expected:
+        raise UserError(
+            f"{path}: {module}: has {', '.join(sorted(tensors))}; expected {' and '.join(expected)}"
+        )
+    places, values_X = tensors[_SHIRA_INDICES].long(), tensors[_SHIRA_WEIGHT]
+    rank: Any = settings.get("r")
+    count = values_X.numel()
+    fits = places.shape == (2, count) and values_X.ndim == 1 and _is_number(rank, int)
+    if not fits or count != rank * sum(shape) or not _lie_in(places, shape):
+        raise UserError(
+            f"{path}: {module}: places {tuple(places.shape)} of {count} numbers, which are not the "
+            f"r={rank} x (in + out) of a weight of {shape}: another base model's, or damaged"
+        )
+    return places, values_X
+
+
+def _lie_in(places: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether these are places of a matrix, each once."""
+    low, high = places.amin(1), places.amax(1)
+    if int(low.min()) < 0 or int(high[0]) >= shape[0] or int(high[1]) >= shape[1]:
+        return False
+    flat = places[0] * shape[1] + places[1]
+    return flat.unique().numel() == flat.numel()
+
+
+def read_update(
+    folder: Path, shape_of: Callable[[str], tuple[int, int] | None]
+) -> "Lora | SparseUpdate":
+    """What a folder changes of linears' weights; arguments as `read_sparse` has them.
+
+    Raises:
+        UserError: It is neither a LoRA nor a SHiRA, or a damaged one.
+    """
+    path = folder / ADAPTER_CONFIG
+    is_sparse = path.is_file() and read_json_object(path).get("peft_type") == "SHIRA"
+    return read_sparse(folder, shape_of) if is_sparse else read_lora(folder)
 
 
 def _scaling(config: "LoraConfig", rank: int, alpha: float) -> float:
@@ -392,7 +545,8 @@ def _read_embeddings(folder: Path) -> Tensor:
     return rows.float()
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, integers: str = "") -> dict[str, Tensor]:
+    """The folder's tensors, all of finite numbers, but for those of this last name of integers."""
     path = folder / ADAPTER_WEIGHTS
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -401,7 +555,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             f"{path}: cannot be read: {' '.join(str(error).split())}; save the adapter again"
         ) from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        is_right = tensor.is_floating_point() and bool(tensor.isfinite().all())
+        if integers and name.rpartition(".")[2] == integers:
+            is_right = tensor.dtype in (torch.int32, torch.int64)
+        if not is_right:
             raise UserError(
                 f"{path}: {name} has values that are no finite numbers; train or save the adapter "
                 "again"

@@ -74,6 +74,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "bottleneck by layer": {"kind": "bottleneck", "rank": 3, "width": 16, "latent": "by_layer"},
     "bottleneck from a": {"kind": "bottleneck", "rank": 3, "width": 16, "starts_at_zero": "a"},
     "bottleneck diagonal": {"kind": "bottleneck", "rank": 3, "width": 16, "heads": "diagonal"},
+    "sparse": {"kind": "sparse", "rank": 3, "width": 16},
+    "sparse in the last block": {"kind": "sparse", "rank": 3, "width": 16, "num_blocks": 1},
+    "scatter": {"kind": "scatter", "num_blocks": 1},
     "fusion": {"kind": "fusion", "width": 16},
     "combination": {
         "kind": "combination",
@@ -85,6 +88,13 @@ KINDS: dict[str, dict[str, Any]] = {
             {"kind": "soft_prompt", "num_virtual_tokens": 2, "width": 16},
         ],
     },
+    "combination with a sparse one": {
+        "kind": "combination",
+        "parts": [
+            {"kind": "lora", "rank": 2, "width": 16},
+            {"kind": "sparse", "rank": 3, "width": 16, "num_blocks": 1},
+        ],
+    },
     "HINT": {
         "kind": "combination",
         "parts": [
@@ -94,10 +104,15 @@ KINDS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-STARTS_AT_THE_BASE = [name for name in KINDS if name.startswith(("lora", "bottleneck"))]
+STARTS_AT_THE_BASE = [name for name in KINDS if name.startswith(("lora", "bottleneck", "sparse"))]
 
 
-LINEARS = {"lora": ["all-linear"], "bottleneck": ["o", "wo"]}
+LINEARS = {
+    "lora": ["all-linear"],
+    "bottleneck": ["o", "wo"],
+    "sparse": ["all-linear"],
+    "scatter": ["all-linear"],
+}
 """Targets in a T5, whose linears have other names than the defaults."""
 
 
@@ -360,7 +375,19 @@ def test_a_task_whose_states_are_left_out_goes_by_z_alone(name: str) -> None:
     assert called == without_states, "ranks that take turns run the same modules in one order"
 
 
-@pytest.mark.parametrize("name", ["lora", "soft_prompt", "reshape", "prefix", "layer_prompt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora",
+        "soft_prompt",
+        "reshape",
+        "prefix",
+        "layer_prompt",
+        "sparse",
+        "sparse in the last block",
+        "scatter",
+    ],
+)
 def test_what_is_written_is_read_back(name: str, tmp_path: Path) -> None:
     lm, hypernetwork = _made(name)
     adapter = _awake(hypernetwork)(_latent())
@@ -375,7 +402,7 @@ def test_what_is_written_is_read_back(name: str, tmp_path: Path) -> None:
         # A difference of sums in fp32.
         assert float(read.distance(one).detach()) < 1e-5
     latent_Z = hypernetwork.latent_of(read)
-    assert (latent_Z is not None) == (name == "reshape")
+    assert (latent_Z is not None) == (name in ("reshape", "scatter"))
     if latent_Z is not None:
         torch.testing.assert_close(latent_Z, _latent()[1])
 

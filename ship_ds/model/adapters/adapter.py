@@ -169,7 +169,7 @@ class Export(ABC):
         """
         raise UserError(
             f"compose: {parts[0][1].shape()}: a sum of such adapters means nothing; it needs a run "
-            "with model.hypernetwork.kind=lora"
+            "with model.hypernetwork.kind=lora, sparse or scatter"
         )
 
 
@@ -275,8 +275,8 @@ class Hypernetwork(nn.Module, ABC):
         return 0
 
     def products_after(self) -> Mapping[str, int]:
-        """Module path -> multiplications of one token with what `Adapter.after` adds there. For
-        FLOPs."""
+        """Module path -> multiplications of one token with what is added there and has no rank,
+        such as by `Adapter.after`. For FLOPs."""
         return {}
 
     def exports(self, adapter: Any) -> list[Export]:
@@ -297,7 +297,8 @@ class Hypernetwork(nn.Module, ABC):
         """
         raise UserError(
             f"{folder}: adapters of this run's kind cannot be read back; it needs a run with "
-            "model.hypernetwork.kind=lora, prefix, layer_prompt, soft_prompt or reshape"
+            "model.hypernetwork.kind=lora, prefix, layer_prompt, soft_prompt, reshape, sparse or "
+            "scatter"
         )
 
     def latent_of(self, adapter: Any) -> Tensor | None:

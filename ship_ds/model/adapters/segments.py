@@ -283,6 +283,28 @@ def segments(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds | None) -> 
         return EqualSegments(len(a_TRI))
     if x.device.type == "cpu":
         return _on_cpu(x.dtype, a_TRI, b_TOR, ends)
+    return _elsewhere(x, ends)
+
+
+def segments_of_whole(
+    x: Tensor, num_outputs: int, num_tasks: int, ends: TaskEnds | None
+) -> Segments:
+    """The products for tokens such as x with one whole matrix a task, or some outputs of it.
+
+    Args:
+        x: its device, dtype and last size count.
+        num_outputs: of a matrix.
+        num_tasks: T.
+        ends: of the tasks; None: every task has equally many tokens.
+    """
+    if ends is None:
+        return EqualSegments(num_tasks)
+    if x.device.type == "cpu":
+        return _one_by_one(x.dtype, x.shape[-1], num_outputs, ends)
+    return _elsewhere(x, ends)
+
+
+def _elsewhere(x: Tensor, ends: TaskEnds) -> Segments:
     index = x.device.index if x.device.type == "cuda" else None
     return ragged_kind(x.device.type, index, x.dtype)(ends)
 
@@ -291,8 +313,13 @@ def _on_cpu(dtype: torch.dtype, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds) ->
     num_tasks, rank, num_in = a_TRI.shape
     if dtype.itemsize == 2 and min(_TILE // rank, num_tasks) > 1:
         return TiledSegments(ends, rank)
+    return _one_by_one(dtype, num_in, b_TOR.shape[1], ends)
+
+
+def _one_by_one(dtype: torch.dtype, num_in: int, num_out: int, ends: TaskEnds) -> Segments:
+    """On the CPU a product a task."""
     step = _ALIGNMENT_BYTES // dtype.itemsize
-    if dtype == torch.float32 and not num_in % step and not b_TOR.shape[1] % step:
+    if dtype == torch.float32 and not num_in % step and not num_out % step:
         return GroupedSegments(ends)
     return LoopedSegments(ends)
 
