@@ -9,7 +9,7 @@
 The largest thing held is one matrix's update in fp32; the base's own pages are mapped, and the
 result is written in pieces.
 
-Letters: I inputs of a linear, O outputs of a linear, R LoRA rank.
+Letters: I inputs of a linear, O outputs of a linear.
 """
 
 import json
@@ -42,7 +42,7 @@ from ship_ds.files import (
     write_json,
     write_text,
 )
-from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, read_lora
+from ship_ds.lora_folder import ADAPTER_WEIGHTS, Update, read_update
 from ship_ds.origin import Origin, read_origin
 from ship_ds.parsing import read_json_object
 from ship_ds.safetensors_header import SINGLE_FILE, WEIGHTS_INDEX
@@ -88,7 +88,7 @@ class Merge:
     written.
 
     Args:
-        adapter: A LoRA folder of ours.
+        adapter: A LoRA or SHiRA folder of ours.
         target: What to make of it and its base; None for what training saw.
         base: The base model; None for the one that the adapter was made for.
         dtype: Of the result; "auto" for that of each tensor of the base.
@@ -106,16 +106,17 @@ class Merge:
         dtype: Dtype = "auto",
         shard_gigabytes: float = 2.0,
     ) -> None:
-        self.adapter, self.origin, self.lora = adapter, read_origin(adapter), read_lora(adapter)
+        self.adapter, self.origin = adapter, read_origin(adapter)
         self.folder = base_folder(base or self.origin.base)
         self.base = WeightsFolder(self.folder)
+        self.update = read_update(adapter, self._shape_of)
         self.config: dict[str, Any] = read_json_object(self.folder / "config.json")
-        if transposed := transposed_names(self.folder) & self.lora.factors.keys():
+        if transposed := transposed_names(self.folder) & self.update.shapes.keys():
             raise UserError(
                 f"{self.folder}: {min(transposed)} lies transposed in its files (Conv1D), which "
                 "cannot be merged into here: load base and adapter by peft, or merge there"
             )
-        check_base(self.base, self.config, self.lora, self.origin)
+        check_base(self.base, self.config, self.update, self.origin)
         target = target or default_target(self.origin.quantisation)
         self.plan = MergePlan(
             self.origin.adapter, self.base.fingerprint, target, dtype, shard_gigabytes
@@ -127,6 +128,14 @@ class Merge:
             )
         self.target = build_target(target, self.folder, self.origin.quantisation)
         self.shards = self._shards()
+
+    def _shape_of(self, path: str) -> tuple[int, int] | None:
+        """Of a linear's weight as it lies in the base; None: the base has none there."""
+        entry = self.base.entries.get(f"{path}.weight")
+        if entry is None or len(entry.shape) != 2:
+            return None
+        num_out, num_in = entry.shape
+        return num_out, num_in
 
     @property
     def differs_from_training(self) -> bool:
@@ -222,11 +231,12 @@ class Merge:
         if path.is_file():
             return False
         self.target.rounding.clear()
+        shapes = self.update.shapes
         keys = [key for name in shard.names for key in self.target.names(name)]
         with whole_file(path) as beside, TensorFile(beside, keys) as file:
             for name in shard.names:
                 dtype, module = self.dtype_of(name), name.removesuffix(".weight")
-                delta_OI = self.lora.delta(module) if module in self.lora.factors else None
+                delta_OI = self.update.delta(module) if module in shapes else None
                 self.target.write(file, name, self.base.read(name), dtype, delta_OI)
             file.metadata[_ROUNDING] = json.dumps(asdict(self.target.rounding))
         return True
@@ -246,7 +256,7 @@ class Merge:
 
     def _write_rest(self, part: Path) -> None:
         """Index, config, card, and the base's tokenizer, generation config and licence."""
-        dtype = self.dtype_of(f"{next(iter(self.lora.factors))}.weight")
+        dtype = self.dtype_of(f"{next(iter(self.update.shapes))}.weight")
         # Both would contradict what the target says of the weights and where they are now.
         config = {
             key: value
@@ -288,13 +298,15 @@ class Merge:
         )
 
 
-def check_base(base: WeightsFolder, config: Mapping[str, Any], lora: Lora, origin: Origin) -> None:
+def check_base(
+    base: WeightsFolder, config: Mapping[str, Any], update: Update, origin: Origin
+) -> None:
     """See that the adapter was made for this very base, and that its weights are plain.
 
     Args:
         base: The base model's weights.
         config: Its config.json.
-        lora: The adapter.
+        update: The adapter.
         origin: Where that comes from.
 
     Raises:
@@ -304,8 +316,8 @@ def check_base(base: WeightsFolder, config: Mapping[str, Any], lora: Lora, origi
         raise UserError(
             f"{base.folder}: is quantised already; give the base it was made from, in 16 or 32 bits"
         )
-    for path, (a_RI, b_OR) in lora.factors.items():
-        entry, shape = base.entries.get(f"{path}.weight"), (b_OR.shape[0], a_RI.shape[1])
+    for path, shape in update.shapes.items():
+        entry = base.entries.get(f"{path}.weight")
         if entry is None or entry.shape != shape:
             there = "no such weight" if entry is None else f"one of {entry.shape}"
             raise UserError(

@@ -62,7 +62,7 @@ class PeftBase:
         """Folders with the same config share the modules that the first one's load put in;
         injection takes longest."""
         from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-        from peft.tuners.lora import LoraModel
+        from peft.tuners.tuners_utils import BaseTuner
 
         config = (folder / ADAPTER_CONFIG).read_text(encoding="utf-8")
         if config == self._config:
@@ -72,7 +72,7 @@ class PeftBase:
                 self._model, load_peft_weights(str(folder), device=str(self.device))
             )
             return
-        if self._model is not None and isinstance(self._model.base_model, LoraModel):
+        if self._model is not None and isinstance(self._model.base_model, BaseTuner):
             self._model.unload()
         self._model = PeftModel.from_pretrained(
             self.base,
