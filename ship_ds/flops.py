@@ -18,9 +18,11 @@ What counts is what the mathematics asks for, so that a program gains nothing by
   optimiser count nothing.
 
 A frozen embedding has no gradient to pass on, so the matrices that read it (queries, keys, values
-of the first block) count no gradient of their input, unless soft tokens stand before the prompt.
-Where a static or generated LoRA leaves out the queries or keys of that block, the formula counts a
-little more than is needed: parts of one attention. tests/test_flops.py compares it with
+of the first block) count no gradient of their input, unless soft tokens stand before the prompt. Of
+adapters in the last blocks alone this holds for the first of these, and the blocks below have no
+gradient at all. Where a static or generated LoRA leaves out the queries or keys of that block, the
+formula counts a little more than is needed: parts of one attention. A sparse delta counts one
+product a weight that moves, its input's gradient too. tests/test_flops.py compares it with
 `torch.utils.flop_counter.FlopCounterMode`, to the last operation. Imports no torch.
 
 Letters: S padded length, A attention heads, F size of an attention head, N packed tokens,
@@ -115,7 +117,8 @@ class StepRows:
 class Matrices:
     """Multiplications of one token with some matrices: the sum of I x O.
 
-    reading_embeddings: those of them whose input is the embedding.
+    reading_embeddings: those of them whose input is the embedding, or is made of it below all that
+    is generated.
     """
 
     total: int = 0
@@ -143,6 +146,7 @@ class RoleSize:
     tokens stand before the prompt. head: of the MLP between it and z, which is trained and runs
     once a task. pooling: of learned queries that gather from all states, for each token. after:
     what adapters make of outputs, for each token. prefix: keys that each query meets besides.
+    attention_below: of `attention`, what is below all that is generated.
     """
 
     blocks: Matrices
@@ -155,13 +159,14 @@ class RoleSize:
     pooling: int = 0
     after: int = 0
     prefix: int = 0
+    attention_below: int = 0
 
     def model_flops(self, rows: Rows, more_pairs: int = 0) -> int:
         """Of blocks, attention and logits; more_pairs: of a token and a key, besides those of the
         rows and of the prefix."""
         blocks = self.blocks.flops(rows.num_tokens, self.embeddings_have_gradient, self.is_trained)
         pairs = rows.sum_of_squares + self.prefix * rows.num_tokens + more_pairs
-        attention = 3 * 4 * self.attention * pairs
+        attention = 4 * (3 * self.attention - 2 * self.attention_below) * pairs
         return (
             blocks + attention + Matrices(self.output).flops(rows.num_labels, True, self.is_trained)
         )

@@ -21,6 +21,7 @@ from ship_ds.flops import (
     query_flops,
 )
 from ship_ds.model.adapters.adapter import States
+from ship_ds.model.adapters.sparse import SparseHypernetwork
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.encoder import Posterior
@@ -153,6 +154,65 @@ def test_a_query_of_two_stacks_is_what_torch_counts(t5: list[str], hypernetwork:
         assert counter.get_total_flops() == query_flops(
             ship.flop_size().task_llm, 11, 4, under_adapter=made is not None
         )
+
+
+def _flops_and_counted(overrides: list[str]) -> tuple[ShipModel, StepRows, dict[str, int], int]:
+    """A model, a step's rows, and the step's FLOPs by the formula and as torch counts them."""
+    config = load_config("quickstart", [*overrides, "loss.kl=0"]).model
+    ship = model_of(config)
+    shapes = Shapes(config, torch.bfloat16, ship, frozenset())
+    batch = planned_batch(shapes, Workload(2, 3, 9, 14, 5, config.decoder.max_examples))
+    with FlopCounterMode(display=False) as counter:
+        sum(ship(batch).objectives.values(), torch.zeros(())).backward()
+    rows = rows_of(batch)
+    return ship, rows, flops_of_parts(ship.flop_size(), rows), counter.get_total_flops()
+
+
+def _whole_deltas(ship: ShipModel, rows: StepRows) -> tuple[int, int]:
+    """Operations of the deltas of all sites: of whole matrices, in three passes, and of the weights
+    that move."""
+    hypernetwork, lm = ship.hypernetwork, ship.task_llm.language_model
+    assert isinstance(hypernetwork, SparseHypernetwork)
+    whole = moved = 0
+    has_two_stacks = any(map(lm.is_written, lm.blocks()))
+    for path, (num_in, num_out) in hypernetwork.sites.items():
+        own = rows.task_llm
+        if has_two_stacks:
+            own = own.written if lm.is_written(path) else own.read
+        whole += 3 * 2 * own.num_tokens * num_in * num_out
+        moved += 3 * 2 * own.num_tokens * hypernetwork.counts[path]
+    return whole, moved
+
+
+def test_blocks_below_sparse_deltas_have_no_gradient() -> None:
+    """Torch counts whole products where the formula counts the weights that move, and none for the
+    gradient of what comes into the first block that has any."""
+    ship, rows, parts, counted = _flops_and_counted(
+        ["model.hypernetwork={kind: sparse, rank: 2, num_blocks: 1}"]
+    )
+    whole, moved = _whole_deltas(ship, rows)
+    reading = (128 + 2 * 128) * 128  # queries, keys and values of the embedded base's width
+    assert counted - whole + 2 * rows.task_llm.num_tokens * reading == sum(parts.values()) - moved
+    assert parts["adapters"] == moved > 0
+    everywhere = _flops_and_counted(
+        ["model.hypernetwork={kind: sparse, rank: 2, num_blocks: null}"]
+    )
+    assert everywhere[2]["task_llm"] > parts["task_llm"]
+
+
+def test_sparse_deltas_in_two_stacks_end_the_gradient_in_the_one_that_reads(t5: list[str]) -> None:
+    """The other one has it from the keys of its first cross-attention on; the formula counts what
+    nobody needs there, too: an attention, its output, and the query that meets those keys."""
+    ship, rows, parts, counted = _flops_and_counted(
+        [*t5, "model.hypernetwork={kind: sparse, rank: 2, num_blocks: 1, targets: all-linear}"]
+    )
+    whole, moved = _whole_deltas(ship, rows)
+    reading = 3 * 64 * 64  # queries, keys and values of the reading stack's last block
+    written = rows.task_llm.written
+    unneeded = 2 * written.num_tokens * 2 * 64 * 64 + 2 * 4 * 64 * written.sum_of_squares
+    unneeded += 2 * 64 * rows.task_llm.crossing_pairs
+    left = counted - whole + 2 * rows.task_llm.read.num_tokens * reading
+    assert left == sum(parts.values()) - moved - unneeded
 
 
 def test_two_stacks_by_hand() -> None:

@@ -4,7 +4,7 @@ Letters: A attention heads, F size of an attention head, I inputs of a linear, O
 linear, P virtual tokens, H hidden size, Z latent size, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from math import prod
 
@@ -99,16 +99,39 @@ def _stack(
     all_linears, after = _linears(lm), hypernetwork.products_after()
     linears = {path: one for path, one in all_linears.items() if lm.is_written(path) == writes}
     ranks = {path: rank for path, rank in hypernetwork.ranks().items() if path in linears}
+    blocks = _blocks(lm, writes)
+    num_below = _num_below(lm, hypernetwork, blocks, writes)
     return RoleSize(
-        _matrices(linears),
-        _low_rank(linears, ranks),
-        _attention(lm, writes),
+        _matrices(linears, blocks[num_below]),
+        _low_rank(linears, ranks, blocks[num_below]),
+        _attention(lm, len(blocks)),
         lm.vocabulary_size * lm.hidden_size,
         is_trained=False,
         embeddings_have_gradient=has_soft_tokens,
         after=sum(count for path, count in after.items() if path in linears),
         prefix=hypernetwork.prefix_length,
+        attention_below=_attention(lm, num_below),
     )
+
+
+def _blocks(lm: LanguageModel, writes: bool) -> list[str]:
+    """Of the stack that writes, or of the other or only one."""
+    return [path for path in lm.blocks() if lm.is_written(path) == writes]
+
+
+def _num_below(
+    lm: LanguageModel, hypernetwork: Hypernetwork, blocks: Sequence[str], writes: bool
+) -> int:
+    """How many of a stack's first blocks have no gradient, since all that is generated acts
+    later."""
+    changed = hypernetwork.ranks().keys() | hypernetwork.products_after().keys()
+    # Every block of a writing stack meets what adapters of the other one changed.
+    if writes and not all(map(lm.is_written, changed)):
+        return 0
+    if hypernetwork.num_virtual_tokens or hypernetwork.prefix_length or hypernetwork.fuses:
+        return 0
+    has_changed = (any(path.startswith(f"{block}.") for path in changed) for block in blocks)
+    return next((number for number, one in enumerate(has_changed) if one), 0)
 
 
 def _role(config: TrainedRoleConfig, lm: LanguageModel, head: int, is_decoder: bool) -> RoleSize:
@@ -118,10 +141,11 @@ def _role(config: TrainedRoleConfig, lm: LanguageModel, head: int, is_decoder: b
     targets = tuning.targets if isinstance(tuning, LoraTuning) else ()
     rank = tuning.rank if isinstance(tuning, LoraTuning) else 0
     ranks = {path: rank for path in linears if is_target(path, targets)}
+    blocks = _blocks(lm, False)
     return RoleSize(
-        _matrices(linears),
-        _low_rank(linears, ranks),
-        _attention(lm, False),
+        _matrices(linears, blocks[0]),
+        _low_rank(linears, ranks, blocks[0]),
+        _attention(lm, len(blocks)),
         lm.vocabulary_size * lm.hidden_size if is_decoder else 0,
         is_trained=not is_lora,
         embeddings_have_gradient=is_decoder or not is_lora,
@@ -141,40 +165,40 @@ def _name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _matrices(linears: Mapping[str, nn.Module]) -> Matrices:
+def _matrices(linears: Mapping[str, nn.Module], first: str) -> Matrices:
     sizes = {path: prod(linear_sizes(one)) for path, one in linears.items()}
-    return Matrices(sum(sizes.values()), sum(sizes[path] for path in _reading(linears)))
+    return Matrices(sum(sizes.values()), sum(sizes[path] for path in _reading(linears, first)))
 
 
-def _low_rank(linears: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> Matrices:
+def _low_rank(linears: Mapping[str, nn.Module], ranks: Mapping[str, int], first: str) -> Matrices:
     """R (I + O) a linear; its A reads what the linear reads."""
     return Matrices(
         sum(rank * sum(linear_sizes(linears[path])) for path, rank in ranks.items()),
         sum(
             ranks[path] * linear_sizes(linears[path])[0]
-            for path in _reading(linears)
+            for path in _reading(linears, first)
             if path in ranks
         ),
     )
 
 
-def _reading(linears: Mapping[str, nn.Module]) -> list[str]:
-    """Those of the first block that read the embeddings."""
-    first = next(iter(linears), "").split(".")
-    # model.layers.0.self_attn.q_proj: the block is what comes down to the number
-    number = next((i for i, name in enumerate(first) if name.isdecimal()), 0)
-    block = ".".join(first[: number + 1]) + "."
+def _reading(linears: Mapping[str, nn.Module], first: str) -> list[str]:
+    """Those whose input has no gradient where the embeddings have none: of the first block that
+    needs any, those that read what comes into it; and all of the blocks before."""
+    own = [path.startswith(f"{first}.") for path in linears]
+    num_before = own.index(True)
     return [
         path
-        for path in linears
-        # Cross-attention stands in the middle of a block, and its queries read what came before.
-        if path.startswith(block)
-        and _name(path) in _READ_BLOCK_INPUT
-        and "EncDecAttention" not in path
+        for number, path in enumerate(linears)
+        if number < num_before or (own[number] and _reads_block_input(path))
     ]
 
 
-def _attention(lm: LanguageModel, writes: bool) -> int:
-    settings = lm.module.config
-    num_blocks = sum(lm.is_written(path) == writes for path in lm.blocks())
-    return num_blocks * settings.num_attention_heads * lm.key_value_heads[1]
+def _reads_block_input(path: str) -> bool:
+    # Cross-attention stands in the middle of a block, and its queries read what came before.
+    return _name(path) in _READ_BLOCK_INPUT and "EncDecAttention" not in path
+
+
+def _attention(lm: LanguageModel, num_blocks: int) -> int:
+    """A F summed over so many blocks."""
+    return num_blocks * lm.module.config.num_attention_heads * lm.key_value_heads[1]
