@@ -159,10 +159,19 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | Non
     """Raises UserError for what the real model would refuse too: a missing base or target, sizes
     that do not fit."""
     whole = _build(config, dtype, loss, None)
-    if max(whole.depths.values()) <= DEEP:
+    shallow = _shallow(config)
+    if max(whole.depths.values()) <= max(DEEP, *shallow):
         return whole
     config = _without_shares(config)
-    return replace(whole, shallow=tuple(_build(config, dtype, loss, n) for n in SHALLOW))
+    return replace(whole, shallow=tuple(_build(config, dtype, loss, n) for n in shallow))
+
+
+def _shallow(config: ModelConfig) -> tuple[int, ...]:
+    """SHALLOW, or more where adapters are in so many last blocks: both models have all of these,
+    and differ in blocks below them."""
+    parts = getattr(config.hypernetwork, "parts", (config.hypernetwork,))
+    more = max(0, *((getattr(one, "num_blocks", None) or 0) - SHALLOW[0] for one in parts))
+    return tuple(number + more for number in SHALLOW)
 
 
 def _without_shares(config: ModelConfig) -> ModelConfig:

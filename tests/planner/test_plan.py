@@ -63,8 +63,9 @@ def test_public_shapes_have_their_published_number_of_parameters() -> None:
         ],
         ["model.backbone=shared", *LORA_ROLES],
         ["model.encoder.pooling=attention"],
+        ["model.hypernetwork={kind: sparse}"],
     ],
-    ids=["full", "per_layer", "soft_prompt", "lora", "shared", "pooling"],
+    ids=["full", "per_layer", "soft_prompt", "lora", "shared", "pooling", "sparse"],
 )
 def test_the_shapes_are_those_of_the_real_model(overrides: list[str]) -> None:
     config = load_config("quickstart-smoke", overrides).model
@@ -240,8 +241,10 @@ def test_missing_base_names_the_way_out(capsys: pytest.CaptureFixture[str]) -> N
         ["model.encoder.pooling=attention"],
         ["model.hypernetwork={kind: bottleneck}", "model.encoder.max_examples=2"],
         ["model.hypernetwork={kind: bottleneck}", "loss.reconstruction=0"],
+        ["model.hypernetwork={kind: sparse}"],
+        ["model.hypernetwork={kind: scatter, num_blocks: 1}"],
     ],
-    ids=["lora", "soft_prompt", "pooling", "bottleneck", "no_decoder"],
+    ids=["lora", "soft_prompt", "pooling", "bottleneck", "no_decoder", "sparse", "scatter"],
 )
 def test_what_is_kept_for_the_backward_pass_is_that_of_the_real_model(overrides: list[str]) -> None:
     """The same forward on the meta device and on real weights, to the byte; the peak, for which
@@ -368,6 +371,29 @@ def test_a_deep_model_by_layer_is_planned(tmp_path: Path) -> None:
     )
     assert extrapolated.adapters == whole.adapters
     assert extrapolated.kept["task LLM"] == whole.kept["task LLM"]
+
+
+@pytest.mark.parametrize("num_blocks", ["2", "3", "null"])
+def test_a_deep_model_with_deltas_in_its_last_blocks_is_planned(
+    num_blocks: str, tmp_path: Path
+) -> None:
+    """Blocks below them keep nothing for a backward pass that ends above."""
+    settings = read_settings(base_folder("embedded"))
+    settings.num_hidden_layers = 10
+    settings.save_pretrained(tmp_path / "deep")
+    overrides = [
+        f"model.hypernetwork={{kind: sparse, num_blocks: {num_blocks}}}",
+        f"model.task_llm.base={tmp_path / 'deep'}",
+    ]
+    shapes = build_shapes(load_config("quickstart-smoke", overrides).model, torch.float32)
+    assert len(shapes.shallow) == 2
+    work = Workload(2, 3, 9, 14, 5, 2)
+    extrapolated, whole = (
+        count_activations(one, work) for one in (shapes, replace(shapes, shallow=()))
+    )
+    assert extrapolated.adapters == whole.adapters
+    assert extrapolated.kept == whole.kept
+    assert extrapolated.peak == pytest.approx(whole.peak, rel=0.05)
 
 
 def test_checkpointing_keeps_less_and_needs_less_at_the_peak() -> None:
