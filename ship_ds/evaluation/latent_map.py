@@ -4,7 +4,7 @@
 encoded: each wording's posterior mean. trained: found by gradient on a draw of the task's examples,
 from the prior's mean. re-encoded: what the decoder makes of a trained latent, encoded again.
 
-Letters: C candidates, Z latent size.
+Letters: C candidates, T tasks, Z latent size.
 """
 
 from collections.abc import Sequence
