@@ -353,6 +353,17 @@ class FusionHypernetworkConfig(TrunkConfig):
     where no instruction is known."""
 
 
+class BlockFusionHypernetworkConfig(Section):
+    """Instruction fusion by the base's own attention: what came into each block of the encoder, as
+    it read the instruction, is projected to a key and a value by the Task LLM's block of that
+    number. Beside z; no weights of its own; encoder and Task LLM have one base."""
+
+    kind: Literal["block_fusion"] = "block_fusion"
+    drop: float = Field(0.1, ge=0, le=1)
+    """How often training leaves a task's states out, so that what is made of z alone is of use
+    where no instruction is known."""
+
+
 class CombinationConfig(Section):
     """Several kinds at once, each made from the same z."""
 
@@ -431,6 +442,9 @@ ADAPTERS.register(
     LayerPromptHypernetworkConfig, "ship_ds.model.adapters.layer_prompt:LayerPromptHypernetwork"
 )
 ADAPTERS.register(FusionHypernetworkConfig, "ship_ds.model.adapters.fusion:FusionHypernetwork")
+ADAPTERS.register(
+    BlockFusionHypernetworkConfig, "ship_ds.model.adapters.block_fusion:BlockFusionHypernetwork"
+)
 ADAPTERS.register(CombinationConfig, "ship_ds.model.adapters.combination:Combination")
 ADAPTERS.register(SoftPromptHypernetworkConfig, f"{_SOFT_PROMPT}:SoftPromptHypernetwork")
 ADAPTERS.register(ReshapeHypernetworkConfig, f"{_SOFT_PROMPT}:ReshapeHypernetwork")

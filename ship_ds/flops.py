@@ -248,8 +248,8 @@ class ShipSize:
     """The roles, and the multiplications that make the adapter of one task out of z.
 
     of_base: those of them with the Task LLM's frozen matrices, which hypernetwork leaves out.
-    of_state: those of each of the encoder's states, where they are fused. fuses: whether the Task
-    LLM meets a key for each.
+    of_state: those of each of the encoder's states, where they are fused; base_of_state: likewise,
+    with the Task LLM's frozen matrices. fuses: whether the Task LLM meets a key for each.
     """
 
     encoder: RoleSize
@@ -258,6 +258,7 @@ class ShipSize:
     hypernetwork: int
     of_base: int = 0
     of_state: int = 0
+    base_of_state: int = 0
     fuses: bool = False
 
 
@@ -279,7 +280,8 @@ def flops_of_parts(size: ShipSize, rows: StepRows) -> dict[str, int]:
         + encoder.head_flops(rows.encoder, rows.num_tasks),
         "hypernetwork": Matrices(size.hypernetwork).flops(rows.num_tasks, True, True)
         + Matrices(size.of_base).flops(rows.num_tasks, True, False)
-        + Matrices(size.of_state).flops(rows.encoder.num_tokens, True, True),
+        + Matrices(size.of_state).flops(rows.encoder.num_tokens, True, True)
+        + Matrices(size.base_of_state).flops(rows.encoder.num_tokens, True, False),
         "adapters": task_llm.low_rank_flops(rows.task_llm),
         "task_llm": task_llm.model_flops(rows.task_llm, task_llm.fused_pairs(rows) * size.fuses),
         "decoder": decoder.model_flops(rows.decoder)
@@ -313,6 +315,7 @@ def deduction_flops(size: ShipSize, num_read: int) -> int:
         num_read: tokens that the encoder reads.
     """
     encoder = size.encoder
-    products = encoder.blocks.total + encoder.low_rank.total + encoder.pooling + size.of_state
+    products = encoder.blocks.total + encoder.low_rank.total + encoder.pooling
+    products += size.of_state + size.base_of_state
     once = encoder.head + size.hypernetwork + size.of_base
     return 2 * (products * num_read + once) + 4 * encoder.attention * num_read**2

@@ -245,8 +245,9 @@ def test_states_fused_by_two_stacks_by_hand(t5: list[str]) -> None:
         ["model.encoder.pooling=attention"],
         ["model.hypernetwork={kind: fusion}"],
         ["model.hypernetwork={kind: layer_prompt, rank: 6}"],
+        ["model.hypernetwork={kind: combination, parts: [{}, {kind: block_fusion}]}"],
     ],
-    ids=["lora", "soft_prompt", "pooling", "fusion", "layer_prompt"],
+    ids=["lora", "soft_prompt", "pooling", "fusion", "layer_prompt", "block_fusion"],
 )
 @torch.no_grad()
 def test_a_query_and_its_adapter_are_what_torch_counts(overrides: list[str]) -> None:
@@ -302,6 +303,9 @@ def test_fused_states_by_hand() -> None:
     assert size.of_state == of_state
     without = flops_of_parts(replace(size, of_state=0), rows)
     assert fused["hypernetwork"] - without["hypernetwork"] == 3 * 2 * of_state * 8
+    # By the base's own matrices nothing is learned: two passes.
+    by_base = replace(size, base_of_state=100)
+    assert flops_of_parts(by_base, rows)["hypernetwork"] - fused["hypernetwork"] == 2 * 2 * 100 * 8
 
 
 @pytest.mark.parametrize("hypernetwork", ["{kind: layer_prompt}", "{kind: layer_prompt, rank: 6}"])

@@ -151,9 +151,11 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
                 f"model.hypernetwork.latent=by_layer it has to be {num_blocks}, a query for each "
                 "block of the Task LLM: change it"
             )
-    target = replace(target, state_size=encoder.language_model.hidden_size)
+    read_by = encoder.language_model
+    target = replace(target, state_size=read_by.hidden_size, state_blocks=len(read_by.blocks()))
     hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, target)
     encoder.gives_states = hypernetwork.fuses
+    encoder.gives_blocks = hypernetwork.fuses_blocks
     prior: Prior = PRIORS.implementation(config.prior)(config.prior, config.latent_size)
     task_llm = TaskLlm(task_lm, config.task_llm.checkpointing, sites)
     parts = Parts(encoder, prior, hypernetwork, task_llm, decoder)

@@ -47,9 +47,11 @@ class Encoder(Role):
     Attributes:
         pooling: None: the last token's state alone; of a text in chunks the mean of theirs.
         gives_states: whether `forward` gives the states of all tokens besides.
+        gives_blocks: whether what came into each block stands behind these.
     """
 
     gives_states = False
+    gives_blocks = False
 
     def __init__(
         self,
@@ -124,6 +126,12 @@ class Encoder(Role):
         return (*posterior, states) if self.gives_states else posterior
 
     @property
+    def state_width(self) -> int:
+        """Numbers of a state that `forward` gives."""
+        lm = self.language_model
+        return lm.hidden_size * (1 + len(lm.blocks()) * self.gives_blocks)
+
+    @property
     def longest_text(self) -> int | None:
         """The most tokens that it can read; None: any number."""
         return self.language_model.context_length if self.chunk_tokens is None else None
@@ -141,16 +149,20 @@ class Encoder(Role):
         if embeddings_TSH is not None and rows is not batch:
             embeddings_TSH = _laid_out(embeddings_TSH, batch, rows)
         read = lm.states if needs_all else lm.last_states
+        if self.gives_blocks:
+            read = lm.states_of_blocks
         states = read(rows, embeddings_TSH, self.own_adapter, checkpointing=self.checkpointing)
         states = states.to(dtype)
         if not needs_all:
             last_TH = self._mean_of_chunks(states, batch, rows)
             return last_TH, last_TH
         states_TSH = states if rows is batch else _laid_out(states, rows, batch)
+        size = lm.hidden_size  # behind them may stand the blocks'
         if self.pooling is not None:
-            return self.pooling(states_TSH, batch.real_ES), states_TSH
+            return self.pooling(states_TSH[..., :size], batch.real_ES), states_TSH
         # A causal model's last token has read all of its row.
-        last_EH = states[torch.arange(len(states), device=states.device), rows.lengths_E - 1]
+        last = torch.arange(len(states), device=states.device), rows.lengths_E - 1
+        last_EH = states[last][..., :size]
         return self._mean_of_chunks(last_EH, batch, rows), states_TSH
 
     def _in_chunks(self, batch: TokenBatch) -> TokenBatch:

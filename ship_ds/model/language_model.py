@@ -407,6 +407,35 @@ class LanguageModel(ABC):
             return hidden_ESH
         return hidden_ESH.masked_fill(~batch.real_ES[..., None], 0)
 
+    def states_of_blocks(
+        self,
+        batch: TokenBatch,
+        embeddings_ESH: Tensor | None = None,
+        adapter: "Adapter | None" = None,
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """`states` and, behind them, what came into each of `blocks`, side by side, (E, S, X), zero
+        in the padding; arguments as in `hidden`."""
+        came_in: list[Tensor] = []
+
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            came_in.append(arguments[0])
+
+        # On the outermost modules of the blocks: what recomputes one in the backward pass is in it.
+        handles = [block.register_forward_pre_hook(keep) for block in self.blocks().values()]
+        try:
+            states_ESH = self.states(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
+        finally:
+            for handle in handles:
+                handle.remove()
+        is_packed = self.packs and embeddings_ESH is None
+        rows = [batch.in_rows(one[0]) if is_packed else one for one in came_in]
+        all_ESX = torch.cat([states_ESH, *rows], -1)
+        if is_packed or not batch.has_padding:
+            return all_ESX
+        return all_ESX.masked_fill(~batch.real_ES[..., None], 0)
+
     def last_states(
         self,
         batch: TokenBatch,

@@ -282,7 +282,7 @@ class ShipModel(nn.Module):
         latent_TZ = torch.zeros(1, self.config.latent_size)
         adapter = self.adapt(latent_TZ)
         if self.hypernetwork.fuses:
-            size = self.encoder.language_model.hidden_size
+            size = self.encoder.state_width
             states_TSH = torch.zeros(1, _USUAL_LENGTH, size, device=self.device)
             real_TS = torch.ones(1, _USUAL_LENGTH, dtype=torch.bool, device=self.device)
             with torch.no_grad():

@@ -65,6 +65,7 @@ def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize
         hypernetwork.num_products(),
         hypernetwork.products_of_base(),
         hypernetwork.products_of_state(),
+        hypernetwork.base_products_of_state(),
         hypernetwork.fuses,
     )
 

@@ -178,7 +178,8 @@ class Target:
     """The Task LLM as hypernetworks see it, and the encoder's states where one reads them.
 
     sites: its wrapped linears. blocks: module paths. hidden_size: of its embeddings. heads:
-    key-value heads and the size of one. state_size: of the encoder's states. attentions: where a
+    key-value heads and the size of one. state_size: of the encoder's states. state_blocks: how
+    many blocks it has. attentions: where a
     prefix is met, and in which block. fusing: those where the encoder's states are. project: see
     `LanguageModel.keys_and_values`; it has the frozen weights, and a hypernetwork has them not
     among its own.
@@ -189,6 +190,7 @@ class Target:
     blocks: tuple[str, ...] = ()
     heads: tuple[int, int] = (0, 0)
     state_size: int = 0
+    state_blocks: int = 0
     attentions: Mapping[str, str] = field(default_factory=dict)
     fusing: tuple[str, ...] = ()
     project: Callable[[str, Tensor], Tensor] | None = None
@@ -209,10 +211,11 @@ class Target:
 
 @dataclass(frozen=True)
 class States:
-    """What the encoder's last layer gives of all that it read, for a kind that fuses it.
+    """What the encoder gives of all that it read, for a kind that fuses it.
 
     Args:
-        states_TSH: of each task's text.
+        states_TSH: of each task's text by the last layer, H numbers; where a kind `fuses_blocks`,
+            what came into each block stands behind them, (1 + blocks) x H numbers.
         real_TS: True where a position is no padding.
         chance_T: in training a number from [0, 1) for each task, drawn anew at each step, by which
             a kind leaves states out; None: it leaves out none.
@@ -242,6 +245,8 @@ class Hypernetwork(nn.Module, ABC):
     fuses: bool = False
     """Whether it makes adapters of the encoder's `States` besides, which `forward` then takes as a
     second argument; None there: of z alone."""
+    fuses_blocks: bool = False
+    """Whether it wants what came into each of the encoder's blocks among them."""
 
     @staticmethod
     def targets(config: Any) -> tuple[str, ...]:
@@ -272,6 +277,11 @@ class Hypernetwork(nn.Module, ABC):
 
     def products_of_state(self) -> int:
         """Multiplications that make an adapter of one of the encoder's states more. For FLOPs."""
+        return 0
+
+    def base_products_of_state(self) -> int:
+        """Those of them with the Task LLM's own matrices, frozen as they are, which
+        `products_of_state` leaves out. For FLOPs."""
         return 0
 
     def products_after(self) -> Mapping[str, int]:

@@ -146,6 +146,7 @@ class Combination(Hypernetwork):
         self.prefix_length = sum(part.prefix_length for part in parts)
         self.packs = all(part.packs for part in parts)  # type: ignore[misc]
         self.fuses = any(part.fuses for part in parts)
+        self.fuses_blocks = any(part.fuses_blocks for part in parts)
 
     def _hypernetworks(self) -> list[Hypernetwork]:
         return [part for part in self.parts if isinstance(part, Hypernetwork)]
@@ -188,6 +189,10 @@ class Combination(Hypernetwork):
     def products_of_state(self) -> int:
         """See `Hypernetwork`."""
         return sum(part.products_of_state() for part in self._hypernetworks())
+
+    def base_products_of_state(self) -> int:
+        """See `Hypernetwork`."""
+        return sum(part.base_products_of_state() for part in self._hypernetworks())
 
     def products_after(self) -> dict[str, int]:
         """See `Hypernetwork`."""

@@ -56,7 +56,8 @@ class FusionHypernetwork(TrunkHypernetwork):
         from_latent_T1D = self.project(latent_TZ)
         if read is None:  # the same modules run, as ZeRO-3's ranks in turn need it
             read = self._nothing(latent_TZ)
-        from_state_TSD = self.from_state(read.states_TSH.to(from_latent_T1D.dtype))
+        last_TSH = read.states_TSH[..., : self.from_state.in_features]
+        from_state_TSD = self.from_state(last_TSH.to(from_latent_T1D.dtype))
         features_TSD = self.run_trunk(from_latent_T1D + from_state_TSD)
         made = (head(features_TSD).unflatten(2, self.shape) for head in self.heads)
         states = [one.permute(0, 2, 3, 1, 4) for one in made]  # (T, 2, G, P, F)
