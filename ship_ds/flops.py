@@ -136,6 +136,13 @@ class Matrices:
         return 2 * num_tokens * (self.total + inputs + self.total * is_trained)
 
 
+def chunk_lengths(length: int, most: int) -> list[int]:
+    """Lengths of the fewest chunks of at most `most` tokens that hold a text, which differ by one
+    at most."""
+    count = -(-length // most)
+    return [(length + place) // count for place in range(count)]
+
+
 @dataclass(frozen=True)
 class RoleSize:
     """A language model in a role.
@@ -146,7 +153,8 @@ class RoleSize:
     tokens stand before the prompt. head: of the MLP between it and z, which is trained and runs
     once a task. pooling: of learned queries that gather from all states, for each token. after:
     what adapters make of outputs, for each token. prefix: keys that each query meets besides.
-    attention_below: of `attention`, what is below all that is generated.
+    attention_below: of `attention`, what is below all that is generated. chunk_tokens: a longer
+    text is read in chunks of at most so many, each by itself; 0: in one piece.
     """
 
     blocks: Matrices
@@ -160,6 +168,11 @@ class RoleSize:
     after: int = 0
     prefix: int = 0
     attention_below: int = 0
+    chunk_tokens: int = 0
+
+    def chunks(self, length: int) -> list[int]:
+        """Tokens of the pieces in which a text of that length is read."""
+        return chunk_lengths(length, self.chunk_tokens or length)
 
     def model_flops(self, rows: Rows, more_pairs: int = 0) -> int:
         """Of blocks, attention and logits; more_pairs: of a token and a key, besides those of the
@@ -318,4 +331,5 @@ def deduction_flops(size: ShipSize, num_read: int) -> int:
     products = encoder.blocks.total + encoder.low_rank.total + encoder.pooling
     products += size.of_state + size.base_of_state
     once = encoder.head + size.hypernetwork + size.of_base
-    return 2 * (products * num_read + once) + 4 * encoder.attention * num_read**2
+    squares = sum(chunk**2 for chunk in encoder.chunks(num_read))
+    return 2 * (products * num_read + once) + 4 * encoder.attention * squares

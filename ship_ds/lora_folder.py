@@ -437,7 +437,7 @@ def _entries(
     rank: Any = settings.get("r")
     count = values_X.numel()
     fits = places.shape == (2, count) and values_X.ndim == 1 and _is_number(rank, int)
-    if not fits or count != rank * sum(shape) or not _lie_in(places, shape):
+    if not fits or not count or count != rank * sum(shape) or not _lie_in(places, shape):
         raise UserError(
             f"{path}: {module}: places {tuple(places.shape)} of {count} numbers, which are not the "
             f"r={rank} x (in + out) of a weight of {shape}: another base model's, or damaged"

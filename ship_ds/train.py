@@ -369,8 +369,8 @@ class Trainer:
 
     def count(self, batches: Sequence[ShipBatch]) -> StepCounts:
         """What this rank's batches hold; zeros without any."""
-        chunk_tokens = self.config.model.encoder.chunk_tokens
-        flops = [flops_of_parts(self.flop_size, rows_of(batch, chunk_tokens)) for batch in batches]
+        encoder = self.flop_size.encoder
+        flops = [flops_of_parts(self.flop_size, rows_of(batch, encoder)) for batch in batches]
         return StepCounts(
             {
                 name: sum(objective.count(batch) for batch in batches)

@@ -25,6 +25,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ship_ds.flops import chunk_lengths
+
 
 class OnDevice:
     """A frozen dataclass whose tensors move together, those of such dataclasses inside too."""
@@ -404,13 +406,6 @@ class Layout:
         ends += [one.ends[1:] + start for one, start in zip(packed, starts, strict=False)]
         rows = RowGroups.end_to_end([one.rows for one in packed])
         return cls(torch.cat([one.position_N for one in packed]), torch.cat(ends), rows, longest)
-
-
-def chunk_lengths(length: int, most: int) -> list[int]:
-    """Lengths of the fewest chunks of at most `most` tokens that hold a text, which differ by one
-    at most."""
-    count = -(-length // most)
-    return [(length + place) // count for place in range(count)]
 
 
 def _tensor(values: Sequence[int]) -> Tensor:

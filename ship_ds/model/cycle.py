@@ -19,16 +19,21 @@ from torch import Tensor
 
 from ship_ds.config import CycleConfig
 from ship_ds.data.sampler import TaskDraw
+from ship_ds.errors import UserError
 from ship_ds.model.batch import OnDevice, TokenBatch
 from ship_ds.model.decoder import Decoder
 from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.generation import greedy_of_length
 from ship_ds.model.objectives import Objective
 from ship_ds.model.priors import Prior
-from ship_ds.model.step import Outputs, ShipBatch
+from ship_ds.model.step import Outputs, Parts, ShipBatch
 
 if TYPE_CHECKING:
     from ship_ds.model.collate import Collator
+
+
+_PROMPT = 64
+"""Tokens that the words around z are allowed in the decoder's prompt; a template may have many."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,13 @@ class CycleInputs(OnDevice):
     """What stands before the texts of a micro-batch, and what needs more than shapes: a plan has
     others.
 
-    undecoded: what the decoder reads of z alone, T rows. draw: each task's latent from the prior,
-    (T, Z). read: written token ids (T, Y) -> what the encoder reads of them, T rows.
+    undecoded: what the decoder reads of z alone, T rows. draw: the prior and the posterior's noise
+    (T, Z) -> each task's latent from the prior, (T, Z). read: written token ids (T, Y) -> what the
+    encoder reads of them, T rows.
     """
 
     undecoded: TokenBatch
-    draw: Callable[[Prior], Tensor]
+    draw: Callable[[Prior, Tensor], Tensor]
     read: Callable[[Tensor], TokenBatch]
 
 
@@ -59,24 +65,31 @@ class Cycle(Objective):
         super().__init__(config)
         self.config = config
 
+    def meet(self, parts: Parts) -> None:
+        """See `Objective`.
+
+        Raises:
+            UserError: the decoder cannot write so much.
+        """
+        most, places = parts.decoder.language_model.context_length, parts.decoder.num_soft_tokens
+        if most is not None and places + _PROMPT + self.config.num_tokens > most:
+            raise UserError(
+                f"loss.cycle.num_tokens ({self.config.num_tokens}): the decoder reads at most "
+                f"{most} tokens, {places + _PROMPT} of which stand before the text: set less"
+            )
+
     def prepare(
         self, draws: Sequence[TaskDraw], collator: "Collator", device: torch.device
     ) -> CycleInputs:
-        """Draws are keyed by what a task is asked, so that its latent is the same on any number of
-        ranks."""
+        """Of texts alone."""
         prompts = collator.prompts.decoder
-        inputs = [" ".join(example.input for example in draw.answered) for draw in draws]
-        keys = [f"cycle {draw.task_id} {text}" for draw, text in zip(draws, inputs, strict=True)]
-
-        def draw_latents(prior: Prior) -> Tensor:
-            return torch.cat([prior.sample(1, keyed_generator(key)) for key in keys])
 
         def read(ids_TY: Tensor) -> TokenBatch:
-            texts = [prompts.text(row) for row in ids_TY.tolist()]
+            texts = [_readable(prompts.text(row), collator) for row in ids_TY.tolist()]
             return collator.readings(texts, torch.device("cpu")).to(ids_TY.device)
 
         undecoded = collator.undecoded(len(draws), torch.device("cpu"))
-        return CycleInputs(undecoded, draw_latents, read).to(device)
+        return CycleInputs(undecoded, _drawn, read).to(device)
 
     def prepare_shapes(self, batch: ShipBatch) -> CycleInputs:
         """Prompts as long as the decoder's are with their examples, and texts that never end."""
@@ -87,7 +100,7 @@ class Cycle(Objective):
         longest = max(batch.instructions.lengths) + self.config.num_tokens
         return CycleInputs(
             TokenBatch.of_lengths(tasks, length, 0, places, device),
-            lambda _: torch.zeros_like(batch.noise_TZ),
+            lambda _, noise_TZ: torch.zeros_like(noise_TZ),
             lambda ids_TY: TokenBatch.of_lengths(tasks, longest, 0, device=device),
         )
 
@@ -101,10 +114,26 @@ class Cycle(Objective):
         latent_TZ = outputs.latent_TZ.detach()
         if self.config.latents == "prior":
             with torch.no_grad():
-                latent_TZ = inputs.draw(parts.prior).to(latent_TZ)
+                latent_TZ = inputs.draw(parts.prior, outputs.batch.noise_TZ).to(latent_TZ)
         ids_TY = _written(parts.decoder, latent_TZ, inputs.undecoded, self.config.num_tokens)
         mean_TZ = parts.encoder(inputs.read(ids_TY))[0]
         return (latent_TZ - mean_TZ).square().mean(1).sum() / 2
+
+
+def _drawn(prior: Prior, noise_TZ: Tensor) -> Tensor:
+    """A latent for each task, keyed by its noise, as that is by seed, step and task: the same on
+    any number of ranks, and another one at each step."""
+    keys = noise_TZ[:, 0].float().tolist()
+    return torch.cat([prior.sample(1, keyed_generator(f"cycle {key!r}")) for key in keys])
+
+
+def _readable(text: str, collator: "Collator") -> str:
+    """The text, or as much of its beginning as the encoder's context has room for: its tokenizer
+    may make more of it than the decoder's."""
+    most = collator.encoder_context
+    while most is not None and text and len(collator.read_prompt(text)) > most:
+        text = text[: len(text) // 2]
+    return text
 
 
 @torch.no_grad()

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ship_ds.config import AttentionPooling, LastPooling
 from ship_ds.errors import UserError
+from ship_ds.flops import chunk_lengths
 from ship_ds.model.adapters.adapter import num_products
 from ship_ds.model.adapters.static_lora import StaticLora
-from ship_ds.model.batch import TokenBatch, chunk_lengths
+from ship_ds.model.batch import TokenBatch
 from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.pooling import LearnedQueries
 from ship_ds.model.role import Role

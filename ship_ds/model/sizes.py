@@ -14,7 +14,6 @@ from ship_ds.config import LoraTuning, ModelConfig, TrainedRoleConfig
 from ship_ds.flops import Matrices, RoleSize, Rows, ShipSize, StepRows, TwoStacks
 from ship_ds.model.adapters.adapter import Hypernetwork, num_products
 from ship_ds.model.adapters.sites import is_target
-from ship_ds.model.batch import chunk_lengths
 from ship_ds.model.language_model import LanguageModel, linear_sizes
 from ship_ds.model.step import Parts, ShipBatch
 
@@ -52,6 +51,7 @@ def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize
         reading = {one.name: getattr(task_llm, one.name) for one in fields(task_llm)}
         task_llm = TwoStacks(**reading | {"output": 0}, writing=writing)
     encoder_size = _role(config.encoder, encoder.language_model, encoder.head_products, False)
+    encoder_size = replace(encoder_size, chunk_tokens=encoder.chunk_tokens or 0)
     if encoder.pooling is not None:
         encoder_size = replace(encoder_size, pooling=encoder.pooling.num_products)
     decoder_size = RoleSize(Matrices(), Matrices(), 0, 0, False, False)
@@ -70,19 +70,21 @@ def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize
     )
 
 
-def rows_of(batch: ShipBatch, chunk_tokens: int | None = None) -> StepRows:
+def rows_of(batch: ShipBatch, encoder_size: RoleSize | None = None) -> StepRows:
     """What the three language models read in a micro-step, without padding.
 
     Args:
         batch: of the micro-step.
-        chunk_tokens: of the encoder.
+        encoder_size: of the encoder, which may read in chunks; None: it does not.
     """
     task_llm, decoder = (
         Rows.of(tokens.lengths, tokens.num_targets, tokens.target_lengths)
         for tokens in (batch.answers, batch.decoded)
     )
     texts = batch.instructions.lengths
-    chunks = [part for text in texts for part in chunk_lengths(text, chunk_tokens or text)]
+    chunks = [
+        part for text in texts for part in (encoder_size.chunks(text) if encoder_size else [text])
+    ]
     encoder = Rows.of(chunks, 0, [0] * len(chunks))
     read, answered = batch.instructions.lengths, batch.answers.lengths
     rows_per_task = len(answered) // max(1, len(read))

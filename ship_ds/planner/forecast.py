@@ -87,8 +87,8 @@ def forecast(
         num_nodes: on more than one, everything sent crosses the slower links.
         is_zero3: trained weights are sharded (`ShipModel.reads_together`).
     """
-    rows = rows_of(planned_batch(shapes, work), shapes.ship.encoder.chunk_tokens)
-    parts = flops_of_parts(shapes.ship.flop_size(), rows)
+    size = shapes.ship.flop_size()
+    parts = flops_of_parts(size, rows_of(planned_batch(shapes, work), size.encoder))
     useful = sum(parts.values()) * micro_steps
     kernels = round(_blocks_read(shapes.ship, is_zero3) * KERNELS_A_BLOCK * micro_steps)
     between = num_nodes > 1

@@ -119,8 +119,12 @@ def test_a_neighbour_is_the_seen_task_with_the_nearest_latent(ship: Ship, splits
             (far, text) for far, text in zip(distances, seen, strict=True) if text != wording
         )
         assert neighbours.others([task], [wording]) == [best[1]]
-    # A task that has another's wording: its own row alone is left out.
+    # A task that is asked in another's wording: its own row alone is left out.
     assert neighbours.others([splits.seen[0]], [seen[5]]) == [seen[5]]
+    # One that says what another says: neither is its neighbour.
+    twin = replace(splits.seen[5], task=replace(splits.seen[5].task, id="twin"))
+    assert neighbours.others([twin], [seen[5]]) == neighbours.others([splits.seen[5]], [seen[5]])
+    assert neighbours.others([twin], [seen[5]]) != [seen[5]]
 
 
 def test_the_loss_of_answers_is_a_metric_of_deduction(ship: Ship, splits: Splits) -> None:

@@ -10,9 +10,10 @@ from ship_ds.config import Config, load_config
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
+from ship_ds.flops import chunk_lengths, deduction_flops
 from ship_ds.inference.checks import check_instruction
 from ship_ds.model.assemble import LoadedWeights, build_ship
-from ship_ds.model.batch import TokenBatch, chunk_lengths
+from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder_only import DecoderOnly
 from ship_ds.model.encoder import Encoder
 from ship_ds.model.ship import ShipModel
@@ -152,9 +153,13 @@ def test_a_plan_and_the_flops_count_chunks() -> None:
     ship = ship_of("last", 8)
     draws = [TaskDraw(text, text, (Example("3", "3"),), (), True) for text in WORDINGS]
     batch = ship.collate(draws, 0, 0)
-    rows, of_chunks = (rows_of(batch, most) for most in (None, ship.encoder.chunk_tokens))
+    rows, of_chunks = (rows_of(batch, size) for size in (None, ship.flop_size().encoder))
     parts = [part for length in batch.instructions.lengths for part in chunk_lengths(length, 8)]
     assert of_chunks.encoder.num_tokens == rows.encoder.num_tokens == sum(parts)
     assert of_chunks.encoder.sum_of_squares == sum(part**2 for part in parts)
     assert rows.encoder.sum_of_squares == sum(n**2 for n in batch.instructions.lengths)
     assert of_chunks.task_llm == rows.task_llm and of_chunks.decoder == rows.decoder
+    # Of 64 tokens: eight times eight squared, where one text has 64 squared.
+    sizes = [one.flop_size() for one in (ship_of("last", None), ship)]
+    one_piece, in_chunks = (deduction_flops(size, 64) for size in sizes)
+    assert one_piece - in_chunks == 4 * sizes[0].encoder.attention * (64**2 - 8 * 8**2)

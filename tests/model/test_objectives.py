@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from ship_ds.config import (
 )
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example
+from ship_ds.errors import UserError
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.contrastive import Contrastive, SecondWordings
 from ship_ds.model.cycle import Cycle, CycleInputs
@@ -286,7 +288,7 @@ def test_a_cycle_reads_what_is_written_of_the_latents(latents: str) -> None:
     loss = ship(batch).objectives["cycle"]
     latent_TZ = spy.outputs.latent_TZ.detach()
     if latents == "prior":
-        keys = ("cycle a 3 9 5 1 2", "cycle b 8 8 1 4")
+        keys = [f"cycle {noise!r}" for noise in batch.noise_TZ[:, 0].tolist()]
         latent_TZ = torch.cat([ship.prior.sample(1, keyed_generator(key)) for key in keys])
     texts = ship.decode(latent_TZ, 6)
     assert len({*texts}) == 2
@@ -307,6 +309,23 @@ def test_a_draw_from_the_prior_belongs_to_its_task() -> None:
         for draws in (DRAWS, DRAWS[:1], DRAWS[1:])
     )
     assert sum(parts) == pytest.approx(whole, rel=1e-4)
+    drawn = [
+        ship.collate(DRAWS, seed, step).extras["cycle"].draw(ship.prior, noise_TZ)
+        for seed, step in ((0, 0), (0, 1), (1, 0))
+        for noise_TZ in [ship.collate(DRAWS, seed, step).noise_TZ]
+    ]
+    assert len({tuple(row) for one in drawn for row in one.tolist()}) == 6, "by seed, step and task"
+
+
+def test_a_text_longer_than_a_context_is_cut_or_refused() -> None:
+    ship, _ = ship_with(LossConfig.model_validate({"cycle": {"num_tokens": 4}}))
+    short = replace(ship.collator, encoder_context=12)
+    extra = ship.objectives["cycle"].prepare(DRAWS, short, torch.device("cpu"))
+    assert extra is not None
+    words = ship.decoder_prompts.ids("reverse the list and then reverse the list and then sort it")
+    assert max(extra.read(torch.tensor([words])).lengths) <= 12
+    with pytest.raises(UserError, match=r"num_tokens \(500\): the decoder reads at most 512"):
+        ship_with(LossConfig.model_validate({"cycle": {"num_tokens": 500}}))
 
 
 def test_every_rank_writes_as_many_tokens_whatever_ends() -> None:

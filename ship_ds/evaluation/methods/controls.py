@@ -110,11 +110,16 @@ class NeighbourInstruction(AnotherInstruction):
 
     def others(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[str]:
         """See `AnotherInstruction`."""
-        distance_TC = torch.cdist(self.ship.model.encode(wordings), self._latent_CZ)
-        own = {seen.id: c for c, seen in enumerate(self.seen)}
+        latent_TZ = self.ship.model.encode(wordings)
+        # By the sum of squares whatever the number of rows, so that a tie falls as it does alone.
+        mode = "donot_use_mm_for_euclid_dist"
+        distance_TC = torch.cdist(latent_TZ, self._latent_CZ, compute_mode=mode)
         for row_C, task in zip(distance_TC, tasks, strict=True):
-            if task.id in own:
-                row_C[own[task.id]] = torch.inf
+            # A task that says the same is no other one. With none left the first has to do.
+            text = task.task.instruction
+            row_C[[c for c, one in enumerate(self.seen) if one.task.instruction == text]] = (
+                torch.inf
+            )
         return [self.seen[c].task.instruction for c in distance_TC.argmin(1).tolist()]
 
 
