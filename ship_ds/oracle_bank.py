@@ -13,6 +13,7 @@ that task's examples alone.
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -128,9 +129,15 @@ def check_made_for(folder: Path, made_for: Mapping[str, Any], wanted: Mapping[st
 
 def _unlike(folder: Path, key: str, then: object, now: object) -> UserError:
     return UserError(
-        f"{SETTING}: {folder}: made for {key}={then}, and this run has {now}: name a bank that "
-        "`ship-ds oracles` made of this config"
+        f"{SETTING}: {folder}: made for {key}={_short(then)}, and this run has {_short(now)}: name "
+        "a bank that `ship-ds oracles` made of this config"
     )
+
+
+def _short(value: object) -> object:
+    """A fingerprint by its first digits."""
+    is_long = isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value)
+    return value[:12] if is_long and isinstance(value, str) else value
 
 
 def fingerprint(folder: Path) -> str:

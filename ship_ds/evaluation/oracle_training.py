@@ -3,13 +3,15 @@ training examples alone, into a bank (oracle_bank.py) that the objective `oracle
 
 Groups of tasks are trained side by side, by the loop of the baselines (baselines/oracles.py). A
 group is on the disk before the next begins, and starts from the seed alone, so that work that was
-cut off ends in the same bytes as work that was not.
+cut off ends in the same bytes as work that was not, where the same sums are rounded alike: on a CPU
+with as much memory free.
 
 Letters: T tasks, R LoRA rank, I inputs of a linear, O outputs of a linear, X other letters
 flattened.
 """
 
 import fcntl
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -94,8 +96,7 @@ def make_bank(
 
     Raises:
         UserError: the data or the base cannot be read, what a kill left is another command's, the
-            disk is full, or the oracles do not differ.
-        ValueError: a loss is not finite.
+            disk is full, a loss is not finite, or the oracles do not differ.
     """
     splits = source_of(config.data).read(load_tokenizer(config.model.task_llm.base), log)
     lora = lora_of(config.model.hypernetwork)
@@ -149,7 +150,8 @@ def _unfinished(out: Path, wanted: OracleBank) -> Iterator[tuple[Path, OracleBan
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{part}: another process writes it; name another --out") from None
-        if not (part / BANK).is_file():
+        if not any(part.glob("group-*.safetensors")):
+            # What ended before its first group, by a rate that was too high, binds nobody.
             write_json(part / BANK, wanted.model_dump(mode="json"))
         begun = read_bank(part, "--out")
         if different := _different(begun, wanted):
@@ -252,13 +254,17 @@ def _write_spreads(part: Path, bank: OracleBank, lora: LoraHypernetworkConfig) -
     """The mean over tasks of |B A - mean of B A|^2 of each site, alpha / rank included.
 
     Raises:
-        UserError: it is zero somewhere: nothing was learnt there.
+        UserError: it is zero somewhere, where nothing was learnt, or not finite.
     """
     layout, scaling = RowLayout.of(bank.sites, lora.rank), lora.alpha / lora.rank
     rows = [mapped(part / file, ROWS) for file, _ in bank.groups()]
     spreads = scaling**2 * torch.tensor(list(_spreads(layout, rows)))
     for path, one in zip(layout.paths, spreads.tolist(), strict=True):
-        if not one > 0:
+        if not math.isfinite(one):
+            raise UserError(
+                f"oracles: {path}: oracles there are not finite; remove {part} and lower --lr"
+            )
+        if one <= 0:
             raise UserError(
                 f"oracles: {path}: the oracles of all tasks do the same there; remove {part} and "
                 "give more --steps or a higher --lr"

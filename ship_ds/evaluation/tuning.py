@@ -120,7 +120,7 @@ def tune(
     Raises:
         UserError: the models cannot read the instruction or an example, or there are fewer than
             two examples.
-        ValueError: a loss is not finite.
+        UserError: a loss is not finite.
     """
     checks.check_instruction(ship.model, instruction)
     examples = [Example(*pair) for pair in pairs]
@@ -187,7 +187,7 @@ def train_lora(
         start: what the curve is called.
 
     Raises:
-        ValueError: a loss is not finite.
+        UserError: a loss is not finite.
     """
 
     def losses(some: Sequence[Example], adapter: Any) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ Letters: T tasks, P virtual tokens, H hidden size, G key-value heads, F size of 
 import ast
 import inspect
 import textwrap
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -85,7 +86,27 @@ def _has_llamas_keys(forward: Any) -> bool:
     Qwen3's, at every call. What it gets back of the cache is no matter."""
     always = _written(forward, "key_states", "value_states", nested=False)
     made = [one for one in _written(forward, "key_states", "value_states") if _CACHE not in one]
-    return made == always and made in ([_KEYS, _VALUES, _TURN], [_NORMED_KEYS, _VALUES, _TURN])
+    return (
+        made == always
+        and made in ([_KEYS, _VALUES, _TURN], [_NORMED_KEYS, _VALUES, _TURN])
+        and _attends_once(forward)
+    )
+
+
+@cache
+def _attends_once(forward: Any) -> bool:
+    """Whether what a function makes as keys and values goes, as it is, through the cache into one
+    attention and nowhere else: not in halves, as in differential attention, nor into a mask."""
+    nodes = [*ast.walk(_parsed(forward))]
+    calls = [one for one in nodes if isinstance(one, ast.Call)]
+    attends = [one for one in calls if ast.unparse(one.func) == "attention_interface"]
+    reads = Counter(
+        one.id for one in nodes if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)
+    )
+    # The rotation reads the keys besides.
+    reads_as_llama = reads["key_states"] == 3 and reads["value_states"] == 2
+    arguments = [ast.unparse(one) for call in attends for one in call.args]
+    return reads_as_llama and arguments[1:4] == ["query_states", "key_states", "value_states"]
 
 
 _CACHE = " = past_key_values.update(key_states, value_states, "
@@ -95,8 +116,7 @@ _CACHE = " = past_key_values.update(key_states, value_states, "
 def _written(forward: Any, *names: str, nested: bool = True) -> list[str]:
     """The statements of a function that give one of these names a value, in their order; those
     below an `if` and its like only where `nested`."""
-    [function, *_] = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    assert isinstance(function, ast.FunctionDef)
+    function = _parsed(forward)
     statements = [one for top in function.body for one in (ast.walk(top) if nested else [top])]
     return [
         ast.unparse(one)
@@ -104,6 +124,12 @@ def _written(forward: Any, *names: str, nested: bool = True) -> list[str]:
         if isinstance(one, ast.Assign | ast.AugAssign | ast.AnnAssign)
         and not _given_a_value(one).isdisjoint(names)
     ]
+
+
+def _parsed(forward: Any) -> ast.FunctionDef:
+    [function, *_] = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    assert isinstance(function, ast.FunctionDef)
+    return function
 
 
 def _given_a_value(statement: ast.stmt) -> set[str]:

@@ -1,6 +1,7 @@
 """`ship-ds oracles` on six rules: what the bank holds, and that work that was cut off goes on."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,7 @@ def test_another_command_is_refused_by_what_differs(
     monkeypatch.setattr(oracle_training, "train_group", cut_off)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "bank")
+    (tmp_path / "bank.part" / "group-0000.safetensors").touch()  # as if one had been trained
     other = load_config("quickstart-smoke", [*RULES, LORA, *overrides])
     with pytest.raises(UserError, match=message) as error:
         make(tmp_path / "bank", recipe, other)
@@ -206,3 +208,21 @@ def test_the_verb_says_how_good_each_oracle_is(
     assert means == pytest.approx([sum(before) / 6, sum(after) / 6], abs=1e-3)
     assert lines[7] == str(out) and means[1] < means[0]
     assert cli.main(["oracles", "--config", str(run), "--out", str(out)]) == 2
+
+
+def test_a_rate_that_is_too_high_is_one_line_and_binds_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ended before its first group leaves nothing that another command has to repeat."""
+    command = ["oracles", "--config", "quickstart-smoke", *RULES, "--steps", "6"]
+    out = ["--out", str(tmp_path / "bank"), "--device", "cpu"]
+    assert cli.main([*command, *out, "--lr", "1e30"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the loss of step" in last and "lower its lr (1e+30)" in last
+    assert not (tmp_path / "bank").exists()
+    assert cli.main([*command, LORA, *out, "--lr", "1e30"]) == 2  # its losses stay finite
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "oracles there are not finite; remove " in last and "lower --lr" in last
+    shutil.rmtree(tmp_path / "bank.part")
+    assert cli.main([*command, *out, "--lr", "1e-2"]) == 0
+    check_files(tmp_path / "bank")

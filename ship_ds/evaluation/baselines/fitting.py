@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ship_ds.errors import UserError
 from ship_ds.evaluation.budgets import Budget, Spent, UntilDevStops
 
 _MOST_POINTS = 200
@@ -93,7 +94,7 @@ def fit(
         The losses of all steps, in nats.
 
     Raises:
-        ValueError: a step's loss is not finite: a baseline that diverged is no baseline.
+        UserError: a step's loss is not finite: a baseline that diverged is no baseline.
     """
     trained = list(parameters)
     optimiser = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.98))
@@ -108,7 +109,7 @@ def fit(
                 loss += piece.item()
                 piece.backward()
             if not math.isfinite(loss):
-                raise ValueError(
+                raise UserError(
                     f"{title}: the loss of step {course.used.steps} is not finite; "
                     f"lower its lr ({lr})"
                 )
