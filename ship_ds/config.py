@@ -363,6 +363,27 @@ class BlockFusionHypernetworkConfig(Section):
     """How often training leaves a task's states out, so that what is made of z alone is of use
     where no instruction is known."""
 
+    def conflict(self, model: "ModelConfig") -> str | None:
+        """Why it cannot be had of such a model, in one line; None: it can."""
+        encoder, base = model.encoder, model.task_llm.base
+        if encoder.base != base:
+            return (
+                f"block_fusion takes the encoder's blocks for the Task LLM's, and their bases are "
+                f"{encoder.base} and {base}: leave model.encoder.base out"
+            )
+        if encoder.chunk_tokens is not None:
+            return (
+                "block_fusion puts an instruction before the prompt as one text, and "
+                f"model.encoder.chunk_tokens={encoder.chunk_tokens} reads it as several: leave "
+                "that out"
+            )
+        if model.hypernetwork is self:
+            return (
+                "block_fusion makes nothing of z: set kind=combination, with a part that does, "
+                "such as {kind: lora}"
+            )
+        return None
+
 
 class CombinationConfig(Section):
     """Several kinds at once, each made from the same z."""
@@ -521,6 +542,11 @@ class ModelConfig(Section):
             part = getattr(self, name)
             if not part.base:
                 object.__setattr__(self, name, part.model_copy(update={"base": self.task_llm.base}))
+        for part in getattr(self.hypernetwork, "parts", (self.hypernetwork,)):
+            # A kind may have one; most do not look beyond their own section.
+            conflict = getattr(part, "conflict", None)
+            if conflict is not None and (reason := conflict(self)):
+                raise ValueError(f"hypernetwork: {reason}")
         if self.backbone == "shared":
             self._check_shared("encoder", self.encoder)
             self._check_shared("decoder", self.decoder)

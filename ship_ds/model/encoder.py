@@ -108,7 +108,11 @@ class Encoder(Role):
         nn.init.normal_(last.weight[:latent_size], std=2 / math.sqrt(2 * hidden_size))
 
     def forward(
-        self, batch: TokenBatch, embeddings_TSH: Tensor | None = None
+        self,
+        batch: TokenBatch,
+        embeddings_TSH: Tensor | None = None,
+        *,
+        without_states: bool = False,
     ) -> tuple[Tensor, ...]:
         """Mean and log-variance of q(z | k), (T, Z) each, in fp32; with `gives_states` also the
         states (T, S, H), zero in the padding.
@@ -118,19 +122,29 @@ class Encoder(Role):
         Args:
             batch: one instruction's prompt a row.
             embeddings_TSH: read in place of the batch's tokens (induction optimises them).
+            without_states: leave the states out, which take much memory where nobody wants them.
         """
-        pooled_TX, states = self._pooled(batch, embeddings_TSH)
+        gives_states = self.gives_states and not without_states
+        pooled_TX, states = self._pooled(batch, embeddings_TSH, gives_states)
         # exp of the log-variance and the KL need fp32 whatever the engine's dtype.
         shares = pooled_TX.unflatten(1, (self.num_shares, -1))
         mean, raw = self.head(shares).float().chunk(2, dim=-1)
         posterior = mean.flatten(1), raw.flatten(1) + _FIRST_LOG_VARIANCE
-        return (*posterior, states) if self.gives_states else posterior
+        return (*posterior, states) if gives_states else posterior
 
     @property
     def state_width(self) -> int:
         """Numbers of a state that `forward` gives."""
         lm = self.language_model
         return lm.hidden_size * (1 + len(lm.blocks()) * self.gives_blocks)
+
+    @property
+    def state_bytes(self) -> int:
+        """That a token's states take while they are given: as they were read, side by side, and in
+        the rows of all texts."""
+        if not self.gives_states:
+            return 0
+        return 3 * self.state_width * next(self.head.parameters()).element_size()
 
     @property
     def longest_text(self) -> int | None:
@@ -142,15 +156,17 @@ class Encoder(Role):
         """Multiplications that make one task's posterior of what was pooled."""
         return self.num_shares * num_products(self.head)
 
-    def _pooled(self, batch: TokenBatch, embeddings_TSH: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _pooled(
+        self, batch: TokenBatch, embeddings_TSH: Tensor | None, gives_states: bool
+    ) -> tuple[Tensor, Tensor]:
         """What the head reads, in its dtype, and the states that were read for it."""
         lm, dtype = self.language_model, next(self.head.parameters()).dtype
-        needs_all = self.gives_states or self.pooling is not None
+        needs_all = gives_states or self.pooling is not None
         rows = self._in_chunks(batch)
         if embeddings_TSH is not None and rows is not batch:
             embeddings_TSH = _laid_out(embeddings_TSH, batch, rows)
         read = lm.states if needs_all else lm.last_states
-        if self.gives_blocks:
+        if gives_states and self.gives_blocks:
             read = lm.states_of_blocks
         states = read(rows, embeddings_TSH, self.own_adapter, checkpointing=self.checkpointing)
         states = states.to(dtype)

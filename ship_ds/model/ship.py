@@ -242,7 +242,7 @@ class ShipModel(nn.Module):
         order: list[int] = []
         # Where there are none: the encoder cannot read an empty batch.
         parts = [(torch.zeros(0, self.config.latent_size),) * 2] if not readings else []
-        for rows, _, (mean_TZ, log_variance_TZ, *_) in self._encoded(readings):
+        for rows, _, (mean_TZ, log_variance_TZ, *_) in self._encoded(readings, gives_states=False):
             parts.append((mean_TZ, log_variance_TZ))
             order += rows
         # Row t of the result was read as number places[t].
@@ -251,21 +251,26 @@ class ShipModel(nn.Module):
         return Posterior(mean_TZ, log_variance_TZ)
 
     def _encoded(
-        self, readings: Sequence[str | Reading]
+        self, readings: Sequence[str | Reading], *, gives_states: bool
     ) -> Iterator[tuple[list[int], TokenBatch, tuple[Tensor, ...]]]:
         """Numbers of readings, their batch and what the encoder gives of it, as many at a time as
-        there is room for."""
-        ids = [self.collator.read_prompt(one) for one in readings]
-        reading, free = self.encoder.language_model.costs.reading, budget.bytes_free(self.device)
-        for rows in budget.row_batches(list(map(len, ids)), free, reading):
+        there is room for; with its states, where a kind fuses them and they are wanted."""
+        ids, encoder = [self.collator.read_prompt(one) for one in readings], self.encoder
+        kept = encoder.state_bytes if gives_states else 0
+
+        def row_bytes(width: int) -> int:
+            return encoder.language_model.costs.reading(width) + kept * width
+
+        free = budget.bytes_free(self.device)
+        for rows in budget.row_batches(list(map(len, ids)), free, row_bytes):
             prompts = [ids[row] for row in rows]
             batch = TokenBatch.build(prompts, None, self.encoder_prompts.pad_id, device=self.device)
-            yield rows, batch, self.encoder(batch)
+            yield rows, batch, encoder(batch, without_states=not gives_states)
 
     def _states(self, readings: Sequence[str | Reading]) -> tuple[Tensor, Tensor]:
         """What the encoder's last layer gives of each, (T, S, H), zero in the padding, and where
         they are real, (T, S)."""
-        parts = list(self._encoded(readings))
+        parts = list(self._encoded(readings, gives_states=True))
         longest = max(batch.ids_ES.shape[1] for _, batch, _ in parts)
         first_ESH = parts[0][2][2]
         states_TSH = first_ESH.new_zeros(len(readings), longest, first_ESH.shape[2])

@@ -1,5 +1,6 @@
 """Fusion by the base's own attention: beside both texts in one sequence, by the stock model."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ship_ds.config import Config, load_config
 from ship_ds.errors import UserError
+from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import States, Target
 from ship_ds.model.adapters.block_fusion import BlockFusionHypernetwork
 from ship_ds.model.assemble import LoadedWeights, build_ship
@@ -67,11 +69,12 @@ def test_a_fresh_one_is_the_instruction_in_front_of_the_prompt(
 
 
 def gradients(ship: ShipModel) -> dict[str, Tensor]:
-    """Of the sum of the logits' squares under adapters of what the encoder reads."""
+    """Of the sum of the logits' squares under adapters of what the encoder's blocks read alone."""
     ids = [ship.encoder_prompts.encoder_prompt(text) for text in WORDINGS]
     batch = TokenBatch.build(ids, None, ship.encoder_prompts.pad_id)
     mean_TZ, _, states_TSX = ship.encoder(batch)
-    adapter = ship.hypernetwork(latent_TZ=mean_TZ, read=States(states_TSX, batch.real_ES))
+    latent_TZ = mean_TZ.detach()
+    adapter = ship.hypernetwork(latent_TZ=latent_TZ, read=States(states_TSX, batch.real_ES))
     ship.zero_grad()
     found = logits_of(ship, adapter, [ship.question(text) for text in INPUTS])
     sum(one.square().sum() for one in found).backward()  # type: ignore[union-attr]
@@ -85,8 +88,10 @@ def test_every_block_of_the_encoder_learns_to_read(monkeypatch: pytest.MonkeyPat
     plain = ship_of(lora)
     wake_up(plain)
     expected = gradients(plain)
-    blocks = {name.split("layers.")[1][0] for name in expected if "layers." in name}
-    assert blocks == {"0", "1", "2", "3"} and all(one.any() for one in expected.values())
+    moved = {name for name, one in expected.items() if one.any()}
+    # What comes into the last block is all that the last block's own weights have no part in.
+    assert {name.split("layers.")[1][0] for name in moved if "layers." in name} == {"0", "1", "2"}
+    assert not any(name.startswith("head") for name in moved)
     for settings in (
         ["model.encoder.checkpointing=true"],
         ["model.backbone=shared", "model.decoder.tuning={kind: lora, rank: 2, dropout: 0}"],
@@ -122,6 +127,69 @@ def test_states_stand_before_those_of_the_blocks() -> None:
     embeddings = both.encoder.language_model.embed_ids(batch.ids_ES)
     torch.testing.assert_close(states_TSX[0, :, size : 2 * size], embeddings[0])
     assert not states_TSX[1, 2:].any()
+
+
+@torch.no_grad()
+def test_the_gradient_is_that_of_both_texts_in_one_sequence() -> None:
+    """Of the input embeddings that the instruction's tokens have in the stock model."""
+    ship = ship_of()
+    prompt, read = ship.question(INPUTS[0]), ship.encoder_prompts.encoder_prompt(WORDINGS[0])
+    lm, stock = ship.encoder.language_model, ship.task_llm.lm
+    tokens = torch.tensor([read])
+    with torch.enable_grad():
+        embeddings = lm.embed_ids(tokens).detach().requires_grad_()
+        batch = TokenBatch.build([read], None, 0)
+        mean_TZ, _, states_TSX = ship.encoder(batch, embeddings)
+        latent_TZ = torch.zeros_like(mean_TZ)
+        adapter = ship.hypernetwork(latent_TZ=latent_TZ, read=States(states_TSX, batch.real_ES))
+        logits_of(ship, adapter, [prompt])[0].square().sum().backward()
+        both = torch.cat([embeddings.detach(), lm.embed_ids(torch.tensor([prompt]))], 1)
+        both = both.detach().requires_grad_()
+        logits_SV = stock(inputs_embeds=both).logits[0, len(read) :]
+        logits_SV.square().sum().backward()
+    assert embeddings.grad is not None and both.grad is not None
+    expected = both.grad[:, : len(read)]
+    assert float(expected.abs().max()) > 1
+    # The norms of the stock model are of fp32 whatever it is in.
+    torch.testing.assert_close(embeddings.grad, expected, rtol=2e-3, atol=5e-3)
+
+
+def test_what_does_not_go_with_it_is_one_line() -> None:
+    for settings, message in (
+        (
+            ["model.encoder.base=smollm2"],
+            "bases are smollm2 and embedded: leave model.encoder.base",
+        ),
+        (["model.encoder.chunk_tokens=8"], "model.encoder.chunk_tokens=8 reads it as several"),
+        (
+            ["model.hypernetwork={kind: block_fusion}"],
+            "set kind=combination, with a part that does",
+        ),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            small(*settings)
+        assert "\n" not in str(error.value)
+
+
+def test_what_needs_no_states_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are five times as wide as one layer's: reading a bank of instructions leaves them out,
+    and who wants them has fewer rows at once."""
+    ship, widths = ship_of(), []
+
+    def kept(self: Any, *given: Any, **options: Any) -> Any:
+        widths.append(options["without_states"])
+        return forward(self, *given, **options)
+
+    forward = type(ship.encoder).forward
+    monkeypatch.setattr(type(ship.encoder), "forward", kept)
+    mean_TZ = ship.encode(WORDINGS)
+    ship.adapt(mean_TZ, WORDINGS)
+    assert widths == [True, False]
+    assert ship.encoder.state_bytes == 3 * 5 * 128 * 8
+    taken = list(ship._encoded(WORDINGS, gives_states=True))
+    assert len(taken) == 1
+    monkeypatch.setattr(budget, "bytes_free", lambda device: ship.encoder.state_bytes * 12)
+    assert len(list(ship._encoded(WORDINGS, gives_states=True))) == 3
 
 
 def test_bases_of_other_sizes_are_one_line() -> None:

@@ -43,7 +43,7 @@ class StubTrainer(train.Trainer):
         self.monitor = self.profile = None
         self.prefetch: Any = SimpleNamespace(close=lambda: None)
         self.num_steps, self.num_bad_steps = 4, 0
-        self.data_fingerprint, self.bases = "data", {}
+        self.data_fingerprint, self.bases, self.outside = "data", {}, {}
         self.splits: Any = SimpleNamespace(seen=[])
         self.step, self.saved_step, self.saved_seconds, self.agreed = 0, None, 0.0, None
         self.owes_evaluation, self.num_evaluation_starts = False, 0
