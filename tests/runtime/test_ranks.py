@@ -104,7 +104,9 @@ def test_a_log_on_a_full_disk_does_not_keep_a_process_from_its_end(
 @pytest.mark.slow
 def test_an_interrupt_from_the_keyboard_is_a_line_and_code_130(tmp_path: Path) -> None:
     program = tmp_path / "interrupted.py"
-    end = "def main():\n    os.kill(os.getpid(), 2)\nranks.run_program(main)"
+    # On a busy machine the signal may come after the call that sends it.
+    wait = "    import time\n    time.sleep(60)\n"
+    end = f"def main():\n    os.kill(os.getpid(), 2)\n{wait}ranks.run_program(main)"
     program.write_text(_PROGRAM.format(end=end))
     done = start([str(program)])
     assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith(
