@@ -358,7 +358,7 @@ class Ship:
         """
         texts = list(inputs) or list(self.probes)
         checks.check_instruction(self.model, instruction)
-        checks.check_inputs(self.model, texts, self._length)
+        checks.check_inputs(self.model, texts, self._length, instruction)
         posterior = self.model.posterior([instruction])
         wordings, asked = [instruction], [texts]
         answers = answer_latents(self.model, posterior.mean_TZ, wordings, asked, self._length)
@@ -395,7 +395,7 @@ class Ship:
         """
         for instruction, texts in zip(instructions, inputs, strict=True):
             checks.check_instruction(self.model, instruction)
-            checks.check_inputs(self.model, texts, self._length)
+            checks.check_inputs(self.model, texts, self._length, instruction)
         latent_TZ = self.model.encode(instructions)
         return answer_latents(self.model, latent_TZ, instructions, inputs, self._length, num_beams)
 

@@ -262,7 +262,7 @@ class ShipSize:
 
     of_base: those of them with the Task LLM's frozen matrices, which hypernetwork leaves out.
     of_state: those of each of the encoder's states, where they are fused; base_of_state: likewise,
-    with the Task LLM's frozen matrices. fuses: whether the Task LLM meets a key for each.
+    with the Task LLM's frozen matrices. fuses: keys that the Task LLM meets for each.
     """
 
     encoder: RoleSize
@@ -272,7 +272,7 @@ class ShipSize:
     of_base: int = 0
     of_state: int = 0
     base_of_state: int = 0
-    fuses: bool = False
+    fuses: int = 0
 
 
 PARTS = ("encoder", "hypernetwork", "adapters", "task_llm", "decoder")

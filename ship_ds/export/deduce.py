@@ -172,7 +172,8 @@ def generate(
     Yields:
         Each request, now with the latent that it was encoded to, and its adapter.
     """
-    at_once = max(1, budget.bytes_free(ship.model.device) // ship.model.adapter_bytes)
+    size = ship.model.adapter_bytes_of([r.reading or r.instruction for r in requests])
+    at_once = max(1, budget.bytes_free(ship.model.device) // size)
     for start in range(0, len(requests), at_once):
         chunk = requests[start : start + at_once]
         texts = [r.instruction for r in chunk if r.latent_Z is None and r.instruction is not None]

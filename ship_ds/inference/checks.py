@@ -76,24 +76,31 @@ def check_reading(model: ShipModel, reading: Reading) -> None:
     )
 
 
-def check_inputs(model: ShipModel, inputs: Sequence[str], max_new_tokens: int) -> None:
+def check_inputs(
+    model: ShipModel,
+    inputs: Sequence[str],
+    max_new_tokens: int,
+    reading: str | Reading | None = None,
+) -> None:
     """Refuse inputs that the Task LLM cannot read and answer.
 
     Args:
         model: holds the Task LLM.
         inputs: what a user wrote.
         max_new_tokens: of an answer, which has to fit behind its input.
+        reading: what the adapter is made of, which may have to fit before it; None: of z alone.
 
     Raises:
         UserError: one cannot be read; the message gives its number from 1.
     """
+    before = model.num_before(reading)
+    with_it = ", behind the instruction," if before > model.num_virtual_tokens else ""
     for number, text in enumerate(inputs, start=1):
         check_text(model.prompts, text, f"input {number}")
-        length = model.num_virtual_tokens + len(model.question(text)) + max_new_tokens
         check_length(
-            length,
+            before + len(model.question(text)) + max_new_tokens,
             model.task_llm.language_model.context_length,
-            f"input {number} with an answer of {max_new_tokens} tokens",
+            f"input {number}{with_it} with an answer of {max_new_tokens} tokens",
             "Task LLM",
         )
 

@@ -132,14 +132,21 @@ class Answerer:
         return [beams[0].tokens for beams in searches]
 
 
-def answerer(model: ShipModel, num_beams: int = 1, *, keeps_cut_off: bool = False) -> Answerer:
-    """The model's own Task LLM under the adapters of its hypernetwork."""
+def answerer(
+    model: ShipModel,
+    num_beams: int = 1,
+    *,
+    readings: Sequence[str | Reading | None] = (),
+    keeps_cut_off: bool = False,
+) -> Answerer:
+    """The model's own Task LLM under the adapters of its hypernetwork; readings: what these fuse,
+    where they do."""
     return Answerer(
         model.task_llm,
         model.prompts,
         model.device,
         num_virtual_tokens=model.num_virtual_tokens,
-        adapter_bytes=model.adapter_bytes,
+        adapter_bytes=model.adapter_bytes_of(readings),
         num_beams=num_beams,
         keeps_cut_off=keeps_cut_off,
     )
@@ -201,7 +208,7 @@ def answer_latents(
         [model.question(text, wording) for text in texts]
         for wording, texts in zip(wordings, inputs, strict=True)
     ]
-    return answerer(model, num_beams, keeps_cut_off=keeps_cut_off).answers(
+    return answerer(model, num_beams, readings=read, keeps_cut_off=keeps_cut_off).answers(
         questions,
         max_new_tokens,
         lambda tasks: model.adapt(latent_TZ[list(tasks)], [read[task] for task in tasks]),

@@ -98,7 +98,7 @@ def fit_of_latents(
         widths,
         budget.bytes_free(model.device),
         lambda width: costs.scored_row(width, num_labels),
-        model.adapter_bytes,
+        model.adapter_bytes_of(read),
     ):
         batch = TokenBatch.build(
             [ids for one in pieces for ids in questions[one.task][one.start : one.stop]],

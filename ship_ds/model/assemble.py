@@ -154,7 +154,7 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
     read_by = encoder.language_model
     target = replace(target, state_size=read_by.hidden_size, state_blocks=len(read_by.blocks()))
     hypernetwork = build_hypernetwork(config.hypernetwork, config.latent_size, target)
-    encoder.gives_states = hypernetwork.fuses
+    encoder.gives_states = hypernetwork.fuses > 0
     encoder.gives_blocks = hypernetwork.fuses_blocks
     prior: Prior = PRIORS.implementation(config.prior)(config.prior, config.latent_size)
     task_llm = TaskLlm(task_lm, config.task_llm.checkpointing, sites)

@@ -95,7 +95,7 @@ class Contrastive(Objective):
     def sum(self, outputs: Outputs) -> Tensor:
         """Over tasks with two wordings, the mean of both directions."""
         second: SecondWordings = outputs.batch.extras["contrastive"]
-        other_TZ = outputs.parts.encoder(second.instructions)[0]
+        other_TZ = outputs.parts.encoder(second.instructions, without_states=True)[0]
         cosine_TT = normalize(outputs.posterior.mean_TZ, dim=1) @ normalize(other_TZ, dim=1).T
         own_TT = torch.eye(len(other_TZ), dtype=torch.bool, device=other_TZ.device)
         logits_TT = (cosine_TT / self.temperature).masked_fill(

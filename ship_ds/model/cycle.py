@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from ship_ds.model.collate import Collator
 
 
-_PROMPT = 64
-"""Tokens that the words around z are allowed in the decoder's prompt; a template may have many."""
-
-
 @dataclass(frozen=True)
 class CycleInputs(OnDevice):
     """What stands before the texts of a micro-batch, and what needs more than shapes: a plan has
@@ -66,22 +62,17 @@ class Cycle(Objective):
         self.config = config
 
     def meet(self, parts: Parts) -> None:
-        """See `Objective`.
-
-        Raises:
-            UserError: the decoder cannot write so much.
-        """
-        most, places = parts.decoder.language_model.context_length, parts.decoder.num_soft_tokens
-        if most is not None and places + _PROMPT + self.config.num_tokens > most:
-            raise UserError(
-                f"loss.cycle.num_tokens ({self.config.num_tokens}): the decoder reads at most "
-                f"{most} tokens, {places + _PROMPT} of which stand before the text: set less"
-            )
+        """See `Objective`."""
+        self.context = parts.decoder.language_model.context_length
 
     def prepare(
         self, draws: Sequence[TaskDraw], collator: "Collator", device: torch.device
     ) -> CycleInputs:
-        """Of texts alone."""
+        """Of texts alone.
+
+        Raises:
+            UserError: the decoder's context has no room for as many tokens as are to be written.
+        """
         prompts = collator.prompts.decoder
 
         def read(ids_TY: Tensor) -> TokenBatch:
@@ -89,6 +80,13 @@ class Cycle(Objective):
             return collator.readings(texts, torch.device("cpu")).to(ids_TY.device)
 
         undecoded = collator.undecoded(len(draws), torch.device("cpu"))
+        before, num_tokens = max(undecoded.lengths), self.config.num_tokens
+        if self.context is not None and before + num_tokens > self.context:
+            raise UserError(
+                f"loss.cycle.num_tokens ({num_tokens}): the decoder reads at most {self.context} "
+                f"tokens, {before} of which stand before the text: set {self.context - before} or "
+                "less"
+            )
         return CycleInputs(undecoded, _drawn, read).to(device)
 
     def prepare_shapes(self, batch: ShipBatch) -> CycleInputs:
@@ -116,7 +114,7 @@ class Cycle(Objective):
             with torch.no_grad():
                 latent_TZ = inputs.draw(parts.prior, outputs.batch.noise_TZ).to(latent_TZ)
         ids_TY = _written(parts.decoder, latent_TZ, inputs.undecoded, self.config.num_tokens)
-        mean_TZ = parts.encoder(inputs.read(ids_TY))[0]
+        mean_TZ = parts.encoder(inputs.read(ids_TY), without_states=True)[0]
         return (latent_TZ - mean_TZ).square().mean(1).sum() / 2
 
 

@@ -284,17 +284,44 @@ class ShipModel(nn.Module):
     def adapter_bytes(self) -> int:
         """Of one task's adapter, and of what `Adapter.prepared` makes of it; where it is as long as
         the instruction, of one of 128 tokens."""
-        latent_TZ = torch.zeros(1, self.config.latent_size)
-        adapter = self.adapt(latent_TZ)
-        if self.hypernetwork.fuses:
-            size = self.encoder.state_width
-            states_TSH = torch.zeros(1, _USUAL_LENGTH, size, device=self.device)
-            real_TS = torch.ones(1, _USUAL_LENGTH, dtype=torch.bool, device=self.device)
-            with torch.no_grad():
-                adapter = self.hypernetwork(
-                    latent_TZ=latent_TZ.to(self.device), read=States(states_TSH, real_TS)
-                )
+        of_latent, of_state = self._adapter_sizes
+        return of_latent + _USUAL_LENGTH * of_state
+
+    def adapter_bytes_of(self, readings: Iterable[str | Reading | None]) -> int:
+        """The same of the largest of those that are made of these; None: of z alone."""
+        of_latent, of_state = self._adapter_sizes
+        if not of_state:
+            return of_latent
+        # Of z alone it has one state, which nobody sees.
+        read = [len(self.collator.read_prompt(one)) for one in readings if one]
+        return of_latent + max(read, default=1) * of_state
+
+    @cached_property
+    def _adapter_sizes(self) -> tuple[int, int]:
+        """Bytes of an adapter, twice, and of each state more that it fuses, which lies there until
+        the adapter is made."""
+        if not self.hypernetwork.fuses:
+            return self._bytes_of_fused(0), 0
+        one, two = self._bytes_of_fused(1), self._bytes_of_fused(2)
+        return 2 * one - two, two - one + self.encoder.state_bytes
+
+    @torch.no_grad()
+    def _bytes_of_fused(self, num_states: int) -> int:
+        latent_TZ = torch.zeros(1, self.config.latent_size, device=self.device)
+        fused = {}
+        if num_states:
+            states_TSH = torch.zeros(1, num_states, self.encoder.state_width, device=self.device)
+            real_TS = torch.ones(1, num_states, dtype=torch.bool, device=self.device)
+            fused = {"read": States(states_TSH, real_TS)}
+        adapter = self.hypernetwork(latent_TZ=latent_TZ, **fused)
         return 2 * sum(tensor.nbytes for tensor in adapter.tensors().values())
+
+    def num_before(self, reading: str | Reading | None) -> int:
+        """Places before a prompt that the adapter made of this takes; None: of z alone."""
+        places = self.num_virtual_tokens
+        if reading and self.hypernetwork.stands_before:
+            places += len(self.collator.read_prompt(reading))
+        return places
 
     @torch.no_grad()
     def adapt(

@@ -405,8 +405,8 @@ def _fitting(
     """How the prompt is answered within the model's context: a length that the client did not ask
     for gives way. Raises RequestError where that is not enough."""
     limit = ship.model.task_llm.language_model.context_length
-    virtual = ship.model.num_virtual_tokens if source.latent_1Z is not None else 0
-    num_read, num_new = virtual + len(ids), sampling.max_new_tokens
+    before = ship.model.num_before(source.reading) if source.latent_1Z is not None else 0
+    num_read, num_new = before + len(ids), sampling.max_new_tokens
     if limit is None or num_read + num_new <= limit:
         return sampling
     if not is_default:

@@ -333,7 +333,8 @@ class AnswerWriter:
 
     def _row_bytes(self, rows: Sequence[Row]) -> int:
         width = self.model.num_virtual_tokens + max(len(row.prompt) for row in rows)
-        return self.model.adapter_bytes + self.model.task_llm.language_model.costs.decoded_row(
+        adapter = self.model.adapter_bytes_of(row.source.reading for row in rows)
+        return adapter + self.model.task_llm.language_model.costs.decoded_row(
             width,
             max(row.sampling.max_new_tokens for row in rows),
             chooses_greedily=all(row.sampling.is_greedy for row in rows),

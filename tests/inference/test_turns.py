@@ -1,7 +1,7 @@
 """Ranks that share a model's weights take its passes in turn: two threads stand for two ranks, and
 every module's call for the gather that ZeRO-3 hangs on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -82,11 +82,11 @@ def draws(ship: Ship) -> Any:
     return [*(one.tolist() for one in drawn), prior.mean(1).tolist(), reconstructs(ship)]
 
 
-@pytest.mark.parametrize("works", [(deduces, reconstructs), (induces, states)])
-def test_ranks_with_other_work_make_the_same_passes(bundle: Path, works: Any) -> None:
-    alone = [work(Ship.from_run(bundle)) for work in works]
-    ranks, ships = TwoRanks(), [Ship.from_run(bundle), Ship.from_run(bundle)]
-    calls = [calls_of(ship) for ship in ships]
+def take_turns(ships: Sequence[Ship], works: Sequence[Callable[[Ship], Any]]) -> list[str]:
+    """The calls of a rank's modules: each of two ranks gets of its work what it gets alone, by the
+    same ones."""
+    alone = [work(ship) for work, ship in zip(works, ships, strict=True)]
+    ranks, calls = TwoRanks(), [calls_of(ship) for ship in ships]
 
     def run(rank: int) -> Any:
         # Gradients are off in the main thread's tests alone.
@@ -95,47 +95,40 @@ def test_ranks_with_other_work_make_the_same_passes(bundle: Path, works: Any) ->
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(run, (0, 1))) == alone
-    assert calls[0] == calls[1] and len(calls[0]) > 100
-    assert all(ship.model.task_llm.before_pass is None for ship in ships)
+    assert calls[0] == calls[1]
+    for ship in ships:
+        assert ship.model.task_llm.before_pass is None and ship.model.prior.before_pass is None
+    return calls[0]
 
 
-def test_prompts_in_every_block_wait_for_their_turn() -> None:
-    """What makes their keys and values is the Task LLM's: one rank deduces, the other states the
-    instruction and makes none."""
-    ranks = TwoRanks()
-    ships = [make_ship("embedded", kind="layer_prompt", length=2) for _ in range(2)]
-    works = (deduces, states)
-    alone = [work(ship) for work, ship in zip(works, ships, strict=True)]
-    calls = [calls_of(ship) for ship in ships]
+@pytest.mark.parametrize("works", [(deduces, reconstructs), (induces, states)])
+def test_ranks_with_other_work_make_the_same_passes(bundle: Path, works: Any) -> None:
+    assert len(take_turns([Ship.from_run(bundle), Ship.from_run(bundle)], works)) > 100
 
-    def run(rank: int) -> Any:
-        with torch.no_grad(), in_turn(ships[rank].model, ranks.sum_of(rank)):
-            return works[rank](ships[rank])
 
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(run, (0, 1))) == alone
-    assert calls[0] == calls[1] and len(calls[0]) > 100
+@pytest.mark.parametrize(
+    "hypernetwork",
+    [
+        {"kind": "layer_prompt", "length": 2},
+        {"kind": "combination", "parts": [{"kind": "lora", "rank": 2}, {"kind": "block_fusion"}]},
+    ],
+    ids=["layer_prompt", "block_fusion"],
+)
+def test_keys_by_the_bases_projections_wait_for_their_turn(hypernetwork: dict[str, Any]) -> None:
+    """One rank deduces, the other states the instruction and makes none."""
+    ships = [make_ship("embedded", **hypernetwork) for _ in range(2)]
+    assert len(take_turns(ships, (deduces, states))) > 100
 
 
 @pytest.mark.parametrize("config", [MixturePriorConfig(num_components=2), FlowPriorConfig()])
 def test_a_prior_with_weights_waits_for_its_turn(bundle: Path, config: Any) -> None:
     """One rank draws, the other reconstructs."""
-    ranks, ships = TwoRanks(), [Ship.from_run(bundle), Ship.from_run(bundle)]
+    ships = [Ship.from_run(bundle), Ship.from_run(bundle)]
     for ship in ships:
         torch.manual_seed(0)
         ship.model.prior = PRIORS.implementation(config)(config, ship.model.config.latent_size)
-    works = (draws, reconstructs)
-    alone = [work(ship) for work, ship in zip(works, ships, strict=True)]
-    calls = [calls_of(ship) for ship in ships]
-
-    def run(rank: int) -> Any:
-        with torch.no_grad(), in_turn(ships[rank].model, ranks.sum_of(rank)):
-            return works[rank](ships[rank])
-
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(run, (0, 1))) == alone
-    assert calls[0] == calls[1] and sum(name.startswith("prior") for name in calls[0]) >= 4 * 3
-    assert all(ship.model.prior.before_pass is None for ship in ships)
+    calls = take_turns(ships, (draws, reconstructs))
+    assert sum(name.startswith("prior") for name in calls) >= 4 * 3
 
 
 def test_a_rank_that_fails_leaves_no_other_waiting(bundle: Path) -> None:

@@ -190,7 +190,7 @@ def test_contrast_is_infonce_by_hand() -> None:
     )
     outputs: Any = SimpleNamespace(
         posterior=SimpleNamespace(mean_TZ=first_TZ),
-        parts=SimpleNamespace(encoder=lambda batch: (second_TZ, None)),
+        parts=SimpleNamespace(encoder=lambda batch, **_: (second_TZ, None)),
         batch=SimpleNamespace(extras={"contrastive": extra}),
     )
     found = Contrastive(ContrastiveConfig(temperature=0.5)).sum(outputs)
@@ -260,7 +260,7 @@ def cycle_of(latent_TZ: Tensor, mean_TZ: Tensor) -> float:
     decoder = Stub()
     outputs: Any = SimpleNamespace(
         latent_TZ=latent_TZ,
-        parts=SimpleNamespace(decoder=decoder, encoder=lambda ids_TY: (mean_TZ, None)),
+        parts=SimpleNamespace(decoder=decoder, encoder=lambda ids_TY, **_: (mean_TZ, None)),
         batch=SimpleNamespace(extras={"cycle": CycleInputs(None, repr, lambda ids: ids)}),  # type: ignore[arg-type, return-value]
     )
     loss = Cycle(CycleConfig(num_tokens=1)).sum(outputs)
@@ -324,8 +324,14 @@ def test_a_text_longer_than_a_context_is_cut_or_refused() -> None:
     assert extra is not None
     words = ship.decoder_prompts.ids("reverse the list and then reverse the list and then sort it")
     assert max(extra.read(torch.tensor([words])).lengths) <= 12
-    with pytest.raises(UserError, match=r"num_tokens \(500\): the decoder reads at most 512"):
-        ship_with(LossConfig.model_validate({"cycle": {"num_tokens": 500}}))
+    before = max(ship.collator.undecoded(1, torch.device("cpu")).lengths)
+    for num_tokens, fits in ((512 - before, True), (513 - before, False)):
+        ship, _ = ship_with(LossConfig.model_validate({"cycle": {"num_tokens": num_tokens}}))
+        if fits:
+            ship.collate(DRAWS, 0, 0)
+            continue
+        with pytest.raises(UserError, match=rf"at most 512 .*: set {512 - before} or less"):
+            ship.collate(DRAWS, 0, 0)
 
 
 def test_every_rank_writes_as_many_tokens_whatever_ends() -> None:

@@ -377,7 +377,15 @@ def test_of_a_fused_adapter_the_part_of_the_states_alone_grows_with_the_text() -
         read = TokenBatch.build([[1] * length], None, 0)
         tensors = ship.adapt_read(torch.zeros(1, 16), read).tensors()
         sizes.append(2 * sum(tensor.nbytes for tensor in tensors.values()))
-    assert ship.adapter_bytes == sizes[0] + 127 * (sizes[1] - sizes[0]) == sizes[2]
+    assert sizes[0] + 127 * (sizes[1] - sizes[0]) == sizes[2]
+    # The states that it is made of lie there meanwhile: three times, in fp32.
+    states = 3 * ship.encoder.state_width * 4
+    assert ship.adapter_bytes == sizes[2] + 128 * states
+    length = len(ship.collator.read_prompt(WORDINGS[0]))
+    assert ship.adapter_bytes_of([WORDINGS[1], WORDINGS[0], None]) == (
+        sizes[0] + (length - 1) * (sizes[1] - sizes[0]) + length * states
+    )
+    assert ship.adapter_bytes_of([None]) == sizes[0] + states
 
 
 def test_a_latent_that_no_text_stands_behind_is_tried_without_states() -> None:

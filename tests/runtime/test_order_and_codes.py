@@ -89,6 +89,22 @@ def test_a_failing_evaluation_costs_a_single_process_one_line(
     assert (saved(tmp_path, 4).owes_evaluation, saved(tmp_path, 4).dev_score) == (False, 0.5)
 
 
+def test_a_run_goes_on_with_what_its_objectives_read_before(tmp_path: Path) -> None:
+    trainer = StubTrainer(tmp_path)
+    objectives = {"oracles": lambda training: "a" * 64, "task": lambda training: ""}
+    model: Any = SimpleNamespace(
+        objectives={name: SimpleNamespace(begin=begin) for name, begin in objectives.items()},
+        prompts=SimpleNamespace(describe=dict),
+    )
+    trainer.outside = trainer.begin_objectives(model)
+    trainer.train()
+    assert saved(tmp_path, 4).outside == {"oracles": "a" * 64}
+    other = StubTrainer(tmp_path)
+    other.outside = {"oracles": "b" * 64}
+    with pytest.raises(UserError, match="loss.oracles reads had the fingerprint aaaaaaaaaaaa and"):
+        other.restore()
+
+
 @pytest.mark.usefixtures("two_ranks")
 def test_a_failing_evaluation_of_several_ranks_is_tried_twice_and_loses_no_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

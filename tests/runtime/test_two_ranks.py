@@ -72,15 +72,17 @@ def test_so_it_does_where_roles_are_trained_whole(found_long: dict[str, Any]) ->
     gives_its_loss_in_pieces(found_long["loss_in_pieces_of_whole_roles"])
 
 
+@pytest.mark.parametrize("kind", ["layer_prompt", "block_fusion"])
 def test_projections_of_a_sharded_base_are_gathered_outside_their_blocks(
-    found: dict[str, Any],
+    found: dict[str, Any], kind: str
 ) -> None:
     """For the forward and for the backward pass, which DeepSpeed's hooks on a block know nothing
-    of."""
-    for rank in found["prompts_in_every_block"]:
-        for sharded, whole in zip(rank["always"], rank["never"], strict=True):
+    of; so is what came into the encoder's blocks kept beside them."""
+    for rank in found["keys_by_projections"]:
+        of_kind = rank[kind]
+        for sharded, whole in zip(of_kind["always"], of_kind["never"], strict=True):
             assert sharded == pytest.approx(whole, rel=1e-6)
-        assert rank["always"][0] != rank["always"][1]
+        assert of_kind["always"][0] != of_kind["always"][1]
 
 
 def test_no_gathered_4_bit_weight_is_alive_after_the_forward(found: dict[str, Any]) -> None:

@@ -364,15 +364,22 @@ def loss_in_pieces(roles: Sequence[str]) -> Callable[[Path], dict[str, Any]]:
     return measure
 
 
-def prompts_in_every_block(folder: Path) -> dict[str, Any]:
-    """Losses of two steps whose adapters are made with the Task LLM's own projections, it sharded,
-    its blocks recomputed, and whole."""
-    kind = "model.hypernetwork={kind: layer_prompt, length: 3, width: 16}"
-    found = {}
-    for shard in ("always", "never"):
-        how = [f"model.task_llm.shard={shard}", "model.task_llm.checkpointing=true"]
-        made = trainer(folder / shard, SHARDED[0], kind, *how, *FOUR_STEPS)
-        found[shard] = [losses(made), losses(made)]
+BY_PROJECTIONS = {
+    "layer_prompt": "{kind: layer_prompt, length: 3, width: 16}",
+    "block_fusion": "{kind: combination, parts: [{kind: lora, rank: 2}, {kind: block_fusion}]}",
+}
+
+
+def keys_by_projections(folder: Path) -> dict[str, Any]:
+    """By kind: losses of two steps whose adapters are made with the Task LLM's own projections, it
+    sharded, all blocks recomputed, and whole."""
+    recomputed = [f"model.{role}.checkpointing=true" for role in ("task_llm", "encoder")]
+    found: dict[str, Any] = {kind: {} for kind in BY_PROJECTIONS}
+    for kind, section in BY_PROJECTIONS.items():
+        for shard in ("always", "never"):
+            how = [f"model.task_llm.shard={shard}", *recomputed, *FOUR_STEPS]
+            made = trainer(folder / kind / shard, SHARDED[0], f"model.hypernetwork={section}", *how)
+            found[kind][shard] = [losses(made), losses(made)]
     return found
 
 
@@ -738,7 +745,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sharded_base_resumes": sharded_base_resumes,
     "accumulation": accumulation,
     "loss_in_pieces": loss_in_pieces(LORA_ROLES),
-    "prompts_in_every_block": prompts_in_every_block,
+    "keys_by_projections": keys_by_projections,
     "recipe_of_8b": recipe_of_8b,
     "too_many_bad_steps": too_many_bad_steps,
     "published_recipes": published_recipes,

@@ -242,9 +242,11 @@ class Hypernetwork(nn.Module, ABC):
     """What it needs of a language model; see `LanguageModel.missing`."""
     packs: ClassVar[bool] = True
     """Whether its adapters can be applied to a batch without padding."""
-    fuses: bool = False
-    """Whether it makes adapters of the encoder's `States` besides, which `forward` then takes as a
-    second argument; None there: of z alone."""
+    fuses: int = 0
+    """Keys that a query meets for each of the encoder's `States`, where it makes adapters of these
+    besides; `forward` then takes them as a second argument; None there: of z alone."""
+    stands_before: bool = False
+    """Whether these keys stand at places before the prompt, which count towards the context."""
     fuses_blocks: bool = False
     """Whether it wants what came into each of the encoder's blocks among them."""
 

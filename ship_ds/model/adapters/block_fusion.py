@@ -31,8 +31,9 @@ class BlockFusionHypernetwork(Hypernetwork):
     """States of the encoder's blocks -> keys and values of the Task LLM's."""
 
     needs: ClassVar = ("adapters", "prefix", "projection")
-    fuses = True
+    fuses = 1
     fuses_blocks = True
+    stands_before = True
 
     def __init__(
         self, config: BlockFusionHypernetworkConfig, latent_size: int, target: Target

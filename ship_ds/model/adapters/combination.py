@@ -145,7 +145,8 @@ class Combination(Hypernetwork):
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in parts)
         self.prefix_length = sum(part.prefix_length for part in parts)
         self.packs = all(part.packs for part in parts)  # type: ignore[misc]
-        self.fuses = any(part.fuses for part in parts)
+        self.fuses = sum(part.fuses for part in parts)
+        self.stands_before = any(part.stands_before for part in parts)
         self.fuses_blocks = any(part.fuses_blocks for part in parts)
 
     def _hypernetworks(self) -> list[Hypernetwork]:
