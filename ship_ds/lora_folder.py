@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ship_ds.errors import UserError
 from ship_ds.parsing import read_json_object
 from ship_ds.tensor_file import TensorFile
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 WeightOf = Callable[[str], Tensor]
 """Module path -> the base's weight (O, I) there. Raises UserError for a path that has none."""
 
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     "alora_invocation_tokens",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
+from ship_ds.adapter_files import Leaves, paths_of
 from ship_ds.errors import UserError
 from ship_ds.files import write_json, write_text
 from ship_ds.parsing import read_json_object
@@ -69,13 +70,15 @@ class Origin:
         prompt_format: `PromptFormat.describe()`.
         probes: Token ids of the prompts on which the adapter was proved.
         proof: The fields of `Proof` there.
-        adapter: SHA-256 of the adapter's weights.
+        adapter: SHA-256 of the adapter's weights; see `weights_digest`.
         tuning: What training on examples did to it afterwards; None: it is as it was generated.
         confidence: The share of samples of the instruction's posterior that answer the probes as
             this adapter does (`agreement`), from which share on dev tasks were mostly answered
             rightly (`threshold`), and how well that parts them (`auc`); None: not asked for.
         base_settings: Fingerprint of the base's config.json; see `settings_fingerprint`. Empty in
             an adapter of version 0.2.
+        folders: Names of the folders of `peft` inside this one, in the order in which they are
+            loaded, one around the other; empty: it is one itself.
     """
 
     made_from: str
@@ -92,6 +95,12 @@ class Origin:
     tuning: Tuning | None = None
     confidence: Annotated[dict[str, float | None], _with("agreement", "threshold")] | None = None
     base_settings: str = ""
+    folders: tuple[Leaves, ...] = ()
+
+    def paths(self, folder: Path) -> list[Path]:
+        """The folders of `peft` of the adapter in `folder`, in the order in which they are
+        loaded."""
+        return paths_of(folder, self.folders)
 
     def other_than(self, base: "WeightsFolder") -> Literal["weights", "settings"] | None:
         """In what a folder is another base than the adapter's; None: it is that one."""
@@ -123,7 +132,27 @@ class Origin:
             f"{self.proof['from_live']:.1e}, "
             f"from the bare base's by {self.proof['from_base']:.2f}\n"
             f"- prompt format: {json.dumps(self.prompt_format, ensure_ascii=False)}\n"
+            f"{self._loading()}"
         )
+
+    def _loading(self) -> str:
+        """How the folders are loaded together; empty where the adapter is one."""
+        if not self.folders:
+            return ""
+        first, *others = self.folders
+        lines = [
+            "",
+            f"It is in {len(self.folders)} folders of `peft`, each one a part that does little "
+            "alone; around `base`, the transformers model:",
+            "",
+            f'    model = PeftModel.from_pretrained(base, "THIS_FOLDER/{first}")',
+            *(
+                "    model = PeftModel.from_pretrained(model.get_base_model(), "
+                f'"THIS_FOLDER/{one}")'
+                for one in others
+            ),
+        ]
+        return "".join(f"{line}\n" for line in lines)
 
     def _confidence(self) -> str:
         """A line of the card; empty where nothing was asked."""

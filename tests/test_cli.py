@@ -324,7 +324,7 @@ def make_places(folder: Path) -> dict[str, Path]:
     proof = {"from_live": 0.0, "from_base": 1.0}
     empty: dict[str, Any] = {"prompt_format": {}, "probes": [], "proof": proof}
     origin = dict.fromkeys((field.name for field in fields(Origin)), "") | empty
-    needless = {"tuning": None, "confidence": None}
+    needless = {"tuning": None, "confidence": None, "folders": []}
     write_json(places["ADAPTER"] / "ship.json", origin | needless | {"base": "no/such/base"})
     write_json(places["CHECKPOINT"] / "progress.json", {})
     quickstart = load_config("quickstart", ["model.hypernetwork.rank=2"])

@@ -11,6 +11,7 @@ from tests.conftest import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "ship_ds"
 GROUND = (
+    "adapter_files",
     "errors",
     "files",
     "lora_folder",

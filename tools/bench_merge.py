@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ship_ds.adapter_files import ADAPTER_WEIGHTS
 from ship_ds.api import Ship
 from ship_ds.export.deduce import export_many, generate
 from ship_ds.export.merge import Merge
 from ship_ds.export.requests import Request
 from ship_ds.files import sha256
-from ship_ds.lora_folder import ADAPTER_WEIGHTS, Lora, write_lora
+from ship_ds.lora_folder import Lora, write_lora
 from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.monitor.memory import PeakMemory, resident
 from ship_ds.origin import Origin

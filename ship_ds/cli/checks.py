@@ -95,6 +95,16 @@ def check_makes_lora(bundle: Path) -> None:
         )
 
 
+def check_leaves(verb: str, bundle: Path) -> None:
+    """The run's adapters have a file format."""
+    from ship_ds.kinds import ADAPTERS
+
+    hypernetwork = read_config(bundle).model.hypernetwork
+    why_not = ADAPTERS.implementation(hypernetwork).cannot_leave(hypernetwork)
+    if why_not is not None:
+        raise UserError(f"{verb}: {bundle}: {why_not}")
+
+
 def check_latents(file: Path, bundle: Path) -> None:
     """Saved latents are of this very bundle."""
     from ship_ds.bundle import SHIP_WEIGHTS

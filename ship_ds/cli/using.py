@@ -116,6 +116,7 @@ def deduce(
     if latent:
         checks.check_latents(latent, bundle)
     checks.check_new(out)
+    checks.check_leaves("deduce", bundle)  # last: it asks the kind, which imports torch
     from ship_ds.export.deduce import export_many, export_one
 
     ship = open_run(run, device, dtype, base)
@@ -224,8 +225,9 @@ def compose(
     """
     check_words(device, dtype)
     parts = checks.weighted(part)
-    checks.check_run(run, base)
+    bundle = checks.check_run(run, base)
     checks.check_new(out)
+    checks.check_leaves("compose", bundle)
     from ship_ds.export.compose import compose
 
     ship = open_run(run, device, dtype, base)

@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.api import Ship
-from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder, bundle_from_checkpoint, verify
+from ship_ds.bundle import (
+    SHIP_WEIGHTS,
+    bundle_folder,
+    bundle_from_checkpoint,
+    read_config,
+    verify,
+)
 from ship_ds.errors import UserError
 from ship_ds.export import drift
 from ship_ds.export.deduce import export_many
 from ship_ds.export.merge import Dtype, Merge
 from ship_ds.export.requests import Request
 from ship_ds.export.targets import TargetName
+from ship_ds.kinds import ADAPTERS
 from ship_ds.runtime import checkpoint
 
 
@@ -109,6 +116,9 @@ def _make_adapters(
                 "--out"
             )
         return
+    hypernetwork = read_config(bundle).model.hypernetwork
+    if (why_not := ADAPTERS.implementation(hypernetwork).cannot_leave(hypernetwork)) is not None:
+        raise UserError(f"convert: {bundle}: {why_not}")
     ship = Ship.from_run(bundle, conversion.device, conversion.compute_dtype, conversion.base)
     batch = export_many(ship, requests, out, conversion.probes or ship.probes, conversion.pad_to)
     report(f"{out}: {len(requests)} adapters, peft = live within {batch.worst.from_live:.1e}")

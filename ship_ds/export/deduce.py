@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from ship_ds.adapter_files import weights_digest
 from ship_ds.api import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.peft_adapter import Exporter
 from ship_ds.export.proof import Proof
 from ship_ds.export.requests import Request, write_latents
-from ship_ds.files import disk_error, new_folder, part_of, publish, refuse_existing, sha256
-from ship_ds.lora_folder import ADAPTER_WEIGHTS
+from ship_ds.files import disk_error, new_folder, part_of, publish, refuse_existing
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Export
 from ship_ds.origin import ORIGIN, read_origin
@@ -125,8 +125,9 @@ def _finished(folder: Path, exporter: Exporter, request: Request, export: Export
         exporter.fingerprint,
         _made_from(request),
         export.shape(),
-        sha256(folder / ADAPTER_WEIGHTS),
+        weights_digest(origin.paths(folder)),
         None,
+        export.folders(),
     )
     found = (
         origin.bundle,
@@ -135,6 +136,7 @@ def _finished(folder: Path, exporter: Exporter, request: Request, export: Export
         origin.shape,
         origin.adapter,
         origin.tuning,
+        origin.folders,
     )
     if found != expected:
         return None

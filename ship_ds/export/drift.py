@@ -20,7 +20,8 @@ def drift(merged: Path, adapter: Path, base: Path) -> dict[str, Any]:
     """Measure over the adapter's probes; both models are held whole, one after the other.
 
     Args:
-        merged: The merged model's folder.
+        merged: The merged model's folder, with what stands before the prompt, if the adapter has
+            such a part, in a folder in it.
         adapter: The adapter's, one of ours.
         base: The base model's.
 
@@ -32,11 +33,13 @@ def drift(merged: Path, adapter: Path, base: Path) -> dict[str, Any]:
     origin, cpu = read_origin(adapter), torch.device("cpu")
     quantisation = cast(Quantisation, origin.quantisation)
     trained_on = PeftBase(load_lm(str(base), quantisation, torch.float32, device=cpu), cpu)
-    live, bare = trained_on.under(adapter, origin.probes), trained_on.bare(origin.probes)
+    live = trained_on.under(origin.paths(adapter), origin.probes)
+    bare = trained_on.bare(origin.probes)
     # Two models of the size of the base would be in memory at once.
     del trained_on
     model = _in_fp32(load_lm(str(merged), "none", torch.float32, device=cpu))
-    out = PeftBase(model, cpu).bare(origin.probes)
+    result, beside = PeftBase(model, cpu), [merged / name for name in origin.folders[1:]]
+    out = result.under(beside, origin.probes) if beside else result.bare(origin.probes)
     from_live, effect = largest_difference(out, live), largest_difference(live, bare)
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(out, live, strict=True)])
     return {

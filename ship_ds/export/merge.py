@@ -5,6 +5,8 @@
                                               a restart keeps them
     OUT/                                      when all is there: shards, index, config, tokenizer,
                                               generation config, merge.json
+    OUT/prefix/                               of an adapter with a part that changes no weights:
+                                              a folder that peft loads around the merged model
 
 The largest thing held is one matrix's update in fp32; the base's own pages are mapped, and the
 result is written in pieces.
@@ -23,6 +25,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
+from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weights_digest
 from ship_ds.config import base_folder
 from ship_ds.errors import UserError
 from ship_ds.export.targets import (
@@ -37,12 +40,11 @@ from ship_ds.files import (
     part_of,
     publish,
     refuse_existing,
-    sha256,
     whole_file,
     write_json,
     write_text,
 )
-from ship_ds.lora_folder import ADAPTER_WEIGHTS, Update, read_update
+from ship_ds.lora_folder import Update, read_update
 from ship_ds.origin import Origin, read_origin
 from ship_ds.parsing import read_json_object
 from ship_ds.safetensors_header import SINGLE_FILE, WEIGHTS_INDEX
@@ -88,7 +90,7 @@ class Merge:
     written.
 
     Args:
-        adapter: A LoRA or SHiRA folder of ours.
+        adapter: A LoRA or SHiRA folder of ours, or one with such a part.
         target: What to make of it and its base; None for what training saw.
         base: The base model; None for the one that the adapter was made for.
         dtype: Of the result; "auto" for that of each tensor of the base.
@@ -109,7 +111,9 @@ class Merge:
         self.adapter, self.origin = adapter, read_origin(adapter)
         self.folder = base_folder(base or self.origin.base)
         self.base = WeightsFolder(self.folder)
-        self.update = read_update(adapter, self._shape_of)
+        # What stands before the prompt is no change of weights, and goes along as it is.
+        changes, *self.beside = self.origin.paths(adapter)
+        self.update = read_update(changes, self._shape_of)
         self.config: dict[str, Any] = read_json_object(self.folder / "config.json")
         if transposed := transposed_names(self.folder) & self.update.shapes.keys():
             raise UserError(
@@ -121,9 +125,9 @@ class Merge:
         self.plan = MergePlan(
             self.origin.adapter, self.base.fingerprint, target, dtype, shard_gigabytes
         )
-        if sha256(adapter / ADAPTER_WEIGHTS) != self.origin.adapter:
+        if weights_digest(self.origin.paths(adapter)) != self.origin.adapter:
             raise UserError(
-                f"{adapter / ADAPTER_WEIGHTS}: not the file that its ship.json lists; export "
+                f"{changes / ADAPTER_WEIGHTS}: not the file that its ship.json lists; export "
                 "the adapter again"
             )
         self.target = build_target(target, self.folder, self.origin.quantisation)
@@ -191,12 +195,14 @@ class Merge:
             self._begin(part)
             num_kept = [self._write_shard(part, shard) for shard in self.shards].count(False)
             self._write_rest(part)
+            self._write_beside(part, out)
             report = {
                 **asdict(self.plan),
                 "adapter_folder": str(self.adapter),
                 "made_from": self.origin.made_from,
                 "num_shards": len(self.shards),
                 "num_shards_kept": num_kept,
+                **({"beside": [path.name for path in self.beside]} if self.beside else {}),
                 **self._rounding(part),
                 **finish(part),
             }
@@ -293,9 +299,23 @@ class Merge:
             f"{self.plan.adapter}\n"
             f"- base fingerprint: {self.plan.base}\n- run: {self.origin.run}, weights sha256 "
             f"{self.origin.bundle}\n"
-            f"- figures: {_REPORT}\n",
+            f"- figures: {_REPORT}\n"
+            + "".join(
+                f"- {path.name}/ is the adapter's other part: peft loads it around this model\n"
+                for path in self.beside
+            ),
             encoding="utf-8",
         )
+
+    def _write_beside(self, part: Path, out: Path) -> None:
+        """The folders that `peft` loads around the merged model, which they now name."""
+        for path in self.beside:
+            shutil.rmtree(part / path.name, ignore_errors=True)
+            (part / path.name).mkdir()
+            shutil.copyfile(path / ADAPTER_WEIGHTS, part / path.name / ADAPTER_WEIGHTS)
+            config = read_json_object(path / ADAPTER_CONFIG)
+            config["base_model_name_or_path"] = str(out.resolve())
+            write_json(part / path.name / ADAPTER_CONFIG, config, indent=2)
 
 
 def check_base(

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ship_ds.adapter_files import paths_of, weights_digest
 from ship_ds.api import Ship
 from ship_ds.config import base_folder
 from ship_ds.errors import UserError
 from ship_ds.export.proof import PeftBase, Prompts, Proof, largest_difference
-from ship_ds.files import sha256
-from ship_ds.lora_folder import ADAPTER_WEIGHTS
 from ship_ds.model.adapters.adapter import Adapter, Export
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.loading import load_lm
@@ -107,17 +106,18 @@ class Exporter:
             self.ship.model.prompts.describe(),
             [list(ids) for ids in prompts],
             asdict(proof),
-            sha256(part / ADAPTER_WEIGHTS),
+            weights_digest(paths_of(part, export.folders())),
             tuning,
             None if confidence is None else dict(confidence),
             self.settings,
+            export.folders(),
         ).write(part)
         return proof
 
     def _prove(self, part: Path, export: Export, prompts: Prompts) -> Proof:
         live = [live_logits(self.ship, export.live(), ids) for ids in prompts]
         bare = self.base.bare(prompts)
-        exported = self.base.under(part, prompts)
+        exported = self.base.under(paths_of(part, export.folders()), prompts)
         proof = Proof(largest_difference(exported, live), largest_difference(exported, bare))
         most, advice = MAX_DIFFERENCE, ""
         if self.dtype != torch.float32:

@@ -4,14 +4,16 @@ Letters: S padded length, V vocabulary.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ship_ds.lora_folder import ADAPTER_CONFIG
+from ship_ds.adapter_files import ADAPTER_CONFIG
 from ship_ds.model.encoder_decoder import start_token
 
 Prompts = Sequence[Sequence[int]]
@@ -36,51 +38,58 @@ class PeftBase:
 
     def __init__(self, base: nn.Module, device: torch.device) -> None:
         self.base, self.device = base.eval().to(device), device
-        self._model: Any = None
-        self._config = ""
+        self._models: list[Any] = []  # of `peft`, one around the other
+        self._configs: list[str] = []
         self._bare: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
-    def under(self, folder: Path, prompts: Prompts) -> list[Tensor]:
-        """Logits (S, V) of each prompt under a folder's adapter."""
-        self._load(folder)
-        return [_logits(self._model, ids, self.device) for ids in prompts]
+    def under(self, folders: Sequence[Path], prompts: Prompts) -> list[Tensor]:
+        """Logits (S, V) of each prompt under an adapter: its folders of `peft`, see
+        `Origin.paths`."""
+        self._load(folders)
+        return [_logits(self._models[-1], ids, self.device) for ids in prompts]
 
     @torch.no_grad()
     def bare(self, prompts: Prompts) -> list[Tensor]:
         """Logits (S, V) of each prompt without any adapter; computed once."""
         for ids in map(tuple, prompts):
             if ids not in self._bare:
-                if self._model is None:
-                    self._bare[ids] = _logits(self.base, ids, self.device)
-                else:
-                    with self._model.disable_adapter():
-                        self._bare[ids] = _logits(self._model, ids, self.device)
+                with ExitStack() as disabled:
+                    for model in self._models:
+                        disabled.enter_context(model.disable_adapter())
+                    outermost = self._models[-1] if self._models else self.base
+                    self._bare[ids] = _logits(outermost, ids, self.device)
         return [self._bare[tuple(ids)] for ids in prompts]
 
-    def _load(self, folder: Path) -> None:
-        """Folders with the same config share the modules that the first one's load put in;
+    def _load(self, folders: Sequence[Path]) -> None:
+        """Folders with the same configs share the modules that the first ones' load put in;
         injection takes longest."""
         from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTuner
 
-        config = (folder / ADAPTER_CONFIG).read_text(encoding="utf-8")
-        if config == self._config:
+        configs = [(one / ADAPTER_CONFIG).read_text(encoding="utf-8") for one in folders]
+        pairs = zip(configs, self._configs, strict=False)
+        num_kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        while len(self._models) > num_kept:
+            model = self._models.pop()
+            if isinstance(model.base_model, BaseTuner):
+                model.unload()
+        self._configs = configs
+        for model, folder in zip(self._models, folders, strict=False):
             # A key that matches nothing leaves the last adapter's weights in place, and then the
             # comparison with the live one fails.
-            set_peft_model_state_dict(
-                self._model, load_peft_weights(str(folder), device=str(self.device))
+            weights = load_peft_weights(str(folder), device=str(self.device))
+            set_peft_model_state_dict(model, weights)
+        for folder in folders[num_kept:]:
+            inner = self._models[-1].get_base_model() if self._models else self.base
+            model = PeftModel.from_pretrained(
+                inner,
+                str(folder),
+                # Else it raises the adapter of a 16-bit base to fp32, and rounds otherwise than we
+                # do.
+                autocast_adapter_dtype=False,
             )
-            return
-        if self._model is not None and isinstance(self._model.base_model, BaseTuner):
-            self._model.unload()
-        self._model = PeftModel.from_pretrained(
-            self.base,
-            str(folder),
-            # Else it raises the adapter of a 16-bit base to fp32, and rounds otherwise than we do.
-            autocast_adapter_dtype=False,
-        ).eval()
-        self._config = config
+            self._models.append(model.eval())
 
 
 def _logits(model: nn.Module, ids: Sequence[int], device: torch.device) -> Tensor:

@@ -38,6 +38,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
+from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ship_ds.api import Candidate, Explained, Explanation, Ship
 from ship_ds.console import Log
 from ship_ds.console import log as log_to_console
@@ -45,7 +46,6 @@ from ship_ds.data.task import spread
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request, slug
-from ship_ds.lora_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ship_ds.model.adapters.adapter import Hypernetwork
 from ship_ds.serving.errors import RequestError, naming_fields
 from ship_ds.serving.leaving import unless_gone
@@ -491,8 +491,8 @@ def _export(ship: Ship, instruction: str) -> IO[bytes]:
         export_one(ship, request, folder, ship.probes)
         file = tempfile.TemporaryFile(prefix="ship-ds-")  # noqa: SIM115 (its reader closes it)
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted(folder.iterdir()):
-                archive.write(path, f"{slug(instruction)}/{path.name}")
+            for path in sorted(filter(Path.is_file, folder.rglob("*"))):
+                archive.write(path, f"{slug(instruction)}/{path.relative_to(folder)}")
     file.seek(0)
     return file
 

@@ -183,8 +183,14 @@ class InstructionResolver:
     def _check_base(self, name: str) -> None:
         """Raises UserError where vLLM serves another model than the run's adapters are for."""
         from ship_ds.bundle import Bundle, check_bases, fingerprints
+        from ship_ds.config import LoraHypernetworkConfig
 
         bundle = Bundle.open(self.run)
+        if not isinstance(bundle.config.model.hypernetwork, LoraHypernetworkConfig):
+            raise UserError(
+                f"{self.run}: its adapters are no LoRAs, and vLLM serves no others by name; "
+                "`ship-ds serve` serves this run's"
+            )
         base = bundle.config.model.task_llm.base
         if not Path(name).is_dir():
             raise UserError(

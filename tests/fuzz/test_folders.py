@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ship_ds.base_files import check_base_files
 from ship_ds.bundle import Bundle, frozen_bases, write_bundle
 from ship_ds.cli.checks import check_run
 from ship_ds.config import base_folder, load_config
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest
-from ship_ds.lora_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_lora
+from ship_ds.lora_folder import read_lora
 from ship_ds.origin import read_origin
 from ship_ds.safetensors_header import read_header
 from tests.fuzz.documents import broken, files, fuzz, reads_or_says

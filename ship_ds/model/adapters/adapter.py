@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ship_ds.adapter_files import Leaves
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.segment_lora import Addition, LowRank
@@ -30,6 +31,7 @@ from ship_ds.section import Section
 
 Sites = Mapping[str, tuple[int, int]]
 """Module path -> (in, out) of each linear that adapters change."""
+NO_FORMAT = "adapters of this run's kind have no file format; `ship-ds answer` applies them"
 
 
 class Adapter(ABC):
@@ -131,6 +133,11 @@ class Adapter(ABC):
 
 class Export(ABC):
     """One task's adapter on its way out."""
+
+    def folders(self) -> tuple[Leaves, ...]:
+        """Folders of `peft` that `write` makes inside its own, in the order in which they are
+        loaded, one around the other; empty: the folder itself is one."""
+        return ()
 
     @abstractmethod
     def live(self) -> Adapter:
@@ -249,6 +256,8 @@ class Hypernetwork(nn.Module, ABC):
     """Whether these keys stand at places before the prompt, which count towards the context."""
     fuses_blocks: bool = False
     """Whether it wants what came into each of the encoder's blocks among them."""
+    leaves: ClassVar[Leaves | None] = None
+    """What its folder is among those of a combination; None: it cannot leave in one."""
 
     @staticmethod
     def targets(config: Any) -> tuple[str, ...]:
@@ -291,11 +300,14 @@ class Hypernetwork(nn.Module, ABC):
         such as by `Adapter.after`. For FLOPs."""
         return {}
 
+    @classmethod
+    def cannot_leave(cls, config: Any) -> str | None:
+        """Why adapters of this config have no file format; None: they have one."""
+        return NO_FORMAT if cls.exports is Hypernetwork.exports else None
+
     def exports(self, adapter: Any) -> list[Export]:
         """Each task's adapter on its way out. Raises UserError for a kind without a format."""
-        raise UserError(
-            "deduce: adapters of this run's kind have no file format; `ship-ds answer` applies them"
-        )
+        raise UserError(f"deduce: {NO_FORMAT}")
 
     def read(self, folder: Path, lm: Any) -> Adapter:
         """The value of a folder that `peft` or `ship-ds deduce` wrote, by whomever it was trained.

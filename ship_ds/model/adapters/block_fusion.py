@@ -31,6 +31,7 @@ class BlockFusionHypernetwork(Hypernetwork):
     """States of the encoder's blocks -> keys and values of the Task LLM's."""
 
     needs: ClassVar = ("adapters", "prefix", "projection")
+    leaves: ClassVar = "prefix"
     fuses = 1
     fuses_blocks = True
     stands_before = True

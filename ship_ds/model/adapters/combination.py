@@ -16,16 +16,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ship_ds.adapter_files import BEFORE_THE_PROMPT, Leaves
 from ship_ds.config import CombinationConfig
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.adapter import (
     Adapter,
+    Export,
     Hypernetwork,
     States,
     Target,
@@ -116,6 +119,38 @@ class CombinedAdapter(Adapter):
         return torch.stack([part.distance(theirs) for part, theirs in pairs]).mean(0)
 
 
+@dataclass(frozen=True)
+class CombinedExport(Export):
+    """A folder of `peft` for each part. None lies in the outer folder, where a program that loads
+    one adapter alone would take a part of them for the whole."""
+
+    names: tuple[Leaves, ...]
+    parts: tuple[Export, ...]
+
+    def folders(self) -> tuple[Leaves, ...]:
+        """See `Export`."""
+        return self.names
+
+    def live(self) -> CombinedAdapter:
+        """See `Export`."""
+        return CombinedAdapter(tuple(part.live() for part in self.parts))
+
+    def write(self, part: Path, base: str, lm: Any) -> None:
+        """See `Export`."""
+        for name, export in zip(self.names, self.parts, strict=True):
+            (part / name).mkdir()
+            export.write(part / name, base, lm)
+
+    def shape(self) -> str:
+        """See `Export`."""
+        return "; ".join(part.shape() for part in self.parts)
+
+    def padded(self, rank: int) -> "CombinedExport":
+        """See `Export`: of the part that changes linears."""
+        first, *others = self.parts
+        return replace(self, parts=(first.padded(rank), *others))
+
+
 def _side_by_side(left: LowRank, right: LowRank) -> LowRank:
     """The sum of two products as one; each one's scaling goes into its B."""
     b = torch.cat([left.b_TOR * left.scaling, right.b_TOR * right.scaling], 2)
@@ -140,6 +175,7 @@ class Combination(Hypernetwork):
 
     def __init__(self, config: CombinationConfig, latent_size: int, target: Target) -> None:
         super().__init__()
+        self.why_not = self.cannot_leave(config)
         parts = [build_hypernetwork(part, latent_size, _own(target, part)) for part in config.parts]
         self.parts = nn.ModuleList(parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in parts)
@@ -205,12 +241,37 @@ class Combination(Hypernetwork):
     def head_modules(self) -> list[nn.Module]:
         return [head for part in self._hypernetworks() for head in part.head_modules()]
 
-    def exports(self, adapter: Adapter) -> Any:
-        """Raises UserError: a folder of `peft` holds one kind."""
-        raise UserError(
-            "deduce: a folder of peft holds one kind of adapter, and this run's are of "
-            f"{len(self.parts)}; `ship-ds answer` applies them"
-        )
+    @classmethod
+    def cannot_leave(cls, config: CombinationConfig) -> str | None:
+        """See `Hypernetwork`: `peft` loads a kind that changes linears, and around the whole model
+        one that stands before the prompt; a second one of either it does not."""
+        kinds = [ADAPTERS.implementation(part) for part in config.parts]
+        found = [
+            one
+            for kind, part in zip(kinds, config.parts, strict=True)
+            if (one := kind.cannot_leave(part)) is not None
+        ]
+        if found:
+            return str(found[0])
+        if sorted(kind.leaves in BEFORE_THE_PROMPT for kind in kinds) != [False, True]:
+            return (
+                "adapters of this run leave in folders of peft where they are of two kinds, one "
+                "that changes linears (lora, sparse, scatter) and one that stands before the "
+                "prompt (prefix, layer_prompt, fusion, block_fusion, soft_prompt, reshape); "
+                "`ship-ds answer` applies them"
+            )
+        return None
+
+    def exports(self, adapter: CombinedAdapter) -> list[Export]:
+        """See `Hypernetwork`: a folder of each part, side by side."""
+        if self.why_not is not None:
+            raise UserError(f"deduce: {self.why_not}")
+        parts = zip(self._hypernetworks(), adapter.parts, strict=True)
+        # What peft puts around the whole model is loaded last.
+        ordered = sorted(parts, key=lambda pair: pair[0].leaves in BEFORE_THE_PROMPT)
+        made = [part.exports(its) for part, its in ordered]
+        names = tuple(part.leaves for part, _ in ordered if part.leaves is not None)
+        return [CombinedExport(names, one) for one in zip(*made, strict=True)]
 
 
 def _targets(part: Any) -> tuple[str, ...]:

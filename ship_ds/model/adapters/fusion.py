@@ -34,6 +34,7 @@ class FusionHypernetwork(TrunkHypernetwork):
     one, as many as there are states."""
 
     needs: ClassVar = ("adapters", "prefix")
+    leaves: ClassVar = "prefix"
     fuses = 1
 
     def __init__(self, config: FusionHypernetworkConfig, latent_size: int, target: Target) -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -293,6 +293,8 @@ class FactorHypernetwork(TrunkHypernetwork):
 
 class LoraHypernetwork(FactorHypernetwork):
     """z -> the LoRA of every site."""
+
+    leaves: ClassVar = "lora"
 
     def forward(self, latent_TZ: Tensor) -> LoraAdapter:
         return self.factors(latent_TZ)

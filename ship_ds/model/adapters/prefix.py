@@ -134,6 +134,7 @@ class OneHeadHypernetwork(TrunkHypernetwork):
     """z and the learned embedding of a block -> MLP -> its keys and values, by one head for all
     blocks; a subclass has the head and makes keys and values of what it gives."""
 
+    leaves: ClassVar = "prefix"
     head: nn.Linear
 
     def add_places(

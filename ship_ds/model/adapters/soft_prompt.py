@@ -7,7 +7,7 @@ X other letters flattened.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,8 @@ class SoftPromptHypernetwork(Hypernetwork):
     """z -> MLP -> P embeddings before the prompt, whole or as the product of P x R numbers and a
     learned matrix R x H (Decomposed Prompt Tuning, Xiao et al. 2023, arXiv 2310.10094)."""
 
+    leaves: ClassVar = "prompt"
+
     def __init__(
         self, config: SoftPromptHypernetworkConfig, latent_size: int, target: Target
     ) -> None:
@@ -144,6 +146,8 @@ class SoftPromptHypernetwork(Hypernetwork):
 class ReshapeHypernetwork(Hypernetwork):
     """z itself, cut into P embeddings before the prompt: the published "p-tuning" fusion (arXiv
     2502.02315). No weights."""
+
+    leaves: ClassVar = "prompt"
 
     def __init__(self, config: ReshapeHypernetworkConfig, latent_size: int, target: Target) -> None:
         super().__init__()

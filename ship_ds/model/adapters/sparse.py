@@ -22,7 +22,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -309,6 +309,8 @@ def _shapes(sites: Sites) -> dict[str, tuple[int, int]]:
 
 class DeltaHypernetwork(Hypernetwork):
     """What makes the numbers of chosen weights, by whatever way."""
+
+    leaves: ClassVar = "shira"
 
     def add_places(self, sites: Sites, counts: Mapping[str, int]) -> None:
         """Draw the places. A subclass calls it once.

@@ -1,0 +1,32 @@
+"""How an adapter lies on disk: one folder of `peft`, or several in one, of two files each.
+
+FOLDER/adapter_config.json, adapter_model.safetensors
+FOLDER/lora/..., prefix/...       of a combination; none in FOLDER itself
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ship_ds.files import sha256
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Leaves = Literal["lora", "shira", "prefix", "prompt"]
+"""What a folder of `peft` holds, by which it is called where several lie in an adapter's folder."""
+BEFORE_THE_PROMPT = ("prefix", "prompt")
+"""Those that `peft` puts around a whole model, with its LoRA or without."""
+
+
+def paths_of(folder: Path, names: Sequence[Leaves]) -> list[Path]:
+    """The folders of these names in an adapter's; without a name itself."""
+    return [folder / name for name in names] or [folder]
+
+
+def weights_digest(paths: Sequence[Path]) -> str:
+    """SHA-256 of the weights of one folder of `peft`; of several that of a line a folder with its
+    own."""
+    digests = [sha256(path / ADAPTER_WEIGHTS) for path in paths]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(f"{one}\n" for one in digests).encode()).hexdigest()

@@ -1,0 +1,201 @@
+"""Adapters of two kinds at once: a folder of `peft` each, which together do what the live one
+does, merged or not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ship_ds.cli.checks import check_leaves
+from ship_ds.config import parse_config
+from ship_ds.errors import UserError
+from ship_ds.export.compose import compose
+from ship_ds.export.convert import merge_into
+from ship_ds.export.deduce import export_many, export_one
+from ship_ds.export.merge import Merge
+from ship_ds.export.peft_adapter import live_logits
+from ship_ds.export.requests import Request
+from ship_ds.files import write_json
+from ship_ds.origin import read_origin
+from tests.export.models import FAMILIES, PROBES, make_base, make_ship, make_t5_base
+
+pytestmark = pytest.mark.slow
+
+TEXTS = ("put 7 at the front", "reverse the list", "put 7 at the front of the list")
+LORA: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 6, "width": 32}
+SPARSE: dict[str, Any] = {"kind": "sparse", "rank": 3, "width": 32, "num_blocks": 1}
+FUSED: dict[str, Any] = {"kind": "block_fusion"}
+PREFIX: dict[str, Any] = {"kind": "prefix", "length": 3, "width": 32}
+PROMPT: dict[str, Any] = {"kind": "soft_prompt", "num_virtual_tokens": 2, "width": 32}
+# The order of a config is none of loading: peft puts what stands before the prompt around the rest.
+PAIRS = {
+    "lora and block_fusion": ([LORA, FUSED], ["lora", "prefix"]),
+    "prefix and lora": ([PREFIX, LORA], ["lora", "prefix"]),
+    "sparse and soft_prompt": ([SPARSE, PROMPT], ["shira", "prompt"]),
+}
+
+
+def combined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"kind": "combination", "parts": parts}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folders_side_by_side_equal_the_live_adapter(
+    family: str, pair: str, tmp_path: Path
+) -> None:
+    """Several in one go, of texts of three lengths, and one of them again, the second of two.
+
+    Either folder alone is far from the live adapter, and the outer one is none that peft loads."""
+    parts, names = PAIRS[pair]
+    ship = make_ship(make_base(tmp_path / "base", family), **combined(parts))
+    requests = [Request(f"r{number}", text) for number, text in enumerate(TEXTS)]
+    batch = export_many(ship, requests, tmp_path / "many", PROBES)
+    assert batch.worst.from_live <= 1e-4 < 0.1 < batch.worst.from_base
+    for number, text in enumerate(TEXTS):
+        folder = tmp_path / "many" / f"r{number}"
+        origin = read_origin(folder)
+        assert list(origin.folders) == names and not (folder / "adapter_config.json").exists()
+        card = (folder / "README.md").read_text()
+        assert f'get_base_model(), "THIS_FOLDER/{names[1]}")' in card
+        live = [
+            live_logits(ship, ship.model.adapt(ship.model.encode([text]), [text]), ids)
+            for ids in origin.probes
+        ]
+        assert _difference(_by_peft(ship, folder, names, origin.probes), live) <= 1e-4
+        for name in names:
+            assert _difference(_by_peft(ship, folder, [name], origin.probes), live) > 0.01
+
+
+def _by_peft(
+    ship: Any, folder: Path, names: list[str], probes: list[list[int]]
+) -> list[torch.Tensor]:
+    """As the card says, on the base in the dtype and quantisation of the run."""
+    from ship_ds.model.loading import load_lm
+
+    config = ship.config.model.task_llm
+    device = torch.device("cpu")
+    model: Any = load_lm(config.base, config.quantisation, torch.float32, device=device)
+    for name in names:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = PeftModel.from_pretrained(inner, str(folder / name)).eval()
+    with torch.no_grad():
+        found = [model(torch.tensor([ids]), use_cache=False).logits[0] for ids in probes]
+    return [logits[-len(ids) :] for logits, ids in zip(found, probes, strict=True)]
+
+
+def _difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
+
+
+def test_peft_writes_on_as_the_live_adapter_does(tmp_path: Path) -> None:
+    """`generate` keeps keys and values behind the prefix; the live one reads all anew."""
+    ship = make_ship(make_base(tmp_path / "base"), quantisation="none", **combined([LORA, FUSED]))
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base, str(tmp_path / "a" / "lora"))
+    model = PeftModel.from_pretrained(model.get_base_model(), str(tmp_path / "a" / "prefix")).eval()
+    adapter = ship.model.adapt(ship.model.encode([TEXTS[0]]), [TEXTS[0]])
+    for ids in read_origin(tmp_path / "a").probes:
+        expected = list(ids)
+        for _ in range(6):
+            expected.append(int(live_logits(ship, adapter, expected)[-1].argmax()))
+        written = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=6, do_sample=False)
+        assert written[0].tolist() == expected
+
+
+@pytest.mark.parametrize("quantisation", ["nf4", "none"])
+def test_the_merged_model_takes_the_other_folder_along(quantisation: str, tmp_path: Path) -> None:
+    ship = make_ship(
+        make_base(tmp_path / "base"), quantisation=quantisation, **combined([LORA, FUSED])
+    )
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    merge = Merge(tmp_path / "a", dtype="float32")
+    report = merge_into(tmp_path / "merged", merge, True)
+    assert report["beside"] == ["prefix"] and report["drift_of_effect"] < 1e-3
+    settings = json.loads((tmp_path / "merged/prefix/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str((tmp_path / "merged").resolve())
+    assert "prefix/ is the adapter's other part" in (tmp_path / "merged/README.md").read_text()
+
+
+def test_another_prefix_than_the_one_proved_is_no_merge(tmp_path: Path) -> None:
+    ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, FUSED]))
+    for name, text in (("a", TEXTS[0]), ("b", TEXTS[1])):
+        export_one(ship, Request(name, text), tmp_path / name, PROBES)
+    weights = "prefix/adapter_model.safetensors"
+    (tmp_path / "a" / weights).write_bytes((tmp_path / "b" / weights).read_bytes())
+    with pytest.raises(UserError, match="not the file that its ship.json lists"):
+        Merge(tmp_path / "a")
+
+
+def test_a_rank_is_padded_and_a_sum_refused(tmp_path: Path) -> None:
+    ship = make_ship(make_base(tmp_path / "base"), **combined([PREFIX, LORA]))
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES, pad_to=8)
+    assert json.loads((tmp_path / "a/lora/adapter_config.json").read_text())["r"] == 8
+    with pytest.raises(UserError, match="a sum of such adapters means nothing"):
+        compose(ship, [(1.0, TEXTS[0])], tmp_path / "b", PROBES)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([LORA, SPARSE], "two kinds, one that changes linears"),
+        ([PREFIX, PROMPT], "two kinds, one that changes linears"),
+        ([LORA, PREFIX, PROMPT], "two kinds, one that changes linears"),
+        ([{"kind": "bottleneck", "rank": 2, "width": 8}, PREFIX], "no file format"),
+    ],
+)
+def test_what_cannot_leave_says_so(
+    parts: list[dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    ship = make_ship(make_base(tmp_path / "base"), **combined(parts))
+    kind = type(ship.model.hypernetwork)
+    assert message in str(kind.cannot_leave(ship.config.model.hypernetwork))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"deduce: .*{message}"):
+        export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def test_no_format_is_told_by_the_config_alone(tmp_path: Path) -> None:
+    """`deduce`, `compose` and `convert` ask before a model is loaded: here there is none."""
+    settings = {
+        "combination": combined([LORA, {"kind": "bottleneck", "rank": 2}]),
+        "bottleneck": {"kind": "bottleneck", "rank": 2},
+        "fused": combined([LORA, FUSED]),
+        "lora": LORA,
+    }
+    for name, section in settings.items():
+        (tmp_path / name).mkdir()
+        values = {"run": {"folder": "x"}, "training": {"steps": 1}}
+        config = parse_config(values | {"model": {"hypernetwork": section}}, "test")
+        write_json(tmp_path / name / "config.json", config.model_dump(mode="json"))
+    for name in ("combination", "bottleneck"):
+        with pytest.raises(UserError, match=f"deduce: {tmp_path / name}: .*no file format"):
+            check_leaves("deduce", tmp_path / name)
+    for name in ("fused", "lora"):
+        check_leaves("deduce", tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc", "bottleneck"])
+def test_a_record_names_no_folder_of_its_own(name: str, tmp_path: Path) -> None:
+    """`ship.json` may be somebody else's."""
+    ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, FUSED]))
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    record = json.loads((tmp_path / "a" / "ship.json").read_text())
+    write_json(tmp_path / "a" / "ship.json", record | {"folders": ["lora", name]})
+    with pytest.raises(UserError, match="ship.json: folders.*export the adapter again"):
+        Merge(tmp_path / "a")
+
+
+def test_a_prefix_of_two_stacks_leaves_nothing(tmp_path: Path) -> None:
+    """Its LoRA was written already."""
+    lora = LORA | {"targets": ["all-linear"]}
+    base = make_t5_base(tmp_path / "base")
+    ship = make_ship(base, quantisation="none", **combined([lora, PREFIX]))
+    with pytest.raises(UserError, match="prefixes stand in the writing stack alone"):
+        export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
