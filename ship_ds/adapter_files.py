@@ -5,7 +5,7 @@ FOLDER/lora/..., prefix/...       of a combination; none in FOLDER itself
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,13 @@ from ship_ds.files import sha256
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Leaves = Literal["lora", "shira", "prefix", "prompt"]
 """What a folder of `peft` holds, by which it is called where several lie in an adapter's folder."""
+PEFT_TYPES: Mapping[Leaves, str] = {
+    "lora": "LORA",
+    "shira": "SHIRA",
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",
+}
+"""What `peft` calls them in a folder's config."""
 BEFORE_THE_PROMPT = ("prefix", "prompt")
 """Those that `peft` puts around a whole model, with its LoRA or without."""
 

@@ -159,6 +159,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # peft 0.21 asks for it under its old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # Of peft's SHiRA, whose places were checked as they were read or drawn.
+    warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
 
 
 def log_threads() -> None:

@@ -46,7 +46,6 @@ from ship_ds.data.task import spread
 from ship_ds.errors import UserError
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request, slug
-from ship_ds.model.adapters.adapter import Hypernetwork
 from ship_ds.serving.errors import RequestError, naming_fields
 from ship_ds.serving.leaving import unless_gone
 from ship_ds.serving.protocol import Examples, Text
@@ -347,7 +346,6 @@ def _add_jobs(router: APIRouter, room: Room) -> None:
 
 def _run(ship: Ship, name: str, most_new_tokens: int) -> RunAnswer:
     model, base = ship.config.model, str(ship.config.model.task_llm.base)
-    reads = type(ship.model.hypernetwork).read is not Hypernetwork.read
     return RunAnswer(
         model=name,
         base=Path(base).name,
@@ -355,7 +353,7 @@ def _run(ship: Ship, name: str, most_new_tokens: int) -> RunAnswer:
         num_known=len(set(ship.known)),
         examples=list(ship.known[:1]),
         probes=list(ship.probes),
-        reads_adapters=reads,
+        reads_adapters=ship.model.hypernetwork.reads(),
         max_new_tokens=min(most_new_tokens, ship.config.evaluation.max_new_tokens),
     )
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ship_ds.cli.checks import check_leaves
+from ship_ds.cli.checks import check_explained, check_leaves
 from ship_ds.config import parse_config
 from ship_ds.errors import UserError
 from ship_ds.export.compose import compose
@@ -20,6 +20,8 @@ from ship_ds.export.merge import Merge
 from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.requests import Request
 from ship_ds.files import write_json
+from ship_ds.inference.config import InductionConfig
+from ship_ds.model.adapters.combination import CombinedAdapter
 from ship_ds.origin import read_origin
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship, make_t5_base
 
@@ -90,6 +92,47 @@ def _by_peft(
 
 def _difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
+
+
+def test_folders_are_read_back(tmp_path: Path) -> None:
+    """Both together do what was written; one alone, or anybody's LoRA, is that part; and what no
+    part can be is one line."""
+    ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, FUSED]))
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    probes = read_origin(tmp_path / "a").probes
+    adapter = ship.model.adapt(ship.model.encode([TEXTS[0]]), [TEXTS[0]])
+    live = [live_logits(ship, adapter, ids) for ids in probes]
+    read = ship.model.read_adapter(tmp_path / "a")
+    assert isinstance(read, CombinedAdapter) and len(read.parts) == 2
+    assert _difference([live_logits(ship, read, ids) for ids in probes], live) <= 1e-4
+    assert set(read.update_norms()) == set(ship.model.task_llm.sites())
+    for name in ("lora", "prefix"):
+        alone = ship.model.read_adapter(tmp_path / "a" / name)
+        made = [live_logits(ship, alone, ids) for ids in probes]
+        by_peft = _by_peft(ship, tmp_path / "a", [name], probes)
+        assert _difference(made, by_peft) <= 1e-4
+    # By what can be compared: z makes the LoRA, the text the prefix.
+    [own, other] = ship.model.encode([TEXTS[0], TEXTS[1]])
+    assert float(ship.model.adapt(own[None]).distance(read)) < 1e-6
+    assert float(ship.model.adapt(other[None]).distance(read)) > 0.01
+    with pytest.raises(UserError, match="cannot be compared by their weights"):
+        ship.model.adapt(own[None]).distance(ship.model.read_adapter(tmp_path / "a" / "prefix"))
+    settings = json.loads((tmp_path / "a/lora/adapter_config.json").read_text())
+    write_json(tmp_path / "a/lora/adapter_config.json", settings | {"peft_type": "IA3"})
+    with pytest.raises(UserError, match="peft_type is 'IA3', and .* LORA or PREFIX_TUNING"):
+        ship.model.read_adapter(tmp_path / "a" / "lora")
+    with pytest.raises(UserError, match="no folder of lora or prefix in it"):
+        ship.model.read_adapter(tmp_path / "base")
+
+
+def test_an_adapter_of_two_folders_is_explained(tmp_path: Path) -> None:
+    """By its answers, and by the weights of the part that z makes."""
+    ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, FUSED]))
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    config = InductionConfig(num_samples=2, num_beams=2, steps=2, num_rounds=0)
+    check_explained(tmp_path / "a", is_merged=False)
+    found = ship.explain(tmp_path / "a", PROBES, config=config)
+    assert len(found.inputs) == len(PROBES) and found.threshold == 0.5
 
 
 def test_peft_writes_on_as_the_live_adapter_does(tmp_path: Path) -> None:

@@ -247,6 +247,27 @@ def test_tasks_answer_as_each_alone_padded_and_packed(name: str, family: str) ->
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)
+def test_tasks_stand_beside_those_of_another_adapter(name: str, family: str) -> None:
+    """Of texts of other lengths, where texts are fused: a server's rows join each other."""
+    lm, hypernetwork = _made(name, family)
+    _awake(hypernetwork)
+    longer = States(
+        torch.randn(TASKS, 6, STATE_WIDTH, generator=torch.Generator().manual_seed(8)),
+        torch.arange(6) < torch.tensor([[3], [6]]),
+    )
+    adapters = [_adapted(hypernetwork, _latent()), _adapted(hypernetwork, _latent(5), longer)]
+    batches = [_batch(hypernetwork, rows) for rows in (slice(0, 2), slice(2, 4))]
+    for order in ((0, 1), (1, 0)):
+        both = adapters[order[0]].beside(adapters[order[1]])
+        assert both is not None and both.num_tasks == 2 * TASKS
+        # The first adapter's rows are those of its own batch, whichever stands first.
+        index = torch.tensor([0, 1, 2, 3] if order == (0, 1) else [2, 3, 0, 1])
+        together = _logits(lm, both.rows(index), _batch(hypernetwork))
+        alone = [_logits(lm, *row) for row in zip(adapters, batches, strict=True)]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
 def test_rows_that_finish_leave_the_others_their_adapter(name: str, family: str) -> None:
     """Of task 0 one row stays, of task 1 two: each goes on as it would alone. In fp64, since T5's
     attention, whose scores are not scaled, makes much of what fp32 rounds off."""

@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.combination import CombinedAdapter
+from ship_ds.model.adapters.prefix import PrefixAdapter
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.adapters.soft_prompt import SoftPrompt
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.key_value_cache import ending_at, preallocated_layers
-from ship_ds.model.language_model import Stream
+from ship_ds.model.language_model import Stream, language_model
 from tests.model.models import FAMILIES, HIDDEN, random_lora, random_rows, stream_of, tiny_lm
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
@@ -34,15 +36,36 @@ def begun(model: torch.nn.Module, lengths: list[int], adapter: Adapter | None, s
     return stream
 
 
+def random_prefix(model: torch.nn.Module, lengths: list[int], seed: int) -> PrefixAdapter:
+    """One of each task, of which it sees so many keys."""
+    generator = torch.Generator().manual_seed(seed)
+    lm = language_model(model)
+    num_heads, head_size = lm.key_value_heads
+    shape = (len(lengths), 2, num_heads, max(lengths), head_size)
+    states = {place: torch.randn(shape, generator=generator) for place in lm.attentions()}
+    seen_TP = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return PrefixAdapter(states, None if bool(seen_TP.all()) else seen_TP)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("is_adapted", [True, False], ids=["adapters", "bare"])
+@pytest.mark.parametrize("kind", ["bare", "lora", "prefix", "even prefix", "lora and prefix"])
 @torch.no_grad()
-def test_joined_rows_go_on_as_alone(family: str, is_adapted: bool) -> None:
+def test_joined_rows_go_on_as_alone(family: str, kind: str) -> None:
     model = tiny_lm(family)
     adapters: list[Adapter | None] = [None, None]
-    if is_adapted:
+    if "lora" in kind:
         sites = wrap_sites(model, TARGETS)
         adapters = [random_lora(sites, 3), random_lora(sites, 2, seed=7)]
+    elif kind != "bare":
+        wrap_sites(model, ())
+    if "prefix" in kind:
+        even = kind == "even prefix"
+        lengths = ([3, 3, 3], [3, 3]) if even else ([2, 4, 1], [5, 3])
+        prefixes = [random_prefix(model, one, seed) for seed, one in enumerate(lengths)]
+        adapters = [
+            prefix if lora is None else CombinedAdapter((lora, prefix))
+            for lora, prefix in zip(adapters, prefixes, strict=True)
+        ]
     alone = [
         advanced(begun(model, lengths, adapter, seed), 12)
         for lengths, adapter, seed in zip((EARLY, LATE), adapters, (2, 3), strict=True)

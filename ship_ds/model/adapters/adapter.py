@@ -325,6 +325,10 @@ class Hypernetwork(nn.Module, ABC):
             "scatter"
         )
 
+    def reads(self) -> bool:
+        """Whether `read` reads anything."""
+        return type(self).read is not Hypernetwork.read
+
     def latent_of(self, adapter: Any) -> Tensor | None:
         """The latent (Z,) whose adapter this is, where it can be told without a search."""
         return None

@@ -15,7 +15,8 @@ Letters: T tasks, S padded length, H hidden size, Z latent size, L decoder layer
 heads, P virtual tokens, F size of an attention head, X other letters flattened.
 """
 
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from ship_ds.config import BlockFusionHypernetworkConfig
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Export, Hypernetwork, States, Target
 from ship_ds.model.adapters.layer_prompt import Projection
-from ship_ds.model.adapters.prefix import PrefixAdapter, prefix_exports
+from ship_ds.model.adapters.prefix import PrefixAdapter, prefix_exports, read_prefix_adapter
 
 
 class BlockFusionHypernetwork(Hypernetwork):
@@ -51,7 +52,7 @@ class BlockFusionHypernetwork(Hypernetwork):
         self.drop, self.places, self.state_size = config.drop, target.blocks, target.state_size
         assert target.project is not None
         self.projections = nn.ModuleList(Projection(target.project, one) for one in self.places)
-        num_heads, head_size = target.heads
+        self.heads = num_heads, head_size = target.heads
         self.products_of_place = target.hidden_size * 2 * num_heads * head_size
 
     def forward(self, latent_TZ: Tensor, read: States | None = None) -> PrefixAdapter:
@@ -89,3 +90,7 @@ class BlockFusionHypernetwork(Hypernetwork):
     def exports(self, adapter: PrefixAdapter) -> list[Export]:
         """See `Hypernetwork`: a prefix as long as the instruction."""
         return prefix_exports(adapter)
+
+    def read(self, folder: Path, lm: Any) -> PrefixAdapter:
+        """See `Hypernetwork`: of any length."""
+        return read_prefix_adapter(folder, lm, self.places, self.heads, lm.device)

@@ -47,6 +47,11 @@ class BottleneckAdapter(Adapter):
     def rows(self, index: Tensor) -> "BottleneckAdapter":
         return replace(self, factors=self.factors.rows(index))
 
+    def beside(self, other: Adapter) -> "BottleneckAdapter":
+        """See `Adapter`."""
+        assert isinstance(other, BottleneckAdapter)
+        return replace(self, factors=self.factors.beside(other.factors))
+
     def over(self, offsets: Tensor | None) -> "BottleneckAdapter":
         return replace(self, factors=self.factors.over(offsets))
 

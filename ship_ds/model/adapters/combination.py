@@ -14,6 +14,7 @@ linear, G key-value heads, P virtual tokens, F size of an attention head.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ship_ds.adapter_files import BEFORE_THE_PROMPT, Leaves
+from ship_ds.adapter_files import ADAPTER_CONFIG, BEFORE_THE_PROMPT, PEFT_TYPES, Leaves
 from ship_ds.config import CombinationConfig
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
@@ -38,6 +39,7 @@ from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.sites import is_target
 from ship_ds.model.attention import Prefix
 from ship_ds.model.language_model import Feature
+from ship_ds.parsing import read_json_object
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,13 @@ class CombinedAdapter(Adapter):
             all_seen = torch.cat([_seen(*one) for one in zip(keys, seen, strict=True)], 1)
         return torch.cat(keys, 2), torch.cat(values, 2), all_seen
 
+    def beside(self, other: Adapter) -> "CombinedAdapter | None":
+        """See `Adapter`: where every part can."""
+        assert isinstance(other, CombinedAdapter)
+        made = [one.beside(its) for one, its in zip(self.parts, other.parts, strict=True)]
+        found = [one for one in made if one is not None]
+        return CombinedAdapter(tuple(found)) if len(found) == len(made) else None
+
     def _each(self, change: Callable[[Adapter], Adapter]) -> "CombinedAdapter":
         return CombinedAdapter(tuple(map(change, self.parts)))
 
@@ -112,11 +121,31 @@ class CombinedAdapter(Adapter):
             for name, tensor in part.tensors().items()
         }
 
+    def update_norms(self) -> dict[str, float]:
+        """See `Adapter`; where several parts change one linear the sum of theirs, which is as much
+        at most."""
+        norms: Counter[str] = Counter()
+        for part in self.parts:
+            norms.update(part.update_norms())
+        return dict(norms)
+
     def distance(self, other: Adapter) -> Tensor:
-        """The mean of the parts' distances."""
+        """The mean of the distances of what both have and can be compared: a folder may hold one
+        part alone, and fused states have no distance.
+
+        Raises:
+            UserError: There is nothing of the sort.
+        """
         assert isinstance(other, CombinedAdapter)
-        pairs = zip(self.parts, other.parts, strict=True)
-        return torch.stack([part.distance(theirs) for part, theirs in pairs]).mean(0)
+        ours, found = list(self.parts), []
+        for theirs in other.parts:
+            place = next((n for n, one in enumerate(ours) if type(one) is type(theirs)), None)
+            if place is None:
+                continue
+            with suppress(UserError):
+                # Out of the list: of two of a kind each meets its own.
+                found.append(ours.pop(place).distance(theirs))
+        return torch.stack(found).mean(0) if found else super().distance(other)
 
 
 @dataclass(frozen=True)
@@ -261,6 +290,42 @@ class Combination(Hypernetwork):
                 "`ship-ds answer` applies them"
             )
         return None
+
+    def reads(self) -> bool:
+        """See `Hypernetwork`: by any of its parts."""
+        return any(part.reads() for part in self._hypernetworks())
+
+    def read(self, folder: Path, lm: Any) -> CombinedAdapter:
+        """See `Hypernetwork`: folders side by side, as this kind leaves; or one of `peft` alone, by
+        whomever, of what a part leaves as."""
+        readers = {
+            part.leaves: part
+            for part in self._hypernetworks()
+            if part.leaves is not None and part.reads()
+        }
+        if (folder / ADAPTER_CONFIG).is_file():
+            return CombinedAdapter((self._reader(folder, readers).read(folder, lm),))
+        inside = [
+            (folder / name, part) for name, part in readers.items() if (folder / name).is_dir()
+        ]
+        if not inside:
+            raise UserError(
+                f"{folder}: no {ADAPTER_CONFIG}, and no folder of {' or '.join(readers) or 'peft'} "
+                "in it: expected an adapter's folder"
+            )
+        return CombinedAdapter(tuple(part.read(path, lm) for path, part in inside))
+
+    def _reader(self, folder: Path, readers: Mapping[Leaves, Hypernetwork]) -> Hypernetwork:
+        """Of a single folder of `peft`, by what it says that it is."""
+        found = read_json_object(folder / ADAPTER_CONFIG).get("peft_type")
+        for name, part in readers.items():
+            if PEFT_TYPES[name] == found:
+                return part
+        kinds = " or ".join(PEFT_TYPES[name] for name in readers)
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: peft_type is {found!r}, and this run's adapters are of "
+            f"{kinds or 'none that can be read back'}"
+        )
 
     def exports(self, adapter: CombinedAdapter) -> list[Export]:
         """See `Hypernetwork`: a folder of each part, side by side."""

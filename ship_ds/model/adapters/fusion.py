@@ -18,14 +18,15 @@ heads, P virtual tokens, F size of an attention head.
 """
 
 import math
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ship_ds.config import FusionHypernetworkConfig
 from ship_ds.model.adapters.adapter import Export, States, Target, num_products
-from ship_ds.model.adapters.prefix import PrefixAdapter, prefix_exports
+from ship_ds.model.adapters.prefix import PrefixAdapter, prefix_exports, read_prefix_adapter
 from ship_ds.model.adapters.trunk import TrunkHypernetwork
 
 
@@ -86,3 +87,9 @@ class FusionHypernetwork(TrunkHypernetwork):
     def exports(self, adapter: PrefixAdapter) -> list[Export]:
         """See `Hypernetwork`: a prefix as long as the instruction."""
         return prefix_exports(adapter)
+
+    def read(self, folder: Path, lm: Any) -> PrefixAdapter:
+        """See `Hypernetwork`: of any length."""
+        _, *heads = self.shape
+        device = self.from_state.weight.device
+        return read_prefix_adapter(folder, lm, self.places, (heads[0], heads[1]), device)

@@ -69,7 +69,7 @@ class LoraAdapter(Adapter):
             ends=None,
         )
 
-    def beside(self, other: Adapter) -> "LoraAdapter | None":
+    def beside(self, other: Adapter) -> "LoraAdapter":
         assert isinstance(other, LoraAdapter) and other.scaling == self.scaling
         factors = {
             path: (

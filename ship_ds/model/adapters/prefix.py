@@ -66,6 +66,33 @@ class PrefixAdapter(Adapter):
             None if self.seen_TP is None else self.seen_TP[index],
         )
 
+    def beside(self, other: Adapter) -> "PrefixAdapter":
+        """See `Adapter`: as long as the longest of them."""
+        assert isinstance(other, PrefixAdapter)
+        both = (self, other)
+        length = max(one.length for one in both)
+        states = {
+            path: torch.cat([_lengthened(one.states[path], length, 3) for one in both])
+            for path in self.states
+        }
+        if all(one.seen_TP is None and one.length == length for one in both):
+            return PrefixAdapter(states)
+        return PrefixAdapter(
+            states, torch.cat([_lengthened(one.seen(), length, 1) for one in both])
+        )
+
+    @property
+    def length(self) -> int:
+        """P, of the longest task."""
+        return next(iter(self.states.values())).shape[3]
+
+    def seen(self) -> Tensor:
+        """Which keys each task's rows attend to, (T, P)."""
+        if self.seen_TP is not None:
+            return self.seen_TP
+        states = next(iter(self.states.values()))
+        return states.new_ones(len(states), self.length, dtype=torch.bool)
+
     def for_rows(self, counts: Sequence[int]) -> "PrefixAdapter":
         """See `Adapter`."""
         if len(set(counts)) == 1:
@@ -96,6 +123,12 @@ class PrefixAdapter(Adapter):
             total = total + (states - theirs).square().sum((1, 2, 3, 4))
             norm = norm + theirs.square().sum()
         return total / norm.clamp(min=1e-12)
+
+
+def _lengthened(tensor: Tensor, length: int, dim: int) -> Tensor:
+    """With zeros behind, up to this length."""
+    behind = 2 * (tensor.ndim - 1 - dim)
+    return torch.nn.functional.pad(tensor, (0,) * (behind + 1) + (length - tensor.shape[dim],))
 
 
 @dataclass(frozen=True)
@@ -182,15 +215,14 @@ class OneHeadHypernetwork(TrunkHypernetwork):
     def read(self, folder: Path, lm: Any) -> PrefixAdapter:
         """See `Hypernetwork`: keys and values of as many positions as the run's."""
         _, num_heads, length, head_size = self.shape
-        states = read_prefix(folder, len(self.places), (num_heads, head_size))
-        if states[0].shape[2] != length:
+        device = self.head.weight.device
+        read = read_prefix_adapter(folder, lm, self.places, (num_heads, head_size), device)
+        if read.length != length:
             raise UserError(
-                f"{folder}: prompt_embeddings: a prefix of {states[0].shape[2]} positions, and "
+                f"{folder}: prompt_embeddings: a prefix of {read.length} positions, and "
                 f"this run's have {length} (model.hypernetwork.length)"
             )
-        device = self.head.weight.device
-        turned = [_turned(lm, one.to(device), -1)[None] for one in states]
-        return PrefixAdapter(dict(zip(self.places, turned, strict=True)))
+        return read
 
     def exports(self, adapter: PrefixAdapter) -> list[Export]:
         """See `Hypernetwork`."""
@@ -217,6 +249,26 @@ class PrefixHypernetwork(OneHeadHypernetwork):
     def keys_and_values(self, made_TUX: Tensor) -> Iterable[Tensor]:
         """See `OneHeadHypernetwork`."""
         return made_TUX.unflatten(2, self.shape).unbind(1)
+
+
+def read_prefix_adapter(
+    folder: Path, lm: Any, places: Sequence[str], heads: tuple[int, int], device: torch.device
+) -> PrefixAdapter:
+    """A prefix-tuning folder of `peft` as the adapter of one task, in fp32, of any length.
+
+    Args:
+        folder: of one adapter.
+        lm: the base, a transformers model.
+        places: block paths, or the others where a prefix is met.
+        heads: key-value heads and the size of one.
+        device: where keys and values go.
+
+    Raises:
+        UserError: it is none, or of a base of other sizes.
+    """
+    states = read_prefix(folder, len(places), heads)
+    turned = [_turned(lm, one.to(device), -1)[None] for one in states]
+    return PrefixAdapter(dict(zip(places, turned, strict=True)))
 
 
 def prefix_exports(adapter: PrefixAdapter) -> list[Export]:
