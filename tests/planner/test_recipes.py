@@ -21,6 +21,7 @@ def plan_of(recipe: str, shapes: str, machines: Machines) -> Plan:
         ("lora-8b", "llama-3-8b", ONE_NODE),
         ("lora-8b", "qwen2.5-7b", ONE_NODE),
         ("lora-8b", "mistral-7b", ONE_NODE),
+        ("lora-8b-fused", "llama-3-8b", ONE_NODE),
         ("lora-8b-24gb", "llama-3-8b", ONE_CARD),
         ("lora-8b-24gb", "qwen2.5-7b", ONE_CARD),
         ("lora-70b", "llama-3-70b", ONE_NODE),

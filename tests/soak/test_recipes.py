@@ -49,7 +49,7 @@ def make_tasks(path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("recipe", ["lora-8b", "lora-8b-24gb", "lora-70b"])
+@pytest.mark.parametrize("recipe", ["lora-8b", "lora-8b-fused", "lora-8b-24gb", "lora-70b"])
 def test_two_steps_of_a_recipe(recipe: str, architecture: str, tmp_path: Path) -> None:
     make_base(tmp_path / "base", architecture)
     make_tasks(tmp_path / "tasks.jsonl")
