@@ -117,6 +117,7 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
         raise UserError(reason)
     sites = sites_in_each_block(task_lm, kind.targets(config.hypernetwork))
     target = Target.of(port, sites)
+    kind.check(config.hypernetwork, config.latent_size, target)
     borrows = config.backbone == "shared"
     if borrows:
         tuned = _share(task_lm, sites, (config.encoder, config.decoder))

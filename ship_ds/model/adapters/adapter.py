@@ -269,6 +269,11 @@ class Hypernetwork(nn.Module, ABC):
         """What adapters of this config need of a language model; see `LanguageModel.missing`."""
         return cls.needs
 
+    @classmethod
+    def check(cls, config: Any, latent_size: int, target: Target) -> None:
+        """Raises UserError where the three do not go together. Asked before encoder and decoder are
+        made: their heads grow with the latent, and one of a mistyped size fills the memory."""
+
     @abstractmethod
     def forward(self, latent_TZ: Tensor) -> Adapter:
         """The adapters of T latents. Called by keyword: `hypernetwork(latent_TZ=latent_TZ)`."""
@@ -352,5 +357,7 @@ def build_hypernetwork(config: Section, latent_size: int, target: Target) -> Hyp
         latent_size: Z.
         target: the Task LLM.
     """
-    hypernetwork: Hypernetwork = ADAPTERS.implementation(config)(config, latent_size, target)
-    return hypernetwork
+    kind: type[Hypernetwork] = ADAPTERS.implementation(config)
+    kind.check(config, latent_size, target)
+    make: Callable[[Section, int, Target], Hypernetwork] = kind
+    return make(config, latent_size, target)

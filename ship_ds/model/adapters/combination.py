@@ -217,6 +217,12 @@ class Combination(Hypernetwork):
     def _hypernetworks(self) -> list[Hypernetwork]:
         return [part for part in self.parts if isinstance(part, Hypernetwork)]
 
+    @classmethod
+    def check(cls, config: CombinationConfig, latent_size: int, target: Target) -> None:
+        """See `Hypernetwork`: each part."""
+        for part in config.parts:
+            ADAPTERS.implementation(part).check(part, latent_size, _own(target, part))
+
     @staticmethod
     def targets(config: CombinationConfig) -> tuple[str, ...]:
         """See `Hypernetwork`: those of all parts, each once."""

@@ -151,14 +151,18 @@ class ReshapeHypernetwork(Hypernetwork):
 
     def __init__(self, config: ReshapeHypernetworkConfig, latent_size: int, target: Target) -> None:
         super().__init__()
+        self.num_virtual_tokens: int = config.num_virtual_tokens
+        self.hidden_size = target.hidden_size
+
+    @classmethod
+    def check(cls, config: ReshapeHypernetworkConfig, latent_size: int, target: Target) -> None:
+        """See `Hypernetwork`."""
         check_reshape(
             "model.hypernetwork.num_virtual_tokens",
             config.num_virtual_tokens,
             latent_size,
             target.hidden_size,
         )
-        self.num_virtual_tokens: int = config.num_virtual_tokens
-        self.hidden_size = target.hidden_size
 
     def forward(self, latent_TZ: Tensor) -> SoftPrompt:
         return SoftPrompt(latent_TZ.unflatten(1, (self.num_virtual_tokens, -1)))

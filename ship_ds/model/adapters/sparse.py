@@ -436,9 +436,18 @@ class ScatterHypernetwork(DeltaHypernetwork):
     def __init__(self, config: ScatterHypernetworkConfig, latent_size: int, target: Target) -> None:
         super().__init__()
         sites = sites_of_last_blocks(target, config.num_blocks)
-        counts = spread(latent_size, {path: math.prod(size) for path, size in sites.items()})
+        counts = self._counts(sites, latent_size)
         self.scale = config.scale
         self.add_places({path: sites[path] for path in counts}, counts)
+
+    @staticmethod
+    def _counts(sites: Sites, latent_size: int) -> dict[str, int]:
+        return spread(latent_size, {path: math.prod(size) for path, size in sites.items()})
+
+    @classmethod
+    def check(cls, config: ScatterHypernetworkConfig, latent_size: int, target: Target) -> None:
+        """See `Hypernetwork`."""
+        cls._counts(sites_of_last_blocks(target, config.num_blocks), latent_size)
 
     def forward(self, latent_TZ: Tensor) -> SparseAdapter:
         parts = (self.scale * latent_TZ).split(list(self.counts.values()), 1)
