@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ship_ds.config import ModelConfig, ScatterHypernetworkConfig, SparseHypernetworkConfig
 from ship_ds.errors import UserError
+from ship_ds.model import assemble
 from ship_ds.model.adapters import sparse
 from ship_ds.model.adapters.adapter import Target
 from ship_ds.model.adapters.sites import sites_in_each_block, wrap
@@ -21,6 +22,7 @@ from ship_ds.model.adapters.sparse import (
     sites_of_last_blocks,
     spread,
 )
+from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import language_model
 from tests.model.models import random_rows, tiny_lm, tiny_t5
@@ -219,6 +221,28 @@ def test_what_does_not_fit_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         kind(config, latent_size, Target.of(language_model(model), sites))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"kind": "scatter"},
+        {"kind": "reshape"},
+        {"kind": "combination", "parts": [{"kind": "lora"}, {"kind": "scatter"}]},
+    ],
+)
+def test_a_latent_that_does_not_fit_is_told_before_heads_of_its_size_are_made(
+    section: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistyped one would fill the memory first."""
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise AssertionError("an encoder was made")
+
+    monkeypatch.setattr(assemble, "Encoder", fail)
+    config = ModelConfig.model_validate({"hypernetwork": section, "latent_size": 10**9})
+    with pytest.raises(UserError, match=r"model.latent_size"):
+        build_ship(config, LoadedWeights(device=torch.device("cpu")))
 
 
 def test_a_distance_is_that_of_the_weights() -> None:
