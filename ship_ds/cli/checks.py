@@ -86,14 +86,13 @@ def read_config(bundle: Path) -> "Config":
 
 
 def check_makes_lora(bundle: Path) -> None:
-    """The run's adapters are LoRAs, which `tune` trains on."""
-    from ship_ds.config import LoraHypernetworkConfig
+    """The run's adapters are LoRAs, or have one as a part, which `tune` trains on."""
+    from ship_ds.config import lora_of
 
-    hypernetwork = read_config(bundle).model.hypernetwork
-    if not isinstance(hypernetwork, LoraHypernetworkConfig):
+    if lora_of(read_config(bundle).model.hypernetwork) is None:
         raise UserError(
             f"tune: {bundle}: this run's adapters are no LoRAs; it needs a run with "
-            "model.hypernetwork.kind=lora"
+            "model.hypernetwork.kind=lora, or a combination with one"
         )
 
 

@@ -280,8 +280,10 @@ def tune(
     from ship_ds.inference.lines import read_pairs
 
     pairs = read_pairs(data)
-    checks.check_makes_lora(checks.check_run(run, base))
+    bundle = checks.check_run(run, base)
+    checks.check_makes_lora(bundle)
     checks.check_new(out)
+    checks.check_leaves("tune", bundle)
     from ship_ds.evaluation.tuning import Recipe, tune
     from ship_ds.export.tuned import export_tuned
 

@@ -1,5 +1,6 @@
 """`ship-ds tune`: one LoRA trained by gradient on labelled examples of one task, from the adapter
-that the hypernetwork makes of an instruction, or from where `peft` starts one.
+that the hypernetwork makes of an instruction, or from where `peft` starts one. Of a combination the
+LoRA is trained, and what else was made of the instruction stays as it is.
 
 The loop is that of the baselines (baselines/fitting.py), over the run's own frozen base.
 """
@@ -21,6 +22,8 @@ from ship_ds.evaluation.baselines.oracles import draw
 from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.budgets import Steps
 from ship_ds.inference import checks
+from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.combination import CombinedAdapter
 from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.origin import Tuning
 
@@ -81,7 +84,7 @@ class Curve:
 class Tuned:
     """What came out. fresh: the curve from the other start, where it was asked for."""
 
-    adapter: LoraAdapter
+    adapter: Adapter
     recipe: Recipe
     curve: Curve
     fresh: Curve | None
@@ -111,7 +114,7 @@ def tune(
     """Train the adapter of an instruction on examples.
 
     Args:
-        ship: a run whose adapters are LoRAs.
+        ship: a run whose adapters are LoRAs, or combinations with one.
         instruction: whose generated adapter is the start.
         pairs: input and target of each example.
         recipe: how long and how fast.
@@ -127,20 +130,36 @@ def tune(
     checks.check_examples(ship.model, examples)
     train, held_out = parted(examples, recipe.held_out_share, recipe.seed)
     base = FrozenBase.of_run(ship)
-    generated = ship.model.adapt(ship.model.encode([instruction]))
-    assert isinstance(generated, LoraAdapter), "the verb refuses other kinds"
+    with torch.no_grad():
+        generated = ship.model.adapt(ship.model.encode([instruction]), [instruction])
+    start, with_rest = lora_within(generated)
     lora = fresh_lora(base, recipe.seed)
-    lora.start_at(generated)
+    lora.start_at(start)
 
     def question(text: str) -> Sequence[int]:
         return ship.model.question(text, instruction)
 
-    curve = train_lora(base, lora, question, train, held_out, recipe, "generated")
+    curve = train_lora(base, lora, question, train, held_out, recipe, "generated", with_rest)
     fresh = None
     if with_fresh:
         other = fresh_lora(base, recipe.seed)
         fresh = train_lora(base, other, question, train, held_out, recipe, "fresh")
-    return Tuned(lora.requires_grad_(False)(), recipe, curve, fresh, len(train), len(held_out))
+    adapter = with_rest(lora.requires_grad_(False)())
+    return Tuned(adapter, recipe, curve, fresh, len(train), len(held_out))
+
+
+Around = Callable[[LoraAdapter], Adapter]
+"""A LoRA -> the adapter that it is a part of."""
+
+
+def lora_within(adapter: Adapter) -> tuple[LoraAdapter, Around]:
+    """The LoRA of a generated adapter, and what makes one like it around another LoRA."""
+    if isinstance(adapter, LoraAdapter):
+        return adapter, lambda lora: lora
+    assert isinstance(adapter, CombinedAdapter), "the verb refuses other kinds"
+    parts = adapter.parts
+    [(place, found)] = [(n, one) for n, one in enumerate(parts) if isinstance(one, LoraAdapter)]
+    return found, lambda lora: CombinedAdapter((*parts[:place], lora, *parts[place + 1 :]))
 
 
 def parted(
@@ -174,6 +193,7 @@ def train_lora(
     held_out: Sequence[Example],
     recipe: Recipe,
     start: str,
+    with_rest: Around = lambda lora: lora,
 ) -> Curve:
     """Train a LoRA in place.
 
@@ -185,6 +205,7 @@ def train_lora(
         held_out: what is looked at on the way.
         recipe: how long and how fast.
         start: what the curve is called.
+        with_rest: what stands beside the LoRA all the while.
 
     Raises:
         UserError: a loss is not finite.
@@ -196,12 +217,13 @@ def train_lora(
 
     @torch.no_grad()
     def held_out_loss() -> float:
-        return float(sum(losses(held_out, lora()), torch.zeros((), device=base.device)))
+        adapter = with_rest(lora())
+        return float(sum(losses(held_out, adapter), torch.zeros((), device=base.device)))
 
     def losses_at(step: int) -> Iterator[Tensor]:
         count = min(_EXAMPLES_PER_STEP, len(train))
         some = draw(train, count, f"{recipe.seed} tune {step}")
-        return losses(some, lambda tasks: lora())
+        return losses(some, lambda tasks: with_rest(lora()))
 
     title = f"tune, {start} start"
     # A look's score is to rise: the log-likelihood.

@@ -1,5 +1,5 @@
-"""A LoRA that was trained on from a generated one, as a PEFT folder: written and proved as
-`ship-ds deduce` does, with the curve beside it."""
+"""An adapter that was trained on from a generated one, as a PEFT folder or two: written and proved
+as `ship-ds deduce` does, with the curve beside it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from ship_ds.api import Ship
 from ship_ds.export.peft_adapter import Exporter
 from ship_ds.export.proof import Proof
 from ship_ds.files import new_folder, write_text
-from ship_ds.model.adapters.lora import LoraAdapter, exports_of_lora
+from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.origin import Tuning
 
 CURVE = "tune.jsonl"
@@ -18,7 +18,7 @@ CURVE = "tune.jsonl"
 
 def export_tuned(
     ship: Ship,
-    adapter: LoraAdapter,
+    adapter: Adapter,
     instruction: str,
     tuning: Tuning,
     curve: Sequence[Mapping[str, Any]],
@@ -44,7 +44,7 @@ def export_tuned(
     Raises:
         UserError: the proof fails, and nothing is left behind; or the folder is there already.
     """
-    [export] = exports_of_lora(adapter)
+    [export] = ship.model.hypernetwork.exports(adapter)
     if pad_to is not None:
         export = export.padded(pad_to)
     exporter = Exporter(ship, probes)

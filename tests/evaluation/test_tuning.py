@@ -18,7 +18,11 @@ from ship_ds.evaluation import tuning
 from ship_ds.evaluation.baselines import oracles
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.tuning import Curve, Recipe, parted, tune
+from ship_ds.export.tuned import export_tuned
+from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.adapters.combination import CombinedAdapter
 from ship_ds.model.adapters.lora import LoraAdapter
+from tests.export.models import make_base, make_ship
 
 RUN = Path("tests/fixtures/v0_1/run")
 """It names its base by a path from the root of the repository, where the tests stand."""
@@ -32,7 +36,7 @@ def ship() -> Ship:
     return Ship.from_run(RUN, "cpu")
 
 
-def nats_a_token(ship: Ship, adapter: LoraAdapter, examples: Sequence[Example]) -> float:
+def nats_a_token(ship: Ship, adapter: Adapter, examples: Sequence[Example]) -> float:
     """By another route than training's: the likelihoods that the baselines are scored by."""
     base = FrozenBase.of_run(ship)
     prompts = [ship.model.question(example.input) for example in examples]
@@ -143,3 +147,29 @@ def test_it_leaves_a_proved_folder_with_its_curve(
     assert "then trained by gradient on 16 examples: 30 steps" in (out / "README.md").read_text()
     read = Ship.from_run(RUN, "cpu").model.read_adapter(out)
     assert isinstance(read, LoraAdapter) and next(iter(read.factors.values()))[0].shape[1] == 4
+
+
+def test_of_a_combination_the_lora_is_trained_beside_the_rest(tmp_path: Path) -> None:
+    """Twice from one start: a run whose instruction is fused, and its LoRA alone, which starts from
+    another loss. What was fused leaves as it was."""
+    lora = {"kind": "lora", "rank": 4, "alpha": 6, "width": 32}
+    parts = {"kind": "combination", "parts": [lora, {"kind": "block_fusion"}]}
+    ship = make_ship(make_base(tmp_path / "base"), std=0.05, **parts)
+    recipe = replace(RECIPE, steps=6)
+    tuned = tune(ship, INSTRUCTION, PAIRS, recipe, with_fresh=True)
+    with torch.no_grad():
+        generated = ship.model.adapt(ship.model.encode([INSTRUCTION]), [INSTRUCTION])
+    assert isinstance(generated, CombinedAdapter) and isinstance(tuned.adapter, CombinedAdapter)
+    _, held_out = parted([Example(*pair) for pair in PAIRS], 0.2, 0)
+    first = nats_a_token(ship, generated, held_out)
+    assert tuned.curve.first == pytest.approx(first, rel=1e-5)
+    assert tuned.curve.last == pytest.approx(nats_a_token(ship, tuned.adapter, held_out), rel=1e-5)
+    assert abs(first - nats_a_token(ship, generated.parts[0], held_out)) > 1e-3
+    assert tuned.fresh is not None and tuned.curve.last < tuned.curve.first
+    before, after = generated.parts[1].tensors(), tuned.adapter.parts[1].tensors()
+    assert all(torch.equal(before[path], after[path]) for path in before)
+    export_tuned(
+        ship, tuned.adapter, INSTRUCTION, tuned.summary(), tuned.rows(), tmp_path / "out", ["3 9"]
+    )
+    assert json.loads((tmp_path / "out/ship.json").read_text())["folders"] == ["lora", "prefix"]
+    assert (tmp_path / "out/tune.jsonl").is_file()

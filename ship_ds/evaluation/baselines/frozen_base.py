@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ship_ds.api import Ship
-from ship_ds.config import ALL_LINEAR, Config, LoraHypernetworkConfig, TaskLlmConfig
+from ship_ds.config import ALL_LINEAR, Config, LoraHypernetworkConfig, TaskLlmConfig, lora_of
 from ship_ds.inference.deduction import AdapterOf, Answerer, AnswersByTask, Ids
 from ship_ds.inference.scoring import scored_batches
+from ship_ds.kinds import ADAPTERS
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.sites import wrap_sites
@@ -284,12 +285,13 @@ def _rows(by_task: Sequence[Sequence[Any]], parts: Sequence[Piece]) -> list[Any]
 
 
 def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:
-    """The run's own Task LLM; for a run without LoRA a second copy of it with the default LoRA's
-    sites."""
+    """The run's own Task LLM, where its adapters change linears as a LoRA alone; else a second copy
+    of it with the default LoRA's sites."""
     config = ship.config.model
-    if isinstance(config.hypernetwork, LoraHypernetworkConfig):
+    kind, own = ADAPTERS.implementation(config.hypernetwork), lora_of(config.hypernetwork)
+    if own is not None and kind.targets(config.hypernetwork) == own.targets:
         # The baselines' hypernetworks read no z that could be cut into shares.
-        return ship.model.task_llm, config.hypernetwork.model_copy(update={"latent": "whole"})
+        return ship.model.task_llm, own.model_copy(update={"latent": "whole"})
     lora = LoraHypernetworkConfig()
     names = {path.rpartition(".")[2] for path in ship.model.task_llm.linears()}
     if not names >= {*lora.targets}:  # a base with other names, such as a T5
