@@ -1,13 +1,14 @@
-"""An instruction becomes a LoRA folder, and `peft` alone answers with it.
+"""An instruction becomes an adapter's folder, and `peft` alone answers with it.
 
     python examples/instruction_to_answer.py runs/quickstart "add 5 to element 2" "3 7 3 5"
 
-The folder that `ship-ds deduce` writes is an ordinary adapter of `peft`: what opens it below knows
-nothing of ship_ds but how a prompt reads, which is part of what the adapter was trained for. The
-instruction itself is not in the prompt.
+The folder that `ship-ds deduce` writes is an ordinary adapter of `peft`, or has two inside that are
+loaded one around the other: what opens it below knows nothing of ship_ds but how a prompt reads,
+which is part of what the adapter was trained for. The instruction itself is not in the prompt.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -27,10 +28,13 @@ def make_adapter(run: str, instruction: str, folder: Path) -> None:
 @torch.no_grad()
 def answer(folder: Path, text: str, max_new_tokens: int = 20) -> str:
     """What the base model under the adapter in `folder` answers to `text`."""
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    names = json.loads((folder / "ship.json").read_text())["folders"] or ["."]
+    base = PeftConfig.from_pretrained(folder / names[0]).base_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(base)
-    lm = AutoModelForCausalLM.from_pretrained(base)
-    model = PeftModel.from_pretrained(lm, folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for name in names:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = PeftModel.from_pretrained(inner, folder / name).eval()
     message = [{"role": "user", "content": f"input: {text}"}]
     prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
