@@ -37,8 +37,8 @@ def drift(merged: Path, adapter: Path, base: Path) -> dict[str, Any]:
     bare = trained_on.bare(origin.probes)
     # Two models of the size of the base would be in memory at once.
     del trained_on
-    model = _in_fp32(load_lm(str(merged), "none", torch.float32, device=cpu))
-    result, beside = PeftBase(model, cpu), [merged / name for name in origin.folders[1:]]
+    result = PeftBase(load_merged(merged), cpu)
+    beside = [merged / name for name in origin.folders[1:]]
     out = result.under(beside, origin.probes) if beside else result.bare(origin.probes)
     from_live, effect = largest_difference(out, live), largest_difference(live, bare)
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(out, live, strict=True)])
@@ -50,9 +50,10 @@ def drift(merged: Path, adapter: Path, base: Path) -> dict[str, Any]:
     }
 
 
-def _in_fp32(model: torch.nn.Module) -> torch.nn.Module:
-    """NF4 weights that a file says are for 16-bit arithmetic, computed in fp32, so that only
-    weights differ."""
+def load_merged(folder: Path) -> torch.nn.Module:
+    """A merged model in fp32 on the CPU; NF4 weights that a file says are for 16-bit arithmetic are
+    computed in it, too, so that only weights differ."""
+    model: torch.nn.Module = load_lm(str(folder), "none", torch.float32, device=torch.device("cpu"))
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight: Any = module.weight

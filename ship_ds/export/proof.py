@@ -46,8 +46,8 @@ class PeftBase:
     def under(self, folders: Sequence[Path], prompts: Prompts) -> list[Tensor]:
         """Logits (S, V) of each prompt under an adapter: its folders of `peft`, see
         `Origin.paths`."""
-        self._load(folders)
-        return [_logits(self._models[-1], ids, self.device) for ids in prompts]
+        model = self.load(folders)
+        return [_logits(model, ids, self.device) for ids in prompts]
 
     @torch.no_grad()
     def bare(self, prompts: Prompts) -> list[Tensor]:
@@ -61,9 +61,11 @@ class PeftBase:
                     self._bare[ids] = _logits(outermost, ids, self.device)
         return [self._bare[tuple(ids)] for ids in prompts]
 
-    def _load(self, folders: Sequence[Path]) -> None:
-        """Folders with the same configs share the modules that the first ones' load put in;
-        injection takes longest."""
+    def load(self, folders: Sequence[Path]) -> Any:
+        """The model of `peft` under an adapter, until the next one is loaded.
+
+        Folders with the same configs share the modules that the first ones' load put in; injection
+        takes longest."""
         from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTuner
 
@@ -90,6 +92,7 @@ class PeftBase:
                 autocast_adapter_dtype=False,
             )
             self._models.append(model.eval())
+        return self._models[-1]
 
 
 def _logits(model: nn.Module, ids: Sequence[int], device: torch.device) -> Tensor:
