@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from ship_ds.errors import UserError
 from ship_ds.files import sha256
+from ship_ds.parsing import read_json_object
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Leaves = Literal["lora", "shira", "prefix", "prompt"]
@@ -28,6 +30,23 @@ BEFORE_THE_PROMPT = ("prefix", "prompt")
 def paths_of(folder: Path, names: Sequence[Leaves]) -> list[Path]:
     """The folders of these names in an adapter's; without a name itself."""
     return [folder / name for name in names] or [folder]
+
+
+def check_folder(folder: Path, name: Leaves) -> None:
+    """Both files are there, and of the kind of this name.
+
+    Raises:
+        UserError: They are not.
+    """
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: is missing; export the adapter again")
+    found = read_json_object(folder / ADAPTER_CONFIG).get("peft_type")
+    if found != PEFT_TYPES[name]:
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: peft_type is {found!r}; expected {PEFT_TYPES[name]!r}: "
+            "export the adapter again"
+        )
 
 
 def weights_digest(paths: Sequence[Path]) -> str:

@@ -97,8 +97,8 @@ def merged(
         out = work / "merged"
         Merge(folder, target, base).run(out)
         model = PeftBase(load_merged(out), torch.device("cpu"))
-        beside = [out / name for name in read_origin(folder).folders[1:]]
-        loaded = model.load(beside) if beside else model.base
+        around = [out / name for name in read_origin(folder).folders[1:]]
+        loaded = model.load(around) if around else model.base
         answers.append(write(loaded, ship, question.wording, question.inputs))
         shutil.rmtree(out)
     return answers

@@ -106,6 +106,16 @@ def check_leaves(verb: str, bundle: Path) -> None:
         raise UserError(f"{verb}: {bundle}: {why_not}")
 
 
+def check_sums(bundle: Path) -> None:
+    """The run's adapters can be added up."""
+    from ship_ds.kinds import ADAPTERS
+
+    hypernetwork = read_config(bundle).model.hypernetwork
+    why_not = ADAPTERS.implementation(hypernetwork).cannot_sum(hypernetwork)
+    if why_not is not None:
+        raise UserError(f"compose: {bundle}: {why_not}")
+
+
 def check_latents(file: Path, bundle: Path) -> None:
     """Saved latents are of this very bundle."""
     from ship_ds.bundle import SHIP_WEIGHTS

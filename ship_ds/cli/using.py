@@ -227,7 +227,7 @@ def compose(
     parts = checks.weighted(part)
     bundle = checks.check_run(run, base)
     checks.check_new(out)
-    checks.check_leaves("compose", bundle)
+    checks.check_sums(bundle)
     from ship_ds.export.compose import compose
 
     ship = open_run(run, device, dtype, base)

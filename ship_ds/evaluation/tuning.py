@@ -118,7 +118,8 @@ def tune(
         instruction: whose generated adapter is the start.
         pairs: input and target of each example.
         recipe: how long and how fast.
-        with_fresh: train a second one from `peft`'s start, on the same examples in the same order.
+        with_fresh: train a second one from `peft`'s start, on the same examples in the same order,
+            with nothing beside it.
 
     Raises:
         UserError: the models cannot read the instruction or an example, or there are fewer than
@@ -127,7 +128,7 @@ def tune(
     """
     checks.check_instruction(ship.model, instruction)
     examples = [Example(*pair) for pair in pairs]
-    checks.check_examples(ship.model, examples)
+    checks.check_examples(ship.model, examples, instruction)
     train, held_out = parted(examples, recipe.held_out_share, recipe.seed)
     base = FrozenBase.of_run(ship)
     with torch.no_grad():
@@ -211,9 +212,13 @@ def train_lora(
         UserError: a loss is not finite.
     """
 
+    soft = with_rest(lora()).virtual_tokens()
+    num_virtual = 0 if soft is None else soft.shape[1]
+
     def losses(some: Sequence[Example], adapter: Any) -> Iterator[Tensor]:
         prompts = [question(example.input) for example in some]
-        return base.losses(adapter, [prompts], [[example.target for example in some]])
+        targets = [example.target for example in some]
+        return base.losses(adapter, [prompts], [targets], num_virtual)
 
     @torch.no_grad()
     def held_out_loss() -> float:

@@ -139,6 +139,11 @@ def describe(out: Path, merge: Merge, report: dict[str, Any]) -> str:
     lines = [f"{out}: {merge.plan.target}, {report['num_shards']} shard(s){earlier}"]
     if "logit_drift" in report:
         lines.append(f"  {drift.show(report)}")
+    for name in report.get("around", ()):
+        lines.append(
+            f"  {name}/ is the adapter's other part, without which this answers otherwise: "
+            f"PeftModel.from_pretrained(model, {str(out / name)!r})"
+        )
     if merge.differs_from_training:
         lines.append(f"  warning: {drift.warning(report)}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ship_ds.adapter_files import weights_digest
+from ship_ds.adapter_files import ADAPTER_WEIGHTS, weights_digest
 from ship_ds.api import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.peft_adapter import Exporter
@@ -120,12 +120,15 @@ def _finished(folder: Path, exporter: Exporter, request: Request, export: Export
     if not (folder / ORIGIN).is_file():
         return None
     origin = read_origin(folder)
+    paths = origin.paths(folder)
+    if not all((path / ADAPTER_WEIGHTS).is_file() for path in paths):
+        return None
     expected = (
         exporter.ship.digest,
         exporter.fingerprint,
         _made_from(request),
         export.shape(),
-        weights_digest(origin.paths(folder)),
+        weights_digest(paths),
         None,
         export.folders(),
     )

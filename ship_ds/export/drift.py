@@ -38,8 +38,8 @@ def drift(merged: Path, adapter: Path, base: Path) -> dict[str, Any]:
     # Two models of the size of the base would be in memory at once.
     del trained_on
     result = PeftBase(load_merged(merged), cpu)
-    beside = [merged / name for name in origin.folders[1:]]
-    out = result.under(beside, origin.probes) if beside else result.bare(origin.probes)
+    around = [merged / name for name in origin.folders[1:]]
+    out = result.under(around, origin.probes) if around else result.bare(origin.probes)
     from_live, effect = largest_difference(out, live), largest_difference(live, bare)
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(out, live, strict=True)])
     return {

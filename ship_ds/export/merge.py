@@ -25,7 +25,12 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weights_digest
+from ship_ds.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_folder,
+    weights_digest,
+)
 from ship_ds.config import base_folder
 from ship_ds.errors import UserError
 from ship_ds.export.targets import (
@@ -112,7 +117,9 @@ class Merge:
         self.folder = base_folder(base or self.origin.base)
         self.base = WeightsFolder(self.folder)
         # What stands before the prompt is no change of weights, and goes along as it is.
-        changes, *self.beside = self.origin.paths(adapter)
+        changes, *self.around = self.origin.paths(adapter)
+        for name in self.origin.folders:
+            check_folder(adapter / name, name)
         self.update = read_update(changes, self._shape_of)
         self.config: dict[str, Any] = read_json_object(self.folder / "config.json")
         if transposed := transposed_names(self.folder) & self.update.shapes.keys():
@@ -127,8 +134,8 @@ class Merge:
         )
         if weights_digest(self.origin.paths(adapter)) != self.origin.adapter:
             raise UserError(
-                f"{changes / ADAPTER_WEIGHTS}: not the file that its ship.json lists; export "
-                "the adapter again"
+                f"{' or '.join(str(one / ADAPTER_WEIGHTS) for one in self.origin.paths(adapter))}: "
+                "not the file that its ship.json lists; export the adapter again"
             )
         self.target = build_target(target, self.folder, self.origin.quantisation)
         self.shards = self._shards()
@@ -195,14 +202,14 @@ class Merge:
             self._begin(part)
             num_kept = [self._write_shard(part, shard) for shard in self.shards].count(False)
             self._write_rest(part)
-            self._write_beside(part, out)
+            self._write_around(part, out)
             report = {
                 **asdict(self.plan),
                 "adapter_folder": str(self.adapter),
                 "made_from": self.origin.made_from,
                 "num_shards": len(self.shards),
                 "num_shards_kept": num_kept,
-                **({"beside": [path.name for path in self.beside]} if self.beside else {}),
+                **({"around": [path.name for path in self.around]} if self.around else {}),
                 **self._rounding(part),
                 **finish(part),
             }
@@ -302,14 +309,14 @@ class Merge:
             f"- figures: {_REPORT}\n"
             + "".join(
                 f"- {path.name}/ is the adapter's other part: peft loads it around this model\n"
-                for path in self.beside
+                for path in self.around
             ),
             encoding="utf-8",
         )
 
-    def _write_beside(self, part: Path, out: Path) -> None:
+    def _write_around(self, part: Path, out: Path) -> None:
         """The folders that `peft` loads around the merged model, which they now name."""
-        for path in self.beside:
+        for path in self.around:
             shutil.rmtree(part / path.name, ignore_errors=True)
             (part / path.name).mkdir()
             shutil.copyfile(path / ADAPTER_WEIGHTS, part / path.name / ADAPTER_WEIGHTS)

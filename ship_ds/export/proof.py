@@ -76,7 +76,7 @@ class PeftBase:
             model = self._models.pop()
             if isinstance(model.base_model, BaseTuner):
                 model.unload()
-        self._configs = configs
+        self._configs = configs[:num_kept]
         for model, folder in zip(self._models, folders, strict=False):
             # A key that matches nothing leaves the last adapter's weights in place, and then the
             # comparison with the live one fails.
@@ -92,6 +92,7 @@ class PeftBase:
                 autocast_adapter_dtype=False,
             )
             self._models.append(model.eval())
+            self._configs.append(configs[len(self._configs)])
         return self._models[-1]
 
 

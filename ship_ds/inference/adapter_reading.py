@@ -53,10 +53,14 @@ def read_adapter(model: ShipModel, folder: Path) -> Adapter:
 
 
 def _check_origin(model: ShipModel, folder: Path) -> None:
-    """Our own adapters say which weights they were made for; one of the same shapes would pass
-    every other check."""
+    """Our own adapters say which weights they were made for, of a part in the folder around it; one
+    of the same shapes would pass every other check."""
     if not (folder / ORIGIN).is_file():
-        return
+        folder = folder.resolve()
+        around = folder.parent
+        if not (around / ORIGIN).is_file() or folder.name not in read_origin(around).folders:
+            return
+        folder = around
     origin, base = read_origin(folder), model.config.task_llm.base
     other = origin.other_than(WeightsFolder(base_folder(base)))
     if other is not None:

@@ -105,12 +105,15 @@ def check_inputs(
         )
 
 
-def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
+def check_examples(
+    model: ShipModel, examples: Sequence[Example], instruction: str | None = None
+) -> None:
     """Refuse examples that the Task LLM cannot read, or that no instruction explains.
 
     Args:
         model: holds the Task LLM.
         examples: what a user gave.
+        instruction: whose adapter they are answered under, where it is known.
 
     Raises:
         UserError: there are none, one cannot be read, or two contradict each other; the message
@@ -124,7 +127,7 @@ def check_examples(model: ShipModel, examples: Sequence[Example]) -> None:
             check_text(model.prompts, text, f"example {number}, {part}")
         length = len(model.question(example.input)) + len(model.prompts.target(example.target))
         check_length(
-            model.num_virtual_tokens + length,
+            model.num_before(instruction) + length,
             model.task_llm.language_model.context_length,
             f"example {number}",
             "Task LLM",

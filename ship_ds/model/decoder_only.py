@@ -435,14 +435,18 @@ class CachedStream(Stream):
         self.real_EX, self.logits_EV = self.real_EX[index_E], self.logits_EV[index_E]
         self.next_position_E = self.next_position_E[index_E]
 
-    def join_rows(self, other: Stream) -> bool:
+    def can_join_rows(self, other: Stream) -> bool:
+        """See `Stream`: where the base keeps nothing but keys and values of its past."""
+        assert isinstance(other, CachedStream)
+        counts = [len(preallocated_layers(one.cache)) for one in (self, other)]
+        return counts[0] > 0 and counts[0] == counts[1]
+
+    def join_rows(self, other: Stream) -> None:
         """See `Stream`. Rows end in the same column; what no row has any more is left behind, so
         that a stream which others join for ever stays as short as its longest row."""
         assert isinstance(other, CachedStream)
         layers = preallocated_layers(self.cache)
         theirs = preallocated_layers(other.cache)
-        if not layers or len(layers) != len(theirs):
-            return False
         positions_E = torch.cat([self.next_position_E, other.next_position_E])
         lengths: list[int] = positions_E.tolist()
         length = max(lengths)
@@ -457,7 +461,6 @@ class CachedStream(Stream):
         # From here on no columns are known to be shared.
         self.width, self.prompt_of_row = 0, list(range(len(lengths)))
         self._widen(length + max(layer.room for layer in layers))
-        return True
 
     def _rows_of_other_prompts(self, rows: Sequence[int]) -> Tensor | None:
         """Rows whose place belongs to another prompt until now; None: there are more rows than

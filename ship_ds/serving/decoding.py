@@ -146,6 +146,8 @@ class Row:
         self.is_cancelled = False
         """Set by whoever asked, on any thread."""
         self.num_bytes = 0
+        """Of its cache and logits; its adapter comes on top."""
+        self.adapter_bytes = 0
         self.since = time.monotonic()
         # A text and not a tuple: Random takes no tuples, and numbers of a row have to differ.
         self._random = Random(f"{sampling.seed}/{number}" if sampling.seed is not None else None)
@@ -315,14 +317,17 @@ class AnswerWriter:
 
     def _admitted(self) -> list[list[Row]]:
         """Rows that may begin, those under adapters and those of the bare base."""
-        free = self._bytes - sum(row.num_bytes for one in self._running for row in one.rows)
+        running = [row for one in self._running for row in one.rows]
+        free = self._bytes - sum(row.num_bytes for row in running)
         places = self.limits.max_rows - self.num_running
         rows: list[Row] = []
         while self._waiting and len(rows) < places:
             more = [*rows, self._waiting[0]]
-            # The longest prompt and the longest answer: a batch is padded to them.
-            each = self._row_bytes(more)
-            if len(more) * each > free and (rows or self._running):
+            # The longest prompt and the longest answer: a batch is padded to them, and the adapters
+            # of all who run, which they join, to the largest of these.
+            each, adapter = self._row_bytes(more), self._adapter_bytes([*running, *more])
+            needed = len(more) * each + (len(running) + len(more)) * adapter
+            if needed > free and (rows or self._running):
                 break
             rows.append(self._waiting.popleft())
             for row in rows:
@@ -333,12 +338,19 @@ class AnswerWriter:
 
     def _row_bytes(self, rows: Sequence[Row]) -> int:
         width = self.model.num_virtual_tokens + max(len(row.prompt) for row in rows)
-        adapter = self.model.adapter_bytes_of(row.source.reading for row in rows)
-        return adapter + self.model.task_llm.language_model.costs.decoded_row(
+        return self.model.task_llm.language_model.costs.decoded_row(
             width,
             max(row.sampling.max_new_tokens for row in rows),
             chooses_greedily=all(row.sampling.is_greedy for row in rows),
         )
+
+    def _adapter_bytes(self, rows: Sequence[Row]) -> int:
+        for row in rows:
+            # Once a row: its text is read for that.
+            row.adapter_bytes = row.adapter_bytes or self.model.adapter_bytes_of(
+                [row.source.reading]
+            )
+        return max(row.adapter_bytes for row in rows)
 
     def _begin(self, rows: list[Row]) -> None:
         """Read the prompts of rows, choose their first tokens, and let them join who runs."""

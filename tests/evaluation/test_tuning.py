@@ -18,6 +18,7 @@ from ship_ds.evaluation import tuning
 from ship_ds.evaluation.baselines import oracles
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.tuning import Curve, Recipe, parted, tune
+from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.tuned import export_tuned
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.combination import CombinedAdapter
@@ -43,6 +44,21 @@ def nats_a_token(ship: Ship, adapter: Adapter, examples: Sequence[Example]) -> f
     targets = [example.target for example in examples]
     tokens = sum(len(base.prompts.target(text)) for text in targets)
     return float(-base.log_likelihoods(adapter, prompts, targets).sum() / tokens)
+
+
+@torch.no_grad()
+def nats_by_logits(ship: Ship, adapter: Adapter, examples: Sequence[Example]) -> float:
+    """The same of each example alone, by the logits of `peft`'s proof."""
+    total = count = 0.0
+    for example in examples:
+        prompt = list(ship.model.question(example.input))
+        target = list(ship.model.prompts.target(example.target))
+        logits_SV = live_logits(ship, adapter, prompt + target)[len(prompt) - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits_SV, torch.tensor(target))) * len(
+            target
+        )
+        count += len(target)
+    return total / count
 
 
 def test_it_starts_at_the_generated_adapter_and_at_pefts_start(ship: Ship) -> None:
@@ -149,11 +165,20 @@ def test_it_leaves_a_proved_folder_with_its_curve(
     assert isinstance(read, LoraAdapter) and next(iter(read.factors.values()))[0].shape[1] == 4
 
 
-def test_of_a_combination_the_lora_is_trained_beside_the_rest(tmp_path: Path) -> None:
-    """Twice from one start: a run whose instruction is fused, and its LoRA alone, which starts from
-    another loss. What was fused leaves as it was."""
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"kind": "block_fusion"}, "prefix"),
+        ({"kind": "soft_prompt", "num_virtual_tokens": 2, "width": 32}, "prompt"),
+    ],
+)
+def test_of_a_combination_the_lora_is_trained_beside_the_rest(
+    other: dict[str, object], name: str, tmp_path: Path
+) -> None:
+    """It starts from another loss than its LoRA alone, and what stands before the prompt leaves as
+    it was; the fresh LoRA has nothing before its prompts."""
     lora = {"kind": "lora", "rank": 4, "alpha": 6, "width": 32}
-    parts = {"kind": "combination", "parts": [lora, {"kind": "block_fusion"}]}
+    parts = {"kind": "combination", "parts": [lora, other]}
     ship = make_ship(make_base(tmp_path / "base"), std=0.05, **parts)
     recipe = replace(RECIPE, steps=6)
     tuned = tune(ship, INSTRUCTION, PAIRS, recipe, with_fresh=True)
@@ -161,9 +186,10 @@ def test_of_a_combination_the_lora_is_trained_beside_the_rest(tmp_path: Path) ->
         generated = ship.model.adapt(ship.model.encode([INSTRUCTION]), [INSTRUCTION])
     assert isinstance(generated, CombinedAdapter) and isinstance(tuned.adapter, CombinedAdapter)
     _, held_out = parted([Example(*pair) for pair in PAIRS], 0.2, 0)
-    first = nats_a_token(ship, generated, held_out)
+    first = nats_by_logits(ship, generated, held_out)
     assert tuned.curve.first == pytest.approx(first, rel=1e-5)
-    assert tuned.curve.last == pytest.approx(nats_a_token(ship, tuned.adapter, held_out), rel=1e-5)
+    last = nats_by_logits(ship, tuned.adapter, held_out)
+    assert tuned.curve.last == pytest.approx(last, rel=1e-5)
     assert abs(first - nats_a_token(ship, generated.parts[0], held_out)) > 1e-3
     assert tuned.fresh is not None and tuned.curve.last < tuned.curve.first
     before, after = generated.parts[1].tensors(), tuned.adapter.parts[1].tensors()
@@ -171,5 +197,5 @@ def test_of_a_combination_the_lora_is_trained_beside_the_rest(tmp_path: Path) ->
     export_tuned(
         ship, tuned.adapter, INSTRUCTION, tuned.summary(), tuned.rows(), tmp_path / "out", ["3 9"]
     )
-    assert json.loads((tmp_path / "out/ship.json").read_text())["folders"] == ["lora", "prefix"]
+    assert json.loads((tmp_path / "out/ship.json").read_text())["folders"] == ["lora", name]
     assert (tmp_path / "out/tune.jsonl").is_file()

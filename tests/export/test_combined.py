@@ -1,7 +1,10 @@
 """Adapters of two kinds at once: a folder of `peft` each, which together do what the live one
 does, merged or not."""
 
+import asyncio
+import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ship_ds.cli.checks import check_explained, check_leaves
-from ship_ds.config import parse_config
+from ship_ds import cli
+from ship_ds.bundle import frozen_bases, write_bundle
+from ship_ds.cli.checks import check_explained, check_leaves, check_sums
+from ship_ds.config import ModelConfig, base_folder, parse_config
 from ship_ds.errors import UserError
 from ship_ds.export.compose import compose
 from ship_ds.export.convert import merge_into
@@ -20,9 +25,13 @@ from ship_ds.export.merge import Merge
 from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.requests import Request
 from ship_ds.files import write_json
+from ship_ds.inference.adapter_reading import read_adapter
 from ship_ds.inference.config import InductionConfig
-from ship_ds.model.adapters.combination import CombinedAdapter
+from ship_ds.inference.deduction import answer_latents, answer_under
+from ship_ds.model.adapters.combination import Combination, CombinedAdapter
 from ship_ds.origin import read_origin
+from ship_ds.prompt import describe_roles
+from ship_ds.serving.vllm_plugin import InstructionResolver
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship, make_t5_base
 
 pytestmark = pytest.mark.slow
@@ -118,11 +127,40 @@ def test_folders_are_read_back(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be compared by their weights"):
         ship.model.adapt(own[None]).distance(ship.model.read_adapter(tmp_path / "a" / "prefix"))
     settings = json.loads((tmp_path / "a/lora/adapter_config.json").read_text())
-    write_json(tmp_path / "a/lora/adapter_config.json", settings | {"peft_type": "IA3"})
-    with pytest.raises(UserError, match="peft_type is 'IA3', and .* LORA or PREFIX_TUNING"):
-        ship.model.read_adapter(tmp_path / "a" / "lora")
-    with pytest.raises(UserError, match="no folder of lora or prefix in it"):
+    for found, message in (("IA3", "expected one of LORA"), ("SHIRA", "is of shira, and this run")):
+        write_json(tmp_path / "a/lora/adapter_config.json", settings | {"peft_type": found})
+        with pytest.raises(UserError, match=message):
+            ship.model.read_adapter(tmp_path / "a" / "lora")
+    with pytest.raises(UserError, match="no folder of lora and prefix in it"):
         ship.model.read_adapter(tmp_path / "base")
+
+
+def test_a_part_alone_has_no_places_for_virtual_tokens(tmp_path: Path) -> None:
+    """The run's prompts have them: they would be there, and empty."""
+    ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, PROMPT]))
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    read = ship.model.read_adapter(tmp_path / "a")
+    answers = answer_under(ship.model, read, "", list(PROBES), 6)
+    assert (
+        answers
+        == answer_latents(ship.model, ship.model.encode([TEXTS[0]]), [TEXTS[0]], [list(PROBES)], 6)[
+            0
+        ]
+    )
+    with pytest.raises(UserError, match="has no virtual tokens, which this run's adapters have"):
+        ship.model.read_adapter(tmp_path / "a" / "lora")
+
+
+def test_a_part_alone_is_of_the_same_base(tmp_path: Path) -> None:
+    """The record lies in the folder around it."""
+    parts = combined([LORA, FUSED])
+    ship = make_ship(make_base(tmp_path / "base"), **parts)
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    other = make_ship(make_base(tmp_path / "other", seed=1), **parts)
+    for name in ("", "lora", "prefix"):
+        read_adapter(ship.model, tmp_path / "a" / name)
+        with pytest.raises(UserError, match="an adapter of another base model"):
+            read_adapter(other.model, tmp_path / "a" / name)
 
 
 def test_an_adapter_of_two_folders_is_explained(tmp_path: Path) -> None:
@@ -159,7 +197,7 @@ def test_the_merged_model_takes_the_other_folder_along(quantisation: str, tmp_pa
     export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
     merge = Merge(tmp_path / "a", dtype="float32")
     report = merge_into(tmp_path / "merged", merge, True)
-    assert report["beside"] == ["prefix"] and report["drift_of_effect"] < 1e-3
+    assert report["around"] == ["prefix"] and report["drift_of_effect"] < 1e-3
     settings = json.loads((tmp_path / "merged/prefix/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str((tmp_path / "merged").resolve())
     assert "prefix/ is the adapter's other part" in (tmp_path / "merged/README.md").read_text()
@@ -171,8 +209,47 @@ def test_another_prefix_than_the_one_proved_is_no_merge(tmp_path: Path) -> None:
         export_one(ship, Request(name, text), tmp_path / name, PROBES)
     weights = "prefix/adapter_model.safetensors"
     (tmp_path / "a" / weights).write_bytes((tmp_path / "b" / weights).read_bytes())
-    with pytest.raises(UserError, match="not the file that its ship.json lists"):
+    with pytest.raises(
+        UserError, match="prefix/.*safetensors: not the file that its ship.json lists"
+    ):
         Merge(tmp_path / "a")
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors", ""])
+def test_half_an_adapter_is_told_before_anything_is_merged_or_read(
+    missing: str, tmp_path: Path
+) -> None:
+    """Copied without its prefix, or without a file of that; or with one of another kind."""
+    ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, FUSED]))
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    prefix = tmp_path / "a" / "prefix"
+    if missing:
+        (prefix / missing).unlink()
+    else:
+        shutil.rmtree(prefix)
+    for use in (lambda: Merge(tmp_path / "a"), lambda: ship.model.read_adapter(tmp_path / "a")):
+        with pytest.raises(UserError, match="prefix/adapter_.*: is missing; export"):
+            use()
+    shutil.rmtree(prefix, ignore_errors=True)
+    shutil.copytree(tmp_path / "a" / "lora", prefix)
+    for use in (lambda: Merge(tmp_path / "a"), lambda: ship.model.read_adapter(tmp_path / "a")):
+        with pytest.raises(UserError, match="peft_type is 'LORA'; expected 'PREFIX_TUNING'"):
+            use()
+
+
+def test_a_batch_that_was_killed_keeps_what_is_whole(tmp_path: Path) -> None:
+    """A folder whose prefix is of another text is written again."""
+    ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, FUSED]))
+    requests = [Request(f"r{number}", text) for number, text in enumerate(TEXTS)]
+    export_many(ship, requests, tmp_path / "many", PROBES)
+    (tmp_path / "many").rename(tmp_path / "many.part")
+    weights = "prefix/adapter_model.safetensors"
+    part = tmp_path / "many.part"
+    (part / "r0" / weights).write_bytes((part / "r1" / weights).read_bytes())
+    shutil.rmtree(part / "r2" / "prefix")
+    batch = export_many(ship, requests, tmp_path / "many", PROBES)
+    assert (batch.num_written, batch.num_kept) == (2, 1)
+    assert batch.worst.from_live <= 1e-4
 
 
 def test_a_rank_is_padded_and_a_sum_refused(tmp_path: Path) -> None:
@@ -221,6 +298,70 @@ def test_no_format_is_told_by_the_config_alone(tmp_path: Path) -> None:
             check_leaves("deduce", tmp_path / name)
     for name in ("fused", "lora"):
         check_leaves("deduce", tmp_path / name)
+
+
+def test_a_kind_of_somebody_elses_leaves_alone_unless_it_says_as_what(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind = importlib.import_module("tests.toys.adapter").DiagonalCore
+    parts = [{"kind": "diagonal_core"}, PREFIX]
+    config = ModelConfig.model_validate({"hypernetwork": combined(parts)}).hypernetwork
+    assert "two kinds" in str(Combination.cannot_leave(config))  # type: ignore[arg-type]
+    monkeypatch.setattr(kind, "leaves", "lora")
+    assert Combination.cannot_leave(config) is None  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def fused_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Around the embedded base."""
+    ship = make_ship("embedded", **combined([LORA, FUSED]))
+    folder = tmp_path_factory.mktemp("run") / "bundle"
+    state = {
+        name: parameter.detach()
+        for name, parameter in ship.model.named_parameters()
+        if parameter.requires_grad
+    }
+    form = describe_roles(vars(ship.model.collator.prompts))
+    bases = frozen_bases(ship.config)
+    write_bundle(folder, state, ship.config, form, bases, [TEXTS[1]], list(PROBES))
+    return folder
+
+
+def test_from_a_bundle_to_merged_models_in_one_command(
+    fused_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the line that says that half of it stands beside the weights."""
+    command = ["convert", str(fused_bundle), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--instruction", TEXTS[0], "--target", "dequantised", "--dtype", "float32"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    [merged] = (tmp_path / "out" / "merged").iterdir()
+    assert (merged / "prefix" / "adapter_config.json").is_file()
+    assert f"from_pretrained(model, '{merged / 'prefix'}')" in said
+    assert "100 % of next tokens are the same" in said
+
+
+def test_a_sum_is_refused_by_the_config_alone(fused_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="compose: .*a sum of such adapters means nothing"):
+        check_sums(fused_bundle)
+    for section in ({"kind": "bottleneck", "rank": 2}, PREFIX, PROMPT, LORA, SPARSE):
+        (tmp_path / section["kind"]).mkdir()
+        values = {"run": {"folder": "x"}, "training": {"steps": 1}}
+        config = parse_config(values | {"model": {"hypernetwork": section}}, "test")
+        write_json(tmp_path / section["kind"] / "config.json", config.model_dump(mode="json"))
+    for name in ("bottleneck", "prefix", "soft_prompt"):
+        with pytest.raises(UserError, match="no file format|a sum of such adapters"):
+            check_sums(tmp_path / name)
+    for name in ("lora", "sparse"):
+        check_sums(tmp_path / name)
+
+
+def test_vllm_is_given_no_half_of_an_adapter(
+    fused_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = str(base_folder("embedded"))
+    made = asyncio.run(InstructionResolver(fused_bundle).resolve_lora(base, f"ship:{TEXTS[0]}"))
+    assert made is None and "its adapters are no LoRAs, and vLLM serves no others" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/etc", "bottleneck"])

@@ -118,6 +118,17 @@ def test_factors_lie_as_a_cpu_multiplies_them() -> None:
         assert torch.equal(b_TOR, wanted)
 
 
+def test_prefixes_that_others_join_for_ever_stay_as_short_as_the_longest() -> None:
+    model = tiny_lm("llama")
+    long, short = random_prefix(model, [9], 0), random_prefix(model, [2], 1)
+    both = long.beside(short)
+    assert both.length == 9
+    left = both.rows(torch.tensor([1])).beside(random_prefix(model, [4, 1], 2))
+    assert left.length == 4 and left.seen().sum(1).tolist() == [2, 4, 1]
+    place = next(iter(short.states))
+    assert torch.equal(left.states[place][0, :, :, :2], short.states[place][0])
+
+
 def test_soft_prompts_stand_beside_each_other() -> None:
     prompts = [torch.randn(tasks, 2, HIDDEN) for tasks in (2, 1)]
     both = SoftPrompt(prompts[0]).beside(SoftPrompt(prompts[1]))

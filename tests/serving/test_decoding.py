@@ -91,7 +91,8 @@ def test_rows_that_came_at_different_turns_share_forwards(
 
 def test_what_does_not_fit_waits_and_comes_in_order(decoder: AnswerWriter, ship: Ship) -> None:
     rows = [row(ship, "add 2") for _ in range(5)]
-    decoder._bytes = int(2.5 * decoder._row_bytes([rows[0][0]]))
+    one = [rows[0][0]]
+    decoder._bytes = int(2.5 * (decoder._row_bytes(one) + decoder._adapter_bytes(one)))
     decoder.submit([one for one, _ in rows])
     decoder.turn()
     assert (decoder.num_running, decoder.num_waiting) == (2, 3)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ship_ds.adapter_files import Leaves
+from ship_ds.adapter_files import BEFORE_THE_PROMPT, Leaves
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.segment_lora import Addition, LowRank
@@ -31,6 +31,10 @@ from ship_ds.section import Section
 
 Sites = Mapping[str, tuple[int, int]]
 """Module path -> (in, out) of each linear that adapters change."""
+NO_SUM = (
+    "a sum of such adapters means nothing; it needs a run with model.hypernetwork.kind=lora, "
+    "sparse or scatter"
+)
 NO_FORMAT = "adapters of this run's kind have no file format; `ship-ds answer` applies them"
 
 
@@ -174,10 +178,7 @@ class Export(ABC):
         Raises:
             UserError: a sum of this kind means nothing.
         """
-        raise UserError(
-            f"compose: {parts[0][1].shape()}: a sum of such adapters means nothing; it needs a run "
-            "with model.hypernetwork.kind=lora, sparse or scatter"
-        )
+        raise UserError(f"compose: {parts[0][1].shape()}: {NO_SUM}")
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,8 @@ class Hypernetwork(nn.Module, ABC):
     @classmethod
     def check(cls, config: Any, latent_size: int, target: Target) -> None:
         """Raises UserError where the three do not go together. Asked before encoder and decoder are
-        made: their heads grow with the latent, and one of a mistyped size fills the memory."""
+        made, so of a target that knows nothing of the encoder's states: their heads grow with the
+        latent, and one of a mistyped size fills the memory."""
 
     @abstractmethod
     def forward(self, latent_TZ: Tensor) -> Adapter:
@@ -310,6 +312,12 @@ class Hypernetwork(nn.Module, ABC):
         """Why adapters of this config have no file format; None: they have one."""
         return NO_FORMAT if cls.exports is Hypernetwork.exports else None
 
+    @classmethod
+    def cannot_sum(cls, config: Any) -> str | None:
+        """Why adapters of this config cannot be added up, as far as the kind tells; the rest is
+        told by `Export.summed`."""
+        return NO_SUM if cls.leaves in BEFORE_THE_PROMPT else cls.cannot_leave(config)
+
     def exports(self, adapter: Any) -> list[Export]:
         """Each task's adapter on its way out. Raises UserError for a kind without a format."""
         raise UserError(f"deduce: {NO_FORMAT}")
@@ -327,7 +335,7 @@ class Hypernetwork(nn.Module, ABC):
         raise UserError(
             f"{folder}: adapters of this run's kind cannot be read back; it needs a run with "
             "model.hypernetwork.kind=lora, prefix, layer_prompt, soft_prompt, reshape, sparse or "
-            "scatter"
+            "scatter, or a combination that leaves in folders of peft"
         )
 
     def reads(self) -> bool:

@@ -23,11 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ship_ds.adapter_files import ADAPTER_CONFIG, BEFORE_THE_PROMPT, PEFT_TYPES, Leaves
+from ship_ds.adapter_files import (
+    ADAPTER_CONFIG,
+    BEFORE_THE_PROMPT,
+    PEFT_TYPES,
+    Leaves,
+    check_folder,
+)
 from ship_ds.config import CombinationConfig
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.adapter import (
+    NO_SUM,
     Adapter,
     Export,
     Hypernetwork,
@@ -39,6 +46,7 @@ from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.sites import is_target
 from ship_ds.model.attention import Prefix
 from ship_ds.model.language_model import Feature
+from ship_ds.origin import ORIGIN, read_origin
 from ship_ds.parsing import read_json_object
 
 
@@ -137,14 +145,12 @@ class CombinedAdapter(Adapter):
             UserError: There is nothing of the sort.
         """
         assert isinstance(other, CombinedAdapter)
-        ours, found = list(self.parts), []
+        found = []
         for theirs in other.parts:
-            place = next((n for n, one in enumerate(ours) if type(one) is type(theirs)), None)
-            if place is None:
-                continue
-            with suppress(UserError):
-                # Out of the list: of two of a kind each meets its own.
-                found.append(ours.pop(place).distance(theirs))
+            # What can be read back has one part of a kind; see `cannot_leave`.
+            for own in (part for part in self.parts if type(part) is type(theirs)):
+                with suppress(UserError):
+                    found.append(own.distance(theirs))
         return torch.stack(found).mean(0) if found else super().distance(other)
 
 
@@ -288,7 +294,8 @@ class Combination(Hypernetwork):
         ]
         if found:
             return str(found[0])
-        if sorted(kind.leaves in BEFORE_THE_PROMPT for kind in kinds) != [False, True]:
+        places = sorted(kind.leaves in BEFORE_THE_PROMPT for kind in kinds)
+        if places != [False, True] or any(kind.leaves is None for kind in kinds):
             return (
                 "adapters of this run leave in folders of peft where they are of two kinds, one "
                 "that changes linears (lora, sparse, scatter) and one that stands before the "
@@ -297,41 +304,45 @@ class Combination(Hypernetwork):
             )
         return None
 
+    @classmethod
+    def cannot_sum(cls, config: CombinationConfig) -> str | None:
+        """See `Hypernetwork`."""
+        return NO_SUM
+
     def reads(self) -> bool:
-        """See `Hypernetwork`: by any of its parts."""
-        return any(part.reads() for part in self._hypernetworks())
+        """See `Hypernetwork`: what leaves in folders is read from them."""
+        return self.why_not is None and all(part.reads() for part in self._hypernetworks())
 
     def read(self, folder: Path, lm: Any) -> CombinedAdapter:
-        """See `Hypernetwork`: folders side by side, as this kind leaves; or one of `peft` alone, by
-        whomever, of what a part leaves as."""
-        readers = {
-            part.leaves: part
-            for part in self._hypernetworks()
-            if part.leaves is not None and part.reads()
-        }
-        if (folder / ADAPTER_CONFIG).is_file():
-            return CombinedAdapter((self._reader(folder, readers).read(folder, lm),))
-        inside = [
-            (folder / name, part) for name, part in readers.items() if (folder / name).is_dir()
-        ]
-        if not inside:
+        """See `Hypernetwork`: folders side by side, as this kind leaves, all that its ship.json
+        names; or one of `peft` alone, by whomever, of what a part leaves as."""
+        if not self.reads():
+            return super().read(folder, lm)  # type: ignore[return-value]  # it raises
+        parts = {part.leaves: part for part in self._hypernetworks() if part.leaves is not None}
+        known = " and ".join(parts)
+        names: list[Leaves] = [name for name in parts if (folder / name).is_dir()]
+        if (folder / ORIGIN).is_file():
+            names = list(read_origin(folder).folders)
+        elif (folder / ADAPTER_CONFIG).is_file():
+            names = []
+        elif not names:
             raise UserError(
-                f"{folder}: no {ADAPTER_CONFIG}, and no folder of {' or '.join(readers) or 'peft'} "
-                "in it: expected an adapter's folder"
+                f"{folder}: no {ADAPTER_CONFIG}, and no folder of {known} in it: expected an "
+                "adapter's folder"
             )
-        return CombinedAdapter(tuple(part.read(path, lm) for path, part in inside))
-
-    def _reader(self, folder: Path, readers: Mapping[Leaves, Hypernetwork]) -> Hypernetwork:
-        """Of a single folder of `peft`, by what it says that it is."""
-        found = read_json_object(folder / ADAPTER_CONFIG).get("peft_type")
-        for name, part in readers.items():
-            if PEFT_TYPES[name] == found:
-                return part
-        kinds = " or ".join(PEFT_TYPES[name] for name in readers)
-        raise UserError(
-            f"{folder / ADAPTER_CONFIG}: peft_type is {found!r}, and this run's adapters are of "
-            f"{kinds or 'none that can be read back'}"
-        )
+        paths = {name: folder / name for name in names} or {_leaves_as(folder): folder}
+        for name, path in paths.items():
+            if name not in parts:
+                raise UserError(f"{path}: is of {name}, and this run's adapters are of {known}")
+            check_folder(path, name)
+        read = CombinedAdapter(tuple(parts[name].read(path, lm) for name, path in paths.items()))
+        if self.num_virtual_tokens and read.virtual_tokens() is None:
+            # Their places before every prompt would be there, and empty.
+            raise UserError(
+                f"{folder}: has no virtual tokens, which this run's adapters have besides: give "
+                f"the folder that has both, {known}"
+            )
+        return read
 
     def exports(self, adapter: CombinedAdapter) -> list[Export]:
         """See `Hypernetwork`: a folder of each part, side by side."""
@@ -343,6 +354,18 @@ class Combination(Hypernetwork):
         made = [part.exports(its) for part, its in ordered]
         names = tuple(part.leaves for part, _ in ordered if part.leaves is not None)
         return [CombinedExport(names, one) for one in zip(*made, strict=True)]
+
+
+def _leaves_as(folder: Path) -> Leaves:
+    """What a single folder of `peft` says that it is. Raises UserError where it is none of them."""
+    path = folder / ADAPTER_CONFIG
+    found = read_json_object(path).get("peft_type")
+    for name, peft_type in PEFT_TYPES.items():
+        if peft_type == found:
+            return name
+    raise UserError(
+        f"{path}: peft_type is {found!r}; expected one of {', '.join(PEFT_TYPES.values())}"
+    )
 
 
 def _targets(part: Any) -> tuple[str, ...]:

@@ -67,16 +67,19 @@ class PrefixAdapter(Adapter):
         )
 
     def beside(self, other: Adapter) -> "PrefixAdapter":
-        """See `Adapter`: as long as the longest of them."""
+        """See `Adapter`: as long as the longest that some task sees, so that those which others
+        join for ever stay as short as that."""
         assert isinstance(other, PrefixAdapter)
         both = (self, other)
-        length = max(one.length for one in both)
+        if self.seen_TP is None is other.seen_TP and self.length == other.length:
+            return PrefixAdapter(
+                {path: torch.cat([one.states[path] for one in both]) for path in self.states}
+            )
+        length = max(1, *(int(one.seen().sum(1).max()) for one in both))
         states = {
             path: torch.cat([_lengthened(one.states[path], length, 3) for one in both])
             for path in self.states
         }
-        if all(one.seen_TP is None and one.length == length for one in both):
-            return PrefixAdapter(states)
         return PrefixAdapter(
             states, torch.cat([_lengthened(one.seen(), length, 1) for one in both])
         )
@@ -115,7 +118,7 @@ class PrefixAdapter(Adapter):
         """By keys and values, each against the other's own size. Raises UserError where an adapter
         is as long as what it was made of."""
         assert isinstance(other, PrefixAdapter)
-        if self.seen_TP is not None or other.seen_TP is not None:
+        if not (self.seen_TP is None is other.seen_TP and self.length == other.length):
             return super().distance(other)
         total = norm = torch.zeros(())
         for path, states in self.states.items():
@@ -126,7 +129,8 @@ class PrefixAdapter(Adapter):
 
 
 def _lengthened(tensor: Tensor, length: int, dim: int) -> Tensor:
-    """With zeros behind, up to this length."""
+    """With zeros behind up to this length, or without what is behind it."""
+    tensor = tensor.narrow(dim, 0, min(length, tensor.shape[dim]))
     behind = 2 * (tensor.ndim - 1 - dim)
     return torch.nn.functional.pad(tensor, (0,) * (behind + 1) + (length - tensor.shape[dim],))
 
