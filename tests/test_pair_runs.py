@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import start
+from tools.pair_runs import main
 
 FINGERPRINT = {"data": "d", "dtype": "float32", "harness": 4, "seed": 0, "bundle": "b"}
 
@@ -26,18 +26,17 @@ def write_cell(run: Path, method: str, scores: dict[str, list[float]], **fingerp
     (cells / f"{method}.deduction.unseen.json").write_text(json.dumps(cell))
 
 
-def test_scores_are_paired_by_task(tmp_path: Path) -> None:
+def test_scores_are_paired_by_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By a task's mean, of the tasks that both have: (0.5 - 0.1 + 0.3 - 0.4) / 2."""
     write_cell(tmp_path / "a", "ship", {"one": [0.4, 0.6], "two": [0.3], "three": [1.0]})
     write_cell(tmp_path / "b", "sft", {"two": [0.4], "one": [0.1]}, bundle="another")
     out = tmp_path / "pairs.json"
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    done = start(["tools/pair_runs.py", *runs, "--methods", "sft", "--out", str(out)])
-    assert done.returncode == 0, done.stderr
+    assert main([*runs, "--methods", "sft", "--out", str(out)]) == 0
     found = json.loads(out.read_text())["sft"]["unseen"]
     assert found["difference"]["rouge_l"]["value"] == pytest.approx(0.15)
     assert found["difference"]["n_tasks"] == 2 and found["first"]["n_tasks"] == 3
-    assert done.stdout.startswith("sft, unseen, rouge_l: +0.150 [")
+    assert capsys.readouterr().out.startswith("sft, unseen, rouge_l: +0.150 [")
 
 
 @pytest.mark.parametrize(
@@ -49,12 +48,18 @@ def test_scores_are_paired_by_task(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_paired_is_one_line(
-    tasks: list[str], fingerprint: dict[str, Any], method: str, line: str, tmp_path: Path
+    tasks: list[str],
+    fingerprint: dict[str, Any],
+    method: str,
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_cell(tmp_path / "a", "ship", {"one": [0.4]})
     write_cell(tmp_path / "b", "sft", {name: [0.1] for name in tasks}, **fingerprint)
     out = tmp_path / "pairs.json"
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    done = start(["tools/pair_runs.py", *runs, "--methods", method, "--out", str(out)])
-    assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
+    assert main([*runs, "--methods", method, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
     assert not out.exists()

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import start
+from tools.score_exports import main
 
 
 def test_every_way_answers_and_two_answer_as_the_live_adapter(
@@ -25,8 +28,9 @@ def test_every_way_answers_and_two_answer_as_the_live_adapter(
     assert {path.name for path in work.iterdir()} == {"adapters"}
 
 
-def test_a_part_without_tasks_is_one_line(one_rank_run: Path, tmp_path: Path) -> None:
-    command = ["tools/score_exports.py", "--run", str(one_rank_run), "--num-tasks", "0"]
-    done = start([*command, "--work", str(tmp_path / "work")])
-    assert done.returncode == 2 and not (tmp_path / "work").exists()
-    assert done.stderr.splitlines()[-1].endswith("has no task there")
+def test_a_part_without_tasks_is_one_line(
+    one_rank_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--run", str(one_rank_run), "--num-tasks", "0", "--work", str(tmp_path / "work")]
+    assert main(command) == 2 and not (tmp_path / "work").exists()
+    assert capsys.readouterr().err.endswith("has no task there\n")
