@@ -1,7 +1,9 @@
 """How an adapter lies on disk: one folder of `peft`, or several in one, of two files each.
 
-FOLDER/adapter_config.json, adapter_model.safetensors
-FOLDER/lora/..., prefix/...       of a combination; none in FOLDER itself
+    FOLDER/adapter_config.json, adapter_model.safetensors
+    FOLDER/lora/..., prefix/...       of a combination; none in FOLDER itself
+
+Imports no torch.
 """
 
 import hashlib

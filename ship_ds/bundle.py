@@ -26,6 +26,7 @@ from ship_ds.config import CombinationConfig, Config, LoraTuning, parse_config
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, recover, refuse_existing, whole_folder
+from ship_ds.kinds import ADAPTERS
 from ship_ds.parsing import read_json, read_json_object
 from ship_ds.section import Section
 
@@ -206,6 +207,22 @@ def _part_of(one: Section, other: Section) -> int | None:
 def _moved_inside(name: str, inside: str) -> str:
     """A parameter's name once the hypernetwork is the part that `inside` begins with."""
     return name.replace(_HYPERNETWORK, inside, 1) if name.startswith(_HYPERNETWORK) else name
+
+
+def check_leaves(verb: str, folder: Path) -> None:
+    """See that the adapters of a bundle's run have a file format, by its config alone.
+
+    Args:
+        verb: That asks.
+        folder: The bundle.
+
+    Raises:
+        UserError: They have none.
+    """
+    hypernetwork = read_config(folder).model.hypernetwork
+    why_not = ADAPTERS.implementation(hypernetwork).cannot_leave(hypernetwork)
+    if why_not is not None:
+        raise UserError(f"{verb}: {folder}: {why_not}")
 
 
 def read_config(folder: Path) -> Config:

@@ -246,8 +246,9 @@ def test_states_fused_by_two_stacks_by_hand(t5: list[str]) -> None:
         ["model.hypernetwork={kind: fusion}"],
         ["model.hypernetwork={kind: layer_prompt, rank: 6}"],
         ["model.hypernetwork={kind: combination, parts: [{}, {kind: block_fusion}]}"],
+        ["model.hypernetwork={kind: combination, parts: [{kind: fusion}, {kind: block_fusion}]}"],
     ],
-    ids=["lora", "soft_prompt", "pooling", "fusion", "layer_prompt", "block_fusion"],
+    ids=["lora", "soft_prompt", "pooling", "fusion", "layer_prompt", "block_fusion", "two fusions"],
 )
 @torch.no_grad()
 def test_a_query_and_its_adapter_are_what_torch_counts(overrides: list[str]) -> None:

@@ -98,12 +98,9 @@ def check_makes_lora(bundle: Path) -> None:
 
 def check_leaves(verb: str, bundle: Path) -> None:
     """The run's adapters have a file format."""
-    from ship_ds.kinds import ADAPTERS
+    from ship_ds import bundle as bundles
 
-    hypernetwork = read_config(bundle).model.hypernetwork
-    why_not = ADAPTERS.implementation(hypernetwork).cannot_leave(hypernetwork)
-    if why_not is not None:
-        raise UserError(f"{verb}: {bundle}: {why_not}")
+    bundles.check_leaves(verb, bundle)
 
 
 def check_sums(bundle: Path) -> None:

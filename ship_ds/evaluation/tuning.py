@@ -211,7 +211,6 @@ def train_lora(
     Raises:
         UserError: a loss is not finite.
     """
-
     soft = with_rest(lora()).virtual_tokens()
     num_virtual = 0 if soft is None else soft.shape[1]
 

@@ -18,7 +18,7 @@ from ship_ds.bundle import (
     SHIP_WEIGHTS,
     bundle_folder,
     bundle_from_checkpoint,
-    read_config,
+    check_leaves,
     verify,
 )
 from ship_ds.errors import UserError
@@ -27,7 +27,6 @@ from ship_ds.export.deduce import export_many
 from ship_ds.export.merge import Dtype, Merge
 from ship_ds.export.requests import Request
 from ship_ds.export.targets import TargetName
-from ship_ds.kinds import ADAPTERS
 from ship_ds.runtime import checkpoint
 
 
@@ -116,9 +115,7 @@ def _make_adapters(
                 "--out"
             )
         return
-    hypernetwork = read_config(bundle).model.hypernetwork
-    if (why_not := ADAPTERS.implementation(hypernetwork).cannot_leave(hypernetwork)) is not None:
-        raise UserError(f"convert: {bundle}: {why_not}")
+    check_leaves("convert", bundle)
     ship = Ship.from_run(bundle, conversion.device, conversion.compute_dtype, conversion.base)
     batch = export_many(ship, requests, out, conversion.probes or ship.probes, conversion.pad_to)
     report(f"{out}: {len(requests)} adapters, peft = live within {batch.worst.from_live:.1e}")
@@ -132,8 +129,9 @@ def merge_into(out: Path, merge: Merge, measures_drift: bool) -> dict[str, Any]:
 
 
 def describe(out: Path, merge: Merge, report: dict[str, Any]) -> str:
-    """ "merged: dequantised, 1 shard(s)", a second line on the drift where it was measured, and a
-    warning where the merged weights are not those that training saw."""
+    """ "merged: dequantised, 1 shard(s)", a second line on the drift where it was measured, one on
+    what `peft` has to load besides, and a warning where the merged weights are not those that
+    training saw."""
     num_kept = report["num_shards_kept"]
     earlier = f", {num_kept} of them from a run that was cut off" if num_kept else ""
     lines = [f"{out}: {merge.plan.target}, {report['num_shards']} shard(s){earlier}"]

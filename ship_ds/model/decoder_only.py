@@ -12,9 +12,9 @@ P virtual tokens, H hidden size, T tasks, X other letters flattened.
 import copy
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +35,12 @@ from ship_ds.model.attention import (
     no_mask_of_packed,
 )
 from ship_ds.model.batch import Layout, TokenBatch
-from ship_ds.model.key_value_cache import ending_at, preallocated_cache, preallocated_layers
+from ship_ds.model.key_value_cache import (
+    PreallocatedLayer,
+    ending_at,
+    preallocated_cache,
+    preallocated_layers,
+)
 from ship_ds.model.language_model import Feature, LanguageModel, Passage, Stream
 from ship_ds.model.projections import can_project, keys_and_values
 
@@ -435,18 +440,22 @@ class CachedStream(Stream):
         self.real_EX, self.logits_EV = self.real_EX[index_E], self.logits_EV[index_E]
         self.next_position_E = self.next_position_E[index_E]
 
-    def can_join_rows(self, other: Stream) -> bool:
+    def joining(self, other: Stream) -> Callable[[], None] | None:
         """See `Stream`: where the base keeps nothing but keys and values of its past."""
         assert isinstance(other, CachedStream)
-        counts = [len(preallocated_layers(one.cache)) for one in (self, other)]
-        return counts[0] > 0 and counts[0] == counts[1]
+        layers, theirs = (preallocated_layers(one.cache) for one in (self, other))
+        if not layers or len(layers) != len(theirs):
+            return None
+        return partial(self._take_rows, other, layers, theirs)
 
-    def join_rows(self, other: Stream) -> None:
-        """See `Stream`. Rows end in the same column; what no row has any more is left behind, so
-        that a stream which others join for ever stays as short as its longest row."""
-        assert isinstance(other, CachedStream)
-        layers = preallocated_layers(self.cache)
-        theirs = preallocated_layers(other.cache)
+    def _take_rows(
+        self,
+        other: "CachedStream",
+        layers: Sequence[PreallocatedLayer],
+        theirs: Sequence[PreallocatedLayer],
+    ) -> None:
+        """Rows end in the same column; what no row has any more is left behind, so that a stream
+        which others join for ever stays as short as its longest row."""
         positions_E = torch.cat([self.next_position_E, other.next_position_E])
         lengths: list[int] = positions_E.tolist()
         length = max(lengths)

@@ -116,13 +116,10 @@ class Stream(ABC):
         self.task_of_row = [task for task, count in enumerate(counts) for _ in range(count)]
         self.adapter = self.adapter.for_rows(counts)
 
-    def can_join_rows(self, other: "Stream") -> bool:
-        """Whether `join_rows` can; by default it cannot."""
-        return False
-
-    def join_rows(self, other: "Stream") -> None:
-        """Take the cache and `logits_EV` of another stream's rows in, after these."""
-        raise NotImplementedError
+    def joining(self, other: "Stream") -> Callable[[], None] | None:
+        """What takes the cache and `logits_EV` of another stream's rows in, after these, once it is
+        called; None, as by default: nothing does."""
+        return None
 
     def join(self, other: "Stream") -> bool:
         """Take the rows of another stream in, after these: one forward then grows them all.
@@ -134,14 +131,15 @@ class Stream(ABC):
             Whether it did. Where a cache or a kind of adapter cannot, both streams go on alone.
         """
         # First what costs nothing: `beside` copies both adapters.
-        if not self.can_join_rows(other) or (self.adapter is None) != (other.adapter is None):
+        take_rows = self.joining(other)
+        if take_rows is None or (self.adapter is None) != (other.adapter is None):
             return False
         adapter = None
         if self.adapter is not None and other.adapter is not None:
             adapter = self.adapter.beside(other.adapter)
             if adapter is None:
                 return False
-        self.join_rows(other)
+        take_rows()
         num_tasks = self.adapter.num_tasks if self.adapter is not None else self.num_rows
         self.task_of_row = self.task_of_row + [num_tasks + task for task in other.task_of_row]
         self.num_rows += other.num_rows

@@ -23,12 +23,14 @@ from ship_ds.export.convert import merge_into
 from ship_ds.export.deduce import export_many, export_one
 from ship_ds.export.merge import Merge
 from ship_ds.export.peft_adapter import live_logits
+from ship_ds.export.proof import PeftBase
 from ship_ds.export.requests import Request
 from ship_ds.files import write_json
 from ship_ds.inference.adapter_reading import read_adapter
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents, answer_under
 from ship_ds.model.adapters.combination import Combination, CombinedAdapter
+from ship_ds.model.loading import load_lm
 from ship_ds.origin import read_origin
 from ship_ds.prompt import describe_roles
 from ship_ds.serving.vllm_plugin import InstructionResolver
@@ -86,8 +88,6 @@ def _by_peft(
     ship: Any, folder: Path, names: list[str], probes: list[list[int]]
 ) -> list[torch.Tensor]:
     """As the card says, on the base in the dtype and quantisation of the run."""
-    from ship_ds.model.loading import load_lm
-
     config = ship.config.model.task_llm
     device = torch.device("cpu")
     model: Any = load_lm(config.base, config.quantisation, torch.float32, device=device)
@@ -187,6 +187,21 @@ def test_peft_writes_on_as_the_live_adapter_does(tmp_path: Path) -> None:
             expected.append(int(live_logits(ship, adapter, expected)[-1].argmax()))
         written = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=6, do_sample=False)
         assert written[0].tolist() == expected
+
+
+@torch.no_grad()
+def test_the_bare_base_is_under_none_of_the_folders(tmp_path: Path) -> None:
+    """Asked of prompts that it was not asked of before they were loaded."""
+    ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, FUSED]))
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    cpu, ids = torch.device("cpu"), [[5, 9, 20, 7]]
+    fresh, loaded = (
+        PeftBase(load_lm(str(tmp_path / "base"), "nf4", torch.float32, device=cpu), cpu)
+        for _ in range(2)
+    )
+    loaded.load([tmp_path / "a" / "lora", tmp_path / "a" / "prefix"])
+    assert torch.equal(loaded.bare(ids)[0], fresh.bare(ids)[0])
+    assert not torch.equal(loaded.under([tmp_path / "a" / "lora"], ids)[0], fresh.bare(ids)[0])
 
 
 @pytest.mark.parametrize("quantisation", ["nf4", "none"])

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ship_ds.config import Config, load_config
+from ship_ds.data.task import Example
 from ship_ds.errors import UserError
+from ship_ds.inference.checks import check_examples, check_inputs, check_instruction
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import States, Target
 from ship_ds.model.adapters.block_fusion import BlockFusionHypernetwork
@@ -169,6 +171,22 @@ def test_what_does_not_go_with_it_is_one_line() -> None:
         with pytest.raises(UserError, match=re.escape(message)) as error:
             small(*settings)
         assert "\n" not in str(error.value)
+
+
+def test_the_instruction_counts_towards_the_context_where_it_stands_before() -> None:
+    """Each of the two fits alone. States that stand at no place take none."""
+    ship, text = ship_of(), " ".join(["7"] * 300)
+    instruction = " ".join(["reverse"] * 300)
+    places = len(ship.collator.read_prompt(instruction))
+    assert ship.num_before(instruction) == places > 300 and ship.num_before(None) == 0
+    check_instruction(ship, instruction)
+    check_inputs(ship, [text], 8)
+    with pytest.raises(UserError, match="input 1, behind the instruction, with an answer of 8"):
+        check_inputs(ship, [text], 8, instruction)
+    with pytest.raises(UserError, match="example 1: is"):
+        check_examples(ship, [Example(text, "7")], instruction)
+    other = build_ship(small(part="{kind: fusion}").model, LoadedWeights())
+    check_inputs(other, [text], 8, instruction)
 
 
 def test_what_needs_no_states_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:

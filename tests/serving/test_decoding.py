@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
+from ship_ds.serving.app import _fitting
 from ship_ds.serving.decoding import AnswerPart, AnswerWriter, Row, Sampling, Source, _settled
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
+from tests.export.models import make_ship
 from tests.serving.conftest import INPUT
 
 Pieces = list[AnswerPart | RequestError]
@@ -103,6 +105,39 @@ def test_what_does_not_fit_waits_and_comes_in_order(decoder: AnswerWriter, ship:
     decoder.turn()
     assert decoder.num_running == 1
     finish(decoder)
+
+
+@pytest.fixture(scope="module")
+def fused() -> Ship:
+    parts = [{"kind": "lora", "rank": 2, "width": 8}, {"kind": "block_fusion"}]
+    return make_ship("embedded", kind="combination", parts=parts)
+
+
+def test_adapters_that_join_are_as_large_as_the_largest(fused: Ship) -> None:
+    """A prefix is padded to the longest of those that run: two that fit apart may not together."""
+    for fits in (False, True):
+        decoder = AnswerWriter(fused.model, Limits(), Metrics())
+        texts = ("put 7 at the front " * 12, "reverse")
+        long, short = (row(fused, text)[0] for text in texts)
+        each = decoder._row_bytes([long])
+        sizes = [decoder._adapter_bytes([one]) for one in (long, short)]
+        assert each == decoder._row_bytes([short]) and sizes[0] > 2 * sizes[1]
+        decoder._bytes = 2 * each + (2 * sizes[0] if fits else sum(sizes))
+        for one in (long, short):
+            decoder.submit([one])
+            decoder.turn()
+        assert (decoder.num_running, decoder.num_waiting) == ((2, 0) if fits else (1, 1))
+        finish(decoder)
+
+
+def test_a_fused_instruction_stands_before_the_prompt_in_the_context(fused: Ship) -> None:
+    source = row(fused, "reverse the list " * 100)[0].source
+    limit = fused.model.task_llm.language_model.context_length
+    assert limit == 512
+    ids, settings = [7] * 300, Sampling(max_new_tokens=8)
+    assert _fitting(fused, Source(), ids, settings, False) == settings
+    with pytest.raises(RequestError, match="are more than the model's 512"):
+        _fitting(fused, source, ids, settings, False)
 
 
 def test_no_more_rows_than_allowed(ship: Ship) -> None:

@@ -285,17 +285,20 @@ def _rows(by_task: Sequence[Sequence[Any]], parts: Sequence[Piece]) -> list[Any]
 
 
 def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:
-    """The run's own Task LLM, where its adapters change linears as a LoRA alone; else a second copy
-    of it with the default LoRA's sites."""
+    """The run's own Task LLM and LoRA, where nothing else changes its linears; else a second copy
+    with that LoRA's sites, or with the default one's."""
     config = ship.config.model
     kind, own = ADAPTERS.implementation(config.hypernetwork), lora_of(config.hypernetwork)
-    if own is not None and kind.targets(config.hypernetwork) == own.targets:
+    if own is not None:
         # The baselines' hypernetworks read no z that could be cut into shares.
-        return ship.model.task_llm, own.model_copy(update={"latent": "whole"})
-    lora = LoraHypernetworkConfig()
-    names = {path.rpartition(".")[2] for path in ship.model.task_llm.linears()}
-    if not names >= {*lora.targets}:  # a base with other names, such as a T5
-        lora = lora.model_copy(update={"targets": (ALL_LINEAR,)})
+        lora = own.model_copy(update={"latent": "whole"})
+        if kind.targets(config.hypernetwork) == own.targets:
+            return ship.model.task_llm, lora
+    else:
+        lora = LoraHypernetworkConfig()
+        names = {path.rpartition(".")[2] for path in ship.model.task_llm.linears()}
+        if not names >= {*lora.targets}:  # a base with other names, such as a T5
+            lora = lora.model_copy(update={"targets": (ALL_LINEAR,)})
     return _loaded(config.task_llm, lora, ship.model.device, ship.dtype), lora
 
 

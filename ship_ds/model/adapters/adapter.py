@@ -365,7 +365,7 @@ def build_hypernetwork(config: Section, latent_size: int, target: Target) -> Hyp
         latent_size: Z.
         target: the Task LLM.
     """
-    kind: type[Hypernetwork] = ADAPTERS.implementation(config)
+    kind = ADAPTERS.implementation(config)
     kind.check(config, latent_size, target)
-    make: Callable[[Section, int, Target], Hypernetwork] = kind
-    return make(config, latent_size, target)
+    hypernetwork: Hypernetwork = kind(config, latent_size, target)
+    return hypernetwork

@@ -1,6 +1,7 @@
 """Losses, likelihoods and answers of the frozen base."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from ship_ds.data.task import Splits
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase, named_as_before
 from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from tests.export.models import make_base, make_ship
 
 
 def awake_lora(base: FrozenBase, num_tasks: int) -> TaskLoras:
@@ -146,3 +148,17 @@ def test_a_run_by_layer_gives_baselines_a_lora_over_all_of_z() -> None:
     config = load_config("quickstart-smoke", ["model.hypernetwork={kind: lora, latent: by_layer}"])
     ship = Ship(build_ship(config.model, LoadedWeights()), config, "0" * 64)
     assert FrozenBase.of_run(ship).lora.latent == "whole"
+
+
+@pytest.mark.parametrize(
+    ("other", "is_own"), [({"kind": "block_fusion"}, True), ({"kind": "bottleneck"}, False)]
+)
+def test_a_run_whose_linears_are_the_loras_lends_its_own_task_llm(
+    other: dict[str, object], is_own: bool, tmp_path: Path
+) -> None:
+    """Where another part changes linears, too, a copy without that one's; the LoRA is the run's."""
+    lora = {"kind": "lora", "rank": 3, "width": 8, "targets": ["q_proj"]}
+    ship = make_ship(make_base(tmp_path / "base"), kind="combination", parts=[lora, other])
+    base = FrozenBase.of_run(ship)
+    assert (base.task_llm is ship.model.task_llm) == is_own
+    assert {path.rpartition(".")[2] for path in base.sites} == {"q_proj"} and base.lora.rank == 3
