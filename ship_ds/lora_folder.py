@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_TYPES
 from ship_ds.errors import UserError
 from ship_ds.parsing import read_json_object
 from ship_ds.tensor_file import TensorFile
@@ -571,11 +571,14 @@ def _read_settings(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     # Without this file peft would look for an adapter of that name on the hub.
     if not path.is_file():
-        raise UserError(
-            f"{folder}: no adapter here (no {ADAPTER_CONFIG}); expected a PEFT LoRA folder"
-            if kind == "LORA"
-            else f"{folder}: no adapter here (no {ADAPTER_CONFIG}); expected a PEFT folder"
-        )
+        expected = "expected a PEFT LoRA folder" if kind == "LORA" else "expected a PEFT folder"
+        inside = " or ".join(name for name in PEFT_TYPES if (folder / name).is_dir())
+        if inside:
+            expected = (
+                f"its parts are in folders of their own, and this run's adapters are of one kind: "
+                f"give {inside} in it"
+            )
+        raise UserError(f"{folder}: no adapter here (no {ADAPTER_CONFIG}); {expected}")
     settings = read_json_object(path)
     if settings.get("peft_type") != kind:
         raise UserError(f"{path}: peft_type is {settings.get('peft_type')}; expected {kind}")

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from ship_ds.evaluation.tuning import Curve
 from tests.conftest import start
-from tools.score_tuning import compared
+from tools.score_tuning import compared, main
 
 
 def test_steps_are_those_before_the_fresh_ones_last_loss() -> None:
@@ -37,3 +39,17 @@ def test_each_start_has_its_own_rate(one_rank_run: Path, tmp_path: Path) -> None
     firsts = {starts["fresh"]["first"]["value"] for starts in found["by_lr"].values()}
     assert len(firsts) == 1
     assert "tasks reach the fresh one's last loss" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--steps", "0"], "--steps: 0: expected a number above zero"),
+        (["--lr", "1e-3", "nan"], "--lr: nan: expected a number above zero"),
+    ],
+)
+def test_bad_numbers_are_one_line_before_a_run_is_opened(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--run", "nowhere", *arguments]) == 2
+    assert capsys.readouterr().err == f"score_tuning: {line}\n"

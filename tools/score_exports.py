@@ -28,7 +28,7 @@ from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.evaluation.measure import columns_of_answers
 from ship_ds.evaluation.metrics import summary
-from ship_ds.evaluation.questions import Question, ask, tasks_of
+from ship_ds.evaluation.questions import PARTS, Question, ask, tasks_of
 from ship_ds.export.deduce import export_many
 from ship_ds.export.drift import load_merged
 from ship_ds.export.merge import Merge
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
     """Measure, print, and write where --out says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--part", default="unseen")
+    parser.add_argument("--part", default="unseen", choices=PARTS)
     parser.add_argument("--num-tasks", type=int, default=16)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.api import Ship
+from ship_ds.cli.checks import check_positive
 from ship_ds.console import log, no_log
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.evaluation.metrics import score
-from ship_ds.evaluation.questions import tasks_of
+from ship_ds.evaluation.questions import PARTS, tasks_of
 from ship_ds.evaluation.tuning import Curve, Recipe, tune
 from ship_ds.files import write_json
 from ship_ds.monitor.machine import describe_machine, versions
@@ -110,7 +111,7 @@ def main(arguments: list[str]) -> int:
     """Measure, print, and write where --out says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--part", default="unseen")
+    parser.add_argument("--part", default="unseen", choices=PARTS)
     parser.add_argument("--num-tasks", type=int, default=24)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3])
@@ -118,6 +119,9 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     ranks.quiet_libraries()
     try:
+        for option, values in (("--lr", given.lr), ("--steps", [given.steps])):
+            for value in values:
+                check_positive(option, value)
         found = measure(given.run, given.part, given.num_tasks, given.steps, given.lr)
     except UserError as error:
         print(f"score_tuning: {error}", file=sys.stderr)

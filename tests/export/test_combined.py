@@ -135,6 +135,15 @@ def test_folders_are_read_back(tmp_path: Path) -> None:
         ship.model.read_adapter(tmp_path / "base")
 
 
+def test_a_run_of_one_kind_says_which_folder_it_can_read(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    ship = make_ship(base, **combined([LORA, FUSED]))
+    export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
+    for kind in (LORA, PREFIX):
+        with pytest.raises(UserError, match="no adapter_config.json.*: give lora or prefix in it"):
+            make_ship(base, **kind).model.read_adapter(tmp_path / "a")
+
+
 def test_a_part_alone_has_no_places_for_virtual_tokens(tmp_path: Path) -> None:
     """The run's prompts have them: they would be there, and empty."""
     ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, PROMPT]))
