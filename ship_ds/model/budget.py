@@ -158,7 +158,7 @@ def bytes_free(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(SHARE_OF_GPU * (free + reserve))
-    share = _SHARE_OF_MACHINE * _available() / ranks_on_node(os.environ)
+    share = _SHARE_OF_MACHINE * host_bytes_free() / ranks_on_node(os.environ)
     return min(_MOST_ON_CPU, int(share))
 
 
@@ -171,7 +171,7 @@ def ranks_on_node(environment: Mapping[str, str]) -> int:
     return 1
 
 
-def _available(root: Path = Path("/")) -> int:
+def host_bytes_free(root: Path = Path("/")) -> int:
     """Bytes that the kernel can give, and no more than the limits of this process's container, or
     of its job, leave."""
     rows = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()

@@ -84,11 +84,8 @@ def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None
     zero = Zero.read(settings, machines.num_ranks, machines.gpus)
     shapes = shapes_of(config)
     work = Workload.of(config, _tasks_per_micro_batch(config, machines), lengths)
-    stored = sum(weight.stored_bytes(zero.dtype_bytes) for weight in shapes.weights("task LLM"))
-    is_sharded = config.model.task_llm.shards(lambda: stored)
-    inside = [part for part in shapes.parts if part != "task LLM" or is_sharded]
-    engine = [weight for part in inside for weight in shapes.weights(part)]
-    outside = [] if is_sharded else shapes.weights("task LLM")
+    engine, outside = managed(config, shapes, zero)
+    is_sharded = not outside
     held = held_by_a_rank(zero, engine, outside)
     accumulation = config.training.accumulation
     sent = traffic(zero, engine, accumulation, _recomputed(shapes) if is_sharded else ())
@@ -114,6 +111,18 @@ def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None
         _rows_at_once(shapes, evaluations, machines.gpu_memory - RESERVED - staying),
         forecast(shapes, work, sent, accumulation, machines.nodes, zero.stage == 3),
     )
+
+
+def managed(config: Config, shapes: Shapes, zero: Zero) -> tuple[list[Weight], list[Weight]]:
+    """The weights that DeepSpeed manages, and those of a Task LLM that every rank keeps whole."""
+    task_llm = shapes.weights("task LLM")
+    stored = sum(weight.stored_bytes(zero.dtype_bytes) for weight in task_llm)
+    others = [
+        weight for part in shapes.parts if part != "task LLM" for weight in shapes.weights(part)
+    ]
+    if config.model.task_llm.shards(lambda: stored):
+        return [*others, *task_llm], []
+    return others, task_llm
 
 
 def _tasks_per_micro_batch(config: Config, machines: Machines) -> int:
