@@ -877,7 +877,8 @@ class TrainingConfig(Section):
     max_bad_steps: PositiveInt = 5
     """Stop after this many non-finite steps in a row."""
     deepspeed: PathText = "zero3"
-    """A file of ds_configs/ (without .json) or a path."""
+    """A file of ds_configs/ (without .json) or a path; zero1_auto, zero2_auto and zero3_auto are
+    bf16 on devices that multiply in it, else fp32."""
     profile: int = Field(0, ge=0)
     """Record so many steps with torch.profiler, after the first two of a start: a page in
     RUN/profile.md and a trace for TensorBoard; zero: none."""

@@ -64,12 +64,14 @@ from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions
 from ship_ds.monitor.profile import StepProfile
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes, reset_peak_memory
+from ship_ds.planner.weights_fit import FreeMemory, check_weights_fit
 from ship_ds.prompt import ROLES, PromptFormat, check_tasks, describe_roles
 from ship_ds.runtime import checkpoint, ranks, shards, start_log
 from ship_ds.runtime.after_training import failures_are_one_line
 from ship_ds.runtime.agreement import Agreement, agree
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import Engine, engine_dtype, learning_rate, parts_per_step
+from ship_ds.runtime.precision import choose_precision
 from ship_ds.runtime.prefetch import Prefetch
 from ship_ds.runtime.run_lock import RunLock
 from ship_ds.runtime.stopping import Preempted, StopRequest
@@ -143,7 +145,6 @@ class Trainer:
         Raises:
             UserError: the config, the data or the run folder, with what to change.
         """
-        self.config = config
         self.folder = Path(config.run.folder)
         # Before the process group, where one rank that fails leaves the others waiting.
         preflight.check(config, os.environ)
@@ -151,7 +152,12 @@ class Trainer:
         self.watchdog = watchdog or Watchdog(self.folder, None)
         self.watchdog.begin()
         ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
+        self.config = config = choose_precision(config)
         parts_per_step(config.training)  # raises where the ranks cannot divide a step
+        # Before any weight is made: on a CPU nobody says what ended a process that took too much.
+        ranks.gather_results(
+            lambda: check_weights_fit(config, ranks.world_size(), FreeMemory.here())
+        )
         self.lock = RunLock(self.folder)
         ranks.gather_results(lambda: self.lock.take() if ranks.rank() == 0 else None)
         # The same on all ranks: each makes the whole initial weights and keeps its share of them,

@@ -1,10 +1,13 @@
 """`--device` and `--dtype`, with and without a GPU (a stub of torch's own answers)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from ship_ds import placement
 from ship_ds.errors import UserError
-from ship_ds.placement import check_words, choose_device, choose_dtype
+from ship_ds.placement import check_words, choose_device, choose_dtype, multiplies_in_bf16
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int, bf16: bool = True) -> None:
@@ -46,6 +49,44 @@ def test_a_gpu_without_bf16_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_dtype(None, choose_device("auto")) == torch.float32
     with pytest.raises(UserError, match="dtype bfloat16: Tesla V100 does not compute in it"):
         choose_dtype("bfloat16", torch.device("cuda"))
+
+
+PROCESSORS = {
+    "a Xeon with AMX": ("processor: 0\nflags\t\t: fpu avx2 avx512f amx_bf16 amx_tile\n", True),
+    "an EPYC of Zen 4": ("flags\t\t: fpu avx2 avx512f avx512_bf16\nflags\t\t: fpu\n", True),
+    "an EPYC of Zen 3": ("flags\t\t: fpu fma avx2\nvmx flags\t: bf16\n", False),
+    "a Xeon with AVX-512 alone": ("flags\t\t: avx512f avx512bw\nbugs\t\t: bf16\n", False),
+    "a Graviton 3": ("processor\t: 0\nFeatures\t: fp asimd sve bf16 i8mm\n", True),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_processor_says_whether_it_multiplies_in_bf16(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text, has_bf16 = PROCESSORS[name]
+    gpus(monkeypatch, 0)
+    monkeypatch.setattr(placement, "_PROCESSOR", tmp_path / "cpuinfo")
+    assert not multiplies_in_bf16()  # where the system says nothing
+    (tmp_path / "cpuinfo").write_text(text)
+    assert multiplies_in_bf16() is has_bf16
+    assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    choose_dtype("float32", torch.device("cpu"))
+    line = "ship-ds: dtype bfloat16: this processor only imitates it: float32 is many times faster"
+    assert capsys.readouterr().err.splitlines() == [] if has_bf16 else [line]
+
+
+def test_the_gpu_decides_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "_PROCESSOR", tmp_path / "none")
+    gpus(monkeypatch, 1)
+    assert multiplies_in_bf16()
+    gpus(monkeypatch, 1, bf16=False)
+    assert not multiplies_in_bf16()
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "mps", ""])

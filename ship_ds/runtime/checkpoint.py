@@ -418,7 +418,7 @@ def load(
     run is another one.
 
     On another number of ranks or under another ZeRO stage the generators start anew: dropout
-    differs, and nothing else does.
+    differs, and nothing else does. From fp32 to bf16 or back the optimiser's state stays as it is.
     """
     progress = read_progress(folder)
     check_same_run(folder, progress, config, data_fingerprint, bases or {})
@@ -430,8 +430,15 @@ def load(
     _check_same_parameters(engine.trainable(), folder)
     stage, num_ranks = repartition.layout(folder / STATE)
     is_same_layout = (stage, num_ranks) == (engine.zero_stage(), ranks.world_size())
-    # DeepSpeed's own loading goes by the names in the files.
-    if is_same_layout and stage < 3 and _saved_shapes(folder).keys() == engine.trainable().keys():
+    was_bf16 = repartition.was_bf16(folder / STATE)
+    if was_bf16 != engine.is_bf16():
+        now = "bf16" if engine.is_bf16() else "fp32"
+        log(f"{folder}: written in {'bf16' if was_bf16 else 'fp32'}: goes on in {now}")
+    # DeepSpeed's own loading goes by the names of the files and those in them.
+    is_named_alike = (
+        was_bf16 == engine.is_bf16() and _saved_shapes(folder).keys() == engine.trainable().keys()
+    )
+    if is_same_layout and stage < 3 and is_named_alike:
         engine.load_shards(folder, STATE)
     else:
         repartition.load(engine, folder / STATE)

@@ -10,6 +10,8 @@ from ship_ds.parsing import read_json
 
 # In a checkout a link to the folder at the top; in an installed package the files themselves.
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+AUTO = {f"zero{stage}_auto": (f"zero{stage}_bf16", f"zero{stage}") for stage in (1, 2, 3)}
+"""What these names stand for: a file for devices that multiply in bf16, and one for others."""
 _OWNED_BY_RUN = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -112,11 +114,13 @@ def complete(config: Mapping[str, Any], ranks_per_node: int = 1) -> dict[str, An
 
 
 def read_deepspeed_config(name: str) -> dict[str, Any]:
-    """A file of ds_configs/ by name, or any path. Raises UserError when it is neither, or holds
-    fp16 or the run's keys."""
+    """A file of ds_configs/ by name, or any path; of a name of AUTO, the one for bf16.
+
+    Raises UserError when it is none, or holds fp16 or the run's keys."""
+    name, _ = AUTO.get(name, (name, ""))
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
+        known = ", ".join(sorted({*AUTO, *(file.stem for file in FOLDER.glob("*.json"))}))
         raise UserError(f"training.deepspeed: {name}: no such file; ds_configs/ has {known}")
     config: dict[str, Any] = read_json(path)
     _check_form(path, config)

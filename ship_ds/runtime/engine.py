@@ -139,6 +139,10 @@ class Engine(Generic[Module]):
         """0 to 3."""
         return int(self.deepspeed.zero_optimization_stage())
 
+    def is_bf16(self) -> bool:
+        """Else fp32; the optimiser's own state is fp32 either way."""
+        return bool(self.deepspeed.bfloat16_enabled())
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """By name; under ZeRO-3 each is this rank's share."""
         named = self.module.named_parameters()

@@ -48,6 +48,11 @@ def layout(folder: Path) -> tuple[int, int]:
     return int(_optimiser(shards[0])["zero_stage"]), len(shards)
 
 
+def was_bf16(folder: Path) -> bool:
+    """Whether an engine in bf16 wrote the DeepSpeed shards in `folder`: it names them otherwise."""
+    return any(folder.glob("bf16_*_optim_states.pt"))
+
+
 def read(folder: Path) -> SavedState:
     """From DeepSpeed shards of any number of ranks; they have been verified against their
     manifest."""

@@ -123,9 +123,12 @@ def test_another_zero_stage_goes_on_with_the_same_losses(found: dict[str, Any], 
         assert rank[stage] == pytest.approx(rank["zero3"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("stage", "tolerance"), [("zero2", 0), ("zero3", 1e-6)])
+@pytest.mark.parametrize(
+    ("stage", "tolerance"), [("zero2", 0), ("zero3", 1e-6), ("zero2_bf16", 2e-2)]
+)
 def test_a_checkpoint_of_zero2_goes_on(found: dict[str, Any], stage: str, tolerance: float) -> None:
     for rank in found["zero2_goes_on"]:
+        assert rank["state is as saved"] is True
         assert rank[stage] == pytest.approx(rank["whole"], rel=tolerance, abs=0)
         assert rank["betas"] == [0.8, 0.95]
         assert rank[f"{stage} rates"] == pytest.approx(0.1)

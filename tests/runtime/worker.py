@@ -214,6 +214,17 @@ def where_from(made: Trainer, folder: Path) -> str:
     return f"{len(made.engine.deepspeed.optimizer.fp16_groups)} {type(found).__name__}"
 
 
+def state_is_as_saved(made: Trainer, root: Path) -> bool:
+    """Whether a matrix and its moments are in the optimiser, in fp32, what step 2 left of them."""
+    name, parameter = "encoder.head.0.weight", made.model.encoder.head[0].weight
+    saved = repartition.read(root / "step-00000002" / checkpoint.STATE)
+    pairs = [(saved.weights[name], deepspeed.utils.safe_get_full_fp32_param(parameter))]
+    for kind, whole in saved.moments.items():
+        pairs.append((whole[name], deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)))
+    assert len(pairs) == 3
+    return all(torch.equal(then.contiguous(), now) for then, now in pairs)
+
+
 def own_file(folder: Path, config: dict[str, Any]) -> str:
     """A config of DeepSpeed as this rank's file."""
     folder.mkdir(exist_ok=True)
@@ -233,8 +244,9 @@ def losses(made: Trainer) -> float:
 
 
 def zero2_goes_on(folder: Path) -> dict[str, Any]:
-    """Losses of steps 2 and 3 of a ZeRO-2 engine, and after a resume under the same stage and under
-    ZeRO-3; what was pretrained learns at a tenth of the rate, so there are two groups."""
+    """Losses of steps 2 and 3 of a ZeRO-2 engine, and after a resume under the same stage, under
+    ZeRO-3 and in bf16; what was pretrained learns at a tenth of the rate, so there are two groups.
+    """
     settings = [
         *FOUR_STEPS,
         "training.family_alpha=0.5",
@@ -252,11 +264,13 @@ def zero2_goes_on(folder: Path) -> dict[str, Any]:
         "turns": Counter(Counter(task.id for task in made.sampler.tasks).values()),
         "rules": len(made.splits.seen),
     }
-    for stage in ("zero2", "zero3"):
+    for stage in ("zero2", "zero3", "zero2_bf16"):
         if ranks.rank() == 0:
             shutil.copytree(folder / "whole" / "checkpoints", folder / stage / "checkpoints")
         ranks.barrier()
         other = trainer(folder / stage, f"training.deepspeed={stage}", *settings)
+        if stage == "zero2_bf16":
+            found["state is as saved"] = state_is_as_saved(other, folder / "whole/checkpoints")
         found[stage] = [losses(other) for _ in range(2)]
         new, pretrained = (group["lr"] for group in other.engine.deepspeed.optimizer.param_groups)
         found[f"{stage} rates"] = pretrained / new
