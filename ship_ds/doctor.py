@@ -7,6 +7,7 @@ from collections import Counter
 from importlib.metadata import version
 
 from ship_ds.allocator import installed_allocator
+from ship_ds.placement import processor_multiplies_in_bf16
 
 
 def _package(name: str, distribution: str) -> str | None:
@@ -56,6 +57,11 @@ def findings() -> list[tuple[str, str | None, str]]:
             "no NF4: set model.task_llm.quantisation=none",
         ),
         ("flash-attn", _package("flash_attn", "flash-attn"), "attention falls back to torch's own"),
+        (
+            "bf16",
+            "the processor multiplies in it" if processor_multiplies_in_bf16() else None,
+            "the processor only imitates it: on the CPU train in fp32, as zero2_auto does",
+        ),
         (
             "malloc",
             installed_allocator(),

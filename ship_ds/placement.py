@@ -44,10 +44,10 @@ def multiplies_in_bf16() -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return _processor_multiplies_in_bf16()
+    return processor_multiplies_in_bf16()
 
 
-def _processor_multiplies_in_bf16() -> bool:
+def processor_multiplies_in_bf16() -> bool:
     """By what Linux says of the first core; elsewhere nothing is known, and the answer is no."""
     try:
         rows = _PROCESSOR.read_text(encoding="utf-8").splitlines()
@@ -99,7 +99,7 @@ def choose_dtype(dtype: "torch.dtype | str | None", device: "torch.device") -> "
     name = AUTO if dtype is None else str(dtype).removeprefix("torch.")
     check_words(AUTO, name)
     if device.type != "cuda":
-        if name == "bfloat16" and not _processor_multiplies_in_bf16():
+        if name == "bfloat16" and not processor_multiplies_in_bf16():
             log("dtype bfloat16: this processor only imitates it: float32 is many times faster")
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -51,6 +51,16 @@ def test_doctor_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in shown
 
 
+@pytest.mark.parametrize(("has_bf16", "start"), [(True, "ok  "), (False, "none")])
+def test_doctor_says_whether_the_processor_has_bf16(
+    has_bf16: bool, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "processor_multiplies_in_bf16", lambda: has_bf16)
+    rows = [row for row in doctor.lines() if row[6:].startswith("bf16 ")]
+    assert len(rows) == 1 and rows[0].startswith(start)
+    assert ("zero2_auto" in rows[0]) is not has_bf16
+
+
 def test_data_describes_a_file_of_our_own(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
