@@ -58,9 +58,9 @@ def findings() -> list[tuple[str, str | None, str]]:
         ),
         ("flash-attn", _package("flash_attn", "flash-attn"), "attention falls back to torch's own"),
         (
-            "bf16",
+            "bf16 on the CPU",
             "the processor multiplies in it" if processor_multiplies_in_bf16() else None,
-            "the processor only imitates it: on the CPU train in fp32, as zero2_auto does",
+            "imitated, as far as can be told: train in fp32 there, as zero2_auto does",
         ),
         (
             "malloc",
@@ -74,6 +74,6 @@ def findings() -> list[tuple[str, str | None, str]]:
 def lines() -> list[str]:
     """The findings as lines for a terminal."""
     return [
-        f"{'ok  ' if found else 'none'}  {what:<14} {found or cost}"
+        f"{'ok  ' if found else 'none'}  {what:<16} {found or cost}"
         for what, found, cost in findings()
     ]

@@ -64,7 +64,7 @@ from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions
 from ship_ds.monitor.profile import StepProfile
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes, reset_peak_memory
-from ship_ds.planner.weights_fit import FreeMemory, check_weights_fit
+from ship_ds.planner.weights_fit import Memory, check_weights_fit
 from ship_ds.prompt import ROLES, PromptFormat, check_tasks, describe_roles
 from ship_ds.runtime import checkpoint, ranks, shards, start_log
 from ship_ds.runtime.after_training import failures_are_one_line
@@ -155,9 +155,8 @@ class Trainer:
         self.config = config = choose_precision(config)
         parts_per_step(config.training)  # raises where the ranks cannot divide a step
         # Before any weight is made: on a CPU nobody says what ended a process that took too much.
-        ranks.gather_results(
-            lambda: check_weights_fit(config, ranks.world_size(), FreeMemory.here())
-        )
+        memory = Memory.here(ranks.ranks_per_node())
+        ranks.gather_results(lambda: check_weights_fit(config, ranks.world_size(), memory))
         self.lock = RunLock(self.folder)
         ranks.gather_results(lambda: self.lock.take() if ranks.rank() == 0 else None)
         # The same on all ranks: each makes the whole initial weights and keeps its share of them,

@@ -96,8 +96,10 @@ class PublishedStep:
         from ship_ds.model.loading import load_tokenizer
         from ship_ds.prompt import PromptFormat
         from ship_ds.runtime.engine import engine_dtype
+        from ship_ds.runtime.precision import choose_precision
 
         torch.manual_seed(config.run.seed)
+        config = choose_precision(config)
         model, training = config.model, config.training
         self.config, self.dtype = config, engine_dtype(training)
 

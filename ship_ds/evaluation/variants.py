@@ -29,6 +29,7 @@ from ship_ds.errors import UserError
 from ship_ds.files import recover
 from ship_ds.parsing import read_json_lines, read_json_object
 from ship_ds.runtime import preflight
+from ship_ds.runtime.deepspeed_config import AUTO
 from ship_ds.section import Section, first_error
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=.*", re.DOTALL)
@@ -226,7 +227,9 @@ def _check_stored(trial: VariantRun, num_ranks: int) -> None:
         stored = parse_config(read_json_object(path), str(path))
         then, now = (flat(config.model_dump(mode="json")) for config in (stored, trial.config))
         for key in sorted((then.keys() | now.keys()) - {"run.folder"}):
-            if then.get(key) != now.get(key):
+            # The Trainer writes which file it was.
+            is_chosen = key == "training.deepspeed" and then[key] in AUTO.get(now[key], ())
+            if then.get(key) != now.get(key) and not is_chosen:
                 raise UserError(
                     f"{trial.folder}: {key} was {then.get(key)} and is {now.get(key)} now; "
                     "set it back, or name another --out"

@@ -158,7 +158,7 @@ def bytes_free(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(SHARE_OF_GPU * (free + reserve))
-    share = _SHARE_OF_MACHINE * host_bytes_free() / ranks_on_node(os.environ)
+    share = _SHARE_OF_MACHINE * _available() / ranks_on_node(os.environ)
     return min(_MOST_ON_CPU, int(share))
 
 
@@ -171,23 +171,38 @@ def ranks_on_node(environment: Mapping[str, str]) -> int:
     return 1
 
 
-def host_bytes_free(root: Path = Path("/")) -> int:
+def _available(root: Path = Path("/")) -> int:
     """Bytes that the kernel can give, and no more than the limits of this process's container, or
     of its job, leave."""
-    rows = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
-    available = next(int(row.split()[1]) * 1024 for row in rows if row.startswith("MemAvailable"))
-    groups = root / "sys/fs/cgroup"
-    for group in _groups(root):
-        limit = groups / group / "memory.max"
-        if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdecimal():
-            used = int((groups / group / "memory.current").read_text(encoding="utf-8"))
-            stat = (groups / group / "memory.stat").read_text(encoding="utf-8").splitlines()
-            # Files that were read and may be forgotten count as used.
-            forgettable = sum(
-                int(row.split()[1]) for row in stat if row.startswith("inactive_file ")
-            )
-            available = min(available, int(limit.read_text(encoding="utf-8")) - used + forgettable)
+    available = _meminfo(root, "MemAvailable")
+    for group, limit in _limits(root):
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        stat = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        # Files that were read and may be forgotten count as used.
+        forgettable = sum(int(row.split()[1]) for row in stat if row.startswith("inactive_file "))
+        available = min(available, limit - used + forgettable)
     return max(0, available)
+
+
+def host_bytes(root: Path = Path("/")) -> int:
+    """All that this process could ever have of the machine, swap included, whoever has it now."""
+    swap = _meminfo(root, "SwapTotal")
+    return swap + min([_meminfo(root, "MemTotal"), *(limit for _, limit in _limits(root))])
+
+
+def _meminfo(root: Path, name: str) -> int:
+    rows = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith(f"{name}:"))
+
+
+def _limits(root: Path) -> Iterator[tuple[Path, int]]:
+    """The folder of each control group that this process is in and that has a limit, in bytes."""
+    for name in _groups(root):
+        group = root / "sys/fs/cgroup" / name
+        path = group / "memory.max"
+        text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        if text.isdecimal():
+            yield group, int(text)
 
 
 def _groups(root: Path) -> list[str]:

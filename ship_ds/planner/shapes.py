@@ -158,12 +158,19 @@ class MetaWeights:
 def build_shapes(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None = None) -> Shapes:
     """Raises UserError for what the real model would refuse too: a missing base or target, sizes
     that do not fit."""
-    whole = _build(config, dtype, loss, None)
+    whole = build_whole(config, dtype, loss)
     shallow = _shallow(config)
     if max(whole.depths.values()) <= max(DEEP, *shallow):
         return whole
     config = _without_shares(config)
     return replace(whole, shallow=tuple(_build(config, dtype, loss, n) for n in shallow))
+
+
+def build_whole(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None) -> Shapes:
+    """Without shallow ones beside it, and not kept: all that the weights' sizes need.
+
+    Raises UserError as `build_shapes`."""
+    return _build(config, dtype, loss, None)
 
 
 def _shallow(config: ModelConfig) -> tuple[int, ...]:

@@ -1,36 +1,33 @@
-"""Whether the weights of a run fit a machine at all, told before any of them is made.
+"""Whether a machine can hold the weights of a run at all, told before any of them is made.
 
-    check_weights_fit(config, num_ranks=8, free=FreeMemory.here())
+    check_weights_fit(config, num_ranks=8, memory=Memory.here(ranks=2))
 
 A CPU's kernel kills what takes more memory than there is, without a word. So what is certain to end
-like that is refused: the sizes are exact (the same model on the meta device), and activations,
-buffers and what the libraries take come on top. `ship-ds plan` counts these too.
+like that is refused: the same model on the meta device says how many weights there are, and all
+that may be smaller than planned, or that another program may give back, is left out.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from ship_ds.config import Config
-from ship_ds.errors import UserError
-from ship_ds.model.budget import host_bytes_free, ranks_on_node
-from ship_ds.planner.plan import managed, shapes_of
-from ship_ds.planner.shapes import Shapes
+from ship_ds.console import log
+from ship_ds.errors import UserError, first_line
+from ship_ds.model.budget import host_bytes
+from ship_ds.planner.plan import managed
+from ship_ds.planner.shapes import Shapes, build_whole
 from ship_ds.planner.zero import Zero, held_by_a_rank
-from ship_ds.runtime.deepspeed_config import read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import complete, read_deepspeed_config
+from ship_ds.runtime.engine import engine_dtype
 
-_PASSING = ("communication buckets", "gathered layers")
-"""Of what a rank holds, that which is made as it is needed and may stay smaller."""
-_READ_IN_PLACE = "frozen weights"
-"""On a CPU these may stay in their file, from which the kernel reads them again."""
-_MADE_IN_FP32 = ("hypernetwork", "prior", "objectives")
-"""Parts that are new: made whole on every rank, whatever they are cast to and sharded over."""
+_IN_16_BITS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+"""With these a file of the user's own has less optimiser state than the plan counts."""
 
 
 @dataclass(frozen=True)
-class FreeMemory:
-    """What one machine has free, in bytes.
+class Memory:
+    """What one machine has, in bytes, whoever uses it now.
 
     ranks: processes of the run that share `host`. gpu: of each rank's own card; None: the run
     computes on the CPU.
@@ -41,56 +38,75 @@ class FreeMemory:
     gpu: int | None
 
     @classmethod
-    def here(cls) -> "FreeMemory":
+    def here(cls, ranks: int) -> "Memory":
         """Of the machine and the card that this process runs on."""
-        gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-        return cls(ranks_on_node(os.environ), host_bytes_free(), gpu)
+        gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+        return cls(ranks, host_bytes(), gpu)
 
 
-def check_weights_fit(config: Config, num_ranks: int, free: FreeMemory) -> None:
+def check_weights_fit(config: Config, num_ranks: int, memory: Memory) -> None:
     """Refuse a run whose weights, gradients and optimiser state alone are more than there is.
 
     Args:
         config: of the run.
         num_ranks: of the whole run.
-        free: on the machine of this rank.
+        memory: of the machine of this rank.
 
     Raises:
         UserError: they are, or the model cannot be put together.
     """
-    shapes = shapes_of(config)
-    zero = Zero.read(read_deepspeed_config(config.training.deepspeed), num_ranks, free.ranks)
+    try:
+        shapes = build_whole(config.model, engine_dtype(config.training), config.loss)
+    except UserError:
+        raise
+    except Exception as error:
+        # A kind from outside that reads a value as it is made has none on the meta device, and
+        # trains all the same.
+        log(f"the weights' memory is not compared with the machine's: {first_line(error)}")
+        return
+    device, host = _least(config, num_ranks, memory, shapes)
+    if memory.gpu is None:
+        device, host = 0, device + host
+    for owner, needed, there in (
+        ("a GPU", device, memory.gpu or 0),
+        (f"{memory.ranks} rank(s) of this machine", memory.ranks * host, memory.host),
+    ):
+        if needed > there:
+            raise UserError(_line(owner, needed, there, shapes))
+
+
+def _least(config: Config, num_ranks: int, memory: Memory, shapes: Shapes) -> tuple[int, int]:
+    """Bytes that a rank holds on its device, and on the host beside it, at the very least."""
+    settings = complete(read_deepspeed_config(config.training.deepspeed), memory.ranks)
+    zero = Zero.read(settings, num_ranks, memory.ranks)
     held = held_by_a_rank(zero, *managed(config, shapes, zero))
-    device = {name: count for name, count in held.gpu.items() if name not in _PASSING}
-    # The plan's host holds what lies on a local disk too.
-    on_disk = "nvme" in (zero.optimiser_on, zero.parameters_on)
-    on_host = 0 if on_disk else sum(held.host.values())
-    if free.gpu is None:
-        device.pop(_READ_IN_PLACE)
-        on_host += sum(device.values())
-    elif sum(device.values()) > free.gpu:
-        raise UserError(_line("a GPU", sum(device.values()), free.gpu, shapes))
-    on_host = free.ranks * max(on_host, _first_bytes(shapes))
-    if on_host > free.host:
-        raise UserError(_line(f"{free.ranks} rank(s) of this machine", on_host, free.host, shapes))
+    # Made as they are needed, and perhaps smaller.
+    passing = {"communication buckets", "gathered layers"}
+    if memory.gpu is None:
+        # These may stay in their file, from which the kernel reads them again.
+        passing.add("frozen weights")
+    if zero.optimiser_on != "gpu":
+        # Below stage 3 they leave the GPU bucket by bucket.
+        passing.add("gradients")
+    if any(settings["bf16"][key] for key in _IN_16_BITS):
+        passing.add("optimiser state")
+    # What is counted beside the device lies on a disk, if on any.
+    is_on_disk = "nvme" in (zero.optimiser_on, zero.parameters_on)
+    return (
+        sum(count for name, count in held.gpu.items() if name not in passing),
+        0 if is_on_disk else sum(count for name, count in held.host.items() if name not in passing),
+    )
 
 
-def _trained(shapes: Shapes) -> dict[str, int]:
-    """Trained parameters of each part."""
-    return {
+def _line(owner: str, needed: int, there: int, shapes: Shapes) -> str:
+    trained = {
         part: sum(weight.numel for weight in shapes.weights(part) if weight.is_trained)
         for part in shapes.parts
     }
-
-
-def _first_bytes(shapes: Shapes) -> int:
-    return 4 * sum(count for part, count in _trained(shapes).items() if part in _MADE_IN_FP32)
-
-
-def _line(owner: str, needed: int, free: int, shapes: Shapes) -> str:
-    trained = ", ".join(f"{part} {count:,}" for part, count in _trained(shapes).items() if count)
+    parts = ", ".join(f"{part} {count:,}" for part, count in trained.items() if count)
     return (
-        f"model: {owner} would hold {needed / 1e9:.1f} GB of weights, gradients and optimiser "
-        f"state, with {free / 1e9:.1f} GB free (trained parameters: {trained}): make "
-        "model.latent_size or the largest part smaller, or see `ship-ds plan` for what spreads it"
+        f"model: {owner} would hold {needed / 1e9:.3g} GB or more of weights, gradients and "
+        f"optimiser state, and there are {there / 1e9:.3g} GB (trained parameters: {parts}): make "
+        "model.latent_size or the largest part smaller, or take a file of ds_configs/ that shards "
+        "more over more ranks"
     )

@@ -418,7 +418,8 @@ def load(
     run is another one.
 
     On another number of ranks or under another ZeRO stage the generators start anew: dropout
-    differs, and nothing else does. From fp32 to bf16 or back the optimiser's state stays as it is.
+    differs, and nothing else does. From fp32 to bf16 or back the steps are rounded otherwise from
+    here on, and the optimiser's state is what it was.
     """
     progress = read_progress(folder)
     check_same_run(folder, progress, config, data_fingerprint, bases or {})

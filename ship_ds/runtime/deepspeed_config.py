@@ -120,8 +120,11 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     name, _ = AUTO.get(name, (name, ""))
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
-        known = ", ".join(sorted({*AUTO, *(file.stem for file in FOLDER.glob("*.json"))}))
-        raise UserError(f"training.deepspeed: {name}: no such file; ds_configs/ has {known}")
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
+        raise UserError(
+            f"training.deepspeed: {name}: no such file; ds_configs/ has {known}; {', '.join(AUTO)} "
+            "choose one by the machine"
+        )
     config: dict[str, Any] = read_json(path)
     _check_form(path, config)
     for key in sorted(_OWNED_BY_RUN & config.keys()):

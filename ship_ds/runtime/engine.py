@@ -140,7 +140,7 @@ class Engine(Generic[Module]):
         return int(self.deepspeed.zero_optimization_stage())
 
     def is_bf16(self) -> bool:
-        """Else fp32; the optimiser's own state is fp32 either way."""
+        """What the weights are; else fp32."""
         return bool(self.deepspeed.bfloat16_enabled())
 
     def trainable(self) -> dict[str, nn.Parameter]:

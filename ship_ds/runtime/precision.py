@@ -27,8 +27,8 @@ def choose_precision(config: Config) -> Config:
         return override_config(config, [f"training.deepspeed={chosen}"])
     if not has_bf16 and is_bf16(read_deepspeed_config(name)):
         log(
-            f"training.deepspeed={name}: what this runs on has no arithmetic of bf16, and imitates "
-            "it many times more slowly than it computes in fp32: zero1_auto, zero2_auto and "
-            "zero3_auto take fp32 there"
+            f"training.deepspeed={name}: what this runs on has no arithmetic of bf16 and imitates "
+            "it, on a CPU many times more slowly than fp32: zero1_auto, zero2_auto and zero3_auto "
+            "take fp32 there"
         )
     return config

@@ -147,3 +147,29 @@ def test_a_folder_of_another_config_or_number_of_ranks_is_refused(tmp_path: Path
 def test_shipped_files_of_variants_are_good(path: Path, tmp_path: Path) -> None:
     trials = planned([str(path)], tmp_path)
     assert len({trial.config.model_dump_json() for trial in trials}) == len(trials) > 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "is_the_same"),
+    [
+        ("zero2_auto", "zero2", True),
+        ("zero2_auto", "zero2_bf16", True),
+        ("zero2_auto", "zero3", False),
+        ("zero2", "zero2_auto", False),
+        ("zero2", "zero2_bf16", False),
+    ],
+)
+def test_a_folder_holds_the_file_that_auto_was(
+    asked: str, stored: str, is_the_same: bool, kinds: str, tmp_path: Path
+) -> None:
+    """So a second call goes on, on whichever machine."""
+    trial, *_ = planned([kinds], tmp_path / "out", [f"training.deepspeed={asked}"])
+    then = trial.config.model_copy(
+        update={"training": trial.config.training.model_copy(update={"deepspeed": stored})}
+    )
+    write_json(trial.folder / "config.json", then.model_dump(mode="json"))
+    if is_the_same:
+        check([trial], 1, os.environ)
+        return
+    with pytest.raises(UserError, match=f"deepspeed was {stored} and is {asked} now; set it back"):
+        check([trial], 1, os.environ)

@@ -39,7 +39,7 @@ def test_batches_hold_every_row_once_the_longest_first_and_cut_what_does_not_fit
 def test_ranks_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks_on_node({}) == 1 and ranks_on_node({"LOCAL_WORLD_SIZE": "8"}) == 8
     assert ranks_on_node({"LOCAL_SIZE": "2"}) == ranks_on_node({"SLURM_NTASKS_PER_NODE": "2"}) == 2
-    monkeypatch.setattr(budget, "host_bytes_free", lambda: 800)
+    monkeypatch.setattr(budget, "_available", lambda: 800)
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     assert budget.bytes_free(torch.device("cpu")) == 200
@@ -49,7 +49,7 @@ def test_ranks_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_container_or_a_job_has_what_its_limit_leaves(tmp_path: Path) -> None:
     for name, text in {
-        "proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 10 kB\n",
+        "proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 10 kB\nSwapTotal: 2 kB\n",
         "proc/self/cgroup": "0::/slurm/job_1\n",
         "sys/fs/cgroup/slurm/job_1/memory.max": "max\n",
         "sys/fs/cgroup/slurm/memory.max": "9000\n",
@@ -58,9 +58,11 @@ def test_a_container_or_a_job_has_what_its_limit_leaves(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert budget.host_bytes_free(tmp_path) == 9000 - 7000 + 3000
+    assert budget._available(tmp_path) == 9000 - 7000 + 3000
+    assert budget.host_bytes(tmp_path) == 9000 + 2048
     (tmp_path / "sys/fs/cgroup/slurm/memory.max").write_text("max\n")
-    assert budget.host_bytes_free(tmp_path) == 10 * 1024
+    assert budget._available(tmp_path) == 10 * 1024
+    assert budget.host_bytes(tmp_path) == 101 * 1024
 
 
 @pytest.mark.parametrize("width,new", [(100, 8), (30, 90), (4, 120)])

@@ -146,6 +146,17 @@ def test_a_resume_with_sharded_4_bit_bases_and_dropout_repeats_the_losses_bit_fo
 
 
 @pytest.mark.soak
+def test_a_checkpoint_goes_on_in_bf16_and_in_fp32_again(found_long: dict[str, Any]) -> None:
+    for rank in found_long["precision_moves"]:
+        moves = [name for name in rank if " to " in name]
+        assert len(moves) == 8
+        for name in moves:
+            is_as_saved, losses = rank[name]
+            assert is_as_saved is True, name
+            assert losses == pytest.approx(rank[name.split(" to ")[0]], rel=2e-2), name
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("place", ["zero2", "sharded"])
 def test_one_base_for_all_roles_takes_the_steps_of_three(
     found_long: dict[str, Any], place: str

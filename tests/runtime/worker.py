@@ -214,6 +214,29 @@ def where_from(made: Trainer, folder: Path) -> str:
     return f"{len(made.engine.deepspeed.optimizer.fp16_groups)} {type(found).__name__}"
 
 
+def precision_moves(folder: Path) -> dict[str, Any]:
+    """From fp32 to bf16 and back, and to another stage with it: whether the state is as saved, and
+    the losses of steps 2 and 3, beside those of the engine that took steps 0 and 1."""
+    found: dict[str, Any] = {}
+    for begun in ("zero1", "zero2_bf16", "zero3", "zero3_bf16"):
+        made = trainer(folder / begun, f"training.deepspeed={begun}", *FOUR_STEPS)
+        made.take_step()
+        made.take_step()
+        made.save()
+        found[begun] = [losses(made) for _ in range(2)]
+        stage, was_bf16 = begun[:5], begun.endswith("_bf16")
+        for other in (stage, "zero2" if stage == "zero3" else "zero3"):
+            name = other if was_bf16 else f"{other}_bf16"
+            place = folder / f"{begun} to {name}"
+            if ranks.rank() == 0:
+                shutil.copytree(folder / begun / "checkpoints", place / "checkpoints")
+            ranks.barrier()
+            gone_on = trainer(place, f"training.deepspeed={name}", *FOUR_STEPS)
+            is_as_saved = state_is_as_saved(gone_on, folder / begun / "checkpoints")
+            found[place.name] = is_as_saved, [losses(gone_on) for _ in range(2)]
+    return found
+
+
 def state_is_as_saved(made: Trainer, root: Path) -> bool:
     """Whether a matrix and its moments are in the optimiser, in fp32, what step 2 left of them."""
     name, parameter = "encoder.head.0.weight", made.model.encoder.head[0].weight
@@ -793,6 +816,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 # A minute each: left to `make soak`.
 LONG_CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "precision_moves": precision_moves,
     "shared_backbone": shared_backbone,
     "loss_in_pieces_of_whole_roles": loss_in_pieces(()),
     "each_task_is_asked_once": each_task_is_asked_once,
