@@ -27,12 +27,20 @@ from ship_ds.origin import Origin, Tuning
 from ship_ds.weights_folder import WeightsFolder, settings_fingerprint
 
 MAX_DIFFERENCE = 1e-4
-"""Largest logit difference in fp32 between the exported adapter and the live hypernetwork."""
+"""Largest logit difference in fp32 between the exported adapter and the live hypernetwork; the same
+share of what the adapter changes, where that is above 1. The larger the logits are, the more
+rounding moves them, on one processor more than on another: a T5 that was within it on AVX-512 was
+refused on AVX2, at 1.5e-4 of logits that the adapter had moved by 15."""
 MAX_SHARE = 0.05
 """The same in bf16, as a share of what the adapter itself changes: there `peft` rounds in other
 places, and more than fp32 allows. So an adapter that changes less than rounding does is refused: a
 wider bound would pass one of which half the keys match. To prove every run in fp32 would take two
 copies of the base in it, where a card may just hold two in 16 bits; --dtype float32 asks for it."""
+
+
+def max_difference(from_base: float) -> float:
+    """What fp32 may round by, of an adapter that moves logits by so much at most."""
+    return MAX_DIFFERENCE * max(1.0, from_base)
 
 
 class Exporter:
@@ -119,7 +127,7 @@ class Exporter:
         bare = self.base.bare(prompts)
         exported = self.base.under(paths_of(part, export.folders()), prompts)
         proof = Proof(largest_difference(exported, live), largest_difference(exported, bare))
-        most, advice = MAX_DIFFERENCE, ""
+        most, advice = max_difference(proof.from_base), ""
         if self.dtype != torch.float32:
             most = MAX_SHARE * proof.from_base
             # An adapter that changes little is lost in the rounding of logits to 16 bits.

@@ -14,6 +14,7 @@ from ship_ds.errors import UserError
 from ship_ds.export.compose import compose
 from ship_ds.export.deduce import export_many, export_one, generate
 from ship_ds.export.merge import Merge
+from ship_ds.export.peft_adapter import max_difference
 from ship_ds.export.requests import Request
 from ship_ds.lora_folder import read_sparse, read_update
 from ship_ds.model.adapters.sparse import SparseExport, draw_columns
@@ -78,7 +79,7 @@ def test_both_stacks_of_a_t5_leave_as_a_folder(tmp_path: Path) -> None:
         **SPARSE,
     )
     proof = export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
-    assert proof.from_live <= 1e-4 < proof.from_base
+    assert proof.from_live <= max_difference(proof.from_base) < 0.01 < proof.from_base
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert settings["task_type"] == "SEQ_2_SEQ_LM" and len(settings["target_modules"]) == 18
 

@@ -400,8 +400,9 @@ def test_a_task_whose_states_are_left_out_goes_by_z_alone(name: str) -> None:
     plain = _logits(lm, _adapted(hypernetwork, _latent()), batch)
     without = _logits(lm, hypernetwork(_latent()), batch)
     of_first_task = batch.label_row_K < 2
-    torch.testing.assert_close(dropped[of_first_task], without[of_first_task])
-    torch.testing.assert_close(dropped[~of_first_task], plain[~of_first_task])
+    near = {"rtol": 1e-4, "atol": 1e-4}  # fp32, with other tokens beside them
+    torch.testing.assert_close(dropped[of_first_task], without[of_first_task], **near)
+    torch.testing.assert_close(dropped[~of_first_task], plain[~of_first_task], **near)
     assert float((plain - without).abs().max()) > 0.01
     called: list[str] = []
     for place, module in hypernetwork.named_modules():
