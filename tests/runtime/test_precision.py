@@ -72,7 +72,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # test_two_ranks.py has the move itself in `make test`
 def test_a_run_goes_on_in_what_the_next_machine_has(tmp_path: Path) -> None:
     """Begun on a processor without bf16, gone on with on one with it."""
     folder = tmp_path / "run"
