@@ -70,13 +70,13 @@ def test_a_processor_says_whether_it_multiplies_in_bf16(
     text, has_bf16 = PROCESSORS[name]
     gpus(monkeypatch, 0)
     monkeypatch.setattr(placement, "_PROCESSOR", tmp_path / "cpuinfo")
-    assert not multiplies_in_bf16()  # where the system says nothing
+    assert not multiplies_in_bf16(torch.device("cpu"))  # where the system says nothing
     (tmp_path / "cpuinfo").write_text(text)
-    assert multiplies_in_bf16() is has_bf16
+    assert multiplies_in_bf16(torch.device("cpu")) is has_bf16
     assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     choose_dtype("float32", torch.device("cpu"))
     line = "ship-ds: dtype bfloat16: this processor only imitates it: float32 is many times faster"
-    assert capsys.readouterr().err.splitlines() == [] if has_bf16 else [line]
+    assert capsys.readouterr().err.splitlines() == ([] if has_bf16 else [line])
 
 
 def test_the_gpu_decides_where_there_is_one(
@@ -84,9 +84,9 @@ def test_the_gpu_decides_where_there_is_one(
 ) -> None:
     monkeypatch.setattr(placement, "_PROCESSOR", tmp_path / "none")
     gpus(monkeypatch, 1)
-    assert multiplies_in_bf16()
+    assert multiplies_in_bf16(torch.device("cuda"))
     gpus(monkeypatch, 1, bf16=False)
-    assert not multiplies_in_bf16()
+    assert not multiplies_in_bf16(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "mps", ""])

@@ -105,8 +105,8 @@ def _line(owner: str, needed: int, there: int, shapes: Shapes) -> str:
     }
     parts = ", ".join(f"{part} {count:,}" for part, count in trained.items() if count)
     return (
-        f"model: {owner} would hold {needed / 1e9:.3g} GB or more of weights, gradients and "
-        f"optimiser state, and there are {there / 1e9:.3g} GB (trained parameters: {parts}): make "
+        f"model: {owner} would hold {needed / 1e9:,.1f} GB or more of weights, gradients and "
+        f"optimiser state, and there are {there / 1e9:,.1f} GB (trained parameters: {parts}): make "
         "model.latent_size or the largest part smaller, or take a file of ds_configs/ that shards "
         "more over more ranks"
     )

@@ -140,7 +140,7 @@ class Engine(Generic[Module]):
         return int(self.deepspeed.zero_optimization_stage())
 
     def is_bf16(self) -> bool:
-        """What the weights are; else fp32."""
+        """Whether the weights that are multiplied with are bf16; else they are fp32."""
         return bool(self.deepspeed.bfloat16_enabled())
 
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Which file `training.deepspeed=zero2_auto` is, decided where a run starts.
+"""Which file `training.deepspeed=zero2_auto` stands for, decided at each start of a run.
 
     config = choose_precision(config)      # zero2_bf16 where every rank multiplies in it, or zero2
 
@@ -19,16 +19,19 @@ def choose_precision(config: Config) -> Config:
     stays, with a line where the ranks' devices only imitate bf16.
     """
     name = config.training.deepspeed
-    has_bf16 = all(ranks.gather_objects(multiplies_in_bf16()))
+    has_bf16 = all(ranks.gather_objects(multiplies_in_bf16(ranks.device())))
     if name in AUTO:
         in_bf16, in_fp32 = AUTO[name]
         chosen = in_bf16 if has_bf16 else in_fp32
-        log(f"training.deepspeed={name}: {chosen}")
+        log(
+            f"training.deepspeed={name} is {chosen} here: the ranks compute in "
+            f"{'bf16' if has_bf16 else 'fp32'}"
+        )
         return override_config(config, [f"training.deepspeed={chosen}"])
     if not has_bf16 and is_bf16(read_deepspeed_config(name)):
         log(
-            f"training.deepspeed={name}: what this runs on has no arithmetic of bf16 and imitates "
-            "it, on a CPU many times more slowly than fp32: zero1_auto, zero2_auto and zero3_auto "
-            "take fp32 there"
+            f"training.deepspeed={name}: not every rank's device multiplies in bf16; it is "
+            "imitated there, on a CPU many times more slowly than fp32: zero1_auto, zero2_auto and "
+            "zero3_auto take fp32 instead"
         )
     return config

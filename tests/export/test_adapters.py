@@ -15,7 +15,7 @@ from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
 from ship_ds.export.compose import compose
 from ship_ds.export.deduce import export_many, export_one, generate
-from ship_ds.export.peft_adapter import Exporter, live_logits
+from ship_ds.export.peft_adapter import Exporter, live_logits, max_difference
 from ship_ds.export.requests import Request, read_latents
 from ship_ds.lora_folder import add, read_lora
 from ship_ds.model.adapters.lora import LoraExport
@@ -242,6 +242,24 @@ def test_keys_that_match_nothing_fail_the_proof_and_leave_nothing(
             ship, [Request("a", TEXTS[0]), Request("b", TEXTS[1])], tmp_path / "many", PROBES
         )
     assert len(written) == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_thousandth_more_fails_the_proof_however_much_the_adapter_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound grows with what the adapter changes, and so does what is wrong with it."""
+    assert [max_difference(one) for one in (0.5, 15.0)] == pytest.approx([1e-4, 1.5e-3])
+    ship = make_ship("embedded", std=1.0)
+    assert export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES).from_base > 1
+    own = LoraExport.write
+
+    def louder(self: LoraExport, part: Path, base: str, lm: torch.nn.Module) -> None:
+        own(LoraExport(replace(self.lora, scaling=1.001 * self.lora.scaling)), part, base, lm)
+
+    monkeypatch.setattr(LoraExport, "write", louder)
+    with pytest.raises(UserError, match="nothing was written"):
+        export_one(ship, Request("b", TEXTS[0]), tmp_path / "b", PROBES)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_sum_is_what_its_parts_do_to_the_weights(tmp_path: Path) -> None:

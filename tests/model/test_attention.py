@@ -309,12 +309,19 @@ def test_products_take_the_place_of_slow_attention_alone(
     assert not calls
 
 
-def _digits(family: str) -> float:
-    """How near two ways of computing a model in fp64 are: Gemma's attention weights are of fp32
-    all the same (transformers' eager softmax), and padding sums them in another order."""
-    return 1e-4 if family == "gemma2" else 1e-10
+@pytest.fixture
+def softmax_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's attention weights are of fp32 in an fp64 model (transformers' eager softmax), and
+    padding sums them in another order, which AVX2 rounds otherwise."""
+    softmax = torch.nn.functional.softmax
+
+    def of_the_scores(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return softmax(scores, dim, dtype=torch.promote_types(scores.dtype, dtype))
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", of_the_scores)
 
 
+@pytest.mark.usefixtures("softmax_in_fp64")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_last_states_are_those_of_each_text_alone(family: str) -> None:
     lm = language_model(tiny_lm(family).double())
@@ -322,9 +329,10 @@ def test_last_states_are_those_of_each_text_alone(family: str) -> None:
     states = lm.last_states(TokenBatch.build(rows, None, 0))
     for row, state in zip(rows, states, strict=True):
         alone = lm.hidden(TokenBatch.build([row], None, 0))[0, -1]
-        torch.testing.assert_close(state, alone, rtol=_digits(family), atol=_digits(family))
+        torch.testing.assert_close(state, alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("softmax_in_fp64")
 @pytest.mark.parametrize("lengths", [[9, 4, 7, 12, 2], [5, 5, 5]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_are_those_of_each_text_alone_and_zero_in_the_padding(
@@ -338,8 +346,7 @@ def test_states_are_those_of_each_text_alone_and_zero_in_the_padding(
     assert not states[~batch.real_ES].any()
     for row, own in zip(rows, states, strict=True):
         alone = lm.hidden(TokenBatch.build([row], None, 0))[0]
-        bound = _digits(family)
-        torch.testing.assert_close(own[: len(row)], alone, rtol=bound, atol=bound)
+        torch.testing.assert_close(own[: len(row)], alone, rtol=1e-10, atol=1e-10)
     by_embeddings = lm.states(batch, lm.embed(batch))
     torch.testing.assert_close(by_embeddings, states, rtol=1e-10, atol=1e-10)
 

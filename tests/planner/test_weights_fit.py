@@ -99,6 +99,14 @@ def test_a_kind_that_cannot_be_made_without_weights_trains_all_the_same(
     assert "memory is not compared" in capsys.readouterr().err
 
 
+def test_it_counts_what_a_machine_has_and_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others hold now may be gone when the run needs it, as after a requeue."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 80 * 10**9))
+    monkeypatch.setattr(weights_fit, "host_bytes", lambda: 500)
+    assert Memory.here(4) == Memory(4, 500, 80 * 10**9)
+
+
 def test_this_machine_can_hold_the_embedded_model() -> None:
     check_weights_fit(config(), 1, Memory.here(1))
 

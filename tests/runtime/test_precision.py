@@ -33,7 +33,8 @@ def test_every_rank_has_to_multiply_in_bf16(
     monkeypatch.setattr(precision.ranks, "gather_objects", lambda value: ranks)
     chosen = name.replace("_auto", suffix)
     assert choose_precision(config(name)) == config(chosen)
-    assert capsys.readouterr().err == f"ship-ds: training.deepspeed={name}: {chosen}\n"
+    line = f"training.deepspeed={name} is {chosen} here: the ranks compute in "
+    assert capsys.readouterr().err == f"ship-ds: {line}{'bf16' if suffix else 'fp32'}\n"
 
 
 @pytest.mark.parametrize(("has_bf16", "is_said"), [(True, False), (False, True)])
@@ -44,7 +45,7 @@ def test_bf16_by_name_stays_and_is_told_where_it_is_imitated(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(precision, "multiplies_in_bf16", lambda: has_bf16)
+    monkeypatch.setattr(precision, "multiplies_in_bf16", lambda device: has_bf16)
     own = tmp_path / "own.json"
     own.write_text(json.dumps(read_deepspeed_config("zero3_bf16")))
     for name in ("zero2_bf16", str(own)):
@@ -88,8 +89,9 @@ def test_a_run_goes_on_in_what_the_next_machine_has(tmp_path: Path) -> None:
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert f"training.deepspeed=zero2_auto: {chosen}\n" in done.stderr
+        assert f"training.deepspeed=zero2_auto is {chosen} here: " in done.stderr
         assert ("after step 1" in done.stderr) is (flags == "amx_bf16")
+        assert ("written in fp32: goes on in bf16" in done.stderr) is (flags == "amx_bf16")
         written = json.loads((folder / "config.json").read_text())
         assert written["training"]["deepspeed"] == chosen
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
