@@ -139,3 +139,5 @@ def show(report: dict[str, Any]) -> None:
             for row in rows:
                 printed.add_row(*row)
             Console(width=140).print(printed)
+            for line in reports.warnings(report, direction):
+                Console(width=140).print(line)

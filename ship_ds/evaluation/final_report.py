@@ -17,6 +17,7 @@ from rich.table import Table
 from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.cells import SHOWS_EXAMPLES
+from ship_ds.evaluation.commonest_text import KEY, STATES_TEXTS, commonest_text, warning
 from ship_ds.evaluation.config import Direction, Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
@@ -110,6 +111,8 @@ def measure_run(
     report: dict[str, Any] = {}
     for (key, part), cell in cells.items():
         _cells_at(report, key).update(_scores(key, part, cell.outcome))
+        if key in STATES_TEXTS and cell.outcome.rows:
+            _cells_at(report, key)[part][KEY] = commonest_text(cell.outcome.rows)
     return report | {
         "left_out": {
             f"{key}.{part}": cell.num_left for (key, part), cell in cells.items() if cell.num_left
@@ -195,6 +198,9 @@ def show(report: dict[str, Any]) -> None:
         rows = [row for row in _rows(report, metric) if any(row[1:])]
         if rows:
             console.print(_table(f"{TITLES[metric]}, value [95 % interval over tasks]", rows))
+    for part, cell in _cells_at(report, "reconstruction").items():
+        if line := warning(f"reconstruction, {part}", cell):
+            console.print(line)
     if report["left_out"]:
         console.print(
             f"{len(report['left_out'])} cells are of fewer tasks than there are, for lack of time "

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ship_ds.evaluation.cells import Cell, Measured, TaskRow
+from ship_ds.evaluation.commonest_text import KEY, STATES_TEXTS, commonest_text, warning
 from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import write_json, write_text
@@ -75,6 +76,8 @@ def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str
                 direction[f"{cell.part}_{kind}"] = summary(
                     scores.metrics, [row for row in scores.rows if row["kind"] == kind]
                 )
+            if cell.direction in STATES_TEXTS and scores.rows:
+                direction[cell.part][KEY] = commonest_text(scores.rows)
         if "agreement" in scores.metrics:
             direction[cell.part]["confidence"] = confidence(scores.rows)
         if cell.num_shown is not None:
@@ -183,7 +186,11 @@ def markdown(report: Mapping[str, Any], measured: Mapping[Cell, Measured]) -> st
         kinds = summary_rows(
             report, direction, _KIND_PARTS, (LEADING[direction],), value_and_interval
         )
-        parts += [f"## {direction.capitalize()}", markdown_table(rows)]
+        parts += [
+            f"## {direction.capitalize()}",
+            markdown_table(rows),
+            *warnings(report, direction),
+        ]
         if len(kinds[0]) > len(_ABOUT_METHOD):
             parts += ["By the reason why a task is unseen:", markdown_table(kinds)]
         if any(direction in method for method in report["paired"].values()):
@@ -239,6 +246,17 @@ def summary_rows(
             for name, cells in methods.items()
         ),
     ]
+
+
+def warnings(report: Mapping[str, Any], direction: str) -> list[str]:
+    """A line for each method and part that got one text for most of its tasks."""
+    lines = [
+        warning(f"{name}, {direction}, {part}", method[direction][part])
+        for name, method in report["methods"].items()
+        for part in PARTS
+        if part in method.get(direction, {})
+    ]
+    return [line for line in lines if line]
 
 
 def _num_tasks(cell: Mapping[str, Any], metric: str) -> int:

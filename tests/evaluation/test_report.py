@@ -8,7 +8,7 @@ from ship_ds.evaluation.report import Provenance, build, markdown
 
 def measured(values: dict[str, list[float]], metric: str = "exact_match") -> Measured:
     rows = [
-        {"task": task, "kind": "", "instruction": f"do {task}", metric: row, "said": [""]}
+        {"task": task, "kind": "", "instruction": f"do {task}", metric: row, "said": ""}
         for task, row in values.items()
     ]
     return Measured({}, [metric], rows, 1.0, 0.0, 1)

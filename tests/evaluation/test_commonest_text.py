@@ -1,0 +1,104 @@
+"""A method that gives one text to nearly every task is named, with what that text alone scores."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ship_ds.evaluation import evaluate, final_report
+from ship_ds.evaluation.cells import Cell, Measured
+from ship_ds.evaluation.commonest_text import commonest_text, warning
+from ship_ds.evaluation.report import Provenance, build, markdown
+
+INSTRUCTIONS = ["reverse the list", "sort the list", "add 5", "count the words"]
+
+
+def rows(texts: list[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": f"t{i}",
+            "kind": "",
+            "instruction": INSTRUCTIONS[i],
+            "said": text,
+            "exact_match": [text == INSTRUCTIONS[i]],
+        }
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_the_text_that_most_tasks_got_is_scored_against_all() -> None:
+    """ "sort the list" shares two of three words with the first, all with the second, one with the
+    last: F of 2/3, 1, 0 and 1/3."""
+    found = commonest_text(rows(["sort the list", "sort  the list\n", "add 5", "sort the list"]))
+    assert found == {
+        "text": "sort the list",
+        "n_tasks": 3,
+        "n_texts": 2,
+        "rouge_l": pytest.approx((2 / 3 + 1 + 0 + 1 / 3) / 4, abs=1e-4),
+    }
+    assert commonest_text([]) == {}
+
+
+def test_half_of_four_tasks_are_warned_of_and_less_is_not() -> None:
+    def said(texts: list[str]) -> str:
+        of = rows(texts)
+        return warning(
+            "ship, induction", {"n_tasks": len(of), "commonest_text": commonest_text(of)}
+        )
+
+    assert said(["a", "a", "b", "c"]) == (
+        "ship, induction: 2 of 4 tasks got the same text, which alone has ROUGE-L 0.000 with "
+        "their instructions: these texts hardly tell tasks apart"
+    )
+    assert said(["a", "b", "c", "d"]) == "" == said(["a", "a", "b"])
+    assert warning("a report of an earlier version", {"n_tasks": 9}) == ""
+
+
+@pytest.mark.parametrize("direction", ["induction", "reconstruction"])
+def test_reports_name_it(direction: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"instruction_in_query": False, "sees_labels": False, "about": "what it is"}
+    provenance = Provenance("run", "", {}, {"num_shown": [5]}, {"ship": about}, 5)
+    cell = Cell("ship", direction, "unseen", 5 if direction == "induction" else None)
+    collapsed = Measured({}, ["exact_match"], rows(["add 5"] * 4), 1.0, 0.0, 1)
+    line = f"ship, {direction}, unseen: 4 of 4 tasks got the same text"
+    report = build({cell: collapsed}, provenance)
+    assert report["methods"]["ship"][direction]["unseen"]["commonest_text"]["n_texts"] == 1
+    assert line in markdown(report, {cell: collapsed})
+    evaluate.show(report)
+    assert line in " ".join(capsys.readouterr().out.split())
+    told = {cell: replace(collapsed, rows=rows(INSTRUCTIONS))}
+    report = build(told, provenance)
+    assert "the same text" not in markdown(report, told)
+    evaluate.show(report)
+    assert "the same text" not in capsys.readouterr().out
+
+
+def test_answers_are_no_texts_of_tasks() -> None:
+    """Half of the tasks of a classification may well be answered "yes"."""
+    about = {"instruction_in_query": False, "sees_labels": False, "about": "what it is"}
+    provenance = Provenance("run", "", {}, {"num_shown": [5]}, {"ship": about}, 5)
+    answered = [row | {"said": ["yes"]} for row in rows(["yes"] * 4)]
+    cell = Cell("ship", "deduction", "unseen", None)
+    report = build({cell: Measured({}, ["exact_match"], answered, 1.0, 0.0, 1)}, provenance)
+    assert "commonest_text" not in report["methods"]["ship"]["deduction"]["unseen"]
+
+
+def test_the_report_of_a_run_says_it_under_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    cell = {"exact_match": {"value": 0.0, "ci95": [0.0, 0.0]}, "n_tasks": 4, "n_examples": 4}
+    report = {
+        "deduction": {},
+        "reconstruction": {
+            "seen": cell | {"commonest_text": commonest_text(rows(["add 5"] * 4))},
+            "unseen": cell | {"commonest_text": commonest_text(rows(INSTRUCTIONS))},
+        },
+        "tables": ["exact_match"],
+        "left_out": {},
+        "train_seconds": 1.0,
+        "tokens_per_second": 1.0,
+        "world_size": 1,
+        "seed": 0,
+    }
+    final_report.show(report)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "reconstruction, seen: 4 of 4 tasks got the same text" in printed
+    assert "reconstruction, unseen: " not in printed
