@@ -77,7 +77,7 @@ def evaluate_run(
                 "sees_labels": method.sees_labels,
                 "about": method.about,
             }
-            for name, method in METHODS.items()
+            for name, method in harness.methods.items()
             if name in present
         },
         config.num_shown[0],

@@ -73,6 +73,15 @@ def ask(
     )
 
 
+def examples_to_read(task: SplitTask, count: int, seed: int) -> tuple[Example, ...]:
+    """Training examples of a task that a method is given beside its instruction; fewer where the
+    task has fewer.
+
+    Drawn, since files are often sorted by their answers, and the same for every method.
+    """
+    return tuple(random.Random(f"{seed} {task.id}").sample(task.train, min(count, len(task.train))))
+
+
 def warn_of_long_targets(
     tasks: Iterable[SplitTask], form: PromptFormat, max_new_tokens: int, log: Log
 ) -> None:

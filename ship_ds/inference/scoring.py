@@ -25,7 +25,7 @@ from ship_ds.model.ship import ShipModel
 from ship_ds.prompt import PromptFormat
 
 Examples = Sequence[Example]
-PromptOf = Callable[[str, Any], tuple[int, ...]]
+PromptOf = Callable[[str, Any], Sequence[int]]
 """An input and an instruction -> token ids."""
 
 
@@ -162,7 +162,7 @@ def scored_batches(
 @torch.no_grad()
 def fit_in_prompt(
     model: ShipModel,
-    wordings: Sequence[str | None],
+    stated: Sequence[Any],
     examples: Sequence[Examples],
     prompt: PromptOf | None = None,
 ) -> Fit:
@@ -170,14 +170,14 @@ def fit_in_prompt(
 
     Args:
         model: holds the Task LLM.
-        wordings: an instruction a candidate; None: none.
+        stated: an instruction a candidate, or what else `prompt` takes; None: none.
         examples: those of each candidate, equally many for all.
-        prompt: of an input and an instruction, as ids; None: ours (`PromptFormat.task_prompt`).
+        prompt: of an input and what is stated, as ids; None: ours (`PromptFormat.task_prompt`).
     """
     prompts, fit = model.prompts, Fit.empty(examples)
     prompt = prompt or prompts.task_prompt
     places = [(c, m) for c, examples_M in enumerate(examples) for m in range(len(examples_M))]
-    questions = [prompt(examples[c][m].input, wordings[c]) for c, m in places]
+    questions = [prompt(examples[c][m].input, stated[c]) for c, m in places]
     targets = [prompts.target(examples[c][m].target) for c, m in places]
     lm = model.task_llm.language_model
     for rows, batch in scored_batches(lm, questions, targets, prompts.pad_id, model.device):
@@ -206,14 +206,15 @@ def losses_under_adapters(
 
 def losses_in_prompt(
     model: ShipModel,
-    wordings: Sequence[str | None],
+    stated: Sequence[Any],
     examples: Sequence[Examples],
     prompt: PromptOf | None = None,
 ) -> list[list[float]]:
-    """Likewise of the bare Task LLM with the instruction in the prompt; None: without one."""
+    """Likewise of the bare Task LLM with the instruction in the prompt; None: without one. See
+    `fit_in_prompt`."""
     return _losses_a_token(
         lambda some: fit_in_prompt(
-            model, [wordings[c] for c in some], [examples[c] for c in some], prompt
+            model, [stated[c] for c in some], [examples[c] for c in some], prompt
         ),
         examples,
         model.prompts,

@@ -80,7 +80,12 @@ class TrainedMethod(ABC):
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """The recipe, and the version of the loop that trains by it."""
-        return {"recipe": asdict(cls.recipe), "training": TRAINING}
+        return {"recipe": cls.numbers(), "training": TRAINING}
+
+    @classmethod
+    def numbers(cls) -> dict[str, Any]:
+        """The recipe's, by which trained weights are found again."""
+        return asdict(cls.recipe)
 
     @classmethod
     def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
@@ -194,7 +199,7 @@ class TrainedMethod(ABC):
         return {
             "method": self.name,
             "training": TRAINING,
-            "recipe": asdict(self.recipe),
+            "recipe": self.numbers(),
             "budget": repr(self.budget),
             "seed": self.setting.seed,
             "step": [training.tasks_per_step, training.examples_per_task, training.family_alpha],

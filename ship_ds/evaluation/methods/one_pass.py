@@ -4,7 +4,6 @@ examples (`model.encoder.max_examples`).
 Letters: T tasks, Z latent size.
 """
 
-import random
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -14,6 +13,7 @@ from ship_ds.api import Ship
 from ship_ds.data.task import Example, Reading, SplitTask
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.methods.untrained import Untrained
+from ship_ds.evaluation.questions import examples_to_read
 from ship_ds.inference.deduction import AnswersByTask, answer_latents
 
 
@@ -46,16 +46,12 @@ class OnePass(Untrained):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         """By the instruction and as many of the task's training examples as were shown at most."""
+        most = self.ship.config.model.encoder.max_examples
         readings = [
-            Reading(wording, self._some(task))
+            Reading(wording, examples_to_read(task, most, self.seed))
             for task, wording in zip(tasks, wordings, strict=True)
         ]
         return self._answers(readings, self.ship.model.encode(readings), wordings, inputs)
-
-    def _some(self, task: SplitTask) -> tuple[Example, ...]:
-        """Training examples of a task, drawn: files are often sorted by their answers."""
-        count = min(self.ship.config.model.encoder.max_examples, len(task.train))
-        return tuple(random.Random(f"{self.seed} {task.id}").sample(task.train, count))
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         return self._texts(self.ship.model.encode(self._readings(shown)))

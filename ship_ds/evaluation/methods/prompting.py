@@ -3,32 +3,56 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ship_ds.data.task import Example, SplitTask
+from pydantic import Field, model_validator
+
+from ship_ds.data.task import Example, Reading, SplitTask
 from ship_ds.evaluation.methods.untrained import PromptRecipe, Untrained
-from ship_ds.inference.deduction import AnswersByTask, answer_stated
-from ship_ds.inference.scoring import PromptOf, losses_in_prompt
+from ship_ds.evaluation.questions import examples_to_read
+from ship_ds.evaluation.shots import TakesShots, prompt_with_shots
+from ship_ds.inference.deduction import AnswersByTask, Ids, bare_answerer
+from ship_ds.inference.scoring import losses_in_prompt
 
 
-class Prompting(Untrained):
+class PromptingRecipe(PromptRecipe):
+    """What the prompt holds beside the input."""
+
+    num_examples: int = Field(0, ge=0, le=32)
+    """Training examples of the task after the instruction, those that `ship_one_pass` reads."""
+
+    @model_validator(mode="after")
+    def _published_words_have_no_place_for_examples(self) -> "PromptingRecipe":
+        if self.num_examples and self.prompt == "published":
+            raise ValueError("num_examples is of our own prompt: leave prompt=published out")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """See `PromptRecipe`."""
+        shots = {"num_examples": self.num_examples} if self.num_examples else {}
+        return super().settings() | shots
+
+
+class Prompting(TakesShots, Untrained):
     """The upper reference of deduction: it pays for the instruction in every query."""
 
     name: ClassVar[str] = "prompting"
     about: ClassVar[str] = "the bare base with the instruction in every prompt"
     states_instruction: ClassVar[bool] = True
-    recipe: ClassVar[PromptRecipe] = PromptRecipe()
+    recipe: ClassVar[PromptingRecipe] = PromptingRecipe()
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
-        """In whose prompt."""
+        """In whose prompt, and with how many examples."""
         return cls.recipe.settings()
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
-        return answer_stated(
-            model, wordings, inputs, length, prompt=self._prompt, keeps_cut_off=True
-        )
+        questions = [
+            [self._prompt(text, stated) for text in texts]
+            for stated, texts in zip(self._stated(tasks, wordings), inputs, strict=True)
+        ]
+        answering = bare_answerer(self.ship.model, keeps_cut_off=True)
+        return answering.answers(questions, self.ship.config.evaluation.max_new_tokens)
 
     def answer_losses(
         self,
@@ -37,10 +61,17 @@ class Prompting(Untrained):
         asked: Sequence[Sequence[Example]],
     ) -> list[list[float]]:
         """See `Predicts`."""
-        return losses_in_prompt(self.ship.model, wordings, asked, self._prompt)
+        stated = self._stated(tasks, wordings)
+        return losses_in_prompt(self.ship.model, stated, asked, self._prompt)
 
-    @property
-    def _prompt(self) -> PromptOf:
-        prompts = self.ship.model.prompts
-        is_published = self.recipe.prompt == "published"
-        return prompts.published_task_prompt if is_published else prompts.task_prompt
+    def _stated(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[Reading]:
+        return [
+            Reading(wording, examples_to_read(task, self.recipe.num_examples, self.seed))
+            for task, wording in zip(tasks, wordings, strict=True)
+        ]
+
+    def _prompt(self, text: str, stated: Reading) -> Ids:
+        instruction = stated.instruction or ""
+        if self.recipe.prompt == "published":
+            return self.ship.model.prompts.published_task_prompt(text, instruction)
+        return prompt_with_shots(self.ship, text, instruction, stated.examples)

@@ -1,0 +1,40 @@
+"""Training examples of a task beside its instruction in each prompt: what a reference of
+`ship_one_pass` is given, so that both know the same and one pays for it in every query."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ship_ds.api import Ship
+from ship_ds.data.task import Example
+from ship_ds.inference.deduction import Ids, prompt_with_room
+
+
+class TakesShots:
+    """A method whose recipe has `num_examples`.
+
+    A class with such a recipe says in its row that it sees examples, and how many: the harness
+    makes one where the number is set (`--set prompting.num_examples=3`).
+    """
+
+    about: ClassVar[str]
+    sees_labels: ClassVar[bool]
+    recipe: ClassVar[Any]
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        count = cls.recipe.num_examples
+        if count:
+            cls.sees_labels = True
+            cls.about = f"{cls.about}, and up to {count} of the task's training examples after it"
+
+
+def prompt_with_shots(ship: Ship, text: str, instruction: str, shots: Sequence[Example]) -> Ids:
+    """Token ids of the instruction, as many of the shots as the bare Task LLM's context has room
+    for (the last ones are left out first), and the input."""
+    prompts = ship.model.prompts
+    return prompt_with_room(
+        lambda some: prompts.task_prompt(text, instruction, some),
+        shots,
+        ship.model,
+        ship.config.evaluation.max_new_tokens,
+    )
