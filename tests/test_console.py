@@ -69,3 +69,48 @@ def test_a_log_of_the_callers_own_is_told_of_each_part() -> None:
             progress.begin(part)
             progress.done(1)
     assert lines == ["the decoder proposes", "testing"]
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("ship_ds.monitor.progress.time.perf_counter", lambda: self.now)
+
+
+def test_a_line_comes_every_ten_seconds_and_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with ProgressLine("report", 4) as progress:
+        for clock.now in (1, 11, 12, 13):
+            progress.done(1)
+        progress.begin("the rest")
+        progress.done(0)
+    assert capsys.readouterr().err == (
+        "ship-ds: report: 2 of 4 tasks, 11 s\n"
+        "ship-ds: report: 4 of 4 tasks, 13 s\n"
+        "ship-ds: report: the rest: 4 of 4 tasks, 13 s\n"
+    )
+
+
+def test_what_is_short_is_not_spoken_of_where_only_long_work_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    for seconds in ((1, 9), (1, 10), (11, 12)):
+        with ProgressLine("encoding", 2, "instruction", only_long=True) as progress:
+            begun = clock.now
+            for second in seconds:
+                clock.now = begun + second
+                progress.done(1)
+        print("--", file=sys.stderr)
+    assert capsys.readouterr().err == (
+        "--\n"
+        "ship-ds: encoding: 2 of 2 instructions, 10 s\n"
+        "--\n"
+        "ship-ds: encoding: 1 of 2 instructions, 11 s\n"
+        "ship-ds: encoding: 2 of 2 instructions, 12 s\n"
+        "--\n"
+    )

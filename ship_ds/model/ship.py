@@ -4,7 +4,7 @@ one module, for one engine. model/assemble.py puts it together.
 Letters: T tasks, E sequences, S padded length, H hidden size, Z latent size, K labelled positions.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -237,14 +237,19 @@ class ShipModel(nn.Module):
         return self.posterior(readings).mean_TZ
 
     @torch.no_grad()
-    def posterior(self, readings: Sequence[str | Reading]) -> Posterior:
-        """q(z | k) of any number of instructions, or of examples (`Reading`)."""
+    def posterior(
+        self, readings: Sequence[str | Reading], done: Callable[[int], object] | None = None
+    ) -> Posterior:
+        """q(z | k) of any number of instructions, or of examples (`Reading`). done: is told how
+        many more have been encoded, batch by batch."""
         order: list[int] = []
         # Where there are none: the encoder cannot read an empty batch.
         parts = [(torch.zeros(0, self.config.latent_size),) * 2] if not readings else []
         for rows, _, (mean_TZ, log_variance_TZ, *_) in self._encoded(readings, gives_states=False):
             parts.append((mean_TZ, log_variance_TZ))
             order += rows
+            if done is not None:
+                done(len(rows))
         # Row t of the result was read as number places[t].
         places = sorted(range(len(order)), key=order.__getitem__)
         mean_TZ, log_variance_TZ = (torch.cat(one)[places] for one in zip(*parts, strict=True))

@@ -26,7 +26,25 @@ _SECONDS_BETWEEN_LINES = 10
 class ProgressLine:
     """Of `total` tasks, or other units, part by part."""
 
-    def __init__(self, title: str, total: int, unit: str = "task", log: Log = console_log) -> None:
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        unit: str = "task",
+        log: Log = console_log,
+        *,
+        only_long: bool = False,
+    ) -> None:
+        """Nothing is shown yet.
+
+        Args:
+            title: what is done.
+            total: how many units of it there are.
+            unit: the word for one of them.
+            log: see the module.
+            only_long: what ends within ten seconds is not spoken of.
+        """
+        self.only_long = only_long
         self.title, self.total, self.num_done = title, total, 0
         self.unit, self.log = unit, log
         self.part = ""
@@ -35,7 +53,8 @@ class ProgressLine:
         is_terminal = sys.stderr.isatty() and current_rank(os.environ) == 0
         self.bar = None
         if is_terminal and log is console_log:
-            self.bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True)
+            delay = _SECONDS_BETWEEN_LINES if only_long else 0
+            self.bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, delay=delay)
 
     def __enter__(self) -> "ProgressLine":
         return self
@@ -56,11 +75,14 @@ class ProgressLine:
         if self.bar is not None or self.tells_parts:
             return
         now = time.perf_counter()
-        if now - self.told < _SECONDS_BETWEEN_LINES and self.num_done < self.total:
+        is_told_at_its_end = self.num_done >= self.total and not (
+            self.only_long and self.told == self.started
+        )
+        if now - self.told < _SECONDS_BETWEEN_LINES and not is_told_at_its_end:
             return
         self.told, seconds = now, now - self.started
         done = f"{self.num_done} of {self.total} {self.unit}s"
-        self.log(f"{self.title}: {self.part}: {done}, {seconds:.0f} s")
+        self.log(": ".join(filter(None, [self.title, self.part, f"{done}, {seconds:.0f} s"])))
 
     def __exit__(
         self,

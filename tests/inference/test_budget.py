@@ -60,6 +60,21 @@ def test_tokens_are_the_same_one_row_at_a_time(
     assert made(ship) == many
 
 
+def test_encoding_tells_how_many_more_are_done(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hundreds of known instructions take minutes, and are encoded at the first `deduce` of a
+    run."""
+    monkeypatch.setattr("ship_ds.monitor.progress._SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(budget, "bytes_free", lambda device: 1)
+    counts: list[int] = []
+    ship.model.posterior(TEXTS, counts.append)
+    assert counts == [1] * len(TEXTS)
+    Bank.build(ship.model, TEXTS)
+    err = capsys.readouterr().err
+    assert "encoding: 1 of 3 instructions" in err and "encoding: 3 of 3 instructions" in err
+
+
 def test_losses_and_latents_are_the_same_one_row_at_a_time(
     ship: Ship, monkeypatch: pytest.MonkeyPatch
 ) -> None:
