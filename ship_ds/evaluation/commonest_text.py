@@ -1,7 +1,7 @@
 """Whether a method's texts tell its tasks apart.
 
 A decoder that does not read its latent (posterior collapse) still writes fluent instructions, one
-and the same for nearly all tasks, and that text alone has a ROUGE-L far above zero: 0.230 on 78
+and the same for nearly all tasks, and that text alone has a ROUGE-L far above zero: 0.234 on 78
 unseen tasks of Super-NaturalInstructions. So scores of texts are read beside these numbers.
 """
 
