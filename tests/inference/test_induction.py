@@ -434,9 +434,9 @@ def test_no_text_is_encoded_twice(
     encoded: list[str] = []
     posterior = type(ship.model).posterior
 
-    def counted(model: ShipModel, texts: Sequence[str]) -> Posterior:
+    def counted(model: ShipModel, texts: Sequence[str], done: Any = None) -> Posterior:
         encoded.extend(texts)
-        return posterior(model, texts)
+        return posterior(model, texts, done)
 
     monkeypatch.setattr(type(ship.model), "posterior", counted)
     bank = Bank.build(ship.model, [text for text in ship.known if text != "remove every 4"])
