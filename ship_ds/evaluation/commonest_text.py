@@ -32,8 +32,8 @@ def commonest_text(rows: Sequence[TaskRow]) -> dict[str, Any]:
     Returns:
         `text`, the one that most tasks got (of several the first); `n_tasks`, how many got it;
         `n_texts`, how many different ones there are; `rouge_l`, 0 to 1, the mean over *all* tasks
-        of this one text beside each task's instruction: the floor of a method's own. Empty without
-        rows.
+        of this one text beside each task's instruction, which a method has to beat. Other wordings
+        do not count, as they do for `RougeJudge`. Empty without rows.
     """
     if not rows:
         return {}
