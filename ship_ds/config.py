@@ -109,10 +109,10 @@ def base_folder(base: str) -> Path:
     embedded = Path(str(resources.files("ship_ds") / "assets" / "tiny_lm"))
     folder = embedded if base == "embedded" else Path(base)
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{base}: expected a model folder with a config.json; download the model and give its "
-            "folder"
-        )
+        # The name that the recipes have for the one model that a command makes.
+        makes = f"`ship-ds base smollm2 --out {base}` makes it"
+        remedy = makes if folder.name == "smollm2" else "download the model and give its folder"
+        raise UserError(f"{base}: expected a model folder with a config.json; {remedy}")
     return folder
 
 

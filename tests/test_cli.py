@@ -103,6 +103,11 @@ NOWHERE = [
     Bad("train --config quickstart run.init_from=nowhere", "nowhere: no bundle here"),
     Bad("plan --config nowhere", "nowhere: no such config file"),
     Bad("plan --config pretrain-7b", "model.encoder.base: "),
+    Bad(
+        "train --config smollm2-sni-shots",
+        "bases/smollm2: expected a model folder with a config.json; `ship-ds base smollm2 --out "
+        "bases/smollm2` makes it",
+    ),
     Bad("plan --config pretrain-7b --shapes gpt", "--shapes gpt: unknown; known are llama"),
     Bad("plan --config quickstart --gpus 7", "must be a multiple of ranks"),
     Bad("plan --config quickstart training.deepspeed=zero9", "ds_configs/ has cpu"),
