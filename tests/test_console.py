@@ -95,12 +95,12 @@ def test_a_line_comes_every_ten_seconds_and_at_the_end(
     )
 
 
-def test_what_is_short_is_not_spoken_of_where_only_long_work_is(
+def test_what_ends_before_the_quiet_seconds_is_not_spoken_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock(monkeypatch)
     for seconds in ((1, 9), (1, 10), (11, 12)):
-        with ProgressLine("encoding", 2, "instruction", only_long=True) as progress:
+        with ProgressLine("encoding", 2, "instruction", quiet_seconds=10) as progress:
             begun = clock.now
             for second in seconds:
                 clock.now = begun + second
@@ -114,3 +114,15 @@ def test_what_is_short_is_not_spoken_of_where_only_long_work_is(
         "ship-ds: encoding: 2 of 2 instructions, 12 s\n"
         "--\n"
     )
+
+
+def test_a_bar_waits_as_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with ProgressLine("encoding", 2, "instruction", quiet_seconds=10) as progress:
+        progress.done(2)
+    assert capsys.readouterr().err == ""
+    with ProgressLine("encoding", 2, "instruction") as progress:
+        progress.done(2)
+    assert "2/2" in capsys.readouterr().err

@@ -71,9 +71,9 @@ class Bank:
     @classmethod
     def build(cls, model: ShipModel, instructions: Sequence[str]) -> "Bank":
         """Encode the instructions, each once, as many at a time as there is room for; hundreds take
-        a base of 135 million weights minutes on a CPU, which it says."""
+        a base of 135 million weights minutes on a CPU, and standard error says how far it is."""
         unique = tuple(dict.fromkeys(instructions))
-        with ProgressLine("encoding", len(unique), "instruction", only_long=True) as progress:
+        with ProgressLine("encoding", len(unique), "instruction", quiet_seconds=10) as progress:
             posterior = model.posterior(unique, progress.done)
         return cls(unique, posterior.mean_TZ, posterior.log_variance_TZ)
 

@@ -33,18 +33,18 @@ class ProgressLine:
         unit: str = "task",
         log: Log = console_log,
         *,
-        only_long: bool = False,
+        quiet_seconds: float = 0,
     ) -> None:
-        """Nothing is shown yet.
+        """Begin to count.
 
         Args:
             title: what is done.
             total: how many units of it there are.
             unit: the word for one of them.
             log: see the module.
-            only_long: what ends within ten seconds is not spoken of.
+            quiet_seconds: what ends before is not spoken of.
         """
-        self.only_long = only_long
+        self.quiet_seconds = quiet_seconds
         self.title, self.total, self.num_done = title, total, 0
         self.unit, self.log = unit, log
         self.part = ""
@@ -53,8 +53,8 @@ class ProgressLine:
         is_terminal = sys.stderr.isatty() and current_rank(os.environ) == 0
         self.bar = None
         if is_terminal and log is console_log:
-            delay = _SECONDS_BETWEEN_LINES if only_long else 0
-            self.bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, delay=delay)
+            shown = {"dynamic_ncols": True, "delay": quiet_seconds}
+            self.bar = tqdm(total=total, desc=title, unit=unit, **shown)
 
     def __enter__(self) -> "ProgressLine":
         return self
@@ -75,10 +75,8 @@ class ProgressLine:
         if self.bar is not None or self.tells_parts:
             return
         now = time.perf_counter()
-        is_told_at_its_end = self.num_done >= self.total and not (
-            self.only_long and self.told == self.started
-        )
-        if now - self.told < _SECONDS_BETWEEN_LINES and not is_told_at_its_end:
+        is_early = now - self.told < _SECONDS_BETWEEN_LINES and self.num_done < self.total
+        if is_early or now - self.started < self.quiet_seconds:
             return
         self.told, seconds = now, now - self.started
         done = f"{self.num_done} of {self.total} {self.unit}s"

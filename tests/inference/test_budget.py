@@ -1,6 +1,7 @@
 """What comes out does not depend on how many rows the memory allows at once."""
 
 from collections.abc import Callable
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,14 +66,16 @@ def test_encoding_tells_how_many_more_are_done(
 ) -> None:
     """Hundreds of known instructions take minutes, and are encoded at the first `deduce` of a
     run."""
-    monkeypatch.setattr("ship_ds.monitor.progress._SECONDS_BETWEEN_LINES", 0)
+    seconds = count(step=11)
+    monkeypatch.setattr("ship_ds.monitor.progress.time.perf_counter", lambda: next(seconds))
     monkeypatch.setattr(budget, "bytes_free", lambda device: 1)
     counts: list[int] = []
     ship.model.posterior(TEXTS, counts.append)
     assert counts == [1] * len(TEXTS)
     Bank.build(ship.model, TEXTS)
-    err = capsys.readouterr().err
-    assert "encoding: 1 of 3 instructions" in err and "encoding: 3 of 3 instructions" in err
+    assert capsys.readouterr().err == "".join(
+        f"ship-ds: encoding: {done} of 3 instructions, {11 * done} s\n" for done in (1, 2, 3)
+    )
 
 
 def test_losses_and_latents_are_the_same_one_row_at_a_time(
