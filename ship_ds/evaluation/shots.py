@@ -28,13 +28,23 @@ class TakesShots:
             cls.about = f"{cls.about}, and up to {count} of the task's training examples after it"
 
 
-def prompt_with_shots(ship: Ship, text: str, instruction: str, shots: Sequence[Example]) -> Ids:
-    """Token ids of the instruction, as many of the shots as the bare Task LLM's context has room
-    for (the last ones are left out first), and the input."""
+def prompt_with_shots(
+    ship: Ship, text: str, instruction: str, shots: Sequence[Example], target: str = ""
+) -> Ids:
+    """What the bare Task LLM reads before it answers.
+
+    Args:
+        ship: the run.
+        text: the input.
+        instruction: before the shots.
+        shots: of which the last ones are left out first, where the context has no room for all.
+        target: what is scored after the prompt; there is room for it, and for an answer.
+
+    Returns:
+        Token ids.
+    """
     prompts = ship.model.prompts
+    num_written = max(ship.config.evaluation.max_new_tokens, len(prompts.target(target)))
     return prompt_with_room(
-        lambda some: prompts.task_prompt(text, instruction, some),
-        shots,
-        ship.model,
-        ship.config.evaluation.max_new_tokens,
+        lambda some: prompts.task_prompt(text, instruction, some), shots, ship.model, num_written
     )

@@ -103,6 +103,12 @@ def test_what_the_context_has_no_room_for_is_left_out(
     assert prompt_with_shots(ship, "1 2", "reverse", shots) == ship.model.prompts.task_prompt(
         "1 2", "reverse", shots[:3]
     )
+    # A target that is longer than an answer may be is scored within the context, too.
+    prompts, target = ship.model.prompts, "9 " * 24
+    prompt_of = [prompts.task_prompt("1 2", "reverse", shots[:count]) for count in range(5)]
+    fitting = [one for one in prompt_of if len(one) + len(prompts.target(target)) < room]
+    assert 0 < len(fitting) < 4, "fewer shots than beside an answer"
+    assert prompt_with_shots(ship, "1 2", "reverse", shots, target) == fitting[-1]
 
 
 def test_sft_trains_on_up_to_as_many_and_never_on_what_is_answered(

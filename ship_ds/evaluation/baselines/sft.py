@@ -60,7 +60,9 @@ class Sft(TakesShots, TrainedMethod):
             draws = sampler.draw_step(step)
             asked = [
                 [
-                    prompt_with_shots(ship, one.input, draw.wording, draw.reading.examples)
+                    prompt_with_shots(
+                        ship, one.input, draw.wording, draw.reading.examples, one.target
+                    )
                     for one in draw.answered
                 ]
                 for draw in draws

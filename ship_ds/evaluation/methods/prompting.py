@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from ship_ds.data.task import Example, Reading, SplitTask
+from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.methods.untrained import PromptRecipe, Untrained
 from ship_ds.evaluation.questions import examples_to_read
 from ship_ds.evaluation.shots import TakesShots, prompt_with_shots
@@ -17,7 +17,8 @@ class PromptingRecipe(PromptRecipe):
     """What the prompt holds beside the input."""
 
     num_examples: int = Field(0, ge=0, le=32)
-    """Training examples of the task after the instruction, those that `ship_one_pass` reads."""
+    """Training examples of the task after the instruction: those that `ship_one_pass` reads, where
+    that is its `model.encoder.max_examples`."""
 
     @model_validator(mode="after")
     def _published_words_have_no_place_for_examples(self) -> "PromptingRecipe":
@@ -48,8 +49,8 @@ class Prompting(TakesShots, Untrained):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         questions = [
-            [self._prompt(text, stated) for text in texts]
-            for stated, texts in zip(self._stated(tasks, wordings), inputs, strict=True)
+            [self._prompt(text, (wording, self._shots(task), "")) for text in texts]
+            for task, wording, texts in zip(tasks, wordings, inputs, strict=True)
         ]
         answering = bare_answerer(self.ship.model, keeps_cut_off=True)
         return answering.answers(questions, self.ship.config.evaluation.max_new_tokens)
@@ -61,17 +62,18 @@ class Prompting(TakesShots, Untrained):
         asked: Sequence[Sequence[Example]],
     ) -> list[list[float]]:
         """See `Predicts`."""
-        stated = self._stated(tasks, wordings)
+        stated = [
+            (wording, self._shots(task), max((one.target for one in row), key=len, default=""))
+            for task, wording, row in zip(tasks, wordings, asked, strict=True)
+        ]
         return losses_in_prompt(self.ship.model, stated, asked, self._prompt)
 
-    def _stated(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[Reading]:
-        return [
-            Reading(wording, examples_to_read(task, self.recipe.num_examples, self.seed))
-            for task, wording in zip(tasks, wordings, strict=True)
-        ]
+    def _shots(self, task: SplitTask) -> tuple[Example, ...]:
+        return examples_to_read(task, self.recipe.num_examples, self.seed)
 
-    def _prompt(self, text: str, stated: Reading) -> Ids:
-        instruction = stated.instruction or ""
+    def _prompt(self, text: str, stated: tuple[str, Sequence[Example], str]) -> Ids:
+        """stated: the instruction, the shots, and the longest target that is scored."""
+        instruction, shots, target = stated
         if self.recipe.prompt == "published":
             return self.ship.model.prompts.published_task_prompt(text, instruction)
-        return prompt_with_shots(self.ship, text, instruction, stated.examples)
+        return prompt_with_shots(self.ship, text, instruction, shots, target)
