@@ -66,6 +66,8 @@ def medians(of_runs: list[Any]) -> Any:
         spread = {"values": values, "range": [min(values), max(values)]}
         return {**of_all, "value": round(median(values), 4), **spread}
     common = [key for key in first if all(key in one for one in of_runs)]
+    if len(of_runs) > 1:  # each run has one of its own, and no median
+        common = [key for key in common if key != "commonest_text"]
     return {key: medians([one[key] for one in of_runs]) for key in common}
 
 

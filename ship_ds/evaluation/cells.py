@@ -24,7 +24,10 @@ PROTOCOLS: dict[Direction, type] = {
 SHOWS_EXAMPLES: tuple[Direction, ...] = ("induction", "reasoning")
 TaskRow = dict[str, Any]
 """One task of a cell: its id, kind and instruction, what the method answered (`said`), and a list
-of values for each metric; where answers never ended, how many (`cut_off`)."""
+of values for each metric; where answers never ended, how many (`cut_off`); where an induced text
+may be right by other wordings, all of them (`WORDINGS`)."""
+WORDINGS = "wordings"
+"""Rows of version 0.2.0 and earlier have none."""
 
 
 @dataclass(frozen=True)

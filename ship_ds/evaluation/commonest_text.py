@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ship_ds.evaluation.cells import TaskRow
+from ship_ds.evaluation.cells import WORDINGS, TaskRow
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judges import one_line
 from ship_ds.evaluation.metrics import rouge_l
 
-STATES_TEXTS: tuple[Direction, ...] = ("induction", "reconstruction")
+_STATING: tuple[Direction, ...] = ("induction", "reconstruction")
 """The directions whose answers are instructions."""
 KEY = "commonest_text"
 """Where the numbers stand in a cell of a report."""
@@ -23,27 +23,33 @@ _MIN_TASKS = 4
 """Of fewer tasks a text that comes twice says nothing."""
 
 
-def commonest_text(rows: Sequence[TaskRow]) -> dict[str, Any]:
-    """What the text that most tasks got amounts to.
+def commonest_text(direction: Direction, rows: Sequence[TaskRow]) -> dict[str, Any]:
+    """What the text that most tasks got amounts to, to be added to their cell of a report.
 
     Args:
-        rows: of a direction in `STATES_TEXTS`, one a task.
+        direction: that was measured.
+        rows: one a task.
 
     Returns:
-        `text`, the one that most tasks got (of several the first); `n_tasks`, how many got it;
-        `n_texts`, how many different ones there are; `rouge_l`, 0 to 1, the mean over *all* tasks
-        of this one text beside each task's instruction, which a method has to beat. Other wordings
-        do not count, as they do for `RougeJudge`. Empty without rows.
+        Under `KEY`: `text`, the one that most tasks got (of several the first); `n_tasks`, how many
+        got it; `n_texts`, how many different ones there are; `rouge_l`, 0 to 1, the mean over *all*
+        tasks of this one text beside what the method's own ROUGE-L compares with (the instruction,
+        and in induction its other wordings), which a method has to beat. Empty without rows, and in
+        directions whose answers are no instructions.
     """
-    if not rows:
+    if direction not in _STATING or not rows:
         return {}
     texts = Counter(one_line(row["said"] or "") for row in rows)
     text, number = texts.most_common(1)[0]
+    right = [row.get(WORDINGS, [row["instruction"]]) for row in rows]
+    alone = fmean(rouge_l(text, list(map(one_line, wordings))) for wordings in right)
     return {
-        "text": text,
-        "n_tasks": number,
-        "n_texts": len(texts),
-        "rouge_l": round(fmean(rouge_l(text, [one_line(r["instruction"])]) for r in rows), 4),
+        KEY: {
+            "text": text,
+            "n_tasks": number,
+            "n_texts": len(texts),
+            "rouge_l": round(alone, 4),
+        }
     }
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.cells import SHOWS_EXAMPLES
-from ship_ds.evaluation.commonest_text import KEY, STATES_TEXTS, commonest_text, warning
+from ship_ds.evaluation.commonest_text import commonest_text, warning
 from ship_ds.evaluation.config import Direction, Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
@@ -88,7 +88,8 @@ def measure_run(
     Returns:
         `deduction.<part>`, `controls.<control>.<part>` and `reconstruction.<part>`, each
         `{"exact_match": {"value": 0.5, "ci95": [0.4, 0.6]}, "n_tasks": 114, "n_examples": 570}`
-        with every other metric of metrics.py that applies; `tables`, the metrics that `show`
+        with every other metric of metrics.py that applies; in reconstruction also
+        `commonest_text` (commonest_text.py); `tables`, the metrics that `show`
         prints; `left_out`, how many tasks of which cell there was no time for.
     """
     started = time.perf_counter()
@@ -111,8 +112,6 @@ def measure_run(
     report: dict[str, Any] = {}
     for (key, part), cell in cells.items():
         _cells_at(report, key).update(_scores(key, part, cell.outcome))
-        if key in STATES_TEXTS and cell.outcome.rows:
-            _cells_at(report, key)[part][KEY] = commonest_text(cell.outcome.rows)
     return report | {
         "left_out": {
             f"{key}.{part}": cell.num_left for (key, part), cell in cells.items() if cell.num_left
@@ -175,7 +174,10 @@ def _scores(key: str, part: Part, outcome: Outcome) -> dict[str, Any]:
     if key == "deduction" and part == "unseen":
         for kind in sorted({row["kind"] for row in outcome.rows if row["kind"]}):
             by_part[f"unseen_{kind}"] = outcome.of_kind(kind)
-    return {name: summary(some.metrics, some.rows) for name, some in by_part.items()}
+    scores = {name: summary(some.metrics, some.rows) for name, some in by_part.items()}
+    if key == "reconstruction":
+        scores[part] |= commonest_text("reconstruction", outcome.rows)
+    return scores
 
 
 def _cells_at(report: dict[str, Any], key: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ship_ds.data.matching import exact_match
 from ship_ds.data.task import CutOff
-from ship_ds.evaluation.cells import TaskRow
+from ship_ds.evaluation.cells import WORDINGS, TaskRow
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judge import Columns, Judge
 from ship_ds.evaluation.judges import one_line, paper_rows, rows_of
@@ -84,6 +84,7 @@ def measure(
             "instruction": q.task.task.instruction,
             "said": output,
             **_num_cut_off(output),
+            **_other_wordings(direction, q),
             **{name: values[i] for name, values in columns.items()},
         }
         for i, (q, output) in enumerate(zip(questions, outputs, strict=True))
@@ -95,6 +96,12 @@ def _num_cut_off(output: Any) -> dict[str, int]:
     """How many of a task's answers never ended, where any did: as texts they look like others."""
     number = sum(isinstance(answer, CutOff) for answer in output) if type(output) is list else 0
     return {"cut_off": number} if number else {}
+
+
+def _other_wordings(direction: Direction, question: Question) -> dict[str, list[str]]:
+    """All right wordings, where an induced text is compared with more than the instruction."""
+    texts = list(question.right_texts)
+    return {WORDINGS: texts} if direction == "induction" and len(texts) > 1 else {}
 
 
 def measure_over_ranks(

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ship_ds.evaluation.cells import Cell, Measured, TaskRow
-from ship_ds.evaluation.commonest_text import KEY, STATES_TEXTS, commonest_text, warning
+from ship_ds.evaluation.commonest_text import commonest_text, warning
 from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import write_json, write_text
@@ -76,8 +76,7 @@ def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str
                 direction[f"{cell.part}_{kind}"] = summary(
                     scores.metrics, [row for row in scores.rows if row["kind"] == kind]
                 )
-            if cell.direction in STATES_TEXTS and scores.rows:
-                direction[cell.part][KEY] = commonest_text(scores.rows)
+            direction[cell.part] |= commonest_text(cell.direction, scores.rows)
         if "agreement" in scores.metrics:
             direction[cell.part]["confidence"] = confidence(scores.rows)
         if cell.num_shown is not None:

@@ -5,9 +5,14 @@ from typing import Any
 
 import pytest
 
+from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.evaluation import evaluate, final_report
 from ship_ds.evaluation.cells import Cell, Measured
 from ship_ds.evaluation.commonest_text import commonest_text, warning
+from ship_ds.evaluation.judges import RougeJudge
+from ship_ds.evaluation.measure import measure
+from ship_ds.evaluation.metrics import score
+from ship_ds.evaluation.questions import ask
 from ship_ds.evaluation.report import Provenance, build, markdown
 
 INSTRUCTIONS = ["reverse the list", "sort the list", "add 5", "count the words"]
@@ -29,22 +34,51 @@ def rows(texts: list[str]) -> list[dict[str, Any]]:
 def test_the_text_that_most_tasks_got_is_scored_against_all() -> None:
     """ "sort the list" shares two of three words with the first, all with the second, one with the
     last: F of 2/3, 1, 0 and 1/3."""
-    found = commonest_text(rows(["sort the list", "sort  the list\n", "add 5", "sort the list"]))
-    assert found == {
+    found = commonest_text(
+        "reconstruction", rows(["sort the list", "sort  the list\n", "add 5", "sort the list"])
+    )
+    assert found["commonest_text"] == {
         "text": "sort the list",
         "n_tasks": 3,
         "n_texts": 2,
         "rouge_l": pytest.approx((2 / 3 + 1 + 0 + 1 / 3) / 4, abs=1e-4),
     }
-    assert commonest_text([]) == {}
+    assert commonest_text("reconstruction", []) == {}
+
+
+class Parrot:
+    """Induces one text."""
+
+    def induce(self, shown: Any) -> list[str]:
+        return ["flip the order"] * len(shown)
+
+
+def test_in_induction_it_is_scored_by_what_the_methods_own_rouge_l_is() -> None:
+    """Another wording is as right as the instruction; a task that has none keeps to its row."""
+    example = Example("1 2", "2 1")
+    wordings = [("flip the order", "turn it round"), ()]
+    tasks = [
+        SplitTask(
+            Task(f"t{i}", "reverse the list", (example,) * 6, others),
+            (example,) * 5,
+            (example,),
+        )
+        for i, others in enumerate(wordings)
+    ]
+    questions = [ask(task, 2, 0) for task in tasks]
+    outcome = measure(Parrot(), "induction", questions, [RougeJudge()])
+    own = score(outcome.values("rouge_l")).value
+    assert own == pytest.approx((1 + 1 / 3) / 2)
+    assert commonest_text("induction", outcome.rows)["commonest_text"]["rouge_l"] == (
+        pytest.approx(own, abs=1e-4)
+    )
+    assert ["wordings" in row for row in outcome.rows] == [True, False]
 
 
 def test_half_of_four_tasks_are_warned_of_and_less_is_not() -> None:
     def said(texts: list[str]) -> str:
         of = rows(texts)
-        return warning(
-            "ship, induction", {"n_tasks": len(of), "commonest_text": commonest_text(of)}
-        )
+        return warning("ship, induction", {"n_tasks": len(of), **commonest_text("induction", of)})
 
     assert said(["a", "a", "b", "c"]) == (
         "ship, induction: 2 of 4 tasks got the same text, which alone has ROUGE-L 0.000 with "
@@ -88,8 +122,8 @@ def test_the_report_of_a_run_says_it_under_its_tables(capsys: pytest.CaptureFixt
     report = {
         "deduction": {},
         "reconstruction": {
-            "seen": cell | {"commonest_text": commonest_text(rows(["add 5"] * 4))},
-            "unseen": cell | {"commonest_text": commonest_text(rows(INSTRUCTIONS))},
+            "seen": cell | commonest_text("reconstruction", rows(["add 5"] * 4)),
+            "unseen": cell | commonest_text("reconstruction", rows(INSTRUCTIONS)),
         },
         "tables": ["exact_match"],
         "left_out": {},

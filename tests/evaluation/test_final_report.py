@@ -61,6 +61,10 @@ def test_every_control_is_the_harness_method_of_its_name(
         for direction in ("deduction", "reconstruction"):
             cell = report[direction][part]
             assert cell["exact_match"] == methods["ship"][direction][part]["exact_match"]
+        ours, theirs = (
+            one["reconstruction"][part]["commonest_text"] for one in (report, methods["ship"])
+        )
+        assert ours["n_tasks"] == theirs["n_tasks"] and ours["n_texts"] == theirs["n_texts"]
     paraphrased = report["deduction"]["unseen_paraphrase"]
     assert (
         paraphrased["exact_match"]
