@@ -27,7 +27,7 @@ TaskRow = dict[str, Any]
 of values for each metric; where answers never ended, how many (`cut_off`); where an induced text
 may be right by other wordings, all of them (`WORDINGS`)."""
 WORDINGS = "wordings"
-"""Rows of version 0.2.0 and earlier have none."""
+"""Rows that were stored before 2026-11-28 have none."""
 
 
 @dataclass(frozen=True)
