@@ -69,6 +69,7 @@ def test_every_recipe_parses_and_opens_with_its_command(name: str) -> None:
         ),
         ("model.decoder.pooling=attention", "model.decoder.pooling: unknown key"),
         ("model.decoder.drop_latent=1", "model.decoder.drop_latent: .*less than 1"),
+        ("model.decoder.drop_tokens=-0.1", "model.decoder.drop_tokens: .*greater than or"),
         ("model.hypernetwork.kind=ia3", "model.hypernetwork.kind: .*'ia3'"),
         ("model.hypernetwork={kind: lora, targets: []}", "targets: .*at least 1"),
         (

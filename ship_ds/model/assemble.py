@@ -194,6 +194,7 @@ def _collator(
         config.decoder.num_soft_tokens,
         parts.encoder.longest_text,
         config.task_llm.stated_share,
+        config.decoder.drop_tokens,
     )
 
 

@@ -345,6 +345,19 @@ class TokenBatch(OnDevice):
             states_NH = zeros_XH.index_copy(0, self.packed.source_N, states_NH)
         return states_NH.unflatten(0, (num_rows, width))
 
+    def hiding(self, hidden_K: Tensor, token_id: int) -> "TokenBatch":
+        """The same labels, where those that are hidden are read as another token by what comes
+        after them.
+
+        Args:
+            hidden_K: which labels, booleans.
+            token_id: that stands in their place.
+        """
+        # The label of a row and column is predicted one column before.
+        read_K = torch.full_like(self.labels_K, token_id).where(hidden_K, self.labels_K)
+        places = self.padded.row_K, self.padded.column_K + 1
+        return replace(self, ids_ES=self.ids_ES.index_put(places, read_K))
+
     def in_chunks(self, most: int) -> "TokenBatch":
         """The same tokens in rows of at most so many: a longer one is cut into as few of about
         equal length as hold it, one after the other. So the packed tokens stay where they are.

@@ -17,6 +17,7 @@ import torch
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Reading
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.encoder import chances, posterior_noise
 from ship_ds.model.step import ShipBatch
 from ship_ds.prompt import PromptFormat
@@ -39,6 +40,7 @@ class Collator:
     its adapters' virtual tokens take. num_soft_tokens: those of z before the decoder's prompts.
     encoder_context: tokens that the encoder reads at most; None: any number. stated_share: of a
     step's tasks whose prompts state the instruction as text, whatever `instruction` says.
+    drop_tokens: how often a token of what the decoder writes is hidden from the next ones.
     """
 
     prompts: Prompts
@@ -48,6 +50,7 @@ class Collator:
     num_soft_tokens: int
     encoder_context: int | None = None
     stated_share: Callable[[int], float] = lambda _: 0.0
+    drop_tokens: float = 0.0
 
     def step(
         self, draws: Sequence[TaskDraw], seed: int, step: int, device: torch.device
@@ -73,18 +76,32 @@ class Collator:
                 host,
                 [is_stated for _, _, is_stated in answered],
             ),
-            TokenBatch.build(
-                [self.prompts.decoder.decoder_prompt(draw.shown) for draw in draws],
-                [self.prompts.decoder.target(draw.wording) for draw in draws],
-                self.prompts.decoder.pad_id,
-                self.num_soft_tokens,
-                host,
-            ),
+            self._decoded(draws, seed, step),
             torch.tensor([draw.shows_latent for draw in draws], device=host),
             posterior_noise(seed, step, names, self.latent_size),
             chances(seed, step, names),
             step=step,
         ).to(device)
+
+    def _decoded(self, draws: Sequence[TaskDraw], seed: int, step: int) -> TokenBatch:
+        """What the decoder reads, with some tokens hidden; on the host."""
+        prompts = self.prompts.decoder
+        targets = [prompts.target(draw.wording) for draw in draws]
+        batch = TokenBatch.build(
+            [prompts.decoder_prompt(draw.shown) for draw in draws],
+            targets,
+            prompts.pad_id,
+            self.num_soft_tokens,
+        )
+        if not self.drop_tokens:
+            return batch
+        drawn = [
+            torch.rand(
+                len(target), generator=keyed_generator(f"hidden {seed} {step} {draw.task_id}")
+            )
+            for draw, target in zip(draws, targets, strict=True)
+        ]
+        return batch.hiding(torch.cat(drawn) < self.drop_tokens, prompts.pad_id)
 
     def _states_instruction(self, seed: int, step: int, names: list[str]) -> list[bool]:
         """For each task of a step whether its prompts state the instruction all the same."""

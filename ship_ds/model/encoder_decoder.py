@@ -150,7 +150,9 @@ class EncoderDecoder(LanguageModel):
         # The writing stack reads each target one token late, after the start token.
         shape = len(batch.lengths), max(batch.target_lengths) + 1
         late_EY = torch.full(shape, self.start, device=row_K.device)
-        late_EY = late_EY.index_put((row_K, place_K + 1), batch.labels_K)[:, :-1]
+        # What stands in the row, which is not the label where that is hidden (`TokenBatch.hiding`).
+        written_K = batch.ids_ES[row_K, batch.padded.column_K + 1]
+        late_EY = late_EY.index_put((row_K, place_K + 1), written_K)[:, :-1]
         states_EYH = self._write(
             self._read(batch, adapter, soft, instruction, checkpointing=checkpointing),
             _sources(batch),

@@ -31,6 +31,15 @@ def test_a_batch_says_where_everything_is() -> None:
     assert batch.real_ES.sum(1).tolist() == [6, 5]
 
 
+def test_hidden_labels_are_read_as_another_token_and_stay_labels() -> None:
+    batch = _batch()
+    hidden = batch.hiding(torch.tensor([True, False, True]), 99)
+    assert hidden.ids_ES.tolist() == [[0, 0, 9, 5, 6, 99], [0, 0, 3, 1, 99, 0]]
+    assert hidden.labels_K.tolist() == [7, 1, 2]
+    assert batch.ids_ES.tolist() == _batch().ids_ES.tolist(), "the batch itself has changed"
+    assert hidden.packed is batch.packed and hidden.lengths == batch.lengths
+
+
 def test_packed_tokens_skip_the_padding_between_rows() -> None:
     batch = TokenBatch.build([[3], [5, 6, 4]], [[1], [7]], 0)
     assert batch.packed.source_N.tolist() == [0, 1, 4, 5, 6, 7]

@@ -86,6 +86,23 @@ def test_the_loss_is_the_stock_models(version: str, dtype: torch.dtype) -> None:
     assert float((moved - logits).detach().abs().max()) > 1e-3, "virtual tokens say nothing"
 
 
+def test_a_hidden_label_is_another_token_to_what_is_written_after_it() -> None:
+    """Its first token is hidden in each row: the first label is predicted as before, and the next
+    ones as the stock model does that reads the other token there."""
+    model, batch = tiny_t5("1.1").to(torch.float64), _batch()
+    first_K = torch.tensor([i == 0 for n in ANSWERS for i in range(n)])
+    seen = label_logits(model, batch, _soft().double())[0]
+    hidden, labels = label_logits(model, batch.hiding(first_K, 7), _soft().double())
+    assert labels.tolist() == batch.labels_K.tolist()
+    torch.testing.assert_close(hidden[first_K], seen[first_K], rtol=0, atol=1e-12)
+    others = [[7, *answer[1:]] for _, answer in _rows()]
+    read_7 = TokenBatch.build(random_rows(PROMPTS), others, 0, NUM_VIRTUAL)
+    torch.testing.assert_close(
+        hidden, label_logits(model, read_7, _soft().double())[0], rtol=0, atol=1e-12
+    )
+    assert float((hidden - seen)[~first_K].detach().abs().max()) > 1e-3
+
+
 def test_version_1_0_scales_what_its_tied_output_layer_reads() -> None:
     old, new = (language_model(tiny_t5(version)) for version in VERSIONS)
     states = torch.randn(5, HIDDEN)

@@ -101,6 +101,30 @@ def test_full_tuning_trains_all_of_both_roles() -> None:
     assert idle == {"decoder.without_latent"}  # both draws showed z
 
 
+def test_tokens_are_hidden_from_the_decoder_task_by_task() -> None:
+    """About as many as asked for, others at each step, of each task by its name and the step alone;
+    what has to be written stays, and so does all else that the step reads."""
+    whole, hiding = (_ship(decoder=DecoderConfig(drop_tokens=share)) for share in (0.0, 0.4))
+    draws = [
+        TaskDraw(f"task {i}", WORDINGS[i % 2], (Example("1", "1"),), (Example("2", "3"),), True)
+        for i in range(40)
+    ]
+    full, some = whole.collate(draws, 0, 3), hiding.collate(draws, 0, 3)
+    assert some.decoded.labels_K.tolist() == full.decoded.labels_K.tolist()
+    assert some.answers.ids_ES.equal(full.answers.ids_ES)
+    assert some.instructions.ids_ES.equal(full.instructions.ids_ES)
+    hidden_ES = some.decoded.ids_ES != full.decoded.ids_ES
+    assert (some.decoded.ids_ES[hidden_ES] == hiding.decoder_prompts.pad_id).all()
+    assert 0.3 < float(hidden_ES.sum()) / some.decoded.num_targets < 0.5
+    before_S = torch.arange(hidden_ES.shape[1]) < full.decoded.padded.column_K.min() + 1
+    assert not hidden_ES[:, before_S].any(), "something before the instruction is hidden"
+    later = hiding.collate(draws, 0, 4).decoded.ids_ES
+    assert not later.equal(some.decoded.ids_ES)
+    alone = hiding.collate(draws[7:8], 0, 3).decoded
+    length = alone.lengths[0]
+    assert alone.ids_ES[0].tolist() == some.decoded.ids_ES[7, :length].tolist()
+
+
 def test_the_instruction_leaves_the_prompts_task_by_task() -> None:
     """At first all of them read as with `hard`, in the end none; each task by its name and the step
     alone, whoever is beside it; an evaluation never states it."""
