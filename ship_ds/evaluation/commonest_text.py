@@ -21,6 +21,9 @@ KEY = "commonest_text"
 """Where the numbers stand in a cell of a report."""
 _MIN_TASKS = 4
 """Of fewer tasks a text that comes twice says nothing."""
+_LITTLE_GAIN = 0.1
+"""Nats a token: a run that wrote one text for half of its tasks had 0.01, the quickstart's, which
+reads its instructions back, 3.3."""
 
 
 def commonest_text(direction: Direction, rows: Sequence[TaskRow]) -> dict[str, Any]:
@@ -54,17 +57,28 @@ def commonest_text(direction: Direction, rows: Sequence[TaskRow]) -> dict[str, A
 
 
 def warning(where: str, cell: Mapping[str, Any]) -> str:
-    """One line where half of a cell's tasks or more got one text, else "".
+    """One line where half of a cell's tasks or more got one text, or where the decoder takes next
+    to nothing from the latent, else "".
 
     Args:
         where: what the line begins with, such as "ship, induction, unseen".
-        cell: of a report: `n_tasks`, and `commonest_text` where its answers are texts.
+        cell: of a report: `n_tasks`, and `commonest_text` where its answers are texts, and
+            `latent_gain` (metrics.py) in reconstruction.
     """
-    common = cell.get(KEY)
-    if not common or cell["n_tasks"] < _MIN_TASKS or 2 * common["n_tasks"] < cell["n_tasks"]:
+    if cell["n_tasks"] < _MIN_TASKS:
         return ""
-    return (
-        f"{where}: {common['n_tasks']} of {cell['n_tasks']} tasks got the same text, which alone "
-        f"has ROUGE-L {common['rouge_l']:.3f} with their instructions: these texts hardly tell "
-        "tasks apart"
-    )
+    found, common = [], cell.get(KEY)
+    if common and 2 * common["n_tasks"] >= cell["n_tasks"]:
+        found.append(
+            f"{common['n_tasks']} of {cell['n_tasks']} tasks got the same text, which alone "
+            f"has ROUGE-L {common['rouge_l']:.3f} with their instructions"
+        )
+    gain = cell.get("latent_gain", {}).get("value")
+    if gain is not None and gain < _LITTLE_GAIN:
+        found.append(
+            f"a token of an instruction is {gain:.3f} nats likelier beside its own latent than "
+            "beside another task's"
+        )
+    if not found:
+        return ""
+    return f"{where}: {' and '.join(found)}: these texts hardly tell tasks apart"

@@ -72,10 +72,14 @@ def check_dev(
         found.scalars |= _scalars(outcome, part, metrics)
     if model.decodes:
         raise_if_asked()
-        few = splits.seen[:_TASKS_READ_BACK] + splits.dev[:_TASKS_READ_BACK]
-        questions = [ask(task, 0, 0) for task in few]
+        seen, dev = splits.seen[:_TASKS_READ_BACK], splits.dev[:_TASKS_READ_BACK]
+        questions = [ask(task, 0, 0) for task in seen + dev]
         outcome = measure_over_ranks(method, "reconstruction", questions, model=model)
         found.texts = [(row["instruction"], row["said"]) for row in outcome.rows]
+        for part, rows in (("seen", outcome.rows[: len(seen)]), ("dev", outcome.rows[len(seen) :])):
+            if rows and "latent_gain" in outcome.metrics:
+                gains = [row["latent_gain"] for row in rows]
+                found.scalars[f"latent_gain/{part}"] = score(gains).value
     on_dev = found.scalars.get(_name(settings.best_by, "dev"))
     if on_dev is not None and math.isfinite(on_dev):
         found.dev_score = -on_dev if settings.best_by in LESS_IS_BETTER else on_dev

@@ -24,6 +24,7 @@ from ship_ds.evaluation.method import (
     Doubts,
     Induces,
     Predicts,
+    ReadsLatents,
     Reasons,
     ReasonsOtherwise,
     Reconstructs,
@@ -193,16 +194,26 @@ def _reasoning(method: Reasons, questions: Sequence[Question], judges: Sequence[
 def _reconstruction(
     method: Reconstructs, questions: Sequence[Question], judges: Sequence[Judge]
 ) -> Scored:
-    """Right where the text is the very instruction; spaces do not count."""
+    """Right where the text is the very instruction; spaces do not count. And whether the decoder
+    reads the latent at all, which a text that it writes shows late (metrics.py)."""
     texts = method.reconstruct([q.wording for q in questions])
     pairs = [
         (one_line(text), one_line(q.wording)) for text, q in zip(texts, questions, strict=True)
     ]
-    return texts, {
+    columns: Columns = {
         "exact_match": [[exact_match(text, [wording])] for text, wording in pairs],
         "normalised_match": [[normalised_match(text, [wording])] for text, wording in pairs],
         "rouge_l": [[rouge_l(text, [wording])] for text, wording in pairs],
     }
+    if isinstance(method, ReadsLatents):
+        losses, others = method.text_losses(
+            [q.task for q in questions], [q.wording for q in questions]
+        )
+        columns["text_loss"] = [[loss] for loss in losses]
+        columns["latent_gain"] = [
+            [other - loss] for loss, other in zip(losses, others, strict=True)
+        ]
+    return texts, columns
 
 
 _MEASURES: dict[Direction, Callable[[Any, Sequence[Question], Sequence[Judge]], Scored]] = {

@@ -139,3 +139,14 @@ class Reconstructs(Protocol):
 
     def reconstruct(self, wordings: Sequence[str]) -> list[str]:
         """Each instruction as it is decoded from its own latent, without examples."""
+
+
+@runtime_checkable
+class ReadsLatents(Protocol):
+    """Reconstructs, and gives every text a probability, the instruction among them."""
+
+    def text_losses(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str]
+    ) -> tuple[list[float], list[float]]:
+        """Cross-entropy of each task's wording, nats a token, its end among them: beside its own
+        latent, and beside that of another task's instruction."""

@@ -7,6 +7,8 @@ tasks.
     rouge_l             words in common, in order
     paper_metric        what the paper of the task's format scores it by
     answer_loss         nats a token of the right answer: no answer is generated, and less is better
+    text_loss           nats a token of an instruction beside its own latent: likewise
+    latent_gain         nats a token by which that is less than beside another task's latent
 
 Each of the others compares an answer with every right one and takes the best. An answer that never
 ended is wrong in the first two; of a `CutOff` the others score what was written. Letters are
@@ -40,7 +42,7 @@ ANSWER_METRICS = (
     "answer_loss",
 )
 """Of answers, in the order of the tables."""
-LESS_IS_BETTER = ("answer_loss",)
+LESS_IS_BETTER = ("answer_loss", "text_loss")
 MOST_LABELS = 10
 """Distinct answers of a task that count as a closed set, at most."""
 

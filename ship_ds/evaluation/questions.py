@@ -82,6 +82,14 @@ def examples_to_read(task: SplitTask, count: int, seed: int) -> tuple[Example, .
     return tuple(random.Random(f"{seed} {task.id}").sample(task.train, min(count, len(task.train))))
 
 
+def another_instruction(task: SplitTask, seen: Sequence[SplitTask], seed: int) -> str:
+    """The instruction of a seen task drawn for this one, a function of (seed, task id) alone:
+    whichever tasks are measured beside it and on however many ranks."""
+    # With one seen task there is no other: its own instruction is all that can be drawn.
+    others = [one for one in seen if one.id != task.id] or seen
+    return random.Random(f"{seed} shuffled {task.id}").choice(others).task.instruction
+
+
 def warn_of_long_targets(
     tasks: Iterable[SplitTask], form: PromptFormat, max_new_tokens: int, log: Log
 ) -> None:

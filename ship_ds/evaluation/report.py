@@ -34,6 +34,8 @@ TITLES = {
     "exact_match_stated": "exact match, induced text in the prompt",
     "agreement": "agreement of samples",
     "answer_loss": "loss of the right answer in nats a token, less is better",
+    "text_loss": "loss, nats a token",
+    "latent_gain": "gain by latent, nats",
 }
 LEADING = {
     "deduction": "exact_match",

@@ -4,9 +4,9 @@ One teacher-forced forward gives both the loss of a target and whether greedy de
 exactly it: it would where the target's every token, the end of sequence included, is the most
 likely one.
 
-Letters: C candidates, E sequences, K labelled positions, M examples of a task, V vocabulary,
-X other letters flattened, Z latent size. The sequences of a batch are the examples of all its
-candidates.
+Letters: C candidates, E sequences, K labelled positions, M examples of a task, T tasks,
+V vocabulary, X other letters flattened, Z latent size. The sequences of a batch are the examples of
+all its candidates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -219,6 +219,24 @@ def losses_in_prompt(
         examples,
         model.prompts,
     )
+
+
+@torch.no_grad()
+def losses_of_texts(model: ShipModel, latent_TZ: Tensor, texts: Sequence[str]) -> list[float]:
+    """Loss of each text under the decoder beside its latent, without examples, nats a token with
+    the end of sequence."""
+    prompts, num_soft = model.decoder_prompts, model.config.decoder.num_soft_tokens
+    targets, decoder = [prompts.target(text) for text in texts], model.decoder
+    questions = [prompts.decoder_prompt(())] * len(texts)
+    losses = [0.0] * len(texts)
+    for rows, batch in scored_batches(
+        decoder.language_model, questions, targets, prompts.pad_id, model.device, num_soft
+    ):
+        logits, labels = decoder.score(latent_TZ[rows].to(model.device), None, batch)
+        sums_E = losses_by_example(logits, labels, batch, len(rows))[:, 0].tolist()
+        for row, loss in zip(rows, sums_E, strict=True):
+            losses[row] = loss / len(targets[row])
+    return losses
 
 
 def _losses_a_token(

@@ -88,6 +88,28 @@ def test_half_of_four_tasks_are_warned_of_and_less_is_not() -> None:
     assert warning("a report of an earlier version", {"n_tasks": 9}) == ""
 
 
+def test_a_decoder_that_takes_nothing_from_the_latent_is_warned_of() -> None:
+    """Beside one text for most tasks, or alone; a loss that is not finite is no number."""
+
+    def said(gain: float | None, **more: Any) -> str:
+        return warning(
+            "reconstruction, dev", {"n_tasks": 9, "latent_gain": {"value": gain}, **more}
+        )
+
+    assert said(0.007) == (
+        "reconstruction, dev: a token of an instruction is 0.007 nats likelier beside its own "
+        "latent than beside another task's: these texts hardly tell tasks apart"
+    )
+    common = {"commonest_text": {"n_tasks": 5, "rouge_l": 0.2, "n_texts": 2, "text": "a"}}
+    assert said(-0.2, **common) == (
+        "reconstruction, dev: 5 of 9 tasks got the same text, which alone has ROUGE-L 0.200 with "
+        "their instructions and a token of an instruction is -0.200 nats likelier beside its own "
+        "latent than beside another task's: these texts hardly tell tasks apart"
+    )
+    assert said(0.5) == "" == said(None)
+    assert said(0.5, **common).startswith("reconstruction, dev: 5 of 9 tasks got the same text")
+
+
 @pytest.mark.parametrize("direction", ["induction", "reconstruction"])
 def test_reports_name_it(direction: Any, capsys: pytest.CaptureFixture[str]) -> None:
     about = {"instruction_in_query": False, "sees_labels": False, "about": "what it is"}

@@ -135,6 +135,43 @@ def test_the_loss_of_answers_is_a_metric_of_deduction(ship: Ship, splits: Splits
     assert outcome.values("answer_loss") == losses and [len(row) for row in losses] == [2, 2]
 
 
+def test_what_the_decoder_takes_from_a_latent_is_a_metric_of_reconstruction(
+    ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of each instruction beside its own latent, and how much less it is than beside
+    another task's: nothing where the decoder's soft tokens are the same for all."""
+    tasks = [*splits.seen[:2], splits.unseen[0]]
+    questions = [ask(task, 0, 0) for task in tasks]
+    wordings = [q.wording for q in questions]
+    method = ShipMethod(Setting(ship, splits, Path(), None, 0))
+    control = ShuffledInstruction(Setting(ship, splits, Path(), None, 0))
+    outcome = measure(method, "reconstruction", questions)
+    model = ship.model
+
+    def by_hand(read: str, wording: str) -> float:
+        prompts, end = model.decoder_prompts, model.decoder_prompts.target(wording)
+        ids = [[*prompts.decoder_prompt(()), *end]]
+        batch = TokenBatch.build(ids, None, prompts.pad_id, model.collator.num_soft_tokens)
+        soft = model.decoder.soft_tokens(model.encode([read]))
+        logits_1SV = model.decoder.language_model.logits(
+            batch, model.decoder.own_adapter, soft=soft
+        )
+        states = logits_1SV[0, -len(end) - 1 : -1].float()
+        return float(torch.nn.functional.cross_entropy(states, torch.tensor(end)))
+
+    with torch.no_grad():
+        own = [by_hand(wording, wording) for wording in wordings]
+        others = control.others(tasks, wordings)
+        gains = [by_hand(*pair) - loss for *pair, loss in zip(others, wordings, own, strict=True)]
+    assert list(chain(*outcome.values("text_loss"))) == pytest.approx(own, rel=1e-4)
+    assert list(chain(*outcome.values("latent_gain"))) == pytest.approx(gains, abs=1e-4)
+    assert any(abs(gain) > 1e-3 for gain in gains)
+    last = model.decoder.from_latent[-1]
+    monkeypatch.setattr(last, "weight", torch.nn.Parameter(torch.zeros_like(last.weight)))
+    deaf = measure(method, "reconstruction", questions)
+    assert list(chain(*deaf.values("latent_gain"))) == pytest.approx([0, 0, 0], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "method", [ShipMethod, Prompting, BareBase, ShuffledInstruction, Doubting, InContextLearning]
 )

@@ -4,7 +4,6 @@ and what no model at all would score.
 Letters: C candidates, T tasks, Z latent size. The candidates are the seen tasks.
 """
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,6 +16,7 @@ from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.evaluation.metrics import majority_label
+from ship_ds.evaluation.questions import another_instruction
 from ship_ds.inference.deduction import AnswersByTask, answer_bare, answer_latents
 from ship_ds.inference.scoring import losses_in_prompt, losses_under_adapters
 
@@ -89,12 +89,7 @@ class ShuffledInstruction(AnotherInstruction):
 
     def others(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[str]:
         """See `AnotherInstruction`."""
-        return [self._another(task) for task in tasks]
-
-    def _another(self, task: SplitTask) -> str:
-        # With one seen task there is no other: its own instruction is all that can be drawn.
-        others = [seen for seen in self.seen if seen.id != task.id] or self.seen
-        return random.Random(f"{self.seed} shuffled {task.id}").choice(others).task.instruction
+        return [another_instruction(task, self.seen, self.seed) for task in tasks]
 
 
 class NeighbourInstruction(AnotherInstruction):

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.methods.searching import Searching
+from ship_ds.evaluation.questions import another_instruction
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask
-from ship_ds.inference.scoring import losses_under_adapters
+from ship_ds.inference.scoring import losses_of_texts, losses_under_adapters
 
 
 class ShipMethod(Searching):
@@ -43,6 +44,17 @@ class ShipMethod(Searching):
         """What the decoder makes of each instruction's posterior mean, without examples."""
         model = self.ship.model
         return model.decode(model.encode(wordings), self.search.max_new_tokens)
+
+    def text_losses(
+        self, tasks: Sequence[SplitTask], wordings: Sequence[str]
+    ) -> tuple[list[float], list[float]]:
+        """See `ReadsLatents`; the other task is a seen one."""
+        others = [another_instruction(task, self.seen, self.seed) for task in tasks]
+        model = self.ship.model
+        own, other = (
+            losses_of_texts(model, model.encode(read), wordings) for read in (wordings, others)
+        )
+        return own, other
 
 
 class SearchWithoutDecoder(Searching):
