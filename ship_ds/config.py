@@ -255,8 +255,8 @@ class DecoderConfig(TrainedRoleConfig):
     """How often z is left out where examples are shown."""
     drop_tokens: float = Field(0.0, ge=0, lt=1)
     """How often a token of the instruction is hidden from what comes after it, in training, while
-    the decoder has to write all of them: what the words before no longer tell has to come of z
-    (word dropout, Bowman et al. 2016, arXiv 1511.06349)."""
+    the decoder has to write all of them: what the words before no longer tell it has to take from z
+    or from the examples (word dropout, Bowman et al. 2016, arXiv 1511.06349)."""
     fusion: Literal["mlp", "reshape"] = "mlp"
     """z becomes the soft tokens through an MLP, or is them (as published: latent_size =
     num_soft_tokens x hidden size)."""

@@ -76,7 +76,7 @@ def warning(where: str, cell: Mapping[str, Any]) -> str:
     gain = cell.get("latent_gain", {}).get("value")
     if gain is not None and gain < _LITTLE_GAIN:
         found.append(
-            f"a token of an instruction is {gain:.3f} nats likelier beside its own latent than "
+            f"beside its own latent a token of an instruction is likelier by {gain:.3f} nats than "
             "beside another task's"
         )
     if not found:

@@ -42,7 +42,7 @@ ANSWER_METRICS = (
     "answer_loss",
 )
 """Of answers, in the order of the tables."""
-LESS_IS_BETTER = ("answer_loss", "text_loss")
+LESS_IS_BETTER = ("answer_loss",)
 MOST_LABELS = 10
 """Distinct answers of a task that count as a closed set, at most."""
 

@@ -34,8 +34,8 @@ TITLES = {
     "exact_match_stated": "exact match, induced text in the prompt",
     "agreement": "agreement of samples",
     "answer_loss": "loss of the right answer in nats a token, less is better",
-    "text_loss": "loss, nats a token",
-    "latent_gain": "gain by latent, nats",
+    "text_loss": "loss of the instruction in nats a token, less is better",
+    "latent_gain": "gain by its own latent, nats a token",
 }
 LEADING = {
     "deduction": "exact_match",
@@ -250,7 +250,7 @@ def summary_rows(
 
 
 def warnings(report: Mapping[str, Any], direction: str) -> list[str]:
-    """A line for each method and part that got one text for most of its tasks."""
+    """A line for each method and part whose texts hardly tell tasks apart."""
     lines = [
         warning(f"{name}, {direction}, {part}", method[direction][part])
         for name, method in report["methods"].items()

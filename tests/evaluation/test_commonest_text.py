@@ -97,14 +97,14 @@ def test_a_decoder_that_takes_nothing_from_the_latent_is_warned_of() -> None:
         )
 
     assert said(0.007) == (
-        "reconstruction, dev: a token of an instruction is 0.007 nats likelier beside its own "
-        "latent than beside another task's: these texts hardly tell tasks apart"
+        "reconstruction, dev: beside its own latent a token of an instruction is likelier by 0.007 "
+        "nats than beside another task's: these texts hardly tell tasks apart"
     )
     common = {"commonest_text": {"n_tasks": 5, "rouge_l": 0.2, "n_texts": 2, "text": "a"}}
     assert said(-0.2, **common) == (
         "reconstruction, dev: 5 of 9 tasks got the same text, which alone has ROUGE-L 0.200 with "
-        "their instructions and a token of an instruction is -0.200 nats likelier beside its own "
-        "latent than beside another task's: these texts hardly tell tasks apart"
+        "their instructions and beside its own latent a token of an instruction is likelier by "
+        "-0.200 nats than beside another task's: these texts hardly tell tasks apart"
     )
     assert said(0.5) == "" == said(None)
     assert said(0.5, **common).startswith("reconstruction, dev: 5 of 9 tasks got the same text")

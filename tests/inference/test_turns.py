@@ -16,6 +16,7 @@ from ship_ds.config import FlowPriorConfig, MixturePriorConfig
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents, answer_stated
 from ship_ds.inference.induction import induce_many
+from ship_ds.inference.scoring import losses_of_texts
 from ship_ds.kinds import PRIORS
 from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.turns import in_turn
@@ -70,6 +71,11 @@ def states(ship: Ship) -> Any:
     return answer_stated(ship.model, ["add 3"], [["1 2"]], 3)
 
 
+def scores_texts(ship: Ship) -> Any:
+    texts = ["add 3", "take the first 2", "remove every 5"]
+    return losses_of_texts(ship.model, ship.model.encode(texts), texts)
+
+
 def induces(ship: Ship) -> Any:
     bank = InductionConfig.model_validate({**QUICK, "method": "bank", "tries_all_known": True})
     task = behaviour(ship, "add 3", ["1 2", "3", "4 5 6", "7 7", "8 1", "9 9 9"], 2)
@@ -101,7 +107,9 @@ def take_turns(ships: Sequence[Ship], works: Sequence[Callable[[Ship], Any]]) ->
     return calls[0]
 
 
-@pytest.mark.parametrize("works", [(deduces, reconstructs), (induces, states)])
+@pytest.mark.parametrize(
+    "works", [(deduces, reconstructs), (induces, states), (deduces, scores_texts)]
+)
 def test_ranks_with_other_work_make_the_same_passes(bundle: Path, works: Any) -> None:
     assert len(take_turns([Ship.from_run(bundle), Ship.from_run(bundle)], works)) > 100
 

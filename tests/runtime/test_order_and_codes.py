@@ -132,6 +132,45 @@ def test_a_fault_that_does_not_come_again_is_made_up_for(tmp_path: Path) -> None
     assert trainer.evaluated == [2, 4] and saved(tmp_path, 2).dev_score == 0.5
 
 
+@pytest.mark.parametrize(("num_seen", "num_dev"), [(2, 3), (6, 1), (2, 0)])
+def test_what_the_decoder_takes_from_z_is_logged_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_seen: int, num_dev: int
+) -> None:
+    """The mean gain of the first four seen and the first four dev tasks; nothing without any."""
+    examples = tuple(Example(str(i), str(i)) for i in range(4))
+
+    def tasks(part: str, number: int) -> tuple[SplitTask, ...]:
+        return tuple(
+            SplitTask(Task(f"{part}{i}", "k", examples), examples[:2], examples[2:])
+            for i in range(number)
+        )
+
+    def measured(method: Any, direction: str, questions: Any, **more: Any) -> Outcome:
+        values = {"exact_match": [0.0]}
+        if direction == "reconstruction":
+            values["latent_gain"] = [0.0]
+        rows = [
+            {**values, "instruction": "k", "said": "k"}
+            | (
+                {"latent_gain": [1.0 if q.task.id[:4] == "seen" else 5.0]}
+                if len(values) > 1
+                else {}
+            )
+            for q in questions
+        ]
+        return Outcome([*values], rows)
+
+    monkeypatch.setattr(dev_check, "measure_over_ranks", measured)
+    monkeypatch.setattr(dev_check, "Ship", lambda *args, **options: None)
+    monkeypatch.setattr(dev_check, "ShipMethod", lambda setting: None)
+    model: Any = SimpleNamespace(eval=lambda: None, decodes=True)
+    splits = Splits(tasks("seen", num_seen), tasks("dev", num_dev), ())
+    config = load_config("quickstart-smoke")
+    found = dev_check.check_dev(model, config, splits, tmp_path, lambda: None)
+    gains = {name: value for name, value in found.scalars.items() if "latent_gain" in name}
+    assert gains == {"latent_gain/seen": 1.0} | ({"latent_gain/dev": 5.0} if num_dev else {})
+
+
 def test_an_evaluation_that_a_signal_cuts_short_is_no_failure(tmp_path: Path) -> None:
     for _ in range(3):
         trainer = StubTrainer(tmp_path, Preempted())
