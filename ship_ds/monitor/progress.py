@@ -53,8 +53,9 @@ class ProgressLine:
         is_terminal = sys.stderr.isatty() and current_rank(os.environ) == 0
         self.bar = None
         if is_terminal and log is console_log:
-            shown = {"dynamic_ncols": True, "delay": quiet_seconds}
-            self.bar = tqdm(total=total, desc=title, unit=unit, **shown)
+            self.bar = tqdm(
+                total=total, desc=title, unit=unit, dynamic_ncols=True, delay=quiet_seconds
+            )
 
     def __enter__(self) -> "ProgressLine":
         return self

@@ -165,7 +165,7 @@ def test_what_the_decoder_takes_from_a_latent_is_a_metric_of_reconstruction(
         gains = [by_hand(*pair) - loss for *pair, loss in zip(others, wordings, own, strict=True)]
     assert list(chain(*outcome.values("text_loss"))) == pytest.approx(own, rel=1e-4)
     assert list(chain(*outcome.values("latent_gain"))) == pytest.approx(gains, abs=1e-4)
-    assert any(abs(gain) > 1e-3 for gain in gains)
+    assert min(map(abs, gains)) > 0.05, "too small to tell from rounding"
     # In place and back: the fixture is the whole session's, and a module's parameter is no plain
     # attribute, which monkeypatch would put back.
     weight = model.decoder.from_latent[-1].weight.data

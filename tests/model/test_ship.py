@@ -125,6 +125,24 @@ def test_tokens_are_hidden_from_the_decoder_task_by_task() -> None:
     assert alone.ids_ES[0].tolist() == some.decoded.ids_ES[7, :length].tolist()
 
 
+def test_a_decoder_reads_what_stands_in_place_of_a_hidden_token() -> None:
+    """Packed and padded alike; what comes before the first hidden one is read as ever."""
+    ship = _ship(decoder=DecoderConfig(tuning=TUNING))
+    batch = ship.collate(_draws(), 0, 0).decoded
+    third_K = torch.cat([torch.arange(n) == 2 for n in batch.target_lengths])
+    after_K = torch.cat([torch.arange(n) > 2 for n in batch.target_lengths])
+    hidden = batch.hiding(third_K, ship.decoder_prompts.pad_id)
+    latent_TZ = torch.randn(2, 16)
+    with torch.no_grad():
+        whole_KH, packed_KH, padded_KH = (
+            ship.decoder(latent_TZ, None, one, packed)[0]
+            for one, packed in ((batch, True), (hidden, True), (hidden, False))
+        )
+    torch.testing.assert_close(packed_KH, padded_KH)
+    torch.testing.assert_close(packed_KH[~after_K], whole_KH[~after_K])
+    assert float((packed_KH - whole_KH)[after_K].abs().amax(1).min()) > 1e-3
+
+
 def test_the_instruction_leaves_the_prompts_task_by_task() -> None:
     """At first all of them read as with `hard`, in the end none; each task by its name and the step
     alone, whoever is beside it; an evaluation never states it."""

@@ -146,19 +146,12 @@ def test_what_the_decoder_takes_from_z_is_logged_by_part(
         )
 
     def measured(method: Any, direction: str, questions: Any, **more: Any) -> Outcome:
-        values = {"exact_match": [0.0]}
-        if direction == "reconstruction":
-            values["latent_gain"] = [0.0]
-        rows = [
-            {**values, "instruction": "k", "said": "k"}
-            | (
-                {"latent_gain": [1.0 if q.task.id[:4] == "seen" else 5.0]}
-                if len(values) > 1
-                else {}
-            )
-            for q in questions
-        ]
-        return Outcome([*values], rows)
+        row = {"instruction": "k", "said": "k", "exact_match": [0.0]}
+        if direction != "reconstruction":
+            return Outcome(["exact_match"], [row] * len(questions))
+        gains = [1.0 if q.task.id.startswith("seen") else 5.0 for q in questions]
+        rows = [{**row, "latent_gain": [gain]} for gain in gains]
+        return Outcome(["exact_match", "latent_gain"], rows)
 
     monkeypatch.setattr(dev_check, "measure_over_ranks", measured)
     monkeypatch.setattr(dev_check, "Ship", lambda *args, **options: None)
