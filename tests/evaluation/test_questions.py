@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ship_ds.data.task import Example, SplitTask, Task, spread
-from ship_ds.evaluation.questions import ask, warn_of_long_targets
+from ship_ds.evaluation.questions import another_instruction, ask, warn_of_long_targets
 from ship_ds.model.loading import load_prompts
 
 
@@ -55,6 +55,16 @@ def test_draw_depends_on_seed_and_task_alone_and_grows() -> None:
     assert ask(task("a", 20, 3), 5, 0).shown == one
     assert ask(task("a", 20, 3), 2, 0).shown == one[:2]
     assert ask(task("a", 20, 3), 5, 1).shown != one != ask(task("b", 20, 3), 5, 0).shown
+
+
+def test_another_instruction_is_a_seen_tasks_and_never_the_tasks_own() -> None:
+    """Of a seen and of an unseen task, by the seed; with one seen task there is no other."""
+    seen = [task(name, 2, 1) for name in "abc"]
+    drawn = {another_instruction(seen[0], seen, seed) for seed in range(30)}
+    assert drawn == {"do b", "do c"}
+    unseen = {another_instruction(task("x", 2, 1), seen, seed) for seed in range(30)}
+    assert unseen == {"do a", "do b", "do c"}
+    assert another_instruction(seen[0], seen[:1], 0) == "do a"
 
 
 def test_spread_is_even() -> None:
