@@ -12,6 +12,9 @@ from ship_ds.evaluation.config import Part
 from ship_ds.prompt import PromptFormat
 
 PARTS: tuple[Part, ...] = get_args(Part)
+READ_DRAW = 2
+"""Of the draw of `examples_to_read`, in the settings of whoever uses it; in the first one the
+examples of a smaller number were not among those of a larger one."""
 MIN_CHECKED = 10
 """Held-out inputs that an induced instruction is executed on, at least, where the task has as
 many."""
@@ -60,7 +63,7 @@ def ask(
         num_asked: test examples that are asked, the first ones; None for all.
         part: where the task is asked; "unseen_paraphrase" words it as training never did.
     """
-    order = random.Random(f"{seed} {task.id}").sample(task.train, len(task.train))
+    order = _in_random_order(task, seed)
     shown = tuple(order[:num_shown])
     known = {example.input for example in (*shown, *task.test)}
     spare = [example for example in order[num_shown:] if example.input not in known]
@@ -77,9 +80,15 @@ def examples_to_read(task: SplitTask, count: int, seed: int) -> tuple[Example, .
     """Training examples of a task that a method is given beside its instruction; fewer where the
     task has fewer.
 
-    Drawn, since files are often sorted by their answers, and the same for every method.
+    The first of those that `ask` shows, so the same for every method, and those of a smaller count
+    are among those of a larger one.
     """
-    return tuple(random.Random(f"{seed} {task.id}").sample(task.train, min(count, len(task.train))))
+    return tuple(_in_random_order(task, seed)[:count])
+
+
+def _in_random_order(task: SplitTask, seed: int) -> list[Example]:
+    """The training examples; files are often sorted by their answers."""
+    return random.Random(f"{seed} {task.id}").sample(task.train, len(task.train))
 
 
 def another_instruction(task: SplitTask, seen: Sequence[SplitTask], seed: int) -> str:

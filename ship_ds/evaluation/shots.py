@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Example
+from ship_ds.evaluation.questions import READ_DRAW
 from ship_ds.inference.deduction import Ids, prompt_with_room
 
 
@@ -26,6 +27,12 @@ class TakesShots:
         if count:
             cls.sees_labels = True
             cls.about = f"{cls.about}, and up to {count} of the task's training examples after it"
+
+
+def settings_of_shots(count: int) -> dict[str, Any]:
+    """What a cell depends on that has this many; without any it depends on nothing of them, and
+    nothing was named before there were any."""
+    return {"num_examples": count, "draw": READ_DRAW} if count else {}
 
 
 def prompt_with_shots(

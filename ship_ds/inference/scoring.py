@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ship_ds.data.task import Example
+from ship_ds.data.task import Example, Reading
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import with_one_end
@@ -70,7 +70,7 @@ def fit_of_latents(
     latent_CZ: Tensor,
     wordings: Sequence[str],
     examples: Sequence[Examples],
-    readings: Sequence[str] | None = None,
+    readings: Sequence[str | Reading] | None = None,
 ) -> Fit:
     """How each latent's adapter explains examples.
 
@@ -190,14 +190,23 @@ def fit_in_prompt(
 
 
 def losses_under_adapters(
-    model: ShipModel, wordings: Sequence[str], examples: Sequence[Examples]
+    model: ShipModel,
+    wordings: Sequence[str],
+    examples: Sequence[Examples],
+    readings: Sequence[str | Reading] | None = None,
 ) -> list[list[float]]:
-    """Loss of each target under the adapter of its instruction, nats a token with the end of
-    sequence; one row an instruction, of as many examples as it has."""
-    latent_CZ = model.encode(wordings)
+    """Loss of each target under the adapter of its instruction, or of what else the encoder reads
+    (`readings`), nats a token with the end of sequence; one row an instruction, of as many examples
+    as it has."""
+    read = wordings if readings is None else readings
+    latent_CZ = model.encode(read)
     return _losses_a_token(
         lambda some: fit_of_latents(
-            model, latent_CZ[some], [wordings[c] for c in some], [examples[c] for c in some]
+            model,
+            latent_CZ[some],
+            [wordings[c] for c in some],
+            [examples[c] for c in some],
+            [read[c] for c in some],
         ),
         examples,
         model.prompts,

@@ -3,7 +3,7 @@ their rows."""
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ship_ds.evaluation.evaluate import evaluate
 from ship_ds.evaluation.harness import _changed
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.prompting import Prompting
-from ship_ds.evaluation.questions import examples_to_read
+from ship_ds.evaluation.questions import READ_DRAW, ask, examples_to_read
 from ship_ds.evaluation.shots import prompt_with_shots
 from ship_ds.inference.deduction import Answerer
 from tests.evaluation.baselines.conftest import make, ship, splits
@@ -46,10 +46,20 @@ def test_a_row_says_that_it_sees_examples_and_how_many() -> None:
 
 
 def test_without_examples_cells_and_weights_are_those_of_earlier_versions() -> None:
-    assert Prompting.settings() == {} and prompting(2).settings() == {"num_examples": 2}
+    drawn = {"num_examples": 2, "draw": READ_DRAW}
+    assert Prompting.settings() == {} and prompting(2).settings() == drawn
     assert Sft.numbers() == {"lr": 2e-3}
     two: Any = _changed("sft", ["num_examples=2"])
-    assert two.settings()["recipe"] == {"lr": 2e-3, "num_examples": 2} == asdict(two.recipe)
+    assert two.settings()["recipe"] == {"lr": 2e-3, **drawn}
+
+
+def test_fewer_examples_are_among_more_and_those_that_are_shown(splits: Splits) -> None:
+    """Of a long task too, of which Python draws few otherwise than many."""
+    examples = tuple(Example(str(i), str(i)) for i in range(60))
+    for task in (splits.seen[0], replace(splits.seen[0], train=examples)):
+        most = examples_to_read(task, 6, 1)
+        assert most == ask(task, 6, 1).shown
+        assert [examples_to_read(task, n, 1) for n in range(6)] == [most[:n] for n in range(6)]
 
 
 def test_bad_numbers_are_one_line() -> None:

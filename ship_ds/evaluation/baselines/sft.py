@@ -12,7 +12,7 @@ from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.baselines.trained import TrainedMethod, targets_of
 from ship_ds.evaluation.questions import examples_to_read
-from ship_ds.evaluation.shots import TakesShots, prompt_with_shots
+from ship_ds.evaluation.shots import TakesShots, prompt_with_shots, settings_of_shots
 from ship_ds.inference.deduction import AnswersByTask
 
 
@@ -44,9 +44,10 @@ class Sft(TakesShots, TrainedMethod):
 
     @classmethod
     def numbers(cls) -> dict[str, Any]:
-        """Without a number of examples where it is none: it was not named before there were any."""
+        """See `settings_of_shots`."""
         numbers = super().numbers()
-        return {key: number for key, number in numbers.items() if key != "num_examples" or number}
+        count = numbers.pop("num_examples")
+        return numbers | settings_of_shots(count)
 
     def build(self) -> nn.Module:
         return TaskLoras(self.base.sites, self.base.lora)

@@ -5,16 +5,29 @@ Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
 from ship_ds.api import Ship
 from ship_ds.data.task import Example, Reading, SplitTask
+from ship_ds.errors import UserError
 from ship_ds.evaluation.config import Direction
+from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.evaluation.questions import examples_to_read
+from ship_ds.evaluation.questions import READ_DRAW, examples_to_read
 from ship_ds.inference.deduction import AnswersByTask, answer_latents
+from ship_ds.inference.scoring import losses_under_adapters
+from ship_ds.section import Section
+
+
+class OnePassRecipe(Section):
+    """What is read."""
+
+    num_examples: int | None = Field(None, ge=0, le=32)
+    """Training examples beside the instruction in deduction; None: as many as the encoder was shown
+    at most (`model.encoder.max_examples`), and no larger number is taken."""
 
 
 class OnePass(Untrained):
@@ -28,6 +41,12 @@ class OnePass(Untrained):
     )
     answers_as_ship: ClassVar[bool] = True
     sees_labels: ClassVar[bool] = True
+    recipe: ClassVar[OnePassRecipe] = OnePassRecipe()
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """How many examples, where that was set, and how they are drawn."""
+        return {"draw": READ_DRAW, **cls.recipe.model_dump(exclude_none=True)}
 
     @classmethod
     def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
@@ -42,16 +61,32 @@ class OnePass(Untrained):
         """To every task of a run whose encoder was trained on examples."""
         return ship.config.model.encoder.max_examples > 0
 
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.most = self.ship.config.model.encoder.max_examples
+        count = self.recipe.num_examples
+        if count is not None and count > self.most:
+            raise UserError(
+                f"--set {self.name}.num_examples={count}: this run's encoder was trained on at "
+                f"most {self.most} (model.encoder.max_examples): set that or fewer"
+            )
+
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        """By the instruction and as many of the task's training examples as were shown at most."""
-        most = self.ship.config.model.encoder.max_examples
-        readings = [
-            Reading(wording, examples_to_read(task, most, self.seed))
-            for task, wording in zip(tasks, wordings, strict=True)
-        ]
+        """By the instruction and some of the task's training examples."""
+        readings = self._with_examples(tasks, wordings)
         return self._answers(readings, self.ship.model.encode(readings), wordings, inputs)
+
+    def answer_losses(
+        self,
+        tasks: Sequence[SplitTask],
+        wordings: Sequence[str],
+        asked: Sequence[Sequence[Example]],
+    ) -> list[list[float]]:
+        """See `Predicts`."""
+        readings = self._with_examples(tasks, wordings)
+        return losses_under_adapters(self.ship.model, wordings, asked, readings)
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         return self._texts(self.ship.model.encode(self._readings(shown)))
@@ -65,10 +100,16 @@ class OnePass(Untrained):
         texts = self._texts(latent_TZ) if states_text else [""] * len(readings)
         return self._answers(readings, latent_TZ, texts, inputs)
 
+    def _with_examples(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[Reading]:
+        count = self.most if self.recipe.num_examples is None else self.recipe.num_examples
+        return [
+            Reading(wording, examples_to_read(task, count, self.seed))
+            for task, wording in zip(tasks, wordings, strict=True)
+        ]
+
     def _readings(self, shown: Sequence[Sequence[Example]]) -> list[Reading]:
         """The examples, the first ones where there are more than in training."""
-        most = self.ship.config.model.encoder.max_examples
-        return [Reading(None, tuple(one[:most])) for one in shown]
+        return [Reading(None, tuple(one[: self.most])) for one in shown]
 
     def _texts(self, latent_TZ: Tensor) -> list[str]:
         length = self.ship.config.evaluation.max_instruction_tokens

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.methods.untrained import PromptRecipe, Untrained
 from ship_ds.evaluation.questions import examples_to_read
-from ship_ds.evaluation.shots import TakesShots, prompt_with_shots
+from ship_ds.evaluation.shots import TakesShots, prompt_with_shots, settings_of_shots
 from ship_ds.inference.deduction import AnswersByTask, Ids, bare_answerer
 from ship_ds.inference.scoring import losses_in_prompt
 
@@ -18,7 +18,7 @@ class PromptingRecipe(PromptRecipe):
 
     num_examples: int = Field(0, ge=0, le=32)
     """Training examples of the task after the instruction: those that `ship_one_pass` reads, where
-    that is its `model.encoder.max_examples`."""
+    it reads as many."""
 
     @model_validator(mode="after")
     def _published_words_have_no_place_for_examples(self) -> "PromptingRecipe":
@@ -28,8 +28,7 @@ class PromptingRecipe(PromptRecipe):
 
     def settings(self) -> dict[str, Any]:
         """See `PromptRecipe`."""
-        shots = {"num_examples": self.num_examples} if self.num_examples else {}
-        return super().settings() | shots
+        return super().settings() | settings_of_shots(self.num_examples)
 
 
 class Prompting(TakesShots, Untrained):
