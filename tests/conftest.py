@@ -23,10 +23,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 240
 
 
-def environment() -> dict[str, str]:
+def environment(**variables: str) -> dict[str, str]:
     """The repository's own op cache and no hub; a program that is aborted shows where it was."""
     return {
         **os.environ,
+        **variables,
         "PYTHONFAULTHANDLER": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(REPOSITORY),
@@ -37,9 +38,9 @@ def environment() -> dict[str, str]:
 
 
 def start(
-    arguments: Sequence[str], timeout: int = TIMEOUT_SECONDS
+    arguments: Sequence[str], timeout: int = TIMEOUT_SECONDS, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a python command from the repository to its end.
+    """Run a python command from the repository to its end, with these environment variables too.
 
     A command that takes too long, and all that it started, is ended, and the test fails with the
     stack of each: a hang that was seen once on another machine cannot be asked later.
@@ -48,7 +49,7 @@ def start(
     with subprocess.Popen(
         [sys.executable, "-X", "faulthandler", *arguments],
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment(**variables),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -76,10 +77,30 @@ def train_smoke(folder: Path, command: Sequence[str] = ("-m", "ship_ds.train")) 
     return folder
 
 
+def train_each(*starts: Sequence[str], **variables: str) -> str:
+    """Train as each of these argument lists says, in one process (starts.py); what was said."""
+    return _train_in_one_process([{"arguments": list(one)} for one in starts], variables)
+
+
+def train_and_go_on(folder: Path, arguments: Sequence[str], **variables: str) -> str:
+    """Train into FOLDER and then, as after a crash, once more from the checkpoint before the last;
+    the first rows are in `starts.FIRST` there."""
+    whole = ["--config", "quickstart-smoke", f"run.folder={folder}", *arguments]
+    starts = [{"arguments": whole}, {"crashed": str(folder), "arguments": whole}]
+    return _train_in_one_process(starts, variables)
+
+
+def _train_in_one_process(starts: Sequence[dict[str, Any]], variables: dict[str, str]) -> str:
+    done = start(["-m", "tests.starts", json.dumps(starts)], timeout=400, **variables)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
 # A test of a run takes as long as the run, and is in the run's tier.
 _TIERS = {
     "two_rank_run": pytest.mark.distributed,
     "one_rank_run": pytest.mark.slow,
+    "pooled_run": pytest.mark.slow,
     "smollm2": pytest.mark.slow,
 }
 
@@ -111,7 +132,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if item not in others]
 
 
-def once(factory: pytest.TempPathFactory, name: str, train: Callable[[Path], Path]) -> Path:
+def once(factory: pytest.TempPathFactory, name: str, train: Callable[[Path], object]) -> Path:
     """A run that the test processes share: the first that asks trains it, the others wait."""
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -147,6 +168,19 @@ def train_two_ranks(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(tmp_path_factory, "one_rank", train_smoke)
+
+
+@pytest.fixture(scope="session")
+def pooled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one rank (pooled_run.py), with what went on from its middle beside it in `again`."""
+    return once(tmp_path_factory, "pooled", train_pooled)
+
+
+def train_pooled(folder: Path) -> None:
+    again = folder.with_name("again")
+    done = start(["-m", "tests.pooled_run", str(folder), str(again)], timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "after step 2" in done.stderr
 
 
 @pytest.fixture(scope="session")

@@ -3,24 +3,27 @@ what the trained model encodes: an NF4 encoder that reads examples too, a learne
 share of z, bottlenecks (of learned factors with a core between them) and prefixes made of them, the
 encoder's states fused, no decoder; what stands between the matrix products compiled.
 
-    python -m tests.pooled_run FOLDER
-    torchrun --nproc-per-node 2 -m tests.pooled_run FOLDER
+    python -m tests.pooled_run FOLDER AGAIN
 
-FOLDER is the run's. A start in a folder that has checkpoints goes on from the newest.
+FOLDER is the run's; AGAIN is made of what a crash would have left of it, and goes on from there.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ship_ds.config import Config, load_config
 from ship_ds.model.elementwise import EAGER, compiled
 from ship_ds.runtime import ranks
 from ship_ds.train import Trainer
+from tests.starts import crash
 
 WORDINGS = ["reverse the list", "put 7 at the front", "keep the numbers greater than 4"]
 LATENTS = "latents.json"
+LOSSES = ("loss/total", "loss/task", "loss/reconstruction", "loss/kl", "optimiser/gradient_norm")
 
 
 def config_of(folder: Path | str) -> Config:
@@ -49,8 +52,7 @@ def config_of(folder: Path | str) -> Config:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    folder = Path((arguments or sys.argv[1:])[0])
+def train(folder: Path) -> None:
     trainer = Trainer(config_of(folder))
     # A run that did not listen to model.elementwise would differ by nothing else.
     assert any(getattr(one, "kernels", EAGER) is compiled() for one in trainer.model.modules())
@@ -60,6 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latents = trainer.model.encode(WORDINGS).tolist()
     if ranks.rank() == 0:
         (folder / LATENTS).write_text(json.dumps(latents))
+
+
+def losses(folder: Path) -> list[list[float]]:
+    """What has to repeat of each step."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    return [[row[name] for name in LOSSES] for row in rows]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    folder, again = map(Path, arguments or sys.argv[1:])
+    train(folder)
+    shutil.copytree(folder, again)
+    crash(again)
+    train(again)
     return 0
 
 

@@ -5,9 +5,6 @@ model in tests/model/test_encoder_decoder.py.
 """
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,8 @@ from ship_ds.export.requests import Request
 from ship_ds.lora_folder import read_lora
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.planner.plan import Machines, make_plan
-from tests.conftest import REPOSITORY, environment
+from tests.conftest import train_and_go_on, train_each
+from tests.starts import FIRST
 from tests.toys import adapter, objective, prior
 
 TOYS = ["tests.toys.adapter", "tests.toys.objective", "tests.toys.prior"]
@@ -39,18 +37,6 @@ HINT = "{kind: combination, parts: [{kind: bottleneck}, {kind: prefix, latent: b
 assert all(module.__name__ in TOYS for module in (adapter, objective, prior))
 
 
-def _train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={folder}"]
-    return subprocess.run(
-        [sys.executable, *command, *SETTINGS, *overrides],
-        cwd=REPOSITORY,
-        env={**environment(), "SHIP_DS_PLUGINS": ",".join(TOYS)},
-        text=True,
-        capture_output=True,
-        timeout=400,
-    )
-
-
 def _rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -59,13 +45,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps; then, as after a crash, the last two again from the checkpoint before them."""
     folder = tmp_path_factory.mktemp("toys") / "run"
-    done = _train(folder, "training.steps=4")
-    assert done.returncode == 0, done.stderr[-3000:]
-    shutil.copy(folder / "metrics.jsonl", folder / "first.jsonl")
-    shutil.rmtree(folder / "checkpoints" / "step-00000004")
-    done = _train(folder, "training.steps=4")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "after step 2" in done.stderr
+    said = train_and_go_on(folder, [*SETTINGS, "training.steps=4"], SHIP_DS_PLUGINS=",".join(TOYS))
+    assert "after step 2" in said
     return folder
 
 
@@ -73,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_toys_train_and_resume(run: Path) -> None:
     """The resumed run repeats the steps to the bit; each has a value of the objective's own."""
     rows = _rows(run)
-    first = [json.loads(line) for line in (run / "first.jsonl").read_text().splitlines()]
+    first = [json.loads(line) for line in (run / FIRST).read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     losses = [name for name in rows[0] if name.startswith(("loss/", "optimiser/gradient"))]
     assert [[row[name] for name in losses] for row in rows] == [
@@ -140,8 +121,9 @@ def test_toys_are_planned() -> None:
     ],
 )
 def test_kinds_that_are_no_lora_train(hypernetwork: str, tmp_path: Path) -> None:
-    done = _train(tmp_path / "run", f"model.hypernetwork={hypernetwork}", "training.steps=3")
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = [*SETTINGS, f"model.hypernetwork={hypernetwork}", "training.steps=3"]
+    command = ["--config", "quickstart-smoke", f"run.folder={tmp_path / 'run'}", *settings]
+    train_each(command, SHIP_DS_PLUGINS=",".join(TOYS))
     norms = [row["optimiser/gradient_norm"] for row in _rows(tmp_path / "run")]
     ship = Ship.from_run(tmp_path / "run")
     assert len(norms) == 3 and len(ship.answer("reverse the list", ["3 9 5"])) == 1

@@ -12,6 +12,7 @@ All 27 cases are compared by `make soak` (tests/soak/test_recorded_losses.py).
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,33 @@ BITS = json.loads((_FIXTURES / "recorded_bits.json").read_text())
 TOLERANCES = {"loss": 5e-4, "task": 5e-4, "reconstruction": 5e-4, "kl": 5e-4, "norm": 1e-3}
 """The largest relative difference that another kind of processor, or order of sums, may make."""
 ONE_RANK = ["one/lora/none", "one/soft_prompt/hard", "one/reshape/soft"]
-TWO_RANKS = ["zero3/lora/soft"]
-"""Each adapter and each place of the instruction once; `make soak` trains all 27 cases."""
+TWO_RANKS = "zero3/lora/soft"
+"""Each adapter and each place of the instruction once, the last one by runtime/test_two_ranks.py;
+`make soak` trains all 27 cases."""
 
 Losses = dict[str, list[float]]
 
 
+@dataclass(frozen=True)
 class Measured:
-    """What this version and this computer make of recorded cases, trained in one start."""
+    """What this version and this computer make of recorded cases."""
 
-    def __init__(self, cases: list[str], num_ranks: int, folder: Path, timeout: int) -> None:
+    losses: dict[str, Losses]
+    computer: dict[str, Any]
+
+    @classmethod
+    def train(cls, cases: list[str], num_ranks: int, folder: Path, timeout: int) -> "Measured":
+        """In one start."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         done = start(
             [*(launcher if num_ranks > 1 else []), "-m", "tests.recorded_run", str(folder), *cases],
             timeout,
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        self.losses: dict[str, Losses] = json.loads((folder / "losses.json").read_text())
-        self.computer = json.loads((folder / "computer.json").read_text())
+        losses, computer = (
+            json.loads((folder / name).read_text()) for name in ("losses.json", "computer.json")
+        )
+        return cls(losses, computer)
 
     def check_within_rounding(self, case: str) -> None:
         """Assert that no number of the case is further off than the tolerances."""
@@ -78,12 +88,7 @@ def difference(
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    return Measured(ONE_RANK, 1, tmp_path_factory.mktemp("one_rank"), timeout=600)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    return Measured(TWO_RANKS, 2, tmp_path_factory.mktemp("two_ranks"), timeout=600)
+    return Measured.train(ONE_RANK, 1, tmp_path_factory.mktemp("one_rank"), timeout=600)
 
 
 @pytest.mark.slow
@@ -96,18 +101,6 @@ def test_one_rank_takes_the_steps_of_0_1_0(case: str, one_rank: Measured) -> Non
 @pytest.mark.parametrize("case", ONE_RANK)
 def test_one_rank_repeats_its_steps_to_the_bit(case: str, one_rank: Measured) -> None:
     one_rank.check_to_the_bit(case)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("case", TWO_RANKS)
-def test_two_ranks_repeat_their_steps_to_the_bit(case: str, two_ranks: Measured) -> None:
-    two_ranks.check_to_the_bit(case)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("case", TWO_RANKS)
-def test_two_ranks_take_the_steps_of_0_1_0(case: str, two_ranks: Measured) -> None:
-    two_ranks.check_within_rounding(case)
 
 
 def test_one_wrong_bit_and_one_wrong_digit_are_seen() -> None:

@@ -2,7 +2,6 @@
 merge."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from ship_ds import cli
 from ship_ds.api import Ship
 from ship_ds.model import nf4
 from ship_ds.model.nf4_linear import use_nf4_linears
-from tests.conftest import start
+from tests.conftest import train_and_go_on
 from tests.export.models import make_t5_base
+from tests.starts import FIRST
 
 SETTINGS = [
     *(f"model.{role}.base=embedded" for role in ("encoder", "decoder")),
@@ -31,22 +31,12 @@ SETTINGS = [
 TEXT, INPUT = "reverse the list", "3 9 5"
 
 
-def _train(folder: Path, base: Path) -> None:
-    base_setting = f"model.task_llm.base={base}"
-    command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", f"run.folder={folder}"]
-    done = start([*command, base_setting, *SETTINGS])
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps; then, as after a crash, the last two again from the checkpoint before them."""
     root = tmp_path_factory.mktemp("two_stacks")
     folder, base = root / "run", make_t5_base(root / "base")
-    _train(folder, base)
-    shutil.copy(folder / "metrics.jsonl", folder / "first.jsonl")
-    shutil.rmtree(folder / "checkpoints" / "step-00000004")
-    _train(folder, base)
+    train_and_go_on(folder, [f"model.task_llm.base={base}", *SETTINGS])
     return folder
 
 
@@ -54,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_trains_and_resumes_to_the_bit(
     run: Path, rows: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
-    first = [json.loads(line) for line in (run / "first.jsonl").read_text().splitlines()]
+    first = [json.loads(line) for line in (run / FIRST).read_text().splitlines()]
     again = rows(run)
     names = [name for name in again[0] if name.startswith(("loss/", "optimiser/gradient"))]
     assert [row["step"] for row in again] == [0, 1, 2, 3] and "loss/task" in names

@@ -18,7 +18,7 @@ from ship_ds.data.source import source_of
 from ship_ds.data.task import Splits
 from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.model.loading import load_tokenizer
-from tests.conftest import start
+from tests.conftest import train_each
 
 
 def tasks(path: Path, wordings: list[str]) -> Path:
@@ -175,15 +175,20 @@ def test_pre_training_on_triples_and_in_domain_from_it(
     before it ended."""
     triples = f"{{path: {folder / 'alpaca.json'}}}"
     shared = "{steps: 2, tasks_per_step: 4, examples_per_task: 1, threads: 1}"
-    command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", f"training={shared}"]
+    command = ["--config", "quickstart-smoke", f"training={shared}"]
     from_mixed = [f"run.init_from={folder / 'mixed'}", "optimiser.lr=1e-15"]
-    for name, data, more in (
-        ("triples", f"{{sources: [{triples}]}}", []),
-        ("mixed", f"{{sources: [{triples}, {{path: {folder / 'tasks.jsonl'}}}]}}", []),
-        ("in-domain", f"{{path: {folder / 'tasks.jsonl'}}}", from_mixed),
-    ):
-        done = start([*command, f"run.folder={folder / name}", f"data={data}", *more])
-        assert done.returncode == 0, done.stderr[-3000:]
+    runs: dict[str, tuple[str, list[str]]] = {
+        "triples": (f"{{sources: [{triples}]}}", []),
+        "mixed": (f"{{sources: [{triples}, {{path: {folder / 'tasks.jsonl'}}}]}}", []),
+        "in-domain": (f"{{path: {folder / 'tasks.jsonl'}}}", from_mixed),
+    }
+    train_each(
+        *(
+            [*command, f"run.folder={folder / name}", f"data={data}", *more]
+            for name, (data, more) in runs.items()
+        )
+    )
+    for name in runs:
         report = json.loads((folder / name / "report.json").read_text())
         assert report["deduction"]["unseen"]["n_tasks"] == (0 if name == "triples" else 3)
         assert len(rows(folder / name)) == 2

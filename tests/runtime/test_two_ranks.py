@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import start
+from tests.pooled_run import losses
+from tests.test_recorded_losses import TWO_RANKS, Measured
 
 pytestmark = pytest.mark.distributed
 
@@ -58,13 +60,13 @@ def test_each_rank_holds_half(found: dict[str, Any], what: str) -> None:
 
 def gives_its_loss_in_pieces(ranks: Iterable[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert rank["3"] == pytest.approx(rank["1"], rel=1e-5)
-        assert rank["1"][0] != rank["1"][1]
+        assert rank["in pieces"] == pytest.approx(rank["whole"], rel=1e-5)
+        assert rank["whole"][0] != rank["whole"][1]
 
 
 def test_a_sharded_output_layer_gives_its_loss_in_pieces(found: dict[str, Any]) -> None:
     """It is let go within the piece, before the checkpoint looks at what was recomputed."""
-    gives_its_loss_in_pieces(found["loss_in_pieces"])
+    gives_its_loss_in_pieces(found["sharded_base_resumes"])
 
 
 @pytest.mark.soak
@@ -96,23 +98,19 @@ def test_no_ranges_are_opened_for_a_profiler_of_gpus(found: dict[str, Any]) -> N
 
 
 def test_steps_and_an_evaluation_leave_the_base_as_it_was(found: dict[str, Any]) -> None:
-    for rank in found["base_is_untouched"]:
+    for rank in found["each_rank_holds_half"]:
         assert rank["steps"] == 4 and rank["before"] == rank["after"]
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero2_bf16", "zero3", "zero3_bf16"])
+@pytest.mark.parametrize("name", ["cpu", "zero3", "zero1_bf16", "zero2_bf16", "zero3_bf16"])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
-    found: dict[str, Any], stage: str
+    found: dict[str, Any], name: str
 ) -> None:
-    for rank in found[f"bad_step_{stage}"]:
+    for rank in found[f"steps_of_{name}"]:
         assert rank["moved"] == [True, True, False, True]
         assert rank["bad"] == [0, 0, 1, 0] and rank["finite"]
-    rows = [
-        json.loads(line)
-        for line in (found["folder"] / f"bad_step_{stage}" / "bad_steps.jsonl")
-        .read_text()
-        .splitlines()
-    ]
+    path = found["folder"] / f"steps_of_{name}" / "run" / "bad_steps.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 8 and {row["step"] for row in rows} == {2}
     assert all(row["wording"] and row["answered"] for row in rows)
 
@@ -141,7 +139,8 @@ def test_a_resume_with_sharded_4_bit_bases_and_dropout_repeats_the_losses_bit_fo
     found: dict[str, Any],
 ) -> None:
     first, second = found["sharded_base_resumes"]
-    assert first["step"] == 1 and first["whole"] == first["resumed"] == second["resumed"]
+    assert first["step"] == 1
+    assert first["whole"][1] == first["resumed"] == second["resumed"]
     assert first["mask"] != second["mask"], "each rank has a dropout mask of its own"
 
 
@@ -193,7 +192,6 @@ def test_lora_8b_trains_in_one_pass_over_the_base_as_in_two(found: dict[str, Any
     for rank in found["recipe_of_8b"]:
         assert rank["zero2, together"] == pytest.approx(rank["zero2, apart"], rel=1e-5)
         # Numbers of 16 bits.
-        assert rank["zero2_bf16, together"] == pytest.approx(rank["zero2_bf16, apart"], rel=2e-2)
         assert rank["zero2_bf16, together"] == pytest.approx(rank["zero2, together"], rel=2e-2)
         # ZeRO-3 gathers the decoder's own weights in a pass of its own.
         assert rank["zero3, together"] == pytest.approx(rank["zero2, apart"], rel=1e-6)
@@ -209,6 +207,26 @@ def test_micro_batches_change_nothing_but_rounding(found: dict[str, Any], stage:
     """The third loss has two updates behind it."""
     for rank, reference in zip(found["accumulation"], found["another_layout"], strict=True):
         assert rank[stage] == pytest.approx((reference["first"] + reference["zero3"])[:3], rel=1e-5)
+
+
+@pytest.fixture
+def recorded(found: dict[str, Any]) -> Measured:
+    return Measured(**found["recorded"][0])
+
+
+def test_they_repeat_recorded_steps_to_the_bit(recorded: Measured) -> None:
+    recorded.check_to_the_bit(TWO_RANKS)
+
+
+def test_they_take_the_steps_of_0_1_0(recorded: Measured) -> None:
+    recorded.check_within_rounding(TWO_RANKS)
+
+
+def test_they_take_the_steps_of_one_rank_with_learned_queries(
+    found: dict[str, Any], pooled_run: Path
+) -> None:
+    for one, two in zip(losses(pooled_run), found["pooled"][0]["losses"], strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line(found: dict[str, Any]) -> None:
@@ -254,8 +272,10 @@ def test_each_task_is_asked_once_over_all_ranks(found_long: dict[str, Any]) -> N
 
 
 def test_an_evaluation_in_the_middle_changes_nothing_after_it(found: dict[str, Any]) -> None:
-    for rank in found["evaluation_in_the_middle"]:
-        assert len(rank["quiet"]) == 4 and rank["quiet"] == rank["looking"]
+    looked, quiet = found["evaluation_in_the_middle"], found["another_layout"]
+    for with_looks, without in zip(looked, quiet, strict=True):
+        assert with_looks["looking"] == without["first"] + without["zero3"]
+        assert len(with_looks["looking"]) == 4
 
 
 def test_a_rank_that_cannot_answer_its_share_is_told_of_by_all(found: dict[str, Any]) -> None:
@@ -340,6 +360,7 @@ def test_an_evaluation_cut_short_is_made_up_for(found: dict[str, Any]) -> None:
     ("name", "tolerance"),
     [
         ("cpu", 1e-6),
+        ("zero3", 0),
         ("zero1_bf16", 2e-2),
         ("zero2_bf16", 2e-2),
         ("zero2_bf16_offload_optimiser", 2e-2),
@@ -351,10 +372,10 @@ def test_an_evaluation_cut_short_is_made_up_for(found: dict[str, Any]) -> None:
 def test_a_config_trains_two_steps_and_repeats_the_second_from_a_checkpoint(
     found: dict[str, Any], name: str, tolerance: float
 ) -> None:
-    """Beside fp32 ZeRO-3; all but the first are in bf16. zero1, zero2, zero3 and zero3_shard_all
-    train above."""
-    for rank, reference in zip(found[f"two_steps_{name}"], found["another_layout"], strict=True):
-        assert rank["losses"] == pytest.approx(reference["first"], rel=tolerance)
+    """Beside fp32 ZeRO-3; all but the first two are in bf16. zero1, zero2 and zero3_shard_all train
+    above."""
+    for rank, reference in zip(found[f"steps_of_{name}"], found["another_layout"], strict=True):
+        assert rank["losses"][:2] == pytest.approx(reference["first"], rel=tolerance, abs=0)
         assert rank["resumed"] == rank["losses"][1]
 
 

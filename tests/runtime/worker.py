@@ -52,6 +52,9 @@ from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.stopping import Preempted, StopRequest
 from ship_ds.train import Trainer
 from ship_ds.wheels import Wheel
+from tests import pooled_run
+from tests.recorded_run import computer, train_case
+from tests.test_recorded_losses import TWO_RANKS
 
 FOUR_STEPS = ["training.steps=4", "optimiser.warmup_steps=0"]
 SHARDED = ["training.deepspeed=zero3_shard_all", "model.task_llm.shard=always"]
@@ -67,14 +70,16 @@ def trainer(folder: Path, *overrides: str) -> Trainer:
 
 def each_rank_holds_half(folder: Path) -> dict[str, Any]:
     """Elements this rank holds at a step boundary beside the whole: trainable, optimiser state,
-    4-bit weights."""
-    made = trainer(folder, *SHARDED)
+    4-bit weights; and hashes of the gathered frozen parameters before and after four steps with an
+    evaluation between them."""
+    made = trainer(folder, *SHARDED, "evaluation.num_tasks=4", *FOUR_STEPS)
+    before = frozen_digest(made)
     alive = gathered_at_the_end_of_the_forward(made)
     made.take_step()
     trainable = [p for p in made.model.parameters() if p.requires_grad]
     quantised = {n: p for n, p in made.model.named_parameters() if type(p).__name__ == "Params4bit"}
     states = made.engine.deepspeed.optimizer.optimizer.state.values()
-    return {
+    found = {
         "trainable": [
             sum(p.ds_tensor.numel() for p in trainable),
             sum(p.ds_numel for p in trainable),
@@ -92,6 +97,24 @@ def each_rank_holds_half(folder: Path) -> dict[str, Any]:
         "num_nf4": len(quantised),
         "alive after the forward": alive,
     }
+    made.take_step()
+    made.evaluate()
+    made.take_step()
+    made.take_step()
+    return {**found, "steps": made.step, "before": before, "after": frozen_digest(made)}
+
+
+def frozen_digest(made: Trainer) -> str:
+    """Hash of all frozen parameters, gathered."""
+    found = hashlib.sha256()
+    for name, parameter in made.model.named_parameters():
+        if not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found.update(
+                    name.encode()
+                    + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
+                )
+    return found.hexdigest()
 
 
 def gathered_at_the_end_of_the_forward(made: Trainer) -> list[int]:
@@ -119,34 +142,12 @@ def gathered_at_the_end_of_the_forward(made: Trainer) -> list[int]:
     return alive
 
 
-def base_is_untouched(folder: Path) -> dict[str, Any]:
-    """Hashes of the gathered frozen parameters before and after four steps with an evaluation
-    between them."""
-    made = trainer(folder, *SHARDED, "evaluation.num_tasks=4", *FOUR_STEPS)
-
-    def digest() -> str:
-        found = hashlib.sha256()
-        for name, parameter in made.model.named_parameters():
-            if not parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    found.update(
-                        name.encode()
-                        + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
-                    )
-        return found.hexdigest()
-
-    before = digest()
-    for step in range(4):
-        made.take_step()
-        if step == 1:
-            made.evaluate()
-    return {"before": before, "after": digest(), "steps": made.step}
-
-
-def bad_step_is_skipped_everywhere(stage: str) -> Callable[[Path], dict[str, Any]]:
+def takes_steps(name: str) -> Callable[[Path], dict[str, Any]]:
     def check(folder: Path) -> dict[str, Any]:
-        """NaN noise on rank 1 alone, at step 2: nobody moves, and everyone goes on."""
-        made = trainer(folder, f"training.deepspeed={stage}")
+        """Losses of two steps, and of the second resumed; then of two more, in the first of which
+        NaN noise on rank 1 alone lets nobody move."""
+        settings = [f"training.deepspeed={name}", *FOUR_STEPS]
+        made = trainer(folder / "run", *settings)
         collate = made.model.collate
 
         def poisoned(draws: Any, seed: int, step: int) -> ShipBatch:
@@ -156,13 +157,17 @@ def bad_step_is_skipped_everywhere(stage: str) -> Callable[[Path], dict[str, Any
             return batch
 
         made.model.collate = poisoned  # type: ignore[method-assign]
-        moved, bad = [], []
-        for _ in range(4):
+        found: dict[str, Any] = {"losses": [], "moved": [], "bad": []}
+        for step in range(4):
             before = whole(made)
-            made.take_step()
-            moved.append(not torch.equal(before, whole(made)))
-            bad.append(made.num_bad_steps)
-        return {"moved": moved, "bad": bad, "finite": bool(whole(made).isfinite().all())}
+            found["losses"].append(losses(made))
+            found["moved"].append(not torch.equal(before, whole(made)))
+            found["bad"].append(made.num_bad_steps)
+            if step == 0:
+                made.save()
+        found["finite"] = bool(whole(made).isfinite().all())
+        found["resumed"] = losses(trainer(folder / "run", *settings))
+        return found
 
     return check
 
@@ -308,15 +313,21 @@ LORA_ROLES = [
 
 
 def sharded_base_resumes(folder: Path) -> dict[str, Any]:
-    """4-bit bases inside ZeRO-3, static LoRAs over two of them, dropout: the loss of step 1, never
-    stopped and resumed."""
-    made = trainer(folder, *SHARDED, *LORA_ROLES, *FOUR_STEPS)
-    made.take_step()
+    """4-bit bases inside ZeRO-3, static LoRAs over two of them, dropout: the losses of two steps,
+    that of the second resumed, and both with the output layer's logits in three pieces."""
+    made = trainer(folder / "run", *SHARDED, *LORA_ROLES, *FOUR_STEPS)
+    first = losses(made)
     made.save()
-    whole = losses(made)
+    second = losses(made)
     mask = torch.nn.functional.dropout(torch.ones(64)).tolist()
-    again = trainer(folder, *SHARDED, *LORA_ROLES, *FOUR_STEPS)
-    return {"step": again.step, "whole": whole, "resumed": losses(again), "mask": mask}
+    again = trainer(folder / "run", *SHARDED, *LORA_ROLES, *FOUR_STEPS)
+    return {
+        "step": again.step,
+        "whole": [first, second],
+        "resumed": losses(again),
+        "mask": mask,
+        "in pieces": losses_in_pieces(folder / "pieces", 3, LORA_ROLES),
+    }
 
 
 def shared_backbone(folder: Path) -> dict[str, Any]:
@@ -348,9 +359,9 @@ def shared_backbone(folder: Path) -> dict[str, Any]:
 
 def recipe_of_8b(folder: Path) -> dict[str, Any]:
     """Losses of two steps of lora-8b's model section, the embedded base in Llama's place: one
-    NF4 base, LoRAs without dropout, every block recomputed, ZeRO-2 in bf16. Task LLM and decoder in
-    one pass and in two, and in fp32, where nothing but the order of sums differs; and passes over
-    the first block."""
+    NF4 base, LoRAs without dropout, every block recomputed, ZeRO-2 in bf16, with Task LLM and
+    decoder in one pass; in fp32 in one and in two, where nothing but the order of sums differs; and
+    passes over the first block."""
     tuned = "quantisation: nf4, checkpointing: true, tuning: {kind: lora, rank: 4, dropout: 0}"
     run = [
         "model.backbone=shared",
@@ -364,7 +375,6 @@ def recipe_of_8b(folder: Path) -> dict[str, Any]:
     together = ShipModel.reads_together
     for stage, way in (
         ("zero2_bf16", "together"),
-        ("zero2_bf16", "apart"),
         ("zero2", "together"),
         ("zero2", "apart"),
         ("zero3", "together"),
@@ -383,22 +393,21 @@ def recipe_of_8b(folder: Path) -> dict[str, Any]:
     return found
 
 
-def loss_in_pieces(roles: Sequence[str]) -> Callable[[Path], dict[str, Any]]:
-    """Losses of two steps with the sharded output layer's logits whole and in pieces, each made
-    again in the backward pass."""
+def loss_in_pieces_of_whole_roles(folder: Path) -> dict[str, Any]:
+    """Where all roles are trained whole."""
+    one, three = (losses_in_pieces(folder / str(n), n, ()) for n in (1, 3))
+    return {"whole": one, "in pieces": three}
 
-    def measure(folder: Path) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for pieces in (1, 3):
-            step_module.num_pieces = lambda *_, pieces=pieces: pieces  # type: ignore[misc]
-            try:
-                made = trainer(folder / str(pieces), *SHARDED, *roles, *FOUR_STEPS)
-                found[str(pieces)] = [losses(made), losses(made)]
-            finally:
-                step_module.num_pieces = num_pieces
-        return found
 
-    return measure
+def losses_in_pieces(folder: Path, pieces: int, roles: Sequence[str]) -> list[float]:
+    """Of two steps with the sharded output layer's logits in so many pieces, each made again in the
+    backward pass."""
+    step_module.num_pieces = lambda *_: pieces
+    try:
+        made = trainer(folder, *SHARDED, *roles, *FOUR_STEPS)
+        return [losses(made), losses(made)]
+    finally:
+        step_module.num_pieces = num_pieces
 
 
 BY_PROJECTIONS = {
@@ -476,6 +485,18 @@ def published_recipes(folder: Path) -> dict[str, Any]:
     return found
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """What this version and this computer make of the case of 0.1.0 that two ranks trained."""
+    return {"losses": {TWO_RANKS: train_case(TWO_RANKS, folder)}, "computer": computer()}
+
+
+def pooled(folder: Path) -> dict[str, Any]:
+    """The steps of pooled_run.py."""
+    pooled_run.train(folder)
+    ranks.barrier()
+    return {"losses": pooled_run.losses(folder)}
+
+
 def one_rank_goes_on_as_two(folder: Path) -> dict[str, Any]:
     """The last four steps of the finished one-rank run, from its checkpoint before them."""
     if ranks.rank() == 0:
@@ -488,16 +509,14 @@ def one_rank_goes_on_as_two(folder: Path) -> dict[str, Any]:
 
 
 def evaluation_in_the_middle(folder: Path) -> dict[str, Any]:
-    """Losses of four steps, without a look at the seen and dev rules and with one after the first
-    and the third."""
-    quiet = trainer(folder / "quiet", *FOUR_STEPS)
-    looking = trainer(folder / "looking", *FOUR_STEPS, "evaluation.num_tasks=4")
-    found: dict[str, Any] = {"quiet": [losses(quiet) for _ in range(4)], "looking": []}
+    """Losses of four steps with a look at the seen and dev rules after the first and the third."""
+    looking = trainer(folder, *FOUR_STEPS, "evaluation.num_tasks=4")
+    found: list[float] = []
     for step in range(4):
-        found["looking"].append(losses(looking))
+        found.append(losses(looking))
         if step % 2 == 0:
             looking.evaluate()
-    return found
+    return {"looking": found}
 
 
 def each_task_is_asked_once(folder: Path) -> dict[str, Any]:
@@ -678,20 +697,6 @@ def evaluation_is_cut_short(folder: Path) -> dict[str, Any]:
     return {"preempted_at": preempted_at, "owed": progress.owes_evaluation, "step": again.step}
 
 
-def two_steps(name: str) -> Callable[[Path], dict[str, Any]]:
-    def check(folder: Path) -> dict[str, Any]:
-        settings = [f"training.deepspeed={name}", *FOUR_STEPS]
-        made = trainer(folder / "run", *settings)
-        first = losses(made)
-        made.save()
-        return {
-            "losses": [first, losses(made)],
-            "resumed": losses(trainer(folder / "run", *settings)),
-        }
-
-    return check
-
-
 class FailsOnRankOne:
     """Answers what it is asked on rank 0, and has no room on the other."""
 
@@ -776,14 +781,14 @@ def a_wheel_is_fetched_once(folder: Path) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_rank_holds_half": each_rank_holds_half,
-    "base_is_untouched": base_is_untouched,
     "another_layout": another_layout,
     "zero2_goes_on": zero2_goes_on,
     "sharded_base_resumes": sharded_base_resumes,
     "accumulation": accumulation,
-    "loss_in_pieces": loss_in_pieces(LORA_ROLES),
     "keys_by_projections": keys_by_projections,
     "recipe_of_8b": recipe_of_8b,
+    "recorded": recorded,
+    "pooled": pooled,
     "too_many_bad_steps": too_many_bad_steps,
     "published_recipes": published_recipes,
     "one_rank_goes_on_as_two": one_rank_goes_on_as_two,
@@ -797,9 +802,10 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "full_disk": full_disk,
     "nothing_learnt_yet": nothing_learnt_yet,
     **{
-        f"two_steps_{name}": two_steps(name)
+        f"steps_of_{name}": takes_steps(name)
         for name in (
             "cpu",
+            "zero3",
             "zero1_bf16",
             "zero2_bf16",
             "zero2_bf16_offload_optimiser",
@@ -808,17 +814,13 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
             "zero3_offload_cpu",
         )
     },
-    **{
-        f"bad_step_{stage}": bad_step_is_skipped_everywhere(stage)
-        for stage in ("zero1", "zero2", "zero2_bf16", "zero3", "zero3_bf16")
-    },
 }
 
 # A minute each: left to `make soak`.
 LONG_CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "precision_moves": precision_moves,
     "shared_backbone": shared_backbone,
-    "loss_in_pieces_of_whole_roles": loss_in_pieces(()),
+    "loss_in_pieces_of_whole_roles": loss_in_pieces_of_whole_roles,
     "each_task_is_asked_once": each_task_is_asked_once,
 }
 

@@ -21,7 +21,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
         for kind in ("one", "zero")
     }
     by_kind = {
-        kind: Measured(cases, 1 if kind == "one" else 2, folder, timeout=1800)
+        kind: Measured.train(cases, 1 if kind == "one" else 2, folder, timeout=1800)
         for kind, (cases, folder) in starts.items()
     }
     return {case: by_kind[kind] for kind, (cases, _) in starts.items() for case in cases}
