@@ -27,13 +27,13 @@ def environment(**variables: str) -> dict[str, str]:
     """The repository's own op cache and no hub; a program that is aborted shows where it was."""
     return {
         **os.environ,
-        **variables,
         "PYTHONFAULTHANDLER": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(REPOSITORY),
         "TORCH_EXTENSIONS_DIR": os.environ.get(
             "TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".build" / "torch_extensions")
         ),
+        **variables,
     }
 
 
@@ -82,12 +82,14 @@ def train_each(*starts: Sequence[str], **variables: str) -> str:
     return _train_in_one_process([{"arguments": list(one)} for one in starts], variables)
 
 
-def train_and_go_on(folder: Path, arguments: Sequence[str], **variables: str) -> str:
+def train_and_go_on(folder: Path, arguments: Sequence[str], **variables: str) -> None:
     """Train into FOLDER and then, as after a crash, once more from the checkpoint before the last;
     the first rows are in `starts.FIRST` there."""
     whole = ["--config", "quickstart-smoke", f"run.folder={folder}", *arguments]
     starts = [{"arguments": whole}, {"crashed": str(folder), "arguments": whole}]
-    return _train_in_one_process(starts, variables)
+    said = _train_in_one_process(starts, variables)
+    # One that started over would repeat the steps as well.
+    assert "resumed from" in said, said[-2000:]
 
 
 def _train_in_one_process(starts: Sequence[dict[str, Any]], variables: dict[str, str]) -> str:
@@ -100,7 +102,7 @@ def _train_in_one_process(starts: Sequence[dict[str, Any]], variables: dict[str,
 _TIERS = {
     "two_rank_run": pytest.mark.distributed,
     "one_rank_run": pytest.mark.slow,
-    "pooled_run": pytest.mark.slow,
+    "pooled_run_folder": pytest.mark.slow,
     "smollm2": pytest.mark.slow,
 }
 
@@ -171,7 +173,7 @@ def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pooled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pooled_run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of one rank (pooled_run.py), with what went on from its middle beside it in `again`."""
     return once(tmp_path_factory, "pooled", train_pooled)
 

@@ -75,7 +75,8 @@ def losses(folder: Path) -> list[list[float]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     folder, again = map(Path, arguments or sys.argv[1:])
     train(folder)
-    shutil.copytree(folder, again)
+    # A test process that found the first try failed tries again.
+    shutil.copytree(folder, again, dirs_exist_ok=True)
     crash(again)
     train(again)
     return 0

@@ -33,6 +33,8 @@ SERIES = {
 }
 ONE_RANK = "one"
 """The other values of RANKS name the file of ds_configs/ that two ranks train with."""
+TWO_RANKS = "zero3/lora/soft"
+"""The case of two ranks that `make test` trains (runtime/test_two_ranks.py)."""
 _LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "transformers", "peft")
 _COMPUTES_WITH = ("avx", "fma", "amx", "f16c")
 """Processor flags by which torch, oneDNN and MKL choose their kernels begin with these."""

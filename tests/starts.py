@@ -1,10 +1,10 @@
-"""Trainings one after the other in one process, each as `ship-ds train` starts it: what importing
-torch, DeepSpeed and transformers costs is paid once.
+"""Trainings one after the other in one process, each by the entry point of
+`python -m ship_ds.train`: what importing torch, DeepSpeed and transformers costs is paid once.
 
     python -m tests.starts '[{"arguments": ["--config", "quickstart-smoke", ...]}, ...]'
 
-What has to be fresh in a start of its own, as memory and signals, is tested by real ones
-(runtime/test_resume.py).
+What has to be fresh in a start of its own (memory, signals, caches, plugins, the hashes of strings)
+is tested by real ones: runtime/test_resume.py, and make soak.
 """
 
 import json

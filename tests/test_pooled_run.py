@@ -11,9 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from ship_ds.api import Ship
+from ship_ds.console import no_log
+from ship_ds.data.source import source_of
+from ship_ds.data.task import Reading
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import Direction, HarnessConfig
 from ship_ds.evaluation.evaluate import evaluate
+from ship_ds.evaluation.harness import _changed
+from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods.one_pass import OnePass
+from ship_ds.evaluation.questions import examples_to_read
+from ship_ds.inference.scoring import fit_of_latents
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from tests.pooled_run import LATENTS, WORDINGS, config_of, losses
 
@@ -26,8 +34,8 @@ def loss_of(method: dict[str, Any]) -> float:
     return loss
 
 
-def test_it_resumes_bit_for_bit(pooled_run: Path) -> None:
-    run, again = pooled_run, pooled_run.with_name("again")
+def test_it_resumes_bit_for_bit(pooled_run_folder: Path) -> None:
+    run, again = pooled_run_folder, pooled_run_folder.with_name("again")
     assert losses(again) == losses(run)
     weights, repeated = (load_file(one / "bundle" / "ship.safetensors") for one in (run, again))
     assert weights.keys() == repeated.keys() and QUERIES in weights
@@ -37,19 +45,19 @@ def test_it_resumes_bit_for_bit(pooled_run: Path) -> None:
     assert (again / LATENTS).read_text() == (run / LATENTS).read_text()
 
 
-def test_its_bundle_opens_and_encodes_what_the_trained_model_did(pooled_run: Path) -> None:
-    ship = Ship.from_run(pooled_run)
+def test_its_bundle_opens_and_encodes_what_the_trained_model_did(pooled_run_folder: Path) -> None:
+    ship = Ship.from_run(pooled_run_folder)
     trained = dict(ship.model.named_parameters())[QUERIES]
     torch.manual_seed(0)
     config = config_of("nowhere").model
     first = dict(build_ship(config, LoadedWeights()).named_parameters())[QUERIES]
     assert trained.shape == (4 * 4, 128) and not torch.allclose(trained, first, atol=1e-4)
-    live = torch.tensor(json.loads((pooled_run / LATENTS).read_text()))
+    live = torch.tensor(json.loads((pooled_run_folder / LATENTS).read_text()))
     torch.testing.assert_close(ship.model.encode(WORDINGS), live, rtol=1e-5, atol=1e-5)
 
 
-def test_it_reads_examples_in_one_pass(pooled_run: Path) -> None:
-    ship = Ship.from_run(pooled_run)
+def test_it_reads_examples_in_one_pass(pooled_run_folder: Path) -> None:
+    ship = Ship.from_run(pooled_run_folder)
     pairs = [("3 1 2", "2 1 3"), ("4 7", "7 4")]
     read, with_text = ship.read(pairs), ship.read(pairs, WORDINGS[0])
     assert with_text.instruction == WORDINGS[0] and with_text.familiarity is not None
@@ -61,8 +69,10 @@ def test_it_reads_examples_in_one_pass(pooled_run: Path) -> None:
             ship.read(given)
 
 
-def test_the_harness_asks_it_in_one_pass(pooled_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(pooled_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+def test_the_harness_asks_it_in_one_pass(pooled_run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(
+        pooled_run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")
+    )
 
     def rows_of(*changes: str) -> dict[str, Any]:
         config = HarnessConfig(
@@ -88,3 +98,27 @@ def test_the_harness_asks_it_in_one_pass(pooled_run: Path, tmp_path: Path) -> No
     assert loss_of(none) == pytest.approx(own, rel=1e-5)
     with pytest.raises(UserError, match=r"num_examples=3: this run's encoder .* at most 2"):
         rows_of("ship_one_pass.num_examples=3")
+
+
+def test_right_answers_are_scored_under_what_was_read(pooled_run_folder: Path) -> None:
+    """The latent and the fused states are both of the instruction with as many examples as set."""
+    ship = Ship.from_run(pooled_run_folder)
+    splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, no_log)
+    tasks, prompts = splits.unseen[:2], ship.model.prompts
+    asked, wordings = [task.test[:2] for task in tasks], [task.task.instruction for task in tasks]
+    one: Any = _changed("ship_one_pass", ["num_examples=1"])
+    assert one.about.endswith("in deduction beside 1 of them")
+    found = one(Setting(ship, splits, Path(), None, 3)).answer_losses(tasks, wordings, asked)
+    read = [Reading(task.task.instruction, examples_to_read(task, 1, 3)) for task in tasks]
+    latent_TZ, num_tokens = (
+        ship.model.encode(read),
+        torch.tensor([[len(prompts.target(one.target)) for one in some] for some in asked]),
+    )
+    right, of_wordings = (
+        fit_of_latents(ship.model, latent_TZ, wordings, asked, fused).loss_CM / num_tokens
+        for fused in (read, wordings)
+    )
+    torch.testing.assert_close(torch.tensor(found), right, check_dtype=False)
+    assert (right - of_wordings).abs().max() > 1e-4
+    whole = OnePass(Setting(ship, splits, Path(), None, 3)).answer_losses(tasks, wordings, asked)
+    assert (torch.tensor(whole) - right).abs().max() > 1e-4

@@ -26,9 +26,8 @@ BITS = json.loads((_FIXTURES / "recorded_bits.json").read_text())
 TOLERANCES = {"loss": 5e-4, "task": 5e-4, "reconstruction": 5e-4, "kl": 5e-4, "norm": 1e-3}
 """The largest relative difference that another kind of processor, or order of sums, may make."""
 ONE_RANK = ["one/lora/none", "one/soft_prompt/hard", "one/reshape/soft"]
-TWO_RANKS = "zero3/lora/soft"
-"""Each adapter and each place of the instruction once, the last one by runtime/test_two_ranks.py;
-`make soak` trains all 27 cases."""
+"""With `recorded_run.TWO_RANKS` each adapter and each place of the instruction once; `make soak`
+trains all 27 cases."""
 
 Losses = dict[str, list[float]]
 

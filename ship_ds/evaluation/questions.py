@@ -13,8 +13,8 @@ from ship_ds.prompt import PromptFormat
 
 PARTS: tuple[Part, ...] = get_args(Part)
 READ_DRAW = 2
-"""Of the draw of `examples_to_read`, in the settings of whoever uses it; in the first one the
-examples of a smaller number were not among those of a larger one."""
+"""Version of the draw of `examples_to_read`, which is in the settings of the methods that use it.
+In version 1 the examples of a smaller number were not always among those of a larger one."""
 MIN_CHECKED = 10
 """Held-out inputs that an induced instruction is executed on, at least, where the task has as
 many."""

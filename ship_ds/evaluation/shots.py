@@ -30,8 +30,8 @@ class TakesShots:
 
 
 def settings_of_shots(count: int) -> dict[str, Any]:
-    """What a cell depends on that has this many; without any it depends on nothing of them, and
-    nothing was named before there were any."""
+    """What a cell of a method with so many shots depends on. Empty without, so that cells from
+    before there were any stay valid."""
     return {"num_examples": count, "draw": READ_DRAW} if count else {}
 
 

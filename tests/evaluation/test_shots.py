@@ -50,7 +50,8 @@ def test_without_examples_cells_and_weights_are_those_of_earlier_versions() -> N
     assert Prompting.settings() == {} and prompting(2).settings() == drawn
     assert Sft.numbers() == {"lr": 2e-3}
     two: Any = _changed("sft", ["num_examples=2"])
-    assert two.settings()["recipe"] == {"lr": 2e-3, **drawn}
+    assert two.settings() == {**Sft.settings(), **drawn, "recipe": two.numbers()}
+    assert two.numbers() == {"lr": 2e-3, "num_examples": 2}, "weights are found by what trains them"
 
 
 def test_fewer_examples_are_among_more_and_those_that_are_shown(splits: Splits) -> None:

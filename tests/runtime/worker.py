@@ -53,8 +53,7 @@ from ship_ds.runtime.stopping import Preempted, StopRequest
 from ship_ds.train import Trainer
 from ship_ds.wheels import Wheel
 from tests import pooled_run
-from tests.recorded_run import computer, train_case
-from tests.test_recorded_losses import TWO_RANKS
+from tests.recorded_run import TWO_RANKS, computer, train_case
 
 FOUR_STEPS = ["training.steps=4", "optimiser.warmup_steps=0"]
 SHARDED = ["training.deepspeed=zero3_shard_all", "model.task_llm.shard=always"]
@@ -316,6 +315,7 @@ def sharded_base_resumes(folder: Path) -> dict[str, Any]:
     """4-bit bases inside ZeRO-3, static LoRAs over two of them, dropout: the losses of two steps,
     that of the second resumed, and both with the output layer's logits in three pieces."""
     made = trainer(folder / "run", *SHARDED, *LORA_ROLES, *FOUR_STEPS)
+    assert num_pieces(10**6, made.model.decoder.language_model.vocabulary_size, True) == 1
     first = losses(made)
     made.save()
     second = losses(made)

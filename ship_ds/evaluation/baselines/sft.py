@@ -43,11 +43,15 @@ class Sft(TakesShots, TrainedMethod):
     module: TaskLoras
 
     @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """See `settings_of_shots`: the draw is of what is asked, and training has its own."""
+        return super().settings() | settings_of_shots(cls.recipe.num_examples)
+
+    @classmethod
     def numbers(cls) -> dict[str, Any]:
-        """See `settings_of_shots`."""
+        """Without a number of examples where it is none: it was not named before there were any."""
         numbers = super().numbers()
-        count = numbers.pop("num_examples")
-        return numbers | settings_of_shots(count)
+        return {key: number for key, number in numbers.items() if key != "num_examples" or number}
 
     def build(self) -> nn.Module:
         return TaskLoras(self.base.sites, self.base.lora)

@@ -43,6 +43,12 @@ class OnePass(Untrained):
     sees_labels: ClassVar[bool] = True
     recipe: ClassVar[OnePassRecipe] = OnePassRecipe()
 
+    def __init_subclass__(cls, **named: Any) -> None:
+        """The harness makes one where the number is set."""
+        super().__init_subclass__(**named)
+        if cls.recipe.num_examples is not None:
+            cls.about = f"{cls.about}; in deduction beside {cls.recipe.num_examples} of them"
+
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """How many examples, where that was set, and how they are drawn."""
@@ -51,7 +57,18 @@ class OnePass(Untrained):
     @classmethod
     def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
         """From examples alone, of an encoder that always read an instruction beside them; texts,
-        of a run without decoder."""
+        of a run without decoder.
+
+        Raises:
+            UserError: the recipe has more examples than the encoder was trained on. Here, since all
+                methods are asked this before any is measured.
+        """
+        most, count = ship.config.model.encoder.max_examples, cls.recipe.num_examples
+        if count is not None and count > most:
+            raise UserError(
+                f"--set {cls.name}.num_examples={count}: this run's encoder was trained on at most "
+                f"{most} (model.encoder.max_examples): set that or fewer"
+            )
         if not ship.config.model.encoder.reads_examples_alone:
             return ("induction", "reasoning")
         return () if ship.model.decodes else ("induction",)
@@ -64,12 +81,6 @@ class OnePass(Untrained):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.most = self.ship.config.model.encoder.max_examples
-        count = self.recipe.num_examples
-        if count is not None and count > self.most:
-            raise UserError(
-                f"--set {self.name}.num_examples={count}: this run's encoder was trained on at "
-                f"most {self.most} (model.encoder.max_examples): set that or fewer"
-            )
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
