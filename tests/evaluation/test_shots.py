@@ -55,12 +55,15 @@ def test_without_examples_cells_and_weights_are_those_of_earlier_versions() -> N
 
 
 def test_fewer_examples_are_among_more_and_those_that_are_shown(splits: Splits) -> None:
-    """Of a long task too, of which Python draws few otherwise than many."""
+    """Of a long task too, of which `random.sample` of few is now and then no part of one of many:
+    of 60 examples in one of ten draws."""
     examples = tuple(Example(str(i), str(i)) for i in range(60))
     for task in (splits.seen[0], replace(splits.seen[0], train=examples)):
-        most = examples_to_read(task, 6, 1)
-        assert most == ask(task, 6, 1).shown
-        assert [examples_to_read(task, n, 1) for n in range(6)] == [most[:n] for n in range(6)]
+        for seed in range(50):
+            most = examples_to_read(task, 6, seed)
+            assert most == ask(task, 6, seed).shown
+            fewer = [examples_to_read(task, n, seed) for n in range(6)]
+            assert fewer == [most[:n] for n in range(6)]
 
 
 def test_bad_numbers_are_one_line() -> None:

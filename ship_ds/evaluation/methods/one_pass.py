@@ -65,9 +65,11 @@ class OnePass(Untrained):
         """
         most, count = ship.config.model.encoder.max_examples, cls.recipe.num_examples
         if count is not None and count > most:
+            what = f"was trained on at most {most}" if most else "reads instructions alone"
+            advice = "set that or fewer" if most else "leave the method out"
             raise UserError(
-                f"--set {cls.name}.num_examples={count}: this run's encoder was trained on at most "
-                f"{most} (model.encoder.max_examples): set that or fewer"
+                f"--set {cls.name}.num_examples={count}: this run's encoder {what} "
+                f"(model.encoder.max_examples={most}): {advice}"
             )
         if not ship.config.model.encoder.reads_examples_alone:
             return ("induction", "reasoning")
