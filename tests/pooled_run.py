@@ -3,9 +3,10 @@ what the trained model encodes: an NF4 encoder that reads examples too, a learne
 share of z, bottlenecks (of learned factors with a core between them) and prefixes made of them, the
 encoder's states fused, no decoder; what stands between the matrix products compiled.
 
-    python -m tests.pooled_run FOLDER AGAIN
+    python -m tests.pooled_run FOLDER [AGAIN]
 
-FOLDER is the run's; AGAIN is made of what a crash would have left of it, and goes on from there.
+FOLDER is the run's, which goes on where there are checkpoints; AGAIN is made of what a crash would
+have left of it, and goes on from there in the same process.
 """
 
 import json
@@ -73,12 +74,13 @@ def losses(folder: Path) -> list[list[float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    folder, again = map(Path, arguments or sys.argv[1:])
+    folder, *others = map(Path, arguments or sys.argv[1:])
     train(folder)
-    # A test process that found the first try failed tries again.
-    shutil.copytree(folder, again, dirs_exist_ok=True)
-    crash(again)
-    train(again)
+    for again in others:
+        # A test process that found the first try failed tries again.
+        shutil.copytree(folder, again, dirs_exist_ok=True)
+        crash(again)
+        train(again)
     return 0
 
 

@@ -23,7 +23,9 @@ from ship_ds.evaluation.methods.one_pass import OnePass
 from ship_ds.evaluation.questions import examples_to_read
 from ship_ds.inference.scoring import fit_of_latents
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from tests.conftest import start
 from tests.pooled_run import LATENTS, WORDINGS, config_of, losses
+from tests.starts import crash
 
 QUERIES = "encoder.pooling.queries.weight"
 
@@ -35,7 +37,21 @@ def loss_of(method: dict[str, Any]) -> float:
 
 
 def test_it_resumes_bit_for_bit(pooled_run_folder: Path) -> None:
-    run, again = pooled_run_folder, pooled_run_folder.with_name("again")
+    repeats_to_the_bit(pooled_run_folder, pooled_run_folder.with_name("again"))
+
+
+@pytest.mark.soak
+def test_so_it_does_in_a_process_of_its_own(pooled_run_folder: Path, tmp_path: Path) -> None:
+    """With nothing at hand that the first one compiled, loaded or hashed."""
+    again = tmp_path / "run"
+    shutil.copytree(pooled_run_folder, again)
+    crash(again)
+    done = start(["-m", "tests.pooled_run", str(again)], timeout=400)
+    assert done.returncode == 0 and "after step 2\n" in done.stderr, done.stderr[-4000:]
+    repeats_to_the_bit(pooled_run_folder, again)
+
+
+def repeats_to_the_bit(run: Path, again: Path) -> None:
     assert losses(again) == losses(run)
     weights, repeated = (load_file(one / "bundle" / "ship.safetensors") for one in (run, again))
     assert weights.keys() == repeated.keys() and QUERIES in weights
@@ -98,6 +114,12 @@ def test_the_harness_asks_it_in_one_pass(pooled_run_folder: Path, tmp_path: Path
     assert loss_of(none) == pytest.approx(own, rel=1e-5)
     with pytest.raises(UserError, match=r"num_examples=3: this run's encoder .* at most 2"):
         rows_of("ship_one_pass.num_examples=3")
+
+
+def test_an_encoder_that_reads_no_examples_is_told_so(one_rank_run: Path) -> None:
+    one: Any = _changed("ship_one_pass", ["num_examples=1"])
+    with pytest.raises(UserError, match=r"num_examples=1: .* instructions alone .* leave the met"):
+        one.cannot(Ship.from_run(one_rank_run))
 
 
 def test_right_answers_are_scored_under_what_was_read(pooled_run_folder: Path) -> None:

@@ -31,7 +31,6 @@ SETTINGS = [
     "training.deepspeed=zero3_shard_all",  # no parameter is too small to be sharded
     "evaluation.every_steps=0",
     "evaluation.ends_with_report=false",
-    "checkpoint.every_steps=2",
 ]
 HINT = "{kind: combination, parts: [{kind: bottleneck}, {kind: prefix, latent: by_layer}]}"
 assert all(module.__name__ in TOYS for module in (adapter, objective, prior))
@@ -45,7 +44,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps; then, as after a crash, the last two again from the checkpoint before them."""
     folder = tmp_path_factory.mktemp("toys") / "run"
-    train_and_go_on(folder, [*SETTINGS, "training.steps=4"], SHIP_DS_PLUGINS=",".join(TOYS))
+    train_and_go_on(folder, SETTINGS, SHIP_DS_PLUGINS=",".join(TOYS))
     return folder
 
 

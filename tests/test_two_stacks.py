@@ -23,8 +23,6 @@ SETTINGS = [
     *(f"model.{role}.base=embedded" for role in ("encoder", "decoder")),
     "model.task_llm.instruction=hard",
     "model.hypernetwork={kind: lora, rank: 2, targets: all-linear}",
-    "training.steps=4",
-    "checkpoint.every_steps=2",
     "evaluation.every_steps=4",
     "evaluation.ends_with_report=false",
 ]

@@ -13,6 +13,7 @@ import pytest
 from tests import pooled_run
 from tests.conftest import start
 from tests.recorded_run import TWO_RANKS
+from tests.runtime.configs import LONG, TOLERANCES
 from tests.test_recorded_losses import Measured
 
 pytestmark = pytest.mark.distributed
@@ -103,22 +104,7 @@ def test_steps_and_an_evaluation_leave_the_base_as_it_was(found: dict[str, Any])
         assert rank["steps"] == 4 and rank["before"] == rank["after"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "cpu",
-        "zero3",
-        "zero1_bf16",
-        "zero2_bf16",
-        "zero2_bf16_offload_optimiser",
-        "zero3_bf16",
-        "zero3_hpz",
-        "zero3_offload_cpu",
-    ],
-)
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
-    found: dict[str, Any], name: str
-) -> None:
+def skips_what_is_not_finite(found: dict[str, Any], name: str) -> None:
     for rank in found[f"steps_of_{name}"]:
         assert rank["moved"] == [True, True, False, True]
         assert rank["bad"] == [0, 0, 1, 0] and rank["finite"]
@@ -126,6 +112,19 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 8 and {row["step"] for row in rows} == {2}
     assert all(row["wording"] and row["answered"] for row in rows)
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    found: dict[str, Any], name: str
+) -> None:
+    skips_what_is_not_finite(found, name)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", LONG)
+def test_so_it_is_under_the_other_files(found_long: dict[str, Any], name: str) -> None:
+    skips_what_is_not_finite(found_long, name)
 
 
 @pytest.mark.parametrize("stage", ["zero3_shard_all", "zero2", "zero1", "sub-groups"])
@@ -199,6 +198,14 @@ def test_a_checkpoint_goes_on_with_other_backbones_and_checkpointing(
     for rank in found_long["shared_backbone"]:
         expected = rank[f"{place}, shared"][1]
         assert rank[f"{place}, as separate"] == rank[f"{place}, as shared"] == expected
+
+
+@pytest.mark.soak
+def test_so_it_does_in_16_bits(found_long: dict[str, Any]) -> None:
+    for rank in found_long["recipe_of_8b_in_16_bits"]:
+        assert rank["zero2_bf16, together"] == pytest.approx(rank["zero2_bf16, apart"], rel=2e-2)
+        passes = [rank[f"zero2_bf16, {way}, passes"] for way in ("together", "apart")]
+        assert passes == [4, 6]
 
 
 def test_lora_8b_trains_in_one_pass_over_the_base_as_in_two(found: dict[str, Any]) -> None:
@@ -370,27 +377,26 @@ def test_an_evaluation_cut_short_is_made_up_for(found: dict[str, Any]) -> None:
     ] == [2, 4]
 
 
-@pytest.mark.parametrize(
-    ("name", "tolerance"),
-    [
-        ("cpu", 1e-6),
-        ("zero3", 0),
-        ("zero1_bf16", 2e-2),
-        ("zero2_bf16", 2e-2),
-        ("zero2_bf16_offload_optimiser", 2e-2),
-        ("zero3_bf16", 2e-2),
-        ("zero3_hpz", 2e-2),
-        ("zero3_offload_cpu", 2e-2),
-    ],
-)
-def test_a_config_trains_two_steps_and_repeats_the_second_from_a_checkpoint(
-    found: dict[str, Any], name: str, tolerance: float
+def trains_and_goes_on(
+    steps: list[dict[str, Any]], references: list[dict[str, Any]], tolerance: float
 ) -> None:
-    """Beside fp32 ZeRO-3; all but the first two are in bf16. zero1, zero2 and zero3_shard_all train
-    above."""
-    for rank, reference in zip(found[f"steps_of_{name}"], found["another_layout"], strict=True):
+    for rank, reference in zip(steps, references, strict=True):
         assert rank["losses"][:2] == pytest.approx(reference["first"], rel=tolerance, abs=0)
         assert rank["resumed"] == rank["losses"][1]
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_a_config_trains_two_steps_and_repeats_the_second_from_a_checkpoint(
+    found: dict[str, Any], name: str
+) -> None:
+    """Beside fp32 ZeRO-3. zero1, zero2 and zero3_shard_all train above."""
+    trains_and_goes_on(found[f"steps_of_{name}"], found["another_layout"], TOLERANCES[name])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", LONG)
+def test_so_do_the_other_files(found_long: dict[str, Any], name: str) -> None:
+    trains_and_goes_on(found_long[f"steps_of_{name}"], found_long["first_steps"], LONG[name])
 
 
 def test_each_rank_reads_its_own_shard_where_the_parameters_lie_as_they_did(
