@@ -30,6 +30,7 @@ from ship_ds.inference.confidence import Calibration, Confidence, agreement, cal
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_bare, answer_latents
 from ship_ds.inference.derived import Derived
+from ship_ds.inference.example_index import ExampleIndex
 from ship_ds.inference.explaining import HALF, Threshold, explain_many, made_up
 from ship_ds.inference.explaining import calibrate as calibrate_explaining
 from ship_ds.inference.induction import induce_many
@@ -124,6 +125,8 @@ class Ship:
         version 0.1.0, which has none."""
         self._measured_following: PromptFollowing | None = None
         self._asked_following = False
+        self._index: ExampleIndex | None = None
+        self._asked_index = False
         self._calibration = derived.calibration() if derived else None
         self._reader: LoraReader | None = None
         self._threshold: Threshold | None = None
@@ -181,6 +184,49 @@ class Ship:
         if self._derived:
             self._derived.keep_posteriors(texts, bank.latent_CZ, bank.log_variance_CZ)
         return bank
+
+    def bank_to_search(
+        self,
+        config: InductionConfig,
+        log: Log = no_log,
+        seen: Sequence[SplitTask] | None = None,
+    ) -> Bank:
+        """The known instructions as a search wants them: with their tasks' examples, by words,
+        where it looks there (`num_retrieved`).
+
+        Args:
+            config: How it is searched.
+            log: Takes a line where these examples are wanted and not at hand.
+            seen: Tasks of training, which are the known ones then; None reads them where the run
+                did, once, if they are still there, and what comes of them is kept with the bundle.
+        """
+        bank = self.bank if seen is None else self.bank_of([task.task.instruction for task in seen])
+        if not config.suited_to(bank.share_in_slots).num_retrieved:
+            return bank
+        index = self._example_index(log) if seen is None else ExampleIndex.of_tasks(seen)
+        return bank if index is None else bank.with_index(index)
+
+    def _example_index(self, log: Log) -> ExampleIndex | None:
+        """Of the known tasks; None where their examples are nowhere."""
+        if not self._asked_index:
+            self._asked_index = True
+            self._index = self._derived.example_index(self.known) if self._derived else None
+            if self._index is None:
+                self._index = self._read_index(log)
+        return self._index
+
+    def _read_index(self, log: Log) -> ExampleIndex | None:
+        try:
+            index = ExampleIndex.of_tasks(self._seen())
+        except (UserError, OSError):
+            log("the run's data are not where they were: no known task is found by its examples")
+            return None
+        if not set(index.instructions) <= set(self.known):
+            log("the run's data are others now: no known task is found by its examples")
+            return None
+        if self._derived:
+            self._derived.keep_example_index(index)
+        return index
 
     def bank_of(self, instructions: Sequence[str]) -> Bank:
         """These instructions with their latents: the run's own bank where they are its own."""
@@ -425,7 +471,8 @@ class Ship:
         """
         tasks = [self._examples(examples)]
         search = self.searching(self._induction(config), log)
-        return induce_many(self.model, self.bank, tasks, search, seed, log)[0]
+        bank = self.bank_to_search(search, log)
+        return induce_many(self.model, bank, tasks, search, seed, log)[0]
 
     def explain(
         self,
@@ -589,8 +636,9 @@ class Ship:
         tasks = [self._examples(examples)]
         checks.check_inputs(self.model, inputs, self._length)
         settings = self.searching(self._induction(config), log)
+        bank = self.bank_to_search(settings, log)
         return reason_many(
-            self.model, self.bank, tasks, [inputs], settings, self._length, num_rounds, seed, log
+            self.model, bank, tasks, [inputs], settings, self._length, num_rounds, seed, log
         )[0]
 
     def encode(self, instruction: str) -> tuple[float, ...]:

@@ -55,6 +55,7 @@ from ship_ds.evaluation.questions import warn_of_long_targets
 from ship_ds.exit_codes import BAD_INPUT, PREEMPTED
 from ship_ds.files import disk_full_error, write_json
 from ship_ds.flops import PARTS, flops_of_parts, peak_of
+from ship_ds.inference.derived import keep_examples_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.loading import load_prompts, load_tokenizer
 from ship_ds.model.objectives import Training
@@ -652,6 +653,7 @@ class Trainer:
                 self.known_instructions(),
                 probe_inputs(self.splits.seen),
             )
+            keep_examples_of(self.splits.seen, self.folder / "bundle")
 
     def report(self) -> None:
         """Ask the model that was trained, where it is: there is no room for a second one, nor do

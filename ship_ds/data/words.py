@@ -3,6 +3,7 @@ stands for one."""
 
 import re
 import unicodedata
+from collections.abc import Iterator
 
 # As a regular expression has them between brackets: Thai and Lao, Burmese, Khmer, kana; Han
 _ALPHABETS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
@@ -13,6 +14,7 @@ _SOUNDS = re.compile(f"[{_ALPHABETS}]+")
 _PART = re.compile(rf"[{_UNSPACED}][^{_UNSPACED}\w\s]*\s?|[^{_UNSPACED}\s]+\s?")
 # CJK punctuation and full-width forms of ASCII's
 _WIDE_MARK = re.compile("[\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]")
+_WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 _MARKS = ".,:;!?\"'()"
 """Of ASCII: other signs may be what an instruction is about, such as "-1" and "#"."""
 
@@ -47,6 +49,13 @@ def plain_words(text: str) -> list[str]:
     marks = _MARKS + "".join(c for c in set(text) if not c.isascii() and is_punctuation(c))
     words = _SOUNDS.sub(_threes, _HAN.sub(r" \g<0> ", text)).split()
     return [kept for word in words if (kept := word.strip(marks))] or words
+
+
+def words_and_marks(text: str) -> Iterator[str]:
+    """Lower-case words and single marks, however they are encoded (NFKC): by which examples are
+    compared, where "?" and "(a)" say as much of a task as words do."""
+    text = spaced(unicodedata.normalize("NFKC", text)).lower()
+    return (match[0] for match in _WORD_OR_MARK.finditer(text))
 
 
 def _threes(run: re.Match[str]) -> str:

@@ -24,6 +24,7 @@ METHOD_NAMES = (
     "ship_confidence",
     "search_without_decoder",
     "nearest_known",
+    "retrieval",
     "prompting",
     "icl",
     "sft",

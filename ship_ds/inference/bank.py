@@ -4,19 +4,21 @@ analogy), its latent, and the search for those that fit examples.
 Scoring each known adapter on each task's examples costs a forward per pair, so a shortlist comes
 first: by the loss of one example under every adapter, or, far cheaper, by a walk that starts where
 the decoder finds known instructions likely, given the examples. A beam over the tree of them all
-(`TokenTrie` of model/search.py) finds these without reading most.
+(`TokenTrie` of model/search.py) finds these without reading most. Where people wrote the examples,
+their words alone make a better one (example_index.py).
 
 Letters: C candidates, M examples of a task, T tasks, Z latent size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ship_ds.inference.analogies import analogies, share_in_slots
+from ship_ds.inference.example_index import ExampleIndex
 from ship_ds.inference.latent_graph import LatentGraph
 from ship_ds.inference.proposals import stream_after, stream_batches
 from ship_ds.inference.scoring import Examples, fit_of_latents
@@ -59,11 +61,13 @@ class Bank:
         instructions: one wording of each known rule.
         latent_CZ: their posterior means.
         log_variance_CZ: of these posteriors.
+        index: the examples of their tasks by words, where they are known.
     """
 
     instructions: tuple[str, ...]
     latent_CZ: Tensor
     log_variance_CZ: Tensor
+    index: ExampleIndex | None = field(default=None, repr=False, compare=False)
     _with_analogies: list["Bank"] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
@@ -108,6 +112,19 @@ class Bank:
             larger = Bank((*self.instructions, *new.instructions), latents, log_variances)
             self._with_analogies.append(larger)
         return self._with_analogies[0]
+
+    def with_index(self, index: ExampleIndex) -> "Bank":
+        """The same instructions, to be found by their tasks' examples too."""
+        return replace(self, index=index)
+
+    def shortlist_by_examples(self, tasks: Sequence[Examples], count: int) -> list[list[int]]:
+        """The known instructions whose tasks' examples have the most words in common with each
+        task's; no model is asked. Empty where no examples of the known tasks are at hand."""
+        if self.index is None:
+            return [[] for _ in tasks]
+        rows = {instruction: row for row, instruction in enumerate(self.instructions)}
+        row_of_index = [rows[instruction] for instruction in self.index.instructions]
+        return [[row_of_index[i] for i in near] for near in self.index.nearest(tasks, count)]
 
     def shortlist_of_all(
         self, model: ShipModel, tasks: Sequence[Examples], count: int

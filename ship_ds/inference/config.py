@@ -45,6 +45,7 @@ _LANGUAGE: dict[str, Any] = {
     "asks_task_llm": True,
     "analogies": False,
     "num_known": 12,
+    "num_retrieved": 8,
     "num_views": 4,
     "num_beams": 2,
     "num_samples": 2,
@@ -65,6 +66,10 @@ class InductionConfig(Section):
     """Where instructions are looked for; union: in proposals, known ones and analogies."""
     num_known: PositiveInt = 24
     """Known instructions that the bank hands on to be tested."""
+    num_retrieved: NonNegativeInt = 0
+    """Known instructions whose tasks have examples like the given ones, by their words
+    (example_index.py), that `union` tests: those of the run's own training tasks, where its data
+    are at hand or were read when it ended."""
     tries_all_known: bool = False
     """Whether the bank tries every adapter it has on the first example, where it has 2,000 at most,
     instead of walking to those that fit."""

@@ -1,13 +1,16 @@
 """What is computed from a bundle once and kept in it, in a folder that its manifest does not list:
 
     RUN/bundle/derived/known.safetensors        posteriors of the known instructions
+    RUN/bundle/derived/known_examples.safetensors
+                                                words of the known tasks' examples
     RUN/bundle/derived/prompt_following.json    whether text in the prompt is followed
     RUN/bundle/derived/confidence_exact_match.json
                                                 what agreement says of the dev tasks
     RUN/bundle/derived/lora_reader.safetensors  the reader of adapters
     RUN/bundle/derived/explaining.json          from which agreement on a text says what one does
 
-Each file says of which weights and in which numbers it was made; one of others is made again. Where
+Each file says of which weights and in which numbers it was made, or of which tasks where no weights
+have a part in it; one of others is made again. Where
 the folder cannot be written it is computed every time.
 
 Letters: C candidates, Z latent size.
@@ -22,11 +25,17 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ship_ds.data.task import SplitTask
 from ship_ds.files import whole_file, write_json
+from ship_ds.inference.analogies import share_in_slots
 from ship_ds.inference.confidence import Calibration
+from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.example_index import ExampleIndex
 from ship_ds.inference.explaining import Threshold
 from ship_ds.inference.lora_reader import LoraReader
 from ship_ds.inference.prompt_following import PromptFollowing
@@ -34,7 +43,7 @@ from ship_ds.model.adapters.adapter import Sites
 
 _Measured = TypeVar("_Measured", Calibration, PromptFollowing, Threshold)
 
-_FOLDER, _KNOWN = "derived", "known.safetensors"
+_FOLDER, _KNOWN, _INDEX = "derived", "known.safetensors", "known_examples.safetensors"
 # The second one by what it counts as right: `confidence.json` of earlier versions compared texts.
 _FOLLOWING, _CALIBRATION = "prompt_following.json", "confidence_exact_match.json"
 _READER, _THRESHOLD = "lora_reader.safetensors", "explaining.json"
@@ -82,6 +91,26 @@ class Derived:
             whole_file(self.bundle / _FOLDER / _KNOWN, shared=True) as part,
         ):
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata)
+
+    def example_index(self, instructions: Sequence[str]) -> ExampleIndex | None:
+        """The known tasks by their examples; None where it is not kept, or of other tasks."""
+        path = self.bundle / _FOLDER / _INDEX
+        # The last three: a file that somebody else wrote.
+        with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+            index = ExampleIndex.of_arrays(load_arrays(path), metadata)
+            if index is not None and set(index.instructions) <= set(instructions):
+                return index
+        return None
+
+    def keep_example_index(self, index: ExampleIndex) -> None:
+        """Keep it, where the disk lets us."""
+        with (
+            suppress(OSError, SafetensorError),
+            whole_file(self.bundle / _FOLDER / _INDEX, shared=True) as part,
+        ):
+            save_arrays(index.arrays(), part, index.metadata())
 
     def following(self) -> PromptFollowing | None:
         """What was measured of text in the prompt; None where it is not kept."""
@@ -141,3 +170,17 @@ class Derived:
         with suppress(OSError):
             row = asdict(measured) | {"made_of": self._made_of}
             write_json(self.bundle / _FOLDER / name, row, shared=True)
+
+
+def keep_examples_of(seen: Sequence[SplitTask], bundle: Path) -> None:
+    """Keep, beside a bundle that was just written, what an induction by default asks of the
+    examples of its tasks: where the bundle is used, the data may not be.
+
+    Args:
+        seen: The tasks that were trained on.
+        bundle: Its folder.
+    """
+    share = share_in_slots([task.task.instruction for task in seen])
+    if InductionConfig().suited_to(share).num_retrieved:
+        # Neither weights nor dtype have a part in it.
+        Derived(bundle, "", "").keep_example_index(ExampleIndex.of_tasks(seen))

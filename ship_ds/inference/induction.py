@@ -13,8 +13,9 @@ tokens and by splicing one to another; what comes out is tested likewise.
 
 Analogies, edits and splices make instructions where the known ones are texts of a grammar, and
 nothing of use where people wrote them. There (`InductionConfig.suited_to`) the candidates are what
-the decoder proposes, the known instructions that it finds likeliest, what the Task LLM says when it
-is asked, and, in a second round, other wordings of the best and their nearest known neighbours.
+the decoder proposes, the known instructions that it finds likeliest and those whose tasks have
+examples like the given ones, what the Task LLM says when it is asked, and, in a second round, other
+wordings of the best and their nearest known neighbours.
 
 Letters: C candidates, W views of the examples, Z latent size.
 """
@@ -180,6 +181,7 @@ def _first_proposals(
     proposals: list[Proposal] = []
     if config.method in ("bank", "union"):
         progress.begin(f"looking among {len(bank)} known instructions")
+        proposals += _retrieved(bank, searches, config)
         proposals += _known(model, bank, searches, config, seed)
     if encoder_reads(model, config):
         progress.begin("the encoder reads")
@@ -203,6 +205,19 @@ def _test_neutral_instruction(
     untested = [search for search in searches if not search.tested]
     proposals = [Proposal(search, NEUTRAL_INSTRUCTION, "neutral") for search in untested]
     test_proposals(model, untested, proposals, config)
+
+
+def _retrieved(
+    bank: Bank, searches: Sequence[SearchState], config: InductionConfig
+) -> Iterator[Proposal]:
+    """Known instructions by what their tasks' examples are like."""
+    if config.method != "union" or not config.num_retrieved:
+        return
+    examples = [search.examples for search in searches]
+    nearest = bank.shortlist_by_examples(examples, config.num_retrieved)
+    for search, shortlist in zip(searches, nearest, strict=True):
+        for c in shortlist:
+            yield Proposal(search, bank.instructions[c], "retrieved", bank.latent_CZ[c])
 
 
 def _known(

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from ship_ds.console import Log, no_log
-from ship_ds.data.task import Example
+from ship_ds.data.task import Example, Reading
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.deduction import answer_latents, answer_stated
+from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
 from ship_ds.inference.induction import induce_many
 from ship_ds.inference.results import Induction, Reasoning
 from ship_ds.inference.scoring import Examples, fit_of_latents
@@ -60,9 +60,47 @@ def reason_many(
     latent_TZ = torch.tensor([induction.latent for induction in inductions])
     readings = [induction.latent_reading for induction in inductions]
     by_latent = answer_latents(model, latent_TZ, texts, inputs, max_new_tokens, readings=readings)
-    refined = answer_latents(model, model.encode(texts), texts, inputs, max_new_tokens)
+    refined = answer_beside(model, texts, tasks, inputs, max_new_tokens)
     in_prompt = answer_stated(model, texts, inputs, max_new_tokens)
     return [Reasoning(*row) for row in zip(inductions, by_latent, refined, in_prompt, strict=True)]
+
+
+def answer_beside(
+    model: ShipModel,
+    texts: Sequence[str],
+    tasks: Sequence[Examples],
+    inputs: Sequence[Sequence[str]],
+    max_new_tokens: int,
+    *,
+    keeps_cut_off: bool = False,
+) -> AnswersByTask:
+    """Answers under the adapter of what is known of a task by then: an induced text and, where the
+    encoder was trained on both (`model.encoder.max_examples`), the examples that it was induced
+    from, the first ones of more than in training.
+
+    Args:
+        model: with its trained weights.
+        texts: one a task.
+        tasks: the examples of each.
+        inputs: of each task, to be answered.
+        max_new_tokens: of an answer.
+        keeps_cut_off: see `deduction.Answerer`.
+    """
+    most = model.config.encoder.max_examples
+    readings = [
+        Reading(text, tuple(examples[:most])) if most else text
+        for text, examples in zip(texts, tasks, strict=True)
+    ]
+    latent_TZ = model.encode(readings)
+    return answer_latents(
+        model,
+        latent_TZ,
+        texts,
+        inputs,
+        max_new_tokens,
+        readings=readings,
+        keeps_cut_off=keeps_cut_off,
+    )
 
 
 def _with_agreed_answers(
@@ -75,7 +113,7 @@ def _with_agreed_answers(
     """The given examples and, as further ones, the inputs that both ways of using the induced text
     answer alike: such an answer is more often right than either alone."""
     texts = [induction.instruction for induction in inductions]
-    encoded = answer_latents(model, model.encode(texts), texts, inputs, max_new_tokens)
+    encoded = answer_beside(model, texts, tasks, inputs, max_new_tokens)
     in_prompt = answer_stated(model, texts, inputs, max_new_tokens)
     return [
         [

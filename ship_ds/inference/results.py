@@ -21,8 +21,8 @@ class Candidate:
             tried, since the Task LLM does not follow text.
         loss_in_prompt: as `loss`, with the text in the prompt, or None.
         latent: the mean of its posterior.
-        origin: where it comes from: known, analogy, encoded, sampled, beam, asked, refined, edit,
-            splice, neutral.
+        origin: where it comes from: known, retrieved, analogy, encoded, sampled, beam, asked,
+            refined, edit, splice, neutral.
     """
 
     instruction: str
@@ -178,7 +178,8 @@ class Reasoning:
     Args:
         induction: the instruction and where it comes from.
         by_latent: answers under the adapter of the latent that induction found.
-        refined: answers under the adapter of the induced text, encoded again.
+        refined: answers under the adapter of the induced text, encoded again, and with it the given
+            examples where the encoder reads both.
         in_prompt: answers of the bare Task LLM with the induced text in the prompt.
     """
 

@@ -36,6 +36,7 @@ DIRECTIONS = {
     "ship": ["deduction", "induction", "reasoning", "reconstruction"],
     "ship_confidence": ["deduction"],
     "nearest_known": ["induction", "reasoning"],
+    "retrieval": ["induction", "reasoning"],
     "prompting": ["deduction"],
     "icl": ["reasoning"],
     "instruction_induction": ["induction"],

@@ -242,6 +242,7 @@ def test_ablation_never_asks_the_decoder(
     (found,) = made._inductions([splits.unseen[0].train[:3]])
     assert {candidate.origin for candidate in found.candidates} <= {
         "known",
+        "retrieved",
         "analogy",
         "splice",
         "asked",
@@ -256,7 +257,7 @@ def test_nearest_known_tries_every_rule_of_the_quickstart(
     made, own = make(NearestKnown), splits.seen[0]
     (found,) = made._inductions([own.train[:3]])
     best = max(c.num_right for c in found.candidates)
-    assert found.candidates[0].num_right == best and found.instruction in made.known
+    assert found.candidates[0].num_right == best and found.instruction in made.bank.instructions
     assert len(build_world(RulesConfig(more_compositions=4)).seen) <= MOST_TRIED
     assert (NEAREST.num_known, NEAREST.num_finalists) == (48, 48)
 

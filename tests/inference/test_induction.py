@@ -12,6 +12,7 @@ from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import BRIEF, THOROUGH, Bank
 from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.deduction import answer_latents
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, Schedule, descend_on_latent, own_tokens
 from ship_ds.inference.induction import _read_by_encoder, induce_many
 from ship_ds.inference.proposals import (
@@ -22,6 +23,7 @@ from ship_ds.inference.proposals import (
     splices,
     views,
 )
+from ship_ds.inference.reasoning import answer_beside, reason_many
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
 from ship_ds.inference.search_state import SearchState
 from ship_ds.model.encoder import Posterior
@@ -268,6 +270,32 @@ def test_what_the_encoder_makes_of_examples_is_proposed_with_its_neighbours(
     asked.clear()
     induce_many(reading, ship.bank, [shown], config.model_copy(update={"num_read": 0}))
     assert [latent for _, latent in asked] == [None]
+
+
+def test_what_is_known_by_then_is_read_together(
+    ship: Ship, reading: ShipModel, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The induced text beside the first examples, where the encoder was trained on both."""
+    shown, texts = [behaviour(ship, t, inputs, 3) for t in ("add 3", "add 1")], ["add 5", "add 2"]
+    both = [Reading(text, tuple(task[:2])) for text, task in zip(texts, shown, strict=True)]
+    asked = [inputs[3:6]] * 2
+    own = answer_latents(reading, reading.encode(both), texts, asked, 6, readings=both)
+    without = answer_latents(reading, reading.encode(texts), texts, asked, 6)
+    assert answer_beside(reading, texts, shown, asked, 6) == own != without
+
+    config = InductionConfig.model_validate({**QUICK, "num_rounds": 0})
+    for most, expected in ((2, both), (0, texts)):
+        encoder = reading.config.encoder.model_copy(update={"max_examples": most})
+        changed = reading.config.model_copy(update={"encoder": encoder})
+        monkeypatch.setattr(reading, "config", changed)
+        for found, task, one in zip(
+            reason_many(reading, ship.bank, shown, asked, config, 6), shown, expected, strict=True
+        ):
+            text = found.induction.instruction
+            read = Reading(text, one.examples) if isinstance(one, Reading) else text
+            latent_TZ = reading.encode([read])
+            again = answer_latents(reading, latent_TZ, [text], asked[:1], 6, readings=[read])
+            assert found.refined == again[0], task
 
 
 def test_a_direct_descent_starts_at_what_the_encoder_makes_of_the_examples(

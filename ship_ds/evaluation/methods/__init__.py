@@ -19,6 +19,7 @@ from ship_ds.evaluation.methods.one_pass import OnePass
 from ship_ds.evaluation.methods.prompting import Prompting
 from ship_ds.evaluation.methods.published import ShipDirect, ShipIndirect
 from ship_ds.evaluation.methods.random_decode import RandomDecode
+from ship_ds.evaluation.methods.retrieval import Retrieval
 from ship_ds.evaluation.methods.rounds import ShipRounds
 from ship_ds.evaluation.methods.ship import SearchWithoutDecoder, ShipMethod
 from ship_ds.evaluation.methods.weights import ReadOwnAdapter, ReadTrainedLora
@@ -29,6 +30,7 @@ _CLASSES: tuple[type[Method], ...] = (
     Doubting,
     SearchWithoutDecoder,
     NearestKnown,
+    Retrieval,
     Prompting,
     InContextLearning,
     InstructionInduction,

@@ -44,7 +44,7 @@ class ShipRounds(Untrained):
         )
         found = reason_many(
             self.ship.model,
-            self.ship.bank_of([task.task.instruction for task in self.seen]),
+            self.ship.bank_to_search(search, log, self.seen),
             shown,
             inputs,
             self.ship.searching(search, log, self.seen),

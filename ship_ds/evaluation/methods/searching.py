@@ -18,6 +18,7 @@ from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
 from ship_ds.inference.induction import induce_many
+from ship_ds.inference.reasoning import answer_beside
 from ship_ds.inference.results import Induction
 
 
@@ -42,7 +43,6 @@ class Searching(Untrained):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.seen = setting.splits.seen
-        self.known = [task.task.instruction for task in self.seen]
         self.search = self.recipe.model_copy(
             update={"max_new_tokens": self.ship.config.evaluation.max_instruction_tokens}
         )
@@ -50,7 +50,7 @@ class Searching(Untrained):
 
     @cached_property
     def bank(self) -> Bank:
-        return self.ship.bank_of(self.known)
+        return self.ship.bank_to_search(self.search, log, self.seen)
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         return [induction.instruction for induction in self._inductions(shown)]
@@ -58,8 +58,11 @@ class Searching(Untrained):
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        """By the refined latent: the induced text, encoded again."""
-        return self.answer(self.induce(shown), inputs)
+        """By the refined latent: the induced text, encoded again, with the shown examples where the
+        encoder reads both."""
+        length = self.ship.config.evaluation.max_new_tokens
+        texts = self.induce(shown)
+        return answer_beside(self.ship.model, texts, shown, inputs, length, keeps_cut_off=True)
 
     def reason_otherwise(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]

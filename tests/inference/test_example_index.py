@@ -1,0 +1,224 @@
+"""Known tasks by the words of their examples: what counts as alike, what is kept, and who looks."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ship_ds.api import Ship
+from ship_ds.config import parse_config
+from ship_ds.data.task import Example, SplitTask, Task
+from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.derived import Derived, keep_examples_of
+from ship_ds.inference.example_index import ExampleIndex
+from ship_ds.inference.induction import induce_many
+from tests.inference.test_language import EXAMPLES, QUICK, WRITTEN
+
+PAIRS = {
+    "count the letters": [("the letter a in: a banana", "3"), ("the letter o in: no", "1")],
+    "answer the question": [("who was born first? Ada", "yes"), ("was Ada born? no", "no")],
+    "翻译": [("今天天气很好", "good weather"), ("天气不好", "bad weather")],
+}
+
+
+def tasks_of(pairs: dict[str, list[tuple[str, str]]]) -> list[SplitTask]:
+    rows = [(text, tuple(Example(*pair) for pair in some)) for text, some in pairs.items()]
+    return [SplitTask(Task(text, text, shown), shown, ()) for text, shown in rows]
+
+
+def nearest(index: ExampleIndex, *pairs: tuple[str, str], count: int = 1) -> list[str]:
+    rows = index.nearest([[Example(*pair) for pair in pairs]], count)[0]
+    return [index.instructions[row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("pair", "text"),
+    [
+        (("The LETTER e in: eel", "2"), "count the letters"),
+        (("where did she live?", "Rome"), "answer the question"),
+        (("xyzzy", "NO"), "answer the question"),
+        (("明天天气", "weather"), "翻译"),
+        (("ｌｅｔｔｅｒ", ""), "count the letters"),
+    ],
+)
+def test_a_task_is_found_by_words_and_marks_however_written(
+    pair: tuple[str, str], text: str
+) -> None:
+    assert nearest(ExampleIndex.of_tasks(tasks_of(PAIRS)), pair) == [text]
+
+
+def test_what_is_said_in_inputs_and_in_targets_is_not_the_same() -> None:
+    index = ExampleIndex.of_tasks(tasks_of({"a": [("red", "x1")], "b": [("y1", "red")]}))
+    assert nearest(index, ("red", "z1"), count=9) == ["a"]
+    assert nearest(index, ("z1", "red"), count=9) == ["b"]
+
+
+def test_neighbouring_words_tell_an_order() -> None:
+    index = ExampleIndex.of_tasks(tasks_of({"up": [("1 2 3", "")], "down": [("3 2 1", "")]}))
+    assert nearest(index, ("3 2 1", ""), count=2) == ["down", "up"]
+    assert nearest(index, ("1 2 3", ""), count=2) == ["up", "down"]
+
+
+def test_a_rare_word_weighs_more_than_one_of_all_tasks() -> None:
+    common = {f"task {i}": [("sentence sentence sentence", f"t{i}")] for i in range(6)}
+    index = ExampleIndex.of_tasks(tasks_of({**common, "rare": [("sentence zebra", "u")]}))
+    assert nearest(index, ("a zebra in a sentence", "?")) == ["rare"]
+
+
+def test_what_has_no_word_in_common_is_left_out_and_equals_stay_in_order() -> None:
+    index = ExampleIndex.of_tasks(tasks_of({"a": [("red", "1")], "b": [("red", "1")]}))
+    assert nearest(index, ("red", "2"), count=9) == ["a", "b"]
+    assert index.nearest([[Example("blue", "2")], [Example("red", "1")]], 9) == [[], [0, 1]]
+    assert nearest(index, ("", ""), count=9) == []
+
+
+def test_tasks_with_one_instruction_are_one_row_and_one_without_examples_is_none() -> None:
+    one, other, third = tasks_of({"a": [("red", "1")], "b": [("blue", "1")], "c": []})
+    same = SplitTask(Task("other", "a", ()), other.train, ())
+    index = ExampleIndex.of_tasks([one, same, third])
+    assert index.instructions == ("a",)
+    assert nearest(index, ("blue", "2")) == ["a"] == nearest(index, ("red", "2"))
+
+
+def test_only_training_examples_are_read(tmp_path: Path) -> None:
+    example = Example("zebra", "1")
+    hidden = SplitTask(Task("t", "hidden", (example,)), (), (example,))
+    seen = SplitTask(Task("s", "seen", (example,)), (Example("horse", "1"),), (example,))
+    assert nearest(ExampleIndex.of_tasks([hidden, seen]), ("zebra", "2"), count=9) == []
+
+
+def test_an_index_is_kept_without_a_word_of_the_data(tmp_path: Path) -> None:
+    index = ExampleIndex.of_tasks(tasks_of(PAIRS))
+    kept = Derived(tmp_path, "a", "float32")
+    kept.keep_example_index(index)
+    again = Derived(tmp_path, "of other weights", "bfloat16").example_index([*PAIRS, "more"])
+    assert again is not None and again.instructions == index.instructions
+    assert (again.counts != index.counts).nnz == 0
+    assert nearest(again, ("the letter a in: aa", "2"), count=3) == nearest(
+        index, ("the letter a in: aa", "2"), count=3
+    )
+    content = (tmp_path / "derived" / "known_examples.safetensors").read_bytes()
+    assert b"count the letters" in content and b"banana" not in content
+    assert Derived(tmp_path, "a", "float32").example_index(list(PAIRS)[:2]) is None, "other tasks"
+
+
+@pytest.mark.parametrize("fault", ["version", "rows", "column", "order", "missing", "cut", "text"])
+def test_a_file_that_is_no_index_is_made_again(tmp_path: Path, fault: str) -> None:
+    index = ExampleIndex.of_tasks(tasks_of(PAIRS))
+    kept = Derived(tmp_path, "a", "float32")
+    kept.keep_example_index(index)
+    path = tmp_path / "derived" / "known_examples.safetensors"
+    assert kept.example_index(list(PAIRS)) is not None
+    arrays, metadata = load_file(path), index.metadata()
+    match fault:
+        case "version":
+            metadata["version"] = "0"
+        case "rows":
+            metadata["instructions"] = json.dumps(["count the letters"])
+        case "column":
+            arrays["features"][0] = 2**30
+        case "order":
+            arrays["ends"] = arrays["ends"][::-1].copy()
+        case "missing":
+            del arrays["counts"]
+        case "text":
+            metadata["instructions"] = "[1"
+    save_file(arrays, path, metadata)
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    assert kept.example_index(list(PAIRS)) is None
+
+
+def test_a_bundle_of_written_tasks_gets_one_and_a_grammar_none(tmp_path: Path) -> None:
+    keep_examples_of(tasks_of(PAIRS), tmp_path / "written")
+    assert Derived(tmp_path / "written", "", "").example_index(list(PAIRS)) is not None
+    grammar = {f"add {i}": [("1", "2")] for i in range(9)}
+    keep_examples_of(tasks_of(grammar), tmp_path / "grammar")
+    assert not (tmp_path / "grammar").exists()
+
+
+WRITTEN_TASKS = tasks_of(
+    {
+        WRITTEN[0]: [("9 9", "12 12")],
+        WRITTEN[1]: [("7 5 7", "7 7")],
+        WRITTEN[2]: [("3 4 9", "4 3"), ("1 2 5", "2 1")],
+        WRITTEN[3]: [("8 6", "6 8")],
+    }
+)
+
+
+@pytest.fixture
+def written(ship: Ship) -> Ship:
+    """The run as if people had written its instructions, without their examples at hand."""
+    data = {"kind": "files", "path": "/nowhere"}
+    config = parse_config({**ship.config.model_dump(), "data": data}, "test")
+    return Ship(ship.model, config, ship.digest, WRITTEN)
+
+
+@pytest.mark.slow
+def test_a_search_tests_what_has_such_examples(written: Ship) -> None:
+    config = InductionConfig.model_validate(
+        {**QUICK, "num_known": 1, "num_finalists": 20, "ranks_in_prompt": False, "num_rounds": 0}
+    )
+    found = {}
+    for count in (0, 2):
+        search = config.model_copy(update={"num_retrieved": count})
+        search = InductionConfig.model_validate(search.model_dump(exclude_unset=True))
+        bank = written.bank_to_search(search, seen=WRITTEN_TASKS)
+        assert (bank.index is None) is (count == 0)
+        candidates = induce_many(written.model, bank, [EXAMPLES], search)[0].candidates
+        found[count] = {c.instruction for c in candidates if c.origin == "retrieved"}
+        for candidate in candidates:
+            if candidate.origin == "retrieved":
+                own = bank.latent_CZ[bank.instructions.index(candidate.instruction)]
+                assert candidate.latent == tuple(own.tolist()), "it is not encoded again"
+    assert found == {0: set(), 2: {WRITTEN[2], WRITTEN[1]}}
+
+
+@pytest.mark.slow
+def test_where_the_examples_are_nowhere_it_is_said_once(written: Ship) -> None:
+    said: list[str] = []
+    for _ in range(2):
+        assert written.bank_to_search(InductionConfig(), said.append).index is None
+    assert said == [
+        "the run's data are not where they were: no known task is found by its examples"
+    ]
+
+
+@pytest.mark.slow
+def test_examples_are_read_once_and_kept_with_the_bundle(
+    ship: Ship, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_read = 0
+
+    def read(self: Ship) -> Sequence[SplitTask]:
+        nonlocal num_read
+        num_read += 1
+        return WRITTEN_TASKS
+
+    monkeypatch.setattr(Ship, "_seen", read)
+    for _ in range(2):
+        opened = Ship(
+            ship.model, ship.config, "", WRITTEN, derived=Derived(tmp_path, "", "float32")
+        )
+        for _ in range(2):
+            index = opened.bank_to_search(InductionConfig()).index
+            assert index is not None and index.instructions == WRITTEN
+    assert num_read == 1
+    assert np.array_equal(index.nearest([EXAMPLES], 1), [[2]])
+    said: list[str] = []
+    other = Ship(ship.model, ship.config, "", WRITTEN[:3])
+    assert other.bank_to_search(InductionConfig(), said.append).index is None
+    assert said == ["the run's data are others now: no known task is found by its examples"]
+
+
+@pytest.mark.slow
+def test_a_search_among_texts_of_a_grammar_reads_no_examples(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ship, "_seen", lambda self: pytest.fail("read"))
+    assert ship.bank_to_search(InductionConfig()) is ship.bank
+    assert ship.bank_to_search(InductionConfig(method="bank")) is ship.bank
