@@ -192,7 +192,7 @@ class Ship:
         seen: Sequence[SplitTask] | None = None,
     ) -> Bank:
         """The known instructions as a search wants them: with their tasks' examples, by words,
-        where it looks there (`num_retrieved`).
+        where it looks there (`InductionConfig.looks_by_examples`).
 
         Args:
             config: How it is searched.
@@ -201,7 +201,7 @@ class Ship:
                 did, once, if they are still there, and what comes of them is kept with the bundle.
         """
         bank = self.bank if seen is None else self.bank_of([task.task.instruction for task in seen])
-        if not config.suited_to(bank.share_in_slots).num_retrieved:
+        if not config.looks_by_examples(bank.share_in_slots):
             return bank
         index = self._example_index(log) if seen is None else ExampleIndex.of_tasks(seen)
         return bank if index is None else bank.with_index(index)

@@ -45,8 +45,7 @@ _LANGUAGE: dict[str, Any] = {
     "asks_task_llm": True,
     "analogies": False,
     "num_known": 12,
-    "num_retrieved": 8,
-    "num_views": 4,
+    "num_views": 2,
     "num_beams": 2,
     "num_samples": 2,
     "temperature": 0.7,
@@ -66,10 +65,11 @@ class InductionConfig(Section):
     """Where instructions are looked for; union: in proposals, known ones and analogies."""
     num_known: PositiveInt = 24
     """Known instructions that the bank hands on to be tested."""
-    num_retrieved: NonNegativeInt = 0
-    """Known instructions whose tasks have examples like the given ones, by their words
-    (example_index.py), that `union` tests: those of the run's own training tasks, where its data
-    are at hand or were read when it ended."""
+    by_examples: bool = True
+    """Whether `union`, among instructions that people wrote, takes the known ones whose tasks have
+    examples like the given ones, by their words (example_index.py), instead of those that the
+    decoder finds likely, and lets that count for a text beside what it answers. Where the run's
+    data are at hand, or were read when it ended."""
     tries_all_known: bool = False
     """Whether the bank tries every adapter it has on the first example, where it has 2,000 at most,
     instead of walking to those that fit."""
@@ -178,6 +178,12 @@ class InductionConfig(Section):
             )
         refined = {"num_text_starts": 1} if preset == "published-refined" else {}
         return cls.model_validate({"method": method, **_PUBLISHED, **refined, **more})
+
+    def looks_by_examples(self, share_in_slots: float) -> bool:
+        """Whether the search asks which known tasks have examples like the given ones, in a bank
+        with this share of its texts in slots (`analogies.share_in_slots`): words say little of a
+        task where all have the same few."""
+        return self.method == "union" and self.by_examples and share_in_slots < GRAMMATICAL
 
     def suited_to(self, share_in_slots: float) -> "InductionConfig":
         """The search for a bank: what changes and joins texts of a grammar gives nothing on the

@@ -56,6 +56,13 @@ class ExampleIndex:
                 read.setdefault(task.task.instruction, []).extend(task.train[:_MOST_EXAMPLES])
         return cls(tuple(read), _counts(read.values()))
 
+    def resemblance(self, tasks: Sequence[Sequence[Example]]) -> np.ndarray:
+        """How alike each task's examples and those of each row are: cosines from 0, no word in
+        common, to 1, of shape (tasks, rows)."""
+        transform, known = self._weighing
+        alike: np.ndarray = (transform.transform(_counts(tasks)) @ known.T).toarray()
+        return alike
+
     def nearest(self, tasks: Sequence[Sequence[Example]], count: int) -> list[list[int]]:
         """The rows whose examples are most like each task's, most alike first.
 
@@ -63,8 +70,7 @@ class ExampleIndex:
             tasks: the examples of each.
             count: of rows a task, at most: one without a word in common is left out.
         """
-        transform, known = self._weighing
-        alike = (transform.transform(_counts(tasks)) @ known.T).toarray()
+        alike = self.resemblance(tasks)
         # Stable: of equal ones the first, on every machine.
         order = np.argsort(-alike, axis=1, kind="stable")[:, :count]
         return [

@@ -13,9 +13,10 @@ tokens and by splicing one to another; what comes out is tested likewise.
 
 Analogies, edits and splices make instructions where the known ones are texts of a grammar, and
 nothing of use where people wrote them. There (`InductionConfig.suited_to`) the candidates are what
-the decoder proposes, the known instructions that it finds likeliest and those whose tasks have
-examples like the given ones, what the Task LLM says when it is asked, and, in a second round, other
-wordings of the best and their nearest known neighbours.
+the decoder proposes, the known instructions whose tasks have examples like the given ones
+(example_index.py) or, where their examples are nowhere, those that the decoder finds likeliest,
+what the Task LLM says when it is asked, and, in a second round, other wordings of the best and
+their nearest known neighbours.
 
 Letters: C candidates, W views of the examples, Z latent size.
 """
@@ -143,6 +144,10 @@ def _search(
     seed: int,
     progress: ProgressLine,
 ) -> None:
+    if config.method == "union" and bank.index is not None:
+        alike = bank.index.resemblance([search.examples for search in searches])
+        for search, row in zip(searches, alike.tolist(), strict=True):
+            search.resemblance = dict(zip(bank.index.instructions, row, strict=True))
     proposals = _first_proposals(model, bank, searches, config, seed, progress)
     progress.done(len(searches))
     num_distinct = len({(proposal.search, proposal.text) for proposal in proposals})
@@ -181,7 +186,6 @@ def _first_proposals(
     proposals: list[Proposal] = []
     if config.method in ("bank", "union"):
         progress.begin(f"looking among {len(bank)} known instructions")
-        proposals += _retrieved(bank, searches, config)
         proposals += _known(model, bank, searches, config, seed)
     if encoder_reads(model, config):
         progress.begin("the encoder reads")
@@ -207,19 +211,6 @@ def _test_neutral_instruction(
     test_proposals(model, untested, proposals, config)
 
 
-def _retrieved(
-    bank: Bank, searches: Sequence[SearchState], config: InductionConfig
-) -> Iterator[Proposal]:
-    """Known instructions by what their tasks' examples are like."""
-    if config.method != "union" or not config.num_retrieved:
-        return
-    examples = [search.examples for search in searches]
-    nearest = bank.shortlist_by_examples(examples, config.num_retrieved)
-    for search, shortlist in zip(searches, nearest, strict=True):
-        for c in shortlist:
-            yield Proposal(search, bank.instructions[c], "retrieved", bank.latent_CZ[c])
-
-
 def _known(
     model: ShipModel,
     bank: Bank,
@@ -235,22 +226,44 @@ def _known(
         )
     tries_analogies = config.analogies and config.method == "union"
     larger = bank.with_analogies(model) if tries_analogies else bank
-    examples = [search.examples for search in searches]
-    reads = config.asks_decoder and model.config.decoder.max_examples > 0
-    if config.method == "union" and bank.share_in_slots < GRAMMATICAL and reads:
-        # Their own draw of views: what the decoder proposes from is drawn by "views 0".
-        views = [task_views(model, search, _NUM_READ, seed, "known") for search in searches]
-        shortlists = bank.shortlist_read(model, views, config.num_known)
-    elif config.tries_all_known and len(larger) <= MOST_TRIED:
-        shortlists = larger.shortlist_of_all(model, examples, config.num_known)
-    else:
-        walk = THOROUGH if config.asks_decoder else replace(THOROUGH, num_likely=0)
-        shortlists = larger.shortlist(model, examples, config.num_known, walk)
+    shortlists: list[list[int]] = [[] for _ in searches]
+    if config.method == "union" and bank.index is not None:
+        examples = [search.examples for search in searches]
+        shortlists = bank.shortlist_by_examples(examples, config.num_known)
+    # All of them, or those that have no word in common with any known task.
+    others = [place for place, shortlist in enumerate(shortlists) if not shortlist]
+    if others:
+        rest = [searches[place] for place in others]
+        found = _shortlists_by_models(model, bank, larger, rest, config, seed)
+        for place, shortlist in zip(others, found, strict=True):
+            shortlists[place] = shortlist
     for search, shortlist in zip(searches, shortlists, strict=True):
         for c in shortlist:
             # The larger bank begins with the smaller one.
             origin = "known" if c < len(bank) else "analogy"
             yield Proposal(search, larger.instructions[c], origin, larger.latent_CZ[c])
+
+
+def _shortlists_by_models(
+    model: ShipModel,
+    bank: Bank,
+    larger: Bank,
+    searches: Sequence[SearchState],
+    config: InductionConfig,
+    seed: int,
+) -> list[list[int]]:
+    """Known instructions, as rows of the larger bank, that the decoder finds likely or whose
+    adapters fit."""
+    examples = [search.examples for search in searches]
+    reads = config.asks_decoder and model.config.decoder.max_examples > 0
+    if config.method == "union" and bank.share_in_slots < GRAMMATICAL and reads:
+        # Their own draw of views: what the decoder proposes from is drawn by "views 0".
+        views = [task_views(model, search, _NUM_READ, seed, "known") for search in searches]
+        return bank.shortlist_read(model, views, config.num_known)
+    if config.tries_all_known and len(larger) <= MOST_TRIED:
+        return larger.shortlist_of_all(model, examples, config.num_known)
+    walk = THOROUGH if config.asks_decoder else replace(THOROUGH, num_likely=0)
+    return larger.shortlist(model, examples, config.num_known, walk)
 
 
 def encoder_reads(model: ShipModel, config: InductionConfig) -> bool:

@@ -181,10 +181,11 @@ def _short(latent: tuple[float, ...]) -> list[float]:
 
 def reasoning_rows(inputs: list[str], reasoning: Reasoning) -> list[dict[str, Any]]:
     """One row an input, each with the induced instruction: `found` is the answer by the latent that
-    induction found, `refined` by its text encoded again, `stated` with the text in the prompt."""
+    induction found, `refined` by its text encoded again, `stated` with the text in the prompt, and
+    `read`, where the encoder was trained to, by what it makes of the examples alone."""
     instruction = reasoning.induction.instruction
     answers = zip(inputs, reasoning.by_latent, reasoning.refined, reasoning.in_prompt, strict=True)
-    return [
+    rows: list[dict[str, Any]] = [
         {
             "input": text,
             "instruction": instruction,
@@ -194,3 +195,6 @@ def reasoning_rows(inputs: list[str], reasoning: Reasoning) -> list[dict[str, An
         }
         for text, by_latent, refined, in_prompt in answers
     ]
+    for row, answer in zip(rows, reasoning.read or [], strict=False):
+        row["read"] = answer
+    return rows

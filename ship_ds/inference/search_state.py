@@ -6,6 +6,7 @@
 Letters: Z latent size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,12 +33,15 @@ class SearchState:
         tested: by text, what was tested on every example.
         screened: by text, everything that was tried on the first few examples.
         descents: where gradient descent ended.
+        resemblance: by known instruction, how alike its task's examples are (example_index.py);
+            None where that is not compared.
     """
 
     examples: tuple[Example, ...]
     tested: dict[str, Candidate] = field(default_factory=dict)
     screened: dict[str, ScreeningScore] = field(default_factory=dict)
     descents: list["DescentResult"] = field(default_factory=list)
+    resemblance: Mapping[str, float] | None = None
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.results import Candidate
+from ship_ds.inference.results import Candidate, evidence
 from ship_ds.inference.scoring import Fit, fit_in_prompt, fit_of_latents
 from ship_ds.inference.search_state import Proposal, ScreeningScore, SearchState
 from ship_ds.model.ship import ShipModel
@@ -81,6 +81,19 @@ class TrialTable:
         """Nats, both ways together."""
         return torch.stack([fit.loss_CM.sum(1) for fit in self._fits]).sum(0)
 
+    @property
+    def evidence_C(self) -> list[float | None]:
+        """What speaks for each text (`results.evidence`); None of a task whose examples are not
+        compared with those of known ones."""
+        num_tried = len(self._fits) * self.encoded.loss_CM.shape[1]
+        rows = zip(self.trials, self.num_right_C.tolist(), self.loss_C.tolist(), strict=True)
+        return [
+            None
+            if (alike := trial.search.resemblance) is None
+            else evidence(alike.get(trial.text, 0.0), num_right / num_tried, loss / num_tried)
+            for trial, num_right, loss in rows
+        ]
+
     def rows(self, index: Sequence[int]) -> "TrialTable":
         """Some of the trials, in this order."""
         index_C = torch.tensor(index)
@@ -106,8 +119,11 @@ class TrialTable:
                 float(self.in_prompt.loss_CM[row].mean()) if self.in_prompt else None,
                 tuple(trial.latent_Z.tolist()),
                 trial.origin,
+                what_speaks,
             )
-            for row, trial in enumerate(self.trials)
+            for row, (trial, what_speaks) in enumerate(
+                zip(self.trials, self.evidence_C, strict=True)
+            )
         ]
 
 
@@ -192,9 +208,13 @@ def keep_finalists(table: TrialTable, count: int) -> TrialTable:
     for row, trial in enumerate(table.trials):
         rows_by_task.setdefault(trial.search, []).append(row)
 
-    def score(row: int) -> ScreeningScore:
+    what_speaks = table.evidence_C
+
+    def score(row: int) -> tuple[float, float]:
         trial = table.trials[row]
-        return trial.search.screened[trial.text]
+        screened = trial.search.screened[trial.text]
+        worth = what_speaks[row]
+        return screened if worth is None else (-worth, screened.loss)
 
     best = (sorted(rows, key=score)[:count] for rows in rows_by_task.values())
     return table.rows(list(chain.from_iterable(best)))

@@ -242,7 +242,6 @@ def test_ablation_never_asks_the_decoder(
     (found,) = made._inductions([splits.unseen[0].train[:3]])
     assert {candidate.origin for candidate in found.candidates} <= {
         "known",
-        "retrieved",
         "analogy",
         "splice",
         "asked",

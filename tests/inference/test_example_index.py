@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from safetensors.numpy import load_file, save_file
 from ship_ds.api import Ship
 from ship_ds.config import parse_config
 from ship_ds.data.task import Example, SplitTask, Task
+from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.derived import Derived, keep_examples_of
 from ship_ds.inference.example_index import ExampleIndex
 from ship_ds.inference.induction import induce_many
+from ship_ds.inference.search_state import Proposal, SearchState
+from ship_ds.inference.trials import test_proposals as try_proposals
 from tests.inference.test_language import EXAMPLES, QUICK, WRITTEN
 
 PAIRS = {
@@ -142,7 +146,7 @@ def test_a_bundle_of_written_tasks_gets_one_and_a_grammar_none(tmp_path: Path) -
 
 WRITTEN_TASKS = tasks_of(
     {
-        WRITTEN[0]: [("9 9", "12 12")],
+        WRITTEN[0]: [("8 8", "11 11")],
         WRITTEN[1]: [("7 5 7", "7 7")],
         WRITTEN[2]: [("3 4 9", "4 3"), ("1 2 5", "2 1")],
         WRITTEN[3]: [("8 6", "6 8")],
@@ -159,23 +163,67 @@ def written(ship: Ship) -> Ship:
 
 
 @pytest.mark.slow
-def test_a_search_tests_what_has_such_examples(written: Ship) -> None:
-    config = InductionConfig.model_validate(
-        {**QUICK, "num_known": 1, "num_finalists": 20, "ranks_in_prompt": False, "num_rounds": 0}
-    )
-    found = {}
-    for count in (0, 2):
-        search = config.model_copy(update={"num_retrieved": count})
-        search = InductionConfig.model_validate(search.model_dump(exclude_unset=True))
-        bank = written.bank_to_search(search, seen=WRITTEN_TASKS)
-        assert (bank.index is None) is (count == 0)
-        candidates = induce_many(written.model, bank, [EXAMPLES], search)[0].candidates
-        found[count] = {c.instruction for c in candidates if c.origin == "retrieved"}
-        for candidate in candidates:
-            if candidate.origin == "retrieved":
-                own = bank.latent_CZ[bank.instructions.index(candidate.instruction)]
-                assert candidate.latent == tuple(own.tolist()), "it is not encoded again"
-    assert found == {0: set(), 2: {WRITTEN[2], WRITTEN[1]}}
+def test_a_search_tests_what_has_such_examples_and_not_what_the_decoder_likes(
+    written: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def likes(bank: Bank, model: object, views: Sequence[object], count: int) -> list[list[int]]:
+        asked.append(len(views))
+        return [[3] for _ in views]
+
+    monkeypatch.setattr(Bank, "shortlist_read", likes)
+    more = {"num_known": 2, "num_finalists": 20, "ranks_in_prompt": False, "num_rounds": 0}
+    search = InductionConfig.model_validate({**QUICK, **more, "num_read": 0})
+    bank = written.bank_to_search(search, seen=WRITTEN_TASKS)
+    odd = [Example("q", "w"), Example("e", "r"), Example("t", "y")]
+    found = induce_many(written.model, bank, [EXAMPLES, odd], search)
+    known = [{c.instruction for c in one.candidates if c.origin == "known"} for one in found]
+    assert known == [{WRITTEN[2], WRITTEN[1]}, {WRITTEN[3]}]
+    assert asked == [1], "of the task alone that has no word in common with a known one"
+    for candidate in found[0].candidates:
+        if candidate.origin == "known":
+            own = bank.latent_CZ[bank.instructions.index(candidate.instruction)]
+            assert candidate.latent == tuple(own.tolist()), "it is not encoded again"
+
+    without = search.model_copy(update={"by_examples": False})
+    bank = written.bank_to_search(without, seen=WRITTEN_TASKS)
+    assert bank.index is None
+    (one,) = induce_many(written.model, bank, [EXAMPLES], without)
+    assert {c.instruction for c in one.candidates if c.origin == "known"} == {WRITTEN[3]}
+    assert {c.evidence for c in one.candidates} == {None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_prompt", [False, True])
+def test_resemblance_counts_beside_what_a_text_answers(written: Ship, in_prompt: bool) -> None:
+    """In the ways of using it that are tried, and where a text is screened as where it is
+    chosen."""
+    more = {"num_known": 2, "num_finalists": 3, "num_rounds": 0, "ranks_in_prompt": in_prompt}
+    search = InductionConfig.model_validate({**QUICK, **more})
+    bank = written.bank_to_search(search, seen=WRITTEN_TASKS)
+    assert bank.index is not None
+    alike = dict(zip(WRITTEN, bank.index.resemblance([EXAMPLES])[0].tolist(), strict=True))
+    assert 1 > alike[WRITTEN[2]] > 0.5 > alike[WRITTEN[1]] > 0 == alike[WRITTEN[0]]
+    (found,) = induce_many(written.model, bank, [EXAMPLES], search)
+    for one in found.candidates:
+        rights = [one.num_right, one.num_right_in_prompt] if in_prompt else [one.num_right]
+        losses = [one.loss, one.loss_in_prompt] if in_prompt else [one.loss]
+        right = fmean(n / 3 for n in rights if n is not None)
+        loss = fmean(loss for loss in losses if loss is not None)
+        expected = alike.get(one.instruction, 0) + 0.5 * right - 0.03 * loss
+        assert one.evidence == pytest.approx(expected, abs=1e-5)
+    order = [one.evidence for one in found.candidates]
+    assert order == sorted(order, key=lambda value: -(value or 0)) and len(order) == 3
+    assert found.instruction == found.candidates[0].instruction == WRITTEN[2]
+
+    # Told that another one is the most alike, the search keeps and chooses that.
+    text, other = WRITTEN[2], WRITTEN[0]
+    state = SearchState(tuple(EXAMPLES), resemblance={other: 30.0, text: 0.1})
+    proposals = [Proposal(state, one, "known") for one in (text, other, *WRITTEN[1:2])]
+    narrow = search.model_copy(update={"num_finalists": 1})
+    try_proposals(written.model, [state], proposals, narrow)
+    assert list(state.tested) == [other] and state.result().instruction == other
 
 
 @pytest.mark.slow
@@ -222,3 +270,6 @@ def test_a_search_among_texts_of_a_grammar_reads_no_examples(
     monkeypatch.setattr(Ship, "_seen", lambda self: pytest.fail("read"))
     assert ship.bank_to_search(InductionConfig()) is ship.bank
     assert ship.bank_to_search(InductionConfig(method="bank")) is ship.bank
+    assert not InductionConfig(method="propose").looks_by_examples(0)
+    assert InductionConfig().looks_by_examples(0.49)
+    assert not InductionConfig().looks_by_examples(0.5)

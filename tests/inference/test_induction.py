@@ -296,6 +296,11 @@ def test_what_is_known_by_then_is_read_together(
             latent_TZ = reading.encode([read])
             again = answer_latents(reading, latent_TZ, [text], asked[:1], 6, readings=[read])
             assert found.refined == again[0], task
+            alone = [Reading(None, tuple(task[:2]))]
+            read = answer_latents(
+                reading, reading.encode(alone), [text], asked[:1], 6, readings=alone
+            )
+            assert found.read == (read[0] if most else None)
 
 
 def test_a_direct_descent_starts_at_what_the_encoder_makes_of_the_examples(

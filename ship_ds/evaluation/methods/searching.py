@@ -67,16 +67,20 @@ class Searching(Untrained):
     def reason_otherwise(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> dict[str, AnswersByTask]:
-        """By the latent that the search found, and with the induced text in the prompt."""
+        """By the latent that the search found, with the induced text in the prompt, and by the
+        examples alone where the encoder reads them so."""
         inductions = self._inductions(shown)
         texts = [induction.instruction for induction in inductions]
         latent_TZ = torch.tensor([induction.latent for induction in inductions])
         readings = [induction.latent_reading for induction in inductions]
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
-        return {
+        answers = {
             "found": answer_latents(model, latent_TZ, texts, inputs, length, readings=readings),
             "stated": answer_stated(model, texts, inputs, length),
         }
+        if model.config.encoder.reads_examples_alone:
+            answers["read"] = answer_beside(model, texts, shown, inputs, length, reads_text=False)
+        return answers
 
     def _inductions(self, shown: Sequence[Sequence[Example]]) -> list[Induction]:
         keys = [tuple(examples) for examples in shown]
