@@ -125,8 +125,7 @@ class Ship:
         version 0.1.0, which has none."""
         self._measured_following: PromptFollowing | None = None
         self._asked_following = False
-        self._index: ExampleIndex | None = None
-        self._asked_index = False
+        self._indexed: dict[tuple[str, ...], Bank] = {}
         self._calibration = derived.calibration() if derived else None
         self._reader: LoraReader | None = None
         self._threshold: Threshold | None = None
@@ -203,27 +202,25 @@ class Ship:
         bank = self.bank if seen is None else self.bank_of([task.task.instruction for task in seen])
         if not config.looks_by_examples(bank.share_in_slots):
             return bank
-        index = self._example_index(log) if seen is None else ExampleIndex.of_tasks(seen)
-        return bank if index is None else bank.with_index(index)
+        if bank.instructions not in self._indexed:
+            index = self._example_index(log) if seen is None else ExampleIndex.of_tasks(seen)
+            self._indexed[bank.instructions] = bank if index is None else bank.with_index(index)
+        return self._indexed[bank.instructions]
 
     def _example_index(self, log: Log) -> ExampleIndex | None:
         """Of the known tasks; None where their examples are nowhere."""
-        if not self._asked_index:
-            self._asked_index = True
-            self._index = self._derived.example_index(self.known) if self._derived else None
-            if self._index is None:
-                self._index = self._read_index(log)
-        return self._index
-
-    def _read_index(self, log: Log) -> ExampleIndex | None:
+        kept = self._derived.example_index(self.known) if self._derived else None
+        if kept is not None:
+            return kept
         try:
-            index = ExampleIndex.of_tasks(self._seen())
+            seen = self._seen()
         except (UserError, OSError):
             log("the run's data are not where they were: no known task is found by its examples")
             return None
-        if not set(index.instructions) <= set(self.known):
+        if {task.task.instruction for task in seen} != set(self.known):
             log("the run's data are others now: no known task is found by its examples")
             return None
+        index = ExampleIndex.of_tasks(seen)
         if self._derived:
             self._derived.keep_example_index(index)
         return index
@@ -466,8 +463,8 @@ class Ship:
             log: Takes a line of progress.
 
         Returns:
-            The best instruction, the other candidates by how many examples each explains, and the
-            best latent.
+            The best instruction, all candidates best first (`Candidate.rank`), and the latent that
+            explains most examples.
         """
         tasks = [self._examples(examples)]
         search = self.searching(self._induction(config), log)
@@ -630,8 +627,9 @@ class Ship:
             log: Takes a line of progress.
 
         Returns:
-            The induction, and the answers by the latent that it found, by the text encoded again,
-            and with the text in the prompt.
+            The induction, and the answers by the latent that it found, by the text encoded again
+            (with the examples where the encoder reads both), with the text in the prompt and, where
+            the encoder was trained to, by the examples alone.
         """
         tasks = [self._examples(examples)]
         checks.check_inputs(self.model, inputs, self._length)

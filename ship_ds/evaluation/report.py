@@ -32,6 +32,7 @@ TITLES = {
     "judged_right": "judged right",
     "exact_match_found": "exact match by the latent found",
     "exact_match_stated": "exact match, induced text in the prompt",
+    "exact_match_read": "exact match, by the examples alone",
     "agreement": "agreement of samples",
     "answer_loss": "loss of the right answer in nats a token, less is better",
     "text_loss": "loss of the instruction in nats a token, less is better",

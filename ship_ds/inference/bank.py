@@ -114,17 +114,9 @@ class Bank:
         return self._with_analogies[0]
 
     def with_index(self, index: ExampleIndex) -> "Bank":
-        """The same instructions, to be found by their tasks' examples too."""
+        """The same instructions, to be found by their tasks' examples too; an index of some of
+        them."""
         return replace(self, index=index)
-
-    def shortlist_by_examples(self, tasks: Sequence[Examples], count: int) -> list[list[int]]:
-        """The known instructions whose tasks' examples have the most words in common with each
-        task's; no model is asked. Empty where no examples of the known tasks are at hand."""
-        if self.index is None:
-            return [[] for _ in tasks]
-        rows = {instruction: row for row, instruction in enumerate(self.instructions)}
-        row_of_index = [rows[instruction] for instruction in self.index.instructions]
-        return [[row_of_index[i] for i in near] for near in self.index.nearest(tasks, count)]
 
     def shortlist_of_all(
         self, model: ShipModel, tasks: Sequence[Examples], count: int

@@ -45,7 +45,7 @@ _LANGUAGE: dict[str, Any] = {
     "asks_task_llm": True,
     "analogies": False,
     "num_known": 12,
-    "num_views": 2,
+    "num_views": 4,
     "num_beams": 2,
     "num_samples": 2,
     "temperature": 0.7,
@@ -56,6 +56,10 @@ _LANGUAGE: dict[str, Any] = {
     "num_neighbours": 2,
     "refine_steps": 0,
 }
+
+_INDEXED: dict[str, Any] = {"num_views": 2}
+"""Where known instructions are found by their tasks' examples, too: what the decoder writes is less
+of what is tested."""
 
 
 class InductionConfig(Section):
@@ -69,7 +73,8 @@ class InductionConfig(Section):
     """Whether `union`, among instructions that people wrote, takes the known ones whose tasks have
     examples like the given ones, by their words (example_index.py), instead of those that the
     decoder finds likely, and lets that count for a text beside what it answers. Where the run's
-    data are at hand, or were read when it ended."""
+    data are at hand, or were read when it ended; `ship-ds explain`, whose inputs are those of other
+    tasks, does not look there."""
     tries_all_known: bool = False
     """Whether the bank tries every adapter it has on the first example, where it has 2,000 at most,
     instead of walking to those that fit."""
@@ -185,20 +190,22 @@ class InductionConfig(Section):
         task where all have the same few."""
         return self.method == "union" and self.by_examples and share_in_slots < GRAMMATICAL
 
-    def suited_to(self, share_in_slots: float) -> "InductionConfig":
+    def suited_to(self, share_in_slots: float, has_index: bool = False) -> "InductionConfig":
         """The search for a bank: what changes and joins texts of a grammar gives nothing on the
         instructions that people write, whose models are large besides.
 
         Args:
             share_in_slots: see `analogies.share_in_slots`.
+            has_index: whether the bank knows the examples of its tasks.
 
         Returns:
             The same for a grammar; else with the numbers of `_LANGUAGE` where none was given.
         """
         if self.method != "union" or share_in_slots >= GRAMMATICAL:
             return self
+        numbers = _LANGUAGE | (_INDEXED if has_index else {})
         return self.model_copy(
-            update={k: v for k, v in _LANGUAGE.items() if k not in self.model_fields_set}
+            update={k: v for k, v in numbers.items() if k not in self.model_fields_set}
         )
 
     def with_overrides(self, overrides: Sequence[str]) -> "InductionConfig":

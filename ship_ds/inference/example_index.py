@@ -6,11 +6,12 @@ trained and no model reads anything, so it is the first thing that an induction 
 control that a trained one has to beat.
 
     index = ExampleIndex.of_tasks(splits.seen)
+    index.resemblance([[Example("2 3 5", "5 3 2")]])  -> [[0.41, 0.02, ...]], a cosine a row
     index.nearest([[Example("2 3 5", "5 3 2")]], 8)   -> [[41, 7, ...]], rows of index.instructions
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
@@ -28,9 +29,12 @@ _MOST_WORDS = 400
 """That are read of an input or a target; the rest of a long passage says little more of its
 task."""
 _NUM_FEATURES = 2**20
-"""Into which words are hashed: no vocabulary has to be kept, and no word of anybody's data is."""
+"""Into which words are hashed: no vocabulary has to be kept, and none of the data is kept in clear.
+The hash has no secret: whoever has a word can ask whether it is there."""
 _VERSION = "1"
 """Of what is counted; an index of another one is made again."""
+COUNTED = {"version": _VERSION, "examples": _MOST_EXAMPLES, "words": _MOST_WORDS}
+"""What a score that comes of an index depends on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +58,13 @@ class ExampleIndex:
         for task in tasks:
             if task.train:
                 read.setdefault(task.task.instruction, []).extend(task.train[:_MOST_EXAMPLES])
-        return cls(tuple(read), _counts(read.values()))
+        return cls(tuple(read), _counts(list(read.values())))
 
     def resemblance(self, tasks: Sequence[Sequence[Example]]) -> np.ndarray:
         """How alike each task's examples and those of each row are: cosines from 0, no word in
         common, to 1, of shape (tasks, rows)."""
+        if not self.instructions or not tasks:
+            return np.zeros((len(tasks), len(self.instructions)))
         transform, known = self._weighing
         alike: np.ndarray = (transform.transform(_counts(tasks)) @ known.T).toarray()
         return alike
@@ -115,10 +121,13 @@ class ExampleIndex:
         return cls(instructions, counts)
 
 
-def _counts(tasks: Iterable[Sequence[Example]]) -> Any:
+def _counts(tasks: Sequence[Sequence[Example]]) -> Any:
     """How often each feature occurs in each task's examples, as a CSR matrix."""
+    from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import HashingVectorizer
 
+    if not tasks:
+        return csr_matrix((0, _NUM_FEATURES))
     hashing = HashingVectorizer(
         analyzer=_features, n_features=_NUM_FEATURES, norm=None, alternate_sign=False
     )

@@ -96,13 +96,31 @@ def induce_many(
                 "trained no decoder (loss.reconstruction=0); use bank or union"
             )
         config = config.model_copy(update={"asks_decoder": False, "num_edits": 0})
-    config = config.suited_to(bank.share_in_slots)
-    searches = [SearchState(tuple(examples)) for examples in tasks]
+    config = config.suited_to(bank.share_in_slots, bank.index is not None)
+    searches = searches_of(model, bank, tasks, config)
     num_stages = 2 + _num_rounds(config)
     with ProgressLine("induction", num_stages * len(tasks), "part", log) as progress:
         for group in _by_num_examples(searches, config.num_at_once):
             _search(model, bank, group, config, seed, progress)
     return [search.result() for search in searches]
+
+
+def searches_of(
+    model: ShipModel, bank: Bank, tasks: Sequence[Examples], config: InductionConfig
+) -> list[SearchState]:
+    """The searches at their beginning, one a task; in a `union` they know how alike the known
+    tasks' examples are, where the bank has them."""
+    if bank.index is None or config.method != "union":
+        return [SearchState(tuple(examples)) for examples in tasks]
+    known, prompts = bank.index.instructions, model.prompts
+    return [
+        SearchState(
+            tuple(examples),
+            resemblance=dict(zip(known, alike, strict=True)),
+            num_tokens=tuple(len(prompts.target(example.target)) for example in examples),
+        )
+        for examples, alike in zip(tasks, bank.index.resemblance(tasks).tolist(), strict=True)
+    ]
 
 
 def with_latents_decoded(
@@ -144,10 +162,6 @@ def _search(
     seed: int,
     progress: ProgressLine,
 ) -> None:
-    if config.method == "union" and bank.index is not None:
-        alike = bank.index.resemblance([search.examples for search in searches])
-        for search, row in zip(searches, alike.tolist(), strict=True):
-            search.resemblance = dict(zip(bank.index.instructions, row, strict=True))
     proposals = _first_proposals(model, bank, searches, config, seed, progress)
     progress.done(len(searches))
     num_distinct = len({(proposal.search, proposal.text) for proposal in proposals})
@@ -226,10 +240,7 @@ def _known(
         )
     tries_analogies = config.analogies and config.method == "union"
     larger = bank.with_analogies(model) if tries_analogies else bank
-    shortlists: list[list[int]] = [[] for _ in searches]
-    if config.method == "union" and bank.index is not None:
-        examples = [search.examples for search in searches]
-        shortlists = bank.shortlist_by_examples(examples, config.num_known)
+    shortlists = [_most_alike(bank, search, config.num_known) for search in searches]
     # All of them, or those that have no word in common with any known task.
     others = [place for place, shortlist in enumerate(shortlists) if not shortlist]
     if others:
@@ -242,6 +253,15 @@ def _known(
             # The larger bank begins with the smaller one.
             origin = "known" if c < len(bank) else "analogy"
             yield Proposal(search, larger.instructions[c], origin, larger.latent_CZ[c])
+
+
+def _most_alike(bank: Bank, search: SearchState, count: int) -> list[int]:
+    """The known instructions whose tasks' examples have most in common with the given ones, most
+    alike first; none where that is not compared."""
+    row_of = {text: row for row, text in enumerate(bank.instructions)}
+    alike = (search.resemblance or {}).items()
+    best = sorted(alike, key=lambda pair: -pair[1])[:count]
+    return [row_of[text] for text, value in best if value > 0]
 
 
 def _shortlists_by_models(

@@ -102,8 +102,8 @@ def _name(source: str) -> str:
 
 
 def induction_row(induction: Induction, num_candidates: int) -> dict[str, Any]:
-    """The best candidates without their latents; `alternatives` are the other texts that fit every
-    example."""
+    """The best candidates without their latents; `alternatives` are the texts beside the best one
+    that fit every example."""
     fitting = [candidate.instruction for candidate in induction.that_fit]
     return {
         "instruction": induction.instruction,

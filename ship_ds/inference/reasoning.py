@@ -16,9 +16,10 @@ from ship_ds.data.task import Example, Reading
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
-from ship_ds.inference.induction import induce_many
+from ship_ds.inference.induction import induce_many, searches_of
 from ship_ds.inference.results import Answers, Induction, Reasoning
-from ship_ds.inference.scoring import Examples, fit_of_latents
+from ship_ds.inference.scoring import Examples
+from ship_ds.inference.trials import Trial, TrialTable
 from ship_ds.model.ship import ShipModel
 
 
@@ -55,56 +56,56 @@ def reason_many(
         log(f"round {i + 1}: inducing from the given examples and the answers to the inputs")
         more_examples = _with_agreed_answers(model, tasks, inputs, inductions, max_new_tokens)
         again = induce_many(model, bank, more_examples, config, seed + i, log)
-        inductions = _better(model, tasks, inductions, again)
+        inductions = _better(model, bank, tasks, inductions, again, config)
     texts = [induction.instruction for induction in inductions]
     latent_TZ = torch.tensor([induction.latent for induction in inductions])
     readings = [induction.latent_reading for induction in inductions]
     by_latent = answer_latents(model, latent_TZ, texts, inputs, max_new_tokens, readings=readings)
-    refined = answer_beside(model, texts, tasks, inputs, max_new_tokens)
+    refined = answer_read(model, with_examples(model, texts, tasks), texts, inputs, max_new_tokens)
     in_prompt = answer_stated(model, texts, inputs, max_new_tokens)
     read: Sequence[Answers | None] = [None] * len(texts)
     if model.config.encoder.reads_examples_alone:
-        read = answer_beside(model, texts, tasks, inputs, max_new_tokens, reads_text=False)
+        read = answer_read(model, examples_alone(model, tasks), texts, inputs, max_new_tokens)
     columns = zip(inductions, by_latent, refined, in_prompt, read, strict=True)
     return [Reasoning(*row) for row in columns]
 
 
-def answer_beside(
+def with_examples(
+    model: ShipModel, texts: Sequence[str], tasks: Sequence[Examples]
+) -> list[str | Reading]:
+    """What is known of each task once a text is induced, as the encoder reads it: the text and,
+    where it was trained on both (`model.encoder.max_examples`), the examples that it was induced
+    from, the first ones of more than in training."""
+    most = model.config.encoder.max_examples
+    return [
+        Reading(text, tuple(examples[:most])) if most and examples else text
+        for text, examples in zip(texts, tasks, strict=True)
+    ]
+
+
+def examples_alone(model: ShipModel, tasks: Sequence[Examples]) -> list[Reading]:
+    """Each task's examples, the first ones of more than in training, for an encoder that reads them
+    without an instruction (`reads_examples_alone`)."""
+    most = model.config.encoder.max_examples
+    return [Reading(None, tuple(examples[:most])) for examples in tasks]
+
+
+def answer_read(
     model: ShipModel,
-    texts: Sequence[str],
-    tasks: Sequence[Examples],
+    readings: Sequence[str | Reading],
+    wordings: Sequence[str],
     inputs: Sequence[Sequence[str]],
     max_new_tokens: int,
     *,
-    reads_text: bool = True,
     keeps_cut_off: bool = False,
 ) -> AnswersByTask:
-    """Answers under the adapter of what is known of a task by then: an induced text and, where the
-    encoder was trained on both (`model.encoder.max_examples`), the examples that it was induced
-    from, the first ones of more than in training.
-
-    Of 78 unseen tasks around SmolLM2, whose text is that of the known task most alike, ROUGE-L is
-    0.167 by the text alone, 0.353 with five examples (of which three are read) and 0.387 by these
-    alone (docs/results.md, Induction).
-
-    Args:
-        model: with its trained weights.
-        texts: one a task; they matter to a Task LLM that reads them too.
-        tasks: the examples of each.
-        inputs: of each task, to be answered.
-        max_new_tokens: of an answer.
-        reads_text: False: the encoder reads the examples alone, and was trained to.
-        keeps_cut_off: see `deduction.Answerer`.
-    """
-    most = model.config.encoder.max_examples
-    readings = [
-        Reading(text if reads_text else None, tuple(examples[:most])) if most else text
-        for text, examples in zip(texts, tasks, strict=True)
-    ]
+    """Each task's inputs answered under the adapter of what the encoder reads of it; the other
+    arguments are those of `answer_latents`."""
+    latent_TZ = model.encode(readings)
     return answer_latents(
         model,
-        model.encode(readings),
-        texts,
+        latent_TZ,
+        wordings,
         inputs,
         max_new_tokens,
         readings=readings,
@@ -122,7 +123,7 @@ def _with_agreed_answers(
     """The given examples and, as further ones, the inputs that both ways of using the induced text
     answer alike: such an answer is more often right than either alone."""
     texts = [induction.instruction for induction in inductions]
-    encoded = answer_beside(model, texts, tasks, inputs, max_new_tokens)
+    encoded = answer_read(model, with_examples(model, texts, tasks), texts, inputs, max_new_tokens)
     in_prompt = answer_stated(model, texts, inputs, max_new_tokens)
     return [
         [
@@ -141,19 +142,21 @@ def _with_agreed_answers(
 
 def _better(
     model: ShipModel,
+    bank: Bank,
     tasks: Sequence[Examples],
     before: Sequence[Induction],
     after: Sequence[Induction],
+    config: InductionConfig,
 ) -> list[Induction]:
-    """Of each task's two inductions the one whose text explains the given examples, not its own
-    answers, with more right and then less loss."""
+    """Of each task's two inductions the one whose text the search would choose, tested through the
+    encoder on the given examples, not on its own answers."""
     better = []
-    for examples, pair in zip(tasks, zip(before, after, strict=True), strict=True):
+    searches = searches_of(model, bank, tasks, config)
+    for search, pair in zip(searches, zip(before, after, strict=True), strict=True):
         texts = [induction.instruction for induction in pair]
-        fit = fit_of_latents(model, model.encode(texts), texts, [examples] * 2)
-        first, second = (
-            (-int(right_M.sum()), float(loss_M.sum()))
-            for right_M, loss_M in zip(fit.right_CM, fit.loss_CM, strict=True)
-        )
-        better.append(pair[1] if second < first else pair[0])
+        latents = model.encode(texts)
+        trials = [Trial(search, *row) for row in zip(texts, ("", ""), latents, strict=True)]
+        table = TrialTable.measure(model, trials, slice(None), in_prompt=False)
+        first, second = table.candidates()
+        better.append(pair[1] if second.rank < first.rank else pair[0])
     return better

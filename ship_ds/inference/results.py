@@ -1,30 +1,35 @@
 """What induction and reasoning give back: plain frozen values, without torch."""
 
+import math
 from dataclasses import dataclass
 
 Answers = list[str | None]
 """One an input; None where no end of sequence came in time."""
 
 
-def evidence(resemblance: float, share_right: float, loss: float) -> float:
-    """What speaks for an instruction that people may have written.
+RIGHT_WEIGHT, LOSS_WEIGHT = 0.5, 0.05
 
-    The weights are chosen on 41 dev tasks of Super-NaturalInstructions around SmolLM2
-    (docs/results.md, Induction), among the 8 known instructions most alike: by exact answers, then
-    loss, the best text has ROUGE-L 0.351 and its adapter answers 0.200 of the examples; by
-    resemblance alone 0.388 and 0.093; so 0.407 and 0.171.
+
+def score(resemblance: float, share_right: float, loss: float) -> float:
+    """What speaks for an instruction where people wrote the known ones; more is better.
+
+    The weights are chosen on 41 dev tasks of Super-NaturalInstructions around SmolLM2, among the 8
+    known instructions whose tasks are most alike: by exact answers, then loss, the first text has
+    ROUGE-L 0.351 with the true one and its adapter answers 0.200 of the examples, by resemblance
+    alone 0.388 and 0.093, by this 0.404 and 0.171 (docs/results.md, Induction).
 
     Args:
         resemblance: cosine of the given examples and those of the known task that it instructs; 0
             of any other text.
         share_right: of the examples, those that it answers exactly, on average over the ways of
             using it that were tried.
-        loss: of an example in nats, on that average.
+        loss: of an example in nats a token, on that average.
+
+    Returns:
+        Minus infinity where the loss is not finite.
     """
-    return resemblance + _WORTH_RIGHT * share_right - _WORTH_NAT * loss
-
-
-_WORTH_RIGHT, _WORTH_NAT = 0.5, 0.03
+    total = resemblance + RIGHT_WEIGHT * share_right - LOSS_WEIGHT * loss
+    return total if math.isfinite(total) else -math.inf
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Candidate:
         latent: the mean of its posterior.
         origin: where it comes from: known, analogy, encoded, sampled, beam, asked, refined, edit,
             splice, neutral.
-        evidence: what speaks for it, of a search that compares examples with those of known tasks
-            (`evidence`); else None.
+        score: what speaks for it, of a search that compares the examples with those of known tasks
+            (`score`); else None.
     """
 
     instruction: str
@@ -55,14 +60,14 @@ class Candidate:
     loss_in_prompt: float | None
     latent: tuple[float, ...]
     origin: str
-    evidence: float | None = None
+    score: float | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Sorts candidates, best first: by what speaks for them, else by most exact answers both
-        ways together, then by least loss."""
-        if self.evidence is not None:
-            return -self.evidence, self.loss
+        """Sorts candidates, best first: by their score; where they have none, by most exact
+        answers both ways together, then by least loss."""
+        if self.score is not None:
+            return -self.score, self.loss
         num_right = self.num_right + (self.num_right_in_prompt or 0)
         return -num_right, self.loss + (self.loss_in_prompt or 0.0)
 

@@ -35,6 +35,7 @@ class SearchState:
         descents: where gradient descent ended.
         resemblance: by known instruction, how alike its task's examples are (example_index.py);
             None where that is not compared.
+        num_tokens: of each example's target, with its end; empty where that is not compared.
     """
 
     examples: tuple[Example, ...]
@@ -42,6 +43,7 @@ class SearchState:
     screened: dict[str, ScreeningScore] = field(default_factory=dict)
     descents: list["DescentResult"] = field(default_factory=list)
     resemblance: Mapping[str, float] | None = None
+    num_tokens: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.results import Candidate, evidence
+from ship_ds.inference.results import Candidate, score
 from ship_ds.inference.scoring import Fit, fit_in_prompt, fit_of_latents
 from ship_ds.inference.search_state import Proposal, ScreeningScore, SearchState
 from ship_ds.model.ship import ShipModel
@@ -82,17 +82,21 @@ class TrialTable:
         return torch.stack([fit.loss_CM.sum(1) for fit in self._fits]).sum(0)
 
     @property
-    def evidence_C(self) -> list[float | None]:
-        """What speaks for each text (`results.evidence`); None of a task whose examples are not
-        compared with those of known ones."""
-        num_tried = len(self._fits) * self.encoded.loss_CM.shape[1]
-        rows = zip(self.trials, self.num_right_C.tolist(), self.loss_C.tolist(), strict=True)
-        return [
-            None
-            if (alike := trial.search.resemblance) is None
-            else evidence(alike.get(trial.text, 0.0), num_right / num_tried, loss / num_tried)
-            for trial, num_right, loss in rows
-        ]
+    def scores(self) -> list[float | None]:
+        """Of each trial (`results.score`); None of a task whose examples are not compared with
+        those of known tasks."""
+        return [self._score(row, trial) for row, trial in enumerate(self.trials)]
+
+    def _score(self, row: int, trial: Trial) -> float | None:
+        search = trial.search
+        if search.resemblance is None:
+            return None
+        right_M = torch.stack([fit.right_CM[row].float() for fit in self._fits]).mean(0)
+        loss_M = torch.stack([fit.loss_CM[row] for fit in self._fits]).mean(0)
+        # A long target is not to weigh more than a short one.
+        loss_M = loss_M / torch.tensor(search.num_tokens[: len(loss_M)])
+        alike = search.resemblance.get(trial.text, 0.0)
+        return score(alike, float(right_M.mean()), float(loss_M.mean()))
 
     def rows(self, index: Sequence[int]) -> "TrialTable":
         """Some of the trials, in this order."""
@@ -119,11 +123,9 @@ class TrialTable:
                 float(self.in_prompt.loss_CM[row].mean()) if self.in_prompt else None,
                 tuple(trial.latent_Z.tolist()),
                 trial.origin,
-                what_speaks,
+                score_of_row,
             )
-            for row, (trial, what_speaks) in enumerate(
-                zip(self.trials, self.evidence_C, strict=True)
-            )
+            for row, (trial, score_of_row) in enumerate(zip(self.trials, self.scores, strict=True))
         ]
 
 
@@ -200,7 +202,8 @@ def screen(
 
 
 def keep_finalists(table: TrialTable, count: int) -> TrialTable:
-    """The best `count` trials of each task by their screening.
+    """The best `count` trials of each task by their screening: by their scores, where they have
+    some, as the best is chosen in the end.
 
     Why a task at a time: an easy task's many good texts must not push out a hard one's best.
     """
@@ -208,15 +211,14 @@ def keep_finalists(table: TrialTable, count: int) -> TrialTable:
     for row, trial in enumerate(table.trials):
         rows_by_task.setdefault(trial.search, []).append(row)
 
-    what_speaks = table.evidence_C
+    scores = table.scores
 
-    def score(row: int) -> tuple[float, float]:
-        trial = table.trials[row]
+    def rank(row: int) -> tuple[float, float]:
+        trial, score_of_row = table.trials[row], scores[row]
         screened = trial.search.screened[trial.text]
-        worth = what_speaks[row]
-        return screened if worth is None else (-worth, screened.loss)
+        return screened if score_of_row is None else (-score_of_row, screened.loss)
 
-    best = (sorted(rows, key=score)[:count] for rows in rows_by_task.values())
+    best = (sorted(rows, key=rank)[:count] for rows in rows_by_task.values())
     return table.rows(list(chain.from_iterable(best)))
 
 

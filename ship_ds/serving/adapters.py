@@ -282,4 +282,7 @@ def _read(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:
 
 def _induced(ship: Ship, instruction: str | None, pairs: Pairs) -> Source:
     induced = ship.induce(pairs)
-    return Source(induced.instruction, torch.tensor([induced.latent]), induced.instruction)
+    # The latent that answers most may be another text's; what an adapter fuses has to be of the
+    # latent's. Where descent found it there is none.
+    reading = induced.latent_reading or induced.instruction
+    return Source(induced.instruction, torch.tensor([induced.latent]), reading)

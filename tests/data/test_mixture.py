@@ -12,11 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from ship_ds import cli
+from ship_ds.bundle import Bundle
 from ship_ds.config import load_config
 from ship_ds.data.mixture import MixtureConfig, MixtureTasks
 from ship_ds.data.source import source_of
 from ship_ds.data.task import Splits
 from ship_ds.data.task_files import FilesConfig, FilesSource
+from ship_ds.inference.analogies import share_in_slots
+from ship_ds.inference.config import InductionConfig
+from ship_ds.inference.derived import Derived
 from ship_ds.model.loading import load_tokenizer
 from tests.conftest import train_each
 
@@ -34,8 +38,8 @@ def tasks(path: Path, wordings: list[str]) -> Path:
     return path
 
 
-def triples(path: Path, count: int) -> Path:
-    rows = [{"instruction": f"say {i}", "input": "", "output": str(i)} for i in range(count)]
+def triples(path: Path, count: int, wording: str = "say {0}") -> Path:
+    rows = [{"instruction": wording.format(i), "input": "", "output": str(i)} for i in range(count)]
     path.write_text(json.dumps(rows))
     return path
 
@@ -173,13 +177,15 @@ def test_pre_training_on_triples_and_in_domain_from_it(
 ) -> None:
     """The last run takes steps of no length: it ends where it started, which is where the one
     before it ended."""
-    triples = f"{{path: {folder / 'alpaca.json'}}}"
+    # Which differ in two words, as no grammar's do.
+    written = triples(folder / "written.json", 40, "say {0} after {0}")
+    of_triples = f"{{path: {written}}}"
     shared = "{steps: 2, tasks_per_step: 4, examples_per_task: 1, threads: 1}"
     command = ["--config", "quickstart-smoke", f"training={shared}"]
     from_mixed = [f"run.init_from={folder / 'mixed'}", "optimiser.lr=1e-15"]
     runs: dict[str, tuple[str, list[str]]] = {
-        "triples": (f"{{sources: [{triples}]}}", []),
-        "mixed": (f"{{sources: [{triples}, {{path: {folder / 'tasks.jsonl'}}}]}}", []),
+        "triples": (f"{{sources: [{of_triples}]}}", []),
+        "mixed": (f"{{sources: [{of_triples}, {{path: {folder / 'tasks.jsonl'}}}]}}", []),
         "in-domain": (f"{{path: {folder / 'tasks.jsonl'}}}", from_mixed),
     }
     train_each(
@@ -192,6 +198,12 @@ def test_pre_training_on_triples_and_in_domain_from_it(
         report = json.loads((folder / name / "report.json").read_text())
         assert report["deduction"]["unseen"]["n_tasks"] == (0 if name == "triples" else 3)
         assert len(rows(folder / name)) == 2
+        bundle = Bundle.open(folder / name)
+        known = bundle.known_instructions
+        index = Derived(bundle.folder, "", "").example_index(known)
+        is_written = InductionConfig().looks_by_examples(share_in_slots(known))
+        assert is_written == (index is not None) == (name != "in-domain"), name
+        assert index is None or set(index.instructions) == set(known)
     first, mixed, last = (
         load_file(folder / name / "bundle" / "ship.safetensors")
         for name in ("triples", "mixed", "in-domain")
@@ -199,5 +211,5 @@ def test_pre_training_on_triples_and_in_domain_from_it(
     torch.testing.assert_close(last, mixed, rtol=0, atol=1e-12)
     moved = max(float((mixed[name] - first[name]).abs().max()) for name in mixed)
     assert moved > 1e-6, "both began with the weights of the seed, and have left them"
-    config = load_config("quickstart-smoke", [f"data={{sources: [{triples}]}}"])
+    config = load_config("quickstart-smoke", [f"data={{sources: [{of_triples}]}}"])
     assert isinstance(source_of(config.data), MixtureTasks)

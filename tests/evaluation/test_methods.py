@@ -13,7 +13,7 @@ import torch
 from ship_ds.api import Ship
 from ship_ds.data.matching import exact_match
 from ship_ds.data.rules import RulesConfig, build_world
-from ship_ds.data.task import CutOff, Example, Splits
+from ship_ds.data.task import CutOff, Example, Reading, Splits
 from ship_ds.evaluation.baselines.lora_per_task import LoraPerTask
 from ship_ds.evaluation.baselines.oracles import OracleRecipe
 from ship_ds.evaluation.measure import measure
@@ -30,6 +30,7 @@ from ship_ds.evaluation.methods.icl import InContextLearning
 from ship_ds.evaluation.methods.nearest_known import NearestKnown
 from ship_ds.evaluation.methods.prompting import Prompting
 from ship_ds.evaluation.methods.published import ShipDirect, ShipIndirect
+from ship_ds.evaluation.methods.retrieval import Retrieval, RetrievalRecipe
 from ship_ds.evaluation.methods.rounds import ShipRounds
 from ship_ds.evaluation.methods.searching import Searching
 from ship_ds.evaluation.methods.ship import SearchWithoutDecoder, ShipMethod
@@ -39,6 +40,7 @@ from ship_ds.inference import reasoning
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.deduction import answer_under
 from ship_ds.inference.explaining import Threshold, noise_like
+from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION
 from ship_ds.inference.induction import MOST_TRIED
 from ship_ds.inference.lora_reader import LoraReader
 from ship_ds.model.batch import TokenBatch
@@ -259,6 +261,50 @@ def test_nearest_known_tries_every_rule_of_the_quickstart(
     assert found.candidates[0].num_right == best and found.instruction in made.bank.instructions
     assert len(build_world(RulesConfig(more_compositions=4)).seen) <= MOST_TRIED
     assert (NEAREST.num_known, NEAREST.num_finalists) == (48, 48)
+
+
+def test_retrieval_answers_by_the_text_and_the_examples(
+    make: Make, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run whose encoder reads both; SHIP does likewise, and its controls do not."""
+    found, own = make(Retrieval), splits.seen[0]
+    shown, inputs = [own.train[:3]], [["4 2 7", "9 1"]]
+    assert found.induce(shown) == [own.task.instruction]
+    assert found.induce([[Example("zebra", "zebra")]]) == [NEUTRAL_INSTRUCTION]
+
+    model = found.ship.model
+    encoder = model.config.encoder.model_copy(update={"max_examples": 2, "drop_instruction": 0.5})
+    monkeypatch.setattr(model, "config", model.config.model_copy(update={"encoder": encoder}))
+
+    read: list[Any] = []
+
+    def spied(
+        _: Any, readings: Sequence[Any], texts: Sequence[str], *rest: Any, **more: Any
+    ) -> Any:
+        read.append((*readings, *texts))
+        return [["1", "2"]]
+
+    monkeypatch.setattr("ship_ds.evaluation.methods.retrieval.answer_read", spied)
+    monkeypatch.setattr("ship_ds.evaluation.methods.searching.answer_read", spied)
+    text = own.task.instruction
+    assert found.reason(shown, inputs) == [["1", "2"]]
+    without = type("Other", (Retrieval,), {"recipe": RetrievalRecipe(reads_examples=False)})
+    make(without).reason(shown, inputs)
+    assert read == [(Reading(text, own.train[:2]), text), (text, text)]
+    assert without.settings() != Retrieval.settings()
+
+    for method in (ShipMethod, SearchWithoutDecoder, NearestKnown, ShipDirect):
+        read.clear()
+        made = make(method)
+        (induced,) = made.induce(shown)
+        made.reason(shown, inputs)
+        others = made.reason_otherwise(shown, inputs)
+        reads = method in (ShipMethod, SearchWithoutDecoder)
+        both, alone = Reading(induced, own.train[:2]), Reading(None, own.train[:2])
+        assert read == ([(both, induced), (alone, induced)] if reads else [])
+        assert ("read" in others) is reads is ("reads_examples" in method.settings())
+        looks = method.recipe.method == "union"
+        assert ("index" in method.settings(), made.bank.index is not None) == (looks, looks)
 
 
 def test_rounds_induce_twice_and_answer_every_input(

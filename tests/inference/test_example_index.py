@@ -1,6 +1,7 @@
 """Known tasks by the words of their examples: what counts as alike, what is kept, and who looks."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,9 @@ from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.derived import Derived, keep_examples_of
 from ship_ds.inference.example_index import ExampleIndex
-from ship_ds.inference.induction import induce_many
+from ship_ds.inference.induction import induce_many, searches_of
+from ship_ds.inference.results import score
+from ship_ds.inference.scoring import fit_of_latents
 from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals as try_proposals
 from tests.inference.test_language import EXAMPLES, QUICK, WRITTEN
@@ -87,6 +90,13 @@ def test_tasks_with_one_instruction_are_one_row_and_one_without_examples_is_none
     assert nearest(index, ("blue", "2")) == ["a"] == nearest(index, ("red", "2"))
 
 
+def test_of_no_tasks_nothing_is_alike() -> None:
+    nobody = ExampleIndex.of_tasks([])
+    assert nobody.instructions == () and nobody.nearest([[Example("red", "1")]], 3) == [[]]
+    index = ExampleIndex.of_tasks(tasks_of(PAIRS))
+    assert index.nearest([], 3) == [] and index.nearest([[]], 3) == [[]]
+
+
 def test_only_training_examples_are_read(tmp_path: Path) -> None:
     example = Example("zebra", "1")
     hidden = SplitTask(Task("t", "hidden", (example,)), (), (example,))
@@ -94,7 +104,7 @@ def test_only_training_examples_are_read(tmp_path: Path) -> None:
     assert nearest(ExampleIndex.of_tasks([hidden, seen]), ("zebra", "2"), count=9) == []
 
 
-def test_an_index_is_kept_without_a_word_of_the_data(tmp_path: Path) -> None:
+def test_an_index_is_kept_without_the_data_in_clear(tmp_path: Path) -> None:
     index = ExampleIndex.of_tasks(tasks_of(PAIRS))
     kept = Derived(tmp_path, "a", "float32")
     kept.keep_example_index(index)
@@ -191,7 +201,7 @@ def test_a_search_tests_what_has_such_examples_and_not_what_the_decoder_likes(
     assert bank.index is None
     (one,) = induce_many(written.model, bank, [EXAMPLES], without)
     assert {c.instruction for c in one.candidates if c.origin == "known"} == {WRITTEN[3]}
-    assert {c.evidence for c in one.candidates} == {None}
+    assert {c.score for c in one.candidates} == {None}
 
 
 @pytest.mark.slow
@@ -210,20 +220,58 @@ def test_resemblance_counts_beside_what_a_text_answers(written: Ship, in_prompt:
         rights = [one.num_right, one.num_right_in_prompt] if in_prompt else [one.num_right]
         losses = [one.loss, one.loss_in_prompt] if in_prompt else [one.loss]
         right = fmean(n / 3 for n in rights if n is not None)
+        assert one.score is not None
+        rest = one.score - alike.get(one.instruction, 0) - 0.5 * right
+        # Targets of two, two and one numbers, each with its end: the mean over examples of nats a
+        # token lies between their mean over the longest and over the shortest.
         loss = fmean(loss for loss in losses if loss is not None)
-        expected = alike.get(one.instruction, 0) + 0.5 * right - 0.03 * loss
-        assert one.evidence == pytest.approx(expected, abs=1e-5)
-    order = [one.evidence for one in found.candidates]
+        assert -0.05 * loss / 2 < rest < -0.05 * loss / 3
+    order = [one.score for one in found.candidates]
     assert order == sorted(order, key=lambda value: -(value or 0)) and len(order) == 3
     assert found.instruction == found.candidates[0].instruction == WRITTEN[2]
 
+    text = WRITTEN[2]
+    fit = fit_of_latents(written.model, written.model.encode([text]), [text], [EXAMPLES])
+    by_token = [loss / size for loss, size in zip(fit.loss_CM[0].tolist(), (3, 3, 2), strict=True)]
+    if not in_prompt:
+        share = float(fit.right_CM.float().mean())
+        expected = alike[text] + 0.5 * share - 0.05 * fmean(by_token)
+        assert found.candidates[0].score == pytest.approx(expected, abs=1e-4)
+
     # Told that another one is the most alike, the search keeps and chooses that.
-    text, other = WRITTEN[2], WRITTEN[0]
-    state = SearchState(tuple(EXAMPLES), resemblance={other: 30.0, text: 0.1})
+    other, size = WRITTEN[0], (3, 3, 2)
+    state = SearchState(tuple(EXAMPLES), resemblance={other: 30.0, text: 0.1}, num_tokens=size)
     proposals = [Proposal(state, one, "known") for one in (text, other, *WRITTEN[1:2])]
     narrow = search.model_copy(update={"num_finalists": 1})
     try_proposals(written.model, [state], proposals, narrow)
     assert list(state.tested) == [other] and state.result().instruction == other
+
+
+def test_a_score_of_no_finite_loss_comes_last() -> None:
+    assert score(0.9, 1.0, math.nan) == score(0.9, 1.0, math.inf) == -math.inf
+    assert score(0.4, 0.2, 2.0) == pytest.approx(0.4 + 0.1 - 0.1)
+
+
+@pytest.mark.slow
+def test_tasks_of_a_group_have_their_own_resemblance(written: Ship) -> None:
+    search = InductionConfig()
+    bank = written.bank_to_search(search, seen=WRITTEN_TASKS)
+    other = [Example("8 6", "6 8")]
+    first, second = searches_of(written.model, bank, [EXAMPLES, other], search)
+    for state, text in ((first, WRITTEN[2]), (second, WRITTEN[3])):
+        assert state.resemblance is not None
+        assert max(state.resemblance, key=state.resemblance.__getitem__) == text
+    assert (first.num_tokens, second.num_tokens) == ((3, 3, 2), (3,))
+    for config in (InductionConfig(method="bank"), InductionConfig(method="propose")):
+        (state,) = searches_of(written.model, bank, [EXAMPLES], config)
+        assert state.resemblance is None
+
+
+@pytest.mark.slow
+def test_the_index_is_made_once_a_run(written: Ship, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = written.bank_to_search(InductionConfig(), seen=WRITTEN_TASKS)
+    monkeypatch.setattr(ExampleIndex, "of_tasks", lambda *rest: pytest.fail("again"))
+    assert written.bank_to_search(InductionConfig(), seen=WRITTEN_TASKS) is first
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from ship_ds.inference.proposals import (
     splices,
     views,
 )
-from ship_ds.inference.reasoning import answer_beside, reason_many
+from ship_ds.inference.reasoning import answer_read, examples_alone, reason_many, with_examples
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
 from ship_ds.inference.search_state import SearchState
 from ship_ds.model.encoder import Posterior
@@ -281,7 +281,10 @@ def test_what_is_known_by_then_is_read_together(
     asked = [inputs[3:6]] * 2
     own = answer_latents(reading, reading.encode(both), texts, asked, 6, readings=both)
     without = answer_latents(reading, reading.encode(texts), texts, asked, 6)
-    assert answer_beside(reading, texts, shown, asked, 6) == own != without
+    assert with_examples(reading, texts, shown) == both
+    assert with_examples(reading, texts, [()] * 2) == texts
+    assert examples_alone(reading, shown) == [Reading(None, one.examples) for one in both]
+    assert answer_read(reading, both, texts, asked, 6) == own != without
 
     config = InductionConfig.model_validate({**QUICK, "num_rounds": 0})
     for most, expected in ((2, both), (0, texts)):

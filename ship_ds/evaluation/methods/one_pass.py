@@ -18,6 +18,7 @@ from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.evaluation.questions import READ_DRAW, examples_to_read
 from ship_ds.inference.deduction import AnswersByTask, answer_latents
+from ship_ds.inference.reasoning import examples_alone
 from ship_ds.inference.scoring import losses_under_adapters
 from ship_ds.section import Section
 
@@ -102,12 +103,12 @@ class OnePass(Untrained):
         return losses_under_adapters(self.ship.model, wordings, asked, readings)
 
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
-        return self._texts(self.ship.model.encode(self._readings(shown)))
+        return self._texts(self.ship.model.encode(examples_alone(self.ship.model, shown)))
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        readings = self._readings(shown)
+        readings = examples_alone(self.ship.model, shown)
         states_text = self.ship.config.model.task_llm.instruction != "none"
         latent_TZ = self.ship.model.encode(readings)
         texts = self._texts(latent_TZ) if states_text else [""] * len(readings)
@@ -119,10 +120,6 @@ class OnePass(Untrained):
             Reading(wording, examples_to_read(task, count, self.seed))
             for task, wording in zip(tasks, wordings, strict=True)
         ]
-
-    def _readings(self, shown: Sequence[Sequence[Example]]) -> list[Reading]:
-        """The examples, the first ones where there are more than in training."""
-        return [Reading(None, tuple(one[: self.most])) for one in shown]
 
     def _texts(self, latent_TZ: Tensor) -> list[str]:
         length = self.ship.config.evaluation.max_instruction_tokens

@@ -3,15 +3,23 @@ what an induction is worth that asks no model."""
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ship_ds.data.task import Example
+from ship_ds.data.task import Example, Reading
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.deduction import AnswersByTask
-from ship_ds.inference.example_index import ExampleIndex
+from ship_ds.inference.example_index import COUNTED, ExampleIndex
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION
-from ship_ds.inference.reasoning import answer_beside
+from ship_ds.inference.reasoning import answer_read, with_examples
+from ship_ds.section import Section
+
+
+class RetrievalRecipe(Section):
+    """How its answers are made."""
+
+    reads_examples: bool = True
+    """Whether the encoder, where it was trained to, reads the shown examples beside the text."""
 
 
 class Retrieval(Untrained):
@@ -28,6 +36,12 @@ class Retrieval(Untrained):
         "ones (TF-IDF), as text and by its adapter; no model is asked which"
     )
     answers_as_ship: ClassVar[bool] = True
+    recipe: ClassVar[RetrievalRecipe] = RetrievalRecipe()
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """Whether examples are read, and what is counted."""
+        return {**cls.recipe.model_dump(), "index": COUNTED}
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -49,4 +63,7 @@ class Retrieval(Untrained):
     ) -> AnswersByTask:
         length = self.ship.config.evaluation.max_new_tokens
         texts = self.induce(shown)
-        return answer_beside(self.ship.model, texts, shown, inputs, length, keeps_cut_off=True)
+        read: Sequence[str | Reading] = texts
+        if self.recipe.reads_examples:
+            read = with_examples(self.ship.model, texts, shown)
+        return answer_read(self.ship.model, read, texts, inputs, length, keeps_cut_off=True)

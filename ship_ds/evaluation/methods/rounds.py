@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from ship_ds.console import log
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods.searching import search_settings
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask
@@ -28,7 +29,7 @@ class ShipRounds(Untrained):
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """Of the search."""
-        return {"search": cls.recipe.model_dump(mode="json"), "rounds": _NUM_ROUNDS}
+        return {**search_settings(cls.recipe), "rounds": _NUM_ROUNDS}
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

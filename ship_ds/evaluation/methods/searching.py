@@ -1,5 +1,5 @@
 """What SHIP and its control, the nearest known instruction, share: a search for the text, and
-answers by its adapter.
+answers by an adapter of it.
 
 Letters: T tasks, Z latent size.
 """
@@ -17,9 +17,22 @@ from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
+from ship_ds.inference.example_index import COUNTED
 from ship_ds.inference.induction import induce_many
-from ship_ds.inference.reasoning import answer_beside
-from ship_ds.inference.results import Induction
+from ship_ds.inference.reasoning import answer_read, examples_alone, with_examples
+from ship_ds.inference.results import LOSS_WEIGHT, RIGHT_WEIGHT, Induction
+
+
+def search_settings(recipe: InductionConfig) -> dict[str, Any]:
+    """What a search's results depend on, as JSON: its numbers, and those of the examples' index and
+    of what it counts for where that is asked."""
+    looks = recipe.looks_by_examples(0)
+    settings = {
+        "search": recipe.model_dump(mode="json"),
+        "on_language": recipe.suited_to(0, looks).model_dump(mode="json"),
+    }
+    index: dict[str, Any] = {"index": COUNTED, "weights": [RIGHT_WEIGHT, LOSS_WEIGHT]}
+    return settings | (index if looks else {})
 
 
 class Searching(Untrained):
@@ -30,15 +43,16 @@ class Searching(Untrained):
     """
 
     answers_as_ship: ClassVar[bool] = True
+    reads_examples: ClassVar[bool] = False
+    """Whether its answers come of the shown examples too, where the encoder reads them beside a
+    text; a control that read them would not be one."""
     recipe: ClassVar[InductionConfig]
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """Of the search, and of what it becomes where people wrote the instructions."""
-        return {
-            "search": cls.recipe.model_dump(mode="json"),
-            "on_language": cls.recipe.suited_to(0).model_dump(mode="json"),
-        }
+        more = {"reads_examples": True} if cls.reads_examples else {}
+        return search_settings(cls.recipe) | more
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -60,9 +74,12 @@ class Searching(Untrained):
     ) -> AnswersByTask:
         """By the refined latent: the induced text, encoded again, with the shown examples where the
         encoder reads both."""
-        length = self.ship.config.evaluation.max_new_tokens
         texts = self.induce(shown)
-        return answer_beside(self.ship.model, texts, shown, inputs, length, keeps_cut_off=True)
+        if not self.reads_examples:
+            return self.answer(texts, inputs)
+        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
+        readings = with_examples(model, texts, shown)
+        return answer_read(model, readings, texts, inputs, length, keeps_cut_off=True)
 
     def reason_otherwise(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
@@ -78,8 +95,10 @@ class Searching(Untrained):
             "found": answer_latents(model, latent_TZ, texts, inputs, length, readings=readings),
             "stated": answer_stated(model, texts, inputs, length),
         }
-        if model.config.encoder.reads_examples_alone:
-            answers["read"] = answer_beside(model, texts, shown, inputs, length, reads_text=False)
+        if self.reads_examples and model.config.encoder.reads_examples_alone:
+            answers["read"] = answer_read(
+                model, examples_alone(model, shown), texts, inputs, length
+            )
         return answers
 
     def _inductions(self, shown: Sequence[Sequence[Example]]) -> list[Induction]:

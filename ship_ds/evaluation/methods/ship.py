@@ -21,9 +21,10 @@ class ShipMethod(Searching):
     name: ClassVar[str] = "ship"
     about: ClassVar[str] = (
         "deduction by the instruction's adapter; induction by a search of SHIP's own: what "
-        "the decoder proposes from the examples and the known instructions, tested on the "
-        "examples; not the published one"
+        "the decoder proposes from the examples and known instructions, tested on the "
+        "examples, those of like tasks first where people wrote them; not the published one"
     )
+    reads_examples: ClassVar[bool] = True
     recipe: ClassVar[InductionConfig] = InductionConfig()
 
     def deduce(
@@ -66,4 +67,5 @@ class SearchWithoutDecoder(Searching):
         "ablation: SHIP's search without its decoder: known instructions, what is derived from "
         "their words, and what the bare Task LLM says where people wrote them"
     )
+    reads_examples: ClassVar[bool] = True
     recipe: ClassVar[InductionConfig] = InductionConfig(asks_decoder=False)
