@@ -13,7 +13,8 @@ import openai
 import pytest
 
 from ship_ds.api import Ship
-from ship_ds.serving.adapters import Adapters
+from ship_ds.inference.results import Induction
+from ship_ds.serving.adapters import Adapters, _induced
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.room import Room
@@ -243,3 +244,15 @@ def test_no_field_is_opened_as_file_or_address(
     watched.clear()
     assert not [one for one in heard if any(place in repr(one) for place in places[:4])]
     assert not [one for one in heard if one[0].startswith("socket.")], heard
+
+
+def test_an_induced_adapter_fuses_the_text_that_its_latent_is_of(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which need not be the one that the search names; where descent found it, there is none."""
+    for reading in ("add 2", ""):
+        found = Induction("add 3", (), (0.5, 0.25), 1, 1, reading)
+        monkeypatch.setattr(Ship, "induce", lambda *rest, found=found: found)
+        source = _induced(ship, None, [("1", "4")])
+        assert source.latent_1Z is not None and source.latent_1Z.tolist() == [[0.5, 0.25]]
+        assert (source.instruction, source.reading) == ("add 3", reading or "add 3")
