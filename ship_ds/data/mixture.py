@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from ship_ds.data.source import TaskSource, TextLengths, with_weights, without_weights
-from ship_ds.data.splits import rule_groups
+from ship_ds.data.splits import rule_groups, together_keys
 from ship_ds.data.task import SMALLEST_WEIGHT, DataError, Splits, SplitTask
 from ship_ds.data.task_files import (
     FilesSection,
@@ -84,7 +84,7 @@ class MixtureTasks(TaskSource):
         seen, dev, unseen = (
             tuple(task for splits in read for task in getattr(splits, part)) for part in _PARTS
         )
-        splits = _without_leaks(Splits(seen, dev, unseen), log)
+        splits = _without_leaks(Splits(seen, dev, unseen), self.config.sources, log)
         for line in _shares(self.config.sources, splits.seen):
             log(line)
         if not splits.seen:
@@ -144,13 +144,21 @@ def _named(tasks: Sequence[SplitTask], source: MixtureSource) -> tuple[SplitTask
     )
 
 
-def _without_leaks(splits: Splits, log: Callable[[str], None]) -> Splits:
-    """Every rule in one part: where sources put it into several, unseen keeps it before dev, and
-    dev before seen. Sources may cut one instruction to different lengths."""
+def _without_leaks(
+    splits: Splits, configs: Sequence[MixtureSource], log: Callable[[str], None]
+) -> Splits:
+    """Every rule in one part, and whatever else a source's split keeps together: where sources put
+    it into several, unseen keeps it before dev, and dev before seen. Sources may cut one
+    instruction to different lengths."""
+    split_of = {source.label: source.split for source in configs}
     tasks = [(part, task) for part in reversed(_PARTS) for task in getattr(splits, part)]
     kept: dict[str, list[SplitTask]] = {part: [] for part in _PARTS}
     sources = [task.id.split("/")[0] for _, task in tasks]
-    for group in rule_groups([task.task for _, task in tasks], cut_as=sources):
+    keys = [
+        together_keys([task.task], split_of[source])[0]
+        for (_, task), source in zip(tasks, sources, strict=True)
+    ]
+    for group in rule_groups([task.task for _, task in tasks], cut_as=sources, together=keys):
         # in the order unseen, dev, seen
         owner = tasks[min(group)][0]
         for i in group:
@@ -160,7 +168,8 @@ def _without_leaks(splits: Splits, log: Callable[[str], None]) -> Splits:
     for part in ("seen", "dev"):
         num_left_out = len(getattr(splits, part)) - len(kept[part])
         if num_left_out:
-            log(f"left out: {part} tasks with the rule of a tested one elsewhere: {num_left_out}")
+            what = "rule or data set" if any(keys) else "rule"
+            log(f"left out: {part} tasks with the {what} of a tested one elsewhere: {num_left_out}")
     # As they were: groups have an order of their own.
     ids = {task.id for part in kept.values() for task in part}
     return Splits(

@@ -9,6 +9,7 @@ many near copies).
 import random
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -17,6 +18,7 @@ from ship_ds.data.words import is_punctuation, plain_words
 from ship_ds.section import Section
 
 SAME_RULE_JACCARD = 0.8
+Together = Literal["rule", "dataset", "family"]
 
 
 class HeldOutExample(Example):
@@ -35,10 +37,14 @@ def not_held_out(task: Task) -> tuple[Example, ...]:
 
 
 class SplitConfig(Section):
-    """The shares are of rules."""
+    """The shares are of rules, but for `keeps_together`."""
 
     seed: int = 0
     """Of the draw of unseen and dev tasks, and of the test examples."""
+    keeps_together: Together = "rule"
+    """What no two parts share: rules; or, besides, the data sets that tasks were made of
+    (`Source` of Super-NaturalInstructions, whose tasks of one data set show like inputs), or their
+    families (its `Categories`). Of these the shares are of tasks, about."""
     unseen_share: float = Field(0.1, gt=0, le=1)
     """Tasks that are never trained on; 1: all of them, and none is dev, as for a benchmark among
     the sources of a mixture."""
@@ -72,7 +78,13 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     if config.unseen_share == 1:
         tested = [_split_examples(task, config) for task in tasks if can_be_tested(task)]
         return Splits((), (), tuple(tested))
-    every = rule_groups(tasks)
+    keys = together_keys(tasks, config)
+    if config.keeps_together != "rule" and not any(keys):
+        raise DataError(
+            f"data.split.keeps_together={config.keeps_together}: no task says of which "
+            f"{config.keeps_together} it is; leave it at rule"
+        )
+    every = rule_groups(tasks, together=keys)
     untested = [group for group in every if not all(can_be_tested(tasks[i]) for i in group)]
     groups = [group for group in every if all(can_be_tested(tasks[i]) for i in group)]
     if len(groups) < 3 and not untested:
@@ -80,13 +92,14 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
             f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for a seen, a dev "
             "and an unseen part; give more"
         )
-    num_unseen, num_dev = _sizes(len(groups), config)
     random.Random(f"split {config.seed}").shuffle(groups)
-    parts = (
-        [*groups[num_unseen + num_dev :], *untested],
-        groups[num_unseen : num_unseen + num_dev],
-        groups[:num_unseen],
-    )
+    if config.keeps_together == "rule" or len(groups) < 3:
+        num_unseen, num_dev = _sizes(len(groups), config)
+        unseen_groups, dev_groups = groups[:num_unseen], groups[num_unseen:][:num_dev]
+        rest = groups[num_unseen + num_dev :]
+    else:
+        unseen_groups, dev_groups, rest = _by_tasks(groups, config)
+    parts = [*rest, *untested], dev_groups, unseen_groups
     seen, dev, unseen = (
         tuple(_split_examples(tasks[i], config) for i in sorted(i for group in part for i in group))
         for part in parts
@@ -101,6 +114,33 @@ def _sizes(num_rules: int, config: SplitConfig) -> tuple[int, int]:
     num_unseen = min(max(1, round(config.unseen_share * num_rules)), num_rules - 2)
     num_dev = min(max(1, round(config.dev_share * num_rules)), num_rules - num_unseen - 1)
     return num_unseen, num_dev
+
+
+def _by_tasks(groups: Sequence[list[int]], config: SplitConfig) -> list[list[list[int]]]:
+    """Unseen, dev and seen groups, which are of very different sizes: in their order each goes to
+    the first part that has room for all of it, and where a part has none, the smallest does."""
+    size = sum(map(len, groups))
+    rooms = [config.unseen_share * size, config.dev_share * size, float(size)]
+    parts: list[list[list[int]]] = [[], [], []]
+    for group in groups:
+        place = next(i for i, room in enumerate(rooms) if len(group) <= room)
+        rooms[place] -= len(group)
+        parts[place].append(group)
+    for part in parts:
+        largest = max(parts, key=len)
+        if not part and len(largest) > 1:
+            smallest = min(largest, key=len)
+            largest.remove(smallest)
+            part.append(smallest)
+    return parts
+
+
+def together_keys(tasks: Sequence[Task], config: SplitConfig) -> list[str]:
+    """Of each task what it may not be parted from, beside its rule; "": nothing."""
+    kind = config.keeps_together
+    names = ["" if kind == "rule" else getattr(task, kind) for task in tasks]
+    # A data set and a category of one name are two things.
+    return [name and f"{kind} {name}" for name in names]
 
 
 def can_be_tested(task: Task) -> bool:
@@ -166,7 +206,11 @@ def _with_all_wordings(one: SplitTask) -> Task:
     return replace(one.task, paraphrases=(*one.task.paraphrases, *one.held_out_paraphrases))
 
 
-def rule_groups(tasks: Sequence[Task], cut_as: Sequence[Hashable] | None = None) -> list[list[int]]:
+def rule_groups(
+    tasks: Sequence[Task],
+    cut_as: Sequence[Hashable] | None = None,
+    together: Sequence[str] | None = None,
+) -> list[list[int]]:
     """Indices of the tasks, grouped into rules, in order of their first task.
 
     Tasks whose wordings are equal or near copies are one rule, and so are tasks that a chain of
@@ -177,6 +221,8 @@ def rule_groups(tasks: Sequence[Task], cut_as: Sequence[Hashable] | None = None)
         cut_as: of each task with which others it was cut to one length; where two were cut to
             different ones, a wording that is the beginning of another one is its rule, too. None:
             all alike.
+        together: of each task a name; those of one name are one group whatever their wordings. "":
+            none.
     """
     # Here: scipy takes half a second to import, and most configs are only read.
     from scipy.sparse import coo_array
@@ -194,6 +240,8 @@ def rule_groups(tasks: Sequence[Task], cut_as: Sequence[Hashable] | None = None)
     pairs += [(first_tasks[one], first_tasks[other]) for one, other in _similar(first_tasks)]
     if cut_as is not None:
         pairs += _beginnings(wordings, cut_as)
+    first_named: dict[str, int] = {}
+    pairs += [(i, first_named.setdefault(name, i)) for i, name in enumerate(together or ()) if name]
     if not pairs:
         return []
     rows, columns = zip(*pairs, strict=True)

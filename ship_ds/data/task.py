@@ -67,8 +67,10 @@ class Task:
 
     `source` says where it was read (a file, or "rules"); `family` groups tasks for macro-averages
     and is the task's own category where the format has one (SNI `Categories`, the generator's rule
-    family), else empty. `paper_metric` changes no training, so it is in no fingerprint. `weight` is
-    how often the file wants it drawn beside a task of weight 1.
+    family), else empty. `dataset` names the data set that its examples were made of, where the
+    format says so (SNI `Source`). `paper_metric` changes no training, so it is in no fingerprint;
+    neither is `dataset`, by which a split may keep tasks together. `weight` is how often the file
+    wants it drawn beside a task of weight 1.
     """
 
     id: str
@@ -78,6 +80,7 @@ class Task:
     source: str = ""
     family: str = ""
     paper_metric: PaperMetric = field(default="", repr=False)
+    dataset: str = field(default="", repr=False)
     weight: float = field(default=1.0, repr=False)
 
 

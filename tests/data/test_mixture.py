@@ -100,6 +100,28 @@ def test_a_rule_in_two_parts_stays_where_it_is_tested(folder: Path) -> None:
     assert dev <= parts[1] | parts[2] and any("the rule of a tested one" in x for x in lines)
 
 
+def test_a_data_set_in_two_sources_stays_where_it_is_tested(folder: Path) -> None:
+    """Where their splits keep it together; another source's tasks of that name do not count."""
+    together = {"split": {"keeps_together": "dataset", "unseen_share": 0.3, "dev_share": 0.2}}
+    for name, word in (("one", "add"), ("two", "take away"), ("three", "write")):
+        path = tasks(folder / f"{name}.jsonl", [f"{word} {i} here" for i in range(12)])
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, row in enumerate(rows):
+            row["dataset"] = f"set {i % 6}"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(folder / f"{name}.jsonl")} for name in ("one", "two", "three")]
+    config = {"sources": [sources[0] | together, sources[1] | together, sources[2]]}
+    config["sources"][1]["split"] = together["split"] | {"seed": 3}
+    splits, lines = read(MixtureTasks(MixtureConfig.model_validate(config)))
+    sets = [
+        {task.task.dataset for task in part if not task.id.startswith("three")}
+        for part in (splits.seen, splits.dev, splits.unseen)
+    ]
+    assert all(sets) and not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert sum(task.id.startswith("three") for task in splits.tasks) == 12
+    assert any("the rule or data set of a tested one elsewhere" in line for line in lines)
+
+
 def test_a_rule_is_found_where_sources_cut_it_to_other_lengths(folder: Path) -> None:
     whole = [" ".join(f"{x}{y}" for y in ascii_lowercase) for x in ascii_lowercase]
     tasks(folder / "tasks.jsonl", whole)

@@ -48,7 +48,8 @@ def p3(text: str, answer: str | None) -> dict[str, Any]:
 
 def test_natural_instructions(tmp_path: Path) -> None:
     write(tmp_path / "tasks" / "task2_b.json", sni(Definition="One text, not a list"))
-    write(tmp_path / "tasks" / "task1_a.json", sni(Definition=["First.", "Second."]))
+    named = sni(Definition=["First.", "Second."], Source=["mctaco", "other"])
+    write(tmp_path / "tasks" / "task1_a.json", named)
     (tmp_path / "tasks.tsv").write_text("an index that is no task\n")
     first, second = read_tasks(tmp_path)
     assert detect_format(tmp_path) == "natural-instructions" and first.id == "task1_a"
@@ -58,6 +59,7 @@ def test_natural_instructions(tmp_path: Path) -> None:
         "Answering",
     )
     assert second.instruction == "One text, not a list"
+    assert (first.dataset, second.dataset) == ("mctaco", "")
     assert first.examples == (Example("sky", "blue", ("blue", "azure")), Example("nothing", ""))
 
 
@@ -474,6 +476,7 @@ def test_our_jsonl(tmp_path: Path) -> None:
         "instruction": "dö it",
         "paraphrases": ["do"],
         "family": "f",
+        "dataset": "d",
         "examples": [
             {"input": "a", "target": "b", "references": ["c"]},
             {"input": "x", "target": ""},
@@ -483,6 +486,7 @@ def test_our_jsonl(tmp_path: Path) -> None:
     path.write_text(json.dumps(good) + "\n\n")
     (task,) = read_tasks(path)
     assert (task.instruction, task.paraphrases, task.family) == ("dö it", ("do",), "f")
+    assert task.dataset == "d" == row_of(task, {})["dataset"]
     assert task.examples == (Example("a", "b", ("b", "c")), Example("x", ""))
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "exmaples": []}) + "\n")
     with pytest.raises(DataError, match="line 2: unknown key 'exmaples'"):

@@ -9,9 +9,11 @@ from pydantic import ValidationError
 
 from ship_ds.data.splits import (
     SplitConfig,
+    Together,
     hold_out,
     rule_groups,
     split_tasks,
+    together_keys,
     without_rules_of,
 )
 from ship_ds.data.task import DataError, Example, SplitTask, Task
@@ -158,6 +160,61 @@ def test_three_rules_are_enough_for_any_shares(unseen: float, dev: float) -> Non
     assert [len(part) for part in (splits.seen, splits.dev, splits.unseen)] == [1, 1, 1]
     with pytest.raises(DataError, match="2 tasks are 2 distinct rules, too few"):
         split_tasks(tasks[:2], SplitConfig())
+
+
+def made_of(names: str, key: str = "dataset") -> list[Task]:
+    return [
+        replace(task(str(i), f"rule number {i}"), **{key: name.strip("-")})  # type: ignore[arg-type]
+        for i, name in enumerate(names.split())
+    ]
+
+
+@pytest.mark.parametrize("key", ["dataset", "family"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_data_set_lies_in_one_part_and_shares_are_of_tasks(key: Together, seed: int) -> None:
+    sizes = {"a": 30, "b": 9, "c": 5, "d": 4, "e": 3, "f": 2, "g": 1}
+    names = [name for name, size in sizes.items() for _ in range(size)] + ["-"] * 46
+    tasks = made_of(" ".join(names), key)
+    config = SplitConfig(keeps_together=key, unseen_share=0.2, dev_share=0.1, seed=seed)
+    splits = split_tasks(tasks, config)
+    parts = [{getattr(t.task, key) for t in part} - {""} for part in vars(splits).values()]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 7, "each in one part"
+    assert len(splits.tasks) == 100 == len({t.id for t in splits.tasks})
+    # Single tasks fill what groups leave.
+    assert (len(splits.unseen), len(splits.dev)) == (20, 10)
+    assert "a" in parts[0], "larger than either share"
+    by_rule = split_tasks(tasks, config.model_copy(update={"keeps_together": "rule"}))
+    parted = [{getattr(t.task, key) for t in part} for part in vars(by_rule).values()]
+    assert any(parted[0] & other for other in parted[1:])
+
+
+def test_rules_stay_together_where_data_sets_do() -> None:
+    """A near copy of another data set's task joins the two."""
+    tasks = made_of("a a b b c d e f")
+    tasks[2] = replace(tasks[2], instruction=tasks[0].instruction)
+    groups = rule_groups(
+        tasks, together=together_keys(tasks, SplitConfig(keeps_together="dataset"))
+    )
+    assert groups == [[0, 1, 2, 3], [4], [5], [6], [7]]
+    assert (
+        rule_groups(tasks, together=[""] * 8)
+        == rule_groups(tasks)
+        == [
+            [0, 2],
+            *([i] for i in (1, 3, 4, 5, 6, 7)),
+        ]
+    )
+
+
+def test_no_part_is_empty_where_data_sets_are_large() -> None:
+    config = SplitConfig(keeps_together="dataset")
+    for names, sizes in (("a " * 9 + "b " * 8 + "c " * 7, {7, 8, 9}), ("a " * 9 + "b c", {9, 1})):
+        splits = split_tasks(made_of(names), config)
+        assert {len(part) for part in vars(splits).values()} == sizes
+    with pytest.raises(DataError, match="4 tasks are 2 distinct rules"):
+        split_tasks(made_of("a a b b"), config)
+    with pytest.raises(DataError, match="keeps_together=dataset: no task says of which dataset"):
+        split_tasks(made_of("- - - -"), config)
 
 
 def test_shares_that_leave_nothing_seen_are_refused() -> None:

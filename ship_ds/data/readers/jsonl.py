@@ -20,7 +20,7 @@ from ship_ds.data.readers.rows import first_row, rows_of
 from ship_ds.data.task import SMALLEST_WEIGHT, Example, Task, read_error
 
 _TASK_KEYS, _EXAMPLE_KEYS = (
-    {"id", "instruction", "examples", "paraphrases", "family", "weight", "origin"},
+    {"id", "instruction", "examples", "paraphrases", "family", "dataset", "weight", "origin"},
     {"input", "target", "references"},
 )
 
@@ -63,6 +63,7 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
         tuple(others),
         source=f"{path}:{where.split()[-1]}",
         family=expect(row.get("family", ""), str, path, f"{where}.family"),
+        dataset=expect(row.get("dataset", ""), str, path, f"{where}.dataset"),
         weight=_weight(row.get("weight", 1), path, f"{where}.weight"),
     )
 
@@ -79,6 +80,8 @@ def row_of(task: Task, origin: Mapping[str, Any]) -> dict[str, Any]:
         row["paraphrases"] = list(task.paraphrases)
     if task.family:
         row["family"] = task.family
+    if task.dataset:
+        row["dataset"] = task.dataset
     if task.weight != 1:
         row["weight"] = task.weight
     row["examples"] = [

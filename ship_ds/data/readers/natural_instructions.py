@@ -43,7 +43,16 @@ def _read_file(path: Path) -> Task:
         examples.append(
             example(field(row, "input", str, path, where), texts(row, "output", path, where))
         )
-    category = texts(content, "Categories", path, "task")[0] if content.get("Categories") else ""
+    category, dataset = (
+        texts(content, key, path, "task")[0] if content.get(key) else ""
+        for key in ("Categories", "Source")
+    )
     return Task(
-        stem_of(path), wordings[0], tuple(examples), wordings[1:], source=str(path), family=category
+        stem_of(path),
+        wordings[0],
+        tuple(examples),
+        wordings[1:],
+        source=str(path),
+        family=category,
+        dataset=dataset,
     )
