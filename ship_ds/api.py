@@ -125,7 +125,7 @@ class Ship:
         version 0.1.0, which has none."""
         self._measured_following: PromptFollowing | None = None
         self._asked_following = False
-        self._indexed: dict[tuple[str, ...], Bank] = {}
+        self._indexed: dict[tuple[tuple[str, ...], bool], Bank] = {}
         self._calibration = derived.calibration() if derived else None
         self._reader: LoraReader | None = None
         self._threshold: Threshold | None = None
@@ -202,10 +202,11 @@ class Ship:
         bank = self.bank if seen is None else self.bank_of([task.task.instruction for task in seen])
         if not config.looks_by_examples(bank.share_in_slots):
             return bank
-        if bank.instructions not in self._indexed:
+        key = bank.instructions, seen is None
+        if key not in self._indexed:
             index = self._example_index(log) if seen is None else ExampleIndex.of_tasks(seen)
-            self._indexed[bank.instructions] = bank if index is None else bank.with_index(index)
-        return self._indexed[bank.instructions]
+            self._indexed[key] = bank if index is None else bank.with_index(index)
+        return self._indexed[key]
 
     def _example_index(self, log: Log) -> ExampleIndex | None:
         """Of the known tasks; None where their examples are nowhere."""

@@ -168,7 +168,7 @@ def _without_leaks(
     for part in ("seen", "dev"):
         num_left_out = len(getattr(splits, part)) - len(kept[part])
         if num_left_out:
-            what = "rule or data set" if any(keys) else "rule"
+            what = "rule, data set or family" if any(keys) else "rule"
             log(f"left out: {part} tasks with the {what} of a tested one elsewhere: {num_left_out}")
     # As they were: groups have an order of their own.
     ids = {task.id for part in kept.values() for task in part}

@@ -42,9 +42,9 @@ class SplitConfig(Section):
     seed: int = 0
     """Of the draw of unseen and dev tasks, and of the test examples."""
     keeps_together: Together = "rule"
-    """What no two parts share: rules; or, besides, the data sets that tasks were made of
+    """What no two parts share: rules; or, besides, the data sets that tasks were made of, by name
     (`Source` of Super-NaturalInstructions, whose tasks of one data set show like inputs), or their
-    families (its `Categories`). Of these the shares are of tasks, about."""
+    families (its `Categories`). Of these the shares are of tasks, as far as whole ones fit."""
     unseen_share: float = Field(0.1, gt=0, le=1)
     """Tasks that are never trained on; 1: all of them, and none is dev, as for a benchmark among
     the sources of a mixture."""
@@ -73,7 +73,8 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     Where all are to be unseen, tasks with a single input are left out.
 
     Raises:
-        DataError: every task could be tested, and they are fewer than three rules.
+        DataError: every task could be tested, and they are fewer than three rules; or fewer than
+            three groups that `keeps_together` makes have tasks that can all be tested.
     """
     if config.unseen_share == 1:
         tested = [_split_examples(task, config) for task in tasks if can_be_tested(task)]
@@ -87,13 +88,19 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     every = rule_groups(tasks, together=keys)
     untested = [group for group in every if not all(can_be_tested(tasks[i]) for i in group)]
     groups = [group for group in every if all(can_be_tested(tasks[i]) for i in group)]
+    if len(groups) < 3 and config.keeps_together != "rule":
+        raise DataError(
+            f"data.split.keeps_together={config.keeps_together}: leaves {len(groups)} groups of "
+            "tasks that can all be tested, too few for a seen, a dev and an unseen part; leave it "
+            "at rule"
+        )
     if len(groups) < 3 and not untested:
         raise DataError(
             f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for a seen, a dev "
             "and an unseen part; give more"
         )
     random.Random(f"split {config.seed}").shuffle(groups)
-    if config.keeps_together == "rule" or len(groups) < 3:
+    if config.keeps_together == "rule":
         num_unseen, num_dev = _sizes(len(groups), config)
         unseen_groups, dev_groups = groups[:num_unseen], groups[num_unseen:][:num_dev]
         rest = groups[num_unseen + num_dev :]
@@ -136,11 +143,13 @@ def _by_tasks(groups: Sequence[list[int]], config: SplitConfig) -> list[list[lis
 
 
 def together_keys(tasks: Sequence[Task], config: SplitConfig) -> list[str]:
-    """Of each task what it may not be parted from, beside its rule; "": nothing."""
+    """Of each task what it may not be parted from, beside its rule; "": nothing. Names are compared
+    by their letters and digits: files spell one data set "roc_stories" and "rocstories"."""
     kind = config.keeps_together
     names = ["" if kind == "rule" else getattr(task, kind) for task in tasks]
     # A data set and a category of one name are two things.
-    return [name and f"{kind} {name}" for name in names]
+    plain = ["".join(filter(str.isalnum, name.casefold())) for name in names]
+    return [name and f"{kind} {name}" for name in plain]
 
 
 def can_be_tested(task: Task) -> bool:

@@ -108,7 +108,7 @@ def parse_benchmark(text: str, place: str) -> FilesConfig:
         config = FilesConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{place}: {first_error(error).line}") from None
-    for key in ("unseen_share", "dev_share"):
+    for key in ("unseen_share", "dev_share", "keeps_together"):
         if key in config.split.model_fields_set:
             raise UserError(f"{place}: split.{key}: all of these tasks are tested; leave it out")
     if config.cache is not None:

@@ -129,7 +129,9 @@ def results_name(data: FilesConfig | None) -> str:
     last name and a hash of path and settings."""
     if data is None:
         return Run.results
-    digest = hashlib.sha256(data.model_dump_json().encode()).hexdigest()
+    # Not `keeps_together`, which `parse_benchmark` refuses: names are those of earlier versions.
+    settings = data.model_dump_json(exclude={"split": {"keeps_together"}})
+    digest = hashlib.sha256(settings.encode()).hexdigest()
     return f"{Run.results}-{Path(data.path).name}-{digest[:8]}"
 
 

@@ -119,7 +119,7 @@ def test_a_data_set_in_two_sources_stays_where_it_is_tested(folder: Path) -> Non
     ]
     assert all(sets) and not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
     assert sum(task.id.startswith("three") for task in splits.tasks) == 12
-    assert any("the rule or data set of a tested one elsewhere" in line for line in lines)
+    assert any("the rule, data set or family of a tested one elsewhere" in line for line in lines)
 
 
 def test_a_rule_is_found_where_sources_cut_it_to_other_lengths(folder: Path) -> None:

@@ -60,6 +60,16 @@ def test_natural_instructions(tmp_path: Path) -> None:
     )
     assert second.instruction == "One text, not a list"
     assert (first.dataset, second.dataset) == ("mctaco", "")
+    for source, name in (
+        ("x y", "x y"),
+        (["wsc; enhanced_wsc"], "wsc"),
+        (["Synthetic"], ""),
+        ([], ""),
+        ([None], ""),
+        (3, ""),
+    ):
+        write(tmp_path / "tasks" / "task1_a.json", sni(Source=source))
+        assert read_tasks(tmp_path)[0].dataset == name
     assert first.examples == (Example("sky", "blue", ("blue", "azure")), Example("nothing", ""))
 
 

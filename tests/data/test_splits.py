@@ -184,13 +184,13 @@ def test_a_data_set_lies_in_one_part_and_shares_are_of_tasks(key: Together, seed
     assert (len(splits.unseen), len(splits.dev)) == (20, 10)
     assert "a" in parts[0], "larger than either share"
     by_rule = split_tasks(tasks, config.model_copy(update={"keeps_together": "rule"}))
-    parted = [{getattr(t.task, key) for t in part} for part in vars(by_rule).values()]
+    parted = [{getattr(t.task, key) for t in part} - {""} for part in vars(by_rule).values()]
     assert any(parted[0] & other for other in parted[1:])
 
 
 def test_rules_stay_together_where_data_sets_do() -> None:
-    """A near copy of another data set's task joins the two."""
-    tasks = made_of("a a b b c d e f")
+    """A near copy of another data set's task joins the two; spelling parts none."""
+    tasks = made_of("roc_stories RocStories b b c d e f")
     tasks[2] = replace(tasks[2], instruction=tasks[0].instruction)
     groups = rule_groups(
         tasks, together=together_keys(tasks, SplitConfig(keeps_together="dataset"))
@@ -208,11 +208,15 @@ def test_rules_stay_together_where_data_sets_do() -> None:
 
 def test_no_part_is_empty_where_data_sets_are_large() -> None:
     config = SplitConfig(keeps_together="dataset")
-    for names, sizes in (("a " * 9 + "b " * 8 + "c " * 7, {7, 8, 9}), ("a " * 9 + "b c", {9, 1})):
-        splits = split_tasks(made_of(names), config)
-        assert {len(part) for part in vars(splits).values()} == sizes
-    with pytest.raises(DataError, match="4 tasks are 2 distinct rules"):
+    splits = split_tasks(made_of("a " * 9 + "b " * 8 + "c " * 7), config)
+    assert {len(part) for part in vars(splits).values()} == {7, 8, 9}
+    splits = split_tasks(made_of("a " * 9 + "b c"), config)
+    assert [len(part) for part in vars(splits).values()] == [9, 1, 1], "a large one is seen"
+    with pytest.raises(DataError, match="leaves 2 groups of tasks that can all be tested"):
         split_tasks(made_of("a a b b"), config)
+    alone = [replace(one, examples=one.examples[:1]) for one in made_of("a b c")]
+    with pytest.raises(DataError, match="leaves 1 groups"):
+        split_tasks([*made_of("a a b b c c d d"), *alone], config)
     with pytest.raises(DataError, match="keeps_together=dataset: no task says of which dataset"):
         split_tasks(made_of("- - - -"), config)
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from ship_ds.data.mixture import MixtureConfig, MixtureSource, MixtureTasks
 from ship_ds.data.source import TaskSource
 from ship_ds.data.task import DataError, Splits, SplitTask, Task
-from ship_ds.data.task_files import FilesConfig, FilesSource
+from ship_ds.data.task_files import FilesConfig, FilesSource, parse_benchmark
+from ship_ds.errors import UserError
 from ship_ds.model.loading import load_tokenizer
 
 
@@ -125,3 +126,10 @@ assert not {"torch", "transformers", "datasets", "pyarrow"} & set(sys.modules)
         cwd=Path(__file__).resolve().parents[2],
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_how_a_benchmark_is_split_is_no_setting(tmp_path: Path) -> None:
+    for key, value in (("unseen_share", "0.5"), ("keeps_together", "dataset")):
+        text = f"{{path: {tmp_path}, split: {{{key}: {value}}}}}"
+        with pytest.raises(UserError, match=f"--data: split.{key}: all of these tasks are tested"):
+            parse_benchmark(text, "--data")

@@ -14,13 +14,13 @@ import pytest
 from ship_ds import cli
 from ship_ds.cli import checks
 from ship_ds.console import no_log
-from ship_ds.data.task_files import parse_benchmark
+from ship_ds.data.task_files import FilesConfig, parse_benchmark
 from ship_ds.errors import UserError
 from ship_ds.evaluation.baselines.tagi import Tagi
 from ship_ds.evaluation.budgets import AnsweredExamples, Budget, Minutes, UntilDevStops
 from ship_ds.evaluation.config import METHOD_NAMES, EndpointConfig, HarnessConfig
 from ship_ds.evaluation.evaluate import evaluate
-from ship_ds.evaluation.harness import Harness, Run
+from ship_ds.evaluation.harness import Harness, Run, results_name
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.methods.icl import InContextLearning
@@ -526,3 +526,8 @@ def test_shots_that_do_not_fit_are_left_out_last_first(
             monkeypatch.setattr(LanguageModel, "context_length", len(prompt(shots)) + 5 + room)
             asked_texts(model, [shots, ()], 5, prompt)
             assert read.pop() == [prompt(shots[:num_left]), prompt(())]
+
+
+def test_a_benchmark_goes_by_the_name_that_it_has_had() -> None:
+    """Cells of other data lie in a folder of that name: a new setting must not move them."""
+    assert results_name(FilesConfig(path="/data/x")) == "evaluation-x-011e3a18"

@@ -2,11 +2,11 @@
 
     {"id": "t1", "instruction": "...", "examples": [
         {"input": "...", "target": "...", "references": ["..."]}],
-     "paraphrases": ["..."], "family": "...", "weight": 1, "origin": {...}}
+     "paraphrases": ["..."], "family": "...", "dataset": "...", "weight": 1, "origin": {...}}
 
-`references` (every right answer beside the target), `paraphrases`, `family`, `weight` (how often it
-is drawn beside a task of weight 1) and `origin` (how it was made; not read) may be left out; any
-other key is an error.
+`references` (every right answer beside the target), `paraphrases`, `family`, `dataset` (what its
+examples were made of), `weight` (how often it is drawn beside a task of weight 1) and `origin` (how
+it was made; not read) may be left out; any other key is an error.
 """
 
 from collections import Counter

@@ -7,6 +7,7 @@ folder with `tasks/`.
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from ship_ds.data.readers.checks import distinct, example, expect, field, load_object, texts
 from ship_ds.data.readers.files import KEY_BYTES, files_of, head, stem_of
@@ -43,10 +44,7 @@ def _read_file(path: Path) -> Task:
         examples.append(
             example(field(row, "input", str, path, where), texts(row, "output", path, where))
         )
-    category, dataset = (
-        texts(content, key, path, "task")[0] if content.get(key) else ""
-        for key in ("Categories", "Source")
-    )
+    category = texts(content, "Categories", path, "task")[0] if content.get("Categories") else ""
     return Task(
         stem_of(path),
         wordings[0],
@@ -54,5 +52,15 @@ def _read_file(path: Path) -> Task:
         wordings[1:],
         source=str(path),
         family=category,
-        dataset=dataset,
+        dataset=_dataset(content.get("Source")),
     )
+
+
+_NO_DATASET = frozenset({"synthetic", "missing", "miscellaneous"})
+
+
+def _dataset(source: Any) -> str:
+    """The first name of `Source`; "" where that names no data set. No file is refused for it."""
+    first = source[0] if isinstance(source, list) and source else source
+    name = first.partition(";")[0].strip() if isinstance(first, str) else ""
+    return "" if name.casefold() in _NO_DATASET else name
