@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from ship_ds.data.source import TaskSource, TextLengths, with_weights, without_weights
-from ship_ds.data.splits import rule_groups, together_keys
+from ship_ds.data.splits import rule_groups, together_key
 from ship_ds.data.task import SMALLEST_WEIGHT, DataError, Splits, SplitTask
 from ship_ds.data.task_files import (
     FilesSection,
@@ -155,7 +155,7 @@ def _without_leaks(
     kept: dict[str, list[SplitTask]] = {part: [] for part in _PARTS}
     sources = [task.id.split("/")[0] for _, task in tasks]
     keys = [
-        together_keys([task.task], split_of[source])[0]
+        together_key(task.task, split_of[source])
         for (_, task), source in zip(tasks, sources, strict=True)
     ]
     for group in rule_groups([task.task for _, task in tasks], cut_as=sources, together=keys):

@@ -79,7 +79,7 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     if config.unseen_share == 1:
         tested = [_split_examples(task, config) for task in tasks if can_be_tested(task)]
         return Splits((), (), tuple(tested))
-    keys = together_keys(tasks, config)
+    keys = [together_key(task, config) for task in tasks]
     if config.keeps_together != "rule" and not any(keys):
         raise DataError(
             f"data.split.keeps_together={config.keeps_together}: no task says of which "
@@ -127,7 +127,8 @@ def _by_tasks(groups: Sequence[list[int]], config: SplitConfig) -> list[list[lis
     """Unseen, dev and seen groups, which are of very different sizes: in their order each goes to
     the first part that has room for all of it, and where a part has none, the smallest does."""
     size = sum(map(len, groups))
-    rooms = [config.unseen_share * size, config.dev_share * size, float(size)]
+    # Rounded: 0.29 of 100 is a little less than 29.
+    rooms = [round(config.unseen_share * size), round(config.dev_share * size), size]
     parts: list[list[list[int]]] = [[], [], []]
     for group in groups:
         place = next(i for i, room in enumerate(rooms) if len(group) <= room)
@@ -142,14 +143,15 @@ def _by_tasks(groups: Sequence[list[int]], config: SplitConfig) -> list[list[lis
     return parts
 
 
-def together_keys(tasks: Sequence[Task], config: SplitConfig) -> list[str]:
-    """Of each task what it may not be parted from, beside its rule; "": nothing. Names are compared
-    by their letters and digits: files spell one data set "roc_stories" and "rocstories"."""
+def together_key(task: Task, config: SplitConfig) -> str:
+    """What the task may not be parted from, beside its rule; "": nothing. Names are compared by
+    their letters and digits: files spell one data set "roc_stories" and "rocstories"."""
     kind = config.keeps_together
-    names = ["" if kind == "rule" else getattr(task, kind) for task in tasks]
+    if kind == "rule":
+        return ""
+    name = "".join(filter(str.isalnum, getattr(task, kind).casefold()))
     # A data set and a category of one name are two things.
-    plain = ["".join(filter(str.isalnum, name.casefold())) for name in names]
-    return [name and f"{kind} {name}" for name in plain]
+    return name and f"{kind} {name}"
 
 
 def can_be_tested(task: Task) -> bool:

@@ -119,6 +119,9 @@ class ExampleIndex:
         parts = arrays["counts"].astype(np.float64), arrays["features"], arrays["ends"]
         counts = csr_matrix(parts, shape=(len(instructions), _NUM_FEATURES))
         counts.check_format(full_check=True)
+        # Of whose logarithm TF-IDF is made.
+        if counts.nnz and counts.data.min() < 1:
+            raise ValueError("counts below 1")
         return cls(instructions, counts)
 
 

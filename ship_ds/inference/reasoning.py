@@ -4,7 +4,7 @@
     reason_many(model, bank, [[Example("1 2", "2 1")]], [["3 4"]], config, 20)
     -> [Reasoning(induction of "reverse the list", ["4 3"], ["4 3"], ["4 3"], None)]
 
-Letters: C candidates, M examples of a task, T tasks, Z latent size.
+Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Sequence
@@ -154,8 +154,10 @@ def _better(
     searches = searches_of(model, bank, tasks, config)
     for search, pair in zip(searches, zip(before, after, strict=True), strict=True):
         texts = [induction.instruction for induction in pair]
-        latents = model.encode(texts)
-        trials = [Trial(search, *row) for row in zip(texts, ("", ""), latents, strict=True)]
+        trials = [
+            Trial(search, text, "", latent_Z)
+            for text, latent_Z in zip(texts, model.encode(texts), strict=True)
+        ]
         table = TrialTable.measure(model, trials, slice(None), in_prompt=False)
         first, second = table.candidates()
         better.append(pair[1] if second.rank < first.rank else pair[0])

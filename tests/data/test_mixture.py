@@ -111,7 +111,7 @@ def test_a_data_set_in_two_sources_stays_where_it_is_tested(folder: Path) -> Non
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [{"path": str(folder / f"{name}.jsonl")} for name in ("one", "two", "three")]
     config = {"sources": [sources[0] | together, sources[1] | together, sources[2]]}
-    config["sources"][1]["split"] = together["split"] | {"seed": 3}
+    config["sources"][1]["split"] = together["split"] | {"seed": 1}
     splits, lines = read(MixtureTasks(MixtureConfig.model_validate(config)))
     sets = [
         {task.task.dataset for task in part if not task.id.startswith("three")}

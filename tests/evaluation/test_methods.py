@@ -310,10 +310,11 @@ def test_retrieval_answers_by_the_text_and_the_examples(
 def test_rounds_induce_twice_and_answer_every_input(
     make: Make, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second time from the shown examples and no fewer."""
+    """The second time from the shown examples and no fewer; among tasks with like ones."""
     given: list[Sequence[Sequence[Example]]] = []
 
     def spied(model: Any, bank: Any, tasks: Sequence[Sequence[Example]], *rest: Any) -> Any:
+        assert bank.index is not None
         given.append(tasks)
         return induce_many(model, bank, tasks, *rest)
 

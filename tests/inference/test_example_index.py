@@ -18,7 +18,8 @@ from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.derived import Derived, keep_examples_of
 from ship_ds.inference.example_index import ExampleIndex
 from ship_ds.inference.induction import induce_many, searches_of
-from ship_ds.inference.results import score
+from ship_ds.inference.reasoning import _better
+from ship_ds.inference.results import Induction, score
 from ship_ds.inference.scoring import fit_of_latents
 from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals as try_proposals
@@ -119,7 +120,9 @@ def test_an_index_is_kept_without_the_data_in_clear(tmp_path: Path) -> None:
     assert Derived(tmp_path, "a", "float32").example_index(list(PAIRS)[:2]) is None, "other tasks"
 
 
-@pytest.mark.parametrize("fault", ["version", "rows", "column", "order", "missing", "cut", "text"])
+@pytest.mark.parametrize(
+    "fault", ["version", "rows", "column", "order", "count", "missing", "cut", "text"]
+)
 def test_a_file_that_is_no_index_is_made_again(tmp_path: Path, fault: str) -> None:
     index = ExampleIndex.of_tasks(tasks_of(PAIRS))
     kept = Derived(tmp_path, "a", "float32")
@@ -136,6 +139,8 @@ def test_a_file_that_is_no_index_is_made_again(tmp_path: Path, fault: str) -> No
             arrays["features"][0] = 2**30
         case "order":
             arrays["ends"] = arrays["ends"][::-1].copy()
+        case "count":
+            arrays["counts"][0] = -3
         case "missing":
             del arrays["counts"]
         case "text":
@@ -265,6 +270,27 @@ def test_tasks_of_a_group_have_their_own_resemblance(written: Ship) -> None:
     for config in (InductionConfig(method="bank"), InductionConfig(method="propose")):
         (state,) = searches_of(written.model, bank, [EXAMPLES], config)
         assert state.resemblance is None
+
+
+@pytest.mark.slow
+def test_of_two_rounds_the_text_stays_that_the_search_would_choose(written: Ship) -> None:
+    """By resemblance too where that is compared, else by exact answers and then by loss."""
+    config = InductionConfig()
+    alike, other = WRITTEN[2], WRITTEN[0]
+    indexed = written.bank_to_search(config, seen=WRITTEN_TASKS)
+    fit = fit_of_latents(
+        written.model, written.model.encode([alike, other]), [alike, other], [EXAMPLES] * 2
+    )
+    ranks = [
+        (-int(right_M.sum()), float(loss_M.sum()))
+        for right_M, loss_M in zip(fit.right_CM, fit.loss_CM, strict=True)
+    ]
+    by_answers = min(zip(ranks, (alike, other), strict=True))[1]
+    for bank, chosen in ((indexed, alike), (written.bank, by_answers)):
+        for pair in ((alike, other), (other, alike)):
+            before, after = ([Induction(text, (), (), 0, 3)] for text in pair)
+            (better,) = _better(written.model, bank, [EXAMPLES], before, after, config)
+            assert better.instruction == chosen
 
 
 @pytest.mark.slow

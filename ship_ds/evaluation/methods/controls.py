@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ship_ds.data.task import Example, SplitTask
-from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.evaluation.metrics import majority_label
 from ship_ds.evaluation.questions import another_instruction
@@ -47,10 +46,6 @@ class AnotherInstruction(Untrained, ABC):
     """SHIP under a seen task's instruction in place of the task's own; a subclass says which."""
 
     answers_as_ship: ClassVar[bool] = True
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.seen = setting.splits.seen
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]

@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from ship_ds.data.task import Example, Reading
-from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.inference.example_index import COUNTED, ExampleIndex
@@ -42,10 +41,6 @@ class Retrieval(Untrained):
     def settings(cls) -> dict[str, Any]:
         """Whether examples are read, and what is counted."""
         return {**cls.recipe.model_dump(), "index": COUNTED}
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.seen = setting.splits.seen
 
     @cached_property
     def index(self) -> ExampleIndex:

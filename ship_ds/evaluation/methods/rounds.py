@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 from ship_ds.console import log
 from ship_ds.data.task import Example
-from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.searching import search_settings
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.config import InductionConfig
@@ -30,10 +29,6 @@ class ShipRounds(Untrained):
     def settings(cls) -> dict[str, Any]:
         """Of the search."""
         return {**search_settings(cls.recipe), "rounds": _NUM_ROUNDS}
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.seen = setting.splits.seen
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]

@@ -56,7 +56,6 @@ class Searching(Untrained):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.seen = setting.splits.seen
         self.search = self.recipe.model_copy(
             update={"max_new_tokens": self.ship.config.evaluation.max_instruction_tokens}
         )

@@ -46,7 +46,7 @@ class Untrained:
         return {}
 
     def __init__(self, setting: Setting) -> None:
-        self.ship, self.seed = setting.ship, setting.seed
+        self.ship, self.seed, self.seen = setting.ship, setting.seed, setting.splits.seen
 
     def prepare(self) -> None:
         """Nothing is trained."""

@@ -31,7 +31,7 @@ class _WeightsReader(Untrained):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.known = [task.task.instruction for task in setting.splits.seen]
+        self.known = [task.task.instruction for task in self.seen]
         length = self.ship.config.evaluation.max_instruction_tokens
         self.search = self.recipe.model_copy(update={"max_new_tokens": length})
 
