@@ -21,7 +21,7 @@ from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import with_one_end
 from ship_ds.model.language_model import LanguageModel
-from ship_ds.model.ship import ShipModel
+from ship_ds.model.ship import AnyReading, ShipModel
 from ship_ds.prompt import PromptFormat
 
 Examples = Sequence[Example]
@@ -70,7 +70,7 @@ def fit_of_latents(
     latent_CZ: Tensor,
     wordings: Sequence[str],
     examples: Sequence[Examples],
-    readings: Sequence[str | Reading] | None = None,
+    readings: Sequence[AnyReading] | None = None,
 ) -> Fit:
     """How each latent's adapter explains examples.
 
@@ -81,7 +81,7 @@ def fit_of_latents(
         examples: those of each candidate, equally many for all.
         readings: what each latent was made of, for an adapter that fuses it; None: the wordings.
     """
-    read = wordings if readings is None else readings
+    read: Sequence[AnyReading] = wordings if readings is None else readings
     questions = [
         [model.question(e.input, text) for e in examples_M]
         for text, examples_M in zip(wordings, examples, strict=True)

@@ -19,6 +19,7 @@ from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.results import Candidate, score
 from ship_ds.inference.scoring import Fit, fit_in_prompt, fit_of_latents
 from ship_ds.inference.search_state import Proposal, ScreeningScore, SearchState
+from ship_ds.model.encoder import Encoded
 from ship_ds.model.ship import ShipModel
 
 
@@ -31,12 +32,15 @@ class Trial:
         text: the instruction.
         origin: who proposed it first.
         latent_Z: the mean of its posterior.
+        encoded: the text as the encoder read it, for an adapter that fuses it; None: it is read
+            again.
     """
 
     search: SearchState
     text: str
     origin: str
     latent_Z: Tensor
+    encoded: Encoded | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,8 @@ class TrialTable:
         latent_CZ = torch.stack([trial.latent_Z for trial in trials])
         texts = [trial.text for trial in trials]
         given = [trial.search.examples[examples] for trial in trials]
-        encoded = fit_of_latents(model, latent_CZ, texts, given)
+        read = [trial.encoded or trial.text for trial in trials]
+        encoded = fit_of_latents(model, latent_CZ, texts, given, read)
         stated = fit_in_prompt(model, texts, given) if in_prompt else None
         return cls(tuple(trials), encoded, stated)
 
@@ -167,11 +172,17 @@ def unique_new_trials(
         for proposal in _first_of_each_text([p for p in proposals if p.search is search])
         if proposal.text and proposal.text not in search.tested
     ]
-    # Tasks share texts too: each is encoded once for all of them, and a known one not at all.
+    # Tasks share texts too: each is encoded once for all of them, and a known one not at all,
+    # unless its adapter is made of more than its latent.
     latents = {one.text: one.latent_Z for one in proposals if one.latent_Z is not None}
-    texts = list(dict.fromkeys(one.text for one in unique if one.text not in latents))
-    latents |= zip(texts, model.encode(texts), strict=True)
-    return [Trial(one.search, one.text, one.origin, latents[one.text]) for one in unique]
+    known = () if model.hypernetwork.fuses else latents
+    texts = list(dict.fromkeys(one.text for one in unique if one.text not in known))
+    encoded = dict(zip(texts, model.encoded(texts), strict=True))
+    latents = {text: one.mean_Z for text, one in encoded.items()} | latents
+    return [
+        Trial(one.search, one.text, one.origin, latents[one.text], encoded.get(one.text))
+        for one in unique
+    ]
 
 
 def _first_of_each_text(proposals: Sequence[Proposal]) -> Iterable[Proposal]:

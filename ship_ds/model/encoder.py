@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ship_ds.config import AttentionPooling, LastPooling
+from ship_ds.data.task import Reading
 from ship_ds.errors import UserError
 from ship_ds.flops import chunk_lengths
 from ship_ds.model.adapters.adapter import num_products
@@ -40,6 +41,19 @@ class Posterior:
     def sample(self, noise_TZ: Tensor) -> Tensor:
         """z = mean + exp(log_variance / 2) * noise."""
         return self.mean_TZ + (self.log_variance_TZ / 2).exp() * noise_TZ
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A reading and what the encoder made of it, for whoever makes adapters of it more than once.
+
+    mean_Z: its posterior's mean, on the host.
+    states_SH: its tokens' states there, of a kind that fuses them; None: they are to be read again.
+    """
+
+    reading: str | Reading
+    mean_Z: Tensor
+    states_SH: Tensor | None
 
 
 class Encoder(Role):

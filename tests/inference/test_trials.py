@@ -1,5 +1,7 @@
 """The stages that a proposed instruction goes through."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,9 +10,11 @@ from ship_ds.data.task import Example
 from ship_ds.inference import trials as stages
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.results import Candidate
-from ship_ds.inference.scoring import Fit
+from ship_ds.inference.scoring import Fit, fit_of_latents
 from ship_ds.inference.search_state import Proposal, ScreeningScore, SearchState
 from ship_ds.inference.trials import Trial, TrialTable
+from ship_ds.model.batch import TokenBatch
+from tests.export.models import make_ship
 
 
 @pytest.fixture
@@ -42,6 +46,32 @@ def test_a_text_is_tried_once_under_the_origin_that_came_first(
     encoded = ship.model.encode(["add 3", "add 2"])
     torch.testing.assert_close(trials[2].latent_Z, encoded[0])
     torch.testing.assert_close(trials[1].latent_Z, encoded[1])
+
+
+def test_a_fused_text_is_read_once_by_all_stages_and_tasks(
+    searches: list[SearchState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A known one too, of which the latent says not all; what it answers stays."""
+    parts = [{"kind": "lora", "rank": 2, "width": 8}, {"kind": "block_fusion"}]
+    model, read = make_ship("embedded", kind="combination", parts=parts).model, []
+    texts = ["add 3", "put 7 at the front", "reverse"]
+    known_CZ = model.encode(texts)
+    plain = fit_of_latents(model, known_CZ, texts, [searches[1].examples] * 3)
+
+    def counted(self: Any, batch: TokenBatch, *given: Any, **options: Any) -> Any:
+        read.extend(batch.lengths)
+        return forward(self, batch, *given, **options)
+
+    forward = type(model.encoder).forward
+    monkeypatch.setattr(type(model.encoder), "forward", counted)
+    proposals = [Proposal(search, text, "sampled") for search in searches for text in texts[:2]]
+    proposals += [Proposal(search, texts[2], "known", known_CZ[2]) for search in searches]
+    config = InductionConfig(ranks_in_prompt=False, num_screened=1)
+    stages.test_proposals(model, searches, proposals, config)
+    assert len(read) == 3
+    for row, text in enumerate(texts):
+        found = searches[1].tested[text]
+        assert found.loss == pytest.approx(float(plain.loss_CM[row].mean()), rel=1e-4)
 
 
 def test_finalists_are_the_best_of_each_task(searches: list[SearchState]) -> None:

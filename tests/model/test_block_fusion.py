@@ -13,6 +13,7 @@ from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference.checks import check_examples, check_inputs, check_instruction
 from ship_ds.model import budget
+from ship_ds.model import ship as ship_module
 from ship_ds.model.adapters.adapter import States, Target
 from ship_ds.model.adapters.block_fusion import BlockFusionHypernetwork
 from ship_ds.model.assemble import LoadedWeights, build_ship
@@ -208,6 +209,37 @@ def test_what_needs_no_states_makes_none(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(taken) == 1
     monkeypatch.setattr(budget, "bytes_free", lambda device: ship.encoder.state_bytes * 12)
     assert len(list(ship._encoded(WORDINGS, gives_states=True))) == 3
+
+
+@pytest.mark.parametrize("kept", ["all", "the first", "none"])
+def test_what_was_encoded_is_not_read_again(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as there was room for its states; texts that were not stand beside it as before."""
+    ship, read = ship_of(), []
+    size = ship.encoder.state_width * 8 * len(ship.encoder_prompts.encoder_prompt(WORDINGS[2]))
+    monkeypatch.setattr(
+        ship_module, "_MOST_KEPT", {"all": 1 << 20, "the first": size, "none": 0}[kept]
+    )
+    encoded = ship.encoded([WORDINGS[2], WORDINGS[0]])
+    assert [one.reading for one in encoded] == [WORDINGS[2], WORDINGS[0]]
+    # Read in one batch, the longest first: of both the room is used up in that order.
+    assert sum(one.states_SH is not None for one in encoded) == ["none", "the first", "all"].index(
+        kept
+    )
+    latent_TZ = ship.encode(WORDINGS)
+    torch.testing.assert_close(torch.stack([one.mean_Z for one in encoded]), latent_TZ[[2, 0]])
+    plain = ship.adapt(latent_TZ, WORDINGS).tensors()
+
+    def counted(self: Any, batch: TokenBatch, *given: Any, **options: Any) -> Any:
+        read.extend(batch.lengths)
+        return forward(self, batch, *given, **options)
+
+    forward = type(ship.encoder).forward
+    monkeypatch.setattr(type(ship.encoder), "forward", counted)
+    mixed = ship.adapt(latent_TZ, [encoded[1], WORDINGS[1], encoded[0]]).tensors()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(mixed[name], tensor)
+    assert len(read) == {"all": 1, "the first": 2, "none": 3}[kept]
+    assert ship.adapter_bytes_of(encoded) == ship.adapter_bytes_of([WORDINGS[2], WORDINGS[0]])
 
 
 def test_bases_of_other_sizes_are_one_line() -> None:
