@@ -264,8 +264,9 @@ class Ship:
         log: Log = no_log,
         seen: Sequence[SplitTask] | None = None,
     ) -> InductionConfig:
-        """The search as it suits this run: through the encoder alone where the Task LLM does not
-        follow text in its prompt, unless `ranks_in_prompt` was set.
+        """The search as it suits this run: where the Task LLM does not follow text in its prompt,
+        through the encoder alone, and the Task LLM is not asked for a text, unless
+        `ranks_in_prompt`, or `asks_task_llm`, was set.
 
         Args:
             config: How to search.
@@ -277,7 +278,8 @@ class Ship:
         following = self._following(log, seen)
         if following is None or following.follows:
             return config
-        return config.model_copy(update={"ranks_in_prompt": False})
+        asks = "asks_task_llm" in config.model_fields_set and config.asks_task_llm
+        return config.model_copy(update={"ranks_in_prompt": False, "asks_task_llm": asks})
 
     def _following(self, log: Log, seen: Sequence[SplitTask] | None) -> PromptFollowing | None:
         """What was measured of text in the prompt, and a line about it the first time; None where

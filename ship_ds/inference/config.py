@@ -84,7 +84,8 @@ class InductionConfig(Section):
     num_at_once: PositiveInt = 64
     """Tasks that are searched for together; progress is shown after each part of their search."""
     asks_task_llm: bool = False
-    """Whether the bare Task LLM, shown the examples, proposes an instruction too."""
+    """Whether the bare Task LLM, shown the examples, proposes an instruction too. Off by itself
+    where it does not follow text in its prompt (prompt_following.py)."""
     ranks_in_prompt: bool = True
     """Whether candidates are tested as text in the prompt too, beside the encoder's adapters. Off
     by itself where the run's Task LLM does not follow text in its prompt (prompt_following.py)."""

@@ -114,6 +114,10 @@ def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
         assert not other.searching(InductionConfig(), lines.append, []).ranks_in_prompt
     assert len(lines) == 1 and "0 with their instruction in its prompt" in lines[0]
     assert "through the encoder alone" in lines[0]
+    # Nor is it asked for a text, as it is by itself among written instructions.
+    assert not other.searching(InductionConfig(), lines.append, []).suited_to(0.0).asks_task_llm
+    asks = other.searching(InductionConfig(asks_task_llm=True), lines.append, []).suited_to(0.0)
+    assert asks.asks_task_llm and not asks.ranks_in_prompt
     told = InductionConfig(ranks_in_prompt=True)
     assert other.searching(told, lines.append, []) is told and len(lines) == 1
 
