@@ -26,7 +26,6 @@ from ship_ds.inference.proposals import (
 from ship_ds.inference.reasoning import answer_read, examples_alone, reason_many, with_examples
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
 from ship_ds.inference.search_state import SearchState
-from ship_ds.model.encoder import Posterior
 from ship_ds.model.ship import ShipModel
 
 pytestmark = pytest.mark.slow
@@ -468,13 +467,14 @@ def test_no_text_is_encoded_twice(
 ) -> None:
     """Neither a known one nor what follows from them, whoever proposes it."""
     encoded: list[str] = []
-    posterior = type(ship.model).posterior
+    # What `posterior`, `encoded` and an adapter that fuses states read with.
+    passes = type(ship.model)._encoded
 
-    def counted(model: ShipModel, texts: Sequence[str], done: Any = None) -> Posterior:
+    def counted(model: ShipModel, texts: Sequence[str], *, gives_states: bool) -> Any:
         encoded.extend(texts)
-        return posterior(model, texts, done)
+        return passes(model, texts, gives_states=gives_states)
 
-    monkeypatch.setattr(type(ship.model), "posterior", counted)
+    monkeypatch.setattr(type(ship.model), "_encoded", counted)
     bank = Bank.build(ship.model, [text for text in ship.known if text != "remove every 4"])
     tasks = [behaviour(ship, text, inputs) for text in ("remove every 4", "add 3")]
     encoded.clear()

@@ -177,7 +177,7 @@ def test_known_instructions_are_encoded_once_a_bundle(
     latent_CZ = first.bank.latent_CZ
     assert load_file(path)["mean"].equal(latent_CZ)
     again = Ship.from_run(bundle)
-    monkeypatch.setattr(type(again.model), "posterior", lambda *given: pytest.fail("encoded"))
+    monkeypatch.setattr(type(again.model), "_encoded", lambda *given: pytest.fail("encoded"))
     assert again.bank.latent_CZ.equal(latent_CZ) and again.bank_of(KNOWN) is again.bank
     assert Derived(bundle, "other weights", "float32").posteriors(KNOWN) is None
     assert Derived(bundle, again.digest, "bfloat16").posteriors(KNOWN) is None
