@@ -264,22 +264,20 @@ class Ship:
         log: Log = no_log,
         seen: Sequence[SplitTask] | None = None,
     ) -> InductionConfig:
-        """The search as it suits this run: where the Task LLM does not follow text in its prompt,
-        through the encoder alone, and the Task LLM is not asked for a text, unless
-        `ranks_in_prompt`, or `asks_task_llm`, was set.
+        """The search as it suits this run. Where the Task LLM does not follow text in its prompt,
+        candidates are ranked through the encoder alone, unless `ranks_in_prompt` was set; and it is
+        not asked for a text, unless `asks_task_llm` was.
 
         Args:
             config: How to search.
             log: Takes a line about what was measured.
             seen: Tasks of training; None reads them where the run did, if they are still there.
         """
-        if "ranks_in_prompt" in config.model_fields_set:
-            return config
-        following = self._following(log, seen)
+        suited = {"ranks_in_prompt", "asks_task_llm"} - config.model_fields_set
+        following = self._following(log, seen) if suited else None
         if following is None or following.follows:
             return config
-        asks = "asks_task_llm" in config.model_fields_set and config.asks_task_llm
-        return config.model_copy(update={"ranks_in_prompt": False, "asks_task_llm": asks})
+        return config.model_copy(update=dict.fromkeys(suited, False))
 
     def _following(self, log: Log, seen: Sequence[SplitTask] | None) -> PromptFollowing | None:
         """What was measured of text in the prompt, and a line about it the first time; None where

@@ -3,7 +3,7 @@ whatever else pydantic reads. Imports no torch."""
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
@@ -86,6 +86,11 @@ class FieldError(ValueError):
         """Key and text."""
         key = ".".join(map(str, self.location))
         return f"{key}: {self.text}" if key else self.text
+
+    def line_beside(self, known: Iterable[str]) -> str:
+        """`line`, and of an unknown key at the top what there is: `known`, the keys there."""
+        is_at_the_top = self.is_unknown_key and len(self.location) == 1
+        return f"{self.line}; there are {', '.join(known)}" if is_at_the_top else self.line
 
 
 class _Errors(Protocol):

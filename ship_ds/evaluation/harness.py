@@ -357,9 +357,7 @@ def _changed(name: str, changes: Sequence[str]) -> type[Method]:
     try:
         recipe = kind.validate_python(values, extra="forbid")
     except ValidationError as error:
-        first, known = first_error(error), ", ".join(kind.dump_python(method.recipe))
-        is_own = first.is_unknown_key and len(first.location) == 1
-        hint = f"; there are {known}" if is_own else ""
-        raise UserError(f"--set {name}.{first.line}{hint}") from None
+        line = first_error(error).line_beside(kind.dump_python(method.recipe))
+        raise UserError(f"--set {name}.{line}") from None
     changed: type[Method] = type(method.__name__, (method,), {"recipe": recipe})
     return changed

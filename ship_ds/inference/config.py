@@ -84,8 +84,9 @@ class InductionConfig(Section):
     num_at_once: PositiveInt = 64
     """Tasks that are searched for together; progress is shown after each part of their search."""
     asks_task_llm: bool = False
-    """Whether the bare Task LLM, shown the examples, proposes an instruction too. Off by itself
-    where it does not follow text in its prompt (prompt_following.py)."""
+    """Whether the bare Task LLM, shown the examples, proposes an instruction too. On by itself
+    among instructions that people wrote, where it follows text in its prompt
+    (prompt_following.py)."""
     ranks_in_prompt: bool = True
     """Whether candidates are tested as text in the prompt too, beside the encoder's adapters. Off
     by itself where the run's Task LLM does not follow text in its prompt (prompt_following.py)."""
@@ -223,6 +224,5 @@ class InductionConfig(Section):
                 overridden(self.model_dump(exclude_unset=True), overrides)
             )
         except ValidationError as error:
-            first, known = first_error(error), ", ".join(type(self).model_fields)
-            hint = f"; there are {known}" if first.is_unknown_key else ""
-            raise UserError(f"--set {first.line}{hint}") from None
+            line = first_error(error).line_beside(type(self).model_fields)
+            raise UserError(f"--set {line}") from None

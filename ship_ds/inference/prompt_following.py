@@ -2,9 +2,10 @@
 
 Induction ranks candidates by both ways in which a text is used, through the encoder and in the
 prompt. A small base may not follow text at all: what it then answers tells candidates apart by
-chance, at half the cost of the search. So it is measured, once a run, on tasks of its training:
+chance, at half the cost of the search; and the text that it writes when it is asked for one is
+seldom right. So it is measured, once a run, on tasks of its training:
 
-    measure(model, splits.seen).follows     # then the ranking goes by both, else by the encoder
+    measure(model, splits.seen).follows     # then both, else by the encoder, and it is not asked
 
 Letters: C candidates, M examples of a task.
 """
@@ -45,7 +46,8 @@ class PromptFollowing:
 
     def __str__(self) -> str:
         """One line for people."""
-        ranking = "both ways" if self.follows else "through the encoder alone"
+        alone = "through the encoder alone, and it is asked for none"
+        ranking = "both ways" if self.follows else alone
         return (
             f"of {self.num_examples} training examples the Task LLM answers {self.right_stated} "
             f"with their instruction in its prompt ({self.loss_stated:.1f} nats each; without any "

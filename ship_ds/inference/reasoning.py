@@ -151,13 +151,12 @@ def _better(
     """Of each task's two inductions the one whose text the search would choose, tested through the
     encoder on the given examples, not on its own answers."""
     better = []
+    texts = list(dict.fromkeys(induction.instruction for induction in (*before, *after)))
+    read = dict(zip(texts, model.read_once(texts), strict=True))
     searches = searches_of(model, bank, tasks, config)
     for search, pair in zip(searches, zip(before, after, strict=True), strict=True):
         texts = [induction.instruction for induction in pair]
-        trials = [
-            Trial(search, text, "", latent_Z)
-            for text, latent_Z in zip(texts, model.encode(texts), strict=True)
-        ]
+        trials = [Trial(search, text, "", read[text].mean_Z, read[text]) for text in texts]
         table = TrialTable.measure(model, trials, slice(None), in_prompt=False)
         first, second = table.candidates()
         better.append(pair[1] if second.rank < first.rank else pair[0])

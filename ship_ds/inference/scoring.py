@@ -79,7 +79,8 @@ def fit_of_latents(
         latent_CZ: one latent a candidate.
         wordings: an instruction a candidate, for a Task LLM that reads it too.
         examples: those of each candidate, equally many for all.
-        readings: what each latent was made of, for an adapter that fuses it; None: the wordings.
+        readings: what each latent was made of, for an adapter that fuses it, which reads it again
+            unless it was `read_once`; None: the wordings.
     """
     read: Sequence[AnyReading] = wordings if readings is None else readings
     questions = [

@@ -32,15 +32,15 @@ class Trial:
         text: the instruction.
         origin: who proposed it first.
         latent_Z: the mean of its posterior.
-        encoded: the text as the encoder read it, for an adapter that fuses it; None: it is read
-            again.
+        read: the text as the encoder read it, for an adapter that fuses it; None: it is read again
+            for one.
     """
 
     search: SearchState
     text: str
     origin: str
     latent_Z: Tensor
-    encoded: Encoded | None = None
+    read: Encoded | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class TrialTable:
         latent_CZ = torch.stack([trial.latent_Z for trial in trials])
         texts = [trial.text for trial in trials]
         given = [trial.search.examples[examples] for trial in trials]
-        read = [trial.encoded or trial.text for trial in trials]
+        read = [trial.read or trial.text for trial in trials]
         encoded = fit_of_latents(model, latent_CZ, texts, given, read)
         stated = fit_in_prompt(model, texts, given) if in_prompt else None
         return cls(tuple(trials), encoded, stated)
@@ -177,10 +177,10 @@ def unique_new_trials(
     latents = {one.text: one.latent_Z for one in proposals if one.latent_Z is not None}
     known = () if model.hypernetwork.fuses else latents
     texts = list(dict.fromkeys(one.text for one in unique if one.text not in known))
-    encoded = dict(zip(texts, model.encoded(texts), strict=True))
-    latents = {text: one.mean_Z for text, one in encoded.items()} | latents
+    read = dict(zip(texts, model.read_once(texts), strict=True))
+    latents = {text: one.mean_Z for text, one in read.items()} | latents
     return [
-        Trial(one.search, one.text, one.origin, latents[one.text], encoded.get(one.text))
+        Trial(one.search, one.text, one.origin, latents[one.text], read.get(one.text))
         for one in unique
     ]
 

@@ -47,13 +47,18 @@ class Posterior:
 class Encoded:
     """A reading and what the encoder made of it, for whoever makes adapters of it more than once.
 
-    mean_Z: its posterior's mean, on the host.
-    states_SH: its tokens' states there, of a kind that fuses them; None: they are to be read again.
+    mean_Z: its posterior's mean.
+    states_SH: its tokens' states, of a kind that fuses them; None: of one that fuses none, or there
+        was no room to keep them, and it is read again.
     """
 
     reading: str | Reading
     mean_Z: Tensor
     states_SH: Tensor | None
+
+    def __bool__(self) -> bool:
+        """As of the reading: an adapter of no text is of z alone."""
+        return bool(self.reading)
 
 
 class Encoder(Role):
@@ -156,9 +161,12 @@ class Encoder(Role):
     def state_bytes(self) -> int:
         """That a token's states take while they are given: as they were read, side by side, and in
         the rows of all texts."""
-        if not self.gives_states:
-            return 0
-        return 3 * self.state_width * next(self.head.parameters()).element_size()
+        return 3 * self.kept_state_bytes if self.gives_states else 0
+
+    @property
+    def kept_state_bytes(self) -> int:
+        """That a token's states take once they were given."""
+        return self.state_width * next(self.head.parameters()).element_size()
 
     @property
     def longest_text(self) -> int | None:

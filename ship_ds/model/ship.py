@@ -7,6 +7,7 @@ Letters: T tasks, E sequences, S padded length, H hidden size, Z latent size, K 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,9 @@ from ship_ds.prompt import PromptFormat
 
 _USUAL_LENGTH = 128
 """Tokens of an instruction, where memory is shared out before it is known."""
-_MOST_KEPT = 1 << 30
-"""Bytes of states that `ShipModel.encoded` keeps on the host: 6 MB each of 80 tokens of a model of
-135 million parameters, 45 of one of 8 billion, in 16 bits."""
 
 AnyReading = str | Reading | Encoded
+"""What an adapter is made of: a text, what else the encoder reads, or either as it was read."""
 
 
 class ShipModel(nn.Module):
@@ -250,7 +249,8 @@ class ShipModel(nn.Module):
         order: list[int] = []
         # Where there are none: the encoder cannot read an empty batch.
         parts = [(torch.zeros(0, self.config.latent_size),) * 2] if not readings else []
-        for rows, _, (mean_TZ, log_variance_TZ, *_) in self._encoded(readings, gives_states=False):
+        batches = self._encoder_batches(readings, gives_states=False)
+        for rows, _, (mean_TZ, log_variance_TZ, *_) in batches:
             parts.append((mean_TZ, log_variance_TZ))
             order += rows
             if done is not None:
@@ -261,21 +261,27 @@ class ShipModel(nn.Module):
         return Posterior(mean_TZ, log_variance_TZ)
 
     @torch.no_grad()
-    def encoded(self, readings: Sequence[str | Reading]) -> list[Encoded]:
-        """Each with what the encoder makes of it; states of a gigabyte in all, and the readings
-        behind it without."""
-        fuses, room = self.hypernetwork.fuses > 0, _MOST_KEPT
+    def read_once(self, readings: Sequence[str | Reading]) -> list[Encoded]:
+        """Each with what the encoder makes of it: with the states of as many, from the first, as
+        there is room to keep."""
+        num_kept = self._num_kept(readings) if self.hypernetwork.fuses else 0
         made: dict[int, Encoded] = {}
-        for rows, batch, (mean_TZ, _, *states) in self._encoded(readings, gives_states=fuses):
-            for place, row in enumerate(rows):
-                states_SH = None
-                if states and room > 0:
-                    states_SH = states[0][place, batch.real_ES[place]].cpu()
-                    room -= states_SH.nbytes
-                made[row] = Encoded(readings[row], mean_TZ[place].cpu(), states_SH)
+        for start, some in ((0, readings[:num_kept]), (num_kept, readings[num_kept:])):
+            batches = self._encoder_batches(some, gives_states=start < num_kept)
+            for rows, batch, (mean_TZ, _, *states) in batches:
+                for place, row in enumerate(rows):
+                    # A copy, or it would hold the whole batch.
+                    kept = [one[place, : batch.lengths[place]].clone() for one in states]
+                    made[start + row] = Encoded(some[row], mean_TZ[place], next(iter(kept), None))
         return [made[row] for row in range(len(readings))]
 
-    def _encoded(
+    def _num_kept(self, readings: Sequence[str | Reading]) -> int:
+        """How many of the readings, from the first, have states that may lie there together."""
+        num_tokens = accumulate(len(self.collator.read_prompt(one)) for one in readings)
+        state, room = self.encoder.kept_state_bytes, budget.bytes_to_keep(self.device)
+        return sum(tokens * state <= room for tokens in num_tokens)
+
+    def _encoder_batches(
         self, readings: Sequence[str | Reading], *, gives_states: bool
     ) -> Iterator[tuple[list[int], TokenBatch, tuple[Tensor, ...]]]:
         """Numbers of readings, their batch and what the encoder gives of it, as many at a time as
@@ -301,7 +307,8 @@ class ShipModel(nn.Module):
             if isinstance(one, Encoded) and one.states_SH is not None
         }
         rest = [row for row in range(len(readings)) if row not in kept]
-        parts = list(self._encoded([_plain(readings[row]) for row in rest], gives_states=True))
+        plain = [_plain(readings[row]) for row in rest]
+        parts = list(self._encoder_batches(plain, gives_states=True))
         longest = max(
             [batch.ids_ES.shape[1] for _, batch, _ in parts] + [len(one) for one in kept.values()]
         )
@@ -313,7 +320,7 @@ class ShipModel(nn.Module):
             states_TSH[rows, : states_ESH.shape[1]] = states_ESH
             real_TS[rows, : states_ESH.shape[1]] = batch.real_ES
         for row, states_SH in kept.items():
-            states_TSH[row, : len(states_SH)] = states_SH.to(self.device)
+            states_TSH[row, : len(states_SH)] = states_SH
             real_TS[row, : len(states_SH)] = True
         return states_TSH, real_TS
 
@@ -353,11 +360,11 @@ class ShipModel(nn.Module):
         adapter = self.hypernetwork(latent_TZ=latent_TZ, **fused)
         return 2 * sum(tensor.nbytes for tensor in adapter.tensors().values())
 
-    def num_before(self, reading: str | Reading | None) -> int:
+    def num_before(self, reading: AnyReading | None) -> int:
         """Places before a prompt that the adapter made of this takes; None: of z alone."""
         places = self.num_virtual_tokens
         if reading and self.hypernetwork.stands_before:
-            places += len(self.collator.read_prompt(reading))
+            places += len(self.collator.read_prompt(_plain(reading)))
         return places
 
     @torch.no_grad()
@@ -369,7 +376,7 @@ class ShipModel(nn.Module):
         Args:
             latent_TZ: one a task.
             readings: what each was made of, which a kind that fuses the encoder's states reads
-                again, unless it was `encoded`; None or "", of all or of one: by z alone.
+                again, unless it was `read_once`; None or "", of all or of one: by z alone.
         """
         if readings is None or not any(readings) or not self.hypernetwork.fuses:
             adapter: Adapter = self.hypernetwork(latent_TZ.to(self.device))

@@ -93,6 +93,7 @@ class _Rounds:
         self.search = InductionConfig(
             num_rounds=0,
             ranks_in_prompt=False,
+            asks_task_llm=False,
             max_new_tokens=ship.config.evaluation.max_instruction_tokens,
         )
 

@@ -273,7 +273,9 @@ def test_tasks_of_a_group_have_their_own_resemblance(written: Ship) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_rounds_the_text_stays_that_the_search_would_choose(written: Ship) -> None:
+def test_of_two_rounds_the_text_stays_that_the_search_would_choose(
+    written: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By resemblance too where that is compared, else by exact answers and then by loss."""
     config = InductionConfig()
     alike, other = WRITTEN[2], WRITTEN[0]
@@ -286,11 +288,34 @@ def test_of_two_rounds_the_text_stays_that_the_search_would_choose(written: Ship
         for right_M, loss_M in zip(fit.right_CM, fit.loss_CM, strict=True)
     ]
     by_answers = min(zip(ranks, (alike, other), strict=True))[1]
-    for bank, chosen in ((indexed, alike), (written.bank, by_answers)):
-        for pair in ((alike, other), (other, alike)):
-            before, after = ([Induction(text, (), (), 0, 3)] for text in pair)
-            (better,) = _better(written.model, bank, [EXAMPLES], before, after, config)
-            assert better.instruction == chosen
+
+    def chosen(bank: Bank) -> set[str]:
+        pairs = [
+            [Induction(text, (), (), 0, 3) for text in pair]
+            for pair in ((alike, other), (other, alike))
+        ]
+        found = [
+            _better(written.model, bank, [EXAMPLES], [before], [after], config)[0].instruction
+            for before, after in pairs
+        ]
+        # All at once as each alone.
+        before, after = (list(texts) for texts in zip(*pairs, strict=True))
+        both = _better(written.model, bank, [EXAMPLES] * 2, before, after, config)
+        assert [one.instruction for one in both] == found
+        return set(found)
+
+    assert chosen(written.bank) == {by_answers}
+    # More than any answer counts, for one and for the other.
+    for text in (alike, other):
+        like_its_own = {one: 30.0 * (one == text) for one in WRITTEN}
+        monkeypatch.setattr(
+            ExampleIndex,
+            "resemblance",
+            lambda self, tasks, only=like_its_own: np.array(
+                [[only[one] for one in self.instructions] for _ in tasks]
+            ),
+        )
+        assert chosen(indexed) == {text}
 
 
 @pytest.mark.slow

@@ -467,14 +467,14 @@ def test_no_text_is_encoded_twice(
 ) -> None:
     """Neither a known one nor what follows from them, whoever proposes it."""
     encoded: list[str] = []
-    # What `posterior`, `encoded` and an adapter that fuses states read with.
-    passes = type(ship.model)._encoded
+    # What `posterior`, `read_once` and an adapter that fuses states read with.
+    passes = type(ship.model)._encoder_batches
 
     def counted(model: ShipModel, texts: Sequence[str], *, gives_states: bool) -> Any:
         encoded.extend(texts)
         return passes(model, texts, gives_states=gives_states)
 
-    monkeypatch.setattr(type(ship.model), "_encoded", counted)
+    monkeypatch.setattr(type(ship.model), "_encoder_batches", counted)
     bank = Bank.build(ship.model, [text for text in ship.known if text != "remove every 4"])
     tasks = [behaviour(ship, text, inputs) for text in ("remove every 4", "add 3")]
     encoded.clear()

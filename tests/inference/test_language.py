@@ -113,13 +113,16 @@ def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
     for _ in range(2):
         assert not other.searching(InductionConfig(), lines.append, []).ranks_in_prompt
     assert len(lines) == 1 and "0 with their instruction in its prompt" in lines[0]
-    assert "through the encoder alone" in lines[0]
+    assert "through the encoder alone, and it is asked for none" in lines[0]
     # Nor is it asked for a text, as it is by itself among written instructions.
     assert not other.searching(InductionConfig(), lines.append, []).suited_to(0.0).asks_task_llm
     asks = other.searching(InductionConfig(asks_task_llm=True), lines.append, []).suited_to(0.0)
     assert asks.asks_task_llm and not asks.ranks_in_prompt
     told = InductionConfig(ranks_in_prompt=True)
-    assert other.searching(told, lines.append, []) is told and len(lines) == 1
+    ranked = other.searching(told, lines.append, []).suited_to(0.0)
+    assert ranked.ranks_in_prompt and not ranked.asks_task_llm and len(lines) == 1
+    told = InductionConfig(ranks_in_prompt=True, asks_task_llm=True)
+    assert other.searching(told, lines.append, []) is told
 
 
 def test_a_run_whose_data_are_gone_ranks_both_ways(ship: Ship) -> None:
@@ -177,7 +180,9 @@ def test_known_instructions_are_encoded_once_a_bundle(
     latent_CZ = first.bank.latent_CZ
     assert load_file(path)["mean"].equal(latent_CZ)
     again = Ship.from_run(bundle)
-    monkeypatch.setattr(type(again.model), "_encoded", lambda *given: pytest.fail("encoded"))
+    monkeypatch.setattr(
+        type(again.model), "_encoder_batches", lambda *given, **how: pytest.fail("encoded")
+    )
     assert again.bank.latent_CZ.equal(latent_CZ) and again.bank_of(KNOWN) is again.bank
     assert Derived(bundle, "other weights", "float32").posteriors(KNOWN) is None
     assert Derived(bundle, again.digest, "bfloat16").posteriors(KNOWN) is None

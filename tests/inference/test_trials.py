@@ -74,6 +74,23 @@ def test_a_fused_text_is_read_once_by_all_stages_and_tasks(
         assert found.loss == pytest.approx(float(plain.loss_CM[row].mean()), rel=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kinds", [["lora"], ["lora", "block_fusion"]])
+def test_known_and_new_texts_are_tried_together_on_a_gpu(
+    kinds: list[str], searches: list[SearchState]
+) -> None:
+    """Latents of a bank lie there, and so do those of texts that were just read."""
+    numbers = {"lora": {"rank": 2, "width": 8}}
+    parts = [{"kind": kind, **numbers.get(kind, {})} for kind in kinds]
+    model = make_ship("embedded", kind="combination", parts=parts).model.to("cuda")
+    known = Proposal(searches[1], "add 3", "known", model.encode(["add 3"])[0])
+    proposals = [known, Proposal(searches[1], "reverse", "sampled")]
+    config = InductionConfig(ranks_in_prompt=False, num_screened=1)
+    stages.test_proposals(model, searches, proposals, config)
+    assert set(searches[1].tested) == {"add 3", "reverse"}
+
+
 def test_finalists_are_the_best_of_each_task(searches: list[SearchState]) -> None:
     """The second task's worst is better than the first one's best."""
     texts, scores = ["a", "b", "c"], [(0.0, 5.0), (-1.0, 9.0), (0.0, 4.0)]

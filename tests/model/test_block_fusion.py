@@ -13,7 +13,6 @@ from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference.checks import check_examples, check_inputs, check_instruction
 from ship_ds.model import budget
-from ship_ds.model import ship as ship_module
 from ship_ds.model.adapters.adapter import States, Target
 from ship_ds.model.adapters.block_fusion import BlockFusionHypernetwork
 from ship_ds.model.assemble import LoadedWeights, build_ship
@@ -205,26 +204,29 @@ def test_what_needs_no_states_makes_none(monkeypatch: pytest.MonkeyPatch) -> Non
     ship.adapt(mean_TZ, WORDINGS)
     assert widths == [True, False]
     assert ship.encoder.state_bytes == 3 * 5 * 128 * 8
-    taken = list(ship._encoded(WORDINGS, gives_states=True))
+    taken = list(ship._encoder_batches(WORDINGS, gives_states=True))
     assert len(taken) == 1
     monkeypatch.setattr(budget, "bytes_free", lambda device: ship.encoder.state_bytes * 12)
-    assert len(list(ship._encoded(WORDINGS, gives_states=True))) == 3
+    assert len(list(ship._encoder_batches(WORDINGS, gives_states=True))) == 3
 
 
 @pytest.mark.parametrize("kept", ["all", "the first", "none"])
-def test_what_was_encoded_is_not_read_again(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_read_once_is_not_read_again(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as there was room for its states; texts that were not stand beside it as before."""
     ship, read = ship_of(), []
-    size = ship.encoder.state_width * 8 * len(ship.encoder_prompts.encoder_prompt(WORDINGS[2]))
-    monkeypatch.setattr(
-        ship_module, "_MOST_KEPT", {"all": 1 << 20, "the first": size, "none": 0}[kept]
-    )
-    encoded = ship.encoded([WORDINGS[2], WORDINGS[0]])
+    num_tokens = [len(ship.encoder_prompts.encoder_prompt(WORDINGS[row])) for row in (2, 0)]
+    size = 8 * ship.encoder.state_width  # in fp64
+    room = {"all": size * sum(num_tokens), "the first": size * sum(num_tokens) - 1, "none": 0}
+    monkeypatch.setattr(budget, "bytes_to_keep", lambda device: room[kept])
+    encoded = ship.read_once([WORDINGS[2], WORDINGS[0]])
     assert [one.reading for one in encoded] == [WORDINGS[2], WORDINGS[0]]
-    # Read in one batch, the longest first: of both the room is used up in that order.
-    assert sum(one.states_SH is not None for one in encoded) == ["none", "the first", "all"].index(
-        kept
-    )
+    has_states = {"all": [True, True], "the first": [True, False], "none": [False, False]}[kept]
+    assert [one.states_SH is not None for one in encoded] == has_states
+    # A copy: a slice would hold the batch that it is of.
+    states = [one.states_SH for one in encoded if one.states_SH is not None]
+    states = [one.states_SH for one in encoded if one.states_SH is not None]
+    owned = [one.untyped_storage().nbytes() for one in states]
+    assert owned == [size * tokens for tokens in num_tokens[: sum(has_states)]]
     latent_TZ = ship.encode(WORDINGS)
     torch.testing.assert_close(torch.stack([one.mean_Z for one in encoded]), latent_TZ[[2, 0]])
     plain = ship.adapt(latent_TZ, WORDINGS).tensors()
@@ -240,6 +242,14 @@ def test_what_was_encoded_is_not_read_again(kept: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(mixed[name], tensor)
     assert len(read) == {"all": 1, "the first": 2, "none": 3}[kept]
     assert ship.adapter_bytes_of(encoded) == ship.adapter_bytes_of([WORDINGS[2], WORDINGS[0]])
+    assert ship.num_before(encoded[0]) == ship.num_before(WORDINGS[2])
+    # No text is no reading, however it was read: z alone makes the adapter.
+    empty, alone = (
+        ship.adapt(latent_TZ[:1], [one]).tensors() for one in (ship.read_once([""])[0], "")
+    )
+    for name, tensor in alone.items():
+        torch.testing.assert_close(empty[name], tensor)
+    assert ship.read_once([]) == []
 
 
 def test_bases_of_other_sizes_are_one_line() -> None:

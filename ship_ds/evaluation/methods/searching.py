@@ -31,7 +31,12 @@ def search_settings(recipe: InductionConfig) -> dict[str, Any]:
         "search": recipe.model_dump(mode="json"),
         "on_language": recipe.suited_to(0, looks).model_dump(mode="json"),
     }
-    index: dict[str, Any] = {"index": COUNTED, "weights": [RIGHT_WEIGHT, LOSS_WEIGHT]}
+    index: dict[str, Any] = {
+        "index": COUNTED,
+        "weights": [RIGHT_WEIGHT, LOSS_WEIGHT],
+        # Before, a base that follows no text was asked for one all the same.
+        "asked": "where text is followed",
+    }
     return settings | (index if looks else {})
 
 
