@@ -28,7 +28,7 @@ from ship_ds.inference.adapter_reading import read_adapter, read_merged
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.confidence import Calibration, Confidence, agreement, calibrate
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.deduction import answer_bare, answer_latents
+from ship_ds.inference.deduction import answer_bare, answer_latents, answer_read
 from ship_ds.inference.derived import Derived
 from ship_ds.inference.example_index import ExampleIndex
 from ship_ds.inference.explaining import HALF, Threshold, explain_many, made_up
@@ -440,8 +440,7 @@ class Ship:
         for instruction, texts in zip(instructions, inputs, strict=True):
             checks.check_instruction(self.model, instruction)
             checks.check_inputs(self.model, texts, self._length, instruction)
-        latent_TZ = self.model.encode(instructions)
-        return answer_latents(self.model, latent_TZ, instructions, inputs, self._length, num_beams)
+        return answer_read(self.model, instructions, instructions, inputs, self._length, num_beams)
 
     @torch.no_grad()
     def answer_bare(self, inputs: Sequence[str]) -> list[str | None]:

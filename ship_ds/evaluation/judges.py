@@ -18,7 +18,7 @@ from ship_ds.evaluation.judge import Columns, Judge
 from ship_ds.evaluation.metrics import paper_score, rouge_l
 from ship_ds.evaluation.questions import Question
 from ship_ds.evaluation.similarity import SentenceEncoder, SimilarityJudge
-from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
+from ship_ds.inference.deduction import AnswersByTask, answer_read, answer_stated
 
 
 class ExactMatchJudge(Judge):
@@ -58,10 +58,9 @@ class ExecutionJudge(Judge):
 
     def columns(self, induced: Sequence[str], questions: Sequence[Question]) -> Columns:
         inputs = [[example.input for example in q.checked] for q in questions]
-        latent_TZ = self.model.encode(induced)
         length = self.max_new_tokens
         stated = answer_stated(self.model, induced, inputs, length, keeps_cut_off=True)
-        through = answer_latents(self.model, latent_TZ, induced, inputs, length, keeps_cut_off=True)
+        through = answer_read(self.model, induced, induced, inputs, length, keeps_cut_off=True)
         checked = [q.checked for q in questions]
         return {
             "execution_accuracy": rows_of(exact_match, stated, checked),

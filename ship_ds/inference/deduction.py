@@ -21,9 +21,10 @@ from ship_ds.data.task import Example, Reading
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.encoder import means_of
 from ship_ds.model.generation import greedy
 from ship_ds.model.search import beam_search
-from ship_ds.model.ship import ShipModel
+from ship_ds.model.ship import AnyReading, ShipModel
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
 
@@ -136,7 +137,7 @@ def answerer(
     model: ShipModel,
     num_beams: int = 1,
     *,
-    readings: Sequence[str | Reading | None] = (),
+    readings: Sequence[AnyReading | None] = (),
     keeps_cut_off: bool = False,
 ) -> Answerer:
     """The model's own Task LLM under the adapters of its hypernetwork; readings: what these fuse,
@@ -187,7 +188,7 @@ def answer_latents(
     inputs: Sequence[Sequence[str]],
     max_new_tokens: int,
     num_beams: int = 1,
-    readings: Sequence[str | Reading] | None = None,
+    readings: Sequence[AnyReading] | None = None,
     *,
     keeps_cut_off: bool = False,
 ) -> AnswersByTask:
@@ -200,10 +201,11 @@ def answer_latents(
         inputs: one row a task, of any length.
         max_new_tokens: cuts an answer off.
         num_beams: 1 decodes greedily.
-        readings: what each latent was made of, for an adapter that fuses it; None: the wordings.
+        readings: what each latent was made of, for an adapter that fuses it, which reads it again
+            unless it was `read_once`; None: the wordings.
         keeps_cut_off: see `Answerer`, as below.
     """
-    read = wordings if readings is None else readings
+    read: Sequence[AnyReading] = wordings if readings is None else readings
     questions = [
         [model.question(text, wording) for text in texts]
         for wording, texts in zip(wordings, inputs, strict=True)
@@ -212,6 +214,33 @@ def answer_latents(
         questions,
         max_new_tokens,
         lambda tasks: model.adapt(latent_TZ[list(tasks)], [read[task] for task in tasks]),
+    )
+
+
+def answer_read(
+    model: ShipModel,
+    readings: Sequence[str | Reading],
+    wordings: Sequence[str],
+    inputs: Sequence[Sequence[str]],
+    max_new_tokens: int,
+    num_beams: int = 1,
+    *,
+    keeps_cut_off: bool = False,
+) -> AnswersByTask:
+    """Each task's inputs answered under the adapter of what the encoder reads of it, once; the
+    other arguments are those of `answer_latents`."""
+    if not readings:
+        return []
+    read = model.read_once(readings)
+    return answer_latents(
+        model,
+        means_of(read),
+        wordings,
+        inputs,
+        max_new_tokens,
+        num_beams,
+        read,
+        keeps_cut_off=keeps_cut_off,
     )
 
 

@@ -15,7 +15,7 @@ from ship_ds.console import Log, no_log
 from ship_ds.data.task import Example, Reading
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
+from ship_ds.inference.deduction import answer_latents, answer_read, answer_stated
 from ship_ds.inference.induction import induce_many, searches_of
 from ship_ds.inference.results import Answers, Induction, Reasoning
 from ship_ds.inference.scoring import Examples
@@ -88,29 +88,6 @@ def examples_alone(model: ShipModel, tasks: Sequence[Examples]) -> list[Reading]
     without an instruction (`reads_examples_alone`)."""
     most = model.config.encoder.max_examples
     return [Reading(None, tuple(examples[:most])) for examples in tasks]
-
-
-def answer_read(
-    model: ShipModel,
-    readings: Sequence[str | Reading],
-    wordings: Sequence[str],
-    inputs: Sequence[Sequence[str]],
-    max_new_tokens: int,
-    *,
-    keeps_cut_off: bool = False,
-) -> AnswersByTask:
-    """Each task's inputs answered under the adapter of what the encoder reads of it; the other
-    arguments are those of `answer_latents`."""
-    latent_TZ = model.encode(readings)
-    return answer_latents(
-        model,
-        latent_TZ,
-        wordings,
-        inputs,
-        max_new_tokens,
-        readings=readings,
-        keeps_cut_off=keeps_cut_off,
-    )
 
 
 def _with_agreed_answers(

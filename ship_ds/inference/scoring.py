@@ -19,6 +19,7 @@ from torch import Tensor
 from ship_ds.data.task import Example, Reading
 from ship_ds.model import budget
 from ship_ds.model.batch import TokenBatch
+from ship_ds.model.encoder import means_of
 from ship_ds.model.generation import with_one_end
 from ship_ds.model.language_model import LanguageModel
 from ship_ds.model.ship import AnyReading, ShipModel
@@ -199,8 +200,10 @@ def losses_under_adapters(
     """Loss of each target under the adapter of its instruction, or of what else the encoder reads
     (`readings`), nats a token with the end of sequence; one row an instruction, of as many examples
     as it has."""
-    read = wordings if readings is None else readings
-    latent_CZ = model.encode(read)
+    if not wordings:
+        return []
+    read = model.read_once(wordings if readings is None else readings)
+    latent_CZ = means_of(read)
     return _losses_a_token(
         lambda some: fit_of_latents(
             model,

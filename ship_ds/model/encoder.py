@@ -7,6 +7,7 @@ X other letters flattened.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,11 @@ class Encoded:
     def __bool__(self) -> bool:
         """As of the reading: an adapter of no text is of z alone."""
         return bool(self.reading)
+
+
+def means_of(read: Sequence[Encoded]) -> Tensor:
+    """Their posteriors' means, (T, Z), of one or more."""
+    return torch.stack([one.mean_Z for one in read])
 
 
 class Encoder(Role):

@@ -14,7 +14,7 @@ from ship_ds.api import Ship
 from ship_ds.console import Log
 from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.task import SMALLEST_WEIGHT, Task
-from ship_ds.inference.deduction import answer_latents
+from ship_ds.inference.deduction import answer_read
 from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import DisagreementConfig
 from ship_ds.supply.journal import Journal, SupplyPart
@@ -100,15 +100,7 @@ def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: i
         inputs_of(task, config.num_inputs) for task, others in read for _ in range(1 + len(others))
     ]
     answers = iter(
-        answer_latents(
-            ship.model,
-            ship.model.encode(wordings),
-            wordings,
-            inputs,
-            ship.config.evaluation.max_new_tokens,
-        )
-        if wordings
-        else ()
+        answer_read(ship.model, wordings, wordings, inputs, ship.config.evaluation.max_new_tokens)
     )
     found: dict[int, float] = {}
     for task, others in read:

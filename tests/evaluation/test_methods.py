@@ -301,7 +301,8 @@ def test_retrieval_answers_by_the_text_and_the_examples(
         others = made.reason_otherwise(shown, inputs)
         reads = method in (ShipMethod, SearchWithoutDecoder)
         both, alone = Reading(induced, own.train[:2]), Reading(None, own.train[:2])
-        assert read == ([(both, induced), (alone, induced)] if reads else [])
+        by_text = [(induced, induced)]
+        assert read == ([(both, induced), (alone, induced)] if reads else by_text)
         assert ("read" in others) is reads is ("reads_examples" in method.settings())
         looks = method.recipe.method == "union"
         assert ("index" in method.settings(), made.bank.index is not None) == (looks, looks)

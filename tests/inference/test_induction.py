@@ -12,7 +12,7 @@ from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
 from ship_ds.inference.bank import BRIEF, THOROUGH, Bank
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.deduction import answer_latents
+from ship_ds.inference.deduction import answer_latents, answer_read
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, Schedule, descend_on_latent, own_tokens
 from ship_ds.inference.induction import _read_by_encoder, induce_many
 from ship_ds.inference.proposals import (
@@ -23,7 +23,7 @@ from ship_ds.inference.proposals import (
     splices,
     views,
 )
-from ship_ds.inference.reasoning import answer_read, examples_alone, reason_many, with_examples
+from ship_ds.inference.reasoning import examples_alone, reason_many, with_examples
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
 from ship_ds.inference.search_state import SearchState
 from ship_ds.model.ship import ShipModel

@@ -12,6 +12,8 @@ from ship_ds.config import Config, load_config
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
 from ship_ds.inference.checks import check_examples, check_inputs, check_instruction
+from ship_ds.inference.deduction import answer_latents, answer_read
+from ship_ds.inference.scoring import fit_of_latents, losses_under_adapters
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import States, Target
 from ship_ds.model.adapters.block_fusion import BlockFusionHypernetwork
@@ -210,10 +212,23 @@ def test_what_needs_no_states_makes_none(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(list(ship._encoder_batches(WORDINGS, gives_states=True))) == 3
 
 
+def readings_of(ship: ShipModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with a length for each text that the encoder reads from now on."""
+    read: list[int] = []
+
+    def counted(self: Any, batch: TokenBatch, *given: Any, **options: Any) -> Any:
+        read.extend(batch.lengths)
+        return forward(self, batch, *given, **options)
+
+    forward = type(ship.encoder).forward
+    monkeypatch.setattr(type(ship.encoder), "forward", counted)
+    return read
+
+
 @pytest.mark.parametrize("kept", ["all", "the first", "none"])
 def test_what_was_read_once_is_not_read_again(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as there was room for its states; texts that were not stand beside it as before."""
-    ship, read = ship_of(), []
+    ship = ship_of()
     num_tokens = [len(ship.encoder_prompts.encoder_prompt(WORDINGS[row])) for row in (2, 0)]
     size = 8 * ship.encoder.state_width  # in fp64
     room = {"all": size * sum(num_tokens), "the first": size * sum(num_tokens) - 1, "none": 0}
@@ -231,12 +246,7 @@ def test_what_was_read_once_is_not_read_again(kept: str, monkeypatch: pytest.Mon
     torch.testing.assert_close(torch.stack([one.mean_Z for one in encoded]), latent_TZ[[2, 0]])
     plain = ship.adapt(latent_TZ, WORDINGS).tensors()
 
-    def counted(self: Any, batch: TokenBatch, *given: Any, **options: Any) -> Any:
-        read.extend(batch.lengths)
-        return forward(self, batch, *given, **options)
-
-    forward = type(ship.encoder).forward
-    monkeypatch.setattr(type(ship.encoder), "forward", counted)
+    read = readings_of(ship, monkeypatch)
     mixed = ship.adapt(latent_TZ, [encoded[1], WORDINGS[1], encoded[0]]).tensors()
     for name, tensor in plain.items():
         torch.testing.assert_close(mixed[name], tensor)
@@ -250,6 +260,27 @@ def test_what_was_read_once_is_not_read_again(kept: str, monkeypatch: pytest.Mon
     for name, tensor in alone.items():
         torch.testing.assert_close(empty[name], tensor)
     assert ship.read_once([]) == []
+
+
+def test_answers_and_their_losses_read_each_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ship, inputs = ship_of(), [INPUTS[:2], INPUTS[1:], INPUTS[:1]]
+    latent_TZ = ship.encode(WORDINGS)
+    answers = answer_latents(ship, latent_TZ, WORDINGS, inputs, 4, keeps_cut_off=True)
+    asked = [[Example(text, "5") for text in texts] for texts in inputs]
+    fits = [
+        fit_of_latents(ship, latent_TZ[row : row + 1], [text], [examples])
+        for row, (text, examples) in enumerate(zip(WORDINGS, asked, strict=True))
+    ]
+    read = readings_of(ship, monkeypatch)
+    assert answer_read(ship, WORDINGS, WORDINGS, inputs, 4, keeps_cut_off=True) == answers
+    assert len(read) == len(WORDINGS)
+    read.clear()
+    found = losses_under_adapters(ship, WORDINGS, asked)
+    assert len(read) == len(WORDINGS)
+    num_tokens = len(ship.prompts.target("5"))
+    for losses, fit in zip(found, fits, strict=True):
+        torch.testing.assert_close(torch.tensor(losses) * num_tokens, fit.loss_CM[0])
+    assert answer_read(ship, [], [], [], 4) == [] == losses_under_adapters(ship, [], [])
 
 
 def test_bases_of_other_sizes_are_one_line() -> None:

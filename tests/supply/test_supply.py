@@ -108,10 +108,17 @@ def by_rule(wording: str, text: str) -> str:
 def answers_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run with random heads seldom ends an answer."""
 
-    def answers(model: Any, latents: Any, wordings: Any, inputs: Any, *more: Any) -> Any:
+    def answers(
+        model: Any,
+        latents: Any,
+        wordings: Any,
+        inputs: Any,
+        *more: Any,
+        keeps_cut_off: bool = False,
+    ) -> Any:
         return [[by_rule(k, x) for x in row] for k, row in zip(wordings, inputs, strict=True)]
 
-    for place in ("supply.propose", "inference.confidence", "api"):
+    for place in ("supply.propose", "inference.confidence", "inference.deduction", "api"):
         monkeypatch.setattr(f"ship_ds.{place}.answer_latents", answers)
 
 

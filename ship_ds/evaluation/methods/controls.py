@@ -16,7 +16,7 @@ from ship_ds.data.task import Example, SplitTask
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.evaluation.metrics import majority_label
 from ship_ds.evaluation.questions import another_instruction
-from ship_ds.inference.deduction import AnswersByTask, answer_bare, answer_latents
+from ship_ds.inference.deduction import AnswersByTask, answer_bare, answer_read
 from ship_ds.inference.scoring import losses_in_prompt, losses_under_adapters
 
 
@@ -51,15 +51,8 @@ class AnotherInstruction(Untrained, ABC):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         others = self.others(tasks, wordings)
-        model = self.ship.model
-        return answer_latents(
-            model,
-            model.encode(others),
-            others,
-            inputs,
-            self.ship.config.evaluation.max_new_tokens,
-            keeps_cut_off=True,
-        )
+        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
+        return answer_read(model, others, others, inputs, length, keeps_cut_off=True)
 
     def answer_losses(
         self,

@@ -17,7 +17,7 @@ from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.evaluation.questions import READ_DRAW, examples_to_read
-from ship_ds.inference.deduction import AnswersByTask, answer_latents
+from ship_ds.inference.deduction import AnswersByTask, answer_read
 from ship_ds.inference.reasoning import examples_alone
 from ship_ds.inference.scoring import losses_under_adapters
 from ship_ds.section import Section
@@ -89,8 +89,7 @@ class OnePass(Untrained):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         """By the instruction and some of the task's training examples."""
-        readings = self._with_examples(tasks, wordings)
-        return self._answers(readings, self.ship.model.encode(readings), wordings, inputs)
+        return self._answers(self._with_examples(tasks, wordings), wordings, inputs)
 
     def answer_losses(
         self,
@@ -110,9 +109,8 @@ class OnePass(Untrained):
     ) -> AnswersByTask:
         readings = examples_alone(self.ship.model, shown)
         states_text = self.ship.config.model.task_llm.instruction != "none"
-        latent_TZ = self.ship.model.encode(readings)
-        texts = self._texts(latent_TZ) if states_text else [""] * len(readings)
-        return self._answers(readings, latent_TZ, texts, inputs)
+        texts = self.induce(shown) if states_text else [""] * len(readings)
+        return self._answers(readings, texts, inputs)
 
     def _with_examples(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[Reading]:
         count = self.most if self.recipe.num_examples is None else self.recipe.num_examples
@@ -126,13 +124,7 @@ class OnePass(Untrained):
         return self.ship.model.decode(latent_TZ, length)
 
     def _answers(
-        self,
-        readings: Sequence[Reading],
-        latent_TZ: Tensor,
-        texts: Sequence[str],
-        inputs: Sequence[Sequence[str]],
+        self, readings: Sequence[Reading], texts: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
-        return answer_latents(
-            model, latent_TZ, texts, inputs, length, readings=readings, keeps_cut_off=True
-        )
+        return answer_read(model, readings, texts, inputs, length, keeps_cut_off=True)

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from ship_ds.data.task import Example, Reading
 from ship_ds.evaluation.methods.untrained import Untrained
-from ship_ds.inference.deduction import AnswersByTask
+from ship_ds.inference.deduction import AnswersByTask, answer_read
 from ship_ds.inference.example_index import COUNTED, ExampleIndex
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION
-from ship_ds.inference.reasoning import answer_read, with_examples
+from ship_ds.inference.reasoning import with_examples
 from ship_ds.section import Section
 
 

@@ -16,10 +16,15 @@ from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
-from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_stated
+from ship_ds.inference.deduction import (
+    AnswersByTask,
+    answer_latents,
+    answer_read,
+    answer_stated,
+)
 from ship_ds.inference.example_index import COUNTED
 from ship_ds.inference.induction import induce_many
-from ship_ds.inference.reasoning import answer_read, examples_alone, with_examples
+from ship_ds.inference.reasoning import examples_alone, with_examples
 from ship_ds.inference.results import LOSS_WEIGHT, RIGHT_WEIGHT, Induction
 
 
@@ -115,12 +120,5 @@ class Searching(Untrained):
         return [self.induced[key] for key in keys]
 
     def answer(self, wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> AnswersByTask:
-        model = self.ship.model
-        return answer_latents(
-            model,
-            model.encode(wordings),
-            wordings,
-            inputs,
-            self.ship.config.evaluation.max_new_tokens,
-            keeps_cut_off=True,
-        )
+        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
+        return answer_read(model, wordings, wordings, inputs, length, keeps_cut_off=True)
