@@ -1,4 +1,5 @@
-r"""How far SHIP of one run is from the methods of another, over the same tasks.
+r"""How far SHIP of one run (or another of its methods, --of-first) is from the methods of another,
+over the same tasks.
 
     ship-ds evaluate --run FUSED --methods ship --directions deduction --parts unseen
     ship-ds evaluate --run BEFORE --methods ship,sft --directions deduction --parts unseen
@@ -60,14 +61,16 @@ def pair(first: Measured, other: Measured, names: tuple[str, str]) -> dict[str, 
     }
 
 
-def pairs(first: Path, other: Path, methods: list[str], parts: list[str]) -> dict[str, Any]:
-    """`pair` of the first run's SHIP with each method of the other, by method and part."""
+def pairs(
+    first: Path, other: Path, methods: list[str], parts: list[str], method_of_first: str = "ship"
+) -> dict[str, Any]:
+    """`pair` of a method of the first run with each method of the other, by method and part."""
     return {
         method: {
             part: pair(
-                stored(first, "ship", part),
+                stored(first, method_of_first, part),
                 stored(other, method, part),
-                (f"{first}: ship", f"{other}: {method}"),
+                (f"{first}: {method_of_first}", f"{other}: {method}"),
             )
             for part in parts
         }
@@ -79,12 +82,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("first", type=Path)
     parser.add_argument("other", type=Path)
-    parser.add_argument("--methods", default="ship")
+    parser.add_argument("--of-first", default="ship", help="the method of the first run")
+    parser.add_argument("--methods", default="ship", help="those of the other run")
     parser.add_argument("--parts", default="unseen")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     try:
-        found = pairs(given.first, given.other, given.methods.split(","), given.parts.split(","))
+        methods, parts = given.methods.split(","), given.parts.split(",")
+        found = pairs(given.first, given.other, methods, parts, given.of_first)
     except UserError as error:
         print(f"pair_runs: {error}", file=sys.stderr)
         return 2
