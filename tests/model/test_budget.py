@@ -85,3 +85,10 @@ def test_scoring_needs_what_the_costs_say(family: str) -> None:
         logits, labels = lm.score(batch)
         torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     assert 16 * lm.costs.scored_row(100, 30) == pytest.approx(measured.peak, rel=0.1)
+
+
+def test_what_is_kept_leaves_room_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU what lies there already is not free; on a CPU a batch takes a small part anyway."""
+    monkeypatch.setattr(budget, "bytes_free", lambda device: 1000)
+    assert budget.bytes_to_keep(torch.device("cuda")) == 250
+    assert budget.bytes_to_keep(torch.device("cpu")) == 1000
