@@ -36,11 +36,11 @@ def test_scores_are_paired_by_task(tmp_path: Path, capsys: pytest.CaptureFixture
     found = json.loads(out.read_text())["sft"]["unseen"]
     assert found["difference"]["rouge_l"]["value"] == pytest.approx(0.15)
     assert found["difference"]["n_tasks"] == 2 and found["first"]["n_tasks"] == 3
-    assert capsys.readouterr().out.startswith("sft, unseen, rouge_l: +0.150 [")
+    assert capsys.readouterr().out.startswith("ship - sft, unseen, rouge_l: +0.150 [")
 
     write_cell(tmp_path / "a", "ship_one_pass", {"one": [0.9], "two": [0.3]})
     assert main([*runs, "--of-first", "ship_one_pass", "--methods", "sft"]) == 0
-    assert capsys.readouterr().out.startswith("sft, unseen, rouge_l: +0.350 [")
+    assert capsys.readouterr().out.startswith("ship_one_pass - sft, unseen, rouge_l: +0.350 [")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-r"""How far SHIP of one run (or another of its methods, --of-first) is from the methods of another,
-over the same tasks.
+r"""How far SHIP, or another method, of one run is from the methods of another, over the same tasks.
 
     ship-ds evaluate --run FUSED --methods ship --directions deduction --parts unseen
     ship-ds evaluate --run BEFORE --methods ship,sft --directions deduction --parts unseen
@@ -67,12 +66,15 @@ def pairs(
     """`pair` of a method of the first run with each method of the other, by method and part."""
     return {
         method: {
-            part: pair(
-                stored(first, method_of_first, part),
-                stored(other, method, part),
-                (f"{first}: {method_of_first}", f"{other}: {method}"),
-            )
-            for part in parts
+            "of_first": method_of_first,
+            **{
+                part: pair(
+                    stored(first, method_of_first, part),
+                    stored(other, method, part),
+                    (f"{first}: {method_of_first}", f"{other}: {method}"),
+                )
+                for part in parts
+            },
         }
         for method in methods
     }
@@ -94,12 +96,12 @@ def main(arguments: list[str]) -> int:
         print(f"pair_runs: {error}", file=sys.stderr)
         return 2
     for method, of_parts in found.items():
-        for part, scores in of_parts.items():
-            for metric, score in scores["difference"].items():
+        for part in parts:
+            for metric, score in of_parts[part]["difference"].items():
                 if isinstance(score, dict):
                     low, high = score["ci95"]
                     said = f"{score['value']:+.3f} [{low:.3f}, {high:.3f}]"
-                    print(f"{method}, {part}, {metric}: {said}")
+                    print(f"{given.of_first} - {method}, {part}, {metric}: {said}")
     if given.out is not None:
         write_json(given.out, found)
     return 0

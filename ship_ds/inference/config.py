@@ -57,9 +57,10 @@ _LANGUAGE: dict[str, Any] = {
     "refine_steps": 0,
 }
 
-_INDEXED: dict[str, Any] = {"num_views": 2}
+_INDEXED: dict[str, Any] = {"num_views": 2, "num_rounds": 0}
 """Where known instructions are found by their tasks' examples, too: what the decoder writes is less
-of what is tested."""
+of what is tested. Of 16 dev tasks of SmolLM2 a round took a third of the time and chose another
+text for two, which answered one more of five examples and was no nearer to the true one."""
 
 
 class InductionConfig(Section):
