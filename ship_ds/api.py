@@ -94,6 +94,14 @@ class Deduction:
     reading: Reading | None = None
 
 
+_OF_FOLLOWING = {
+    "ranks_in_prompt": "candidates are ranked through the encoder alone",
+    "asks_task_llm": "it is asked for no text",
+}
+"""What a search does by itself where the Task LLM follows text in its prompt; and what is said
+where it does not."""
+
+
 class Ship:
     """A trained run, opened from its folder.
 
@@ -125,6 +133,7 @@ class Ship:
         version 0.1.0, which has none."""
         self._measured_following: PromptFollowing | None = None
         self._asked_following = False
+        self._said = set[str]()
         self._indexed: dict[tuple[tuple[str, ...], bool], Bank] = {}
         self._calibration = derived.calibration() if derived else None
         self._reader: LoraReader | None = None
@@ -273,22 +282,26 @@ class Ship:
             log: Takes a line about what was measured.
             seen: Tasks of training; None reads them where the run did, if they are still there.
         """
-        suited = {"ranks_in_prompt", "asks_task_llm"} - config.model_fields_set
-        following = self._following(log, seen) if suited else None
+        off = [name for name in _OF_FOLLOWING if name not in config.model_fields_set]
+        if config.method != "union" and "asks_task_llm" in off:
+            off.remove("asks_task_llm")  # none of the others asks by itself
+        following = self._following(log, seen) if off else None
         if following is None or following.follows:
             return config
-        return config.model_copy(update=dict.fromkeys(suited, False))
+        line = f"{following}: {', and '.join(_OF_FOLLOWING[name] for name in off)}"
+        if line not in self._said:
+            self._said.add(line)
+            log(line)
+        return config.model_copy(update=dict.fromkeys(off, False))
 
     def _following(self, log: Log, seen: Sequence[SplitTask] | None) -> PromptFollowing | None:
-        """What was measured of text in the prompt, and a line about it the first time; None where
-        there is nothing to measure it on."""
+        """What was measured of text in the prompt, once; None where there is nothing to measure it
+        on."""
         if not self._asked_following:
             self._asked_following = True
             self._measured_following = self._derived.following() if self._derived else None
             if self._measured_following is None:
                 self._measured_following = self._measure_following(log, seen)
-            if self._measured_following is not None and not self._measured_following.follows:
-                log(str(self._measured_following))
         return self._measured_following
 
     def _measure_following(
@@ -297,7 +310,10 @@ class Ship:
         try:
             following = measure(self.model, self._seen() if seen is None else seen)
         except (UserError, OSError):
-            log("the run's data are not where they were: candidates are ranked both ways")
+            log(
+                "the run's data are not where they were: whether the Task LLM follows text in its "
+                "prompt is not measured, and the search goes on as if it did"
+            )
             return None
         if following is not None and self._derived:
             self._derived.keep_following(following)

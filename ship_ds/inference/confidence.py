@@ -123,8 +123,10 @@ def agreement(
         num_samples: of each posterior.
     """
     hits = [[0] * len(row) for row in inputs]
+    # Fused, the samples differ in z alone.
+    read = model.read_once(wordings)
     for latent_TZ in _samples(posterior, wordings, num_samples):
-        others = answer_latents(model, latent_TZ, wordings, inputs, max_new_tokens)
+        others = answer_latents(model, latent_TZ, wordings, inputs, max_new_tokens, readings=read)
         for hit, row, other in zip(hits, answers, others, strict=True):
             for place, (answer, again) in enumerate(zip(row, other, strict=True)):
                 hit[place] += answer == again

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ship_ds.data.task import SplitTask, spread
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
+from ship_ds.model.encoder import means_of
 from ship_ds.model.ship import ShipModel
 
 _NUM_TASKS, _NUM_EXAMPLES = 16, 2
@@ -45,14 +46,11 @@ class PromptFollowing:
         return self.loss_stated < self.loss_bare and 2 * self.right_stated >= self.right_encoded
 
     def __str__(self) -> str:
-        """One line for people."""
-        alone = "through the encoder alone, and it is asked for none"
-        ranking = "both ways" if self.follows else alone
+        """What was measured, for people."""
         return (
             f"of {self.num_examples} training examples the Task LLM answers {self.right_stated} "
             f"with their instruction in its prompt ({self.loss_stated:.1f} nats each; without any "
-            f"{self.loss_bare:.1f}) and {self.right_encoded} under its adapter: candidates are "
-            f"ranked {ranking}"
+            f"{self.loss_bare:.1f}) and {self.right_encoded} under its adapter"
         )
 
 
@@ -72,7 +70,8 @@ def measure(model: ShipModel, seen: Sequence[SplitTask]) -> PromptFollowing | No
     examples = [task.train[:_NUM_EXAMPLES] for task in tasks]
     stated = fit_in_prompt(model, texts, examples)
     bare = fit_in_prompt(model, [None] * len(tasks), examples)
-    encoded = fit_of_latents(model, model.encode(texts), texts, examples)
+    read = model.read_once(texts)
+    encoded = fit_of_latents(model, means_of(read), texts, examples, read)
     return PromptFollowing(
         float(stated.loss_CM.mean()),
         float(bare.loss_CM.mean()),

@@ -153,6 +153,7 @@ def test_proposals(
         return
     in_prompt = config.ranks_in_prompt
     table = screen(model, trials, config.num_screened, in_prompt)
+    del trials  # and with those that end here the states that were kept of them
     table = keep_finalists(table, config.num_finalists)
     table = test_on_rest(model, table, config.num_screened, in_prompt)
     for trial, candidate in zip(table.trials, table.candidates(), strict=True):

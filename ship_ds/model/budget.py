@@ -163,10 +163,16 @@ def bytes_free(device: torch.device) -> int:
 
 
 def bytes_to_keep(device: torch.device) -> int:
-    """Bytes that may lie on this device beside batches, so that something is not computed again. On
-    a GPU the batches after it find less free by themselves."""
+    """Bytes that may lie on this device beside batches, so that something is not computed again: on
+    a GPU a quarter of what a batch may take, on a CPU as much again."""
     free = bytes_free(device)
     return free // 4 if device.type == "cuda" else free
+
+
+def bytes_beside_kept(device: torch.device) -> int:
+    """Bytes that a batch may take where the results of several fill `bytes_to_keep` up."""
+    free = bytes_free(device)
+    return free - bytes_to_keep(device) if device.type == "cuda" else free
 
 
 def ranks_on_node(environment: Mapping[str, str]) -> int:

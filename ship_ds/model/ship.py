@@ -267,7 +267,8 @@ class ShipModel(nn.Module):
         num_kept = self._num_kept(readings) if self.hypernetwork.fuses else 0
         made: dict[int, Encoded] = {}
         for start, some in ((0, readings[:num_kept]), (num_kept, readings[num_kept:])):
-            batches = self._encoder_batches(some, gives_states=start < num_kept)
+            keeps = start < num_kept
+            batches = self._encoder_batches(some, gives_states=keeps, keeps=keeps)
             for rows, batch, (mean_TZ, _, *states) in batches:
                 for place, row in enumerate(rows):
                     # A copy, or it would hold the whole batch.
@@ -282,17 +283,19 @@ class ShipModel(nn.Module):
         return sum(tokens * state <= room for tokens in num_tokens)
 
     def _encoder_batches(
-        self, readings: Sequence[str | Reading], *, gives_states: bool
+        self, readings: Sequence[str | Reading], *, gives_states: bool, keeps: bool = False
     ) -> Iterator[tuple[list[int], TokenBatch, tuple[Tensor, ...]]]:
         """Numbers of readings, their batch and what the encoder gives of it, as many at a time as
-        there is room for; with its states, where a kind fuses them and they are wanted."""
+        there is room for; with its states, where a kind fuses them and they are wanted. keeps:
+        whether these stay there while the next batches are read."""
         ids, encoder = [self.collator.read_prompt(one) for one in readings], self.encoder
         kept = encoder.state_bytes if gives_states else 0
 
         def row_bytes(width: int) -> int:
             return encoder.language_model.costs.reading(width) + kept * width
 
-        free = budget.bytes_free(self.device)
+        room = budget.bytes_beside_kept if keeps else budget.bytes_free
+        free = room(self.device)
         for rows in budget.row_batches(list(map(len, ids)), free, row_bytes):
             prompts = [ids[row] for row in rows]
             batch = TokenBatch.build(prompts, None, self.encoder_prompts.pad_id, device=self.device)

@@ -18,6 +18,7 @@ from ship_ds.console import Log
 from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.task import Example, Task
 from ship_ds.inference.scoring import fit_of_latents
+from ship_ds.model.encoder import means_of
 from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import CompressConfig
 from ship_ds.supply.journal import Journal, SupplyPart
@@ -73,8 +74,8 @@ def losses_of(ship: Ship, examples: Sequence[Example]) -> Losses:
         read = [i for i, text in enumerate(texts) if is_readable(ship, text)]
         if read:
             wordings = [texts[i] for i in read]
-            latent_CZ = ship.model.encode(wordings)
-            fit = fit_of_latents(ship.model, latent_CZ, wordings, [examples] * len(read))
+            once = ship.model.read_once(wordings)
+            fit = fit_of_latents(ship.model, means_of(once), wordings, [examples] * len(read), once)
             for i, loss in zip(read, (fit.loss_CM.sum(1) / num_tokens).tolist(), strict=True):
                 found[i] = loss
         return found

@@ -109,20 +109,31 @@ def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
 ) -> None:
     lines: list[str] = []
     other = Ship(ship.model, ship.config, ship.digest, ship.known)
-    monkeypatch.setattr("ship_ds.api.measure", lambda model, seen: PromptFollowing(9, 8, 0, 9, 32))
+    measured = PromptFollowing(9, 8, 0, 9, 32)
+    monkeypatch.setattr("ship_ds.api.measure", lambda model, seen: measured)
     for _ in range(2):
         assert not other.searching(InductionConfig(), lines.append, []).ranks_in_prompt
     assert len(lines) == 1 and "0 with their instruction in its prompt" in lines[0]
-    assert "through the encoder alone, and it is asked for none" in lines[0]
+    assert lines[0].endswith("through the encoder alone, and it is asked for no text")
     # Nor is it asked for a text, as it is by itself among written instructions.
     assert not other.searching(InductionConfig(), lines.append, []).suited_to(0.0).asks_task_llm
+    lines.clear()
     asks = other.searching(InductionConfig(asks_task_llm=True), lines.append, []).suited_to(0.0)
     assert asks.asks_task_llm and not asks.ranks_in_prompt
+    assert lines == [f"{measured}: candidates are ranked through the encoder alone"]
     told = InductionConfig(ranks_in_prompt=True)
     ranked = other.searching(told, lines.append, []).suited_to(0.0)
-    assert ranked.ranks_in_prompt and not ranked.asks_task_llm and len(lines) == 1
-    told = InductionConfig(ranks_in_prompt=True, asks_task_llm=True)
-    assert other.searching(told, lines.append, []) is told
+    assert ranked.ranks_in_prompt and not ranked.asks_task_llm
+    assert lines[1:] == [f"{measured}: it is asked for no text"]
+    # Where nothing is left to be decided, nothing is measured.
+    fresh = Ship(ship.model, ship.config, ship.digest, ship.known)
+    monkeypatch.setattr("ship_ds.api.measure", lambda model, seen: pytest.fail("measured"))
+    for told in (
+        InductionConfig(ranks_in_prompt=True, asks_task_llm=True),
+        InductionConfig(method="direct", ranks_in_prompt=False),
+    ):
+        assert fresh.searching(told, lines.append, []) is told
+    assert len(lines) == 2
 
 
 def test_a_run_whose_data_are_gone_ranks_both_ways(ship: Ship) -> None:

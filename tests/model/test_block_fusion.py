@@ -239,7 +239,6 @@ def test_what_was_read_once_is_not_read_again(kept: str, monkeypatch: pytest.Mon
     assert [one.states_SH is not None for one in encoded] == has_states
     # A copy: a slice would hold the batch that it is of.
     states = [one.states_SH for one in encoded if one.states_SH is not None]
-    states = [one.states_SH for one in encoded if one.states_SH is not None]
     owned = [one.untyped_storage().nbytes() for one in states]
     assert owned == [size * tokens for tokens in num_tokens[: sum(has_states)]]
     latent_TZ = ship.encode(WORDINGS)

@@ -109,12 +109,7 @@ def answers_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run with random heads seldom ends an answer."""
 
     def answers(
-        model: Any,
-        latents: Any,
-        wordings: Any,
-        inputs: Any,
-        *more: Any,
-        keeps_cut_off: bool = False,
+        model: Any, latents: Any, wordings: Any, inputs: Any, *more: Any, **how: Any
     ) -> Any:
         return [[by_rule(k, x) for x in row] for k, row in zip(wordings, inputs, strict=True)]
 

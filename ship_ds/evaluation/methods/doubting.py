@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ship_ds.data.task import CutOff, SplitTask
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.confidence import NUM_SAMPLES, SPREAD, agreement
-from ship_ds.inference.deduction import AnswersByTask, answer_latents
+from ship_ds.inference.deduction import AnswersByTask, answer_read
 
 
 class Doubting(Untrained):
@@ -31,9 +31,8 @@ class Doubting(Untrained):
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        latent_TZ = self.ship.model.encode(wordings)
-        return answer_latents(
-            self.ship.model, latent_TZ, wordings, inputs, self._length, keeps_cut_off=True
+        return answer_read(
+            self.ship.model, wordings, wordings, inputs, self._length, keeps_cut_off=True
         )
 
     def agreement(

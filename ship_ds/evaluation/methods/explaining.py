@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from ship_ds.data.task import Example
+from ship_ds.evaluation.methods.searching import ASKED
 from ship_ds.evaluation.methods.weights import ReadTrainedLora
 from ship_ds.inference.explaining import NUM_INPUTS, explain_many
 
@@ -21,7 +22,7 @@ class ExplainTrainedLora(ReadTrainedLora):
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """Of the search, of the LoRA, and how many inputs it is asked."""
-        return {**super().settings(), "num_inputs": NUM_INPUTS}
+        return {**super().settings(), "num_inputs": NUM_INPUTS, **ASKED}
 
     @cached_property
     def inputs(self) -> list[str]:

@@ -17,9 +17,10 @@ from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.evaluation.questions import READ_DRAW, examples_to_read
-from ship_ds.inference.deduction import AnswersByTask, answer_read
+from ship_ds.inference.deduction import AnswersByTask, answer_latents, answer_read
 from ship_ds.inference.reasoning import examples_alone
 from ship_ds.inference.scoring import losses_under_adapters
+from ship_ds.model.encoder import means_of
 from ship_ds.section import Section
 
 
@@ -89,7 +90,9 @@ class OnePass(Untrained):
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         """By the instruction and some of the task's training examples."""
-        return self._answers(self._with_examples(tasks, wordings), wordings, inputs)
+        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
+        readings = self._with_examples(tasks, wordings)
+        return answer_read(model, readings, wordings, inputs, length, keeps_cut_off=True)
 
     def answer_losses(
         self,
@@ -107,10 +110,15 @@ class OnePass(Untrained):
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        readings = examples_alone(self.ship.model, shown)
+        if not shown:
+            return []
+        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
+        read = model.read_once(examples_alone(model, shown))
         states_text = self.ship.config.model.task_llm.instruction != "none"
-        texts = self.induce(shown) if states_text else [""] * len(readings)
-        return self._answers(readings, texts, inputs)
+        texts = self._texts(means_of(read)) if states_text else [""] * len(shown)
+        return answer_latents(
+            model, means_of(read), texts, inputs, length, readings=read, keeps_cut_off=True
+        )
 
     def _with_examples(self, tasks: Sequence[SplitTask], wordings: Sequence[str]) -> list[Reading]:
         count = self.most if self.recipe.num_examples is None else self.recipe.num_examples
@@ -122,9 +130,3 @@ class OnePass(Untrained):
     def _texts(self, latent_TZ: Tensor) -> list[str]:
         length = self.ship.config.evaluation.max_instruction_tokens
         return self.ship.model.decode(latent_TZ, length)
-
-    def _answers(
-        self, readings: Sequence[Reading], texts: Sequence[str], inputs: Sequence[Sequence[str]]
-    ) -> AnswersByTask:
-        model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
-        return answer_read(model, readings, texts, inputs, length, keeps_cut_off=True)

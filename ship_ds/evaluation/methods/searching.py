@@ -27,6 +27,9 @@ from ship_ds.inference.induction import induce_many
 from ship_ds.inference.reasoning import examples_alone, with_examples
 from ship_ds.inference.results import LOSS_WEIGHT, RIGHT_WEIGHT, Induction
 
+ASKED = {"asked": "where text is followed"}
+"""Of a `union`'s settings: before, a base that follows no text was asked for one all the same."""
+
 
 def search_settings(recipe: InductionConfig) -> dict[str, Any]:
     """What a search's results depend on, as JSON: its numbers, and those of the examples' index and
@@ -35,13 +38,9 @@ def search_settings(recipe: InductionConfig) -> dict[str, Any]:
     settings = {
         "search": recipe.model_dump(mode="json"),
         "on_language": recipe.suited_to(0, looks).model_dump(mode="json"),
+        **(ASKED if recipe.method == "union" else {}),
     }
-    index: dict[str, Any] = {
-        "index": COUNTED,
-        "weights": [RIGHT_WEIGHT, LOSS_WEIGHT],
-        # Before, a base that follows no text was asked for one all the same.
-        "asked": "where text is followed",
-    }
+    index: dict[str, Any] = {"index": COUNTED, "weights": [RIGHT_WEIGHT, LOSS_WEIGHT]}
     return settings | (index if looks else {})
 
 
