@@ -25,6 +25,7 @@ from ship_ds.data.task import Example, Reading, SplitTask
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
 from ship_ds.inference.adapter_reading import read_adapter, read_merged
+from ship_ds.inference.analogies import share_in_slots
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.confidence import Calibration, Confidence, agreement, calibrate
 from ship_ds.inference.config import InductionConfig
@@ -283,16 +284,22 @@ class Ship:
             seen: Tasks of training; None reads them where the run did, if they are still there.
         """
         off = [name for name in _OF_FOLLOWING if name not in config.model_fields_set]
-        if config.method != "union" and "asks_task_llm" in off:
-            off.remove("asks_task_llm")  # none of the others asks by itself
+        asks = config.suited_to(self._share_in_slots).asks_task_llm
+        if not asks and "asks_task_llm" in off:
+            off.remove("asks_task_llm")
         following = self._following(log, seen) if off else None
         if following is None or following.follows:
             return config
         line = f"{following}: {', and '.join(_OF_FOLLOWING[name] for name in off)}"
-        if line not in self._said:
+        if log is not no_log and line not in self._said:
             self._said.add(line)
             log(line)
         return config.model_copy(update=dict.fromkeys(off, False))
+
+    @cached_property
+    def _share_in_slots(self) -> float:
+        """As of the bank, before it is encoded."""
+        return share_in_slots(self.known) if self.known else 1.0
 
     def _following(self, log: Log, seen: Sequence[SplitTask] | None) -> PromptFollowing | None:
         """What was measured of text in the prompt, once; None where there is nothing to measure it
@@ -420,9 +427,12 @@ class Ship:
         checks.check_instruction(self.model, instruction)
         checks.check_inputs(self.model, texts, self._length, instruction)
         posterior = self.model.posterior([instruction])
-        wordings, asked = [instruction], [texts]
-        answers = answer_latents(self.model, posterior.mean_TZ, wordings, asked, self._length)
-        agreed = agreement(self.model, posterior, wordings, asked, answers, self._length)
+        wordings, asked, length = [instruction], [texts], self._length
+        read = self.model.read_where_fused(wordings)
+        answers = answer_latents(
+            self.model, posterior.mean_TZ, wordings, asked, length, readings=read
+        )
+        agreed = agreement(self.model, posterior, wordings, asked, answers, length, readings=read)
         return Confidence(tuple(agreed[0]), self._calibration)
 
     def answer(

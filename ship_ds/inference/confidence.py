@@ -22,7 +22,7 @@ from ship_ds.data.task import SplitTask, spread
 from ship_ds.inference.deduction import AnswersByTask, answer_latents
 from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.encoder import Posterior
-from ship_ds.model.ship import ShipModel
+from ship_ds.model.ship import AnyReading, ShipModel
 
 NUM_SAMPLES = 8
 SPREAD = 2.0
@@ -107,6 +107,7 @@ def agreement(
     answers: AnswersByTask,
     max_new_tokens: int,
     num_samples: int = NUM_SAMPLES,
+    readings: Sequence[AnyReading] | None = None,
 ) -> list[list[float]]:
     """Of each task's inputs the share of samples that answer as the mean does, from 0 to 1.
 
@@ -121,10 +122,11 @@ def agreement(
         answers: the mean's, to these inputs.
         max_new_tokens: cuts an answer off.
         num_samples: of each posterior.
+        readings: the wordings as they were `read_where_fused`; None: they are read again.
     """
     hits = [[0] * len(row) for row in inputs]
     # Fused, the samples differ in z alone.
-    read = model.read_once(wordings)
+    read = readings or model.read_where_fused(wordings)
     for latent_TZ in _samples(posterior, wordings, num_samples):
         others = answer_latents(model, latent_TZ, wordings, inputs, max_new_tokens, readings=read)
         for hit, row, other in zip(hits, answers, others, strict=True):
@@ -158,10 +160,10 @@ def calibrate(model: ShipModel, dev: Sequence[SplitTask], max_new_tokens: int) -
         return Calibration(None, None, len(tasks))
     texts = [task.task.instruction for task in tasks]
     inputs = [[example.input for example in task.test[:_NUM_INPUTS]] for task in tasks]
-    posterior = model.posterior(texts)
-    answers = answer_latents(model, posterior.mean_TZ, texts, inputs, max_new_tokens)
+    posterior, read = model.posterior(texts), model.read_where_fused(texts)
+    answers = answer_latents(model, posterior.mean_TZ, texts, inputs, max_new_tokens, readings=read)
     done = [share_is_done(share_right(row, task)) for row, task in zip(answers, tasks, strict=True)]
-    agreed = agreement(model, posterior, texts, inputs, answers, max_new_tokens)
+    agreed = agreement(model, posterior, texts, inputs, answers, max_new_tokens, readings=read)
     return threshold_of([sum(row) / len(row) for row in agreed], done)
 
 

@@ -59,8 +59,11 @@ _LANGUAGE: dict[str, Any] = {
 
 _INDEXED: dict[str, Any] = {"num_views": 2, "num_rounds": 0}
 """Where known instructions are found by their tasks' examples, too: what the decoder writes is less
-of what is tested. Of 16 dev tasks of SmolLM2 a round took a third of the time and chose another
-text for two, which answered one more of five examples and was no nearer to the true one."""
+of what is tested. Of 16 dev tasks of one run of SmolLM2 a round took a third of the time and chose
+another text for two, which answered one more of five examples and was no nearer to the true one."""
+_OF_A_ROUND = {"num_neighbours", "num_refined", "refine_steps", "refine_lr", "num_edited"}
+_OF_A_ROUND |= {"num_edits", "num_parents", "num_splices"}
+"""Settings of rounds alone: who gives one wants a round."""
 
 
 class InductionConfig(Section):
@@ -115,7 +118,9 @@ class InductionConfig(Section):
     num_finalists: PositiveInt = 12
     """Candidates that are tested on every example."""
     num_rounds: NonNegativeInt = 2
-    """Refinements of tasks that no candidate explains wholly."""
+    """Refinements of tasks that no candidate explains wholly. By itself one among instructions that
+    people wrote, and none where these are found by their tasks' examples and nothing of a round was
+    set."""
     num_edited: PositiveInt = 3
     """Best candidates whose texts are edited in a round."""
     num_edits: NonNegativeInt = 16
@@ -207,6 +212,8 @@ class InductionConfig(Section):
         if self.method != "union" or share_in_slots >= GRAMMATICAL:
             return self
         numbers = _LANGUAGE | (_INDEXED if has_index else {})
+        if self.model_fields_set & _OF_A_ROUND:
+            numbers = numbers | {"num_rounds": _LANGUAGE["num_rounds"]}
         return self.model_copy(
             update={k: v for k, v in numbers.items() if k not in self.model_fields_set}
         )

@@ -7,7 +7,8 @@
     RUN/bundle/derived/confidence_exact_match.json
                                                 what agreement says of the dev tasks
     RUN/bundle/derived/lora_reader.safetensors  the reader of adapters
-    RUN/bundle/derived/explaining.json          from which agreement on a text says what one does
+    RUN/bundle/derived/explaining_agreement.json
+                                                from which agreement on a text says what one does
 
 Each file says of which weights and in which numbers it was made, or of which tasks where no weights
 have a part in it; one of others is made again. Where
@@ -46,7 +47,7 @@ _Measured = TypeVar("_Measured", Calibration, PromptFollowing, Threshold)
 _FOLDER, _KNOWN, _INDEX = "derived", "known.safetensors", "known_examples.safetensors"
 # The second one by what it counts as right: `confidence.json` of earlier versions compared texts.
 _FOLLOWING, _CALIBRATION = "prompt_following.json", "confidence_exact_match.json"
-_READER, _THRESHOLD = "lora_reader.safetensors", "explaining.json"
+_READER, _THRESHOLD = "lora_reader.safetensors", "explaining_agreement.json"
 
 
 @dataclass(frozen=True)

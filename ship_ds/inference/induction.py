@@ -15,8 +15,8 @@ Analogies, edits and splices make instructions where the known ones are texts of
 nothing of use where people wrote them. There (`InductionConfig.suited_to`) the candidates are what
 the decoder proposes, the known instructions whose tasks have examples like the given ones
 (example_index.py) or, where their examples are nowhere, those that the decoder finds likeliest,
-what the Task LLM says when it is asked, and, in a second round, other wordings of the best and
-their nearest known neighbours.
+what the Task LLM says when it is asked, and, in a second round (not by itself where known ones are
+found by their examples), other wordings of the best and their nearest known neighbours.
 
 Letters: C candidates, W views of the examples, Z latent size.
 """
@@ -89,14 +89,16 @@ def induce_many(
         raise UserError(
             "induce: a task has no examples; give at least one line with input and target"
         )
+    off: dict[str, object] = {}
     if not model.decodes:
         if config.method not in ("bank", "union"):
             raise UserError(
                 f"induce: --method {config.method} reads texts out of latents, and this run "
                 "trained no decoder (loss.reconstruction=0); use bank or union"
             )
-        config = config.model_copy(update={"asks_decoder": False, "num_edits": 0})
+        off = {"asks_decoder": False, "num_edits": 0}
     config = config.suited_to(bank.share_in_slots, bank.index is not None)
+    config = config.model_copy(update=off)
     searches = searches_of(model, bank, tasks, config)
     num_stages = 2 + _num_rounds(config)
     with ProgressLine("induction", num_stages * len(tasks), "part", log) as progress:

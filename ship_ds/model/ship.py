@@ -276,6 +276,11 @@ class ShipModel(nn.Module):
                     made[start + row] = Encoded(some[row], mean_TZ[place], next(iter(kept), None))
         return [made[row] for row in range(len(readings))]
 
+    def read_where_fused(self, readings: Sequence[str | Reading]) -> Sequence[AnyReading]:
+        """The readings, for adapters of several latents: each `read_once` where they fuse what the
+        encoder makes of it."""
+        return self.read_once(readings) if self.hypernetwork.fuses else readings
+
     def _num_kept(self, readings: Sequence[str | Reading]) -> int:
         """How many of the readings, from the first, have states that may lie there together."""
         num_tokens = accumulate(len(self.collator.read_prompt(one)) for one in readings)

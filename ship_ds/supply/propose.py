@@ -163,7 +163,7 @@ class _Rounds:
     def execute(self, texts: Sequence[str]) -> list["Answered"]:
         """Each instruction's answers to inputs of the known task that is nearest to it."""
         model, config = self.ship.model, self.config
-        posterior = model.posterior(texts)
+        posterior, read = model.posterior(texts), model.read_where_fused(texts)
         sources, inputs = [], []
         for text, latent_Z in zip(texts, posterior.mean_TZ, strict=True):
             source = self.by_instruction[nearest_known(self.bank, latent_Z, 1)[0].instruction]
@@ -171,8 +171,9 @@ class _Rounds:
             random.Random(f"inputs {self.seed} {text}").shuffle(places)
             sources.append(source)
             inputs.append(inputs_of(source, config.num_inputs, places))
-        answers = answer_latents(model, posterior.mean_TZ, texts, inputs, self.length)
-        shares = agreement(model, posterior, texts, inputs, answers, self.length)
+        length = self.length
+        answers = answer_latents(model, posterior.mean_TZ, texts, inputs, length, readings=read)
+        shares = agreement(model, posterior, texts, inputs, answers, length, readings=read)
         found = []
         for i, (text, source) in enumerate(zip(texts, sources, strict=True)):
             examples = agreed(inputs[i], answers[i], shares[i], config.min_agreement)

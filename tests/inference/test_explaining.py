@@ -208,7 +208,7 @@ def test_the_threshold_is_measured_on_dev_and_kept(ship: Ship, inputs: list[str]
     ship._derived.keep_threshold(found)
     assert ship._derived.threshold() == found
     assert replace(ship._derived, digest="another").threshold() is None
-    (ship._derived.bundle / "derived" / "explaining.json").unlink()
+    (ship._derived.bundle / "derived" / "explaining_agreement.json").unlink()
 
 
 def test_a_run_whose_data_are_gone_can_be_made_ready(
@@ -457,7 +457,7 @@ def test_the_verb_says_it_in_words_and_as_json(
     assert second.startswith(f"  {SAID!r}: its own adapter gives 6 of the 6 answers")
     num_layers = ship.model.task_llm.lm.config.num_hidden_layers
     assert any(f"q_proj ({num_layers})" in line for line in rest)
-    for name in ("explaining.json", "lora_reader.safetensors"):
+    for name in ("explaining_agreement.json", "lora_reader.safetensors"):
         (ship._derived.bundle / "derived" / name).unlink()
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ship_ds.api import Ship
 from ship_ds.config import parse_config
+from ship_ds.console import no_log
 from ship_ds.data.source import source_of
 from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.errors import UserError
@@ -108,7 +109,7 @@ def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
     ship: Ship, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    other = Ship(ship.model, ship.config, ship.digest, ship.known)
+    other = Ship(ship.model, ship.config, ship.digest, WRITTEN)
     measured = PromptFollowing(9, 8, 0, 9, 32)
     monkeypatch.setattr("ship_ds.api.measure", lambda model, seen: measured)
     for _ in range(2):
@@ -125,15 +126,35 @@ def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
     ranked = other.searching(told, lines.append, []).suited_to(0.0)
     assert ranked.ranks_in_prompt and not ranked.asks_task_llm
     assert lines[1:] == [f"{measured}: it is asked for no text"]
-    # Where nothing is left to be decided, nothing is measured.
-    fresh = Ship(ship.model, ship.config, ship.digest, ship.known)
+    # Who hears nothing does not keep others from hearing it.
+    fresh = Ship(ship.model, ship.config, ship.digest, WRITTEN)
+    fresh.searching(InductionConfig(), no_log, [])
+    fresh.searching(InductionConfig(), lines.append, [])
+    assert len(lines) == 3
+
+
+def test_where_nothing_is_left_to_be_decided_following_is_not_measured(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ship_ds.api.measure", lambda model, seen: pytest.fail("measured"))
-    for told in (
-        InductionConfig(ranks_in_prompt=True, asks_task_llm=True),
-        InductionConfig(method="direct", ranks_in_prompt=False),
+    written = Ship(ship.model, ship.config, ship.digest, WRITTEN)
+    for of_run, told in (
+        (written, InductionConfig(ranks_in_prompt=True, asks_task_llm=True)),
+        (written, InductionConfig(method="direct", ranks_in_prompt=False)),
+        # A grammar's search asks for no text by itself.
+        (ship, InductionConfig(ranks_in_prompt=False)),
     ):
-        assert fresh.searching(told, lines.append, []) is told
-    assert len(lines) == 2
+        assert of_run.searching(told, no_log, []) is told
+
+
+def test_one_round_fewer_where_known_tasks_are_found_by_their_examples() -> None:
+    """By itself: who sets a number of rounds, or of what a round does, has one."""
+    config = InductionConfig()
+    assert [config.suited_to(0.0, index).num_rounds for index in (False, True)] == [1, 0]
+    assert config.suited_to(1.0, True).num_rounds == InductionConfig().num_rounds
+    for change, rounds in (("num_neighbours=8", 1), ("num_splices=9", 1), ("num_rounds=2", 2)):
+        assert config.with_overrides([change]).suited_to(0.0, True).num_rounds == rounds
+    assert config.with_overrides(["num_known=5"]).suited_to(0.0, True).num_rounds == 0
 
 
 def test_a_run_whose_data_are_gone_ranks_both_ways(ship: Ship) -> None:
