@@ -470,9 +470,9 @@ def test_no_text_is_encoded_twice(
     # What `posterior`, `read_once` and an adapter that fuses states read with.
     passes = type(ship.model)._encoder_batches
 
-    def counted(model: ShipModel, texts: Sequence[str], *, gives_states: bool) -> Any:
+    def counted(model: ShipModel, texts: Sequence[str], **how: bool) -> Any:
         encoded.extend(texts)
-        return passes(model, texts, gives_states=gives_states)
+        return passes(model, texts, **how)
 
     monkeypatch.setattr(type(ship.model), "_encoder_batches", counted)
     bank = Bank.build(ship.model, [text for text in ship.known if text != "remove every 4"])
