@@ -371,7 +371,7 @@ def test_answers_that_samples_do_not_give_are_left_out(
 ) -> None:
     monkeypatch.setattr(
         "ship_ds.supply.propose.agreement",
-        lambda model, posterior, texts, inputs, *more: [[0.5] * len(row) for row in inputs],
+        lambda model, posterior, texts, inputs, *more, **how: [[0.5] * len(x) for x in inputs],
     )
     changes = [*EASY["propose"], "by=endpoint", "max_rounds=1", "min_agreement=0.6"]
     with pytest.raises(UserError, match="disagreement 3"):
