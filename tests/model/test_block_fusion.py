@@ -261,6 +261,27 @@ def test_what_was_read_once_is_not_read_again(kept: str, monkeypatch: pytest.Mon
     assert ship.read_once([]) == []
 
 
+def test_batches_leave_room_for_what_is_kept_of_those_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nothing is kept they may take it all."""
+    ship = ship_of()
+    calls: list[int] = []
+    forward = type(ship.encoder).forward
+
+    def counted(self: Any, batch: TokenBatch, *given: Any, **options: Any) -> Any:
+        calls.append(len(batch.lengths))
+        return forward(self, batch, *given, **options)
+
+    monkeypatch.setattr(type(ship.encoder), "forward", counted)
+    monkeypatch.setattr(budget, "bytes_beside_kept", lambda device: 1)
+    ship.read_once(WORDINGS)
+    assert calls == [1, 1, 1]
+    monkeypatch.setattr(budget, "bytes_to_keep", lambda device: 0)
+    ship.read_once(WORDINGS)
+    assert calls == [1, 1, 1, 3]
+
+
 def test_answers_and_their_losses_read_each_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ship, inputs = ship_of(), [INPUTS[:2], INPUTS[1:], INPUTS[:1]]
     latent_TZ = ship.encode(WORDINGS)
