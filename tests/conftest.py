@@ -18,9 +18,11 @@ import pytest
 from filelock import FileLock
 
 from ship_ds.files import sha256
+from tests import warm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 240
+TRAIN = ("-m", "ship_ds.train")
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -71,8 +73,20 @@ def start(
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
 
-def train_smoke(folder: Path, command: Sequence[str] = ("-m", "ship_ds.train")) -> Path:
-    done = start([*command, "--config", "quickstart-smoke", f"run.folder={folder}"])
+def start_warm(
+    arguments: Sequence[str], timeout: int = TIMEOUT_SECONDS, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """The same in a process that has the libraries loaded (warm.py), for what need not be fresh."""
+    try:
+        return warm.run(arguments, timeout, environment(**variables), REPOSITORY)
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"{late}\n{late.stdout[-2000:]}\n{late.stderr[-8000:]}")
+
+
+def train_smoke(folder: Path, *launcher: str) -> Path:
+    """By that launcher and its program, or as `python -m ship_ds.train`."""
+    arguments = ["--config", "quickstart-smoke", f"run.folder={folder}"]
+    done = start([*launcher, *arguments]) if launcher else start_warm([*TRAIN, *arguments])
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -94,7 +108,7 @@ def train_and_go_on(folder: Path, arguments: Sequence[str], **variables: str) ->
 
 
 def _train_in_one_process(starts: Sequence[dict[str, Any]], variables: dict[str, str]) -> str:
-    done = start(["-m", "tests.starts", json.dumps(starts)], timeout=400, **variables)
+    done = start_warm(["-m", "tests.starts", json.dumps(starts)], timeout=400, **variables)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -165,7 +179,7 @@ def train_two_ranks(folder: Path) -> Path:
         "--master_port",
         port,
     )
-    return train_smoke(folder, (*launcher, "ship_ds/train.py"))
+    return train_smoke(folder, *launcher, "ship_ds/train.py")
 
 
 @pytest.fixture(scope="session")
@@ -181,7 +195,7 @@ def pooled_run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_pooled(folder: Path) -> None:
     again = folder.with_name("again")
-    done = start(["-m", "tests.pooled_run", str(folder), str(again)], timeout=400)
+    done = start_warm(["-m", "tests.pooled_run", str(folder), str(again)], timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "after step 2\n" in done.stderr
 
@@ -204,6 +218,6 @@ def smollm2() -> Path:
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
-            done = start(["-m", "ship_ds.cli", "base", "smollm2", "--out", str(folder)])
+            done = start_warm(["-m", "ship_ds.cli", "base", "smollm2", "--out", str(folder)])
             assert done.returncode == 0, done.stderr[-4000:]
     return folder

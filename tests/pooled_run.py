@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.config import Config, load_config
-from ship_ds.model.elementwise import EAGER, compiled
+from ship_ds.model.elementwise import EAGER, Way, compiled
 from ship_ds.runtime import ranks
 from ship_ds.train import Trainer
 from tests.starts import crash
@@ -27,7 +27,7 @@ LATENTS = "latents.json"
 LOSSES = ("loss/total", "loss/task", "loss/reconstruction", "loss/kl", "optimiser/gradient_norm")
 
 
-def config_of(folder: Path | str) -> Config:
+def config_of(folder: Path | str, elementwise: Way = "compiled") -> Config:
     """No dropout, so that two ranks take the steps of one."""
     tuning = "{kind: lora, rank: 4, dropout: 0}"
     pooling = "{kind: attention, num_queries: 4, shares: true}"
@@ -42,7 +42,7 @@ def config_of(folder: Path | str) -> Config:
             "training.deepspeed=zero3_shard_all",  # no parameter is too small to be sharded
             "optimiser.warmup_steps=0",
             "loss.reconstruction=0",
-            "model.elementwise=compiled",
+            f"model.elementwise={elementwise}",
             "evaluation.every_steps=0",
             "evaluation.ends_with_report=false",
             "checkpoint.every_steps=2",
@@ -53,10 +53,12 @@ def config_of(folder: Path | str) -> Config:
     )
 
 
-def train(folder: Path) -> None:
-    trainer = Trainer(config_of(folder))
+def train(folder: Path, elementwise: Way = "compiled") -> None:
+    trainer = Trainer(config_of(folder, elementwise))
     # A run that did not listen to model.elementwise would differ by nothing else.
-    assert any(getattr(one, "kernels", EAGER) is compiled() for one in trainer.model.modules())
+    expected = compiled() if elementwise == "compiled" else EAGER
+    kernels = [one.kernels for one in trainer.model.modules() if hasattr(one, "kernels")]
+    assert kernels and all(one is expected for one in kernels)
     trainer.train()
     trainer.close()
     trainer.model.eval()

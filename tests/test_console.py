@@ -50,17 +50,6 @@ def test_bitsandbytes_notice_of_a_missing_kernel_is_dropped_and_no_other(
     assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
-@pytest.mark.slow
-def test_importing_the_trainer_writes_nothing_of_bitsandbytes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import ship_ds.train, bitsandbytes"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "kernels-community" not in done.stdout + done.stderr
-
-
 def test_a_log_of_the_callers_own_is_told_of_each_part() -> None:
     """It may end the work there."""
     lines: list[str] = []

@@ -70,18 +70,16 @@ def test_the_ground_floor_stands_by_itself(name: str) -> None:
         "heavy = {'torch', 'transformers', 'peft', 'deepspeed'} & set(sys.modules);"
         "assert not heavy, heavy",
         pytest.param(
+            "import torch; own = torch.compile;"
             "from ship_ds import Ship; from ship_ds.api import Ship as same; assert Ship is same;"
-            "assert 'torch' in sys.modules and 'deepspeed' not in sys.modules",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "import torch; own = torch.compile; import ship_ds.train, bitsandbytes;"
+            "assert 'deepspeed' not in sys.modules;"
+            "import ship_ds.train, bitsandbytes;"
             "assert 'torch._inductor.compile_fx' not in sys.modules;"
             "assert torch.compile is own",
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["none for the package", "torch alone for Ship", "no compiler for the trainer"],
+    ids=["none for the package", "no DeepSpeed for Ship, no compiler for the trainer"],
 )
 def test_what_an_import_costs(program: str) -> None:
     done = subprocess.run(
@@ -91,6 +89,8 @@ def test_what_an_import_costs(program: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    # bitsandbytes misses a kernel of the hub's at every start, which no user can mend.
+    assert "kernels-community" not in done.stdout + done.stderr
 
 
 def test_a_class_name_is_one_thing() -> None:

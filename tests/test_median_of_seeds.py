@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import start
+from tests.conftest import start_warm
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def test_medians_stand_beside_every_runs_value(tmp_path: Path) -> None:
         write_run(tmp_path / str(seed), seed, value)
         for seed, value in ((0, 0.25), (1, 0.75), (2, 0.5))
     ]
-    done = start(["tools/median_of_seeds.py", *runs, "--out", str(tmp_path / "out.json")])
+    done = start_warm(["tools/median_of_seeds.py", *runs, "--out", str(tmp_path / "out.json")])
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["seeds"] == [0, 1, 2]
@@ -66,7 +66,7 @@ def test_evaluations_keep_their_layout(tmp_path: Path) -> None:
         ([one], {"value": 0.25, "ci95": [0.1, 0.9]}),
         ([one, two], {"value": 0.5, "values": [0.25, 0.75], "range": [0.25, 0.75]}),
     ):
-        done = start(["tools/median_of_seeds.py", *runs, "--out", str(out)])
+        done = start_warm(["tools/median_of_seeds.py", *runs, "--out", str(out)])
         assert done.returncode == 0, done.stderr
         found = json.loads(out.read_text())
         cell: dict[str, Any] = {"rouge_l": wanted, "n_tasks": 3}
@@ -87,5 +87,5 @@ def test_runs_that_cannot_be_compared_are_one_line(
     runs = [write_run(tmp_path / "a", 0, 0.5), write_run(tmp_path / "b", 1, 0.5, lr)]
     if not ended:
         (tmp_path / "b" / "report.json").unlink()
-    done = start(["tools/median_of_seeds.py", *runs, "--out", str(tmp_path / "out.json")])
+    done = start_warm(["tools/median_of_seeds.py", *runs, "--out", str(tmp_path / "out.json")])
     assert done.returncode == 2 and line in done.stderr and not (tmp_path / "out.json").exists()

@@ -12,7 +12,7 @@ from ship_ds.api import Ship
 from ship_ds.config import load_config
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.planner.plan import Machines, make_plan
-from tests.conftest import start
+from tests.conftest import start, start_warm
 
 SHARED = [
     "training.steps=4",
@@ -47,9 +47,10 @@ SCHEDULES = {
 
 def train(folder: Path, bank: Path, settings: list[str], *launcher: str) -> str:
     """settings: BANK in them is the bank's folder."""
-    command = [*launcher, "-m", "ship_ds.train", "--config", "quickstart-smoke"]
     placed = [setting.replace("BANK", str(bank)) for setting in settings]
-    done = start([*command, f"run.folder={folder}", *SHARED, *placed], timeout=400)
+    command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", *SHARED, *placed]
+    begin = start if launcher else start_warm
+    done = begin([*launcher, *command, f"run.folder={folder}"], timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -67,7 +68,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of oracles that took two steps each."""
     out = tmp_path_factory.mktemp("oracles") / "bank"
     command = ["oracles", "--config", "quickstart-smoke", "--out", str(out), "--steps", "2"]
-    done = start(["-m", "ship_ds.cli", *command])
+    done = start_warm(["-m", "ship_ds.cli", *command])
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 

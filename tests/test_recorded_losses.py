@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY, start
+from tests.conftest import REPOSITORY, start, start_warm
 
 _FIXTURES = REPOSITORY / "tests" / "fixtures"
 RECORDED = json.loads((_FIXTURES / "recorded_losses.json").read_text())
@@ -42,10 +42,10 @@ class Measured:
     @classmethod
     def train(cls, cases: list[str], num_ranks: int, folder: Path, timeout: int) -> "Measured":
         """In one start."""
+        program = ["-m", "tests.recorded_run", str(folder), *cases]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        done = start(
-            [*(launcher if num_ranks > 1 else []), "-m", "tests.recorded_run", str(folder), *cases],
-            timeout,
+        done = (
+            start([*launcher, *program], timeout) if num_ranks > 1 else start_warm(program, timeout)
         )
         assert done.returncode == 0, done.stderr[-4000:]
         losses, computer = (

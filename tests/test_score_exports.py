@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import start
+from tests.conftest import start_warm
 from tools.score_exports import main
 
 
@@ -14,7 +14,7 @@ def test_every_way_answers_and_two_answer_as_the_live_adapter(
 ) -> None:
     out, work = tmp_path / "exports.json", tmp_path / "work"
     command = ["tools/score_exports.py", "--run", str(one_rank_run), "--num-tasks", "2"]
-    done = start([*command, "--work", str(work), "--out", str(out)])
+    done = start_warm([*command, "--work", str(work), "--out", str(out)])
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
     ways = found["ways"]

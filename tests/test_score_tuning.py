@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ship_ds.evaluation.tuning import Curve
-from tests.conftest import start
+from tests.conftest import start_warm
 from tools.score_tuning import compared, main
 
 
@@ -28,7 +28,7 @@ def test_each_start_has_its_own_rate(one_rank_run: Path, tmp_path: Path) -> None
     out = tmp_path / "tuning.json"
     command = ["tools/score_tuning.py", "--run", str(one_rank_run), "--num-tasks", "2"]
     command += ["--steps", "3", "--lr", "1e-3", "1e-2", "--out", str(out)]
-    done = start(command)
+    done = start_warm(command)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
     assert list(found["by_lr"]) == ["0.001", "0.01"] and found["at_best_lr"]["n_tasks"] == 2

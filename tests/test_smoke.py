@@ -55,7 +55,7 @@ def test_report_counts_every_unseen_task_once_over_the_ranks(
     one, two = (
         json.loads((run / "report.json").read_text()) for run in (one_rank_run, two_rank_run)
     )
-    assert one["deduction"]["unseen"]["n_tasks"] == two["deduction"]["unseen"]["n_tasks"] == 12
+    assert one["deduction"]["unseen"]["n_tasks"] == two["deduction"]["unseen"]["n_tasks"] == 6
 
 
 def test_one_rank_and_two_take_the_same_losses(

@@ -26,6 +26,7 @@ from ship_ds.export.peft_adapter import live_logits
 from ship_ds.export.proof import PeftBase
 from ship_ds.export.requests import Request
 from ship_ds.files import write_json
+from ship_ds.inference import lora_reader
 from ship_ds.inference.adapter_reading import read_adapter
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents, answer_under
@@ -172,8 +173,11 @@ def test_a_part_alone_is_of_the_same_base(tmp_path: Path) -> None:
             read_adapter(other.model, tmp_path / "a" / name)
 
 
-def test_an_adapter_of_two_folders_is_explained(tmp_path: Path) -> None:
+def test_an_adapter_of_two_folders_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By its answers, and by the weights of the part that z makes."""
+    monkeypatch.setattr(lora_reader, "_ROUNDS", 2)
     ship = make_ship(make_base(tmp_path / "base"), **combined([LORA, FUSED]))
     export_one(ship, Request("a", TEXTS[0]), tmp_path / "a", PROBES)
     config = InductionConfig(num_samples=2, num_beams=2, steps=2, num_rounds=0)

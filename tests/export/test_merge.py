@@ -28,7 +28,7 @@ from ship_ds.export.targets import default_target, quantised_names
 from ship_ds.lora_folder import read_lora
 from ship_ds.model.loading import load_lm
 from ship_ds.model.nf4 import Nf4, pieces_of
-from tests.conftest import REPOSITORY, start
+from tests.conftest import REPOSITORY, start_warm
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship
 
 pytestmark = pytest.mark.slow
@@ -218,7 +218,7 @@ def test_a_kill_at_any_moment_leaves_nothing_or_what_says_it_is_incomplete(tmp_p
     """Before and after writes, renames and the publishing; then the same command finishes it, with
     the same bytes."""
     _, adapter, _ = made(tmp_path, shard_size="60KB")
-    done = start(["-m", "tests.export.killed_merge", str(adapter), str(tmp_path / "out")])
+    done = start_warm(["-m", "tests.export.killed_merge", str(adapter), str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) > 12 and all(row["same"] and not row["both"] for row in rows), rows

@@ -242,12 +242,21 @@ def test_they_take_the_steps_of_0_1_0(recorded: Measured) -> None:
     recorded.check_within_rounding(TWO_RANKS)
 
 
+def takes_the_steps_of_one_rank(pooled: list[dict[str, Any]], one_rank: Path) -> None:
+    for one, two in zip(pooled_run.losses(one_rank), pooled[0]["losses"], strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+
+
 def test_they_take_the_steps_of_one_rank_with_learned_queries(
     found: dict[str, Any], pooled_run_folder: Path
 ) -> None:
-    by_one = pooled_run.losses(pooled_run_folder)
-    for one, two in zip(by_one, found["pooled"][0]["losses"], strict=True):
-        assert two == pytest.approx(one, rel=1e-3)
+    """Which is compiled, and they are not: a pair takes most of a minute to compile."""
+    takes_the_steps_of_one_rank(found["pooled"], pooled_run_folder)
+
+
+@pytest.mark.soak
+def test_so_they_do_compiled(found_long: dict[str, Any], pooled_run_folder: Path) -> None:
+    takes_the_steps_of_one_rank(found_long["pooled_compiled"], pooled_run_folder)
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line(found: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ from ship_ds.evaluation.similarity import SentenceEncoder
 from ship_ds.loss import num_pieces
 from ship_ds.model import step as step_module
 from ship_ds.model.adapters.adapter import Adapter
+from ship_ds.model.elementwise import Way
 from ship_ds.model.nf4_linear import Nf4Linear
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import ShipBatch
@@ -500,11 +501,15 @@ def recorded(folder: Path) -> dict[str, Any]:
     return {"losses": {TWO_RANKS: train_case(TWO_RANKS, folder)}, "computer": computer()}
 
 
-def pooled(folder: Path) -> dict[str, Any]:
+def pooled(elementwise: Way) -> Callable[[Path], dict[str, Any]]:
     """The steps of pooled_run.py."""
-    pooled_run.train(folder)
-    ranks.barrier()
-    return {"losses": pooled_run.losses(folder)}
+
+    def steps(folder: Path) -> dict[str, Any]:
+        pooled_run.train(folder, elementwise)
+        ranks.barrier()
+        return {"losses": pooled_run.losses(folder)}
+
+    return steps
 
 
 def one_rank_goes_on_as_two(folder: Path) -> dict[str, Any]:
@@ -800,7 +805,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
         ("zero2_bf16", "together"), ("zero2", "together"), ("zero2", "apart"), ("zero3", "together")
     ),
     "recorded": recorded,
-    "pooled": pooled,
+    "pooled": pooled("eager"),
     "too_many_bad_steps": too_many_bad_steps,
     "published_recipes": published_recipes,
     "one_rank_goes_on_as_two": one_rank_goes_on_as_two,
@@ -822,6 +827,7 @@ LONG_CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "shared_backbone": shared_backbone,
     "loss_in_pieces_of_whole_roles": loss_in_pieces_of_whole_roles,
     "each_task_is_asked_once": each_task_is_asked_once,
+    "pooled_compiled": pooled("compiled"),
     "recipe_of_8b_in_16_bits": recipe_of_8b(("zero2_bf16", "together"), ("zero2_bf16", "apart")),
     "first_steps": first_steps,
     **{f"steps_of_{name}": takes_steps(name) for name in LONG},
