@@ -17,13 +17,13 @@ from rich.table import Table
 from ship_ds.api import Ship
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.cells import SHOWS_EXAMPLES
-from ship_ds.evaluation.commonest_text import commonest_text, warning
+from ship_ds.evaluation.collapse import commonest_text, warning
 from ship_ds.evaluation.config import Direction, Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS
 from ship_ds.evaluation.metrics import closed_labels, metrics_to_show, summary
-from ship_ds.evaluation.questions import ask, tasks_of
+from ship_ds.evaluation.questions import PARTS, ask, tasks_of
 from ship_ds.evaluation.report import TITLES, value_and_interval
 from ship_ds.evaluation.within_time import Group, TimedCell, evenly, measure_within
 from ship_ds.files import write_json
@@ -200,9 +200,10 @@ def show(report: dict[str, Any]) -> None:
         rows = [row for row in _rows(report, metric) if any(row[1:])]
         if rows:
             console.print(_table(f"{TITLES[metric]}, value [95 % interval over tasks]", rows))
-    for part, cell in _cells_at(report, "reconstruction").items():
-        if line := warning(f"reconstruction, {part}", cell):
-            console.print(line)
+    for direction in ("deduction", "reconstruction"):
+        for part, cell in _cells_at(report, direction).items():
+            if part in PARTS and (line := warning(f"{direction}, {part}", cell)):
+                console.print(line)
     if report["left_out"]:
         console.print(
             f"{len(report['left_out'])} cells are of fewer tasks than there are, for lack of time "

@@ -31,6 +31,7 @@ from ship_ds.evaluation.method import (
 )
 from ship_ds.evaluation.metrics import (
     closed_labels,
+    constant_label,
     label_match,
     normalised_match,
     rouge_l,
@@ -244,6 +245,10 @@ def columns_of_answers(answers: AnswersByTask, questions: Sequence[Question]) ->
             [label_match(answer, e.answers, names) for answer, e in zip(row, few, strict=True)]
             if names
             else []
+            for row, few, names in zip(answers, asked, labels, strict=True)
+        ],
+        "constant_label": [
+            constant_label(row, [e.answers for e in few], names)
             for row, few, names in zip(answers, asked, labels, strict=True)
         ],
         "rouge_l": rows_of(rouge_l, answers, asked),

@@ -4,13 +4,14 @@ tasks.
     exact_match         the very answer; lists of integers as lists (data/matching.py)
     normalised_match    SQuAD's: case, punctuation, articles and white space do not count
     label_accuracy      where a task's answers are a closed set: the nearest label is the right one
+    constant_label      of such a task: all inputs got one label, which is not right for all of them
     rouge_l             words in common, in order
     paper_metric        what the paper of the task's format scores it by
     answer_loss         nats a token of the right answer: no answer is generated, and less is better
     text_loss           nats a token of an instruction beside its own latent: likewise
     latent_gain         nats a token by which that is less than beside another task's latent
 
-Each of the others compares an answer with every right one and takes the best. An answer that never
+What scores an answer compares it with every right one and takes the best. An answer that never
 ended is wrong in the first two; of a `CutOff` the others score what was written. Letters are
 compared as NFC has them (`composed`), but for paper_metric.
 """
@@ -38,11 +39,11 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LABEL_WORD = re.compile(r"(?:(?<!\w)[+-](?=\d))?\w+(?:[-'.]\w+)*")
 """A word of a label: with its sign before a number, and with what stands within it."""
 ANSWER_METRICS = (
-    *("exact_match", "normalised_match", "label_accuracy", "paper_metric", "rouge_l"),
-    "answer_loss",
+    *("exact_match", "normalised_match", "label_accuracy", "constant_label", "paper_metric"),
+    *("rouge_l", "answer_loss"),
 )
 """Of answers, in the order of the tables."""
-LESS_IS_BETTER = ("answer_loss",)
+LESS_IS_BETTER = ("constant_label", "answer_loss")
 MOST_LABELS = 10
 """Distinct answers of a task that count as a closed set, at most."""
 
@@ -179,6 +180,27 @@ def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
     likeness = [SequenceMatcher(None, said, form, autojunk=False).ratio() for form in forms]
     best = max(range(len(labels)), key=likeness.__getitem__)
     return labels[best] if likeness[best] else None
+
+
+def constant_label(
+    answers: Sequence[str | None], references: Sequence[Sequence[str]], labels: Sequence[str]
+) -> list[float]:
+    """Whether all inputs of a task whose answers are a closed set got answers that mean one label.
+
+    Args:
+        answers: one an input; None for one that never ended.
+        references: every right answer of each input.
+        labels: of the task (`closed_labels`).
+
+    Returns:
+        One value for the whole task; none where it has no labels or a single input, and where one
+        label is right for all of them, which a method is right to give.
+    """
+    right = [set(map(_label_form, one)) for one in references]
+    if not labels or len(answers) < 2 or set.intersection(*right):
+        return []
+    meant = {nearest_label(answer, labels) for answer in answers}
+    return [len(meant) == 1 and None not in meant]
 
 
 def metrics_to_show(tasks: Iterable[SplitTask]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ship_ds.evaluation.cells import Cell, Measured, TaskRow
-from ship_ds.evaluation.commonest_text import commonest_text, warning
+from ship_ds.evaluation.collapse import commonest_text, warning
 from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import write_json, write_text
@@ -20,6 +20,7 @@ TITLES = {
     "exact_match": "exact match",
     "normalised_match": "normalised match",
     "label_accuracy": "label accuracy",
+    "constant_label": "one label for all of a task's inputs, less is better",
     "paper_metric": "the paper's metric",
     "rouge_l": "ROUGE-L",
     "similarity": "similarity",
@@ -45,7 +46,7 @@ LEADING = {
     "reconstruction": "exact_match",
 }
 """The score of a direction where one has to stand for it, as in the tables task by task."""
-_SHIP = "ship"
+_SHIP, _ONE_ANSWER = "ship", "majority_label"
 _ABOUT_METHOD = ("method", "instruction in query")
 _KINDS = ("parameter", "composition", "family")
 _KIND_PARTS = tuple(f"{part}_{kind}" for part in PARTS for kind in _KINDS)
@@ -251,12 +252,13 @@ def summary_rows(
 
 
 def warnings(report: Mapping[str, Any], direction: str) -> list[str]:
-    """A line for each method and part whose texts hardly tell tasks apart."""
+    """A line for each method and part whose texts hardly tell tasks apart, or its answers inputs;
+    of the control that gives one answer on purpose none."""
     lines = [
         warning(f"{name}, {direction}, {part}", method[direction][part])
         for name, method in report["methods"].items()
         for part in PARTS
-        if part in method.get(direction, {})
+        if part in method.get(direction, {}) and name != _ONE_ANSWER
     ]
     return [line for line in lines if line]
 

@@ -11,6 +11,7 @@ from ship_ds.data.task import CutOff, Example, PaperMetric, SplitTask, Task
 from ship_ds.evaluation.metrics import (
     ANSWER_METRICS,
     closed_labels,
+    constant_label,
     label_match,
     majority_label,
     metrics_to_show,
@@ -272,3 +273,24 @@ def test_metrics_of_the_instruction_induction_paper(
     metric: PaperMetric, answer: str | None, references: list[str], value: float
 ) -> None:
     assert paper_score(metric, answer, references) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("answers", "references", "expected"),
+    [
+        (["Yes", "yes.", "It is a yes"], [["Yes"], ["No"], ["Yes"]], [True]),
+        (["Yes", "No", "Yes"], [["Yes"], ["No"], ["Yes"]], [False]),
+        (["Yes", "Yes"], [["Yes"], ["yes."]], []),  # right for both
+        (["Yes", "Yes"], [["No", "Maybe"], ["maybe"]], []),  # "Maybe" would be
+        (["Yes", "Yes"], [["No", "Maybe"], ["Yes"]], [True]),
+        ([None, None], [["Yes"], ["No"]], [False]),  # no answer at all
+        (["Yes", None], [["Yes"], ["No"]], [False]),
+        ([CutOff("No, and on"), CutOff("No, and so")], [["Yes"], ["No"]], [True]),
+        (["Yes"], [["No"]], []),
+    ],
+)
+def test_one_label_for_inputs_with_different_right_ones_is_seen(
+    answers: list[str | None], references: list[list[str]], expected: list[bool]
+) -> None:
+    assert constant_label(answers, references, ("Yes", "No", "Maybe")) == expected
+    assert constant_label(answers, references, ()) == []

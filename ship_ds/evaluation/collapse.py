@@ -1,8 +1,10 @@
-"""Whether a method's texts tell its tasks apart.
+"""Whether a method's texts tell its tasks apart, and its answers a task's inputs.
 
 A decoder that does not read its latent (posterior collapse) still writes fluent instructions, one
 and the same for nearly all tasks, and that text alone has a ROUGE-L far above zero: 0.234 on 78
-unseen tasks of Super-NaturalInstructions. So scores of texts are read beside these numbers.
+unseen tasks of Super-NaturalInstructions. So scores of texts are read beside these numbers. An
+adapter that has learnt what a task's labels look like, and nothing of what they depend on, gives
+one of them to every input (`metrics.constant_label`).
 """
 
 from collections import Counter
@@ -21,6 +23,7 @@ KEY = "commonest_text"
 """Where the numbers stand in a cell of a report."""
 _MIN_TASKS = 4
 """Of fewer tasks a text that comes twice says nothing."""
+_MANY = 0.5
 _LITTLE_GAIN = 0.1
 """Nats a token: a run that wrote one text for half of its tasks had 0.01, the quickstart's, which
 reads its instructions back, 3.3."""
@@ -57,18 +60,25 @@ def commonest_text(direction: Direction, rows: Sequence[TaskRow]) -> dict[str, A
 
 
 def warning(where: str, cell: Mapping[str, Any]) -> str:
-    """One line where half of a cell's tasks or more got one text, or where the decoder takes next
-    to nothing from the latent, else "".
+    """One line where half of a cell's tasks or more got one text, where the decoder takes next to
+    nothing from the latent, or where half of the tasks with labels got one each; else "".
 
     Args:
         where: what the line begins with, such as "ship, induction, unseen".
         cell: of a report: `n_tasks`, and `commonest_text` where its answers are texts, and
-            `latent_gain` (metrics.py) in reconstruction.
+            `latent_gain` and `constant_label` (metrics.py) where they were measured.
     """
+    constant = cell.get("constant_label", {"value": None})
+    number = constant.get("n_tasks", cell["n_tasks"])
+    if constant["value"] is not None and constant["value"] >= _MANY and number >= _MIN_TASKS:
+        return (
+            f"{where}: {constant['value']:.0%} of {number} tasks got one label for all inputs, "
+            "right for some of them at most: these answers hardly tell inputs apart"
+        )
     if cell["n_tasks"] < _MIN_TASKS:
         return ""
     found, common = [], cell.get(KEY)
-    if common and 2 * common["n_tasks"] >= cell["n_tasks"]:
+    if common and common["n_tasks"] >= _MANY * cell["n_tasks"]:
         found.append(
             f"{common['n_tasks']} of {cell['n_tasks']} tasks got the same text, which alone "
             f"has ROUGE-L {common['rouge_l']:.3f} with their instructions"

@@ -1,4 +1,5 @@
-"""A method that gives one text to nearly every task is named, with what that text alone scores."""
+"""A method that gives one text to nearly every task is named, with what that text alone scores; and
+one that gives one label to every input of most tasks."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.evaluation import evaluate, final_report
 from ship_ds.evaluation.cells import Cell, Measured
-from ship_ds.evaluation.commonest_text import commonest_text, warning
+from ship_ds.evaluation.collapse import commonest_text, warning
 from ship_ds.evaluation.judges import RougeJudge
 from ship_ds.evaluation.measure import measure
 from ship_ds.evaluation.metrics import score
@@ -158,3 +159,55 @@ def test_the_report_of_a_run_says_it_under_its_tables(capsys: pytest.CaptureFixt
     printed = " ".join(capsys.readouterr().out.split())
     assert "reconstruction, seen: 4 of 4 tasks got the same text" in printed
     assert "reconstruction, unseen: " not in printed
+    report["deduction"] = {
+        part: cell | {"constant_label": {"value": share, "ci95": [0.0, 1.0]}}
+        for part, share in {"seen": 0.4, "unseen": 0.6, "unseen_family": 0.9}.items()
+    }
+    final_report.show(report)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "deduction, unseen: 60% of 4 tasks got one label for all inputs" in printed
+    assert "deduction, seen: " not in printed and "unseen_family" not in printed
+
+
+class OneLabel:
+    """Answers each task's inputs by a label of its own."""
+
+    def deduce(self, tasks: Any, wordings: Any, inputs: Any) -> Any:
+        return [[task.train[0].target] * len(row) for task, row in zip(tasks, inputs, strict=True)]
+
+
+def test_a_method_that_gives_each_task_one_label_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not the control that does it on purpose, nor tasks that one label is right for, nor those
+    without labels."""
+    pairs = tuple(Example(str(i), "ab"[i % 2]) for i in range(4))
+    words = tuple(Example(str(i), f"word {i}") for i in range(4))
+    tasks = [
+        SplitTask(Task(f"t{i}", f"do {i}", train), train, asked)
+        for i, (train, asked) in enumerate(
+            [*[(pairs, pairs[:2])] * 4, (pairs, pairs[::2]), (words, words[:2])]
+        )
+    ]
+    outcome = measure(OneLabel(), "deduction", [ask(task, 0, 0) for task in tasks])
+    assert outcome.values("constant_label") == [[True]] * 4 + [[], []]
+    about = {"instruction_in_query": False, "sees_labels": False, "about": "what it is"}
+    names = ("ship", "majority_label")
+    provenance = Provenance("run", "", {}, {"num_shown": [5]}, dict.fromkeys(names, about), 5)
+    cells = {
+        Cell(name, "deduction", "unseen", None): Measured(
+            {}, outcome.metrics, outcome.rows, 1.0, 0.0, 1
+        )
+        for name in names
+    }
+    report = build(cells, provenance)
+    assert report["methods"]["ship"]["deduction"]["unseen"]["constant_label"] == {
+        "value": 1.0,
+        "ci95": [1.0, 1.0],
+        "n_tasks": 4,
+    }
+    line = "ship, deduction, unseen: 100% of 4 tasks got one label for all inputs, right for some"
+    page = markdown(report, cells)
+    assert line in page and "majority_label, deduction, unseen: " not in page
+    evaluate.show(report)
+    assert line in " ".join(capsys.readouterr().out.split())
