@@ -1,5 +1,5 @@
-"""Shared by the tests: runs of the smoke recipe, each started once a session as a user starts
-it."""
+"""Shared by the tests: runs of the smoke recipe, each trained once a session; that of two ranks as
+a user starts it."""
 
 import json
 import os

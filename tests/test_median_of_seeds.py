@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import start_warm
+from tests.conftest import start, start_warm
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def test_medians_stand_beside_every_runs_value(tmp_path: Path) -> None:
         write_run(tmp_path / str(seed), seed, value)
         for seed, value in ((0, 0.25), (1, 0.75), (2, 0.5))
     ]
-    done = start_warm(["tools/median_of_seeds.py", *runs, "--out", str(tmp_path / "out.json")])
+    done = start(["tools/median_of_seeds.py", *runs, "--out", str(tmp_path / "out.json")])
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["seeds"] == [0, 1, 2]

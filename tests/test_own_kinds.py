@@ -2,6 +2,7 @@
 planned, opened, and on two ranks."""
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,15 @@ SCHEDULES = {
 }
 
 
-def train(folder: Path, bank: Path, settings: list[str], *launcher: str) -> str:
+Begin = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def train(
+    folder: Path, bank: Path, settings: list[str], *launcher: str, begin: Begin = start
+) -> str:
     """settings: BANK in them is the bank's folder."""
     placed = [setting.replace("BANK", str(bank)) for setting in settings]
     command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", *SHARED, *placed]
-    begin = start if launcher else start_warm
     done = begin([*launcher, *command, f"run.folder={folder}"], timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
@@ -84,7 +89,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(request: Any, bank: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """On one rank."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    train(folder, bank, RUNS[request.param])
+    train(folder, bank, RUNS[request.param], begin=start_warm)
     return request.param, folder
 
 

@@ -21,8 +21,15 @@ import atexit; atexit.register(print, "at exit")
 
 @pytest.mark.parametrize(
     ("end", "code"),
-    [("", 0), ("sys.exit(3)", 3), ("sys.exit('a line')", 1), ("raise ValueError('why')", 1)],
-    ids=["nothing", "a code", "a line", "an error"],
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("sys.exit('a line')", 1),
+        ("sys.exit(['no', 'code'])", 1),
+        ("raise ValueError('why')", 1),
+        ("import threading; threading.Timer(0.2, print, ['a thread ended']).start()", 0),
+    ],
+    ids=["nothing", "a code", "a line", "a list", "an error", "a thread"],
 )
 def test_a_program_sees_and_says_what_it_would_cold(end: str, code: int, tmp_path: Path) -> None:
     program = tmp_path / "asked.py"
@@ -38,6 +45,20 @@ def test_a_module_is_run_as_the_program() -> None:
     assert done.returncode == 2 and not done.stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith("ship-ds: nowhere: no such config file")
+
+
+def test_its_process_has_all_that_the_server_loads(tmp_path: Path) -> None:
+    """What the server cannot import it passes over in silence."""
+    program = tmp_path / "loaded.py"
+    program.write_text("import sys; sys.exit('tests.warm_server' not in sys.modules)")
+    assert start_warm([str(program)]).returncode == 0
+
+
+def test_what_it_leaves_behind_at_work_is_told(tmp_path: Path) -> None:
+    program = tmp_path / "leaves.py"
+    program.write_text("import subprocess; subprocess.Popen(['sleep', '600'])")
+    with pytest.raises(AssertionError, match=r"ended without \['sleep'\]"):
+        start_warm([str(program)])
 
 
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:

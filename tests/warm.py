@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -49,26 +50,56 @@ def run(
         process = _SERVER.Process(
             target=_become, args=(arguments, {**environment, KEEP: "1"}, folder, *files)
         )
-        # The first start makes the server, which imports by `sys.path`, "" in it.
-        with contextlib.chdir(folder):
-            process.start()
+        _start(process, timeout, folder)
         try:
             process.join(timeout)
             late = process.is_alive()
             if late:
                 _signal_group(process, signal.SIGABRT)
                 time.sleep(2)  # a stack is written in much less
+            left = [] if late else _left_behind(process)
         finally:
-            _signal_group(process, signal.SIGKILL)  # with what it started and left behind
+            _signal_group(process, signal.SIGKILL)
             process.kill()  # it may not lead its group yet
             process.join()
+        files_were_made = all(file.exists() for file in files)
         stdout, stderr = (
             file.read_text(errors="replace") if file.exists() else "" for file in files
         )
     if late:
         raise subprocess.TimeoutExpired(list(arguments), timeout, stdout, stderr)
     assert process.exitcode is not None
+    assert not left, f"{arguments}: ended without {left}, which it had started"
+    assert files_were_made, f"{arguments}: did not begin: see what pytest's own process was told"
     return subprocess.CompletedProcess(list(arguments), process.exitcode, stdout, stderr)
+
+
+def _start(process: BaseProcess, timeout: float, folder: Path) -> None:
+    """Start it within so many seconds; the first start makes the server."""
+    starting = threading.Thread(target=process.start, daemon=True)
+    # The server imports by `sys.path`, "" in it.
+    with contextlib.chdir(folder):
+        starting.start()
+        starting.join(timeout)
+    assert not starting.is_alive(), f"no process was forked within {timeout} s"
+
+
+def _left_behind(process: BaseProcess) -> list[str]:
+    """What is still at work of the processes that it started, five seconds after its end."""
+    assert process.pid
+    found: list[str] = []
+    deadline = time.monotonic() + 5
+    while True:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                name, state = path.read_text().rsplit(") ", 1)
+                # The third field is the state, the fifth the group; a zombie is at no work.
+                if int(state.split()[2]) == process.pid and state[0] != "Z":
+                    found.append(name.partition("(")[2])
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
 
 
 def _signal_group(process: BaseProcess, number: int) -> None:
@@ -111,10 +142,11 @@ def _become(
     except BaseException:
         traceback.print_exc()
         code = 1
-    if isinstance(code, str):
+    if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # as an interpreter that ends does
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0)
+    os._exit(code or 0)

@@ -24,6 +24,8 @@ KEY = "commonest_text"
 _MIN_TASKS = 4
 """Of fewer tasks a text that comes twice says nothing."""
 _MANY = 0.5
+_LEAST_SHARE = 0.1
+"""Of a cell's tasks: some few rules about lists have answers that may be taken for labels."""
 _LITTLE_GAIN = 0.1
 """Nats a token: a run that wrote one text for half of its tasks had 0.01, the quickstart's, which
 reads its instructions back, 3.3."""
@@ -70,10 +72,11 @@ def warning(where: str, cell: Mapping[str, Any]) -> str:
     """
     constant = cell.get("constant_label", {"value": None})
     number = constant.get("n_tasks", cell["n_tasks"])
-    if constant["value"] is not None and constant["value"] >= _MANY and number >= _MIN_TASKS:
+    counts = number >= max(_MIN_TASKS, _LEAST_SHARE * cell["n_tasks"])
+    if counts and constant["value"] is not None and constant["value"] >= _MANY:
         return (
-            f"{where}: {constant['value']:.0%} of {number} tasks got one label for all inputs, "
-            "right for some of them at most: these answers hardly tell inputs apart"
+            f"{where}: {constant['value']:.0%} of {number} tasks with labels got one label for all "
+            "inputs, right for some of them at most: read label accuracy beside majority_label's"
         )
     if cell["n_tasks"] < _MIN_TASKS:
         return ""

@@ -89,7 +89,7 @@ def measure_run(
         `deduction.<part>`, `controls.<control>.<part>` and `reconstruction.<part>`, each
         `{"exact_match": {"value": 0.5, "ci95": [0.4, 0.6]}, "n_tasks": 114, "n_examples": 570}`
         with every other metric of metrics.py that applies; in reconstruction also
-        `commonest_text` (commonest_text.py); `tables`, the metrics that `show`
+        `commonest_text` (collapse.py); `tables`, the metrics that `show`
         prints; `left_out`, how many tasks of which cell there was no time for.
     """
     started = time.perf_counter()
@@ -202,7 +202,11 @@ def show(report: dict[str, Any]) -> None:
             console.print(_table(f"{TITLES[metric]}, value [95 % interval over tasks]", rows))
     for direction in ("deduction", "reconstruction"):
         for part, cell in _cells_at(report, direction).items():
-            if part in PARTS and (line := warning(f"{direction}, {part}", cell)):
+            # A run whose tables are of lists has no labels, though a rule's few answers look so.
+            shown = {
+                k: v for k, v in cell.items() if k != "constant_label" or k in report["tables"]
+            }
+            if part in PARTS and (line := warning(f"{direction}, {part}", shown)):
                 console.print(line)
     if report["left_out"]:
         console.print(

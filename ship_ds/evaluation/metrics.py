@@ -44,6 +44,7 @@ ANSWER_METRICS = (
 )
 """Of answers, in the order of the tables."""
 LESS_IS_BETTER = ("constant_label", "answer_loss")
+_MIN_INPUTS = 4
 MOST_LABELS = 10
 """Distinct answers of a task that count as a closed set, at most."""
 
@@ -185,7 +186,7 @@ def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
 def constant_label(
     answers: Sequence[str | None], references: Sequence[Sequence[str]], labels: Sequence[str]
 ) -> list[float]:
-    """Whether all inputs of a task whose answers are a closed set got answers that mean one label.
+    """Whether the answers to all inputs of a task with labels mean one label, or none at all.
 
     Args:
         answers: one an input; None for one that never ended.
@@ -193,14 +194,14 @@ def constant_label(
         labels: of the task (`closed_labels`).
 
     Returns:
-        One value for the whole task; none where it has no labels or a single input, and where one
-        label is right for all of them, which a method is right to give.
+        One value for the whole task; none where it has no labels or fewer than four inputs, which
+        chance may well answer alike, and where one label is right for all of them, which a method
+        is right to give.
     """
     right = [set(map(_label_form, one)) for one in references]
-    if not labels or len(answers) < 2 or set.intersection(*right):
+    if not labels or len(answers) < _MIN_INPUTS or set.intersection(*right):
         return []
-    meant = {nearest_label(answer, labels) for answer in answers}
-    return [len(meant) == 1 and None not in meant]
+    return [len({nearest_label(answer, labels) for answer in answers}) == 1]
 
 
 def metrics_to_show(tasks: Iterable[SplitTask]) -> tuple[str, ...]:

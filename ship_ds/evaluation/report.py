@@ -46,7 +46,7 @@ LEADING = {
     "reconstruction": "exact_match",
 }
 """The score of a direction where one has to stand for it, as in the tables task by task."""
-_SHIP, _ONE_ANSWER = "ship", "majority_label"
+_SHIP = "ship"
 _ABOUT_METHOD = ("method", "instruction in query")
 _KINDS = ("parameter", "composition", "family")
 _KIND_PARTS = tuple(f"{part}_{kind}" for part in PARTS for kind in _KINDS)
@@ -252,13 +252,13 @@ def summary_rows(
 
 
 def warnings(report: Mapping[str, Any], direction: str) -> list[str]:
-    """A line for each method and part whose texts hardly tell tasks apart, or its answers inputs;
-    of the control that gives one answer on purpose none."""
+    """A line for each method and part whose texts hardly tell tasks apart, or its labels inputs;
+    none of controls, some of which do it on purpose."""
     lines = [
         warning(f"{name}, {direction}, {part}", method[direction][part])
         for name, method in report["methods"].items()
         for part in PARTS
-        if part in method.get(direction, {}) and name != _ONE_ANSWER
+        if part in method.get(direction, {}) and not method["about"].startswith("control")
     ]
     return [line for line in lines if line]
 

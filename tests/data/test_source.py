@@ -14,7 +14,7 @@ from ship_ds.config import load_config
 from ship_ds.data.rules import RulesConfig, RulesSource
 from ship_ds.data.source import source_of
 from ship_ds.data.task_files import FilesConfig, FilesSource
-from tests.conftest import start_warm
+from tests.conftest import start
 
 TASKS = "tests/fixtures/v0_1/tasks.jsonl"
 DATA = (
@@ -30,7 +30,7 @@ def with_the_toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ship_ds(*arguments: str) -> tuple[int, str, str]:
     """A command's exit code, standard output and standard error."""
-    done = start_warm(["-m", "ship_ds.cli", *arguments])
+    done = start(["-m", "ship_ds.cli", *arguments])
     return done.returncode, done.stdout, done.stderr
 
 

@@ -164,8 +164,12 @@ def test_the_report_of_a_run_says_it_under_its_tables(capsys: pytest.CaptureFixt
         for part, share in {"seen": 0.4, "unseen": 0.6, "unseen_family": 0.9}.items()
     }
     final_report.show(report)
+    assert "one label" not in capsys.readouterr().out, (
+        "of lists, whose tables are exact match alone"
+    )
+    final_report.show(report | {"tables": ["exact_match", "constant_label"]})
     printed = " ".join(capsys.readouterr().out.split())
-    assert "deduction, unseen: 60% of 4 tasks got one label for all inputs" in printed
+    assert "deduction, unseen: 60% of 4 tasks with labels got one label for all inputs" in printed
     assert "deduction, seen: " not in printed and "unseen_family" not in printed
 
 
@@ -181,19 +185,19 @@ def test_a_method_that_gives_each_task_one_label_is_named(
 ) -> None:
     """Not the control that does it on purpose, nor tasks that one label is right for, nor those
     without labels."""
-    pairs = tuple(Example(str(i), "ab"[i % 2]) for i in range(4))
-    words = tuple(Example(str(i), f"word {i}") for i in range(4))
+    pairs = tuple(Example(str(i), "ab"[i % 2]) for i in range(8))
+    words = tuple(Example(str(i), f"word {i}") for i in range(8))
     tasks = [
         SplitTask(Task(f"t{i}", f"do {i}", train), train, asked)
         for i, (train, asked) in enumerate(
-            [*[(pairs, pairs[:2])] * 4, (pairs, pairs[::2]), (words, words[:2])]
+            [*[(pairs, pairs[:4])] * 4, (pairs, pairs[::2]), (words, words[:4])]
         )
     ]
     outcome = measure(OneLabel(), "deduction", [ask(task, 0, 0) for task in tasks])
     assert outcome.values("constant_label") == [[True]] * 4 + [[], []]
     about = {"instruction_in_query": False, "sees_labels": False, "about": "what it is"}
-    names = ("ship", "majority_label")
-    provenance = Provenance("run", "", {}, {"num_shown": [5]}, dict.fromkeys(names, about), 5)
+    names = {"ship": about, "majority_label": {**about, "about": "control: it does"}}
+    provenance = Provenance("run", "", {}, {"num_shown": [5]}, names, 5)
     cells = {
         Cell(name, "deduction", "unseen", None): Measured(
             {}, outcome.metrics, outcome.rows, 1.0, 0.0, 1
@@ -206,8 +210,21 @@ def test_a_method_that_gives_each_task_one_label_is_named(
         "ci95": [1.0, 1.0],
         "n_tasks": 4,
     }
-    line = "ship, deduction, unseen: 100% of 4 tasks got one label for all inputs, right for some"
+    line = "ship, deduction, unseen: 100% of 4 tasks with labels got one label for all inputs"
     page = markdown(report, cells)
     assert line in page and "majority_label, deduction, unseen: " not in page
     evaluate.show(report)
     assert line in " ".join(capsys.readouterr().out.split())
+
+
+def test_few_tasks_with_labels_are_not_warned_of() -> None:
+    """Neither by their number, nor among so many others that they are rules about lists."""
+
+    def said(share: float, number: int, of: int) -> str:
+        return warning(
+            "ship", {"n_tasks": of, "constant_label": {"value": share, "n_tasks": number}}
+        )
+
+    assert said(0.5, 4, 40).startswith("ship: 50% of 4 tasks with labels")
+    assert said(0.49, 4, 40) == said(1.0, 3, 30) == said(1.0, 4, 41) == ""
+    assert warning("ship", {"n_tasks": 9, "constant_label": {"value": None, "ci95": None}}) == ""

@@ -275,18 +275,21 @@ def test_metrics_of_the_instruction_induction_paper(
     assert paper_score(metric, answer, references) == pytest.approx(value)
 
 
+YES_NO = [["Yes"], ["No"], ["Yes"], ["No"]]
+
+
 @pytest.mark.parametrize(
     ("answers", "references", "expected"),
     [
-        (["Yes", "yes.", "It is a yes"], [["Yes"], ["No"], ["Yes"]], [True]),
-        (["Yes", "No", "Yes"], [["Yes"], ["No"], ["Yes"]], [False]),
-        (["Yes", "Yes"], [["Yes"], ["yes."]], []),  # right for both
-        (["Yes", "Yes"], [["No", "Maybe"], ["maybe"]], []),  # "Maybe" would be
-        (["Yes", "Yes"], [["No", "Maybe"], ["Yes"]], [True]),
-        ([None, None], [["Yes"], ["No"]], [False]),  # no answer at all
-        (["Yes", None], [["Yes"], ["No"]], [False]),
-        ([CutOff("No, and on"), CutOff("No, and so")], [["Yes"], ["No"]], [True]),
-        (["Yes"], [["No"]], []),
+        (["Yes", "yes.", "It is a yes", "Yes"], YES_NO, [True]),
+        (["Yes", "No", "Yes", "No"], YES_NO, [False]),
+        (["Yes"] * 4, [["Yes"], ["yes."], ["Yes", "No"], ["yes"]], []),  # right for all
+        (["Yes"] * 4, [["No", "Maybe"], ["maybe"], ["Maybe"], ["maybe."]], []),  # one would be
+        (["Yes"] * 4, [["No", "Maybe"], ["Maybe"], ["No"], ["Yes"]], [True]),
+        ([None] * 4, YES_NO, [True]),  # nothing to any
+        (["Yes", None, "Yes", "Yes"], YES_NO, [False]),
+        ([CutOff("No, and on"), CutOff("No, and so"), "No", "No"], YES_NO, [True]),
+        (["Yes"] * 3, YES_NO[:3], []),
     ],
 )
 def test_one_label_for_inputs_with_different_right_ones_is_seen(
