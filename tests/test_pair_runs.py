@@ -11,14 +11,23 @@ from tools.pair_runs import main
 FINGERPRINT = {"data": "d", "dtype": "float32", "harness": 4, "seed": 0, "bundle": "b"}
 
 
-def write_cell(run: Path, method: str, scores: dict[str, list[float]], **fingerprint: Any) -> None:
-    """ROUGE-L of each task's answers."""
+def write_cell(
+    run: Path,
+    method: str,
+    scores: dict[str, list[float]],
+    labelled: tuple[str, ...] = (),
+    **fingerprint: Any,
+) -> None:
+    """ROUGE-L of each task's answers; labelled: tasks that have a label accuracy, of 1."""
     cells = run / "evaluation" / "cells"
     cells.mkdir(parents=True, exist_ok=True)
     cell = {
         "fingerprint": FINGERPRINT | fingerprint,
-        "metrics": ["rouge_l"],
-        "rows": [{"task": name, "rouge_l": values} for name, values in scores.items()],
+        "metrics": ["rouge_l", *(["label_accuracy"] if labelled else [])],
+        "rows": [
+            {"task": name, "rouge_l": values, "label_accuracy": [1.0] * (name in labelled)}
+            for name, values in scores.items()
+        ],
         "seconds": 1.0,
         "prepare_seconds": 0.0,
         "num_ranks": 1,
@@ -41,6 +50,25 @@ def test_scores_are_paired_by_task(tmp_path: Path, capsys: pytest.CaptureFixture
     write_cell(tmp_path / "a", "ship_one_pass", {"one": [0.9], "two": [0.3]})
     assert main([*runs, "--of-first", "ship_one_pass", "--methods", "sft"]) == 0
     assert capsys.readouterr().out.startswith("ship_one_pass - sft, unseen, rouge_l: +0.350 [")
+
+
+def test_tasks_with_labels_and_without_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "a"
+    for method, scores in {"ship": [0.4, 0.7], "sft": [0.1, 0.2]}.items():
+        of_tasks = {name: [score] for name, score in zip(("one", "two"), scores, strict=True)}
+        write_cell(run, method, of_tasks, labelled=("two",))
+    ask = [str(run), str(run), "--methods", "sft"]
+    for kind, values in {"labels": ["+0.500", "+0.000"], "texts": ["+0.300"]}.items():
+        assert main([*ask, "--tasks", kind]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split(": ")[1].split()[0] for line in said] == values
+    write_cell(run, "ship", {"one": [0.4]})
+    assert main([*ask, "--tasks", "labels"]) == 2
+    said = capsys.readouterr().err
+    assert "ship.deduction.unseen: has no task of --tasks labels; leave that out" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

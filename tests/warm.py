@@ -82,6 +82,7 @@ def _start(process: BaseProcess, timeout: float, folder: Path) -> None:
         starting.start()
         starting.join(timeout)
     assert not starting.is_alive(), f"no process was forked within {timeout} s"
+    assert process.pid is not None, "no process was forked: see pytest's own standard error"
 
 
 def _left_behind(process: BaseProcess) -> list[str]:

@@ -7,13 +7,15 @@ r"""How far SHIP, or another method, of one run is from the methods of another, 
 `ship-ds evaluate` pairs the methods of one run. This takes the answers that two runs have stored,
 or one run's own: by method and part the mean over tasks of the first one's score minus the other's
 with its bootstrap interval over tasks, `<method>.<part>.difference.<metric>`, beside the scores of
-both. Runs that were asked other tasks, or in another way, are refused.
+both. Runs that were asked other tasks, or in another way, are refused. --tasks labels keeps the
+tasks whose answers are a closed set, --tasks texts the others.
 
 Writes JSON, prints a line a score.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,12 @@ from ship_ds.files import write_json
 
 ASKED_ALIKE = ("data", "dtype", "harness", "seed")
 """Of a cell's fingerprint: which tasks and inputs, in which numbers, scored by which version."""
+KINDS = ("all", "labels", "texts")
 
 
-def stored(run: Path, method: str, part: Any) -> Measured:
-    """A cell of deduction that the run has. Raises UserError where it has none."""
+def stored(run: Path, method: str, part: Any, kind: str = "all") -> Measured:
+    """A cell of deduction that the run has, with the tasks of one of the `KINDS`. Raises UserError
+    where it has none."""
     cell = Cell(method, "deduction", part, None)
     measured = CellStore(run / "evaluation" / "cells").read(cell)
     if measured is None:
@@ -36,7 +40,12 @@ def stored(run: Path, method: str, part: Any) -> Measured:
             f"{run}: {cell.name} is not measured; `ship-ds evaluate --run {run} --methods {method} "
             f"--directions deduction --parts {part}` does it"
         )
-    return measured
+    if kind == "all":
+        return measured
+    rows = [row for row in measured.rows if bool(row.get("label_accuracy")) == (kind == "labels")]
+    if not rows:
+        raise UserError(f"{run}: {cell.name}: has no task of --tasks {kind}; leave that out")
+    return replace(measured, rows=rows)
 
 
 def pair(first: Measured, other: Measured, names: tuple[str, str]) -> dict[str, Any]:
@@ -61,16 +70,22 @@ def pair(first: Measured, other: Measured, names: tuple[str, str]) -> dict[str, 
 
 
 def pairs(
-    first: Path, other: Path, methods: list[str], parts: list[str], method_of_first: str = "ship"
+    first: Path,
+    other: Path,
+    methods: list[str],
+    parts: list[str],
+    method_of_first: str = "ship",
+    kind: str = "all",
 ) -> dict[str, Any]:
-    """`pair` of a method of the first run with each method of the other, by method and part."""
+    """`pair` of a method of the first run with each method of the other, by method and part, over
+    the tasks of one of the `KINDS`."""
     return {
         method: {
             "of_first": method_of_first,
             **{
                 part: pair(
-                    stored(first, method_of_first, part),
-                    stored(other, method, part),
+                    stored(first, method_of_first, part, kind),
+                    stored(other, method, part, kind),
                     (f"{first}: {method_of_first}", f"{other}: {method}"),
                 )
                 for part in parts
@@ -87,11 +102,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--of-first", default="ship", help="the method of the first run")
     parser.add_argument("--methods", default="ship", help="those of the other run")
     parser.add_argument("--parts", default="unseen")
+    parser.add_argument("--tasks", choices=KINDS, default="all", help="with or without labels")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     try:
         methods, parts = given.methods.split(","), given.parts.split(",")
-        found = pairs(given.first, given.other, methods, parts, given.of_first)
+        found = pairs(given.first, given.other, methods, parts, given.of_first, given.tasks)
     except UserError as error:
         print(f"pair_runs: {error}", file=sys.stderr)
         return 2

@@ -194,14 +194,14 @@ def constant_label(
         labels: of the task (`closed_labels`).
 
     Returns:
-        One value for the whole task; none where it has no labels or fewer than four inputs, which
+        1 or 0 for the whole task; nothing where it has no labels or fewer than four inputs, which
         chance may well answer alike, and where one label is right for all of them, which a method
         is right to give.
     """
     right = [set(map(_label_form, one)) for one in references]
     if not labels or len(answers) < _MIN_INPUTS or set.intersection(*right):
         return []
-    return [len({nearest_label(answer, labels) for answer in answers}) == 1]
+    return [float(len({nearest_label(answer, labels) for answer in answers}) == 1)]
 
 
 def metrics_to_show(tasks: Iterable[SplitTask]) -> tuple[str, ...]:
