@@ -59,11 +59,14 @@ def test_tasks_with_labels_and_without_are_told_apart(
     for method, scores in {"ship": [0.4, 0.7], "sft": [0.1, 0.2]}.items():
         of_tasks = {name: [score] for name, score in zip(("one", "two"), scores, strict=True)}
         write_cell(run, method, of_tasks, labelled=("two",))
-    ask = [str(run), str(run), "--methods", "sft"]
+    out = tmp_path / "pairs.json"
+    ask = [str(run), str(run), "--methods", "sft", "--out", str(out)]
     for kind, values in {"labels": ["+0.500", "+0.000"], "texts": ["+0.300"]}.items():
         assert main([*ask, "--tasks", kind]) == 0
         said = capsys.readouterr().out.splitlines()
         assert [line.split(": ")[1].split()[0] for line in said] == values
+        found = json.loads(out.read_text())["sft"]["unseen"]
+        assert [found[side]["n_tasks"] for side in ("first", "other", "difference")] == [1, 1, 1]
     write_cell(run, "ship", {"one": [0.4]})
     assert main([*ask, "--tasks", "labels"]) == 2
     said = capsys.readouterr().err
