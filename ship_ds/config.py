@@ -872,6 +872,11 @@ class TrainingConfig(Section):
     """How often a family of tasks is met grows with its size to this power: at 1 all tasks are met
     equally often, at 0 all families are. Below 1 the tasks of large families get fewer passes than
     `epochs`."""
+    balances_labels: bool = False
+    """Of a task whose answers are a closed set of labels (docs/metrics.md), a step draws each label
+    as often as the others, among the examples that it answers and among those that encoder and
+    decoder are shown. So neither how frequent a label is nor the labels of the shown examples say
+    which one is right."""
     accumulation: PositiveInt = 1
     """Micro-batches whose gradients are summed for one optimiser step: less memory, the same
     step."""

@@ -40,6 +40,11 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def lowered(text: str) -> str:
+    """In lower case, each accent in its letter (`composed`)."""
+    return composed(text.lower())
+
+
 def is_list(text: str) -> bool:
     """Whether it reads as integers: "3 1", "[3, 1]", "-4"."""
     return _LIST.fullmatch(text.strip()) is not None

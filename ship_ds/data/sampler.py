@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ship_ds.data.labels import have_labels, sample_by_label
 from ship_ds.data.task import Example, Reading, SplitTask
 
 _INSTRUCTION_SHARE = 0.5
@@ -55,12 +56,14 @@ class ReadingDraw:
     max_examples: at most, of those that are not answered; each step draws how many.
     drop_instruction: how often the wording is left out where there are examples. drop_targets:
     likewise the examples' targets. drop_words: how often a word of the wording is, one by one.
+    balances_labels: of a task with labels, each is as frequent among the examples as the others.
     """
 
     max_examples: int = 0
     drop_instruction: float = 0.0
     drop_targets: float = 0.0
     drop_words: float = 0.0
+    balances_labels: bool = False
 
     def draw(
         self, task: SplitTask, wording: str, answered: Sequence[Example], seed: int, place: str
@@ -83,7 +86,8 @@ class ReadingDraw:
         rng = random.Random(f"{seed} read {position} {task.id}")
         known = {example.input for example in answered}
         others = [example for example in task.train if example.input not in known]
-        examples = tuple(rng.sample(others, min(count, len(others))))
+        count = min(count, len(others))
+        examples = tuple(_sample(task, others, count, rng, self.balances_labels))
         if not examples:
             return alone
         drops_instruction = rng.random() < self.drop_instruction
@@ -192,6 +196,7 @@ class StepSampler:
     max_shown: int
     drop_latent: float
     reading: ReadingDraw = ReadingDraw()
+    balances_labels: bool = False
 
     def draw_step(self, step: int) -> list[TaskDraw]:
         """The draws of global step `step`, sorted by length so that micro-batches pad little.
@@ -230,7 +235,7 @@ class StepSampler:
         rng = random.Random(f"{self.seed} {position} {task.id}")
         num_answered = min(self.examples_per_task, len(task.train))
         num_shown = min(num_shown, len(task.train) - num_answered)
-        drawn = rng.sample(task.train, num_answered + num_shown)
+        drawn = _sample(task, task.train, num_answered + num_shown, rng, self.balances_labels)
         if num_answered < self.examples_per_task:
             drawn = rng.choices(task.train, k=self.examples_per_task)
             num_answered = self.examples_per_task
@@ -247,6 +252,15 @@ class StepSampler:
         rest = [text for text in (task.task.instruction, *others) if text != wording]
         other = rng.choice(rest) if rest else None
         return TaskDraw(task.id, wording, answered, shown, shows_latent, other, read)
+
+
+def _sample(
+    task: SplitTask, examples: Sequence[Example], count: int, rng: random.Random, by_label: bool
+) -> list[Example]:
+    """Some of a task's training examples, without repeats."""
+    if by_label and have_labels(task.train):
+        return sample_by_label(examples, count, rng)
+    return rng.sample(examples, count)
 
 
 @lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ship_ds.api import Ship
+from ship_ds.data.labels import closed_labels
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.cells import SHOWS_EXAMPLES
 from ship_ds.evaluation.collapse import commonest_text, warning
@@ -22,7 +23,7 @@ from ship_ds.evaluation.config import Direction, Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS
-from ship_ds.evaluation.metrics import closed_labels, metrics_to_show, summary
+from ship_ds.evaluation.metrics import metrics_to_show, summary
 from ship_ds.evaluation.questions import PARTS, ask, tasks_of
 from ship_ds.evaluation.report import TITLES, value_and_interval
 from ship_ds.evaluation.within_time import Group, TimedCell, evenly, measure_within

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from ship_ds.data.labels import closed_labels
 from ship_ds.data.matching import exact_match
 from ship_ds.data.task import CutOff
 from ship_ds.evaluation.cells import WORDINGS, TaskRow
@@ -30,7 +31,6 @@ from ship_ds.evaluation.method import (
     Reconstructs,
 )
 from ship_ds.evaluation.metrics import (
-    closed_labels,
     constant_label,
     label_match,
     normalised_match,

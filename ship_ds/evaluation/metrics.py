@@ -23,21 +23,19 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from ship_ds.data.matching import composed, exact_match, has_ended, is_list
+from ship_ds.data.labels import label_form, nearest_label
+from ship_ds.data.matching import exact_match, has_ended, is_list, lowered
 from ship_ds.data.task import PaperMetric, SplitTask
 from ship_ds.data.words import is_punctuation, spaced
 
 _NUM_RESAMPLES = 2000
 _GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_LABEL_WORD = re.compile(r"(?:(?<!\w)[+-](?=\d))?\w+(?:[-'.]\w+)*")
-"""A word of a label: with its sign before a number, and with what stands within it."""
 ANSWER_METRICS = (
     *("exact_match", "normalised_match", "label_accuracy", "constant_label", "paper_metric"),
     *("rouge_l", "answer_loss"),
@@ -45,8 +43,6 @@ ANSWER_METRICS = (
 """Of answers, in the order of the tables."""
 LESS_IS_BETTER = ("constant_label", "answer_loss")
 _MIN_INPUTS = 4
-MOST_LABELS = 10
-"""Distinct answers of a task that count as a closed set, at most."""
 
 
 def normalised_match(answer: str | None, references: Sequence[str]) -> bool:
@@ -65,7 +61,7 @@ def _are_alike(answer: str, reference: str) -> bool:
     if is_list(answer) and is_list(reference):
         return exact_match(answer, [reference])
     forms = [
-        normal_form(text) or " ".join(_unpunctuated(text).split()) or _lower(text.strip())
+        normal_form(text) or " ".join(_unpunctuated(text).split()) or lowered(text.strip())
         for text in (answer, reference)
     ]
     return forms[0] == forms[1]
@@ -85,102 +81,17 @@ def normal_form(text: str) -> str:
 
 
 def _unpunctuated(text: str) -> str:
-    return "".join(letter for letter in _lower(text) if not _is_punctuation(letter))
+    return "".join(letter for letter in lowered(text) if not _is_punctuation(letter))
 
 
 def _is_punctuation(letter: str) -> bool:
     return letter in string.punctuation or is_punctuation(letter)
 
 
-def closed_labels(task: SplitTask) -> tuple[str, ...]:
-    """The task's labels, where its answers are a closed set; none where they are not.
-
-    They are one where its training examples have 2 to 10 distinct targets by their words
-    (`_label_form`), each of them twice on average, and every test target is among these.
-    """
-    labels: dict[str, str] = {}
-    for example in task.train:
-        labels.setdefault(_label_form(example.target), example.target)
-    if not 2 <= len(labels) <= min(MOST_LABELS, len(task.train) // 2):
-        return ()
-    if any(_label_form(example.target) not in labels for example in task.test):
-        return ()
-    return tuple(labels.values())
-
-
-def _label_form(text: str) -> str:
-    """Words in lower case, without the punctuation around them: "(B)." is "b". What makes a label
-    another one stays: a sign before a number, a point within one, "A" where SQuAD's form sees an
-    article; of signs alone ("+", "-") all."""
-    return _lower(_label_words(text)) or _label_text(text).strip()
-
-
-def _label_text(text: str) -> str:
-    """Without the selectors that ask for an emoji's picture, or for its letter."""
-    return composed(text).replace("\ufe0e", "").replace("\ufe0f", "")
-
-
-def _label_words(text: str) -> str:
-    """The words, one space between them."""
-    text = _label_text(text)
-    return " ".join(text[slice(*word.span())] for word in _LABEL_WORD.finditer(_as_letters(text)))
-
-
-def _label_signs(text: str) -> str:
-    """What stands between the words, which each leave a place behind."""
-    return _LABEL_WORD.sub("\0", _as_letters(_label_text(text)))
-
-
-def _as_letters(text: str) -> str:
-    """The text with a letter for every vowel sign and accent that stands behind one: to `re` they
-    are no part of a word, which would make one of हाँ, हूँ and है."""
-    if text.isascii():
-        return text
-    letters: list[str] = []
-    for letter in text:
-        is_mark = unicodedata.category(letter) in ("Mn", "Mc")
-        letters.append("x" if is_mark and letters and letters[-1].isalnum() else letter)
-    return "".join(letters)
-
-
-def _lower(text: str) -> str:
-    return composed(text.lower())
-
-
 def label_match(answer: str | None, references: Sequence[str], labels: Sequence[str]) -> bool:
     """Whether the label that is nearest to the answer is a right one."""
     nearest = nearest_label(answer, labels)
-    return nearest is not None and _label_form(nearest) in map(_label_form, references)
-
-
-def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
-    """The label that an answer means, by the first of these rules that finds one (`_label_form`):
-    the equal one; the one that stands first in the answer as whole words, in its own case if any
-    does ("It is a B" means "B"), the longer of two at one place; of those without words the one
-    that stands first among the answer's signs ("It is <=." means "<="); the one most alike letter
-    by letter (difflib's ratio). None: no letter in common.
-    """
-    if answer is None:
-        return None
-    said, forms = _label_form(answer), [_label_form(label) for label in labels]
-    if said in forms:
-        return labels[forms.index(said)]
-    words = [f" {_label_words(text)} " for text in (answer, *labels)]
-    named = words[1:]
-    signs = [form if not name.strip() else "" for form, name in zip(forms, named, strict=True)]
-    for text, names in (
-        (words[0], named),
-        (_lower(words[0]), [_lower(name) for name in named]),
-        (_label_signs(answer), signs),
-    ):
-        # A label without words is in every text as words, and one with them as signs.
-        places = [(text.find(name), -len(name), i) for i, name in enumerate(names) if name.strip()]
-        within = [place for place in places if place[0] >= 0]
-        if within:
-            return labels[min(within)[2]]
-    likeness = [SequenceMatcher(None, said, form, autojunk=False).ratio() for form in forms]
-    best = max(range(len(labels)), key=likeness.__getitem__)
-    return labels[best] if likeness[best] else None
+    return nearest is not None and label_form(nearest) in map(label_form, references)
 
 
 def constant_label(
@@ -191,14 +102,14 @@ def constant_label(
     Args:
         answers: one an input; None for one that never ended.
         references: every right answer of each input.
-        labels: of the task (`closed_labels`).
+        labels: of the task (`labels.closed_labels`).
 
     Returns:
         1 or 0 for the whole task; nothing where it has no labels or fewer than four inputs, which
         chance may well answer alike, and where one label is right for all of them, which a method
         is right to give.
     """
-    right = [set(map(_label_form, one)) for one in references]
+    right = [set(map(label_form, one)) for one in references]
     if not labels or len(answers) < _MIN_INPUTS or set.intersection(*right):
         return []
     return [float(len({nearest_label(answer, labels) for answer in answers}) == 1)]
@@ -252,7 +163,7 @@ class _Words:
     def tokenize(self, text: str) -> list[str]:
         """Runs of letters, digits and what is written over them, in lower case; of scripts without
         spaces every letter is a word (as mT5's multilingual ROUGE has it)."""
-        text = _lower(text)
+        text = lowered(text)
         if text.isascii():
             return _ASCII_WORD.findall(text)
         kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in spaced(text))

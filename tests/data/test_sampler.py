@@ -2,11 +2,14 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from ship_ds.config import load_config
 from ship_ds.data.sampler import Epochs, ReadingDraw, StepSampler, TaskDraw, balanced
-from ship_ds.data.task import Example, Reading, SplitTask, Task
+from ship_ds.data.task import Example, Reading, Splits, SplitTask, Task
+from ship_ds.train import Trainer
 
 
 def _task(index: int, num_examples: int = 12) -> SplitTask:
@@ -251,6 +254,72 @@ def test_what_is_left_of_a_wording_keeps_its_lines() -> None:
 def test_a_task_without_an_example_to_spare_is_read_by_its_wording() -> None:
     tight = StepSampler([_task(0, 2)], 3, 1, 2, 0, 0.0, ReadingDraw(3, 0.5))
     assert all(tight.draw_step(step)[0].reading.examples == () for step in range(9))
+
+
+def _labelled(num_rare: int = 6) -> SplitTask:
+    """Of its 30 examples num_rare have the rarer of two labels."""
+    examples = tuple(Example(f"input {i}", "no" if i < num_rare else "yes") for i in range(30))
+    return SplitTask(Task("labelled", "instruction", examples), examples, ())
+
+
+def test_labels_are_balanced_where_it_is_asked_for_and_nowhere_else() -> None:
+    """In what is answered, shown and read; tasks without labels keep their draws to the bit."""
+    plain = _sampler(tasks=[_labelled(), _task(0)], reading=ReadingDraw(4), examples_per_task=3)
+    reading = replace(plain.reading, balances_labels=True)
+    balanced_one = replace(plain, balances_labels=True, reading=reading)
+    shares = {}
+    for name, sampler in (("plain", plain), ("balanced", balanced_one)):
+        draws = [draw for step in range(100) for draw in sampler.draw_step(step)]
+        shares[name] = [
+            sum(e.target == "no" for d in draws if d.task_id == "labelled" for e in part(d))
+            / sum(len(part(d)) for d in draws if d.task_id == "labelled")
+            for part in (lambda d: d.answered, lambda d: d.shown, lambda d: d.reading.examples)
+        ]
+        if name == "balanced":
+            for draw in draws:
+                if draw.task_id == "labelled":
+                    times = Counter(e.target for e in draw.answered)
+                    assert {times["no"], times["yes"]} == {1, 2}
+                    assert not set(draw.reading.examples) & set(draw.answered)
+    assert all(abs(share - 0.2) < 0.05 for share in shares["plain"])
+    assert all(abs(share - 0.5) < 0.05 for share in shares["balanced"])
+    for step in range(20):
+        others = [
+            [draw for draw in sampler.draw_step(step) if draw.task_id == "t0"]
+            for sampler in (plain, balanced_one)
+        ]
+        assert others[0] == others[1] and others[0]
+
+
+def test_a_run_draws_as_its_config_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Answered, shown and read alike, and the log says of how many tasks."""
+    run = SimpleNamespace(splits=Splits((_labelled(), _task(0), _task(1)), (), ()))
+    for asked in (False, True):
+        run.config = load_config("quickstart", [f"training.balances_labels={asked}"])
+        sampler = Trainer.make_sampler(run)  # type: ignore[arg-type]
+        assert sampler.balances_labels is sampler.reading.balances_labels is asked
+        said = capsys.readouterr()
+        assert ("labels are balanced: 1 of 3 seen tasks have any" in said.out + said.err) is asked
+
+
+def test_what_the_encoder_reads_does_not_tell_the_labels_that_are_asked() -> None:
+    """Were rounds of labels drawn over both together, the label missing in one would be right."""
+    sampler = _sampler(
+        tasks=[_labelled(15)],
+        tasks_per_step=1,
+        examples_per_task=1,
+        max_shown=0,
+        reading=ReadingDraw(1, balances_labels=True),
+        balances_labels=True,
+    )
+    draws = [sampler.draw_step(step)[0] for step in range(1200)]
+    pairs = Counter(
+        (draw.answered[0].target, draw.reading.examples[0].target)
+        for draw in draws
+        if draw.reading.examples
+    )
+    num = sum(pairs.values())
+    assert num > 400 and all(abs(count / num - 0.25) < 0.06 for count in pairs.values()), pairs
 
 
 def test_another_wording_is_another_of_the_task_and_moves_nothing_else() -> None:

@@ -10,12 +10,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from ship_ds.data.task import CutOff, Example, PaperMetric, SplitTask, Task
 from ship_ds.evaluation.metrics import (
     ANSWER_METRICS,
-    closed_labels,
     constant_label,
     label_match,
     majority_label,
     metrics_to_show,
-    nearest_label,
     normalised_match,
     paper_score,
     rouge_l,
@@ -139,88 +137,6 @@ def task(train: Sequence[str], test: Sequence[str]) -> SplitTask:
     return SplitTask(Task("t", "k", (*parts[0], *parts[1])), *parts)
 
 
-@pytest.mark.parametrize(
-    ("train", "test", "labels"),
-    [
-        ("Yes no yes. No".split(), ["no"], ("Yes", "no")),
-        ("yes no maybe".split(), ["no"], ()),
-        ("yes no yes no".split(), ["maybe"], ()),
-        (["yes"] * 9, ["yes"], ()),
-        ("+ - + -".split(), ["-"], ("+", "-")),
-        (["ด\u0e35", "ด\u0e39"] * 2, ["ด\u0e39"], ("ด\u0e35", "ด\u0e39")),
-        ([str(i) for i in range(10)] * 2, ["3"], tuple(map(str, range(10)))),
-        ([str(i) for i in range(11)] * 2, ["3"], ()),
-    ],
-)
-def test_labels_are_few_and_repeated(
-    train: list[str], test: list[str], labels: tuple[str, ...]
-) -> None:
-    assert closed_labels(task(train, test)) == labels
-
-
-@pytest.mark.parametrize(
-    ("answer", "nearest"),
-    [
-        ("POSITIVE!", "Positive"),
-        ("It is not positive, it is negative.", "not positive"),
-        ("negative, then positive", "Negative"),
-        ("negativ", "Negative"),
-        ("pos", "Positive"),
-        ("", None),
-        ("7", None),
-        (None, None),
-    ],
-)
-def test_nearest_label_by_each_rule(answer: str | None, nearest: str | None) -> None:
-    labels = ("Positive", "Negative", "not positive")
-    assert nearest_label(answer, labels) == nearest
-    assert label_match(answer, ["negative", "x"], labels) is (nearest == "Negative")
-
-
-@pytest.mark.parametrize(
-    ("answer", "labels", "nearest"),
-    [
-        ("-1", ("0", "1", "-1"), "-1"),
-        ("It is 1.", ("0", "1", "-1"), "1"),
-        ("The answer is (A).", ("A", "B", "C"), "A"),
-        ("It is a B", ("A", "B", "C"), "B"),
-        ("a", ("B", "A"), "A"),
-        ("about 3.5, I think", ("35", "3.5"), "3.5"),
-        ("-", ("+", "-"), "-"),
-        ("It is +.", ("-", "+"), "+"),
-        ("non-toxic: +", ("-", "+"), "+"),
-        (">.", ("<", "=", ">"), ">"),
-        ("It is <=.", ("<", "=", "<="), "<="),
-        ("\U0001f621!", ("\U0001f600", "\U0001f621"), "\U0001f621"),
-        ("positive \U0001f621", ("\U0001f600", "\U0001f621"), "\U0001f621"),
-        ("\u2764", ("\u2600\ufe0f", "\u2764\ufe0f"), "\u2764\ufe0f"),
-        ("I think - yes", ("-", "yes"), "yes"),
-        ("ह\u0942\u0901", ("ह\u093e\u0901", "ह\u0948", "ह\u0942\u0901"), "ह\u0942\u0901"),
-        ("उत्तर है।", ("ह\u093e\u0901", "ह\u0948"), "ह\u0948"),
-        ("ด\u0e39.", ("ด\u0e35", "ด\u0e39"), "ด\u0e39"),
-        ("ك\u064f", ("ك\u064e", "ك\u064f"), "ك\u064f"),
-        ("J\u030c!", ("k", "\u01f0"), "\u01f0"),
-    ],
-)
-def test_signs_points_and_letters_tell_labels_apart(
-    answer: str, labels: tuple[str, ...], nearest: str
-) -> None:
-    assert nearest_label(answer, labels) == nearest
-    assert [label_match(answer, [label], labels) for label in labels] == [
-        label == nearest for label in labels
-    ]
-
-
-@pytest.mark.parametrize("answer", ["", " ", "7", "it is"])
-def test_answer_without_a_sign_means_no_label_of_signs(answer: str) -> None:
-    assert nearest_label(answer, ("<", "=", ">")) is None
-
-
-def test_an_empty_label_is_meant_by_an_empty_answer_alone() -> None:
-    labels = ("", "x")
-    assert [nearest_label(answer, labels) for answer in ("", "an x", "-")] == ["", "x", None]
-
-
 def test_majority_label_is_the_most_frequent_and_the_first_of_equals() -> None:
     assert majority_label(task("b a a c".split(), [])) == "a"
     assert majority_label(task("b a a b".split(), [])) == "b"
@@ -241,9 +157,6 @@ def test_letters_are_equal_however_unicode_writes_them() -> None:
     for one, other in (("Caf\u00e9 noir", "cafe\u0301 noir"), ("J\u030c", "\u01f0")):
         assert normalised_match(one, [other]) and normalised_match(other, [one])
         assert rouge_l(one, [other]) == rouge_l(other, [one]) == 1
-    assert nearest_label("CAFE\u0301", ("cafe", "caf\u00e9")) == "caf\u00e9"
-    same = ["caf\u00e9", "cafe\u0301", "x", "x"]
-    assert closed_labels(task(same, same[1:2])) == ("caf\u00e9", "x")
     assert normalised_match("x2", ["x\u00b2"]) is False
     # As the paper has it.
     assert paper_score("exact", "caf\u00e9", ["cafe\u0301"]) == 0

@@ -205,6 +205,7 @@ class TrainedMethod(ABC):
             "step": [training.tasks_per_step, training.examples_per_task, training.family_alpha],
             "seen": hashlib.sha256(repr(self.setting.splits.seen).encode()).hexdigest()[:16],
             "base": self.base.fingerprint(),
+            **({"labels": "balanced"} if training.balances_labels else {}),
             **({"dev score": _DEV_SCORE} if isinstance(self.budget, UntilDevStops) else {}),
         }
 
@@ -242,11 +243,17 @@ class TrainedMethod(ABC):
 
     @cached_property
     def sampler(self) -> StepSampler:
-        """The seen tasks in SHIP's own order and step size."""
+        """The seen tasks in SHIP's own order and step size, their examples drawn as its are."""
         training = self.setting.ship.config.training
         tasks = balanced(self.setting.splits.seen, training.family_alpha)
         return StepSampler(
-            tasks, self.setting.seed, training.tasks_per_step, training.examples_per_task, 0, 0.0
+            tasks,
+            self.setting.seed,
+            training.tasks_per_step,
+            training.examples_per_task,
+            max_shown=0,
+            drop_latent=0.0,
+            balances_labels=training.balances_labels,
         )
 
 

@@ -113,6 +113,17 @@ def test_baselines_meet_families_as_ship_does(
     assert make(Sft).sampler.tasks == balanced(splits.seen, 0.5) != splits.seen
 
 
+def test_baselines_balance_labels_as_ship_does(
+    make: Make, ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored for a run that does not is taken for its own still."""
+    plain = make(Sft)
+    assert not plain.sampler.balances_labels and "labels" not in plain._identity()
+    training = ship.config.training.model_copy(update={"balances_labels": True})
+    monkeypatch.setattr(ship, "config", ship.config.model_copy(update={"training": training}))
+    assert make(Sft).sampler.balances_labels and make(Sft)._identity()["labels"] == "balanced"
+
+
 def test_weights_for_something_else_are_trained_again(
     make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -1,0 +1,131 @@
+"""Tasks whose answers are a closed set, their labels: which tasks those are, which label a text
+means, and draws in which each label is as frequent as the others.
+"""
+
+import random
+import re
+import unicodedata
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from functools import lru_cache
+
+from ship_ds.data.matching import composed, lowered
+from ship_ds.data.task import Example, SplitTask
+
+_WORD = re.compile(r"(?:(?<!\w)[+-](?=\d))?\w+(?:[-'.]\w+)*")
+"""A word of a label: with its sign before a number, and with what stands within it."""
+MOST_LABELS = 10
+"""Distinct answers of a task that count as a closed set, at most."""
+
+
+def closed_labels(task: SplitTask) -> tuple[str, ...]:
+    """The task's labels, where its answers are a closed set; none where they are not.
+
+    They are one where its training examples have 2 to 10 distinct targets by their words
+    (`label_form`), each of them twice on average, and every test target is among these.
+    """
+    labels: dict[str, str] = {}
+    for example in task.train:
+        labels.setdefault(label_form(example.target), example.target)
+    if not _are_closed(len(labels), len(task.train)):
+        return ()
+    if any(label_form(example.target) not in labels for example in task.test):
+        return ()
+    return tuple(labels.values())
+
+
+def _are_closed(num_labels: int, num_examples: int) -> bool:
+    return 2 <= num_labels <= min(MOST_LABELS, num_examples // 2)
+
+
+def have_labels(examples: Sequence[Example]) -> bool:
+    """Whether the targets of a task's training examples are a closed set, as `closed_labels` counts
+    them; what its test examples are is not asked."""
+    return _are_closed(len({label_form(example.target) for example in examples}), len(examples))
+
+
+def sample_by_label(examples: Sequence[Example], count: int, rng: random.Random) -> list[Example]:
+    """Examples without repeats, each label as often as the others, or once more, while any of it
+    are left.
+
+    Args:
+        examples: of one task.
+        count: at most as many as there are.
+        rng: decides which, and the order of the labels in each round of them.
+    """
+    left: dict[str, list[Example]] = {}
+    for example in rng.sample(examples, len(examples)):
+        left.setdefault(label_form(example.target), []).append(example)
+    drawn: list[Example] = []
+    while len(drawn) < count:
+        # Anew in each round: with one order for all, the last labels of it would be drawn less.
+        labels = [label for label, some in left.items() if some]
+        rng.shuffle(labels)
+        drawn += [left[label].pop() for label in labels]
+    return drawn[:count]
+
+
+@lru_cache(maxsize=1 << 16)
+def label_form(text: str) -> str:
+    """Words in lower case, without the punctuation around them: "(B)." is "b". What makes a label
+    another one stays: a sign before a number, a point within one, "A" where SQuAD's form sees an
+    article; of signs alone ("+", "-") all."""
+    return lowered(_words(text)) or _plain(text).strip()
+
+
+def _plain(text: str) -> str:
+    """Without the selectors that ask for an emoji's picture, or for its letter."""
+    return composed(text).replace("\ufe0e", "").replace("\ufe0f", "")
+
+
+def _words(text: str) -> str:
+    """The words, one space between them."""
+    text = _plain(text)
+    return " ".join(text[slice(*word.span())] for word in _WORD.finditer(_as_letters(text)))
+
+
+def _signs(text: str) -> str:
+    """What stands between the words, which each leave a place behind."""
+    return _WORD.sub("\0", _as_letters(_plain(text)))
+
+
+def _as_letters(text: str) -> str:
+    """The text with a letter for every vowel sign and accent that stands behind one: to `re` they
+    are no part of a word, which would make one of हाँ, हूँ and है."""
+    if text.isascii():
+        return text
+    letters: list[str] = []
+    for letter in text:
+        is_mark = unicodedata.category(letter) in ("Mn", "Mc")
+        letters.append("x" if is_mark and letters and letters[-1].isalnum() else letter)
+    return "".join(letters)
+
+
+def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
+    """The label that an answer means, by the first of these rules that finds one (`label_form`):
+    the equal one; the one that stands first in the answer as whole words, in its own case if any
+    does ("It is a B" means "B"), the longer of two at one place; of those without words the one
+    that stands first among the answer's signs ("It is <=." means "<="); the one most alike letter
+    by letter (difflib's ratio). None: no letter in common.
+    """
+    if answer is None:
+        return None
+    said, forms = label_form(answer), [label_form(label) for label in labels]
+    if said in forms:
+        return labels[forms.index(said)]
+    words = [f" {_words(text)} " for text in (answer, *labels)]
+    named = words[1:]
+    signs = [form if not name.strip() else "" for form, name in zip(forms, named, strict=True)]
+    for text, names in (
+        (words[0], named),
+        (lowered(words[0]), [lowered(name) for name in named]),
+        (_signs(answer), signs),
+    ):
+        # A label without words is in every text as words, and one with them as signs.
+        places = [(text.find(name), -len(name), i) for i, name in enumerate(names) if name.strip()]
+        within = [place for place in places if place[0] >= 0]
+        if within:
+            return labels[min(within)[2]]
+    likeness = [SequenceMatcher(None, said, form, autojunk=False).ratio() for form in forms]
+    best = max(range(len(labels)), key=likeness.__getitem__)
+    return labels[best] if likeness[best] else None
