@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.data.filters import FilterConfig, apply_filters
+from ship_ds.data.labels import MOST_LABELS, have_labels, most_frequent_share
 from ship_ds.data.readers import detect_format, read_tasks, usual_min_examples
 from ship_ds.data.splits import SplitConfig, can_be_tested, split_tasks
 from ship_ds.data.task import DataError, Splits, Task
@@ -21,8 +22,8 @@ def describe(
     split: SplitConfig | None = None,
 ) -> dict[str, Any]:
     """Counts before the filters, what the reader and the filters leave out by reason and what then
-    stays, and three tasks with an example; the parts of a split and the weight of its seen tasks,
-    where one is given."""
+    stays, tasks with labels among it, and three tasks with an example; the parts of a split and the
+    weight of its seen tasks, where one is given."""
     unread: Counter[str] = Counter()
     tasks = read_tasks(path, format, unread)
     kept, filtered = apply_filters(
@@ -40,6 +41,7 @@ def describe(
             "tasks": len(kept),
             "examples": sum(len(task.examples) for task in kept),
             "never_tested": sum(not can_be_tested(task) for task in kept),
+            "labels": _labels(kept),
         },
         **({} if split is None else _parts(kept, split)),
         "samples": [
@@ -53,6 +55,13 @@ def describe(
             if task.examples
         ],
     }
+
+
+def _labels(tasks: list[Task]) -> dict[str, Any]:
+    """Of the tasks whose answers are a closed set: how many they are, and the share of a task's
+    examples that its most frequent label has, mean over tasks."""
+    shares = [most_frequent_share(task.examples) for task in tasks if have_labels(task.examples)]
+    return {"tasks": len(shares), "most_frequent": sum(shares) / len(shares) if shares else None}
 
 
 def _parts(tasks: list[Task], config: SplitConfig) -> dict[str, Any]:
@@ -81,6 +90,12 @@ def show(description: dict[str, Any]) -> str:
         f"kept: {kept['tasks']} tasks, {kept['examples']} examples"
         + (f"; {untested} tasks of one input are never tested" if untested else ""),
     ]
+    labels = kept["labels"]
+    if labels["tasks"]:
+        lines.append(
+            f"labels: {labels['tasks']} tasks have 2 to {MOST_LABELS} distinct answers; the most "
+            f"frequent one is that of {labels['most_frequent']:.0%} of a task's examples (mean)"
+        )
     if "weight" in description:
         lines.insert(0, f"{description['path']}, weight {description['weight']:g}")
     if "parts" in description:

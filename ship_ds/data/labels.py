@@ -5,6 +5,7 @@ means, and draws in which each label is as frequent as the others.
 import random
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -42,6 +43,12 @@ def have_labels(examples: Sequence[Example]) -> bool:
     """Whether the targets of a task's training examples are a closed set, as `closed_labels` counts
     them; what its test examples are is not asked."""
     return _are_closed(len({label_form(example.target) for example in examples}), len(examples))
+
+
+def most_frequent_share(examples: Sequence[Example]) -> float:
+    """The share of a task's examples that its most frequent label has, 0 to 1."""
+    times = Counter(label_form(example.target) for example in examples)
+    return times.most_common(1)[0][1] / len(examples)
 
 
 def sample_by_label(examples: Sequence[Example], count: int, rng: random.Random) -> list[Example]:

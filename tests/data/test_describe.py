@@ -30,7 +30,12 @@ def test_describe_and_show(tmp_path: Path) -> None:
             "tasks: fewer than 2 examples left": 1,
             "examples: beyond the first 4 of a task": 6,
         },
-        "kept": {"tasks": 6, "examples": 21, "never_tested": 0},
+        "kept": {
+            "tasks": 6,
+            "examples": 21,
+            "never_tested": 0,
+            "labels": {"tasks": 0, "most_frequent": None},
+        },
     }
     assert [sample["id"] for sample in samples] == ["t0", "t2", "t4"]
     assert samples[0].keys() == {"id", "instruction", "input", "target"}
@@ -41,6 +46,28 @@ def test_describe_and_show(tmp_path: Path) -> None:
         and "kept: 6 tasks, 21 examples" in lines
     )
     assert sum("add " in line for line in lines) == 3 and max(map(len, lines)) < 130
+
+
+def test_tasks_with_labels_are_counted_with_their_most_frequent_one(tmp_path: Path) -> None:
+    """After the filters; "No." and "no" are one label."""
+    targets = {"sentiment": ["no", "No.", "no", "yes"], "sum": ["1", "2", "3", "4"]}
+    rows = [
+        {
+            "id": name,
+            "instruction": name,
+            "examples": [{"input": f"{i}", "target": target} for i, target in enumerate(row)],
+        }
+        for name, row in {**targets, "toxic": ["a", "b", "a", "b", "c", "c", "a", "a"]}.items()
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = describe(tmp_path)
+    assert found["kept"]["labels"] == {"tasks": 2, "most_frequent": (0.75 + 0.5) / 2}
+    assert (
+        "labels: 2 tasks have 2 to 10 distinct answers; the most frequent one is that of 62% of a "
+        "task's examples (mean)" in show(found).splitlines()
+    )
+    few = describe(tmp_path, filters=FilterConfig(max_examples_per_task=3))
+    assert few["kept"]["labels"]["tasks"] == 0
 
 
 def test_a_task_without_examples_is_counted_and_no_sample(tmp_path: Path) -> None:
