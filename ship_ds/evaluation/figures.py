@@ -50,6 +50,7 @@ _TRAINED_ON = (
     "tasks_per_step",
     "examples_per_task",
     "family_alpha",
+    "balances_labels",
     "max_minutes",
 )
 """What of the training section decides what a run comes to."""

@@ -159,6 +159,15 @@ def test_curve_goes_through_the_scores_of_runs_that_differ_in_that_alone(
     np.testing.assert_allclose(line.get_ydata(), ys)
 
 
+@pytest.mark.parametrize("key", ["family_alpha", "balances_labels", "examples_per_task"])
+def test_a_run_that_drew_otherwise_is_no_point_of_the_curve(key: str, runs: list[Path]) -> None:
+    config = json.loads((runs[2] / "config.json").read_text())
+    config["training"][key] = {"family_alpha": 0.5, "balances_labels": True}.get(key, 9)
+    (runs[2] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(figures.NotDrawn, match="no two weights of reconstruction"):
+        figures.reconstruction_weight(runs)
+
+
 def test_reconstruction_stands_beside_where_the_training_ended_with_a_report(
     runs: list[Path], tmp_path: Path
 ) -> None:
