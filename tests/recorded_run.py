@@ -1,11 +1,12 @@
 """Trains the recorded cases one after the other in one process and writes their losses as JSON.
 
-    python -m tests.recorded_run FOLDER one/lora/none one/reshape/hard
-    torchrun --nproc-per-node 2 -m tests.recorded_run FOLDER zero2/lora/none
+    python -m tests.recorded_run FOLDER 40 one/lora/none one/reshape/hard
+    torchrun --nproc-per-node 2 -m tests.recorded_run FOLDER 40 zero2/lora/none
 
 A case is RANKS/ADAPTER/INSTRUCTION: `quickstart-smoke` for 40 steps without evaluations, started by
-the entry point that a user starts. FOLDER/losses.json then holds, by case, each row of
-`metrics.jsonl` that `SERIES` names, and FOLDER/computer.json what the numbers depend on.
+the entry point that a user starts; a smaller number takes the first steps of these alone.
+FOLDER/losses.json then holds, by case, each row of `metrics.jsonl` that `SERIES` names, and
+FOLDER/computer.json what the numbers depend on.
 
 `tests/fixtures/recorded_losses.json` was written by version 0.1.0 with these very settings;
 `tests/fixtures/recorded_bits.json` is this version's, of the cases that `make test` trains, and is
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from ship_ds import train
+from ship_ds.config import load_config
 from ship_ds.runtime import ranks
 from tests.conftest import REPOSITORY
 
@@ -31,6 +33,9 @@ SERIES = {
     "kl": "loss/kl",
     "norm": "optimiser/gradient_norm",
 }
+NUM_STEPS = 40
+NUM_FIRST_STEPS = 12
+"""That `make test` takes; `make soak` takes all."""
 ONE_RANK = "one"
 """The other values of RANKS name the file of ds_configs/ that two ranks train with."""
 TWO_RANKS = "zero3/lora/soft"
@@ -54,7 +59,7 @@ def settings(case: str, folder: Path) -> list[str]:
     }
     return [
         f"run.folder={folder}",
-        "training.steps=40",
+        f"training.steps={NUM_STEPS}",
         f"training.deepspeed={'zero2' if launched == ONE_RANK else launched}",
         "evaluation.every_steps=0",
         "evaluation.ends_with_report=false",
@@ -77,26 +82,34 @@ def computer() -> dict[str, Any]:
     }
 
 
-def train_case(case: str, folder: Path) -> dict[str, list[float]]:
-    """Train, and read the losses of every step.
+def train_case(case: str, folder: Path, num_steps: int) -> dict[str, list[float]]:
+    """Train, and read the losses of the first so many steps.
 
     Returns:
-        For each of `SERIES` 40 numbers, in full precision.
+        For each of `SERIES` that many numbers, in full precision.
     """
-    code = train.main(["--config", "quickstart-smoke", *settings(case, folder)])
-    assert code == 0, f"{case}: the run ended with code {code}"
+    arguments = settings(case, folder)
+    if num_steps == NUM_STEPS:
+        code = train.main(["--config", "quickstart-smoke", *arguments])
+        assert code == 0, f"{case}: the run ended with code {code}"
+    else:
+        trainer = train.Trainer(load_config("quickstart-smoke", arguments))
+        for _ in range(num_steps):
+            trainer.take_step()
+        ranks.barrier()  # rank 0 has written its rows
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == num_steps, f"{case}: {len(rows)} steps"
     return {series: [row[name] for row in rows] for series, name in SERIES.items()}
 
 
-def main(folder: Path, cases: list[str]) -> None:
+def main(folder: Path, num_steps: int, cases: list[str]) -> None:
     """Train every case and keep what it measured."""
-    losses = {case: train_case(case, folder / case.replace("/", "-")) for case in cases}
+    losses = {case: train_case(case, folder / case.replace("/", "-"), num_steps) for case in cases}
     if ranks.rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
         (folder / "computer.json").write_text(json.dumps(computer()))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
     ranks.exit_process(0)

@@ -12,7 +12,7 @@ import pytest
 
 from tests import pooled_run
 from tests.conftest import start
-from tests.recorded_run import TWO_RANKS
+from tests.recorded_run import NUM_FIRST_STEPS, TWO_RANKS
 from tests.runtime.configs import LONG, TOLERANCES
 from tests.test_recorded_losses import Measured
 
@@ -235,11 +235,11 @@ def recorded(found: dict[str, Any]) -> Measured:
 
 
 def test_they_repeat_recorded_steps_to_the_bit(recorded: Measured) -> None:
-    recorded.check_to_the_bit(TWO_RANKS)
+    recorded.check_to_the_bit(TWO_RANKS, NUM_FIRST_STEPS)
 
 
 def test_they_take_the_steps_of_0_1_0(recorded: Measured) -> None:
-    recorded.check_within_rounding(TWO_RANKS)
+    recorded.check_within_rounding(TWO_RANKS, NUM_FIRST_STEPS)
 
 
 def takes_the_steps_of_one_rank(pooled: list[dict[str, Any]], one_rank: Path) -> None:

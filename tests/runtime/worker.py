@@ -54,7 +54,7 @@ from ship_ds.runtime.stopping import Preempted, StopRequest
 from ship_ds.train import Trainer
 from ship_ds.wheels import Wheel
 from tests import pooled_run
-from tests.recorded_run import TWO_RANKS, computer, train_case
+from tests.recorded_run import NUM_FIRST_STEPS, TWO_RANKS, computer, train_case
 from tests.runtime.configs import LONG, TOLERANCES
 
 FOUR_STEPS = ["training.steps=4", "optimiser.warmup_steps=0"]
@@ -498,7 +498,10 @@ def published_recipes(folder: Path) -> dict[str, Any]:
 
 def recorded(folder: Path) -> dict[str, Any]:
     """What this version and this computer make of the case of 0.1.0 that two ranks trained."""
-    return {"losses": {TWO_RANKS: train_case(TWO_RANKS, folder)}, "computer": computer()}
+    return {
+        "losses": {TWO_RANKS: train_case(TWO_RANKS, folder, NUM_FIRST_STEPS)},
+        "computer": computer(),
+    }
 
 
 def pooled(elementwise: Way) -> Callable[[Path], dict[str, Any]]:

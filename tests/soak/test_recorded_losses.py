@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.recorded_run import NUM_STEPS
 from tests.test_recorded_losses import RECORDED, Measured
 
 CASES = list(RECORDED["losses"])
@@ -21,7 +22,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
         for kind in ("one", "zero")
     }
     by_kind = {
-        kind: Measured.train(cases, 1 if kind == "one" else 2, folder, timeout=1800)
+        kind: Measured.train(cases, 1 if kind == "one" else 2, NUM_STEPS, folder, timeout=1800)
         for kind, (cases, folder) in starts.items()
     }
     return {case: by_kind[kind] for kind, (cases, _) in starts.items() for case in cases}
@@ -30,4 +31,4 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
 @pytest.mark.soak
 @pytest.mark.parametrize("case", CASES)
 def test_steps_of_0_1_0(case: str, measured: dict[str, Measured]) -> None:
-    measured[case].check_within_rounding(case)
+    measured[case].check_within_rounding(case, NUM_STEPS)
