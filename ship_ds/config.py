@@ -603,7 +603,27 @@ class ObjectiveConfig(Section):
         """
 
 
-class KlConfig(ObjectiveConfig):
+class _NumberOrSection(ObjectiveConfig):
+    """One that configs of version 0.1.0 have as its weight: they still do where that says it
+    all."""
+
+    @model_serializer(mode="wrap")
+    def _weight_alone(self, section: SerializerFunctionWrapHandler) -> Any:
+        is_plain = self == type(self)(weight=self.weight)
+        return self.weight if is_plain else section(self)
+
+
+class AnswerLossConfig(_NumberOrSection):
+    """Cross-entropy of the answers under the generated adapter, nats a token; `loss.task=2` is the
+    weight alone."""
+
+    mean_over: Literal["tokens", "answers"] = "tokens"
+    """Of all answers of a step, so that one of forty tokens weighs as much as twenty of two; or the
+    answers, each with the mean over its own tokens, so that a label weighs as much as a
+    paragraph."""
+
+
+class KlConfig(_NumberOrSection):
     """KL(q(z | k) || p(z)), averaged over the dimensions of z, nats; `loss.kl=1e-3` is the weight
     alone."""
 
@@ -635,12 +655,6 @@ class KlConfig(ObjectiveConfig):
         if self.capacity_steps and self.capacity is None:
             raise ValueError("capacity_steps needs capacity: set it, or capacity_steps=0")
         return self
-
-    @model_serializer(mode="wrap")
-    def _weight_alone(self, section: SerializerFunctionWrapHandler) -> Any:
-        """A number where it says it all, as config.json has had it from 0.1.0 on."""
-        is_plain = self == KlConfig(weight=self.weight)
-        return self.weight if is_plain else section(self)
 
     def weight_at(self, step: int, num_steps: int) -> float:
         """Linear from weight / n at the first step to the whole at the n-th (Bowman et al. 2016,
@@ -749,8 +763,9 @@ class LossConfig(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    task: NonNegativeFloat = 1.0
-    """Cross-entropy of the answers under the generated adapter, nats a token."""
+    task: Annotated[AnswerLossConfig, BeforeValidator(_weight_by_number)] = AnswerLossConfig()
+    """Cross-entropy of the answers under the generated adapter, nats a token: a weight, or a
+    section."""
     reconstruction: NonNegativeFloat = 1.0
     """Cross-entropy of the instruction that the decoder reads out of z, nats a token. Zero: the
     decoder neither runs nor is trained, and no instruction is read out of z."""
@@ -797,7 +812,7 @@ class LossConfig(Section):
         The loss is summed in this order, so it is part of what repeats bit for bit.
         """
         published: dict[str, ObjectiveConfig] = {
-            "task": ObjectiveConfig(weight=self.task),
+            "task": self.task,
             "reconstruction": ObjectiveConfig(weight=self.reconstruction),
             "kl": self.kl,
         }
@@ -824,7 +839,7 @@ class LossConfig(Section):
 
 
 _OBJECTIVES = "ship_ds.model.objectives"
-OBJECTIVES.register(ObjectiveConfig, f"{_OBJECTIVES}:AnswerLoss", "task")
+OBJECTIVES.register(AnswerLossConfig, f"{_OBJECTIVES}:AnswerLoss", "task")
 OBJECTIVES.register(ObjectiveConfig, f"{_OBJECTIVES}:ReconstructionLoss", "reconstruction")
 OBJECTIVES.register(KlConfig, f"{_OBJECTIVES}:KlLoss", "kl")
 OBJECTIVES.register(DistillationConfig, "ship_ds.model.distillation:Distillation", "distillation")
@@ -873,10 +888,11 @@ class TrainingConfig(Section):
     equally often, at 0 all families are. Below 1 the tasks of large families get fewer passes than
     `epochs`."""
     balances_labels: bool = False
-    """Of a task whose answers are a closed set of labels (docs/metrics.md), a step draws each label
-    as often as the others, among the examples that it answers and among those that encoder and
-    decoder are shown. So neither how frequent a label is nor the labels of the shown examples say
-    which one is right."""
+    """Of a task whose training answers are a closed set of labels, a step draws each label as often
+    as the others, among the examples that it answers and among those that encoder and decoder are
+    shown: neither how frequent a label is nor the labels of the shown examples say which one is
+    right. A task with too few examples of a label for that is drawn as ever. What is evaluated is
+    as frequent as in the data."""
     accumulation: PositiveInt = 1
     """Micro-batches whose gradients are summed for one optimiser step: less memory, the same
     step."""

@@ -15,9 +15,15 @@ Head = Callable[[Tensor], Tensor]
 """States (K, H) -> logits (K, V)."""
 
 
-def sum_cross_entropy(logits_KV: Tensor, labels_K: Tensor) -> Tensor:
-    """Sum of token losses in nats; the caller divides by the count over the whole step."""
-    return torch.nn.functional.cross_entropy(logits_KV.float(), labels_K, reduction="sum")
+def sum_cross_entropy(
+    logits_KV: Tensor, labels_K: Tensor, weights_K: Tensor | None = None
+) -> Tensor:
+    """Sum of token losses in nats, each times its weight where there are any; the caller divides by
+    the count over the whole step."""
+    cross_entropy = torch.nn.functional.cross_entropy
+    if weights_K is None:
+        return cross_entropy(logits_KV.float(), labels_K, reduction="sum")
+    return cross_entropy(logits_KV.float(), labels_K, reduction="none") @ weights_K
 
 
 def num_pieces(num_labels: int, vocabulary_size: int, is_sharded: bool = False) -> int:
@@ -36,7 +42,11 @@ def num_pieces(num_labels: int, vocabulary_size: int, is_sharded: bool = False) 
 
 
 def sum_cross_entropy_in_pieces(
-    head: Head, states_KH: Tensor, labels_K: Tensor, pieces: int
+    head: Head,
+    states_KH: Tensor,
+    labels_K: Tensor,
+    pieces: int,
+    weights_K: Tensor | None = None,
 ) -> Tensor:
     """`sum_cross_entropy` of `head(states)`, without all logits ever being there at once.
 
@@ -45,10 +55,11 @@ def sum_cross_entropy_in_pieces(
     one piece nothing is made again.
     """
 
-    def of_piece(states: Tensor, labels: Tensor) -> Tensor:
-        return sum_cross_entropy(head(states), labels)
+    def of_piece(states: Tensor, *labels_and_weights: Tensor) -> Tensor:
+        return sum_cross_entropy(head(states), *labels_and_weights)
 
-    return _sum_in_pieces(of_piece, (states_KH, labels_K), pieces)
+    weights = () if weights_K is None else (weights_K,)
+    return _sum_in_pieces(of_piece, (states_KH, labels_K, *weights), pieces)
 
 
 def sum_divergence(logits_KV: Tensor, aims_KV: Tensor, temperature: float) -> Tensor:
@@ -73,9 +84,9 @@ def sum_divergence_in_pieces(
 
 
 def _sum_in_pieces(
-    of_piece: Callable[[Tensor, Tensor], Tensor], rows: tuple[Tensor, Tensor], pieces: int
+    of_piece: Callable[..., Tensor], rows: tuple[Tensor, ...], pieces: int
 ) -> Tensor:
-    """The sum of `of_piece` over pieces of both, each computed again in the backward pass."""
+    """The sum of `of_piece` over pieces of all rows, each computed again in the backward pass."""
     if pieces == 1:
         return of_piece(*rows)
     parts = zip(*(one.tensor_split(pieces) for one in rows), strict=True)

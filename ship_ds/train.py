@@ -44,7 +44,6 @@ from ship_ds.bundle import (
     write_bundle,
 )
 from ship_ds.config import Config, TrainingConfig, load_config
-from ship_ds.data.labels import have_labels
 from ship_ds.data.sampler import ReadingDraw, StepSampler, balanced
 from ship_ds.data.source import TaskSource, source_of
 from ship_ds.data.task import Splits
@@ -236,10 +235,7 @@ class Trainer:
         encoder = self.config.model.encoder
         if training.family_alpha < 1 and len({task.task.family for task in self.splits.seen}) == 1:
             log("training.family_alpha changes nothing: the tasks of these data are of no families")
-        if training.balances_labels:
-            num = sum(have_labels(task.train) for task in self.splits.seen)
-            log(f"labels are balanced: {num} of {len(self.splits.seen)} seen tasks have any")
-        return StepSampler(
+        sampler = StepSampler(
             balanced(self.splits.seen, training.family_alpha),
             self.config.run.seed,
             training.tasks_per_step,
@@ -251,10 +247,16 @@ class Trainer:
                 encoder.drop_instruction,
                 encoder.drop_targets,
                 encoder.drop_words,
-                training.balances_labels,
             ),
             training.balances_labels,
         )
+        if training.balances_labels:
+            num, num_seen = len(sampler.balanced_labels), len(self.splits.seen)
+            log(
+                f"training.balances_labels: {num} of {num_seen} seen tasks have labels, and enough "
+                "examples of each"
+            )
+        return sampler
 
     def open_monitor(self) -> Monitor:
         self.folder.mkdir(parents=True, exist_ok=True)

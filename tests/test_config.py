@@ -274,6 +274,11 @@ def test_a_kl_of_a_number_and_of_a_section_are_one(tmp_path: Path) -> None:
     added = _loss(tmp_path, "loss.kl=0.5", "loss.kl.free_bits=0.1", "loss.distillation.weight=2")
     assert (added.kl.weight, added.kl.free_bits) == (0.5, 0.1)
     assert added.weights() == {"task": 1, "reconstruction": 1, "kl": 0.5, "distillation": 2}
+    answers = _loss(tmp_path, "loss.task=2", "loss.task.mean_over=answers")
+    assert (answers.task.weight, answers.task.mean_over) == (2, "answers")
+    written = answers.model_dump(mode="json")["task"]
+    assert written == {"weight": 2.0, "mean_over": "answers"}
+    assert _loss(tmp_path, "loss.task=2").model_dump(mode="json")["task"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -281,7 +286,9 @@ def test_a_kl_of_a_number_and_of_a_section_are_one(tmp_path: Path) -> None:
     [
         ("loss.kl=-1", "loss.kl.weight: "),
         ("loss.kl=true", "loss"),
-        ("loss.task.weight=1", "loss.task: "),
+        ("loss.task.wieght=1", "loss.task.wieght: unknown key"),
+        ("loss.task.mean_over=labels", "loss.task.mean_over: "),
+        ("loss.task=-1", "loss.task.weight: "),
         ("loss.kl={free_bit: 1}", "loss.kl.free_bit: unknown key"),
         ("loss.kl={warmup_steps: 3, warmup_share: 0.1}", "loss.kl: .*set one to 0"),
         ("loss.kl={capacity: 1, free_bits: 0.1}", "loss.kl: capacity and free_bits"),

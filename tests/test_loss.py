@@ -53,6 +53,14 @@ def test_cross_entropy_is_the_sum_of_token_losses() -> None:
     )
 
 
+def test_weights_multiply_token_losses() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 11), torch.randint(0, 11, (3,))
+    each = torch.stack([sum_cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(3)])
+    weighted = sum_cross_entropy(logits, labels, torch.tensor([1.0, 0.5, 0.0]))
+    torch.testing.assert_close(weighted, each[0] + each[1] / 2)
+
+
 def test_no_label_is_no_loss() -> None:
     assert float(sum_cross_entropy(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))) == 0
 
@@ -82,18 +90,20 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_loss_in_pieces_is_the_loss_and_never_has_all_logits(family: str) -> None:
+def test_a_loss_in_pieces_is_the_loss_and_never_has_all_logits(family: str, weighted: bool) -> None:
     """Gemma caps its logits and shares its head with the embeddings; 3 pieces of 11 labels."""
     model = tiny_lm(family).double()
     lm = language_model(model)
     batch = TokenBatch.build(random_rows([9, 4, 7, 12]), random_rows([2, 5, 1, 3], 5), 0)
     results = []
+    weights = torch.arange(1.0, 12.0) if weighted else None
     for pieces in (1, 3):
         model.zero_grad()
         with Largest() as largest:
             states = lm.label_states(batch)
-            loss = sum_cross_entropy_in_pieces(lm.head, states, batch.labels_K, pieces)
+            loss = sum_cross_entropy_in_pieces(lm.head, states, batch.labels_K, pieces, weights)
             loss.backward()
         assert largest.most == -(-11 // pieces)
         results.append([loss.detach(), *(p.grad for p in model.parameters())])

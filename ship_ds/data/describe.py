@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.data.filters import FilterConfig, apply_filters
-from ship_ds.data.labels import MOST_LABELS, have_labels, most_frequent_share
+from ship_ds.data.labels import MOST_LABELS, label_forms, num_by_label
 from ship_ds.data.readers import detect_format, read_tasks, usual_min_examples
 from ship_ds.data.splits import SplitConfig, can_be_tested, split_tasks
 from ship_ds.data.task import DataError, Splits, Task
@@ -60,7 +60,11 @@ def describe(
 def _labels(tasks: list[Task]) -> dict[str, Any]:
     """Of the tasks whose answers are a closed set: how many they are, and the share of a task's
     examples that its most frequent label has, mean over tasks."""
-    shares = [most_frequent_share(task.examples) for task in tasks if have_labels(task.examples)]
+    shares = []
+    for task in tasks:
+        if forms := label_forms(task.examples):
+            [(_, most)] = num_by_label(task.examples, forms).most_common(1)
+            shares.append(most / len(task.examples))
     return {"tasks": len(shares), "most_frequent": sum(shares) / len(shares) if shares else None}
 
 
@@ -93,8 +97,9 @@ def show(description: dict[str, Any]) -> str:
     labels = kept["labels"]
     if labels["tasks"]:
         lines.append(
-            f"labels: {labels['tasks']} tasks have 2 to {MOST_LABELS} distinct answers; the most "
-            f"frequent one is that of {labels['most_frequent']:.0%} of a task's examples (mean)"
+            f"labels: {labels['tasks']} tasks have 2 to {MOST_LABELS} distinct answers, each twice "
+            "on average or oftener; the most frequent one is that of "
+            f"{labels['most_frequent']:.0%} of a task's examples (mean)"
         )
     if "weight" in description:
         lines.insert(0, f"{description['path']}, weight {description['weight']:g}")

@@ -6,9 +6,8 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
-from functools import lru_cache
 
 from ship_ds.data.matching import composed, lowered
 from ship_ds.data.task import Example, SplitTask
@@ -39,30 +38,40 @@ def _are_closed(num_labels: int, num_examples: int) -> bool:
     return 2 <= num_labels <= min(MOST_LABELS, num_examples // 2)
 
 
-def have_labels(examples: Sequence[Example]) -> bool:
-    """Whether the targets of a task's training examples are a closed set, as `closed_labels` counts
-    them; what its test examples are is not asked."""
-    return _are_closed(len({label_form(example.target) for example in examples}), len(examples))
+def label_forms(examples: Sequence[Example]) -> dict[str, str]:
+    """The form (`label_form`) of every target of a task's training examples, where these are a
+    closed set as `closed_labels` counts them; what its test examples are is not asked. Empty where
+    they are none."""
+    forms: dict[str, str] = {}
+    found: set[str] = set()
+    for example in examples:
+        if example.target not in forms:
+            forms[example.target] = label_form(example.target)
+            found.add(forms[example.target])
+            if len(found) > MOST_LABELS:
+                return {}
+    return forms if _are_closed(len(found), len(examples)) else {}
 
 
-def most_frequent_share(examples: Sequence[Example]) -> float:
-    """The share of a task's examples that its most frequent label has, 0 to 1."""
-    times = Counter(label_form(example.target) for example in examples)
-    return times.most_common(1)[0][1] / len(examples)
+def num_by_label(examples: Sequence[Example], forms: Mapping[str, str]) -> Counter[str]:
+    """How many examples of a task each of its labels has, by form."""
+    return Counter(forms[example.target] for example in examples)
 
 
-def sample_by_label(examples: Sequence[Example], count: int, rng: random.Random) -> list[Example]:
-    """Examples without repeats, each label as often as the others, or once more, while any of it
-    are left.
+def sample_by_label(
+    examples: Sequence[Example], count: int, forms: Mapping[str, str], rng: random.Random
+) -> list[Example]:
+    """Examples without repeats, each label as often as the others or once more, until it runs out.
 
     Args:
         examples: of one task.
         count: at most as many as there are.
+        forms: of their targets (`label_forms`).
         rng: decides which, and the order of the labels in each round of them.
     """
     left: dict[str, list[Example]] = {}
     for example in rng.sample(examples, len(examples)):
-        left.setdefault(label_form(example.target), []).append(example)
+        left.setdefault(forms[example.target], []).append(example)
     drawn: list[Example] = []
     while len(drawn) < count:
         # Anew in each round: with one order for all, the last labels of it would be drawn less.
@@ -72,7 +81,6 @@ def sample_by_label(examples: Sequence[Example], count: int, rng: random.Random)
     return drawn[:count]
 
 
-@lru_cache(maxsize=1 << 16)
 def label_form(text: str) -> str:
     """Words in lower case, without the punctuation around them: "(B)." is "b". What makes a label
     another one stays: a sign before a number, a point within one, "A" where SQuAD's form sees an

@@ -11,7 +11,7 @@ import random
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ship_ds.data.labels import have_labels, sample_by_label
+from ship_ds.data.labels import label_forms, num_by_label, sample_by_label
 from ship_ds.data.task import Example, Reading, SplitTask
 
 _INSTRUCTION_SHARE = 0.5
@@ -56,17 +56,21 @@ class ReadingDraw:
     max_examples: at most, of those that are not answered; each step draws how many.
     drop_instruction: how often the wording is left out where there are examples. drop_targets:
     likewise the examples' targets. drop_words: how often a word of the wording is, one by one.
-    balances_labels: of a task with labels, each is as frequent among the examples as the others.
     """
 
     max_examples: int = 0
     drop_instruction: float = 0.0
     drop_targets: float = 0.0
     drop_words: float = 0.0
-    balances_labels: bool = False
 
     def draw(
-        self, task: SplitTask, wording: str, answered: Sequence[Example], seed: int, place: str
+        self,
+        task: SplitTask,
+        wording: str,
+        answered: Sequence[Example],
+        seed: int,
+        place: str,
+        forms: Mapping[str, str] | None = None,
     ) -> Reading | None:
         """The reading of a task, a function of the arguments alone; None: its wording as it is.
 
@@ -76,6 +80,8 @@ class ReadingDraw:
             answered: whose inputs are not shown: their targets would be.
             seed: of the run.
             place: "step position", of which the step draws the number of examples.
+            forms: of the labels that are to be equally frequent (`labels.label_forms`); None: as
+                they come.
         """
         kept = self._some_words(wording, random.Random(f"{seed} words {place} {task.id}"))
         alone = None if kept == wording else Reading(kept)
@@ -86,8 +92,10 @@ class ReadingDraw:
         rng = random.Random(f"{seed} read {position} {task.id}")
         known = {example.input for example in answered}
         others = [example for example in task.train if example.input not in known]
-        count = min(count, len(others))
-        examples = tuple(_sample(task, others, count, rng, self.balances_labels))
+        examples = tuple(rng.sample(others, min(count, len(others))))
+        if forms:
+            of_labels = random.Random(f"{seed} read labels {position} {task.id}")
+            examples = tuple(sample_by_label(others, len(examples), forms, of_labels))
         if not examples:
             return alone
         drops_instruction = rng.random() < self.drop_instruction
@@ -225,6 +233,26 @@ class StepSampler:
         return [draws[part::num_parts] for part in range(first, first + accumulation)]
 
     @cached_property
+    def balanced_labels(self) -> dict[str, dict[str, str]]:
+        """By id the tasks whose labels are drawn equally often, with the forms of their labels.
+
+        Those of which every label has enough examples for all that a step may answer, show and
+        read. Were one to run out, what is read would tell what is asked: the label that is missing.
+        """
+        if not self.balances_labels:
+            return {}
+        answered, read = self.examples_per_task, self.reading.max_examples
+        found: dict[str, dict[str, str]] = {}
+        for task in self.tasks:
+            if task.id not in found and (forms := label_forms(task.train)):
+                times = num_by_label(task.train, forms)
+                in_draw = -(-(answered + self.max_shown) // len(times))
+                in_reading = -(-answered // len(times)) - (-read // len(times))
+                if min(times.values()) >= max(in_draw, in_reading):
+                    found[task.id] = forms
+        return found
+
+    @cached_property
     def _epochs(self) -> Epochs:
         return Epochs([task.weight for task in self.tasks], self.seed)
 
@@ -235,7 +263,12 @@ class StepSampler:
         rng = random.Random(f"{self.seed} {position} {task.id}")
         num_answered = min(self.examples_per_task, len(task.train))
         num_shown = min(num_shown, len(task.train) - num_answered)
-        drawn = _sample(task, task.train, num_answered + num_shown, rng, self.balances_labels)
+        drawn = rng.sample(task.train, num_answered + num_shown)
+        forms = self.balanced_labels.get(task.id)
+        if forms:
+            # By a generator of its own: what is drawn below stays what it is without.
+            of_labels = random.Random(f"{self.seed} labels {position} {task.id}")
+            drawn = sample_by_label(task.train, len(drawn), forms, of_labels)
         if num_answered < self.examples_per_task:
             drawn = rng.choices(task.train, k=self.examples_per_task)
             num_answered = self.examples_per_task
@@ -247,20 +280,11 @@ class StepSampler:
             else task.task.instruction
         )
         answered, shown = tuple(drawn[:num_answered]), tuple(drawn[num_answered:])
-        read = self.reading.draw(task, wording, answered, self.seed, f"{step} {position}")
+        read = self.reading.draw(task, wording, answered, self.seed, f"{step} {position}", forms)
         # Last, so that nothing above depends on it.
         rest = [text for text in (task.task.instruction, *others) if text != wording]
         other = rng.choice(rest) if rest else None
         return TaskDraw(task.id, wording, answered, shown, shows_latent, other, read)
-
-
-def _sample(
-    task: SplitTask, examples: Sequence[Example], count: int, rng: random.Random, by_label: bool
-) -> list[Example]:
-    """Some of a task's training examples, without repeats."""
-    if by_label and have_labels(task.train):
-        return sample_by_label(examples, count, rng)
-    return rng.sample(examples, count)
 
 
 @lru_cache(maxsize=8)

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ship_ds.config import KlConfig
+from ship_ds.config import AnswerLossConfig, KlConfig
 from ship_ds.console import Log
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import SplitTask
 from ship_ds.kinds import OBJECTIVES
+from ship_ds.model.batch import TokenBatch
 from ship_ds.model.step import Outputs, Parts, ShipBatch
 from ship_ds.section import Section
 
@@ -96,15 +97,34 @@ class Objective(ABC):
 
 
 class AnswerLoss(Objective):
-    """Cross-entropy of the answers, -log p(y | x, z), by target token."""
+    """Cross-entropy of the answers, -log p(y | x, z), by target token, or by answer of the mean
+    over its own tokens.
+
+    A step's answers are of tasks with labels of one token and of others with forty; of all tokens
+    the latter have nearly all.
+    """
+
+    def __init__(self, config: AnswerLossConfig) -> None:
+        super().__init__(config)
+        self.by_answer = config.mean_over == "answers"
 
     def count(self, batch: ShipBatch) -> int:
-        """Target tokens of the answers."""
-        return batch.answers.num_targets
+        """Target tokens of the answers, or answers."""
+        return len(batch.answers.lengths) if self.by_answer else batch.answers.num_targets
 
     def sum(self, outputs: Outputs) -> Tensor:
-        """Over target tokens."""
-        return outputs.answers.sum_cross_entropy()
+        """Over target tokens, or over the means of answers."""
+        weights_K = _one_over_length(outputs.batch.answers) if self.by_answer else None
+        return outputs.answers.sum_cross_entropy(weights_K)
+
+
+def _one_over_length(answers: TokenBatch) -> Tensor:
+    """For each label 1 / (labels of its answer), (K,), fp32: on the device alone, no number of it
+    is read."""
+    row_K = answers.label_row_K
+    ones_K = torch.ones(len(row_K), device=row_K.device)
+    length_E = ones_K.new_zeros(len(answers.lengths)).index_add(0, row_K, ones_K)
+    return length_E.reciprocal()[row_K]
 
 
 class ReconstructionLoss(Objective):

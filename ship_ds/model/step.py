@@ -82,11 +82,13 @@ class Predictions:
         """All of them; a large vocabulary makes them the largest tensor of a step."""
         return self.language_model.head(self.states_KH)
 
-    def sum_cross_entropy(self) -> Tensor:
-        """Sum of token losses in nats."""
+    def sum_cross_entropy(self, weights_K: Tensor | None = None) -> Tensor:
+        """Sum of token losses in nats, each times its weight (K,) where there are any."""
         lm = self.language_model
         pieces = num_pieces(len(self.labels_K), lm.vocabulary_size, lm.is_sharded)
-        return sum_cross_entropy_in_pieces(lm.head, self.states_KH, self.labels_K, pieces)
+        return sum_cross_entropy_in_pieces(
+            lm.head, self.states_KH, self.labels_K, pieces, weights_K
+        )
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def test_tasks_with_labels_are_counted_with_their_most_frequent_one(tmp_path: Pa
     found = describe(tmp_path)
     assert found["kept"]["labels"] == {"tasks": 2, "most_frequent": (0.75 + 0.5) / 2}
     assert (
-        "labels: 2 tasks have 2 to 10 distinct answers; the most frequent one is that of 62% of a "
-        "task's examples (mean)" in show(found).splitlines()
+        "labels: 2 tasks have 2 to 10 distinct answers, each twice on average or oftener; the most "
+        "frequent one is that of 62% of a task's examples (mean)" in show(found).splitlines()
     )
     few = describe(tmp_path, filters=FilterConfig(max_examples_per_task=3))
     assert few["kept"]["labels"]["tasks"] == 0

@@ -1,6 +1,7 @@
 """The draws of a step are a function of (seed, step) alone, however many parts take them."""
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -256,70 +257,109 @@ def test_a_task_without_an_example_to_spare_is_read_by_its_wording() -> None:
     assert all(tight.draw_step(step)[0].reading.examples == () for step in range(9))
 
 
-def _labelled(num_rare: int = 6) -> SplitTask:
-    """Of its 30 examples num_rare have the rarer of two labels."""
-    examples = tuple(Example(f"input {i}", "no" if i < num_rare else "yes") for i in range(30))
-    return SplitTask(Task("labelled", "instruction", examples), examples, ())
+def _labelled(*counts: int) -> SplitTask:
+    """So many examples of each of two labels or three, sorted as in files."""
+    examples = tuple(
+        Example(f"{name} {i}", name)
+        for name, count in zip(("no", "yes", "perhaps"), counts, strict=False)
+        for i in range(count)
+    )
+    return SplitTask(Task("labelled", "instruction", examples, ("other",)), examples, ())
 
 
-def test_labels_are_balanced_where_it_is_asked_for_and_nowhere_else() -> None:
-    """In what is answered, shown and read; tasks without labels keep their draws to the bit."""
-    plain = _sampler(tasks=[_labelled(), _task(0)], reading=ReadingDraw(4), examples_per_task=3)
-    reading = replace(plain.reading, balances_labels=True)
-    balanced_one = replace(plain, balances_labels=True, reading=reading)
-    shares = {}
-    for name, sampler in (("plain", plain), ("balanced", balanced_one)):
-        draws = [draw for step in range(100) for draw in sampler.draw_step(step)]
-        shares[name] = [
-            sum(e.target == "no" for d in draws if d.task_id == "labelled" for e in part(d))
-            / sum(len(part(d)) for d in draws if d.task_id == "labelled")
-            for part in (lambda d: d.answered, lambda d: d.shown, lambda d: d.reading.examples)
-        ]
-        if name == "balanced":
-            for draw in draws:
-                if draw.task_id == "labelled":
-                    times = Counter(e.target for e in draw.answered)
-                    assert {times["no"], times["yes"]} == {1, 2}
-                    assert not set(draw.reading.examples) & set(draw.answered)
-    assert all(abs(share - 0.2) < 0.05 for share in shares["plain"])
-    assert all(abs(share - 0.5) < 0.05 for share in shares["balanced"])
-    for step in range(20):
-        others = [
-            [draw for draw in sampler.draw_step(step) if draw.task_id == "t0"]
-            for sampler in (plain, balanced_one)
-        ]
-        assert others[0] == others[1] and others[0]
+def _draws(sampler: StepSampler, num_steps: int, task_id: str = "labelled") -> list[TaskDraw]:
+    drawn = [draw for step in range(num_steps) for draw in sampler.draw_step(step)]
+    return [draw for draw in drawn if draw.task_id == task_id]
+
+
+def _share_of_no(rows: Iterable[Sequence[Example]]) -> float:
+    targets = [example.target for row in rows for example in row]
+    return targets.count("no") / len(targets)
+
+
+READS = ReadingDraw(3, drop_instruction=0.3, drop_targets=0.3)
+
+
+def test_labels_are_balanced_where_it_is_asked_for_and_nothing_else_changes() -> None:
+    """In what is answered, shown and read; all else of the draw, and other tasks, to the bit."""
+    plain = _sampler(
+        tasks=[_labelled(6, 24), _task(0)],
+        tasks_per_step=1,
+        examples_per_task=3,
+        reading=READS,
+    )
+    even = replace(plain, balances_labels=True)
+    for sampler, share in ((plain, 0.2), (even, 0.5)):
+        draws = _draws(sampler, 800)
+        for rows in (
+            [draw.answered for draw in draws],
+            [draw.shown for draw in draws],
+            [draw.reading.examples for draw in draws],
+        ):
+            assert abs(_share_of_no(rows) - share) < 0.05
+    for before, after in zip(_draws(plain, 200), _draws(even, 200), strict=True):
+        times = Counter(example.target for example in after.answered)
+        assert {times["no"], times["yes"]} == {1, 2}
+        assert not set(after.reading.examples) & set(after.answered)
+        for one, other in ((before.shown, after.shown), (before.answered, after.answered)):
+            assert len(one) == len(other)
+        for name in ("wording", "other_wording", "shows_latent"):
+            assert getattr(before, name) == getattr(after, name)
+        for name in ("instruction", "states_targets"):
+            assert getattr(before.reading, name) == getattr(after.reading, name)
+        assert len(before.reading.examples) == len(after.reading.examples)
+    assert _draws(plain, 50, "t0") == _draws(even, 50, "t0") != []
+
+
+@pytest.mark.parametrize(
+    ("counts", "is_balanced"),
+    [
+        ((1, 21), False),
+        ((2, 20), False),
+        ((3, 19), False),
+        ((4, 18), True),
+        ((2, 20, 20), True),
+        ((1, 20, 20), False),
+        ((11, 11), True),
+    ],
+)
+def test_what_the_encoder_reads_does_not_tell_the_labels_that_are_asked(
+    counts: tuple[int, ...], is_balanced: bool
+) -> None:
+    """Were a label to run out, it would be asked where it is not read; nor do rounds of labels go
+    over both. A task that is not balanced is drawn as ever."""
+    plain = _sampler(
+        tasks=[_labelled(*counts)],
+        tasks_per_step=1,
+        examples_per_task=3,
+        max_shown=0,
+        reading=READS,
+    )
+    sampler = replace(plain, balances_labels=True)
+    assert bool(sampler.balanced_labels) is is_balanced
+    if not is_balanced:
+        assert _draws(sampler, 40) == _draws(plain, 40)
+        return
+    draws = [draw for draw in _draws(sampler, 2400) if len(draw.reading.examples) == 1]
+    assert len(draws) > 400
+    shares = [
+        _share_of_no(d.answered for d in draws if (d.reading.examples[0].target == "no") is shown)
+        for shown in (True, False)
+    ]
+    assert all(abs(share - 1 / len(counts)) < 0.05 for share in shares), shares
 
 
 def test_a_run_draws_as_its_config_says(capsys: pytest.CaptureFixture[str]) -> None:
-    """Answered, shown and read alike, and the log says of how many tasks."""
-    run = SimpleNamespace(splits=Splits((_labelled(), _task(0), _task(1)), (), ()))
+    """And its log says of how many tasks."""
+    rare = replace(_task(0), train=_labelled(1, 9).train)
+    run = SimpleNamespace(splits=Splits((_labelled(9, 9), rare, _task(1)), (), ()))
     for asked in (False, True):
         run.config = load_config("quickstart", [f"training.balances_labels={asked}"])
         sampler = Trainer.make_sampler(run)  # type: ignore[arg-type]
-        assert sampler.balances_labels is sampler.reading.balances_labels is asked
+        assert list(sampler.balanced_labels) == (["labelled"] if asked else [])
         said = capsys.readouterr()
-        assert ("labels are balanced: 1 of 3 seen tasks have any" in said.out + said.err) is asked
-
-
-def test_what_the_encoder_reads_does_not_tell_the_labels_that_are_asked() -> None:
-    """Were rounds of labels drawn over both together, the label missing in one would be right."""
-    sampler = _sampler(
-        tasks=[_labelled(15)],
-        tasks_per_step=1,
-        examples_per_task=1,
-        max_shown=0,
-        reading=ReadingDraw(1, balances_labels=True),
-        balances_labels=True,
-    )
-    draws = [sampler.draw_step(step)[0] for step in range(1200)]
-    pairs = Counter(
-        (draw.answered[0].target, draw.reading.examples[0].target)
-        for draw in draws
-        if draw.reading.examples
-    )
-    num = sum(pairs.values())
-    assert num > 400 and all(abs(count / num - 0.25) < 0.06 for count in pairs.values()), pairs
+        line = "1 of 3 seen tasks have labels, and enough examples of each"
+        assert (line in said.out + said.err) is asked
 
 
 def test_another_wording_is_another_of_the_task_and_moves_nothing_else() -> None:

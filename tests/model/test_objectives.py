@@ -97,6 +97,37 @@ def test_capacity_pulls_to_c_from_both_sides() -> None:
         assert kl_TZ.grad is not None and kl_TZ.grad.tolist() == [[below] * 2, [0.5] * 2]
 
 
+def test_a_mean_over_answers_weighs_each_answer_alike() -> None:
+    """However many tokens it has; by hand, each answer alone, and with its gradient."""
+    sums = {}
+    for mean_over in ("tokens", "answers"):
+        loss = LossConfig.model_validate({"task": {"mean_over": mean_over}})
+        ship, spy = ship_with(loss)
+        sums[mean_over] = ship(ship.collate(DRAWS, 0, 0)).objectives["task"]
+        batch = spy.outputs.batch.answers
+        lengths = batch.target_lengths
+        logits_KV, labels_K = spy.outputs.answers.logits_KV, batch.labels_K
+        rows = zip(logits_KV.split(lengths), labels_K.split(lengths), strict=True)
+        by_answer = [torch.nn.functional.cross_entropy(*row) for row in rows]
+        assert len(by_answer) == 4 and len(set(lengths)) > 1
+        count = ship.objectives["task"].count(spy.outputs.batch)
+        if mean_over == "answers":
+            expected = torch.stack(by_answer)
+            assert count == 4
+        else:
+            expected = torch.stack([n * x for n, x in zip(lengths, by_answer, strict=True)])
+            assert count == sum(lengths)
+        torch.testing.assert_close(sums[mean_over], expected.sum())
+        weights = list(ship.hypernetwork.parameters())
+        for one, other in zip(
+            torch.autograd.grad(sums[mean_over], weights, retain_graph=True),
+            torch.autograd.grad(expected.sum(), weights),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert abs(float(sums["tokens"]) / sum(lengths) - float(sums["answers"]) / 4) > 1e-3
+
+
 def test_the_teacher_reads_the_instruction_and_the_students_answers() -> None:
     ship, spy = ship_with(LossConfig.model_validate({"distillation": 1}))
     ship(ship.collate(DRAWS, 0, 0))

@@ -56,6 +56,7 @@ CASES = {
     "last": (CONFIG, PLAIN),
     "attention": (POOLED, PLAIN),
     "chunks": (CHUNKED, PLAIN),
+    "by answer": (CONFIG, LossConfig.model_validate({"task": {"mean_over": "answers"}})),
     "mixture": (CONFIG.model_copy(update={"prior": MixturePriorConfig()}), EVERYTHING),
     "flow": (CONFIG.model_copy(update={"prior": FlowPriorConfig()}), EVERYTHING),
 }

@@ -58,9 +58,8 @@ class Sft(TakesShots, TrainedMethod):
 
     def train(self) -> None:
         """On the seen tasks, each in one of its wordings."""
-        ship, sampler = self.setting.ship, self.sampler
-        reading = ReadingDraw(self.recipe.num_examples, balances_labels=sampler.balances_labels)
-        sampler = replace(sampler, reading=reading)
+        ship, reading = self.setting.ship, ReadingDraw(max_examples=self.recipe.num_examples)
+        sampler = replace(self.sampler, reading=reading)
 
         def losses_at(step: int) -> Iterator[Tensor]:
             draws = sampler.draw_step(step)
