@@ -26,6 +26,7 @@ RUNS = {
     "mixture": [
         "model.prior={kind: mixture, num_components: 3}",
         "loss.kl={weight: 0.01, free_bits: 0.02, warmup_steps: 3}",
+        "loss.task={weight: 0.5, mean_over: answers}",
         "loss.distillation={weight: 0.5, temperature: 2.0}",
         "loss.cycle={weight: 0.1, latents: prior, num_tokens: 4}",
         "model.task_llm.fading_steps=4",
