@@ -573,7 +573,7 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """An objective beside the three of the paper; one with more settings adds them."""
+    """The section of an objective; one with more settings than a weight adds them."""
 
     wants: ClassVar[tuple[str, ...]] = ()
     """Objectives without whose weight it means nothing."""
@@ -604,8 +604,8 @@ class ObjectiveConfig(Section):
 
 
 class _NumberOrSection(ObjectiveConfig):
-    """One that configs of version 0.1.0 have as its weight: they still do where that says it
-    all."""
+    """Written as a bare number where only the weight is set, as config.json of version 0.1.0 has
+    it."""
 
     @model_serializer(mode="wrap")
     def _weight_alone(self, section: SerializerFunctionWrapHandler) -> Any:
@@ -618,9 +618,9 @@ class AnswerLossConfig(_NumberOrSection):
     weight alone."""
 
     mean_over: Literal["tokens", "answers"] = "tokens"
-    """Of all answers of a step, so that one of forty tokens weighs as much as twenty of two; or the
-    answers, each with the mean over its own tokens, so that a label weighs as much as a
-    paragraph."""
+    """tokens: over those of all answers of a step, so that an answer of forty weighs as much as
+    twenty labels of two. answers: over answers, each by the mean over its own tokens, so that a
+    label weighs as much as a paragraph."""
 
 
 class KlConfig(_NumberOrSection):

@@ -23,7 +23,8 @@ def sum_cross_entropy(
     cross_entropy = torch.nn.functional.cross_entropy
     if weights_K is None:
         return cross_entropy(logits_KV.float(), labels_K, reduction="sum")
-    return cross_entropy(logits_KV.float(), labels_K, reduction="none") @ weights_K
+    # No matrix product: autocast would take it in 16 bits.
+    return (cross_entropy(logits_KV.float(), labels_K, reduction="none") * weights_K).sum()
 
 
 def num_pieces(num_labels: int, vocabulary_size: int, is_sharded: bool = False) -> int:

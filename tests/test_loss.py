@@ -59,6 +59,9 @@ def test_weights_multiply_token_losses() -> None:
     each = torch.stack([sum_cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(3)])
     weighted = sum_cross_entropy(logits, labels, torch.tensor([1.0, 0.5, 0.0]))
     torch.testing.assert_close(weighted, each[0] + each[1] / 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = sum_cross_entropy(logits, labels, torch.tensor([1.0, 0.5, 0.0]))
+    assert again.dtype == torch.float32 and again.equal(weighted)
 
 
 def test_no_label_is_no_loss() -> None:

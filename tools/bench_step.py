@@ -203,7 +203,7 @@ class PublishedStep:
         ).logits[:, self.num_soft :]
         reconstruction = self._cross_entropy(texts_TSV, labels)
         weights = self.config.loss
-        loss = weights.task * task + weights.reconstruction * reconstruction
+        loss = weights.task.weight * task + weights.reconstruction * reconstruction
         loss = loss + weights.kl.weight * kl
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(step, self.config.optimiser, self.num_steps)

@@ -225,7 +225,8 @@ class StepSampler:
     ) -> list[list[TaskDraw]]:
         """The draws of each of a rank's micro-batches, short and long ones in every one of them.
 
-        The step is drawn once for all of them: that takes 59 ms at 4,096 tasks.
+        The step is drawn once for all of them: that takes 0.16 s at 4,096 tasks of 60 examples, and
+        0.24 s where a third of them have labels that are balanced.
         """
         draws = self.draw_step(step)
         num_parts = num_ranks * accumulation
@@ -236,15 +237,18 @@ class StepSampler:
     def balanced_labels(self) -> dict[str, dict[str, str]]:
         """By id the tasks whose labels are drawn equally often, with the forms of their labels.
 
-        Those of which every label has enough examples for all that a step may answer, show and
-        read. Were one to run out, what is read would tell what is asked: the label that is missing.
+        Those of which every label has enough examples for all that a step may answer and show, and
+        for all that it may read beside what it answers: were one to run out there, what is read
+        would tell what is asked, the label that is missing. Inputs that repeat would let one run
+        out too, since none that is answered is read.
         """
         if not self.balances_labels:
             return {}
         answered, read = self.examples_per_task, self.reading.max_examples
         found: dict[str, dict[str, str]] = {}
-        for task in self.tasks:
-            if task.id not in found and (forms := label_forms(task.train)):
+        for task in {task.id: task for task in self.tasks}.values():
+            repeats = len({example.input for example in task.train}) < len(task.train)
+            if not (read and repeats) and (forms := label_forms(task.train)):
                 times = num_by_label(task.train, forms)
                 in_draw = -(-(answered + self.max_shown) // len(times))
                 in_reading = -(-answered // len(times)) - (-read // len(times))

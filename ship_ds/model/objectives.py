@@ -100,8 +100,7 @@ class AnswerLoss(Objective):
     """Cross-entropy of the answers, -log p(y | x, z), by target token, or by answer of the mean
     over its own tokens.
 
-    A step's answers are of tasks with labels of one token and of others with forty; of all tokens
-    the latter have nearly all.
+    A step has labels of two tokens beside answers of forty, which have nearly all of its tokens.
     """
 
     def __init__(self, config: AnswerLossConfig) -> None:

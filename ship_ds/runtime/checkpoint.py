@@ -459,6 +459,14 @@ def load(
     return progress
 
 
+def _settings(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Every setting by its whole key, those of an objective that is written as its weight alone
+    too."""
+    config = parse_config(dict(values), str(folder))
+    objectives = {name: dict(section) for name, section in config.loss.objectives().items()}
+    return flat({**config.model_dump(mode="json"), "loss": objectives})
+
+
 def check_same_run(
     folder: Path,
     progress: Progress,
@@ -470,10 +478,7 @@ def check_same_run(
     with. A key that did not exist then stands at its default, and a base of the same fingerprint
     may lie elsewhere."""
     elsewhere = moved(progress.bases, bases)
-    then, now = (
-        flat(parse_config(dict(progress.config), str(folder)).model_dump(mode="json")),
-        flat(config),
-    )
+    then, now = (_settings(one, folder) for one in (progress.config, config))
     for key in sorted(then.keys() | now.keys()):
         free = any(key == name or key.startswith(name + ".") for name in _FREE_TO_CHANGE)
         if key.startswith("model.") and key.endswith(".base"):

@@ -312,6 +312,25 @@ def test_labels_are_balanced_where_it_is_asked_for_and_nothing_else_changes() ->
 
 
 @pytest.mark.parametrize(
+    ("counts", "is_balanced"), [((2, 20), False), ((3, 20), True), ((2, 9, 9), True)]
+)
+def test_a_label_has_to_suffice_for_what_is_answered_and_shown(
+    counts: tuple[int, ...], is_balanced: bool
+) -> None:
+    sampler = _sampler(tasks=[_labelled(*counts)], balances_labels=True)  # 2 answered, 4 shown
+    assert bool(sampler.balanced_labels) is is_balanced
+
+
+def test_a_task_whose_inputs_repeat_is_balanced_where_nothing_is_read() -> None:
+    """No input that is answered is read: one answered "no" would leave none to read."""
+    task = _labelled(8, 8)
+    same = tuple(replace(e, input="x") if e.target == "no" else e for e in task.train)
+    sampler = _sampler(tasks=[replace(task, train=same)], balances_labels=True)
+    assert sampler.balanced_labels
+    assert not replace(sampler, reading=READS).balanced_labels
+
+
+@pytest.mark.parametrize(
     ("counts", "is_balanced"),
     [
         ((1, 21), False),
@@ -340,13 +359,17 @@ def test_what_the_encoder_reads_does_not_tell_the_labels_that_are_asked(
     if not is_balanced:
         assert _draws(sampler, 40) == _draws(plain, 40)
         return
-    draws = [draw for draw in _draws(sampler, 2400) if len(draw.reading.examples) == 1]
-    assert len(draws) > 400
-    shares = [
-        _share_of_no(d.answered for d in draws if (d.reading.examples[0].target == "no") is shown)
-        for shown in (True, False)
-    ]
-    assert all(abs(share - 1 / len(counts)) < 0.05 for share in shares), shares
+    draws = _draws(sampler, 4800)
+    for num_read in (1, 2, 3):
+        by_times: dict[int, list[tuple[Example, ...]]] = {}
+        for draw in draws:
+            if len(read := draw.reading.examples) == num_read:
+                times = sum(example.target == "no" for example in read)
+                by_times.setdefault(times, []).append(draw.answered)
+        for times, rows in by_times.items():
+            assert len(rows) > 100
+            share = _share_of_no(rows)
+            assert abs(share - 1 / len(counts)) < 0.06, (num_read, times, share)
 
 
 def test_a_run_draws_as_its_config_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,26 @@ def test_a_checkpoint_from_before_a_setting_existed_had_it_at_its_default(tmp_pa
         checkpoint.check_same_run(tmp_path, made, config, "data", {})
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.task.mean_over=answers", "loss.task.mean_over was tokens and is answers now"),
+        ("loss.kl.free_bits=0.1", "loss.kl.free_bits was 0.0 and is 0.1 now"),
+        ("loss.kl=0.5", "loss.kl.weight was 0.001 and is 0.5 now"),
+        ("loss.distillation=0.5", "loss.distillation.temperature was None and is 1.0 now"),
+    ],
+)
+def test_what_changed_of_an_objective_is_named_by_its_own_key(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    """Though one is written as a number, and the other as a section."""
+    then = load_config("quickstart-smoke", []).model_dump(mode="json")
+    now = load_config("quickstart-smoke", [override]).model_dump(mode="json")
+    made = checkpoint.Progress(4, 0.0, 0, 0, 1, then, "data")
+    with pytest.raises(UserError, match=message):
+        checkpoint.check_same_run(tmp_path, made, now, "data", {})
+
+
 def test_other_files_of_an_objective_are_refused_by_its_name(tmp_path: Path) -> None:
     """An objective that is new, or read nothing then, has nothing to be compared with."""
     then = {"oracles": "a" * 64}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.recorded_run import NUM_STEPS
-from tests.test_recorded_losses import RECORDED, Measured
+from tests.test_recorded_losses import BITS, RECORDED, Measured
 
 CASES = list(RECORDED["losses"])
 
@@ -32,3 +32,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
 @pytest.mark.parametrize("case", CASES)
 def test_steps_of_0_1_0(case: str, measured: dict[str, Measured]) -> None:
     measured[case].check_within_rounding(case, NUM_STEPS)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("case", list(BITS["losses"]))
+def test_steps_are_those_of_this_version_to_the_bit(
+    case: str, measured: dict[str, Measured]
+) -> None:
+    measured[case].check_to_the_bit(case, NUM_STEPS)

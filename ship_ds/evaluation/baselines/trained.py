@@ -205,7 +205,7 @@ class TrainedMethod(ABC):
             "step": [training.tasks_per_step, training.examples_per_task, training.family_alpha],
             "seen": hashlib.sha256(repr(self.setting.splits.seen).encode()).hexdigest()[:16],
             "base": self.base.fingerprint(),
-            **({"labels": "balanced"} if training.balances_labels else {}),
+            **({"labels": "balanced where enough"} if training.balances_labels else {}),
             **({"dev score": _DEV_SCORE} if isinstance(self.budget, UntilDevStops) else {}),
         }
 
@@ -243,7 +243,8 @@ class TrainedMethod(ABC):
 
     @cached_property
     def sampler(self) -> StepSampler:
-        """The seen tasks in SHIP's own order and step size, their examples drawn as its are."""
+        """The seen tasks in SHIP's own order and step size. Labels are balanced where its are, of
+        tasks that have enough for these draws, which show nothing."""
         training = self.setting.ship.config.training
         tasks = balanced(self.setting.splits.seen, training.family_alpha)
         return StepSampler(

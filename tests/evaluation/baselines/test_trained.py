@@ -121,7 +121,10 @@ def test_baselines_balance_labels_as_ship_does(
     assert not plain.sampler.balances_labels and "labels" not in plain._identity()
     training = ship.config.training.model_copy(update={"balances_labels": True})
     monkeypatch.setattr(ship, "config", ship.config.model_copy(update={"training": training}))
-    assert make(Sft).sampler.balances_labels and make(Sft)._identity()["labels"] == "balanced"
+    assert (
+        make(Sft).sampler.balances_labels
+        and make(Sft)._identity()["labels"] == "balanced where enough"
+    )
 
 
 def test_weights_for_something_else_are_trained_again(
