@@ -12,7 +12,7 @@ is no forward, so ZeRO-3 would not gather a parameter of the objective itself. A
 call the same modules in every micro-step, or the ranks wait for each other for ever.
 docs/extending.md has an example.
 
-Letters: T tasks, Z latent size.
+Letters: E sequences, K labelled positions, T tasks, Z latent size.
 """
 
 from abc import ABC, abstractmethod
