@@ -248,7 +248,7 @@ class Trainer:
                 encoder.drop_targets,
                 encoder.drop_words,
             ),
-            training.balances_labels,
+            balances_labels=training.balances_labels,
         )
         if training.balances_labels:
             num, num_seen = len(sampler.balanced_labels), len(self.splits.seen)

@@ -18,30 +18,12 @@ MOST_LABELS = 10
 """Distinct answers of a task that count as a closed set, at most."""
 
 
-def closed_labels(task: SplitTask) -> tuple[str, ...]:
-    """The task's labels, where its answers are a closed set; none where they are not.
-
-    They are one where its training examples have 2 to 10 distinct targets by their words
-    (`label_form`), each of them twice on average, and every test target is among these.
-    """
-    labels: dict[str, str] = {}
-    for example in task.train:
-        labels.setdefault(label_form(example.target), example.target)
-    if not _are_closed(len(labels), len(task.train)):
-        return ()
-    if any(label_form(example.target) not in labels for example in task.test):
-        return ()
-    return tuple(labels.values())
-
-
-def _are_closed(num_labels: int, num_examples: int) -> bool:
-    return 2 <= num_labels <= min(MOST_LABELS, num_examples // 2)
-
-
 def label_forms(examples: Sequence[Example]) -> dict[str, str]:
-    """The form (`label_form`) of every target of a task's training examples, where these are a
-    closed set as `closed_labels` counts them; what its test examples are is not asked. Empty where
-    they are none."""
+    """The form (`label_form`) of every target of a task's training examples, in their order, where
+    these are a closed set; empty where they are not.
+
+    They are one where they have 2 to 10 distinct forms, each of them twice on average.
+    """
     forms: dict[str, str] = {}
     found: set[str] = set()
     for example in examples:
@@ -50,7 +32,18 @@ def label_forms(examples: Sequence[Example]) -> dict[str, str]:
             found.add(forms[example.target])
             if len(found) > MOST_LABELS:
                 return {}
-    return forms if _are_closed(len(found), len(examples)) else {}
+    return forms if 2 <= len(found) <= len(examples) // 2 else {}
+
+
+def closed_labels(task: SplitTask) -> tuple[str, ...]:
+    """The task's labels, each as it is first written; none where its training examples are no
+    closed set (`label_forms`), or a test target is not among it."""
+    labels: dict[str, str] = {}
+    for target, form in label_forms(task.train).items():
+        labels.setdefault(form, target)
+    if any(label_form(example.target) not in labels for example in task.test):
+        return ()
+    return tuple(labels.values())
 
 
 def num_by_label(examples: Sequence[Example], forms: Mapping[str, str]) -> Counter[str]:
