@@ -109,6 +109,13 @@ def test_a_loss_in_pieces_is_the_loss_and_never_has_all_logits(family: str, weig
             loss = sum_cross_entropy_in_pieces(lm.head, states, batch.labels_K, pieces, weights)
             loss.backward()
         assert largest.most == -(-11 // pieces)
+        each = [
+            sum_cross_entropy(lm.head(states[i : i + 1]), batch.labels_K[i : i + 1])
+            for i in range(11)
+        ]
+        times = [1.0] * 11 if weights is None else weights.tolist()
+        expected = sum(time * float(one.detach()) for time, one in zip(times, each, strict=True))
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for whole, in_pieces in zip(*results, strict=True):
         assert whole is not None and in_pieces is not None and float(whole.abs().max()) > 0
