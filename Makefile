@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` set everything up themselves in .venv/ and .build/ (a compiled DeepSpeed op).
+# `make quickstart` and `make test` set everything up themselves in .venv/ and .build/ (what torch compiles in tests).
 PYTHON ?= python3
 # More for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu: PyPI's torch for Linux brings CUDA along.
 PIP_FLAGS ?=

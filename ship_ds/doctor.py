@@ -39,12 +39,13 @@ def findings() -> list[tuple[str, str | None, str]]:
         (
             "C++ compiler",
             shutil.which("c++") or shutil.which("g++"),
-            "DeepSpeed cannot build its CPU op: install g++",
+            "no model.elementwise=compiled, and DeepSpeed offloads to no disk and, on a GPU, no "
+            "optimiser: install g++",
         ),
         (
             "ninja",
             shutil.which("ninja") or _package("ninja", "ninja"),
-            "DeepSpeed cannot build its CPU op: pip install ninja",
+            "DeepSpeed offloads to no disk and, on a GPU, no optimiser: pip install ninja",
         ),
         (
             "deepspeed",

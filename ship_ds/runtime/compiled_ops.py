@@ -1,5 +1,5 @@
-"""DeepSpeed compiles its C++ ops at the first start; this makes that safe against being killed in
-the middle.
+"""DeepSpeed compiles a C++ op at the first start that asks for it; this makes that safe against
+being killed in the middle. A run on CPUs asks for none, unless it offloads to NVMe.
 
 PyTorch guards such a build with a file called `lock`, which a killed process leaves behind, and
 every later start then waits for it without a word. Here each process builds under an advisory lock
@@ -24,13 +24,26 @@ from ship_ds.errors import UserError, first_line
 from ship_ds.runtime.deepspeed_config import offloads_optimiser, offloads_to_nvme
 from ship_ds.runtime.op_cache import compiled_cache, op_cache
 
+_INFERENCE_ONLY = "deepspeed_shm_comm"
+
 
 def needed(deepspeed: Mapping[str, Any]) -> list[str]:
     """The builders that a run with this config will ask for; the optimiser is torch's own unless a
     GPU offloads it."""
-    on_gpu = ["CPUAdamBuilder"] if offloads_optimiser(deepspeed) else []
-    own = on_gpu if torch.cuda.is_available() else ["ShareMemCommBuilder"]
-    return [*own, *(["AsyncIOBuilder"] if offloads_to_nvme(deepspeed) else [])]
+    adam = offloads_optimiser(deepspeed) and torch.cuda.is_available()
+    nvme = offloads_to_nvme(deepspeed)
+    return [*(["CPUAdamBuilder"] if adam else []), *(["AsyncIOBuilder"] if nvme else [])]
+
+
+def leave_out_inference() -> None:
+    """Before `deepspeed.init_distributed`, which on CPUs compiles and loads an all-reduce through
+    shared memory (20 to 70 s, and a C++ compiler) that tensor parallel inference alone calls.
+
+    It asks this table first. One process has one such table, which DeepSpeed makes once and keeps.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__[_INFERENCE_ONLY] = False
 
 
 def build(names: Sequence[str], log: Log) -> None:

@@ -73,6 +73,7 @@ def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None
     ops = compiled_ops.needed(deepspeed_config or {})
     # Each node has a folder of compiled ops, and rank 0 sees one of them alone.
     compiled_ops.build(ops, log_from_any_rank)
+    compiled_ops.leave_out_inference()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)
     log_threads()

@@ -33,13 +33,17 @@ print("said", end=" ")
 
 @pytest.mark.slow
 def test_leaving_flushes_and_takes_nothing_down(tmp_path: Path) -> None:
-    """-E: PYTHONUNBUFFERED would do the flushing."""
+    """-E: PYTHONUNBUFFERED would do the flushing. And a group on CPUs needs no compiler."""
     (tmp_path / "leaves.py").write_text(_PROGRAM.format(end="ranks.exit_process(3)"))
     (tmp_path / "exits.py").write_text(_PROGRAM.format(end="raise SystemExit(3)"))
-    leaves, exits = (start(["-E", str(tmp_path / name)]) for name in ("leaves.py", "exits.py"))
+    without = {"CXX": "/no/c++", "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")}
+    leaves, exits = (
+        start(["-E", str(tmp_path / name)], **without) for name in ("leaves.py", "exits.py")
+    )
     assert leaves.returncode == exits.returncode == 3, leaves.stderr
     assert leaves.stdout.endswith("said at exit\n")
     assert "taken down" in exits.stderr and "taken down" not in leaves.stderr
+    assert not list((tmp_path / "ops").glob("deepspeed_*"))
 
 
 @pytest.mark.parametrize(

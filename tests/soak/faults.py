@@ -68,6 +68,9 @@ class Site:
     spared: int = 0
 
 
+OP = "ShareMemCommBuilder"
+"""What a run compiles in the phase of that name. No run on CPUs needs an op; one on GPUs that
+offloads its optimiser compiles another, which takes four times as long."""
 CHECKPOINT, ENGINE = "ship_ds.runtime.checkpoint", "ship_ds.runtime.engine"
 PHASES = {
     "start": (
@@ -160,6 +163,7 @@ class Fault:
             "target": self.target,
             "fired": str(fired),
             "disk": str(disk),
+            "op": OP if self.phase == "compile" else None,
         }
         injected = REPOSITORY / "tests" / "soak" / "injected"
         return {"FAULT": json.dumps(plan), "PYTHONPATH": f"{injected}:{REPOSITORY}"}
@@ -199,7 +203,7 @@ class Bench:
     weights: str = ""
     """SHA-256 of the undisturbed run's."""
     extensions: Path | None = None
-    """A folder with the compiled op, that runs copy."""
+    """A folder with the compiled `OP`, that runs copy."""
 
     def settings(self) -> list[str]:
         """Of every run of the matrix: under a minute on two idle cores, and each phase in it."""

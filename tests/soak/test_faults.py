@@ -26,11 +26,12 @@ from filelock import FileLock
 
 from ship_ds.config import load_config
 from ship_ds.files import sha256, write_json
-from tests.conftest import REPOSITORY, environment
+from tests.conftest import REPOSITORY, start
 from tests.soak.faults import (
     CHECKPOINT,
     ENGINE,
     KINDS,
+    OP,
     ORDERS,
     Bench,
     Fault,
@@ -49,8 +50,8 @@ SIZE_OF_DISK = "192m"
 
 @pytest.fixture(scope="module")
 def bench(data: Path) -> Bench:
-    """The undisturbed run, and the op that it compiled; kept in .build/ for as long as the code is
-    the same, since every shard needs it."""
+    """The undisturbed run, and a compiled `OP`; kept in .build/ for as long as the code is the
+    same, since every shard needs them."""
     digest = hashlib.sha256(json.dumps([version("torch"), version("deepspeed")]).encode())
     for path in sorted((REPOSITORY / "ship_ds").rglob("*.py")):
         digest.update(path.read_bytes())
@@ -58,14 +59,15 @@ def bench(data: Path) -> Bench:
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / "lock"):
         kept = root / "tasks.jsonl"
-        compiled = Path(environment()["TORCH_EXTENSIONS_DIR"])
-        alone = Bench(kept, extensions=compiled if compiled.is_dir() else None)
-        run = Run(root / "place", alone, root)
+        run = Run(root / "place", Bench(kept), root)
         if not run.is_done():
             shutil.copy(data, kept)
             outcome = run.start()
             assert outcome.code == 0, outcome.log[-4000:]
             print(f"undisturbed: first step after {outcome.seconds_to_first_step:.0f} s")
+        compiles = f"from ship_ds.runtime import compiled_ops; compiled_ops.build(['{OP}'], print)"
+        done = start(["-c", compiles], timeout=600, TORCH_EXTENSIONS_DIR=str(run.ops))
+        assert done.returncode == 0, done.stderr
     weights = sha256(run.folder / "bundle" / "ship.safetensors")
     return Bench(kept, run.rows(), weights, run.ops)
 
@@ -197,8 +199,7 @@ def test_how_much_of_the_time_goes_into_steps_that_are_kept(tmp_path: Path) -> N
     settings = ["evaluation.every_steps=0", "evaluation.ends_with_report=false"]
     settings += ["--config", "quickstart", "training.steps=12", "checkpoint.every_steps=4"]
     settings += ["checkpoint.every_minutes=null"]
-    compiled = Path(environment()["TORCH_EXTENSIONS_DIR"])
-    run = Run(tmp_path / "run", Bench(tmp_path, extensions=compiled), tmp_path, settings)
+    run = Run(tmp_path / "run", Bench(tmp_path), tmp_path, settings)
     killed = Fault("sigkill", "step", 0, Site(ENGINE, "Engine.step"), 6, True, 1, "rank")
     times = tmp_path / "times"
     time_saves = Fault("time", "save", 0, Site(CHECKPOINT, "save"), 0, True, 0, "rank")

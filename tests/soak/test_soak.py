@@ -26,21 +26,21 @@ from tests.conftest import REPOSITORY, environment
 from tests.runtime import slurm_cluster
 from tests.runtime.test_resume import LOSSES, _ranks_of
 from tests.runtime.test_slurm import TWO_NODES, submit, wait_for_end
+from tests.soak.faults import OP
 
 pytestmark = pytest.mark.soak
 NUM_STEPS = 40
 NUM_KILLS = int(os.environ.get("SOAK_KILLS", "20"))
+NUM_COMPILE_KILLS = 3
 SECONDS_A_START = 900
 
 
 @dataclass
 class Run:
-    """One run folder, started again and again; `extensions` is its own cache of compiled ops where
-    one is given."""
+    """One run folder, started again and again."""
 
     folder: Path
     data: Path
-    extensions: Path | None = None
 
     @property
     def arguments(self) -> list[str]:
@@ -65,14 +65,13 @@ class Run:
             if num_ranks > 1
             else []
         )
-        extra = {"TORCH_EXTENSIONS_DIR": str(self.extensions)} if self.extensions else {}
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, *launcher, "-m", "ship_ds.train", *self.arguments],
                 cwd=REPOSITORY,
                 stdout=log,
                 stderr=log,
-                env={**environment(), **extra},
+                env=environment(),
                 start_new_session=True,
             )
 
@@ -107,8 +106,7 @@ class Run:
         os.kill(ranks[-1], signal.SIGUSR1)
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
-        """SIGKILL for launcher and ranks, whose compilers it leaves to themselves, as a node's
-        daemon would."""
+        """SIGKILL for launcher and ranks, as a node's daemon would."""
         for number in (process.pid, *_ranks_of(self.folder)):
             try:
                 os.kill(number, signal.SIGKILL)
@@ -153,7 +151,6 @@ def moments(run: Run, rng: random.Random) -> dict[str, Callable[[], object]]:
     """When to kill a start, by what it is doing; each is followed by a random wait."""
     first, wanted = run.num_rows(), rng.randint(1, 4)
     return {
-        "compile": lambda: list(run.extensions.glob("*/lock")) if run.extensions else None,
         "data": lambda: b" tasks, " in run.log.read_bytes(),
         "checkpoint": lambda: list((run.folder / "checkpoints").glob("*.part")),
         "step": lambda: run.num_rows() >= first + wanted,
@@ -164,17 +161,13 @@ def test_kills_at_random_moments_change_no_loss(
     data: Path, undisturbed: list[dict[str, Any]], figures: dict[str, Any], tmp_path: Path
 ) -> None:
     rng = random.Random(int(os.environ.get("SOAK_SEED", "0")))
-    run = Run(tmp_path / "run", data, tmp_path / "extensions")
-    kinds = [("compile", "data", "checkpoint", "step", "step")[i % 5] for i in range(NUM_KILLS)]
+    run = Run(tmp_path / "run", data)
+    kinds = [("data", "checkpoint", "step", "data", "step")[i % 5] for i in range(NUM_KILLS)]
     killed: dict[str, int] = {}
     for kind in kinds:
-        if kind == "compile":
-            shutil.rmtree(tmp_path / "extensions", ignore_errors=True)
         process = run.start()
         run.wait(process, moments(run, rng)[kind])
-        time.sleep(
-            rng.uniform(0, {"compile": 5.0, "data": 1.0, "checkpoint": 0.2, "step": 0.5}[kind])
-        )
+        time.sleep(rng.uniform(0, {"data": 1.0, "checkpoint": 0.2, "step": 0.5}[kind]))
         if process.poll() is None:
             killed[kind] = killed.get(kind, 0) + 1
         run.kill(process)
@@ -184,6 +177,46 @@ def test_kills_at_random_moments_change_no_loss(
     figures["kills"] = killed | {"rows": len(run.rows())}
     assert only_losses(run.rows()) == only_losses(undisturbed)
     assert sum(killed.values()) >= NUM_KILLS - 2  # the last ones may find the run ended
+
+
+def test_kills_while_an_op_compiles(figures: dict[str, Any], tmp_path: Path) -> None:
+    """Of two processes that want it, as a node's ranks do. Their compilers are left to themselves,
+    as a node's daemon would."""
+    program = f"from ship_ds.runtime import compiled_ops; compiled_ops.build(['{OP}'], print)"
+    ops, log = tmp_path / "ops", tmp_path / "log"
+
+    def start_both() -> "list[subprocess.Popen[bytes]]":
+        with log.open("wb") as file:
+            return [
+                subprocess.Popen(
+                    [sys.executable, "-c", program],
+                    stdout=file,
+                    stderr=file,
+                    env=environment(TORCH_EXTENSIONS_DIR=str(ops)),
+                )
+                for _ in range(2)
+            ]
+
+    rng = random.Random(int(os.environ.get("SOAK_SEED", "0")))
+    for _ in range(NUM_COMPILE_KILLS):
+        shutil.rmtree(ops, ignore_errors=True)
+        both = start_both()
+        deadline = time.monotonic() + SECONDS_A_START
+        while not list(ops.glob("*/lock")):
+            assert time.monotonic() < deadline and any(one.poll() is None for one in both)
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 5.0))
+        assert all(one.poll() is None for one in both), log.read_text()
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # at once: the other would go on
+            for one in both:
+                one.send_signal(number)
+        for one in both:
+            one.wait()
+        assert list(ops.glob("*/lock")) and not list(ops.glob("*/*.so"))
+    assert [one.wait(SECONDS_A_START) for one in start_both()] == [0, 0], log.read_text()
+    assert log.read_text().count("left behind by a process that was killed") == 1
+    assert list(ops.glob("*/*.so")) and not list(ops.glob("*/lock"))
+    figures["kills while an op compiles"] = NUM_COMPILE_KILLS
 
 
 def test_one_two_four_one_ranks(

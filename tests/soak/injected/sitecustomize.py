@@ -1,13 +1,16 @@
 """Makes one rank of a run fail once, from outside the package: every Python process whose
 PYTHONPATH names this folder loads this file first.
 
-    FAULT='{"kind": "sigkill", "module": "ship_ds.runtime.engine", "name": "Engine.backward",
-            "call": 2, "before": true, "rank": 1, "target": "rank", "fired": "/tmp/fired",
-            "disk": "/mnt/small"}' PYTHONPATH=tests/soak/injected:. torchrun -m ship_ds.train ...
+    PYTHONPATH=tests/soak/injected:. FAULT='{"kind": "sigkill", "module": "ship_ds.runtime.engine",
+        "name": "Engine.backward", "call": 2, "before": true, "rank": 1, "target": "rank",
+        "fired": "/tmp/fired", "disk": "/mnt/small", "op": null}' torchrun -m ship_ds.train ...
 
 The named function is wrapped as its module is imported. What happens then is real: the process
 reads address 0, gets the signal, or finds its disk full. `fired` holds the time in seconds of the
 epoch and the rank once it has happened, and nothing happens where that file is there.
+
+`op` names a builder of DeepSpeed's that every rank then asks for. A run on CPUs needs none, so
+that nothing would be compiled here; one on GPUs that offloads its optimiser does.
 """
 
 import ctypes
@@ -32,16 +35,14 @@ class InjectedError(RuntimeError):
     """What is raised; no part of the package knows it."""
 
 
-class Injector(MetaPathFinder):
-    """Wraps one function of one module."""
+class Wrapper(MetaPathFinder):
+    """Changes one module once it has run."""
 
-    def __init__(self, fault: dict[str, Any]) -> None:
-        self.fault = fault
-        self.num_calls = 0
+    module: str
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """The module's own, whose loader wraps the function once the module has run."""
-        if name != self.fault["module"]:
+        """The module's own, whose loader calls `wrap` once the module has run."""
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -54,6 +55,31 @@ class Injector(MetaPathFinder):
 
         spec.loader.exec_module = run_and_wrap  # type: ignore[method-assign]
         return spec
+
+    def wrap(self, module: ModuleType) -> None:
+        """Change it."""
+        raise NotImplementedError
+
+
+class Op(Wrapper):
+    """A run's ops are the one that is named."""
+
+    module = "ship_ds.runtime.compiled_ops"
+
+    def __init__(self, builder: str) -> None:
+        self.builder = builder
+
+    def wrap(self, module: ModuleType) -> None:
+        """Put this op in the place of those that the config needs."""
+        module.needed = lambda deepspeed: [self.builder]  # type: ignore[attr-defined]
+
+
+class Injector(Wrapper):
+    """Wraps one function of one module."""
+
+    def __init__(self, fault: dict[str, Any]) -> None:
+        self.fault, self.module = fault, fault["module"]
+        self.num_calls = 0
 
     def wrap(self, module: ModuleType) -> None:
         """Put the function that fails in the place of the one that does not."""
@@ -170,5 +196,7 @@ _KINDS = {
 # The launcher has no rank, and is never hit from inside. Rank null: whichever comes there first.
 if "FAULT" in os.environ and "RANK" in os.environ:
     _fault = json.loads(os.environ["FAULT"])
+    if _fault["op"] is not None:
+        sys.meta_path.insert(0, Op(_fault["op"]))
     if _fault["rank"] in (None, int(os.environ["RANK"])):
         sys.meta_path.insert(0, Injector(_fault))
