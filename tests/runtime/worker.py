@@ -180,7 +180,16 @@ def whole(made: Trainer) -> torch.Tensor:
         return parameter.detach().clone()
 
 
-def another_layout(folder: Path) -> dict[str, Any]:
+def another_layout(*stages: str) -> Callable[[Path], dict[str, Any]]:
+    """The check of a resume under each of these, "sub-groups" among them."""
+
+    def check(folder: Path) -> dict[str, Any]:
+        return goes_on_elsewhere(folder, stages)
+
+    return check
+
+
+def goes_on_elsewhere(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
     """Losses of steps 2 and 3 in the engine that took steps 0 and 1, and after a resume under other
     ZeRO stages, or with the parameters in many sub-groups."""
     made = trainer(folder / "zero3", *FOUR_STEPS)
@@ -189,12 +198,8 @@ def another_layout(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"first": first, "zero3": [losses(made) for _ in range(2)]}
     small = read_deepspeed_config("zero3")
     small["zero_optimization"]["sub_group_size"] = 100_000
-    for stage, file in {
-        "zero3_shard_all": "zero3_shard_all",
-        "zero2": "zero2",
-        "zero1": "zero1",
-        "sub-groups": own_file(folder, small),
-    }.items():
+    for stage in stages:
+        file = own_file(folder, small) if stage == "sub-groups" else stage
         if ranks.rank() == 0:
             shutil.copytree(folder / "zero3" / "checkpoints", folder / stage / "checkpoints")
         ranks.barrier()
@@ -313,29 +318,21 @@ LORA_ROLES = [
 ]
 
 
-def first_steps(folder: Path) -> dict[str, Any]:
-    """Losses of two steps in fp32 ZeRO-3, for a start without `another_layout`."""
-    made = trainer(folder, *FOUR_STEPS)
-    return {"first": [losses(made), losses(made)]}
-
-
 def sharded_base_resumes(folder: Path) -> dict[str, Any]:
-    """4-bit bases inside ZeRO-3, static LoRAs over two of them, dropout: the losses of two steps,
-    that of the second resumed, and both with the output layer's logits in three pieces."""
+    """4-bit bases inside ZeRO-3, static LoRAs over two of them, dropout: the losses of four steps,
+    that of the second resumed, and of the last two with the output layer's logits in three pieces.
+    """
     made = trainer(folder / "run", *SHARDED, *LORA_ROLES, *FOUR_STEPS)
     assert num_pieces(10**6, made.model.decoder.language_model.vocabulary_size, True) == 1
     first = losses(made)
     made.save()
     second = losses(made)
     mask = torch.nn.functional.dropout(torch.ones(64)).tolist()
+    whole = [losses(made), losses(made)]
     again = trainer(folder / "run", *SHARDED, *LORA_ROLES, *FOUR_STEPS)
-    return {
-        "step": again.step,
-        "whole": [first, second],
-        "resumed": losses(again),
-        "mask": mask,
-        "in pieces": losses_in_pieces(folder / "pieces", 3, LORA_ROLES),
-    }
+    found = {"step": again.step, "first": [first, second], "resumed": losses(again), "mask": mask}
+    with in_pieces(3):
+        return {**found, "whole": whole, "in pieces": [losses(again), losses(again)]}
 
 
 def shared_backbone(folder: Path) -> dict[str, Any]:
@@ -406,49 +403,56 @@ def steps_of_8b(folder: Path, cases: Sequence[tuple[str, str]]) -> dict[str, Any
 
 def loss_in_pieces_of_whole_roles(folder: Path) -> dict[str, Any]:
     """Where all roles are trained whole."""
-    one, three = (losses_in_pieces(folder / str(n), n, ()) for n in (1, 3))
-    return {"whole": one, "in pieces": three}
+    found = {}
+    for name, pieces in (("whole", 1), ("in pieces", 3)):
+        with in_pieces(pieces):
+            made = trainer(folder / name, *SHARDED, *FOUR_STEPS)
+            found[name] = [losses(made), losses(made)]
+    return found
 
 
-def losses_in_pieces(folder: Path, pieces: int, roles: Sequence[str]) -> list[float]:
-    """Of two steps with the sharded output layer's logits in so many pieces, each made again in the
-    backward pass."""
-    step_module.num_pieces = lambda *_: pieces
+@contextmanager
+def in_pieces(count: int) -> Iterator[None]:
+    """The output layer's logits are made in so many, each again in the backward pass."""
+    step_module.num_pieces = lambda *_: count
     try:
-        made = trainer(folder, *SHARDED, *roles, *FOUR_STEPS)
-        return [losses(made), losses(made)]
+        yield
     finally:
         step_module.num_pieces = num_pieces
 
 
-BY_PROJECTIONS = {
-    "layer_prompt": "{kind: layer_prompt, length: 3, width: 16}",
-    "block_fusion": "{kind: combination, parts: [{kind: lora, rank: 2}, {kind: block_fusion}]}",
-}
+BY_PROJECTIONS = (
+    "{kind: layer_prompt, length: 3, width: 16}",
+    "{kind: lora, rank: 2}",
+    "{kind: block_fusion}",
+)
 
 
 def keys_by_projections(folder: Path) -> dict[str, Any]:
-    """By kind: losses of two steps whose adapters are made with the Task LLM's own projections, it
-    sharded, all blocks recomputed, and whole."""
+    """Losses of two steps whose adapters are made with the Task LLM's own projections, in two ways
+    at once, it sharded, all blocks recomputed, and whole."""
+    parts = f"{{kind: combination, parts: [{', '.join(BY_PROJECTIONS)}]}}"
     recomputed = [f"model.{role}.checkpointing=true" for role in ("task_llm", "encoder")]
-    found: dict[str, Any] = {kind: {} for kind in BY_PROJECTIONS}
-    for kind, section in BY_PROJECTIONS.items():
-        for shard in ("always", "never"):
-            how = [f"model.task_llm.shard={shard}", *recomputed, *FOUR_STEPS]
-            made = trainer(folder / kind / shard, SHARDED[0], f"model.hypernetwork={section}", *how)
-            found[kind][shard] = [losses(made), losses(made)]
+    found: dict[str, Any] = {}
+    for shard in ("always", "never"):
+        how = [f"model.task_llm.shard={shard}", *recomputed, *FOUR_STEPS]
+        made = trainer(folder / shard, SHARDED[0], f"model.hypernetwork={parts}", *how)
+        found[shard] = [losses(made), losses(made)]
     return found
 
 
-def accumulation(folder: Path) -> dict[str, Any]:
+def accumulation(*stages: str) -> Callable[[Path], dict[str, Any]]:
     """Losses of three steps in micro-batches."""
-    found = {}
-    for stage in ("zero1", "zero2", "zero3"):
-        made = trainer(
-            folder / stage, f"training.deepspeed={stage}", "training.accumulation=2", *FOUR_STEPS
-        )
-        found[stage] = [losses(made) for _ in range(3)]
-    return found
+
+    def check(folder: Path) -> dict[str, Any]:
+        found = {}
+        for stage in stages:
+            how = [f"training.deepspeed={stage}", "training.accumulation=2", *FOUR_STEPS]
+            made = trainer(folder / stage, *how)
+            found[stage] = [losses(made) for _ in range(3)]
+        return found
+
+    return check
 
 
 def too_many_bad_steps(folder: Path) -> dict[str, Any]:
@@ -799,10 +803,10 @@ def a_wheel_is_fetched_once(folder: Path) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_rank_holds_half": each_rank_holds_half,
-    "another_layout": another_layout,
+    "another_layout": another_layout("zero3_shard_all", "zero2", "sub-groups"),
     "zero2_goes_on": zero2_goes_on,
     "sharded_base_resumes": sharded_base_resumes,
-    "accumulation": accumulation,
+    "accumulation": accumulation("zero2", "zero3"),
     "keys_by_projections": keys_by_projections,
     "recipe_of_8b": recipe_of_8b(
         ("zero2_bf16", "together"), ("zero2", "together"), ("zero2", "apart"), ("zero3", "together")
@@ -832,7 +836,8 @@ LONG_CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_task_is_asked_once": each_task_is_asked_once,
     "pooled_compiled": pooled("compiled"),
     "recipe_of_8b_in_16_bits": recipe_of_8b(("zero2_bf16", "together"), ("zero2_bf16", "apart")),
-    "first_steps": first_steps,
+    "another_layout": another_layout("zero1"),
+    "accumulation": accumulation("zero1"),
     **{f"steps_of_{name}": takes_steps(name) for name in LONG},
 }
 
