@@ -23,6 +23,7 @@ from ship_ds.cli.verb import (
 )
 from ship_ds.console import log
 from ship_ds.errors import UserError
+from ship_ds.exit_codes import BAD_INPUT
 from ship_ds.placement import check_words
 
 _PANEL = "Train"
@@ -59,7 +60,9 @@ def plan(
     target_tokens: Count = None,
     as_json: AsJson = False,
 ) -> int:
-    """What a recipe needs of each GPU and sends in a step, from its shapes alone."""
+    """What a recipe needs of each GPU and sends in a step, from its shapes alone. Ends with 2 where
+    it does not fit.
+    """
     from ship_ds.config import load_config
     from ship_ds.planner.public_shapes import check_bases, with_shapes
     from ship_ds.runtime import preflight
@@ -82,7 +85,7 @@ def plan(
     planned = make_plan(settings, Machines(nodes, gpus, int(gpu_memory * 1e9)), lengths)
     changes = advise(planned, lengths)
     print(json.dumps(to_json(planned, changes), indent=2) if as_json else show(planned, changes))
-    return 0
+    return 0 if planned.fits else BAD_INPUT
 
 
 @verb(_PANEL)

@@ -222,7 +222,7 @@ def test_plan_as_a_user_types_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["fits"] and found["needed"] == sum(found["memory"].values()) + found["reserved"]
     assert cli.main(arguments) == 0
     assert "fits: " in capsys.readouterr().out.splitlines()[-1]
-    assert cli.main([*arguments, "--gpu-memory", "4"]) == 0
+    assert cli.main([*arguments, "--gpu-memory", "4"]) == 2
     assert capsys.readouterr().out.splitlines()[-1].startswith("does not fit: ")
 
 
