@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ship_ds.adapter_files import BEFORE_THE_PROMPT
 from ship_ds.config import CombinationConfig, Config, LoraTuning, parse_config
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
@@ -223,6 +224,24 @@ def check_leaves(verb: str, folder: Path) -> None:
     why_not = ADAPTERS.implementation(hypernetwork).cannot_leave(hypernetwork)
     if why_not is not None:
         raise UserError(f"{verb}: {folder}: {why_not}")
+
+
+def check_merges(verb: str, folder: Path) -> None:
+    """See that the adapters of a bundle's run change weights, by its config alone.
+
+    Args:
+        verb: That asks.
+        folder: The bundle.
+
+    Raises:
+        UserError: They stand before the prompt.
+    """
+    hypernetwork = read_config(folder).model.hypernetwork
+    if ADAPTERS.implementation(hypernetwork).leaves in BEFORE_THE_PROMPT:
+        raise UserError(
+            f"{verb}: {folder}: adapters of this run stand before the prompt and change no weight, "
+            "so that there is nothing to merge: leave --target out"
+        )
 
 
 def read_config(folder: Path) -> Config:

@@ -695,6 +695,17 @@ class DistillationConfig(ObjectiveConfig):
     """Both distributions are softened by it, and the KL is multiplied by its square, so that the
     gradient stays about as large."""
 
+    def conflict(self, model: ModelConfig) -> str | None:
+        """Where the student's prompts state the instruction as the teacher's do, the teacher is the
+        student without its adapter."""
+        if model.task_llm.instruction == "none":
+            return None
+        return (
+            "the teacher is the Task LLM with the instruction in its prompt, and "
+            f"model.task_llm.instruction={model.task_llm.instruction} puts it into the student's "
+            "as well, which leaves the adapter nothing to learn: set it to none"
+        )
+
 
 class ContrastiveConfig(ObjectiveConfig):
     """InfoNCE of two wordings of one task among the other tasks of a micro-batch, nats a task that

@@ -306,6 +306,13 @@ def test_a_mistake_in_an_objective_or_prior_is_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("stated", ["hard", "soft"])
+def test_a_teacher_that_is_the_student_is_refused(tmp_path: Path, stated: str) -> None:
+    overrides = (f"model.task_llm.instruction={stated}", "loss.distillation=0.5")
+    with pytest.raises(UserError, match=f"loss.distillation: .*instruction={stated} puts it"):
+        _load(tmp_path, *overrides)
+
+
 def test_the_kls_schedule_is_a_function_of_the_step(tmp_path: Path) -> None:
     """Linear to the n-th step; named for the log only where it changes anything."""
     assert _loss(tmp_path).scheduled(0, 100) == {}

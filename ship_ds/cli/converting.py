@@ -143,7 +143,7 @@ def convert(
     checks.check_base(base)
     from ship_ds.export.requests import read_instructions, read_lines
 
-    requests = read_instructions(file) if file else read_lines(instruction or ())
+    requests = read_instructions(file) if file else read_lines(instruction or (), "--instruction")
     from ship_ds.export.convert import Conversion
     from ship_ds.export.convert import convert as run_conversion
     from ship_ds.runtime import ranks

@@ -117,10 +117,10 @@ def deduce(
         checks.check_latents(latent, bundle)
     checks.check_new(out)
     checks.check_leaves("deduce", bundle)  # last: it asks the kind, which imports torch
-    from ship_ds.export.deduce import export_many, export_one
+    from ship_ds.export.deduce import export_many, export_one, own_probes, warn_of_far
 
     ship = open_run(run, device, dtype, base)
-    probes = probe or ship.probes
+    probes = own_probes(ship, probe or ())
     if latent:
         requests = read_latents(latent, ship.digest, ship.config.model.latent_size)
     if file or len(requests) > 1:
@@ -133,6 +133,7 @@ def deduce(
             f"{batch.worst.from_live:.1e} in each; "
             f"each differs from the bare base by {batch.worst.from_base:.2f} or more"
         )
+        warn_of_far(ship, requests, log)
         return 0
     if shown:
         requests = [_of_examples(ship, pairs, texts, instruction)]
@@ -228,10 +229,11 @@ def compose(
     bundle = checks.check_run(run, base)
     checks.check_new(out)
     checks.check_sums(bundle)
-    from ship_ds.export.compose import compose
+    from ship_ds.export.compose import compose, part_requests
+    from ship_ds.export.deduce import own_probes, warn_of_far
 
     ship = open_run(run, device, dtype, base)
-    made = compose(ship, parts, out, probe or ship.probes, rank)
+    made = compose(ship, parts, out, own_probes(ship, probe or ()), rank)
     print(
         f"{out}: rank {made.rank}, {100 * made.error:.2f} % of the exact sum's norm lost; "
         f"peft = live within {made.proof.from_live:.1e}; differs from the bare base by "
@@ -241,6 +243,7 @@ def compose(
         "  a sum mixes what its parts do; for one after the other make one adapter of the text "
         f"that says so: ship-ds deduce {shlex.quote(' and then '.join(text for _, text in parts))}"
     )
+    warn_of_far(ship, part_requests(parts), log)
     return 0
 
 
@@ -285,9 +288,11 @@ def tune(
     checks.check_new(out)
     checks.check_leaves("tune", bundle)
     from ship_ds.evaluation.tuning import Recipe, tune
+    from ship_ds.export.deduce import own_probes
     from ship_ds.export.tuned import export_tuned
 
     ship = open_run(run, device, dtype, base)
+    probes = own_probes(ship, probe or ())
     tuned = tune(ship, instruction, pairs, Recipe(steps, lr, eval_share, seed), fresh)
     proof = export_tuned(
         ship,
@@ -296,7 +301,7 @@ def tune(
         tuned.summary(),
         tuned.rows(),
         out,
-        probe or ship.probes,
+        probes,
         pad_to,
     )
     print("\n".join(_losses(tuned)))

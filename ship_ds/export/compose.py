@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from ship_ds.api import Ship
+from ship_ds.export.deduce import check_requests
 from ship_ds.export.peft_adapter import Exporter
 from ship_ds.export.proof import Proof
+from ship_ds.export.requests import Request
 from ship_ds.files import new_folder
 
 
@@ -25,6 +27,12 @@ class Composition:
     proof: Proof
     rank: int
     error: float
+
+
+def part_requests(parts: Sequence[tuple[float, str]]) -> list[Request]:
+    """What is to be summed as requests, each with its place on the command line."""
+    texts = [text for _, text in parts]
+    return [Request("part", text, place=f"--part {n}") for n, text in enumerate(texts, 1)]
 
 
 @torch.no_grad()
@@ -48,8 +56,10 @@ def compose(
         Rank, error and proof.
 
     Raises:
-        UserError: The run's adapters are no LoRAs, the rank is too high, or the proof fails.
+        UserError: The encoder cannot read an instruction, the run's adapters are no LoRAs, the rank
+            is too high, or the proof fails.
     """
+    check_requests(ship, part_requests(parts))
     adapter = ship.model.adapt(ship.model.encode([text for _, text in parts]))
     exports = ship.model.hypernetwork.exports(adapter)
     weights = [weight for weight, _ in parts]

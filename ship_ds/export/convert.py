@@ -19,11 +19,13 @@ from ship_ds.bundle import (
     bundle_folder,
     bundle_from_checkpoint,
     check_leaves,
+    check_merges,
     verify,
 )
+from ship_ds.console import log
 from ship_ds.errors import UserError
 from ship_ds.export import drift
-from ship_ds.export.deduce import export_many
+from ship_ds.export.deduce import export_many, own_probes, warn_of_far
 from ship_ds.export.merge import Dtype, Merge
 from ship_ds.export.requests import Request
 from ship_ds.export.targets import TargetName
@@ -62,12 +64,15 @@ def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[s
         report: takes one line about each thing that was made.
 
     Raises:
-        UserError: there is nothing to start from, or OUT is of other instructions.
+        UserError: there is nothing to start from, OUT is of other instructions, or the run's
+            adapters cannot be merged.
     """
     bundle = find_bundle(source, out / "bundle", report, conversion.base)
     if not conversion.requests:
         report(f"{bundle}: whole; an --instruction or --file makes adapters of it")
         return
+    if conversion.targets:
+        check_merges("convert", bundle)
     _make_adapters(bundle, out / "adapters", conversion, report)
     for request in conversion.requests:
         for target in conversion.targets:
@@ -117,7 +122,9 @@ def _make_adapters(
         return
     check_leaves("convert", bundle)
     ship = Ship.from_run(bundle, conversion.device, conversion.compute_dtype, conversion.base)
-    batch = export_many(ship, requests, out, conversion.probes or ship.probes, conversion.pad_to)
+    probes = own_probes(ship, conversion.probes)
+    batch = export_many(ship, requests, out, probes, conversion.pad_to)
+    warn_of_far(ship, requests, log)
     report(f"{out}: {len(requests)} adapters, peft = live within {batch.worst.from_live:.1e}")
 
 

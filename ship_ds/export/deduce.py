@@ -18,11 +18,14 @@ from ship_ds.export.peft_adapter import Exporter
 from ship_ds.export.proof import Proof
 from ship_ds.export.requests import Request, write_latents
 from ship_ds.files import disk_error, new_folder, part_of, publish, refuse_existing
+from ship_ds.inference import checks
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Export
 from ship_ds.origin import ORIGIN, read_origin
 
 LATENT_FILE = "latent.safetensors"
+_MOST_NAMED = 5
+"""Instructions that a warning names."""
 
 
 def export_one(
@@ -41,12 +44,63 @@ def export_one(
         How far it is from the live adapter and from the bare base.
 
     Raises:
-        UserError: The proof fails, and nothing is left behind; or the folder is there already.
+        UserError: The encoder cannot read the instruction, or the proof fails, and nothing is left
+            behind; or the folder is there already.
     """
+    check_requests(ship, [request])
     exporter = Exporter(ship, probes)
     with new_folder(folder) as part:
         [(encoded, export)] = generate(ship, [request], pad_to)
         return _write(exporter, part, encoded, export)
+
+
+def check_requests(ship: Ship, requests: Sequence[Request]) -> None:
+    """Refuse an instruction that the encoder cannot read, before any adapter is made.
+
+    Raises:
+        UserError: It is empty, too long, or has what would not be read as it stands; with the place
+            of the first such one.
+    """
+    for request in requests:
+        if request.latent_Z is not None or request.instruction is None:
+            continue
+        try:
+            checks.check_instruction(ship.model, request.instruction)
+        except UserError as error:
+            raise UserError(f"{request.place}: {error}" if request.place else str(error)) from None
+
+
+def own_probes(ship: Ship, probes: Sequence[str]) -> Sequence[str]:
+    """A user's probes; none: the run's.
+
+    Raises:
+        UserError: The Task LLM cannot read and answer one of them.
+    """
+    if not probes:
+        return ship.probes
+    try:
+        checks.check_inputs(ship.model, probes, ship.config.evaluation.max_new_tokens)
+    except UserError as error:
+        raise UserError(f"--probe: {error}") from None
+    return probes
+
+
+def warn_of_far(ship: Ship, requests: Sequence[Request], report: Callable[[str], None]) -> None:
+    """A line where instructions are far from all that the run was trained on."""
+    if far := far_ones(ship, requests):
+        named = ", ".join(one.place or one.name for one in far[:_MOST_NAMED])
+        more = f" and {len(far) - _MOST_NAMED} more" if len(far) > _MOST_NAMED else ""
+        report(
+            f"{len(far)} of {len(requests)} instructions are far from the instructions this run "
+            f"was trained on ({named}{more}): test what these do before you rely on them"
+        )
+
+
+def far_ones(ship: Ship, requests: Sequence[Request]) -> list[Request]:
+    """Those whose instruction is far from all that the run was trained on (`Ship.familiarity`)."""
+    texts = [one for one in requests if one.latent_Z is None and one.instruction is not None]
+    found = [(one, ship.familiarity(str(one.instruction))) for one in texts]
+    return [one for one, familiarity in found if familiarity is not None and familiarity.is_far]
 
 
 @dataclass(frozen=True)
@@ -86,8 +140,10 @@ def export_many(
         each: Is told after every adapter how many are done.
 
     Raises:
-        UserError: A proof fails, and nothing is left behind; or the disk is full.
+        UserError: The encoder cannot read an instruction, or a proof fails, and nothing is left
+            behind; or the disk is full.
     """
+    check_requests(ship, requests)
     # FOLDER.part is kept on purpose where `new_folder` would begin with an empty one.
     refuse_existing(folder)
     part, exporter = part_of(folder), Exporter(ship, probes)

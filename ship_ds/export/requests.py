@@ -48,6 +48,7 @@ class Request:
         made_from: Of what, for the model card; None: of the instruction, or of a saved latent.
         reading: What the encoder read; None: the instruction.
         confidence: `Confidence.summary()` of its answers to the probes, where it was asked for.
+        place: Where it was read, for messages, such as "FILE:3"; "": it was given by itself.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Request:
     made_from: str | None = None
     reading: Reading | None = None
     confidence: "Mapping[str, float | None] | None" = None
+    place: str = ""
 
 
 def read_instructions(path: Path) -> list[Request]:
@@ -72,25 +74,34 @@ def read_instructions(path: Path) -> list[Request]:
         )
     lines = split_lines(read_text(path))
     is_json = path.suffix.lower() in (".jsonl", ".ndjson")
-    requests = _read_rows(path, lines) if is_json else read_lines(lines)
+    requests = _read_rows(path, lines) if is_json else read_lines(lines, str(path))
     if not requests:
         raise UserError(f"{path}: has no instructions; expected one a line")
     _check_names(path, requests)
     return requests
 
 
-def read_lines(lines: Iterable[str]) -> list[Request]:
-    """One instruction a line, named by its number and first words; empty lines are left out."""
-    return [_request(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+def read_lines(lines: Iterable[str], source: str) -> list[Request]:
+    """One instruction a line, named by its number and first words; empty lines are left out.
+
+    Args:
+        lines: As they were given.
+        source: Of the lines, for messages.
+    """
+    return [
+        _request(f"{source}:{number}", number, line.strip())
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
 
 
-def _request(number: int, instruction: str, name: str | None = None) -> Request:
-    return Request(name or f"{number:05d}-{slug(instruction)}", instruction)
+def _request(place: str, number: int, instruction: str, name: str | None = None) -> Request:
+    return Request(name or f"{number:05d}-{slug(instruction)}", instruction, place=place)
 
 
 def _read_rows(path: Path, lines: Iterable[str]) -> list[Request]:
     return [
-        _request(n, *_read_row(f"{path}:{n}", line))
+        _request(f"{path}:{n}", n, *_read_row(f"{path}:{n}", line))
         for n, line in enumerate(lines, 1)
         if line.strip()
     ]

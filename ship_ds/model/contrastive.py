@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from ship_ds.config import ContrastiveConfig
 from ship_ds.data.sampler import TaskDraw
+from ship_ds.errors import UserError
 from ship_ds.model.batch import OnDevice, TokenBatch
-from ship_ds.model.objectives import Objective
+from ship_ds.model.objectives import Objective, Training
 from ship_ds.model.step import Outputs, ShipBatch
 
 if TYPE_CHECKING:
@@ -56,6 +57,22 @@ class Contrastive(Objective):
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__(config)
         self.temperature = config.temperature
+
+    def begin(self, training: Training) -> str:
+        """Say how many tasks it learns from.
+
+        Raises:
+            UserError: none.
+        """
+        texts = [{one.task.instruction, *one.task.paraphrases} for one in training.tasks]
+        num = sum(len(words) > 1 for words in texts)
+        if not num:
+            raise UserError(
+                f"loss.contrastive: none of the {len(texts)} seen tasks has two wordings, so that "
+                "there is nothing to learn from: add `paraphrases` to the tasks, or leave it out"
+            )
+        training.log(f"loss.contrastive: {num} of {len(texts)} seen tasks have two wordings")
+        return ""
 
     def prepare(
         self, draws: Sequence[TaskDraw], collator: "Collator", device: torch.device

@@ -45,8 +45,10 @@ def test_peft_equals_the_live_adapter_for_every_shape(
 
 
 def test_card_and_record_say_where_it_comes_from(tmp_path: Path) -> None:
+    """Of a saved latent, whose text may have words that the embedded base has none for."""
     ship = make_ship("embedded")
-    export_one(ship, Request("a", 'two lines\nand "quotes"'), tmp_path / "a", PROBES)
+    latent_Z = ship.model.encode(["reverse the list"])[0]
+    export_one(ship, Request("a", 'two lines\nand "quotes"', latent_Z), tmp_path / "a", PROBES)
     card = (tmp_path / "a" / "README.md").read_text()
     for part in (
         r'instruction: "two lines\nand \"quotes\""',

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ship_ds import cli
-from ship_ds.bundle import frozen_bases, write_bundle
+from ship_ds.bundle import check_merges, frozen_bases, write_bundle
 from ship_ds.cli.checks import check_explained, check_leaves, check_sums
 from ship_ds.config import ModelConfig, base_folder, parse_config
 from ship_ds.errors import UserError
@@ -315,6 +315,7 @@ def test_no_format_is_told_by_the_config_alone(tmp_path: Path) -> None:
         "bottleneck": {"kind": "bottleneck", "rank": 2},
         "fused": combined([LORA, FUSED]),
         "lora": LORA,
+        "prompt": PROMPT,
     }
     for name, section in settings.items():
         (tmp_path / name).mkdir()
@@ -326,6 +327,9 @@ def test_no_format_is_told_by_the_config_alone(tmp_path: Path) -> None:
             check_leaves("deduce", tmp_path / name)
     for name in ("fused", "lora"):
         check_leaves("deduce", tmp_path / name)
+        check_merges("convert", tmp_path / name)
+    with pytest.raises(UserError, match=f"convert: {tmp_path / 'prompt'}: .*nothing to merge"):
+        check_merges("convert", tmp_path / "prompt")
 
 
 def test_a_kind_of_somebody_elses_leaves_alone_unless_it_says_as_what(

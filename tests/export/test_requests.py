@@ -6,8 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ship_ds import cli
+from ship_ds.api import Ship
 from ship_ds.errors import UserError
 from ship_ds.export.requests import read_instructions, read_latents, write_latents
+from ship_ds.inference import latents
 
 
 def test_lines_are_named_by_number_and_words(tmp_path: Path) -> None:
@@ -89,3 +92,60 @@ def test_latents_of_another_run_or_size_are_refused(tmp_path: Path) -> None:
     (tmp_path / "z.safetensors").write_text("nothing")
     with pytest.raises(UserError, match="not a latent file"):
         read_latents(tmp_path / "z.safetensors", "digest", 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["deduce", "--file", "{file}"], "{file}:2: instruction: 'quux' is not in"),
+        (
+            ["convert", "--instruction", "reverse the list", "--instruction", "quux"],
+            "--instruction:2: instruction: 'quux' is not in",
+        ),
+        (
+            ["compose", "--part", "1", "reverse the list", "--part", "1", "quux"],
+            "--part 2: instruction: 'quux' is not in",
+        ),
+        (
+            ["deduce", "reverse the list", "--probe", "1 2", "--probe", "quux"],
+            "--probe: input 2: 'quux' is not in",
+        ),
+    ],
+    ids=["file", "convert", "compose", "probe"],
+)
+def test_what_the_encoder_cannot_read_is_named_before_anything_is_made(
+    arguments: list[str],
+    place: str,
+    one_rank_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, out = tmp_path / "i.txt", tmp_path / "out"
+    file.write_text("reverse the list\nreverse the quux\n")
+    verb, *given = [one.format(file=file) for one in arguments]
+    run = [str(one_rank_run)] if verb == "convert" else ["--run", str(one_rank_run)]
+    assert cli.main([verb, *run, *given, "--out", str(out), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"ship-ds: {place.format(file=file)}")
+    assert not list(tmp_path.glob("out*/*")), "no adapter, and no part of one"
+
+
+def test_a_file_of_texts_far_from_training_is_warned_of(
+    one_rank_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the one that is farther, where the bound lies between the two."""
+    file = tmp_path / "i.txt"
+    file.write_text("reverse the list\n\nlist list list list the the the the the\n")
+    ship = Ship.from_run(one_rank_run)
+    found = {one.place: ship.familiarity(str(one.instruction)) for one in read_instructions(file)}
+    (near, far) = sorted((one.isolation, place) for place, one in found.items() if one is not None)
+    assert near[0] < far[0]
+    monkeypatch.setattr(latents, "FAR_QUANTILE", (near[0] + far[0]) / 2)
+    run = ["--run", str(one_rank_run), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(["deduce", "--file", str(file), *run]) == 0
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("ship-ds: 1 of 2 instructions are far from the instructions this run")
+    assert f"({far[1]})" in said

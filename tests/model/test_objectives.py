@@ -21,7 +21,7 @@ from ship_ds.config import (
     TaskLlmConfig,
 )
 from ship_ds.data.sampler import TaskDraw
-from ship_ds.data.task import Example
+from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.contrastive import Contrastive, SecondWordings
@@ -29,7 +29,7 @@ from ship_ds.model.cycle import Cycle, CycleInputs
 from ship_ds.model.distillation import Distillation
 from ship_ds.model.drawing import keyed_generator
 from ship_ds.model.generation import greedy, greedy_of_length
-from ship_ds.model.objectives import KlLoss, Objective
+from ship_ds.model.objectives import KlLoss, Objective, Training
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import Outputs, Predictions, ShipBatch
 from tests.model.models import wake_up
@@ -250,6 +250,17 @@ def test_contrast_compares_two_wordings_of_each_task() -> None:
     found.backward()
     moved = {name.split(".")[0] for name, p in ship.named_parameters() if p.grad is not None}
     assert moved == {"encoder"}
+
+
+def test_contrast_says_how_many_tasks_teach_it() -> None:
+    objective = Contrastive(ContrastiveConfig())
+    said: list[str] = []
+    alone = SplitTask(Task("a", "reverse it", (), ("reverse it",)), EXAMPLES, ())
+    two = SplitTask(Task("b", "rotate it", (), ("turn it",)), EXAMPLES, ())
+    assert objective.begin(Training([alone, two], {}, {}, said.append)) == ""
+    assert said == ["loss.contrastive: 1 of 2 seen tasks have two wordings"]
+    with pytest.raises(UserError, match="none of the 1 seen tasks has two wordings"):
+        objective.begin(Training([alone], {}, {}, said.append))
 
 
 def test_contrast_without_a_second_wording_is_zero_and_reads_all_the_same() -> None:
