@@ -48,7 +48,7 @@ test-fast: setup
 
 # Ten kinds of fault in eight phases of a run (figures in runs/faults.json), twenty kills, a lost node and other numbers of ranks
 # (runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed. Many hours: `make soak SHARD=1/10` is a tenth of it, and
-# docs/results.md says how long.
+# docs/results.md says what of it has run.
 soak: setup
 	$(BIN)/python -m pytest -m soak -s tests
 

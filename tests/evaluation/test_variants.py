@@ -21,6 +21,7 @@ from ship_ds.evaluation.variants import (
     read_variants,
 )
 from ship_ds.files import write_json
+from ship_ds.kinds import ADAPTERS, OBJECTIVES, PRIORS
 from tests.conftest import REPOSITORY
 
 KINDS = """
@@ -147,6 +148,25 @@ def test_a_folder_of_another_config_or_number_of_ranks_is_refused(tmp_path: Path
 def test_shipped_files_of_variants_are_good(path: Path, tmp_path: Path) -> None:
     trials = planned([str(path)], tmp_path)
     assert len({trial.config.model_dump_json() for trial in trials}) == len(trials) > 1
+
+
+def test_the_file_of_all_kinds_has_them_all_and_at_one_width(tmp_path: Path) -> None:
+    """But the objective that reads a bank. An override of a section puts its other settings back to
+    their defaults, so that a narrower one would lose for its width."""
+    trials = planned([str(REPOSITORY / "examples" / "kinds.yaml")], tmp_path)
+    models = [trial.config.model for trial in trials]
+    parts = [
+        part
+        for model in models
+        for part in getattr(model.hypernetwork, "parts", (model.hypernetwork,))
+    ]
+    sections = [*parts, *(model.hypernetwork for model in models)]
+    assert {section.kind for section in sections} == set(ADAPTERS.names())
+    assert {model.prior.kind for model in models} == set(PRIORS.names())
+    objectives = {name for trial in trials for name in trial.config.loss.weights()}
+    assert objectives == set(OBJECTIVES.names()) - {"oracles"}
+    [width] = {part.width for part in parts if hasattr(part, "width")}
+    assert width == load_config("quickstart").model.hypernetwork.width  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
