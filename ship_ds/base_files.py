@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ship_ds.base_shapes import check_shapes
 from ship_ds.errors import UserError
-from ship_ds.parsing import read_json, read_json_object, read_text
+from ship_ds.parsing import read_json_object, read_text
 from ship_ds.safetensors_header import Place, read_header, weight_files
 
 _TOKENIZER_FILES = (
@@ -25,7 +26,16 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_BESIDE = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+_BESIDE = (
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+)
+_WHOLE_TOKENIZER = "tokenizer.json"
+_TEXTS = (".txt", ".jinja")
 _OWN_DEFAULTS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers that have no special tokens but those of their files."""
 ENCODER_DECODERS = {"t5"}
@@ -48,18 +58,18 @@ def check_base_files(folder: Path) -> None:
     Raises:
         UserError: one is missing, damaged, or of a kind that is not read here.
     """
-    check_settings(folder)
-    _check_tokenizer(folder)
+    settings = check_settings(folder)
+    end_id = _check_tokenizer(folder)
     places = {file: _header(folder, file) for file in weight_files(folder)}
-    if sum(one.end - one.start for file in places.values() for one in file.values()) < (
-        _MOST_SCANNED
-    ):
-        for file, tensors in places.items():
-            _check_numbers(folder / file, tensors)
+    tensors = {name: place for file in places.values() for name, place in file.items()}
+    check_shapes(folder, settings, tensors, end_id)
+    if sum(one.end - one.start for one in tensors.values()) < _MOST_SCANNED:
+        for file, its_tensors in places.items():
+            _check_numbers(folder / file, its_tensors)
 
 
-def check_settings(folder: Path) -> None:
-    """Look at config.json alone, all that a plan needs. Raises UserError."""
+def check_settings(folder: Path) -> dict[str, Any]:
+    """What config.json holds, looked at alone: all that a plan needs. Raises UserError."""
     path = folder / "config.json"
     settings = read_json_object(path)
     kind = settings.get("model_type")
@@ -79,6 +89,7 @@ def check_settings(folder: Path) -> None:
             f"{path}: the weights are quantised already ({method}), which is not read here: give "
             "the model's 16-bit weights, and quantise by model.task_llm.quantisation=nf4"
         )
+    return settings
 
 
 def _check_stacks(path: Path, settings: Mapping[str, Any]) -> None:
@@ -131,37 +142,52 @@ def _is_known(kind: str) -> bool:
     return f'"{kind}"' in _auto_tables()
 
 
-def _check_tokenizer(folder: Path) -> None:
+def _check_tokenizer(folder: Path) -> int | None:
+    """The id of the token that ends a sequence, where the tokenizer's files tell it.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
     there = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not there:
         raise UserError(
             f"{folder}: has no tokenizer ({', '.join(_TOKENIZER_FILES[:2])}, ...); download those "
             "files of the model too"
         )
-    for name in there:
+    objects = {}
+    for name in (*there, *(one for one in _BESIDE if (folder / one).is_file())):
         path = folder / name
         if path.suffix == ".json":
-            read_json(path)
-        elif path.stat().st_size < 1024:  # of a sentencepiece model; else not text at all
+            objects[name] = read_json_object(path)
+        elif path.suffix in _TEXTS or path.stat().st_size < 1024:  # else a sentencepiece model
             read_text(path)
-    for name in _BESIDE:
-        path = folder / name
-        if path.is_file():
-            read_json_object(path) if path.suffix == ".json" else read_text(path)
-    if (folder / "tokenizer.json").is_file():
-        _check_end(folder)
+    if _WHOLE_TOKENIZER not in objects:
+        return None
+    tokenizer = objects[_WHOLE_TOKENIZER]
+    if not isinstance(tokenizer.get("model"), dict):
+        raise UserError(
+            f"{folder / _WHOLE_TOKENIZER}: not a tokenizer: has no 'model'; download it again"
+        )
+    return _end_id(folder, tokenizer, objects)
 
 
-def _check_end(folder: Path) -> None:
+def _end_id(
+    folder: Path, tokenizer: Mapping[str, Any], objects: Mapping[str, dict[str, Any]]
+) -> int | None:
     """Raise UserError where the files name no end of sequence, and no class does it for them."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json_object(path) if path.is_file() else {}
-    special = folder / "special_tokens_map.json"
-    if settings.get("tokenizer_class") not in _OWN_DEFAULTS:
-        return
-    named = read_json_object(special) if special.is_file() else {}
-    if not (settings.get("eos_token") or named.get("eos_token")):
-        raise UserError(f"{folder}: the tokenizer has no eos_token; set one in its {path.name}")
+    settings = objects.get("tokenizer_config.json", {})
+    end = settings.get("eos_token") or objects.get("special_tokens_map.json", {}).get("eos_token")
+    if not end and settings.get("tokenizer_class") in _OWN_DEFAULTS:
+        raise UserError(
+            f"{folder}: the tokenizer has no eos_token; set one in its tokenizer_config.json"
+        )
+    text = end.get("content") if isinstance(end, dict) else end
+    words, added = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens")
+    ids = [words.get(text)] if isinstance(words, dict) and isinstance(text, str) else []
+    for one in added if isinstance(added, list) else ():
+        if isinstance(one, dict) and one.get("content") == text:
+            ids.insert(0, one.get("id"))
+    return next((one for one in ids if type(one) is int), None)
 
 
 def _header(folder: Path, file: str) -> dict[str, Place]:

@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from ship_ds.base_shapes import check_end_id
 from ship_ds.data.task import CutOff, Example, Reading, Splits, SplitTask
 from ship_ds.errors import UserError
 from ship_ds.template_limits import TemplateLimitError, within_limits
@@ -119,11 +120,8 @@ class PromptFormat:
         self.reads_examples = False
         """Whether the encoder is shown examples: part of what is described."""
         self.eos_id: int = tokenizer.eos_token_id
-        if vocabulary_size is not None and self.eos_id >= vocabulary_size:
-            raise UserError(
-                f"{tokenizer.name_or_path}: the tokenizer's eos_token is id {self.eos_id}, and the "
-                f"model embeds {vocabulary_size} tokens; tokenizer and model do not belong together"
-            )
+        if vocabulary_size is not None:
+            check_end_id(tokenizer.name_or_path, self.eos_id, vocabulary_size)
         self.other_ends = tuple(sorted({*ends} - {self.eos_id}))
         self.pad_id = _pad_id(tokenizer, self.eos_id, vocabulary_size)
         self._specials = _special_texts(tokenizer)

@@ -46,7 +46,7 @@ def weight_files(folder: Path) -> list[str]:
     """The safetensors files of a model folder, by its index where it has one.
 
     Raises:
-        UserError: there is none, or the index is none, or names a file elsewhere.
+        UserError: there is none, or the index is none, names none, or a file elsewhere.
     """
     index = folder / WEIGHTS_INDEX
     if not index.is_file():
@@ -61,8 +61,8 @@ def weight_files(folder: Path) -> list[str]:
         raise lfs_pointer(index)
     try:
         files = sorted(set(json.loads(content)["weight_map"].values()))
-        if any(Path(file).name != file for file in files):
-            raise ValueError("a file elsewhere")
+        if not files or any(Path(file).name != file for file in files):
+            raise ValueError("no file, or a file elsewhere")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{index}: not an index of safetensors files; download the model again"

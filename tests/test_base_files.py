@@ -34,6 +34,15 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     return lambda base: (base / name).write_text(text) and None
 
 
+def move_the_end(id: int) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        tokenizer = json.loads((base / "tokenizer.json").read_text())
+        tokenizer["added_tokens"][1]["id"] = tokenizer["model"]["vocab"]["<eos>"] = id
+        (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    return change
+
+
 def change_weights(value: float, dtype: str) -> Callable[[Path], None]:
     def change(base: Path) -> None:
         weights = load_file(base / "model.safetensors")
@@ -61,6 +70,26 @@ def test_the_embedded_base_has_no_fault(base: Path) -> None:
         (write("config.json", "[]"), "config.json: expected a JSON object"),
         (write("config.json", "{}"), "config.json: has no model_type"),
         (write("tokenizer_config.json", "{"), "tokenizer_config.json: line 1: not JSON"),
+        (write("merges.txt", POINTER), "merges.txt: a Git LFS pointer"),
+        (write("added_tokens.json", POINTER), "added_tokens.json: a Git LFS pointer"),
+        (write("special_tokens_map.json", POINTER), "special_tokens_map.json: a Git LFS pointer"),
+        (write("tokenizer.json", "[]"), "tokenizer.json: expected a JSON object, got list"),
+        (write("tokenizer.json", "{}"), "tokenizer.json: not a tokenizer: has no 'model'"),
+        (write("vocab.json", "[]"), "vocab.json: expected a JSON object, got list"),
+        (move_the_end(266), "eos_token is id 266, and the model embeds 266 tokens"),
+        (
+            edit("config.json", vocab_size=300),
+            "config.json: vocab_size is 300, and model.embed_tokens.weight has 266 rows",
+        ),
+        (
+            edit("config.json", num_hidden_layers=5),
+            "config.json: num_hidden_layers is 5, and the weights' files have no model.layers.4;",
+        ),
+        (
+            edit("config.json", num_hidden_layers=10**12),
+            "num_hidden_layers is 1000000000000, and the weights' files have no model.layers.4;",
+        ),
+        (write("model.safetensors.index.json", '{"weight_map": {}}'), "not an index of safetens"),
         (
             write("model.safetensors.index.json", '{"weight_map": {"a": "../../a.safetensors"}}'),
             "not an index of safetensors files",
@@ -109,6 +138,21 @@ def test_a_t5_is_known_by_its_config(feed_forward: str, base: Path) -> None:
     assert linears_of_t5(base) == {"q", "k", "v", "o", "wo"} | (
         {"wi"} if feed_forward == "relu" else {"wi_0", "wi_1"}
     )
+
+
+def test_a_base_whose_files_lack_a_layer_in_between_is_told_which(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if ".layers.2." not in name}
+    save_file(kept, base / "model.safetensors")
+    with pytest.raises(UserError, match="the weights' files have no model.layers.2;"):
+        check_base_files(base)
+
+
+def test_layers_and_tokens_beyond_what_the_config_uses_are_no_fault(base: Path) -> None:
+    """As the layers that some models have for predicting two tokens at once."""
+    edit("config.json", num_hidden_layers=3)(base)
+    move_the_end(265)(base)
+    check_base_files(base)
 
 
 def test_large_numbers_are_numbers(base: Path) -> None:

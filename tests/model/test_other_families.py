@@ -1,11 +1,15 @@
 """Families that are built otherwise than Llama: read right, or refused in words."""
 
 import copy
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -27,7 +31,8 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from ship_ds.config import ALL_LINEAR
+from ship_ds.base_files import check_base_files
+from ship_ds.config import ALL_LINEAR, base_folder
 from ship_ds.errors import UserError
 from ship_ds.model import decoder_only
 from ship_ds.model.adapters.lora import LoraAdapter
@@ -117,6 +122,25 @@ def test_blocks_that_do_not_hand_on_where_a_sequence_ends_are_padded_or_refused(
     batch = TokenBatch.build(random_rows([9, 4]), random_rows([2, 5], 5), 0)
     with pytest.raises(UserError, match="samples would see each other"):
         lm.score(batch, packed=True)
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_files_of_the_family_pass_the_preflight(name: str, tmp_path: Path) -> None:
+    """With and without the sizes that a config leaves out, and with names as on the hub, where
+    GPT-2's begin with no "transformer."."""
+    model = _other(name)
+    model.save_pretrained(tmp_path)
+    for file in base_folder("embedded").glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    check_base_files(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    prefix = f"{model.base_model_prefix}."
+    bare = {path.removeprefix(prefix): value for path, value in weights.items()}
+    save_file(bare, tmp_path / "model.safetensors", {"format": "pt"})
+    check_base_files(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": json.loads(config.read_text())["model_type"]}))
+    check_base_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in _NAMES if name != "mixtral"])
