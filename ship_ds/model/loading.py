@@ -1,6 +1,7 @@
 """Language models from a folder: the embedded tiny LM or the user's own, plain or in NF4; never
 looked up on a hub."""
 
+import copy
 import warnings
 from functools import cache
 from pathlib import Path
@@ -171,7 +172,8 @@ def _load_nf4(
     model whole."""
     reason: str | None = "it is quantised already"
     if getattr(settings, "quantization_config", None) is None:
-        model = empty_nf4_lm(settings, dtype, kernel)
+        # It notes in its settings how it is quantised, and is not always the one that is loaded.
+        model = empty_nf4_lm(copy.deepcopy(settings), dtype, kernel)
         reason = why_whole(folder, model)
         if reason is None:
             fill(model, folder, dtype, device, shard)

@@ -7,7 +7,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ship_ds.errors import UserError
 from ship_ds.model.loading import load_lm
@@ -114,6 +114,14 @@ def test_soft_capped_model_loads_on_a_cpu(tmp_path: Path) -> None:
     model = load_lm(str(tmp_path), "none", torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, tiny_lm("gemma2")(IDS).logits)
+
+
+def test_a_base_that_transformers_has_to_load_whole_loads_in_4_bits(tmp_path: Path) -> None:
+    """Its linears lie transposed in its files."""
+    sizes: Any = {"vocab_size": 32, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    model = load_lm(str(tmp_path), "nf4", torch.float32, device=torch.device("cpu"))
+    assert len(_four_bit(model)) == 2 * 4
 
 
 def test_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
