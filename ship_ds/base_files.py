@@ -16,7 +16,7 @@ from typing import Any
 from ship_ds.base_shapes import check_shapes
 from ship_ds.errors import UserError
 from ship_ds.parsing import read_json_object, read_text
-from ship_ds.safetensors_header import Place, read_header, weight_files
+from ship_ds.safetensors_header import Place, not_finite, read_header, weight_files
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -214,7 +214,4 @@ def _check_numbers(path: Path, tensors: Mapping[str, Place]) -> None:
                 chunk = file.read(min(_CHUNK_BYTES, place.end - start))
                 values = np.frombuffer(chunk, f"<u{num_bytes}")
                 if ((values & bits) == bits).any():
-                    raise UserError(
-                        f"{path}: {name} has values that are infinite or no numbers; download the "
-                        "model again, or give another checkpoint of it"
-                    )
+                    raise not_finite(path, name)

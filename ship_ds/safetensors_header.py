@@ -115,6 +115,14 @@ def read_header(path: Path) -> dict[str, Place]:
     return dict(sorted(places.items(), key=lambda item: item[1].start))
 
 
+def not_finite(path: Path, name: str) -> UserError:
+    """The error of a tensor with an infinity, or with what is no number."""
+    return UserError(
+        f"{path}: {name} has values that are infinite or no numbers; download the model again, or "
+        "give another checkpoint of it"
+    )
+
+
 def _place(path: Path, name: str, row: dict[str, Any], offset: int) -> Place:
     dtype, shape, (start, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
     if dtype not in TORCH_NAMES:

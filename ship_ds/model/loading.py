@@ -34,6 +34,7 @@ from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 from ship_ds.parsing import read_json_object
 from ship_ds.prompt import PromptFormat
+from ship_ds.weights_folder import WeightsFolder, is_finite
 
 Quantisation = Literal["nf4", "none"]
 
@@ -196,7 +197,7 @@ def _load_whole(folder: Path, settings: PreTrainedConfig, **how: Any) -> Any:
     """The model as transformers loads it, which fills up what the files lack with random weights.
 
     Raises:
-        UserError: they lack a weight, or have one of another shape.
+        UserError: they lack a weight, or have one of another shape or that is no number.
     """
     model, found = auto_class(settings).from_pretrained(
         folder,
@@ -216,7 +217,19 @@ def _load_whole(folder: Path, settings: PreTrainedConfig, **how: Any) -> Any:
         raise UserError(
             f"{folder}: {name} is {tuple(there)}, and config.json says {tuple(expected)}"
         )
+    # Codes of 4 bits do not tell.
+    if "quantization_config" in how or not all(map(is_finite, model.parameters())):
+        _check_numbers(folder)
     return model
+
+
+def _check_numbers(folder: Path) -> None:
+    """Raise UserError for a tensor of the files that has no numbers; none has where they became
+    infinite as they were cast."""
+    if WeightsFolder.is_one(folder):
+        weights = WeightsFolder(folder)
+        for name in weights.entries:
+            weights.read_numbers(name)
 
 
 def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> int:

@@ -86,7 +86,8 @@ def fill(
         shard: Called on each module once it is loaded; None leaves all of it here.
 
     Raises:
-        UserError: A file is missing or damaged, or a weight is missing or of another shape.
+        UserError: A file is missing or damaged, or a weight is missing, of another shape or no
+            number.
     """
     weights = WeightsFolder(folder)
     tied = _tied(model, weights)
@@ -127,7 +128,7 @@ def _read(weights: WeightsFolder, path: str, expected: Tensor) -> Tensor:
             f"{weights.folder}: no weight {path} in its safetensors files; its "
             "config.json describes another model"
         )
-    tensor = weights.read(path)
+    tensor = weights.read_numbers(path)
     if tensor.shape != expected.shape:
         raise UserError(
             f"{weights.folder / weights.entries[path].file}: {path} is {tuple(tensor.shape)}, "

@@ -1,6 +1,7 @@
 """Loading from a folder, plain and in NF4."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ship_ds.errors import UserError
-from ship_ds.model.loading import load_lm
+from ship_ds.model.loading import Quantisation, load_lm
+from ship_ds.weights_folder import is_finite
 from tests.model.models import HIDDEN, tiny_lm
 
 IDS = torch.arange(2, 14).view(2, 6)
@@ -122,6 +124,35 @@ def test_a_base_that_transformers_has_to_load_whole_loads_in_4_bits(tmp_path: Pa
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
     model = load_lm(str(tmp_path), "nf4", torch.float32, device=torch.device("cpu"))
     assert len(_four_bit(model)) == 2 * 4
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_weight_that_is_no_number_is_named_as_it_is_loaded(
+    family: str, value: float, quantisation: Quantisation, tmp_path: Path
+) -> None:
+    """Of a base too large for the preflight; in 4 bits, where one of GPT-2 is loaded as a whole."""
+    gpt2 = GPT2Config(vocab_size=32, n_embd=64, n_layer=2, n_head=4)
+    model = GPT2LMHeadModel(gpt2) if family == "gpt2" else tiny_lm(family)
+    name, weight = next(
+        (name, weight) for name, weight in model.named_parameters() if "1.mlp" in name
+    )
+    weight.data[-1, 3] = value
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    line = re.escape(f"{tmp_path / 'model.safetensors'}: {name} has values that are infinite or no")
+    with pytest.raises(UserError, match=f"^{line}"):
+        load_lm(str(tmp_path), quantisation, torch.bfloat16, device=torch.device("cpu"))
+
+
+def test_weights_that_fit_their_file_and_not_the_dtype_are_not_laid_to_the_file(
+    tmp_path: Path,
+) -> None:
+    model = tiny_lm("llama")
+    next(model.parameters()).data[0, 0] = 1e5
+    model.save_pretrained(tmp_path)
+    loaded = load_lm(str(tmp_path), "none", torch.float16, device=torch.device("cpu"))
+    assert not is_finite(next(loaded.parameters()))
 
 
 def test_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
