@@ -41,6 +41,11 @@ _OWN_DEFAULTS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 ENCODER_DECODERS = {"t5"}
 """Model types that read with one stack and write with another, and have a language model here. A
 plugin that brings one of its own adds its type."""
+UNFIT = dict.fromkeys(
+    ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"),
+    "hands its blocks nothing but its own arguments, so that no adapter reaches them",
+)
+"""Model types of one stack that cannot be a base in any role, and why."""
 _ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification")
 """Architectures of T5 whose files lack the stack that writes."""
 _READS_QUANTISED = ("bitsandbytes",)
@@ -82,6 +87,8 @@ def check_settings(folder: Path) -> dict[str, Any]:
             else "install a transformers that knows it"
         )
         raise UserError(f"{path}: model_type {kind!r} is not known to this transformers: {needs}")
+    if reason := UNFIT.get(kind):
+        raise UserError(f"{path}: {kind}: {reason}; give another base")
     _check_stacks(path, settings)
     method = quantised_by(settings)
     if method is not None and method not in _READS_QUANTISED:

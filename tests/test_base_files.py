@@ -103,6 +103,10 @@ def test_the_embedded_base_has_no_fault(base: Path) -> None:
         (edit("tokenizer_config.json", eos_token=None), "the tokenizer has no eos_token"),
         (edit("config.json", model_type="qwen99"), "'qwen99' is not known to this transformers"),
         (
+            edit("config.json", model_type="falcon"),
+            "config.json: falcon: hands its blocks nothing but its own arguments",
+        ),
+        (
             edit("config.json", model_type="mine", auto_map={"AutoConfig": "m.C"}),
             "needs code of its own",
         ),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
+from ship_ds.base_files import UNFIT
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.together import Together
 from ship_ds.model.attention import (
@@ -59,10 +60,7 @@ class DecoderOnly(LanguageModel):
     """See `LanguageModel`."""
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
-    unfit: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"),
-        "hands its blocks nothing but its own arguments, so that no adapter reaches them",
-    )
+    unfit: ClassVar[Mapping[str, str]] = UNFIT
 
     def missing(self, feature: Feature) -> str | None:
         """See `LanguageModel`."""
