@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ship_ds.errors import UserError
+from ship_ds.files import disk_error
 
 if TYPE_CHECKING:
     from ship_ds.api import Ship
@@ -131,6 +132,11 @@ class InstructionResolver:
             )
         except UserError as error:
             _log.warning("%s: %s", key[:12], error)
+            return None
+        except OSError as error:
+            advice = f"no adapter was made; {FOLDER} has to be a folder with room, writable here"
+            place = self._folder or Path(FOLDER)
+            _log.warning("%s: %s", key[:12], disk_error(place, error, advice))
             return None
         finally:
             self._num_pending -= 1

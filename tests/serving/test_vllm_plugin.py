@@ -144,6 +144,29 @@ def test_what_is_no_instruction_of_ours_is_unknown(
     assert all("\n" not in line for line in lines)
 
 
+def test_a_folder_that_cannot_be_written_makes_the_name_unknown(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the start, or as it became later; once it is mended the next request has its adapter."""
+    base, folder = base_of(bundle), tmp_path / "made"
+    resolver = InstructionResolver(bundle, folder)
+    folder.write_text("no folder")
+    with caplog.at_level(logging.WARNING, "vllm.ship_ds"):
+        assert resolved(resolver, base, f"ship:{TEXT}") == [None]
+        folder.unlink()
+        assert resolved(resolver, base, f"ship:{TEXT}")[0] is not None
+        shutil.rmtree(folder)
+        folder.write_text("no folder")
+        assert resolved(resolver, base, "ship:double each") == [None]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and all("\n" not in line for line in lines)
+    assert f"{folder}: File exists: no adapter was made; SHIP_DS_ADAPTERS has to be" in lines[0]
+    assert "Not a directory: no adapter was made; SHIP_DS_ADAPTERS has to be" in lines[1]
+    folder.unlink()
+    folder.mkdir()
+    assert resolved(resolver, base, "ship:double each")[0] is not None
+
+
 def test_names_are_no_paths(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever an instruction spells, its folder is a hash in the one folder; words that the
     encoder does not know are read here, too."""
