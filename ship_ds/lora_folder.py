@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_TYPES
 from ship_ds.errors import UserError
-from ship_ds.parsing import read_json_object
+from ship_ds.parsing import read_json_object, refuse_pointer_file
 from ship_ds.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -549,6 +549,7 @@ def _read_tensors(folder: Path, integers: str = "") -> dict[str, Tensor]:
     """The folder's tensors, all of finite numbers, but for those of this last name of integers."""
     path = folder / ADAPTER_WEIGHTS
     try:
+        refuse_pointer_file(path)
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -7,7 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ship_ds.errors import LFS_POINTER, UserError, lfs_pointer
+from ship_ds.errors import UserError
+from ship_ds.parsing import refuse_pointer_file
 
 TORCH_NAMES = {
     "F64": "float64",
@@ -56,11 +57,9 @@ def weight_files(folder: Path) -> list[str]:
             f"{folder}: has neither {SINGLE_FILE} nor {WEIGHTS_INDEX}; give the folder of a "
             "model saved as safetensors"
         )
-    content = index.read_bytes()
-    if content.startswith(LFS_POINTER.encode()):
-        raise lfs_pointer(index)
+    refuse_pointer_file(index)
     try:
-        files = sorted(set(json.loads(content)["weight_map"].values()))
+        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if not files or any(Path(file).name != file for file in files):
             raise ValueError("no file, or a file elsewhere")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -87,12 +86,10 @@ def read_header(path: Path) -> dict[str, Place]:
         UserError: it is no safetensors file, is cut short, or has a dtype that torch has not.
     """
     try:
+        refuse_pointer_file(path)
         there = path.stat().st_size
         with path.open("rb") as file:
-            first = file.read(8)
-            if len(first) == 8 and LFS_POINTER.encode().startswith(first):
-                raise lfs_pointer(path)
-            size = int.from_bytes(first, "little")
+            size = int.from_bytes(file.read(8), "little")
             text = file.read(size) if size <= min(there, _LONGEST) else b""
     except OSError as error:
         raise UserError(

@@ -231,6 +231,15 @@ def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
         read_lora(tmp_path)
 
 
+@pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+def test_what_git_lfs_keeps_elsewhere_is_told_from_damage(name: str, tmp_path: Path) -> None:
+    write_lora(tmp_path, random_lora(0), "base")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4976\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(UserError, match=f"{name}: a Git LFS pointer.*`git lfs pull`"):
+        read_lora(tmp_path)
+
+
 def test_an_adapter_of_0_1_0_written_again_is_the_same(tmp_path: Path) -> None:
     """Every tensor to the bit, and every setting that it had."""
     old = REPOSITORY / "tests" / "fixtures" / "v0_1" / "adapter"

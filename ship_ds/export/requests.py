@@ -25,6 +25,7 @@ from ship_ds.parsing import (
     is_folder_name,
     parse_json,
     read_text,
+    refuse_pointer_file,
     split_lines,
     trimmed,
     unicode_text,
@@ -178,6 +179,7 @@ def load_latents(
     import numpy as np
 
     try:
+        refuse_pointer_file(path)
         with safe_open(path, "np") as file:
             latent_TZ, metadata = file.get_tensor(LATENT), file.metadata() or {}
     except (OSError, SafetensorError) as error:

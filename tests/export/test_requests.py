@@ -149,3 +149,10 @@ def test_a_file_of_texts_far_from_training_is_warned_of(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("ship-ds: 1 of 2 instructions are far from the instructions this run")
     assert f"({far[1]})" in said
+
+
+def test_latents_that_git_lfs_keeps_elsewhere_are_told_from_damage(tmp_path: Path) -> None:
+    path = tmp_path / "z.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4976\n")
+    with pytest.raises(UserError, match=r"z\.safetensors: a Git LFS pointer.*`git lfs pull`"):
+        read_latents(path, "bundle", 8)
