@@ -382,10 +382,25 @@ def read_lora(folder: Path, weight: WeightOf | None = None) -> Lora:
             assert weight is not None
             magnitude_O = tensors["lora_magnitude_vector"].float().flatten()
             delta_OI = own * (b_OR.float() @ a_RI.float())
-            a_RI, b_OR = factored(_dora_update(folder, module, weight, delta_OI, magnitude_O))
+            delta_OI = _dora_update(folder, module, weight, delta_OI, magnitude_O)
+            _refuse_infinite(folder, module, delta_OI)
+            a_RI, b_OR = factored(delta_OI)
             own = 1.0
-        factors[module] = (a_RI, b_OR if own == common else b_OR.float() * (own / common))
+        if own != common:
+            b_OR = b_OR.float() * (own / common)
+            _refuse_infinite(folder, module, b_OR)
+        factors[module] = (a_RI, b_OR)
     return Lora(factors, common)
+
+
+def _refuse_infinite(folder: Path, module: str, computed: Tensor) -> None:
+    """Raise UserError where finite numbers of a file have become others. By the norm, which later
+    steps take, and whose square has to be a number, too."""
+    if not computed.norm().isfinite():
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS}: {module}: its update has no finite norm; train the "
+            "adapter again, with a lower learning rate or alpha"
+        )
 
 
 def read_sparse(folder: Path, shape_of: Callable[[str], tuple[int, int] | None]) -> SparseUpdate:
@@ -485,7 +500,7 @@ def _dora_update(
     folder: Path, module: str, weight: WeightOf, delta_OI: Tensor, magnitude_O: Tensor
 ) -> Tensor:
     """W' - W with W' = magnitude * (W + delta) / |W + delta|, row by row (Liu et al. 2024, arXiv
-    2402.09353, equation 5)."""
+    2402.09353, equation 5). Raises UserError."""
     weight_OI = weight(module).float()
     if weight_OI.shape != delta_OI.shape:
         raise UserError(
@@ -494,7 +509,16 @@ def _dora_update(
             "model"
         )
     moved_OI = weight_OI + delta_OI.to(weight_OI.device)
-    scale_O = magnitude_O.to(weight_OI.device) / moved_OI.norm(dim=1)
+    norm_O = moved_OI.norm(dim=1)
+    if not norm_O.all():
+        # peft divides by it, too, and what it computes or merges there is NaN.
+        output = int(norm_O.eq(0).int().argmax())
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS}: {module}: output {output} has no weight but zeros, in "
+            "the base with the update, and a DoRA divides by their norm; train one without this "
+            "module, or a plain LoRA"
+        )
+    scale_O = magnitude_O.to(weight_OI.device) / norm_O
     return scale_O[:, None] * moved_OI - weight_OI
 
 

@@ -308,6 +308,51 @@ def test_a_dora_of_another_base_names_the_module(tmp_path: Path) -> None:
         read_lora(tmp_path, lambda path: torch.zeros(64, 64))
 
 
+def test_a_dora_that_peft_has_no_numbers_for_names_the_module(tmp_path: Path) -> None:
+    """Of an output whose weights are all zero, `peft` divides by their norm and merges NaN."""
+    base = tiny_lm("llama")
+    linear = base.get_submodule("model.layers.1.self_attn.q_proj")
+    linear.weight.data[5] = 0
+    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    tuned = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2, use_dora=True))
+    tuned.save_pretrained(tmp_path)
+    merged = tuned.merge_and_unload().get_submodule("model.layers.1.self_attn.q_proj")
+    assert merged.weight[5].isnan().all()
+    place = rf"{ADAPTER_WEIGHTS}: model\.layers\.1\.self_attn\.q_proj"
+    with pytest.raises(UserError, match=f"{place}: output 5 has no weight but zeros") as raised:
+        read_lora(tmp_path, lambda path: weights[f"{path}.weight"])
+    assert "\n" not in str(raised.value)
+    weights["model.layers.1.self_attn.q_proj.weight"][5, 3] = 1e-30  # whose square is no float
+    with pytest.raises(UserError, match=f"{place}: output 5 has no weight but zeros"):
+        read_lora(tmp_path, lambda path: weights[f"{path}.weight"])
+    weights["model.layers.1.self_attn.q_proj.weight"][5, 3] = 1
+    assert read_lora(tmp_path, lambda path: weights[f"{path}.weight"]).factors
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"alpha_pattern": {"q_proj": 10**8}}])
+def test_finite_numbers_that_make_an_update_of_none_are_one_line(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    base = tiny_lm("llama")
+    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    config = LoraConfig(
+        target_modules=["q_proj", "up_proj"],
+        r=2,
+        lora_alpha=1,
+        init_lora_weights=False,
+        **settings,  # type: ignore[arg-type]
+    )
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
+    part = "magnitude" if "use_dora" in settings else "lora_B"
+    for name in tensors:
+        if part in name and "q_proj" in name:
+            tensors[name].fill_(1e37)
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: .* no finite norm"):
+        read_lora(tmp_path, lambda path: weights[f"{path}.weight"])
+
+
 @pytest.mark.parametrize(("rank", "kept"), [(3, 3), (64, 64), (100, 70)])
 def test_an_update_is_factored_at_its_own_rank_or_whole(rank: int, kept: int) -> None:
     generator = torch.Generator().manual_seed(0)
