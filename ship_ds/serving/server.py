@@ -12,9 +12,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from http import HTTPStatus
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -34,6 +36,12 @@ _SECONDS_TO_FINISH = 5
 """Of answers that are being written when a signal comes."""
 _SECONDS_BETWEEN_REQUESTS = 5
 """For which a connection that was answered is kept without a further byte."""
+
+
+_NO_HTTP = (
+    "request: is no HTTP/1.1: its first line, a header, a length or a chunk is malformed; the "
+    "connection is closed"
+)
 
 
 def is_loopback(host: str) -> bool:
@@ -111,7 +119,8 @@ class Connection(H11Protocol):
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
-            transport.write(_refusal(f"{self.limits.max_connections} connections are open"))
+            open_ones = f"{self.limits.max_connections} connections are open"
+            transport.write(_refusal(RequestError(503, f"{open_ones}: try later")))
             transport.close()
             return
         self._wait_for_a_request()
@@ -133,6 +142,12 @@ class Connection(H11Protocol):
         if not self._is_answering and not self.transport.is_closing():
             self._wait_for_a_request()
 
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP: say so, unless an answer went out already, and close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.write(_refusal(RequestError(400, _NO_HTTP)))
+        self.transport.close()
+
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -146,11 +161,12 @@ class Connection(H11Protocol):
             self._silence.cancel()
 
 
-def _refusal(message: str) -> bytes:
-    """An answer to a connection that is not read."""
-    body = json.dumps(RequestError(503, f"{message}: try later").body()).encode()
+def _refusal(error: RequestError) -> bytes:
+    """An answer to a connection that is not read any more."""
+    body = json.dumps(error.body()).encode()
     head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
-    return b"HTTP/1.1 503 Service Unavailable\r\n" + head.encode() + b"\r\n\r\n" + body
+    first = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+    return first.encode() + head.encode() + b"\r\n\r\n" + body
 
 
 class _ToConsole(logging.Handler):

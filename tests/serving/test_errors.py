@@ -223,6 +223,50 @@ def test_a_connection_that_asks_nothing_is_closed_and_they_are_counted(serve: Se
     assert httpx.get(f"{served.url}/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",  # no Host
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nno header\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: many\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nno size\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"GET /" + b"x" * 70_000,
+    ],
+    ids=["line", "no host", "header", "length", "chunk", "TLS", "long"],
+)
+def test_what_is_no_http_has_the_same_body_and_ends_the_connection(
+    served: Served, data: bytes
+) -> None:
+    with connected(served) as connection:
+        connection.sendall(data)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n") and b"Connection: close" in head
+    assert b"Content-Type: application/json" in head
+    error = error_of(httpx.Response(400, content=body))
+    assert (error["type"], error["param"]) == ("invalid_request_error", None)
+    assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_what_is_no_http_behind_an_answer_gets_no_second_one(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A body that is too large is refused before its end; what follows may be anything."""
+    large = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    with connected(served) as connection:
+        connection.sendall(large + b"186a1\r\n" + b"1" * 100_001 + b"\r\n")
+        answer = connection.recv(17)
+        assert answer == b"HTTP/1.1 413 Requ", answer
+        connection.sendall(b"no size\r\n")
+        rest = connection.makefile("rb").read()
+    assert b"HTTP/1.1" not in rest and rest.endswith(b"}")
+    assert "Traceback" not in caplog.text and not [one for one in caplog.records if one.exc_info]
+
+
 def test_a_connection_that_waits_for_its_answer_is_kept(serve: Serve) -> None:
     served, go_on = serve(Limits(head_seconds=0.3)), threading.Event()
     holding = threading.Thread(
