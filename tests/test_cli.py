@@ -19,7 +19,7 @@ from ship_ds.errors import UserError
 from ship_ds.files import Manifest, write_json
 from ship_ds.oracle_bank import OracleBank, settings_of
 from ship_ds.origin import Origin
-from tests.conftest import start
+from tests.conftest import REPOSITORY, start
 
 
 def test_recipes_show_each_with_its_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,6 +371,18 @@ def test_verbs_are_in_panels_in_their_order(capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     places = [shown.index(f"─ {panel} ─") for panel in ("Train", "Use", "Inspect", "Convert")]
     assert places == sorted(places) and "75: preempted" in shown
+
+
+def test_compose_says_what_a_sum_is_no_substitute_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the figures of the page that measured them."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert cli.main(["compose", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    page = " ".join((REPOSITORY / "docs" / "serving.md").read_text().split())
+    for figure in ("74 unseen rules", "671 steps", "2026-11-26", "0.200 of the inputs", "0.511"):
+        assert figure in shown and figure in page, figure
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

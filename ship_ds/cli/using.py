@@ -221,8 +221,10 @@ def compose(
 ) -> int:
     """Weighted sum of several instructions' adapters -> one PEFT LoRA folder.
 
-    It mixes what they do; what is to be done one after the other is said in one instruction:
-    `ship-ds deduce "A and then B"`.
+    It mixes what they do, and is no substitute for one instruction that says all of it:
+    `ship-ds deduce "A and then B"`. Of 74 unseen rules "A and then B" of a quickstart run (671
+    steps, 2026-11-26) the sum answered 0.200 of the inputs exactly, that instruction's own adapter
+    0.511.
     """
     check_words(device, dtype)
     parts = checks.weighted(part)
@@ -239,9 +241,11 @@ def compose(
         f"peft = live within {made.proof.from_live:.1e}; differs from the bare base by "
         f"{made.proof.from_base:.2f}"
     )
-    print(
-        "  a sum mixes what its parts do; for one after the other make one adapter of the text "
-        f"that says so: ship-ds deduce {shlex.quote(' and then '.join(text for _, text in parts))}"
+    whole = " and then ".join(text for _, text in parts)
+    log(
+        "a sum mixes what its parts do, and is no substitute for one instruction (0.200 of answers "
+        "right against 0.511: `ship-ds compose --help`); for one after the other: "
+        f"ship-ds deduce {shlex.quote(whole)}"
     )
     warn_of_far(ship, part_requests(parts), log)
     return 0

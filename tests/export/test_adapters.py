@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ship_ds import cli
 from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
 from ship_ds.export.compose import compose
@@ -22,6 +23,7 @@ from ship_ds.model.adapters.lora import LoraExport
 from ship_ds.model.loading import load_lm
 from ship_ds.model.rotation import rotated_by
 from tests.export.models import FAMILIES, PROBES, make_base, make_ship
+from tests.inference.conftest import random_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -283,6 +285,20 @@ def test_a_sum_is_what_its_parts_do_to_the_weights(tmp_path: Path) -> None:
     assert small.rank == 2 and 0.01 < small.error < 1 and small.proof.from_live <= 1e-4
     with pytest.raises(UserError, match="--rank 9: the exact sum's rank is 8"):
         compose(ship, [(0.5, TEXTS[0]), (-1.0, TEXTS[1])], tmp_path / "large", PROBES, rank=9)
+
+
+def test_a_sum_ends_with_a_line_that_it_is_no_one_instruction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = random_bundle(tmp_path / "run", 0.3, 12)
+    parts = ["--part", "0.5", TEXTS[0], "--part", "0.5", TEXTS[1]]
+    arguments = ["compose", *parts, "--run", str(run), "--out", str(tmp_path / "sum")]
+    assert cli.main([*arguments, "--probe", *PROBES]) == 0
+    shown = capsys.readouterr()
+    last = shown.err.splitlines()[-1]
+    assert last.startswith("ship-ds: a sum mixes") and "no substitute" in last
+    assert last.endswith(f"ship-ds deduce '{TEXTS[0]} and then {TEXTS[1]}'")
+    assert len(shown.out.splitlines()) == 1
 
 
 def test_prompts_that_state_the_instruction_are_proved_with_it(tmp_path: Path) -> None:
