@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import ship_ds
 from ship_ds import cli, doctor
+from ship_ds.cli import verb
 from ship_ds.cli.verb import _one_value_each, _refuse_unknown
 from ship_ds.config import load_config, recipe_names
 from ship_ds.errors import UserError
@@ -371,6 +372,15 @@ def test_verbs_are_in_panels_in_their_order(capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     places = [shown.index(f"─ {panel} ─") for panel in ("Train", "Use", "Inspect", "Convert")]
     assert places == sorted(places) and "75: preempted" in shown
+
+
+def test_help_and_page_have_the_same_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = re.findall(r"^ *(\d+): ", capsys.readouterr().out, re.MULTILINE)
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+    assert shown == re.findall(r"^\| (\d+) \|", page, re.MULTILINE)
+    [bad_input] = re.findall(r"^\| 2 \| (.+?) \|", page, re.MULTILINE)
+    assert bad_input in verb.EXIT_CODES
 
 
 def test_compose_says_what_a_sum_is_no_substitute_for(

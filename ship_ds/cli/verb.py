@@ -17,12 +17,15 @@ EXIT_CODES = "\n\n".join(
     (
         "Exit codes:",
         "0: done.",
-        "1: a fault of the program, with its traceback.",
-        "2: bad input, with one line that says what to change.",
+        "1: a crash, with its traceback; or the reader of a pipe closed it.",
+        "2: bad input, a full disk, steps that stay not finite, or a plan that does not fit: one "
+        "line says what to change.",
         "75: preempted, after a checkpoint: start the same command again.",
         "76: hung: no step for training.hang_minutes, stacks are in the log.",
         "77: no checkpoint within training.grace_seconds of the signal: the one before holds.",
         "130: interrupted from the keyboard.",
+        "137: killed, often for memory, or as a rank without a sign of life: read what is before.",
+        "138: USR1 while the ranks were still starting: start the same command again.",
     )
 )
 PANELS = ("Train", "Use", "Inspect", "Convert")
