@@ -189,10 +189,10 @@ class InstructionResolver:
     def _check_base(self, name: str) -> None:
         """Raises UserError where vLLM serves another model than the run's adapters are for."""
         from ship_ds.bundle import Bundle, check_bases, fingerprints
-        from ship_ds.config import LoraHypernetworkConfig
+        from ship_ds.kinds import ADAPTERS
 
         bundle = Bundle.open(self.run)
-        if not isinstance(bundle.config.model.hypernetwork, LoraHypernetworkConfig):
+        if ADAPTERS.implementation(bundle.config.model.hypernetwork).leaves != "lora":
             raise UserError(
                 f"{self.run}: its adapters are no LoRAs, and vLLM serves no others by name; "
                 "`ship-ds serve` serves this run's"

@@ -258,7 +258,8 @@ class Hypernetwork(nn.Module, ABC):
     fuses_blocks: bool = False
     """Whether it wants what came into each of the encoder's blocks among them."""
     leaves: ClassVar[Leaves | None] = None
-    """What its folder is among those of a combination; None: it cannot leave in one."""
+    """What its folder is for `peft`, among those of a combination too; None: it cannot leave in
+    one."""
 
     @staticmethod
     def targets(config: Any) -> tuple[str, ...]:
