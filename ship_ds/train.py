@@ -71,7 +71,13 @@ from ship_ds.runtime import checkpoint, ranks, shards, start_log
 from ship_ds.runtime.after_training import failures_are_one_line
 from ship_ds.runtime.agreement import Agreement, agree
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
-from ship_ds.runtime.engine import Engine, engine_dtype, learning_rate, parts_per_step
+from ship_ds.runtime.engine import (
+    Engine,
+    check_settings,
+    engine_dtype,
+    learning_rate,
+    parts_per_step,
+)
 from ship_ds.runtime.precision import choose_precision
 from ship_ds.runtime.prefetch import Prefetch
 from ship_ds.runtime.run_lock import RunLock
@@ -155,6 +161,7 @@ class Trainer:
         ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
         self.config = config = choose_precision(config)
         parts_per_step(config.training)  # raises where the ranks cannot divide a step
+        check_settings(config.optimiser, config.training)
         # Before any weight is made: on a CPU nobody says what ended a process that took too much.
         memory = Memory.here(ranks.ranks_per_node())
         ranks.gather_results(lambda: check_weights_fit(config, ranks.world_size(), memory))

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from ship_ds import __version__
-from ship_ds.errors import UserError
+from ship_ds.errors import UserError, did_you_mean
 
 EXIT_CODES = "\n\n".join(
     (
@@ -59,10 +58,9 @@ def _refuse_unknown(args: list[str], options: Collection[str], command: str) -> 
     for text in args[: args.index("--")] if "--" in args else args:
         name = text.partition("=")[0]
         if _LOOKS_LIKE_AN_OPTION.fullmatch(text) and name not in options:
-            close = get_close_matches(name, options, 1)
             raise UserError(
                 f"{command.removeprefix('ship-ds ')}: no option {name}"
-                + (f"; did you mean {close[0]}?" if close else f"; see `{command} --help`")
+                + (did_you_mean(name, options) or f"; see `{command} --help`")
             )
 
 

@@ -1,11 +1,12 @@
 """The files of ds_configs/: ZeRO and precision alone. Imports no torch."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ship_ds.errors import UserError
+from ship_ds.errors import UserError, did_you_mean
 from ship_ds.parsing import read_json
 
 # In a checkout a link to the folder at the top; in an installed package the files themselves.
@@ -80,6 +81,119 @@ _TOP = {
     "zero_force_ds_cpu_optimizer": False,
 }
 
+_DEVICE = {"device": ("cpu", "none", "nvme"), "nvme_path": "/local_nvme"}
+_FP32 = ("fp32", "float32", "float", "torch.float32")
+_DTYPE = (
+    *("bf16", "bfloat16", "torch.bfloat16"),
+    *("fp16", "float16", "half", "torch.float16"),
+    *_FP32,
+)
+_TRAVELS_AS = ("bf16", "fp16", "fp32")
+_KNOWN: dict[str, Any] = {
+    **_TOP,
+    **dict.fromkeys(_OWNED_BY_RUN),
+    "bf16": _BF16,
+    "fp16": {
+        "auto_cast": False,
+        "consecutive_hysteresis": False,
+        "enabled": False,
+        "fp16_master_weights_and_grads": False,
+        "hysteresis": 2,
+        "initial_scale_power": 16,
+        "loss_scale": 0.0,
+        "loss_scale_window": 1000,
+        "min_loss_scale": 1,
+    },
+    "data_types": {
+        "buffer_dtype": _DTYPE,
+        "grad_accum_dtype": _DTYPE,
+        "keep_in_fp32_modules": [],
+        "param_dtype": _DTYPE,
+    },
+    "zero_optimization": {
+        **_ZERO,
+        "compute_grad_norm": True,
+        "enable_sanity_checks": False,
+        "leaf_module": {"classes": [], "name_suffixes": [], "names": []},
+        "log_trace_cache_warnings": False,
+        "offload_optimizer": {
+            **_OFFLOAD_OPTIMIZER,
+            **_DEVICE,
+            "cpuadam_cores_perc": 0.8,
+            "super_offload": False,
+        },
+        "offload_param": {**_OFFLOAD_PARAM, **_DEVICE},
+        "override_module_apply": True,
+        "parameter_alignment": False,
+        "pipeline_loading_checkpoint": False,
+        "save_muon_momentum_buffer_in_memory": False,
+        "stage": 2,
+        "stage3_model_persistence_threshold": 1_000_000_000,
+        "zenflow": {},
+    },
+    "aio": {
+        "block_size": 1_048_576,
+        "intra_op_parallelism": 1,
+        "overlap_events": True,
+        "queue_depth": 8,
+        "single_submit": False,
+        "use_gds": False,
+    },
+    "communication_data_type": _TRAVELS_AS,
+    "data_parallel_size": 1,
+    "dataloader_drop_last": False,
+    "datastates_ckpt": None,
+    "disable_allgather": False,
+    "disable_python_gc": False,
+    "dump_state": False,
+    "gradient_allreduce_op": ("mean", "sum"),
+    "log_level": None,
+    "managed_gradient_accumulation": False,
+    "memory_breakdown": False,
+    "seq_parallel_communication_data_type": _TRAVELS_AS,
+    "sequence_parallel_size": 1,
+    "steps_per_print": None,
+    "use_data_before_expert_parallelism": False,
+    "vocabulary_size": 32_000,
+    "activation_checkpointing": {},
+    "autotuning": {},
+    "checkpoint": {},
+    "comet": {},
+    "comms_logger": {},
+    "compile": {},
+    "csv_monitor": {},
+    "data_efficiency": {},
+    "expert_parallel": {},
+    "flops_profiler": {},
+    "hybrid_engine": {},
+    "pipeline": {},
+    "tensor_parallel": {},
+    "tensorboard": {},
+    "timers": {},
+    "torch_autocast": {},
+    "wandb": {},
+    "weight_quantization": {},
+}
+"""What a file may hold. Of a setting: a value such as it takes, a tuple of all that it takes, or
+None for anything; of a section: its settings, or {} where DeepSpeed alone knows them."""
+_OLD = {
+    "aio.thread_count": "aio.intra_op_parallelism",
+    "bfloat16": '"bf16": {"enabled": true}',
+    "zero_optimization.cpu_offload": 'zero_optimization.offload_optimizer: {"device": "cpu"}',
+    "zero_optimization.cpu_offload_param": 'zero_optimization.offload_param: {"device": "cpu"}',
+    "zero_optimization.cpu_offload_use_pin_memory": "pin_memory in offload_param and "
+    "offload_optimizer",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "zero_optimization."
+    "stage3_gather_16bit_weights_on_model_save",
+}
+"""Names that DeepSpeed reads in no case or in one that `complete` excludes, and the new ones."""
+_MAY_BE_NULL = {
+    *("aio", "bf16", "data_types", "zero_optimization"),
+    *("buffer_dtype", "communication_data_type", "grad_accum_dtype", "param_dtype"),
+    *("nvme_path", "offload_optimizer", "offload_param", "zenflow"),
+}
+_BOUNDS = {"cpuadam_cores_perc": (0, 1), "ratio": (0, 1), "reduce_bucket_size": (1, math.inf)}
+
 
 def complete(config: Mapping[str, Any], ranks_per_node: int = 1) -> dict[str, Any]:
     """A file's settings with everything that DeepSpeed would else choose by its version.
@@ -116,7 +230,7 @@ def complete(config: Mapping[str, Any], ranks_per_node: int = 1) -> dict[str, An
 def read_deepspeed_config(name: str) -> dict[str, Any]:
     """A file of ds_configs/ by name, or any path; of a name of AUTO, the one for bf16.
 
-    Raises UserError when it is none, or holds fp16 or the run's keys."""
+    Raises UserError when it is none, or holds fp16, the run's keys or what DeepSpeed has not."""
     name, _ = AUTO.get(name, (name, ""))
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
@@ -140,63 +254,105 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     stage = (config.get("zero_optimization") or {}).get("stage")
     if stage not in (1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, got {stage}")
-    if is_bf16(config) and stage == 1 and accumulated == "fp32":
+    if is_bf16(config) and stage == 1 and accumulated in _FP32:
         raise UserError(
-            f"{path}: data_types.grad_accum_dtype: fp32 beside bf16 and stage 1 is another "
-            "optimiser of DeepSpeed, whose checkpoints go on nowhere else: use stage 2, or leave "
-            "it out"
+            f"{path}: data_types.grad_accum_dtype: {accumulated} beside bf16 and stage 1 is "
+            "another optimiser of DeepSpeed, whose checkpoints go on nowhere else: use stage 2, or "
+            "leave it out"
         )
     return config
 
 
-_SECTIONS = {
+_EXAMPLES = {
     "bf16": '{"enabled": true}',
     "data_types": '{"grad_accum_dtype": "fp32"}',
     "fp16": '{"enabled": false}',
+    "offload_optimizer": '{"device": "cpu"}',
+    "offload_param": '{"device": "cpu"}',
     "zero_optimization": '{"stage": 2}',
 }
 
 
 def _check_form(path: Path, config: Any) -> None:
-    """Raise UserError for what could not be read below: DeepSpeed itself may take it."""
+    """Raise UserError for what could not be read below, and for what DeepSpeed would refuse with a
+    traceback, or leave alone, once the ranks have started."""
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected an object of settings, such as ds_configs/zero2.json")
-    for section, example in _SECTIONS.items():
-        if not isinstance(config.get(section) or {}, dict):
-            raise UserError(f"{path}: {section}: expected an object, such as {example}")
     for key, value in _leaves(config):
         if value == "auto":
             raise UserError(
                 f'{path}: {key}: "auto" is filled in by transformers\' Trainer, not here: take the '
                 "key out, or write a value"
             )
-    _check_zero(path, config.get("zero_optimization") or {})
-    if not isinstance((config.get("bf16") or {}).get("enabled", False), bool):
-        raise UserError(f"{path}: bf16.enabled: expected true or false")
+    _check_section(path, config, _KNOWN)
 
 
-def _check_zero(path: Path, zero: Mapping[str, Any]) -> None:
-    """Raise UserError for a value of another type than DeepSpeed's own."""
-    for key, known in (*_ZERO.items(), ("stage", 2)):
-        is_node = key == "zero_hpz_partition_size" and zero.get(key) == "node"
-        if key in zero and not is_node and not _is_like(zero[key], known):
-            raise UserError(
-                f"{path}: zero_optimization.{key}: {json.dumps(zero[key])}: expected a value such "
-                f"as {json.dumps(known)}"
-            )
-    for part in ("offload_param", "offload_optimizer"):
-        if not isinstance(zero.get(part) or {}, dict):
-            raise UserError(
-                f'{path}: zero_optimization.{part}: expected an object, such as {{"device": "cpu"}}'
-            )
+def _check_section(
+    path: Path, values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Raise UserError for the first setting that DeepSpeed does not have, or has otherwise."""
+    for name, value in values.items():
+        key = prefix + name
+        if name not in known:
+            raise UserError(f"{path}: {key}: {_instead(name, known, prefix)}")
+        if value is None and name in _MAY_BE_NULL:
+            continue
+        if reason := _unlike(name, value, known[name]):
+            raise UserError(f"{path}: {key}: {reason}")
+        if isinstance(value, dict) and known[name]:
+            _check_section(path, value, known[name], f"{key}.")
 
 
-def _is_like(value: Any, known: Any) -> bool:
-    """Whether a setting is of the type of its default; a whole number may be written 5e8."""
+def _instead(name: str, known: Mapping[str, Any], prefix: str) -> str:
+    """What there is in place of a setting that there is not."""
+    if new := _OLD.get(prefix + name):
+        return f"an old name, which has no effect here: write {new}"
+    places = [key for key in _names(_KNOWN) if key.split(".")[-1] == name]
+    # One such as "enabled" is in many, and says nothing of where it should have been.
+    hint = f"; did you mean {places[0]}?" if len(places) == 1 else did_you_mean(name, known)
+    return "DeepSpeed has no such setting here" + (hint or ": take it out")
+
+
+def _names(known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The whole keys of settings and sections."""
+    for name, value in known.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{name}.")
+
+
+def _unlike(name: str, value: Any, known: Any) -> str | None:
+    """What else was expected of a setting's value; None where DeepSpeed takes it."""
+    if known is None or (name == "zero_hpz_partition_size" and value == "node"):
+        return None
+    if isinstance(known, dict):
+        example = f", such as {_EXAMPLES[name]}" if name in _EXAMPLES else ""
+        return None if isinstance(value, dict) else f"expected an object{example}"
+    if isinstance(known, tuple):
+        if isinstance(value, str) and value in known:
+            return None
+        return f"{json.dumps(value)}: expected one of {', '.join(map(json.dumps, known))}"
+    if _is_like(value, known, _BOUNDS.get(name, (0, math.inf))):
+        return None
+    if isinstance(known, bool):
+        return f"expected true or false, got {json.dumps(value)}"
+    if isinstance(known, list):
+        return f"{json.dumps(value)}: expected a list of texts"
+    return f"{json.dumps(value)}: expected a value such as {json.dumps(known)}"
+
+
+def _is_like(value: Any, known: Any, bounds: tuple[float, float]) -> bool:
+    """Whether a setting is of the type of an example; a whole number may be written 5e8."""
     if isinstance(known, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(known, bool)
-    if isinstance(known, int):
-        return isinstance(value, int | float) and value == value // 1 and value >= 0
+    if isinstance(known, list):
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if isinstance(known, int | float):
+        is_number = isinstance(value, int | float) and bounds[0] <= value <= bounds[1]
+        # No bound of NaN holds, and infinity over 1 is none.
+        return is_number and (
+            value == value // 1 or (isinstance(known, float) and value < math.inf)
+        )
     return isinstance(value, type(known))
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from ship_ds.config import OptimiserConfig, TrainingConfig
+from ship_ds.errors import UserError, first_line
 from ship_ds.runtime import nvme, ranks, shards
 from ship_ds.runtime.deepspeed_config import (
     complete,
@@ -18,6 +20,7 @@ from ship_ds.runtime.deepspeed_config import (
 )
 from ship_ds.runtime.gradient_norm import take_norms_at_once
 from ship_ds.runtime.preflight import check_division
+from ship_ds.section import first_error
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -33,6 +36,27 @@ def parts_per_step(training: TrainingConfig) -> int:
     tasks."""
     check_division(training.tasks_per_step, ranks.world_size(), training.accumulation)
     return ranks.world_size() * training.accumulation
+
+
+def check_settings(optimiser: OptimiserConfig, training: TrainingConfig) -> None:
+    """Have DeepSpeed read the file, for sections and pairs of settings that
+    `read_deepspeed_config` knows nothing of. Raises UserError with its words."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    settings = _settings(optimiser, training, [])
+    try:
+        DeepSpeedConfig(settings)
+    except ValidationError as error:
+        reason = f"{error.title}: {first_error(error).line}"
+    # What it raises by itself and, for a section of another form, Python.
+    except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, AttributeError) as error:
+        reason = first_line(error)
+    else:
+        return
+    raise UserError(
+        f"training.deepspeed: {training.deepspeed}: DeepSpeed refuses it: {reason}: change "
+        "that, or take it out"
+    )
 
 
 def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: float = 0.0) -> float:

@@ -1,12 +1,21 @@
 """Every shipped file is one that DeepSpeed takes."""
 
+import contextlib
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.config import (
+    _REMOVED_TOP_LEVEL_CONFIG_KEYS,
+    DeepSpeedConfig,
+    DtypeEnum,
+)
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
@@ -14,7 +23,7 @@ from deepspeed.runtime.zero.offload_config import (
 
 from ship_ds.config import OptimiserConfig, TrainingConfig
 from ship_ds.errors import UserError
-from ship_ds.runtime import engine
+from ship_ds.runtime import deepspeed_config, engine
 from ship_ds.runtime.deepspeed_config import (
     FOLDER,
     complete,
@@ -143,6 +152,51 @@ def test_a_file_with_a_key_of_the_run_or_without_json_is_refused(tmp_path: Path)
             "zero_optimization.offload_param: expected an object",
         ),
         ({"bf16": {"enabled": 1}}, "bf16.enabled: expected true or false"),
+        (
+            {"bf16": {"enbled": True}},
+            r"bf16\.enbled: DeepSpeed has no such setting here; did you mean enabled\?",
+        ),
+        (
+            {"bfloat16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+            'bfloat16: an old name, which has no effect here: write "bf16": {"enabled": true}',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}},
+            r"stage3_prefetch_bucket: .*; did you mean stage3_prefetch_bucket_size\?",
+        ),
+        # DeepSpeed's own name for it, under which it refuses the one that is always written.
+        (
+            {"zero_optimization": {"stage": 3, "prefetch_bucket_size": 1}},
+            r"prefetch_bucket_size: .*; did you mean stage3_prefetch_bucket_size\?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}},
+            r'offload_param\.device: "gpu": expected one of "cpu", "none", "nvme"',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"pin_memory": "often"}}},
+            r'offload_param\.pin_memory: expected true or false, got "often"',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            'cpu_offload: an old name.* write .*offload_optimizer: {"device": "cpu"}',
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "overlap_comm": True},
+            r"json: overlap_comm: .*; did you mean zero_optimization\.overlap_comm\?",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "aio": {"thread_count": 1}},
+            r"aio\.thread_count: an old name.* write aio\.intra_op_parallelism",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "nebula": {"enabled": False}},
+            "nebula: DeepSpeed has no such setting here: take it out",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "fp16": None},
+            'fp16: expected an object, such as {"enabled": false}',
+        ),
         ({}, "zero_optimization.stage: expected 1, 2 or 3, got None"),
         ({"zero_optimization": {"stage": 0}}, "expected 1, 2 or 3, got 0"),
     ],
@@ -152,6 +206,104 @@ def test_a_file_of_another_form_is_one_line(values: object, line: str, tmp_path:
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=line):
         read_deepspeed_config(str(path))
+
+
+VALUES = (
+    *(None, True, False, 0, 2, 0.5, -1, 5e8, math.nan, math.inf),
+    *("cpu", "bf16", "mean", [], ["a"], {}),
+)
+
+
+@pytest.mark.parametrize("name", [*deepspeed_config._names(deepspeed_config._KNOWN)])
+def test_deepspeed_takes_each_value_that_is_taken(name: str, tmp_path: Path) -> None:
+    """Nothing is left to a traceback of its own; but what two settings are together it says."""
+    section, _, key = name.rpartition(".")
+    taken = []
+    for value in VALUES:
+        values: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+        inner = values
+        for part in filter(None, section.split(".")):
+            inner = inner.setdefault(part, {})
+        inner[key] = value
+        (tmp_path / "own.json").write_text(json.dumps(values))
+        with contextlib.suppress(UserError):
+            config = complete(read_deepspeed_config(str(tmp_path / "own.json")))
+            if (name, value) not in TOGETHER:
+                DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **config})
+            taken.append(value)
+    assert taken or name in {"zero_optimization", *deepspeed_config._OWNED_BY_RUN}
+
+
+TOGETHER = (
+    ("aio.use_gds", True),
+    ("bf16.bf16_optimizer_states", True),
+    ("zero_optimization.offload_optimizer.ratio", 0.5),
+    ("zero_optimization.offload_optimizer.ratio", 0),
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"comms_logger": {"enbled": True}}, "CommsLoggerConfig: enbled: unknown key"),
+        ({"timers": {"throughput": 3}}, "TypeError: .* must be a mapping, not int"),
+        ({"checkpoint": {"tag_validation": "maybe"}}, "invalid tag_validation value of MAYBE"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "requires bf16_master_weights_and_grads"),
+    ],
+)
+def test_what_deepspeed_alone_can_say_is_one_line_too(
+    values: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | values))
+    training = TrainingConfig(deepspeed=str(path))
+    with pytest.raises(UserError, match=rf"^training\.deepspeed: .*refuses it: .*{line}"):
+        engine.check_settings(OptimiserConfig(), training)
+
+
+def test_the_known_names_are_those_that_deepspeed_reads() -> None:
+    known = deepspeed_config._KNOWN
+    zero = known["zero_optimization"]
+    for section, kind in (
+        (known["bf16"], DeepSpeedBF16Config),
+        (known["fp16"], DeepSpeedFP16Config),
+        (zero, DeepSpeedZeroConfig),
+        (zero["leaf_module"], DeepSpeedZeroLeafModuleConfig),
+        (zero["offload_optimizer"], DeepSpeedZeroOffloadOptimizerConfig),
+        (zero["offload_param"], DeepSpeedZeroOffloadParamConfig),
+    ):
+        names = {
+            field.alias or name
+            for name, field in kind.model_fields.items()
+            if not (field.json_schema_extra or {}).get("deprecated")
+        }
+        # It ends a run that sets this one.
+        assert section.keys() == names - {"legacy_stage1"}
+    assert known["aio"].keys() == AIO_DEFAULT_DICT.keys()
+    is_text = {one for one in DtypeEnum._value2member_map_ if isinstance(one, str)}
+    assert set(known["data_types"]["grad_accum_dtype"]) == is_text - {"torch.int8", "int8"}
+
+
+def test_the_known_sections_are_those_that_deepspeed_asks_for() -> None:
+    asked: set[str] = set()
+
+    class Asked(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            asked.add(str(key))
+            return super().__contains__(key)
+
+        def keys(self) -> Any:
+            return self
+
+    DeepSpeedConfig(Asked(train_micro_batch_size_per_gpu=1))
+    gone = _REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+    # Asked for by `deepspeed.initialize`.
+    mesh = {"data_parallel_size", "sequence_parallel_size"}
+    assert deepspeed_config._KNOWN.keys() == (asked - gone - {"bfloat16"}) | mesh
 
 
 @pytest.mark.parametrize(
