@@ -28,12 +28,13 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -52,9 +53,11 @@ from ship_ds.files import (
     write_text,
 )
 from ship_ds.model.parameter_names import by_current_name
+from ship_ds.parsing import read_json_object
 from ship_ds.runtime import ranks, repartition
 from ship_ds.runtime.engine import Engine
 from ship_ds.runtime.pickles import load_shard, shard_problem
+from ship_ds.section import first_error
 
 STATE, LATEST, EVALUATION = "state", "latest", "evaluation.json"
 _FREE_TO_CHANGE = {
@@ -274,14 +277,30 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Where the run was when this checkpoint was written, and what has become of its evaluation."""
-    progress = Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+    """Where the run was when this checkpoint was written, and what has become of its evaluation.
+
+    Raises:
+        UserError: one of the two files is missing, or not of this form.
+    """
+    path = folder / PROGRESS
+    values = read_json_object(path)
+    progress = _progress(path, values, "name another checkpoint of the run")
     path = folder / EVALUATION
-    return (
-        replace(progress, **json.loads(path.read_text(encoding="utf-8")))
-        if path.is_file()
-        else progress
+    if not path.is_file():
+        return progress
+    return _progress(
+        path, values | read_json_object(path), "remove this file, and the step is evaluated anew"
     )
+
+
+def _progress(path: Path, values: dict[str, Any], what_to_do: str) -> Progress:
+    """What the file says, once it is of this form."""
+    if unknown := values.keys() - {one.name for one in fields(Progress)}:
+        raise UserError(f"{path}: unknown key {min(unknown)!r}; {what_to_do}")
+    try:
+        return TypeAdapter(Progress).validate_python(values, strict=False)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_error(error).line}; {what_to_do}") from None
 
 
 def record_evaluation(
@@ -333,7 +352,7 @@ def _dev_score(folder: Path, best_by: str) -> float | None:
     the folder has been damaged since."""
     try:
         progress = read_progress(folder)
-    except (OSError, ValueError, TypeError):
+    except UserError:
         return None
     score = progress.dev_score
     is_known = score is not None and math.isfinite(score) and progress.best_by == best_by

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ship_ds.bundle import check_checkpoint
+from ship_ds.bundle import PROGRESS, bundle_from_checkpoint, check_checkpoint
 from ship_ds.config import CheckpointConfig, load_config
-from ship_ds.errors import UserError
+from ship_ds.errors import LFS_POINTER, UserError
 from ship_ds.runtime import checkpoint
 
 
@@ -247,6 +247,52 @@ def test_the_best_on_dev_is_kept_beside_the_newest_and_the_disk_cap_spares_both(
         Engine(100_000), tmp_path, progress(6), CheckpointConfig(keep_last=3, max_gigabytes=3e-4)
     )
     assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "6"]
+
+
+@pytest.mark.parametrize("name", [PROGRESS, checkpoint.EVALUATION])
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("[]", "expected a JSON object, got list"),
+        ("{", "line 1: not JSON"),
+        (LFS_POINTER + "v1\n", "a Git LFS pointer"),
+        ('{"dev_scores": 1}', "unknown key 'dev_scores'; "),
+        ('{"step": "good"}', r"step: .*; "),
+    ],
+)
+def test_what_is_beside_the_weights_in_another_form_is_one_line(
+    name: str, content: str, line: str, tmp_path: Path
+) -> None:
+    folder = checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
+    checkpoint.record_evaluation(folder, 1)
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=rf"step-00000001/{name}: {line}"):
+        checkpoint.read_progress(folder)
+    (folder / name).unlink()
+    if name == checkpoint.EVALUATION:
+        assert checkpoint.read_progress(folder) == progress(1)
+    else:
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
+            checkpoint.read_progress(folder)
+
+
+def test_a_bundle_of_a_checkpoint_with_an_empty_progress_is_one_line(tmp_path: Path) -> None:
+    folder = checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())
+    (folder / PROGRESS).write_text("{}")
+    with pytest.raises(UserError, match=r"progress\.json: step: .*; name another checkpoint"):
+        bundle_from_checkpoint(folder, tmp_path / "bundle")
+
+
+def test_one_with_an_empty_progress_is_passed_over(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(Engine(1000), tmp_path, progress(step), CheckpointConfig())
+    (checkpoint.folder_of(tmp_path, 2) / PROGRESS).write_text("{}")
+    said: list[str] = []
+    good = checkpoint.newest_good_to_resume(tmp_path, said.append)
+    assert good == checkpoint.folder_of(tmp_path, 1)
+    assert "step-00000002: progress.json" in said[0] and "going on from step-00000001" in said[0]
+    # And a later save, which asks all that are there for their scores, goes on.
+    checkpoint.save(Engine(1000), tmp_path, progress(2), CheckpointConfig())
 
 
 def test_scores_by_another_metric_make_no_checkpoint_the_best(tmp_path: Path) -> None:
