@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ship_ds.adapter_files import BEFORE_THE_PROMPT
-from ship_ds.config import CombinationConfig, Config, LoraTuning, parse_config
+from ship_ds.config import CombinationConfig, Config, LoraTuning, ModelConfig, parse_config
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, recover, refuse_existing, whole_folder
@@ -314,12 +314,18 @@ def probe_inputs(seen: Sequence[SplitTask]) -> list[str]:
 def frozen_bases(config: Config) -> dict[str, str]:
     """Fingerprint of each model that the run does not train whole, by its name in the config; see
     `WeightsFolder.fingerprint`."""
-    model = config.model
-    tuned = [role for role in (model.encoder, model.decoder) if isinstance(role.tuning, LoraTuning)]
     prints: dict[str, str] = {}
-    for name in dict.fromkeys([model.task_llm.base, *(role.base for role in tuned)]):
-        prints |= fingerprints(name, name)
+    for name in _frozen_by_role(config.model).values():
+        if name not in prints:
+            prints |= fingerprints(name, name)
     return prints
+
+
+def _frozen_by_role(model: ModelConfig) -> dict[str, str]:
+    """The base of each role that is not trained whole, by the role."""
+    roles = {"encoder": model.encoder, "decoder": model.decoder}
+    tuned = {name: one.base for name, one in roles.items() if isinstance(one.tuning, LoraTuning)}
+    return {"task_llm": model.task_llm.base, **tuned}
 
 
 _SETTINGS = " (config.json)"
@@ -404,6 +410,32 @@ def check_bases(folder: Path, bases: Mapping[str, str], expected: Mapping[str, s
                 f"{folder}: trained around {name} with fingerprint {expected[name][:12]}, and this "
                 f"one has {bases[name][:12]}: put that model back, or train again"
             )
+
+
+def check_bases_of_roles(bundle: Bundle, model: ModelConfig, bases: Mapping[str, str]) -> None:
+    """Compare the frozen models of a run that begins with a bundle's weights with those that these
+    were trained around, role by role, in whatever folders they are.
+
+    Args:
+        bundle: Of the other run.
+        model: Of this run.
+        bases: `frozen_bases` of this run.
+
+    Raises:
+        UserError: That of a role is another model.
+    """
+    own = _frozen_by_role(model)
+    for role, then in _frozen_by_role(bundle.config.model).items():
+        for what in ("", _SETTINGS):
+            old = bundle.bases.get(then + what)
+            new = bases.get(own[role] + what) if role in own else None
+            if old is not None and new is not None and old != new:
+                key = f"model.{role}.base"
+                raise UserError(
+                    f"{bundle.folder}: trained around {key}={then}{what} with fingerprint "
+                    f"{old[:12]}, and this run's {own[role]}{what} has {new[:12]}: set {key} to "
+                    "that model, or run.init_from to a run around this one"
+                )
 
 
 PROGRESS = "progress.json"

@@ -38,6 +38,7 @@ from ship_ds.api import Ship
 from ship_ds.bundle import (
     Bundle,
     check_bases,
+    check_bases_of_roles,
     fingerprints,
     frozen_bases,
     probe_inputs,
@@ -721,9 +722,10 @@ def cache_tokens(folder: Path, model: ShipModel, splits: Splits) -> None:
 
 
 def init_from(model: ShipModel, source: str, bases: Mapping[str, str]) -> None:
-    """Start from the weights of another run's bundle, trained around the same bases."""
+    """Start from the weights of another run's bundle, trained around the same bases.
+    Raises UserError."""
     bundle = Bundle.open(source)
-    check_bases(bundle.folder, bases, bundle.bases)
+    check_bases_of_roles(bundle, model.config, bases)
     bundle.load_into(model)
 
 

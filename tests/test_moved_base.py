@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ship_ds.api import Ship
-from ship_ds.bundle import Bundle, frozen_bases, write_bundle
+from ship_ds.bundle import Bundle, check_bases_of_roles, frozen_bases, write_bundle
 from ship_ds.cli import main
-from ship_ds.config import base_folder, load_config
+from ship_ds.config import Config, base_folder, load_config
 from ship_ds.errors import UserError
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.prompt import describe_roles
 from ship_ds.runtime.checkpoint import Progress, check_same_run
+from ship_ds.train import init_from
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,50 @@ def test_a_resume_takes_no_base_elsewhere_of_other_settings(tmp_path: Path) -> N
     with pytest.raises(UserError, match="was /old and is /new now"):
         other = {"/new": "a", "/new (config.json)": "t"}
         check_same_run(tmp_path, then, config("/new"), "data", other)
+
+
+def test_a_start_from_a_bundle_takes_the_same_base_elsewhere_and_no_other(
+    run: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The shapes are equal, and so nothing else would tell that z says other things here."""
+    bundle, base = run
+    same, other, set_otherwise = (
+        Path(shutil.copytree(base, tmp_path / name)) for name in ("same", "other", "set")
+    )
+    weights = load_file(other / "model.safetensors")
+    weights[min(weights)] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    settings = json.loads((base / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    (set_otherwise / "config.json").write_text(json.dumps(settings))
+
+    def start(*overrides: str) -> None:
+        config = load_config("quickstart-smoke", overrides)
+        init_from(build_ship(config.model, LoadedWeights()), str(bundle), frozen_bases(config))
+
+    start(f"model.task_llm.base={same}")
+    with pytest.raises(UserError, match=rf"model\.task_llm\.base={base} with .* {other} has"):
+        start(f"model.task_llm.base={other}")
+    with pytest.raises(
+        UserError, match=rf"{base} \(config.json\) with .*: set model.task_llm.base"
+    ):
+        start(f"model.task_llm.base={set_otherwise}")
+    # The encoder is trained whole, and its weights are the bundle's wherever they began.
+    start(f"model.task_llm.base={same}", f"model.encoder.base={other}", "model.backbone=separate")
+
+
+def test_a_start_from_a_bundle_names_the_role_whose_base_is_another(tmp_path: Path) -> None:
+    def model(task_llm: str, encoder: str) -> Config:
+        bases = [f"model.task_llm.base={task_llm}", f"model.encoder.base={encoder}"]
+        return load_config(
+            "quickstart-smoke", [*bases, "model.encoder.tuning={kind: lora, rank: 2}"]
+        )
+
+    prints = {"/a": "of a", "/b": "of b"}
+    then = Bundle(tmp_path, "", model("/a", "/b"), {}, prints, (), ())
+    check_bases_of_roles(then, model("/c", "/d").model, {"/c": "of a", "/d": "of b"})
+    line = "model.encoder.base=/b with fingerprint of b, and this run's /a has of a: set model.enc"
+    with pytest.raises(UserError, match=line):
+        check_bases_of_roles(then, model("/a", "/a").model, prints)
+    # Bundles before 0.1.0 say none.
+    unknown = replace(then, bases={})
+    check_bases_of_roles(unknown, model("/a", "/a").model, prints)
