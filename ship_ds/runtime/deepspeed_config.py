@@ -293,6 +293,8 @@ def _check_section(
     """Raise UserError for the first setting that DeepSpeed does not have, or has otherwise."""
     for name, value in values.items():
         key = prefix + name
+        if key.startswith("_"):
+            continue  # a comment, for which JSON has no form of its own
         if name not in known:
             raise UserError(f"{path}: {key}: {_instead(name, known, prefix)}")
         if value is None and name in _MAY_BE_NULL:

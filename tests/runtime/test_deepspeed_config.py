@@ -323,6 +323,15 @@ def test_a_file_that_is_no_usable_json_is_one_line(
         read_deepspeed_config(str(tmp_path / "own.json"))
 
 
+def test_a_comment_at_the_top_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text('{"_comment": {"of": "us"}, "zero_optimization": {"stage": 2}}')
+    assert read_deepspeed_config(str(path))["zero_optimization"] == {"stage": 2}
+    path.write_text('{"zero_optimization": {"stage": 2, "_comment": "DeepSpeed refuses it here"}}')
+    with pytest.raises(UserError, match=r"zero_optimization\._comment: DeepSpeed has no such"):
+        read_deepspeed_config(str(path))
+
+
 def test_leaf_modules_of_a_file_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     path.write_text(
