@@ -406,9 +406,14 @@ class Ship:
             Its uncertainty and isolation; None where the bundle knows fewer than two instructions.
         """
         checks.check_instruction(self.model, instruction)
+        return next(iter(self.familiarities([instruction])), None)
+
+    @torch.no_grad()
+    def familiarities(self, instructions: Sequence[str]) -> list[Familiarity]:
+        """The same of many, which are encoded together; none where the bundle knows too few."""
         if len(self.known) < 2:
-            return None
-        return self._surroundings.familiarity(self.model, self.bank, instruction)
+            return []
+        return self._surroundings.familiarities(self.model, self.bank, instructions)
 
     @torch.no_grad()
     def confidence(self, instruction: str, inputs: Sequence[str] = ()) -> Confidence:

@@ -190,7 +190,9 @@ def _end_id(
         )
     text = end.get("content") if isinstance(end, dict) else end
     words, added = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens")
-    ids = [words.get(text)] if isinstance(words, dict) and isinstance(text, str) else []
+    if not isinstance(text, str):
+        return None
+    ids = [words.get(text)] if isinstance(words, dict) else []
     for one in added if isinstance(added, list) else ():
         if isinstance(one, dict) and one.get("content") == text:
             ids.insert(0, one.get("id"))

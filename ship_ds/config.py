@@ -596,7 +596,8 @@ class ObjectiveConfig(Section):
         return None
 
     def check(self, model: ModelConfig) -> None:
-        """Look at what it reads from disk, before a training loads torch.
+        """Look at what it reads from disk, and at what trains nothing, before a training loads
+        torch.
 
         Raises:
             UserError: it is not there, or not of such a model; one line that names the setting.
@@ -695,16 +696,15 @@ class DistillationConfig(ObjectiveConfig):
     """Both distributions are softened by it, and the KL is multiplied by its square, so that the
     gradient stays about as large."""
 
-    def conflict(self, model: ModelConfig) -> str | None:
-        """Where the student's prompts state the instruction as the teacher's do, the teacher is the
-        student without its adapter."""
-        if model.task_llm.instruction == "none":
-            return None
-        return (
-            "the teacher is the Task LLM with the instruction in its prompt, and "
-            f"model.task_llm.instruction={model.task_llm.instruction} puts it into the student's "
-            "as well, which leaves the adapter nothing to learn: set it to none"
-        )
+    def check(self, model: ModelConfig) -> None:
+        """See `ObjectiveConfig`. Where the student's prompts state the instruction as the teacher's
+        do, the teacher is the student without its adapter; runs that were trained so still open."""
+        if model.task_llm.instruction != "none":
+            raise UserError(
+                "loss.distillation: the teacher is the Task LLM with the instruction in its "
+                f"prompt, and model.task_llm.instruction={model.task_llm.instruction} puts it into "
+                "the student's as well, which leaves the adapter nothing to learn: set it to none"
+            )
 
 
 class ContrastiveConfig(ObjectiveConfig):

@@ -173,6 +173,7 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         source = source_of(config.data)
         self.read_data(source)
+        start = open_start(config, self.bases)
         model = self.build_model()
         self.outside = self.begin_objectives(model)
         # Before the engine: ranks other than 0 wait for the tokens, and under ZeRO-3 a rank that is
@@ -183,8 +184,8 @@ class Trainer:
         warn_of_long_targets(self.splits.tasks, model.prompts, limit, log)
         # Before the engine too: from there on weights may be sharded, and the optimiser has copied
         # them in fp32.
-        if config.run.init_from is not None:
-            init_from(model, config.run.init_from, self.bases)
+        if start is not None:
+            start.load_into(model)
         self.engine = Engine(
             model, config.optimiser, config.training, model.pretrained_parameters()
         )
@@ -721,12 +722,14 @@ def cache_tokens(folder: Path, model: ShipModel, splits: Splits) -> None:
         ranks.barrier()
 
 
-def init_from(model: ShipModel, source: str, bases: Mapping[str, str]) -> None:
-    """Start from the weights of another run's bundle, trained around the same bases.
-    Raises UserError."""
-    bundle = Bundle.open(source)
-    check_bases_of_roles(bundle, model.config, bases)
-    bundle.load_into(model)
+def open_start(config: Config, bases: Mapping[str, str]) -> Bundle | None:
+    """The other run's bundle with whose weights this one begins, trained around the same bases;
+    None: it begins anew. Raises UserError."""
+    if config.run.init_from is None:
+        return None
+    bundle = Bundle.open(config.run.init_from)
+    check_bases_of_roles(bundle, config.model, bases)
+    return bundle
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

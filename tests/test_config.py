@@ -14,6 +14,7 @@ from ship_ds.config import (
     LoraHypernetworkConfig,
     LoraTuning,
     LossConfig,
+    TaskLlmConfig,
     load_config,
     override_config,
     parse_config,
@@ -308,9 +309,14 @@ def test_a_mistake_in_an_objective_or_prior_is_one_line(
 
 @pytest.mark.parametrize("stated", ["hard", "soft"])
 def test_a_teacher_that_is_the_student_is_refused(tmp_path: Path, stated: str) -> None:
+    """Before a training; what was trained so opens."""
     overrides = (f"model.task_llm.instruction={stated}", "loss.distillation=0.5")
+    config = _load(tmp_path, *overrides)
+    assert isinstance(config, Config)
+    objective = config.loss.objectives()["distillation"]
     with pytest.raises(UserError, match=f"loss.distillation: .*instruction={stated} puts it"):
-        _load(tmp_path, *overrides)
+        objective.check(config.model)
+    objective.check(config.model.model_copy(update={"task_llm": TaskLlmConfig()}))
 
 
 def test_the_kls_schedule_is_a_function_of_the_step(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ship_ds.errors import UserError
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.prompt import describe_roles
 from ship_ds.runtime.checkpoint import Progress, check_same_run
-from ship_ds.train import init_from
+from ship_ds.train import open_start
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,10 @@ def test_a_start_from_a_bundle_takes_the_same_base_elsewhere_and_no_other(
     (set_otherwise / "config.json").write_text(json.dumps(settings))
 
     def start(*overrides: str) -> None:
-        config = load_config("quickstart-smoke", overrides)
-        init_from(build_ship(config.model, LoadedWeights()), str(bundle), frozen_bases(config))
+        config = load_config("quickstart-smoke", [f"run.init_from={bundle}", *overrides])
+        opened = open_start(config, frozen_bases(config))
+        assert opened is not None
+        opened.load_into(build_ship(config.model, LoadedWeights()))
 
     start(f"model.task_llm.base={same}")
     with pytest.raises(UserError, match=rf"model\.task_llm\.base={base} with .* {other} has"):

@@ -120,10 +120,13 @@ def deduce(
     from ship_ds.export.deduce import export_many, export_one, own_probes, warn_of_far
 
     ship = open_run(run, device, dtype, base)
-    probes = own_probes(ship, probe or ())
+    is_answered = instruction is not None and not shown
+    length = ship.config.evaluation.max_new_tokens if is_answered else 0
+    probes = own_probes(ship, probe or (), length)
     if latent:
         requests = read_latents(latent, ship.digest, ship.config.model.latent_size)
     if file or len(requests) > 1:
+        warn_of_far(ship, requests, log)
         batch = export_many(ship, requests, out, probes, pad_to, _counter(len(requests)))
         earlier = (
             f" ({batch.num_kept} were there from a run that was cut off)" if batch.num_kept else ""
@@ -133,7 +136,6 @@ def deduce(
             f"{batch.worst.from_live:.1e} in each; "
             f"each differs from the bare base by {batch.worst.from_base:.2f} or more"
         )
-        warn_of_far(ship, requests, log)
         return 0
     if shown:
         requests = [_of_examples(ship, pairs, texts, instruction)]
@@ -235,7 +237,9 @@ def compose(
     from ship_ds.export.deduce import own_probes, warn_of_far
 
     ship = open_run(run, device, dtype, base)
-    made = compose(ship, parts, out, own_probes(ship, probe or ()), rank)
+    probes = own_probes(ship, probe or ())
+    warn_of_far(ship, part_requests(parts), log)
+    made = compose(ship, parts, out, probes, rank)
     print(
         f"{out}: rank {made.rank}, {100 * made.error:.2f} % of the exact sum's norm lost; "
         f"peft = live within {made.proof.from_live:.1e}; differs from the bare base by "
@@ -247,7 +251,6 @@ def compose(
         "right against 0.511: `ship-ds compose --help`); for one after the other: "
         f"ship-ds deduce {shlex.quote(whole)}"
     )
-    warn_of_far(ship, part_requests(parts), log)
     return 0
 
 

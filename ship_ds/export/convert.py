@@ -123,8 +123,8 @@ def _make_adapters(
     check_leaves("convert", bundle)
     ship = Ship.from_run(bundle, conversion.device, conversion.compute_dtype, conversion.base)
     probes = own_probes(ship, conversion.probes)
-    batch = export_many(ship, requests, out, probes, conversion.pad_to)
     warn_of_far(ship, requests, log)
+    batch = export_many(ship, requests, out, probes, conversion.pad_to)
     report(f"{out}: {len(requests)} adapters, peft = live within {batch.worst.from_live:.1e}")
 
 

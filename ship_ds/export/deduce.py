@@ -70,24 +70,31 @@ def check_requests(ship: Ship, requests: Sequence[Request]) -> None:
             raise UserError(f"{request.place}: {error}" if request.place else str(error)) from None
 
 
-def own_probes(ship: Ship, probes: Sequence[str]) -> Sequence[str]:
+def own_probes(ship: Ship, probes: Sequence[str], answer_tokens: int = 0) -> Sequence[str]:
     """A user's probes; none: the run's.
 
+    Args:
+        ship: The run.
+        probes: Inputs; a proof compares their logits.
+        answer_tokens: Of each that will be answered besides.
+
     Raises:
-        UserError: The Task LLM cannot read and answer one of them.
+        UserError: The Task LLM cannot read one of them.
     """
     if not probes:
         return ship.probes
     try:
-        checks.check_inputs(ship.model, probes, ship.config.evaluation.max_new_tokens)
+        checks.check_inputs(ship.model, probes, answer_tokens)
     except UserError as error:
         raise UserError(f"--probe: {error}") from None
     return probes
 
 
 def warn_of_far(ship: Ship, requests: Sequence[Request], report: Callable[[str], None]) -> None:
-    """A line where instructions are far from all that the run was trained on."""
-    if far := far_ones(ship, requests):
+    """A line where instructions are far from all that the run was trained on. Raises UserError for
+    what `check_requests` refuses."""
+    check_requests(ship, requests)
+    if far := _far_ones(ship, requests):
         named = ", ".join(one.place or one.name for one in far[:_MOST_NAMED])
         more = f" and {len(far) - _MOST_NAMED} more" if len(far) > _MOST_NAMED else ""
         report(
@@ -96,11 +103,12 @@ def warn_of_far(ship: Ship, requests: Sequence[Request], report: Callable[[str],
         )
 
 
-def far_ones(ship: Ship, requests: Sequence[Request]) -> list[Request]:
+def _far_ones(ship: Ship, requests: Sequence[Request]) -> list[Request]:
     """Those whose instruction is far from all that the run was trained on (`Ship.familiarity`)."""
-    texts = [one for one in requests if one.latent_Z is None and one.instruction is not None]
-    found = [(one, ship.familiarity(str(one.instruction))) for one in texts]
-    return [one for one, familiarity in found if familiarity is not None and familiarity.is_far]
+    read = [one for one in requests if one.latent_Z is None and one.instruction is not None]
+    found = ship.familiarities([str(one.instruction) for one in read])
+    # None at all where the run knows too few to compare with.
+    return [one for one, how in zip(read, found, strict=False) if how.is_far]
 
 
 @dataclass(frozen=True)

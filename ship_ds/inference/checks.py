@@ -87,7 +87,7 @@ def check_inputs(
     Args:
         model: holds the Task LLM.
         inputs: what a user wrote.
-        max_new_tokens: of an answer, which has to fit behind its input.
+        max_new_tokens: of an answer, which has to fit behind its input; 0: none is written.
         reading: what the adapter is made of, which may have to fit before it; None: of z alone.
 
     Raises:
@@ -95,12 +95,13 @@ def check_inputs(
     """
     before = model.num_before(reading)
     with_it = ", behind the instruction," if before > model.num_virtual_tokens else ""
+    answered = f" with an answer of {max_new_tokens} tokens" if max_new_tokens else ""
     for number, text in enumerate(inputs, start=1):
         check_text(model.prompts, text, f"input {number}")
         check_length(
             before + len(model.question(text)) + max_new_tokens,
             model.task_llm.language_model.context_length,
-            f"input {number}{with_it} with an answer of {max_new_tokens} tokens",
+            f"input {number}{with_it}{answered}",
             "Task LLM",
         )
 

@@ -4,6 +4,7 @@ from them all.
 Letters: C candidates, T tasks, Z latent size. The candidates are the known instructions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ FAR_QUANTILE = 0.99
 ones. The entropy of its posterior says nothing of it: on 114 unseen tasks of the quickstart it was
 lower where answers were wrong (docs/results.md)."""
 
-_NUM_COMPARED = 4096
+_NUM_COMPARED, _NUM_ENCODED = 4096, 32
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,22 @@ class Surroundings:
             nearest.append(distance_TC.amin(1))
         return cls(torch.cat(nearest).sort().values)
 
-    def familiarity(self, model: ShipModel, bank: Bank, instruction: str) -> Familiarity:
-        """How an instruction lies among the known ones; a known one is compared with the
+    def familiarities(
+        self, model: ShipModel, bank: Bank, instructions: Sequence[str]
+    ) -> list[Familiarity]:
+        """How each instruction lies among the known ones; a known one is compared with the
         others."""
-        distance_C = torch.cdist(model.encode([instruction]), bank.latent_CZ)[0]
-        if instruction in bank.instructions:
-            distance_C[bank.instructions.index(instruction)] = torch.inf
-        isolation = _share_below(self.distance_C, distance_C.min())
-        return Familiarity(isolation, isolation > FAR_QUANTILE)
+        places = {text: c for c, text in reversed(list(enumerate(bank.instructions)))}
+        found: list[Familiarity] = []
+        for start in range(0, len(instructions), _NUM_ENCODED):
+            texts = instructions[start : start + _NUM_ENCODED]
+            distance_TC = torch.cdist(model.encode(texts), bank.latent_CZ)
+            for text, distance_C in zip(texts, distance_TC, strict=True):
+                if text in places:
+                    distance_C[places[text]] = torch.inf
+                isolation = _share_below(self.distance_C, distance_C.min())
+                found.append(Familiarity(isolation, isolation > FAR_QUANTILE))
+        return found
 
 
 def _share_below(sorted_C: Tensor, value: Tensor) -> float:

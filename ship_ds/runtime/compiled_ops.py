@@ -37,7 +37,8 @@ def needed(deepspeed: Mapping[str, Any]) -> list[str]:
 
 def leave_out_inference() -> None:
     """Before `deepspeed.init_distributed`, which on CPUs compiles and loads an all-reduce through
-    shared memory (20 to 70 s, and a C++ compiler) that tensor parallel inference alone calls.
+    shared memory (a minute on two cores, and a C++ compiler) that tensor parallel inference alone
+    calls.
 
     It asks this table first. One process has one such table, which DeepSpeed makes once and keeps.
     """

@@ -186,7 +186,7 @@ _OLD = {
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "zero_optimization."
     "stage3_gather_16bit_weights_on_model_save",
 }
-"""Names that DeepSpeed reads in no case or in one that `complete` excludes, and the new ones."""
+"""Names that DeepSpeed does not read, or turns into others that this package would not see."""
 _MAY_BE_NULL = {
     *("aio", "bf16", "data_types", "zero_optimization"),
     *("buffer_dtype", "communication_data_type", "grad_accum_dtype", "param_dtype"),
@@ -308,7 +308,7 @@ def _check_section(
 def _instead(name: str, known: Mapping[str, Any], prefix: str) -> str:
     """What there is in place of a setting that there is not."""
     if new := _OLD.get(prefix + name):
-        return f"an old name, which has no effect here: write {new}"
+        return f"an old name, which is not read here: write {new}"
     places = [key for key in _names(_KNOWN) if key.split(".")[-1] == name]
     # One such as "enabled" is in many, and says nothing of where it should have been.
     hint = f"; did you mean {places[0]}?" if len(places) == 1 else did_you_mean(name, known)
@@ -331,7 +331,7 @@ def _unlike(name: str, value: Any, known: Any) -> str | None:
         example = f", such as {_EXAMPLES[name]}" if name in _EXAMPLES else ""
         return None if isinstance(value, dict) else f"expected an object{example}"
     if isinstance(known, tuple):
-        if isinstance(value, str) and value in known:
+        if isinstance(value, str) and (value.lower() if known is _TRAVELS_AS else value) in known:
             return None
         return f"{json.dumps(value)}: expected one of {', '.join(map(json.dumps, known))}"
     if _is_like(value, known, _BOUNDS.get(name, (0, math.inf))):

@@ -17,14 +17,12 @@ def test_a_known_instruction_is_its_own_nearest(ship: Ship) -> None:
 
 def test_the_known_are_familiar_and_a_latent_far_from_all_is_not(ship: Ship) -> None:
     surroundings = Surroundings.of(ship.bank)
-    shares = [surroundings.familiarity(ship.model, ship.bank, text) for text in ship.known]
+    shares = surroundings.familiarities(ship.model, ship.bank, ship.known)
+    assert len(shares) == len(ship.known) and ship.familiarities(ship.known) == shares
     assert sum(one.is_far for one in shares) <= 2
     assert sorted(round(one.isolation * len(shares)) for one in shares)[-1] >= len(shares) - 2
-    far = surroundings.familiarity(
-        ship.model,
-        ship.bank,
-        "numbers numbers numbers after after list sort the front and then give",
-    )
+    text = "numbers numbers numbers after after list sort the front and then give"
+    [far] = surroundings.familiarities(ship.model, ship.bank, [text])
     assert far.isolation == 1.0 and far.is_far
 
 

@@ -126,13 +126,15 @@ def test_a_base_that_transformers_has_to_load_whole_loads_in_4_bits(tmp_path: Pa
     assert len(_four_bit(model)) == 2 * 4
 
 
-@pytest.mark.parametrize("quantisation", ["none", "nf4"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "quantisation"), [("llama", "none"), ("llama", "nf4"), ("gpt2", "none")]
+)
 def test_a_weight_that_is_no_number_is_named_as_it_is_loaded(
     family: str, value: float, quantisation: Quantisation, tmp_path: Path
 ) -> None:
-    """Of a base too large for the preflight; in 4 bits, where one of GPT-2 is loaded as a whole."""
+    """Of a base too large for the preflight. What transformers quantises itself, as one of GPT-2,
+    does not tell."""
     gpt2 = GPT2Config(vocab_size=32, n_embd=64, n_layer=2, n_head=4)
     model = GPT2LMHeadModel(gpt2) if family == "gpt2" else tiny_lm(family)
     name, weight = next(

@@ -125,19 +125,10 @@ def test_so_it_is_under_the_other_files(found_long: dict[str, Any], name: str) -
     skips_what_is_not_finite(found_long, name)
 
 
-def goes_on(found: dict[str, Any], stage: str) -> None:
+@pytest.mark.parametrize("stage", ["zero3_shard_all", "zero2", "zero1", "sub-groups"])
+def test_another_zero_stage_goes_on_with_the_same_losses(found: dict[str, Any], stage: str) -> None:
     for rank in found["another_layout"]:
         assert rank[stage] == pytest.approx(rank["zero3"], rel=1e-6)
-
-
-@pytest.mark.parametrize("stage", ["zero3_shard_all", "zero2", "sub-groups"])
-def test_another_zero_stage_goes_on_with_the_same_losses(found: dict[str, Any], stage: str) -> None:
-    goes_on(found, stage)
-
-
-@pytest.mark.soak
-def test_so_does_zero1(found_long: dict[str, Any]) -> None:
-    goes_on(found_long, "zero1")
 
 
 @pytest.mark.parametrize(

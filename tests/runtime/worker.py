@@ -327,8 +327,9 @@ def sharded_base_resumes(folder: Path) -> dict[str, Any]:
     first = losses(made)
     made.save()
     second = losses(made)
-    mask = torch.nn.functional.dropout(torch.ones(64)).tolist()
     whole = [losses(made), losses(made)]
+    # Last: what is drawn here would be missing from the steps' own masks.
+    mask = torch.nn.functional.dropout(torch.ones(64)).tolist()
     again = trainer(folder / "run", *SHARDED, *LORA_ROLES, *FOUR_STEPS)
     found = {"step": again.step, "first": [first, second], "resumed": losses(again), "mask": mask}
     with in_pieces(3):
@@ -803,7 +804,7 @@ def a_wheel_is_fetched_once(folder: Path) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_rank_holds_half": each_rank_holds_half,
-    "another_layout": another_layout("zero3_shard_all", "zero2", "sub-groups"),
+    "another_layout": another_layout("zero3_shard_all", "zero2", "zero1", "sub-groups"),
     "zero2_goes_on": zero2_goes_on,
     "sharded_base_resumes": sharded_base_resumes,
     "accumulation": accumulation("zero2", "zero3"),
@@ -836,7 +837,7 @@ LONG_CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "each_task_is_asked_once": each_task_is_asked_once,
     "pooled_compiled": pooled("compiled"),
     "recipe_of_8b_in_16_bits": recipe_of_8b(("zero2_bf16", "together"), ("zero2_bf16", "apart")),
-    "another_layout": another_layout("zero1"),
+    "another_layout": another_layout(),
     "accumulation": accumulation("zero1"),
     **{f"steps_of_{name}": takes_steps(name) for name in LONG},
 }
