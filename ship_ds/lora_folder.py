@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_TYPES
 from ship_ds.errors import UserError
-from ship_ds.parsing import read_json_object, refuse_pointer_file
+from ship_ds.parsing import read_json_object
+from ship_ds.safetensors_header import refuse_pointer_file
 from ship_ds.tensor_file import TensorFile
 
 if TYPE_CHECKING:

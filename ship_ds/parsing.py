@@ -59,13 +59,6 @@ def refuse_pointer(text: str, place: str) -> None:
         raise lfs_pointer(place)
 
 
-def refuse_pointer_file(path: Path) -> None:
-    """As `refuse_pointer`, of a file that is no text. Raises OSError where it cannot be read."""
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER.encode():
-            raise lfs_pointer(path)
-
-
 def trimmed(text: str) -> str:
     """The text without blank lines before it and white space after it.
 

@@ -7,8 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ship_ds.errors import UserError
-from ship_ds.parsing import refuse_pointer_file
+from ship_ds.errors import LFS_POINTER, UserError, lfs_pointer
 
 TORCH_NAMES = {
     "F64": "float64",
@@ -41,6 +40,14 @@ _MOST_AXES = 64
 
 
 WEIGHTS_INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+
+
+def refuse_pointer_file(path: Path) -> None:
+    """Raise UserError for what Git LFS left in the place of a file that is no text, and OSError
+    where it cannot be read."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER.encode():
+            raise lfs_pointer(path)
 
 
 def weight_files(folder: Path) -> list[str]:

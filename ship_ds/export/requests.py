@@ -25,11 +25,11 @@ from ship_ds.parsing import (
     is_folder_name,
     parse_json,
     read_text,
-    refuse_pointer_file,
     split_lines,
     trimmed,
     unicode_text,
 )
+from ship_ds.safetensors_header import refuse_pointer_file
 
 if TYPE_CHECKING:
     import numpy as np

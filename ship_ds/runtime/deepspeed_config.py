@@ -13,14 +13,14 @@ from ship_ds.parsing import read_json
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 AUTO = {f"zero{stage}_auto": (f"zero{stage}_bf16", f"zero{stage}") for stage in (1, 2, 3)}
 """What these names stand for: a file for devices that multiply in bf16, and one for others."""
-_OWNED_BY_RUN = {
+_OWNED_BY_RUN = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
     "scheduler",
     "optimizer",
-}
+)
 
 
 _ZERO = {
@@ -241,7 +241,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         )
     config: dict[str, Any] = read_json(path)
     _check_form(path, config)
-    for key in sorted(_OWNED_BY_RUN & config.keys()):
+    for key in sorted(config.keys() & set(_OWNED_BY_RUN)):
         raise UserError(
             f"{path}: {key}: comes from the run's config (training and optimiser); remove it here"
         )

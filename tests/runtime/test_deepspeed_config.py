@@ -158,7 +158,7 @@ def test_a_file_with_a_key_of_the_run_or_without_json_is_refused(tmp_path: Path)
         ),
         (
             {"bfloat16": {"enabled": True}, "zero_optimization": {"stage": 2}},
-            'bfloat16: an old name, which has no effect here: write "bf16": {"enabled": true}',
+            'bfloat16: an old name, which is not read here: write "bf16": {"enabled": true}',
         ),
         (
             {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}},
