@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 OPTIONAL = ("judge", "flash", "serve")
 _SERVER = ("app", "errors", "guard", "leaving", "metrics", "page", "server")
 ONLY_IN = {
+    "h11": {"ship_ds/serving/server.py"},
     "vllm": {"ship_ds/serving/vllm_plugin.py"},
     **{
         name: {f"ship_ds/serving/{file}.py" for file in _SERVER}
