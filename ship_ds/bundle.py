@@ -329,8 +329,8 @@ def _frozen_by_role(model: ModelConfig) -> dict[str, str]:
 
 
 _SETTINGS = " (config.json)"
-"""After a base's name: the fingerprint of its settings. Versions before 0.3 have that of the
-weights alone."""
+"""After a base's name: the fingerprint of its settings. Version 0.1 has that of the weights
+alone."""
 
 
 def fingerprints(name: str, base: str) -> dict[str, str]:

@@ -76,7 +76,7 @@ class Origin:
             this adapter does (`agreement`), from which share on dev tasks were mostly answered
             rightly (`threshold`), and how well that parts them (`auc`); None: not asked for.
         base_settings: Fingerprint of the base's config.json; see `settings_fingerprint`. Empty in
-            an adapter of version 0.2.
+            an adapter of version 0.1.
         folders: Names of the folders of `peft` inside this one, in the order in which they are
             loaded, one around the other; empty: it is one itself.
     """
