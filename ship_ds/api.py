@@ -403,14 +403,28 @@ class Ship:
             instruction: What to do with an input.
 
         Returns:
-            Its uncertainty and isolation; None where the bundle knows fewer than two instructions.
+            Its isolation; None where the bundle knows fewer than two instructions.
+
+        Raises:
+            UserError: The encoder cannot read the instruction.
         """
-        checks.check_instruction(self.model, instruction)
         return next(iter(self.familiarities([instruction])), None)
 
     @torch.no_grad()
     def familiarities(self, instructions: Sequence[str]) -> list[Familiarity]:
-        """The same of many, which are encoded together; none where the bundle knows too few."""
+        """`familiarity` of many, which are encoded together.
+
+        Args:
+            instructions: What to do with an input, each.
+
+        Returns:
+            One of each, in their order; none at all where the bundle knows fewer than two.
+
+        Raises:
+            UserError: The encoder cannot read one of them.
+        """
+        for instruction in instructions:
+            checks.check_instruction(self.model, instruction)
         if len(self.known) < 2:
             return []
         return self._surroundings.familiarities(self.model, self.bank, instructions)

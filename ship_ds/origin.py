@@ -2,17 +2,16 @@
 model card for people."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator
 
 from ship_ds.adapter_files import Leaves, paths_of
 from ship_ds.errors import UserError
 from ship_ds.files import write_json, write_text
-from ship_ds.parsing import read_json_object
-from ship_ds.section import first_error
+from ship_ds.parsing import as_dataclass, read_json_object
 
 if TYPE_CHECKING:
     from ship_ds.weights_folder import WeightsFolder
@@ -189,10 +188,4 @@ def read_origin(folder: Path) -> Origin:
             f"{folder}: no {ORIGIN}; expected an adapter folder that `ship-ds deduce` "
             "or `ship-ds compose` wrote"
         )
-    values = read_json_object(path)
-    if unknown := values.keys() - {field.name for field in fields(Origin)}:
-        raise UserError(f"{path}: unknown key {min(unknown)!r}; export the adapter again")
-    try:
-        return TypeAdapter(Origin).validate_python(values, strict=False)
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_error(error).line}; export the adapter again") from None
+    return as_dataclass(Origin, read_json_object(path), path, "export the adapter again")

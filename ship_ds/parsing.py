@@ -11,13 +11,18 @@ others are texts.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from ship_ds.errors import LFS_POINTER, UserError, lfs_pointer
+from ship_ds.section import first_error
+
+Made = TypeVar("Made")
 
 _MOST_NODES = 1_000_000
 """Of a YAML file, aliases counted as often as they are used: a few lines of them can stand for more
@@ -26,6 +31,27 @@ _MOST_MERGED = 16
 """Sections that one merges in with `<<`."""
 _DEEPEST = 100
 """Levels of lists and sections in YAML; PyYAML needs several frames of Python's for each."""
+
+
+def as_dataclass(kind: type[Made], values: Mapping[str, Any], place: object, way_out: str) -> Made:
+    """What a JSON object says, as a dataclass whose fields it names.
+
+    Args:
+        kind: the dataclass.
+        values: the object.
+        place: where it was read, for messages.
+        way_out: what to do about one that is not of this form.
+
+    Raises:
+        UserError: a key is unknown, one is missing, or a value is of another type.
+    """
+    known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    if unknown := values.keys() - known:
+        raise UserError(f"{place}: unknown key {min(unknown)!r}; {way_out}")
+    try:
+        return TypeAdapter(kind).validate_python(values, strict=False)
+    except ValidationError as error:
+        raise UserError(f"{place}: {first_error(error).line}; {way_out}") from None
 
 
 def read_text(path: Path) -> str:

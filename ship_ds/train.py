@@ -74,7 +74,7 @@ from ship_ds.runtime.agreement import Agreement, agree
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import (
     Engine,
-    check_settings,
+    check_deepspeed_reads,
     engine_dtype,
     learning_rate,
     parts_per_step,
@@ -162,7 +162,7 @@ class Trainer:
         ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
         self.config = config = choose_precision(config)
         parts_per_step(config.training)  # raises where the ranks cannot divide a step
-        check_settings(config.optimiser, config.training)
+        check_deepspeed_reads(config.optimiser, config.training)
         # Before any weight is made: on a CPU nobody says what ended a process that took too much.
         memory = Memory.here(ranks.ranks_per_node())
         ranks.gather_results(lambda: check_weights_fit(config, ranks.world_size(), memory))

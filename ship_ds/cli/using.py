@@ -248,7 +248,8 @@ def compose(
     whole = " and then ".join(text for _, text in parts)
     log(
         "a sum mixes what its parts do, and is no substitute for one instruction (0.200 of answers "
-        "right against 0.511: `ship-ds compose --help`); for one after the other: "
+        "right against 0.511 on a quickstart run: `ship-ds compose --help`); for one after the "
+        "other: "
         f"ship-ds deduce {shlex.quote(whole)}"
     )
     return 0

@@ -28,13 +28,12 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -53,11 +52,10 @@ from ship_ds.files import (
     write_text,
 )
 from ship_ds.model.parameter_names import by_current_name
-from ship_ds.parsing import read_json_object
+from ship_ds.parsing import as_dataclass, read_json_object
 from ship_ds.runtime import ranks, repartition
 from ship_ds.runtime.engine import Engine
 from ship_ds.runtime.pickles import load_shard, shard_problem
-from ship_ds.section import first_error
 
 STATE, LATEST, EVALUATION = "state", "latest", "evaluation.json"
 _FREE_TO_CHANGE = {
@@ -284,23 +282,12 @@ def read_progress(folder: Path) -> Progress:
     """
     path = folder / PROGRESS
     values = read_json_object(path)
-    progress = _progress(path, values, "name another checkpoint of the run")
+    progress = as_dataclass(Progress, values, path, "name another checkpoint of the run")
     path = folder / EVALUATION
     if not path.is_file():
         return progress
-    return _progress(
-        path, values | read_json_object(path), "remove this file, and the step is evaluated anew"
-    )
-
-
-def _progress(path: Path, values: dict[str, Any], what_to_do: str) -> Progress:
-    """What the file says, once it is of this form."""
-    if unknown := values.keys() - {one.name for one in fields(Progress)}:
-        raise UserError(f"{path}: unknown key {min(unknown)!r}; {what_to_do}")
-    try:
-        return TypeAdapter(Progress).validate_python(values, strict=False)
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_error(error).line}; {what_to_do}") from None
+    way_out = "remove this file, and the step is evaluated anew"
+    return as_dataclass(Progress, values | read_json_object(path), path, way_out)
 
 
 def record_evaluation(

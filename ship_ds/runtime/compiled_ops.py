@@ -41,7 +41,10 @@ def leave_out_inference() -> None:
     calls.
 
     It asks this table first. One process has one such table, which DeepSpeed makes once and keeps.
+    On GPUs it asks for no such op, and to make the table would start compilers.
     """
+    if torch.cuda.is_available():
+        return
     import deepspeed
 
     deepspeed.ops.__compatible_ops__[_INFERENCE_ONLY] = False

@@ -38,7 +38,7 @@ def parts_per_step(training: TrainingConfig) -> int:
     return ranks.world_size() * training.accumulation
 
 
-def check_settings(optimiser: OptimiserConfig, training: TrainingConfig) -> None:
+def check_deepspeed_reads(optimiser: OptimiserConfig, training: TrainingConfig) -> None:
     """Have DeepSpeed read the file, for sections and pairs of settings that
     `read_deepspeed_config` knows nothing of. Raises UserError with its words."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError

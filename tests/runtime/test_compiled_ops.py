@@ -5,7 +5,9 @@ import multiprocessing
 import time
 from pathlib import Path
 
+import deepspeed
 import pytest
+import torch
 from deepspeed.accelerator import get_accelerator
 
 from ship_ds.errors import UserError
@@ -97,3 +99,15 @@ def test_nvme_asks_for_libaio_and_says_where_it_is_missing(
         UserError, match="offload to NVMe needs libaio with its headers: install libaio-dev"
     ):
         compiled_ops.build(["AsyncIOBuilder"], print)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_the_op_of_inference_is_left_out_on_cpus_alone(
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the name by which DeepSpeed asks for it; of a machine with GPUs no table is made."""
+    name = get_accelerator().create_op_builder("ShareMemCommBuilder").NAME
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", {name: True}, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    compiled_ops.leave_out_inference()
+    assert deepspeed.ops.__compatible_ops__ == {name: has_gpu}

@@ -258,7 +258,7 @@ def test_what_deepspeed_alone_can_say_is_one_line_too(
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | values))
     training = TrainingConfig(deepspeed=str(path))
     with pytest.raises(UserError, match=rf"^training\.deepspeed: .*refuses it: .*{line}"):
-        engine.check_settings(OptimiserConfig(), training)
+        engine.check_deepspeed_reads(OptimiserConfig(), training)
 
 
 def test_the_known_names_are_those_that_deepspeed_reads() -> None:

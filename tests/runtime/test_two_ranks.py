@@ -69,6 +69,7 @@ def gives_its_loss_in_pieces(ranks: Iterable[dict[str, Any]]) -> None:
 def test_a_sharded_output_layer_gives_its_loss_in_pieces(found: dict[str, Any]) -> None:
     """It is let go within the piece, before the checkpoint looks at what was recomputed."""
     gives_its_loss_in_pieces(found["sharded_base_resumes"])
+    assert all(set(rank["asked"]) == {3} for rank in found["sharded_base_resumes"])
 
 
 @pytest.mark.soak

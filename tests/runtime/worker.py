@@ -332,8 +332,9 @@ def sharded_base_resumes(folder: Path) -> dict[str, Any]:
     mask = torch.nn.functional.dropout(torch.ones(64)).tolist()
     again = trainer(folder / "run", *SHARDED, *LORA_ROLES, *FOUR_STEPS)
     found = {"step": again.step, "first": [first, second], "resumed": losses(again), "mask": mask}
-    with in_pieces(3):
-        return {**found, "whole": whole, "in pieces": [losses(again), losses(again)]}
+    with in_pieces(3) as asked:
+        pieces = [losses(again), losses(again)]
+    return {**found, "whole": whole, "in pieces": pieces, "asked": asked}
 
 
 def shared_backbone(folder: Path) -> dict[str, Any]:
@@ -413,11 +414,18 @@ def loss_in_pieces_of_whole_roles(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def in_pieces(count: int) -> Iterator[None]:
-    """The output layer's logits are made in so many, each again in the backward pass."""
-    step_module.num_pieces = lambda *_: count
+def in_pieces(count: int) -> Iterator[list[int]]:
+    """The output layer's logits are made in so many, each again in the backward pass; gets `count`
+    whenever that is asked."""
+    asked: list[int] = []
+
+    def counted(*_: Any) -> int:
+        asked.append(count)
+        return count
+
+    step_module.num_pieces = counted
     try:
-        yield
+        yield asked
     finally:
         step_module.num_pieces = num_pieces
 

@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -56,9 +57,9 @@ class Wrapper(MetaPathFinder):
         spec.loader.exec_module = run_and_wrap  # type: ignore[method-assign]
         return spec
 
+    @abstractmethod
     def wrap(self, module: ModuleType) -> None:
         """Change it."""
-        raise NotImplementedError
 
 
 class Op(Wrapper):
