@@ -133,6 +133,13 @@ def test_a_fault_is_one_line(damage: Callable[[Path], object], message: str, bas
     assert "\n" not in str(caught.value) and str(base) in str(caught.value)
 
 
+def test_an_end_that_no_file_names_is_not_taken_from_a_row_without_a_text(base: Path) -> None:
+    """Of a class that has an end of its own."""
+    edit("tokenizer_config.json", eos_token=None, tokenizer_class="LlamaTokenizer")(base)
+    edit("tokenizer.json", added_tokens=[{"id": 9999}])(base)
+    check_base_files(base)
+
+
 @pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
 def test_a_t5_is_known_by_its_config(feed_forward: str, base: Path) -> None:
     two_stacks = {"model_type": "t5", "is_encoder_decoder": True}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
+from ship_ds.errors import UserError
 from ship_ds.inference import latents
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.latents import Surroundings, nearest_known
@@ -24,6 +25,21 @@ def test_the_known_are_familiar_and_a_latent_far_from_all_is_not(ship: Ship) -> 
     text = "numbers numbers numbers after after list sort the front and then give"
     [far] = surroundings.familiarities(ship.model, ship.bank, [text])
     assert far.isolation == 1.0 and far.is_far
+
+
+def test_many_are_encoded_some_at_a_time_and_looked_at_before(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which they came; and what cannot be read is said of any of them."""
+    at_once = [one.isolation for one in ship.familiarities(ship.known)]
+    monkeypatch.setattr(latents, "_NUM_ENCODED", 3)
+    some_at_a_time = [one.isolation for one in ship.familiarities(ship.known)]
+    # Texts of a batch round otherwise than alone, and latents as near as these are then change
+    # places: 2 of 961 in a trained run.
+    assert len(ship.known) > 3 and max(at_once) - min(at_once) > 0.5
+    assert some_at_a_time == pytest.approx(at_once, abs=0.25)
+    with pytest.raises(UserError, match="'quux' is not in the base model's vocabulary"):
+        ship.familiarities([ship.known[0], "quux"])
 
 
 def test_of_very_many_known_ones_some_are_compared_with_all(

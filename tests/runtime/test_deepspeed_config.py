@@ -323,6 +323,17 @@ def test_a_file_that_is_no_usable_json_is_one_line(
         read_deepspeed_config(str(tmp_path / "own.json"))
 
 
+def test_what_travels_is_named_in_letters_of_any_size(tmp_path: Path) -> None:
+    """As DeepSpeed reads it; devices it does not."""
+    path = tmp_path / "own.json"
+    settings = {"communication_data_type": "FP32", "zero_optimization": {"stage": 2}}
+    path.write_text(json.dumps(settings))
+    assert read_deepspeed_config(str(path)) == settings
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "CPU"}}}')
+    with pytest.raises(UserError, match='offload_optimizer.device: "CPU": expected one of "cpu"'):
+        read_deepspeed_config(str(path))
+
+
 def test_a_comment_at_the_top_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     path.write_text('{"_comment": {"of": "us"}, "zero_optimization": {"stage": 2}}')
