@@ -309,6 +309,10 @@ class LoraHypernetworkConfig(FactorConfig):
     """Last names of the linears of the Task LLM that are adapted; all-linear: every one of its
     blocks."""
 
+    def as_lora(self) -> "LoraHypernetworkConfig":
+        """See `lora_of`."""
+        return self
+
 
 class BottleneckHypernetworkConfig(FactorConfig):
     """Bottleneck adapters: what a linear gives, plus a narrow MLP of that, generated whole."""
@@ -747,10 +751,14 @@ class OraclesConfig(ObjectiveConfig):
 
 
 def lora_of(section: Section) -> LoraHypernetworkConfig | None:
-    """The LoRA of a `model.hypernetwork`, itself or the one among the parts; None where there is
-    none, or more than one."""
+    """The LoRA of a `model.hypernetwork`, its own or that of the one among the parts; None where
+    there is none, or more than one.
+
+    A kind whose values are LoRAs has a method `as_lora` in its section: the plain LoRA of its rank,
+    scaling and linears, which is trained where one beside the generated ones is: by `tune`, as an
+    oracle, as a baseline."""
     parts = getattr(section, "parts", (section,))
-    loras = [part for part in parts if isinstance(part, LoraHypernetworkConfig)]
+    loras = [part.as_lora() for part in parts if hasattr(part, "as_lora")]
     return loras[0] if len(loras) == 1 else None
 
 

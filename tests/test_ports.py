@@ -12,12 +12,17 @@ import pytest
 import torch
 
 from ship_ds.api import Ship
-from ship_ds.config import load_config
+from ship_ds.config import OraclesConfig, load_config, why_no_oracles
 from ship_ds.errors import UserError
+from ship_ds.evaluation.methods.untrained import makes_lora
+from ship_ds.evaluation.tuning import Recipe, tune
 from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request
 from ship_ds.lora_folder import read_lora
+from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.model.oracles import OracleDistance
+from ship_ds.model.step import Parts
 from ship_ds.planner.plan import Machines, make_plan
 from tests.conftest import train_and_go_on, train_each
 from tests.starts import FIRST
@@ -78,6 +83,38 @@ def test_toys_leave_as_a_proved_folder(run: Path, tmp_path: Path) -> None:
     for path, (a_RI, b_OR) in read_lora(tmp_path / "adapter").factors.items():
         assert torch.equal(live.tensors()[f"{path}.A"][0], a_RI)
         assert torch.equal(live.tensors()[f"{path}.B"][0], b_OR)
+
+
+@pytest.mark.slow
+def test_a_lora_of_somebody_elses_is_tuned(run: Path) -> None:
+    """From the generated one, as the plain LoRA that its section names."""
+    ship = Ship.from_run(run)
+    pairs = [(f"{i} {j}", f"{j} {i}") for i in range(3) for j in range(3)]
+    recipe = Recipe(steps=2, lr=1e-3, held_out_share=0.2, seed=0)
+    tuned = tune(ship, "reverse the list", pairs, recipe)
+    generated = ship.model.adapt(ship.model.encode(["reverse the list"]))
+    assert isinstance(tuned.adapter, LoraAdapter) and makes_lora(ship)
+    for path, (a_TRI, b_TOR) in tuned.adapter.factors.items():
+        assert a_TRI.shape == generated.tensors()[f"{path}.A"].shape
+        assert 0 < (b_TOR - generated.tensors()[f"{path}.B"]).abs().max() <= 2.1e-3
+
+
+def test_a_lora_of_somebody_elses_is_held_to_oracles() -> None:
+    """By its sites and ranks; beside it a kind that is no LoRA."""
+    parts = "{kind: combination, parts: [{kind: prefix}, {kind: diagonal_core, rank: 3}]}"
+    for hypernetwork in ("{kind: diagonal_core, rank: 3}", parts):
+        settings = [f"model.hypernetwork={hypernetwork}"]
+        config = load_config("quickstart-smoke", settings).model
+        assert why_no_oracles(config) is None
+        model = build_ship(config, LoadedWeights())
+        objective = OracleDistance(OraclesConfig(bank="unused"))
+        objective.meet(
+            Parts(model.encoder, model.prior, model.hypernetwork, model.task_llm, model.decoder)
+        )
+        names = {path.rpartition(".")[2] for path in objective.sites}
+        assert names == {"q_proj", "v_proj"} and objective.layout.rank == 3
+        shapes = {path: model.task_llm.sites()[path] for path in objective.sites}
+        assert objective.sites == shapes
 
 
 @pytest.mark.slow

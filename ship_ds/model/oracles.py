@@ -22,7 +22,7 @@ from ship_ds.config import OraclesConfig
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Sites
-from ship_ds.model.adapters.lora import LoraAdapter, LoraHypernetwork
+from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.batch import OnDevice
 from ship_ds.model.objectives import Objective, Training
 from ship_ds.model.step import Outputs, Parts, ShipBatch
@@ -199,9 +199,11 @@ class OracleDistance(Objective):
 
     def meet(self, parts: Parts) -> None:
         """Remember the sites of the LoRA."""
-        hypernetwork = _the_one(LoraHypernetwork, parts.hypernetwork)
-        self.sites = hypernetwork.sites
-        self.layout = RowLayout.of(hypernetwork.sites, hypernetwork.rank)
+        made = parts.hypernetwork
+        lora = next(part for part in getattr(made, "parts", (made,)) if part.leaves == "lora")
+        sites, ranks = parts.task_llm.sites(), lora.ranks()
+        self.sites = {path: sites[path] for path in ranks}
+        self.layout = RowLayout.of(self.sites, max(ranks.values()))
 
     def begin(self, training: Training) -> str:
         """Open the bank.
@@ -262,7 +264,8 @@ class OracleDistance(Objective):
     def sum(self, outputs: Outputs) -> Tensor:
         """Over tasks with an oracle."""
         aims: OracleRows = outputs.batch.extras["oracles"]
-        made = _the_one(LoraAdapter, outputs.adapter)
+        parts = getattr(outputs.adapter, "parts", (outputs.adapter,))
+        made = next(part for part in parts if isinstance(part, LoraAdapter))
         scalings = made.scaling, made.scaling
         squared = []
         for paths, *aim in self.layout.factors(aims.rows_TX):
@@ -271,11 +274,6 @@ class OracleDistance(Objective):
             squared.append(squared_distances((a_JTRI, b_JTOR), (aim[0], aim[1]), scalings))
         in_spreads = torch.cat(squared) / aims.spreads[:, None]
         return (in_spreads.mean(0) * aims.has_one_T).sum()
-
-
-def _the_one(kind: type[Any], whole: Any) -> Any:
-    """The hypernetwork or adapter of this kind: itself, or the one among the parts."""
-    return next(part for part in getattr(whole, "parts", (whole,)) if isinstance(part, kind))
 
 
 def made_for(base: Mapping[str, str], prompts: Mapping[str, Any]) -> dict[str, Any]:

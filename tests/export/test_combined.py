@@ -336,6 +336,7 @@ def test_a_kind_of_somebody_elses_leaves_alone_unless_it_says_as_what(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kind = importlib.import_module("tests.toys.adapter").DiagonalCore
+    monkeypatch.setattr(kind, "leaves", None)
     parts = [{"kind": "diagonal_core"}, PREFIX]
     config = ModelConfig.model_validate({"hypernetwork": combined(parts)}).hypernetwork
     assert "two kinds" in str(Combination.cannot_leave(config))  # type: ignore[arg-type]

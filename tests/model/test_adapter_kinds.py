@@ -204,6 +204,12 @@ def test_every_kind_is_here() -> None:
     assert {section["kind"] for section in sections} == inside
 
 
+def test_what_leaves_as_a_lora_says_as_which() -> None:
+    for name in ADAPTERS.names():
+        has_one = hasattr(ADAPTERS.config_class(name), "as_lora")
+        assert has_one == (ADAPTERS.implementation(name).leaves == "lora")
+
+
 @pytest.mark.parametrize(
     ("name", "family"), [case for case in CASES if case[0].startswith(STARTS_AT_THE_BASE)]
 )

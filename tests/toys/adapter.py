@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.adapter import Export, Hypernetwork, Target
 from ship_ds.model.adapters.lora import LoraAdapter, exports_of_lora, read_lora_adapter
@@ -25,6 +26,9 @@ class DiagonalCoreConfig(Section):
     kind: Literal["diagonal_core"] = "diagonal_core"
     rank: int = 4
     targets: list[str] = Field(default_factory=lambda: ["q_proj", "v_proj"])
+
+    def as_lora(self) -> LoraHypernetworkConfig:
+        return LoraHypernetworkConfig(rank=self.rank, alpha=self.rank, targets=tuple(self.targets))
 
 
 class Factor(nn.Module):
@@ -41,6 +45,8 @@ class Factor(nn.Module):
 
 
 class DiagonalCore(Hypernetwork):
+    leaves = "lora"
+
     def __init__(self, config: DiagonalCoreConfig, latent_size: int, target: Target) -> None:
         super().__init__()
         self.sites = target.sites
@@ -65,6 +71,9 @@ class DiagonalCore(Hypernetwork):
             for path, a, b in zip(self.sites, self.a, self.b, strict=True)
         }
         return LoraAdapter(factors, 1.0)
+
+    def ranks(self) -> dict[str, int]:
+        return dict.fromkeys(self.sites, self.core.out_features)
 
     def exports(self, adapter: LoraAdapter) -> list[Export]:
         return exports_of_lora(adapter)

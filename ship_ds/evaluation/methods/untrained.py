@@ -3,10 +3,10 @@
 from typing import Any, ClassVar, Literal
 
 from ship_ds.api import Ship
-from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.data.task import SplitTask
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.method import Setting
+from ship_ds.kinds import ADAPTERS
 from ship_ds.section import Section
 
 
@@ -53,5 +53,5 @@ class Untrained:
 
 
 def makes_lora(ship: Ship) -> bool:
-    """Whether the run's hypernetwork generates LoRAs."""
-    return isinstance(ship.config.model.hypernetwork, LoraHypernetworkConfig)
+    """Whether what the run's hypernetwork generates is a LoRA and nothing else."""
+    return ADAPTERS.implementation(ship.config.model.hypernetwork).leaves == "lora"
