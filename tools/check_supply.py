@@ -77,7 +77,7 @@ def share_right(task: Task, meant: list[Step]) -> float:
 def main() -> None:
     """Print the counts."""
     known = steps()
-    tasks = read_tasks(Path(sys.argv[1]), "ship")
+    tasks = read_tasks(Path(sys.argv[1]), "jsonl")
     found = [(task, meanings(task.instruction, known)) for task in tasks]
     shares = [share_right(task, meant) for task, meant in found if meant]
     print(f"{len(tasks)} tasks, {len(shares)} of them in the world's words")

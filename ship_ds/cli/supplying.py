@@ -18,7 +18,8 @@ def supply(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="KIND", help="propose, compress, chains or disagreement (docs/supply.md)"
+            metavar="KIND",
+            help="answers, propose, compress, chains or disagreement (docs/supply.md)",
         ),
     ],
     run: Run,
@@ -56,7 +57,7 @@ def supply(
 
     config = parse_settings(kind, set_ or ())
     if getattr(config, "by", "") != "endpoint" and (endpoint or endpoint_model):
-        raise UserError("--endpoint: nothing asks it; add --set by=endpoint to propose by it")
+        raise UserError("--endpoint: nothing asks it; add --set by=endpoint, of propose or answers")
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: expected a name that ends in .jsonl")
     if not journal_of(out).exists():  # else the file is one that a kill left beside it

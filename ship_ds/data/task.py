@@ -70,7 +70,8 @@ class Task:
     family), else empty. `dataset` names the data set that its examples were made of, where the
     format says so (SNI `Source`). `paper_metric` changes no training, so it is in no fingerprint;
     neither is `dataset`, by which a split may keep tasks together. `weight` is how often the file
-    wants it drawn beside a task of weight 1.
+    wants it drawn beside a task of weight 1. `inputs` have no target yet, so nothing is trained or
+    tested on them (`ship-ds supply answers`).
     """
 
     id: str
@@ -82,6 +83,7 @@ class Task:
     paper_metric: PaperMetric = field(default="", repr=False)
     dataset: str = field(default="", repr=False)
     weight: float = field(default=1.0, repr=False)
+    inputs: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

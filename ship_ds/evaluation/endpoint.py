@@ -90,6 +90,15 @@ class ChatEndpoint:
         Raises:
             UserError: it gave no answer.
         """
+        return self._choice(messages, options)["message"]["content"] or ""
+
+    def finished_reply(self, messages: list[dict[str, str]], **options: Any) -> str | None:
+        """The same; None where its words were cut off at `max_tokens`."""
+        choice = self._choice(messages, options)
+        is_cut_off = choice.get("finish_reason") == "length"
+        return None if is_cut_off else choice["message"]["content"] or ""
+
+    def _choice(self, messages: list[dict[str, str]], options: Mapping[str, Any]) -> dict[str, Any]:
         request = {"model": self.config.model, "messages": messages, "temperature": 0, **options}
         path = (
             self.folder
@@ -101,12 +110,8 @@ class ChatEndpoint:
                 {"url": self.config.url, "request": request, "reply": self._ask(request)},
                 shared=True,
             )
-        return (
-            json.loads(path.read_text(encoding="utf-8"))["reply"]["choices"][0]["message"][
-                "content"
-            ]
-            or ""
-        )
+        choice: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["reply"]["choices"][0]
+        return choice
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         from openai import OpenAIError

@@ -114,12 +114,28 @@ class ChainsConfig(Section):
         return joint
 
 
-SupplyConfig = ProposeConfig | DisagreementConfig | CompressConfig | ChainsConfig
+class AnswersConfig(Section):
+    """Answers to inputs without labels."""
+
+    by: Literal["task_llm", "endpoint"] = "task_llm"
+    """Who answers: the run's bare Task LLM, with the instruction in its prompt; or an endpoint."""
+    num_inputs: PositiveInt = 16
+    """Of each task that are answered, at most."""
+    relabels: bool = False
+    """Inputs that have a label are answered, too, and their own labels go."""
+    min_examples: PositiveInt = 2
+    """A task has this many answers and labels, or goes."""
+    num_at_once: PositiveInt = 16
+    """Tasks that are answered together; what is done stays after each part."""
+
+
+SupplyConfig = ProposeConfig | DisagreementConfig | CompressConfig | ChainsConfig | AnswersConfig
 KINDS: dict[str, type[SupplyConfig]] = {
     "propose": ProposeConfig,
     "compress": CompressConfig,
     "chains": ChainsConfig,
     "disagreement": DisagreementConfig,
+    "answers": AnswersConfig,
 }
 
 

@@ -89,7 +89,7 @@ def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: i
         end = "measured"
         if not is_readable(ship, task.instruction):
             end = "unreadable"
-        elif not others or not task.examples:
+        elif not others or not inputs_of(task, 1):
             end = "nothing to compare"
         else:
             read.append((task, others))

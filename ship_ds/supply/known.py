@@ -10,7 +10,7 @@ from ship_ds.api import Ship
 from ship_ds.console import Log, no_log
 from ship_ds.data.readers import read_tasks
 from ship_ds.data.source import source_of
-from ship_ds.data.splits import not_held_out, without_rules_of
+from ship_ds.data.splits import is_near_copy, not_held_out
 from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
@@ -24,28 +24,33 @@ class Known:
         tasks: to start from, without those of held-out rules.
         wordings: of these and of the run's seen tasks, those that training never shows among them.
         held_out: the run's dev and unseen tasks.
+        own: its seen tasks, with training examples alone; none where its data cannot be read.
         left_out: how many tasks of the file were held-out rules.
     """
 
     tasks: tuple[Task, ...]
     wordings: tuple[str, ...]
     held_out: tuple[SplitTask, ...] = ()
+    own: tuple[Task, ...] = ()
     left_out: int = 0
 
     @property
     def fingerprint(self) -> str:
         """Of all that is known, but not of where it was read."""
-        tasks = [(replace(task, source=""), task.weight) for task in self.tasks]
+        tasks = [(replace(task, source=""), task.weight, task.inputs) for task in self.tasks]
         others = [_wordings(one) for one in self.held_out]
         return hashlib.sha256(repr((tasks, self.wordings, others)).encode()).hexdigest()
 
+    @property
+    def lenders(self) -> tuple[Task, ...]:
+        """Tasks whose inputs an instruction without any may take: those to start from, and the
+        run's own. Of one instruction there is one."""
+        found = {one.instruction: one for one in (*self.own, *self.tasks) if inputs_of(one, 1)}
+        return tuple(found.values())
+
     def give_away(self, tasks: Sequence[Task]) -> list[bool]:
         """Of each task whether it is a rule that the run holds out."""
-        if not self.held_out:
-            return [False] * len(tasks)
-        split = [SplitTask(task, task.examples, ()) for task in tasks]
-        kept = {id(one) for one in without_rules_of(split, self.held_out)}
-        return [id(one) not in kept for one in split]
+        return is_near_copy(tasks, self.held_out)
 
     @property
     def held_out_wordings(self) -> list[str]:
@@ -75,23 +80,24 @@ def known_tasks(ship: Ship, path: Path | None, log: Log) -> Known:
         log(f"the run's own data cannot be read ({error}): its dev and unseen rules stay in")
         parts = Splits((), (), ())
     held_out = (*parts.dev, *parts.unseen)
-    own = tuple(text for one in parts.seen for text in _wordings(one))
+    wordings_of_own = [text for one in parts.seen for text in _wordings(one)]
+    own = tuple(replace(one.task, examples=one.train, id=one.id) for one in parts.seen)
     if path is None:
-        tasks = tuple(replace(one.task, examples=one.train, id=one.id) for one in parts.seen)
-        return Known(tasks, own, held_out)
+        return Known(own, tuple(wordings_of_own), held_out, own)
     whole = read_tasks(path, "auto", Counter())
     read = [replace(task, examples=not_held_out(task)) for task in whole]
     num_tests = sum(len(task.examples) for task in whole) - sum(len(x.examples) for x in read)
     if num_tests:
         log(f"--data {path}: {num_tests} test examples of its format are left out")
-    secret = Known((), (), held_out).give_away(read)
+    secret = is_near_copy(read, held_out)
     tasks = tuple(task for task, is_secret in zip(read, secret, strict=True) if not is_secret)
     if not tasks:
         raise UserError(
             f"--data {path}: every task is a dev or unseen rule of the run; give others"
         )
     wordings = [text for task in tasks for text in (task.instruction, *task.paraphrases)]
-    return Known(tasks, tuple(dict.fromkeys([*wordings, *own])), held_out, len(read) - len(tasks))
+    wordings = list(dict.fromkeys([*wordings, *wordings_of_own]))
+    return Known(tasks, tuple(wordings), held_out, own, len(read) - len(tasks))
 
 
 def parts_of(ship: Ship) -> Splits:
@@ -104,9 +110,10 @@ def _wordings(one: SplitTask) -> tuple[str, ...]:
 
 
 def inputs_of(task: Task, count: int, order: Sequence[int] | None = None) -> list[str]:
-    """Up to `count` distinct inputs, in the order of the examples or in another one."""
+    """Up to `count` distinct inputs, in the order of the examples or in another one, and then those
+    without a label."""
     picked = task.examples if order is None else [task.examples[i] for i in order]
-    return list(dict.fromkeys(example.input for example in picked))[:count]
+    return list(dict.fromkeys([*(example.input for example in picked), *task.inputs]))[:count]
 
 
 def is_readable(ship: Ship, instruction: str) -> bool:

@@ -9,9 +9,11 @@ from ship_ds.console import Log
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
 from ship_ds.evaluation.endpoint import ChatEndpoint
+from ship_ds.supply.answers import EndpointTeacher, TaskLlmTeacher, Teacher, answer_tasks
 from ship_ds.supply.chains import make_chains
 from ship_ds.supply.compress import compress_tasks
 from ship_ds.supply.config import (
+    AnswersConfig,
     ChainsConfig,
     CompressConfig,
     DisagreementConfig,
@@ -54,7 +56,7 @@ def make(
         data: tasks to start from; None: the run's own.
         num_tasks: to write or to look at, at most; None: 64 to write, all to look at.
         seed: of every draw.
-        endpoint: for proposals by one.
+        endpoint: for proposals and answers by one.
         log: takes lines of progress.
 
     Raises:
@@ -69,7 +71,7 @@ def make(
         "--num-tasks": num_tasks,
         "--seed": seed,
     }
-    if isinstance(config, ProposeConfig) and config.by == "endpoint":
+    if getattr(config, "by", "") == "endpoint":
         asked["--endpoint"] = [endpoint.url, endpoint.model]
     with Journal.opened(out, asked) as journal:
         if journal.parts:
@@ -110,6 +112,16 @@ def _work(
         compress_tasks(ship, known, num_tasks, config, journal, log)
     elif isinstance(config, ChainsConfig):
         make_chains(ship, known, config, most, seed, journal, log)
+    elif isinstance(config, AnswersConfig):
+        teacher = _teacher(ship, config, out, endpoint)
+        answer_tasks(ship, teacher, known, num_tasks, config, seed, journal, log)
+
+
+def _teacher(ship: Ship, config: AnswersConfig, out: Path, endpoint: EndpointConfig) -> Teacher:
+    if config.by == "task_llm":
+        return TaskLlmTeacher(ship)
+    whole = _endpoint(endpoint, out, "the teacher", "set by=task_llm")
+    return EndpointTeacher(whole, ship.config.evaluation.max_new_tokens)
 
 
 def _proposer(ship: Ship, config: ProposeConfig, out: Path, endpoint: EndpointConfig) -> Proposer:
@@ -119,7 +131,9 @@ def _proposer(ship: Ship, config: ProposeConfig, out: Path, endpoint: EndpointCo
         return DecoderProposer(ship, config)
     if config.by == "task_llm":
         return TaskLlmProposer(ship, config)
-    folder = out.with_name(out.name + ".replies")
-    return EndpointProposer(
-        ChatEndpoint(endpoint, folder, "the proposer", "set by=decoder"), config
-    )
+    return EndpointProposer(_endpoint(endpoint, out, "the proposer", "set by=decoder"), config)
+
+
+def _endpoint(config: EndpointConfig, out: Path, who: str, instead: str) -> ChatEndpoint:
+    """It keeps its replies beside the file."""
+    return ChatEndpoint(config, out.with_name(out.name + ".replies"), who, instead)

@@ -25,6 +25,7 @@ from ship_ds.api import Ship
 from ship_ds.console import Log
 from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.task import Example, Task
+from ship_ds.errors import UserError
 from ship_ds.inference.confidence import agreement
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents
@@ -85,9 +86,11 @@ class _Rounds:
         self.ship, self.proposer, self.config, self.seed = ship, proposer, config, seed
         self.known = [task.instruction for task in known.tasks]
         self.all, self.held_out_wordings = known, known.held_out_wordings
-        self.by_instruction = {task.instruction: task for task in known.tasks}
+        self.by_instruction = {task.instruction: task for task in known.lenders}
+        if not self.by_instruction:
+            raise UserError("--data: no task has an input to answer; give some with examples")
         self.length = ship.config.evaluation.max_new_tokens
-        self.bank = ship.bank_of(self.known)
+        self.bank = ship.bank_of(list(self.by_instruction))
         # Through the encoder alone, and without descents: it has to tell whether examples lead back
         # to what they were made by, not to find the best text there is.
         self.search = InductionConfig(

@@ -100,6 +100,33 @@ def test_rows_with_one_instruction_are_one_task(tmp_path: Path) -> None:
     assert len(both[0].examples) == 4, "the files of a folder are one data set"
 
 
+def test_inputs_without_a_target_are_read_and_counted(tmp_path: Path) -> None:
+    """Beside examples, in their place, or none of them."""
+    one = {"id": "a", "instruction": "add 1", "inputs": ["1", "2"]}
+    other = {"id": "b", "instruction": "add 2", "inputs": []}
+    both = {"id": "c", "instruction": "add 3", "inputs": ["4"]}
+    both["examples"] = [{"input": "1", "target": "4"}]
+    path = write(tmp_path / "tasks.json", [one, other, both])
+    counts: Counter[str] = Counter()
+    tasks = read_tasks(path, counts=counts)
+    assert [task.inputs for task in tasks] == [("1", "2"), (), ("4",)]
+    assert [len(task.examples) for task in tasks] == [0, 0, 1]
+    assert counts == {"inputs without a target, which `ship-ds supply answers` makes": 3}
+    assert [row_of(task, {})["examples"] for task in tasks] == [[], [], both["examples"]]
+    assert row_of(tasks[2], {})["inputs"] == ["4"]
+    assert repr(replace(tasks[0], inputs=())) == repr(tasks[0]), "no fingerprint of a run knows it"
+    for key, value, message in (
+        ("inputs", "1", "expected a list"),
+        ("inputs", [1], "expected a text, got"),
+        ("inputs", None, "expected a list"),
+        ("examples", None, "expected a list"),
+        ("examples", "no", "expected a list"),
+    ):
+        path = write(tmp_path / "wrong.json", [one | {key: value}])
+        with pytest.raises(DataError, match=rf"wrong\.json: .*{key}.*{message}"):
+            read_tasks(path)
+
+
 def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in said]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ship_ds.data.readers import read_tasks
 from ship_ds.data.rules import (
     FAMILIES,
     UNSEEN_FAMILIES,
@@ -22,6 +23,7 @@ from ship_ds.data.rules import (
 )
 from ship_ds.data.task import Splits
 from ship_ds.errors import UserError
+from tools.write_rules import main as write_rules
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +182,18 @@ def test_the_quickstart_shows_an_unseen_instruction(world: Splits) -> None:
     makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
     shown = re.search(r'ship-ds deduce "(.*)" --run runs/quickstart ', makefile)
     assert shown is not None and shown[1] in {task.task.instruction for task in world.unseen}
+
+
+def test_rules_are_written_as_our_jsonl(tmp_path: Path, world: Splits) -> None:
+    """Seen ones alone; and those that a smaller world lacks, without examples."""
+    assert write_rules(["--out", str(tmp_path / "all.jsonl")]) == 0
+    read = read_tasks(tmp_path / "all.jsonl")
+    assert [(one.id, one.instruction, one.examples) for one in read] == [
+        (one.id, one.task.instruction, one.train) for one in world.seen
+    ]
+    new = ["--out", str(tmp_path / "new.jsonl"), "--without", "seed=0", "--unlabelled"]
+    assert write_rules([*new, "more_compositions=2"]) == 0
+    more = read_tasks(tmp_path / "new.jsonl")
+    known = {one.task.instruction for one in world.tasks}
+    assert len(more) > 10 and not known & {one.instruction for one in more}
+    assert not any(one.examples or one.inputs for one in more)

@@ -11,6 +11,7 @@ from ship_ds.data.splits import (
     SplitConfig,
     Together,
     hold_out,
+    is_near_copy,
     rule_groups,
     split_tasks,
     together_key,
@@ -239,6 +240,22 @@ def test_tasks_of_known_rules_are_left_out_by_their_wordings() -> None:
     others = split_tasks(read, config).unseen
     assert [one.id for one in without_rules_of(others, known)] == ["y"]
     assert without_rules_of(others, ()) == others
+
+
+def test_a_near_copy_is_one_of_the_others_and_not_of_a_task_between() -> None:
+    """Where a chain of tasks would join all: each pair in a row shares 18 of 20 words."""
+    words = [f"w{i}" for i in range(24)]
+    first, second, third = (task(str(i), " ".join(words[i : i + 20])) for i in (0, 2, 4))
+    known = split_tasks([first], SplitConfig(unseen_share=1)).unseen
+    asked = split_tasks([second, third], SplitConfig(unseen_share=1)).unseen
+    assert is_near_copy([second, third], known) == [True, False]
+    assert is_near_copy([third, second], known) == [False, True]
+    assert without_rules_of(asked, known) == ()
+    assert is_near_copy([second], ()) == [False] and is_near_copy([], known) == []
+    hidden = replace(known[0], held_out_paraphrases=("say no",))
+    assert is_near_copy([task("x", "else", "Say no!")], [hidden]) == [True]
+    assert is_near_copy([task("x", " ".join(words[:14]))], known) == [True]  # as if cut
+    assert is_near_copy([task("x", "else"), task("x", "Else.")], known) == [False, False]
 
 
 def test_a_wording_that_was_cut_is_the_rule_of_the_whole_one() -> None:

@@ -67,10 +67,10 @@ class Handler(BaseHTTPRequestHandler):
         said = ("No.", "Yes.", "It is False.", "That is **True**.")[2 * has_system + (one == other)]
         self.say(said, body["model"])
 
-    def say(self, text: str, model: str) -> None:
-        """Reply as a model that writes this."""
+    def say(self, text: str, model: str, ends: str = "stop") -> None:
+        """Reply as a model that writes this. ends: why it writes no more."""
         message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        choice = {"index": 0, "message": message, "finish_reason": ends}
         self.reply(
             200,
             {

@@ -394,6 +394,9 @@ def wrong_end(fault: Fault, outcome: Outcome) -> list[str]:
 def codes_of(fault: Fault) -> tuple[int, ...]:
     """Those that the rank which was hit may end with."""
     in_report = fault.phase == "report"
+    if fault.kind == "exception" and fault.site.name == "_run_ninja_build":
+        # What torch raises there is a compiler's failure: one line of what to install.
+        return (2,)
     return {
         # A report that fails is one line; a bundle that cannot be written is a crash.
         "exception": (0,) if in_report and "bundle" not in fault.site.module else (1,),

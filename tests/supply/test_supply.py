@@ -12,7 +12,7 @@ from ship_ds.api import Ship
 from ship_ds.cli.supplying import supply as verb
 from ship_ds.console import no_log
 from ship_ds.data.readers import read_tasks
-from ship_ds.data.task import Splits, SplitTask, Task
+from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
 from ship_ds.supply.config import ProposeConfig, parse_settings
@@ -36,6 +36,7 @@ EASY = {
     "compress": ["tolerance=1", "num_examples=3"],
     "chains": ["num_at_once=4", "num_inputs=8"],
     "disagreement": ["num_at_once=3", "num_inputs=4", "num_dropped=4"],
+    "answers": ["num_at_once=3", "num_inputs=4", "relabels=true"],
 }
 
 
@@ -57,9 +58,15 @@ def supply(
 def parts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The bundle's own data are those of this: none, or tasks of these wordings."""
 
-    def hold(seen: Sequence[Sequence[str]] = (), unseen: Sequence[Sequence[str]] = ()) -> None:
+    def hold(
+        seen: Sequence[Sequence[str]] = (),
+        unseen: Sequence[Sequence[str]] = (),
+        examples: tuple[Example, ...] = (),
+    ) -> None:
         made = [
-            tuple(SplitTask(Task(f"own {k[0]}", k[0], ()), (), (), tuple(k[1:])) for k in part)
+            tuple(
+                SplitTask(Task(f"own {k[0]}", k[0], ()), examples, (), tuple(k[1:])) for k in part
+            )
             for part in (seen, unseen)
         ]
         monkeypatch.setattr(
@@ -139,7 +146,7 @@ def killed_after(count: int) -> Callable[[Journal, SupplyPart], None]:
 
 
 @pytest.mark.usefixtures("answers_by_rule")
-@pytest.mark.parametrize("kind", ["compress", "chains"])
+@pytest.mark.parametrize("kind", ["compress", "chains", "answers"])
 def test_a_kill_costs_one_part_and_no_byte(
     kind: str, ship: Ship, tasks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +277,116 @@ def test_held_out_rules_are_nowhere(
     ]
     left_out = counts.get("held out", 0) + counts.get("held-out rules of --data", 0)
     assert left_out > before.get("held out", 0)
+
+
+def written(folder: Path, *lines: dict[str, Any]) -> Path:
+    path = folder / "unlabelled.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_bare_base_answers_inputs_without_a_label(
+    ship: Ship, tmp_path: Path, parts: Callable[..., None]
+) -> None:
+    """As the instruction in its prompt says, which is what it was trained on; labels stay."""
+    data = written(
+        tmp_path,
+        {
+            "id": "both",
+            "instruction": "reverse the list",
+            "inputs": ["1 2 6 4", "4 7 5 3 9", "1 2 6 4"],
+        }
+        | {
+            "examples": [{"input": "3 4 8 1", "target": "9"}],
+            "paraphrases": ["turn the list around"],
+        },
+        {"id": "alone", "instruction": "put 7 at the end", "inputs": []},
+        {"id": "labelled", "instruction": "add 3", "examples": [{"input": "1", "target": "4"}]},
+        {"id": "strange", "instruction": "frobnicate", "inputs": ["1 2 6 4"]},
+        {"id": "secret", "instruction": "sort the numbers", "inputs": ["1 2 6 4"]},
+        {"id": "words", "instruction": "add 2 to every number", "inputs": ["quux", "1 2 6 4"]},
+    )
+    lent = (Example("8 1 3 6", ""), Example("2 5 9 4", ""))
+    parts(seen=[["put 7 at the front"]], unseen=[["bar", "sort the numbers"]], examples=lent)
+    out = tmp_path / "out.jsonl"
+    counts = supply(ship, "answers", out, data, ["min_examples=2"], num_tasks=None)
+    assert counts == {
+        "inputs": 5,
+        "answered": 2,
+        "unreadable": 1,
+        "labelled already (relabels=true answers them anew)": 1,
+        "too few answers": 1,
+        "held-out rules of --data": 1,
+    }
+    both, alone = rows(out)
+    pairs = [[(e["input"], e["target"]) for e in row["examples"]] for row in (both, alone)]
+    assert pairs[0] == [("3 4 8 1", "9"), ("1 2 6 4", "4 6 2 1"), ("4 7 5 3 9", "9 3 5 7 4")]
+    assert sorted(pairs[1]) == [("2 5 9 4", "2 5 9 4 7"), ("8 1 3 6", "8 1 3 6 7")]
+    assert both["paraphrases"] == ["turn the list around"] and "inputs" not in both
+    by = {"how": "answers", "by": "task_llm", "run": ship.digest[:12]}
+    assert both["origin"] == by
+    assert alone["origin"] == by | {"inputs_of": "own put 7 at the front"}
+    assert [task.inputs for task in read_tasks(out)] == [(), ()]
+
+
+def test_labels_go_where_all_is_answered_anew(ship: Ship, tmp_path: Path) -> None:
+    examples = [
+        {"input": text, "target": "9"} for text in ("3 4 1 8", "5 1 6 2", "2 2 8 9 6", "7 1 3 5")
+    ]
+    data = written(tmp_path, {"id": "a", "instruction": "reverse the list", "examples": examples})
+    out = tmp_path / "out.jsonl"
+    supply(ship, "answers", out, data, ["relabels=true", "num_inputs=3"])
+    (row,) = rows(out)
+    assert len(row["examples"]) == 3
+    assert all(e["target"].split() == e["input"].split()[::-1] for e in row["examples"])
+
+
+class Teaches(Handler):
+    """Turns the last line around; of three words it never comes to an end."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        words = body["messages"][-1]["content"].splitlines()[-1].split()
+        ends = "length" if len(words) == 3 else "stop"
+        self.say(f" {' '.join(words[::-1])}\n", body["model"], ends)
+
+
+@pytest.fixture
+def teacher() -> Iterator[Server]:
+    server = Server()
+    server.RequestHandlerClass = Teaches
+    yield from serve(server)
+
+
+def test_an_endpoint_answers_each_input_once(ship: Ship, tmp_path: Path, teacher: Server) -> None:
+    data = written(
+        tmp_path,
+        {"id": "a", "instruction": "reverse the list", "inputs": ["1 2", "3 4 5", "6 7"]},
+    )
+    out = tmp_path / "out.jsonl"
+    counts = supply(ship, "answers", out, data, ["by=endpoint"], teacher.url)
+    assert counts["inputs without an answer that ends"] == 1 and counts["answered"] == 1
+    (row,) = rows(out)
+    assert row["examples"] == [
+        {"input": "1 2", "target": "2 1"},
+        {"input": "6 7", "target": "7 6"},
+    ]
+    assert row["origin"] == {"how": "answers", "by": "endpoint", "model": "writer"}
+    asked = teacher.requests[0]
+    assert asked["messages"][0]["content"] == "reverse the list\n\n1 2"
+    assert asked["max_tokens"] == ship.config.evaluation.max_new_tokens
+    out.unlink()
+    supply(ship, "answers", out, data, ["by=endpoint"], teacher.url)
+    assert len(teacher.requests) == 3
+
+
+def test_no_inputs_anywhere_is_one_line(ship: Ship, tmp_path: Path) -> None:
+    data = written(tmp_path, {"id": "a", "instruction": "reverse the list", "inputs": []})
+    with pytest.raises(UserError, match="no task was kept .*without an input that can be read 1"):
+        supply(ship, "answers", tmp_path / "out.jsonl", data, [])
+    with pytest.raises(UserError, match="--data: no task has an input to answer; give some"):
+        supply(ship, "propose", tmp_path / "out.jsonl", data, EASY["propose"])
 
 
 def test_test_rows_of_a_format_are_not_written(ship: Ship, tmp_path: Path) -> None:

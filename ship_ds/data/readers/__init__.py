@@ -85,6 +85,8 @@ def read_tasks(path: Path, format: str = "auto", counts: Counter[str] | None = N
     except UserError as error:  # of a text that is no JSON
         raise DataError(str(error)) from None
     _count_unread(path, name, counts)
+    if num_inputs := sum(len(task.inputs) for task in tasks):
+        counts["inputs without a target, which `ship-ds supply answers` makes"] += num_inputs
     if not tasks:
         raise DataError(f"{path}: holds no task in the format {name}")
     sources: dict[str, str] = {}

@@ -3,10 +3,12 @@
     {"id": "t1", "instruction": "...", "examples": [
         {"input": "...", "target": "...", "references": ["..."]}],
      "paraphrases": ["..."], "family": "...", "dataset": "...", "weight": 1, "origin": {...}}
+    {"id": "t2", "instruction": "...", "inputs": ["...", "..."]}
 
 `references` (every right answer beside the target), `paraphrases`, `family`, `dataset` (what its
 examples were made of), `weight` (how often it is drawn beside a task of weight 1) and `origin` (how
-it was made; not read) may be left out; any other key is an error.
+it was made; not read) may be left out, and `examples` where there are `inputs`, which have no
+target yet (none, of an instruction alone); any other key is an error.
 """
 
 from collections import Counter
@@ -20,7 +22,10 @@ from ship_ds.data.readers.rows import first_row, rows_of
 from ship_ds.data.task import SMALLEST_WEIGHT, Example, Task, read_error
 
 _TASK_KEYS, _EXAMPLE_KEYS = (
-    {"id", "instruction", "examples", "paraphrases", "family", "dataset", "weight", "origin"},
+    {
+        *("id", "instruction", "examples", "inputs", "paraphrases", "family", "dataset"),
+        *("weight", "origin"),
+    },
     {"input", "target", "references"},
 )
 
@@ -38,7 +43,7 @@ def files(path: Path) -> list[Path]:
 
 def _is_ours(file: Path) -> bool:
     row = first_row(file)
-    return row is not None and {"instruction", "examples"} <= row.keys()
+    return row is not None and "instruction" in row and bool(row.keys() & {"examples", "inputs"})
 
 
 def matches(path: Path) -> bool:
@@ -55,7 +60,9 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
     _no_other_keys(row, _TASK_KEYS, path, where)
     paraphrases = texts(row, "paraphrases", path, where) if row.get("paraphrases") else ()
     instruction, *others = distinct((field(row, "instruction", str, path, where), *paraphrases))
+    row = {"examples": [], **row} if "inputs" in row else {**row, "inputs": []}
     rows = field(row, "examples", list, path, where)
+    inputs = field(row, "inputs", list, path, where)
     return Task(
         field(row, "id", str, path, where),
         instruction,
@@ -65,6 +72,7 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
         family=expect(row.get("family", ""), str, path, f"{where}.family"),
         dataset=expect(row.get("dataset", ""), str, path, f"{where}.dataset"),
         weight=_weight(row.get("weight", 1), path, f"{where}.weight"),
+        inputs=tuple(expect(x, str, path, f"{where}.inputs[{i}]") for i, x in enumerate(inputs)),
     )
 
 
@@ -89,6 +97,8 @@ def row_of(task: Task, origin: Mapping[str, Any]) -> dict[str, Any]:
         | ({"references": list(example.references)} if example.references else {})
         for example in task.examples
     ]
+    if task.inputs:
+        row["inputs"] = list(task.inputs)
     return row | {"origin": dict(origin)}
 
 
