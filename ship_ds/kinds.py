@@ -86,14 +86,15 @@ class Kinds:
 
     def implementation(self, config: Section | str) -> Any:
         """What implements the kind of this section, or the kind of this name."""
-        name = config if isinstance(config, str) else self._name(config)
+        name = config if isinstance(config, str) else self.name_of(config)
         chosen = self._kinds[name].implementation
         if isinstance(chosen, str):
             module, _, attribute = chosen.partition(":")
             chosen = getattr(importlib.import_module(module), attribute)
         return chosen
 
-    def _name(self, config: Section) -> str:
+    def name_of(self, config: Section) -> str:
+        """What a config calls the kind of this section."""
         return next(n for n, kind in self._kinds.items() if type(config) is kind.config_class)
 
     def validate(self, values: Any) -> Section:

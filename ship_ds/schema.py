@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -140,7 +140,13 @@ def _sections(field: FieldInfo, key: str) -> list[type[Section]]:
         return [_TABLES[key].config_class(name) for name in _TABLES[key].names()]
     inside = field.discriminator or _is_list(field)
     kinds = get_args(field.annotation) if inside else (field.annotation,)
-    return [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, Section)]
+    # What checks an item stands beside its class; a bare `Section` is of any kind.
+    kinds = tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds)
+    return [
+        kind
+        for kind in kinds
+        if inspect.isclass(kind) and issubclass(kind, Section) and kind is not Section
+    ]
 
 
 def _is_list(field: FieldInfo) -> bool:

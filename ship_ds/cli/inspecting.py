@@ -129,7 +129,7 @@ def _filters(given: dict[str, Any]) -> "FilterConfig":
 
 
 def _of_config(recipe: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """A description of each file or folder that the config's data are read from."""
+    """A description of each file, folder or generator of the config's data."""
     from ship_ds.config import load_config
     from ship_ds.data.source import source_of
 
@@ -137,7 +137,7 @@ def _of_config(recipe: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
     source.check()
     descriptions = source.describe()
     if not descriptions:
-        raise UserError(f"data: {recipe}: its tasks are read from no file")
+        raise UserError(f"data: {recipe}: nothing is said of its tasks before they are read")
     return descriptions
 
 

@@ -2,6 +2,7 @@
 tokenizer."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,61 @@ def describe(
     kept, filtered = apply_filters(
         tasks, filters or FilterConfig(), usual_min_examples(path, format)
     )
-    picked = tasks[:: max(1, len(tasks) // NUM_SAMPLES)][:NUM_SAMPLES]
     return {
         "path": str(path),
         "format": detect_format(path) if format == "auto" else format,
+        **_counts_of(tasks),
+        "filtered": {**unread, **filtered},
+        "kept": _kept(kept),
+        **({} if split is None else _parts(kept, split)),
+        **_samples(tasks),
+    }
+
+
+def describe_splits(splits: Splits, name: str) -> dict[str, Any]:
+    """The same of tasks that are in no file, and parted already.
+
+    Args:
+        splits: of which nothing is left out.
+        name: in place of a path.
+    """
+    tasks = [one.task for one in splits.tasks]
+    return {
+        "path": name,
+        "format": "generated",
+        **_counts_of(tasks),
+        "filtered": {},
+        "kept": _kept(tasks),
+        **_parts_of(splits),
+        **_samples(tasks),
+    }
+
+
+def nothing_before_reading(name: str) -> dict[str, Any]:
+    """Of a source that says nothing of its tasks before they are read."""
+    return {"path": name}
+
+
+def _counts_of(tasks: Sequence[Task]) -> dict[str, int]:
+    return {
         "tasks": len(tasks),
         "examples": sum(len(task.examples) for task in tasks),
         "families": len({task.family for task in tasks if task.family}),
-        "filtered": {**unread, **filtered},
-        "kept": {
-            "tasks": len(kept),
-            "examples": sum(len(task.examples) for task in kept),
-            "never_tested": sum(not can_be_tested(task) for task in kept),
-            "labels": _labels(kept),
-        },
-        **({} if split is None else _parts(kept, split)),
+    }
+
+
+def _kept(tasks: Sequence[Task]) -> dict[str, Any]:
+    return {
+        "tasks": len(tasks),
+        "examples": sum(len(task.examples) for task in tasks),
+        "never_tested": sum(not can_be_tested(task) for task in tasks),
+        "labels": _labels(tasks),
+    }
+
+
+def _samples(tasks: Sequence[Task]) -> dict[str, Any]:
+    picked = tasks[:: max(1, len(tasks) // NUM_SAMPLES)][:NUM_SAMPLES]
+    return {
         "samples": [
             {
                 "id": task.id,
@@ -53,11 +94,11 @@ def describe(
             }
             for task in picked
             if task.examples
-        ],
+        ]
     }
 
 
-def _labels(tasks: list[Task]) -> dict[str, Any]:
+def _labels(tasks: Sequence[Task]) -> dict[str, Any]:
     """Of the tasks whose answers are a closed set: how many they are, and the share of a task's
     examples that its most frequent label has, mean over tasks."""
     shares = []
@@ -68,12 +109,16 @@ def _labels(tasks: list[Task]) -> dict[str, Any]:
     return {"tasks": len(shares), "most_frequent": sum(shares) / len(shares) if shares else None}
 
 
-def _parts(tasks: list[Task], config: SplitConfig) -> dict[str, Any]:
+def _parts(tasks: Sequence[Task], config: SplitConfig) -> dict[str, Any]:
     """Tasks of each part, or why there are none; the sum of the weights of those that are seen."""
     try:
         splits = split_tasks(tasks, config)
     except DataError as error:
         return {"parts": str(error), "seen_weight": 0.0}
+    return _parts_of(splits)
+
+
+def _parts_of(splits: Splits) -> dict[str, Any]:
     return {"parts": counts(splits), "seen_weight": sum(task.weight for task in splits.seen)}
 
 
@@ -84,9 +129,13 @@ def counts(splits: Splits) -> dict[str, int]:
 
 def show(description: dict[str, Any]) -> str:
     """The description as lines for a terminal."""
+    title = [_title(description)] if "weight" in description else []
+    if "kept" not in description:
+        return "\n".join([*title, "nothing is said of it before its tasks are read"])
     kept = description["kept"]
     untested = kept["never_tested"]
     lines = [
+        *title,
         f"format {description['format']}: {description['tasks']} tasks, {description['examples']} "
         "examples, "
         f"{description['families']} families",
@@ -101,8 +150,6 @@ def show(description: dict[str, Any]) -> str:
             "on average or oftener; the most frequent one is that of "
             f"{labels['most_frequent']:.0%} of a task's examples (mean)"
         )
-    if "weight" in description:
-        lines.insert(0, f"{description['path']}, weight {description['weight']:g}")
     if "parts" in description:
         parts = description["parts"]
         lines.append(
@@ -115,6 +162,13 @@ def show(description: dict[str, Any]) -> str:
     for sample in description["samples"]:
         lines += ["", *(f"  {key:<12} {_short(str(value))}" for key, value in sample.items())]
     return "\n".join(lines)
+
+
+def _title(description: dict[str, Any]) -> str:
+    """Of a source of a mixture: its name, where it is another than the last part of its path."""
+    path, name = description["path"], description["name"]
+    place = path if Path(path).name == name else f"{name}: {path}"
+    return f"{place}, weight {description['weight']:g}"
 
 
 def _short(text: str) -> str:

@@ -1,63 +1,146 @@
-"""Several files or folders of tasks in one run, each with its own filters, split and weight.
+"""Several sources of tasks in one run, of files or of any kind, each split by itself and drawn by a
+weight.
 
     data:
       kind: mixture
       sources:
         - {path: data/alpaca.json, weight: 0.5}
         - {path: data/natural-instructions, filters: {preset: published-sni}}
+        - {kind: rules, more_compositions: 4, name: world}
 
 Each source is read and split by itself, so its unseen tasks are those that it has alone under the
 same settings: a pre-training on it keeps from training what an in-domain run will be tested on.
 Where one rule is in two sources, the part that is tested keeps it. Imports no torch.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import itertools
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
-from pydantic import Field, model_validator
-
-from ship_ds.data.source import TaskSource, TextLengths, with_weights, without_weights
-from ship_ds.data.splits import rule_groups, together_key
-from ship_ds.data.task import SMALLEST_WEIGHT, DataError, Splits, SplitTask
-from ship_ds.data.task_files import (
-    FilesSection,
-    check_path,
-    describe_files,
-    lengths_of,
-    read_files,
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
 )
-from ship_ds.section import PathText, Section
+
+from ship_ds.data.describe import nothing_before_reading
+from ship_ds.data.source import (
+    TaskSource,
+    TextLengths,
+    source_of,
+    with_weights,
+    without_weights,
+)
+from ship_ds.data.splits import alike, rule_groups
+from ship_ds.data.task import SMALLEST_WEIGHT, DataError, Splits, SplitTask
+from ship_ds.data.task_files import FilesSection, FilesTasks
+from ship_ds.data.words import plain_words
+from ship_ds.errors import UserError
+from ship_ds.kinds import SOURCES, parse_section
+from ship_ds.section import FieldError, PathText, Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class MixtureSource(FilesSection):
-    """One of the files or folders. Its filters, truncation and split are sections like those of
-    data, kind: files."""
+class NamedSource(Section):
+    """What a mixture wants to know of each source, of whatever kind it is."""
 
     name: str = Field("", pattern="^[^/]*$")
-    """What the ids of its tasks begin with, NAME/; empty: the last part of its path."""
+    """What the ids of its tasks begin with, NAME/; empty: the last part of its path, or its
+    kind."""
     weight: float = Field(1.0, ge=SMALLEST_WEIGHT, allow_inf_nan=False)
     """How often each of its seen tasks is drawn, beside a task of a source of weight 1. So a source
     of n seen tasks gets n x weight parts of all draws, and at weight 1 everywhere all tasks are met
     equally often."""
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """Its name, or what stands for it."""
+
+    @abstractmethod
+    def tasks(self) -> TaskSource:
+        """What reads it."""
+
+
+class MixtureSource(NamedSource, FilesSection):
+    """A file or folder. Its filters, truncation and split are sections like those of data, kind:
+    files."""
+
+    @property
+    def label(self) -> str:
+        """See `NamedSource.label`."""
         return self.name or Path(self.path).name
+
+    def tasks(self) -> TaskSource:
+        """See `NamedSource.tasks`."""
+        return FilesTasks(self)
+
+
+class SourceOfKind(NamedSource):
+    """A source of any other kind; written, and dumped, with the settings of its kind beside name
+    and weight."""
+
+    of: SerializeAsAny[Section]
+    """The section of its kind."""
+
+    @property
+    def label(self) -> str:
+        """See `NamedSource.label`."""
+        return self.name or SOURCES.name_of(self.of)
+
+    def tasks(self) -> TaskSource:
+        """See `NamedSource.tasks`."""
+        return source_of(self.of)
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, section: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped = section(self)
+        return {**dumped.pop("of"), **dumped}
+
+
+def _validate(values: Any) -> NamedSource:
+    """The section of one source: without a kind, or with kind: files, a `MixtureSource`. Raises
+    FieldError."""
+    if isinstance(values, NamedSource):
+        return values
+    if not isinstance(values, dict):
+        raise FieldError((), "value_error", f"expected a section, got {type(values).__name__}")
+    kind = values.get("kind", "mixture" if "sources" in values else "files")
+    if kind == "files":
+        files = {key: value for key, value in values.items() if key != "kind"}
+        return cast(NamedSource, parse_section(MixtureSource, files))
+    if kind == "mixture":
+        message = "a mixture is no source of another one: list its sources beside the others"
+        raise FieldError(("kind" if "kind" in values else "sources",), "value_error", message)
+    beside = NamedSource.model_fields.keys()
+    if kind in SOURCES.names() and (own := beside & SOURCES.config_class(kind).model_fields.keys()):
+        message = f"{kind!r} has a {min(own)} itself, which a mixture gives each source: rename it"
+        raise FieldError(("kind",), "value_error", message)
+    of = SOURCES.validate({key: value for key, value in values.items() if key not in beside})
+    named = {key: value for key, value in values.items() if key in beside}
+    return cast(NamedSource, parse_section(SourceOfKind, {**named, "of": of}))
 
 
 class MixtureConfig(Section):
-    """Several files or folders of tasks; each is filtered, cut and split by itself."""
+    """Several sources of tasks, each split by itself and drawn by a weight."""
 
     kind: Literal["mixture"] = "mixture"
-    sources: tuple[MixtureSource, ...] = Field(min_length=1)
-    """The files or folders. Each also takes the sections filters, truncation and split of data,
-    kind: files."""
+    sources: tuple[Annotated[SerializeAsAny[NamedSource], BeforeValidator(_validate)], ...] = Field(
+        min_length=1
+    )
+    """Files or folders, each with its path and the other settings of data, kind: files, but for
+    cache; or, with a kind, sources of that kind with its settings, such as kind: rules. Each takes
+    these besides."""
     cache: PathText | None = None
     """Folder of the token cache; None: below the run's folder."""
 
@@ -73,44 +156,102 @@ class MixtureConfig(Section):
 _PARTS = ("seen", "dev", "unseen")
 
 
+@dataclass(frozen=True)
+class _Member:
+    """A source at its place in `data.sources`."""
+
+    place: int
+    section: NamedSource
+    source: TaskSource
+
+    def in_place(self, text: str) -> str:
+        """The source's message, which names keys of `data`, with the keys as the mixture has
+        them; one that names none with the name of the source."""
+        keys = "|".join(map(re.escape, type(self.source.config).model_fields))
+        pattern = rf"^data(?=: )|(?<![\w./-])data(?=\.({keys})\b)"
+        placed, count = re.subn(pattern, f"data.sources.{self.place}", text)
+        return placed if count else f"data.sources: {self.section.label}: {text}"
+
+    @contextmanager
+    def placing_errors(self) -> Iterator[None]:
+        """Errors within say which source they are of."""
+        try:
+            yield
+        except UserError as error:
+            raise DataError(self.in_place(str(error))) from None
+
+    def read(self, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]) -> Splits:
+        """Its tasks under its name and with its weight."""
+        label = self.section.label
+        with self.placing_errors():
+            splits = self.source.read(tokenizer, lambda text: log(f"{label}: {text}"))
+        return Splits(*(tuple(map(self._named, getattr(splits, part))) for part in _PARTS))
+
+    def _named(self, task: SplitTask) -> SplitTask:
+        return replace(
+            task,
+            task=replace(task.task, id=f"{self.section.label}/{task.id}"),
+            weight=self.section.weight * task.weight,
+        )
+
+    def describe(self) -> list[dict[str, Any]]:
+        """As its source, with its name and weight."""
+        with self.placing_errors():
+            described = self.source.describe()
+        own = {"name": self.section.label, "weight": self.section.weight}
+        return [one | own for one in described or [nothing_before_reading(self.section.label)]]
+
+
 class MixtureTasks(TaskSource):
     """See `MixtureConfig`; a task is called NAME/ID after its source."""
 
     config: MixtureConfig
 
+    def __init__(self, config: MixtureConfig) -> None:
+        super().__init__(config)
+        self._members = [_Member(i, one, one.tasks()) for i, one in enumerate(config.sources)]
+
     def read(self, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]) -> Splits:
         """See `TaskSource.read`."""
-        read = [_read(source, tokenizer, log) for source in self.config.sources]
+        read = [member.read(tokenizer, log) for member in self._members]
+        read = _without_leaks(read, [member.source for member in self._members], log)
+        for line in _shares(self.config.sources, [splits.seen for splits in read]):
+            log(line)
         seen, dev, unseen = (
             tuple(task for splits in read for task in getattr(splits, part)) for part in _PARTS
         )
-        splits = _without_leaks(Splits(seen, dev, unseen), self.config.sources, log)
-        for line in _shares(self.config.sources, splits.seen):
-            log(line)
-        if not splits.seen:
+        if not seen:
             raise DataError("data.sources: no task is left to train on; see the counts above")
-        return splits
+        return Splits(seen, dev, unseen)
 
     def lengths(self) -> TextLengths:
         """The longest of all sources."""
-        lengths = map(lengths_of, self.config.sources)
+        lengths = [member.source.lengths() for member in self._members]
         return TextLengths(*map(max, zip(*lengths, strict=True)))
 
     def check(self) -> None:
         """See `TaskSource.check`."""
-        for i, source in enumerate(self.config.sources):
-            check_path(source, f"data.sources.{i}.path")
+        for member in self._members:
+            with member.placing_errors():
+                member.source.check()
+
+    def conflict(self, bases: Sequence[str]) -> str | None:
+        """Of the first source that has one."""
+        for member in self._members:
+            if found := member.source.conflict(bases):
+                return member.in_place(found)
+        return None
 
     def describe(self) -> list[dict[str, Any]]:
-        """One description a source, with its share of the draws before texts are cut."""
-        described = [describe_files(source) for source in self.config.sources]
-        draws = [
-            source.weight * one["seen_weight"]
-            for source, one in zip(self.config.sources, described, strict=True)
-        ]
+        """Those of each source, with their shares of the draws before texts are cut, where all
+        sources say what is drawn of them."""
+        described = [one for member in self._members for one in member.describe()]
+        if not all("seen_weight" in one for one in described):
+            return described
+        draws = [one["weight"] * one["seen_weight"] for one in described]
         return [
-            one | {"weight": source.weight, "share_of_draws": share / (sum(draws) or 1)}
-            for one, source, share in zip(described, self.config.sources, draws, strict=True)
+            one | {"share_of_draws": share / (sum(draws) or 1)}
+            for one, share in zip(described, draws, strict=True)
         ]
 
     def token_cache(self, run_folder: Path) -> Path | None:
@@ -122,70 +263,111 @@ class MixtureTasks(TaskSource):
         return with_weights(without_weights(splits), splits)
 
 
-def _read(
-    source: MixtureSource, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]
-) -> Splits:
-    """The tasks of one source under their names and with its weight."""
-    try:
-        splits = read_files(source, tokenizer, lambda text: log(f"{source.label}: {text}"))
-    except DataError as error:
-        raise DataError(f"data.sources: {source.label}: {error}") from None
-    return Splits(*(_named(getattr(splits, part), source) for part in _PARTS))
+class _Placed(NamedTuple):
+    """A task with its part and the place of its source."""
 
-
-def _named(tasks: Sequence[SplitTask], source: MixtureSource) -> tuple[SplitTask, ...]:
-    return tuple(
-        replace(
-            task,
-            task=replace(task.task, id=f"{source.label}/{task.id}"),
-            weight=source.weight * task.weight,
-        )
-        for task in tasks
-    )
+    part: str
+    source: int
+    one: SplitTask
 
 
 def _without_leaks(
-    splits: Splits, configs: Sequence[MixtureSource], log: Callable[[str], None]
-) -> Splits:
+    read: Sequence[Splits], sources: Sequence[TaskSource], log: Callable[[str], None]
+) -> list[Splits]:
     """Every rule in one part, and whatever else a source's split keeps together: where sources put
-    it into several, unseen keeps it before dev, and dev before seen. Sources may cut one
-    instruction to different lengths."""
-    split_of = {source.label: source.split for source in configs}
-    tasks = [(part, task) for part in reversed(_PARTS) for task in getattr(splits, part)]
-    kept: dict[str, list[SplitTask]] = {part: [] for part in _PARTS}
-    sources = [task.id.split("/")[0] for _, task in tasks]
-    keys = [
-        together_key(task.task, split_of[source])
-        for (_, task), source in zip(tasks, sources, strict=True)
+    it into several, unseen keeps it before dev, and dev before seen."""
+    # In the order unseen, dev, seen: of two tasks the earlier one stays.
+    tasks = [
+        _Placed(part, place, one)
+        for part in reversed(_PARTS)
+        for place, splits in enumerate(read)
+        for one in getattr(splits, part)
     ]
-    for group in rule_groups([task.task for _, task in tasks], cut_as=sources, together=keys):
-        # in the order unseen, dev, seen
-        owner = tasks[min(group)][0]
-        for i in group:
-            part, task = tasks[i]
-            if part == owner:
-                kept[part].append(task)
+    keys = [sources[task.source].together(task.one.task) for task in tasks]
+    is_by_wording = [sources[task.source].splits_by_wording for task in tasks]
+    left_out = _beside_in_rules(tasks, keys, is_by_wording) | _like_tested(tasks, is_by_wording)
     for part in ("seen", "dev"):
-        num_left_out = len(getattr(splits, part)) - len(kept[part])
-        if num_left_out:
+        if num_left_out := sum(tasks[i].part == part for i in left_out):
             what = "rule, data set or family" if any(keys) else "rule"
             log(f"left out: {part} tasks with the {what} of a tested one elsewhere: {num_left_out}")
-    # As they were: groups have an order of their own.
-    ids = {task.id for part in kept.values() for task in part}
-    return Splits(
-        *(tuple(task for task in getattr(splits, part) if task.id in ids) for part in _PARTS)
-    )
-
-
-def _shares(sources: Sequence[MixtureSource], seen: Sequence[SplitTask]) -> list[str]:
-    """A line a source: how much of training it will be."""
-    parts = [
-        [task for task in seen if task.id.startswith(f"{source.label}/")] for source in sources
+    shown = _of_hidden_wordings([task for i, task in enumerate(tasks) if i not in left_out])
+    if shown:
+        log(f"left out: seen tasks in a wording that another source never shows: {len(shown)}")
+    gone = {id(tasks[i].one) for i in left_out} | {id(one) for one in shown}
+    return [
+        Splits(
+            *(tuple(one for one in getattr(splits, part) if id(one) not in gone) for part in _PARTS)
+        )
+        for splits in read
     ]
-    total = sum(task.weight for task in seen) or 1.0
+
+
+def _beside_in_rules(
+    tasks: Sequence[_Placed], keys: Sequence[str], is_by_wording: Sequence[bool]
+) -> set[int]:
+    """Of the sources that split by wording: the tasks whose rule has a task of another part before
+    them. Sources may cut one instruction to different lengths."""
+    chosen = [i for i, is_so in enumerate(is_by_wording) if is_so]
+    groups = rule_groups(
+        [tasks[i].one.task for i in chosen],
+        cut_as=[tasks[i].source for i in chosen],
+        together=[keys[i] for i in chosen],
+    )
+    return {
+        chosen[i]
+        for group in groups
+        for i in group
+        if tasks[chosen[i]].part != tasks[chosen[min(group)]].part
+    }
+
+
+def _like_tested(tasks: Sequence[_Placed], is_by_wording: Sequence[bool]) -> set[int]:
+    """The tasks that are like one before them of another source and part, where one or both are of
+    a source that does not split by wording. It words rules of its own alike, which a chain of
+    likenesses would join, and two such sources are compared by equal words alone."""
+    if all(is_by_wording):
+        return set()
+    ones = [task.one for task in tasks]
+    pairs = list(alike(ones, is_by_wording)) if any(is_by_wording) else []
+    holders: dict[tuple[str, ...], list[int]] = {}
+    for i, one in enumerate(ones):
+        for text in () if is_by_wording[i] else (*one.wordings, *one.held_out_paraphrases):
+            holders.setdefault(tuple(plain_words(text)), []).append(i)
+    pairs += [
+        pair
+        for same in holders.values()
+        for pair in itertools.combinations(same, 2)
+        if tasks[pair[0]].source != tasks[pair[1]].source
+    ]
+    return {max(pair) for pair in pairs if tasks[pair[0]].part != tasks[pair[1]].part}
+
+
+def _of_hidden_wordings(tasks: Sequence[_Placed]) -> list[SplitTask]:
+    """The seen tasks that say in the same words what another source holds out of its seen tasks'
+    wordings, to ask it in an evaluation."""
+    seen = [task for task in tasks if task.part == "seen"]
+    hidden: dict[tuple[str, ...], set[int]] = {}
+    for task in seen:
+        for text in task.one.held_out_paraphrases:
+            hidden.setdefault(tuple(plain_words(text)), set()).add(task.source)
+    if not hidden:
+        return []
+    return [
+        task.one
+        for task in seen
+        if any(
+            hidden.get(tuple(plain_words(text)), set()) - {task.source}
+            for text in task.one.wordings
+        )
+    ]
+
+
+def _shares(sources: Sequence[NamedSource], seen: Sequence[Sequence[SplitTask]]) -> list[str]:
+    """A line a source: how much of training it will be."""
+    total = sum(task.weight for tasks in seen for task in tasks) or 1.0
     return [
         f"{source.label}: weight {source.weight:g}: {len(tasks)} seen tasks, "
         f"{sum(len(task.train) for task in tasks)} examples, "
         f"{sum(task.weight for task in tasks) / total:.1%} of the draws"
-        for source, tasks in zip(sources, parts, strict=True)
+        for source, tasks in zip(sources, seen, strict=True)
     ]

@@ -19,10 +19,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from ship_ds.data.describe import describe_splits
 from ship_ds.data.source import TaskSource, TextLengths
 from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.errors import UserError
@@ -707,6 +708,10 @@ class RulesSource(TaskSource):
         per_number = len(str(self.config.max_value)) + 2
         longest = per_number * self.config.max_length
         return TextLengths(instruction=32, input=longest + 2, target=2 * longest + 2)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One description."""
+        return [describe_splits(build_world(self.config), "rules")]
 
     def conflict(self, bases: Sequence[str]) -> str | None:
         """See `TaskSource.conflict`."""

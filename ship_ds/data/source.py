@@ -16,9 +16,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ship_ds.data.task import Splits
+from ship_ds.data.task import Splits, Task
 from ship_ds.kinds import SOURCES
 from ship_ds.section import Section
 
@@ -40,6 +40,10 @@ class TaskSource(ABC):
     Args:
         config: the section of the config that this class is registered for.
     """
+
+    splits_by_wording: ClassVar[bool] = False
+    """Whether its tasks whose wordings are alike are one rule and in one part, as `split_tasks` has
+    it; else each is a rule of its own, and in a mixture its split stays what it is."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -70,9 +74,13 @@ class TaskSource(ABC):
         """
 
     def describe(self) -> list[dict[str, Any]]:
-        """What `ship-ds data` shows, one description (describe.py) for each file or folder; none
-        where tasks come from elsewhere."""
+        """What `ship-ds data` shows, one description (describe.py) for each file, folder or
+        generator; none where nothing can be said before tasks are read."""
         return []
+
+    def together(self, task: Task) -> str:
+        """What its split does not part the task from, beside its rule; "": nothing."""
+        return ""
 
     def conflict(self, bases: Sequence[str]) -> str | None:
         """Why these tasks and these base models do not go together, in one line; None: they do.

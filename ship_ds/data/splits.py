@@ -6,8 +6,10 @@ repeat some) or have token sets with a Jaccard index of 0.8 or more (Super-Natur
 many near copies).
 """
 
+import itertools
 import random
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -275,7 +277,8 @@ def rule_groups(
         for i, of_task in enumerate(wordings)
         for words in of_task
     ]
-    pairs += [(first_tasks[one], first_tasks[other]) for one, other in _similar(first_tasks)]
+    similar = _similar([[words] for words in first_tasks])
+    pairs += [(first_tasks[one], first_tasks[other]) for (_, one), (_, other) in similar]
     if cut_as is not None:
         pairs += _beginnings(wordings, cut_as)
     first_named: dict[str, int] = {}
@@ -290,6 +293,29 @@ def rule_groups(
     for i, label in enumerate(labels.tolist()):
         groups.setdefault(label, []).append(i)
     return list(groups.values())
+
+
+def alike(tasks: Sequence[SplitTask], sources: Sequence[Hashable]) -> Iterator[tuple[int, int]]:
+    """Pairs of tasks of different sources that are one rule by a wording of each, held-out ones
+    among them: without the chains of `rule_groups`. A pair may come again.
+
+    Args:
+        tasks: of several sources.
+        sources: of each task its own, which may have cut instructions to a length of its own.
+    """
+    wordings = [_plain_wordings(_with_all_wordings(one)) for one in tasks]
+    holders: dict[Hashable, dict[frozenset[str], list[int]]] = {}
+    for i, source in enumerate(sources):
+        for words in wordings[i]:
+            holders.setdefault(source, {}).setdefault(frozenset(words), []).append(i)
+    batches = list(holders.values())
+    for (number, one), (other_number, other) in _similar(batches):
+        yield from itertools.product(batches[number][one], batches[other_number][other])
+    yield from _beginnings(wordings, sources)
+
+
+def _plain_wordings(task: Task) -> list[list[str]]:
+    return [plain_words(text) for text in (task.instruction, *task.paraphrases)]
 
 
 _FEWEST_LEFT = 12
@@ -324,27 +350,31 @@ def _without_marks(words: Sequence[str]) -> list[str]:
     return [word for word in words if not all(map(is_punctuation, word))]
 
 
-def _similar(sets: Iterable[frozenset[str]]) -> list[tuple[frozenset[str], frozenset[str]]]:
-    """Pairs with a Jaccard index J >= t, without looking at every pair.
+_Found = tuple[int, frozenset[str]]
+
+
+def _similar(batches: Sequence[Collection[frozenset[str]]]) -> Iterator[tuple[_Found, _Found]]:
+    """Pairs of sets of different batches with a Jaccard index J >= t, each with the number of its
+    batch, without looking at every pair.
 
     Two such sets share one of their |x| - t|x| + 1 rarest tokens (prefix filtering, Bayardo et al.
     2007), so only those are looked up.
     """
-    sets = list(sets)
-    counts: dict[str, int] = {}
-    for words in sets:
-        for word in words:
-            counts[word] = counts.get(word, 0) + 1
-    pairs = []
-    holders: dict[str, list[frozenset[str]]] = {}
-    for words in sets:
-        rarest = sorted(words, key=lambda word: (counts[word], word))[
-            : len(words) - int(SAME_RULE_JACCARD * len(words)) + 1
-        ]
-        for other in {other for word in rarest for other in holders.get(word, ())}:
-            common = len(words & other)
-            if common >= SAME_RULE_JACCARD * (len(words) + len(other) - common):
-                pairs.append((words, other))
-        for word in rarest:
-            holders.setdefault(word, []).append(words)
-    return pairs
+    counts = Counter(word for batch in batches for words in batch for word in words)
+    holders: dict[str, list[_Found]] = {}
+    for number, batch in enumerate(batches):
+        rarest = {
+            words: sorted(words, key=lambda word: (counts[word], word))[
+                : len(words) - int(SAME_RULE_JACCARD * len(words)) + 1
+            ]
+            for words in batch
+        }
+        for words in batch:
+            for found in {found for word in rarest[words] for found in holders.get(word, ())}:
+                other = found[1]
+                common = len(words & other)
+                if common >= SAME_RULE_JACCARD * (len(words) + len(other) - common):
+                    yield (number, words), found
+        for words in batch:
+            for word in rarest[words]:
+                holders.setdefault(word, []).append((number, words))

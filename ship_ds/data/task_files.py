@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ValidationError
 
@@ -18,8 +18,8 @@ from ship_ds.data.describe import describe
 from ship_ds.data.filters import FilterConfig, apply_filters
 from ship_ds.data.readers import Format, read_tasks, usual_min_examples
 from ship_ds.data.source import TaskSource, TextLengths
-from ship_ds.data.splits import SplitConfig, split_tasks
-from ship_ds.data.task import DataError, Splits
+from ship_ds.data.splits import SplitConfig, split_tasks, together_key
+from ship_ds.data.task import DataError, Splits, Task
 from ship_ds.data.truncation import TruncationConfig, truncate_tasks
 from ship_ds.data.unknown import unknown_texts
 from ship_ds.errors import UserError
@@ -120,21 +120,6 @@ def parse_benchmark(text: str, place: str) -> FilesConfig:
     return config.model_copy(update={"split": split, "path": path})
 
 
-def lengths_of(config: FilesSection) -> TextLengths:
-    """The limits of `truncation`."""
-    cuts = config.truncation
-    return TextLengths(
-        cuts.instruction.tokens or _UNCUT.instruction,
-        cuts.input.tokens or _UNCUT.input,
-        cuts.target.tokens or _UNCUT.target,
-    )
-
-
-def describe_files(config: FilesSection) -> dict[str, Any]:
-    """What they hold before texts are cut; see describe.py."""
-    return describe(Path(config.path), config.format, config.filters, config.split)
-
-
 def check_path(config: FilesSection, key: str) -> None:
     """Look whether the folder can be listed and its files opened.
 
@@ -163,32 +148,54 @@ def check_path(config: FilesSection, key: str) -> None:
         raise UserError(f"{key}: {path}: the folder is empty; give a file or folder of tasks")
 
 
-class FilesSource(TaskSource):
-    """See `FilesConfig`."""
+class FilesTasks(TaskSource):
+    """The tasks of a `FilesSection`; all of them may be unseen, as those of a benchmark in a
+    mixture."""
 
-    config: FilesConfig
+    splits_by_wording: ClassVar[bool] = True
+    config: FilesSection
 
     def read(self, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]) -> Splits:
         """See `TaskSource.read`."""
-        splits = read_files(self.config, tokenizer, log)
-        if not splits.seen:
-            raise DataError(
-                "data.split.unseen_share: no task is left to train on; give less than 1, or make "
-                "these files a source of a mixture"
-            )
-        return splits
+        return read_files(self.config, tokenizer, log)
 
     def lengths(self) -> TextLengths:
         """The limits of `truncation`."""
-        return lengths_of(self.config)
+        cuts = self.config.truncation
+        return TextLengths(
+            cuts.instruction.tokens or _UNCUT.instruction,
+            cuts.input.tokens or _UNCUT.input,
+            cuts.target.tokens or _UNCUT.target,
+        )
 
     def check(self) -> None:
         """See `TaskSource.check`: the folder can be listed and its files opened."""
         check_path(self.config, "data.path")
 
     def describe(self) -> list[dict[str, Any]]:
-        """One description."""
-        return [describe_files(self.config)]
+        """One description, before texts are cut."""
+        config = self.config
+        return [describe(Path(config.path), config.format, config.filters, config.split)]
+
+    def together(self, task: Task) -> str:
+        """See `TaskSource.together`: by `split.keeps_together`."""
+        return together_key(task, self.config.split)
+
+
+class FilesSource(FilesTasks):
+    """See `FilesConfig`."""
+
+    config: FilesConfig
+
+    def read(self, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]) -> Splits:
+        """See `TaskSource.read`."""
+        splits = super().read(tokenizer, log)
+        if not splits.seen:
+            raise DataError(
+                "data.split.unseen_share: no task is left to train on; give less than 1, or make "
+                "these files a source of a mixture"
+            )
+        return splits
 
     def token_cache(self, run_folder: Path) -> Path | None:
         """`data.cache`, or a folder below the run's own."""

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from ship_ds.data.splits import (
     SplitConfig,
     Together,
+    alike,
     hold_out,
     is_near_copy,
     rule_groups,
@@ -107,6 +108,20 @@ def test_one_rule_reaches_over_a_chain_of_near_copies() -> None:
     assert rule_groups([task(str(i), " ".join(words[i : i + 20])) for i in (0, 4, 2)]) == [
         [0, 1, 2]
     ]
+
+
+def test_tasks_of_two_sources_are_alike_without_chains() -> None:
+    """Near copies, held-out wordings, and what another source cut; none of one source."""
+    words = "one two three four five six seven eight nine ten".split()
+    chain = [" ".join([*words[i:], *"abc"[:i]]) for i in range(3)]
+    assert len(rule_groups([task(text, text) for text in chain])) == 1
+    long = " ".join(f"w{i}" for i in range(30))
+    texts = [chain[0], chain[2], "sort it", chain[1], long, " ".join(long.split()[:15])]
+    ones = [SplitTask(task(text, text), (), ()) for text in texts]
+    ones[3] = replace(ones[3], held_out_paraphrases=("Sort it!",))
+    pairs = {frozenset(pair) for pair in alike(ones, ["a", "a", "a", "b", "b", "a"])}
+    assert pairs == {frozenset(pair) for pair in ((0, 3), (1, 3), (2, 3), (4, 5))}
+    assert list(alike(ones, ["a"] * 6)) == []
 
 
 def test_rule_groups_are_those_of_comparing_every_pair() -> None:
