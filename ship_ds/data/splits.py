@@ -216,32 +216,13 @@ def without_rules_of(
 
 
 def is_near_copy(tasks: Sequence[Task], others: Sequence[SplitTask]) -> list[bool]:
-    """Of each task whether one of its wordings equals or nearly copies one of the others', those
-    that training never shows among them. The two may have been cut to other lengths.
-
-    A task is looked at alone: unlike `without_rules_of` this goes by no chain of tasks, each near
-    to the next, which joins most of what a few templates with numbers in them make.
+    """Of each task whether it is one rule with one of the others, by all their wordings; unlike
+    `without_rules_of` by no chain of tasks (`alike`). The two may have been cut to other lengths.
     """
-    whole = [*map(_with_all_wordings, others), *tasks]
-    wordings = [_plain_wordings(task) for task in whole]
-    held = {frozenset(words) for of_task in wordings[: len(others)] for words in of_task}
-    near = set(held)
-    for one, other in _similar({frozenset(words) for of_task in wordings for words in of_task}):
-        if one in held or other in held:
-            near |= {one, other}
-    found = [
-        any(frozenset(words) in near for words in of_task) for of_task in wordings[len(others) :]
-    ]
-    are_others = [i < len(others) for i in range(len(whole))]
-    for pair in _beginnings(wordings, are_others):
-        first, last = sorted(pair)
-        if first < len(others) <= last:
-            found[last - len(others)] = True
-    return found
-
-
-def _plain_wordings(task: Task) -> list[Sequence[str]]:
-    return [plain_words(text) for text in (task.instruction, *task.paraphrases)]
+    whole = [*others, *(SplitTask(task, (), ()) for task in tasks)]
+    pairs = alike(whole, [i < len(others) for i in range(len(whole))])
+    near = {max(pair) for pair in pairs}
+    return [len(others) + i in near for i in range(len(tasks))]
 
 
 def _with_all_wordings(one: SplitTask) -> Task:
