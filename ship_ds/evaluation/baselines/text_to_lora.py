@@ -41,13 +41,13 @@ class TextToLora(GeneratedLora):
 
     def train(self) -> None:
         recipe = self.recipe
-        self.reconstruct(self.train_oracles(recipe.oracles))
+        self.match(self.train_oracles(recipe.oracles))
         sft = self.budget.share(1 - recipe.oracles.share - recipe.reconstruction_share)
         self.fit(self._sft_losses, sft, recipe.sft_lr, f"{self.name}: sft")
 
-    def reconstruct(self, oracles: Oracles) -> None:
-        """The pre-stage: generated LoRAs close to the oracles', without the Task LLM; on the tasks
-        that have one."""
+    def match(self, oracles: Oracles) -> None:
+        """The pre-stage, reconstruction: generated LoRAs close to the oracles', without the Task
+        LLM; on the tasks that have one."""
         tasks = [task for task in self.setting.splits.seen if task.id in oracles.rows]
         sampler, recipe = replace(self.sampler, tasks=tasks), self.recipe
 

@@ -13,6 +13,7 @@ from ship_ds.data.sampler import balanced
 from ship_ds.data.task import Splits
 from ship_ds.evaluation.baselines import TRAINED
 from ship_ds.evaluation.baselines.sft import Sft
+from ship_ds.evaluation.cells import cells_of
 from ship_ds.evaluation.method import Deduces, Induces, Reasons
 
 pytestmark = pytest.mark.slow
@@ -51,6 +52,13 @@ def test_names_and_directions(make: Make) -> None:
         for method in TRAINED
     }
     assert found == DIRECTIONS
+    # What the harness asks of it: a method of another name would be taken for a direction.
+    asked = {
+        method.name: {cell.direction for cell in cells_of(method, ["unseen"], [5])}
+        for method in TRAINED
+    }
+    names = {Deduces: "deduction", Reasons: "reasoning", Induces: "induction"}
+    assert asked == {name: {names[way] for way in ways} for name, ways in DIRECTIONS.items()}
     assert [method.name for method in TRAINED if method.states_instruction] == ["sft"]
 
 
