@@ -128,6 +128,14 @@ NOWHERE = [
     Bad("compare quickstart --out OUT --nproc 7", "quickstart: training.tasks_per_step (24) must"),
     Bad("compare quickstart --out OUT --parts all", "--parts: "),
     Bad("compare quickstart --out OUT --num-tasks 0", "--num-tasks: "),
+    Bad(
+        "compare quickstart --out OUT --methods ship,tagii", "--methods: there is no method 'tagii'"
+    ),
+    Bad("compare quickstart --out OUT --methods tagi,sft", "--methods: ship is missing"),
+    Bad("compare quickstart --out OUT --budget hours", "--budget: "),
+    Bad("compare quickstart --out OUT --set sft=3", "--set: sft=3: a change has the form METHOD"),
+    Bad("compare quickstart --out OUT --set sft.lrr=3", "--set sft.lrr: "),
+    Bad("compare quickstart --out OUT --set itd.lr=x --dry-run", "--set itd.lr: "),
     Bad("compare quickstart --out OUT --device gpu", "device gpu: expected auto"),
     Bad("compare VARIANTS --out OUT", "variants.yaml: seed: unknown key"),
     Bad("compare pretrain-7b --minutes 1 --out OUT", "pretrain-7b: model.task_llm.base: "),

@@ -12,10 +12,15 @@ from ship_ds.cli import checks
 from ship_ds.cli.verb import (
     AsJson,
     BaseNow,
+    Budget,
+    Changes,
     Device,
     Directions,
     Dtype,
+    Methods,
+    NumLooks,
     NumTasks,
+    Patience,
     Run,
     Seed,
     verb,
@@ -145,7 +150,7 @@ def _of_config(recipe: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
 def evaluate(
     context: typer.Context,
     run: Run,
-    methods: Annotated[str, typer.Option(help="comma-separated names, or all")] = "all",
+    methods: Methods = "all",
     parts: Annotated[
         str | None,
         typer.Option(
@@ -157,16 +162,10 @@ def evaluate(
     num_shown: Annotated[
         str, typer.Option(help="examples shown; of several (5,1,2,3) the first is the report's own")
     ] = "5",
-    budget: Annotated[
-        str, typer.Option(help="of each baseline's training: minutes, examples or until_dev_stops")
-    ] = "minutes",
+    budget: Budget = "minutes",
     minutes: Annotated[float, typer.Option(help="with --budget minutes, of each baseline")] = 5,
-    patience: Annotated[
-        int, typer.Option(help="with --budget until_dev_stops: looks at dev without a gain")
-    ] = 4,
-    num_looks: Annotated[
-        int, typer.Option(help="at dev while a baseline trains, for its curve")
-    ] = 4,
+    patience: Patience = 4,
+    num_looks: NumLooks = 4,
     judge: Annotated[
         str, typer.Option(help="of execution, rouge, similarity, endpoint; or none")
     ] = "execution,rouge",
@@ -178,10 +177,7 @@ def evaluate(
         str, typer.Option(help="of strict, published, published-lists: what the judge is asked")
     ] = "strict",
     seed: Seed = 0,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="METHOD.key=value", help="a number of a method"),
-    ] = None,
+    set_: Changes = None,
     base: BaseNow = None,
     other_data: Annotated[
         str | None,

@@ -10,13 +10,18 @@ import typer
 from ship_ds.cli import checks
 from ship_ds.cli.verb import (
     AsJson,
+    Budget,
+    Changes,
     Device,
     Directions,
     Dtype,
+    Methods,
+    NumLooks,
     NumTasks,
     Out,
     Overrides,
     Parts,
+    Patience,
     Recipe,
     Seed,
     verb,
@@ -100,7 +105,8 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="the folder of all; the same one goes on")],
     minutes: Annotated[
-        float | None, typer.Option(help="of each training; default: as their configs say")
+        float | None,
+        typer.Option(help="of each training, a baseline's too; default: as their configs say"),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(help="each variant once with each, such as 0,1,2")
@@ -109,6 +115,11 @@ def compare(
     parts: Parts = "seen,dev,unseen",
     directions: Directions = "deduction,induction",
     num_tasks: NumTasks = 120,
+    methods: Methods = "ship,prompting",
+    budget: Budget = "minutes",
+    patience: Patience = 4,
+    num_looks: NumLooks = 4,
+    set_: Changes = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the commands, start nothing")
     ] = False,
@@ -119,24 +130,34 @@ def compare(
     check_words(device, dtype)
     if minutes is not None:
         checks.check_positive("--minutes", minutes)
+    from ship_ds.evaluation import compare as comparing
     from ship_ds.evaluation import variants
     from ship_ds.evaluation.config import HarnessConfig
 
     settings = HarnessConfig.from_options(
-        methods="ship", parts=parts, directions=directions, num_tasks=num_tasks
+        methods=methods,
+        parts=parts,
+        directions=directions,
+        num_tasks=num_tasks,
+        budget=budget,
+        patience=patience,
+        num_looks=num_looks,
+        changes=set_ or (),
     )
+    if "ship" not in settings.methods:
+        raise UserError("--methods: ship is missing, whose rows are the variants: add it")
     wanted, common = variants.parse_names(names)
     if not wanted:
         raise UserError("compare: name a recipe, a config or a file of variants")
     several = None if seeds is None else _seeds(seeds)
     trials = variants.plan(variants.read_variants(wanted), common, out, minutes, several)
+    comparing.check_changes(settings)
     if dry_run:
         print("\n".join(variants.commands(trials, nproc)))
         return 0
     variants.check(trials, nproc, os.environ)
-    from ship_ds.evaluation.compare import compare
-
-    return compare(trials, settings, out, nproc, context.obj, log, device, dtype)
+    settings = settings.model_copy(update={"minutes": trials[0].config.training.max_minutes})
+    return comparing.compare(trials, settings, out, nproc, context.obj, log, device, dtype)
 
 
 @verb(_PANEL)

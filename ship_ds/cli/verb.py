@@ -149,6 +149,18 @@ Parts = Annotated[str, typer.Option(help="of seen, dev, unseen, unseen_paraphras
 Directions = Annotated[
     str, typer.Option(help="of deduction, induction, reasoning, reconstruction; or all")
 ]
+Methods = Annotated[str, typer.Option(help="comma-separated names, or all")]
+Budget = Annotated[
+    str, typer.Option(help="of each baseline's training: minutes, examples or until_dev_stops")
+]
+Patience = Annotated[
+    int, typer.Option(help="with --budget until_dev_stops: looks at dev without a gain")
+]
+NumLooks = Annotated[int, typer.Option(help="at dev while a baseline trains, for its curve")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="METHOD.key=value", help="a number of a method"),
+]
 NumTasks = Annotated[int, typer.Option(help="of each part at most, evenly spaced")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text")]
 

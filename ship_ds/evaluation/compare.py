@@ -11,18 +11,18 @@ import os
 import shlex
 import signal
 import subprocess
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 
 from ship_ds.console import Log
-from ship_ds.errors import UserError, first_line
+from ship_ds.errors import UserError
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.variants import VariantRun, in_turn
 from ship_ds.exit_codes import PREEMPTED
-from ship_ds.files import write_text
 
 _STANDARD_ERROR = 2
 _FAILED = 1
@@ -30,6 +30,23 @@ _FAILED = 1
 
 class Stopped(Exception):  # noqa: N818, it is no error
     """This process was asked to end, and so was the training that it had started."""
+
+
+def check_changes(settings: HarnessConfig) -> None:
+    """See `harness.check_changes`. In a process of its own, since the methods import torch.
+
+    Raises:
+        UserError: a method has no such number, or the value is none.
+    """
+    if settings.changes:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(_check_changes, settings).result()
+
+
+def _check_changes(settings: HarnessConfig) -> None:
+    from ship_ds.evaluation.harness import check_changes
+
+    check_changes(settings)
 
 
 def compare(
@@ -46,7 +63,7 @@ def compare(
 
     Args:
         trials: in the order of the table.
-        settings: of the harness.
+        settings: of the harness; `ship` is one of its methods.
         out: gets compare.json and compare.md.
         num_ranks: of each training.
         arguments: of the command that asked for it; they stand in the table.
@@ -87,7 +104,7 @@ def _write_table(
     Arguments as in `compare`; failures are those of before.
 
     Returns:
-        Why a trial could not be measured, by its name.
+        Why a trial, or a method beside it, could not be measured, by its name.
     """
     from ship_ds.evaluation import comparison
     from ship_ds.evaluation.harness import Run
@@ -107,15 +124,13 @@ def _write_table(
         log(f"{trial.name}: measured, in {trial.folder / 'evaluation'}")
         try:
             entries.append(measured(trial))
-        except UserError as error:
-            unmeasured[trial.name] = str(error)
         # Whatever it is, the table is then of the others, and the last lines name it.
         except Exception as error:
-            trace = trial.folder / "measuring_failure.txt"
-            write_text(trace, traceback.format_exc())
-            unmeasured[trial.name] = (
-                f"measuring it failed ({first_line(error)}); {trace} has the traceback"
+            unmeasured[trial.name] = comparison.why_unmeasured(
+                error, trial.folder / "measuring_failure.txt"
             )
+        else:
+            unmeasured |= entries[-1].failures
     if entries:
         report = comparison.build(entries, {**failures, **unmeasured}, settings, arguments)
         comparison.write(report, out)

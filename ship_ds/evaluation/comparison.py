@@ -1,6 +1,9 @@
-"""Several runs in one table: what each costs, how well it answers, and how far it is from the first
-one, over the same tasks. `ship-ds compare` trains them (compare.py); here they are measured and
-written.
+"""Several runs in one table, and the harness's methods beside them: what each costs, how well it
+answers, and how far it is from the first run, over the same tasks. `ship-ds compare` trains them
+(compare.py); here they are measured and written.
+
+A method that asks SHIP is measured of every run; another once for each base and data, since it is
+the same in all of them.
 
     compare.json    rows.<n>.scores.<direction>.<part>.<metric>, and minus_first with the same keys
     compare.md      the tables
@@ -9,6 +12,7 @@ written.
 import hashlib
 import json
 import shlex
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,20 +21,32 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ship_ds.config import lora_of
 from ship_ds.console import Log
+from ship_ds.errors import UserError, first_line
 from ship_ds.evaluation.cells import PROTOCOLS, Cell, Measured
-from ship_ds.evaluation.config import Direction, HarnessConfig, Part
-from ship_ds.evaluation.costs import INSTRUCTION_TOKENS, query_costs, sizes, training_costs
+from ship_ds.evaluation.config import METHOD_NAMES, Direction, HarnessConfig, Part
+from ship_ds.evaluation.costs import (
+    INSTRUCTION_TOKENS,
+    method_costs,
+    query_costs,
+    sizes,
+    training_costs,
+)
 from ship_ds.evaluation.evaluate import evaluate_run
-from ship_ds.evaluation.harness import Run
+from ship_ds.evaluation.harness import Harness, Run
+from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import tasks_of
 from ship_ds.evaluation.report import (
+    ABOUT,
     LEADING,
     TITLES,
     markdown_table,
+    num_tasks,
     paired_rows,
     value_and_interval,
+    with_count,
 )
 from ship_ds.files import write_json, write_text
 from ship_ds.monitor.machine import describe_machine, versions
@@ -40,28 +56,50 @@ IN_PROMPT = "instruction in the prompt"
 _POOLED = "all"
 """In place of a seed."""
 _SHIP, _PROMPTING = "ship", "prompting"
+_OF_RUN = "_encoder"
+"""What metrics of an induced text end with that take it through the run's own encoder."""
+_LORA_METHODS = TRAINED | {"lora_per_task"}
+"""Those that take the LoRA and the step of a run's config."""
 _EQUAL_TIME = 0.99
 """Of training.max_minutes: a run that took less was ended by its steps."""
+
+Cells = Mapping[tuple[Direction, Part], Measured]
+"""By direction and part."""
+
+
+@dataclass(frozen=True)
+class ComparedMethod:
+    """A method that was measured beside SHIP. about: as the run's own report has it. facts:
+    costs.py. once_for: what its scores depend on; "" where that is the run."""
+
+    about: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    cells: Cells
+    once_for: str
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run that was measured, or the upper reference beside it.
+    """A run that was measured, or a method beside it.
 
-    seed: None for the reference, `_POOLED` for several seeds together. facts: costs.py.
-    cells: by direction and part. tasks: a digest of each part's tasks, by which two entries were
-    asked the same. reference: what the answers with the instruction in the prompt depend on.
+    seed: None for what is the same in several runs, `_POOLED` for several seeds together. facts:
+    costs.py. tasks: a digest of each part's tasks, by which two entries were asked the same.
+    taken: what trained baselines take of the run's config. beside: the methods that were measured
+    with this run, by name. failures: why a method was not, by the names of method and run.
     """
 
     label: str
     seed: int | str | None
     folder: str
     facts: Mapping[str, Any]
-    cells: Mapping[tuple[Direction, Part], Measured]
+    cells: Cells
     tasks: Mapping[Part, str]
     metric: str = "exact_match"
-    reference: str = ""
-    in_prompt: Mapping[tuple[Direction, Part], Measured] = field(default_factory=dict)
+    method: str = _SHIP
+    about: Mapping[str, Any] = field(default_factory=dict)
+    taken: str = ""
+    beside: Mapping[str, ComparedMethod] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -83,46 +121,82 @@ def measure(
         label: of the run.
         seed: of the run.
         run: that was trained.
-        settings: of the harness; its methods are SHIP and, where nothing in `beside` has the same
-            base and tasks, the instruction in the prompt.
+        settings: of the harness; SHIP is one of its methods. One that does not ask SHIP is measured
+            where no entry of `beside` has the same base and data.
         arguments: of the command, for the run's own report.
         log: takes a line a cell.
         beside: the entries before this one.
 
     Raises:
-        UserError: see `evaluate` and `training_costs`.
+        UserError: see `evaluate` and `training_costs`. What goes wrong with a method beside SHIP is
+            among the `failures`.
     """
     of_parts = {part: tasks_of(run.splits, part, settings.num_tasks) for part in settings.parts}
     digests = {part: _digest(tasks) for part, tasks in of_parts.items()}
-    reference = _reference(run, digests)
-    is_known = any(entry.reference == reference for entry in beside)
-    methods = (_SHIP,) if is_known else (_SHIP, _PROMPTING)
-    chosen = settings.model_copy(update={"methods": methods})
-    _, cells = evaluate_run(run, chosen, arguments, log)
+    keys = {name: _once_for(name, run, digests) for name in settings.methods}
+    known = {(name, one.once_for) for e in beside for name, one in e.beside.items() if one.once_for}
+    wanted = [name for name in settings.methods if (name, keys[name]) not in known]
+    harness = Harness(run, settings, log)
+    harness.measure([_SHIP])
+    errors = {name: _attempt(harness, name) for name in wanted if name != _SHIP}
+    failures = {name: reason for name, reason in errors.items() if reason is not None}
+    measured = [name for name in wanted if name not in failures and harness.cells(name)]
+    chosen = settings.model_copy(update={"methods": tuple(measured)})
+    report, cells = evaluate_run(run, chosen, arguments, log)
     asked = list(dict.fromkeys(task for tasks in of_parts.values() for task in tasks))
     facts = {**training_costs(run), **sizes(run.ship.model), **query_costs(run.ship.model, asked)}
-    limit = run.ship.config.training.max_minutes
+    others = {
+        name: ComparedMethod(
+            {key: report["methods"].get(name, {}).get(key) for key in ABOUT},
+            {} if name in failures else method_costs(harness, name, facts),
+            {} if name in failures else _of_method(name, cells, chosen),
+            keys[name],
+        )
+        for name in wanted
+        if name != _SHIP
+    }
+    config = run.ship.config
     return ComparedRun(
         label,
         seed,
         str(run.folder),
-        facts | {"max_minutes": limit},
+        facts | {"max_minutes": config.training.max_minutes},
         _of_method(_SHIP, cells, chosen),
         digests,
-        run.ship.config.evaluation.best_by,
-        reference,
-        {} if is_known else _of_method(_PROMPTING, cells, chosen),
+        config.evaluation.best_by,
+        taken=_taken(run, settings),
+        beside=others,
+        failures={f"{name} ({label}, seed {seed})": why for name, why in failures.items()},
     )
 
 
-def _of_method(
-    method: str, cells: Mapping[Cell, Measured], settings: HarnessConfig
-) -> dict[tuple[Direction, Part], Measured]:
-    """The cells that were asked for, with as many shown examples as the report's own."""
+def _attempt(harness: Harness, name: str) -> str | None:
+    """Measure a method; why that was not possible."""
+    try:
+        harness.measure([name])
+    # Whatever it is, the table is then of the others.
+    except Exception as error:
+        return why_unmeasured(error, harness.run.folder / f"measuring_{name}_failure.txt")
+    return None
+
+
+def why_unmeasured(error: Exception, trace: Path) -> str:
+    """In one line; where it is no user's fault, it names the file that now has the traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    write_text(trace, traceback.format_exc())
+    return f"measuring it failed ({first_line(error)}); {trace} has the traceback"
+
+
+def _of_method(name: str, cells: Mapping[Cell, Measured], settings: HarnessConfig) -> Cells:
+    """The cells that were asked for, with as many shown examples as the report's own; of a method
+    that does not ask SHIP without the metrics that do."""
     return {
         (cell.direction, cell.part): measured
+        if METHODS[name].asks_ship
+        else replace(measured, metrics=[m for m in measured.metrics if not m.endswith(_OF_RUN)])
         for cell, measured in cells.items()
-        if cell.method == method
+        if cell.method == name
         and cell.direction in settings.directions
         and cell.part in settings.parts
         and cell.num_shown in (None, settings.num_shown[0])
@@ -136,11 +210,28 @@ def _digest(tasks: Iterable[Any]) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
-def _reference(run: Run, digests: Mapping[Part, str]) -> str:
+def _once_for(name: str, run: Run, digests: Mapping[Part, str]) -> str:
+    """Base and data that a method's scores depend on; "" where it asks SHIP. Of a baseline's LoRA
+    and steps see `_taken`."""
+    if METHODS[name].asks_ship:
+        return ""
     config = run.ship.config
-    base = config.model.task_llm
+    base, limits = config.model.task_llm, config.evaluation
     parts = (base.base, base.quantisation, config.model.system_message, str(run.ship.dtype))
-    return repr((*parts, config.evaluation.max_new_tokens, sorted(digests.items())))
+    lengths = (limits.max_new_tokens, limits.max_instruction_tokens)
+    trained_on = map(_digest, (run.splits.seen, run.splits.dev)) if name in TRAINED else ()
+    return repr((*parts, *lengths, sorted(digests.items()), *trained_on))
+
+
+def _taken(run: Run, settings: HarnessConfig) -> str:
+    """What a trained baseline takes of the run's config beside base and data: its LoRA, its steps,
+    and how many examples it may answer where that is the budget."""
+    config = run.ship.config
+    training, is_counted = config.training, settings.budget == "examples"
+    step = training.tasks_per_step, training.examples_per_task, training.family_alpha
+    parts = (lora_of(config.model.hypernetwork), *step, training.balances_labels)
+    has_trained = any(name in TRAINED for name in settings.methods)
+    return repr((*parts, run.num_answered if is_counted and has_trained else None))
 
 
 def build(
@@ -157,8 +248,14 @@ def build(
         settings: of the harness.
         arguments: of the command.
     """
-    rows = [*with_pooled(entries), *_references(entries)]
-    notes = [*_unequal_time(entries), *_other_tasks(rows)]
+    rows = [*with_pooled(entries), *_methods(entries)]
+    notes = [
+        *_unequal_time(entries),
+        *_over_time(rows, settings),
+        *_other_tasks([row for row in rows if not _is_of_run(row)]),
+        *_taken_from(entries),
+        *_unasked(entries, rows, settings),
+    ]
     return {
         "first": entries[0].label,
         "metric": {**LEADING, "deduction": entries[0].metric},
@@ -197,20 +294,31 @@ def _joined(cells: Sequence[Measured]) -> Measured:
     return replace(cells[0], metrics=metrics, rows=rows)
 
 
-def _references(entries: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """The instruction in the prompt: once for each base and tasks among the entries."""
-    known = [entry for entry in entries if entry.in_prompt]
-    return [
-        ComparedRun(
-            IN_PROMPT if len(known) == 1 else f"{IN_PROMPT} ({entry.label})",
-            None,
-            entry.folder,
-            {"query_gigaflops": entry.facts["prompt_query_gigaflops"]},
-            entry.in_prompt,
-            entry.tasks,
-        )
-        for entry in known
-    ]
+def _methods(entries: Sequence[ComparedRun]) -> list[ComparedRun]:
+    """The other methods in the order of the harness's tables: of every run those that ask SHIP, a
+    variant's seeds together as well; others once for each base and data."""
+    return [row for name in METHOD_NAMES for row in _of_every_run(name, entries)]
+
+
+def _of_every_run(name: str, entries: Sequence[ComparedRun]) -> list[ComparedRun]:
+    known = [entry for entry in entries if name in entry.beside and entry.beside[name].cells]
+    title, rows = IN_PROMPT if name == _PROMPTING else name, []
+    for entry in known:
+        one = entry.beside[name]
+        if not one.once_for:
+            label, seed = f"{entry.label}: {title}", entry.seed
+        else:
+            label, seed = title if len(known) == 1 else f"{title} ({entry.label})", None
+        if one.about["sees_labels"]:
+            label += " (sees labels)"
+        row = replace(entry, label=label, seed=seed, facts=one.facts, cells=one.cells, beside={})
+        rows.append(replace(row, method=name, about=one.about))
+    return with_pooled(rows) if METHODS[name].asks_ship else rows
+
+
+def _is_of_run(row: ComparedRun) -> bool:
+    """Whether it is a method that asks a run which has a row of its own."""
+    return row.method != _SHIP and METHODS[row.method].asks_ship
 
 
 def _partner(entry: ComparedRun, rows: Sequence[ComparedRun]) -> ComparedRun | None:
@@ -236,6 +344,8 @@ def _row(entry: ComparedRun, rows: Sequence[ComparedRun]) -> dict[str, Any]:
             differences.setdefault(direction, {})[part] = summary(metrics, paired)
     return {
         "label": entry.label,
+        "method": entry.method,
+        **entry.about,
         "seed": entry.seed,
         "folder": entry.folder,
         **entry.facts,
@@ -259,6 +369,18 @@ def _unequal_time(entries: Sequence[ComparedRun]) -> list[str]:
     ]
 
 
+def _over_time(rows: Sequence[ComparedRun], settings: HarnessConfig) -> list[str]:
+    """A line for each baseline that took more than its minutes: what it begins it ends."""
+    return [
+        f"{row.label}: took {row.facts['minutes']:.2f} of {settings.minutes:g} minutes: its first "
+        "oracles or a last step were longer than what was left"
+        for row in rows
+        if row.method in TRAINED
+        and settings.budget == "minutes"
+        and row.facts.get("minutes", 0) * _EQUAL_TIME > settings.minutes
+    ]
+
+
 def _other_tasks(rows: Sequence[ComparedRun]) -> list[str]:
     """A line for each entry that was asked other tasks than the one it is compared with."""
     notes = []
@@ -271,6 +393,37 @@ def _other_tasks(rows: Sequence[ComparedRun]) -> list[str]:
                 "the scores are of other tasks and no difference is given"
             )
     return notes
+
+
+def _taken_from(entries: Sequence[ComparedRun]) -> list[str]:
+    """A line for each run whose baselines others share though they have another LoRA or steps."""
+    notes = []
+    for entry in entries:
+        names = [
+            name for name in entry.beside if name in _LORA_METHODS and entry.beside[name].cells
+        ]
+        others = [
+            other.name
+            for other in entries
+            if other.taken != entry.taken and not other.beside.keys() & names
+        ]
+        if names and others:
+            notes.append(
+                f"{', '.join(names)}: with the LoRA and steps of {entry.name}; those of "
+                f"{'; '.join(others)} are others"
+            )
+    return notes
+
+
+def _unasked(
+    entries: Sequence[ComparedRun], rows: Sequence[ComparedRun], settings: HarnessConfig
+) -> list[str]:
+    """A line on the methods that there is no row of though nothing went wrong."""
+    failed = {name.partition(" ")[0] for entry in entries for name in entry.failures}
+    absent = {*settings.methods} - {row.method for row in rows} - failed
+    names = [name for name in settings.methods if name in absent]
+    why = "none of the directions asked for on any task of these parts"
+    return [f"{', '.join(names)}: {why}"] if names else []
 
 
 def write(report: Mapping[str, Any], out: Path) -> None:
@@ -289,6 +442,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "those that are asked, for an instruction of so many tokens. Scores are means over tasks "
         "with their 95 % bootstrap interval over tasks; a difference is from "
         f"{report['first']}, task by task.",
+        *_about_methods(report),
     ]
     for title, rows in tables(report):
         parts += [f"## {title}", markdown_table(rows)]
@@ -308,6 +462,21 @@ def markdown(report: Mapping[str, Any]) -> str:
         )
         + "\n"
     )
+
+
+def _about_methods(report: Mapping[str, Any]) -> list[str]:
+    """What each method is, and what the trained ones might spend."""
+    about = {row["method"]: row["about"] for row in report["rows"] if "about" in row}
+    setting, trained = report["setting"], [name for name in about if name in TRAINED]
+    spent = {
+        "minutes": f"for {setting['minutes']:g} minutes",
+        "examples": "on as many answered examples as the run that they were measured with",
+        "until_dev_stops": f"until {setting['patience']} looks at dev in a row had no gain",
+    }[setting["budget"]]
+    return [
+        *filter(None, ["\n".join(f"- {name}: {text}." for name, text in about.items())]),
+        *([f"Trained {spent} each: {', '.join(trained)}."] if trained else []),
+    ]
 
 
 def show(report: Mapping[str, Any]) -> None:
@@ -349,12 +518,12 @@ def _costs(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _cost_row(row: Mapping[str, Any]) -> list[str]:
-    once = row.get("deduction_gigaflops", {})
+    once, lengths = row.get("deduction_gigaflops", {}), map(str, INSTRUCTION_TOKENS)
     return [
         row["label"],
         _seed(row),
         *(f"{row[key]:{form}}" if key in row else "" for key, form in _COST_FORMS.items()),
-        *(f"{value:.3g}" for value in row["query_gigaflops"].values()),
+        *(f"{row['query_gigaflops'][n]:.3g}" if "query_gigaflops" in row else "" for n in lengths),
         " / ".join(f"{value:.3g}" for value in once.values()),
     ]
 
@@ -380,9 +549,9 @@ def _scores(report: Mapping[str, Any], direction: str) -> list[list[str]]:
     for part in report["setting"]["parts"]:
         for kind, title in (("scores", part), ("minus_first", f"{part}, minus {first}")):
             cells = [row[kind].get(direction, {}).get(part, {}) for row in rows]
-            texts = [value_and_interval(cell.get(metric)) for cell in cells]
-            if any(texts):
-                most = max(cell.get("n_tasks", 0) for cell in cells)
+            if any(value_and_interval(cell.get(metric)) for cell in cells):
+                most = max(num_tasks(cell, metric) for cell in cells if metric in cell)
+                texts = [with_count(cell, metric, most, value_and_interval) for cell in cells]
                 columns.append([f"{title}, n={most}", *texts])
     names = [["variant", *(row["label"] for row in rows)], ["seed", *map(_seed, rows)]]
     return [list(line) for line in zip(*names, *columns, strict=True)]

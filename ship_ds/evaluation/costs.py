@@ -5,17 +5,19 @@ its FLOPs are by the formula of flops.py. An adapter is made once of an instruct
 under it costs the same however long that is; in the prompt it is read again by every query.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from statistics import fmean, median
 from typing import Any
 
 import torch
 
+from ship_ds.config import lora_of
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
-from ship_ds.evaluation.harness import Run
-from ship_ds.flops import deduction_flops, query_flops
+from ship_ds.evaluation.baselines.trained import TrainedMethod, costs_of
+from ship_ds.evaluation.harness import Harness, Run
+from ship_ds.flops import ShipSize, deduction_flops, query_flops
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.ship import ShipModel
 from ship_ds.parsing import read_json_lines
@@ -54,7 +56,9 @@ def sizes(model: ShipModel) -> dict[str, Any]:
 def query_costs(model: ShipModel, tasks: Sequence[SplitTask]) -> dict[str, Any]:
     """GFLOPs by the instruction's tokens: `query_gigaflops` under the adapter,
     `prompt_query_gigaflops` of the bare Task LLM with the instruction in its prompt,
-    `deduction_gigaflops` of making the adapter, once.
+    `deduction_gigaflops` of making the adapter, once; `bare_query_gigaflops` of the bare Task LLM
+    alone. Where the adapter is a plain LoRA, as the baselines' is then, `lora_query_gigaflops` and
+    `lora_prompt_query_gigaflops` of one without the instruction and with it.
 
     Args:
         model: the run's.
@@ -83,11 +87,24 @@ def query_costs(model: ShipModel, tasks: Sequence[SplitTask]) -> dict[str, Any]:
     def made_once(num_tokens: int) -> int:
         return deduction_flops(size, num_tokens)
 
+    def bare(num_tokens: int) -> int:
+        return in_prompt(0)
+
+    def under_lora(num_tokens: int) -> int:
+        return under_lora_in_prompt(0)
+
+    def under_lora_in_prompt(num_tokens: int) -> int:
+        return query_flops(size.task_llm, question + num_tokens, answer, under_adapter=True)
+
     columns = {
         "query_gigaflops": under_adapter,
         "prompt_query_gigaflops": in_prompt,
         "deduction_gigaflops": made_once,
+        "bare_query_gigaflops": bare,
     }
+    if _is_plain_lora(model, size):
+        columns["lora_query_gigaflops"] = under_lora
+        columns["lora_prompt_query_gigaflops"] = under_lora_in_prompt
     return {
         "question_tokens": question,
         "answer_tokens": answer,
@@ -96,3 +113,43 @@ def query_costs(model: ShipModel, tasks: Sequence[SplitTask]) -> dict[str, Any]:
             for name, flops in columns.items()
         },
     }
+
+
+def _is_plain_lora(model: ShipModel, size: ShipSize) -> bool:
+    """Whether all that is added to the Task LLM are products of the LoRA that baselines have."""
+    lora, task_llm = lora_of(model.config.hypernetwork), size.task_llm
+    added = task_llm.after, task_llm.prefix, size.fuses, model.num_virtual_tokens
+    if lora is None or any(added):
+        return False
+    return task_llm.low_rank.total == lora.rank * sum(map(sum, model.task_llm.sites().values()))
+
+
+_QUERY_OF = {
+    "prompting": "prompt_query_gigaflops",
+    "bare_base": "bare_query_gigaflops",
+    "sft": "lora_prompt_query_gigaflops",
+    "tagi": "lora_query_gigaflops",
+    "text_to_lora": "lora_query_gigaflops",
+    "lora_per_task": "lora_query_gigaflops",
+}
+_MAKES_A_LORA = ("tagi", "text_to_lora", "lora_per_task")
+
+
+def method_costs(harness: Harness, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a method beside SHIP: its training, and the FLOPs of a query.
+
+    Args:
+        harness: that measured it.
+        name: of the method.
+        facts: of the run that it was measured with.
+    """
+    method, costs = harness.methods[name], dict[str, Any]()
+    if issubclass(method, TrainedMethod):
+        costs |= costs_of(method, harness.method_folder(name), harness.budget)
+    # Shots and other words make another prompt.
+    is_longer = method.states_instruction and harness.config.changes_of(name)
+    if not is_longer and (column := _QUERY_OF.get(name, "")) in facts:
+        costs["query_gigaflops"] = facts[column]
+        if name in _MAKES_A_LORA:
+            costs["adapter_numbers"] = facts["adapter_numbers"]
+    return costs

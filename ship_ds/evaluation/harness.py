@@ -178,6 +178,7 @@ class Harness:
         self.store = CellStore(self.folder / "cells")
         self.methods = {name: _changed(name, config.changes_of(name)) for name in METHODS}
         self.judges = build_judges(config.judges, run.ship, config.endpoint, self.folder / "judged")
+        self.looked_at: set[str] = set()
 
     @cached_property
     def budget(self) -> Budget:
@@ -201,8 +202,12 @@ class Harness:
 
     def measure_all(self) -> None:
         """Measure what is not stored, or was measured under another setting."""
+        self.measure(self.config.methods)
+
+    def measure(self, names: Sequence[str]) -> None:
+        """As `measure_all`, of some of the methods."""
         missing: dict[str, list[Cell]] = {}
-        for name in self.config.methods:
+        for name in names:
             if not self.cells(name):
                 self.log(
                     f"{name}: does none of the directions asked for on any task of these parts"
@@ -216,6 +221,8 @@ class Harness:
     def _warn_of_long_targets(self, cells: Sequence[Cell]) -> None:
         answered = [cell for cell in cells if cell.direction in ("deduction", "reasoning")]
         tasks = {task.id: task for cell in answered for task in self._tasks(cell)}
+        tasks = {id: task for id, task in tasks.items() if id not in self.looked_at}
+        self.looked_at |= tasks.keys()
         ship = self.run.ship
         limit = ship.config.evaluation.max_new_tokens
         warn_of_long_targets(tasks.values(), ship.model.prompts, limit, self.log)
@@ -294,8 +301,7 @@ class Harness:
         setting = Setting(
             self.run.ship,
             self.run.splits,
-            # Of whatever is tested: what a baseline is trained on is the run's own.
-            self.run.folder / Run.results / "methods" / name,
+            self.method_folder(name),
             self.budget if name in TRAINED else None,
             self.config.seed,
             # Without looks nothing would end it.
@@ -310,6 +316,10 @@ class Harness:
             if ranks.rank() == 0:
                 self.store.write(cell, measured)
             self.log(f"{cell.name}: {len(measured.rows)} tasks, {measured.seconds:.1f} s")
+
+    def method_folder(self, name: str) -> Path:
+        """Of whatever is tested: what a baseline is trained on is the run's own."""
+        return self.run.folder / Run.results / "methods" / name
 
     @property
     def _num_at_once(self) -> int:
@@ -338,6 +348,12 @@ class Harness:
             round(prepare_seconds, 2),
             ranks.world_size(),
         )
+
+
+def check_changes(config: HarnessConfig) -> None:
+    """Raises UserError for a change that `Harness` would refuse, before there is a run."""
+    for name in METHODS:
+        _changed(name, config.changes_of(name))
 
 
 def _changed(name: str, changes: Sequence[str]) -> type[Method]:

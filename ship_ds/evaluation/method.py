@@ -48,6 +48,9 @@ class Method(Protocol):
     answers_as_ship: ClassVar[bool]
     """Whether it answers as SHIP's Task LLM was trained to, which may be with the instruction in
     the prompt (`model.task_llm.instruction`)."""
+    asks_ship: ClassVar[bool]
+    """Whether it asks what SHIP's training made: encoder, hypernetwork or decoder. Of another it is
+    the same in all runs of one base and data, but for what it takes of the config."""
 
     @classmethod
     def settings(cls) -> dict[str, Any]:

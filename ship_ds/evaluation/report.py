@@ -46,6 +46,8 @@ LEADING = {
     "reconstruction": "exact_match",
 }
 """The score of a direction where one has to stand for it, as in the tables task by task."""
+ABOUT = ("instruction_in_query", "sees_labels", "about")
+"""What a report says of each method, beside its scores."""
 _SHIP = "ship"
 _ABOUT_METHOD = ("method", "instruction in query")
 _KINDS = ("parameter", "composition", "family")
@@ -229,7 +231,7 @@ def summary_rows(
             for metric in metrics:
                 if metric in cell:
                     key = part, metric
-                    counts[key] = max(counts.get(key, 0), _num_tasks(cell, metric))
+                    counts[key] = max(counts.get(key, 0), num_tasks(cell, metric))
     columns = [(part, metric) for part in parts for metric in metrics if (part, metric) in counts]
     header = [
         *_ABOUT_METHOD,
@@ -242,7 +244,7 @@ def summary_rows(
                 name + (" (sees labels)" if report["methods"][name]["sees_labels"] else ""),
                 "yes" if report["methods"][name]["instruction_in_query"] else "no",
                 *(
-                    _with_count(cells.get(part, {}), metric, counts[part, metric], cell_text)
+                    with_count(cells.get(part, {}), metric, counts[part, metric], cell_text)
                     for part, metric in columns
                 ),
             ]
@@ -263,19 +265,19 @@ def warnings(report: Mapping[str, Any], direction: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _num_tasks(cell: Mapping[str, Any], metric: str) -> int:
-    """Of a metric's own where it applies to some tasks alone."""
+def num_tasks(cell: Mapping[str, Any], metric: str) -> int:
+    """Tasks that a metric was measured on; its own number where it applies to some alone."""
     number: int = cell[metric].get("n_tasks", cell["n_tasks"])
     return number
 
 
-def _with_count(
+def with_count(
     cell: Mapping[str, Any], metric: str, usual: int, cell_text: Callable[[Any], str]
 ) -> str:
     """The text of a cell, with its number of tasks where that is not the header's."""
     text = cell_text(cell.get(metric))
-    is_usual = not text or _num_tasks(cell, metric) == usual
-    return text if is_usual else f"{text} (n={_num_tasks(cell, metric)})"
+    is_usual = not text or num_tasks(cell, metric) == usual
+    return text if is_usual else f"{text} (n={num_tasks(cell, metric)})"
 
 
 def _differences(report: Mapping[str, Any], direction: str) -> list[list[str]]:

@@ -143,7 +143,9 @@ def test_the_table_is_of_those_that_were_trained_and_measured(
         return measure(label, *arguments)
 
     monkeypatch.setattr(comparison, "measure", measured)
-    settings = HarnessConfig(parts=("seen",), directions=("deduction",), num_tasks=1)
+    settings = HarnessConfig(
+        methods=("ship", "prompting"), parts=("seen",), directions=("deduction",), num_tasks=1
+    )
     out = tmp_path / "out"
     said: list[str] = []
     assert compare.compare(trials, settings, out, 1, ["compare"], said.append, "cpu") == 1

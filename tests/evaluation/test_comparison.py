@@ -12,21 +12,39 @@ import pytest
 
 from ship_ds.console import no_log
 from ship_ds.evaluation import comparison
-from ship_ds.evaluation.cells import Measured
+from ship_ds.evaluation.baselines.sft import Sft
+from ship_ds.evaluation.baselines.trained import TrainedMethod
+from ship_ds.evaluation.budgets import AnsweredExamples
+from ship_ds.evaluation.cells import Cell, Measured
 from ship_ds.evaluation.comparison import ComparedRun
 from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.harness import Run
+from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods import METHODS
 
 TRAINED = Path("tests/fixtures/v0_1/run")
 """It names its base by a path from the root of the repository, where the tests stand."""
+CONTROLS = ("bare_base", "neighbour_instruction", "majority_label")
 SETTINGS = HarnessConfig(
-    methods=("ship",), parts=("seen", "unseen"), directions=("deduction",), num_tasks=3
+    methods=("ship", "prompting"), parts=("seen", "unseen"), directions=("deduction",), num_tasks=3
 )
+ALL_KINDS = SETTINGS.model_copy(
+    update={
+        "methods": (*("ship", "prompting", "text_to_lora", "icl"), *CONTROLS),
+        "budget": "examples",
+        "changes": ("text_to_lora.oracles.steps=1",),
+    }
+)
+"""One that is trained, one that asks SHIP, two that see labels or nothing, one of reasoning."""
 
 
 @pytest.fixture(scope="module")
-def entries(tmp_path_factory: pytest.TempPathFactory) -> list[ComparedRun]:
-    root = tmp_path_factory.mktemp("compared")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compared")
+
+
+@pytest.fixture(scope="module")
+def entries(root: Path) -> list[ComparedRun]:
     found: list[ComparedRun] = []
     for label, seed in (("first", 0), ("first", 1), ("second", 0)):
         folder = root / f"{label}-{seed}"
@@ -60,7 +78,7 @@ def test_costs_are_those_of_the_run(entries: list[ComparedRun]) -> None:
 
 
 def test_the_instruction_in_the_prompt_is_measured_once(entries: list[ComparedRun]) -> None:
-    assert [bool(entry.in_prompt) for entry in entries] == [True, False, False]
+    assert [list(entry.beside) for entry in entries] == [["prompting"], [], []]
     stored = [
         sorted(path.name for path in (Path(entry.folder) / "evaluation" / "cells").iterdir())
         for entry in entries
@@ -92,6 +110,155 @@ def test_rows_are_the_variants_then_their_seeds_together_then_the_reference(
     assert list(stated["query_gigaflops"]) == ["16", "256", "4096"]
 
 
+@pytest.fixture(scope="module")
+def beside(root: Path, entries: list[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:
+    """The same runs with more methods, and what was said on the way."""
+    found: list[ComparedRun] = []
+    said: list[str] = []
+    for entry in entries:
+        run = Run.open(Path(entry.folder), said.append)
+        assert isinstance(entry.seed, int)
+        found.append(
+            comparison.measure(
+                entry.label, entry.seed, run, ALL_KINDS, ["compare"], said.append, found
+            )
+        )
+    return found, said
+
+
+def test_what_asks_ship_is_measured_of_every_run_and_the_rest_once(
+    beside: tuple[list[ComparedRun], list[str]],
+) -> None:
+    found, said = beside
+    assert [list(entry.beside) for entry in found] == [
+        [name for name in ALL_KINDS.methods if name != "ship"],
+        ["neighbour_instruction"],
+        ["neighbour_instruction"],
+    ]
+    measured = [line.partition(":")[0] for line in said if " tasks, " in line]
+    methods = [cell.partition(".")[0] for cell in measured]
+    # SHIP and the instruction in the prompt were measured before there were others.
+    assert {name: methods.count(name) for name in methods} == {
+        **{"text_to_lora": 2, "bare_base": 2, "majority_label": 2},
+        "neighbour_instruction": 6,
+    }
+    trained = [
+        entry.folder for entry in found if (Path(entry.folder) / "evaluation" / "methods").is_dir()
+    ]
+    assert trained == [found[0].folder]
+
+
+def test_a_method_has_the_columns_of_a_variant(
+    beside: tuple[list[ComparedRun], list[str]], tmp_path: Path
+) -> None:
+    found, _ = beside
+    report = comparison.build(found, {}, ALL_KINDS, ["compare"])
+    assert [(row["label"], row["seed"], row["method"]) for row in report["rows"]] == [
+        *(("first", 0, "ship"), ("first", 1, "ship"), ("first", "all", "ship")),
+        *(("second", 0, "ship"), ("instruction in the prompt", None, "prompting")),
+        *(("text_to_lora", None, "text_to_lora"), ("bare_base", None, "bare_base")),
+        *(("first: neighbour_instruction", seed, "neighbour_instruction") for seed in (0, 1)),
+        ("first: neighbour_instruction", "all", "neighbour_instruction"),
+        ("second: neighbour_instruction", 0, "neighbour_instruction"),
+        ("majority_label (sees labels)", None, "majority_label"),
+    ]
+    rows = {(row["label"], row["seed"]): row for row in report["rows"]}
+    assert report["notes"] == ["icl: none of the directions asked for on any task of these parts"]
+    assert report["setting"]["budget"] == "examples" and report["setting"]["changes"]
+    for row in report["rows"][1:]:
+        assert row["scores"]["deduction"].keys() == {"seen", "unseen"}
+        if row["label"] != "first":
+            assert row["minus_first"]["deduction"].keys() == {"seen", "unseen"}
+    run = Run.open(Path(found[0].folder), no_log)
+    taught = rows["text_to_lora", None]
+    maker = METHODS["text_to_lora"](
+        Setting(run.ship, run.splits, tmp_path, AnsweredExamples(run.num_answered), 0)
+    )
+    assert isinstance(maker, TrainedMethod)
+    assert taught["trained_parameters"] == sum(p.numel() for p in maker.module.parameters())
+    assert taught["steps"] > 0 and taught["minutes"] * 60 > taught["seconds_a_step"] > 0
+    # The run's own adapter is the LoRA that the baseline makes.
+    first = rows["first", 0]
+    for key in ("query_gigaflops", "adapter_numbers"):
+        assert taught[key] == first[key]
+    bare = rows["bare_base", None]["query_gigaflops"]
+    assert bare["16"] == bare["4096"] < first["query_gigaflops"]["16"]
+    own = rows["first: neighbour_instruction", 0]
+    assert "query_gigaflops" not in own and own["folder"] == found[0].folder
+    page = comparison.markdown(report)
+    assert "| second: neighbour_instruction | 0 |  |  |  |  |  |  |  |  |  |" in page
+    assert f"| text_to_lora |  | {taught['steps']:,} | {taught['minutes']:.2f} |" in page
+    assert "- text_to_lora: a hypernetwork from a frozen embedding of the instruction." in page
+    assert "Trained on as many answered examples as the run that they were measured with" in page
+
+
+def test_baselines_that_took_longer_are_told(
+    beside: tuple[list[ComparedRun], list[str]],
+) -> None:
+    """The first oracles are trained whatever the budget."""
+    (first, *_), _ = beside
+    minutes = first.beside["text_to_lora"].facts["minutes"]
+    for limit, told in ((minutes / 2, True), (minutes * 2, False)):
+        settings = ALL_KINDS.model_copy(update={"budget": "minutes", "minutes": limit})
+        report = comparison.build([first], {}, settings, ["compare"])
+        assert (report["setting"]["budget"], report["setting"]["minutes"]) == ("minutes", limit)
+        told_of = [note for note in report["notes"] if note.startswith("text_to_lora: took ")]
+        assert bool(told_of) is told
+        assert f"Trained for {limit:g} minutes each: text_to_lora." in comparison.markdown(report)
+
+
+def test_scores_that_ask_the_run_are_left_out_of_what_is_shared() -> None:
+    """An induced text through the run's encoder is of that run alone."""
+    scores = ["execution_accuracy", "execution_accuracy_encoder", "rouge_l"]
+    one = Measured({}, scores, [{"task": "a"} | {name: [1.0] for name in scores}], 1.0, 0.0, 1)
+    settings = SETTINGS.model_copy(update={"directions": ("induction",)})
+    found = {
+        name: comparison._of_method(name, {Cell(name, "induction", "seen", 5): one}, settings)
+        for name in ("ship", "itd")
+    }
+    assert found["ship"]["induction", "seen"] == one
+    assert found["itd"]["induction", "seen"].metrics == ["execution_accuracy", "rouge_l"]
+
+
+def test_a_method_that_fails_leaves_the_others_their_rows(
+    entries: list[ComparedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not tried again with a run of the same base and data."""
+    asked: list[str] = []
+
+    def fails(self: Sft) -> None:
+        asked.append("sft")
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Sft, "train", fails)
+    settings = SETTINGS.model_copy(update={"methods": ("ship", "sft", "prompting")})
+    found: list[ComparedRun] = []
+    for entry in entries[:2]:
+        run, seed = Run.open(Path(entry.folder), no_log), entry.seed
+        assert isinstance(seed, int)
+        found.append(comparison.measure(entry.label, seed, run, settings, [], no_log, found))
+    assert asked == ["sft"]
+    (name, reason), none = *found[0].failures.items(), found[1].failures
+    assert name == "sft (first, seed 0)" and "out of luck" in reason and not none
+    report = comparison.build(found, found[0].failures, settings, ["compare"])
+    assert {row["method"] for row in report["rows"]} == {"ship", "prompting"}
+    assert report["notes"] == []
+
+
+def test_baselines_that_another_lora_would_have_are_told(
+    beside: tuple[list[ComparedRun], list[str]],
+) -> None:
+    first, _, second = beside[0]
+    other = replace(second, taken="a wider LoRA")
+    with_own = replace(other, beside=first.beside)
+    line = (
+        "text_to_lora: with the LoRA and steps of first, seed 0; those of second, seed 0 are others"
+    )
+    for run, told in ((second, False), (other, True), (with_own, False)):
+        notes = comparison.build([first, run], {}, ALL_KINDS, ["compare"])["notes"]
+        assert (line in notes) is told
+
+
 def measured(values: dict[str, list[float]]) -> Measured:
     rows = [{"task": task, "kind": "", "exact_match": row} for task, row in values.items()]
     return Measured({}, ["exact_match"], rows, 1.0, 0.0, 1)
@@ -111,7 +278,7 @@ def test_differences_are_task_by_task_and_seed_by_seed(entries: list[ComparedRun
             first if label == "first" else other,
             seed=seed,
             cells={("deduction", "unseen"): measured(values)},
-            in_prompt={},
+            beside={},
         )
         for (label, seed), values in scores.items()
     ]

@@ -16,8 +16,11 @@ from ship_ds.data.rules import RulesConfig, build_world
 from ship_ds.data.task import CutOff, Example, Reading, Splits
 from ship_ds.evaluation.baselines.lora_per_task import LoraPerTask
 from ship_ds.evaluation.baselines.oracles import OracleRecipe
+from ship_ds.evaluation.budgets import Steps
+from ship_ds.evaluation.cells import PROTOCOLS
 from ship_ds.evaluation.measure import measure
 from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods import METHODS, TRAINED
 from ship_ds.evaluation.methods.composing import AdapterSum
 from ship_ds.evaluation.methods.controls import (
     BareBase,
@@ -38,6 +41,7 @@ from ship_ds.evaluation.methods.weights import ReadOwnAdapter, ReadTrainedLora
 from ship_ds.evaluation.questions import ask
 from ship_ds.inference import reasoning
 from ship_ds.inference.bank import Bank
+from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_under
 from ship_ds.inference.explaining import Threshold, noise_like
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION
@@ -429,3 +433,40 @@ def test_a_lora_is_explained_or_said_to_be_none(
     size = ship.config.model.latent_size
     monkeypatch.setattr(ship, "_reader", LoraReader(ship.model.task_llm.sites(), size))
     assert made.induce([task.train[:2] for task in splits.seen[:2]]) == [wording, ""]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_whether_it_asks_what_training_made(
+    name: str, ship: Ship, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whether any weight that SHIP trains takes part. `ship-ds compare` measures a method that
+    does not once for all runs."""
+    method: Any = METHODS[name]
+    recipe = getattr(method, "recipe", None)
+    if isinstance(recipe, InductionConfig):
+        monkeypatch.setattr(method, "recipe", recipe.model_copy(update=FEW))
+    elif hasattr(recipe, "oracles"):
+        monkeypatch.setattr(method, "recipe", replace(recipe, oracles=OracleRecipe(steps=1)))
+    elif isinstance(recipe, OracleRecipe):
+        monkeypatch.setattr(method, "recipe", OracleRecipe(steps=1))
+    monkeypatch.setattr(ship, "_threshold", Threshold(0.5, 1.0, 1.0, 16))
+    size = ship.config.model.latent_size
+    monkeypatch.setattr(ship, "_reader", LoraReader(ship.model.task_llm.sites(), size))
+    made = method(Setting(ship, splits, tmp_path, Steps(1) if name in TRAINED else None, 0))
+    [task] = [one for one in splits.unseen if AdapterSum.applies(one, ship)][:1]
+    asked: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: asked.add(type(module).__name__))
+        for module in ship.model.modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+    assert hooks
+    try:
+        made.prepare()
+        for direction, protocol in PROTOCOLS.items():
+            if isinstance(made, protocol) and direction not in method.cannot(ship):
+                measure(made, direction, [ask(task, 2, 0, 1)])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert bool(asked) is method.asks_ship, asked

@@ -37,13 +37,15 @@ class Looks:
     """Looks at dev while a baseline trains, and the curve that is kept of every stage.
 
     score: of the weights as they are. num_looks: of a bounded budget, evenly spaced over it, the
-    last one at its end; 0: none. every: steps between two looks of an open-ended one.
+    last one at its end; 0: none. every: steps between two looks of an open-ended one. seconds: that
+    they took.
     """
 
     score: Callable[[], float]
     num_looks: int
     every: int
     curves: dict[str, list[Point]] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def is_due(self, budget: Budget, before: Spent, now: Spent) -> bool:
         """Whether the step between these two moments is followed by a look."""
@@ -166,7 +168,9 @@ class _Course:
             keeps = isinstance(self.budget, UntilDevStops)
             self.best = dev, [p.detach().clone() for p in self.trained] if keeps else []
             self.num_without_gain = 0
-        self.looked_seconds += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.looked_seconds += took
+        looks.seconds += took
         return dev
 
     def in_words(self) -> str:

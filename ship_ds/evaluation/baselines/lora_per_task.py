@@ -33,6 +33,7 @@ class LoraPerTask:
     states_instruction: ClassVar[bool] = False
     answers_as_ship: ClassVar[bool] = False
     sees_labels: ClassVar[bool] = True
+    asks_ship: ClassVar[bool] = False
     recipe: ClassVar[OracleRecipe] = OracleRecipe()
 
     @classmethod

@@ -2,7 +2,8 @@
 them afterwards.
 
     FOLDER/weights/weights.safetensors    the trained tensors
-    FOLDER/weights/manifest.json          what they were trained for; the file's SHA-256
+    FOLDER/weights/manifest.json          what they were trained for, and what that took; the file's
+                                          SHA-256
     FOLDER/curve.json                     its losses, and its scores on dev on the way
 """
 
@@ -28,7 +29,7 @@ from ship_ds.data.sampler import StepSampler, TaskDraw, balanced
 from ship_ds.data.task import SplitTask, spread
 from ship_ds.evaluation.baselines.fitting import Looks, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
-from ship_ds.evaluation.budgets import Budget, UntilDevStops
+from ship_ds.evaluation.budgets import Budget, Spent, UntilDevStops
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judges import RougeJudge
 from ship_ds.evaluation.measure import measure
@@ -36,6 +37,7 @@ from ship_ds.evaluation.method import Deduces, Setting
 from ship_ds.evaluation.metrics import score
 from ship_ds.evaluation.questions import ask
 from ship_ds.files import recover, sha256, whole_folder, write_json
+from ship_ds.parsing import read_json_object
 from ship_ds.runtime import ranks
 
 _WEIGHTS, _MANIFEST = "weights.safetensors", "manifest.json"
@@ -75,6 +77,7 @@ class TrainedMethod(ABC):
     answers_as_ship: ClassVar[bool] = False
     about: ClassVar[str]
     sees_labels: ClassVar[bool] = False
+    asks_ship: ClassVar[bool] = False
     recipe: ClassVar[Any]
 
     @classmethod
@@ -103,7 +106,7 @@ class TrainedMethod(ABC):
         assert chosen is not None, "who makes a method that trains says what it may spend"
         self.budget: Budget = chosen
         self.base = FrozenBase.of_run(setting.ship)
-        self.looks = self._looks()
+        self.looks, self.fitted = self._looks(), Spent()
         with torch.random.fork_rng():
             torch.manual_seed(setting.seed)
             self.module = self.build().to(self.base.device)
@@ -134,7 +137,8 @@ class TrainedMethod(ABC):
             num_examples: that a step answers; None: as many as a step of SHIP.
         """
         a_step = self.sampler.tasks_per_step * self.sampler.examples_per_task
-        fit(
+        started = time.perf_counter() - self._looked_seconds
+        losses = fit(
             self.module.parameters(),
             losses_at,
             budget,
@@ -143,6 +147,12 @@ class TrainedMethod(ABC):
             num_examples=a_step if num_examples is None else num_examples,
             looks=self.looks,
         )
+        took = time.perf_counter() - self._looked_seconds - started
+        self.fitted = self.fitted.after(len(losses), 0, self.fitted.seconds + took)
+
+    @property
+    def _looked_seconds(self) -> float:
+        return 0.0 if self.looks is None else self.looks.seconds
 
     def _looks(self) -> Looks | None:
         """At a few dev tasks; an open-ended training looks once a round over the seen tasks, or
@@ -237,9 +247,22 @@ class TrainedMethod(ABC):
             manifest = {
                 **self._identity(),
                 "train_seconds": round(seconds, 1),
+                "costs": self._costs(seconds),
                 "sha256": sha256(part / _WEIGHTS),
             }
             (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def _costs(self, seconds: float) -> dict[str, Any]:
+        """As `costs.training_costs` has them of a run; a step's seconds are the mean of those that
+        train its own weights."""
+        steps = self.fitted.steps
+        a_step = {"seconds_a_step": round(self.fitted.seconds / steps, 4)} if steps else {}
+        return {
+            "steps": steps,
+            "minutes": round((seconds - self._looked_seconds) / 60, 4),
+            **a_step,
+            "trained_parameters": sum(one.numel() for one in self.module.parameters()),
+        }
 
     @cached_property
     def sampler(self) -> StepSampler:
@@ -256,6 +279,17 @@ class TrainedMethod(ABC):
             drop_latent=0.0,
             balances_labels=training.balances_labels,
         )
+
+
+def costs_of(method: type[TrainedMethod], folder: Path, budget: Budget) -> dict[str, Any]:
+    """What the training of the method whose folder this is took; empty where it was trained in
+    another way or for another budget, or by a version that did not say."""
+    path = folder / "weights" / _MANIFEST
+    manifest = read_json_object(path) if path.is_file() else {}
+    expected = {"recipe": json.loads(json.dumps(method.numbers())), "budget": repr(budget)}
+    is_same = expected.items() <= manifest.items()
+    costs: dict[str, Any] = manifest.get("costs", {}) if is_same else {}
+    return costs
 
 
 def targets_of(draws: Sequence[TaskDraw]) -> list[list[str]]:

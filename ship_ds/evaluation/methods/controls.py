@@ -25,6 +25,7 @@ class BareBase(Untrained):
 
     name: ClassVar[str] = "bare_base"
     about: ClassVar[str] = "control: the base with neither adapter nor instruction"
+    asks_ship: ClassVar[bool] = False
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
@@ -118,6 +119,7 @@ class MajorityLabel(Untrained):
         "control: the most frequent answer of the task's own training examples: sees labels"
     )
     sees_labels: ClassVar[bool] = True
+    asks_ship: ClassVar[bool] = False
 
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]

@@ -15,6 +15,7 @@ class InContextLearning(Untrained):
 
     name: ClassVar[str] = "icl"
     about: ClassVar[str] = "the bare base with the shown examples in every prompt"
+    asks_ship: ClassVar[bool] = False
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]

@@ -15,6 +15,7 @@ class InstructionInduction(Untrained):
 
     name: ClassVar[str] = "instruction_induction"
     about: ClassVar[str] = "the bare base names the task when shown the examples"
+    asks_ship: ClassVar[bool] = False
     recipe: ClassVar[PromptRecipe] = PromptRecipe()
 
     @classmethod

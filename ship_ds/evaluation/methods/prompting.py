@@ -37,6 +37,7 @@ class Prompting(TakesShots, Untrained):
     name: ClassVar[str] = "prompting"
     about: ClassVar[str] = "the bare base with the instruction in every prompt"
     states_instruction: ClassVar[bool] = True
+    asks_ship: ClassVar[bool] = False
     recipe: ClassVar[PromptingRecipe] = PromptingRecipe()
 
     @classmethod

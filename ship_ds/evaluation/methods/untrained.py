@@ -27,6 +27,7 @@ class Untrained:
     states_instruction: ClassVar[bool] = False
     answers_as_ship: ClassVar[bool] = False
     sees_labels: ClassVar[bool] = False
+    asks_ship: ClassVar[bool] = True
     decoded: ClassVar[tuple[Direction, ...]] = ("reconstruction",)
     """Directions that need a decoder which was trained."""
 
