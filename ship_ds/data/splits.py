@@ -47,11 +47,11 @@ class SplitConfig(Section):
     """What no two parts share: rules; or, besides, the data sets that tasks were made of, by name
     (`Source` of Super-NaturalInstructions, whose tasks of one data set show like inputs), or their
     families (its `Categories`). Of these the shares are of tasks, as far as whole ones fit."""
-    unseen_share: float = Field(0.1, gt=0, le=1)
+    unseen_share: float = Field(0.1, ge=0, le=1)
     """Tasks that are never trained on; 1: all of them, and none is dev, as for a benchmark among
-    the sources of a mixture."""
-    dev_share: float = Field(0.05, gt=0, lt=1)
-    """Tasks that are never trained on and choose the best checkpoint."""
+    the sources of a mixture; 0: none, as for a source of it that is trained on alone."""
+    dev_share: float = Field(0.05, ge=0, lt=1)
+    """Tasks that are never trained on and choose the best checkpoint; 0: none."""
     test_examples: PositiveInt = 5
     """Drawn for each task (files are often sorted), or the format's own; at least half of the
     inputs stay for training."""
@@ -68,15 +68,15 @@ class SplitConfig(Section):
 
 
 def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
-    """A pure function of tasks and config; each part has a rule.
+    """A pure function of tasks and config; each part has a rule, but one whose share is 0.
 
     A task with a single input is trained on and never tested. So a rule that has such a task is a
-    seen one, and the shares are of the other rules; where these are fewer than three, all are seen.
-    Where all are to be unseen, tasks with a single input are left out.
+    seen one, and the shares are of the other rules; where these are fewer than the parts, all are
+    seen. Where all are to be unseen, tasks with a single input are left out.
 
     Raises:
-        DataError: every task could be tested, and they are fewer than three rules; or fewer than
-            three groups that `keeps_together` makes have tasks that can all be tested.
+        DataError: every task could be tested, and they are fewer rules than parts; or fewer
+            groups that `keeps_together` makes than parts have tasks that can all be tested.
     """
     if config.unseen_share == 1:
         tested = [_split_examples(task, config) for task in tasks if can_be_tested(task)]
@@ -90,20 +90,21 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     every = rule_groups(tasks, together=keys)
     untested = [group for group in every if not all(can_be_tested(tasks[i]) for i in group)]
     groups = [group for group in every if all(can_be_tested(tasks[i]) for i in group)]
-    if len(groups) < 3 and config.keeps_together != "rule":
+    num_parts = 1 + (config.unseen_share > 0) + (config.dev_share > 0)
+    if len(groups) < num_parts and config.keeps_together != "rule":
         raise DataError(
             f"data.split.keeps_together={config.keeps_together}: leaves {len(groups)} groups of "
             "tasks that can all be tested, too few for a seen, a dev and an unseen part; leave it "
             "at rule"
         )
-    if len(groups) < 3 and not untested:
+    if len(groups) < num_parts and not untested:
         raise DataError(
             f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for a seen, a dev "
             "and an unseen part; give more"
         )
     random.Random(f"split {config.seed}").shuffle(groups)
     if config.keeps_together == "rule":
-        num_unseen, num_dev = _sizes(len(groups), config)
+        num_unseen, num_dev = _sizes(len(groups), config, num_parts)
         unseen_groups, dev_groups = groups[:num_unseen], groups[num_unseen:][:num_dev]
         rest = groups[num_unseen + num_dev :]
     else:
@@ -116,18 +117,25 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     return Splits(seen, dev, unseen)
 
 
-def _sizes(num_rules: int, config: SplitConfig) -> tuple[int, int]:
-    """Rules of unseen and of dev: at least one each and one left over, or none of either."""
-    if num_rules < 3:
+def _sizes(num_rules: int, config: SplitConfig, num_parts: int) -> tuple[int, int]:
+    """Rules of unseen and of dev: at least one each where there is a share, and one left over; or
+    none of either."""
+    if num_rules < num_parts:
         return 0, 0
-    num_unseen = min(max(1, round(config.unseen_share * num_rules)), num_rules - 2)
-    num_dev = min(max(1, round(config.dev_share * num_rules)), num_rules - num_unseen - 1)
+    has_dev = config.dev_share > 0
+    num_unseen = num_dev = 0
+    if config.unseen_share:
+        wanted = max(1, round(config.unseen_share * num_rules))
+        num_unseen = min(wanted, num_rules - 1 - has_dev)
+    if has_dev:
+        num_dev = min(max(1, round(config.dev_share * num_rules)), num_rules - num_unseen - 1)
     return num_unseen, num_dev
 
 
 def _by_tasks(groups: Sequence[list[int]], config: SplitConfig) -> list[list[list[int]]]:
     """Unseen, dev and seen groups, which are of very different sizes: in their order each goes to
-    the first part that has room for all of it, and where a part has none, the smallest does."""
+    the first part that has room for all of it, and where a part with a share has none, the smallest
+    does."""
     size = sum(map(len, groups))
     # Rounded: 0.29 of 100 is a little less than 29.
     rooms = [round(config.unseen_share * size), round(config.dev_share * size), size]
@@ -136,9 +144,9 @@ def _by_tasks(groups: Sequence[list[int]], config: SplitConfig) -> list[list[lis
         place = next(i for i, room in enumerate(rooms) if len(group) <= room)
         rooms[place] -= len(group)
         parts[place].append(group)
-    for part in parts:
+    for part, share in zip(parts, (config.unseen_share, config.dev_share, 1.0), strict=True):
         largest = max(parts, key=len)
-        if not part and len(largest) > 1:
+        if share and not part and len(largest) > 1:
             smallest = min(largest, key=len)
             largest.remove(smallest)
             part.append(smallest)

@@ -178,6 +178,26 @@ def test_three_rules_are_enough_for_any_shares(unseen: float, dev: float) -> Non
         split_tasks(tasks[:2], SplitConfig())
 
 
+@pytest.mark.parametrize("key", ["rule", "dataset"])
+@pytest.mark.parametrize(
+    ("unseen", "dev", "sizes"),
+    [(0, 0, [8, 0, 0]), (0, 0.25, [6, 2, 0]), (0.25, 0, [6, 0, 2]), (0, 0.01, [7, 1, 0])],
+)
+def test_a_share_of_zero_is_none(
+    key: Together, unseen: float, dev: float, sizes: list[int]
+) -> None:
+    tasks = made_of("a b c d e f g h")
+    config = SplitConfig(unseen_share=unseen, dev_share=dev, keeps_together=key)
+    splits = split_tasks(tasks, config)
+    assert [len(part) for part in (splits.seen, splits.dev, splits.unseen)] == sizes
+    fewest = 1 + (unseen > 0) + (dev > 0)
+    least = split_tasks(tasks[:fewest], config)
+    assert len(least.seen) == 1 and len(least.tasks) == fewest
+    if fewest > 1:
+        with pytest.raises(DataError, match="too few"):
+            split_tasks(tasks[: fewest - 1], config)
+
+
 def made_of(names: str, key: str = "dataset") -> list[Task]:
     return [
         replace(task(str(i), f"rule number {i}"), **{key: name.strip("-")})  # type: ignore[arg-type]
