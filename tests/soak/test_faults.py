@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from ship_ds.config import load_config
 from ship_ds.files import sha256, write_json
+from ship_ds.monitor.machine import describe_machine
 from tests.conftest import REPOSITORY, start
 from tests.soak.faults import (
     CHECKPOINT,
@@ -174,7 +175,11 @@ def test_a_fault_in_each_phase_changes_no_step(
 def row_of(fault: Fault, outcome: Outcome) -> dict[str, Any]:
     """A cell of runs/faults.json."""
     seconds = {"until named": outcome.seconds_to_name, "until the end": outcome.seconds_to_end}
+    # Of each cell, since no one call runs them all.
+    machine = describe_machine()
     return {
+        "date": machine["date"],
+        "cpu": machine["cpu"],
         "kind": fault.kind,
         "phase": fault.phase,
         "seed": fault.seed,
