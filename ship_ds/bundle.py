@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ship_ds.adapter_files import BEFORE_THE_PROMPT
-from ship_ds.config import CombinationConfig, Config, LoraTuning, ModelConfig, parse_config
+from ship_ds.config import Config, LoraTuning, ModelConfig, parse_config, parts_of
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, recover, refuse_existing, whole_folder
@@ -166,7 +166,7 @@ class Bundle:
                 + (
                     "; to start a combination from it, give one of "
                     "model.hypernetwork.parts the settings of its hypernetwork"
-                    if isinstance(model.config.hypernetwork, CombinationConfig)
+                    if len(parts_of(model.config.hypernetwork)) > 1
                     else ""
                 )
             )
@@ -200,9 +200,8 @@ def _other_meaning(one: Section, other: Section) -> str | None:
 
 def _part_of(one: Section, other: Section) -> int | None:
     """Which part of another hypernetwork's config one's is; None where it is no part of it."""
-    if not isinstance(other, CombinationConfig):
-        return None
-    return next((i for i, part in enumerate(other.parts) if part == one), None)
+    parts = enumerate(parts_of(other))
+    return next((i for i, part in parts if part is not other and part == one), None)
 
 
 def _moved_inside(name: str, inside: str) -> str:

@@ -479,6 +479,13 @@ ADAPTERS.register(SoftPromptHypernetworkConfig, f"{_SOFT_PROMPT}:SoftPromptHyper
 ADAPTERS.register(ReshapeHypernetworkConfig, f"{_SOFT_PROMPT}:ReshapeHypernetwork")
 ADAPTERS.register(SparseHypernetworkConfig, f"{_SPARSE}:SparseHypernetwork")
 ADAPTERS.register(ScatterHypernetworkConfig, f"{_SPARSE}:ScatterHypernetwork")
+
+
+def parts_of(section: Section) -> tuple[Section, ...]:
+    """The parts of a `model.hypernetwork` that combines several kinds; of another it alone."""
+    return section.parts if isinstance(section, CombinationConfig) else (section,)
+
+
 HypernetworkConfig = Annotated[SerializeAsAny[Section], BeforeValidator(ADAPTERS.validate)]
 
 
@@ -550,7 +557,7 @@ class ModelConfig(Section):
             part = getattr(self, name)
             if not part.base:
                 object.__setattr__(self, name, part.model_copy(update={"base": self.task_llm.base}))
-        for part in getattr(self.hypernetwork, "parts", (self.hypernetwork,)):
+        for part in parts_of(self.hypernetwork):
             # A kind may have one; most do not look beyond their own section.
             conflict = getattr(part, "conflict", None)
             if conflict is not None and (reason := conflict(self)):
@@ -757,8 +764,7 @@ def lora_of(section: Section) -> LoraHypernetworkConfig | None:
     A kind whose values are LoRAs has a method `as_lora` in its section: the plain LoRA of its rank,
     scaling and linears, which is trained where one beside the generated ones is: by `tune`, as an
     oracle, as a baseline."""
-    parts = getattr(section, "parts", (section,))
-    loras = [part.as_lora() for part in parts if hasattr(part, "as_lora")]
+    loras = [part.as_lora() for part in parts_of(section) if hasattr(part, "as_lora")]
     return loras[0] if len(loras) == 1 else None
 
 

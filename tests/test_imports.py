@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import ship_ds.config  # noqa: F401  # it registers the kinds
+from ship_ds.kinds import ADAPTERS
+from ship_ds.section import Section
 from tests.conftest import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "ship_ds"
@@ -101,6 +104,43 @@ def test_a_class_name_is_one_thing() -> None:
                 homes.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
     assert len(homes) > 300
     assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
+ADAPTERS_ROOM = PACKAGE / "model" / "adapters"
+MAY_ASK = {
+    "evaluation/baselines/frozen_base.py": {"Adapter"},  # or a function that makes one: no kind
+    "model/projections.py": {"AdaptedBlock"},  # whether a block is wrapped, by whatever kind
+    "planner/plan.py": {"AdaptedBlock"},
+}
+"""By file, the classes of the adapters' port that it may ask for, since they are of no kind."""
+
+
+def asked_for(path: Path) -> set[str]:
+    """The last names of the classes and the members that a file asks whether a thing is or has."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Call(ast.Name("isinstance" | "issubclass"), [_, classes]):
+                for part in ast.walk(classes):
+                    found.add(getattr(part, "id", getattr(part, "attr", "")))
+            case ast.Call(ast.Name("getattr" | "hasattr"), [_, ast.Constant(str(name)), *_]):
+                found.add(name)
+    return found
+
+
+def test_nobody_outside_the_port_asks_of_what_kind_an_adapter_is() -> None:
+    kinds = {ADAPTERS.config_class(name) for name in ADAPTERS.names()}
+    names = {one.__name__ for kind in kinds for one in kind.__mro__ if issubclass(one, Section)}
+    for path in ADAPTERS_ROOM.glob("*.py"):
+        names |= {
+            node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)
+        }
+    names = names - {"Section"} | {"parts", "latent", "num_blocks", "as_lora"}
+    assert {"LoraAdapter", "CombinedAdapter", "CombinationConfig", "FactorConfig"} <= names
+    # config.py is where the sections of the kinds are; `parts_of` and `lora_of` answer for them.
+    outside = set(PACKAGE.rglob("*.py")) - set(ADAPTERS_ROOM.glob("*.py")) - {PACKAGE / "config.py"}
+    found = {str(path.relative_to(PACKAGE)): asked_for(path) & names for path in outside}
+    assert {path: asked for path, asked in found.items() if asked} == MAY_ASK
 
 
 def test_what_is_not_there_is_said_as_by_python() -> None:

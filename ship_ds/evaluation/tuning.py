@@ -22,9 +22,7 @@ from ship_ds.evaluation.baselines.oracles import draw
 from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.budgets import Steps
 from ship_ds.inference import checks
-from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.adapters.combination import CombinedAdapter
-from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.model.adapters.adapter import Adapter, Around
 from ship_ds.origin import Tuning
 
 _EXAMPLES_PER_STEP = 16
@@ -133,7 +131,9 @@ def tune(
     base = FrozenBase.of_run(ship)
     with torch.no_grad():
         generated = ship.model.adapt(ship.model.encode([instruction]), [instruction])
-    start, with_rest = lora_within(generated)
+    within = generated.lora_within()
+    assert within is not None, "the verb refuses other kinds"
+    start, with_rest = within
     lora = fresh_lora(base, recipe.seed)
     lora.start_at(start)
 
@@ -147,20 +147,6 @@ def tune(
         fresh = train_lora(base, other, question, train, held_out, recipe, "fresh")
     adapter = with_rest(lora.requires_grad_(False)())
     return Tuned(adapter, recipe, curve, fresh, len(train), len(held_out))
-
-
-Around = Callable[[LoraAdapter], Adapter]
-"""A LoRA -> the adapter that it is a part of."""
-
-
-def lora_within(adapter: Adapter) -> tuple[LoraAdapter, Around]:
-    """The LoRA of a generated adapter, and what makes one like it around another LoRA."""
-    if isinstance(adapter, LoraAdapter):
-        return adapter, lambda lora: lora
-    assert isinstance(adapter, CombinedAdapter), "the verb refuses other kinds"
-    parts = adapter.parts
-    [(place, found)] = [(n, one) for n, one in enumerate(parts) if isinstance(one, LoraAdapter)]
-    return found, lambda lora: CombinedAdapter((*parts[:place], lora, *parts[place + 1 :]))
 
 
 def parted(

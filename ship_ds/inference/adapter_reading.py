@@ -23,7 +23,7 @@ from ship_ds.inference.results import WeightCandidate, WeightInduction
 from ship_ds.lora_folder import Lora, factored
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.adapters.lora import LoraAdapter, adapter_of_lora
+from ship_ds.model.adapters.lora import adapter_of_lora
 from ship_ds.model.adapters.sites import sizes, weight_of
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
@@ -84,7 +84,7 @@ def read_merged(model: ShipModel, folder: Path) -> Adapter:
         UserError: it is none, it has changed more than linears of blocks, or nothing.
     """
     linears = model.task_llm.linears()
-    if not isinstance(model.adapt(model.prior.mean(1).to(model.device)), LoraAdapter):
+    if model.adapt(model.prior.mean(1).to(model.device)).as_lora() is None:
         raise UserError(
             f"{folder}: a merged model is read as a LoRA, and this run's adapters are of another "
             "kind; it needs a run with model.hypernetwork.kind=lora"

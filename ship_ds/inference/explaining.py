@@ -418,9 +418,9 @@ def calibrate(
     """
     texts = [task.task.instruction for task in spread(dev, _NUM_DEV)]
     own = [model.adapt(latent_Z[None]) for latent_Z in model.encode(texts)] if texts else []
-    if len(texts) < _FEWEST or not isinstance(own[0], LoraAdapter):
+    loras = [lora for adapter in own if (lora := adapter.as_lora()) is not None]
+    if len(texts) < _FEWEST or len(loras) < len(own):
         return Threshold(HALF, 0.0, 0.0, 0)
-    loras = [adapter for adapter in own if isinstance(adapter, LoraAdapter)]
     subjects = [
         *(_disturbed(lora, text) for lora, text in zip(loras, texts, strict=True)),
         *(noise_like(lora, text) for lora, text in zip(loras, texts, strict=True)),

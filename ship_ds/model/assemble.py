@@ -41,7 +41,6 @@ from ship_ds.model.step import Parts
 from ship_ds.model.streaming import Shard
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
-from ship_ds.section import Section
 
 
 class Weights(Protocol):
@@ -144,7 +143,8 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
         checkpointing=config.decoder.checkpointing,
         borrows=borrows,
     )
-    if encoder.num_shares > 1 and _reads_shares(config.hypernetwork):
+    reads_shares = kind.without_shares(config.hypernetwork) != config.hypernetwork
+    if encoder.num_shares > 1 and reads_shares:
         num_blocks = len(target.blocks)
         if encoder.num_shares != num_blocks:
             raise UserError(
@@ -172,12 +172,6 @@ def build_ship(config: ModelConfig, weights: Weights, loss: LossConfig | None = 
         sharded,
         trains_decoder(loss.weights()),
     )
-
-
-def _reads_shares(section: Section) -> bool:
-    """Whether a part of the hypernetwork cuts z into one share a block."""
-    sections = getattr(section, "parts", (section,))
-    return any(getattr(one, "latent", "whole") == "by_layer" for one in sections)
 
 
 def _collator(

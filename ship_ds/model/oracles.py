@@ -199,9 +199,7 @@ class OracleDistance(Objective):
 
     def meet(self, parts: Parts) -> None:
         """Remember the sites of the LoRA."""
-        made = parts.hypernetwork
-        lora = next(part for part in getattr(made, "parts", (made,)) if part.leaves == "lora")
-        sites, ranks = parts.task_llm.sites(), lora.ranks()
+        sites, ranks = parts.task_llm.sites(), parts.hypernetwork.lora_ranks()
         self.sites = {path: sites[path] for path in ranks}
         self.layout = RowLayout.of(self.sites, max(ranks.values()))
 
@@ -264,8 +262,9 @@ class OracleDistance(Objective):
     def sum(self, outputs: Outputs) -> Tensor:
         """Over tasks with an oracle."""
         aims: OracleRows = outputs.batch.extras["oracles"]
-        parts = getattr(outputs.adapter, "parts", (outputs.adapter,))
-        made = next(part for part in parts if isinstance(part, LoraAdapter))
+        within = outputs.adapter.lora_within()
+        assert within is not None, "the config refuses it (why_no_oracles)"
+        made = within.lora
         scalings = made.scaling, made.scaling
         squared = []
         for paths, *aim in self.layout.factors(aims.rows_TX):

@@ -24,7 +24,9 @@ from ship_ds.config import (
     base_folder,
 )
 from ship_ds.errors import UserError
+from ship_ds.kinds import ADAPTERS
 from ship_ds.model import nf4
+from ship_ds.model.adapters.adapter import Hypernetwork
 from ship_ds.model.assemble import build_ship
 from ship_ds.model.elementwise import Way
 from ship_ds.model.language_model import without_weights
@@ -33,7 +35,6 @@ from ship_ds.model.loading import Quantisation, read_settings
 from ship_ds.model.ship import ShipModel
 from ship_ds.planner.attention import PLANNED
 from ship_ds.planner.public_shapes import PUBLIC_SHAPES, WAY_OUT
-from ship_ds.section import Section
 
 
 def public_shapes() -> Mapping[str, PreTrainedConfig]:
@@ -176,25 +177,15 @@ def build_whole(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None
 def _shallow(config: ModelConfig) -> tuple[int, ...]:
     """SHALLOW, or more where adapters are in so many last blocks: both models have all of these,
     and differ in blocks below them."""
-    parts = getattr(config.hypernetwork, "parts", (config.hypernetwork,))
-    more = max(0, *((getattr(one, "num_blocks", None) or 0) - SHALLOW[0] for one in parts))
+    kind: type[Hypernetwork] = ADAPTERS.implementation(config.hypernetwork)
+    more = max(0, kind.num_last_blocks(config.hypernetwork) - SHALLOW[0])
     return tuple(number + more for number in SHALLOW)
 
 
 def _without_shares(config: ModelConfig) -> ModelConfig:
     """For models of fewer blocks, which z need not part into: how a place reads it changes what a
     head between them holds, and nothing that grows with the layers."""
-
-    def whole(section: Section) -> Section:
-        return (
-            section.model_copy(update={"latent": "whole"})
-            if hasattr(section, "latent")
-            else section
-        )
-
-    hypernetwork = whole(config.hypernetwork)
-    if parts := getattr(hypernetwork, "parts", ()):
-        hypernetwork = hypernetwork.model_copy(update={"parts": tuple(map(whole, parts))})
+    hypernetwork = ADAPTERS.implementation(config.hypernetwork).without_shares(config.hypernetwork)
     pooling = config.encoder.pooling
     if isinstance(pooling, AttentionPooling):
         pooling = pooling.model_copy(update={"shares": False})

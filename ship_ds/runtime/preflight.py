@@ -22,7 +22,7 @@ from ship_ds.base_files import (
     linears_of_t5,
 )
 from ship_ds.bundle import bundle_folder, verify
-from ship_ds.config import ALL_LINEAR, Config, ModelConfig, base_folder, load_config
+from ship_ds.config import ALL_LINEAR, Config, ModelConfig, base_folder, load_config, parts_of
 from ship_ds.console import log, log_from_any_rank
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
@@ -168,7 +168,7 @@ def _has_template(folder: Path) -> bool:
 def _check_targets(base: str, section: Section) -> None:
     """Here, since the default names are those of other models."""
     known = linears_of_t5(base_folder(base))
-    for one in (section, *getattr(section, "parts", ())):
+    for one in parts_of(section):
         for target in getattr(one, "targets", ()):
             if target not in known | {ALL_LINEAR}:
                 raise UserError(

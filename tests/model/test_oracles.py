@@ -16,6 +16,7 @@ from ship_ds.errors import UserError
 from ship_ds.files import Manifest, write_json
 from ship_ds.model.adapters.combination import CombinedAdapter
 from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.model.adapters.soft_prompt import SoftPrompt
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.objectives import Training
 from ship_ds.model.oracles import (
@@ -145,9 +146,22 @@ def test_the_lora_among_the_parts_of_a_combination_is_compared() -> None:
     made = random_lora(SITES, 1)
     rows_TX = RowLayout.of(SITES, 3).row(random_lora(SITES, 1, seed=5)).detach()
     alone = summed(made, rows_TX, [1.0] * 3, [1.0])
-    stranger: Any = SimpleNamespace()
-    combined = CombinedAdapter((stranger, made))
+    beside = SoftPrompt(torch.zeros(1, 2, 4))
+    combined = CombinedAdapter((beside, made))
     assert torch.equal(summed(combined, rows_TX, [1.0] * 3, [1.0]), alone)
+
+
+def test_a_combination_gives_its_one_lora_and_takes_another_in_its_place() -> None:
+    made, other, beside = (
+        random_lora(SITES, 1),
+        random_lora(SITES, 1, seed=5),
+        SoftPrompt(torch.ones(1)),
+    )
+    within = CombinedAdapter((beside, made)).lora_within()
+    assert within is not None and within.lora is made
+    assert within.around(other) == CombinedAdapter((beside, other))
+    assert beside.lora_within() is None
+    assert CombinedAdapter((made, other)).lora_within() is None
 
 
 CHANGES = {

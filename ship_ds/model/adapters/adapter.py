@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from ship_ds.model.adapters.segment_lora import Addition, LowRank
 from ship_ds.model.attention import Prefix
 from ship_ds.model.language_model import Feature, LanguageModel
 from ship_ds.section import Section
+
+if TYPE_CHECKING:
+    from ship_ds.model.adapters.lora import LoraAdapter
 
 Sites = Mapping[str, tuple[int, int]]
 """Module path -> (in, out) of each linear that adapters change."""
@@ -112,6 +115,15 @@ class Adapter(ABC):
         make of its tensors at each call is made once."""
         return self
 
+    def as_lora(self) -> "LoraAdapter | None":
+        """The same as a plain LoRA; None: it is none."""
+        return None
+
+    def lora_within(self) -> "LoraWithin | None":
+        """The one LoRA that it is or has as a part; None: it has none, or several."""
+        lora = self.as_lora()
+        return None if lora is None else LoraWithin(lora, lambda other: other)
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Everything that was generated, by name; its first dimension is T."""
@@ -133,6 +145,17 @@ class Adapter(ABC):
             UserError: the kind has no such measure.
         """
         raise UserError("explain: adapters of this run's kind cannot be compared by their weights")
+
+
+Around = Callable[["LoraAdapter"], Adapter]
+"""A LoRA -> the adapter that it is a part of."""
+
+
+class LoraWithin(NamedTuple):
+    """The LoRA in an adapter, and what makes an adapter like it around another LoRA."""
+
+    lora: "LoraAdapter"
+    around: Around
 
 
 class Export(ABC):
@@ -277,6 +300,20 @@ class Hypernetwork(nn.Module, ABC):
         made, so of a target that knows nothing of the encoder's states: their heads grow with the
         latent, and one of a mistyped size fills the memory."""
 
+    @classmethod
+    def without_shares(cls, config: Any) -> Any:
+        """The config with which every place reads all of z; the same one where no place reads a
+        share. By the section's `latent`, where it has one."""
+        if getattr(config, "latent", None) != "by_layer":
+            return config
+        return config.model_copy(update={"latent": "whole"})
+
+    @classmethod
+    def num_last_blocks(cls, config: Any) -> int:
+        """How many blocks, counted from the last, its adapters change, and none below them; 0: this
+        does not depend on how many there are. By the section's `num_blocks`, where it has one."""
+        return getattr(config, "num_blocks", None) or 0
+
     @abstractmethod
     def forward(self, latent_TZ: Tensor) -> Adapter:
         """The adapters of T latents. Called by keyword: `hypernetwork(latent_TZ=latent_TZ)`."""
@@ -293,6 +330,11 @@ class Hypernetwork(nn.Module, ABC):
     def ranks(self) -> Mapping[str, int]:
         """Module path -> rank of the product that its adapters add there. For FLOPs."""
         return {}
+
+    def lora_ranks(self) -> Mapping[str, int]:
+        """Module path -> rank of the LoRA that `Adapter.lora_within` finds in its adapters; empty:
+        they have none."""
+        return self.ranks() if self.leaves == "lora" else {}
 
     def products_of_state(self) -> int:
         """Multiplications that make an adapter of one of the encoder's states more. For FLOPs."""

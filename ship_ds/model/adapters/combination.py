@@ -38,6 +38,7 @@ from ship_ds.model.adapters.adapter import (
     Adapter,
     Export,
     Hypernetwork,
+    LoraWithin,
     States,
     Target,
     build_hypernetwork,
@@ -120,6 +121,19 @@ class CombinedAdapter(Adapter):
 
     def prepared(self, dtype: torch.dtype) -> "CombinedAdapter":
         return self._each(lambda part: part.prepared(dtype))
+
+    def lora_within(self) -> LoraWithin | None:
+        """See `Adapter`: the others stay around another one."""
+        loras = [
+            (place, lora)
+            for place, part in enumerate(self.parts)
+            if (lora := part.as_lora()) is not None
+        ]
+        if len(loras) != 1:
+            return None
+        [(place, lora)] = loras
+        before, after = self.parts[:place], self.parts[place + 1 :]
+        return LoraWithin(lora, lambda other: CombinedAdapter((*before, other, *after)))
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of each part, by its number."""
@@ -242,6 +256,17 @@ class Combination(Hypernetwork):
         ]
         return tuple(dict.fromkeys(found))
 
+    @classmethod
+    def without_shares(cls, config: CombinationConfig) -> CombinationConfig:
+        """See `Hypernetwork`: of each part."""
+        parts = [ADAPTERS.implementation(part).without_shares(part) for part in config.parts]
+        return config.model_copy(update={"parts": tuple(parts)})
+
+    @classmethod
+    def num_last_blocks(cls, config: CombinationConfig) -> int:
+        """See `Hypernetwork`: of the part that changes most."""
+        return max(ADAPTERS.implementation(part).num_last_blocks(part) for part in config.parts)
+
     def forward(self, latent_TZ: Tensor, read: States | None = None) -> CombinedAdapter:
         # By keywords, as ShipModel calls it.
         of_z, of_states = {"latent_TZ": latent_TZ}, {"latent_TZ": latent_TZ, "read": read}
@@ -263,6 +288,11 @@ class Combination(Hypernetwork):
             for path, rank in part.ranks().items():
                 ranks[path] = ranks.get(path, 0) + rank
         return ranks
+
+    def lora_ranks(self) -> Mapping[str, int]:
+        """See `Hypernetwork`."""
+        found = [ranks for part in self._hypernetworks() if (ranks := part.lora_ranks())]
+        return found[0] if len(found) == 1 else {}
 
     def products_of_state(self) -> int:
         """See `Hypernetwork`."""

@@ -80,6 +80,10 @@ class LoraAdapter(Adapter):
         }
         return replace(self, factors=factors, ends=None)
 
+    def as_lora(self) -> "LoraAdapter":
+        """See `Adapter`."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         """A and B of each site."""
         return {
