@@ -18,13 +18,14 @@ from ship_ds.errors import UserError
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.gradient import Schedule, descend_on
-from ship_ds.inference.proposals import draw_seed, likeliest_texts, sample_texts
+from ship_ds.inference.proposals import likeliest_texts, sample_texts
 from ship_ds.inference.results import WeightCandidate, WeightInduction
 from ship_ds.lora_folder import Lora, factored
 from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.lora import adapter_of_lora
 from ship_ds.model.adapters.sites import sizes, weight_of
+from ship_ds.model.drawing import draw_seed
 from ship_ds.model.ship import ShipModel
 from ship_ds.origin import ORIGIN, read_origin
 from ship_ds.parsing import read_json_object

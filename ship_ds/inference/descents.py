@@ -21,7 +21,6 @@ from ship_ds.inference.gradient import (
     neutral_embeddings,
 )
 from ship_ds.inference.proposals import (
-    draw_seed,
     likeliest_texts,
     sample_texts,
     views,
@@ -30,6 +29,7 @@ from ship_ds.inference.results import Candidate
 from ship_ds.inference.scoring import Examples, fit_of_latents
 from ship_ds.inference.search_state import DescentResult, Proposal, SearchState
 from ship_ds.model import budget
+from ship_ds.model.drawing import draw_seed
 from ship_ds.model.ship import ShipModel
 
 _SHARE_FROM_TEXT = 4

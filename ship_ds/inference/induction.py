@@ -43,7 +43,6 @@ from ship_ds.inference.descents import (
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION
 from ship_ds.inference.proposals import (
     asked_texts,
-    draw_seed,
     edits,
     likeliest_texts,
     sample_texts,
@@ -53,6 +52,7 @@ from ship_ds.inference.results import Induction
 from ship_ds.inference.scoring import Examples
 from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals
+from ship_ds.model.drawing import draw_seed
 from ship_ds.model.ship import ShipModel
 from ship_ds.monitor.progress import ProgressLine
 

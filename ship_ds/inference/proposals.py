@@ -13,7 +13,6 @@ its own, so a task's proposals do not depend on its batch.
 Letters: K labelled positions, V vocabulary, W views of the examples, Z latent size.
 """
 
-import hashlib
 import itertools
 import random
 import re
@@ -34,13 +33,6 @@ from ship_ds.model.ship import ShipModel
 
 _CUTS = 12
 """Places at which two texts are spliced, at most."""
-
-
-def draw_seed(*parts: object) -> int:
-    """A seed made of whatever names a draw, such as (seed, examples, "views", 0)."""
-    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
-    # A torch seed has to fit a signed 64-bit number.
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def views(

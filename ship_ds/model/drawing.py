@@ -6,7 +6,13 @@ import hashlib
 import torch
 
 
+def draw_seed(*parts: object) -> int:
+    """A seed made of whatever names a draw, such as (seed, examples, "views", 0)."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    # A torch seed has to fit a signed 64-bit number.
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def keyed_generator(key: str) -> torch.Generator:
     """A generator on the CPU whose draws are a function of the key alone."""
-    digest = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
-    return torch.Generator().manual_seed(digest)
+    return torch.Generator().manual_seed(draw_seed(key))

@@ -15,7 +15,8 @@ from ship_ds.api import Ship
 from ship_ds.evaluation.endpoint import ChatEndpoint
 from ship_ds.inference.bank import Bank
 from ship_ds.inference.deduction import bare_answerer
-from ship_ds.inference.proposals import draw_seed, sample_texts
+from ship_ds.inference.proposals import sample_texts
+from ship_ds.model.drawing import draw_seed
 from ship_ds.supply.config import ProposeConfig
 
 _ASKED = (

@@ -16,7 +16,6 @@ from ship_ds.inference.deduction import answer_latents, answer_read
 from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, Schedule, descend_on_latent, own_tokens
 from ship_ds.inference.induction import _read_by_encoder, induce_many
 from ship_ds.inference.proposals import (
-    draw_seed,
     edits,
     latents_beside,
     sample_texts,
@@ -26,6 +25,7 @@ from ship_ds.inference.proposals import (
 from ship_ds.inference.reasoning import examples_alone, reason_many, with_examples
 from ship_ds.inference.scoring import fit_in_prompt, fit_of_latents
 from ship_ds.inference.search_state import SearchState
+from ship_ds.model.drawing import draw_seed
 from ship_ds.model.ship import ShipModel
 
 pytestmark = pytest.mark.slow
