@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ship_ds.base_shapes import check_shapes
+from ship_ds.base_shapes import check_shapes, no_end
 from ship_ds.errors import UserError
 from ship_ds.parsing import read_json_object, read_text
 from ship_ds.safetensors_header import Place, not_finite, read_header, weight_files
@@ -185,9 +185,7 @@ def _end_id(
     settings = objects.get("tokenizer_config.json", {})
     end = settings.get("eos_token") or objects.get("special_tokens_map.json", {}).get("eos_token")
     if not end and settings.get("tokenizer_class") in _OWN_DEFAULTS:
-        raise UserError(
-            f"{folder}: the tokenizer has no eos_token; set one in its tokenizer_config.json"
-        )
+        raise no_end(folder)
     text = end.get("content") if isinstance(end, dict) else end
     words, added = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens")
     if not isinstance(text, str):

@@ -53,6 +53,13 @@ def check_end_id(place: object, end_id: int, num_tokens: int) -> None:
         )
 
 
+def no_end(place: object) -> UserError:
+    """The error of a tokenizer without an end of sequence."""
+    return UserError(
+        f"{place}: the tokenizer has no eos_token; set one in its tokenizer_config.json"
+    )
+
+
 def _check_rows(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
     expected = settings.get(_ROWS)
     if type(expected) is not int or settings["model_type"] in _OTHER_ROWS:

@@ -497,6 +497,16 @@ def _of_module(pattern: Sequence[tuple[re.Pattern[str], Any]], module: str, defa
     return next((value for name, value in pattern if name.match(module)), default)
 
 
+def other_sizes(
+    folder: Path, module: str, there: Sequence[int], expected: Sequence[int]
+) -> UserError:
+    """The error of an adapter of linears with other (inputs, outputs) than the base's."""
+    return UserError(
+        f"{folder}: {module} is {there[0]} -> {there[1]} and this run's base has "
+        f"{expected[0]} -> {expected[1]} there: an adapter of another base model"
+    )
+
+
 def _dora_update(
     folder: Path, module: str, weight: WeightOf, delta_OI: Tensor, magnitude_O: Tensor
 ) -> Tensor:
@@ -504,11 +514,7 @@ def _dora_update(
     2402.09353, equation 5). Raises UserError."""
     weight_OI = weight(module).float()
     if weight_OI.shape != delta_OI.shape:
-        raise UserError(
-            f"{folder}: {module} is {delta_OI.shape[1]} -> {delta_OI.shape[0]} and this run's base "
-            f"has {weight_OI.shape[1]} -> {weight_OI.shape[0]} there: an adapter of another base "
-            "model"
-        )
+        raise other_sizes(folder, module, delta_OI.shape[::-1], weight_OI.shape[::-1])
     moved_OI = weight_OI + delta_OI.to(weight_OI.device)
     norm_O = moved_OI.norm(dim=1)
     if not norm_O.all():

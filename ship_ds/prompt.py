@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from ship_ds.base_shapes import check_end_id
+from ship_ds.base_shapes import check_end_id, no_end
 from ship_ds.data.task import CutOff, Example, Reading, Splits, SplitTask
 from ship_ds.errors import UserError
 from ship_ds.template_limits import TemplateLimitError, within_limits
@@ -112,10 +112,7 @@ class PromptFormat:
         ends_prompts: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{tokenizer.name_or_path}: the tokenizer has no eos_token; set one "
-                "in its tokenizer_config.json"
-            )
+            raise no_end(tokenizer.name_or_path)
         self.tokenizer = tokenizer
         self.reads_examples = False
         """Whether the encoder is shown examples: part of what is described."""

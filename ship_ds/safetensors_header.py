@@ -2,6 +2,7 @@
 download is told before that is loaded."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -125,6 +126,19 @@ def not_finite(path: Path, name: str) -> UserError:
         f"{path}: {name} has values that are infinite or no numbers; download the model again, or "
         "give another checkpoint of it"
     )
+
+
+def missing_weight(folder: Path, name: str) -> UserError:
+    """The error of a tensor that a model has and its files have not."""
+    return UserError(
+        f"{folder}: no weight {name} in its safetensors files; its config.json describes another "
+        "model"
+    )
+
+
+def other_shape(place: Path, name: str, there: Sequence[int], expected: Sequence[int]) -> UserError:
+    """The error of a tensor that is of another shape in `place` than the model has."""
+    return UserError(f"{place}: {name} is {tuple(there)}, and config.json says {tuple(expected)}")
 
 
 def _place(path: Path, name: str, row: dict[str, Any], offset: int) -> Place:

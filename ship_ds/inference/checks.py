@@ -57,8 +57,7 @@ def check_reading(model: ShipModel, reading: Reading) -> None:
             "examples: this run's encoder always read an instruction beside them "
             "(model.encoder.drop_instruction=0): give one"
         )
-    if not reading.examples:
-        raise UserError("examples: there are none; give at least one line with input and target")
+    _check_some(reading.examples)
     if not reading.states_targets and not model.config.encoder.drop_targets:
         raise UserError(
             "inputs: this run's encoder always read their targets, too "
@@ -120,8 +119,7 @@ def check_examples(
         UserError: there are none, one cannot be read, or two contradict each other; the message
             gives their numbers from 1.
     """
-    if not examples:
-        raise UserError("examples: there are none; give at least one line with input and target")
+    _check_some(examples)
     first: dict[str, int] = {}
     for number, example in enumerate(examples, start=1):
         for part, text in (("input", example.input), ("target", example.target)):
@@ -140,6 +138,12 @@ def check_examples(
                 f"examples {other} and {number}: the same input {example.input!r} has two targets, "
                 f"{earlier!r} and {example.target!r}, and no instruction gives both: remove one"
             )
+
+
+def _check_some(examples: Sequence[Example]) -> None:
+    """Raises UserError where there is no example."""
+    if not examples:
+        raise UserError("examples: there are none; give at least one line with input and target")
 
 
 def check_text(prompts: PromptFormat, text: str, what: str) -> None:

@@ -34,6 +34,7 @@ from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 from ship_ds.parsing import read_json_object
 from ship_ds.prompt import PromptFormat
+from ship_ds.safetensors_header import missing_weight, other_shape
 from ship_ds.weights_folder import WeightsFolder, is_finite
 
 Quantisation = Literal["nf4", "none"]
@@ -209,14 +210,9 @@ def _load_whole(folder: Path, settings: PreTrainedConfig, **how: Any) -> Any:
         ignore_mismatched_sizes=True,
     )
     if missing := found["missing_keys"]:
-        raise UserError(
-            f"{folder}: no weight {min(missing)} in its safetensors files; its config.json "
-            "describes another model"
-        )
+        raise missing_weight(folder, min(missing))
     for name, there, expected in sorted(found["mismatched_keys"]):
-        raise UserError(
-            f"{folder}: {name} is {tuple(there)}, and config.json says {tuple(expected)}"
-        )
+        raise other_shape(folder, name, there, expected)
     # Codes of 4 bits do not tell, and to read the files once more for them takes too long.
     if "quantization_config" not in how and not all(map(is_finite, model.parameters())):
         _check_numbers(folder)

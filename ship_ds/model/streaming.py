@@ -19,11 +19,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ship_ds.errors import UserError
 from ship_ds.model import nf4
 from ship_ds.model.bitsandbytes_import import bitsandbytes
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.nf4 import Nf4, pieces_of
+from ship_ds.safetensors_header import missing_weight, other_shape
 from ship_ds.weights_folder import WeightsFolder
 
 Shard = Callable[[nn.Module], None]
@@ -124,16 +124,11 @@ def _tied(model: Any, weights: WeightsFolder) -> dict[str, str]:
 
 def _read(weights: WeightsFolder, path: str, expected: Tensor) -> Tensor:
     if path not in weights.entries:
-        raise UserError(
-            f"{weights.folder}: no weight {path} in its safetensors files; its "
-            "config.json describes another model"
-        )
+        raise missing_weight(weights.folder, path)
     tensor = weights.read_numbers(path)
     if tensor.shape != expected.shape:
-        raise UserError(
-            f"{weights.folder / weights.entries[path].file}: {path} is {tuple(tensor.shape)}, "
-            f"and config.json says {tuple(expected.shape)}"
-        )
+        file = weights.folder / weights.entries[path].file
+        raise other_shape(file, path, tensor.shape, expected.shape)
     return tensor
 
 

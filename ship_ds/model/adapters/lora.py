@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ship_ds.config import BottleneckHypernetworkConfig, LoraHypernetworkConfig
 from ship_ds.errors import UserError
-from ship_ds.lora_folder import Lora, add, compressed, read_lora, write_lora
+from ship_ds.lora_folder import Lora, add, compressed, other_sizes, read_lora, write_lora
 from ship_ds.model.adapters.adapter import (
     Adapter,
     Export,
@@ -212,11 +212,7 @@ def _check_site(folder: Path, path: str, shape: tuple[int, int], sites: Sites) -
     if path not in sites:
         raise _no_such_linear(folder, path, len(sites))
     if shape != sites[path]:
-        inputs, outputs = sites[path]
-        raise UserError(
-            f"{folder}: {path} is {shape[0]} -> {shape[1]} and this run's base has "
-            f"{inputs} -> {outputs} there: an adapter of another base model"
-        )
+        raise other_sizes(folder, path, shape, sites[path])
 
 
 def _no_such_linear(folder: Path, path: str, num_linears: int) -> UserError:
