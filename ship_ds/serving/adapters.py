@@ -22,13 +22,12 @@ import torch
 
 from ship_ds.api import Ship
 from ship_ds.inference import checks
+from ship_ds.serving import PREFIX
 from ship_ds.serving.decoding import Source
 from ship_ds.serving.errors import RequestError, naming_fields
 from ship_ds.serving.protocol import ShipExample
 from ship_ds.serving.room import Room
 
-PREFIX = "ship:"
-"""Before an instruction in place of a model's name."""
 UNNAMED = "ship"
 """The model whose instruction, or examples, the request states elsewhere."""
 Pairs = tuple[tuple[str, str], ...]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ship_ds.errors import UserError
 from ship_ds.files import disk_error
+from ship_ds.serving import PREFIX
 
 if TYPE_CHECKING:
     from ship_ds.api import Ship
@@ -40,7 +41,6 @@ MOST, LONGEST, MOST_PENDING = (
 """Of the environment: adapters that a process makes at most (1,000), characters of an instruction
 (4,096), instructions that wait at once (32). What is beyond is unknown, a 404."""
 _DEFAULTS = {MOST: 1000, LONGEST: 4096, MOST_PENDING: 32}
-PREFIX = "ship:"
 
 _log = logging.getLogger("vllm.ship_ds")  # under vLLM's own, which has its handler
 
