@@ -27,6 +27,7 @@ from ship_ds.cli.verb import (
 )
 from ship_ds.console import log
 from ship_ds.errors import UserError
+from ship_ds.evaluation import ENDPOINT_URL
 from ship_ds.placement import check_words
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def evaluate(
     ] = "execution,rouge",
     endpoint: Annotated[
         str, typer.Option(help="of the judge; OPENAI_API_KEY holds its key")
-    ] = "http://localhost:8000/v1",
+    ] = ENDPOINT_URL,
     endpoint_model: Annotated[str, typer.Option(help="name of the judge's model")] = "default",
     endpoint_prompts: Annotated[
         str, typer.Option(help="of strict, published, published-lists: what the judge is asked")

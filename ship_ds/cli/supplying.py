@@ -8,6 +8,7 @@ import typer
 from ship_ds.cli import checks
 from ship_ds.cli.verb import BaseNow, Device, Dtype, Run, Seed, verb
 from ship_ds.console import log
+from ship_ds.evaluation import ENDPOINT_URL
 from ship_ds.placement import check_words
 
 _PANEL = "Use"
@@ -35,7 +36,7 @@ def supply(
     endpoint: Annotated[
         str | None,
         typer.Option(
-            help="with by=endpoint, default http://localhost:8000/v1; OPENAI_API_KEY holds its key"
+            help=f"with by=endpoint, default {ENDPOINT_URL}; OPENAI_API_KEY holds its key"
         ),
     ] = None,
     endpoint_model: Annotated[str | None, typer.Option(help="name of the endpoint's model")] = None,
@@ -70,7 +71,7 @@ def supply(
     from ship_ds.supply.make import make
 
     endpoint_config = EndpointConfig(
-        url=endpoint or "http://localhost:8000/v1", model=endpoint_model or "default"
+        url=endpoint or ENDPOINT_URL, model=endpoint_model or "default"
     )
     ship = open_run(run, device, dtype, base)
     counts = make(ship, config, kind, out, data, num_tasks, seed, endpoint_config, log)

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from ship_ds.errors import UserError
+from ship_ds.evaluation import ENDPOINT_URL
 from ship_ds.section import Section, first_error
 
 METHOD_NAMES = (
@@ -56,7 +57,7 @@ class EndpointConfig(Section):
     """A server that speaks OpenAI's /chat/completions; its key is read from OPENAI_API_KEY, where
     it needs one."""
 
-    url: str = "http://localhost:8000/v1"
+    url: str = ENDPOINT_URL
     """Where /chat/completions is found."""
     model: str = "default"
     """Name of the model that the server is asked for."""
@@ -141,7 +142,7 @@ class HarnessConfig(Section):
         num_shown: str = "5",
         minutes: float = 5,
         judge: str = "execution,rouge",
-        endpoint: str = "http://localhost:8000/v1",
+        endpoint: str = ENDPOINT_URL,
         endpoint_model: str = "default",
         endpoint_prompts: str = "strict",
         seed: int = 0,
