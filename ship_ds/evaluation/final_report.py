@@ -19,7 +19,7 @@ from ship_ds.data.labels import closed_labels
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.cells import SHOWS_EXAMPLES
 from ship_ds.evaluation.collapse import commonest_text, warning
-from ship_ds.evaluation.config import Direction, Part
+from ship_ds.evaluation.config import Direction, HarnessConfig, Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
 from ship_ds.evaluation.methods import METHODS
@@ -38,7 +38,7 @@ seconds."""
 _SHARES = (0.7, 0.5, 1.0)
 """Of the time that is left for deduction with its controls, then of the rest for the nearest known
 instruction, then of the rest for reconstruction."""
-_NUM_SHOWN, _SEED = 5, 0
+_NUM_SHOWN, _SEED = HarnessConfig().num_shown[0], HarnessConfig().seed
 """As `ship-ds evaluate` has them by default: a control is shown the same examples in both."""
 _COLUMNS = ("seen", "dev", "unseen")
 
