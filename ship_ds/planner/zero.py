@@ -15,14 +15,6 @@ Device = Literal["gpu", "cpu", "nvme"]
 _MASTER_AND_MOMENTS = 12
 """Bytes a trained weight: the master copy and Adam's two moments, fp32 whatever the engine's
 dtype."""
-DEFAULTS = {
-    "reduce_bucket_size": 5e8,
-    "stage3_prefetch_bucket_size": 5e7,
-    "stage3_param_persistence_threshold": 1e5,
-    "stage3_max_reuse_distance": 1e9,
-    "zero_hpz_partition_size": 1,
-}
-"""DeepSpeed's own, in elements and ranks."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +39,16 @@ class Zero:
     ) -> "Zero":
         zero = complete(deepspeed_config, ranks_per_node)["zero_optimization"]
         stage = zero.get("stage", 0)
-        overlaps = zero.get("overlap_comm", stage == 3)
-        numbers = {key: int(zero.get(key, default)) for key, default in DEFAULTS.items()}
         return cls(
             stage,
             2 if is_bf16(deepspeed_config) else 4,
             num_ranks,
-            numbers["reduce_bucket_size"],
-            2 if stage < 3 and overlaps else 1,
-            numbers["stage3_prefetch_bucket_size"],
-            numbers["stage3_param_persistence_threshold"],
-            numbers["stage3_max_reuse_distance"],
-            numbers["zero_hpz_partition_size"],
+            int(zero["reduce_bucket_size"]),
+            2 if stage < 3 and zero["overlap_comm"] else 1,
+            int(zero["stage3_prefetch_bucket_size"]),
+            int(zero["stage3_param_persistence_threshold"]),
+            int(zero["stage3_max_reuse_distance"]),
+            int(zero["zero_hpz_partition_size"]),
             _device(zero.get("offload_optimizer")),
             _device(zero.get("offload_param")),
         )
