@@ -53,14 +53,18 @@ def multiplies_in_bf16(device: "torch.device") -> bool:
     return processor_multiplies_in_bf16()
 
 
+def processor() -> list[str]:
+    """What Linux says of the cores, line by line; elsewhere none."""
+    try:
+        return _PROCESSOR.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
 def processor_multiplies_in_bf16() -> bool:
     """By the flags that Linux gives the first core, without torch; elsewhere nothing is known, and
     the answer is no."""
-    try:
-        rows = _PROCESSOR.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    flags = next((row for row in rows if row.startswith(("flags", "Features"))), "")
+    flags = next((row for row in processor() if row.startswith(("flags", "Features"))), "")
     return not _BF16_FLAGS.isdisjoint(flags.split())
 
 

@@ -381,7 +381,7 @@ def test_what_torch_compiles_is_kept_apart(tmp_path: Path, monkeypatch: pytest.M
     environment["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/torchinductor_somebody"
     assert compiled_cache(environment) == own
     (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name : another\nflags : fpu avx2\n")
-    monkeypatch.setattr("ship_ds.runtime.op_cache._PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr("ship_ds.placement._PROCESSOR", tmp_path / "cpuinfo")
     others = [compiled_cache(environment)]
     (tmp_path / "cpuinfo").write_text("processor : 0\n")  # as of a system that says no more
     for node in ("a", "b"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ship_ds import __version__
+from ship_ds.placement import processor
 
 _STACK = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 
@@ -28,7 +29,7 @@ def versions() -> dict[str, str]:
 
 def describe_machine() -> dict[str, str | int]:
     """Date, processor, cores that this process may use, torch's threads, and the GPU or "none"."""
-    names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    names = [line.split(":")[1].strip() for line in processor() if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": names[0] if names else platform.machine(),
@@ -45,8 +46,3 @@ def add_row(path: Path, label: str, row: Mapping[str, Any]) -> None:
     rows[label] = {"machine": describe_machine(), "versions": versions(), **row}
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(row, indent=1))
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -10,10 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from ship_ds.errors import UserError
+from ship_ds.placement import processor
 
 _VARIABLE = "TORCH_EXTENSIONS_DIR"
 _COMPILED = "TORCHINDUCTOR_CACHE_DIR"
-_PROCESSOR = Path("/proc/cpuinfo")
+_SAYS_KIND = re.compile(r"(?:model name|flags|Features|CPU part)\s*:")
 
 
 def op_cache(environment: Mapping[str, str]) -> Path:
@@ -48,11 +49,7 @@ def compiled_cache(environment: Mapping[str, str]) -> Path:
 
 def _processor() -> str:
     """A name for what this machine's compiler makes loops for."""
-    try:
-        lines = _PROCESSOR.read_text(encoding="utf-8")
-    except OSError:
-        lines = ""
-    kind = set(re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", lines, re.M))
+    kind = set(filter(_SAYS_KIND.match, processor()))
     # Of a system that does not say, each machine for itself.
     return sha256("\n".join(sorted(kind) or os.uname()).encode()).hexdigest()[:12]
 
