@@ -27,6 +27,7 @@ from ship_ds.api import Ship
 from ship_ds.console import log
 from ship_ds.data.sampler import StepSampler, TaskDraw, balanced
 from ship_ds.data.task import SplitTask, spread
+from ship_ds.errors import UserError
 from ship_ds.evaluation.baselines.fitting import Looks, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.budgets import Budget, Spent, UntilDevStops
@@ -225,18 +226,25 @@ class TrainedMethod(ABC):
         recover(self._folder)
         if not (self._folder / _MANIFEST).is_file():
             return False
-        manifest = json.loads((self._folder / _MANIFEST).read_text(encoding="utf-8"))
+        reason = self._why_not_these()
+        if reason is not None:
+            log(f"{self._folder}: {reason}; training {self.name} again")
+        return reason is None
+
+    def _why_not_these(self) -> str | None:
+        """Why the weights on the disk are not those of this setting; None: they are."""
+        try:
+            manifest = read_json_object(self._folder / _MANIFEST)
+        except UserError:
+            return f"{_MANIFEST} is damaged"
         identity = json.loads(json.dumps(self._identity()))
-        different = [key for key in identity if manifest.get(key) != identity[key]]
-        if not different and manifest["sha256"] == sha256(self._folder / _WEIGHTS):
-            return True
-        reason = (
-            f"other {', '.join(different)}"
-            if different
-            else "the file is not the one in its manifest"
-        )
-        log(f"{self._folder}: {reason}; training {self.name} again")
-        return False
+        if different := [key for key in identity if manifest.get(key) != identity[key]]:
+            return f"other {', '.join(different)}"
+        weights = self._folder / _WEIGHTS
+        if not weights.is_file():
+            return f"{_WEIGHTS} is missing"
+        is_same = manifest.get("sha256") == sha256(weights)
+        return None if is_same else "the file is not the one in its manifest"
 
     def _store(self, seconds: float) -> None:
         with whole_folder(self._folder) as part:
@@ -250,7 +258,7 @@ class TrainedMethod(ABC):
                 "costs": self._costs(seconds),
                 "sha256": sha256(part / _WEIGHTS),
             }
-            (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            write_json(part / _MANIFEST, manifest, indent=2)
 
     def _costs(self, seconds: float) -> dict[str, Any]:
         """As `costs.training_costs` has them of a run; a step's seconds are the mean of those that

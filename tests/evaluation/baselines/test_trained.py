@@ -1,12 +1,15 @@
 """What holds for every trained baseline: directions, seeds, gradients, and weights that are
 kept."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ship_ds.api import Ship
 from ship_ds.data.sampler import balanced
@@ -149,6 +152,31 @@ def test_weights_for_something_else_are_trained_again(
     assert "the file is not the one in its manifest; training sft again" in capsys.readouterr().err
     make(Sft, steps=2, seed=1).prepare()
     assert "again" not in capsys.readouterr().err
+    path.unlink()
+    make(Sft, steps=2, seed=1).prepare()
+    assert "weights.safetensors is missing; training sft again" in capsys.readouterr().err
+    path.with_name("manifest.json").write_text('{"method": "sft",')
+    make(Sft, steps=2, seed=1).prepare()
+    assert "manifest.json is damaged; training sft again" in capsys.readouterr().err
+
+
+def test_weights_that_a_version_before_wrote_are_found(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest as versions up to 0.2.0 write it, with nothing in it that they have not."""
+    run = make(Sft)
+    folder = tmp_path / "a" / "weights"
+    folder.mkdir(parents=True)
+    weights = {name: tensor + 1 for name, tensor in run.module.state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    manifest = run._identity() | {"train_seconds": 1.0, "costs": {}, "sha256": digest}
+    expected = {"method", "training", "recipe", "budget", "seed", "step", "seen", "base"}
+    assert manifest.keys() == expected | {"train_seconds", "costs", "sha256"}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    monkeypatch.setattr(Sft, "train", lambda self: pytest.fail("trained again"))
+    run.prepare()
+    assert all(torch.equal(one, weights[name]) for name, one in run.module.state_dict().items())
 
 
 @pytest.mark.parametrize(
