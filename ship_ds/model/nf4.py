@@ -156,12 +156,6 @@ class _Scratch(threading.local):
 _KERNELS, _scratch = _cpu_kernels(), _Scratch()
 
 
-def scratch_bytes(dtype: torch.dtype) -> int:
-    """Bytes of the buffer that `dequantised` writes over on a CPU; 0 before its first call."""
-    buffer = _scratch.buffers.get(dtype)
-    return 0 if buffer is None else buffer.nbytes
-
-
 def spans(num_weights: int) -> Iterator[tuple[int, int]]:
     """(start, end) of pieces of whole blocks; the last may be shorter."""
     return ((start, min(start + _PIECE, num_weights)) for start in range(0, num_weights, _PIECE))

@@ -72,22 +72,21 @@ def beam_search(
     num_beams: int,
     eos_id: int,
     max_new_tokens: int,
-    length_penalty: float = 1.0,
     other_ends: Sequence[int] = (),
 ) -> list[list[Beam]]:
     """The `num_beams` best continuations of each prompt, best first.
 
-    Same search and stopping rule as `generate` in transformers 5 with early_stopping=False.
+    Same search and stopping rule as `generate` in transformers 5 with early_stopping=False: a score
+    is the mean of the tokens' log-probabilities.
 
     Args:
         stream: prompts, one a row.
         num_beams: B.
         eos_id: ends a text.
         max_new_tokens: cuts a text off.
-        length_penalty: a score is the sum of log-probabilities over length ** length_penalty.
         other_ends: tokens that end a text too, and are given back as `eos_id`.
     """
-    searches = [_Search(num_beams, row, length_penalty) for row in range(stream.num_rows)]
+    searches = [_Search(num_beams, row, 1.0) for row in range(stream.num_rows)]
     # So many that as many beams are left to run where each has all its ends among the best.
     num_extensions = num_beams * (1 + len({eos_id, *other_ends}))
     scorer = Likelihood(num_extensions, eos_id, other_ends=other_ends)
@@ -252,7 +251,10 @@ class AlongTrie:
 
 
 class _Search:
-    """The beams of one prompt: those that run and those that have ended, best first."""
+    """The beams of one prompt: those that run and those that have ended, best first.
+
+    length_penalty: a score is the sum of log-probabilities over length ** length_penalty.
+    """
 
     def __init__(self, num_beams: int, row: int, length_penalty: float = 0.0) -> None:
         self.num_beams, self.length_penalty = num_beams, length_penalty

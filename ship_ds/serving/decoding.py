@@ -264,11 +264,6 @@ class AnswerWriter:
         """Rows that grow."""
         return sum(len(one.rows) for one in self._running)
 
-    @property
-    def num_streams(self) -> int:
-        """Forwards of a turn."""
-        return len(self._running)
-
     def submit(self, rows: Sequence[Row]) -> None:
         """Let rows begin when there is room for them, in the order in which they came."""
         self._waiting.extend(rows)
