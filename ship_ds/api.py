@@ -27,7 +27,7 @@ from ship_ds.inference import checks
 from ship_ds.inference.adapter_reading import read_adapter, read_merged
 from ship_ds.inference.analogies import share_in_slots
 from ship_ds.inference.bank import Bank
-from ship_ds.inference.confidence import Calibration, Confidence, agreement, calibrate
+from ship_ds.inference.confidence import Calibration, Confidence, agreement, calibrate_confidence
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_bare, answer_latents, answer_read
 from ship_ds.inference.derived import Derived
@@ -37,7 +37,7 @@ from ship_ds.inference.explaining import calibrate as calibrate_explaining
 from ship_ds.inference.induction import induce_many
 from ship_ds.inference.latents import Familiarity, Neighbour, Surroundings, nearest_known
 from ship_ds.inference.lora_reader import LoraReader, can_read, train_reader
-from ship_ds.inference.prompt_following import PromptFollowing, measure
+from ship_ds.inference.prompt_following import PromptFollowing, measure_prompt_following
 from ship_ds.inference.reasoning import reason_many
 from ship_ds.inference.results import (
     Candidate,
@@ -259,7 +259,7 @@ class Ship:
                 log("the run's data are not where they were: what agreement is worth is not known")
                 return None
             log("measuring once on the run's dev tasks from which agreement on answers are right")
-            self._calibration = calibrate(self.model, dev, self._length)
+            self._calibration = calibrate_confidence(self.model, dev, self._length)
             if self._derived:
                 self._derived.keep_calibration(self._calibration)
         return self._calibration
@@ -315,7 +315,7 @@ class Ship:
         self, log: Log, seen: Sequence[SplitTask] | None
     ) -> PromptFollowing | None:
         try:
-            following = measure(self.model, self._seen() if seen is None else seen)
+            following = measure_prompt_following(self.model, self._seen() if seen is None else seen)
         except (UserError, OSError):
             log(
                 "the run's data are not where they were: whether the Task LLM follows text in its "

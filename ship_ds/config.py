@@ -89,7 +89,7 @@ class LoraTuning(Section):
     """Last names of the linears that are adapted; all-linear: every one."""
 
 
-Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
+TuningConfig = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
 
 
 SHARD_ABOVE_BYTES = 8e9
@@ -168,7 +168,7 @@ class TrainedRoleConfig(Section):
     """As the Task LLM's; empty: that very one."""
     quantisation: Literal["nf4", "none"] = "none"
     """Of the base; nf4 needs tuning.kind=lora."""
-    tuning: Tuning = FullTuning()
+    tuning: TuningConfig = FullTuning()
     """What of the language model is trained: all of it, or a LoRA over it."""
     checkpointing: bool = False
     """Compute the activations of a block again in the backward pass instead of keeping them: less

@@ -275,7 +275,7 @@ class ShipSize:
     fuses: int = 0
 
 
-PARTS = ("encoder", "hypernetwork", "adapters", "task_llm", "decoder")
+MODEL_PARTS = ("encoder", "hypernetwork", "adapters", "task_llm", "decoder")
 """The keys of `flops_of_parts`, in its order."""
 
 

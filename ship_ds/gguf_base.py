@@ -29,7 +29,7 @@ from ship_ds.console import Log
 from ship_ds.errors import UserError
 from ship_ds.files import new_folder, sha256, write_json, write_text
 
-ORIGIN, CARD, LICENSE = "origin.json", "README.md", "LICENSE"
+ORIGIN_FILE, CARD_FILE, LICENSE_FILE = "origin.json", "README.md", "LICENSE"
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _NO_LICENCE = "not stated in the file"
 
@@ -135,10 +135,10 @@ def convert_gguf(
             | {name: version(name) for name in ("transformers", "gguf", "torch")},
             "bfloat16",
         )
-        write_json(part / ORIGIN, asdict(origin), indent=2)
-        write_text(part / CARD, origin.card())
+        write_json(part / ORIGIN_FILE, asdict(origin), indent=2)
+        write_text(part / CARD_FILE, origin.card())
         if licence_file is not None:
-            shutil.copyfile(licence_file, part / LICENSE)
+            shutil.copyfile(licence_file, part / LICENSE_FILE)
     return origin
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**24
 """The most logits of one piece of a loss: 64 MiB in fp32."""
-Head = Callable[[Tensor], Tensor]
+LmHead = Callable[[Tensor], Tensor]
 """States (K, H) -> logits (K, V)."""
 
 
@@ -43,7 +43,7 @@ def num_pieces(num_labels: int, vocabulary_size: int, is_sharded: bool = False) 
 
 
 def sum_cross_entropy_in_pieces(
-    head: Head,
+    head: LmHead,
     states_KH: Tensor,
     labels_K: Tensor,
     pieces: int,
@@ -71,7 +71,7 @@ def sum_divergence(logits_KV: Tensor, aims_KV: Tensor, temperature: float) -> Te
 
 
 def sum_divergence_in_pieces(
-    head: Head, states_KH: Tensor, aims_KH: Tensor, temperature: float, pieces: int
+    head: LmHead, states_KH: Tensor, aims_KH: Tensor, temperature: float, pieces: int
 ) -> Tensor:
     """`sum_divergence` of what `head` makes of two states, in pieces as the cross-entropy is: of
     neither are all logits ever there at once. The aims get no gradient."""

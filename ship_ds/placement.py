@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
-DTYPES = ("bfloat16", "float32")
+DTYPE_CHOICES = ("bfloat16", "float32")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _PROCESSOR = Path("/proc/cpuinfo")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -33,8 +33,8 @@ def check_words(device: str, dtype: str) -> None:
     """
     if not _DEVICE.fullmatch(device):
         raise UserError(f"device {device}: expected auto, cpu, cuda or cuda:N")
-    if dtype not in (AUTO, *DTYPES):
-        raise UserError(f"dtype {dtype}: expected {AUTO}, {' or '.join(DTYPES)}")
+    if dtype not in (AUTO, *DTYPE_CHOICES):
+        raise UserError(f"dtype {dtype}: expected {AUTO}, {' or '.join(DTYPE_CHOICES)}")
 
 
 def multiplies_in_bf16(device: "torch.device") -> bool:

@@ -86,7 +86,7 @@ def _is_below(key: str, section: str) -> bool:
     return f"{key.removeprefix('ship-ds ')}.".startswith(f"{section.removeprefix('ship-ds ')}.")
 
 
-def show(chosen: Sequence[SettingGroup]) -> str:
+def settings_text(chosen: Sequence[SettingGroup]) -> str:
     """The groups for a terminal, as wide as it is:
 
     training.steps = null    integer above 0 or null

@@ -55,13 +55,13 @@ from ship_ds.evaluation.dev_check import check_dev
 from ship_ds.evaluation.questions import warn_of_long_targets
 from ship_ds.exit_codes import BAD_INPUT, PREEMPTED
 from ship_ds.files import disk_full_error, write_json
-from ship_ds.flops import PARTS, flops_of_parts, peak_of
+from ship_ds.flops import MODEL_PARTS, flops_of_parts, peak_of
 from ship_ds.inference.derived import keep_examples_of
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.loading import load_prompts, load_tokenizer
 from ship_ds.model.objectives import Training
 from ship_ds.model.ship import ShipModel
-from ship_ds.model.sizes import rows_of
+from ship_ds.model.sizes import step_rows
 from ship_ds.model.step import ShipBatch
 from ship_ds.monitor.machine import versions
 from ship_ds.monitor.profile import StepProfile
@@ -393,7 +393,7 @@ class Trainer:
     def count(self, batches: Sequence[ShipBatch]) -> StepCounts:
         """What this rank's batches hold; zeros without any."""
         encoder = self.flop_size.encoder
-        flops = [flops_of_parts(self.flop_size, rows_of(batch, encoder)) for batch in batches]
+        flops = [flops_of_parts(self.flop_size, step_rows(batch, encoder)) for batch in batches]
         return StepCounts(
             {
                 name: sum(objective.count(batch) for batch in batches)
@@ -401,7 +401,7 @@ class Trainer:
             },
             sum(batch.num_tasks for batch in batches),
             sum(batch.num_tokens for batch in batches),
-            {part: sum(one[part] for one in flops) for part in PARTS},
+            {part: sum(one[part] for one in flops) for part in MODEL_PARTS},
         )
 
     def agree(self, batches: Sequence[ShipBatch], sums: Tensor | None = None) -> Agreement:

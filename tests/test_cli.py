@@ -438,10 +438,10 @@ def test_what_needs_no_torch_imports_none(arguments: list[str], tmp_path: Path) 
 def test_choices_are_those_of_the_library() -> None:
     """The verbs name them again, since the library's own are beside code that needs torch."""
     from ship_ds.cli import converting, using
-    from ship_ds.export.merge import Dtype
+    from ship_ds.export.merge import MergedDtype
     from ship_ds.export.targets import TargetName
-    from ship_ds.inference.config import Method
+    from ship_ds.inference.config import InductionMethod
 
     assert tuple(target.value for target in converting.MergeTarget) == get_args(TargetName)
-    assert get_args(get_args(converting.Dtype)[0]) == get_args(Dtype)
-    assert set(get_args(get_args(using.Method)[0])) == set(get_args(Method))
+    assert get_args(get_args(converting.MergedDtypeOption)[0]) == get_args(MergedDtype)
+    assert set(get_args(get_args(using.MethodOption)[0])) == set(get_args(InductionMethod))

@@ -28,7 +28,7 @@ from ship_ds.model.encoder import Posterior
 from ship_ds.model.language_model import auto_class
 from ship_ds.model.loading import Quantisation
 from ship_ds.model.ship import ShipModel
-from ship_ds.model.sizes import rows_of
+from ship_ds.model.sizes import step_rows
 from ship_ds.model.step import ShipBatch
 from ship_ds.planner.activations import Workload, planned_batch
 from ship_ds.planner.shapes import MetaWeights, Shapes, base_config
@@ -105,7 +105,7 @@ def test_the_formula_is_what_torch_counts(base: str, overrides: list[str]) -> No
     batch = planned_batch(shapes, Workload(2, 3, 9, 14, 5, config.decoder.max_examples))
     with FlopCounterMode(display=False) as counter:
         sum(ship(batch).objectives.values(), torch.zeros(())).backward()
-    parts = flops_of_parts(ship.flop_size(), rows_of(batch))
+    parts = flops_of_parts(ship.flop_size(), step_rows(batch))
     assert sum(parts.values()) == counter.get_total_flops()
     assert (parts["adapters"] == 0) == ("soft_prompt" in str(overrides))
     assert min(count for part, count in parts.items() if part != "adapters") > 0
@@ -134,7 +134,7 @@ def test_both_stacks_are_what_torch_counts(t5: list[str], hypernetwork: str) -> 
     batch = planned_batch(shapes, Workload(2, 3, 9, 14, 5, config.decoder.max_examples))
     with FlopCounterMode(display=False) as counter:
         sum(ship(batch).objectives.values(), torch.zeros(())).backward()
-    assert sum(flops_of_parts(ship.flop_size(), rows_of(batch)).values()) == (
+    assert sum(flops_of_parts(ship.flop_size(), step_rows(batch)).values()) == (
         counter.get_total_flops()
     )
 
@@ -164,7 +164,7 @@ def _flops_and_counted(overrides: list[str]) -> tuple[ShipModel, StepRows, dict[
     batch = planned_batch(shapes, Workload(2, 3, 9, 14, 5, config.decoder.max_examples))
     with FlopCounterMode(display=False) as counter:
         sum(ship(batch).objectives.values(), torch.zeros(())).backward()
-    rows = rows_of(batch)
+    rows = step_rows(batch)
     return ship, rows, flops_of_parts(ship.flop_size(), rows), counter.get_total_flops()
 
 
@@ -230,7 +230,7 @@ def test_states_fused_by_two_stacks_by_hand(t5: list[str]) -> None:
     read = TokenBatch.build([[9] * 3, [9] * 5], None, 0)
     asked = TokenBatch.build([[9] * 4, [9] * 6, [9] * 2, [9] * 2], [[8] * 2, [8], [8], [8]], 0)
     noise_TZ, shows_T = torch.zeros(2, config.latent_size), torch.ones(2, dtype=torch.bool)
-    rows = rows_of(ShipBatch(read, asked, read, shows_T, noise_TZ, torch.ones(2)))
+    rows = step_rows(ShipBatch(read, asked, read, shows_T, noise_TZ, torch.ones(2)))
     assert rows.fused_written == 3 * (2 + 1) + 5 * (1 + 1)
     size = ship.flop_size()
     fused, alone = (flops_of_parts(one, rows) for one in (size, replace(size, fuses=False)))
@@ -293,7 +293,7 @@ def test_fused_states_by_hand() -> None:
     asked = TokenBatch.build([[9] * 4, [9] * 6, [9] * 2, [9] * 2], [[8]] * 4, 0)
     noise_TZ = torch.zeros(2, config.latent_size)
     shows_T = torch.ones(2, dtype=torch.bool)
-    rows = rows_of(ShipBatch(read, asked, read, shows_T, noise_TZ, torch.ones(2)))
+    rows = step_rows(ShipBatch(read, asked, read, shows_T, noise_TZ, torch.ones(2)))
     assert rows.fused_pairs == 3 * (5 + 7) + 5 * (3 + 3)
     size = ship.flop_size()
     fused, alone = (flops_of_parts(one, rows) for one in (size, replace(size, fuses=False)))

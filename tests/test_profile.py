@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch._C._autograd import DeviceType
 
-from ship_ds.monitor.profile import StepProfile, kind_of, page
+from ship_ds.monitor.profile import StepProfile, operation_kind, page
 
 
 def test_a_profile_leaves_a_page_and_a_trace_and_ends_by_itself(tmp_path: Path) -> None:
@@ -61,6 +61,6 @@ def test_a_run_that_ends_early_divides_by_the_steps_it_took(tmp_path: Path) -> N
 
 
 def test_kinds() -> None:
-    assert kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
-    assert kind_of("aten::_fused_adamw_") == "optimiser"
-    assert kind_of("aten::silu") == "everything else"
+    assert operation_kind("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+    assert operation_kind("aten::_fused_adamw_") == "optimiser"
+    assert operation_kind("aten::silu") == "everything else"

@@ -67,7 +67,7 @@ from ship_ds.model.loading import freeze
 from ship_ds.model.nf4 import Nf4, pieces_of
 from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.ship import ShipModel
-from ship_ds.model.sizes import rows_of
+from ship_ds.model.sizes import step_rows
 from ship_ds.model.step import ShipBatch
 from ship_ds.model.streaming import empty_nf4_lm
 from ship_ds.model.task_llm import TaskLlm
@@ -703,7 +703,7 @@ def lora_8b(rounds: int, device: torch.device) -> dict[str, Any]:
         case["loss"] = losses
         case["peak_bytes_of_a_step"] = {way: peak_bytes(step) for way, step in steps.items()}
         case["times"] = take_turns(steps, rounds)
-        flops = sum(flops_of_parts(ship.flop_size(), rows_of(batch)).values())
+        flops = sum(flops_of_parts(ship.flop_size(), step_rows(batch)).values())
         for one in case["times"].values():
             one["tokens_per_second"] = round(1e3 * batch.num_tokens / one["median_ms"])
             one["mfu"] = round(flops / (1e-3 * one["median_ms"]) / peak, 3) if peak else None

@@ -5,14 +5,14 @@ python tools/make_scaling_tables.py
 
 from pathlib import Path
 
-from ship_ds.planner.scaling import tables
+from ship_ds.planner.scaling import scaling_tables
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 START, END = "<!-- tables: python tools/make_scaling_tables.py -->", "<!-- end of tables -->"
 
 
 def main() -> None:
-    made = tables()
+    made = scaling_tables()
     before, _, rest = PAGE.read_text().partition(START)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{START}\n\n{made}\n\n{END}{after}")

@@ -31,7 +31,7 @@ def check_share(option: str, value: float) -> None:
         raise UserError(f"{option}: {value:g}: expected a share between 0 and 1")
 
 
-def check_folder(folder: Path) -> None:
+def check_exists(folder: Path) -> None:
     """Somebody's run or adapter is there at all."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that is there")
@@ -65,7 +65,7 @@ def check_run(path: Path, base: str | None = None) -> Path:
 
     folder = bundle_folder(path)
     verify(folder, hashes=False)
-    model = read_config(folder).model
+    model = read_run_config(folder).model
     if base is not None:
         preflight.check_base("--base", base)
         return folder
@@ -78,7 +78,7 @@ def check_run(path: Path, base: str | None = None) -> Path:
     return folder
 
 
-def read_config(bundle: Path) -> "Config":
+def read_run_config(bundle: Path) -> "Config":
     """The config that a bundle was trained with."""
     from ship_ds import bundle as bundles
 
@@ -89,14 +89,14 @@ def check_makes_lora(bundle: Path) -> None:
     """The run's adapters are LoRAs, or have one as a part, which `tune` trains on."""
     from ship_ds.config import lora_of
 
-    if lora_of(read_config(bundle).model.hypernetwork) is None:
+    if lora_of(read_run_config(bundle).model.hypernetwork) is None:
         raise UserError(
             f"tune: {bundle}: this run's adapters are no LoRAs; it needs a run with "
             "model.hypernetwork.kind=lora, or a combination with one"
         )
 
 
-def check_leaves(verb: str, bundle: Path) -> None:
+def check_has_file_format(verb: str, bundle: Path) -> None:
     """The run's adapters have a file format."""
     from ship_ds import bundle as bundles
 
@@ -107,7 +107,7 @@ def check_sums(bundle: Path) -> None:
     """The run's adapters can be added up."""
     from ship_ds.kinds import ADAPTERS
 
-    hypernetwork = read_config(bundle).model.hypernetwork
+    hypernetwork = read_run_config(bundle).model.hypernetwork
     why_not = ADAPTERS.implementation(hypernetwork).cannot_sum(hypernetwork)
     if why_not is not None:
         raise UserError(f"compose: {bundle}: {why_not}")
@@ -119,10 +119,10 @@ def check_latents(file: Path, bundle: Path) -> None:
     from ship_ds.export.requests import load_latents
 
     weights = Manifest.read(bundle).files[SHIP_WEIGHTS]
-    load_latents(file, weights.sha256, read_config(bundle).model.latent_size)
+    load_latents(file, weights.sha256, read_run_config(bundle).model.latent_size)
 
 
-def weighted(texts: Sequence[str]) -> list[tuple[float, str]]:
+def weighted_parts(texts: Sequence[str]) -> list[tuple[float, str]]:
     """["0.5", "reverse the list", ...] -> [(0.5, "reverse the list"), ...]."""
     if len(texts) % 2:
         raise UserError(f"--part {texts[-1]}: {_PART}")
@@ -146,10 +146,10 @@ def check_adapter(folder: Path, base: str | None) -> None:
     """An adapter that we exported, and its base."""
     from ship_ds.origin import read_origin
 
-    check_base(read_origin(folder).base if base is None else base)
+    check_base_option(read_origin(folder).base if base is None else base)
 
 
-def check_base(base: str | None) -> None:
+def check_base_option(base: str | None) -> None:
     """A model's folder, as the preflight of a training run asks for it."""
     if base is not None:
         from ship_ds.runtime import preflight
@@ -161,7 +161,7 @@ def check_source(path: Path, base: str | None = None) -> None:
     """What `convert` starts from: a run with a bundle or checkpoints, or a checkpoint."""
     from ship_ds.bundle import SHIP_WEIGHTS, bundle_folder, check_checkpoint
 
-    check_folder(path)
+    check_exists(path)
     # A checkpoint has a manifest as well.
     folder = bundle_folder(path)
     if folder != path or (folder / SHIP_WEIGHTS).is_file():

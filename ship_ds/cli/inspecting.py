@@ -10,19 +10,19 @@ import typer
 
 from ship_ds.cli import checks
 from ship_ds.cli.verb import (
-    AsJson,
-    BaseNow,
-    Budget,
-    Changes,
-    Device,
-    Directions,
-    Dtype,
-    Methods,
-    NumLooks,
-    NumTasks,
-    Patience,
-    Run,
-    Seed,
+    BaseOption,
+    BudgetOption,
+    DeviceOption,
+    DirectionsOption,
+    DtypeOption,
+    JsonOption,
+    MethodsOption,
+    NumLooksOption,
+    NumTasksOption,
+    PatienceOption,
+    RunOption,
+    SeedOption,
+    SetMethodOption,
     verb,
 )
 from ship_ds.console import log
@@ -52,13 +52,17 @@ def config(
     section: Annotated[
         str | None, typer.Argument(help="such as training or model.encoder; default: all")
     ] = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> int:
     """Every setting with its type, default and meaning."""
-    from ship_ds.schema import chosen_groups, show
+    from ship_ds.schema import chosen_groups, settings_text
 
     chosen = chosen_groups(section)
-    print(json.dumps([asdict(group) for group in chosen], indent=2) if as_json else show(chosen))
+    print(
+        json.dumps([asdict(group) for group in chosen], indent=2)
+        if as_json
+        else settings_text(chosen)
+    )
     return 0
 
 
@@ -88,10 +92,10 @@ def data(
     max_instruction_words: Limit = None,
     max_examples_per_task: Limit = None,
     min_examples_per_task: Limit = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> int:
     """What a file or folder of tasks, or each source of a mixture, holds and what is left out."""
-    from ship_ds.data.describe import describe, show
+    from ship_ds.data.describe import describe, description_text
 
     options = {
         "preset": preset,
@@ -115,7 +119,7 @@ def data(
     if as_json:
         print(json.dumps(descriptions if recipe else descriptions[0], indent=2))
     else:
-        print("\n\n".join(map(show, descriptions)))
+        print("\n\n".join(map(description_text, descriptions)))
     return 0
 
 
@@ -150,23 +154,23 @@ def _of_config(recipe: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
 @verb(_PANEL)
 def evaluate(
     context: typer.Context,
-    run: Run,
-    methods: Methods = "all",
+    run: RunOption,
+    methods: MethodsOption = "all",
     parts: Annotated[
         str | None,
         typer.Option(
             help="of seen, dev, unseen, unseen_paraphrase; default: seen,unseen; with --data unseen"
         ),
     ] = None,
-    directions: Directions = "all",
-    num_tasks: NumTasks = 120,
+    directions: DirectionsOption = "all",
+    num_tasks: NumTasksOption = 120,
     num_shown: Annotated[
         str, typer.Option(help="examples shown; of several (5,1,2,3) the first is the report's own")
     ] = "5",
-    budget: Budget = "minutes",
+    budget: BudgetOption = "minutes",
     minutes: Annotated[float, typer.Option(help="with --budget minutes, of each baseline")] = 5,
-    patience: Patience = 4,
-    num_looks: NumLooks = 4,
+    patience: PatienceOption = 4,
+    num_looks: NumLooksOption = 4,
     judge: Annotated[
         str, typer.Option(help="of execution, rouge, similarity, endpoint; or none")
     ] = "execution,rouge",
@@ -177,9 +181,9 @@ def evaluate(
     endpoint_prompts: Annotated[
         str, typer.Option(help="of strict, published, published-lists: what the judge is asked")
     ] = "strict",
-    seed: Seed = 0,
-    set_: Changes = None,
-    base: BaseNow = None,
+    seed: SeedOption = 0,
+    set_: SetMethodOption = None,
+    base: BaseOption = None,
     other_data: Annotated[
         str | None,
         typer.Option(
@@ -189,8 +193,8 @@ def evaluate(
             "in braces, as data of kind files",
         ),
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """SHIP beside the baselines in every direction; goes on where it stopped."""
     check_words(device, dtype)
@@ -216,7 +220,7 @@ def evaluate(
         changes=set_ or (),
     )
     checks.check_run(run, base)
-    from ship_ds.evaluation.evaluate import evaluate, show
+    from ship_ds.evaluation.evaluate import evaluate, print_methods
     from ship_ds.evaluation.harness import results_name
     from ship_ds.runtime import ranks
 
@@ -227,28 +231,28 @@ def evaluate(
         ranks.log_threads()
     report = evaluate(run, settings, context.obj, log, ranks.own(device), dtype, base, others)
     if ranks.rank() == 0:
-        show(report)
+        print_methods(report)
         print(run / results_name(others) / "report.md")
     return 0
 
 
 @verb(_PANEL)
 def plot(
-    run: Run,
+    run: RunOption,
     runs: Annotated[
         list[Path] | None,
         typer.Option(metavar="RUN...", help="others, for the figures over runs"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder; default RUN/figures")] = None,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """Figures of a run, and of several runs against each other, as PNG."""
     check_words(device, dtype)
     folders = [run, *(runs or ())]
     for folder in folders:
-        checks.check_folder(folder)
+        checks.check_exists(folder)
     from ship_ds.evaluation import figures
     from ship_ds.evaluation.evaluate import write_latent_map
     from ship_ds.runtime import ranks

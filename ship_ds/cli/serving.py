@@ -8,7 +8,7 @@ import typer
 
 from ship_ds.cli import checks
 from ship_ds.cli.using import open_run
-from ship_ds.cli.verb import BaseNow, Device, Dtype, Run, verb
+from ship_ds.cli.verb import BaseOption, DeviceOption, DtypeOption, RunOption, verb
 from ship_ds.console import log
 from ship_ds.errors import UserError
 from ship_ds.placement import check_words
@@ -16,7 +16,7 @@ from ship_ds.placement import check_words
 
 @verb("Use")
 def serve(
-    run: Run,
+    run: RunOption,
     host: Annotated[
         str, typer.Option(help="to listen on; another one than this machine's needs a key")
     ] = "127.0.0.1",
@@ -59,9 +59,9 @@ def serve(
             "--prepare", help="first make what explaining adapters needs: minutes, once a run"
         ),
     ] = False,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """An OpenAI-compatible server: model="ship:<instruction>" answers as the instruction says."""
     check_words(device, dtype)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ship_ds.cli import checks
-from ship_ds.cli.verb import BaseNow, Device, Dtype, Run, Seed, verb
+from ship_ds.cli.verb import BaseOption, DeviceOption, DtypeOption, RunOption, SeedOption, verb
 from ship_ds.console import log
 from ship_ds.evaluation import ENDPOINT_URL
 from ship_ds.placement import check_words
@@ -23,7 +23,7 @@ def supply(
             help="answers, propose, compress, chains or disagreement (docs/supply.md)",
         ),
     ],
-    run: Run,
+    run: RunOption,
     out: Annotated[Path, typer.Option("--out", help="the .jsonl to write")],
     data: Annotated[
         Path | None,
@@ -40,14 +40,14 @@ def supply(
         ),
     ] = None,
     endpoint_model: Annotated[str | None, typer.Option(help="name of the endpoint's model")] = None,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="a number of the kind (docs/supply.md)"),
     ] = None,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """More tasks, written as JSONL with their origin; goes on where it stopped."""
     check_words(device, dtype)

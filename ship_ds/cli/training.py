@@ -9,21 +9,21 @@ import typer
 
 from ship_ds.cli import checks
 from ship_ds.cli.verb import (
-    AsJson,
-    Budget,
-    Changes,
-    Device,
-    Directions,
-    Dtype,
-    Methods,
-    NumLooks,
-    NumTasks,
-    Out,
-    Overrides,
-    Parts,
-    Patience,
-    Recipe,
-    Seed,
+    BudgetOption,
+    ConfigOption,
+    DeviceOption,
+    DirectionsOption,
+    DtypeOption,
+    JsonOption,
+    MethodsOption,
+    NumLooksOption,
+    NumTasksOption,
+    OutOption,
+    OverridesArgument,
+    PartsOption,
+    PatienceOption,
+    SeedOption,
+    SetMethodOption,
     verb,
 )
 from ship_ds.console import log
@@ -36,7 +36,7 @@ Count = Annotated[int | None, typer.Option(min=1, help="instead of the recipe's 
 
 
 @verb(_PANEL)
-def train(config: Recipe, overrides: Overrides = None) -> int:
+def train(config: ConfigOption, overrides: OverridesArgument = None) -> int:
     """Train in one process; for several, start ship_ds/train.py by deepspeed or torchrun."""
     from ship_ds.config import load_config
     from ship_ds.runtime import preflight
@@ -49,8 +49,8 @@ def train(config: Recipe, overrides: Overrides = None) -> int:
 
 @verb(_PANEL)
 def plan(
-    config: Recipe,
-    overrides: Overrides = None,
+    config: ConfigOption,
+    overrides: OverridesArgument = None,
     gpus: Annotated[int, typer.Option(min=1, help="on each node")] = 8,
     nodes: Annotated[int, typer.Option(min=1, help="of that many GPUs each")] = 1,
     gpu_memory: Annotated[float, typer.Option(help="GB of one GPU")] = 80,
@@ -63,13 +63,13 @@ def plan(
     instruction_tokens: Count = None,
     input_tokens: Count = None,
     target_tokens: Count = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> int:
     """What a recipe needs of each GPU and sends in a step, from its shapes alone. Ends with 2 where
     it does not fit.
     """
     from ship_ds.config import load_config
-    from ship_ds.planner.public_shapes import check_bases, with_shapes
+    from ship_ds.planner.public_shapes import check_planned_bases, with_shapes
     from ship_ds.runtime import preflight
     from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 
@@ -77,19 +77,21 @@ def plan(
     settings = load_config(config, overrides or ())
     if shapes is not None:
         settings = with_shapes(settings, shapes)
-    check_bases(settings)
+    check_planned_bases(settings)
     read_deepspeed_config(settings.training.deepspeed)
     preflight.check_division(
         settings.training.tasks_per_step, nodes * gpus, settings.training.accumulation
     )
     from ship_ds.planner.plan import Machines, advise, make_plan
     from ship_ds.planner.show import as_json as to_json
-    from ship_ds.planner.show import show
+    from ship_ds.planner.show import plan_text
 
     lengths = (instruction_tokens, input_tokens, target_tokens)
     planned = make_plan(settings, Machines(nodes, gpus, int(gpu_memory * 1e9)), lengths)
     changes = advise(planned, lengths)
-    print(json.dumps(to_json(planned, changes), indent=2) if as_json else show(planned, changes))
+    print(
+        json.dumps(to_json(planned, changes), indent=2) if as_json else plan_text(planned, changes)
+    )
     return 0 if planned.fits else BAD_INPUT
 
 
@@ -112,19 +114,19 @@ def compare(
         str | None, typer.Option(help="each variant once with each, such as 0,1,2")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="ranks of each training, by torchrun")] = 1,
-    parts: Parts = "seen,dev,unseen",
-    directions: Directions = "deduction,induction",
-    num_tasks: NumTasks = 120,
-    methods: Methods = "ship,prompting",
-    budget: Budget = "minutes",
-    patience: Patience = 4,
-    num_looks: NumLooks = 4,
-    set_: Changes = None,
+    parts: PartsOption = "seen,dev,unseen",
+    directions: DirectionsOption = "deduction,induction",
+    num_tasks: NumTasksOption = 120,
+    methods: MethodsOption = "ship,prompting",
+    budget: BudgetOption = "minutes",
+    patience: PatienceOption = 4,
+    num_looks: NumLooksOption = 4,
+    set_: SetMethodOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the commands, start nothing")
     ] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """Train variants for equal minutes and put them into one table; goes on where it stopped."""
     check_words(device, dtype)
@@ -162,18 +164,18 @@ def compare(
 
 @verb(_PANEL)
 def oracles(
-    config: Recipe,
-    out: Out,
-    overrides: Overrides = None,
+    config: ConfigOption,
+    out: OutOption,
+    overrides: OverridesArgument = None,
     steps: Annotated[int, typer.Option(min=1, help="of each oracle")] = 40,
     lr: Annotated[float, typer.Option(help="of Adam, at its highest")] = 1e-2,
     examples_per_step: Annotated[
         int | None,
         typer.Option(min=1, help="of each task; default: training.examples_per_task"),
     ] = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """A LoRA for each seen task, trained on its examples, for loss.oracles; goes on if stopped."""
     check_words(device, dtype)

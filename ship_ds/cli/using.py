@@ -9,16 +9,16 @@ import typer
 
 from ship_ds.cli import checks
 from ship_ds.cli.verb import (
-    AsJson,
-    BaseNow,
-    Device,
-    Dtype,
-    JsonLines,
-    Out,
-    PadTo,
-    Probes,
-    Run,
-    Seed,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    FileOption,
+    JsonOption,
+    OutOption,
+    PadToOption,
+    ProbesOption,
+    RunOption,
+    SeedOption,
     print_row,
     verb,
 )
@@ -31,20 +31,18 @@ if TYPE_CHECKING:
     from ship_ds.evaluation.tuning import Tuned
     from ship_ds.export.requests import Request
     from ship_ds.inference.confidence import Confidence
-    from ship_ds.inference.config import InductionConfig
-    from ship_ds.inference.config import Method as InductionMethod
-    from ship_ds.inference.config import Preset as InductionPreset
+    from ship_ds.inference.config import InductionConfig, InductionMethod, InductionPreset
 
 _PANEL = "Use"
-Method = Annotated[
+MethodOption = Annotated[
     Literal["union", "propose", "bank", "direct", "indirect"],
     typer.Option(help="where instructions are looked for"),
 ]
-Preset = Annotated[
+PresetOption = Annotated[
     Literal["ours", "published", "published-refined"],
     typer.Option(help="numbers of direct and indirect: ours, or those of the authors' code"),
 ]
-Set = Annotated[
+SetSearchOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="of the search; `ship-ds config induce` lists them"
@@ -64,8 +62,8 @@ def open_run(run: Path, device: str, dtype: str, base: str | None = None) -> "Sh
 
 @verb(_PANEL)
 def deduce(
-    run: Run,
-    out: Out,
+    run: RunOption,
+    out: OutOption,
     instruction: Annotated[str | None, typer.Argument()] = None,
     file: Annotated[
         Path | None,
@@ -92,11 +90,11 @@ def deduce(
             help="as --examples, but inputs without targets: one a line, or JSON lines with input",
         ),
     ] = None,
-    probe: Probes = None,
-    pad_to: PadTo = None,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    probe: ProbesOption = None,
+    pad_to: PadToOption = None,
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """Instructions -> PEFT folders, each proved on the way out."""
     check_words(device, dtype)
@@ -116,7 +114,7 @@ def deduce(
     if latent:
         checks.check_latents(latent, bundle)
     checks.check_new(out)
-    checks.check_leaves("deduce", bundle)  # last: it asks the kind, which imports torch
+    checks.check_has_file_format("deduce", bundle)  # last: it asks the kind, which imports torch
     from ship_ds.export.deduce import export_many, export_one, own_probes, warn_of_far
 
     ship = open_run(run, device, dtype, base)
@@ -208,18 +206,18 @@ def compose(
         list[str],
         typer.Option(metavar="WEIGHT INSTRUCTION", help="may be given several times"),
     ],
-    run: Run,
-    out: Out,
+    run: RunOption,
+    out: OutOption,
     rank: Annotated[
         int | None,
         typer.Option(
             min=1, help="compress to this rank by SVD; default: exact, the sum of the ranks"
         ),
     ] = None,
-    probe: Probes = None,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    probe: ProbesOption = None,
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """Weighted sum of several instructions' adapters -> one PEFT LoRA folder.
 
@@ -229,7 +227,7 @@ def compose(
     0.511.
     """
     check_words(device, dtype)
-    parts = checks.weighted(part)
+    parts = checks.weighted_parts(part)
     bundle = checks.check_run(run, base)
     checks.check_new(out)
     checks.check_sums(bundle)
@@ -257,8 +255,8 @@ def compose(
 
 @verb(_PANEL)
 def tune(
-    run: Run,
-    out: Out,
+    run: RunOption,
+    out: OutOption,
     instruction: Annotated[
         str, typer.Option("--from", metavar="INSTRUCTION", help="whose adapter is the start")
     ],
@@ -277,12 +275,12 @@ def tune(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="train one from peft's fresh start too, to compare")
     ] = False,
-    probe: Probes = None,
-    pad_to: PadTo = None,
-    seed: Seed = 0,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    probe: ProbesOption = None,
+    pad_to: PadToOption = None,
+    seed: SeedOption = 0,
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """An instruction's adapter, trained on by gradient -> PEFT folder."""
     check_words(device, dtype)
@@ -294,7 +292,7 @@ def tune(
     bundle = checks.check_run(run, base)
     checks.check_makes_lora(bundle)
     checks.check_new(out)
-    checks.check_leaves("tune", bundle)
+    checks.check_has_file_format("tune", bundle)
     from ship_ds.evaluation.tuning import Recipe, tune
     from ship_ds.export.deduce import own_probes
     from ship_ds.export.tuned import export_tuned
@@ -344,14 +342,14 @@ def _losses(tuned: "Tuned") -> list[str]:
 @verb(_PANEL)
 def answer(
     instruction: Annotated[str, typer.Argument()],
-    run: Run,
+    run: RunOption,
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[INPUT]...", help="default: those of --file, or standard input, one a line"
         ),
     ] = None,
-    file: JsonLines = None,
+    file: FileOption = None,
     beams: Annotated[int, typer.Option(min=1, help="1: greedy decoding")] = 1,
     confidence: Annotated[
         bool,
@@ -361,9 +359,9 @@ def answer(
             "as long as eight more answers",
         ),
     ] = False,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """Inputs -> answers as an instruction says; JSON lines."""
     check_words(device, dtype)
@@ -390,16 +388,16 @@ def answer(
 
 @verb(_PANEL)
 def induce(
-    run: Run,
-    file: JsonLines = None,
+    run: RunOption,
+    file: FileOption = None,
     candidates: Annotated[int, typer.Option(min=1, help="how many to show")] = 5,
-    method: Method = "union",
-    preset: Preset = "ours",
-    settings: Set = None,
-    seed: Seed = 0,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    method: MethodOption = "union",
+    preset: PresetOption = "ours",
+    settings: SetSearchOption = None,
+    seed: SeedOption = 0,
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """Examples -> instruction; JSON."""
     check_words(device, dtype)
@@ -414,7 +412,7 @@ def induce(
 
 @verb(_PANEL)
 def explain(
-    run: Run,
+    run: RunOption,
     adapter: Annotated[
         Path | None, typer.Argument(metavar="[FOLDER]", help="a PEFT folder, by whomever")
     ] = None,
@@ -431,12 +429,12 @@ def explain(
     file: Annotated[
         str | None, typer.Option("--file", help='inputs as JSON lines, {"input": ...}; - for stdin')
     ] = None,
-    as_json: AsJson = False,
-    settings: Set = None,
-    seed: Seed = 0,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    as_json: JsonOption = False,
+    settings: SetSearchOption = None,
+    seed: SeedOption = 0,
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """An adapter -> what it does, in words, with the evidence."""
     check_words(device, dtype)
@@ -450,7 +448,7 @@ def explain(
     assert folder is not None
     texts = inputs or (read_inputs(file) if file else [])
     search = _search(run, base, "union", "ours", settings)
-    checks.check_folder(folder)
+    checks.check_exists(folder)
     checks.check_explained(folder, is_merged=merged is not None)
     explanation = open_run(run, device, dtype, base).explain(
         folder, texts, merged=merged is not None, config=search, seed=seed, log=log
@@ -465,16 +463,16 @@ def explain(
 @verb(_PANEL)
 def reason(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...")],
-    run: Run,
-    file: JsonLines = None,
+    run: RunOption,
+    file: FileOption = None,
     rounds: Annotated[int, typer.Option(min=1, help="of induction and encoding")] = 1,
-    method: Method = "union",
-    preset: Preset = "ours",
-    settings: Set = None,
-    seed: Seed = 0,
-    base: BaseNow = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    method: MethodOption = "union",
+    preset: PresetOption = "ours",
+    settings: SetSearchOption = None,
+    seed: SeedOption = 0,
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> int:
     """Examples and inputs -> answers; JSON lines."""
     check_words(device, dtype)
@@ -498,7 +496,7 @@ def _search(
     """How this run's instructions are looked for; checks the run as well."""
     from ship_ds.inference.config import InductionConfig
 
-    config = checks.read_config(checks.check_run(run, base))
+    config = checks.read_run_config(checks.check_run(run, base))
     search = InductionConfig.of_preset(
         preset, method, max_new_tokens=config.evaluation.max_instruction_tokens
     )

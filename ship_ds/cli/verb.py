@@ -110,59 +110,59 @@ def program(
         raise UserError("which verb? `ship-ds --help` lists them")
 
 
-Run = Annotated[Path, typer.Option("--run", help="a run or bundle folder")]
-BaseNow = Annotated[
+RunOption = Annotated[Path, typer.Option("--run", help="a run or bundle folder")]
+BaseOption = Annotated[
     str | None,
     typer.Option("--base", help="where the base model is now, if not where the run was trained"),
 ]
-Out = Annotated[Path, typer.Option("--out", help="the folder to write")]
-Recipe = Annotated[str, typer.Option("--config", help="a recipe's name or a YAML file")]
-Overrides = Annotated[
+OutOption = Annotated[Path, typer.Option("--out", help="the folder to write")]
+ConfigOption = Annotated[str, typer.Option("--config", help="a recipe's name or a YAML file")]
+OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="see `ship-ds config`")
 ]
-Probes = Annotated[
+ProbesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--probe", metavar="INPUT...", help="inputs to prove it on; default: the run's own"
     ),
 ]
-PadTo = Annotated[
+PadToOption = Annotated[
     int | None,
     typer.Option(min=1, help="LoRA rank to reach with zero rows; the function stays the same"),
 ]
-JsonLines = Annotated[
+FileOption = Annotated[
     str | None,
     typer.Option(
         "--file", help='JSON lines, {"input": ..., "target": ...}; default: standard input'
     ),
 ]
-Device = Annotated[
+DeviceOption = Annotated[
     str,
     typer.Option("--device", help="cpu, cuda or cuda:N; auto: the GPU, where torch sees one"),
 ]
-Dtype = Annotated[
+DtypeOption = Annotated[
     str,
     typer.Option("--dtype", help="bfloat16 or float32; auto: bfloat16 on a GPU, else float32"),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=10**12, help="of everything that is drawn")]
-Parts = Annotated[str, typer.Option(help="of seen, dev, unseen, unseen_paraphrase")]
-Directions = Annotated[
+SeedOption = Annotated[int, typer.Option(min=0, max=10**12, help="of everything that is drawn")]
+PartsOption = Annotated[str, typer.Option(help="of seen, dev, unseen, unseen_paraphrase")]
+DirectionsOption = Annotated[
     str, typer.Option(help="of deduction, induction, reasoning, reconstruction; or all")
 ]
-Methods = Annotated[str, typer.Option(help="comma-separated names, or all")]
-Budget = Annotated[
+MethodsOption = Annotated[str, typer.Option(help="comma-separated names, or all")]
+BudgetOption = Annotated[
     str, typer.Option(help="of each baseline's training: minutes, examples or until_dev_stops")
 ]
-Patience = Annotated[
+PatienceOption = Annotated[
     int, typer.Option(help="with --budget until_dev_stops: looks at dev without a gain")
 ]
-NumLooks = Annotated[int, typer.Option(help="at dev while a baseline trains, for its curve")]
-Changes = Annotated[
+NumLooksOption = Annotated[int, typer.Option(help="at dev while a baseline trains, for its curve")]
+SetMethodOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="METHOD.key=value", help="a number of a method"),
 ]
-NumTasks = Annotated[int, typer.Option(help="of each part at most, evenly spaced")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text")]
+NumTasksOption = Annotated[int, typer.Option(help="of each part at most, evenly spaced")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of text")]
 
 
 def print_row(row: dict[str, Any]) -> None:

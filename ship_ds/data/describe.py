@@ -12,7 +12,7 @@ from ship_ds.data.readers import detect_format, read_tasks, usual_min_examples
 from ship_ds.data.splits import SplitConfig, can_be_tested, split_tasks
 from ship_ds.data.task import DataError, Splits, Task
 
-NUM_SAMPLES = 3
+NUM_SHOWN_TASKS = 3
 _WIDTH = 100
 
 
@@ -83,7 +83,7 @@ def _kept(tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def _samples(tasks: Sequence[Task]) -> dict[str, Any]:
-    picked = tasks[:: max(1, len(tasks) // NUM_SAMPLES)][:NUM_SAMPLES]
+    picked = tasks[:: max(1, len(tasks) // NUM_SHOWN_TASKS)][:NUM_SHOWN_TASKS]
     return {
         "samples": [
             {
@@ -127,7 +127,7 @@ def counts(splits: Splits) -> dict[str, int]:
     return {part: len(getattr(splits, part)) for part in ("seen", "dev", "unseen")}
 
 
-def show(description: dict[str, Any]) -> str:
+def description_text(description: dict[str, Any]) -> str:
     """The description as lines for a terminal."""
     title = [_title(description)] if "weight" in description else []
     if "kept" not in description:

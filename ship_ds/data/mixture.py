@@ -36,8 +36,8 @@ from ship_ds.data.source import (
     TaskSource,
     TextLengths,
     source_of,
+    splits_without_weights,
     with_weights,
-    without_weights,
 )
 from ship_ds.data.splits import alike, rule_groups
 from ship_ds.data.task import SMALLEST_WEIGHT, DataError, Splits, SplitTask
@@ -260,7 +260,7 @@ class MixtureTasks(TaskSource):
 
     def fingerprint(self, splits: Splits) -> str:
         """Of the tasks and of their weights: others draw other tasks."""
-        return with_weights(without_weights(splits), splits)
+        return with_weights(splits_without_weights(splits), splits)
 
 
 class _Placed(NamedTuple):

@@ -97,12 +97,12 @@ class TaskSource(ABC):
 
     def fingerprint(self, splits: Splits) -> str:
         """64 hexadecimal digits that change with the data: a checkpoint goes on with no others."""
-        plain = without_weights(splits)
+        plain = splits_without_weights(splits)
         is_weighted = any(task.weight != 1 for task in splits.seen)
         return with_weights(plain, splits) if is_weighted else plain
 
 
-def without_weights(splits: Splits) -> str:
+def splits_without_weights(splits: Splits) -> str:
     """The fingerprint of these tasks, however often they are drawn."""
     return hashlib.sha256(repr(splits).encode()).hexdigest()
 

@@ -20,7 +20,7 @@ from ship_ds.data.words import is_punctuation, plain_words
 from ship_ds.section import Section
 
 SAME_RULE_JACCARD = 0.8
-Together = Literal["rule", "dataset", "family"]
+GroupedBy = Literal["rule", "dataset", "family"]
 
 
 class HeldOutExample(Example):
@@ -43,7 +43,7 @@ class SplitConfig(Section):
 
     seed: int = 0
     """Of the draw of unseen and dev tasks, and of the test examples."""
-    keeps_together: Together = "rule"
+    keeps_together: GroupedBy = "rule"
     """What no two parts share: rules; or, besides, the data sets that tasks were made of, by name
     (`Source` of Super-NaturalInstructions, whose tasks of one data set show like inputs), or their
     families (its `Categories`). Of these the shares are of tasks, as far as whole ones fit."""

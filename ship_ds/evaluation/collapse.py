@@ -61,7 +61,7 @@ def commonest_text(direction: Direction, rows: Sequence[TaskRow]) -> dict[str, A
     }
 
 
-def warning(where: str, cell: Mapping[str, Any]) -> str:
+def collapse_warning(where: str, cell: Mapping[str, Any]) -> str:
     """One line where half of a cell's tasks or more got one text, where the decoder takes next to
     nothing from the latent, or where half of the tasks with labels got one each; else "".
 

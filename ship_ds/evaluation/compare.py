@@ -118,7 +118,9 @@ def _write_table(
     def measured(trial: VariantRun) -> comparison.ComparedRun:
         """The run's models are let go as this returns."""
         run = Run.open(trial.folder, log, device, dtype)
-        return comparison.measure(trial.label, trial.seed, run, settings, arguments, log, entries)
+        return comparison.measure_run(
+            trial.label, trial.seed, run, settings, arguments, log, entries
+        )
 
     for trial in trials:
         log(f"{trial.name}: measured, in {trial.folder / 'evaluation'}")
@@ -134,8 +136,8 @@ def _write_table(
     if entries:
         report = comparison.build(entries, {**failures, **unmeasured}, settings, arguments)
         comparison.write(report, out)
-        comparison.show(report)
-        print(out / comparison.PAGE)
+        comparison.print_comparison(report)
+        print(out / comparison.COMPARISON_PAGE)
     return unmeasured
 
 

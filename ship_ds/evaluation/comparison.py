@@ -35,7 +35,7 @@ from ship_ds.evaluation.costs import (
 )
 from ship_ds.evaluation.evaluate import evaluate_run
 from ship_ds.evaluation.harness import Harness, Run
-from ship_ds.evaluation.methods import METHODS, TRAINED
+from ship_ds.evaluation.methods import METHODS, TRAINED_NAMES
 from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import tasks_of
 from ship_ds.evaluation.report import (
@@ -51,14 +51,14 @@ from ship_ds.evaluation.report import (
 from ship_ds.files import write_json, write_text
 from ship_ds.monitor.machine import describe_machine, versions
 
-PAGE = "compare.md"
+COMPARISON_PAGE = "compare.md"
 IN_PROMPT = "instruction in the prompt"
 _POOLED = "all"
 """In place of a seed."""
 _SHIP, _PROMPTING = "ship", "prompting"
 _OF_RUN = "_encoder"
 """What metrics of an induced text end with that take it through the run's own encoder."""
-_LORA_METHODS = TRAINED | {"lora_per_task"}
+_LORA_METHODS = TRAINED_NAMES | {"lora_per_task"}
 """Those that take the LoRA and the step of a run's config."""
 _EQUAL_TIME = 0.99
 """Of training.max_minutes: a run that took less was ended by its steps."""
@@ -106,7 +106,7 @@ class ComparedRun:
         return self.label if self.seed is None else f"{self.label}, seed {self.seed}"
 
 
-def measure(
+def measure_run(
     label: str,
     seed: int,
     run: Run,
@@ -219,7 +219,7 @@ def _once_for(name: str, run: Run, digests: Mapping[Part, str]) -> str:
     base, limits = config.model.task_llm, config.evaluation
     parts = (base.base, base.quantisation, config.model.system_message, str(run.ship.dtype))
     lengths = (limits.max_new_tokens, limits.max_instruction_tokens)
-    trained_on = map(_digest, (run.splits.seen, run.splits.dev)) if name in TRAINED else ()
+    trained_on = map(_digest, (run.splits.seen, run.splits.dev)) if name in TRAINED_NAMES else ()
     return repr((*parts, *lengths, sorted(digests.items()), *trained_on))
 
 
@@ -230,7 +230,7 @@ def _taken(run: Run, settings: HarnessConfig) -> str:
     training, is_counted = config.training, settings.budget == "examples"
     step = training.tasks_per_step, training.examples_per_task, training.family_alpha
     parts = (lora_of(config.model.hypernetwork), *step, training.balances_labels)
-    has_trained = any(name in TRAINED for name in settings.methods)
+    has_trained = any(name in TRAINED_NAMES for name in settings.methods)
     return repr((*parts, run.num_answered if is_counted and has_trained else None))
 
 
@@ -375,7 +375,7 @@ def _over_time(rows: Sequence[ComparedRun], settings: HarnessConfig) -> list[str
         f"{row.label}: took {row.facts['minutes']:.2f} of {settings.minutes:g} minutes: its first "
         "oracles or a last step were longer than what was left"
         for row in rows
-        if row.method in TRAINED
+        if row.method in TRAINED_NAMES
         and settings.budget == "minutes"
         and row.facts.get("minutes", 0) * _EQUAL_TIME > settings.minutes
     ]
@@ -429,7 +429,7 @@ def _unasked(
 def write(report: Mapping[str, Any], out: Path) -> None:
     """Write compare.json and compare.md."""
     write_json(out / "compare.json", report)
-    write_text(out / PAGE, markdown(report))
+    write_text(out / COMPARISON_PAGE, markdown(report))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -467,7 +467,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _about_methods(report: Mapping[str, Any]) -> list[str]:
     """What each method is, and what the trained ones might spend."""
     about = {row["method"]: row["about"] for row in report["rows"] if "about" in row}
-    setting, trained = report["setting"], [name for name in about if name in TRAINED]
+    setting, trained = report["setting"], [name for name in about if name in TRAINED_NAMES]
     spent = {
         "minutes": f"for {setting['minutes']:g} minutes",
         "examples": "on as many answered examples as the run that they were measured with",
@@ -479,7 +479,7 @@ def _about_methods(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def show(report: Mapping[str, Any]) -> None:
+def print_comparison(report: Mapping[str, Any]) -> None:
     """Print the tables and what has to be said of them."""
     console = Console(width=150)
     for title, (header, *rows) in tables(report):

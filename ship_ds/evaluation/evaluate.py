@@ -126,7 +126,7 @@ def valid_cells(harness: Harness) -> dict[Cell, Measured]:
     return {cell: measured for cell, measured in stored.items() if measured is not None}
 
 
-def show(report: dict[str, Any]) -> None:
+def print_methods(report: dict[str, Any]) -> None:
     """Print the values alone; intervals, kinds and tasks are in report.md."""
     for direction in PROTOCOLS:
         header, *rows = reports.summary_rows(

@@ -18,7 +18,7 @@ from ship_ds.api import Ship
 from ship_ds.data.labels import closed_labels
 from ship_ds.data.task import Splits, SplitTask
 from ship_ds.evaluation.cells import SHOWS_EXAMPLES
-from ship_ds.evaluation.collapse import commonest_text, warning
+from ship_ds.evaluation.collapse import collapse_warning, commonest_text
 from ship_ds.evaluation.config import Direction, HarnessConfig, Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
@@ -207,7 +207,7 @@ def show(report: dict[str, Any]) -> None:
             shown = {
                 k: v for k, v in cell.items() if k != "constant_label" or k in report["tables"]
             }
-            if part in PARTS and (line := warning(f"{direction}, {part}", shown)):
+            if part in PARTS and (line := collapse_warning(f"{direction}, {part}", shown)):
                 console.print(line)
     if report["left_out"]:
         console.print(

@@ -37,7 +37,7 @@ from ship_ds.evaluation.config import HarnessConfig
 from ship_ds.evaluation.judges import build_judges, judges_of
 from ship_ds.evaluation.measure import joined, measure_over_ranks
 from ship_ds.evaluation.method import Method, Setting
-from ship_ds.evaluation.methods import METHODS, TRAINED
+from ship_ds.evaluation.methods import METHODS, TRAINED_NAMES
 from ship_ds.evaluation.questions import PARTS, ask, tasks_of, warn_of_long_targets
 from ship_ds.monitor.progress import ProgressLine
 from ship_ds.parsing import read_json_lines, read_json_object
@@ -258,7 +258,7 @@ class Harness:
             "num_tasks": config.num_tasks,
             "seed": config.seed,
         }
-        if cell.method in TRAINED:
+        if cell.method in TRAINED_NAMES:
             settings["budget"] = repr(self.budget)
         settings |= self.methods[cell.method].settings()
         judges = judges_of(cell.direction, config.judges)
@@ -302,7 +302,7 @@ class Harness:
             self.run.ship,
             self.run.splits,
             self.method_folder(name),
-            self.budget if name in TRAINED else None,
+            self.budget if name in TRAINED_NAMES else None,
             self.config.seed,
             # Without looks nothing would end it.
             max(self.config.num_looks, self.config.budget == "until_dev_stops"),

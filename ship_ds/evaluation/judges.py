@@ -63,8 +63,8 @@ class ExecutionJudge(Judge):
         through = answer_read(self.model, induced, induced, inputs, length, keeps_cut_off=True)
         checked = [q.checked for q in questions]
         return {
-            "execution_accuracy": rows_of(exact_match, stated, checked),
-            "execution_accuracy_encoder": rows_of(exact_match, through, checked),
+            "execution_accuracy": metric_rows(exact_match, stated, checked),
+            "execution_accuracy_encoder": metric_rows(exact_match, through, checked),
             "execution_paper_metric": paper_rows(stated, checked, questions),
             "execution_paper_metric_encoder": paper_rows(through, checked, questions),
         }
@@ -86,7 +86,7 @@ class PublishedExecutionJudge(Judge):
         )
         checked = [q.checked for q in questions]
         exact, paper = (
-            rows_of(exact_match, answers, checked),
+            metric_rows(exact_match, answers, checked),
             paper_rows(answers, checked, questions),
         )
         return {"published_execution": [a or b for a, b in zip(paper, exact, strict=True)]}
@@ -97,7 +97,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def rows_of(
+def metric_rows(
     metric: Callable[[str | None, Sequence[str]], float],
     answers: AnswersByTask,
     asked: Sequence[Sequence[Example]],
@@ -114,7 +114,7 @@ def paper_rows(
 ) -> list[list[float]]:
     """The metric of the format's paper, where a task has one; else an empty row."""
     return [
-        rows_of(partial(paper_score, q.task.task.paper_metric), [row], [examples])[0]
+        metric_rows(partial(paper_score, q.task.task.paper_metric), [row], [examples])[0]
         if q.task.task.paper_metric
         else []
         for row, examples, q in zip(answers, asked, questions, strict=True)

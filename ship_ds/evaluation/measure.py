@@ -19,7 +19,7 @@ from ship_ds.data.task import CutOff
 from ship_ds.evaluation.cells import WORDINGS, TaskRow
 from ship_ds.evaluation.config import Direction
 from ship_ds.evaluation.judge import Columns, Judge
-from ship_ds.evaluation.judges import one_line, paper_rows, rows_of
+from ship_ds.evaluation.judges import metric_rows, one_line, paper_rows
 from ship_ds.evaluation.method import (
     Deduces,
     Doubts,
@@ -186,7 +186,7 @@ def _reasoning(method: Reasons, questions: Sequence[Question], judges: Sequence[
     columns = _answer_columns(answers, questions, judges)
     if isinstance(method, ReasonsOtherwise):
         for name, others in method.reason_otherwise(shown, inputs).items():
-            columns[f"exact_match_{name}"] = rows_of(
+            columns[f"exact_match_{name}"] = metric_rows(
                 exact_match, others, [q.asked for q in questions]
             )
     return answers, columns
@@ -239,8 +239,8 @@ def columns_of_answers(answers: AnswersByTask, questions: Sequence[Question]) ->
     asked = [q.asked for q in questions]
     labels = [closed_labels(q.task) for q in questions]
     return {
-        "exact_match": rows_of(exact_match, answers, asked),
-        "normalised_match": rows_of(normalised_match, answers, asked),
+        "exact_match": metric_rows(exact_match, answers, asked),
+        "normalised_match": metric_rows(normalised_match, answers, asked),
         "label_accuracy": [
             [label_match(answer, e.answers, names) for answer, e in zip(row, few, strict=True)]
             if names
@@ -251,6 +251,6 @@ def columns_of_answers(answers: AnswersByTask, questions: Sequence[Question]) ->
             constant_label(row, [e.answers for e in few], names)
             for row, few, names in zip(answers, asked, labels, strict=True)
         ],
-        "rouge_l": rows_of(rouge_l, answers, asked),
+        "rouge_l": metric_rows(rouge_l, answers, asked),
         "paper_metric": paper_rows(answers, asked, questions),
     }

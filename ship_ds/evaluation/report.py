@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ship_ds.evaluation.cells import Cell, Measured, TaskRow
-from ship_ds.evaluation.collapse import commonest_text, warning
+from ship_ds.evaluation.collapse import collapse_warning, commonest_text
 from ship_ds.evaluation.metrics import summary
 from ship_ds.evaluation.questions import PARTS
 from ship_ds.files import write_json, write_text
@@ -257,7 +257,7 @@ def warnings(report: Mapping[str, Any], direction: str) -> list[str]:
     """A line for each method and part whose texts hardly tell tasks apart, or its labels inputs;
     none of controls, some of which do it on purpose."""
     lines = [
-        warning(f"{name}, {direction}, {part}", method[direction][part])
+        collapse_warning(f"{name}, {direction}, {part}", method[direction][part])
         for name, method in report["methods"].items()
         for part in PARTS
         if part in method.get(direction, {}) and not method["about"].startswith("control")

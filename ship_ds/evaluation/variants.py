@@ -29,7 +29,7 @@ from ship_ds.errors import UserError
 from ship_ds.files import recover
 from ship_ds.parsing import read_json_lines, read_json_object
 from ship_ds.runtime import preflight
-from ship_ds.runtime.deepspeed_config import AUTO
+from ship_ds.runtime.deepspeed_config import AUTO_CONFIGS
 from ship_ds.section import Section, first_error
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=.*", re.DOTALL)
@@ -228,7 +228,7 @@ def _check_stored(trial: VariantRun, num_ranks: int) -> None:
         then, now = (flat(config.model_dump(mode="json")) for config in (stored, trial.config))
         for key in sorted((then.keys() | now.keys()) - {"run.folder"}):
             # The Trainer writes which file it was.
-            is_chosen = key == "training.deepspeed" and then[key] in AUTO.get(now[key], ())
+            is_chosen = key == "training.deepspeed" and then[key] in AUTO_CONFIGS.get(now[key], ())
             if then.get(key) != now.get(key) and not is_chosen:
                 raise UserError(
                     f"{trial.folder}: {key} was {then.get(key)} and is {now.get(key)} now; "

@@ -26,7 +26,7 @@ from ship_ds.console import log
 from ship_ds.errors import UserError
 from ship_ds.export import drift
 from ship_ds.export.deduce import export_many, own_probes, warn_of_far
-from ship_ds.export.merge import Dtype, Merge
+from ship_ds.export.merge import Merge, MergedDtype
 from ship_ds.export.requests import Request
 from ship_ds.export.targets import TargetName
 from ship_ds.runtime import checkpoint
@@ -49,7 +49,7 @@ class Conversion:
     pad_to: int | None
     targets: Sequence[TargetName]
     base: str | None
-    dtype: Dtype
+    dtype: MergedDtype
     shard_gigabytes: float
     measures_drift: bool
     device: str = "auto"
@@ -143,12 +143,12 @@ def describe(out: Path, merge: Merge, report: dict[str, Any]) -> str:
     earlier = f", {num_kept} of them from a run that was cut off" if num_kept else ""
     lines = [f"{out}: {merge.plan.target}, {report['num_shards']} shard(s){earlier}"]
     if "logit_drift" in report:
-        lines.append(f"  {drift.show(report)}")
+        lines.append(f"  {drift.drift_line(report)}")
     for name in report.get("around", ()):
         lines.append(
             f"  {name}/ is the adapter's other part, without which this answers otherwise: "
             f"PeftModel.from_pretrained(model, {str(out / name)!r})"
         )
     if merge.differs_from_training:
-        lines.append(f"  warning: {drift.warning(report)}")
+        lines.append(f"  warning: {drift.drift_warning(report)}")
     return "\n".join(lines)

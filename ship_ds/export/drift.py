@@ -61,7 +61,7 @@ def load_merged(folder: Path) -> torch.nn.Module:
     return model
 
 
-def show(report: dict[str, Any]) -> str:
+def drift_line(report: dict[str, Any]) -> str:
     """One line for people about what `drift` and the merge measured."""
     line = (
         f"logits differ from the live model's by {report['logit_drift']:.2g}, "
@@ -74,7 +74,7 @@ def show(report: dict[str, Any]) -> str:
     )
 
 
-def warning(report: dict[str, Any]) -> str:
+def drift_warning(report: dict[str, Any]) -> str:
     """One line about a merge into other weights than those that training saw, with the way out."""
     share = report.get("drift_of_effect")
     lost = "part of" if share is None else f"as much as {100 * share:.0f} % of"

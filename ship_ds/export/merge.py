@@ -56,7 +56,7 @@ from ship_ds.safetensors_header import SINGLE_FILE, WEIGHTS_INDEX
 from ship_ds.tensor_file import TensorFile
 from ship_ds.weights_folder import WeightsFolder
 
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+MergedDtype = Literal["auto", "bfloat16", "float16", "float32"]
 _PLAN, _REPORT, _CARD = "plan.json", "merge.json", "README.md"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _ROUNDING = "ship_rounding_loss"
@@ -86,7 +86,7 @@ class MergePlan:
     adapter: str
     base: str
     target: TargetName
-    dtype: Dtype
+    dtype: MergedDtype
     shard_gigabytes: float
 
 
@@ -110,7 +110,7 @@ class Merge:
         adapter: Path,
         target: TargetName | None = None,
         base: str | None = None,
-        dtype: Dtype = "auto",
+        dtype: MergedDtype = "auto",
         shard_gigabytes: float = 2.0,
     ) -> None:
         self.adapter, self.origin = adapter, read_origin(adapter)
@@ -127,7 +127,7 @@ class Merge:
                 f"{self.folder}: {min(transposed)} lies transposed in its files (Conv1D), which "
                 "cannot be merged into here: load base and adapter by peft, or merge there"
             )
-        check_base(self.base, self.config, self.update, self.origin)
+        check_made_for_base(self.base, self.config, self.update, self.origin)
         target = target or default_target(self.origin.quantisation)
         self.plan = MergePlan(
             self.origin.adapter, self.base.fingerprint, target, dtype, shard_gigabytes
@@ -325,7 +325,7 @@ class Merge:
             write_json(part / path.name / ADAPTER_CONFIG, config, indent=2)
 
 
-def check_base(
+def check_made_for_base(
     base: WeightsFolder, config: Mapping[str, Any], update: Update, origin: Origin
 ) -> None:
     """See that the adapter was made for this very base, and that its weights are plain.

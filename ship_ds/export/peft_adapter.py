@@ -19,7 +19,7 @@ from ship_ds.adapter_files import paths_of, weights_digest
 from ship_ds.api import Ship
 from ship_ds.config import base_folder
 from ship_ds.errors import UserError
-from ship_ds.export.proof import PeftBase, Prompts, Proof, largest_difference
+from ship_ds.export.proof import PeftBase, PromptIds, Proof, largest_difference
 from ship_ds.model.adapters.adapter import Adapter, Export
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.loading import load_lm
@@ -122,7 +122,7 @@ class Exporter:
         ).write(part)
         return proof
 
-    def _prove(self, part: Path, export: Export, prompts: Prompts) -> Proof:
+    def _prove(self, part: Path, export: Export, prompts: PromptIds) -> Proof:
         live = [live_logits(self.ship, export.live(), ids) for ids in prompts]
         bare = self.base.bare(prompts)
         exported = self.base.under(paths_of(part, export.folders()), prompts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ship_ds.adapter_files import ADAPTER_CONFIG
 from ship_ds.model.encoder_decoder import start_token
 
-Prompts = Sequence[Sequence[int]]
+PromptIds = Sequence[Sequence[int]]
 """Token ids of each."""
 
 
@@ -43,14 +43,14 @@ class PeftBase:
         self._bare: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
-    def under(self, folders: Sequence[Path], prompts: Prompts) -> list[Tensor]:
+    def under(self, folders: Sequence[Path], prompts: PromptIds) -> list[Tensor]:
         """Logits (S, V) of each prompt under an adapter: its folders of `peft`, see
         `Origin.paths`."""
         model = self.load(folders)
         return [_logits(model, ids, self.device) for ids in prompts]
 
     @torch.no_grad()
-    def bare(self, prompts: Prompts) -> list[Tensor]:
+    def bare(self, prompts: PromptIds) -> list[Tensor]:
         """Logits (S, V) of each prompt without any adapter; computed once."""
         for ids in map(tuple, prompts):
             if ids not in self._bare:

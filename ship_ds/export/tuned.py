@@ -13,7 +13,7 @@ from ship_ds.files import new_folder, write_text
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.origin import Tuning
 
-CURVE = "tune.jsonl"
+TUNING_CURVE = "tune.jsonl"
 
 
 def export_tuned(
@@ -49,5 +49,5 @@ def export_tuned(
         export = export.padded(pad_to)
     exporter = Exporter(ship, probes)
     with new_folder(folder) as part:
-        write_text(part / CURVE, "".join(json.dumps(row) + "\n" for row in curve))
+        write_text(part / TUNING_CURVE, "".join(json.dumps(row) + "\n" for row in curve))
         return exporter.write(part, export, instruction, instruction, tuning)

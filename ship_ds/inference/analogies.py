@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 MIN_WORDS = 3
 MIN_OVERLAP = 0.5
-MOST = 20_000
+MAX_ANALOGIES = 20_000
 
 
 def analogies(instructions: Sequence[str]) -> list[str]:
@@ -25,7 +25,7 @@ def analogies(instructions: Sequence[str]) -> list[str]:
         instructions: the known ones; blanks and line ends between words make no difference.
 
     Returns:
-        At most the first `MOST`, with single spaces between words.
+        At most the first `MAX_ANALOGIES`, with single spaces between words.
     """
     fillers: dict[_Slot, set[str]] = defaultdict(set)
     first_use: dict[_Slot, tuple[list[str], int]] = {}
@@ -49,9 +49,9 @@ def analogies(instructions: Sequence[str]) -> list[str]:
             for word in words_of_kind[filled_by]
             if (text := _filled(*first_use[slot], word)) not in known
         )
-        if len(new) >= MOST:
+        if len(new) >= MAX_ANALOGIES:
             break
-    return list(new)[:MOST]
+    return list(new)[:MAX_ANALOGIES]
 
 
 def share_in_slots(instructions: Sequence[str]) -> float:

@@ -146,7 +146,9 @@ def _samples(posterior: Posterior, keys: Sequence[str], count: int) -> list[Tens
 
 
 @torch.no_grad()
-def calibrate(model: ShipModel, dev: Sequence[SplitTask], max_new_tokens: int) -> Calibration:
+def calibrate_confidence(
+    model: ShipModel, dev: Sequence[SplitTask], max_new_tokens: int
+) -> Calibration:
     """What agreement says of dev tasks.
 
     Args:
@@ -164,7 +166,7 @@ def calibrate(model: ShipModel, dev: Sequence[SplitTask], max_new_tokens: int) -
     answers = answer_latents(model, posterior.mean_TZ, texts, inputs, max_new_tokens, readings=read)
     done = [share_is_done(share_right(row, task)) for row, task in zip(answers, tasks, strict=True)]
     agreed = agreement(model, posterior, texts, inputs, answers, max_new_tokens, readings=read)
-    return threshold_of([sum(row) / len(row) for row in agreed], done)
+    return confidence_threshold([sum(row) / len(row) for row in agreed], done)
 
 
 def share_right(answers: Sequence[str | None], task: SplitTask) -> float:
@@ -178,7 +180,7 @@ def share_is_done(share: float) -> bool:
     return share >= _RIGHT
 
 
-def threshold_of(agreed: Sequence[float], done: Sequence[bool]) -> Calibration:
+def confidence_threshold(agreed: Sequence[float], done: Sequence[bool]) -> Calibration:
     """The threshold between tasks that are done and tasks that are not.
 
     Args:

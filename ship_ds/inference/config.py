@@ -19,8 +19,8 @@ from ship_ds.config import overridden
 from ship_ds.errors import UserError
 from ship_ds.section import Section, first_error
 
-Method = Literal["direct", "indirect", "bank", "propose", "union"]
-Preset = Literal["ours", "published", "published-refined"]
+InductionMethod = Literal["direct", "indirect", "bank", "propose", "union"]
+InductionPreset = Literal["ours", "published", "published-refined"]
 """Numbers of `direct` and `indirect`: ours, those of the authors' code, and these with one descent
 more from the text that was induced, which is ours."""
 
@@ -69,7 +69,7 @@ _OF_A_ROUND |= {"num_edits", "num_parents", "num_splices"}
 class InductionConfig(Section):
     """How induction searches; `--set key=value` changes one of them."""
 
-    method: Method = "union"
+    method: InductionMethod = "union"
     """Where instructions are looked for; union: in proposals, known ones and analogies."""
     num_known: PositiveInt = 24
     """Known instructions that the bank hands on to be tested."""
@@ -163,7 +163,9 @@ class InductionConfig(Section):
     """Of an instruction that is written."""
 
     @classmethod
-    def of_preset(cls, preset: Preset, method: Method, **more: Any) -> "InductionConfig":
+    def of_preset(
+        cls, preset: InductionPreset, method: InductionMethod, **more: Any
+    ) -> "InductionConfig":
         """The search by a preset's numbers; a preset other than "ours" is of the two descents.
 
         `published` has the numbers of the authors' code (forangel2014/VaiBot at b6794ed, main.py):

@@ -363,14 +363,14 @@ def _refine(
     if config.num_splices:
         proposals += _spliced(model, searches, config, proposals)
     if config.num_neighbours and len(bank):
-        proposals += nearest_known(bank, searches, config)
+        proposals += known_neighbours(bank, searches, config)
     if not config.asks_decoder:
         return proposals
     descents = descend_from_best(model, searches, config)
     return proposals + decode_descents(model, descents, config, seed, round_number)
 
 
-def nearest_known(
+def known_neighbours(
     bank: Bank, searches: Sequence[SearchState], config: InductionConfig
 ) -> Iterator[Proposal]:
     """The known instructions nearest to each task's best candidates."""

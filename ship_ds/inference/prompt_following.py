@@ -54,7 +54,7 @@ class PromptFollowing:
         )
 
 
-def measure(model: ShipModel, seen: Sequence[SplitTask]) -> PromptFollowing | None:
+def measure_prompt_following(model: ShipModel, seen: Sequence[SplitTask]) -> PromptFollowing | None:
     """How the model answers a few examples of tasks that it was trained on; None where no task has
     two of them.
 

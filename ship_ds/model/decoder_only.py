@@ -45,8 +45,8 @@ from ship_ds.model.key_value_cache import (
 from ship_ds.model.language_model import Feature, LanguageModel, Passage, Stream
 from ship_ds.model.projections import can_project, keys_and_values
 
-EAGER, SLIDING = "eager", "sliding_attention"
-MASKED = (SDPA, VARLEN, EAGER)
+EAGER_ATTENTION, SLIDING = "eager", "sliding_attention"
+MASKED = (SDPA, VARLEN, EAGER_ATTENTION)
 """Implementations of attention that take a mask of four dimensions."""
 _BY_LENGTHS = {"full_attention", SLIDING}
 """Kinds of layers, as transformers calls them, whose attention goes by lengths and positions."""
@@ -418,7 +418,7 @@ class CachedStream(Stream):
     def _columns_within(self, window: int | None) -> Tensor:
         first = 0 if window is None else max(0, self.length - window)
         mask = self.real_EX[:, None, None, first : self.length]
-        if self.implementation != EAGER:
+        if self.implementation != EAGER_ATTENTION:
             return mask
         # Eager attention adds its mask to the scores.
         dtype = self.logits_EV.dtype

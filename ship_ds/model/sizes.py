@@ -70,7 +70,7 @@ def size_of(config: ModelConfig, parts: Parts, decodes: bool = True) -> ShipSize
     )
 
 
-def rows_of(batch: ShipBatch, encoder_size: RoleSize | None = None) -> StepRows:
+def step_rows(batch: ShipBatch, encoder_size: RoleSize | None = None) -> StepRows:
     """What the three language models read in a micro-step, without padding.
 
     Args:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 from ship_ds.files import write_text
 from ship_ds.monitor.machine import describe_machine
 
-PAGE = "profile.md"
+PROFILE_PAGE = "profile.md"
 _LEFT_OUT = 2
 """Steps before: the first ones allocate, compile, and record ZeRO-3's order of gathers."""
 _ROWS = 20
@@ -72,7 +72,7 @@ class StepProfile:
         # Of those that were to be recorded, a run that ends early took fewer.
         recorded = min(self.num_steps, profiler.step_num - _LEFT_OUT)
         if recorded > 0:
-            write_text(self.folder / PAGE, page(profiler.key_averages(), recorded))
+            write_text(self.folder / PROFILE_PAGE, page(profiler.key_averages(), recorded))
 
 
 def page(events: Iterable[Any], num_steps: int) -> str:
@@ -133,7 +133,7 @@ def _waits() -> tuple[str, ...]:
 def _kind_rows(rows: Sequence[tuple[float, str, float]], whole: float) -> list[str]:
     totals = dict.fromkeys([*_KINDS, "everything else"], 0.0)
     for seconds, name, _ in rows:
-        totals[kind_of(name)] += seconds
+        totals[operation_kind(name)] += seconds
     ordered = sorted(totals.items(), key=lambda item: -item[1])
     return [
         f"| {kind} | {1000 * seconds:.2f} | {100 * seconds / whole:.1f} % |"
@@ -141,7 +141,7 @@ def _kind_rows(rows: Sequence[tuple[float, str, float]], whole: float) -> list[s
     ]
 
 
-def kind_of(name: str) -> str:
+def operation_kind(name: str) -> str:
     """What an operation is counted as."""
     lower = name.lower()
     return next(

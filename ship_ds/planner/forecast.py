@@ -13,7 +13,7 @@ import torch
 
 from ship_ds.flops import flops_of_parts
 from ship_ds.model.ship import ShipModel
-from ship_ds.model.sizes import rows_of
+from ship_ds.model.sizes import step_rows
 from ship_ds.planner.activations import Workload, planned_batch
 from ship_ds.planner.shapes import Shapes
 from ship_ds.planner.zero import Traffic
@@ -88,7 +88,7 @@ def forecast(
         is_zero3: trained weights are sharded (`ShipModel.reads_together`).
     """
     size = shapes.ship.flop_size()
-    parts = flops_of_parts(size, rows_of(planned_batch(shapes, work), size.encoder))
+    parts = flops_of_parts(size, step_rows(planned_batch(shapes, work), size.encoder))
     useful = sum(parts.values()) * micro_steps
     kernels = round(_blocks_read(shapes.ship, is_zero3) * KERNELS_A_BLOCK * micro_steps)
     between = num_nodes > 1

@@ -64,7 +64,7 @@ def with_shapes(config: Config, name: str) -> Config:
     return override_config(config, [f"model.{role}.base={name}" for role in same])
 
 
-def check_bases(config: Config) -> None:
+def check_planned_bases(config: Config) -> None:
     """Every base is a public shape, or a folder with a config.json.
 
     Raises:

@@ -55,7 +55,7 @@ def planned(recipe: str, num_ranks: int, sharding: Sharding) -> Plan:
     return make_plan(with_shapes(config, RECIPES[recipe]), machines)
 
 
-def tables() -> str:
+def scaling_tables() -> str:
     """Markdown."""
     return "\n\n".join(
         [

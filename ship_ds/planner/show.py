@@ -107,7 +107,7 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
     }
 
 
-def show(plan: Plan, changes: list[Change]) -> str:
+def plan_text(plan: Plan, changes: list[Change]) -> str:
     """The plan as text: what takes memory, what is sent, and the verdict."""
     console = Console(width=100, force_terminal=False, highlight=False)
     with console.capture() as captured:

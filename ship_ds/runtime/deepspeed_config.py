@@ -10,8 +10,8 @@ from ship_ds.errors import UserError, did_you_mean
 from ship_ds.parsing import read_json
 
 # In a checkout a link to the folder at the top; in an installed package the files themselves.
-FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
-AUTO = {f"zero{stage}_auto": (f"zero{stage}_bf16", f"zero{stage}") for stage in (1, 2, 3)}
+CONFIGS_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+AUTO_CONFIGS = {f"zero{stage}_auto": (f"zero{stage}_bf16", f"zero{stage}") for stage in (1, 2, 3)}
 """What these names stand for: a file for devices that multiply in bf16, and one for others."""
 _OWNED_BY_RUN = (
     "train_batch_size",
@@ -231,12 +231,13 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     """A file of ds_configs/ by name, or any path; of a name of AUTO, the one for bf16.
 
     Raises UserError when it is none, or holds fp16, the run's keys or what DeepSpeed has not."""
-    name, _ = AUTO.get(name, (name, ""))
-    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    name, _ = AUTO_CONFIGS.get(name, (name, ""))
+    path = Path(name) if name.endswith(".json") else CONFIGS_FOLDER / f"{name}.json"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
+        known = ", ".join(sorted(file.stem for file in CONFIGS_FOLDER.glob("*.json")))
         raise UserError(
-            f"training.deepspeed: {name}: no such file; ds_configs/ has {known}; {', '.join(AUTO)} "
+            f"training.deepspeed: {name}: no such file; ds_configs/ has {known}; "
+            f"{', '.join(AUTO_CONFIGS)} "
             "choose one by the machine"
         )
     config: dict[str, Any] = read_json(path)

@@ -9,7 +9,7 @@ from ship_ds.config import Config, override_config
 from ship_ds.console import log
 from ship_ds.placement import multiplies_in_bf16
 from ship_ds.runtime import ranks
-from ship_ds.runtime.deepspeed_config import AUTO, is_bf16, read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import AUTO_CONFIGS, is_bf16, read_deepspeed_config
 
 
 def choose_precision(config: Config) -> Config:
@@ -20,8 +20,8 @@ def choose_precision(config: Config) -> Config:
     """
     name = config.training.deepspeed
     has_bf16 = all(ranks.gather_objects(multiplies_in_bf16(ranks.device())))
-    if name in AUTO:
-        in_bf16, in_fp32 = AUTO[name]
+    if name in AUTO_CONFIGS:
+        in_bf16, in_fp32 = AUTO_CONFIGS[name]
         chosen = in_bf16 if has_bf16 else in_fp32
         log(
             f"training.deepspeed={name} is {chosen} here: the ranks compute in "

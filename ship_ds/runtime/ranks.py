@@ -351,13 +351,13 @@ class RankError(RuntimeError):
     """Another rank could not do its share."""
 
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class _Answer(Generic[Result]):
+class _Answer(Generic[_Result]):
     """A rank's result, or why it has none."""
 
-    result: Result | None
+    result: _Result | None
     failure: str | None = None
     is_users: bool = False

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 CLIENT_GONE = 499
 """nginx's status of a request whose client left; nobody reads it but the metrics."""
 
@@ -15,7 +15,7 @@ class ClientGoneError(Exception):
     """Nobody reads the answer to this request any more."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
     """What `work` returns.
 
     Raises:

@@ -48,7 +48,7 @@ from ship_ds.export.deduce import export_one
 from ship_ds.export.requests import Request, slug
 from ship_ds.serving.errors import RequestError, naming_fields
 from ship_ds.serving.leaving import unless_gone
-from ship_ds.serving.protocol import Examples, Text
+from ship_ds.serving.protocol import RequestExamples, Text
 from ship_ds.serving.room import Room
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class ConfidenceAsked(_Asked):
 class InductionAsked(_Asked):
     """Examples to find an instruction for."""
 
-    examples: Examples
+    examples: RequestExamples
 
 
 class ExplanationAsked(_Asked):

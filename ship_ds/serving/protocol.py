@@ -92,7 +92,7 @@ class ShipExample(BaseModel):
     target: Text
 
 
-Examples = Annotated[list[ShipExample], Field(min_length=1, max_length=64)]
+RequestExamples = Annotated[list[ShipExample], Field(min_length=1, max_length=64)]
 
 
 class StreamOptions(BaseModel):
@@ -105,7 +105,7 @@ class Writes(Asked):
     """What requests for answers have in common."""
 
     model: Model
-    ship_examples: Examples | None = Field(
+    ship_examples: RequestExamples | None = Field(
         None, description="with model `ship`, or `ship:<instruction>` where the encoder reads both"
     )
     n: int | None = Field(None, ge=1, le=64)
@@ -176,7 +176,7 @@ class LoadRequest(Asked):
 
     lora_name: Name
     instruction: Text | None = None
-    examples: Examples | None = None
+    examples: RequestExamples | None = None
 
 
 class UnloadRequest(Asked):

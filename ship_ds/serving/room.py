@@ -27,7 +27,7 @@ from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 _CALLS_BEFORE_A_TOKEN = 0.05
 """Seconds for which short functions run before the answers that are being written go on."""
 _TEXTS_REMEMBERED = 256
@@ -162,7 +162,7 @@ class Room:
         """Calls that have not returned, and answers that have not begun."""
         return self._num_calls + self.decoder.num_waiting
 
-    async def call(self, function: Callable[[Ship], Result], *, is_short: bool = False) -> Result:
+    async def call(self, function: Callable[[Ship], _Result], *, is_short: bool = False) -> _Result:
         """What `function(ship)` returns, or raises, on the thread that owns the model.
 
         A caller that is cancelled before its turn takes the function back. A long function that is
@@ -178,7 +178,7 @@ class Room:
         """
         if self.num_waiting >= self.limits.max_waiting:
             raise RequestError(429, f"{self.num_waiting} requests are waiting already: try later")
-        future: Future[Result] = Future()
+        future: Future[_Result] = Future()
         left = Event()
 
         def run() -> None:

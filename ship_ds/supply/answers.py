@@ -27,16 +27,13 @@ from ship_ds.errors import UserError
 from ship_ds.evaluation.endpoint import ChatEndpoint
 from ship_ds.inference import checks
 from ship_ds.inference.bank import Bank
-from ship_ds.inference.deduction import bare_answerer
+from ship_ds.inference.deduction import AnswersByTask, bare_answerer
 from ship_ds.inference.latents import nearest_known
 from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import AnswersConfig
 from ship_ds.supply.filters import agreed, is_trivial
 from ship_ds.supply.journal import Journal, SupplyPart
 from ship_ds.supply.known import Known, inputs_of, is_readable
-
-Answers = list[list[str | None]]
-"""By task; None: the answer did not end in time."""
 
 
 class Teacher(ABC):
@@ -45,7 +42,7 @@ class Teacher(ABC):
     origin: Mapping[str, Any]
 
     @abstractmethod
-    def answer(self, instructions: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def answer(self, instructions: Sequence[str], inputs: Sequence[Sequence[str]]) -> AnswersByTask:
         """The inputs of each instruction."""
 
 
@@ -56,7 +53,7 @@ class TaskLlmTeacher(Teacher):
     def __init__(self, ship: Ship) -> None:
         self.ship, self.origin = ship, {"by": "task_llm", "run": ship.digest[:12]}
 
-    def answer(self, instructions: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def answer(self, instructions: Sequence[str], inputs: Sequence[Sequence[str]]) -> AnswersByTask:
         """See `Teacher`."""
         prompt = self.ship.model.prompts.task_prompt
         questions = [
@@ -74,7 +71,7 @@ class EndpointTeacher(Teacher):
         self.endpoint, self.max_tokens = endpoint, max_tokens
         self.origin = {"by": "endpoint", "model": endpoint.config.model}
 
-    def answer(self, instructions: Sequence[str], inputs: Sequence[Sequence[str]]) -> Answers:
+    def answer(self, instructions: Sequence[str], inputs: Sequence[Sequence[str]]) -> AnswersByTask:
         """See `Teacher`."""
         return [
             [self._one(f"{instruction}\n\n{text}") for text in texts]

@@ -26,9 +26,12 @@ from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.task import Example, Task
 from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import ChainsConfig
-from ship_ds.supply.filters import Answers, is_trivial, share_alike
+from ship_ds.supply.filters import is_trivial, share_alike
 from ship_ds.supply.journal import Journal, SupplyPart
 from ship_ds.supply.known import Known, is_readable
+
+_Answers = Sequence[str | None]
+"""To the inputs of one chain; None: the answer did not end in time."""
 
 
 def fits(outputs: Sequence[str], inputs: Sequence[str]) -> bool:
@@ -165,7 +168,11 @@ class Chain:
         return [example.target for example in self.given]
 
     def judged(
-        self, then: Answers, at_once: Answers, alone: Answers, config: ChainsConfig
+        self,
+        then: _Answers,
+        at_once: _Answers,
+        alone: _Answers,
+        config: ChainsConfig,
     ) -> tuple[str, list[Example], float]:
         """What becomes of it, its examples, and the share of them that both ways agree on.
 
@@ -191,7 +198,7 @@ class Chain:
         return ("kept" if share >= config.min_agreement else "disagreement"), examples, share
 
 
-def _answers(ship: Ship, chains: Sequence[Chain]) -> list[tuple[Answers, Answers, Answers]]:
+def _answers(ship: Ship, chains: Sequence[Chain]) -> list[tuple[_Answers, _Answers, _Answers]]:
     """Of each chain what `Chain.judged` takes; all share batches."""
     asked = [
         one

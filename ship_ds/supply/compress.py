@@ -30,7 +30,9 @@ cannot be read."""
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
-def compressed(text: str, losses: Losses, config: CompressConfig) -> tuple[str, float, float]:
+def without_idle_words(
+    text: str, losses: Losses, config: CompressConfig
+) -> tuple[str, float, float]:
     """The shortened text, its loss and that of the whole one; the text itself where nothing can go.
 
     Args:
@@ -106,7 +108,7 @@ def _part(ship: Ship, known: Known, task: Task, config: CompressConfig) -> Suppl
     if not is_readable(ship, task.instruction) or not task.examples:
         return SupplyPart({"unreadable": 1}, [])
     losses = losses_of(ship, task.examples[: config.num_examples])
-    text, loss, whole = compressed(task.instruction, losses, config)
+    text, loss, whole = without_idle_words(task.instruction, losses, config)
     origin = {
         "how": "compress",
         "run": ship.digest[:12],

@@ -130,7 +130,7 @@ class AnswersConfig(Section):
 
 
 SupplyConfig = ProposeConfig | DisagreementConfig | CompressConfig | ChainsConfig | AnswersConfig
-KINDS: dict[str, type[SupplyConfig]] = {
+SUPPLY_KINDS: dict[str, type[SupplyConfig]] = {
     "propose": ProposeConfig,
     "compress": CompressConfig,
     "chains": ChainsConfig,
@@ -149,13 +149,17 @@ def parse_settings(kind: str, changes: Sequence[str]) -> SupplyConfig:
     Raises:
         UserError: there is no such kind or setting; the line names it.
     """
-    if kind not in KINDS:
-        raise UserError(f"supply: {kind}: expected one of {', '.join(KINDS)}")
+    if kind not in SUPPLY_KINDS:
+        raise UserError(f"supply: {kind}: expected one of {', '.join(SUPPLY_KINDS)}")
     try:
-        config = KINDS[kind].model_validate(overridden({}, changes))
+        config = SUPPLY_KINDS[kind].model_validate(overridden({}, changes))
     except ValidationError as error:
         first = first_error(error)
-        known = f"; there are {', '.join(KINDS[kind].model_fields)}" if first.is_unknown_key else ""
+        known = (
+            f"; there are {', '.join(SUPPLY_KINDS[kind].model_fields)}"
+            if first.is_unknown_key
+            else ""
+        )
         raise UserError(f"--set {first.line}{known}") from None
     if isinstance(config, ProposeConfig) and config.min_examples <= config.num_shown:
         raise UserError(

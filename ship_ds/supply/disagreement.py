@@ -120,7 +120,7 @@ def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: i
     return SupplyPart(counts, rows)
 
 
-def weighted(rows: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]]:
+def weighted_by_disagreement(rows: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]]:
     """The lines with their weights: 1 where nothing was measured."""
     found = [row["origin"]["disagreement"] for row in rows]
     measured = iter(weights_of([one for one in found if one is not None], floor))

@@ -6,8 +6,6 @@ from ship_ds.data.matching import exact_match
 from ship_ds.data.task import Example
 from ship_ds.evaluation.metrics import rouge_l
 
-Answers = Sequence[str | None]
-
 
 def is_new(text: str, known: Sequence[str], max_rouge: float) -> bool:
     """Whether the text's ROUGE-L with every known one is below `max_rouge` (Wang et al. 2023, arXiv
@@ -16,7 +14,7 @@ def is_new(text: str, known: Sequence[str], max_rouge: float) -> bool:
 
 
 def agreed(
-    inputs: Sequence[str], answers: Answers, agreement: Sequence[float], least: float
+    inputs: Sequence[str], answers: Sequence[str | None], agreement: Sequence[float], least: float
 ) -> list[Example]:
     """Examples of the answers that end, say something, and that `least` of the samples give."""
     return [
@@ -32,7 +30,7 @@ def is_trivial(examples: Sequence[Example]) -> bool:
     return 2 * copies > len(examples) or len({e.target for e in examples}) < 2
 
 
-def share_alike(answers: Answers, examples: Sequence[Example]) -> float:
+def share_alike(answers: Sequence[str | None], examples: Sequence[Example]) -> float:
     """Of the answers, those that are the examples' own, 0 to 1."""
     alike = [exact_match(a, e.answers) for a, e in zip(answers, examples, strict=True)]
     return sum(alike) / len(alike)

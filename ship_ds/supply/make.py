@@ -20,7 +20,7 @@ from ship_ds.supply.config import (
     ProposeConfig,
     SupplyConfig,
 )
-from ship_ds.supply.disagreement import measure_disagreement, weighted
+from ship_ds.supply.disagreement import measure_disagreement, weighted_by_disagreement
 from ship_ds.supply.journal import Journal
 from ship_ds.supply.known import Known, known_tasks
 from ship_ds.supply.propose import propose
@@ -85,7 +85,7 @@ def make(
             ends = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise UserError(f"{out}: no task was kept ({ends}); lower a bound by --set")
         if isinstance(config, DisagreementConfig):
-            journal.finish(weighted(journal.tasks, config.floor))
+            journal.finish(weighted_by_disagreement(journal.tasks, config.floor))
         else:
             journal.finish()
     return counts

@@ -1,9 +1,10 @@
-"""`describe` counts before and after the filters and shows three tasks; `show` prints it."""
+"""`describe` counts before and after the filters and shows three
+tasks; `description_text` is what is printed."""
 
 import json
 from pathlib import Path
 
-from ship_ds.data.describe import describe, show
+from ship_ds.data.describe import describe, description_text
 from ship_ds.data.filters import FilterConfig
 
 
@@ -39,7 +40,7 @@ def test_describe_and_show(tmp_path: Path) -> None:
     }
     assert [sample["id"] for sample in samples] == ["t0", "t2", "t4"]
     assert samples[0].keys() == {"id", "instruction", "input", "target"}
-    lines = show({**found, "samples": samples}).splitlines()
+    lines = description_text({**found, "samples": samples}).splitlines()
     assert lines[0] == "format jsonl: 7 tasks, 28 examples, 2 families"
     assert (
         "left out: examples: beyond the first 4 of a task: 6" in lines
@@ -64,7 +65,8 @@ def test_tasks_with_labels_are_counted_with_their_most_frequent_one(tmp_path: Pa
     assert found["kept"]["labels"] == {"tasks": 2, "most_frequent": (0.75 + 0.5) / 2}
     assert (
         "labels: 2 tasks have 2 to 10 distinct answers, each twice on average or oftener; the most "
-        "frequent one is that of 62% of a task's examples (mean)" in show(found).splitlines()
+        "frequent one is that of 62% of a task's examples (mean)"
+        in description_text(found).splitlines()
     )
     few = describe(tmp_path, filters=FilterConfig(max_examples_per_task=3))
     assert few["kept"]["labels"]["tasks"] == 0
@@ -82,7 +84,7 @@ def test_what_a_reader_leaves_out_is_counted(tmp_path: Path) -> None:
     said = [("system", "Be helpful.\n" * 20), ("user", "hot?"), ("assistant", "cold")]
     row = {"messages": [{"role": role, "content": text} for role, text in said]}
     (tmp_path / "a.json").write_text(json.dumps([row] * 3))
-    lines = show(describe(tmp_path)).splitlines()
+    lines = description_text(describe(tmp_path)).splitlines()
     assert lines[1:3] == [
         "left out: system messages, the same in most rows that have one "
         "('Be helpful. Be helpful. Be helpful. Be helpful. Be...'): 3",

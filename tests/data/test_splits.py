@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from ship_ds.data.splits import (
+    GroupedBy,
     SplitConfig,
-    Together,
     alike,
     hold_out,
     is_near_copy,
@@ -184,7 +184,7 @@ def test_three_rules_are_enough_for_any_shares(unseen: float, dev: float) -> Non
     [(0, 0, [8, 0, 0]), (0, 0.25, [6, 2, 0]), (0.25, 0, [6, 0, 2]), (0, 0.01, [7, 1, 0])],
 )
 def test_a_share_of_zero_is_none(
-    key: Together, unseen: float, dev: float, sizes: list[int]
+    key: GroupedBy, unseen: float, dev: float, sizes: list[int]
 ) -> None:
     tasks = made_of("a b c d e f g h")
     config = SplitConfig(unseen_share=unseen, dev_share=dev, keeps_together=key)
@@ -207,7 +207,7 @@ def made_of(names: str, key: str = "dataset") -> list[Task]:
 
 @pytest.mark.parametrize("key", ["dataset", "family"])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_data_set_lies_in_one_part_and_shares_are_of_tasks(key: Together, seed: int) -> None:
+def test_a_data_set_lies_in_one_part_and_shares_are_of_tasks(key: GroupedBy, seed: int) -> None:
     sizes = {"a": 30, "b": 9, "c": 5, "d": 4, "e": 3, "f": 2, "g": 1}
     names = [name for name, size in sizes.items() for _ in range(size)] + ["-"] * 46
     tasks = made_of(" ".join(names), key)

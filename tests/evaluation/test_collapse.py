@@ -9,7 +9,7 @@ import pytest
 from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.evaluation import evaluate, final_report
 from ship_ds.evaluation.cells import Cell, Measured
-from ship_ds.evaluation.collapse import commonest_text, warning
+from ship_ds.evaluation.collapse import collapse_warning, commonest_text
 from ship_ds.evaluation.judges import RougeJudge
 from ship_ds.evaluation.measure import measure
 from ship_ds.evaluation.metrics import score
@@ -79,21 +79,23 @@ def test_in_induction_it_is_scored_by_what_the_methods_own_rouge_l_is() -> None:
 def test_half_of_four_tasks_are_warned_of_and_less_is_not() -> None:
     def said(texts: list[str]) -> str:
         of = rows(texts)
-        return warning("ship, induction", {"n_tasks": len(of), **commonest_text("induction", of)})
+        return collapse_warning(
+            "ship, induction", {"n_tasks": len(of), **commonest_text("induction", of)}
+        )
 
     assert said(["a", "a", "b", "c"]) == (
         "ship, induction: 2 of 4 tasks got the same text, which alone has ROUGE-L 0.000 with "
         "their instructions: these texts hardly tell tasks apart"
     )
     assert said(["a", "b", "c", "d"]) == "" == said(["a", "a", "b"])
-    assert warning("a report of an earlier version", {"n_tasks": 9}) == ""
+    assert collapse_warning("a report of an earlier version", {"n_tasks": 9}) == ""
 
 
 def test_a_decoder_that_takes_nothing_from_the_latent_is_warned_of() -> None:
     """Beside one text for most tasks, or alone; a loss that is not finite is no number."""
 
     def said(gain: float | None, **more: Any) -> str:
-        return warning(
+        return collapse_warning(
             "reconstruction, dev", {"n_tasks": 9, "latent_gain": {"value": gain}, **more}
         )
 
@@ -121,12 +123,12 @@ def test_reports_name_it(direction: Any, capsys: pytest.CaptureFixture[str]) -> 
     report = build({cell: collapsed}, provenance)
     assert report["methods"]["ship"][direction]["unseen"]["commonest_text"]["n_texts"] == 1
     assert line in markdown(report, {cell: collapsed})
-    evaluate.show(report)
+    evaluate.print_methods(report)
     assert line in " ".join(capsys.readouterr().out.split())
     told = {cell: replace(collapsed, rows=rows(INSTRUCTIONS))}
     report = build(told, provenance)
     assert "the same text" not in markdown(report, told)
-    evaluate.show(report)
+    evaluate.print_methods(report)
     assert "the same text" not in capsys.readouterr().out
 
 
@@ -213,7 +215,7 @@ def test_a_method_that_gives_each_task_one_label_is_named(
     line = "ship, deduction, unseen: 100% of 4 tasks with labels got one label for all inputs"
     page = markdown(report, cells)
     assert line in page and "majority_label, deduction, unseen: " not in page
-    evaluate.show(report)
+    evaluate.print_methods(report)
     assert line in " ".join(capsys.readouterr().out.split())
 
 
@@ -221,10 +223,13 @@ def test_few_tasks_with_labels_are_not_warned_of() -> None:
     """Neither by their number, nor among so many others that they are rules about lists."""
 
     def said(share: float, number: int, of: int) -> str:
-        return warning(
+        return collapse_warning(
             "ship", {"n_tasks": of, "constant_label": {"value": share, "n_tasks": number}}
         )
 
     assert said(0.5, 4, 40).startswith("ship: 50% of 4 tasks with labels")
     assert said(0.49, 4, 40) == said(1.0, 3, 30) == said(1.0, 4, 41) == ""
-    assert warning("ship", {"n_tasks": 9, "constant_label": {"value": None, "ci95": None}}) == ""
+    assert (
+        collapse_warning("ship", {"n_tasks": 9, "constant_label": {"value": None, "ci95": None}})
+        == ""
+    )

@@ -135,14 +135,14 @@ def test_the_table_is_of_those_that_were_trained_and_measured(
         "import shutil, sys; sys.argv[1] == 'b' or shutil.copytree('tests/fixtures/v0_1/run', "
         f"{str(tmp_path / 'out')!r} + '/' + sys.argv[1] + '/seed-0')"
     )
-    measure = comparison.measure
+    measure = comparison.measure_run
 
     def measured(label: str, *arguments: Any) -> ComparedRun:
         if label == "c":
             raise RuntimeError("out of luck")
         return measure(label, *arguments)
 
-    monkeypatch.setattr(comparison, "measure", measured)
+    monkeypatch.setattr(comparison, "measure_run", measured)
     settings = HarnessConfig(
         methods=("ship", "prompting"), parts=("seen",), directions=("deduction",), num_tasks=1
     )

@@ -50,7 +50,7 @@ def entries(root: Path) -> list[ComparedRun]:
         folder = root / f"{label}-{seed}"
         shutil.copytree(TRAINED, folder, ignore=shutil.ignore_patterns("checkpoints"))
         run = Run.open(folder, no_log)
-        found.append(comparison.measure(label, seed, run, SETTINGS, ["compare"], no_log, found))
+        found.append(comparison.measure_run(label, seed, run, SETTINGS, ["compare"], no_log, found))
     return found
 
 
@@ -119,7 +119,7 @@ def beside(root: Path, entries: list[ComparedRun]) -> tuple[list[ComparedRun], l
         run = Run.open(Path(entry.folder), said.append)
         assert isinstance(entry.seed, int)
         found.append(
-            comparison.measure(
+            comparison.measure_run(
                 entry.label, entry.seed, run, ALL_KINDS, ["compare"], said.append, found
             )
         )
@@ -236,7 +236,7 @@ def test_a_method_that_fails_leaves_the_others_their_rows(
     for entry in entries[:2]:
         run, seed = Run.open(Path(entry.folder), no_log), entry.seed
         assert isinstance(seed, int)
-        found.append(comparison.measure(entry.label, seed, run, settings, [], no_log, found))
+        found.append(comparison.measure_run(entry.label, seed, run, settings, [], no_log, found))
     assert asked == ["sft"]
     (name, reason), none = *found[0].failures.items(), found[1].failures
     assert name == "sft (first, seed 0)" and "out of luck" in reason and not none
@@ -333,5 +333,5 @@ def test_page_has_every_row_and_every_failure(
     assert "| first | all |" in page and "| instruction in the prompt |  |" in page
     assert "- third, seed 0: it fell" in page and "    ship-ds compare x" in page
     assert "## Deduction: exact match" in page and "seen, minus first, n=3" in page
-    comparison.show(report)
+    comparison.print_comparison(report)
     assert "instruction in the prompt" in capsys.readouterr().out

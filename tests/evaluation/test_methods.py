@@ -20,7 +20,7 @@ from ship_ds.evaluation.budgets import Steps
 from ship_ds.evaluation.cells import PROTOCOLS
 from ship_ds.evaluation.measure import measure
 from ship_ds.evaluation.method import Setting
-from ship_ds.evaluation.methods import METHODS, TRAINED
+from ship_ds.evaluation.methods import METHODS, TRAINED_NAMES
 from ship_ds.evaluation.methods.composing import AdapterSum
 from ship_ds.evaluation.methods.controls import (
     BareBase,
@@ -452,7 +452,7 @@ def test_a_method_says_whether_it_asks_what_training_made(
     monkeypatch.setattr(ship, "_threshold", Threshold(0.5, 1.0, 1.0, 16))
     size = ship.config.model.latent_size
     monkeypatch.setattr(ship, "_reader", LoraReader(ship.model.task_llm.sites(), size))
-    made = method(Setting(ship, splits, tmp_path, Steps(1) if name in TRAINED else None, 0))
+    made = method(Setting(ship, splits, tmp_path, Steps(1) if name in TRAINED_NAMES else None, 0))
     [task] = [one for one in splits.unseen if AdapterSum.applies(one, ship)][:1]
     asked: set[str] = set()
     hooks = [

@@ -12,7 +12,7 @@ from ship_ds.console import no_log
 from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation.questions import ask
-from ship_ds.evaluation.similarity import WHEEL, SentenceEncoder, SimilarityJudge
+from ship_ds.evaluation.similarity import SENTENCE_ENCODER_WHEEL, SentenceEncoder, SimilarityJudge
 from ship_ds.wheels import Wheel
 
 
@@ -54,7 +54,7 @@ def test_the_judge_scores_texts_by_the_closest_wording_and_answers_one_by_one() 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(WHEEL.installed() is None, reason="the wheel is not installed")
+@pytest.mark.skipif(SENTENCE_ENCODER_WHEEL.installed() is None, reason="the wheel is not installed")
 def test_the_encoder_gives_the_numbers_of_its_model_card() -> None:
     encoder = SentenceEncoder.from_wheel(no_log)
     vector = encoder.encode(["This is an example sentence", "Each sentence is converted"])[0, :5]

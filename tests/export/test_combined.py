@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ship_ds import cli
 from ship_ds.bundle import check_merges, frozen_bases, write_bundle
-from ship_ds.cli.checks import check_explained, check_leaves, check_sums
+from ship_ds.cli.checks import check_explained, check_has_file_format, check_sums
 from ship_ds.config import ModelConfig, base_folder, parse_config
 from ship_ds.errors import UserError
 from ship_ds.export.compose import compose
@@ -324,9 +324,9 @@ def test_no_format_is_told_by_the_config_alone(tmp_path: Path) -> None:
         write_json(tmp_path / name / "config.json", config.model_dump(mode="json"))
     for name in ("combination", "bottleneck"):
         with pytest.raises(UserError, match=f"deduce: {tmp_path / name}: .*no file format"):
-            check_leaves("deduce", tmp_path / name)
+            check_has_file_format("deduce", tmp_path / name)
     for name in ("fused", "lora"):
-        check_leaves("deduce", tmp_path / name)
+        check_has_file_format("deduce", tmp_path / name)
         check_merges("convert", tmp_path / name)
     with pytest.raises(UserError, match=f"convert: {tmp_path / 'prompt'}: .*nothing to merge"):
         check_merges("convert", tmp_path / "prompt")

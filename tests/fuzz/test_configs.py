@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ship_ds.config import flat, load_config, parse_config, recipe_text
-from ship_ds.runtime.deepspeed_config import FOLDER, complete, read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import CONFIGS_FOLDER, complete, read_deepspeed_config
 from tests.fuzz.documents import broken, changed, files, fuzz, reads_or_says, values
 
 CONFIG: Any = load_config("quickstart").model_dump(mode="json")
@@ -57,7 +57,7 @@ def test_overrides_are_taken_or_one_line(overrides: list[str]) -> None:
 
 
 def test_a_deepspeed_config_is_taken_or_one_line(tmp_path: Path) -> None:
-    good = json.loads((FOLDER / "zero3_offload_cpu.json").read_text())
+    good = json.loads((CONFIGS_FOLDER / "zero3_offload_cpu.json").read_text())
     keys = [*good, *good["zero_optimization"], "fp16", "data_types", "enabled", "device"]
 
     @fuzz

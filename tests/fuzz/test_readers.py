@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ship_ds.data.describe import describe, show
+from ship_ds.data.describe import describe, description_text
 from ship_ds.data.readers import FORMATS, read_tasks
 from ship_ds.export.requests import read_instructions
 from ship_ds.inference.lines import read_inputs, read_pairs
@@ -94,7 +94,7 @@ def test_a_file_of_tasks_is_read_or_one_line(name: str, tmp_path: Path) -> None:
         path.write_bytes(content)
         where = path if name == "list-functions" else folder
         reads_or_says(lambda: read_tasks(where, name if by_name else "auto"))
-        reads_or_says(lambda: show(describe(where, name if by_name else "auto")))
+        reads_or_says(lambda: description_text(describe(where, name if by_name else "auto")))
 
     check()
 

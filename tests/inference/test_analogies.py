@@ -63,7 +63,7 @@ def test_of_very_many_the_first_are_given(monkeypatch: pytest.MonkeyPatch) -> No
     everything = analogies(texts)
     assert len(everything) == 40 * 39
     assert everything == analogies(texts)
-    monkeypatch.setattr("ship_ds.inference.analogies.MOST", 100)
+    monkeypatch.setattr("ship_ds.inference.analogies.MAX_ANALOGIES", 100)
     assert analogies(texts) == everything[:100]
 
 

@@ -15,9 +15,9 @@ from ship_ds.inference.confidence import (
     agreement,
     auc,
     best_parting,
-    calibrate,
+    calibrate_confidence,
+    confidence_threshold,
     share_right,
-    threshold_of,
 )
 from ship_ds.inference.deduction import answer_latents
 from ship_ds.model.encoder import Posterior
@@ -58,9 +58,9 @@ def test_the_threshold_parts_what_is_done_from_what_is_not() -> None:
     agreed = [1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.3, 0.2]
     done = [True, True, True, False, True, False, False, False]
     # From 0.65 on: all four that are done, and one of the others.
-    assert threshold_of(agreed, done) == Calibration(0.65, 15 / 16, 8)
+    assert confidence_threshold(agreed, done) == Calibration(0.65, 15 / 16, 8)
     # Two that are not done are too few.
-    assert threshold_of(agreed[:6], done[:6]) == Calibration(None, None, 6)
+    assert confidence_threshold(agreed[:6], done[:6]) == Calibration(None, None, 6)
 
 
 def test_of_values_that_part_alike_the_lowest_is_taken() -> None:
@@ -81,7 +81,7 @@ def test_a_run_says_what_its_dev_tasks_say(ship: Ship, monkeypatch: pytest.Monke
     assert len(found.by_input) == 2 and 0 <= found.agreement <= 1
     assert ship.confidence("add 3", ["1 2"]).by_input == found.by_input[:1]
     assert len(ship.confidence("add 3").by_input) == len(ship.probes)
-    assert calibrate(ship.model, [], 8) == Calibration(None, None, 0)
+    assert calibrate_confidence(ship.model, [], 8) == Calibration(None, None, 0)
     monkeypatch.setattr(ship, "_calibration", None)
     said: list[str] = []
     measured = ship.calibrate(said.append)

@@ -20,8 +20,8 @@ from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.derived import Derived
 from ship_ds.inference.descents import descend_from_texts
 from ship_ds.inference.gradient import Schedule, descend_on_latent
-from ship_ds.inference.induction import induce_many, nearest_known
-from ship_ds.inference.prompt_following import PromptFollowing, measure
+from ship_ds.inference.induction import induce_many, known_neighbours
+from ship_ds.inference.prompt_following import PromptFollowing, measure_prompt_following
 from ship_ds.inference.search_state import Proposal, SearchState
 from ship_ds.inference.trials import test_proposals as try_proposals
 from tests.inference.conftest import KNOWN
@@ -95,7 +95,7 @@ def test_following_is_measured_on_training_tasks_and_kept(
     ship: Ship, bundle: Path, tmp_path: Path
 ) -> None:
     splits = source_of(ship.config.data).read(ship.model.prompts.tokenizer, lambda text: None)
-    measured = measure(ship.model, splits.seen)
+    measured = measure_prompt_following(ship.model, splits.seen)
     assert measured.num_examples == 32 and 0 < measured.loss_bare != measured.loss_stated
     kept = Derived(tmp_path, "a", "float32")
     assert kept.following() is None
@@ -111,7 +111,7 @@ def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
     lines: list[str] = []
     other = Ship(ship.model, ship.config, ship.digest, WRITTEN)
     measured = PromptFollowing(9, 8, 0, 9, 32)
-    monkeypatch.setattr("ship_ds.api.measure", lambda model, seen: measured)
+    monkeypatch.setattr("ship_ds.api.measure_prompt_following", lambda model, seen: measured)
     for _ in range(2):
         assert not other.searching(InductionConfig(), lines.append, []).ranks_in_prompt
     assert len(lines) == 1 and "0 with their instruction in its prompt" in lines[0]
@@ -136,7 +136,9 @@ def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
 def test_where_nothing_is_left_to_be_decided_following_is_not_measured(
     ship: Ship, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ship_ds.api.measure", lambda model, seen: pytest.fail("measured"))
+    monkeypatch.setattr(
+        "ship_ds.api.measure_prompt_following", lambda model, seen: pytest.fail("measured")
+    )
     written = Ship(ship.model, ship.config, ship.digest, WRITTEN)
     for of_run, told in (
         (written, InductionConfig(ranks_in_prompt=True, asks_task_llm=True)),
@@ -170,7 +172,7 @@ def test_a_run_whose_data_are_gone_ranks_both_ways(ship: Ship) -> None:
 def test_without_tasks_of_two_examples_nothing_is_concluded(ship: Ship, tmp_path: Path) -> None:
     example = Example("1", "2")
     one = SplitTask(Task("t", "add 1", (example,)), (example,), ())
-    assert measure(ship.model, [one]) is None
+    assert measure_prompt_following(ship.model, [one]) is None
     other = Ship(ship.model, ship.config, ship.digest, ship.known)
     assert other.searching(InductionConfig(), print, [one]).ranks_in_prompt
 
@@ -200,7 +202,7 @@ def test_neighbours_of_a_known_candidate_are_others(ship: Ship) -> None:
     config = InductionConfig(num_neighbours=2, num_refined=1, ranks_in_prompt=False)
     search = SearchState(tuple(EXAMPLES))
     try_proposals(ship.model, [search], [Proposal(search, WRITTEN[2], "known")], config)
-    texts = [proposal.text for proposal in nearest_known(bank, [search], config)]
+    texts = [proposal.text for proposal in known_neighbours(bank, [search], config)]
     assert len(set(texts)) == 2 and WRITTEN[2] not in texts
 
 

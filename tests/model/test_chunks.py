@@ -17,7 +17,7 @@ from ship_ds.model.batch import TokenBatch
 from ship_ds.model.decoder_only import DecoderOnly
 from ship_ds.model.encoder import Encoder
 from ship_ds.model.ship import ShipModel
-from ship_ds.model.sizes import rows_of
+from ship_ds.model.sizes import step_rows
 from ship_ds.planner.plan import Machines, make_plan
 from tests.model.models import wake_up
 
@@ -153,7 +153,7 @@ def test_a_plan_and_the_flops_count_chunks() -> None:
     ship = ship_of("last", 8)
     draws = [TaskDraw(text, text, (Example("3", "3"),), (), True) for text in WORDINGS]
     batch = ship.collate(draws, 0, 0)
-    rows, of_chunks = (rows_of(batch, size) for size in (None, ship.flop_size().encoder))
+    rows, of_chunks = (step_rows(batch, size) for size in (None, ship.flop_size().encoder))
     parts = [part for length in batch.instructions.lengths for part in chunk_lengths(length, 8)]
     assert of_chunks.encoder.num_tokens == rows.encoder.num_tokens == sum(parts)
     assert of_chunks.encoder.sum_of_squares == sum(part**2 for part in parts)

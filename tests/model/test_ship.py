@@ -36,7 +36,7 @@ from ship_ds.model.decoder import Decoder
 from ship_ds.model.decoder_only import DecoderOnly
 from ship_ds.model.encoder import posterior_noise
 from ship_ds.model.ship import ShipModel
-from ship_ds.model.sizes import rows_of
+from ship_ds.model.sizes import step_rows
 from tests.model.models import wake_up
 
 WORDINGS = ("keep the numbers greater than 4", "put 7 at the front")
@@ -196,7 +196,7 @@ def test_without_reconstruction_there_is_no_decoder(monkeypatch: pytest.MonkeyPa
     assert not any(p.requires_grad or p.grad is not None for p in ship.decoder.parameters())
     assert all(p.requires_grad for p in ship.encoder.parameters())
     assert batch.num_tokens == batch.instructions.num_tokens + batch.answers.num_tokens
-    assert flops_of_parts(ship.flop_size(), rows_of(batch))["decoder"] == 0
+    assert flops_of_parts(ship.flop_size(), step_rows(batch))["decoder"] == 0
     assert ship.decode(torch.zeros(2, 16), 5) == ["", ""]
 
 

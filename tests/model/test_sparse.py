@@ -20,7 +20,7 @@ from ship_ds.model.adapters.sparse import (
     laid_out,
     places_of,
     sites_of_last_blocks,
-    spread,
+    weights_per_site,
 )
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.batch import TokenBatch
@@ -180,9 +180,9 @@ def test_the_backward_pass_ends_at_the_last_blocks() -> None:
 
 
 def test_z_is_spread_by_size() -> None:
-    assert spread(10, {"a": 30, "b": 10, "c": 60}) == {"a": 3, "b": 1, "c": 6}
-    assert spread(7, {"a": 30, "b": 10, "c": 60}) == {"a": 2, "c": 5}
-    assert spread(100, {"a": 30, "b": 10, "c": 60}) == {"a": 30, "b": 10, "c": 60}
+    assert weights_per_site(10, {"a": 30, "b": 10, "c": 60}) == {"a": 3, "b": 1, "c": 6}
+    assert weights_per_site(7, {"a": 30, "b": 10, "c": 60}) == {"a": 2, "c": 5}
+    assert weights_per_site(100, {"a": 30, "b": 10, "c": 60}) == {"a": 30, "b": 10, "c": 60}
     target = _target(tiny_lm("llama"))
     hypernetwork = ScatterHypernetwork(ScatterHypernetworkConfig(scale=0.5), 40, target)
     latent_TZ = torch.randn(2, 40)

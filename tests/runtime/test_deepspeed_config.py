@@ -25,7 +25,7 @@ from ship_ds.config import OptimiserConfig, TrainingConfig
 from ship_ds.errors import UserError
 from ship_ds.runtime import deepspeed_config, engine
 from ship_ds.runtime.deepspeed_config import (
-    FOLDER,
+    CONFIGS_FOLDER,
     complete,
     offloads_optimiser,
     read_deepspeed_config,
@@ -62,7 +62,7 @@ STAGES = {
 
 
 def test_no_file_is_untested() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == STAGES.keys()
+    assert {path.stem for path in CONFIGS_FOLDER.glob("*.json")} == STAGES.keys()
 
 
 @pytest.mark.parametrize("name", STAGES)

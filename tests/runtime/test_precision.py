@@ -10,7 +10,7 @@ import pytest
 from ship_ds.config import Config, load_config
 from ship_ds.planner.plan import Machines, make_plan
 from ship_ds.runtime import precision
-from ship_ds.runtime.deepspeed_config import AUTO, read_deepspeed_config
+from ship_ds.runtime.deepspeed_config import AUTO_CONFIGS, read_deepspeed_config
 from ship_ds.runtime.precision import choose_precision
 from tests.conftest import environment
 
@@ -19,7 +19,7 @@ def config(deepspeed: str, *overrides: str) -> Config:
     return load_config("quickstart-smoke", [f"training.deepspeed={deepspeed}", *overrides])
 
 
-@pytest.mark.parametrize("name", AUTO)
+@pytest.mark.parametrize("name", AUTO_CONFIGS)
 @pytest.mark.parametrize(
     ("ranks", "suffix"), [([True, True], "_bf16"), ([True, False], ""), ([False], "")]
 )

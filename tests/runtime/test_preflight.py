@@ -10,7 +10,7 @@ import pytest
 
 from ship_ds.config import base_folder, load_config
 from ship_ds.errors import UserError
-from ship_ds.planner.public_shapes import check_bases, with_shapes
+from ship_ds.planner.public_shapes import check_planned_bases, with_shapes
 from ship_ds.runtime import preflight
 from tests.conftest import REPOSITORY, environment
 
@@ -105,7 +105,7 @@ def test_a_t5_beside_a_published_shape_is_named_as_it_is_planned(t5: str) -> Non
     config = load_config("pretrain-7b", [f"model.decoder.base={base}"])
     planned = with_shapes(config, "llama-2-7b")
     with pytest.raises(UserError, match=r"model\.decoder\.base: .*: a t5 can be the"):
-        check_bases(planned)
+        check_planned_bases(planned)
 
 
 def test_a_t5_passes_without_a_template_it_takes_no_system_message(tmp_path: Path, t5: str) -> None:

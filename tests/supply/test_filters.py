@@ -7,7 +7,7 @@ import pytest
 from ship_ds.data.task import Example, Task
 from ship_ds.errors import UserError
 from ship_ds.supply.chains import Chain, draw_pairs, fits
-from ship_ds.supply.compress import compressed
+from ship_ds.supply.compress import without_idle_words
 from ship_ds.supply.config import ChainsConfig, CompressConfig, parse_settings
 from ship_ds.supply.disagreement import change, shortened, weights_of
 from ship_ds.supply.filters import agreed, is_new, is_trivial, share_alike
@@ -99,12 +99,15 @@ def test_compression_drops_what_the_loss_does_not_need() -> None:
 
     text = "You get numbers. Please keep those above 4"
     tight = CompressConfig(tolerance=0.02, min_words=1)
-    assert compressed(text, losses, tight) == ("numbers. keep 4", 0.0, 0.0)
+    assert without_idle_words(text, losses, tight) == ("numbers. keep 4", 0.0, 0.0)
     loose = tight.model_copy(update={"tolerance": 0.05})
-    assert compressed(text, losses, loose)[0] == "keep 4"
-    assert len(compressed(text, losses, loose.model_copy(update={"min_words": 4}))[0].split()) == 4
+    assert without_idle_words(text, losses, loose)[0] == "keep 4"
+    assert (
+        len(without_idle_words(text, losses, loose.model_copy(update={"min_words": 4}))[0].split())
+        == 4
+    )
     spaced = "numbers.\n\n  keep 4"
-    assert compressed(spaced, losses, tight) == (spaced, 0.0, 0.0)
+    assert without_idle_words(spaced, losses, tight) == (spaced, 0.0, 0.0)
 
 
 def test_words_are_dropped_by_the_seed() -> None:

@@ -21,7 +21,7 @@ from ship_ds.data.readers import (
     p3_sample,
     plain_text,
 )
-from ship_ds.data.readers.files import KINDS, files_of
+from ship_ds.data.readers.files import FILE_SUFFIXES, files_of
 from ship_ds.data.task import DataError, Task
 from ship_ds.errors import UserError
 
@@ -111,7 +111,9 @@ def _count_unread(path: Path, format: str, counts: Counter[str]) -> None:
     for read."""
     if not path.is_dir():
         return
-    unread = sorted({*files_of(path, KINDS, below=True)}.difference(FORMATS[format].files(path)))
+    unread = sorted(
+        {*files_of(path, FILE_SUFFIXES, below=True)}.difference(FORMATS[format].files(path))
+    )
     if unread:
         counts[f"files that {format} does not read, such as {unread[0].relative_to(path)}"] += len(
             unread

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.data.readers.checks import expect, field
-from ship_ds.data.readers.rows import Triple, files, first_row, rows_of, tasks_of
+from ship_ds.data.readers.rows import Triple, files, first_row, rows_of, tasks_of_triples
 from ship_ds.data.task import Task
 from ship_ds.parsing import trimmed
 
@@ -30,7 +30,7 @@ def matches(path: Path) -> bool:
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each distinct instruction."""
     rows = rows_of(files(path))
-    return tasks_of((file, where, _read_row(row, file, where)) for file, where, row in rows)
+    return tasks_of_triples((file, where, _read_row(row, file, where)) for file, where, row in rows)
 
 
 def _read_row(row: dict[str, Any], path: Path, where: str) -> Triple:

@@ -15,7 +15,7 @@ from typing import IO, cast
 from ship_ds.data.task import DataError, read_error
 from ship_ds.parsing import decode, refuse_pointer
 
-KINDS = (".json", ".jsonl", ".txt", ".parquet", ".arrow")
+FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".parquet", ".arrow")
 """Of files that any reader takes."""
 _COMPRESSED = ".gz"
 _NAMES = {".ndjson": ".jsonl"}

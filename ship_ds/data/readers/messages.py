@@ -21,7 +21,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from ship_ds.data.readers.checks import expect, field
-from ship_ds.data.readers.rows import Triple, files, first_row, rows_of, tasks_of
+from ship_ds.data.readers.rows import Triple, files, first_row, rows_of, tasks_of_triples
 from ship_ds.data.task import Task, read_error
 from ship_ds.parsing import trimmed
 
@@ -57,7 +57,7 @@ def read(path: Path, counts: Counter[str]) -> list[Task]:
     rows = rows_of(files(path))
     chats = [(file, where, _read_row(row, file, where)) for file, where, row in rows]
     shared = _shared_message(chats, counts)
-    return tasks_of((file, where, chat.triple(shared)) for file, where, chat in chats)
+    return tasks_of_triples((file, where, chat.triple(shared)) for file, where, chat in chats)
 
 
 class _Chat(NamedTuple):

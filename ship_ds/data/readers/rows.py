@@ -65,7 +65,7 @@ def rows_of(paths: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any]]]
             yield file, where, row
 
 
-def tasks_of(triples: Iterable[tuple[Path, str, Triple]]) -> list[Task]:
+def tasks_of_triples(triples: Iterable[tuple[Path, str, Triple]]) -> list[Task]:
     """The tasks of these rows, each with its file and place, in the order of their first rows.
 
     Raises:

@@ -42,7 +42,7 @@ from ship_ds.parsing import read_json_object
 from ship_ds.runtime import ranks
 
 _WEIGHTS, _MANIFEST = "weights.safetensors", "manifest.json"
-CURVE = "curve.json"
+DEV_CURVE = "curve.json"
 _NUM_DEV_TASKS, _NUM_SHOWN = 24, 5
 """Of a look at dev; the second to a method that induces."""
 TRAINING = 4
@@ -198,7 +198,7 @@ class TrainedMethod(ABC):
             self.train()
         self._store(time.perf_counter() - started)
         if self.looks is not None:
-            write_json(self.setting.folder / CURVE, self.looks.as_json())
+            write_json(self.setting.folder / DEV_CURVE, self.looks.as_json())
 
     @property
     def _folder(self) -> Path:

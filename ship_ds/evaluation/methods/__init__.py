@@ -51,6 +51,6 @@ _CLASSES: tuple[type[Method], ...] = (
 )
 _BY_NAME = {method.name: method for method in _CLASSES}
 METHODS: dict[str, type[Method]] = {name: _BY_NAME[name] for name in METHOD_NAMES}
-TRAINED = frozenset(method.name for method in baselines.TRAINED)
+TRAINED_NAMES = frozenset(method.name for method in baselines.TRAINED)
 """Those that train for `Setting.budget` before they are asked; the others cost no time of their
 own."""

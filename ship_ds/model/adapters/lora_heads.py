@@ -228,8 +228,10 @@ def _zero(linear: nn.Linear) -> None:
     nn.init.zeros_(linear.bias)
 
 
-Head = type[ShapeHead] | type[LayerHead] | type[RankHead] | type[DiagonalHead] | type[SquareHead]
-HEADS: Mapping[str, Head] = {
+HeadClass = (
+    type[ShapeHead] | type[LayerHead] | type[RankHead] | type[DiagonalHead] | type[SquareHead]
+)
+HEADS: Mapping[str, HeadClass] = {
     "per_module": ShapeHead,
     "per_layer": LayerHead,
     "per_rank": RankHead,

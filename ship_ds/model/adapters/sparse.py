@@ -442,7 +442,9 @@ class ScatterHypernetwork(DeltaHypernetwork):
 
     @staticmethod
     def _counts(sites: Sites, latent_size: int) -> dict[str, int]:
-        return spread(latent_size, {path: math.prod(size) for path, size in sites.items()})
+        return weights_per_site(
+            latent_size, {path: math.prod(size) for path, size in sites.items()}
+        )
 
     @classmethod
     def check(cls, config: ScatterHypernetworkConfig, latent_size: int, target: Target) -> None:
@@ -458,7 +460,7 @@ class ScatterHypernetwork(DeltaHypernetwork):
         return torch.cat(list(self.numbers(adapter).values()), 1)[0] / self.scale
 
 
-def spread(latent_size: int, num_weights: Mapping[str, int]) -> dict[str, int]:
+def weights_per_site(latent_size: int, num_weights: Mapping[str, int]) -> dict[str, int]:
     """How many numbers of z each linear gets, by its size: those without any are left out.
 
     Raises:
