@@ -201,7 +201,7 @@ class Ship:
         seen: Sequence[SplitTask] | None = None,
     ) -> Bank:
         """The known instructions as a search wants them: with their tasks' examples, by words,
-        where it looks there (`InductionConfig.looks_by_examples`).
+        where it looks there (`InductionConfig.searches_by_examples`).
 
         Args:
             config: How it is searched.
@@ -210,7 +210,7 @@ class Ship:
                 did, once, if they are still there, and what comes of them is kept with the bundle.
         """
         bank = self.bank if seen is None else self.bank_of([task.task.instruction for task in seen])
-        if not config.looks_by_examples(bank.share_in_slots):
+        if not config.searches_by_examples(bank.share_in_slots):
             return bank
         key = bank.instructions, seen is None
         if key not in self._indexed:

@@ -744,7 +744,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trainer = Trainer(config, stop, watchdog)
             trainer.train()
             trainer.close()
-            watchdog.leave()
+            watchdog.deregister()
     except UserError as error:
         with contextlib.suppress(OSError):
             log_from_any_rank(str(error))

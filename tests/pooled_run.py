@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.config import Config, load_config
-from ship_ds.model.elementwise import EAGER, Way, compiled
+from ship_ds.model.elementwise import EAGER, ElementwiseMode, compiled
 from ship_ds.runtime import ranks
 from ship_ds.train import Trainer
 from tests.starts import crash
@@ -27,7 +27,7 @@ LATENTS = "latents.json"
 LOSSES = ("loss/total", "loss/task", "loss/reconstruction", "loss/kl", "optimiser/gradient_norm")
 
 
-def config_of(folder: Path | str, elementwise: Way = "compiled") -> Config:
+def config_of(folder: Path | str, elementwise: ElementwiseMode = "compiled") -> Config:
     """No dropout, so that two ranks take the steps of one."""
     tuning = "{kind: lora, rank: 4, dropout: 0}"
     pooling = "{kind: attention, num_queries: 4, shares: true}"
@@ -53,7 +53,7 @@ def config_of(folder: Path | str, elementwise: Way = "compiled") -> Config:
     )
 
 
-def train(folder: Path, elementwise: Way = "compiled") -> None:
+def train(folder: Path, elementwise: ElementwiseMode = "compiled") -> None:
     trainer = Trainer(config_of(folder, elementwise))
     # A run that did not listen to model.elementwise would differ by nothing else.
     expected = compiled() if elementwise == "compiled" else EAGER

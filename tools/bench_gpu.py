@@ -226,7 +226,7 @@ def random_lm(
     quantisation: str,
     dtype: torch.dtype,
     device: torch.device,
-    way: elementwise.Way = "eager",
+    way: elementwise.ElementwiseMode = "eager",
 ) -> Any:
     """A causal LM of random weights, made where it runs; its linears in NF4 where asked."""
     if way == "compiled":
@@ -259,7 +259,7 @@ class RandomWeights:
 
     dtype: torch.dtype
     device: torch.device
-    way: elementwise.Way = "eager"
+    way: elementwise.ElementwiseMode = "eager"
 
     def language_model(self, base: str, quantisation: str, sharded: bool) -> nn.Module:
         lm: nn.Module = random_lm(

@@ -229,7 +229,9 @@ def evaluate(
         ranks.start(None)
     else:
         ranks.log_threads()
-    report = evaluate(run, settings, context.obj, log, ranks.own(device), dtype, base, others)
+    report = evaluate(
+        run, settings, context.obj, log, ranks.device_of_rank(device), dtype, base, others
+    )
     if ranks.rank() == 0:
         print_methods(report)
         print(run / results_name(others) / "report.md")

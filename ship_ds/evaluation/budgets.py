@@ -12,7 +12,7 @@ _WARMUP_STEPS = 20
 
 @dataclass(frozen=True)
 class Spent:
-    """What a training has used: steps, seconds without its looks at dev, and answered examples."""
+    """What a training has used: steps, seconds without those on dev, and answered examples."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -97,10 +97,10 @@ class AnsweredExamples(Budget):
 
 @dataclass(frozen=True)
 class UntilDevStops(Budget):
-    """As long as the dev score rises: over when so many looks in a row have not raised it. The
-    weights of the best look are kept.
+    """As long as the dev score rises: over when so many evaluations in a row have not raised it.
+    The weights of the best one are kept.
 
-    patience: in looks. examples: that a stage without a score on dev may answer.
+    patience: in evaluations. examples: that a stage without a score on dev may answer.
     """
 
     patience: int

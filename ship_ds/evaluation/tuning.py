@@ -16,7 +16,7 @@ from torch import Tensor
 from ship_ds.api import Pair, Ship
 from ship_ds.data.task import Example
 from ship_ds.errors import UserError
-from ship_ds.evaluation.baselines.fitting import Looks, fit
+from ship_ds.evaluation.baselines.fitting import DevCurve, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import draw
 from ship_ds.evaluation.baselines.static_adapters import TaskLoras
@@ -217,8 +217,10 @@ def train_lora(
 
     title = f"tune, {start} start"
     # A look's score is to rise: the log-likelihood.
-    looks = Looks(lambda: -held_out_loss(), min(recipe.steps, _MOST_LOOKS), every=1)
+    looks = DevCurve(lambda: -held_out_loss(), min(recipe.steps, _MOST_LOOKS), every=1)
     first = held_out_loss()
-    training = fit(lora.parameters(), losses_at, Steps(recipe.steps), recipe.lr, title, looks=looks)
+    training = fit(
+        lora.parameters(), losses_at, Steps(recipe.steps), recipe.lr, title, dev_curve=looks
+    )
     looked = {point.step: -point.dev for point in looks.curves[title] if point.dev is not None}
     return Curve(start, tuple(training), {0: first, **looked})

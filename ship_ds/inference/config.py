@@ -194,7 +194,7 @@ class InductionConfig(Section):
         refined = {"num_text_starts": 1} if preset == "published-refined" else {}
         return cls.model_validate({"method": method, **_PUBLISHED, **refined, **more})
 
-    def looks_by_examples(self, share_in_slots: float) -> bool:
+    def searches_by_examples(self, share_in_slots: float) -> bool:
         """Whether the search asks which known tasks have examples like the given ones, in a bank
         with this share of its texts in slots (`analogies.share_in_slots`): words say little of a
         task where all have the same few."""

@@ -182,6 +182,6 @@ def keep_examples_of(seen: Sequence[SplitTask], bundle: Path) -> None:
         bundle: Its folder.
     """
     share = share_in_slots([task.task.instruction for task in seen])
-    if InductionConfig().looks_by_examples(share):
+    if InductionConfig().searches_by_examples(share):
         # Neither weights nor dtype have a part in it.
         Derived(bundle, "", "").keep_example_index(ExampleIndex.of_tasks(seen))

@@ -97,7 +97,7 @@ def descend_on_instructions(
             None: nothing.
     """
     prompts = [model.encoder_prompts.encoder_prompt(text) for text in texts]
-    places = [own_tokens(model, prompt) for prompt in prompts]
+    places = [instruction_span(model, prompt) for prompt in prompts]
     batch = TokenBatch.build(prompts, None, model.encoder_prompts.pad_id, device=model.device)
     with torch.no_grad():
         prompt_CSH = model.encoder.language_model.embed(batch)
@@ -120,7 +120,7 @@ def descend_on_instructions(
     return _descend(model, moved_CSH, latent, loss, schedule)
 
 
-def own_tokens(model: ShipModel, prompt: Sequence[int]) -> slice:
+def instruction_span(model: ShipModel, prompt: Sequence[int]) -> slice:
     """Where in an encoder's prompt the instruction's own tokens are: what it does not share with
     the prompt of an empty instruction."""
     empty = model.encoder_prompts.encoder_prompt("")
@@ -141,7 +141,7 @@ def neutral_embeddings(model: ShipModel) -> Tensor:
     """The neutral instruction's embeddings, (S, H): where `indirect` starts."""
     prompt = model.encoder_prompts.encoder_prompt(NEUTRAL_INSTRUCTION)
     batch = TokenBatch.build([prompt], None, model.encoder_prompts.pad_id, device=model.device)
-    return model.encoder.language_model.embed(batch)[0, own_tokens(model, prompt)]
+    return model.encoder.language_model.embed(batch)[0, instruction_span(model, prompt)]
 
 
 def descend_to_behaviour(

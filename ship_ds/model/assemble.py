@@ -24,7 +24,7 @@ from ship_ds.model.adapters.static_lora import StaticLora
 from ship_ds.model.attention import Choice, this_machine
 from ship_ds.model.collate import Collator, Prompts
 from ship_ds.model.decoder import Decoder
-from ship_ds.model.elementwise import Way
+from ship_ds.model.elementwise import ElementwiseMode
 from ship_ds.model.encoder import Encoder
 from ship_ds.model.language_model import language_model
 from ship_ds.model.loading import (
@@ -69,7 +69,7 @@ class LoadedWeights:
     attention: Choice = "auto"
     device: torch.device | None = None
     shard: Shard | None = None
-    elementwise: Way = "eager"
+    elementwise: ElementwiseMode = "eager"
 
     def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
         """The folder's causal LM."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ship_ds.errors import UserError, first_line
 
-Way = Literal["eager", "compiled"]
+ElementwiseMode = Literal["eager", "compiled"]
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

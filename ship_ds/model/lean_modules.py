@@ -27,8 +27,8 @@ from transformers.models.llama import modeling_llama as llama
 
 from ship_ds.model.elementwise import (
     EAGER,
+    ElementwiseMode,
     Kernels,
-    Way,
     compiled,
     rms_norm_weight_gradient,
 )
@@ -36,7 +36,7 @@ from ship_ds.model.elementwise import (
 _ROTARY, _HALVES = "apply_rotary_pos_emb", "rotate_half"
 
 
-def make_lean(model: nn.Module, way: Way = "eager") -> nn.Module:
+def make_lean(model: nn.Module, way: ElementwiseMode = "eager") -> nn.Module:
     """Let every module that computes as Llama's has a lean backward pass, in place: weights, names
     and results stay.
 
@@ -57,11 +57,11 @@ def make_lean(model: nn.Module, way: Way = "eager") -> nn.Module:
     return model
 
 
-_SUBCLASSES: dict[tuple[type[nn.Module], Way], type[nn.Module]] = {}
+_SUBCLASSES: dict[tuple[type[nn.Module], ElementwiseMode], type[nn.Module]] = {}
 """For each class met the one to put in its place, which may be itself."""
 
 
-def _lean(kind: type[nn.Module], way: Way) -> type[nn.Module]:
+def _lean(kind: type[nn.Module], way: ElementwiseMode) -> type[nn.Module]:
     """A subclass, so that what asks for the family's class still finds it; or the class itself."""
     if issubclass(kind, _Lean):
         return kind

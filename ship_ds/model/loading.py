@@ -22,7 +22,7 @@ from ship_ds.errors import UserError, first_line
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
 from ship_ds.model.bitsandbytes_import import bitsandbytes
-from ship_ds.model.elementwise import Way, compile_all
+from ship_ds.model.elementwise import ElementwiseMode, compile_all
 from ship_ds.model.language_model import (
     auto_class,
     implementation,
@@ -102,7 +102,7 @@ def load_lm(
     attention: Choice = "auto",
     device: torch.device | None = None,
     shard: Shard | None = None,
-    elementwise: Way = "eager",
+    elementwise: ElementwiseMode = "eager",
 ) -> nn.Module:
     """The language model in `dtype`; with "nf4" its linears in 4 bits with double quantisation
     (Dettmers et al. 2023).

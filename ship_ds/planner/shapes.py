@@ -28,7 +28,7 @@ from ship_ds.kinds import ADAPTERS
 from ship_ds.model import nf4
 from ship_ds.model.adapters.adapter import Hypernetwork
 from ship_ds.model.assemble import build_ship
-from ship_ds.model.elementwise import Way
+from ship_ds.model.elementwise import ElementwiseMode
 from ship_ds.model.language_model import without_weights
 from ship_ds.model.lean_modules import make_lean
 from ship_ds.model.loading import Quantisation, read_settings
@@ -135,7 +135,10 @@ class MetaWeights:
     """
 
     def __init__(
-        self, dtype: torch.dtype, max_layers: int | None = None, elementwise: Way = "eager"
+        self,
+        dtype: torch.dtype,
+        max_layers: int | None = None,
+        elementwise: ElementwiseMode = "eager",
     ) -> None:
         self.dtype, self.max_layers, self.elementwise = dtype, max_layers, elementwise
         self.nf4: set[int] = set()
@@ -221,7 +224,10 @@ def base_config(base: str) -> PreTrainedConfig:
 
 
 def meta_lm(
-    base: str, dtype: torch.dtype, max_layers: int | None = None, elementwise: Way = "eager"
+    base: str,
+    dtype: torch.dtype,
+    max_layers: int | None = None,
+    elementwise: ElementwiseMode = "eager",
 ) -> nn.Module:
     """The language model of a base on the meta device: shapes without memory.
 

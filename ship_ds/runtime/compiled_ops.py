@@ -35,7 +35,7 @@ def needed(deepspeed: Mapping[str, Any]) -> list[str]:
     return [*(["CPUAdamBuilder"] if adam else []), *(["AsyncIOBuilder"] if nvme else [])]
 
 
-def leave_out_inference() -> None:
+def skip_inference_op() -> None:
     """Before `deepspeed.init_distributed`, which on CPUs compiles and loads an all-reduce through
     shared memory (a minute on two cores, and a C++ compiler) that tensor parallel inference alone
     calls.

@@ -73,7 +73,7 @@ def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None
     ops = compiled_ops.needed(deepspeed_config or {})
     # Each node has a folder of compiled ops, and rank 0 sees one of them alone.
     compiled_ops.build(ops, log_from_any_rank)
-    compiled_ops.leave_out_inference()
+    compiled_ops.skip_inference_op()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_WAIT)
     log_threads()
@@ -171,7 +171,7 @@ def log_threads() -> None:
         log(line)
 
 
-def own(name: str) -> str:
+def device_of_rank(name: str) -> str:
     """What `--device` means on this rank: of several, "auto" and "cuda" are this rank's own GPU.
     Where there is none, what was asked for stays, to be refused."""
     has_own = world_size() > 1 and torch.cuda.is_available()

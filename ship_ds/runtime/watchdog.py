@@ -68,7 +68,7 @@ class Watchdog:
         self._expects_steps = False
         # What the neighbour said before this start counts for nothing: it may come much later.
         self._said_before = None if minutes is None else self._neighbours_word()
-        self._said, self._same_looks = self._said_before, 0
+        self._said, self._num_same_reads = self._said_before, 0
         self._done = threading.Event()
 
     def begin(self) -> None:
@@ -91,14 +91,14 @@ class Watchdog:
 
     def stop(self) -> None:
         """The last step is taken."""
-        self._same_looks = 0
+        self._num_same_reads = 0
         self._expects_steps = False
 
     def close(self) -> None:
         """End the thread."""
         self._done.set()
 
-    def leave(self) -> None:
+    def deregister(self) -> None:
         """This rank ends as it should, and the others are not to miss it."""
         self.close()
         with contextlib.suppress(OSError):
@@ -124,18 +124,18 @@ class Watchdog:
                 self._report_and_exit(position, text)
 
     def _describe_silence(self, limit: float) -> str | None:
-        """One more look at the next rank, the last one's being the first: with each looking at one
+        """One more reading of the next rank, the last one's being the first: with each reading one
         file, a thousand ranks are no load on their disk.
 
-        The looks are counted and no clock is read: those of two nodes may differ by hours, and one
+        Readings are counted and no clock is read: those of two nodes may differ by hours, and one
         goes on while this process is stopped.
         """
         said = self._neighbours_word()
         if said is None or said == self._said_before:
             return None
-        self._same_looks = self._same_looks + 1 if said == self._said else 0
+        self._num_same_reads = self._num_same_reads + 1 if said == self._said else 0
         self._said = said
-        if self._same_looks * self.period <= limit:
+        if self._num_same_reads * self.period <= limit:
             return None
         return f"no sign of life of rank {self._neighbour()} for {limit / 60:g} minutes"
 

@@ -223,7 +223,7 @@ def test_pre_training_on_triples_and_in_domain_from_it(
         bundle = Bundle.open(folder / name)
         known = bundle.known_instructions
         index = Derived(bundle.folder, "", "").example_index(known)
-        is_written = InductionConfig().looks_by_examples(share_in_slots(known))
+        is_written = InductionConfig().searches_by_examples(share_in_slots(known))
         assert is_written == (index is not None) == (name != "in-domain"), name
         assert index is None or set(index.instructions) == set(known)
     first, mixed, last = (

@@ -369,6 +369,6 @@ def test_a_search_among_texts_of_a_grammar_reads_no_examples(
     monkeypatch.setattr(Ship, "_seen", lambda self: pytest.fail("read"))
     assert ship.bank_to_search(InductionConfig()) is ship.bank
     assert ship.bank_to_search(InductionConfig(method="bank")) is ship.bank
-    assert not InductionConfig(method="propose").looks_by_examples(0)
-    assert InductionConfig().looks_by_examples(0.49)
-    assert not InductionConfig().looks_by_examples(0.5)
+    assert not InductionConfig(method="propose").searches_by_examples(0)
+    assert InductionConfig().searches_by_examples(0.49)
+    assert not InductionConfig().searches_by_examples(0.5)

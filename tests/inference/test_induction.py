@@ -13,7 +13,12 @@ from ship_ds.errors import UserError
 from ship_ds.inference.bank import BRIEF, THOROUGH, Bank
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import answer_latents, answer_read
-from ship_ds.inference.gradient import NEUTRAL_INSTRUCTION, Schedule, descend_on_latent, own_tokens
+from ship_ds.inference.gradient import (
+    NEUTRAL_INSTRUCTION,
+    Schedule,
+    descend_on_latent,
+    instruction_span,
+)
 from ship_ds.inference.induction import _read_by_encoder, induce_many
 from ship_ds.inference.proposals import (
     edits,
@@ -447,7 +452,7 @@ def test_sampled_proposals_all_end(ship: Ship, inputs: list[str]) -> None:
 
 def test_the_neutral_instruction_is_all_that_indirect_moves(ship: Ship) -> None:
     prompt = ship.model.encoder_prompts.encoder_prompt(NEUTRAL_INSTRUCTION)
-    place = own_tokens(ship.model, prompt)
+    place = instruction_span(ship.model, prompt)
     other = ship.model.encoder_prompts.encoder_prompt("add 3")
     after = len(prompt) - place.stop
     assert prompt[: place.start] == other[: place.start] and prompt[-after:] == other[-after:]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ship_ds.errors import UserError
 from ship_ds.model import elementwise
-from ship_ds.model.elementwise import EAGER, Kernels, Way, compiled
+from ship_ds.model.elementwise import EAGER, ElementwiseMode, Kernels, compiled
 from ship_ds.model.loading import Quantisation, load_lm
 
 EPSILON = 1e-5
@@ -104,7 +104,7 @@ def test_swiglu(kernels: Kernels, dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("way", ["eager", "compiled"])
-def test_all_three_on_cuda(way: Way) -> None:
+def test_all_three_on_cuda(way: ElementwiseMode) -> None:
     kernels = compiled() if way == "compiled" else EAGER
     draw = partial(drawn, dtype=torch.bfloat16)
 
@@ -137,7 +137,9 @@ def test_all_three_on_cuda(way: Way) -> None:
 def test_every_block_of_a_base_takes_what_is_asked_for(quantisation: Quantisation) -> None:
     """Its norms, its attention and its feed-forward layer; in eager mode not the last."""
     for way, expected, number in (("eager", EAGER, 3), ("compiled", compiled(), 4)):
-        lm = load_lm("embedded", quantisation, torch.float32, elementwise=cast(Way, way))
+        lm = load_lm(
+            "embedded", quantisation, torch.float32, elementwise=cast(ElementwiseMode, way)
+        )
         layers = [module for name, module in lm.named_modules() if ".layers." in name]
         taken = [module.kernels for module in layers if hasattr(module, "kernels")]
         assert len(taken) == number * lm.config.num_hidden_layers

@@ -109,5 +109,5 @@ def test_the_op_of_inference_is_left_out_on_cpus_alone(
     name = get_accelerator().create_op_builder("ShareMemCommBuilder").NAME
     monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", {name: True}, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    compiled_ops.leave_out_inference()
+    compiled_ops.skip_inference_op()
     assert deepspeed.ops.__compatible_ops__ == {name: has_gpu}

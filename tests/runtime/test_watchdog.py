@@ -129,7 +129,7 @@ def test_a_rank_that_has_left_or_has_not_begun_is_not_missed(
     assert not looks(first, 11)
     assert looks(first, 1)
     monkeypatch.setenv("RANK", "1")
-    second.leave()
+    second.deregister()
     monkeypatch.setenv("RANK", "0")
     assert not looks(first, 30)
 

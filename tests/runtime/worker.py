@@ -44,7 +44,7 @@ from ship_ds.evaluation.similarity import SentenceEncoder
 from ship_ds.loss import num_pieces
 from ship_ds.model import step as step_module
 from ship_ds.model.adapters.adapter import Adapter
-from ship_ds.model.elementwise import Way
+from ship_ds.model.elementwise import ElementwiseMode
 from ship_ds.model.nf4_linear import Nf4Linear
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.step import ShipBatch
@@ -517,7 +517,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     }
 
 
-def pooled(elementwise: Way) -> Callable[[Path], dict[str, Any]]:
+def pooled(elementwise: ElementwiseMode) -> Callable[[Path], dict[str, Any]]:
     """The steps of pooled_run.py."""
 
     def steps(folder: Path) -> dict[str, Any]:

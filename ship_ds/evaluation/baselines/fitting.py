@@ -1,5 +1,5 @@
 """The loop that every baseline is trained by: Adam, clipping, a learning rate over what may be
-spent, and looks at dev on the way.
+spent, and evaluates on dev on the way.
 
 A step's loss comes in pieces, each as large as the memory allows; the backward pass of one is made
 before the next is computed.
@@ -18,12 +18,12 @@ from ship_ds.errors import UserError
 from ship_ds.evaluation.budgets import Budget, Spent, UntilDevStops
 
 _MOST_POINTS = 200
-"""Of a stage's curve on disk, beside the looks at dev."""
+"""Of a stage's curve on disk, beside the evaluations on dev."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step of a curve. loss: in nats. dev: the dev score after it, where there was a look."""
+    """A step of a curve. loss: in nats. dev: the dev score after it, where there was one."""
 
     step: int
     minutes: float
@@ -33,12 +33,12 @@ class Point:
 
 
 @dataclass
-class Looks:
-    """Looks at dev while a baseline trains, and the curve that is kept of every stage.
+class DevCurve:
+    """Evaluations on dev while a baseline trains, and the curve that is kept of every stage.
 
-    score: of the weights as they are. num_looks: of a bounded budget, evenly spaced over it, the
-    last one at its end; 0: none. every: steps between two looks of an open-ended one. seconds: that
-    they took.
+    score: of the weights as they are. num_looks: evaluations of a bounded budget, evenly spaced
+    over it, the last one at its end; 0: none. every: steps between two of an open-ended one.
+    seconds: that they took.
     """
 
     score: Callable[[], float]
@@ -48,7 +48,7 @@ class Looks:
     seconds: float = 0.0
 
     def is_due(self, budget: Budget, before: Spent, now: Spent) -> bool:
-        """Whether the step between these two moments is followed by a look."""
+        """Whether the step between these two moments is followed by an evaluation."""
         if isinstance(budget, UntilDevStops):
             return now.steps % self.every == 0
         first, second = (math.floor(budget.spent(one) * self.num_looks) for one in (before, now))
@@ -77,20 +77,20 @@ def fit(
     *,
     num_examples: int = 0,
     clip: float = 1.0,
-    looks: Looks | None = None,
+    dev_curve: DevCurve | None = None,
 ) -> list[float]:
     """Minimise the sum of `losses_at(step)` until the budget is spent.
 
     Args:
         parameters: that are trained.
         losses_at: the pieces of a step's loss, each made when the one before is done with.
-        budget: what may be spent; `UntilDevStops` needs `looks`.
+        budget: what may be spent; `UntilDevStops` needs `dev_curve`.
         lr: of Adam, at its highest.
         title: of the progress bar on standard error, and of the curve.
         num_examples: that a step answers.
         clip: the largest gradient norm; infinity keeps weights of tasks that are trained beside
             each other independent.
-        looks: at dev; None: none.
+        dev_curve: takes the scores on dev; None: there are none.
 
     Returns:
         The losses of all steps, in nats.
@@ -100,7 +100,7 @@ def fit(
     """
     trained = list(parameters)
     optimiser = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.98))
-    course = _Course(trained, budget, title, looks)
+    course = _Course(trained, budget, title, dev_curve)
     with tqdm(desc=title, unit="step", mininterval=5, dynamic_ncols=True) as bar:
         while not course.is_over:
             for group in optimiser.param_groups:
@@ -128,15 +128,21 @@ class _Course:
     """How far a training is: what it has spent, its curve, and its best weights on dev."""
 
     def __init__(
-        self, trained: Sequence[nn.Parameter], budget: Budget, title: str, looks: Looks | None
+        self,
+        trained: Sequence[nn.Parameter],
+        budget: Budget,
+        title: str,
+        dev_curve: DevCurve | None,
     ) -> None:
-        assert looks is not None or not isinstance(budget, UntilDevStops), "nothing would end it"
-        self.trained, self.budget, self.looks = trained, budget, looks
+        assert dev_curve is not None or not isinstance(budget, UntilDevStops), (
+            "nothing would end it"
+        )
+        self.trained, self.budget, self.dev_curve = trained, budget, dev_curve
         self.points: list[Point] = []
-        if looks is not None:
-            looks.curves[title] = self.points
+        if dev_curve is not None:
+            dev_curve.curves[title] = self.points
         self.used = Spent()
-        self.started, self.looked_seconds = time.perf_counter(), 0.0
+        self.started, self.dev_seconds = time.perf_counter(), 0.0
         self.best: tuple[float, list[Tensor]] | None = None
         self.num_without_gain = 0
 
@@ -147,30 +153,30 @@ class _Course:
         return self.budget.spent(self._now()) >= 1
 
     def _now(self) -> Spent:
-        seconds = time.perf_counter() - self.started - self.looked_seconds
+        seconds = time.perf_counter() - self.started - self.dev_seconds
         return self.used.after(0, 0, seconds)
 
     def record(self, loss: float, num_examples: int) -> None:
-        """After a step: the clock, the curve, and a look at dev where one is due."""
+        """After a step: the clock, the curve, and an evaluation on dev where one is due."""
         before = self.used
         self.used = before.after(1, num_examples, self._now().seconds)
         dev = None
-        if self.looks is not None and self.looks.is_due(self.budget, before, self.used):
-            dev = self._look(self.looks)
+        if self.dev_curve is not None and self.dev_curve.is_due(self.budget, before, self.used):
+            dev = self._evaluate(self.dev_curve)
         minutes, examples = round(self.used.seconds / 60, 4), self.used.examples
         self.points.append(Point(self.used.steps, minutes, examples, loss, dev))
 
-    def _look(self, looks: Looks) -> float:
+    def _evaluate(self, dev_curve: DevCurve) -> float:
         started = time.perf_counter()
-        dev = looks.score()
+        dev = dev_curve.score()
         self.num_without_gain += 1
         if self.best is None or dev > self.best[0]:
             keeps = isinstance(self.budget, UntilDevStops)
             self.best = dev, [p.detach().clone() for p in self.trained] if keeps else []
             self.num_without_gain = 0
         took = time.perf_counter() - started
-        self.looked_seconds += took
-        looks.seconds += took
+        self.dev_seconds += took
+        dev_curve.seconds += took
         return dev
 
     def in_words(self) -> str:

@@ -28,7 +28,7 @@ from ship_ds.console import log
 from ship_ds.data.sampler import StepSampler, TaskDraw, balanced
 from ship_ds.data.task import SplitTask, spread
 from ship_ds.errors import UserError
-from ship_ds.evaluation.baselines.fitting import Looks, fit
+from ship_ds.evaluation.baselines.fitting import DevCurve, fit
 from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.budgets import Budget, Spent, UntilDevStops
 from ship_ds.evaluation.config import Direction
@@ -146,7 +146,7 @@ class TrainedMethod(ABC):
             lr,
             title,
             num_examples=a_step if num_examples is None else num_examples,
-            looks=self.looks,
+            dev_curve=self.looks,
         )
         took = time.perf_counter() - self._looked_seconds - started
         self.fitted = self.fitted.after(len(losses), 0, self.fitted.seconds + took)
@@ -155,14 +155,14 @@ class TrainedMethod(ABC):
     def _looked_seconds(self) -> float:
         return 0.0 if self.looks is None else self.looks.seconds
 
-    def _looks(self) -> Looks | None:
+    def _looks(self) -> DevCurve | None:
         """At a few dev tasks; an open-ended training looks once a round over the seen tasks, or
         every ten steps."""
         num_looks = self.setting.num_looks
         if not num_looks or not [task for task in self.setting.splits.dev if task.test]:
             return None
         a_round = len(self.sampler.tasks) // self.sampler.tasks_per_step
-        return Looks(self.dev_score, num_looks, max(10, a_round))
+        return DevCurve(self.dev_score, num_looks, max(10, a_round))
 
     def dev_score(self) -> float:
         """ROUGE-L on dev of the weights as they are: of answers, or of induced instructions where

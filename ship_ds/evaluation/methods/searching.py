@@ -34,7 +34,7 @@ ASKED = {"asked": "where text is followed"}
 def search_settings(recipe: InductionConfig) -> dict[str, Any]:
     """What a search's results depend on, as JSON: its numbers, and those of the examples' index and
     of what it counts for where that is asked."""
-    looks = recipe.looks_by_examples(0)
+    looks = recipe.searches_by_examples(0)
     settings = {
         "search": recipe.model_dump(mode="json"),
         "on_language": recipe.suited_to(0, looks).model_dump(mode="json"),

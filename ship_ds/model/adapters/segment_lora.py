@@ -33,7 +33,7 @@ class Term(NamedTuple):
     scaling: float
     tokens: slice | None = None
 
-    def own(self, x_NX: Tensor) -> Tensor:
+    def rows(self, x_NX: Tensor) -> Tensor:
         """The rows of these tokens, a view."""
         return x_NX if self.tokens is None else x_NX[self.tokens]
 
@@ -157,7 +157,7 @@ def add_terms(
         low_NR of each, which the backward pass needs.
     """
     return [
-        add_low_rank(term.products, term.own(out_NO), term.own(x_NI), *pair, term.scaling)
+        add_low_rank(term.products, term.rows(out_NO), term.rows(x_NI), *pair, term.scaling)
         for term, pair in zip(terms, _pairs(factors), strict=True)
     ]
 
@@ -177,13 +177,13 @@ def term_gradients(
     grad_lows: list[Tensor] = []
     grad_factors: list[Tensor | None] = []
     for term, low_NR, (_, b_TOR) in zip(terms, lows, pairs, strict=True):
-        grad_own_NO = term.own(grad_NO)
+        grad_own_NO = term.rows(grad_NO)
         grad_low_NR = low_gradient(term.products, grad_own_NO, b_TOR, term.scaling)
         grad_lows.append(grad_low_NR)
         if x_NI is None:
             grad_factors += [None, None]
             continue
-        grad_factors.append(term.products.outer(grad_low_NR, term.own(x_NI)))
+        grad_factors.append(term.products.outer(grad_low_NR, term.rows(x_NI)))
         grad_factors.append(term.products.outer(low_NR, grad_own_NO).mT)
     return grad_lows, grad_factors
 
@@ -194,7 +194,7 @@ def add_input_gradients(
     """Add what each term says to the gradient of the input, in place; arguments as above."""
     pairs = _pairs(kept[len(terms) :])
     for term, grad_low_NR, (a_TRI, _) in zip(terms, grad_lows, pairs, strict=True):
-        term.products.add_times(term.own(grad_NI), grad_low_NR, a_TRI)
+        term.products.add_times(term.rows(grad_NI), grad_low_NR, a_TRI)
 
 
 def _pairs(factors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ship_ds.evaluation.baselines import fitting
-from ship_ds.evaluation.baselines.fitting import Looks, fit
+from ship_ds.evaluation.baselines.fitting import DevCurve, fit
 from ship_ds.evaluation.budgets import AnsweredExamples, Minutes, Spent, Steps, UntilDevStops
 
 
@@ -74,9 +74,9 @@ def test_minutes_end_by_the_clock_and_examples_by_their_number() -> None:
     assert len(losses) == 7, "the seventh step passes 50 examples"
 
 
-def looks_that_say(scores: list[float], num_looks: int = 0) -> Looks:
+def looks_that_say(scores: list[float], num_looks: int = 0) -> DevCurve:
     left = iter(scores)
-    return Looks(lambda: next(left), num_looks, every=2)
+    return DevCurve(lambda: next(left), num_looks, every=2)
 
 
 def test_training_goes_on_until_dev_stops_and_keeps_the_best_weights() -> None:
@@ -88,7 +88,7 @@ def test_training_goes_on_until_dev_stops_and_keeps_the_best_weights() -> None:
         places.append(parameter.item())
         yield parameter.sum()
 
-    losses = fit([parameter], losses_at, UntilDevStops(2, 0), 0.1, "a", looks=looks)
+    losses = fit([parameter], losses_at, UntilDevStops(2, 0), 0.1, "a", dev_curve=looks)
     assert len(losses) == 8 and parameter.item() == places[4] != places[5]
     (curve,) = looks.as_json()
     points = curve["points"]
@@ -100,7 +100,7 @@ def test_training_goes_on_until_dev_stops_and_keeps_the_best_weights() -> None:
 def test_bounded_training_is_looked_at_evenly_and_keeps_its_last_weights() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     looks = looks_that_say([0.9, 0.1, 0.2, 0.3], num_looks=4)
-    fit([parameter], lambda step: [parameter.sum()], Steps(8), 0.1, "a", looks=looks)
+    fit([parameter], lambda step: [parameter.sum()], Steps(8), 0.1, "a", dev_curve=looks)
     looked = [point.step for point in looks.curves["a"] if point.dev is not None]
     assert looked == [2, 4, 6, 8]
     assert parameter.item() < -0.1, "the best look was the first; the last weights stay"
@@ -119,15 +119,15 @@ def test_looks_at_dev_cost_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 3600
         return 0.5
 
-    looks = Looks(score, 4, every=2)
-    assert len(fit([parameter], losses_at, Minutes(1), 0.1, "a", looks=looks)) == 60
+    looks = DevCurve(score, 4, every=2)
+    assert len(fit([parameter], losses_at, Minutes(1), 0.1, "a", dev_curve=looks)) == 60
     assert now[0] == 60 + 4 * 3600
 
 
 def test_curve_on_disk_has_two_hundred_points_and_every_look() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     looks = looks_that_say([0.1, 0.2, 0.3], num_looks=3)
-    fit([parameter], lambda step: [parameter.sum()], Steps(1000), 1e-3, "a", looks=looks)
+    fit([parameter], lambda step: [parameter.sum()], Steps(1000), 1e-3, "a", dev_curve=looks)
     points = looks.as_json()[0]["points"]
     assert isinstance(points, list) and 200 <= len(points) <= 203
     assert [point["dev"] for point in points if point["dev"] is not None] == [0.1, 0.2, 0.3]
