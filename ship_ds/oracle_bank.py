@@ -100,12 +100,14 @@ def check_bank(folder: Path, model: "ModelConfig") -> None:
     """
     from ship_ds.config import ALL_LINEAR, lora_of
 
+    # A kill as the bank was renamed leaves it under another name (files.py).
     recover(folder)
     bank, lora = read_bank(folder), lora_of(model.hypernetwork)
     check_files(folder, hashes=False)
     check_made_for(folder, bank.made_for, settings_of(model))
     targets = set(lora.targets if lora is not None else ())
     names = {path.rpartition(".")[2] for path in bank.sites}
+    # What `all-linear` means is known with the base alone: `OracleDistance.begin` compares it.
     if ALL_LINEAR not in targets and targets != names:
         raise _unlike(folder, "model.hypernetwork.targets", sorted(names), sorted(targets))
 

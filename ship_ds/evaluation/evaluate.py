@@ -86,6 +86,7 @@ def evaluate_run(
     if ranks.rank() == 0:
         reports.write(report, measured, harness.folder)
         _write_induced(measured, harness)
+    # Whoever comes back from here finds the report written.
     ranks.barrier()
     return report, measured
 

@@ -89,6 +89,7 @@ class PublishedExecutionJudge(Judge):
             metric_rows(exact_match, answers, checked),
             paper_rows(answers, checked, questions),
         )
+        # By emptiness: a paper's row of zeros is a score, and an empty row no metric of a paper's.
         return {"published_execution": [a or b for a, b in zip(paper, exact, strict=True)]}
 
 

@@ -74,6 +74,8 @@ def build(measured: Mapping[Cell, Measured], provenance: Provenance) -> dict[str
     methods: dict[str, Any] = {name: dict(about) for name, about in provenance.methods.items()}
     for cell, scores in measured.items():
         direction = methods[cell.method].setdefault(cell.direction, {})
+        # A part's own scores are of the leading number; the others stand in `by_num_shown` alone,
+        # for which `setdefault` makes the part where its leading cell comes later.
         if cell.num_shown in (None, provenance.leading_num_shown):
             direction[cell.part] = direction.get(cell.part, {}) | summary(
                 scores.metrics, scores.rows

@@ -112,6 +112,7 @@ class Answerer:
             adapter = adapter_of([one.task for one in batch]) if adapter_of else None
             continued = iter(self._continued(adapter, prompts, max_new_tokens))
             for one in batch:
+                # Written by place: batches come by length, not in the order of the tasks.
                 rows[one.task][one.start : one.stop] = islice(continued, one.stop - one.start)
         return rows
 
@@ -177,6 +178,7 @@ def prompt_with_room(
     if context is None or len(whole) + max_new_tokens <= context:
         return whole
     num_tokens = (len(prompt(shown[:count])) for count in range(1, len(shown)))
+    # More examples are never fewer tokens, so the first that does not fit ends the count.
     num_fitting = sum(1 for _ in takewhile(lambda n: n + max_new_tokens <= context, num_tokens))
     return prompt(shown[:num_fitting])
 
@@ -231,6 +233,7 @@ def answer_read(
     other arguments are those of `answer_latents`."""
     if not readings:
         return []
+    # Else an adapter that fuses the reading would run the encoder again for every batch.
     read = model.read_once(readings)
     return answer_latents(
         model,

@@ -136,5 +136,6 @@ def _better(
         trials = [Trial(search, text, "", read[text].mean_Z, read[text]) for text in texts]
         table = TrialTable.measure(model, trials, slice(None), in_prompt=False)
         first, second = table.candidates()
+        # A tie stays with the earlier text: a round has to be better to change it.
         better.append(pair[1] if second.rank < first.rank else pair[0])
     return better

@@ -109,9 +109,12 @@ def fit_of_latents(
             num_virtual,
             model.device,
         )
+        # Adapters of this batch alone, and of a task that was cut once more in each of its
+        # batches: those of all candidates at once need not fit.
         own = [one.task for one in pieces]
         adapter = model.adapt(latent_CZ[own], [read[task] for task in own])
         logits, labels = model.task_llm.score(adapter, batch, len(pieces))
+        # `chunk` stands on what `budget.batches` gives: pieces of a batch are equally long.
         losses, rights = _row_fits(logits, labels, batch, model.prompts)
         for piece, *values in zip(
             pieces, losses.chunk(len(pieces)), rights.chunk(len(pieces)), strict=True
@@ -257,6 +260,7 @@ def _losses_a_token(
 ) -> list[list[float]]:
     """fit_of: of some candidates by their numbers, which have equally many examples."""
     losses: list[list[float]] = [[] for _ in examples]
+    # A `Fit` is a rectangle: candidates go by how many examples they have.
     for count in sorted({len(some) for some in examples} - {0}):
         alike = [c for c, some in enumerate(examples) if len(some) == count]
         for c, loss_M in zip(alike, fit_of(alike).loss_CM.tolist(), strict=True):
@@ -280,6 +284,7 @@ def losses_by_example(
     logits_KV: Tensor, labels_K: Tensor, batch: TokenBatch, num_candidates: int
 ) -> Tensor:
     """Sums of token losses, (C, M), with their gradient."""
+    # In fp32, as in training: candidates are ranked by differences that 16 bits round away.
     token_losses = torch.nn.functional.cross_entropy(logits_KV.float(), labels_K, reduction="none")
     return sum_per_example(token_losses, batch, num_candidates)
 
@@ -290,6 +295,7 @@ def _row_fits(
     """Each sequence's loss, and whether greedy decoding gives all its labels; on the CPU."""
     num_rows = len(batch.lengths)
     ends_X = torch.tensor(form.other_ends, device=logits_KV.device)
+    # As `greedy` decodes: an answer that stops at another end of the model's is right, too.
     best_K = with_one_end(logits_KV.argmax(-1), form.eos_id, ends_X)
     wrong_K = (best_K != labels_K).float()
     losses = losses_by_example(logits_KV, labels_K, batch, num_rows)[:, 0]

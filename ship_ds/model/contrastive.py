@@ -114,6 +114,8 @@ class Contrastive(Objective):
         second: SecondWordings = outputs.batch.extras["contrastive"]
         other_TZ = outputs.parts.encoder(second.instructions, without_states=True)[0]
         cosine_TT = normalize(outputs.posterior.mean_TZ, dim=1) @ normalize(other_TZ, dim=1).T
+        # The diagonal stays, though no task is apart from itself: it is the right answer, and a row
+        # of -inf alone would have a loss that is no number.
         own_TT = torch.eye(len(other_TZ), dtype=torch.bool, device=other_TZ.device)
         logits_TT = (cosine_TT / self.temperature).masked_fill(
             ~(second.are_apart_TT | own_TT), -torch.inf

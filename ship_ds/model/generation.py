@@ -34,6 +34,7 @@ def continue_rows(
     texts: list[list[int]] = [[] for _ in range(stream.num_rows)]
     running = list(range(stream.num_rows))
     running_E = stream.index(running)
+    # One fewer: the last token is chosen and never read.
     stream.reserve(max_new_tokens - 1)
     for step in range(max_new_tokens):
         next_E = choose(stream.logits_EV, running_E, step)

@@ -121,6 +121,7 @@ def _one_over_length(answers: TokenBatch) -> Tensor:
     """For each label 1 / (labels of its answer), (K,), fp32: on the device alone, no number of it
     is read."""
     row_K = answers.label_row_K
+    # In fp32, whatever the engine's dtype: bf16 counts no further than 256.
     ones_K = torch.ones(len(row_K), device=row_K.device)
     length_E = ones_K.new_zeros(len(answers.lengths)).index_add(0, row_K, ones_K)
     return length_E.reciprocal()[row_K]
@@ -166,6 +167,7 @@ class KlLoss(Objective):
         """Over tasks."""
         kl_TZ = outputs.kl_TZ
         if self.config.free_bits:
+            # Before the mean: free bits are of each dimension, capacity of a task.
             kl_TZ = kl_TZ.clamp(min=self.config.free_bits)
         kl_T = kl_TZ.mean(1)
         capacity = self.config.capacity_at(outputs.batch.step)

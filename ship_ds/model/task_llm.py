@@ -110,6 +110,7 @@ class TaskLlm(Writer):
             soft=_virtual_tokens(adapter, num_rows),
             instruction=_per_row(instruction, num_rows),
         )
+        # Each token is a pass, too: who takes turns (turns.py, serving/room.py) comes between two.
         stream.before_token = self.before_pass
         return stream
 

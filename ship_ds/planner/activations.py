@@ -194,8 +194,10 @@ class _Count:
             with self.live:
                 sums = list(self.shapes.ship(batch).objectives.values())
                 kept = self._kept()
+                # Unweighted: weights scale gradients and change no storage.
                 torch.stack(sums).sum().backward()
         finally:
+            # The same shapes are counted again, sharded or not.
             self.shapes.ship.plans_shards = False
             for hook in hooks:
                 hook.remove()
@@ -206,6 +208,7 @@ class _Count:
     def _kept(self) -> dict[str, int]:
         totals = self.live.by_part()
         kept = {part: totals.get(part, 0) for part in (*self.shapes.parts, "logits")}
+        # Made within the hypernetwork's forward, and a line of their own.
         kept["hypernetwork"] -= self.adapters
         return kept
 

@@ -136,6 +136,7 @@ def _memory(
 ) -> dict[str, int]:
     gpu = dict(held.gpu)
     if gradients_come_last:
+        # They come as the activations go: of both only the larger is there at a time.
         gpu["gradients"] = max(0, gpu["gradients"] - activations.peak - dequantised)
     return {
         **gpu,
@@ -193,6 +194,7 @@ def _recomputed(shapes: Shapes) -> list[Weight]:
     return [
         weight
         for weight in shapes.weights("task LLM")
+        # With the dot, or block 1 would have the weights of block 10.
         if weight.path.startswith(tuple(f"{path}." for path in blocks))
     ]
 

@@ -139,6 +139,7 @@ class _Work:
             [one.task.instruction for one in asked], [one.inputs for one in asked]
         )
         for one, row in zip(asked, answers, strict=True):
+            # The teacher answers once, so that all of its samples agree.
             answered = agreed(one.inputs, row, [1.0] * len(row), 1.0)
             counts["inputs"] += len(one.inputs)
             counts["inputs without an answer that ends"] += len(one.inputs) - len(answered)
@@ -182,6 +183,7 @@ class _Work:
         if lender is task and not self.config.relabels:
             return list(dict.fromkeys(task.inputs))[: self.config.num_inputs]
         texts = inputs_of(lender, len(lender.examples) + len(lender.inputs))
+        # By the instruction, not by its place: the draw does not depend on the tasks before it.
         random.Random(f"answers {self.seed} {task.instruction}").shuffle(texts)
         return texts[: self.config.num_inputs]
 

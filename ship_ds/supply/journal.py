@@ -62,6 +62,7 @@ class Journal:
         path = journal_of(out)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
+            # Opened without being emptied: it may be another process's, which only the lock tells.
             file = path.open("a+b")
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}: name a file that can be written") from None
@@ -70,7 +71,9 @@ class Journal:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{path}: another process writes it; name another file") from None
+            # After the lock: this cuts half a line off, which its writer may be about to finish.
             rows = _whole_rows(file)
+            # As it comes back from the file, where tuples are lists.
             line = json.loads(json.dumps(dict(asked)))
             if not rows:
                 _append(file, line)

@@ -37,6 +37,7 @@ class Known:
     @property
     def fingerprint(self) -> str:
         """Of all that is known, but not of where it was read."""
+        # Weight and inputs beside the task: its repr leaves both out.
         tasks = [(replace(task, source=""), task.weight, task.inputs) for task in self.tasks]
         others = [_wordings(one) for one in self.held_out]
         return hashlib.sha256(repr((tasks, self.wordings, others)).encode()).hexdigest()
@@ -45,6 +46,7 @@ class Known:
     def lenders(self) -> tuple[Task, ...]:
         """Tasks whose inputs an instruction without any may take: those to start from, and the
         run's own. Of one instruction there is one."""
+        # The last one of an instruction stays: the file's, before the run's own.
         found = {one.instruction: one for one in (*self.own, *self.tasks) if inputs_of(one, 1)}
         return tuple(found.values())
 

@@ -81,6 +81,7 @@ def make(
         if known.left_out:
             counts["held-out rules of --data"] = known.left_out
         if not journal.tasks:
+            # Or the same file with another --set would be refused as begun by other settings.
             journal.drop()
             ends = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise UserError(f"{out}: no task was kept ({ends}); lower a bound by --set")

@@ -51,6 +51,7 @@ class DevCurve:
         """Whether the step between these two moments is followed by an evaluation."""
         if isinstance(budget, UntilDevStops):
             return now.steps % self.every == 0
+        # By what the step crosses: in a budget of minutes no step ends exactly on a mark.
         first, second = (math.floor(budget.spent(one) * self.num_looks) for one in (before, now))
         return second > first
 
@@ -107,6 +108,7 @@ def fit(
                 group["lr"] = lr * budget.rate(course.used)
             optimiser.zero_grad()
             loss = 0.0
+            # One graph at a time: the next piece is made once this one's is gone.
             for piece in losses_at(course.used.steps):
                 loss += piece.item()
                 piece.backward()
@@ -170,7 +172,9 @@ class _Course:
         started = time.perf_counter()
         dev = dev_curve.score()
         self.num_without_gain += 1
+        # An equal score is no gain, or a plateau would never use up the patience.
         if self.best is None or dev > self.best[0]:
+            # A bounded training ends with its last weights, so none are copied for it.
             keeps = isinstance(self.budget, UntilDevStops)
             self.best = dev, [p.detach().clone() for p in self.trained] if keeps else []
             self.num_without_gain = 0

@@ -36,6 +36,7 @@ class PooledReader(nn.Module):
     def forward(self, hidden_TSH: Tensor, real_TS: Tensor) -> Tensor:
         num_real_T1 = real_TS.sum(1, keepdim=True)
         mean_TH = (hidden_TSH * real_TS[..., None]).sum(1) / num_real_T1
+        # Padded on the right (`FrozenBase.read`), so the last real token stands at their number.
         last_TH = hidden_TSH.take_along_dim(num_real_T1[..., None] - 1, 1)[:, 0]
         latent_TZ: Tensor = self.layers(torch.cat([last_TH, mean_TH], 1))
         return latent_TZ

@@ -102,6 +102,7 @@ def train_oracles(
     size, groups = group_size(base, [task.train for task in order], examples_per_task), []
     for start in range(0, len(order), size):
         used = used.after(0, 0, time.perf_counter() - started)
+        # Between groups alone, and never before the first one.
         if start and budget.spent(used) >= 1:
             break
         group = order[start : start + size]
@@ -156,6 +157,7 @@ def train_group(
             [[example.target for example in row] for row in drawn],
         )
 
+    # Not clipped: the norm is of all LoRAs together, and one task's would scale the others.
     fit(loras.parameters(), losses_at, Steps(recipe.steps), recipe.lr, title, clip=math.inf)
     return loras.requires_grad_(False)()
 
