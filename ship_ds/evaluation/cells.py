@@ -61,7 +61,13 @@ class Measured:
 def cells_of(
     method: type[Method], parts: Sequence[Part], num_shown: Sequence[int]
 ) -> Iterator[Cell]:
-    """The cells of each direction whose protocol the method fulfils."""
+    """The cells of each direction whose protocol the method fulfils.
+
+    Args:
+        method: to be measured.
+        parts: of the data.
+        num_shown: numbers of examples in directions that show some.
+    """
     for direction, protocol in PROTOCOLS.items():
         if issubclass(method, protocol):
             for number in num_shown if direction in SHOWS_EXAMPLES else [None]:

@@ -58,8 +58,17 @@ def evaluate(
 def evaluate_run(
     run: Run, config: HarnessConfig, arguments: Sequence[str], log: Log
 ) -> tuple[dict[str, Any], dict[Cell, Measured]]:
-    """As `evaluate`, of a run that is open already; the report, and the cells that it is made
-    of."""
+    """As `evaluate`, of a run that is open already.
+
+    Args:
+        run: open.
+        config: what is measured, and how.
+        arguments: of the command; they stand in the report.
+        log: takes a line a cell.
+
+    Returns:
+        The report, and the cells that it is made of.
+    """
     harness = Harness(run, config, log)
     harness.measure_all()
     measured = valid_cells(harness)
@@ -108,7 +117,13 @@ def write_latent_map(
     base: str | None = None,
 ) -> None:
     """Write `<run>/evaluation/latents.json`, unless it is there for this very bundle and by this
-    version, or the run has no bundle yet."""
+    version, or the run has no bundle yet.
+
+    Args:
+        folder: of the run.
+        log: takes a line where it is written.
+        device, dtype, base: see `Ship.from_run`.
+    """
     path, bundle = folder / "evaluation" / "latents.json", bundle_folder(folder)
     if not (bundle / SHIP_WEIGHTS).is_file():
         return

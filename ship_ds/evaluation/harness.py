@@ -351,7 +351,11 @@ class Harness:
 
 
 def check_changes(config: HarnessConfig) -> None:
-    """Raises UserError for a change that `Harness` would refuse, before there is a run."""
+    """See that a harness takes these changes, before there is a run.
+
+    Raises:
+        UserError: `Harness` would refuse a change of a method.
+    """
     for name in METHODS:
         _changed(name, config.changes_of(name))
 

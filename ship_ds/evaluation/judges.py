@@ -103,7 +103,13 @@ def metric_rows(
     answers: AnswersByTask,
     asked: Sequence[Sequence[Example]],
 ) -> list[list[float]]:
-    """The metric of every answer to these examples, one row a task."""
+    """The metric of every answer to these examples.
+
+    Args:
+        metric: of an answer and every right one.
+        answers: one row a task.
+        asked: the examples that they answer.
+    """
     return [
         [metric(answer, example.answers) for answer, example in zip(row, examples, strict=True)]
         for row, examples in zip(answers, asked, strict=True)
@@ -135,7 +141,14 @@ _OF_ANSWERS: tuple[JudgeName, ...] = ("similarity", "endpoint")
 def build_judges(
     names: Sequence[JudgeName], ship: Ship, endpoint: EndpointConfig, folder: Path
 ) -> list[Judge]:
-    """Exact match needs no judge and is always there."""
+    """The judges of these names, and exact match, which is always there.
+
+    Args:
+        names: those that are wanted beside it.
+        ship: the run, which executes texts.
+        endpoint: of a judge that is asked for its word.
+        folder: where its replies are kept.
+    """
     makers: dict[JudgeName, Callable[[], Judge]] = {
         "execution": lambda: ExecutionJudge(ship),
         "published-execution": lambda: PublishedExecutionJudge(ship),

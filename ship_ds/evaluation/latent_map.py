@@ -25,7 +25,13 @@ _NUM_SHOWN = 5
 
 def latent_map(ship: Ship, splits: Splits, seed: int = 0) -> dict[str, Any]:
     """`points`: instruction, kind and latent of each. `tasks`: category, part and latent of every
-    task's own instruction, where its format has categories."""
+    task's own instruction, where its format has categories.
+
+    Args:
+        ship: the run.
+        splits: its tasks.
+        seed: of the draws.
+    """
     tasks = [
         *spread(splits.seen, NUM_TASKS // 2),
         *spread(splits.unseen, NUM_TASKS - NUM_TASKS // 2),

@@ -78,7 +78,13 @@ class Deduces(Protocol):
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        """Answer each task's inputs, knowing the wording of it alone."""
+        """Answer each task's inputs, knowing the wording of it alone.
+
+        Args:
+            tasks: that the inputs are of.
+            wordings: the instruction as it is given, one a task.
+            inputs: one row a task.
+        """
 
 
 @runtime_checkable
@@ -91,8 +97,15 @@ class Predicts(Protocol):
         wordings: Sequence[str],
         asked: Sequence[Sequence[Example]],
     ) -> list[list[float]]:
-        """Cross-entropy of each example's target, nats a token, its end among them; arguments as in
-        `deduce`."""
+        """Cross-entropy of each example's target, nats a token, its end among them.
+
+        Args:
+            tasks, wordings: see `Deduces.deduce`.
+            asked: examples, one row a task.
+
+        Returns:
+            One row a task, one number an example.
+        """
 
 
 @runtime_checkable
@@ -105,7 +118,15 @@ class Doubts(Protocol):
         inputs: Sequence[Sequence[str]],
         answers: AnswersByTask,
     ) -> list[list[float]]:
-        """Of each answer that `deduce` gave, from 0 to 1, without labels."""
+        """Of each answer that `deduce` gave, from 0 to 1, without labels.
+
+        Args:
+            wordings, inputs: see `Deduces.deduce`.
+            answers: what it gave.
+
+        Returns:
+            One row a task, one number an answer.
+        """
 
 
 @runtime_checkable

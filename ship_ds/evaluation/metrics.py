@@ -89,7 +89,13 @@ def _is_punctuation(letter: str) -> bool:
 
 
 def label_match(answer: str | None, references: Sequence[str], labels: Sequence[str]) -> bool:
-    """Whether the label that is nearest to the answer is a right one."""
+    """Whether the label that is nearest to the answer is a right one.
+
+    Args:
+        answer: None: it never ended.
+        references: the right labels.
+        labels: all of the task.
+    """
     nearest = nearest_label(answer, labels)
     return nearest is not None and label_form(nearest) in map(label_form, references)
 
@@ -179,6 +185,14 @@ def paper_score(metric: PaperMetric, answer: str | None, references: Sequence[st
     Those of instruction induction (Honovich et al. 2022): each compares texts in that paper's
     normal form. `exact`: equal; `set`: the same words; `contains`: the reference stands in the
     answer as whole words; `f1`: of the words in common.
+
+    Args:
+        metric: its name.
+        answer: None: it never ended, which scores 0.
+        references: every right answer.
+
+    Returns:
+        From 0 to 1.
     """
     if answer is None:
         return 0.0

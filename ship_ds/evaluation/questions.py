@@ -82,6 +82,11 @@ def examples_to_read(task: SplitTask, count: int, seed: int) -> tuple[Example, .
 
     The first of those that `ask` shows, so the same for every method, and those of a smaller count
     are among those of a larger one.
+
+    Args:
+        task: with its training examples.
+        count: at most.
+        seed: of their order.
     """
     return tuple(_in_random_order(task, seed)[:count])
 
@@ -93,7 +98,13 @@ def _in_random_order(task: SplitTask, seed: int) -> list[Example]:
 
 def another_instruction(task: SplitTask, seen: Sequence[SplitTask], seed: int) -> str:
     """The instruction of a seen task drawn for this one, a function of (seed, task id) alone:
-    whichever tasks are measured beside it and on however many ranks."""
+    whichever tasks are measured beside it and on however many ranks.
+
+    Args:
+        task: whose own instruction it is not, where there is another.
+        seen: the tasks that are drawn from.
+        seed: of the draw.
+    """
     # With one seen task there is no other: its own instruction is all that can be drawn.
     others = [one for one in seen if one.id != task.id] or seen
     return random.Random(f"{seed} shuffled {task.id}").choice(others).task.instruction
@@ -128,7 +139,13 @@ def warn_of_long_targets(
 
 
 def tasks_of(splits: Splits, part: Part, count: int) -> Sequence[SplitTask]:
-    """At most `count` tasks of the part that have something to test on, evenly spaced."""
+    """At most `count` tasks of the part that have something to test on, evenly spaced.
+
+    Args:
+        splits: of the run.
+        part: seen, dev or unseen; unseen_paraphrase: the seen tasks with paraphrases held out.
+        count: at most.
+    """
     if part == "unseen_paraphrase":
         return [task for task in tasks_of(splits, "seen", count) if task.held_out_paraphrases]
     return spread([task for task in getattr(splits, part) if task.test], count)

@@ -141,7 +141,13 @@ def paired_rows(
     rows: Sequence[TaskRow], other: Sequence[TaskRow], metrics: Sequence[str]
 ) -> list[TaskRow]:
     """One row a task that both have: the means of `rows` minus those of `other`, in each metric
-    that applies."""
+    that applies.
+
+    Args:
+        rows: of one method, one a task.
+        other: of another method.
+        metrics: to compare by.
+    """
     others = {row["task"]: row for row in other}
     return [
         {
@@ -156,7 +162,16 @@ def paired_rows(
 
 
 def write(report: Mapping[str, Any], measured: Mapping[Cell, Measured], folder: Path) -> Path:
-    """Write tasks.jsonl, report.md and report.json; the path of report.md."""
+    """Write tasks.jsonl, report.md and report.json.
+
+    Args:
+        report: as `build` made it.
+        measured: the cells of which it was made.
+        folder: takes the three files.
+
+    Returns:
+        The path of report.md.
+    """
     lines = [
         json.dumps(
             {
@@ -223,7 +238,14 @@ def summary_rows(
     metrics: Sequence[str],
     cell_text: Callable[[Any], str],
 ) -> list[list[str]]:
-    """Header and one row a method; a column for each part and metric that some method has."""
+    """Header and one row a method; a column for each part and metric that some method has.
+
+    Args:
+        report: as `build` made it.
+        direction: of the table.
+        parts, metrics: of the columns, in this order.
+        cell_text: makes the text of a cell.
+    """
     methods = {
         name: method[direction] for name, method in report["methods"].items() if direction in method
     }
@@ -276,7 +298,14 @@ def num_tasks(cell: Mapping[str, Any], metric: str) -> int:
 def with_count(
     cell: Mapping[str, Any], metric: str, usual: int, cell_text: Callable[[Any], str]
 ) -> str:
-    """The text of a cell, with its number of tasks where that is not the header's."""
+    """The text of a cell, with its number of tasks where that is not the header's.
+
+    Args:
+        cell: a part's scores by metric.
+        metric: the one to write.
+        usual: the header's number of tasks.
+        cell_text: makes the text of a cell.
+    """
     text = cell_text(cell.get(metric))
     is_usual = not text or num_tasks(cell, metric) == usual
     return text if is_usual else f"{text} (n={num_tasks(cell, metric)})"

@@ -122,7 +122,16 @@ class Bank:
         self, model: ShipModel, tasks: Sequence[Examples], count: int
     ) -> list[list[int]]:
         """As `shortlist`, but by the loss of the first example under every known adapter: nothing
-        is missed, at several times the cost."""
+        is missed, at several times the cost.
+
+        Args:
+            model: makes adapters and answers.
+            tasks: the examples of each.
+            count: of a shortlist.
+
+        Returns:
+            Numbers of known instructions, one row a task, best first.
+        """
         # One forward tries an adapter on the first example of every task.
         first = [[task[0] for task in tasks]] * len(self)
         losses_CT = fit_of_latents(model, self.latent_CZ, self.instructions, first).loss_CM
@@ -233,8 +242,16 @@ class Bank:
     def shortlist_by_decoder(
         self, model: ShipModel, shown: Sequence[Examples], count: int
     ) -> list[list[int]]:
-        """For each view of examples the known instructions that the decoder finds likeliest, best
-        first."""
+        """For each view of examples the known instructions that the decoder finds likeliest.
+
+        Args:
+            model: whose decoder scores them.
+            shown: views of examples.
+            count: of a shortlist.
+
+        Returns:
+            Numbers of known instructions, one row a view, best first.
+        """
         trie = TokenTrie([model.decoder_prompts.target(text) for text in self.instructions])
         shortlists: list[list[int]] = [[] for _ in shown]
         for chunk in stream_batches(model, shown, count, trie.longest):

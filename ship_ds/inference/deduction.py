@@ -64,7 +64,13 @@ class Answerer:
         max_new_tokens: int,
         adapter_of: AdapterOf | None = None,
     ) -> AnswersByTask:
-        """Each task's answers; arguments as in `rows`."""
+        """Each task's answers.
+
+        Args:
+            questions: prompts as token ids, one list a task.
+            max_new_tokens: cuts an answer off.
+            adapter_of: makes the tasks' adapters; None: the bare base.
+        """
         rows = self.rows(questions, max_new_tokens, adapter_of)
         text_of = self.form.written_text if self.keeps_cut_off else self.form.finished_text
         return [[text_of(row) for row in rows_of_task] for rows_of_task in rows]
@@ -141,8 +147,14 @@ def answerer(
     readings: Sequence[AnyReading | None] = (),
     keeps_cut_off: bool = False,
 ) -> Answerer:
-    """The model's own Task LLM under the adapters of its hypernetwork; readings: what these fuse,
-    where they do."""
+    """The model's own Task LLM under the adapters of its hypernetwork.
+
+    Args:
+        model: whose Task LLM answers.
+        num_beams: 1 decodes greedily.
+        readings: what the adapters fuse, where they do: they take memory.
+        keeps_cut_off: see `Answerer`.
+    """
     return Answerer(
         model.task_llm,
         model.prompts,
@@ -155,7 +167,13 @@ def answerer(
 
 
 def bare_answerer(model: ShipModel, num_beams: int = 1, *, keeps_cut_off: bool = False) -> Answerer:
-    """The model's own Task LLM without adapters."""
+    """The model's own Task LLM without adapters.
+
+    Args:
+        model: whose Task LLM answers.
+        num_beams: 1 decodes greedily.
+        keeps_cut_off: see `Answerer`.
+    """
     return Answerer(
         model.task_llm,
         model.prompts,
@@ -172,7 +190,14 @@ def prompt_with_room(
     max_new_tokens: int,
 ) -> Ids:
     """The prompt of as many of the examples as the bare Task LLM's context has room for beside what
-    it will write; the last ones are left out first."""
+    it will write; the last ones are left out first.
+
+    Args:
+        prompt: makes token ids of examples.
+        shown: the examples, the most wanted first.
+        model: whose Task LLM reads the prompt.
+        max_new_tokens: that have to fit behind it.
+    """
     context = model.task_llm.language_model.context_length
     whole = prompt(shown)
     if context is None or len(whole) + max_new_tokens <= context:
@@ -229,8 +254,13 @@ def answer_read(
     *,
     keeps_cut_off: bool = False,
 ) -> AnswersByTask:
-    """Each task's inputs answered under the adapter of what the encoder reads of it, once; the
-    other arguments are those of `answer_latents`."""
+    """Each task's inputs answered under the adapter of what the encoder reads of it, once.
+
+    Args:
+        model: makes adapters and answers.
+        readings: what the encoder reads, one a task.
+        wordings, inputs, max_new_tokens, num_beams, keeps_cut_off: see `answer_latents`.
+    """
     if not readings:
         return []
     # Else an adapter that fuses the reading would run the encoder again for every batch.
@@ -256,7 +286,16 @@ def answer_under(
     *,
     keeps_cut_off: bool = False,
 ) -> list[str | None]:
-    """Inputs answered under one given adapter, of one task."""
+    """Inputs answered under one given adapter, of one task.
+
+    Args:
+        model: answers.
+        adapter: of one task.
+        wording: the instruction, for a Task LLM that reads it too.
+        inputs: to be answered.
+        max_new_tokens: cuts an answer off.
+        keeps_cut_off: see `Answerer`.
+    """
     questions = [[model.question(text, wording) for text in inputs]]
     answering = answerer(model, keeps_cut_off=keeps_cut_off)
     return answering.answers(questions, max_new_tokens, lambda tasks: adapter)[0]
@@ -272,8 +311,17 @@ def answer_stated(
     *,
     keeps_cut_off: bool = False,
 ) -> AnswersByTask:
-    """The bare Task LLM's answers with each task's instruction in the prompt. prompt: that of an
-    input and an instruction, as ids; None: ours (`PromptFormat.task_prompt`)."""
+    """The bare Task LLM's answers with each task's instruction in the prompt.
+
+    Args:
+        model: whose Task LLM answers.
+        wordings: an instruction a task.
+        inputs: one row a task, of any length.
+        max_new_tokens: cuts an answer off.
+        num_beams: 1 decodes greedily.
+        prompt: of an input and an instruction, as ids; None: ours (`PromptFormat.task_prompt`).
+        keeps_cut_off: see `Answerer`.
+    """
     prompt = prompt or model.prompts.task_prompt
     questions = [
         [prompt(text, wording) for text in texts]
@@ -290,7 +338,14 @@ def answer_bare(
     *,
     keeps_cut_off: bool = False,
 ) -> AnswersByTask:
-    """The bare Task LLM's answers, with neither adapter nor instruction."""
+    """The bare Task LLM's answers, with neither adapter nor instruction.
+
+    Args:
+        model: whose Task LLM answers.
+        inputs: one row a task, of any length.
+        max_new_tokens: cuts an answer off.
+        keeps_cut_off: see `Answerer`.
+    """
     questions = [[model.prompts.task_prompt(text) for text in texts] for texts in inputs]
     answering = bare_answerer(model, keeps_cut_off=keeps_cut_off)
     return answering.answers(questions, max_new_tokens)

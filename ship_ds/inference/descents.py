@@ -58,7 +58,17 @@ def descend_from_scratch(
     model: ShipModel, searches: Sequence[SearchState], config: InductionConfig, seed: int
 ) -> list[DescentResult]:
     """`direct` from the prior's mean and from draws of it; `indirect` from the neutral instruction,
-    bare and disturbed."""
+    bare and disturbed.
+
+    Args:
+        model: with its trained weights.
+        searches: one a task.
+        config: the method, how many starts, and the steps of each.
+        seed: of the draws.
+
+    Returns:
+        A result for each start of each task.
+    """
     starts = [_Start(search, i) for search in searches for i in range(config.num_restarts)]
     descend = _descend_directly if config.method == "direct" else _descend_indirectly
     results = []
@@ -186,7 +196,14 @@ def descend_from_texts(
 def latents_of(
     model: ShipModel, search: SearchState, latent_CZ: Tensor, wording: str
 ) -> list[DescentResult]:
-    """Latents that were found elsewhere, as descents of this task."""
+    """Latents that were found elsewhere, as descents of this task.
+
+    Args:
+        model: explains the examples.
+        search: of the task; it keeps the results.
+        latent_CZ: the latents.
+        wording: for a Task LLM that reads an instruction too.
+    """
     starts = [_Start(search, i) for i in range(len(latent_CZ))]
     return measured(model, starts, latent_CZ, [wording] * len(starts))
 
@@ -197,7 +214,14 @@ def measured(
     latent_CZ: Tensor,
     wordings: Sequence[str],
 ) -> list[DescentResult]:
-    """How each latent explains all of its task's examples; also kept with the task."""
+    """How each latent explains all of its task's examples; also kept with the task.
+
+    Args:
+        model: explains the examples.
+        starts: where each descent came from, with its task.
+        latent_CZ: where each ended.
+        wordings: one each, for a Task LLM that reads an instruction too.
+    """
     examples = [start.search.examples for start in starts]
     # Descents make adapters of z alone, whatever text they began at.
     fit = fit_of_latents(model, latent_CZ, wordings, examples, [""] * len(starts))
@@ -225,6 +249,13 @@ def decode_descents(
 
     `direct` and `indirect` decode the latent alone unless `num_shown` says otherwise; section 3.3
     of arXiv 2502.02315 shows the decoder an example.
+
+    Args:
+        model: whose decoder writes.
+        results: of descents, a latent each.
+        config: how many beams and samples, and whether examples are shown.
+        seed: of the draws.
+        round_number: tells draws of this round from those of others.
     """
     latent_CZ = torch.stack([result.latent_Z for result in results])
     shown: list[Examples] = [()] * len(results)
@@ -257,8 +288,17 @@ def decode_descents(
 def read_examples(
     model: ShipModel, searches: Sequence[SearchState], count: int, seed: int
 ) -> Tensor:
-    """What the encoder makes of `count` choices of each task's examples, without an instruction:
-    latents, (tasks x count, latent size); none of a run whose encoder was not trained to."""
+    """What the encoder makes of `count` choices of each task's examples, without an instruction.
+
+    Args:
+        model: whose encoder reads.
+        searches: one a task.
+        count: choices of examples a task.
+        seed: of the choices.
+
+    Returns:
+        Latents, (tasks x count, latent size); none of a run whose encoder was not trained to.
+    """
     encoder = model.config.encoder
     if not count or not searches or not encoder.reads_examples_alone:
         return torch.empty(0, model.config.latent_size)
@@ -273,7 +313,15 @@ def read_examples(
 def task_views(
     model: ShipModel, search: SearchState, count: int, seed: int, occasion: object
 ) -> list[Examples]:
-    """Views of a task's examples for the decoder; `occasion` tells one draw from another."""
+    """Views of a task's examples for the decoder.
+
+    Args:
+        model: says how many examples its decoder takes.
+        search: of the task.
+        count: views.
+        seed: of the run.
+        occasion: tells one draw from another.
+    """
     return _views(search, model.config.decoder.max_examples, count, seed, occasion)
 
 

@@ -189,7 +189,14 @@ def descend_on(
     loss: Loss,
     schedule: Schedule,
 ) -> Descent:
-    """Adam on z by any loss; the other arguments are those of `descend_on_latent`."""
+    """Adam on z by any loss.
+
+    Args:
+        model: says on which device.
+        start_CZ: a latent each, kept as it is.
+        loss: of the latents as they are.
+        schedule: how many steps, and how large.
+    """
     point_CZ = start_CZ.detach().to(model.device).clone().requires_grad_()
     return _descend(model, point_CZ, lambda: point_CZ, loss, schedule)
 

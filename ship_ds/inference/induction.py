@@ -111,7 +111,14 @@ def searches_of(
     model: ShipModel, bank: Bank, tasks: Sequence[Examples], config: InductionConfig
 ) -> list[SearchState]:
     """The searches at their beginning, one a task; in a `union` they know how alike the known
-    tasks' examples are, where the bank has them."""
+    tasks' examples are, where the bank has them.
+
+    Args:
+        model: says how long a target is.
+        bank: the known instructions.
+        tasks: the examples of each.
+        config: whose method decides.
+    """
     if bank.index is None or config.method != "union":
         return [SearchState(tuple(examples)) for examples in tasks]
     known, prompts = bank.index.instructions, model.prompts
@@ -134,7 +141,19 @@ def with_latents_decoded(
     seed: int,
 ) -> Induction:
     """The induction with further candidates: what the decoder reads out of these latents, tested on
-    the examples."""
+    the examples.
+
+    Args:
+        model: with its trained weights.
+        induction: of the task.
+        examples: that it was induced from.
+        latent_CZ: latents of the task that were found elsewhere.
+        config: how to search.
+        seed: of the draws.
+
+    Returns:
+        The induction as it was where the run trained no decoder.
+    """
     if not model.decodes:
         return induction
     search = SearchState(tuple(examples), {c.instruction: c for c in induction.candidates})

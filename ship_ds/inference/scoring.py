@@ -49,7 +49,14 @@ class Fit:
         return cls(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool))
 
     def put(self, candidate: int, examples: slice, loss_M: Tensor, right_M: Tensor) -> None:
-        """Fill in how a candidate explains these of its examples."""
+        """Fill in how a candidate explains these of its examples.
+
+        Args:
+            candidate: its row.
+            examples: its columns.
+            loss_M: of these examples, in nats.
+            right_M: whether each is answered rightly.
+        """
         self.loss_CM[candidate, examples] = loss_M
         self.right_CM[candidate, examples] = right_M
 
@@ -201,8 +208,17 @@ def losses_under_adapters(
     readings: Sequence[str | Reading] | None = None,
 ) -> list[list[float]]:
     """Loss of each target under the adapter of its instruction, or of what else the encoder reads
-    (`readings`), nats a token with the end of sequence; one row an instruction, of as many examples
-    as it has."""
+    (`readings`), nats a token with the end of sequence.
+
+    Args:
+        model: makes adapters and answers.
+        wordings: an instruction a candidate.
+        examples: those of each candidate, as many as there are.
+        readings: what the encoder reads in place of the instructions; None: these.
+
+    Returns:
+        One row a candidate, one number an example.
+    """
     if not wordings:
         return []
     read = model.read_once(wordings if readings is None else readings)
@@ -226,8 +242,17 @@ def losses_in_prompt(
     examples: Sequence[Examples],
     prompt: PromptOf | None = None,
 ) -> list[list[float]]:
-    """Likewise of the bare Task LLM with the instruction in the prompt; None: without one. See
-    `fit_in_prompt`."""
+    """Likewise of the bare Task LLM with the instruction in the prompt.
+
+    Args:
+        model: holds the Task LLM.
+        stated: an instruction a candidate, or what else `prompt` takes; None: none.
+        examples: those of each candidate, as many as there are.
+        prompt: see `fit_in_prompt`.
+
+    Returns:
+        One row a candidate, one number an example.
+    """
     return _losses_a_token(
         lambda some: fit_in_prompt(
             model, [stated[c] for c in some], [examples[c] for c in some], prompt
@@ -240,7 +265,13 @@ def losses_in_prompt(
 @torch.no_grad()
 def losses_of_texts(model: ShipModel, latent_TZ: Tensor, texts: Sequence[str]) -> list[float]:
     """Loss of each text under the decoder beside its latent, without examples, nats a token with
-    the end of sequence."""
+    the end of sequence.
+
+    Args:
+        model: whose decoder predicts the texts.
+        latent_TZ: one a text.
+        texts: instructions.
+    """
     prompts, num_soft = model.decoder_prompts, model.config.decoder.num_soft_tokens
     targets, decoder = [prompts.target(text) for text in texts], model.decoder
     questions = [prompts.decoder_prompt(())] * len(texts)
@@ -283,7 +314,14 @@ def answers_batch(
 def losses_by_example(
     logits_KV: Tensor, labels_K: Tensor, batch: TokenBatch, num_candidates: int
 ) -> Tensor:
-    """Sums of token losses, (C, M), with their gradient."""
+    """Sums of token losses, (C, M), with their gradient.
+
+    Args:
+        logits_KV: of the label positions.
+        labels_K: the labels.
+        batch: says which sequence a label is of; C x M sequences, candidate by candidate.
+        num_candidates: C.
+    """
     # In fp32, as in training: candidates are ranked by differences that 16 bits round away.
     token_losses = torch.nn.functional.cross_entropy(logits_KV.float(), labels_K, reduction="none")
     return sum_per_example(token_losses, batch, num_candidates)
@@ -303,6 +341,12 @@ def _row_fits(
 
 
 def sum_per_example(values_K: Tensor, batch: TokenBatch, num_candidates: int) -> Tensor:
-    """Values of label positions summed over each example, (C, M)."""
+    """Values of label positions summed over each example, (C, M).
+
+    Args:
+        values_K: of the label positions.
+        batch: says which sequence a label is of; C x M sequences, candidate by candidate.
+        num_candidates: C.
+    """
     sums_E = values_K.new_zeros(len(batch.lengths)).index_add(0, batch.label_row_K, values_K)
     return sums_E.view(num_candidates, -1)

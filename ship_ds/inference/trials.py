@@ -62,8 +62,14 @@ class TrialTable:
     def measure(
         cls, model: ShipModel, trials: Sequence[Trial], examples: slice, in_prompt: bool = True
     ) -> "TrialTable":
-        """Try each on these of its task's examples, in both ways of using a text or through the
-        encoder alone."""
+        """Try each on these of its task's examples.
+
+        Args:
+            model: with its trained weights.
+            trials: at least one.
+            examples: which of a task's examples, equally many for all.
+            in_prompt: whether the text is tried in the prompt as well.
+        """
         latent_CZ = torch.stack([trial.latent_Z for trial in trials])
         texts = [trial.text for trial in trials]
         given = [trial.search.examples[examples] for trial in trials]
@@ -205,6 +211,12 @@ def screen(
 
     Why: most texts fail on one or two, so the others need not be paid for; and what did best here
     is spliced later, tested in full or not.
+
+    Args:
+        model: with its trained weights.
+        trials: of all tasks.
+        num_examples: that each is tried on.
+        in_prompt: whether the text is tried in the prompt as well.
     """
     table = TrialTable.measure(model, trials, slice(0, num_examples), in_prompt)
     scores = zip(trials, table.num_right_C.tolist(), table.loss_C.tolist(), strict=True)
@@ -240,6 +252,12 @@ def test_on_rest(
     """The finalists on all examples: those that screening has left are added.
 
     Why not all over again: what was measured while screening holds.
+
+    Args:
+        model: with its trained weights.
+        table: the finalists on the examples of the screening.
+        num_screened: how many these are.
+        in_prompt: as in the screening.
     """
     if len(table.trials[0].search.examples) <= num_screened:
         return table

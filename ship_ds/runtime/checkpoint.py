@@ -138,8 +138,17 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def save(engine: Engine[Any], root: Path, progress: Progress, config: CheckpointConfig) -> Path:
-    """Every rank calls it at a step boundary. Raises UserError when the disk is full; older
-    checkpoints are untouched."""
+    """Write a checkpoint; its folder. Every rank calls it at a step boundary.
+
+    Args:
+        engine: whose shards and generators are written.
+        root: of the checkpoints.
+        progress: where the training is.
+        config: how many are kept.
+
+    Raises:
+        UserError: the disk is full; older checkpoints are untouched.
+    """
     folder = folder_of(root, progress.step)
     part = part_of(folder)
     try:
@@ -420,12 +429,22 @@ def load(
     log: Log,
     bases: Mapping[str, str] | None = None,
 ) -> Progress:
-    """Put the engine and this rank's generators where `save` found them. Raises UserError when the
-    run is another one.
+    """Put the engine and this rank's generators where `save` found them.
 
     On another number of ranks or under another ZeRO stage the generators start anew: dropout
     differs, and nothing else does. From fp32 to bf16 or back the steps are rounded otherwise from
     here on, and the optimiser's state is what it was.
+
+    Args:
+        engine: takes weights and state.
+        folder: of the checkpoint.
+        config: of the run that goes on.
+        data_fingerprint: of its data.
+        log: takes a line of what is not as it was.
+        bases: fingerprints of its base models, which may lie elsewhere now; None: they may not.
+
+    Raises:
+        UserError: the run is another one.
     """
     progress = read_progress(folder)
     check_same_run(folder, progress, config, data_fingerprint, bases or {})
@@ -480,9 +499,19 @@ def check_same_run(
     data_fingerprint: str,
     bases: Mapping[str, str],
 ) -> None:
-    """Raises UserError naming the first setting, or the data, that the checkpoint was not trained
-    with. A key that did not exist then stands at its default, and a base of the same fingerprint
-    may lie elsewhere."""
+    """See that a checkpoint was trained with these settings and data. A key that did not exist then
+    stands at its default, and a base of the same fingerprint may lie elsewhere.
+
+    Args:
+        folder: of the checkpoint, for messages.
+        progress: that was read there.
+        config: of the run that would go on.
+        data_fingerprint: of its data.
+        bases: fingerprints of its base models by name.
+
+    Raises:
+        UserError: names the first setting, or the data, that is another one.
+    """
     elsewhere = moved(progress.bases, bases)
     then, now = (_settings(one, folder) for one in (progress.config, config))
     for key in sorted(then.keys() | now.keys()):
@@ -561,8 +590,12 @@ class ShardedState(Mapping[str, torch.Tensor]):
 
 def trainable_state(folder: Path) -> ShardedState:
     """From a checkpoint of any world size. Under ZeRO-3 no more than one parameter is ever in
-    memory; ZeRO-1 and 2 cut their one flat vector without regard to parameters, and DeepSpeed joins
-    it. Raises UserError when it is damaged."""
+    memory; ZeRO-1 and 2 cut their one flat vector without regard to parameters, and DeepSpeed
+    joins it.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
     from deepspeed.utils import zero_to_fp32
 
     reason = problem(folder)

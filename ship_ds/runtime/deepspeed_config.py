@@ -230,7 +230,9 @@ def complete(config: Mapping[str, Any], ranks_per_node: int = 1) -> dict[str, An
 def read_deepspeed_config(name: str) -> dict[str, Any]:
     """A file of ds_configs/ by name, or any path; of a name of AUTO, the one for bf16.
 
-    Raises UserError when it is none, or holds fp16, the run's keys or what DeepSpeed has not."""
+    Raises:
+        UserError: it is none, or holds fp16, the run's keys or what DeepSpeed has not.
+    """
     name, _ = AUTO_CONFIGS.get(name, (name, ""))
     path = Path(name) if name.endswith(".json") else CONFIGS_FOLDER / f"{name}.json"
     if not path.is_file():

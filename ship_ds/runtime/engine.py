@@ -39,8 +39,12 @@ def parts_per_step(training: TrainingConfig) -> int:
 
 
 def check_deepspeed_reads(optimiser: OptimiserConfig, training: TrainingConfig) -> None:
-    """Have DeepSpeed read the file, for sections and pairs of settings that
-    `read_deepspeed_config` knows nothing of. Raises UserError with its words."""
+    """Have DeepSpeed read the file, for sections and pairs of settings that `read_deepspeed_config`
+    knows nothing of.
+
+    Raises:
+        UserError: DeepSpeed refuses it; with DeepSpeed's words.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     settings = _settings(optimiser, training, [])
@@ -61,7 +65,14 @@ def check_deepspeed_reads(optimiser: OptimiserConfig, training: TrainingConfig) 
 
 def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: float = 0.0) -> float:
     """Linear warm-up, then constant or a cosine to 2 % of the peak, at the last step or when the
-    time is spent (spent = 1)."""
+    time is spent (spent = 1).
+
+    Args:
+        step: from 0.
+        config: peak, warm-up and schedule.
+        num_steps: of the training.
+        spent: share of its time that is gone; 0 where time does not bound it.
+    """
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return config.lr * warm
@@ -202,7 +213,13 @@ def groups(
     module: nn.Module, optimiser: OptimiserConfig, pretrained: Collection[str]
 ) -> list[dict[str, Any]]:
     """The trainable parameters as torch's optimisers take groups: one, as in 0.1.0, unless there
-    are two rates."""
+    are two rates.
+
+    Args:
+        module: whose parameters train.
+        optimiser: its rates.
+        pretrained: names of the parameters that take `pretrained_lr`.
+    """
     named = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
     if optimiser.pretrained_lr is None:
         return [{"params": [one for _, one in named], "lr": optimiser.lr}]

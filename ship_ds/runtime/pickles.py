@@ -29,8 +29,11 @@ def _trusted() -> list[Any]:
 
 
 def load_shard(path: Path) -> dict[str, Any]:
-    """Memory-mapped, on the CPU. Raises pickle.UnpicklingError when it names a class that
-    DeepSpeed's shards have no use for."""
+    """A shard's content, memory-mapped, on the CPU.
+
+    Raises:
+        pickle.UnpicklingError: it names a class that DeepSpeed's shards have no use for.
+    """
     with torch.serialization.safe_globals(_trusted()):
         shard: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return shard

@@ -36,7 +36,15 @@ MOST_HANG_MINUTES = 25
 
 
 def check(config: Config, environment: Mapping[str, str]) -> None:
-    """Raises UserError for what would stop the run later: files, folders, GPUs, time."""
+    """Look for what would stop the run later: files, folders, GPUs, time.
+
+    Args:
+        config: of the run.
+        environment: its variables.
+
+    Raises:
+        UserError: something is wrong; with the setting or path.
+    """
     _check_hang_minutes(config.training.hang_minutes)
     _check_offloads(read_deepspeed_config(config.training.deepspeed))
     bases = {getattr(config.model, role).base: role for role in ("decoder", "encoder", "task_llm")}
@@ -88,7 +96,16 @@ def _check_offloads(settings: dict[str, Any]) -> None:
 
 
 def check_division(tasks_per_step: int, num_ranks: int, accumulation: int) -> None:
-    """Refuse tasks that ranks and accumulation do not divide. Raises UserError."""
+    """Refuse tasks that ranks and accumulation do not divide.
+
+    Args:
+        tasks_per_step: of all ranks.
+        num_ranks: that share them.
+        accumulation: micro-batches of a rank a step.
+
+    Raises:
+        UserError: they do not divide.
+    """
     if tasks_per_step % (num_ranks * accumulation):
         raise UserError(
             f"training.tasks_per_step ({tasks_per_step}) must be a multiple of ranks x "

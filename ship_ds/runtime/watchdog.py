@@ -186,7 +186,16 @@ class Watchdog:
 
 
 def missing_ranks(folder: Path, world_size: int, stale_seconds: float) -> list[str]:
-    """The ranks that are in no collective or give no sign of life, each with what it last said."""
+    """The ranks that are in no collective or give no sign of life, each with what it last said.
+
+    Args:
+        folder: where ranks say what they are at.
+        world_size: how many there are.
+        stale_seconds: without a word, after which a rank counts as gone.
+
+    Returns:
+        A text for each, such as "rank 3 (never seen)".
+    """
     rows = []
     for rank in range(world_size):
         path = folder / f"rank-{rank}.json"
