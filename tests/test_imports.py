@@ -28,7 +28,6 @@ GROUND = (
 """Modules that everything may build on; they import nothing of the project but each other."""
 SHARED = {
     "MIN_EXAMPLES_PER_TASK": "a reader's, which `read_tasks` looks up in its module",
-    "PREFIX": "of adapter names in requests: the plugin is loaded by vLLM without the server",
 }
 """Names that several modules define, as one thing."""
 

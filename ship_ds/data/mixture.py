@@ -236,10 +236,13 @@ class MixtureTasks(TaskSource):
                 member.source.check()
 
     def conflict(self, bases: Sequence[str]) -> str | None:
-        """Of the first source that has one."""
+        """Of the first source that has one, or of the first two that do not go together."""
         for member in self._members:
             if found := member.source.conflict(bases):
                 return member.in_place(found)
+        for one, other in itertools.combinations(self._members, 2):
+            if found := one.source.clash(other.source):
+                return other.in_place(found)
         return None
 
     def describe(self) -> list[dict[str, Any]]:

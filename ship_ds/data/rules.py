@@ -713,6 +713,16 @@ class RulesSource(TaskSource):
         """One description."""
         return [describe_splits(build_world(self.config), "rules")]
 
+    def clash(self, other: TaskSource) -> str | None:
+        """See `TaskSource.clash`. A world of another seed parts rules otherwise: compositions are
+        seen there whose steps or pairing are unseen here, in other words than these."""
+        if not isinstance(other, RulesSource) or other.config.seed == self.config.seed:
+            return None
+        return (
+            f"data.seed: generated rules of the seeds {self.config.seed} and {other.config.seed}: "
+            "one world trains on what the other tests: give both one seed"
+        )
+
     def conflict(self, bases: Sequence[str]) -> str | None:
         """See `TaskSource.conflict`."""
         if "embedded" not in bases:

@@ -82,6 +82,14 @@ class TaskSource(ABC):
         """What its split does not part the task from, beside its rule; "": nothing."""
         return ""
 
+    def clash(self, other: "TaskSource") -> str | None:
+        """Why another source cannot stand beside it in a mixture, in one line; None: it can.
+
+        Args:
+            other: that comes later in the mixture.
+        """
+        return None
+
     def conflict(self, bases: Sequence[str]) -> str | None:
         """Why these tasks and these base models do not go together, in one line; None: they do.
 

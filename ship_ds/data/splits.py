@@ -90,17 +90,20 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     every = rule_groups(tasks, together=keys)
     untested = [group for group in every if not all(can_be_tested(tasks[i]) for i in group)]
     groups = [group for group in every if all(can_be_tested(tasks[i]) for i in group)]
-    num_parts = 1 + (config.unseen_share > 0) + (config.dev_share > 0)
+    shares = {"a dev": config.dev_share, "an unseen": config.unseen_share}
+    names = ["a seen", *(name for name, share in shares.items() if share)]
+    num_parts, wanted = len(names), f"{', '.join(names[:-1])} and {names[-1]} part"
+    if num_parts == 1:
+        wanted = "a seen part"
     if len(groups) < num_parts and config.keeps_together != "rule":
         raise DataError(
             f"data.split.keeps_together={config.keeps_together}: leaves {len(groups)} groups of "
-            "tasks that can all be tested, too few for a seen, a dev and an unseen part; leave it "
-            "at rule"
+            f"tasks that can all be tested, too few for {wanted}; leave it at rule"
         )
     if len(groups) < num_parts and not untested:
         raise DataError(
-            f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for a seen, a dev "
-            "and an unseen part; give more"
+            f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for {wanted}; "
+            "give more"
         )
     random.Random(f"split {config.seed}").shuffle(groups)
     if config.keeps_together == "rule":

@@ -324,9 +324,11 @@ def _is_of_run(row: ComparedRun) -> bool:
 def _partner(entry: ComparedRun, rows: Sequence[ComparedRun]) -> ComparedRun | None:
     """What an entry is compared with: the first variant with the same seed, or as it comes first;
     with several seeds together, likewise. None: it is the first variant."""
-    if entry.label == rows[0].label:
+    # By the method as well: a variant may be called as one.
+    first = (rows[0].label, rows[0].method)
+    if (entry.label, entry.method) == first:
         return None
-    of_first = [row for row in rows if row.label == rows[0].label]
+    of_first = [row for row in rows if (row.label, row.method) == first]
     wanted = _POOLED if entry.seed is None else entry.seed
     return next((row for row in of_first if row.seed == wanted), of_first[0])
 

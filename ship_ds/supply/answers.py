@@ -85,10 +85,15 @@ class EndpointTeacher(Teacher):
 
 
 class ToAnswer(NamedTuple):
-    """What a task's teacher is asked. inputs_of: the task that they are of, where it is another."""
+    """What a task's teacher is asked.
+
+    rest: inputs of the task that are left for another time. inputs_of: the task that they are of,
+    where it is another.
+    """
 
     task: Task
     inputs: list[str]
+    rest: list[str]
     inputs_of: str | None
 
 
@@ -129,7 +134,7 @@ class _Work:
         self, ship: Ship, teacher: Teacher, known: Known, config: AnswersConfig, seed: int
     ) -> None:
         self.ship, self.teacher, self.config, self.seed = ship, teacher, config, seed
-        self.lenders = {task.instruction: task for task in known.lenders}
+        self.lenders = known.lenders(ship)
 
     def part(self, tasks: Sequence[Task]) -> SupplyPart:
         counts: Counter[str] = Counter()
@@ -147,7 +152,7 @@ class _Work:
             examples = tuple(dict.fromkeys((*kept, *answered)))
             if len(examples) < self.config.min_examples:
                 counts["too few answers"] += 1
-            elif not kept and is_trivial(examples):
+            elif not kept and len(examples) > 1 and is_trivial(examples):
                 counts["trivial"] += 1
             else:
                 counts["answered"] += 1
@@ -157,7 +162,7 @@ class _Work:
     def row(self, one: ToAnswer, examples: tuple[Example, ...]) -> dict[str, Any]:
         origin = {"how": "answers", **self.teacher.origin}
         origin |= {} if one.inputs_of is None else {"inputs_of": one.inputs_of}
-        return row_of(replace(one.task, examples=examples, inputs=()), origin)
+        return row_of(replace(one.task, examples=examples, inputs=tuple(one.rest)), origin)
 
     def asked(self, tasks: Sequence[Task], counts: Counter[str]) -> list[ToAnswer]:
         """Of the tasks, those that have something to ask; `counts` takes the others."""
@@ -169,45 +174,48 @@ class _Work:
             lender, has_none = task, not task.inputs and not task.examples
             if has_none and self.lenders:
                 lender = self.nearest(task.instruction)
-            inputs = self.readable(task.instruction, self.inputs(lender, task))
+            texts = self.unlabelled(lender, task)
+            readable = [text for text in texts if self.can_read(task.instruction, text)]
+            inputs = readable[: self.config.num_inputs]
+            rest = [] if has_none else [text for text in texts if text not in inputs]
             if inputs:
-                found.append(ToAnswer(task, inputs, lender.id if has_none else None))
-            elif task.examples and not task.inputs and not self.config.relabels:
+                counts["inputs left for another time"] += len(rest)
+                found.append(ToAnswer(task, inputs, rest, lender.id if has_none else None))
+            elif task.examples and not texts:
                 counts["labelled already (relabels=true answers them anew)"] += 1
             else:
                 counts["without an input that can be read"] += 1
         return found
 
-    def inputs(self, lender: Task, task: Task) -> list[str]:
-        """To ask: those without a label; of another task, or with relabels, all."""
+    def unlabelled(self, lender: Task, task: Task) -> list[str]:
+        """Inputs that a teacher may be asked: those without a label; of another task, or with
+        relabels, all."""
         if lender is task and not self.config.relabels:
-            return list(dict.fromkeys(task.inputs))[: self.config.num_inputs]
+            labelled = {example.input for example in task.examples}
+            return [text for text in dict.fromkeys(task.inputs) if text not in labelled]
         texts = inputs_of(lender, len(lender.examples) + len(lender.inputs))
         # By the instruction, not by its place: the draw does not depend on the tasks before it.
         random.Random(f"answers {self.seed} {task.instruction}").shuffle(texts)
-        return texts[: self.config.num_inputs]
+        return texts
 
-    def readable(self, instruction: str, inputs: Sequence[str]) -> list[str]:
-        """Those that the Task LLM can read and answer, with the instruction and without it."""
+    def can_read(self, instruction: str, text: str) -> bool:
+        """Whether the Task LLM can read and answer the input, with the instruction and without."""
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
-        found = []
-        for text in inputs:
-            try:
-                checks.check_inputs(model, [text], length, instruction)
-                checks.check_length(
-                    len(model.prompts.task_prompt(text, instruction)) + length,
-                    model.task_llm.language_model.context_length,
-                    "input",
-                    "Task LLM",
-                )
-            except UserError:
-                continue
-            found.append(text)
-        return found
+        try:
+            checks.check_inputs(model, [text], length, instruction)
+            checks.check_length(
+                len(model.prompts.task_prompt(text, instruction)) + length,
+                model.task_llm.language_model.context_length,
+                "input",
+                "Task LLM",
+            )
+        except UserError:
+            return False
+        return True
 
     @torch.no_grad()
     def nearest(self, instruction: str) -> Task:
-        """The run's own task with inputs whose latent is nearest."""
+        """The known task with inputs whose latent is nearest."""
         (latent_Z,) = self.ship.model.encode([instruction])
         return self.lenders[nearest_known(self.bank, latent_Z, 1)[0].instruction]
 

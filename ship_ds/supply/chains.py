@@ -28,7 +28,7 @@ from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import ChainsConfig
 from ship_ds.supply.filters import is_trivial, share_alike
 from ship_ds.supply.journal import Journal, SupplyPart
-from ship_ds.supply.known import Known, is_readable
+from ship_ds.supply.known import Known, inputs_of, is_readable
 
 _Answers = Sequence[str | None]
 """To the inputs of one chain; None: the answer did not end in time."""
@@ -95,7 +95,12 @@ def _part(
         chain = Chain.of(first, second, config)
         if is_away:
             counts["held out"] += 1
-        elif not fits([e.target for e in chain.given], [e.input for e in second.examples]):
+        elif not chain.given or not inputs_of(second, 1):
+            counts["no labels" if not chain.given else "no inputs"] += 1
+        elif not fits(
+            [e.target for e in chain.given],
+            inputs_of(second, len(second.examples) + len(second.inputs)),
+        ):
             counts["shape"] += 1
         elif not all(is_readable(ship, text) for text in (chain.text, second.instruction)):
             counts["unreadable"] += 1

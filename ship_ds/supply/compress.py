@@ -105,8 +105,10 @@ def compress_tasks(
 
 
 def _part(ship: Ship, known: Known, task: Task, config: CompressConfig) -> SupplyPart:
-    if not is_readable(ship, task.instruction) or not task.examples:
+    if not is_readable(ship, task.instruction):
         return SupplyPart({"unreadable": 1}, [])
+    if not task.examples:
+        return SupplyPart({"no labels": 1}, [])
     losses = losses_of(ship, task.examples[: config.num_examples])
     text, loss, whole = without_idle_words(task.instruction, losses, config)
     origin = {

@@ -75,7 +75,9 @@ class Journal:
             rows = _whole_rows(file)
             # As it comes back from the file, where tuples are lists.
             line = json.loads(json.dumps(dict(asked)))
-            if not rows:
+            # One line alone says what was asked for before anything was made of it.
+            if len(rows) < 2:
+                file.truncate(0)
                 _append(file, line)
             elif rows[0] != line:
                 key = next((k for k in line if rows[0].get(k) != line[k]), "setting")

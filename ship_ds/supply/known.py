@@ -42,13 +42,15 @@ class Known:
         others = [_wordings(one) for one in self.held_out]
         return hashlib.sha256(repr((tasks, self.wordings, others)).encode()).hexdigest()
 
-    @property
-    def lenders(self) -> tuple[Task, ...]:
-        """Tasks whose inputs an instruction without any may take: those to start from, and the
-        run's own. Of one instruction there is one."""
+    def lenders(self, ship: Ship) -> dict[str, Task]:
+        """By their instruction: tasks whose inputs an instruction without any may take, those to
+        start from and the run's own."""
         # The last one of an instruction stays: the file's, before the run's own.
-        found = {one.instruction: one for one in (*self.own, *self.tasks) if inputs_of(one, 1)}
-        return tuple(found.values())
+        return {
+            one.instruction: one
+            for one in (*self.own, *self.tasks)
+            if inputs_of(one, 1) and is_readable(ship, one.instruction)
+        }
 
     def give_away(self, tasks: Sequence[Task]) -> list[bool]:
         """Of each task whether it is a rule that the run holds out."""

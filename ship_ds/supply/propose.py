@@ -86,7 +86,7 @@ class _Rounds:
         self.ship, self.proposer, self.config, self.seed = ship, proposer, config, seed
         self.known = [task.instruction for task in known.tasks]
         self.all, self.held_out_wordings = known, known.held_out_wordings
-        self.by_instruction = {task.instruction: task for task in known.lenders}
+        self.by_instruction = known.lenders(ship)
         if not self.by_instruction:
             raise UserError("--data: no task has an input to answer; give some with examples")
         self.length = ship.config.evaluation.max_new_tokens

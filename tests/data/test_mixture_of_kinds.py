@@ -279,3 +279,16 @@ def test_a_run_of_rules_is_extended_by_a_file_and_goes_on(
     assert {name.split("/")[0] for name in seen} == {"rules", "a.jsonl"} and len(seen) == 14
     written = json.loads((run / "config.json").read_text())
     assert isinstance(source_of(parse_config(written, "config.json").data), MixtureTasks)
+
+
+def test_worlds_of_two_seeds_do_not_mix() -> None:
+    """One would train on compositions of what the other holds out."""
+
+    def said(*seeds: int) -> str | None:
+        sources = [{"kind": "rules", "seed": seed, "name": f"w{i}"} for i, seed in enumerate(seeds)]
+        config = MixtureConfig.model_validate({"sources": sources})
+        return MixtureTasks(config).conflict(["mine"])
+
+    assert said(3, 3) is None
+    line = said(0, 0, 1)
+    assert line is not None and line.startswith("data.sources.2.seed: generated rules of the seeds")

@@ -194,7 +194,8 @@ def test_a_share_of_zero_is_none(
     least = split_tasks(tasks[:fewest], config)
     assert len(least.seen) == 1 and len(least.tasks) == fewest
     if fewest > 1:
-        with pytest.raises(DataError, match="too few"):
+        missing = f"a seen and {'a dev' if dev else 'an unseen'} part"
+        with pytest.raises(DataError, match=f"too few for {missing}"):
             split_tasks(tasks[: fewest - 1], config)
 
 

@@ -6,11 +6,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from ship_ds.config import load_config
 from ship_ds.console import no_log
+from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.evaluation import comparison
 from ship_ds.evaluation.baselines.sft import Sft
 from ship_ds.evaluation.baselines.trained import TrainedMethod
@@ -335,3 +339,39 @@ def test_page_has_every_row_and_every_failure(
     assert "## Deduction: exact match" in page and "seen, minus first, n=3" in page
     comparison.print_comparison(report)
     assert "instruction in the prompt" in capsys.readouterr().out
+
+
+def test_what_is_measured_once_is_of_one_base_and_data() -> None:
+    """Whatever a method's answers depend on tells two runs apart; SHIP's own parts do not."""
+    splits = Splits((SplitTask(Task("a", "add 1", ()), (), ()),), (), ())
+    other = Splits((SplitTask(Task("a", "add 2", ()), (), ()),), (), ())
+
+    def key(
+        *overrides: str, name: str = "sft", dtype: Any = torch.float32, of: Any = splits
+    ) -> str:
+        config = load_config("quickstart-smoke", overrides)
+        run: Any = SimpleNamespace(ship=SimpleNamespace(config=config, dtype=dtype), splits=of)
+        return comparison._once_for(name, run, {"seen": "digest"})
+
+    keys = [
+        key(),
+        key("model.task_llm.base=elsewhere"),
+        key("model.task_llm.quantisation=none"),
+        key("model.system_message=Answer."),
+        key("evaluation.max_new_tokens=3"),
+        key("evaluation.max_instruction_tokens=3"),
+        key(dtype=torch.bfloat16),
+        key(of=other),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key("model.latent_size=8", "loss.kl=1") == keys[0]
+    assert key(name="prompting") == key(name="prompting", of=other), "it is trained on nothing"
+    assert key(name="ship") == ""
+
+
+def test_a_variant_may_be_called_as_a_method() -> None:
+    """The method is compared with it as any other row."""
+    first = ComparedRun("sft", 0, "", {}, {}, {})
+    rows = [first, replace(first, seed=None, method="sft")]
+    assert comparison._partner(rows[0], rows) is None
+    assert comparison._partner(rows[1], rows) is rows[0]

@@ -285,6 +285,10 @@ def written(folder: Path, *lines: dict[str, Any]) -> Path:
     return path
 
 
+ASKED = ["quux", "1 2 6 4", "4 7 5 3 9", "1 2 6 4", "3 4 8 1", "9 9 1 2"]
+"""One that cannot be read, one twice, one that has a label, and one too many."""
+
+
 def test_the_bare_base_answers_inputs_without_a_label(
     ship: Ship, tmp_path: Path, parts: Callable[..., None]
 ) -> None:
@@ -294,7 +298,7 @@ def test_the_bare_base_answers_inputs_without_a_label(
         {
             "id": "both",
             "instruction": "reverse the list",
-            "inputs": ["1 2 6 4", "4 7 5 3 9", "1 2 6 4"],
+            "inputs": ASKED,
         }
         | {
             "examples": [{"input": "3 4 8 1", "target": "9"}],
@@ -309,9 +313,11 @@ def test_the_bare_base_answers_inputs_without_a_label(
     lent = (Example("8 1 3 6", ""), Example("2 5 9 4", ""))
     parts(seen=[["put 7 at the front"]], unseen=[["bar", "sort the numbers"]], examples=lent)
     out = tmp_path / "out.jsonl"
-    counts = supply(ship, "answers", out, data, ["min_examples=2"], num_tasks=None)
+    changes = ["min_examples=2", "num_inputs=2"]
+    counts = supply(ship, "answers", out, data, changes, num_tasks=None)
     assert counts == {
         "inputs": 5,
+        "inputs left for another time": 3,
         "answered": 2,
         "unreadable": 1,
         "labelled already (relabels=true answers them anew)": 1,
@@ -322,11 +328,11 @@ def test_the_bare_base_answers_inputs_without_a_label(
     pairs = [[(e["input"], e["target"]) for e in row["examples"]] for row in (both, alone)]
     assert pairs[0] == [("3 4 8 1", "9"), ("1 2 6 4", "4 6 2 1"), ("4 7 5 3 9", "9 3 5 7 4")]
     assert sorted(pairs[1]) == [("2 5 9 4", "2 5 9 4 7"), ("8 1 3 6", "8 1 3 6 7")]
-    assert both["paraphrases"] == ["turn the list around"] and "inputs" not in both
+    assert both["paraphrases"] == ["turn the list around"] and "inputs" not in alone
+    assert both["inputs"] == ["quux", "9 9 1 2"]
     by = {"how": "answers", "by": "task_llm", "run": ship.digest[:12]}
     assert both["origin"] == by
     assert alone["origin"] == by | {"inputs_of": "own put 7 at the front"}
-    assert [task.inputs for task in read_tasks(out)] == [(), ()]
 
 
 def test_labels_go_where_all_is_answered_anew(ship: Ship, tmp_path: Path) -> None:
@@ -337,8 +343,62 @@ def test_labels_go_where_all_is_answered_anew(ship: Ship, tmp_path: Path) -> Non
     out = tmp_path / "out.jsonl"
     supply(ship, "answers", out, data, ["relabels=true", "num_inputs=3"])
     (row,) = rows(out)
-    assert len(row["examples"]) == 3
+    assert len(row["examples"]) == 3 and len(row["inputs"]) == 1
     assert all(e["target"].split() == e["input"].split()[::-1] for e in row["examples"])
+
+
+def test_answers_that_are_all_alike_go_and_labels_keep_them(ship: Ship, tmp_path: Path) -> None:
+    row = {"instruction": "take the first 1 numbers", "inputs": ["3 4 1 8", "3 1 6 2"]}
+    labels = [{"input": "3 9 9 9", "target": "3"}]
+    data = written(tmp_path, {"id": "a", **row}, {"id": "b", **row, "examples": labels})
+    out = tmp_path / "out.jsonl"
+    counts = supply(ship, "answers", out, data, [])
+    assert (counts["trivial"], counts["answered"]) == (1, 1)
+    assert [one["id"] for one in rows(out)] == ["b"]
+
+
+def test_what_the_task_llm_cannot_answer_within_its_context_is_not_asked(
+    ship: Ship, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the instruction before it, which under an adapter is not there."""
+    prompts = ship.model.prompts
+    long, short = " ".join(["3 1"] * 8), "3 1 4 5"
+    least = len(prompts.task_prompt(long, "reverse the list")) + 6
+    kind = type(ship.model.task_llm.language_model)
+    monkeypatch.setattr(kind, "context_length", property(lambda lm: least - 1))
+    row = {"instruction": "reverse the list", "inputs": [long, short]}
+    out = tmp_path / "out.jsonl"
+    supply(ship, "answers", out, written(tmp_path, {"id": "a", **row}), ["min_examples=1"])
+    (made,) = rows(out)
+    assert [one["input"] for one in made["examples"]] == [short] and made["inputs"] == [long]
+
+
+def test_a_journal_knows_inputs_and_one_without_a_part_is_nobodys(
+    ship: Ship, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {"id": "a", "instruction": "reverse the list", "inputs": ["3 1 4 5", "6 2 2 1"]}
+    other = {"id": "b", "instruction": "reverse the list", "inputs": ["7 1 4 5", "1 8 8 2"]}
+    out, changes = tmp_path / "out.jsonl", ["num_at_once=1"]
+    with pytest.raises(UserError, match="127.0.0.1:1/v1: the teacher gave no answer"):
+        supply(ship, "answers", out, written(tmp_path, first, other), [*changes, "by=endpoint"])
+    assert len(rows(journal_of(out))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", killed_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            supply(ship, "answers", out, written(tmp_path, first, other), changes)
+    other["inputs"] = ["7 1 4 6"]
+    with pytest.raises(UserError, match="begun with another --data"):
+        supply(ship, "answers", out, written(tmp_path, first, other), changes)
+
+
+def test_tasks_without_labels_are_counted_as_such(ship: Ship, tmp_path: Path) -> None:
+    data = written(tmp_path, {"id": "a", "instruction": "add 3", "inputs": ["1 2"]})
+    with pytest.raises(UserError, match="no task was kept .no labels 1"):
+        supply(ship, "compress", tmp_path / "out.jsonl", data, [])
+    bare = {"id": "b", "instruction": "reverse the list", "inputs": []}
+    given = {"id": "c", "instruction": "add 1", "examples": [{"input": "1", "target": "2"}]}
+    with pytest.raises(UserError, match="(?=.*no inputs 1)(?=.*no labels 1)"):
+        supply(ship, "chains", tmp_path / "out.jsonl", written(tmp_path, bare, given), [])
 
 
 class Teaches(Handler):
