@@ -1,6 +1,7 @@
 """A T5 as Task LLM from end to end, as a user runs it: train, go on after a crash, answer, export,
-merge."""
+merge. An mT5, which comes in by a plugin, likewise."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from ship_ds import cli
 from ship_ds.api import Ship
+from ship_ds.config import load_config
 from ship_ds.model import nf4
+from ship_ds.model.encoder_decoder import EncoderDecoder
 from ship_ds.model.nf4_linear import use_nf4_linears
-from tests.conftest import train_and_go_on
+from ship_ds.planner.plan import Machines, make_plan
+from tests.conftest import start, train_and_go_on
 from tests.export.models import make_t5_base
 from tests.starts import FIRST
 
@@ -42,6 +46,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_trains_and_resumes_to_the_bit(
     run: Path, rows: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
+    resumes_to_the_bit(run, rows)
+
+
+def resumes_to_the_bit(run: Path, rows: Callable[[Path], list[dict[str, Any]]]) -> None:
     first = [json.loads(line) for line in (run / FIRST).read_text().splitlines()]
     again = rows(run)
     names = [name for name in again[0] if name.startswith(("loss/", "optimiser/gradient"))]
@@ -78,3 +86,28 @@ def test_its_adapters_answer_leave_and_merge(run: Path, tmp_path: Path) -> None:
             # Unscaled attention over random weights makes much of a rounding.
             torch.testing.assert_close(found, live, rtol=0, atol=2e-2)
     assert float((live - bare).abs().max()) > 1
+
+
+@pytest.mark.slow
+def test_a_language_model_of_somebody_elses_trains_resumes_and_is_planned(
+    tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """Without its plugin the base is refused."""
+    base = make_t5_base(tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    settings |= {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}
+    (base / "config.json").write_text(json.dumps(settings))
+    arguments = [f"model.task_llm.base={base}", *SETTINGS, "evaluation.every_steps=0"]
+    train_and_go_on(tmp_path / "run", arguments, SHIP_DS_PLUGINS="tests.toys.encoder_decoder")
+    resumes_to_the_bit(tmp_path / "run", rows)
+    importlib.import_module("tests.toys.encoder_decoder")
+    ship = Ship.from_run(tmp_path / "run")
+    assert isinstance(ship.model.task_llm.language_model, EncoderDecoder)
+    assert len(ship.answer(TEXT, [INPUT])) == 1
+    config = load_config("quickstart-smoke", arguments)
+    plan = make_plan(config, Machines(1, 1, 10**12))
+    trained = ship.model.hypernetwork.parameters()
+    assert plan.parameters["hypernetwork"] == sum(one.numel() for one in trained)
+    command = ["-m", "ship_ds.train", "--config", "quickstart-smoke", *arguments]
+    done = start([*command, f"run.folder={tmp_path / 'other'}"])
+    assert done.returncode == 2 and "mt5" in done.stderr
