@@ -1,7 +1,6 @@
 """The verb `serve`: a run behind OpenAI's API."""
 
 import os
-import sys
 from typing import Annotated
 
 import typer
@@ -75,7 +74,7 @@ def serve(
             "choose another one"
         )
     try:
-        from ship_ds.serving.server import address, is_loopback, listening, serve
+        from ship_ds.serving.server import address, is_loopback, listening, serve_ship
     except ModuleNotFoundError as error:
         raise UserError(
             f"serve: {error.name} is not installed: pip install 'ship-ds[serve]'"
@@ -87,9 +86,7 @@ def serve(
         )
     checks.check_run(run, base)
     with listening(host, port) as listener:
-        from ship_ds.serving.app import create_app
         from ship_ds.serving.limits import Limits
-        from ship_ds.serving.room import Room
 
         log(f"opening {run}, to be served at {address(listener)}")
         limits = Limits(
@@ -104,17 +101,11 @@ def serve(
         ship = open_run(run, device, dtype, base)
         if prepare:
             ship.prepare_to_explain(log)
-        room = Room(ship, limits)
-        app = create_app(
-            room,
+        return serve_ship(
+            ship,
+            limits,
+            listener,
             name=name or run.resolve().name,
             api_key=key.strip() if key else None,
-            hosts=[host],
+            host=host,
         )
-        code = serve(app, room, listener)
-        if room.is_running:
-            # It computes in torch, and Python's own end would abort in there.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        return code

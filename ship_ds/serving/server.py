@@ -1,14 +1,16 @@
 """The server as a process: its socket, its signals, its end.
 
 with listening("127.0.0.1", 8000) as listener:
-    serve(app, room, listener)          # until SIGINT or SIGTERM
+    serve_ship(ship, limits, listener, ...)          # until SIGINT or SIGTERM
 """
 
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,7 +31,8 @@ from ship_ds.serving.errors import RequestError
 from ship_ds.serving.guard import LOOPBACK
 from ship_ds.serving.limits import Limits
 
-if TYPE_CHECKING:  # it needs torch, and a port in use is told before
+if TYPE_CHECKING:  # they need torch, and a port in use is told before
+    from ship_ds.api import Ship
     from ship_ds.serving.room import Room
 
 _SECONDS_TO_FINISH = 5
@@ -76,6 +79,42 @@ def address(listener: socket.socket) -> str:
     """Where clients find it: "http://127.0.0.1:8000"."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve_ship(
+    ship: "Ship",
+    limits: Limits,
+    listener: socket.socket,
+    *,
+    name: str,
+    api_key: str | None,
+    host: str,
+) -> int:
+    """Serve a run until a signal.
+
+    Args:
+        ship: the run.
+        limits: of the server.
+        listener: where clients come in.
+        name: of the bare base among the models.
+        api_key: that clients have to send; None: they need none.
+        host: that was asked for, a name that requests may call the server by.
+
+    Returns:
+        The exit code, see `serve`; where the room still computes, this ends the process with it.
+    """
+    from ship_ds.serving.app import create_app
+    from ship_ds.serving.room import Room
+
+    room = Room(ship, limits)
+    app = create_app(room, name=name, api_key=api_key, hosts=[host])
+    code = serve(app, room, listener)
+    if room.is_running:
+        # It computes in torch, and Python's own end would abort in there.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def serve(app: FastAPI, room: "Room", listener: socket.socket) -> int:
