@@ -11,10 +11,10 @@ import pytest
 
 from ship_ds import cli
 from ship_ds.config import load_config, parse_config
-from ship_ds.data.mixture import MixtureConfig, MixtureTasks
+from ship_ds.data.mixture import MixtureConfig, MixtureTasks, _without_leaks
 from ship_ds.data.rules import RulesConfig, RulesSource, build_world
-from ship_ds.data.source import source_of
-from ship_ds.data.task import Splits
+from ship_ds.data.source import TaskSource, TextLengths, source_of
+from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.errors import UserError
 from ship_ds.kinds import SOURCES
@@ -292,3 +292,37 @@ def test_worlds_of_two_seeds_do_not_mix() -> None:
     assert said(3, 3) is None
     line = said(0, 0, 1)
     assert line is not None and line.startswith("data.sources.2.seed: generated rules of the seeds")
+
+
+class _Worlds(TaskSource):
+    """Sources that do not split by wording."""
+
+    def read(self, tokenizer: Any, log: Any) -> Splits:
+        raise NotImplementedError
+
+    def lengths(self) -> TextLengths:
+        raise NotImplementedError
+
+
+def test_each_world_keeps_its_own_split_and_gives_way_to_the_others() -> None:
+    """By equal words, those that are never shown in training among them."""
+
+    def one(name: str, text: str, hidden: str = "") -> SplitTask:
+        return SplitTask(Task(name, text, ()), (), (), (hidden,) if hidden else ())
+
+    first = Splits(
+        seen=(one("a", "add 1"), one("b", "add 2", "plus two"), one("c", "plus two")),
+        dev=(),
+        unseen=(one("d", "add 1"), one("e", "add 4", "plus four")),
+    )
+    second = Splits(
+        seen=(one("f", "plus four"), one("g", "plus two"), one("h", "add 7")), dev=(), unseen=()
+    )
+    lines: list[str] = []
+    kept = _without_leaks([first, second], [_Worlds(None), _Worlds(None)], lines.append)
+    assert kept[0] == first, "two of its rules are worded alike, and that is its own affair"
+    assert [task.id for task in kept[1].seen] == ["h"]
+    assert lines == [
+        "left out: seen tasks with the rule of a tested one elsewhere: 1",
+        "left out: seen tasks in a wording that another source never shows: 1",
+    ]
