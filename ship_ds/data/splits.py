@@ -90,11 +90,10 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     every = rule_groups(tasks, together=keys)
     untested = [group for group in every if not all(can_be_tested(tasks[i]) for i in group)]
     groups = [group for group in every if all(can_be_tested(tasks[i]) for i in group)]
-    shares = {"a dev": config.dev_share, "an unseen": config.unseen_share}
-    names = ["a seen", *(name for name, share in shares.items() if share)]
-    num_parts, wanted = len(names), f"{', '.join(names[:-1])} and {names[-1]} part"
-    if num_parts == 1:
-        wanted = "a seen part"
+    shares = {"a seen": 1.0, "a dev": config.dev_share, "an unseen": config.unseen_share}
+    *names, last = (name for name, share in shares.items() if share)
+    num_parts = len(names) + 1
+    wanted = f"{', '.join(names)} and {last} part" if names else f"{last} part"
     if len(groups) < num_parts and config.keeps_together != "rule":
         raise DataError(
             f"data.split.keeps_together={config.keeps_together}: leaves {len(groups)} groups of "

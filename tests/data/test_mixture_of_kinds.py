@@ -13,7 +13,7 @@ from ship_ds import cli
 from ship_ds.config import load_config, parse_config
 from ship_ds.data.mixture import MixtureConfig, MixtureTasks, _without_leaks
 from ship_ds.data.rules import RulesConfig, RulesSource, build_world
-from ship_ds.data.source import TaskSource, TextLengths, source_of
+from ship_ds.data.source import source_of
 from ship_ds.data.task import Splits, SplitTask, Task
 from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.errors import UserError
@@ -294,16 +294,6 @@ def test_worlds_of_two_seeds_do_not_mix() -> None:
     assert line is not None and line.startswith("data.sources.2.seed: generated rules of the seeds")
 
 
-class _Worlds(TaskSource):
-    """Sources that do not split by wording."""
-
-    def read(self, tokenizer: Any, log: Any) -> Splits:
-        raise NotImplementedError
-
-    def lengths(self) -> TextLengths:
-        raise NotImplementedError
-
-
 def test_each_world_keeps_its_own_split_and_gives_way_to_the_others() -> None:
     """By equal words, those that are never shown in training among them."""
 
@@ -319,7 +309,8 @@ def test_each_world_keeps_its_own_split_and_gives_way_to_the_others() -> None:
         seen=(one("f", "plus four"), one("g", "plus two"), one("h", "add 7")), dev=(), unseen=()
     )
     lines: list[str] = []
-    kept = _without_leaks([first, second], [_Worlds(None), _Worlds(None)], lines.append)
+    sources = [RulesSource(RulesConfig()), RulesSource(RulesConfig())]
+    kept = _without_leaks([first, second], sources, lines.append)
     assert kept[0] == first, "two of its rules are worded alike, and that is its own affair"
     assert [task.id for task in kept[1].seen] == ["h"]
     assert lines == [
