@@ -375,3 +375,10 @@ def test_a_variant_may_be_called_as_a_method() -> None:
     rows = [first, replace(first, seed=None, method="sft")]
     assert comparison._partner(rows[0], rows) is None
     assert comparison._partner(rows[1], rows) is rows[0]
+    pooled = [
+        first,
+        replace(first, seed=comparison._POOLED, method="sft"),
+        replace(first, label="b"),
+    ]
+    of_all_seeds = replace(pooled[2], seed=comparison._POOLED)
+    assert comparison._partner(of_all_seeds, pooled) is first

@@ -445,6 +445,11 @@ def test_no_inputs_anywhere_is_one_line(ship: Ship, tmp_path: Path) -> None:
     data = written(tmp_path, {"id": "a", "instruction": "reverse the list", "inputs": []})
     with pytest.raises(UserError, match="no task was kept .*without an input that can be read 1"):
         supply(ship, "answers", tmp_path / "out.jsonl", data, [])
+    strange = {"id": "b", "instruction": "frobnicate", "inputs": ["1 2 6 4", "3 1 4 5"]}
+    alone = {"id": "a", "instruction": "reverse the list", "inputs": []}
+    none_lent = "(?=.*unreadable 1)(?=.*without an input that can be read 1)"
+    with pytest.raises(UserError, match=none_lent):
+        supply(ship, "answers", tmp_path / "out.jsonl", written(tmp_path, strange, alone), [])
     with pytest.raises(UserError, match="--data: no task has an input to answer; give some"):
         supply(ship, "propose", tmp_path / "out.jsonl", data, EASY["propose"])
 
