@@ -73,11 +73,11 @@ class ChatEndpoint:
         config: where it is, and which model.
         folder: of the replies.
         who: it is to the user, for messages.
-        instead: what to do where the package openai is missing.
+        instead: what to do where the package openai is missing, or nobody answers.
     """
 
     def __init__(self, config: EndpointConfig, folder: Path, who: str, instead: str) -> None:
-        self.config, self.folder, self.who = config, folder, who
+        self.config, self.folder, self.who, self.instead = config, folder, who, instead
         self.client = _client(config, who, instead)
 
     def reply(self, messages: list[dict[str, str]], **options: Any) -> str:
@@ -120,7 +120,8 @@ class ChatEndpoint:
             answer = self.client.chat.completions.create(**request)
         except OpenAIError as error:
             raise UserError(
-                f"{self.config.url}: {self.who} gave no answer: {' '.join(str(error).split())}"
+                f"{self.config.url}: {self.who} gave no answer: {' '.join(str(error).split())}; "
+                f"see to that server, name another, or {self.instead}"
             ) from None
         if not answer.choices:
             raise UserError(

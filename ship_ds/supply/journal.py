@@ -88,7 +88,14 @@ class Journal:
                 parts = _PARTS.validate_python(rows[1:])
             except ValidationError:
                 raise _damaged(file) from None
-            yield cls(out, file, parts)
+            journal = cls(out, file, parts)
+            try:
+                yield journal
+            except Exception:
+                # Of what was never begun nothing stays.
+                if not parts:
+                    journal.drop()
+                raise
 
     @property
     def counts(self) -> Counter[str]:
@@ -114,7 +121,7 @@ class Journal:
 
     def drop(self) -> None:
         """Remove what was kept."""
-        Path(self._file.name).unlink()
+        Path(self._file.name).unlink(missing_ok=True)
 
 
 def journal_of(out: Path) -> Path:

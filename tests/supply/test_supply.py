@@ -379,8 +379,13 @@ def test_a_journal_knows_inputs_and_one_without_a_part_is_nobodys(
     first = {"id": "a", "instruction": "reverse the list", "inputs": ["3 1 4 5", "6 2 2 1"]}
     other = {"id": "b", "instruction": "reverse the list", "inputs": ["7 1 4 5", "1 8 8 2"]}
     out, changes = tmp_path / "out.jsonl", ["num_at_once=1"]
-    with pytest.raises(UserError, match="127.0.0.1:1/v1: the teacher gave no answer"):
+    with pytest.raises(UserError, match="the teacher gave no answer: .*, or set by=task_llm"):
         supply(ship, "answers", out, written(tmp_path, first, other), [*changes, "by=endpoint"])
+    assert not journal_of(out).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", killed_after(0))
+        with pytest.raises(KeyboardInterrupt):
+            supply(ship, "answers", out, written(tmp_path, first), changes)
     assert len(rows(journal_of(out))) == 1
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", killed_after(1))
