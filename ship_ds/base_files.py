@@ -8,7 +8,7 @@ as it is loaded.
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,6 @@ _WHOLE_TOKENIZER = "tokenizer.json"
 _TEXTS = (".txt", ".jinja")
 _OWN_DEFAULTS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers that have no special tokens but those of their files."""
-ENCODER_DECODERS = {"t5"}
-"""Model types that read with one stack and write with another, and have a language model here. A
-plugin that brings one of its own adds its type."""
 UNFIT = dict.fromkeys(
     ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"),
     "hands its blocks nothing but its own arguments, so that no adapter reaches them",
@@ -128,6 +125,12 @@ def linears_of_t5(folder: Path) -> set[str]:
     settings = read_json_object(folder / "config.json")
     is_gated = str(settings.get("feed_forward_proj", "relu")).startswith("gated")
     return {"q", "k", "v", "o", "wo"} | ({"wi_0", "wi_1"} if is_gated else {"wi"})
+
+
+ENCODER_DECODERS: dict[str, Callable[[Path], set[str]]] = {"t5": linears_of_t5}
+"""Model types that read with one stack and write with another, and have a language model here ->
+what names the linears in the blocks of such a folder. A plugin that brings one of its own adds its
+type."""
 
 
 def quantised_by(settings: Mapping[str, Any]) -> str | None:

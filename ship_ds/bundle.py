@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ship_ds.adapter_files import BEFORE_THE_PROMPT
-from ship_ds.config import Config, LoraTuning, ModelConfig, parse_config, parts_of
+from ship_ds.config import Config, ModelConfig, parse_config, parts_of
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
-from ship_ds.files import Manifest, recover, refuse_existing, whole_folder
+from ship_ds.files import Manifest, recover, whole_folder
 from ship_ds.kinds import ADAPTERS
 from ship_ds.parsing import read_json, read_json_object
 from ship_ds.section import Section
@@ -34,7 +34,6 @@ from ship_ds.section import Section
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ship_ds.api import Ship as Ship
     from ship_ds.model.ship import ShipModel
     from ship_ds.prompt import PromptFormat
 
@@ -42,15 +41,6 @@ SHIP_WEIGHTS = "ship.safetensors"
 _CONFIG, _PROMPT_FORMAT = "config.json", "prompt_format.json"
 _BASES, _KNOWN, _PROBES = "bases.json", "known_instructions.json", "probes.json"
 NUM_PROBES = 3
-
-
-def __getattr__(name: str) -> Any:
-    """`Ship` from where it was in version 0.1.0."""
-    if name == "Ship":
-        from ship_ds.api import Ship
-
-        return Ship
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -323,7 +313,7 @@ def frozen_bases(config: Config) -> dict[str, str]:
 def _frozen_by_role(model: ModelConfig) -> dict[str, str]:
     """The base of each role that is not trained whole, by the role."""
     roles = {"encoder": model.encoder, "decoder": model.decoder}
-    tuned = {name: one.base for name, one in roles.items() if isinstance(one.tuning, LoraTuning)}
+    tuned = {name: one.base for name, one in roles.items() if one.lora is not None}
     return {"task_llm": model.task_llm.base, **tuned}
 
 
@@ -447,44 +437,6 @@ def check_checkpoint(folder: Path) -> None:
     recover(folder)
     if not (folder / PROGRESS).is_file():
         raise UserError(f"{folder}: no checkpoint here; expected a folder RUN/checkpoints/step-N")
-
-
-def bundle_from_checkpoint(checkpoint_folder: Path, out: Path, base: str | None = None) -> None:
-    """Write the bundle that the run would have left had it ended at this checkpoint.
-
-    Args:
-        checkpoint_folder: RUN/checkpoints/step-N.
-        out: The bundle's folder, which must not exist yet.
-        base: Where its base model is now; None: where its config says.
-
-    Raises:
-        UserError: The checkpoint is missing or damaged, or a frozen model is another one now.
-    """
-    from ship_ds.model.loading import load_prompts
-    from ship_ds.prompt import ROLES, describe_roles
-    from ship_ds.runtime import checkpoint
-
-    check_checkpoint(checkpoint_folder)
-    refuse_existing(out)
-    progress = checkpoint.read_progress(checkpoint_folder)
-    config = parse_config(progress.config, str(checkpoint_folder / PROGRESS))
-    bases: Mapping[str, str] = progress.bases
-    if base is not None:
-        config, bases = rebased(config, bases, base)
-    check_bases(checkpoint_folder, frozen_bases(config), bases)
-    prompts = {
-        role: load_prompts(getattr(config.model, role).base, config.model.system_message)
-        for role in ROLES
-    }
-    write_bundle(
-        out,
-        checkpoint.trainable_state(checkpoint_folder),
-        config,
-        describe_roles(prompts),
-        bases,
-        progress.known_instructions,
-        progress.probes,
-    )
 
 
 def bundle_folder(path: str | Path) -> Path:

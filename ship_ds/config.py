@@ -40,6 +40,7 @@ from ship_ds.kinds import (
     load_plugins,
     parse_section,
 )
+from ship_ds.oracle_bank import check_bank
 from ship_ds.parsing import parse_yaml, read_text
 from ship_ds.section import FieldError, PathText, Section, first_error
 
@@ -174,9 +175,14 @@ class TrainedRoleConfig(Section):
     """Compute the activations of a block again in the backward pass instead of keeping them: less
     memory, about a third more time."""
 
+    @property
+    def lora(self) -> LoraTuning | None:
+        """The LoRA that is trained over the base; None: the base itself is trained."""
+        return self.tuning if isinstance(self.tuning, LoraTuning) else None
+
     @model_validator(mode="after")
     def _trainable(self) -> "TrainedRoleConfig":
-        if self.quantisation != "none" and isinstance(self.tuning, FullTuning):
+        if self.quantisation != "none" and self.lora is None:
             raise ValueError(
                 "quantisation=nf4 needs tuning.kind=lora, since 4-bit weights cannot "
                 "be trained: change one of them"
@@ -576,7 +582,7 @@ class ModelConfig(Section):
                     f"backbone=shared needs one {setting} for all: {name}.{setting} is {own} and "
                     f"task_llm.{setting} is {other}; make them the same, or set backbone=separate"
                 )
-        if isinstance(role.tuning, FullTuning):
+        if role.lora is None:
             raise ValueError(
                 f"backbone=shared needs {name}.tuning.kind=lora, since the Task LLM's weights stay "
                 "as they are: set it, or backbone=separate"
@@ -752,9 +758,11 @@ class OraclesConfig(ObjectiveConfig):
 
     def check(self, model: ModelConfig) -> None:
         """See `ObjectiveConfig`."""
-        from ship_ds.oracle_bank import check_bank
-
-        check_bank(Path(self.bank), model)
+        lora = lora_of(model.hypernetwork)
+        assert lora is not None, "refused before: `conflict`"
+        # What `all-linear` means is known with the base alone: `OracleDistance.begin` compares it.
+        targets = None if ALL_LINEAR in lora.targets else lora.targets
+        check_bank(Path(self.bank), oracle_settings(model), targets)
 
 
 def lora_of(section: Section) -> LoraHypernetworkConfig | None:
@@ -766,6 +774,18 @@ def lora_of(section: Section) -> LoraHypernetworkConfig | None:
     oracle, as a baseline."""
     loras = [part.as_lora() for part in parts_of(section) if hasattr(part, "as_lora")]
     return loras[0] if len(loras) == 1 else None
+
+
+def oracle_settings(model: ModelConfig) -> dict[str, Any]:
+    """What of a config decides the oracles, as far as it can be told without reading a model:
+    setting -> value."""
+    lora = lora_of(model.hypernetwork)
+    assert lora is not None, "the config refuses it (why_no_oracles)"
+    return {
+        "model.task_llm.quantisation": model.task_llm.quantisation,
+        "model.hypernetwork.rank": lora.rank,
+        "model.hypernetwork.alpha": float(lora.alpha),
+    }
 
 
 def why_no_oracles(model: ModelConfig) -> str | None:

@@ -14,7 +14,7 @@ that task's examples alone.
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,6 @@ from ship_ds.parsing import read_json_object
 from ship_ds.section import Section, first_error
 
 if TYPE_CHECKING:
-    from ship_ds.config import ModelConfig
     from ship_ds.data.task import SplitTask
 
 BANK, SPREADS = "bank.json", "spreads.safetensors"
@@ -79,36 +78,25 @@ def read_bank(folder: Path, key: str = SETTING) -> OracleBank:
         raise UserError(f"{key}: {folder / BANK}: {line}; make the bank anew") from None
 
 
-def settings_of(model: "ModelConfig") -> dict[str, Any]:
-    """What of a config decides the oracles, as far as it can be told without reading a model."""
-    from ship_ds.config import lora_of
-
-    lora = lora_of(model.hypernetwork)
-    assert lora is not None, "the config refuses it (why_no_oracles)"
-    return {
-        "model.task_llm.quantisation": model.task_llm.quantisation,
-        "model.hypernetwork.rank": lora.rank,
-        "model.hypernetwork.alpha": float(lora.alpha),
-    }
-
-
-def check_bank(folder: Path, model: "ModelConfig") -> None:
+def check_bank(folder: Path, wanted: Mapping[str, Any], targets: Collection[str] | None) -> None:
     """A bank is whole by its files' sizes, and of such a model by what its config says.
 
-    Raises:
-        UserError: it is not there, cut short, or of other LoRAs.
-    """
-    from ship_ds.config import ALL_LINEAR, lora_of
+    Args:
+        folder: Of the bank.
+        wanted: Setting of the config -> its value, of those that decide the oracles.
+        targets: Names of the linears that the config's LoRA changes; None where the base alone
+            tells.
 
+    Raises:
+        UserError: It is not there, cut short, or of other LoRAs.
+    """
     # A kill as the bank was renamed leaves it under another name (files.py).
     recover(folder)
-    bank, lora = read_bank(folder), lora_of(model.hypernetwork)
+    bank = read_bank(folder)
     check_files(folder, hashes=False)
-    check_made_for(folder, bank.made_for, settings_of(model))
-    targets = set(lora.targets if lora is not None else ())
+    check_made_for(folder, bank.made_for, wanted)
     names = {path.rpartition(".")[2] for path in bank.sites}
-    # What `all-linear` means is known with the base alone: `OracleDistance.begin` compares it.
-    if ALL_LINEAR not in targets and targets != names:
+    if targets is not None and set(targets) != names:
         raise _unlike(folder, "model.hypernetwork.targets", sorted(names), sorted(targets))
 
 

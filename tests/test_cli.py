@@ -15,10 +15,10 @@ import ship_ds
 from ship_ds import cli, doctor
 from ship_ds.cli import verb
 from ship_ds.cli.verb import _one_value_each, _refuse_unknown
-from ship_ds.config import load_config, recipe_names
+from ship_ds.config import load_config, oracle_settings, recipe_names
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, write_json
-from ship_ds.oracle_bank import OracleBank, settings_of
+from ship_ds.oracle_bank import OracleBank
 from ship_ds.origin import Origin
 from tests.conftest import REPOSITORY, start
 
@@ -353,7 +353,7 @@ def make_places(folder: Path) -> dict[str, Path]:
     write_json(places["CHECKPOINT"] / "progress.json", {})
     quickstart = load_config("quickstart", ["model.hypernetwork.rank=2"])
     bank = OracleBank(
-        made_for=settings_of(quickstart.model), trained={}, sites={}, tasks={}, group_size=1
+        made_for=oracle_settings(quickstart.model), trained={}, sites={}, tasks={}, group_size=1
     )
     write_json(places["ORACLES"] / "bank.json", bank.model_dump(mode="json"))
     Manifest.of(places["ORACLES"]).write(places["ORACLES"])

@@ -34,13 +34,49 @@ SHARED = {
 
 def imported(path: Path) -> set[str]:
     """The project's modules that a file imports, anywhere in it: {"ship_ds.errors", ...}."""
+    return imported_by(ast.parse(path.read_text()))
+
+
+def imported_by(tree: ast.Module) -> set[str]:
+    """See `imported`."""
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             modules |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
         elif isinstance(node, ast.Import):
             modules |= {name.name for name in node.names}
     return {module for module in modules if module.startswith("ship_ds")}
+
+
+def needed(path: Path) -> set[str]:
+    """The project's modules that a file needs as it runs, late imports too, and not for types
+    alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return imported_by(tree)
+
+
+def test_no_circle_is_hidden_by_a_late_import() -> None:
+    """Nor by any other: what a module needs does not need it."""
+    paths = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+    needs = {
+        # Not the packages around a module, whose own files are run before it anyway.
+        name: {other for other in needed(path) & paths.keys() if not is_inside(name, other)}
+        for name, path in paths.items()
+    }
+    assert needs["ship_ds.cli.using"] >= {"ship_ds.api", "ship_ds.errors"}
+    while free := [name for name in needs if not needs[name] & needs.keys()]:
+        for name in free:
+            del needs[name]
+    assert not needs, f"in a circle, or above one: {sorted(needs)}"
+
+
+def name_of(path: Path) -> str:
+    """PACKAGE/model/ship.py -> ship_ds.model.ship; a package's own file by the package."""
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def is_inside(module: str, package: str) -> bool:

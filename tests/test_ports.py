@@ -1,7 +1,7 @@
 """A toy of each port from outside the package trains, resumes, plans and leaves as a folder.
 
-One file each in tests/toys. The toy task sources are in tests/data/test_source.py, the toy language
-model in tests/model/test_encoder_decoder.py.
+One file each in tests/toys. The mistakes and the plan of the toy task source are in
+tests/data/test_source.py, the toy language model is in tests/test_two_stacks.py.
 """
 
 import json
@@ -26,9 +26,14 @@ from ship_ds.model.step import Parts
 from ship_ds.planner.plan import Machines, make_plan
 from tests.conftest import train_and_go_on, train_each
 from tests.starts import FIRST
-from tests.toys import adapter, objective, prior
+from tests.toys import adapter, objective, prior, source
 
-TOYS = ["tests.toys.adapter", "tests.toys.objective", "tests.toys.prior"]
+TOYS = [module.__name__ for module in (adapter, objective, prior, source)]
+TASKS = "tests/fixtures/v0_1/tasks.jsonl"
+DATA = (
+    "data={kind: toy_joined, parts: [{kind: rules, num_seen: 12, train_examples: 12, "
+    f"test_examples: 3}}, {{kind: files, path: {TASKS}, filters: {{min_examples_per_task: 2}}}}]}}"
+)
 SETTINGS = [
     "model.hypernetwork={kind: diagonal_core, rank: 3}",
     "model.prior={kind: toy_mixture, num_components: 2}",
@@ -38,7 +43,6 @@ SETTINGS = [
     "evaluation.ends_with_report=false",
 ]
 HINT = "{kind: combination, parts: [{kind: bottleneck}, {kind: prefix, latent: by_layer}]}"
-assert all(module.__name__ in TOYS for module in (adapter, objective, prior))
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -49,7 +53,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps; then, as after a crash, the last two again from the checkpoint before them."""
     folder = tmp_path_factory.mktemp("toys") / "run"
-    train_and_go_on(folder, SETTINGS, SHIP_DS_PLUGINS=",".join(TOYS))
+    train_and_go_on(folder, [*SETTINGS, DATA], SHIP_DS_PLUGINS=",".join(TOYS))
     return folder
 
 
@@ -67,6 +71,9 @@ def test_toys_train_and_resume(run: Path) -> None:
     for row in rows:
         total = sum(weight * row[f"loss/{name}"] for name, weight in weights.items())
         assert row["loss/total"] == pytest.approx(total)
+    seen = json.loads((run / "splits.json").read_text())["seen"]
+    assert {name.split("/")[0] for name in seen} == {"0", "1"} and len(seen) == 12 + 8
+    assert list((run / "tokens").iterdir()), "the files of one part are tokenised once for all"
     # A teacher that reads the instruction says something else than a base that does not.
     assert min(row["loss/toy_distillation"] for row in rows) > 0.01
 

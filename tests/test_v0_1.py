@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from ship_ds.api import Ship
-from ship_ds.bundle import bundle_from_checkpoint, frozen_bases
+from ship_ds.bundle import frozen_bases
 from ship_ds.config import load_config, override_config, parse_config, recipe_names
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
+from ship_ds.export.bundling import bundle_from_checkpoint
 from ship_ds.inference.adapter_reading import induce_from_weights, read_adapter
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.explaining import Threshold

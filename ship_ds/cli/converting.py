@@ -99,11 +99,13 @@ def bundle(
     base: BaseOption = None,
 ) -> int:
     """A training checkpoint -> a bundle, without the run that wrote it."""
-    from ship_ds.bundle import bundle_from_checkpoint, check_checkpoint
+    from ship_ds.bundle import check_checkpoint
 
     check_checkpoint(checkpoint)
     checks.check_new(out)
     checks.check_base_option(base)
+    from ship_ds.export.bundling import bundle_from_checkpoint
+
     bundle_from_checkpoint(checkpoint, out, base)
     print(f"{out}: bundle of {checkpoint}")
     return 0

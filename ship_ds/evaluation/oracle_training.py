@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ship_ds.bundle import fingerprints
-from ship_ds.config import Config, LoraHypernetworkConfig, lora_of
+from ship_ds.config import Config, LoraHypernetworkConfig, lora_of, oracle_settings
 from ship_ds.console import Log
 from ship_ds.data.source import source_of
 from ship_ds.data.task import SplitTask
@@ -47,7 +47,6 @@ from ship_ds.oracle_bank import (
     OracleBank,
     examples_digest,
     read_bank,
-    settings_of,
 )
 from ship_ds.prompt import check_tasks
 from ship_ds.tensor_file import TensorFile
@@ -126,7 +125,7 @@ def _wanted(
     model = base.config.model
     prints = fingerprints("the base", model.task_llm.base)
     return OracleBank(
-        made_for={**made_for(prints, base.prompts.describe()), **settings_of(model)},
+        made_for={**made_for(prints, base.prompts.describe()), **oracle_settings(model)},
         trained={**asdict(recipe), "dtype": str(dtype).removeprefix("torch.")},
         sites=dict(base.sites),
         tasks={task.id: examples_digest(task) for task in tasks},

@@ -17,7 +17,6 @@ from ship_ds.api import Ship
 from ship_ds.bundle import (
     SHIP_WEIGHTS,
     bundle_folder,
-    bundle_from_checkpoint,
     check_leaves,
     check_merges,
     verify,
@@ -25,6 +24,7 @@ from ship_ds.bundle import (
 from ship_ds.console import log
 from ship_ds.errors import UserError
 from ship_ds.export import drift
+from ship_ds.export.bundling import bundle_from_checkpoint
 from ship_ds.export.deduce import export_many, own_probes, warn_of_far
 from ship_ds.export.merge import Merge, MergedDtype
 from ship_ds.export.requests import Request

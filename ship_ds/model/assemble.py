@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ship_ds.config import LoraTuning, LossConfig, ModelConfig, TaskLlmConfig, TrainedRoleConfig
+from ship_ds.config import LossConfig, ModelConfig, TaskLlmConfig, TrainedRoleConfig
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS, PRIORS
 from ship_ds.model.adapters.adapter import Hypernetwork, Sites, Target, build_hypernetwork
@@ -202,7 +202,7 @@ def _share(
         sites: of the Task LLM.
         roles: what to train over it.
     """
-    tunings = [role.tuning for role in roles if isinstance(role.tuning, LoraTuning)]
+    tunings = [role.lora for role in roles if role.lora is not None]
     sites_of_roles = [sites_anywhere(lm, tuning.targets) for tuning in tunings]
     wrap(lm, chain(sites, *sites_of_roles))
     return [
@@ -214,10 +214,10 @@ def _share(
 def _tuned(config: TrainedRoleConfig, weights: Weights) -> tuple[nn.Module, StaticLora | None]:
     """The language model of encoder or decoder, and the LoRA that is trained over it, if any."""
     lm = weights.language_model(config.base, config.quantisation, True)
-    if isinstance(config.tuning, LoraTuning):
-        sites = sites_anywhere(freeze(lm), config.tuning.targets)
+    if config.lora is not None:
+        sites = sites_anywhere(freeze(lm), config.lora.targets)
         wrap(lm, sites)
-        return lm, StaticLora(sites, config.tuning)
+        return lm, StaticLora(sites, config.lora)
     if config.checkpointing:
         wrap(lm, ())
     return lm, None

@@ -10,7 +10,7 @@ from math import prod
 
 from torch import nn
 
-from ship_ds.config import LoraTuning, ModelConfig, TrainedRoleConfig
+from ship_ds.config import ModelConfig, TrainedRoleConfig
 from ship_ds.flops import Matrices, RoleSize, Rows, ShipSize, StepRows, TwoStacks
 from ship_ds.model.adapters.adapter import Hypernetwork, num_products
 from ship_ds.model.adapters.sites import is_target
@@ -139,19 +139,20 @@ def _num_below(
 
 def _role(config: TrainedRoleConfig, lm: LanguageModel, head: int, is_decoder: bool) -> RoleSize:
     """The encoder gives states, the decoder logits, after soft tokens made of z."""
-    linears, tuning = _linears(lm), config.tuning
-    is_lora = isinstance(tuning, LoraTuning)
-    targets = tuning.targets if isinstance(tuning, LoraTuning) else ()
-    rank = tuning.rank if isinstance(tuning, LoraTuning) else 0
-    ranks = {path: rank for path in linears if is_target(path, targets)}
+    linears, lora = _linears(lm), config.lora
+    ranks = (
+        {}
+        if lora is None
+        else {path: lora.rank for path in linears if is_target(path, lora.targets)}
+    )
     blocks = _blocks(lm, False)
     return RoleSize(
         _matrices(linears, blocks[0]),
         _low_rank(linears, ranks, blocks[0]),
         _attention(lm, len(blocks)),
         lm.vocabulary_size * lm.hidden_size if is_decoder else 0,
-        is_trained=not is_lora,
-        embeddings_have_gradient=is_decoder or not is_lora,
+        is_trained=lora is None,
+        embeddings_have_gradient=is_decoder or lora is None,
         head=head,
     )
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ship_ds.base_files import (
+    ENCODER_DECODERS,
     check_base_files,
     check_settings,
     encoder_decoder,
-    linears_of_t5,
 )
 from ship_ds.bundle import bundle_folder, verify
 from ship_ds.config import ALL_LINEAR, Config, ModelConfig, base_folder, load_config, parts_of
@@ -171,8 +171,7 @@ def check_stacks(model: ModelConfig, one_stack: Collection[str] = ()) -> None:
             f"model.system_message: {base}: this {kind} has no chat template to put it in: leave "
             "it out"
         )
-    if kind == "t5":
-        _check_targets(base, model.hypernetwork)
+    _check_targets(base, kind, model.hypernetwork)
 
 
 def _has_template(folder: Path) -> bool:
@@ -182,16 +181,16 @@ def _has_template(folder: Path) -> bool:
     )
 
 
-def _check_targets(base: str, section: Section) -> None:
+def _check_targets(base: str, kind: str, section: Section) -> None:
     """Here, since the default names are those of other models."""
-    known = linears_of_t5(base_folder(base))
+    known = ENCODER_DECODERS[kind](base_folder(base))
     for one in parts_of(section):
         for target in getattr(one, "targets", ()):
             if target not in known | {ALL_LINEAR}:
                 raise UserError(
-                    f"model.hypernetwork.targets: {base}: a t5 has no linear module {target!r}; "
-                    f"its blocks have {', '.join(sorted(known))}: name of these, or {ALL_LINEAR} "
-                    "for all"
+                    f"model.hypernetwork.targets: {base}: a {kind} has no linear module "
+                    f"{target!r}; its blocks have {', '.join(sorted(known))}: name of these, or "
+                    f"{ALL_LINEAR} for all"
                 )
 
 

@@ -1,12 +1,8 @@
-"""A task source from outside the package (tests/toys/source.py) checks, trains, resumes and plans,
-and nothing inside the package knows of it."""
+"""A task source from outside the package (tests/toys/source.py) checks and plans, and nothing
+inside knows of it. It trains and resumes with the toys of the other ports: tests/test_ports.py."""
 
 import importlib
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,12 +11,7 @@ from ship_ds.data.rules import RulesConfig, RulesSource
 from ship_ds.data.source import source_of
 from ship_ds.data.task_files import FilesConfig, FilesSource
 from tests.conftest import start
-
-TASKS = "tests/fixtures/v0_1/tasks.jsonl"
-DATA = (
-    "data={kind: toy_joined, parts: [{kind: rules, num_seen: 12, train_examples: 12, "
-    f"test_examples: 3}}, {{kind: files, path: {TASKS}, filters: {{min_examples_per_task: 2}}}}]}}"
-)
+from tests.test_ports import DATA, TASKS
 
 
 @pytest.fixture(autouse=True)
@@ -32,26 +23,6 @@ def ship_ds(*arguments: str) -> tuple[int, str, str]:
     """A command's exit code, standard output and standard error."""
     done = start(["-m", "ship_ds.cli", *arguments])
     return done.returncode, done.stdout, done.stderr
-
-
-@pytest.mark.soak
-def test_a_mixture_trains_and_repeats_its_last_step_after_a_resume(
-    tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]]
-) -> None:
-    run = tmp_path / "run"
-    command = ["train", "--config", "quickstart-smoke", f"run.folder={run}", DATA]
-    command += ["training.steps=3", "checkpoint.every_steps=2", "evaluation.every_steps=0"]
-    command += ["evaluation.ends_with_report=false"]
-    code, _, errors = ship_ds(*command)
-    assert code == 0, errors[-3000:]
-    seen = json.loads((run / "splits.json").read_text())["seen"]
-    assert {name.split("/")[0] for name in seen} == {"0", "1"} and len(seen) == 12 + 8
-    assert list((run / "tokens").iterdir()), "the files of one part are tokenised once for all"
-    whole = rows(run)
-    shutil.rmtree(run / "checkpoints" / "step-00000003")
-    code, _, errors = ship_ds(*command)
-    assert code == 0 and "after step 2" in errors
-    assert [row["loss/total"] for row in rows(run)] == [row["loss/total"] for row in whole]
 
 
 @pytest.mark.slow

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from ship_ds import cli
 from ship_ds.api import Ship
-from ship_ds.bundle import bundle_from_checkpoint
 from ship_ds.console import no_log
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.evaluation.harness import Run
+from ship_ds.export.bundling import bundle_from_checkpoint
 from ship_ds.export.compose import compose
 from ship_ds.files import sha256
 from ship_ds.inference.config import InductionConfig

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ship_ds.config import LossConfig, ModelConfig, OraclesConfig, parse_config
+from ship_ds.config import LossConfig, ModelConfig, OraclesConfig, oracle_settings, parse_config
 from ship_ds.data.sampler import TaskDraw
 from ship_ds.data.task import Example, SplitTask, Task
 from ship_ds.errors import UserError
@@ -34,9 +34,7 @@ from ship_ds.oracle_bank import (
     BANK,
     SPREADS,
     OracleBank,
-    check_bank,
     examples_digest,
-    settings_of,
 )
 from tests.model.models import random_lora, wake_up
 
@@ -182,7 +180,7 @@ def write_bank(folder: Path, ship: ShipModel, tasks: list[SplitTask]) -> Tensor:
     layout, prompts = RowLayout.of(sites, 2), ship.prompts.describe()
     rows_TX = torch.randn(len(tasks), layout.num_numbers).to(DTYPE)
     bank = OracleBank(
-        made_for={**made_for(BASE, prompts), **settings_of(ship.config)},
+        made_for={**made_for(BASE, prompts), **oracle_settings(ship.config)},
         trained={},
         sites=dict(sites),
         tasks={task.id: examples_digest(task) for task in tasks},
@@ -299,22 +297,22 @@ def test_a_bank_of_other_loras_is_one_line_before_anything_is_loaded(
     ship: ShipModel, tmp_path: Path, hypernetwork: dict[str, Any], message: str
 ) -> None:
     write_bank(tmp_path / "bank", ship, TASKS)
-    check_bank(tmp_path / "bank", model_config())
+    OraclesConfig(bank=str(tmp_path / "bank")).check(model_config())
     with pytest.raises(UserError, match=message):
-        check_bank(tmp_path / "bank", model_config(**hypernetwork))
+        OraclesConfig(bank=str(tmp_path / "bank")).check(model_config(**hypernetwork))
 
 
 def test_a_bank_that_is_none_is_one_line(ship: ShipModel, tmp_path: Path) -> None:
     folder = tmp_path / "bank"
     with pytest.raises(UserError, match="no bank of oracles here"):
-        check_bank(folder, model_config())
+        OraclesConfig(bank=str(folder)).check(model_config())
     write_bank(folder, ship, TASKS)
     (folder / "group-0001.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="group-0001.safetensors has 0 bytes instead of"):
-        check_bank(folder, model_config())
+        OraclesConfig(bank=str(folder)).check(model_config())
     (folder / BANK).write_text('{"version": 2}')
     with pytest.raises(UserError, match="bank.json: version: "):
-        check_bank(folder, model_config())
+        OraclesConfig(bank=str(folder)).check(model_config())
 
 
 MINIMAL: dict[str, Any] = {"run": {"folder": "unused"}, "training": {"steps": 1}}

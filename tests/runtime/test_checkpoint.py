@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ship_ds.bundle import PROGRESS, bundle_from_checkpoint, check_checkpoint
+from ship_ds.bundle import PROGRESS, check_checkpoint
 from ship_ds.config import CheckpointConfig, load_config
 from ship_ds.errors import LFS_POINTER, UserError
+from ship_ds.export.bundling import bundle_from_checkpoint
 from ship_ds.runtime import checkpoint
 
 

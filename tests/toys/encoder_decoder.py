@@ -7,9 +7,9 @@ An architecture of another make is a class of its own, as `ship_ds/model/encoder
 
 from transformers import MT5Config
 
-from ship_ds.base_files import ENCODER_DECODERS
+from ship_ds.base_files import ENCODER_DECODERS, linears_of_t5
 from ship_ds.model.encoder_decoder import EncoderDecoder
 from ship_ds.model.language_model import LANGUAGE_MODELS
 
 LANGUAGE_MODELS[MT5Config] = EncoderDecoder
-ENCODER_DECODERS.add("mt5")
+ENCODER_DECODERS["mt5"] = linears_of_t5
