@@ -296,9 +296,20 @@ class Hypernetwork(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: Any, latent_size: int, target: Target) -> None:
-        """Raises UserError where the three do not go together. Asked before encoder and decoder are
-        made, so of a target that knows nothing of the encoder's states: their heads grow with the
-        latent, and one of a mistyped size fills the memory."""
+        """See that the three go together.
+
+        Asked before encoder and decoder are made, so of a target that knows nothing of the
+        encoder's states: their heads grow with the latent, and one of a mistyped size fills the
+        memory. Asked once more, of the whole target, before the hypernetwork is made.
+
+        Args:
+            config: the kind's section, of `model.hypernetwork` or of a part of a combination.
+            latent_size: Z.
+            target: the Task LLM.
+
+        Raises:
+            UserError: they do not.
+        """
 
     @classmethod
     def without_shares(cls, config: Any) -> Any:

@@ -126,8 +126,16 @@ def add_low_rank(
 ) -> Tensor:
     """Add scaling * B A x to `out_NO` in place, outside of autograd.
 
+    Args:
+        products: of these tokens with these factors.
+        out_NO: what the base linear gave, contiguous.
+        x_NI: the input, contiguous, its tokens task-major.
+        a_TRI: as the products take it (`Segments.aligned`).
+        b_TOR: as the products take it (`Segments.aligned`).
+        scaling: of the update.
+
     Returns:
-        low_NR, which the backward pass needs.
+        low_NR, scaling * A x, which the backward pass needs.
     """
     low_NR = products.keep_own(products.times(x_NI, a_TRI.mT))
     if scaling != 1:
@@ -153,8 +161,14 @@ def add_terms(
 ) -> list[Tensor]:
     """Add every term to `out_NO` in place, outside of autograd.
 
+    Args:
+        terms: see `Addition.terms`.
+        out_NO: what the base linear gave, contiguous.
+        x_NI: the input, contiguous, its tokens task-major.
+        factors: A and B of each term, one after the other, as its products take them.
+
     Returns:
-        low_NR of each, which the backward pass needs.
+        low_NR of each, over its own tokens, which the backward pass needs.
     """
     return [
         add_low_rank(term.products, term.rows(out_NO), term.rows(x_NI), *pair, term.scaling)
@@ -191,7 +205,14 @@ def term_gradients(
 def add_input_gradients(
     terms: Sequence[Term], grad_NI: Tensor, grad_lows: Sequence[Tensor], kept: Sequence[Tensor]
 ) -> None:
-    """Add what each term says to the gradient of the input, in place; arguments as above."""
+    """Add what each term says to the gradient of the input, in place.
+
+    Args:
+        terms: as in the forward.
+        grad_NI: of the input, contiguous.
+        grad_lows: of every A x, (N, R), the first that `term_gradients` gives.
+        kept: what `add_terms` gave, then the factors.
+    """
     pairs = _pairs(kept[len(terms) :])
     for term, grad_low_NR, (a_TRI, _) in zip(terms, grad_lows, pairs, strict=True):
         term.products.add_times(term.rows(grad_NI), grad_low_NR, a_TRI)

@@ -91,7 +91,13 @@ class Segments(ABC):
 
     @abstractmethod
     def add_times(self, out_NO: Tensor, x_NI: Tensor, matrix_TIO: Tensor) -> None:
-        """Add each token times its task's matrix to `out_NO`, in place."""
+        """Add each token times its task's matrix to `out_NO`, in place.
+
+        Args:
+            out_NO: what is added to, contiguous.
+            x_NI: the tokens, task after task.
+            matrix_TIO: one matrix a task.
+        """
 
     @abstractmethod
     def outer(self, x_NI: Tensor, grad_NO: Tensor) -> Tensor:
@@ -266,7 +272,16 @@ class _Product(torch.autograd.Function):
 
 
 def product(products: Segments, x_NI: Tensor, matrix_TIO: Tensor) -> Tensor:
-    """Each token times its task's matrix, (N, O), with gradients."""
+    """Each token times its task's matrix, with gradients of both.
+
+    Args:
+        products: as `segments` or `segments_of_whole` chose them for these tokens.
+        x_NI: the tokens, task after task; copied where they are not contiguous.
+        matrix_TIO: one matrix a task.
+
+    Returns:
+        (N, O).
+    """
     out: Tensor = _Product.apply(products, x_NI.contiguous(), matrix_TIO)
     return out
 
@@ -329,7 +344,16 @@ def ragged_kind(
     device: str, index: int | None, dtype: torch.dtype
 ) -> Callable[[TaskEnds], Segments]:
     """The products for segments of any lengths on another device than the CPU; asks a card for its
-    capability once."""
+    capability once.
+
+    Args:
+        device: "cuda", or "meta" for shapes alone.
+        index: of the card; None: the current one, or there is none.
+        dtype: of the tokens.
+
+    Returns:
+        The class, which is made of the tasks' ends.
+    """
     if device == "meta":
         return GroupedSegments if dtype == torch.bfloat16 else ShapeSegments
     major, _ = torch.cuda.get_device_capability(index)

@@ -95,7 +95,17 @@ class AdaptedBlock(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """See `nn.Module`; the block has the name of its wrapper."""
+        """See `nn.Module`; the block has the name of its wrapper.
+
+        Args:
+            memo: modules that were given already, which are left out; those given here are added.
+                None: none was.
+            prefix: the name of the wrapper.
+            remove_duplicate: whether a module that is there twice is given once.
+
+        Yields:
+            (name, module) of the wrapper, of the block and of all that is below it.
+        """
         memo = set() if memo is None else memo
         if self not in memo:
             if remove_duplicate:
@@ -111,6 +121,17 @@ class AdaptedBlock(nn.Module):
         ship_checkpoint: bool = False,
         **kwargs: Any,
     ) -> Any:
+        """What the block gives under an adapter; its wrapped linears know it for this call alone.
+
+        Args:
+            hidden: the states that come in, a row a sequence, or all packed tokens as one row.
+            args: what else the block takes, by position.
+            ship_adapter: of all rows; None: the bare base.
+            ship_checkpoint: recompute the block in the backward pass, where there are gradients.
+            kwargs: what else the block takes, by name. `ship_rows` (`batch.RowGroups`), where it is
+                among them, says how many sequences the packed tokens are.
+        """
+
         def run(hidden: Tensor) -> Any:
             for site in self.sites:
                 site.adapter = ship_adapter

@@ -45,7 +45,16 @@ class TrunkHypernetwork(Hypernetwork):
         self.norm = nn.LayerNorm(width)
 
     def embeddings(self, group: int, count: int, device: torch.device) -> Tensor:
-        """The learned embeddings of a group's places, (count, D)."""
+        """The learned embeddings of a group's places.
+
+        Args:
+            group: its number among the groups that `add_trunk` was given.
+            count: how many places it has.
+            device: where the trunk is.
+
+        Returns:
+            (count, D).
+        """
         places: Tensor = self.site_embeddings[group](torch.arange(count, device=device))
         return places
 
