@@ -128,7 +128,13 @@ def kernel_runs(device: torch.device | str, dtype: torch.dtype) -> bool:
 
 
 def needs_no_mask(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this model's attention goes by lengths alone where tokens lie as in training."""
+    """Whether this model's attention goes by lengths alone where tokens lie as in training.
+
+    Args:
+        implementation: the name of its attention for transformers, as `resolve` gives it.
+        device: where the model runs.
+        dtype: of its queries, keys and values.
+    """
     return implementation == VARLEN and kernel_runs(device, dtype)
 
 
@@ -157,7 +163,19 @@ def varlen_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """None where `varlen_forward` takes the kernel, else the mask that SDPA needs."""
+    """None where `varlen_forward` can take the kernel, else the mask that SDPA needs.
+
+    Args:
+        q_length: tokens of a row that ask.
+        kv_length: tokens of a row that are asked, those in the cache included.
+        attention_mask: (E, keys), False where a token is padding; None: no row is padded.
+        dtype: of the model's states.
+        device: where the model runs.
+        kwargs: of transformers, for its `sdpa_mask`.
+
+    Returns:
+        (E, 1, S, keys), True where a token sees a key; None also where SDPA's own causal mask does.
+    """
     if attention_mask is None and q_length == kv_length and kernel_runs(device, dtype):
         return None
     mask: Tensor | None = sdpa_mask(
@@ -193,7 +211,20 @@ def varlen_forward(
     """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F).
 
     Sequences end where `cu_seq_lens_q` says, else where `position_ids` start again, else at the end
-    of each row.
+    of each row. `sdpa_forward` runs where the kernel does not, or there is a mask, a cache or a
+    prefix.
+
+    Args:
+        module, query, key, value, attention_mask, dropout, scaling: as transformers gives them.
+        sliding_window: how many keys a token sees, its own included; None: all up to its own.
+        kwargs: of transformers, and those that `sdpa_forward` takes besides.
+
+    Returns:
+        The output, (E, S, A, F), and None in place of the weights.
+
+    Raises:
+        UserError: the blocks do not hand on where packed sequences end, ask for attention that is
+            not known here, or for dropout in the kernel.
     """
     ends: Tensor | None = kwargs.get("cu_seq_lens_q")
     knows_ends = ends is not None or kwargs.get("ship_rows") is not None

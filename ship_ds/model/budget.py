@@ -143,7 +143,13 @@ def batches(
 def row_batches(
     widths: Sequence[int], bytes_free: int, row_bytes: Callable[[int], int]
 ) -> Iterator[list[int]]:
-    """As `batches`, for rows that belong to no task: their numbers, the longest first."""
+    """As `batches`, for rows that belong to no task: their numbers, the longest first.
+
+    Args:
+        widths: tokens of each row.
+        bytes_free: for a batch.
+        row_bytes: what a row of this width needs, in a batch of such rows.
+    """
     for batch in batches([[width] for width in widths], bytes_free, row_bytes):
         yield [piece.task for piece in batch]
 

@@ -32,7 +32,16 @@ ElementwiseMode = Literal["eager", "compiled"]
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The norm of x (..., H) in its dtype, and its scale (..., 1) in fp32."""
+    """The norm of x and its scale; see the top of this file.
+
+    Args:
+        x: (..., H).
+        weight_H: of the norm, in the dtype of x.
+        epsilon: added to the mean square.
+
+    Returns:
+        The norm, (..., H), in the dtype of x, and the scale, (..., 1), in fp32.
+    """
     wide = x.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
     scale = scale.div_(x.shape[-1]).add_(epsilon).rsqrt_()
@@ -42,7 +51,17 @@ def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tenso
 
 
 def rms_norm_gradient(grad: Tensor, x: Tensor, weight_H: Tensor, scale: Tensor) -> Tensor:
-    """Of x (..., H), where `grad` (..., H) is that of the norm and `scale` what `rms_norm` gave."""
+    """The gradient of x.
+
+    Args:
+        grad: of the norm, (..., H).
+        x: what `rms_norm` was given, (..., H).
+        weight_H: of the norm, in the dtype of x.
+        scale: what `rms_norm` gave, (..., 1).
+
+    Returns:
+        (..., H), in the dtype of x.
+    """
     wide = x.float()
     # The scale's own derivative is -scale^3 x / H.
     weighted = (grad * weight_H).float()
@@ -52,15 +71,31 @@ def rms_norm_gradient(grad: Tensor, x: Tensor, weight_H: Tensor, scale: Tensor) 
 
 
 def rms_norm_weight_gradient(grad: Tensor, x: Tensor, weight_H: Tensor, scale: Tensor) -> Tensor:
-    """Of the weight (H,), where `grad` is that of the norm; never compiled, since few train it."""
+    """The gradient of the weight; never compiled, since few train it.
+
+    Args:
+        grad: of the norm, (..., H).
+        x: what `rms_norm` was given, (..., H).
+        weight_H: of the norm, in the dtype of x.
+        scale: what `rms_norm` gave, (..., 1).
+
+    Returns:
+        (H,), in the dtype of the weight.
+    """
     products_XH = (grad.float() * x.float()).reshape(-1, x.shape[-1])
     return (scale.flatten()[None] @ products_XH)[0].to(weight_H.dtype)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """x (E, A, S, F) turned by the angles of cos and sin (E, 1, S, F), whose halves are equal.
+    """x turned by the angles of cos and sin.
 
-    sign: 1, or -1 to turn it back.
+    Args:
+        x: queries or keys of all heads, (E, A, S, F).
+        cos, sin: of each token's angles, (E, 1, S, F), whose halves are equal.
+        sign: 1, or -1 to turn it back.
+
+    Returns:
+        (E, A, S, F).
     """
     half = x.shape[-1] // 2
     out = x * cos
@@ -90,7 +125,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Of gate and up, in their dtypes, where `grad` is that of `swiglu`; all of one shape."""
+    """The gradients of gate and up; all of one shape.
+
+    Args:
+        grad: of what `swiglu` gave.
+        gate, up: what `swiglu` was given.
+
+    Returns:
+        That of gate and that of up, in their dtypes.
+    """
     wide, share = gate.float(), gate.float().sigmoid()
     slope = share * (1 + wide * (1 - share))
     of_gate, of_up = grad.float() * up.float() * slope, grad.float() * wide * share

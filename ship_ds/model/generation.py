@@ -55,7 +55,16 @@ def continue_rows(
 
 
 def with_one_end(tokens_E: Tensor, eos_id: int, ends_X: Tensor) -> Tensor:
-    """These tokens, with `eos_id` in place of any other end."""
+    """These tokens, with `eos_id` in place of any other end.
+
+    Args:
+        tokens_E: one a row, or one a label.
+        eos_id: the end that is kept.
+        ends_X: the others; empty: there are none.
+
+    Returns:
+        As many, in the same places.
+    """
     if not len(ends_X):
         return tokens_E
     return tokens_E.masked_fill(torch.isin(tokens_E, ends_X), eos_id)
@@ -64,9 +73,13 @@ def with_one_end(tokens_E: Tensor, eos_id: int, ends_X: Tensor) -> Tensor:
 def greedy(
     stream: Stream, eos_id: int, max_new_tokens: int, other_ends: Sequence[int] = ()
 ) -> list[list[int]]:
-    """The most likely token at every step; arguments as in `continue_rows`.
+    """The most likely token at every step, of each row up to and including its first end.
 
-    other_ends: tokens that end a row too, and are given back as `eos_id`.
+    Args:
+        stream: the prompts.
+        eos_id: ends a row.
+        max_new_tokens: cuts a row off.
+        other_ends: tokens that end a row too, and are given back as `eos_id`.
     """
     ends_X = torch.tensor(other_ends, device=stream.logits_EV.device)
 

@@ -139,6 +139,14 @@ def ending_at(columns: Tensor, length: int, dimension: int) -> Tensor:
     """The last `length` columns, or all of them behind as many zeros as it takes.
 
     Zeros, since what attention hides is still multiplied: by a weight of zero.
+
+    Args:
+        columns: of any shape, such as keys (E, G, S, F).
+        length: how many are wanted.
+        dimension: of the columns, 2 in keys.
+
+    Returns:
+        `length` long in that dimension; a view where no zeros are put in.
     """
     have = columns.shape[dimension]
     if have >= length:

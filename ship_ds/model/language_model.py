@@ -291,7 +291,17 @@ class LanguageModel(ABC):
     def embed_packed(
         self, batch: TokenBatch, soft: Tensor | None = None, instruction: Tensor | None = None
     ) -> Tensor:
-        """Embeddings (1, N, H) of the packed tokens of a batch; arguments as in `embed`."""
+        """Embeddings of the packed tokens of a batch.
+
+        Args:
+            batch: what to embed.
+            soft: (E, P, H), in the places of the virtual tokens; None: nothing is put there.
+            instruction: (E, instruction length, H), in place of the instruction's tokens; None:
+                theirs.
+
+        Returns:
+            (1, N, H).
+        """
         packed = batch.packed
         hidden_NH = self.embed_ids(batch.ids_ES.flatten().index_select(0, packed.source_N))
         for places_X, values in ((packed.virtual_X, soft), (packed.instruction_X, instruction)):
@@ -396,8 +406,18 @@ class LanguageModel(ABC):
         *,
         checkpointing: bool = False,
     ) -> Tensor:
-        """The last layer's states (E, S, H) after every token of each row, zero in the padding: for
-        who attends to a whole text. A model that can reads it packed; arguments as in `hidden`."""
+        """The last layer's states after every token of each row, for who attends to a whole text. A
+        model that can reads it packed, unless embeddings are given.
+
+        Args:
+            batch: its tokens.
+            embeddings_ESH: read in place of them; None: they are embedded as they are.
+            adapter: one for all rows; None: the bare base.
+            checkpointing: recompute each block in the backward pass.
+
+        Returns:
+            (E, S, H), zero in the padding.
+        """
         if self.packs and embeddings_ESH is None:
             return batch.in_rows(self.packed_states(batch, adapter, checkpointing=checkpointing))
         hidden_ESH = self.hidden(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
@@ -413,8 +433,17 @@ class LanguageModel(ABC):
         *,
         checkpointing: bool = False,
     ) -> Tensor:
-        """`states` and, behind them, what came into each of `blocks`, side by side, (E, S, X), zero
-        in the padding; arguments as in `hidden`."""
+        """`states` and, behind them, what came into each of `blocks`, side by side.
+
+        Args:
+            batch: its tokens.
+            embeddings_ESH: read in place of them; None: they are embedded as they are.
+            adapter: one for all rows; None: the bare base.
+            checkpointing: recompute each block in the backward pass.
+
+        Returns:
+            (E, S, X), zero in the padding; X is (1 + blocks) x H.
+        """
         came_in: list[Tensor] = []
 
         def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -442,8 +471,18 @@ class LanguageModel(ABC):
         *,
         checkpointing: bool = False,
     ) -> Tensor:
-        """The last layer's states (E, H) after the last token of each row, which has read all of
-        it. A model that can reads it packed; arguments as in `hidden`."""
+        """The last layer's states after the last token of each row, which has read all of it. A
+        model that can reads it packed, unless embeddings are given.
+
+        Args:
+            batch: its tokens.
+            embeddings_ESH: read in place of them; None: they are embedded as they are.
+            adapter: one for all rows; None: the bare base.
+            checkpointing: recompute each block in the backward pass.
+
+        Returns:
+            (E, H).
+        """
         if self.packs and embeddings_ESH is None:
             states_NH = self.packed_states(batch, adapter, checkpointing=checkpointing)
             return states_NH.index_select(0, batch.packed.last_E)
@@ -515,8 +554,17 @@ class LanguageModel(ABC):
     def logits(
         self, batch: TokenBatch, adapter: "Adapter | None" = None, soft: Tensor | None = None
     ) -> Tensor:
-        """Logits (E, S - P, V), one for each token of the prompts but virtual ones: what comes
-        after it, or, where another stack writes, that token itself as the answer."""
+        """Logits for each token of the prompts but virtual ones: of what comes after it, or, where
+        another stack writes, of that token itself as the answer.
+
+        Args:
+            batch: prompts without targets.
+            adapter: its tasks have equally many consecutive rows each; None: the bare base.
+            soft: see `embed`.
+
+        Returns:
+            (E, S - P, V); what stands where a row is padded means nothing.
+        """
 
     @abstractmethod
     def stream(
@@ -527,7 +575,14 @@ class LanguageModel(ABC):
         soft: Tensor | None = None,
         instruction: Tensor | None = None,
     ) -> Stream:
-        """The prompts read, to be continued; arguments as in `score`."""
+        """The prompts read, to be continued.
+
+        Args:
+            prompts: without targets.
+            adapter: its tasks have equally many consecutive rows each; None: the bare base.
+            soft: see `embed`.
+            instruction: see `embed`.
+        """
 
 
 LANGUAGE_MODELS: dict[type[PreTrainedConfig], str | type[LanguageModel]] = {

@@ -107,12 +107,23 @@ def load_lm(
     """The language model in `dtype`; with "nf4" its linears in 4 bits with double quantisation
     (Dettmers et al. 2023).
 
-    device: where it will run (None: on CUDA if this machine has it); it decides the attention. 16-
-    and 32-bit weights load on the CPU, 4-bit ones are made on the device. shard: see streaming.py;
-    for 4-bit weights alone. elementwise: see lean_modules.py.
+    16- and 32-bit weights load on the CPU, 4-bit ones are made on the device; a 4-bit base that
+    transformers has to load whole (`streaming.why_whole`) lies where it puts it: on the GPU, if
+    there is one.
+
+    Args:
+        base: a model folder, or "embedded".
+        quantisation: "nf4", or "none", which leaves its linears as the folder has them.
+        dtype: of all that is not quantised, and of the products.
+        attention: the config's choice of a kernel, see `resolve`.
+        device: where it will run, which decides the attention; None: on CUDA if this machine has
+            it.
+        shard: see streaming.py, for 4-bit weights alone; None: all of them stay here.
+        elementwise: see lean_modules.py.
 
     Raises:
-        UserError: the folder or its model, a kernel that cannot run on the device, or no compiler.
+        UserError: there is no such folder, or its config or its weights cannot be taken; a kernel
+            cannot run on the device, or NF4 with a linear of it on a CPU; or there is no compiler.
     """
     folder, device = base_folder(base), device or this_machine()
     if elementwise == "compiled":
@@ -229,7 +240,17 @@ def _check_numbers(folder: Path) -> None:
 
 
 def stored_bytes(base: str, quantisation: Quantisation, dtype: torch.dtype) -> int:
-    """Of the weights as they are held, by their shapes alone; without the scales of 4-bit ones."""
+    """The bytes that a base's weights take as they are held, by their shapes alone; without the
+    scales of 4-bit ones.
+
+    Args:
+        base: a model folder, or "embedded".
+        quantisation: "nf4", or "none", with which all are in `dtype`.
+        dtype: of all that is not quantised.
+
+    Raises:
+        UserError: there is no such folder, or ship_ds knows no model with its config.
+    """
     with torch.device("meta"):
         settings = read_settings(base_folder(base))
         model = without_weights(settings, dtype=dtype)

@@ -162,7 +162,13 @@ def spans(num_weights: int) -> Iterator[tuple[int, int]]:
 
 
 def pieces_of(weight: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Pieces:
-    """A matrix, perhaps backed by a file's pages, piece by piece in another dtype."""
+    """A matrix, perhaps backed by a file's pages, piece by piece in another dtype.
+
+    Args:
+        weight: the matrix; no more of it than the piece that is asked for is copied.
+        dtype: of the pieces.
+        device: where they are wanted; None: where the matrix is.
+    """
     flat = weight.reshape(-1)
     return lambda start, end: flat[start:end].to(device=device, dtype=dtype)
 
