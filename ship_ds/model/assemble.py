@@ -47,7 +47,16 @@ class Weights(Protocol):
     """Where the language models of a config come from."""
 
     def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
-        """The base model; sharded: ZeRO-3 will partition it, so it may do so while loading."""
+        """The base, a transformers model.
+
+        Args:
+            base: a model folder, or "embedded"; of shapes also the name of a published one.
+            quantisation: "nf4" puts its linears in 4 bits; "none" leaves them as they are.
+            sharded: ZeRO-3 will partition it, so it may do so while loading.
+
+        Raises:
+            UserError: there is no such base, or it cannot be made.
+        """
 
     def prompts(self, base: str, system_message: str | None) -> PromptFormat | None:
         """The prompt format with this base's tokenizer; None where there is none."""
@@ -72,7 +81,7 @@ class LoadedWeights:
     elementwise: ElementwiseMode = "eager"
 
     def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
-        """The folder's causal LM."""
+        """See `Weights`: of the folder, by `load_lm`."""
         device = self.device or this_machine()
         shard = self.shard if sharded else None
         return load_lm(

@@ -58,6 +58,15 @@ class Collator:
         """The batch of a micro-step: each task's wording, the examples to answer, those shown.
 
         Made on the host and moved in one copy.
+
+        Args:
+            draws: this rank's tasks of the micro-step; each has equally many examples to answer.
+            seed: of the run.
+            step: the global step; with the seed it keys the noise and what is hidden.
+            device: where the batch is wanted.
+
+        Raises:
+            UserError: a text holds a control token of the base (`PromptFormat.check_spelling`).
         """
         host = torch.device("cpu")
         names = [draw.task_id for draw in draws]
@@ -134,9 +143,19 @@ class Collator:
         device: torch.device,
         states: Sequence[bool] | None = None,
     ) -> TokenBatch:
-        """What the Task LLM reads under an adapter, one wording an input; no targets: to be
-        answered. states: which inputs stand behind the wording as text, whatever `instruction`
-        says; None: none."""
+        """What the Task LLM reads under an adapter, a row an input.
+
+        Args:
+            inputs: what is asked, those of a task side by side.
+            targets: one an input; None: to be answered.
+            wordings: one an input; None among them: no instruction.
+            device: where the batch is wanted.
+            states: which inputs stand behind the wording as text, whatever `instruction` says;
+                None: none.
+
+        Raises:
+            UserError: a text holds a control token of the base (`PromptFormat.check_spelling`).
+        """
         prompts = self.prompts.task_llm
         return TokenBatch.build(
             [
@@ -155,8 +174,16 @@ class Collator:
     def bare_questions(
         self, inputs: Sequence[str], wordings: Sequence[str | None], device: torch.device
     ) -> TokenBatch:
-        """What the Task LLM reads without an adapter: the instruction as text, where there is
-        one."""
+        """What the Task LLM reads without an adapter: the instruction as text, where there is one.
+
+        Args:
+            inputs: what is asked.
+            wordings: one an input; None among them: no instruction.
+            device: where the batch is wanted.
+
+        Raises:
+            UserError: a text holds a control token of the base (`PromptFormat.check_spelling`).
+        """
         prompts = self.prompts.task_llm
         ids = [
             prompts.task_prompt(text, wording)

@@ -120,20 +120,39 @@ class Decoder(Writer):
         self, latent_TZ: Tensor, shows_latent_T: Tensor | None, batch: TokenBatch
     ) -> Passage:
         """What `forward` reads, for a pass of another role over the same base; not under ZeRO-3,
-        which gathers the learned tokens in `forward` alone."""
+        which gathers the learned tokens in `forward` alone.
+
+        Args:
+            latent_TZ: z of each row.
+            shows_latent_T: see `soft_tokens`.
+            batch: examples with the instruction as target.
+        """
         soft_TPH = self.soft_tokens(latent_TZ, shows_latent_T)
         return Passage(batch, self.own_adapter, soft=soft_TPH)
 
     def generate(
         self, latent_TZ: Tensor, prompts: TokenBatch, eos_id: int, max_new_tokens: int
     ) -> list[list[int]]:
-        """Greedy instructions as token ids, each up to and including its end of sequence."""
+        """Greedy instructions as token ids, each up to and including its end of sequence.
+
+        Args:
+            latent_TZ: z of each row.
+            prompts: examples, or none, without a target.
+            eos_id: ends a row.
+            max_new_tokens: cuts a row off.
+        """
         return greedy(self.stream(latent_TZ, None, prompts), eos_id, max_new_tokens)
 
     def stream(
         self, latent_TZ: Tensor, shows_latent_T: Tensor | None, prompts: TokenBatch
     ) -> Stream:
-        """The prompts read after each latent's soft tokens, about to write the instruction."""
+        """The prompts read after each latent's soft tokens, about to write the instruction.
+
+        Args:
+            latent_TZ: z of each row.
+            shows_latent_T: see `soft_tokens`.
+            prompts: examples, or none, without a target.
+        """
         # By way of `forward`: ZeRO-3 gathers a module's own parameters in there alone.
         stream: Stream = self(latent_TZ, shows_latent_T, prompts, continues=True)
         stream.before_token = self.before_token

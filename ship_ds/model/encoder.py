@@ -231,9 +231,18 @@ def _laid_out(states_ESH: Tensor, rows: TokenBatch, others: TokenBatch) -> Tenso
 
 
 def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int) -> Tensor:
-    """Standard normal noise (T, Z), keyed by (seed, step, task id) alone.
+    """Standard normal noise, keyed by (seed, step, task id) alone.
 
     So a task's noise at a step is the same on any number of ranks, and no rank's generator moves.
+
+    Args:
+        seed: of the run.
+        step: the global step.
+        task_ids: of the batch, in its order.
+        latent_size: Z.
+
+    Returns:
+        (T, Z), on the CPU.
     """
     return torch.stack(
         [_task_noise(f"{seed} {step} {task_id}", latent_size) for task_id in task_ids]
@@ -241,7 +250,16 @@ def posterior_noise(seed: int, step: int, task_ids: list[str], latent_size: int)
 
 
 def chances(seed: int, step: int, task_ids: list[str]) -> Tensor:
-    """Numbers from [0, 1), (T,), keyed as the noise is."""
+    """Numbers from [0, 1), keyed as the noise is.
+
+    Args:
+        seed: of the run.
+        step: the global step.
+        task_ids: of the batch, in its order; behind a word where a task has another draw.
+
+    Returns:
+        (T,), on the CPU.
+    """
     drawn = [
         torch.rand((), generator=keyed_generator(f"chance {seed} {step} {task_id}"))
         for task_id in task_ids

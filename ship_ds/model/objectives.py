@@ -79,8 +79,20 @@ class Objective(ABC):
     def prepare(
         self, draws: Sequence[TaskDraw], collator: "Collator", device: torch.device
     ) -> Any | None:
-        """What `sum` needs of a micro-batch's texts, on `device`: it will find it in
-        `outputs.batch.extras` under the objective's name. None: nothing."""
+        """What `sum` needs of a micro-batch's texts.
+
+        Args:
+            draws: this rank's tasks of the micro-step.
+            collator: the model's, which knows its prompts.
+            device: where the model is.
+
+        Returns:
+            That, on `device`; `sum` will find it in `outputs.batch.extras` under the objective's
+            name. None: nothing.
+
+        Raises:
+            UserError: it does not fit the run.
+        """
         return None
 
     def prepare_shapes(self, batch: ShipBatch) -> Any | None:

@@ -148,7 +148,16 @@ class ShipModel(nn.Module):
         return self.task_llm.language_model.packs and self.hypernetwork.packs
 
     def collate(self, draws: Sequence[TaskDraw], seed: int, step: int) -> ShipBatch:
-        """The batch of a micro-step, with what the objectives prepare for themselves."""
+        """The batch of a micro-step, with what the objectives prepare for themselves.
+
+        Args:
+            draws: this rank's tasks of the micro-step; each has equally many examples to answer.
+            seed: of the run.
+            step: the global step.
+
+        Raises:
+            UserError: see `Collator.step` and `Objective.prepare`.
+        """
         batch = self.collator.step(draws, seed, step, self.device)
         for name, objective in self.objectives.items():
             extra = objective.prepare(draws, self.collator, self.device)
@@ -167,8 +176,16 @@ class ShipModel(nn.Module):
         targets: Sequence[str] | None,
         wordings: Sequence[str | None],
     ) -> TokenBatch:
-        """What the Task LLM reads under an adapter, one wording an input; no targets: to be
-        answered."""
+        """What the Task LLM reads under an adapter, a row an input.
+
+        Args:
+            inputs: what is asked, those of a task side by side.
+            targets: one an input; None: to be answered.
+            wordings: one an input; None among them: no instruction.
+
+        Raises:
+            UserError: see `Collator.answers`.
+        """
         return self.collator.answers(inputs, targets, wordings, self.device)
 
     def forward(self, batch: ShipBatch) -> StepSums:
@@ -421,12 +438,20 @@ class ShipModel(nn.Module):
         max_new_tokens: int,
         wordings: Sequence[str] | None = None,
     ) -> list[str | None]:
-        """Greedy answers, one an input, task-major under `adapter`; None where no end-of-sequence
-        came in time.
+        """Greedy answers, one an input; None where no end-of-sequence came in time.
 
-        wordings: one instruction an input. Under an adapter the prompt states it as
-        `model.task_llm.instruction` says, by default not at all; without one it states it as text
-        (the upper reference).
+        Args:
+            adapter: its tasks have equally many consecutive inputs each; None: the bare base.
+            inputs: what is asked, in one batch.
+            max_new_tokens: cuts an answer off.
+            wordings: one instruction an input. Under an adapter the prompt states it as
+                `model.task_llm.instruction` says, by default not at all; without one it states it
+                as text (the upper reference). None: no instruction.
+
+        Raises:
+            ValueError: there is an adapter and no wordings, and `model.task_llm.instruction` is not
+                `none`.
+            UserError: see `Collator.answers`.
         """
         batch = self._questions(adapter, inputs, wordings)
         rows = self.task_llm.generate(

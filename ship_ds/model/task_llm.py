@@ -93,14 +93,31 @@ class TaskLlm(Writer):
         instruction: Tensor | None = None,
         other_ends: Sequence[int] = (),
     ) -> list[list[int]]:
-        """Greedy answers as token ids, each up to and including its end of sequence."""
+        """Greedy answers as token ids, each up to and including its end of sequence.
+
+        Args:
+            adapter: of the tasks; None: the bare base.
+            prompts: questions without targets.
+            eos_id: ends a row.
+            max_new_tokens: cuts a row off.
+            instruction: embeddings (T, instruction length, H) in place of the instruction tokens
+                that the batch has before each prompt; None: theirs.
+            other_ends: tokens that end a row too, and are given back as `eos_id`.
+        """
         stream = self.stream(adapter, prompts, instruction)
         return greedy(stream, eos_id, max_new_tokens, other_ends)
 
     def stream(
         self, adapter: Adapter | None, prompts: TokenBatch, instruction: Tensor | None = None
     ) -> Stream:
-        """The prompts read under their tasks' adapters, to be continued."""
+        """The prompts read under their tasks' adapters, to be continued.
+
+        Args:
+            adapter: of the tasks; None: the bare base.
+            prompts: questions without targets.
+            instruction: embeddings (T, instruction length, H) in place of the instruction tokens
+                that the batch has before each prompt; None: theirs.
+        """
         if self.before_pass is not None:
             self.before_pass()
         num_rows = len(prompts.lengths)
