@@ -48,7 +48,14 @@ class DevCurve:
     seconds: float = 0.0
 
     def is_due(self, budget: Budget, before: Spent, now: Spent) -> bool:
-        """Whether the step between these two moments is followed by an evaluation."""
+        """Whether the step between these two moments is followed by an evaluation.
+
+        Args:
+            budget: of the training; an open-ended one goes by `every`, a bounded one by
+                `num_looks`.
+            before: what the training had used before the step.
+            now: what it has used after it.
+        """
         if isinstance(budget, UntilDevStops):
             return now.steps % self.every == 0
         # By what the step crosses: in a budget of minutes no step ends exactly on a mark.

@@ -102,7 +102,16 @@ class FrozenBase:
         self, adapter: Adapter, batch: TokenBatch, num_tasks: int
     ) -> tuple[Tensor, Tensor]:
         """Logits (K, V) and labels (K,); the batch's rows are task-major under `num_tasks`
-        adapters."""
+        adapters.
+
+        Args:
+            adapter: of the T tasks, in the order of their rows.
+            batch: prompts with targets, equally many of each task.
+            num_tasks: T.
+
+        Returns:
+            Logits (K, V), through which the adapter's gradient goes, and labels (K,).
+        """
         return self.task_llm.score(adapter, batch, num_tasks, self.packs)
 
     def pieces(
@@ -167,7 +176,18 @@ class FrozenBase:
         num_virtual_tokens: int = 0,
     ) -> Iterator[Tensor]:
         """The sum over tasks of each one's nats an example, in pieces: a task's gradient is what it
-        would be without the others. Arguments as in `losses`."""
+        would be without the others.
+
+        Args:
+            adapter: one for all rows; or what makes those of some tasks, anew for each piece, whose
+                backward pass takes its graph with it.
+            prompts: token ids, one row of prompts a task.
+            targets: of each prompt.
+            num_virtual_tokens: places for an adapter's embeddings before each prompt.
+
+        Yields:
+            Scalars that add up to the sum.
+        """
         for parts, summed in self._summed(adapter, prompts, targets, num_virtual_tokens):
             # The tasks of a piece have equally many rows (budget.batches).
             yield summed / len(prompts[parts[0].task])
@@ -192,7 +212,16 @@ class FrozenBase:
         self, adapter: Adapter, prompts: Sequence[Ids], targets: Sequence[str]
     ) -> Tensor:
         """log p(target | prompt) of each row in nats, (E,), end of sequence included; one adapter
-        for all rows."""
+        for all rows.
+
+        Args:
+            adapter: of one task.
+            prompts: token ids of each row.
+            targets: text of each row.
+
+        Returns:
+            (E,) in fp32, without gradient.
+        """
         labels = [self.prompts.target(text) for text in targets]
         lm, pad_id = self.task_llm.language_model, self.prompts.pad_id
         log_likelihood_E = torch.zeros(len(targets), device=self.device)

@@ -61,7 +61,19 @@ class LoraPerTask:
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        """Train a group of tasks at a time, and answer under what came out."""
+        """Train a group of tasks at a time, and answer under what came out.
+
+        Args:
+            tasks: whose training examples their LoRAs learn from.
+            wordings: not read.
+            inputs: one row a task.
+
+        Returns:
+            One row a task, one answer an input; a `CutOff` where it did not end in time.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
         answers: AnswersByTask = []
         size = group_size(self.base, [task.train for task in tasks], self.num_drawn)
         for start in range(0, len(tasks), size):

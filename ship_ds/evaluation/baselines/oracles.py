@@ -91,11 +91,24 @@ def train_oracles(
     examples_per_task: int,
     seed: int,
 ) -> Oracles:
-    """A group of tasks batched at a time, in random order; each LoRA sees its own task alone.
+    """Oracles of the tasks: a group of them batched at a time, in random order; each LoRA sees its
+    own task alone.
 
     No group is begun once the budget is spent: tasks that were not reached have no oracle, since a
     half-trained one would teach a wrong adapter. The first group is always trained. Nor has a task
     an oracle for which there is no room (`_most_oracles`).
+
+    Args:
+        base: whose Task LLM they adapt.
+        tasks: with their training examples.
+        budget: of all groups together; not one that dev ends, which is never spent.
+        recipe: how long and how fast.
+        examples_per_task: of a step.
+        seed: of the order of the tasks, and of the examples that a step draws; where the LoRAs
+            start is drawn by torch's own generator.
+
+    Raises:
+        UserError: a loss is not finite.
     """
     order = random.Random(f"{seed} oracles").sample(tasks, len(tasks))[: _most_oracles(base)]
     first, started, used = TaskLoras(base.sites, base.lora), time.perf_counter(), Spent()
@@ -164,7 +177,16 @@ def train_group(
 
 def nats_a_token(base: FrozenBase, lora: LoraAdapter, examples: Sequence[Example]) -> float:
     """The mean loss of a task's targets under a LoRA of one task; of many examples of a few, evenly
-    spaced."""
+    spaced.
+
+    Args:
+        base: whose Task LLM it adapts.
+        lora: of one task.
+        examples: of the task, at least one.
+
+    Returns:
+        Nats a token, ends of sequence among the tokens.
+    """
     some = spread(examples, _MOST_SCORED)
     targets = [example.target for example in some]
     prompts = [base.prompts.task_prompt(example.input) for example in some]
@@ -210,7 +232,16 @@ def _joined(groups: list[LoraAdapter]) -> LoraAdapter:
 
 def draw(examples: Sequence[Example], count: int, key: str) -> list[Example]:
     """`count` of a task's examples, all different where there are enough; a function of `key`
-    alone."""
+    alone.
+
+    Args:
+        examples: of the task, at least one.
+        count: how many; where the task has fewer, some come more than once.
+        key: a text that tells this draw from others.
+
+    Returns:
+        The examples in random order.
+    """
     rng = random.Random(key)
     if count <= len(examples):
         return rng.sample(examples, count)

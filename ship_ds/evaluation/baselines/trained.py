@@ -290,8 +290,21 @@ class TrainedMethod(ABC):
 
 
 def costs_of(method: type[TrainedMethod], folder: Path, budget: Budget) -> dict[str, Any]:
-    """What the training of the method whose folder this is took; empty where it was trained in
-    another way or for another budget, or by a version that did not say."""
+    """What the training of the method whose folder this is took; empty where it was trained by
+    another recipe or for another budget, by a version that did not say, or not at all.
+
+    Args:
+        method: whose recipe the training must have had.
+        folder: the method's own (`Setting.folder`).
+        budget: that the training must have had.
+
+    Returns:
+        `steps`, `minutes` without those on dev, `trained_parameters` and, where there were steps,
+        `seconds_a_step`.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
     path = folder / "weights" / _MANIFEST
     manifest = read_json_object(path) if path.is_file() else {}
     expected = {"recipe": json.loads(json.dumps(method.numbers())), "budget": repr(budget)}
