@@ -19,7 +19,13 @@ class Spent:
     examples: int = 0
 
     def after(self, steps: int, examples: int, seconds: float) -> "Spent":
-        """With so many steps and examples more, at so many seconds since the start."""
+        """With so many steps and examples more, at so many seconds since the start.
+
+        Args:
+            steps: taken since.
+            examples: answered since.
+            seconds: in all, without those on dev; they take the place of the ones before.
+        """
         return Spent(self.steps + steps, seconds, self.examples + examples)
 
 

@@ -57,7 +57,16 @@ class EndpointJudge(Judge):
         return self.prompt.is_yes(self.endpoint.reply(self.prompt.about_text(text, instruction)))
 
     def is_right(self, answer: str | None, example: Example, instruction: str) -> bool:
-        """Whether the judge calls the answer right; of one that never ended it is not asked."""
+        """Whether the judge calls the answer right; of one that never ended it is not asked.
+
+        Args:
+            answer: a method's; None, or a `CutOff`: it never ended.
+            example: that it answers, with every right answer.
+            instruction: of the task.
+
+        Raises:
+            UserError: the judge gave no answer.
+        """
         if not has_ended(answer):
             return False
         messages = self.prompt.about_answer(answer, example, instruction)

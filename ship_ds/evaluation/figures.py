@@ -528,7 +528,17 @@ def plot(runs: Sequence[Path], out: Path, log: Log) -> list[Path]:
 def save(
     name: str, draw: Callable[[Sequence[Path]], Figure], runs: Sequence[Path], out: Path
 ) -> Path:
-    """Draw one figure into OUT/NAME.png and return its path."""
+    """Draw one figure into OUT/NAME.png and return its path.
+
+    Args:
+        name: of the file, without its ending.
+        draw: makes the figure of the runs.
+        runs: the first one is what figures of a single run are of.
+        out: folder, made where it is not there.
+
+    Raises:
+        NotDrawn: what the figure needs is not there.
+    """
     path = out / f"{name}.png"
     figure = draw(runs)
     with whole_file(path) as part:

@@ -35,7 +35,13 @@ class JudgePrompt:
         return _messages(self.same_system, self.same.format(true=true, induced=induced))
 
     def about_answer(self, answer: str, example: Example, instruction: str) -> list[dict[str, str]]:
-        """The messages that ask whether an answer is right."""
+        """The messages that ask whether an answer is right.
+
+        Args:
+            answer: a method's.
+            example: that it answers, with every right answer.
+            instruction: of the task.
+        """
         question = self.right.format(
             instruction=instruction,
             input=example.input,

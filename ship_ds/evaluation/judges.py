@@ -119,7 +119,16 @@ def metric_rows(
 def paper_rows(
     answers: AnswersByTask, asked: Sequence[Sequence[Example]], questions: Sequence[Question]
 ) -> list[list[float]]:
-    """The metric of the format's paper, where a task has one; else an empty row."""
+    """The metric of the format's paper, where a task has one; else an empty row.
+
+    Args:
+        answers: one row a task.
+        asked: the examples that they answer.
+        questions: one a task; the task says which metric, or none.
+
+    Returns:
+        One row a task, one number an answer, from 0 to 1.
+    """
     return [
         metric_rows(partial(paper_score, q.task.task.paper_metric), [row], [examples])[0]
         if q.task.task.paper_metric

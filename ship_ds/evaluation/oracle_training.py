@@ -233,7 +233,13 @@ def _train_group(
 
 
 def lora_of_rows(layout: RowLayout, rows_TX: Tensor, scaling: float) -> LoraAdapter:
-    """The LoRAs of T tasks, in fp32, that a bank holds as rows."""
+    """The LoRAs of T tasks, in fp32, that a bank holds as rows.
+
+    Args:
+        layout: where A and B of each site lie in a row.
+        rows_TX: one row a task, in whatever dtype.
+        scaling: what B A is multiplied by, alpha / rank.
+    """
     factors = {
         path: (a_TRI.float(), b_TOR.float())
         for paths, a_of_sites, b_of_sites in layout.factors(rows_TX)

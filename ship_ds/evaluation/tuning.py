@@ -154,8 +154,16 @@ def parted(
 ) -> tuple[list[Example], list[Example]]:
     """Those that are trained on and those that are held out, at least one of each.
 
+    Args:
+        examples: of one task.
+        share: of them, that is held out, rounded to whole examples.
+        seed: of the draw, and of the order of both.
+
+    Returns:
+        What is trained on, and what is held out.
+
     Raises:
-        UserError: there is one example alone.
+        UserError: there are fewer than two examples.
     """
     if len(examples) < 2:
         raise UserError("--data: has one example; give two or more, since some are held out")

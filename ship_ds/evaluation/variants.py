@@ -205,7 +205,12 @@ def _load(variant: Variant, overrides: Sequence[str]) -> Config:
 
 
 def check(trials: Iterable[VariantRun], num_ranks: int, environment: Mapping[str, str]) -> None:
-    """Whatever would stop one of the trainings later, as far as it can be known.
+    """Refuse whatever would stop one of the trainings later, as far as it can be known.
+
+    Args:
+        trials: the trainings, whose folders may hold what an earlier call left.
+        num_ranks: processes of each training.
+        environment: the variables of this process.
 
     Raises:
         UserError: the first that is found; the message begins with the variant's label.

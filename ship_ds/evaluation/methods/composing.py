@@ -35,6 +35,16 @@ class AdapterSum(Untrained):
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
+        """Each task's answers under the sum of the adapters of its instruction's two steps.
+
+        Args:
+            tasks: whose instructions, and not the wordings, are parted into steps.
+            wordings: one a task, for a Task LLM that reads an instruction too.
+            inputs: one row a task.
+
+        Returns:
+            One row a task, one answer an input; a `CutOff` where it did not end in time.
+        """
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
         return [
             # By the instruction, whatever the wording: that may join its steps by other words.

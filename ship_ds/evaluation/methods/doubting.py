@@ -41,7 +41,17 @@ class Doubting(Untrained):
         inputs: Sequence[Sequence[str]],
         answers: AnswersByTask,
     ) -> list[list[float]]:
-        """Of each answer, the share of samples that give it too."""
+        """Of each answer, the share of samples that give it too; where the answer did not end in
+        time, of those that do not either.
+
+        Args:
+            wordings: the instruction as it is given, one a task.
+            inputs: one row a task.
+            answers: what `deduce` gave to these.
+
+        Returns:
+            One row a task, one number an answer, from 0 to 1.
+        """
         posterior = self.ship.model.posterior(wordings)
         ended: AnswersByTask = [
             [None if isinstance(answer, CutOff) else answer for answer in row] for row in answers

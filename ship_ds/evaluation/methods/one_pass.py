@@ -89,7 +89,16 @@ class OnePass(Untrained):
     def deduce(
         self, tasks: Sequence[SplitTask], wordings: Sequence[str], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
-        """By the instruction and some of the task's training examples."""
+        """By the instruction and some of the task's training examples.
+
+        Args:
+            tasks: whose training examples the encoder reads.
+            wordings: the instruction as it is given beside them, one a task.
+            inputs: one row a task.
+
+        Returns:
+            One row a task, one answer an input; a `CutOff` where it did not end in time.
+        """
         model, length = self.ship.model, self.ship.config.evaluation.max_new_tokens
         readings = self._with_examples(tasks, wordings)
         return answer_read(model, readings, wordings, inputs, length, keeps_cut_off=True)
@@ -100,7 +109,16 @@ class OnePass(Untrained):
         wordings: Sequence[str],
         asked: Sequence[Sequence[Example]],
     ) -> list[list[float]]:
-        """See `Predicts`."""
+        """See `Predicts`; under the adapters that `deduce` answers by.
+
+        Args:
+            tasks: whose training examples the encoder reads.
+            wordings: the instruction as it is given beside them, one a task.
+            asked: examples, one row a task.
+
+        Returns:
+            One row a task, one number an example.
+        """
         readings = self._with_examples(tasks, wordings)
         return losses_under_adapters(self.ship.model, wordings, asked, readings)
 
