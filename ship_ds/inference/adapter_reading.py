@@ -219,6 +219,14 @@ def known_distances(model: ShipModel, bank: Bank, adapters: Sequence[Adapter]) -
     """How far the adapter of each known instruction is from each of these, (C,) each: to make them
     is what takes long, and they are made once for all.
 
+    Args:
+        model: with its trained weights.
+        bank: the known instructions.
+        adapters: of one task each.
+
+    Returns:
+        Of each adapter a tensor (C,), in the order of the bank (`Adapter.distance`).
+
     Raises:
         UserError: adapters of this kind have no distance.
     """

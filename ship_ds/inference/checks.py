@@ -171,7 +171,17 @@ def check_text(prompts: PromptFormat, text: str, what: str) -> None:
 
 
 def check_length(length: int, limit: int | None, what: str, reader: str) -> None:
-    """Refuse what is longer than its reader's context. Raises UserError."""
+    """Refuse what is longer than its reader's context.
+
+    Args:
+        length: tokens of the whole prompt, and of what has to fit behind it.
+        limit: tokens that the reader reads at most; None: it has no limit.
+        what: it is, for the message.
+        reader: who reads it, for the message.
+
+    Raises:
+        UserError: it is longer.
+    """
     if limit is not None and length > limit:
         raise UserError(
             f"{what}: is {length} tokens long in its prompt and the {reader} reads at "

@@ -83,7 +83,13 @@ class Derived:
     def keep_posteriors(
         self, instructions: Sequence[str], mean_CZ: Tensor, log_variance_CZ: Tensor
     ) -> None:
-        """Keep them, where the disk lets us."""
+        """Keep the posteriors of the known instructions, where the disk lets us.
+
+        Args:
+            instructions: The known ones, in the order of the rows.
+            mean_CZ: The posteriors' means.
+            log_variance_CZ: Their log-variances.
+        """
         tensors = {"mean": mean_CZ, "log_variance": log_variance_CZ}
         metadata = self._metadata(instructions)
         # shared: two programs may ask one bundle at the same moment.

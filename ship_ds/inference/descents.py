@@ -141,7 +141,16 @@ def descend_from_best(
     model: ShipModel, searches: Sequence[SearchState], config: InductionConfig
 ) -> list[DescentResult]:
     """A few steps from the latents of each task's best candidates, on all examples; these latents
-    themselves where `refine_steps` is zero."""
+    themselves where `refine_steps` is zero.
+
+    Args:
+        model: with its trained weights.
+        searches: one a task, with tested candidates.
+        config: how many of each task's best, and the steps from each.
+
+    Returns:
+        A result for each of these candidates of each task.
+    """
     refinements = [
         _Refinement(search, number, candidate)
         for search in searches
@@ -178,7 +187,16 @@ def descend_from_texts(
 ) -> list[DescentResult]:
     """As `descend_from_scratch`, once more from each task's best text, by a quarter of the steps:
     from its latent, or from its embeddings. Our own: the authors' code has a descent from the
-    induced text (`iterative_inference`), one epoch ten times, which nothing calls."""
+    induced text (`iterative_inference`), one epoch ten times, which nothing calls.
+
+    Args:
+        model: with its trained weights.
+        searches: one a task, with tested candidates.
+        config: the method, and the steps of which a quarter is taken.
+
+    Returns:
+        A result for each task.
+    """
     refinements = [_Refinement(search, 0, search.best[0]) for search in searches]
     schedule, results = _schedule(config, _SHARE_FROM_TEXT), []
     for chunk in _chunks(model, refinements):

@@ -392,7 +392,16 @@ def _refine(
 def known_neighbours(
     bank: Bank, searches: Sequence[SearchState], config: InductionConfig
 ) -> Iterator[Proposal]:
-    """The known instructions nearest to each task's best candidates."""
+    """The known instructions nearest to each task's best candidates.
+
+    Args:
+        bank: the known instructions.
+        searches: one a task, with tested candidates.
+        config: how many of each task's best, and how many neighbours of each at most.
+
+    Yields:
+        Neighbours that were not tested yet, with their latents.
+    """
     for search in searches:
         best = torch.tensor([c.latent for c in search.best[: config.num_refined]])
         # One more than is asked for: a known candidate is its own nearest.

@@ -55,7 +55,13 @@ class Familiarity:
 
 
 def nearest_known(bank: Bank, latent_Z: Tensor, count: int) -> list[Neighbour]:
-    """The `count` known instructions nearest to a latent, nearest first."""
+    """The `count` known instructions nearest to a latent, nearest first.
+
+    Args:
+        bank: the known instructions.
+        latent_Z: on the bank's device.
+        count: of neighbours, at most.
+    """
     distance_C = torch.cdist(latent_Z[None], bank.latent_CZ)[0]
     nearest = distance_C.topk(min(count, len(bank)), largest=False)
     return [
@@ -91,7 +97,16 @@ class Surroundings:
         self, model: ShipModel, bank: Bank, instructions: Sequence[str]
     ) -> list[Familiarity]:
         """How each instruction lies among the known ones; a known one is compared with the
-        others."""
+        others.
+
+        Args:
+            model: encodes the instructions.
+            bank: the known instructions, whose surroundings these are.
+            instructions: whatever the encoder can read.
+
+        Returns:
+            One of each instruction, in their order.
+        """
         places = {text: c for c, text in reversed(list(enumerate(bank.instructions)))}
         found: list[Familiarity] = []
         for start in range(0, len(instructions), _NUM_ENCODED):

@@ -80,7 +80,16 @@ def latents_beside(
     model: ShipModel, num_views: int, latent_WZ: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The latents beside the views, zeros where there are none, and whether the decoder reads
-    them."""
+    them.
+
+    Args:
+        model: holds the decoder.
+        num_views: W.
+        latent_WZ: see `stream_after`.
+
+    Returns:
+        Latents (W, Z), and of each view whether its latent is read, (W,).
+    """
     shows_latent_W = torch.full((num_views,), latent_WZ is not None, device=model.device)
     latent_WZ = torch.zeros(num_views, model.config.latent_size) if latent_WZ is None else latent_WZ
     return latent_WZ.to(model.device), shows_latent_W
@@ -136,7 +145,15 @@ def likeliest_texts(
     max_new_tokens: int,
 ) -> list[list[str]]:
     """The `num_beams` best instructions by the decoder's own likelihood from each view, best
-    first; those that do not end are left out."""
+    first; those that do not end are left out.
+
+    Args:
+        model: holds the decoder.
+        shown: the examples of each view.
+        latent_WZ: see `stream_after`.
+        num_beams: of each view.
+        max_new_tokens: of a text.
+    """
     eos_id = model.decoder_prompts.eos_id
     texts: list[list[str]] = [[] for _ in shown]
     for chunk in stream_batches(model, shown, num_beams, max_new_tokens):
@@ -223,7 +240,17 @@ def edits(
 def stream_batches(
     model: ShipModel, shown: Sequence[Examples], rows_per_view: int, max_new_tokens: int
 ) -> Iterator[list[int]]:
-    """Views whose rows go into one stream, the longest first."""
+    """Views whose rows go into one stream, the longest first.
+
+    Args:
+        model: holds the decoder.
+        shown: the examples of each view.
+        rows_per_view: how many texts grow from each view at once.
+        max_new_tokens: of a text.
+
+    Yields:
+        Which views, as places in `shown`.
+    """
     num_soft = model.config.decoder.num_soft_tokens
     widths = [num_soft + len(model.decoder_prompts.decoder_prompt(view)) for view in shown]
     costs = model.decoder.language_model.costs

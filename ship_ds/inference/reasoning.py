@@ -75,7 +75,13 @@ def with_examples(
 ) -> list[str | Reading]:
     """What is known of each task once a text is induced, as the encoder reads it: the text and,
     where it was trained on both (`model.encoder.max_examples`), the examples that it was induced
-    from, the first ones of more than in training."""
+    from, the first ones of more than in training.
+
+    Args:
+        model: says how many examples its encoder was trained on.
+        texts: the induced instruction of each task.
+        tasks: the examples of each.
+    """
     most = model.config.encoder.max_examples
     return [
         Reading(text, tuple(examples[:most])) if most and examples else text

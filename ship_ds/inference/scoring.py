@@ -303,7 +303,16 @@ def _losses_a_token(
 def answers_batch(
     model: ShipModel, wordings: Sequence[str], examples: Sequence[Examples]
 ) -> TokenBatch:
-    """What the Task LLM reads under one adapter a candidate, with the targets."""
+    """What the Task LLM reads under one adapter a candidate, with the targets.
+
+    Args:
+        model: makes the prompts.
+        wordings: an instruction a candidate, for a Task LLM that reads it too.
+        examples: those of each candidate, equally many for all.
+
+    Returns:
+        C x M sequences, candidate by candidate.
+    """
     return model.task_batch(
         [e.input for examples_M in examples for e in examples_M],
         [e.target for examples_M in examples for e in examples_M],

@@ -172,6 +172,15 @@ def unique_new_trials(
     """Each task's texts once, under the origin that came first, without those tested before.
 
     Why: testing a text is what costs, and several origins propose the same one.
+
+    Args:
+        model: encodes the texts; where z alone makes an adapter, those whose latent no proposal
+            has.
+        searches: the tasks, with what was tested before.
+        proposals: for these tasks.
+
+    Returns:
+        The trials of all tasks, those of a task together.
     """
     unique = [
         proposal
