@@ -107,9 +107,7 @@ def load_lm(
     """The language model in `dtype`; with "nf4" its linears in 4 bits with double quantisation
     (Dettmers et al. 2023).
 
-    16- and 32-bit weights load on the CPU, 4-bit ones are made on the device; a 4-bit base that
-    transformers has to load whole (`streaming.why_whole`) lies where it puts it: on the GPU, if
-    there is one.
+    16- and 32-bit weights load on the CPU, 4-bit ones are made on the device.
 
     Args:
         base: a model folder, or "embedded".
@@ -133,7 +131,9 @@ def load_lm(
     by_lengths = implementation(settings).goes_by_lengths
     kernel = resolve(attention, device, dtype, caps_scores, _runs_sdpa(settings), by_lengths)
     if quantisation == "none":
-        model = _load_whole(folder, settings, dtype=dtype, attn_implementation=kernel)
+        is_packed = getattr(settings, "quantization_config", None) is not None
+        where = {"device_map": {"": device}} if is_packed else {}
+        model = _load_whole(folder, settings, dtype=dtype, attn_implementation=kernel, **where)
     else:
         model = _load_nf4(folder, settings, dtype, kernel, device, shard)
         if (share := _share_in_16_bits(model)) > _MOST_UNSAID:
@@ -202,11 +202,18 @@ def _load_nf4(
         dtype=dtype,
         attn_implementation=kernel,
         quantization_config=nf4.config(dtype),
+        device_map={"": device},
     )
 
 
 def _load_whole(folder: Path, settings: PreTrainedConfig, **how: Any) -> Any:
     """The model as transformers loads it, which fills up what the files lack with random weights.
+
+    Args:
+        folder: of the model.
+        settings: what `read_settings` made of its config.json.
+        how: for `from_pretrained`. With 4-bit weights a `device_map`: without, bitsandbytes takes
+            the current GPU, whatever device the model is to be on.
 
     Raises:
         UserError: they lack a weight, or have one of another shape or that is no number.

@@ -11,6 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ship_ds.errors import UserError
+from ship_ds.model import loading
 from ship_ds.model.loading import Quantisation, load_lm
 from ship_ds.weights_folder import is_finite
 from tests.model.models import HIDDEN, tiny_lm
@@ -118,12 +119,28 @@ def test_soft_capped_model_loads_on_a_cpu(tmp_path: Path) -> None:
         torch.testing.assert_close(model(IDS).logits, tiny_lm("gemma2")(IDS).logits)
 
 
-def test_a_base_that_transformers_has_to_load_whole_loads_in_4_bits(tmp_path: Path) -> None:
-    """Its linears lie transposed in its files."""
+def test_a_base_that_transformers_has_to_load_whole_loads_in_4_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its linears lie transposed in its files. On the device that is asked for: bitsandbytes would
+    take the current GPU, and so it would for a folder whose weights have 4 bits already."""
     sizes: Any = {"vocab_size": 32, "n_embd": 64, "n_layer": 2, "n_head": 4}
-    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
-    model = load_lm(str(tmp_path), "nf4", torch.float32, device=torch.device("cpu"))
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "whole")
+    maps, load_whole = [], loading._load_whole
+
+    def spy(folder: Path, settings: Any, **how: Any) -> Any:
+        maps.append(how.get("device_map"))
+        return load_whole(folder, settings, **how)
+
+    monkeypatch.setattr(loading, "_load_whole", spy)
+    cpu = torch.device("cpu")
+    model = load_lm(str(tmp_path / "whole"), "nf4", torch.float32, device=cpu)
     assert len(_four_bit(model)) == 2 * 4
+    model.save_pretrained(tmp_path / "packed")
+    again = load_lm(str(tmp_path / "packed"), "none", torch.float32, device=cpu)
+    assert len(_four_bit(again)) == 2 * 4 and maps == [{"": cpu}, {"": cpu}]
+    load_lm(str(tmp_path / "whole"), "none", torch.float32, device=cpu)
+    assert maps[2] is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
