@@ -159,7 +159,9 @@ class _Course:
     def is_over(self) -> bool:
         if isinstance(self.budget, UntilDevStops):
             return self.num_without_gain >= self.budget.patience
-        return self.budget.spent(self._now()) >= 1
+        # As recorded: a clock that is read anew may pass the end after the last step's look at dev
+        # was found to be not due.
+        return self.budget.spent(self.used) >= 1
 
     def _now(self) -> Spent:
         seconds = time.perf_counter() - self.started - self.dev_seconds

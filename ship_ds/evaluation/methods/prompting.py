@@ -62,8 +62,14 @@ class Prompting(TakesShots, Untrained):
         asked: Sequence[Sequence[Example]],
     ) -> list[list[float]]:
         """See `Predicts`."""
+        target = self.ship.model.prompts.target
         stated = [
-            (wording, self._shots(task), max((one.target for one in row), key=len, default=""))
+            # The longest in tokens, which need not have the most characters.
+            (
+                wording,
+                self._shots(task),
+                max((one.target for one in row), key=lambda text: len(target(text)), default=""),
+            )
             for task, wording, row in zip(tasks, wordings, asked, strict=True)
         ]
         return losses_in_prompt(self.ship.model, stated, asked, self._prompt)

@@ -106,6 +106,28 @@ def test_bounded_training_is_looked_at_evenly_and_keeps_its_last_weights() -> No
     assert parameter.item() < -0.1, "the best look was the first; the last weights stay"
 
 
+def test_the_look_at_the_end_is_taken_however_late_the_clock_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every reading takes a tenth of a second, a step a second; the end of the minute falls between
+    a step's record and the next question whether it is over."""
+    now, parameter = [0.0], nn.Parameter(torch.zeros(1))
+
+    def clock() -> float:
+        now[0] += 0.1
+        return now[0]
+
+    def losses_at(step: int) -> Iterator[torch.Tensor]:
+        now[0] += 1 if step else 0.85  # so that step 54 is recorded at 59.95
+        yield parameter.sum()
+
+    monkeypatch.setattr(fitting.time, "perf_counter", clock)
+    looks = looks_that_say([0.1, 0.2], num_looks=2)
+    fit([parameter], losses_at, Minutes(1), 0.1, "a", dev_curve=looks)
+    *before, last = looks.curves["a"]
+    assert last.dev == 0.2 and last.minutes >= 1 > before[-1].minutes
+
+
 def test_looks_at_dev_cost_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes a second, a look an hour; the budget is one minute."""
     now, parameter = [0.0], nn.Parameter(torch.zeros(1))
