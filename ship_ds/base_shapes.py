@@ -45,7 +45,16 @@ def check_shapes(
 
 
 def check_end_id(place: object, end_id: int, num_tokens: int) -> None:
-    """Refuse an end of sequence that the model does not embed. Raises UserError."""
+    """Refuse an end of sequence that the model does not embed.
+
+    Args:
+        place: the model's folder or the tokenizer's name, for the message.
+        end_id: of the token that ends a sequence.
+        num_tokens: that the model embeds.
+
+    Raises:
+        UserError: the model has no such id.
+    """
     if end_id >= num_tokens:
         raise UserError(
             f"{place}: the tokenizer's eos_token is id {end_id}, and the model embeds {num_tokens} "

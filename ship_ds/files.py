@@ -83,7 +83,15 @@ def whole_file(path: Path, *, shared: bool = False, durable: bool = True) -> Ite
 
 
 def write_text(path: Path, text: str, *, shared: bool = False, durable: bool = True) -> None:
-    """Replace a text file in one step; the arguments are those of `whole_file`."""
+    """Replace a text file in one step.
+
+    Args:
+        path: The file; its folder is made when it is missing.
+        text: What it holds then, in UTF-8.
+        shared: Other processes may write the same file at this moment, so the incomplete one is
+            named after this process.
+        durable: Wait until it is on the disk; see `whole_file`.
+    """
     with whole_file(path, shared=shared, durable=durable) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -91,7 +99,16 @@ def write_text(path: Path, text: str, *, shared: bool = False, durable: bool = T
 def write_json(
     path: Path, value: Any, *, indent: int | None = 1, shared: bool = False, durable: bool = True
 ) -> None:
-    """Replace a JSON file in one step; the other arguments are those of `whole_file`."""
+    """Replace a JSON file in one step.
+
+    Args:
+        path: The file; its folder is made when it is missing.
+        value: What it holds then.
+        indent: Spaces of a level; None: all in one line.
+        shared: Other processes may write the same file at this moment, so the incomplete one is
+            named after this process.
+        durable: Wait until it is on the disk; see `whole_file`.
+    """
     write_text(path, json.dumps(value, indent=indent) + "\n", shared=shared, durable=durable)
 
 
@@ -194,7 +211,16 @@ def new_folder(folder: Path) -> AbstractContextManager[Path]:
 
 
 def disk_error(folder: Path, error: OSError, advice: str) -> UserError:
-    """One line: the file, the system's reason, and what to do about it."""
+    """One line: the file, the system's reason, and what to do about it.
+
+    Args:
+        folder: Stands for the file where the system names none.
+        error: The system's.
+        advice: What is left there, and what to do.
+
+    Returns:
+        The error, which the caller raises.
+    """
     return UserError(f"{error.filename or folder}: {error.strerror or error}: {advice}")
 
 

@@ -252,7 +252,20 @@ class PromptFormat:
     def task_prompt(
         self, text: str, instruction: str | None = None, shots: Sequence[Example] = ()
     ) -> tuple[int, ...]:
-        """What the Task LLM reads before it answers `text`; n-shot when `shots` are given."""
+        """What the Task LLM reads before it answers `text`; n-shot when `shots` are given.
+
+        Args:
+            text: the input.
+            instruction: stated before everything else; None: it is not stated, as where the adapter
+                has it.
+            shots: examples that are shown with their targets, before the input.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            UserError: see `check_spelling`; of any of these texts.
+        """
         lines = [_stated(instruction)] if instruction is not None else []
         for shot in shots:
             lines += [f"input: {shot.input}", f"output: {shot.target}"]

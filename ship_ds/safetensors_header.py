@@ -137,7 +137,17 @@ def missing_weight(folder: Path, name: str) -> UserError:
 
 
 def other_shape(place: Path, name: str, there: Sequence[int], expected: Sequence[int]) -> UserError:
-    """The error of a tensor that is of another shape in `place` than the model has."""
+    """The error of a tensor that is of another shape in `place` than the model has.
+
+    Args:
+        place: the file, or the model's folder.
+        name: of the tensor.
+        there: its shape in the file.
+        expected: its shape in the model.
+
+    Returns:
+        The error, which the caller raises.
+    """
     return UserError(f"{place}: {name} is {tuple(there)}, and config.json says {tuple(expected)}")
 
 

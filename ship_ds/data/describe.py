@@ -24,7 +24,22 @@ def describe(
 ) -> dict[str, Any]:
     """Counts before the filters, what the reader and the filters leave out by reason and what then
     stays, tasks with labels among it, and three tasks with an example; the parts of a split and the
-    weight of its seen tasks, where one is given."""
+    weight of its seen tasks, where one is given.
+
+    Args:
+        path: a file or folder.
+        format: of `FORMATS`; "auto" finds it out.
+        filters: which tasks and examples are left out; None: what the defaults leave out.
+        split: how tasks are parted; None: nothing is said of parts.
+
+    Returns:
+        A description, as `ship-ds data --json` prints it: `path`, `format`, `tasks`, `examples`,
+        `families`, `filtered`, `kept` and `samples`; with a split also `seen_weight` and `parts`,
+        which is a text where the tasks cannot be parted.
+
+    Raises:
+        DataError: there is nothing, or what is there is not as its format says.
+    """
     unread: Counter[str] = Counter()
     tasks = read_tasks(path, format, unread)
     kept, filtered = apply_filters(

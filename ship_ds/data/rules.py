@@ -987,6 +987,13 @@ def draw_examples(
     """`count` examples with distinct inputs; an answer that is empty or equal to its input is
     redrawn 9 times in 10.
 
+    Args:
+        rule: What answers each input; numbers that it hints at are put into the inputs.
+        count: How many.
+        rng: Makes every draw.
+        config: How long inputs are, how large their numbers, and how a list is written; its counts
+            and its seed are not read.
+
     Raises:
         UserError: There are too few such inputs.
     """

@@ -227,6 +227,12 @@ class StepSampler:
 
         The step is drawn once for all of them: that takes 0.16 s at 4,096 tasks of 60 examples, and
         0.24 s where a third of them have labels that are balanced.
+
+        Args:
+            step: the global step.
+            rank: whose micro-batches these are, from 0.
+            num_ranks: that share the step's tasks.
+            accumulation: micro-batches of a rank a step.
         """
         draws = self.draw_step(step)
         num_parts = num_ranks * accumulation

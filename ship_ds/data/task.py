@@ -132,7 +132,16 @@ class Splits:
 
 def read_error(path: Path | str, where: str, problem: str) -> DataError:
     """The one-line form every reader uses, e.g. `tasks/a.json: Instances[3].output: expected a list
-    of strings, got int`."""
+    of strings, got int`.
+
+    Args:
+        path: of the file or folder, or a name of what else was read.
+        where: the place in it, such as "line 3".
+        problem: what was expected there and what was found, or another fault and what to do.
+
+    Returns:
+        The error, which the caller raises.
+    """
     return DataError(f"{path}: {where}: {problem}")
 
 

@@ -62,7 +62,17 @@ _FILES_TO_OPEN = 100
 def read_files(
     config: FilesSection, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]
 ) -> Splits:
-    """The tasks of a file or folder, filtered, cut and split; see `TaskSource.read`."""
+    """The tasks of a file or folder, filtered, cut and split; see `TaskSource.read`.
+
+    Args:
+        config: names them, and says what is left out, cut and kept from training.
+        tokenizer: the Task LLM's, by which texts are cut to a number of tokens.
+        log: takes one line for each thing that was read, changed or left out.
+
+    Raises:
+        DataError: a row is not as its format says, the tokenizer is a slow one, or there are too
+            few tasks; one line.
+    """
     path = Path(config.path)
     unread: Counter[str] = Counter()
     tasks = read_tasks(path, config.format, unread)

@@ -41,7 +41,14 @@ def tokenise_all(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", folder: Path
 ) -> dict[str, tuple[int, ...]]:
     """text -> ids without special tokens. A cache that is missing, unfinished or damaged is made
-    anew."""
+    anew.
+
+    Args:
+        texts: that one cache holds: others, or another order, have a cache of their own. Without
+            any nothing is read or written.
+        tokenizer: whose ids they are.
+        folder: where caches lie, each in a folder named by its `fingerprint`.
+    """
     if not texts:
         return {}
     import datasets

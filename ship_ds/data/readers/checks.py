@@ -29,7 +29,18 @@ def load_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def expect(value: Any, kind: type, path: Path, where: str) -> Any:
-    """The value, if it is of this kind and valid Unicode. Raises DataError with its place."""
+    """The value, if it is of this kind and valid Unicode.
+
+    Args:
+        value: that was read.
+        kind: one of Python's types that JSON has, such as dict.
+        path: of the file, for messages.
+        where: the value's place in it, for messages, such as "line 3.input".
+
+    Raises:
+        DataError: it is of another kind; with its place.
+        UserError: it is a text with half a surrogate pair; with its place.
+    """
     if not isinstance(value, kind):
         raise read_error(
             path,
@@ -42,7 +53,19 @@ def expect(value: Any, kind: type, path: Path, where: str) -> Any:
 
 
 def field(row: Mapping[str, Any], key: str, kind: type, path: Path, where: str) -> Any:
-    """row[key], which must be there and of `kind`."""
+    """row[key], which must be there and of `kind`.
+
+    Args:
+        row: an object of the file.
+        key: of the field.
+        kind: one of Python's types that JSON has, such as dict.
+        path: of the file, for messages.
+        where: the row's place in it, for messages, such as "line 3".
+
+    Raises:
+        DataError: it is not there, or of another kind; with its place.
+        UserError: it is a text with half a surrogate pair; with its place.
+    """
     if key not in row:
         raise read_error(
             path, where, f"has no {key!r}; it has {', '.join(map(repr, row)) or 'nothing'}"
@@ -51,7 +74,21 @@ def field(row: Mapping[str, Any], key: str, kind: type, path: Path, where: str) 
 
 
 def texts(row: Mapping[str, Any], key: str, path: Path, where: str) -> tuple[str, ...]:
-    """row[key] as one text or a list of at least one."""
+    """row[key], which must be one text or a list of at least one.
+
+    Args:
+        row: an object of the file.
+        key: of the field.
+        path: of the file, for messages.
+        where: the row's place in it, for messages, such as "line 3".
+
+    Returns:
+        The texts in their order: one, or those of the list.
+
+    Raises:
+        DataError: it is not there, is neither, or is a list of none; with its place.
+        UserError: a text has half a surrogate pair; with its place.
+    """
     if isinstance(row.get(key), str):
         return (field(row, key, str, path, where),)
     values = field(row, key, list, path, where)
