@@ -500,7 +500,17 @@ def _of_module(pattern: Sequence[tuple[re.Pattern[str], Any]], module: str, defa
 def other_sizes(
     folder: Path, module: str, there: Sequence[int], expected: Sequence[int]
 ) -> UserError:
-    """The error of an adapter of linears with other (inputs, outputs) than the base's."""
+    """The error of an adapter of linears with other (inputs, outputs) than the base's.
+
+    Args:
+        folder: Of the adapter.
+        module: The linear's path.
+        there: Its inputs and outputs in the adapter.
+        expected: Its inputs and outputs in the base.
+
+    Returns:
+        The error, which the caller raises.
+    """
     return UserError(
         f"{folder}: {module} is {there[0]} -> {there[1]} and this run's base has "
         f"{expected[0]} -> {expected[1]} there: an adapter of another base model"

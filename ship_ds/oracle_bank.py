@@ -111,7 +111,16 @@ def check_files(folder: Path, *, hashes: bool = True) -> None:
 
 
 def check_made_for(folder: Path, made_for: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """What a bank was made for is what is wanted. Raises UserError with the first that differs."""
+    """What a bank was made for is what is wanted.
+
+    Args:
+        folder: of the bank, for the message.
+        made_for: what its description says (`OracleBank.made_for`).
+        wanted: what the run has, by the same keys; a key that is not here is not compared.
+
+    Raises:
+        UserError: it is not; the message names the first that differs.
+    """
     for key, now in wanted.items():
         if made_for.get(key) != now:
             raise _unlike(folder, key, made_for.get(key), now)

@@ -91,7 +91,22 @@ def find_bundle(
     source: Path, out: Path, report: Callable[[str], None], base: str | None = None
 ) -> Path:
     """The run's own bundle; else one made from the checkpoint given, or from the run's newest good
-    one."""
+    one.
+
+    Args:
+        source: a run or a checkpoint.
+        out: where a bundle goes that has to be made; one that is there already is taken.
+        report: takes a line about the bundle that was made, and one about each damaged checkpoint
+            that was passed over.
+        base: where the base is now; None: where the run had it.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        UserError: there is neither a bundle nor a whole checkpoint, a frozen model of the
+            checkpoint is another one now, or the bundle at `out` is damaged.
+    """
     if (bundle_folder(source) / SHIP_WEIGHTS).is_file():
         return bundle_folder(source)
     if not out.exists():
@@ -129,7 +144,20 @@ def _make_adapters(
 
 
 def merge_into(out: Path, merge: Merge, measures_drift: bool) -> dict[str, Any]:
-    """What merge.json says, with the drift of the logits where it is measured."""
+    """Write the merged model.
+
+    Args:
+        out: its folder, which must not exist yet.
+        merge: what is merged.
+        measures_drift: load base and result to compare their logits.
+
+    Returns:
+        What merge.json says, with the drift of the logits where it is measured.
+
+    Raises:
+        UserError: the folder is there already, or holds the beginning of another merge; or the disk
+            is full.
+    """
     if not measures_drift:
         return merge.run(out)
     return merge.run(out, lambda part: drift.drift(part, merge.adapter, merge.folder))
@@ -138,7 +166,13 @@ def merge_into(out: Path, merge: Merge, measures_drift: bool) -> dict[str, Any]:
 def describe(out: Path, merge: Merge, report: dict[str, Any]) -> str:
     """ "merged: dequantised, 1 shard(s)", a second line on the drift where it was measured, one on
     what `peft` has to load besides, and a warning where the merged weights are not those that
-    training saw."""
+    training saw.
+
+    Args:
+        out: the merged model's folder.
+        merge: what was merged.
+        report: what merge.json says, as `merge_into` returns it.
+    """
     num_kept = report["num_shards_kept"]
     earlier = f", {num_kept} of them from a run that was cut off" if num_kept else ""
     lines = [f"{out}: {merge.plan.target}, {report['num_shards']} shard(s){earlier}"]

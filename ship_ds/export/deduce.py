@@ -91,8 +91,17 @@ def own_probes(ship: Ship, probes: Sequence[str], answer_tokens: int = 0) -> Seq
 
 
 def warn_of_far(ship: Ship, requests: Sequence[Request], report: Callable[[str], None]) -> None:
-    """A line where instructions are far from all that the run was trained on. Raises UserError for
-    what `check_requests` refuses."""
+    """Report in one line which instructions are far from all that the run was trained on, where any
+    are.
+
+    Args:
+        ship: The run.
+        requests: What to make adapters of; those that have a latent are not compared.
+        report: Takes the line.
+
+    Raises:
+        UserError: The encoder cannot read an instruction.
+    """
     check_requests(ship, requests)
     if far := _far_ones(ship, requests):
         named = ", ".join(one.place or one.name for one in far[:_MOST_NAMED])
@@ -238,8 +247,16 @@ def generate(
 ) -> Iterator[tuple[Request, Export]]:
     """Make adapters, many in one forward of encoder and hypernetwork.
 
+    Args:
+        ship: The run.
+        requests: What to make adapters of; their instructions have been checked (`check_requests`).
+        pad_to: A rank for servers that take certain ones alone; None: each keeps its own.
+
     Yields:
         Each request, now with the latent that it was encoded to, and its adapter.
+
+    Raises:
+        UserError: The run's adapters have no file format, or no rank to pad, or a higher one.
     """
     size = ship.model.adapter_bytes_of([r.reading or r.instruction for r in requests])
     at_once = max(1, budget.bytes_free(ship.model.device) // size)

@@ -145,7 +145,14 @@ def _check_names(path: Path, requests: Iterable[Request]) -> None:
 def write_latents(
     path: Path, latent_TZ: "Tensor", bundle: str, instructions: Sequence[str | None]
 ) -> None:
-    """Write latents with the digest of the bundle that they belong to and their instructions."""
+    """Write latents with the digest of the bundle that they belong to and their instructions.
+
+    Args:
+        path: Of the file.
+        latent_TZ: The latents, on any device.
+        bundle: SHA-256 of the bundle that they belong to.
+        instructions: One of each latent; None where there is none.
+    """
     from safetensors.torch import save_file
 
     save_file(
@@ -156,10 +163,16 @@ def write_latents(
 
 
 def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
-    """A request for each latent of a file.
+    """A request for each latent of a file, in their order, with its instruction where it has one.
+
+    Args:
+        path: Of the file.
+        bundle: SHA-256 of the bundle that they have to belong to.
+        latent_size: Z of the run.
 
     Raises:
-        UserError: it is no latent file, or of another run or size.
+        UserError: It is no latent file, or of another run or size; or its numbers are not all
+            finite, or its instructions not one a latent.
     """
     import torch
 
@@ -175,7 +188,20 @@ def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
 def load_latents(
     path: Path, bundle: str, latent_size: int
 ) -> tuple["np.ndarray[Any, Any]", list[str | None]]:
-    """The latents of a file and their instructions, without torch. Raises as `read_latents`."""
+    """The latents of a file and their instructions, without torch.
+
+    Args:
+        path: Of the file.
+        bundle: SHA-256 of the bundle that they have to belong to.
+        latent_size: Z of the run.
+
+    Returns:
+        The latents (T, Z), and the instruction of each; None where there is none.
+
+    Raises:
+        UserError: It is no latent file, or of another run or size; or its numbers are not all
+            finite, or its instructions not one a latent.
+    """
     import numpy as np
 
     try:

@@ -50,7 +50,13 @@ class RoundingError:
         self.lost = self.update = 0.0
 
     def count(self, stored: Pieces, merged: Pieces, delta_OI: Tensor) -> None:
-        """Add one matrix: as it is stored, as it should be, and its update."""
+        """Add one matrix: as it is stored, as it should be, and its update.
+
+        Args:
+            stored: The weights that a reader of the file computes with.
+            merged: The base's weights with the update, before they were rounded.
+            delta_OI: The adapter's update in fp32.
+        """
         flat = delta_OI.reshape(-1)
         for start, end in spans(flat.numel()):
             self.lost += float((stored(start, end) - merged(start, end)).double().square().sum())
@@ -97,7 +103,13 @@ class Original:
         return [name]
 
     def num_bytes(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """How much that is on disk, about."""
+        """How many bytes `write` adds to the file for a tensor, about.
+
+        Args:
+            name: Of the tensor.
+            shape: Of the base's tensor.
+            dtype: What the result is rounded to.
+        """
         return math.prod(shape) * dtype.itemsize
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:

@@ -209,11 +209,18 @@ class Adapters:
     ) -> dict[str, object]:
         """Give an adapter a name.
 
+        Args:
+            name: What `model` may then say.
+            instruction: What the adapter is made of; None: of the examples alone.
+            examples: What it is made of, beside the instruction or alone; None: of the instruction
+                alone.
+
         Returns:
             Its card.
 
         Raises:
-            RequestError: 400, the name is taken, is none, or they are too many.
+            RequestError: 400, the name is taken, is none, or they are too many; there is neither an
+                instruction nor examples, or they cannot be read; 429 or 503, see `Room.call`.
         """
         self._check_name(name)
         if instruction is None and examples is None:

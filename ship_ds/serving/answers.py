@@ -40,7 +40,14 @@ class Shape:
     def choice(
         self, number: int, text: str, chances: Sequence[TokenChance], reason: FinishReason | None
     ) -> dict[str, Any]:
-        """A whole answer."""
+        """A whole answer.
+
+        Args:
+            number: Which of the request's answers it is.
+            text: Of the answer.
+            chances: Of its tokens; none where they were not asked for.
+            reason: Why it ended; None while it goes on, as in a piece of a stream.
+        """
         return {
             "index": number,
             "text": text,
@@ -98,7 +105,17 @@ async def whole(
     writing: Writing,
     shape: Shape,
 ) -> dict[str, Any]:
-    """All answers in one body, when the last one is done; arguments as in `events`."""
+    """All answers in one body, when the last one is done.
+
+    Args:
+        first: What was taken from the pieces already.
+        pieces: Of the answers.
+        writing: That they are of.
+        shape: The words around them.
+
+    Raises:
+        RequestError: An answer could not be written.
+    """
     texts = [""] * writing.num_answers
     chances: list[list[TokenChance]] = [[] for _ in texts]
     last: dict[int, AnswerPart] = {}

@@ -167,6 +167,11 @@ class Row:
     ) -> FinishReason | None:
         """Take a token, and emit what may be sent.
 
+        Args:
+            token: The next one of the answer; its end is `form.eos_id`, whichever the base ends by.
+            form: The prompt format, which makes text of ids.
+            chances: Of this token; none where they were not asked for.
+
         Returns:
             Why the answer ends here; None where it goes on.
         """

@@ -55,7 +55,23 @@ def make_chains(
     journal: Journal,
     log: Log,
 ) -> None:
-    """Add pairs to the journal, in parts, until it has `num_tasks` tasks or all pairs are tried."""
+    """Add pairs to the journal, in parts, until it has `num_tasks` tasks or all pairs that were
+    drawn are tried.
+
+    Args:
+        ship: answers.
+        known: the tasks that are paired, and those that must not be given away.
+        config: how many pairs are drawn, how many are answered together, and the bounds of a chain
+            that is kept.
+        num_tasks: to keep.
+        seed: of the draw of pairs.
+        journal: that is gone on with.
+        log: takes lines of progress.
+
+    Raises:
+        UserError: the Task LLM cannot read an input of a chain, or what its first task makes of
+            one.
+    """
     tasks = known.tasks
     pairs = draw_pairs(len(tasks), config.max_pairs, seed)
     size = config.num_at_once
@@ -73,7 +89,13 @@ def make_chains(
 
 
 def draw_pairs(num_tasks: int, count: int, seed: int) -> list[tuple[int, int]]:
-    """Distinct ordered pairs of different tasks, `count` of them or all there are."""
+    """Distinct ordered pairs of different tasks, `count` of them or all there are.
+
+    Args:
+        num_tasks: that are paired, each by its number from 0.
+        count: of pairs, at most.
+        seed: of the draw.
+    """
     num_pairs = num_tasks * (num_tasks - 1)
     drawn = random.Random(f"chains {seed}").sample(range(num_pairs), min(count, num_pairs))
     pairs = (divmod(place, num_tasks - 1) for place in drawn)
@@ -151,7 +173,13 @@ class Chain:
 
     @classmethod
     def of(cls, first: Task, second: Task, config: ChainsConfig) -> "Chain":
-        """The chain of two tasks."""
+        """The chain of two tasks.
+
+        Args:
+            first: whose examples give the inputs, one of each, and what the second is asked.
+            second: answers.
+            config: how the two instructions become one, and how many inputs are taken.
+        """
         joint = config.joint.format(first=first.instruction, second=second.instruction)
         given = {example.input: example for example in first.examples}
         return cls(first, second, joint, tuple(given.values())[: config.num_inputs])

@@ -94,7 +94,16 @@ def compress_tasks(
     log: Log,
 ) -> None:
     """Add to the journal each task, with its shortened instruction as one more wording where there
-    is one. num_tasks: that are looked at; None: all."""
+    is one.
+
+    Args:
+        ship: under whose adapters the losses of a task's examples are taken.
+        known: the tasks, and those that must not be given away.
+        num_tasks: that are looked at; None: all.
+        config: by how much a shortened instruction may do worse, and how short it may be.
+        journal: that is gone on with.
+        log: takes lines of progress.
+    """
     tasks = known.tasks[:num_tasks]
     with ProgressLine("supply", len(tasks), log=log) as progress:
         progress.done(len(journal.parts))

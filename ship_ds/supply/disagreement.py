@@ -70,6 +70,14 @@ def measure_disagreement(
 
     A task that the run cannot read, or that has no words to drop, is counted and has none: its
     weight is 1.
+
+    Args:
+        ship: answers.
+        tasks: that are looked at.
+        config: how many shortened instructions a task has, and how many of its inputs are answered.
+        seed: of the draws of words.
+        journal: that is gone on with.
+        log: takes lines of progress.
     """
     size = config.num_at_once
     with ProgressLine("supply", len(tasks), log=log) as progress:

@@ -9,14 +9,27 @@ from ship_ds.evaluation.metrics import rouge_l
 
 def is_new(text: str, known: Sequence[str], max_rouge: float) -> bool:
     """Whether the text's ROUGE-L with every known one is below `max_rouge` (Wang et al. 2023, arXiv
-    2212.10560, section 2.2)."""
+    2212.10560, section 2.2).
+
+    Args:
+        text: an instruction.
+        known: those that it must not be like; where there are none, any is new.
+        max_rouge: from 0 to 1; a copy is never below it.
+    """
     return all(rouge_l(text, [other]) < max_rouge for other in known)
 
 
 def agreed(
     inputs: Sequence[str], answers: Sequence[str | None], agreement: Sequence[float], least: float
 ) -> list[Example]:
-    """Examples of the answers that end, say something, and that `least` of the samples give."""
+    """Examples of the answers that end, say something, and that `least` of the samples give.
+
+    Args:
+        inputs: of one task.
+        answers: one of each input; None: it did not end in time.
+        agreement: the share of samples that give each of these answers, from 0 to 1.
+        least: the smallest such share that is kept.
+    """
     return [
         Example(text, answer)
         for text, answer, share in zip(inputs, answers, agreement, strict=True)

@@ -115,7 +115,13 @@ def _wordings(one: SplitTask) -> tuple[str, ...]:
 
 def inputs_of(task: Task, count: int, order: Sequence[int] | None = None) -> list[str]:
     """Up to `count` distinct inputs, in the order of the examples or in another one, and then those
-    without a label."""
+    without a label.
+
+    Args:
+        task: whose inputs they are.
+        count: at most.
+        order: places of the examples that are taken, in this order; None: all, as they stand.
+    """
     picked = task.examples if order is None else [task.examples[i] for i in order]
     return list(dict.fromkeys([*(example.input for example in picked), *task.inputs]))[:count]
 

@@ -38,7 +38,16 @@ class Proposer(ABC):
 
     @abstractmethod
     def propose(self, known: Sequence[str], seed: int, number: int) -> list[ProposedTask]:
-        """Those of round `number`. known: instructions to start from."""
+        """The instructions of a round; some may be alike, or like known ones.
+
+        Args:
+            known: instructions to start from.
+            seed: of every draw.
+            number: of the round, from 0.
+
+        Raises:
+            UserError: an endpoint that was asked gave no answer.
+        """
 
 
 class DecoderProposer(Proposer):
