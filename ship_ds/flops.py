@@ -71,8 +71,14 @@ class Rows:
     def of(
         cls, lengths: Sequence[int], num_labels: int, written: Sequence[int] | None = None
     ) -> "Rows":
-        """Of sequences of these lengths, virtual tokens included; `written` of each are its
-        target's."""
+        """Of sequences of these lengths.
+
+        Args:
+            lengths: tokens of each, virtual ones included and padding left out.
+            num_labels: logits that are read; with `written`, the sum of that.
+            written: tokens of each one's target; None: not told, as a model of one stack needs it
+                not.
+        """
         read_squares = written_squares = 0
         if written:
             pairs = zip(lengths, written, strict=True)
@@ -201,7 +207,14 @@ class RoleSize:
     def query_flops(
         self, num_read: int, num_new: int, under_adapter: bool, num_fused: int = 0
     ) -> int:
-        """See the function of this name."""
+        """Operations of one query, without gradients; see the function of this name.
+
+        Args:
+            num_read: tokens of the prompt, an adapter's virtual ones included; at least one.
+            num_new: of the answer, its end included; at least one. The last one is not read again.
+            under_adapter: whether what was generated is applied to each token.
+            num_fused: keys of its adapter, beside those of a prefix.
+        """
         pairs = num_read**2 + sum(num_read + new for new in range(1, num_new))
         pairs += (self.prefix + num_fused) * under_adapter * (num_read + num_new - 1)
         return (

@@ -19,7 +19,16 @@ def sum_cross_entropy(
     logits_KV: Tensor, labels_K: Tensor, weights_K: Tensor | None = None
 ) -> Tensor:
     """Sum of token losses in nats, each times its weight where there are any; the caller divides by
-    the count over the whole step."""
+    the count over the whole step.
+
+    Args:
+        logits_KV: of each label's place, in any dtype.
+        labels_K: the target tokens.
+        weights_K: of each label; None: each counts once.
+
+    Returns:
+        A scalar in fp32; zero where there are no labels.
+    """
     cross_entropy = torch.nn.functional.cross_entropy
     if weights_K is None:
         return cross_entropy(logits_KV.float(), labels_K, reduction="sum")
@@ -54,6 +63,16 @@ def sum_cross_entropy_in_pieces(
     The backward pass makes the logits of each piece again, which costs one more product with the
     output layer and saves K x V numbers three times over (logits, their fp32 copy, gradient). In
     one piece nothing is made again.
+
+    Args:
+        head: the output layer.
+        states_KH: of each label's place, before that layer.
+        labels_K: the target tokens.
+        pieces: how many parts the rows are taken in (`num_pieces`).
+        weights_K: of each label; None: each counts once.
+
+    Returns:
+        A scalar in fp32.
     """
 
     def of_piece(states: Tensor, *labels_and_weights: Tensor) -> Tensor:
@@ -64,7 +83,16 @@ def sum_cross_entropy_in_pieces(
 
 
 def sum_divergence(logits_KV: Tensor, aims_KV: Tensor, temperature: float) -> Tensor:
-    """Sum over K of KL(softmax(aims / temperature) || softmax(logits / temperature)), in nats."""
+    """Sum over K of KL(softmax(aims / temperature) || softmax(logits / temperature)), in nats.
+
+    Args:
+        logits_KV: of each label's place, in any dtype.
+        aims_KV: what these are to come near, in any dtype.
+        temperature: both are divided by it before their softmax.
+
+    Returns:
+        A scalar in fp32.
+    """
     aims_KV = (aims_KV.float() / temperature).log_softmax(1)
     logits_KV = (logits_KV.float() / temperature).log_softmax(1)
     return torch.nn.functional.kl_div(logits_KV, aims_KV, reduction="sum", log_target=True)
@@ -74,7 +102,18 @@ def sum_divergence_in_pieces(
     head: LmHead, states_KH: Tensor, aims_KH: Tensor, temperature: float, pieces: int
 ) -> Tensor:
     """`sum_divergence` of what `head` makes of two states, in pieces as the cross-entropy is: of
-    neither are all logits ever there at once. The aims get no gradient."""
+    neither are all logits ever there at once. The aims get no gradient.
+
+    Args:
+        head: the output layer.
+        states_KH: of each label's place, before that layer.
+        aims_KH: of the same places, those whose logits are the aims.
+        temperature: both are divided by it before their softmax.
+        pieces: how many parts the rows are taken in (`num_pieces`).
+
+    Returns:
+        A scalar in fp32.
+    """
 
     def of_piece(states: Tensor, aims: Tensor) -> Tensor:
         with torch.no_grad():

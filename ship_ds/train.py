@@ -558,7 +558,14 @@ class Trainer:
         self.record_evaluation(self.num_evaluation_starts, dev_score, is_owed=False)
 
     def record_evaluation(self, num_starts: int, dev_score: float | None, is_owed: bool) -> None:
-        """Beside the newest checkpoint, for a run that goes on from it."""
+        """Write beside the newest checkpoint how far the evaluation of its step has come, for a run
+        that goes on from it.
+
+        Args:
+            num_starts: how often the evaluation was begun.
+            dev_score: of dev, once it has ended; None: there is none.
+            is_owed: whether a run that goes on from there has to begin it again.
+        """
         self.owes_evaluation = is_owed
         self.num_evaluation_starts = num_starts if is_owed else 0
         if ranks.rank() == 0:
@@ -711,7 +718,14 @@ def num_steps(training: TrainingConfig, splits: Splits) -> int:
 
 
 def cache_tokens(folder: Path, model: ShipModel, splits: Splits) -> None:
-    """Tokenise all texts once: rank 0 first, then the others load what it wrote."""
+    """Tokenise all texts once: rank 0 first, then the others load what it wrote. Every rank calls
+    it.
+
+    Args:
+        folder: of the token cache.
+        model: whose roles' prompt formats take the tokens from it.
+        splits: the tasks whose texts they are.
+    """
     tasks = splits.tasks
     for turn in (ranks.rank() == 0, ranks.rank() != 0):
         if turn:

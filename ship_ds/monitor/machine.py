@@ -41,7 +41,13 @@ def describe_machine() -> dict[str, str | int]:
 
 def add_row(path: Path, label: str, row: Mapping[str, Any]) -> None:
     """Put a benchmark's figures, and what they were measured on, under a label into a JSON file
-    that keeps its other labels, and print them."""
+    that keeps its other labels, and print them.
+
+    Args:
+        path: of the file, which is made where it is missing; its folder has to be there.
+        label: of these figures; older ones under it go.
+        row: the figures by name.
+    """
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows[label] = {"machine": describe_machine(), "versions": versions(), **row}
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

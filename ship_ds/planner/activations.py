@@ -38,6 +38,14 @@ class Workload:
 
     @classmethod
     def of(cls, config: Config, tasks: int, tokens: Lengths = (None, None, None)) -> "Workload":
+        """A micro-batch of this run.
+
+        Args:
+            config: of the run.
+            tasks: how many it has.
+            tokens: of an instruction, an input and a target; None: as many as the run's task source
+                allows.
+        """
         instruction, text, target = (
             given or limit
             for given, limit in zip(tokens, source_of(config.data).lengths(), strict=True)

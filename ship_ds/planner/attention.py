@@ -56,7 +56,19 @@ def planned_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature: query (E, A, S, size of a head) -> (E, S, A, size)."""
+    """transformers' signature: query (E, A, S, size of a head) -> (E, S, A, size).
+
+    Args:
+        module: the attention of a block, to its own stack or to another one.
+        query: (E, A, S, size of a head); of packed tokens as one row, E = 1.
+        key, value: (E, key-value heads, tokens that are met, size of a head).
+        attention_mask: is not read: what it hides changes no shape.
+        kwargs: `ship_prefix`, `ship_cross_prefix` and `ship_rows` as `sdpa_forward` has them, and
+            `position_bias`, a bias by distance; others are not read.
+
+    Returns:
+        The output (E, S, A, size of a head); None in place of the attention's weights.
+    """
     name = "ship_cross_prefix" if is_cross_attention(module) else "ship_prefix"
     prefix, rows, bias = kwargs.get(name), kwargs.get("ship_rows"), kwargs.get("position_bias")
 

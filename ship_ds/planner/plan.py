@@ -79,7 +79,18 @@ def shapes_of(config: Config) -> Shapes:
 
 
 def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None, None)) -> Plan:
-    """Raises UserError for a recipe that could not start on these machines."""
+    """What a recipe needs of each rank of these machines, and sends in a step.
+
+    Args:
+        config: of the run.
+        machines: that it is to run on.
+        lengths: tokens of an instruction, an input and a target; None: as many as the run's task
+            source allows.
+
+    Raises:
+        UserError: the recipe could not start on these machines: a base, a target or the file of
+            ds_configs/ is not there or does not fit, or the ranks do not divide a step.
+    """
     settings = read_deepspeed_config(config.training.deepspeed)
     zero = Zero.read(settings, machines.num_ranks, machines.gpus)
     shapes = shapes_of(config)
@@ -114,7 +125,16 @@ def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None
 
 
 def managed(config: Config, shapes: Shapes, zero: Zero) -> tuple[list[Weight], list[Weight]]:
-    """The weights that DeepSpeed manages, and those of a Task LLM that every rank keeps whole."""
+    """The weights that DeepSpeed manages, and those of a Task LLM that every rank keeps whole.
+
+    Args:
+        config: of the run; it says whether the Task LLM is sharded.
+        shapes: of the model.
+        zero: the settings of DeepSpeed; `shard: auto` goes by the bytes of a number.
+
+    Returns:
+        The two lists; the second is empty where the Task LLM is sharded, and so among the first.
+    """
     task_llm = shapes.weights("task LLM")
     stored = sum(weight.stored_bytes(zero.dtype_bytes) for weight in task_llm)
     others = [

@@ -41,7 +41,13 @@ SHARDINGS = (
 
 @lru_cache
 def planned(recipe: str, num_ranks: int, sharding: Sharding) -> Plan:
-    """The plan of a recipe on so many ranks, each with the same micro-batch."""
+    """The plan of a recipe on so many ranks, each with the same micro-batch.
+
+    Args:
+        recipe: of `RECIPES`.
+        num_ranks: of the run; whole nodes of `GPUS_PER_NODE`.
+        sharding: how the weights lie on them.
+    """
     config = load_config(
         recipe,
         [

@@ -144,7 +144,18 @@ class MetaWeights:
         self.nf4: set[int] = set()
 
     def language_model(self, base: str, quantisation: Quantisation, sharded: bool) -> nn.Module:
-        """The base's shapes."""
+        """The base's shapes.
+
+        Args:
+            base: see `base_config`.
+            quantisation: "nf4": the linears that would be in NF4 are remembered; no weight is in 4
+                bits.
+            sharded: is not read: where weights lie changes no shape.
+
+        Raises:
+            UserError: the base is no public shape, and no folder with a config.json that can be
+                read.
+        """
         lm = meta_lm(base, self.dtype, self.max_layers, self.elementwise)
         if quantisation == "nf4":
             self.nf4 |= {id(linear.weight) for linear in nf4.quantised_linears(lm).values()}
@@ -160,8 +171,18 @@ class MetaWeights:
 
 @lru_cache(maxsize=4)
 def build_shapes(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None = None) -> Shapes:
-    """Raises UserError for what the real model would refuse too: a missing base or target, sizes
-    that do not fit."""
+    """SHIP's shapes, with those of two shallow models beside them where it is deep; kept for the
+    next call with the same arguments.
+
+    Args:
+        config: the run's `model` section.
+        dtype: the engine's, of every floating-point parameter.
+        loss: the run's `loss` section, which names the objectives; None: the paper's three.
+
+    Raises:
+        UserError: what the real model would refuse too: a missing base or target, sizes that do not
+            fit.
+    """
     whole = build_whole(config, dtype, loss)
     shallow = _shallow(config)
     if max(whole.depths.values()) <= max(DEEP, *shallow):
@@ -171,9 +192,18 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | Non
 
 
 def build_whole(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None) -> Shapes:
-    """Without shallow ones beside it, and not kept: all that the weights' sizes need.
+    """SHIP's shapes without shallow ones beside them, and not kept: all that the weights' sizes
+    need.
 
-    Raises UserError as `build_shapes`."""
+    Args:
+        config: the run's `model` section.
+        dtype: the engine's, of every floating-point parameter.
+        loss: the run's `loss` section, which names the objectives; None: the paper's three.
+
+    Raises:
+        UserError: what the real model would refuse too: a missing base or target, sizes that do not
+            fit.
+    """
     return _build(config, dtype, loss, None)
 
 

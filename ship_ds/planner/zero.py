@@ -37,6 +37,13 @@ class Zero:
     def read(
         cls, deepspeed_config: dict[str, Any], num_ranks: int, ranks_per_node: int = 8
     ) -> "Zero":
+        """The settings of a ds_configs file, and our defaults (`complete`) where it says nothing.
+
+        Args:
+            deepspeed_config: of `read_deepspeed_config`.
+            num_ranks: of the whole run.
+            ranks_per_node: what `"zero_hpz_partition_size": "node"` stands for.
+        """
         zero = complete(deepspeed_config, ranks_per_node)["zero_optimization"]
         stage = zero.get("stage", 0)
         return cls(
@@ -90,7 +97,14 @@ class Traffic:
 
 
 def held_by_a_rank(zero: Zero, engine: Sequence[Weight], outside: Sequence[Weight]) -> Held:
-    """engine: the weights that DeepSpeed manages; outside: those of a replicated Task LLM."""
+    """Bytes that a rank holds: weights, gradients and the optimiser's state, and the buffers of a
+    step.
+
+    Args:
+        zero: the settings of DeepSpeed and the number of ranks.
+        engine: the weights that DeepSpeed manages.
+        outside: those of a Task LLM that every rank keeps whole.
+    """
     trained = sum(weight.numel for weight in engine if weight.is_trained)
     gpu: dict[str, int] = {}
     host: dict[str, int] = {}
@@ -127,6 +141,11 @@ def gradients_come_last(zero: Zero, engine: Sequence[Weight], micro_steps: int) 
 
     ZeRO-2 does at the first bucket that is full (copy_grads_in_partition); a bucket that holds all
     of them is emptied when the backward pass is over. A second micro-batch meets the first one's.
+
+    Args:
+        zero: the settings of DeepSpeed and the number of ranks.
+        engine: the weights that DeepSpeed manages.
+        micro_steps: micro-batches of a step.
     """
     trained = sum(weight.numel for weight in engine if weight.is_trained)
     in_buckets = zero.stage == 2 and zero.optimiser_on == "gpu" and micro_steps == 1
@@ -185,7 +204,15 @@ def _gathered(zero: Zero, engine: Sequence[Weight]) -> int:
 def traffic(
     zero: Zero, engine: Sequence[Weight], micro_steps: int, recomputed: Sequence[Weight] = ()
 ) -> Traffic:
-    """recomputed: weights of checkpointed blocks, which a third pass uses."""
+    """Bytes that one rank sends in a step; none where it is the only one.
+
+    Args:
+        zero: the settings of DeepSpeed and the number of ranks.
+        engine: the weights that DeepSpeed manages.
+        micro_steps: micro-batches of a step.
+        recomputed: weights of checkpointed blocks, which a third pass gathers under ZeRO-3 where
+            `reuse_distance` is 0.
+    """
     trained = sum(weight.numel * zero.dtype_bytes for weight in engine if weight.is_trained)
     ring = (zero.num_ranks - 1) / zero.num_ranks
     if zero.num_ranks == 1:

@@ -158,6 +158,14 @@ class ShardOfRank:
     num_steps: int
 
     def fill(self, kind: str, index: int, parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
+        """Copy what this rank wrote of a sub-group.
+
+        Args:
+            kind: `FP32_WEIGHTS`, or the name of one of `MOMENTS`.
+            index: of the sub-group.
+            parameters: of the sub-group; not read, since the shard has their slices as they are.
+            flat: takes the numbers; as long as the slices together.
+        """
         flat.copy_(self.weights[index] if kind == FP32_WEIGHTS else self.states[index][kind])
 
 
@@ -173,6 +181,14 @@ class WholeParameters:
         return self.saved.num_steps
 
     def fill(self, kind: str, index: int, parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
+        """Copy this rank's slices of the whole parameters of a sub-group.
+
+        Args:
+            kind: `FP32_WEIGHTS`, or the name of one of `MOMENTS`.
+            index: of the sub-group; not read, since the parameters say what is in it.
+            parameters: of the sub-group, in the engine's order.
+            flat: takes the numbers; as long as the slices together.
+        """
         whole = self.saved.weights if kind == FP32_WEIGHTS else self.saved.moments[kind]
         start = 0
         for parameter in parameters:
@@ -186,7 +202,17 @@ def source(
 ) -> ShardOfRank | WholeParameters:
     """Where the slices of a ZeRO-3 optimiser come from: `fill` puts this rank's of one kind
     (`FP32_WEIGHTS` or a moment's name) of sub-group `index`, which `parameters` make up, into
-    `flat`, a vector as long as their slices together."""
+    `flat`, a vector as long as their slices together.
+
+    Args:
+        optimiser: DeepSpeed's, of the engine that goes on.
+        trainable: that engine's parameters, by name.
+        folder: of DeepSpeed's shards.
+
+    Returns:
+        This rank's own shard, where as many ranks wrote it under ZeRO-3 in the same sub-groups;
+        else the parameters put together out of all shards.
+    """
     names = {parameter: name for name, parameter in trainable.items()}
     shards, models = (_by_rank(folder, f"*_{what}_states.pt") for what in ("optim", "model"))
     shard = _optimiser(shards[ranks.rank() % len(shards)])
