@@ -15,8 +15,10 @@ answers of a chain are A's own targets, answered by B's adapter.
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from ship_ds.api import Ship
@@ -28,7 +30,7 @@ from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import ChainsConfig
 from ship_ds.supply.filters import is_trivial, share_alike
 from ship_ds.supply.journal import Journal, SupplyPart
-from ship_ds.supply.known import Known, inputs_of, is_readable
+from ship_ds.supply.known import Known, can_answer, inputs_of
 
 _Answers = Sequence[str | None]
 """To the inputs of one chain; None: the answer did not end in time."""
@@ -67,10 +69,6 @@ def make_chains(
         seed: of the draw of pairs.
         journal: that is gone on with.
         log: takes lines of progress.
-
-    Raises:
-        UserError: the Task LLM cannot read an input of a chain, or what its first task makes of
-            one.
     """
     tasks = known.tasks
     pairs = draw_pairs(len(tasks), config.max_pairs, seed)
@@ -114,18 +112,20 @@ def _part(
     read: list[Chain] = []
     away = known.give_away([_worded(first, second, config) for first, second in pairs])
     for (first, second), is_away in zip(pairs, away, strict=True):
-        chain = Chain.of(first, second, config)
         if is_away:
             counts["held out"] += 1
-        elif not chain.given or not inputs_of(second, 1):
-            counts["no labels" if not chain.given else "no inputs"] += 1
+            continue
+        if not first.examples or not inputs_of(second, 1):
+            counts["no inputs" if first.examples else "no labels"] += 1
+            continue
+        chain = Chain.of(first, second, config, partial(can_answer, ship))
+        if not chain.given:
+            counts["unreadable"] += 1
         elif not fits(
             [e.target for e in chain.given],
             inputs_of(second, len(second.examples) + len(second.inputs)),
         ):
             counts["shape"] += 1
-        elif not all(is_readable(ship, text) for text in (chain.text, second.instruction)):
-            counts["unreadable"] += 1
         else:
             read.append(chain)
     for chain, answers in zip(read, _answers(ship, read), strict=True):
@@ -172,17 +172,32 @@ class Chain:
     given: tuple[Example, ...]
 
     @classmethod
-    def of(cls, first: Task, second: Task, config: ChainsConfig) -> "Chain":
-        """The chain of two tasks.
+    def of(
+        cls,
+        first: Task,
+        second: Task,
+        config: ChainsConfig,
+        can_answer: Callable[[str, str], bool],
+    ) -> "Chain":
+        """The chain of two tasks, with examples that can be answered in all three ways that
+        `judged` compares.
 
         Args:
             first: whose examples give the inputs, one of each, and what the second is asked.
             second: answers.
             config: how the two instructions become one, and how many inputs are taken.
+            can_answer: whether the run reads and answers an input (second) under the adapter of an
+                instruction (first).
         """
         joint = config.joint.format(first=first.instruction, second=second.instruction)
-        given = {example.input: example for example in first.examples}
-        return cls(first, second, joint, tuple(given.values())[: config.num_inputs])
+        read = (
+            example
+            for example in {example.input: example for example in first.examples}.values()
+            if can_answer(joint, example.input)
+            and can_answer(second.instruction, example.input)
+            and can_answer(second.instruction, example.target)
+        )
+        return cls(first, second, joint, tuple(islice(read, config.num_inputs)))
 
     @property
     def id(self) -> str:

@@ -22,7 +22,7 @@ from ship_ds.model.encoder import means_of
 from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import CompressConfig
 from ship_ds.supply.journal import Journal, SupplyPart
-from ship_ds.supply.known import Known, is_readable
+from ship_ds.supply.known import Known, is_readable, readable_examples
 
 Losses = Callable[[Sequence[str]], list[float]]
 """Texts -> the loss of the task's examples under each, in nats a token; infinite where a text
@@ -116,9 +116,9 @@ def compress_tasks(
 def _part(ship: Ship, known: Known, task: Task, config: CompressConfig) -> SupplyPart:
     if not is_readable(ship, task.instruction):
         return SupplyPart({"unreadable": 1}, [])
-    if not task.examples:
-        return SupplyPart({"no labels": 1}, [])
-    losses = losses_of(ship, task.examples[: config.num_examples])
+    if not (examples := readable_examples(ship, task, config.num_examples)):
+        return SupplyPart({"unreadable" if task.examples else "no labels": 1}, [])
+    losses = losses_of(ship, examples)
     text, loss, whole = without_idle_words(task.instruction, losses, config)
     origin = {
         "how": "compress",

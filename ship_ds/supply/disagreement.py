@@ -18,7 +18,7 @@ from ship_ds.inference.deduction import answer_read
 from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import DisagreementConfig
 from ship_ds.supply.journal import Journal, SupplyPart
-from ship_ds.supply.known import inputs_of, is_readable
+from ship_ds.supply.known import is_readable, readable_inputs
 
 
 def shortened(text: str, count: int, share: float, seed: int) -> list[str]:
@@ -90,28 +90,25 @@ def measure_disagreement(
 
 def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: int) -> SupplyPart:
     counts: dict[str, int] = {}
-    read: list[tuple[Task, list[str]]] = []
+    read: list[tuple[Task, list[str], list[str]]] = []
     for task in tasks:
         others = shortened(task.instruction, config.num_dropped, config.drop_share, seed)
         others = [text for text in others if is_readable(ship, text)]
         end = "measured"
         if not is_readable(ship, task.instruction):
             end = "unreadable"
-        elif not others or not inputs_of(task, 1):
+        elif not others or not (inputs := readable_inputs(ship, task, config.num_inputs)):
             end = "nothing to compare"
         else:
-            read.append((task, others))
+            read.append((task, others, inputs))
         counts[end] = counts.get(end, 0) + 1
     # All wordings of all tasks at once: they share batches.
-    wordings = [text for task, others in read for text in (task.instruction, *others)]
-    inputs = [
-        inputs_of(task, config.num_inputs) for task, others in read for _ in range(1 + len(others))
-    ]
-    answers = iter(
-        answer_read(ship.model, wordings, wordings, inputs, ship.config.evaluation.max_new_tokens)
-    )
+    wordings = [text for task, others, _ in read for text in (task.instruction, *others)]
+    rows_of_inputs = [inputs for _, others, inputs in read for _ in range(1 + len(others))]
+    length = ship.config.evaluation.max_new_tokens
+    answers = iter(answer_read(ship.model, wordings, wordings, rows_of_inputs, length))
     found: dict[int, float] = {}
-    for task, others in read:
+    for task, others, _ in read:
         own, *rest = (next(answers) for _ in range(1 + len(others)))
         found[id(task)] = round(change(own, rest), 4)
     rows = [

@@ -3,7 +3,9 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from ship_ds.api import Ship
@@ -11,7 +13,7 @@ from ship_ds.console import Log, no_log
 from ship_ds.data.readers import read_tasks
 from ship_ds.data.source import source_of
 from ship_ds.data.splits import is_near_copy, not_held_out
-from ship_ds.data.task import Splits, SplitTask, Task
+from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.inference import checks
 
@@ -49,7 +51,7 @@ class Known:
         return {
             one.instruction: one
             for one in (*self.own, *self.tasks)
-            if inputs_of(one, 1) and is_readable(ship, one.instruction)
+            if is_readable(ship, one.instruction) and readable_inputs(ship, one, 1)
         }
 
     def give_away(self, tasks: Sequence[Task]) -> list[bool]:
@@ -124,6 +126,50 @@ def inputs_of(task: Task, count: int, order: Sequence[int] | None = None) -> lis
     """
     picked = task.examples if order is None else [task.examples[i] for i in order]
     return list(dict.fromkeys([*(example.input for example in picked), *task.inputs]))[:count]
+
+
+def readable_inputs(
+    ship: Ship,
+    task: Task,
+    count: int,
+    order: Sequence[int] | None = None,
+    instruction: str | None = None,
+) -> list[str]:
+    """As `inputs_of`, without those that the run cannot read and answer.
+
+    Args:
+        ship: the run.
+        task: whose inputs they are.
+        count: at most.
+        order: see `inputs_of`.
+        instruction: under whose adapter they are answered; None: the task's own.
+    """
+    text = task.instruction if instruction is None else instruction
+    inputs = inputs_of(task, len(task.examples) + len(task.inputs), order)
+    return list(islice((one for one in inputs if can_answer(ship, text, one)), count))
+
+
+def can_answer(ship: Ship, instruction: str, text: str) -> bool:
+    """Whether the run can read an instruction and an input, and answer under the adapter."""
+    try:
+        checks.check_instruction(ship.model, instruction)
+        checks.check_inputs(ship.model, [text], ship.config.evaluation.max_new_tokens, instruction)
+    except UserError:
+        return False
+    return True
+
+
+def readable_examples(ship: Ship, task: Task, count: int) -> list[Example]:
+    """The task's first examples that the run's Task LLM can read under the instruction's adapter,
+    up to `count`."""
+    found: list[Example] = []
+    for example in task.examples:
+        if len(found) == count:
+            break
+        with suppress(UserError):
+            checks.check_examples(ship.model, [example], task.instruction)
+            found.append(example)
+    return found
 
 
 def is_readable(ship: Ship, instruction: str) -> bool:

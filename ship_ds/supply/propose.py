@@ -35,7 +35,7 @@ from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import ProposeConfig
 from ship_ds.supply.filters import agreed, is_new, is_trivial, share_alike
 from ship_ds.supply.journal import Journal, SupplyPart
-from ship_ds.supply.known import Known, inputs_of, is_readable
+from ship_ds.supply.known import Known, is_readable, readable_inputs
 from ship_ds.supply.proposers import Proposer
 
 
@@ -173,14 +173,17 @@ class _Rounds:
             places = list(range(len(source.examples)))
             random.Random(f"inputs {self.seed} {text}").shuffle(places)
             sources.append(source)
-            inputs.append(inputs_of(source, config.num_inputs, places))
+            inputs.append(
+                readable_inputs(self.ship, source, config.num_inputs, places, instruction=text)
+            )
         length = self.length
         answers = answer_latents(model, posterior.mean_TZ, texts, inputs, length, readings=read)
         shares = agreement(model, posterior, texts, inputs, answers, length, readings=read)
         found = []
         for i, (text, source) in enumerate(zip(texts, sources, strict=True)):
             examples = agreed(inputs[i], answers[i], shares[i], config.min_agreement)
-            found.append(Answered(text, source, examples, sum(shares[i]) / len(shares[i])))
+            share = sum(shares[i]) / max(1, len(shares[i]))
+            found.append(Answered(text, source, examples, share))
         return found
 
     def cycles(self, answered: Sequence["Answered"]) -> list[tuple[str, float]]:

@@ -53,7 +53,7 @@ def test_outputs_fit_inputs_of_their_form_and_length() -> None:
 def chain() -> Chain:
     first = Task("a", "add 1", tuple(Example(str(i), str(i + 1)) for i in range(8)))
     second = Task("b", "double", (Example("1", "2"),))
-    return Chain.of(first, second, ChainsConfig())
+    return Chain.of(first, second, ChainsConfig(), lambda *_: True)
 
 
 def test_a_chain_is_kept_where_both_directions_agree() -> None:
@@ -78,7 +78,9 @@ def test_the_second_task_s_own_examples_come_before_what_the_run_answers() -> No
 def test_two_pairs_have_two_ids() -> None:
     names = ("a", "b-c", "a-b", "c", "a+b", "b+c", "a%2Bb", "%", "a+", "+c")
     tasks = [Task(name, name, ()) for name in names]
-    ids = {Chain.of(one, other, ChainsConfig()).id for one in tasks for other in tasks}
+    ids = {
+        Chain.of(one, other, ChainsConfig(), lambda *_: True).id for one in tasks for other in tasks
+    }
     assert len(ids) == len(names) ** 2
 
 

@@ -396,6 +396,33 @@ def test_a_journal_knows_inputs_and_one_without_a_part_is_nobodys(
         supply(ship, "answers", out, written(tmp_path, first, other), changes)
 
 
+UNREAD = [{"input": "quux", "target": "4"}, {"input": " ".join(["3 1"] * 300), "target": "4 1"}]
+"""A word that the embedded model has none for, and more tokens than it reads."""
+
+
+@pytest.mark.usefixtures("answers_by_rule", "induces")
+@pytest.mark.parametrize("kind", ["chains", "compress", "disagreement", "propose"])
+def test_inputs_that_cannot_be_read_are_passed_over(
+    ship: Ship, tasks_file: Path, tmp_path: Path, kind: str
+) -> None:
+    """One of a thousand inputs ended the whole supply, or was answered beyond the context."""
+    lines = rows(tasks_file)
+    spoilt = written(tmp_path, *({**one, "examples": UNREAD + one["examples"]} for one in lines))
+    found = []
+    for data in (tasks_file, spoilt):
+        counts = supply(ship, kind, tmp_path / f"{data.stem}.jsonl", data, EASY[kind])
+        found.append((counts, rows(tmp_path / f"{data.stem}.jsonl")))
+    (plain, whole), (counts, around) = found
+    assert whole and counts == plain
+    if kind == "propose":  # other inputs are drawn of a longer list
+        asked = [one["input"] for row in around for one in row["examples"]]
+        assert asked and not {one["input"] for one in UNREAD} & set(asked)
+        return
+    for row in around:  # what is written of a task is all of it
+        row["examples"] = [one for one in row["examples"] if one not in UNREAD]
+    assert around == whole
+
+
 def test_tasks_without_labels_are_counted_as_such(ship: Ship, tmp_path: Path) -> None:
     data = written(tmp_path, {"id": "a", "instruction": "add 3", "inputs": ["1 2"]})
     with pytest.raises(UserError, match="no task was kept .no labels 1"):
