@@ -156,7 +156,17 @@ class HarnessConfig(Section):
 
         Args:
             methods: names, or "all".
+            parts: of the tasks, by name.
+            num_tasks: of a part, at most.
+            num_shown: how many examples are shown, several with commas.
+            minutes: of training, for each baseline.
             judge: names, or "none".
+            endpoint, endpoint_model, endpoint_prompts: of the judge that is asked over HTTP.
+            seed: of the draw of tasks and examples.
+            budget: what ends a baseline's training.
+            patience, num_looks: see `budgets.UntilDevStops` and `DevCurve`.
+            changes: NAME.KEY=VALUE, of a method's settings.
+            directions: names, or "all".
 
         Raises:
             UserError: one of them is wrong; the message names the option.

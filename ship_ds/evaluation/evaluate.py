@@ -42,6 +42,7 @@ def evaluate(
 
     Args:
         folder: of the run.
+        config: which methods, parts and directions, and how.
         arguments: of the command that asked for it; they stand in the report.
         log: takes a line a cell.
         device, dtype, base: see `Ship.from_run`.

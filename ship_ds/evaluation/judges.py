@@ -1,7 +1,5 @@
 """Judges: each reads induced instructions beside the tasks that they should name, or answers beside
 the right ones, and adds columns of its own.
-
-Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Callable, Sequence

@@ -74,6 +74,8 @@ def measure(
 
     Args:
         method: of the protocol that the direction asks for.
+        direction: what is asked: answers, or an instruction.
+        questions: one a task.
         judges: of induced instructions, and some of answers.
     """
     if not questions:

@@ -58,6 +58,7 @@ def ask(
     are of the same examples and some more.
 
     Args:
+        task: that is asked.
         num_shown: examples that are shown, 0 for none.
         seed: of the draw of these.
         num_asked: test examples that are asked, the first ones; None for all.

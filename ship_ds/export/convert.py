@@ -61,6 +61,8 @@ def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[s
 
     Args:
         source: a run or a checkpoint.
+        out: the folder that takes all of it.
+        conversion: what is wanted.
         report: takes one line about each thing that was made.
 
     Raises:

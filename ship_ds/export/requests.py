@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LATENT = "latent_TZ"
+_FLOATS = ("F32", "F16", "F64")
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def read_latents(path: Path, bundle: str, latent_size: int) -> list[Request]:
         latent_size: Z of the run.
 
     Raises:
-        UserError: It is no latent file, or of another run or size; or its numbers are not all
-            finite, or its instructions not one a latent.
+        UserError: It is no latent file, or of another run or size; or its numbers are no
+            floats that numpy has or not all finite, or its instructions not one a latent.
     """
     import torch
 
@@ -196,18 +197,22 @@ def load_latents(
         latent_size: Z of the run.
 
     Returns:
-        The latents (T, Z), and the instruction of each; None where there is none.
+        The latents (T, Z) in fp32, and the instruction of each; None where there is none.
 
     Raises:
-        UserError: It is no latent file, or of another run or size; or its numbers are not all
-            finite, or its instructions not one a latent.
+        UserError: It is no latent file, or of another run or size; or its numbers are no
+            floats that numpy has or not all finite, or its instructions not one a latent.
     """
     import numpy as np
 
     try:
         refuse_pointer_file(path)
         with safe_open(path, "np") as file:
-            latent_TZ, metadata = file.get_tensor(LATENT), file.metadata() or {}
+            kind, metadata = file.get_slice(LATENT).get_dtype(), file.metadata() or {}
+            if kind not in _FLOATS:
+                raise UserError(f"{path}: {LATENT} is {kind}; expected {', '.join(_FLOATS)}")
+            with np.errstate(over="ignore"):  # what fp32 cannot hold is refused below
+                latent_TZ = file.get_tensor(LATENT).astype(np.float32)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: not a latent file: {error}; expected safetensors with {LATENT}"

@@ -311,6 +311,7 @@ def prepend(
         query, key, value: see `sdpa_forward`.
         mask: of the keys there are, boolean or added to the scores; None: causal, within
             `sliding_window`.
+        sliding_window: of so many tokens that a query sees, itself among them; None: of all.
         is_causal: else no mask hides nothing.
     """
     keys, values, seen_EP = prefix

@@ -4,8 +4,6 @@ The Task LLM reads (model.task_llm.instruction), V being the adapter's virtual t
 instruction, x the input: `none` [V, prompt(x)]; `hard` [V, prompt(k, x)]; `soft` [V, embeddings of
 k's tokens, prompt(x)], where induction may put optimised embeddings in place of the table's. In
 training some tasks of a run with `none` may read as with `hard` (model.task_llm.fading_steps).
-
-Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Callable, Sequence

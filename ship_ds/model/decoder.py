@@ -1,7 +1,7 @@
 """The decoder: z and zero to six examples -> instruction.
 
-Letters: T tasks, Z latent size, P virtual tokens, H hidden size, K labelled positions,
-V vocabulary, X other letters flattened.
+Letters: T tasks, Z latent size, P virtual tokens, H hidden size, K labelled positions, X other
+letters flattened.
 """
 
 import math

@@ -9,9 +9,8 @@ are padded, in both: T5 adds to each score of its attention a bias that goes by 
 no kernel for packed tokens knows. T5 scales no scores, and shares the first block's biases with the
 blocks after it, so its blocks hand on what AdaptedBlock passes through.
 
-Letters: E sequences, S padded length, K labelled positions, H hidden size, V vocabulary,
-P virtual tokens, Y generated tokens, T tasks, G key-value heads, F size of an attention head,
-X other letters flattened.
+Letters: E sequences, S padded length, K labelled positions, H hidden size, V vocabulary, P virtual
+tokens, Y generated tokens, T tasks, F size of an attention head, X other letters flattened.
 """
 
 import copy

@@ -9,7 +9,7 @@ DeepSpeed's own LinearFunctionForZeroStage3 does.
     W = dequantised weight                 into a buffer that all linears share
     out = x W^T + bias + scaling * B A x   one tensor, the adapter's part added in place
 
-Letters: T tasks, R LoRA rank, I inputs of a linear, O outputs of a linear, N packed tokens.
+Letters: T tasks, I inputs of a linear, O outputs of a linear, N packed tokens.
 """
 
 from typing import Any

@@ -6,7 +6,7 @@ is within a tolerance of the whole instruction's. Theirs prunes a tree of the sy
 that reads it in the prompt; here the Task LLM reads none of it, but has the adapter that is made
 of the shortened text.
 
-Letters: C candidates, M examples of a task, Z latent size.
+Letters: C candidates, M examples of a task.
 """
 
 import re

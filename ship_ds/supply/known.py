@@ -150,7 +150,13 @@ def readable_inputs(
 
 
 def can_answer(ship: Ship, instruction: str, text: str) -> bool:
-    """Whether the run can read an instruction and an input, and answer under the adapter."""
+    """Whether the run can read an instruction and an input, and answer under the adapter.
+
+    Args:
+        ship: the run.
+        instruction: that the adapter is made of.
+        text: the input.
+    """
     try:
         checks.check_instruction(ship.model, instruction)
         checks.check_inputs(ship.model, [text], ship.config.evaluation.max_new_tokens, instruction)
@@ -160,8 +166,13 @@ def can_answer(ship: Ship, instruction: str, text: str) -> bool:
 
 
 def readable_examples(ship: Ship, task: Task, count: int) -> list[Example]:
-    """The task's first examples that the run's Task LLM can read under the instruction's adapter,
-    up to `count`."""
+    """The task's first examples that the run's Task LLM can read under the instruction's adapter.
+
+    Args:
+        ship: the run.
+        task: whose examples they are.
+        count: at most.
+    """
     found: list[Example] = []
     for example in task.examples:
         if len(found) == count:

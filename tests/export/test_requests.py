@@ -95,6 +95,28 @@ def test_latents_of_another_run_or_size_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.bfloat16, "BF16"), (torch.int64, "I64"), (torch.bool, "BOOL")]
+)
+def test_latents_that_are_no_floats_of_numpy_s_are_one_line(
+    tmp_path: Path, dtype: torch.dtype, kind: str
+) -> None:
+    save_file({"latent_TZ": torch.ones(2, 5, dtype=dtype)}, tmp_path / "z.safetensors")
+    with pytest.raises(UserError, match=f"latent_TZ is {kind}; expected F32, F16, F64"):
+        read_latents(tmp_path / "z.safetensors", "digest", 5)
+
+
+def test_latents_of_other_floats_become_fp32(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.float64):
+        save_file({"latent_TZ": torch.full((1, 5), 0.5, dtype=dtype)}, tmp_path / "z.safetensors")
+        [request] = read_latents(tmp_path / "z.safetensors", "digest", 5)
+        assert request.latent_Z is not None and request.latent_Z.equal(torch.full((5,), 0.5))
+    large = torch.full((1, 5), 1e300, dtype=torch.float64)
+    save_file({"latent_TZ": large}, tmp_path / "z.safetensors")
+    with pytest.raises(UserError, match="expected finite numbers"):
+        read_latents(tmp_path / "z.safetensors", "digest", 5)
+
+
+@pytest.mark.parametrize(
     ("arguments", "place"),
     [
         (["deduce", "--file", "{file}"], "{file}:2: instruction: 'quux' is not in"),

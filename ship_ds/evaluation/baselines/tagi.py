@@ -1,6 +1,6 @@
 """TAGI: task adapters generation from instructions.
 
-Letters: K labelled positions, V vocabulary, E sequences, S padded length.
+Letters: K labelled positions, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,4 @@
-"""SHIP's deduction again, beside how much the samples of each instruction's posterior agree.
-
-Letters: T tasks, Z latent size.
-"""
+"""SHIP's deduction again, beside how much the samples of each instruction's posterior agree."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Random decode: what the decoder makes of a z drawn from the prior, without having seen an
 example.
-
-Letters: T tasks, Z latent size.
 """
 
 from collections.abc import Sequence

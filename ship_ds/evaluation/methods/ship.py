@@ -1,7 +1,4 @@
-"""SHIP itself: the run that is evaluated.
-
-Letters: T tasks, Z latent size.
-"""
+"""SHIP itself: the run that is evaluated."""
 
 from collections.abc import Sequence
 from typing import ClassVar

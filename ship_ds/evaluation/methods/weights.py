@@ -1,7 +1,4 @@
-"""Instructions read out of an adapter's weights alone, without an example.
-
-Letters: C candidates.
-"""
+"""Instructions read out of an adapter's weights alone, without an example."""
 
 from collections.abc import Sequence
 from functools import cached_property

@@ -15,8 +15,8 @@ encoder's last layer is read (with a query a block by `model.encoder.pooling` an
 `latent: by_layer`), z is between, and trunk and head are one for all blocks, which a learned
 embedding tells apart.
 
-Letters: T tasks, U features of a group, P virtual tokens, H hidden size, R LoRA rank, G key-value
-heads, F size of an attention head, X other letters flattened.
+Letters: T tasks, U features of a group, P virtual tokens, H hidden size, R LoRA rank, X other
+letters flattened.
 """
 
 from collections.abc import Callable, Iterable

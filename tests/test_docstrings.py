@@ -1,0 +1,106 @@
+"""Public functions say what they take: each argument by its name, where there are three or more,
+and no argument that there is not."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+FILES = sorted((REPOSITORY / "ship_ds").rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+CLASSES = {
+    node.name: node
+    for tree in TREES.values()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ClassDef)
+}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+_ARGUMENTS = re.compile(r"^Args:\n(.*?)(?=^\S|\Z)", re.DOTALL | re.MULTILINE)
+_NAMES = re.compile(r"^ {4}([*\w]+(?:, [*\w]+)*):", re.MULTILINE)
+
+
+def public(node: ast.Module | ast.ClassDef) -> Iterator[tuple[ast.ClassDef | None, Function]]:
+    """Functions of a module and methods of its classes, each with its class."""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from public(child)
+        elif isinstance(child, Function) and not child.name.startswith("_"):
+            yield (node if isinstance(node, ast.ClassDef) else None), child
+
+
+def names_of(bases: list[ast.expr]) -> list[str]:
+    """Trained[T], nn.Module -> ["Trained", "Module"]."""
+    plain = (base.value if isinstance(base, ast.Subscript) else base for base in bases)
+    return [getattr(base, "id", getattr(base, "attr", "")) for base in plain]
+
+
+def is_described_elsewhere(owner: ast.ClassDef | None, name: str) -> bool:
+    """Whether a method does what a class above it, or a protocol, says of it."""
+    if owner is None:
+        return False
+    above = [
+        *names_of(owner.bases),
+        *(n for n, c in CLASSES.items() if "Protocol" in names_of(c.bases)),
+    ]
+    found = [CLASSES[one] for one in above if one in CLASSES and CLASSES[one] is not owner]
+    return any(
+        any(isinstance(child, Function) and child.name == name for child in one.body)
+        or ("Protocol" not in names_of(one.bases) and is_described_elsewhere(one, name))
+        for one in found
+    )
+
+
+def parameters(function: Function) -> list[str]:
+    """The named ones, as it is called."""
+    taken = function.args
+    every = [one.arg for one in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)]
+    return [one for one in every if one not in ("self", "cls")]
+
+
+def others(function: Function) -> list[str]:
+    """*args and **kwargs."""
+    return [one.arg for one in (function.args.vararg, function.args.kwarg) if one is not None]
+
+
+def described(function: Function) -> list[str] | None:
+    """The names under "Args:"; None where there is no such section."""
+    section = _ARGUMENTS.search(ast.get_docstring(function) or "")
+    if section is None:
+        return None
+    lists = _NAMES.findall(section[1])
+    return [name.lstrip("*") for names in lists for name in names.split(", ")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_arguments_are_described(path: Path) -> None:
+    is_verbs = path.parent.name == "cli"  # their options have help texts
+    for owner, function in public(TREES[path]):
+        wanted, found = parameters(function), described(function)
+        where = f"{path.name}:{function.lineno} {function.name}"
+        if found is not None:
+            assert set(found) <= {*wanted, *others(function)}, where
+        if is_verbs or len(wanted) < 3 or is_described_elsewhere(owner, function.name):
+            continue
+        assert set(wanted) <= set(found or ()), where
+
+
+def test_a_missing_and_a_foreign_argument_are_seen() -> None:
+    lines = [
+        "x",
+        "",
+        "Args:",
+        "    a, b: of f,",
+        "        as it is.",
+        "    c: d: e.",
+        "",
+        "Returns:",
+    ]
+    text = "".join(f"    {line}\n" for line in [*lines, "    g: h."])
+    (function,) = ast.parse(f'def f(a, b, *c):\n    """{text.strip()}\n    """').body
+    assert isinstance(function, ast.FunctionDef)
+    assert described(function) == ["a", "b", "c"]
+    assert (parameters(function), others(function)) == (["a", "b"], ["c"])
