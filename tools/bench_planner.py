@@ -28,7 +28,15 @@ from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.planner.plan import Machines, make_plan
 
 RESULTS = Path(__file__).parent / "results" / "planner.json"
-STAGES = ("zero1", "zero2", "zero3", "zero3_bf16", "zero3_shard_all", "short reuse")
+_SHORT = {"short reuse": 1_000_000, "short reuse, one base for all": 100_000}
+"""Stages in which not all that is gathered stays until its next use -> how far that may be off, in
+elements."""
+STAGES = ("zero1", "zero2", "zero3", "zero3_bf16", "zero3_shard_all", *_SHORT)
+_ONE_BASE = [
+    "model.backbone=shared",
+    *(f"model.{role}.quantisation=nf4" for role in ("encoder", "decoder")),
+    *(f"model.{role}.tuning={{kind: lora, rank: 4}}" for role in ("encoder", "decoder")),
+]
 _SENT = {
     "all_gather_into_tensor": ("output_tensor", 1),
     "reduce_scatter_tensor": ("input", 1),
@@ -39,20 +47,20 @@ _SENT = {
 
 def stage_config(stage: str, folder: Path) -> Config:
     name = stage
-    if stage == "short reuse":
+    if stage in _SHORT:
         name = str(folder / "short_reuse.json")
         zero = {
             "stage": 3,
             "overlap_comm": False,
             "stage3_param_persistence_threshold": 0,
             "reduce_bucket_size": 1_000_000,
-            "stage3_max_reuse_distance": 1_000_000,
+            "stage3_max_reuse_distance": _SHORT[stage],
             "stage3_prefetch_bucket_size": 0,
         }
         Path(name).write_text(
             json.dumps({"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False})
         )
-    shard = "always" if stage in ("zero3_shard_all", "short reuse") else "never"
+    shard = "always" if stage in ("zero3_shard_all", *_SHORT) else "never"
     return load_config(
         "quickstart-smoke",
         [
@@ -60,6 +68,7 @@ def stage_config(stage: str, folder: Path) -> Config:
             "evaluation.every_steps=0",
             f"training.deepspeed={name}",
             f"model.task_llm.shard={shard}",
+            *(_ONE_BASE if "one base" in stage else ()),
         ],
     )
 

@@ -99,7 +99,9 @@ def make_plan(config: Config, machines: Machines, lengths: Lengths = (None, None
     is_sharded = not outside
     held = held_by_a_rank(zero, engine, outside)
     accumulation = config.training.accumulation
-    sent = traffic(zero, engine, accumulation, _recomputed(shapes) if is_sharded else ())
+    in_engine = set(map(id, engine))
+    again = [weight for weight in _recomputed(shapes) if id(weight) in in_engine]
+    sent = traffic(zero, engine, accumulation, again)
     evaluations = evaluation_passes(shapes, work, config.evaluation)
     staying = sum(_staying(zero, held).values())
     return Plan(
@@ -204,19 +206,25 @@ def _dequantised(shapes: Shapes) -> int:
 
 
 def _recomputed(shapes: Shapes) -> list[Weight]:
-    if not shapes.config.task_llm.checkpointing:
-        return []
-    blocks = [
-        path
-        for path, module in shapes.ship.task_llm.named_modules()
-        if isinstance(module, AdaptedBlock)
-    ]
-    return [
-        weight
-        for weight in shapes.weights("task LLM")
+    """Weights of the blocks that roles compute again, once for each of these roles."""
+    config = shapes.config
+    roles = {
+        "encoder": config.encoder.checkpointing,
+        "task LLM": config.task_llm.checkpointing,
+        "decoder": config.decoder.checkpointing and shapes.ship.decodes,
+    }
+    weights = []
+    for name in [name for name, recomputes in roles.items() if recomputes]:
+        part = name if config.backbone == "separate" else "task LLM"
+        blocks = [
+            path
+            for path, module in shapes.parts[part].named_modules()
+            if isinstance(module, AdaptedBlock)
+        ]
         # With the dot, or block 1 would have the weights of block 10.
-        if weight.path.startswith(tuple(f"{path}." for path in blocks))
-    ]
+        starts = tuple(f"{path}." for path in blocks)
+        weights += [weight for weight in shapes.weights(part) if weight.path.startswith(starts)]
+    return weights
 
 
 def _parameters(shapes: Shapes) -> dict[str, int]:

@@ -44,12 +44,14 @@ def public_shapes() -> Mapping[str, PreTrainedConfig]:
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: how many values, whether it is trained, and whether it lies in NF4."""
+    """One parameter: how many values, whether it is trained, whether it lies in NF4, and how many
+    passes of one forward read it."""
 
     path: str
     numel: int
     is_trained: bool
     is_nf4: bool
+    num_reads: int = 1
 
     def stored_bytes(self, dtype_bytes: int) -> int:
         return nf4.packed_bytes(self.numel) if self.is_nf4 else self.numel * dtype_bytes
@@ -110,6 +112,11 @@ class Shapes:
         """Every parameter of a part; a base that several roles share is the Task LLM's alone."""
         return self._weights[part]
 
+    @property
+    def _num_reads(self) -> int:
+        """Passes of a forward over the Task LLM's base; under ZeRO-3 no two roles share one."""
+        return 1 if self.config.backbone == "separate" else 2 + self.ship.decodes
+
     @cached_property
     def _weights(self) -> dict[str, list[Weight]]:
         shared = {id(parameter) for parameter in self.ship.task_llm.parameters()}
@@ -120,6 +127,7 @@ class Shapes:
                     parameter.numel(),
                     parameter.requires_grad,
                     f"{part}.{path}" in self.nf4_paths,
+                    self._num_reads if part == "task LLM" else 1,
                 )
                 for path, parameter in module.named_parameters()
                 if part == "task LLM" or id(parameter) not in shared

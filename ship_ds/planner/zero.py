@@ -210,8 +210,8 @@ def traffic(
         zero: the settings of DeepSpeed and the number of ranks.
         engine: the weights that DeepSpeed manages.
         micro_steps: micro-batches of a step.
-        recomputed: weights of checkpointed blocks, which a third pass gathers under ZeRO-3 where
-            `reuse_distance` is 0.
+        recomputed: weights of checkpointed blocks, once a role, which one more pass gathers under
+            ZeRO-3 where `reuse_distance` is 0.
     """
     trained = sum(weight.numel * zero.dtype_bytes for weight in engine if weight.is_trained)
     ring = (zero.num_ranks - 1) / zero.num_ranks
@@ -262,15 +262,21 @@ def _gathers(zero: Zero, engine: Sequence[Weight], recomputed: Sequence[Weight])
     """Bytes gathered for one forward and one backward pass.
 
     A weight stays from the one to the other where its next use is fewer than `reuse_distance`
-    elements away (a packed NF4 byte is one element), so the last half of that is gathered once.
+    elements away (a packed NF4 byte is one element), so the last half of that is gathered once. A
+    base that several roles read is gone through from its beginning by each, so that to the next use
+    of a weight it is as far as the whole base is long, and in the backward pass again.
     """
     weights = _sharded(zero, engine)
     total = sum(weight.stored_bytes(zero.dtype_bytes) for weight in weights)
     elements = sum(weight.stored_elements for weight in weights)
     stays = min(1.0, zero.reuse_distance / 2 / elements) if elements else 1.0
+    more = [weight for weight in weights if weight.num_reads > 1]
+    if sum(weight.stored_elements for weight in more) <= zero.reuse_distance:
+        more = []
+    by_others = sum(w.stored_bytes(zero.dtype_bytes) * (w.num_reads - 1) for w in more)
     again = (
-        sum(weight.stored_bytes(zero.dtype_bytes) for weight in recomputed)
+        sum(weight.stored_bytes(zero.dtype_bytes) for weight in _sharded(zero, recomputed))
         if zero.reuse_distance == 0
         else 0
     )
-    return total, int(total * (1 - stays)) + again
+    return total + by_others, int(total * (1 - stays)) + by_others + again

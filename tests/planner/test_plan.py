@@ -2,6 +2,7 @@
 command."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,51 @@ def test_a_replicated_base_costs_memory_and_saves_traffic() -> None:
     more = sharded.traffic.wire["weights, gathered"] - replicated.traffic.wire["weights, gathered"]
     frozen = sharded.parameters["task LLM"] - 2 * packed  # embeddings, output layer and norms, fp32
     assert more == pytest.approx((packed + 4 * frozen) * 7 / 8, rel=0.001)
+
+
+def test_a_base_that_three_roles_read_is_gathered_for_each() -> None:
+    """Unless what is gathered once stays until its next use, a whole base later."""
+    base, trained = Weight("b", 10**9, False, False), Weight("t", 10**6, True, False)
+    shared = replace(base, num_reads=3)
+
+    def gathered(one: Weight, reuse: float, recomputed: Sequence[Weight] = ()) -> int:
+        settings = {"stage": 3, "stage3_max_reuse_distance": int(reuse)}
+        zero = Zero.read({"bf16": {"enabled": True}, "zero_optimization": settings}, 2)
+        return traffic(zero, [one, trained], 1, recomputed).wire["weights, gathered"]
+
+    whole = 2 * 10**9 // 2  # of the base in bf16, half of which a rank of two sends
+    for reuse in (1e6, 0.9e9):
+        more = gathered(shared, reuse) - gathered(base, reuse)
+        assert more == pytest.approx(4 * whole, rel=1e-6)
+    assert gathered(shared, 1.1e9) == gathered(base, 1.1e9)
+    assert gathered(base, 0, [base, base]) - gathered(base, 0) == pytest.approx(2 * whole)
+    assert gathered(base, 1e6, [base, base]) == gathered(base, 1e6)
+
+
+@pytest.mark.slow
+def test_each_role_that_recomputes_gathers_once_more(tmp_path: Path) -> None:
+    """A base that is shared as often as one of the role's own."""
+    zero = {
+        "stage": 3,
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    file = f"training.deepspeed={tmp_path / 'zero.json'}"
+    offload = [file, "model.task_llm.shard=always", *LORA_ROLES]
+
+    def sent(backbone: str, *roles: str) -> int:
+        settings = [f"model.{role}.checkpointing=true" for role in roles]
+        config = _small(*offload, f"model.backbone={backbone}", *settings)
+        return make_plan(config, Machines(1, 2, 10**12)).traffic.wire["weights, gathered"]
+
+    for backbone in ("separate", "shared"):
+        none, one, three = (
+            sent(backbone, *roles)
+            for roles in ((), ("encoder",), ("encoder", "decoder", "task_llm"))
+        )
+        assert three - none == pytest.approx(3 * (one - none), rel=1e-6) and one > none
 
 
 @pytest.mark.slow
