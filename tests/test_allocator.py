@@ -110,6 +110,7 @@ allocator.LIBRARIES, allocator._GPU = ("libc.so.6",), Path("/nowhere")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "starts_again"),
     [

@@ -360,6 +360,7 @@ def make_places(folder: Path) -> dict[str, Path]:
     return places
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(NOWHERE)), ids=[bad.arguments for bad in NOWHERE])
 def test_bad_input_is_one_line_at_once(outcomes: list[dict[str, Any]], index: int) -> None:
     """On standard error alone, with exit code 2, and before torch is imported."""
@@ -419,6 +420,7 @@ def test_option_takes_several_values_and_texts_that_begin_with_a_hyphen() -> Non
         _refuse_unknown(["--probes", "a"], options, "ship-ds answer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["recipes"], ["doctor"], ["config"], ["data", "FILE"], ["--version"], ["--help"]]
 )

@@ -359,6 +359,7 @@ def test_yaml_is_read_as_people_mean_it(override: str, value: object) -> None:
     assert found == value and type(found) is type(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [

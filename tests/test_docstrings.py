@@ -4,6 +4,7 @@ and no argument that there is not."""
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,22 @@ import pytest
 from tests.conftest import REPOSITORY
 
 FILES = sorted((REPOSITORY / "ship_ds").rglob("*.py"))
-TREES = {path: ast.parse(path.read_text()) for path in FILES}
-CLASSES = {
-    node.name: node
-    for tree in TREES.values()
-    for node in ast.walk(tree)
-    if isinstance(node, ast.ClassDef)
-}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 _ARGUMENTS = re.compile(r"^Args:\n(.*?)(?=^\S|\Z)", re.DOTALL | re.MULTILINE)
 _NAMES = re.compile(r"^ {4}([*\w]+(?:, [*\w]+)*):", re.MULTILINE)
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """Not at the top: every worker of pytest imports this file, and one runs it."""
+    return ast.parse(path.read_text())
+
+
+@cache
+def classes() -> dict[str, ast.ClassDef]:
+    """All of the package, by name."""
+    nodes = [node for path in FILES for node in ast.walk(tree_of(path))]
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
 
 def public(node: ast.Module | ast.ClassDef) -> Iterator[tuple[ast.ClassDef | None, Function]]:
@@ -42,11 +49,10 @@ def is_described_elsewhere(owner: ast.ClassDef | None, name: str) -> bool:
     """Whether a method does what a class above it, or a protocol, says of it."""
     if owner is None:
         return False
-    above = [
-        *names_of(owner.bases),
-        *(n for n, c in CLASSES.items() if "Protocol" in names_of(c.bases)),
-    ]
-    found = [CLASSES[one] for one in above if one in CLASSES and CLASSES[one] is not owner]
+    known = classes()
+    protocols = [name for name, one in known.items() if "Protocol" in names_of(one.bases)]
+    above = [*names_of(owner.bases), *protocols]
+    found = [known[one] for one in above if one in known and known[one] is not owner]
     return any(
         any(isinstance(child, Function) and child.name == name for child in one.body)
         or ("Protocol" not in names_of(one.bases) and is_described_elsewhere(one, name))
@@ -78,7 +84,7 @@ def described(function: Function) -> list[str] | None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_arguments_are_described(path: Path) -> None:
     is_verbs = path.parent.name == "cli"  # their options have help texts
-    for owner, function in public(TREES[path]):
+    for owner, function in public(tree_of(path)):
         wanted, found = parameters(function), described(function)
         where = f"{path.name}:{function.lineno} {function.name}"
         if found is not None:

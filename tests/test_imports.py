@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def imported(path: Path) -> set[str]:
 def imported_by(tree: ast.Module) -> set[str]:
     """See `imported`."""
     modules = set()
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             modules |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
         elif isinstance(node, ast.Import):
@@ -52,10 +53,18 @@ def needed(path: Path) -> set[str]:
     """The project's modules that a file needs as it runs, late imports too, and not for types
     alone."""
     tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = [ast.Pass()]
     return imported_by(tree)
+
+
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Those of a module, at any depth; the expressions in them are many times as many nodes."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield child
+            yield from statements(child)
 
 
 def test_no_circle_is_hidden_by_a_late_import() -> None:

@@ -48,6 +48,7 @@ def normal(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", name[0]).lower()
 
 
+@pytest.mark.slow
 def test_every_import_is_declared_and_every_declaration_imported() -> None:
     modules = {
         name

@@ -166,6 +166,7 @@ def test_no_library_takes_a_kernel_from_the_hub(tmp_path: Path) -> None:
     assert not sentinel.exists()
 
 
+@pytest.mark.slow
 def test_every_loader_of_transformers_refuses_remote_code_and_the_hub() -> None:
     refused = "{'local_files_only': True, 'trust_remote_code': False}"
     count = 0
@@ -205,6 +206,7 @@ def escape() -> str:
     return str(_compile_jinja_template(template).render())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("render", "error", "message"),
     [

@@ -30,6 +30,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
 def test_it_is_set_before_torch_loads(start: str, tmp_path: Path) -> None:
     """The first import of torch prints what its threads would read, and ends the program."""

@@ -120,6 +120,7 @@ def _examples(counts: dict[str, int]) -> list[Example]:
     return [Example(f"{label} {i}", label) for label, num in counts.items() for i in range(num)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", range(1, 13))
 def test_each_label_is_drawn_as_often_as_the_others(count: int) -> None:
     """Nine in ten are of one label, and no draw says so: neither its labels nor their order."""

@@ -142,6 +142,7 @@ def test_weights_are_part_of_what_a_checkpoint_compares(folder: Path) -> None:
     assert one.fingerprint(splits[0]) != two.fingerprint(splits[1])
 
 
+@pytest.mark.slow
 def test_two_sources_of_one_name_are_told_apart(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"two are called 'tasks.jsonl'; give one of them a name"):
         mixture(folder, path=str(folder / "tasks.jsonl"))

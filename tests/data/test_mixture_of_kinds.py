@@ -22,6 +22,8 @@ from ship_ds.model.loading import load_tokenizer
 from tests.conftest import train_and_go_on
 from tests.starts import FIRST
 
+pytestmark = pytest.mark.slow
+
 FEW = {"train_examples": 3, "test_examples": 2}
 RULES: dict[str, Any] = {"kind": "rules", **FEW}
 
@@ -262,7 +264,6 @@ def test_a_kind_with_a_weight_of_its_own_is_refused(monkeypatch: pytest.MonkeyPa
         load_config("quickstart-smoke", ["data={sources: [{kind: heavy}]}"])
 
 
-@pytest.mark.slow
 def test_a_run_of_rules_is_extended_by_a_file_and_goes_on(
     tmp_path: Path, rows: Callable[[Path], list[dict[str, Any]]]
 ) -> None:

@@ -25,6 +25,8 @@ from ship_ds.data.task import Splits
 from ship_ds.errors import UserError
 from tools.write_rules import main as write_rules
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world() -> Splits:
@@ -81,7 +83,6 @@ def test_examples_follow_their_rule() -> None:
     assert swap.apply((1, 2, 3), 1, 3) == (3, 2, 1) and swap.apply((1, 2), 1, 3) == (1, 2)
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_world(world: Splits) -> None:
     assert build_world(RulesConfig()) == world
     assert build_world(RulesConfig(seed=1)).seen[0].train != world.seen[0].train
@@ -105,7 +106,6 @@ def test_what_a_base_model_learns_besides_is_no_dev_or_unseen_rule() -> None:
         assert (answers_UF[: len(held)] == answers_F).mean(axis=1).max() < 0.95
 
 
-@pytest.mark.slow
 def test_more_compositions_are_new_seen_rules_and_change_nothing_else(world: Splits) -> None:
     more = build_world(RulesConfig(more_compositions=20))
     assert (more.dev, more.unseen) == (world.dev, world.unseen) and more.seen[

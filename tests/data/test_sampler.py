@@ -330,6 +330,7 @@ def test_a_task_whose_inputs_repeat_is_balanced_where_nothing_is_read() -> None:
     assert not replace(sampler, reading=READS).balanced_labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("counts", "is_balanced"),
     [

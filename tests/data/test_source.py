@@ -38,6 +38,7 @@ def test_a_mixture_is_planned_with_its_longest_texts() -> None:
     assert code == 0 and "GB" in plan, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "line"),
     [

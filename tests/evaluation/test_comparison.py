@@ -26,6 +26,8 @@ from ship_ds.evaluation.harness import Run
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods import METHODS
 
+pytestmark = pytest.mark.slow
+
 TRAINED = Path("tests/fixtures/v0_1/run")
 """It names its base by a path from the root of the repository, where the tests stand."""
 CONTROLS = ("bare_base", "neighbour_instruction", "majority_label")

@@ -30,6 +30,8 @@ from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.oracles import ROWS, SITE_SPREADS, RowLayout, mapped
 from ship_ds.oracle_bank import SPREADS, check_files, read_bank
 
+pytestmark = pytest.mark.slow
+
 RULES = ["data.num_seen=6", "data.train_examples=4", "data.test_examples=2"]
 LORA = "model.hypernetwork={kind: lora, rank: 2, targets: [q_proj, down_proj]}"
 CONFIG = load_config("quickstart-smoke", [*RULES, LORA])

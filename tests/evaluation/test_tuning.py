@@ -61,6 +61,7 @@ def nats_by_logits(ship: Ship, adapter: Adapter, examples: Sequence[Example]) ->
     return total / count
 
 
+@pytest.mark.slow
 def test_it_starts_at_the_generated_adapter_and_at_pefts_start(ship: Ship) -> None:
     tuned = tune(ship, INSTRUCTION, PAIRS, RECIPE, with_fresh=True)
     assert tuned.fresh is not None and (tuned.num_examples, tuned.num_held_out) == (16, 4)
@@ -118,6 +119,7 @@ def test_curve_counts_the_steps_to_a_loss() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_it_leaves_a_proved_folder_with_its_curve(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +167,7 @@ def test_it_leaves_a_proved_folder_with_its_curve(
     assert isinstance(read, LoraAdapter) and next(iter(read.factors.values()))[0].shape[1] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "name"),
     [

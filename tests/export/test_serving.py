@@ -52,6 +52,7 @@ def refusals(folder: Path, max_lora_rank: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_takes_a_folder_as_it_leaves(family: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)

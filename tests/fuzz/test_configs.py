@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ KEYS = sorted({key.rpartition(".")[2] for key in flat(CONFIG)} | CONFIG.keys())
 WORDS = ["lora", "files", "mixture", "kind", "path", "nf4", "all-linear", "embedded", "on", "1:30"]
 
 
+@pytest.mark.slow
 @fuzz
 @given(st.one_of(changed(CONFIG, values(KEYS, WORDS)), values(KEYS, WORDS)))
 def test_values_are_a_config_or_one_line(document: Any) -> None:

@@ -154,6 +154,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["config.json", "prompt_format.json", "bases.json", "known_instructions.json", "probes.json"],
@@ -188,6 +189,7 @@ def test_a_manifest_is_read_or_one_line(bundle: Path, tmp_path: Path) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"]
 )

@@ -70,6 +70,7 @@ def _lines(document: Any) -> st.SearchStrategy[bytes]:
     return st.one_of(broken(several.map("\n".join)), broken(arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_file_of_tasks_is_read_or_one_line(name: str, tmp_path: Path) -> None:
     document = DOCUMENTS[name]

@@ -52,6 +52,7 @@ def _texts(ship: Ship) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [lambda s: _answers(s, 1), lambda s: _answers(s, 3), _texts])
 def test_tokens_are_the_same_one_row_at_a_time(
     ship: Ship, monkeypatch: pytest.MonkeyPatch, made: Callable[[Ship], Any]

@@ -210,6 +210,7 @@ def test_what_leaves_as_a_lora_says_as_which() -> None:
         assert has_one == (ADAPTERS.implementation(name).leaves == "lora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family"), [case for case in CASES if case[0].startswith(STARTS_AT_THE_BASE)]
 )
@@ -221,6 +222,7 @@ def test_a_fresh_one_is_the_base(name: str, family: str) -> None:
     assert float((awake - bare).detach().abs().max()) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_tasks_answer_as_each_alone_padded_and_packed(name: str, family: str) -> None:
     lm, hypernetwork = _made(name, family)
@@ -252,6 +254,7 @@ def test_tasks_answer_as_each_alone_padded_and_packed(name: str, family: str) ->
     torch.testing.assert_close(ready, together, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_tasks_stand_beside_those_of_another_adapter(name: str, family: str) -> None:
     """Of texts of other lengths, where texts are fused: a server's rows join each other."""
@@ -273,6 +276,7 @@ def test_tasks_stand_beside_those_of_another_adapter(name: str, family: str) -> 
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_rows_that_finish_leave_the_others_their_adapter(name: str, family: str) -> None:
     """Of task 0 one row stays, of task 1 two: each goes on as it would alone. In fp64, since T5's
@@ -301,6 +305,7 @@ def test_rows_that_finish_leave_the_others_their_adapter(name: str, family: str)
     assert answers == [greedy(stream([row], row // 2), EOS, 6)[0] for row in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family", "packed"),
     [
@@ -338,6 +343,7 @@ def test_gradients_reach_all_of_two_adapters_alive_under_checkpointing(
         torch.testing.assert_close(one, recomputed[place], msg=place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_what_was_generated_has_a_row_a_task(name: str, family: str) -> None:
     _, hypernetwork = _made(name, family)

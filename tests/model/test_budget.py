@@ -65,6 +65,7 @@ def test_a_container_or_a_job_has_what_its_limit_leaves(tmp_path: Path) -> None:
     assert budget.host_bytes(tmp_path) == 101 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width,new", [(100, 8), (30, 90), (4, 120)])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 @torch.no_grad()

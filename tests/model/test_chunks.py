@@ -104,6 +104,7 @@ def test_each_chunk_is_read_by_itself(
         torch.testing.assert_close(encoder(batch, embeddings_TSH)[0], found_TZ)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", list(POOLINGS))
 def test_texts_that_fit_are_read_as_without(pooling: str) -> None:
     """To the bit."""
@@ -130,6 +131,7 @@ def test_states_that_are_fused_are_those_of_all_chunks() -> None:
         torch.testing.assert_close(mean_TZ, ship.encoder(batch)[0])
 
 
+@pytest.mark.slow
 def test_a_text_may_be_longer_than_the_context() -> None:
     """Which is what chunks are for; without them it is refused in one line."""
     whole, cut = ship_of("last", None), ship_of("last", 64)
@@ -145,6 +147,7 @@ def test_a_text_may_be_longer_than_the_context() -> None:
         ship_of("last", context + 1)
 
 
+@pytest.mark.slow
 def test_a_plan_and_the_flops_count_chunks() -> None:
     """Attention within them, all else as without."""
     machines = Machines(1, 1, 10**12)

@@ -66,6 +66,7 @@ def _stock_label_logits(
     return torch.cat(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_soft", [False, True])
 @pytest.mark.parametrize("with_adapter", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,6 +121,7 @@ def _generate(model: Any, batch: TokenBatch, soft: Tensor | None, length: int) -
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_soft", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -195,6 +197,7 @@ def test_gradients_reach_the_soft_tokens_and_the_instruction() -> None:
         assert leaf.grad is not None and (leaf.grad.abs().amax(-1) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2"])
 def test_label_logits_run_on_the_meta_device(family: str, packed: bool) -> None:

@@ -170,6 +170,7 @@ def test_a_plan_holds_the_results_alone() -> None:
         assert all(one.is_meta and one.is_contiguous() for one in planned)
 
 
+@pytest.mark.slow
 def test_few_kinds_of_input_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond torch's limit of eight a function is computed as in eager mode. Any number of tokens,
     any width, gradients or none, views or not: few."""
@@ -217,6 +218,7 @@ def refused(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_machine_that_cannot_compile_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"cpp.cxx": (os.devnull,), "force_disable_caches": True}
     said = refused(settings, monkeypatch)

@@ -18,6 +18,7 @@ from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.batch import TokenBatch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pooling", "times"), [(LastPooling(), 8), (AttentionPooling(), 4)], ids=["last", "attention"]
 )

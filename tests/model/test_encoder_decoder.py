@@ -120,6 +120,7 @@ def _merged(version: str, adapter: Any, task: int) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_label_logits_under_an_adapter_are_the_merged_models(

@@ -47,6 +47,7 @@ def random_prefix(model: torch.nn.Module, lengths: list[int], seed: int) -> Pref
     return PrefixAdapter(states, None if bool(seen_TP.all()) else seen_TP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["bare", "lora", "prefix", "even prefix", "lora and prefix"])
 @torch.no_grad()

@@ -143,6 +143,7 @@ def test_files_of_the_family_pass_the_preflight(name: str, tmp_path: Path) -> No
     check_base_files(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in _NAMES if name != "mixtral"])
 def test_all_linears_of_the_blocks_are_adapted_as_peft_does(name: str) -> None:
     """The same A and B, by `peft` with target_modules="all-linear" and by us: equal logits, and

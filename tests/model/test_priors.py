@@ -193,6 +193,7 @@ def test_a_flow_is_inverted_and_its_determinant_is_autograds(num_layers: int) ->
         torch.testing.assert_close(log_determinant_C[row], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_flows_kl_is_right_on_average() -> None:
     """The mean of many estimates is the KL of a large sample; of a fresh flow, the closed form."""
     for prior in (flow(4), FlowPrior(FlowPriorConfig(), 4)):

@@ -67,6 +67,7 @@ def frozen_bytes(ship: ShipModel) -> int:
     return sum(p.untyped_storage().nbytes() for p in storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 def test_one_base_gives_the_bits_of_three(quantisation: str) -> None:
     three, one = (build(config_of(kind, quantisation).model) for kind in ("separate", "shared"))
@@ -120,6 +121,7 @@ def num_passes(ship: ShipModel) -> int:
     return len(passes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "quantisation", "checkpointing"),
     [

@@ -67,6 +67,7 @@ def _draws() -> list[TaskDraw]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 def test_lora_roles_train_lora_and_heads_alone(quantisation: Any) -> None:
     ship = _ship(

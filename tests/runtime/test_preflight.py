@@ -199,6 +199,7 @@ def test_it_loads_no_torch() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["-m ship_ds.train", "ship_ds/train.py --local_rank=0"])
 @pytest.mark.parametrize(
     ("arguments", "line"),

@@ -67,6 +67,7 @@ def test_a_missing_extra_is_one_line(
     assert "pip install 'ship-ds[serve]'" in refusal(capsys, "--run", str(bundle))
 
 
+@pytest.mark.slow
 def test_nothing_of_it_is_imported_by_other_verbs() -> None:
     program = (
         "import sys, ship_ds.cli; ship_ds.cli.main(['recipes']);"

@@ -13,6 +13,8 @@ from ship_ds.evaluation.baselines.group_decoding import group_beams
 from ship_ds.evaluation.baselines.itd import Itd
 from tests.evaluation.baselines.test_frozen_base import awake_lora
 
+pytestmark = pytest.mark.slow
+
 
 def test_deduced_targets_are_the_bases_own(
     make: Callable[..., Any], ship: Ship, splits: Splits
