@@ -46,8 +46,10 @@ from ship_ds.inference.results import (
     Induction,
     Reasoning,
 )
+from ship_ds.model import budget
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.assemble import LoadedWeights, build_ship
+from ship_ds.model.nf4_linear import unpack
 from ship_ds.model.ship import ShipModel
 from ship_ds.placement import choose_device, choose_dtype
 
@@ -178,6 +180,8 @@ class Ship:
         known, probes = bundle.known_instructions, bundle.probes
         derived = Derived(bundle.folder, bundle.digest, str(dtype).removeprefix("torch."))
         model = model.to(device).eval()
+        if device.type == "cpu":
+            unpack([model.encoder, model.task_llm, model.decoder], budget.bytes_to_keep(device))
         return cls(model, bundle.config, bundle.digest, known, probes, derived)
 
     @cached_property

@@ -7,8 +7,9 @@ instructions that it has not seen, and then the same once more. What is timed is
 stream that brings the first token, and the processor's time that the server took for it: on a
 machine with other work the two differ.
 
-The second part writes the same 16 inputs by the decoder of the server, once under 16 adapters and
-once under one, in turns. No answer ends before its length, or the two would not write equally many
+The second part writes the same 16 inputs by the decoder of the server, once under 16 adapters, once
+under these with the base's 4-bit weights as they lie (a CPU keeps them dequantised), and once under
+one, in turns. No answer ends before its length, or the two would not write equally many
 tokens: the end of sequence is taken for a token like others.
 """
 
@@ -28,6 +29,7 @@ import httpx
 
 from ship_ds.api import Ship
 from ship_ds.files import write_json
+from ship_ds.model.nf4_linear import Nf4Linear
 from ship_ds.monitor.machine import describe_machine, versions
 from ship_ds.serving.decoding import AnswerWriter, Row, Sampling, Source
 from ship_ds.serving.limits import Limits
@@ -116,19 +118,32 @@ def tokens_a_second(
 def batches(run: Path, instructions: Sequence[str], text: str, turns: int) -> dict[str, Any]:
     ship = Ship.from_run(run)
     ship.model.prompts.eos_id = -1
+    roles = [ship.model.encoder, ship.model.task_llm, ship.model.decoder]
+    linears = [one for role in roles for one in role.modules() if isinstance(one, Nf4Linear)]
+    kept = [one.unpacked for one in linears]
     many = [Source(one, ship.model.encode([one]).cpu(), one) for one in instructions[:NUM_ADAPTERS]]
     cases = {"adapters_16": many, "adapters_1": many[:1] * NUM_ADAPTERS, "rows_1": many[:1]}
+    if any(one is not None for one in kept):
+        cases |= {"adapters_16_packed": many, "rows_1_packed": many[:1]}
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for turn in range(turns + 1):
         for name, sources in cases.items():
+            for linear, weight in zip(linears, kept, strict=True):
+                linear.unpacked = None if name.endswith("_packed") else weight
             speed = tokens_a_second(ship, sources, text, 64)
             if turn:  # the first one warms up
                 speeds[name].append(speed)
-    pairs = list(zip(speeds["adapters_16"], speeds["adapters_1"], strict=True))
-    clock, processor = (
-        round(statistics.median(many[kind] / one[kind] for many, one in pairs), 3)
-        for kind in (0, 1)
-    )
+
+    def over(one: str, other: str, kind: int) -> float:
+        """The median of the turns' ratios, by the clock (0) or by the processor's time (1)."""
+        pairs = zip(speeds[one], speeds[other], strict=True)
+        return round(statistics.median(a[kind] / b[kind] for a, b in pairs), 3)
+
+    unpacked = {
+        f"{name}_over_packed_by_processor_time": over(name, f"{name}_packed", 1)
+        for name in ("adapters_16", "rows_1")
+        if f"{name}_packed" in speeds
+    }
     return {
         "rows": NUM_ADAPTERS,
         "new_tokens": 64,
@@ -139,8 +154,9 @@ def batches(run: Path, instructions: Sequence[str], text: str, turns: int) -> di
         "tokens_a_processor_second": {
             name: spread([speed for _, speed in values]) for name, values in speeds.items()
         },
-        "adapters_16_over_1": clock,
-        "adapters_16_over_1_by_processor_time": processor,
+        "adapters_16_over_1": over("adapters_16", "adapters_1", 0),
+        "adapters_16_over_1_by_processor_time": over("adapters_16", "adapters_1", 1),
+        **unpacked,
     }
 
 

@@ -12,6 +12,7 @@ DeepSpeed's own LinearFunctionForZeroStage3 does.
 Letters: T tasks, I inputs of a linear, O outputs of a linear, N packed tokens.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,9 +34,15 @@ from ship_ds.model.nf4 import BLOCK, dequantised
 class Nf4Linear(bitsandbytes.nn.Linear4bit):
     """A frozen linear in 4 bits, perhaps with a low-rank part."""
 
+    unpacked: Tensor | None = None
+    """The dequantised weight (O, I), where `unpack` has kept it. No parameter and no buffer: neither
+    DeepSpeed nor a file is to have it."""
+
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) as training and serving compute with it; on a CPU the next call of any
         linear writes over it."""
+        if self.unpacked is not None and self.unpacked.dtype == dtype:
+            return self.unpacked
         weight: Any = self.weight
         state: Any = weight.quant_state or self.quant_state
         return dequantised(weight, state, dtype)
@@ -48,14 +55,23 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
             low_rank: see segment_lora.py.
         """
         if not self._is_trained(x, low_rank):
-            # bitsandbytes has kernels for few rows, with which decoding reads the packed weight.
-            out: Tensor = super().forward(x)
+            out = self._product(x)
             return out if low_rank is None else low_rank.add_to(out, x)
         inputs = x.to(self.compute_dtype or x.dtype).contiguous()
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         terms, factors = ([], []) if low_rank is None else low_rank.terms(inputs)
         out = _Nf4LowRank.apply(self, inputs, bias, terms, *factors)
         return out.to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x W^T + bias, outside of autograd."""
+        inputs = x if self.unpacked is None else x.to(self.compute_dtype or x.dtype)
+        if self.unpacked is None or self.unpacked.dtype != inputs.dtype:
+            # bitsandbytes has kernels for few rows, with which decoding reads the packed weight.
+            out: Tensor = super().forward(x)
+            return out
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return nn.functional.linear(inputs, self.unpacked, bias).to(x.dtype)
 
     def _is_trained(self, x: Tensor, low_rank: Addition | None) -> bool:
         """Whether anything that this linear computes from wants a gradient."""
@@ -102,6 +118,25 @@ class _Nf4LowRank(torch.autograd.Function):
             grad_x = grad_NI.view(*grad.shape[:-1], -1)
         grad_bias = grad_NO.sum(0) if wants_bias else None
         return None, grad_x, grad_bias, None, *grad_factors
+
+
+def unpack(roles: Iterable[nn.Module], most_bytes: int) -> None:
+    """Keep the dequantised weights of models that answer on a CPU, to the same bits: bitsandbytes
+    has no product of 4-bit weights there, and dequantises a whole matrix for every token.
+
+    Args:
+        roles: the models, which may share their linears.
+        most_bytes: that all of them may take; where they take more, none is kept.
+    """
+    modules = dict.fromkeys(module for role in roles for module in role.modules())
+    linears = [module for module in modules if isinstance(module, Nf4Linear)]
+    dtypes = [linear.compute_dtype or torch.float32 for linear in linears]
+    sizes = [linear.in_features * linear.out_features for linear in linears]
+    needed = sum(size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True))
+    if needed > most_bytes:
+        return
+    for linear, dtype in zip(linears, dtypes, strict=True):
+        linear.unpacked = linear.dequantised(dtype).clone()
 
 
 def use_nf4_linears(model: nn.Module, device: torch.device, base: str) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.segments import TaskEnds
-from ship_ds.model.nf4_linear import Nf4Linear, use_nf4_linears
+from ship_ds.model.nf4_linear import Nf4Linear, unpack, use_nf4_linears
 
 CPU = torch.device("cpu")
 NUM_IN, NUM_OUT, NUM_TOKENS = 128, 96, 12
@@ -80,6 +80,41 @@ def test_without_gradients_it_is_bitsandbytes_and_the_low_rank_part() -> None:
     with torch.no_grad():
         expected = _linear()(x.detach().requires_grad_()) + LowRank(a, b, 2.0).delta(x)
         torch.testing.assert_close(ours(x, low_rank=LowRank(a, b, 2.0)), expected)
+
+
+@pytest.mark.parametrize("ends", [None, _ends()])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpacked_it_answers_and_learns_to_the_same_bits(
+    dtype: torch.dtype, bias: bool, ends: TaskEnds | None
+) -> None:
+    ours = _ours(dtype, bias)
+    names = set(ours.state_dict())
+
+    def run() -> list[Tensor]:
+        x, a, b = _leaves(dtype)
+        with torch.no_grad():
+            answers = [ours(x), ours(x, low_rank=LowRank(a, b, 0.5, ends)), ours(x[:, :1].float())]
+        out = ours(x, low_rank=LowRank(a, b, 0.5, ends))
+        return [*answers, out, *torch.autograd.grad(out.float().square().sum(), [x, a, b])]
+
+    packed = run()
+    # The same linear twice, as where roles share a base.
+    unpack([nn.ModuleList([ours]), nn.ModuleList([ours])], NUM_IN * NUM_OUT * dtype.itemsize)
+    kept = ours.unpacked
+    assert kept is not None and kept.dtype == dtype and kept.shape == (NUM_OUT, NUM_IN)
+    for now, before in zip(run(), packed, strict=True):
+        assert now.dtype == before.dtype and now.equal(before)
+    assert set(ours.state_dict()) == names and kept.equal(ours.dequantised(dtype))
+    assert len(list(ours.parameters())) == 1 + bias
+
+
+def test_what_would_take_too_much_stays_packed() -> None:
+    one, other = _ours(), _ours()
+    unpack([nn.ModuleList([one, other])], 2 * NUM_IN * NUM_OUT * 4 - 1)
+    assert one.unpacked is None and other.unpacked is None
+    unpack([nn.ModuleList([one, other])], 2 * NUM_IN * NUM_OUT * 4)
+    assert one.unpacked is not None and other.unpacked is not None
 
 
 def test_gradients_in_fp64() -> None:
