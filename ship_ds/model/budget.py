@@ -228,6 +228,6 @@ def _groups(root: Path) -> list[str]:
     """The control groups (version 2) that this process is in: "a/b" -> ["a/b", "a", ""]."""
     names = root / "proc/self/cgroup"
     lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
-    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
-    parts = own.split("/") if own else []
+    group = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    parts = group.split("/") if group else []
     return ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]

@@ -218,7 +218,7 @@ def _load_whole(folder: Path, settings: PreTrainedConfig, **how: Any) -> Any:
     Raises:
         UserError: they lack a weight, or have one of another shape or that is no number.
     """
-    model, found = auto_class(settings).from_pretrained(
+    model, loading_info = auto_class(settings).from_pretrained(
         folder,
         **_FROM_FOLDER,
         **how,
@@ -227,9 +227,9 @@ def _load_whole(folder: Path, settings: PreTrainedConfig, **how: Any) -> Any:
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    if missing := found["missing_keys"]:
+    if missing := loading_info["missing_keys"]:
         raise missing_weight(folder, min(missing))
-    for name, there, expected in sorted(found["mismatched_keys"]):
+    for name, there, expected in sorted(loading_info["mismatched_keys"]):
         raise other_shape(folder, name, there, expected)
     # Codes of 4 bits do not tell, and to read the files once more for them takes too long.
     if "quantization_config" not in how and not all(map(is_finite, model.parameters())):

@@ -333,11 +333,11 @@ def _run(
     active = list(searches)
     stream.reserve(max_new_tokens - 1)
     for length in count(1):
-        extensions = scorer(stream.logits_EV, [search.running for search in active])
+        running = [search.running for search in active]
         survivors = [
             beam
-            for search, own in zip(active, extensions, strict=True)
-            for beam in search.step(own, length == max_new_tokens)
+            for search, extensions in zip(active, scorer(stream.logits_EV, running), strict=True)
+            for beam in search.step(extensions, length == max_new_tokens)
         ]
         active = [search for search in active if search.is_active]
         if length == max_new_tokens or not active:

@@ -189,12 +189,12 @@ def _low_rank(linears: Mapping[str, nn.Module], ranks: Mapping[str, int], first:
 def _reading(linears: Mapping[str, nn.Module], first: str) -> list[str]:
     """Those whose input has no gradient where the embeddings have none: of the first block that
     needs any, those that read what comes into it; and all of the blocks before."""
-    own = [path.startswith(f"{first}.") for path in linears]
-    num_before = own.index(True)
+    in_first = [path.startswith(f"{first}.") for path in linears]
+    num_before = in_first.index(True)
     return [
         path
         for number, path in enumerate(linears)
-        if number < num_before or (own[number] and _reads_block_input(path))
+        if number < num_before or (in_first[number] and _reads_block_input(path))
     ]
 
 

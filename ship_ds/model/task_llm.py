@@ -68,9 +68,9 @@ class TaskLlm(Writer):
         instruction = _per_row(instruction, num_rows)
         if beside is not None:
             assert packed
-            own = Passage(batch, adapter, num_tasks, soft, instruction)
+            passage = Passage(batch, adapter, num_tasks, soft, instruction)
             states = self.language_model.label_states_together(
-                [own, beside], checkpointing=self.checkpointing
+                [passage, beside], checkpointing=self.checkpointing
             )
             return torch.cat(states), torch.cat([batch.labels_K, beside.batch.labels_K])
         states_KH = self.language_model.label_states(

@@ -111,9 +111,9 @@ class _Turns:
         while (agreed := self._agree(None)) is not None:
             self._idle(agreed)
 
-    def _agree(self, wanted: Pass | None) -> Pass | None:
+    def _agree(self, name: Pass | None) -> Pass | None:
         """What most ranks want; of equally many the first."""
-        wishes = torch.tensor([float(name == wanted) for name in _PASSES])
+        wishes = torch.tensor([float(one == name) for one in _PASSES])
         totals = self.sum_over_ranks(wishes).tolist()
         return _PASSES[totals.index(max(totals))] if any(totals) else None
 

@@ -74,8 +74,8 @@ def planned_attention(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, row_E: Tensor | None = None) -> Tensor:
         if prefix is not None:
-            own = prefix if row_E is None else prefix_of(prefix, row_E)
-            k, v, _ = prepend(own, q, k, v, None)
+            row_prefix = prefix if row_E is None else prefix_of(prefix, row_E)
+            k, v, _ = prepend(row_prefix, q, k, v, None)
         return _Fused.apply(q, k, v, bias).transpose(1, 2)
 
     if rows is not None:

@@ -65,10 +65,10 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self.alive or key in self._known:
             return
-        gone = weakref.ref(storage, partial(self._forget, key))
-        self.alive[key] = (storage.nbytes(), self.part, gone)
+        reference = weakref.ref(storage, partial(self._forget, key))
+        self.alive[key] = (storage.nbytes(), self.part, reference)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
 
-    def _forget(self, key: int, gone: Any) -> None:
+    def _forget(self, key: int, reference: Any) -> None:
         self.now -= self.alive.pop(key)[0]

@@ -63,8 +63,9 @@ class Adapter(ABC):
     def is_low_rank(self) -> bool:
         """Whether `factors_at` says all that this changes inside the blocks. By the methods that a
         kind has of its own: who adds another one that acts in there adds it here."""
-        own = type(self)
-        return (own.delta, own.after, own.prefix) == (Adapter.delta, Adapter.after, Adapter.prefix)
+        kind = type(self)
+        methods = kind.delta, kind.after, kind.prefix
+        return methods == (Adapter.delta, Adapter.after, Adapter.prefix)
 
     def factors_at(self, path: str) -> LowRank | None:
         """The factors of what is added at a linear, as one matrix product of low rank; None: none.

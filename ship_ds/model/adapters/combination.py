@@ -65,8 +65,8 @@ class CombinedAdapter(Adapter):
         """One of all ranks side by side; None where a part adds what is none of low rank."""
         if not self._adds_products_alone():
             return None
-        found = [one for part in self.parts if (one := part.factors_at(path)) is not None]
-        return reduce(_side_by_side, found) if found else None
+        factors = [one for part in self.parts if (one := part.factors_at(path)) is not None]
+        return reduce(_side_by_side, factors) if factors else None
 
     def _adds_products_alone(self) -> bool:
         return all(type(part).delta is Adapter.delta for part in self.parts)
@@ -85,15 +85,15 @@ class CombinedAdapter(Adapter):
 
     def virtual_tokens(self) -> Tensor | None:
         """See `Adapter`."""
-        found = [one for part in self.parts if (one := part.virtual_tokens()) is not None]
-        return torch.cat(found, 1) if found else None
+        tokens = [one for part in self.parts if (one := part.virtual_tokens()) is not None]
+        return torch.cat(tokens, 1) if tokens else None
 
     def prefix(self, path: str, num_rows: int) -> Prefix | None:
         """See `Adapter`."""
-        found = [one for part in self.parts if (one := part.prefix(path, num_rows)) is not None]
-        if not found:
+        prefixes = [one for part in self.parts if (one := part.prefix(path, num_rows)) is not None]
+        if not prefixes:
             return None
-        keys, values, seen = zip(*found, strict=True)
+        keys, values, seen = zip(*prefixes, strict=True)
         all_seen = None
         if any(one is not None for one in seen):
             all_seen = torch.cat([_seen(*one) for one in zip(keys, seen, strict=True)], 1)
@@ -103,8 +103,8 @@ class CombinedAdapter(Adapter):
         """See `Adapter`: where every part can."""
         assert isinstance(other, CombinedAdapter)
         made = [one.beside(its) for one, its in zip(self.parts, other.parts, strict=True)]
-        found = [one for one in made if one is not None]
-        return CombinedAdapter(tuple(found)) if len(found) == len(made) else None
+        parts = [one for one in made if one is not None]
+        return CombinedAdapter(tuple(parts)) if len(parts) == len(made) else None
 
     def _each(self, change: Callable[[Adapter], Adapter]) -> "CombinedAdapter":
         return CombinedAdapter(tuple(map(change, self.parts)))
@@ -159,13 +159,13 @@ class CombinedAdapter(Adapter):
             UserError: There is nothing of the sort.
         """
         assert isinstance(other, CombinedAdapter)
-        found = []
+        distances = []
         for theirs in other.parts:
             # What can be read back has one part of a kind; see `cannot_leave`.
-            for own in (part for part in self.parts if type(part) is type(theirs)):
+            for part in (one for one in self.parts if type(one) is type(theirs)):
                 with suppress(UserError):
-                    found.append(own.distance(theirs))
-        return torch.stack(found).mean(0) if found else super().distance(other)
+                    distances.append(part.distance(theirs))
+        return torch.stack(distances).mean(0) if distances else super().distance(other)
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,8 @@ def _seen(keys_EGPF: Tensor, seen_EP: Tensor | None) -> Tensor:
     return torch.ones(rows, length, dtype=torch.bool, device=keys_EGPF.device)
 
 
-def _sum(found: Any) -> Tensor | None:
-    added = [one for one in found if one is not None]
+def _sum(terms: Any) -> Tensor | None:
+    added = [one for one in terms if one is not None]
     return reduce(torch.add, added) if added else None
 
 
@@ -225,7 +225,9 @@ class Combination(Hypernetwork):
     def __init__(self, config: CombinationConfig, latent_size: int, target: Target) -> None:
         super().__init__()
         self.why_not = self.cannot_leave(config)
-        parts = [build_hypernetwork(part, latent_size, _own(target, part)) for part in config.parts]
+        parts = [
+            build_hypernetwork(part, latent_size, _target_of(target, part)) for part in config.parts
+        ]
         self.parts = nn.ModuleList(parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in parts)
         self.prefix_length = sum(part.prefix_length for part in parts)
@@ -241,7 +243,7 @@ class Combination(Hypernetwork):
     def check(cls, config: CombinationConfig, latent_size: int, target: Target) -> None:
         """See `Hypernetwork`: each part."""
         for part in config.parts:
-            ADAPTERS.implementation(part).check(part, latent_size, _own(target, part))
+            ADAPTERS.implementation(part).check(part, latent_size, _target_of(target, part))
 
     @staticmethod
     def targets(config: CombinationConfig) -> tuple[str, ...]:
@@ -251,10 +253,10 @@ class Combination(Hypernetwork):
     @classmethod
     def features(cls, config: CombinationConfig) -> tuple[Feature, ...]:
         """See `Hypernetwork`."""
-        found = [
+        features = [
             one for part in config.parts for one in ADAPTERS.implementation(part).features(part)
         ]
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(features))
 
     @classmethod
     def without_shares(cls, config: CombinationConfig) -> CombinationConfig:
@@ -291,8 +293,8 @@ class Combination(Hypernetwork):
 
     def lora_ranks(self) -> Mapping[str, int]:
         """See `Hypernetwork`."""
-        found = [ranks for part in self._hypernetworks() if (ranks := part.lora_ranks())]
-        return found[0] if len(found) == 1 else {}
+        ranks = [one for part in self._hypernetworks() if (one := part.lora_ranks())]
+        return ranks[0] if len(ranks) == 1 else {}
 
     def products_of_state(self) -> int:
         """See `Hypernetwork`."""
@@ -317,13 +319,13 @@ class Combination(Hypernetwork):
         """See `Hypernetwork`: `peft` loads a kind that changes linears, and around the whole model
         one that stands before the prompt; a second one of either it does not."""
         kinds = [ADAPTERS.implementation(part) for part in config.parts]
-        found = [
+        reasons = [
             one
             for kind, part in zip(kinds, config.parts, strict=True)
             if (one := kind.cannot_leave(part)) is not None
         ]
-        if found:
-            return str(found[0])
+        if reasons:
+            return str(reasons[0])
         places = sorted(kind.leaves in BEFORE_THE_PROMPT for kind in kinds)
         if places != [False, True] or any(kind.leaves is None for kind in kinds):
             return (
@@ -389,12 +391,12 @@ class Combination(Hypernetwork):
 def _leaves_as(folder: Path) -> Leaves:
     """What a single folder of `peft` says that it is. Raises UserError where it is none of them."""
     path = folder / ADAPTER_CONFIG
-    found = read_json_object(path).get("peft_type")
-    for name, peft_type in PEFT_TYPES.items():
-        if peft_type == found:
+    peft_type = read_json_object(path).get("peft_type")
+    for name, known_type in PEFT_TYPES.items():
+        if known_type == peft_type:
             return name
     raise UserError(
-        f"{path}: peft_type is {found!r}; expected one of {', '.join(PEFT_TYPES.values())}"
+        f"{path}: peft_type is {peft_type!r}; expected one of {', '.join(PEFT_TYPES.values())}"
     )
 
 
@@ -403,7 +405,7 @@ def _targets(part: Any) -> tuple[str, ...]:
     return names
 
 
-def _own(target: Target, part: Any) -> Target:
+def _target_of(target: Target, part: Any) -> Target:
     """The Task LLM as a part sees it: with the linears that it changes."""
     names = _targets(part)
     sites = {p: size for p, size in target.sites.items() if is_target(p, names)}

@@ -201,8 +201,8 @@ def wrap(model: nn.Module, sites: Iterable[str]) -> None:
         model.set_submodule(path, AdaptedLinear(model.get_submodule(path), path))
     attentions = lm.attentions()
     for path, block in lm.blocks().items():
-        own = [place for place, block_path in attentions.items() if block_path == path]
-        model.set_submodule(path, AdaptedBlock(block, path, own))
+        places = [place for place, block_path in attentions.items() if block_path == path]
+        model.set_submodule(path, AdaptedBlock(block, path, places))
 
 
 def sites_in_each_block(model: nn.Module, targets: tuple[str, ...]) -> Sites:
@@ -248,8 +248,8 @@ def _targets_in(
     """Paths of the block's target linears, target by target."""
     paths = [path for path in linears if path.startswith(f"{block_path}.")]
     _check_targets("hypernetwork.targets", model_name, paths, targets)
-    found = (path for target in targets for path in paths if is_target(path, (target,)))
-    return list(dict.fromkeys(found))
+    target_paths = (path for target in targets for path in paths if is_target(path, (target,)))
+    return list(dict.fromkeys(target_paths))
 
 
 def _check_targets(

@@ -35,11 +35,11 @@ class Together(Adapter):
 
     def low_rank(self, path: str) -> EndToEnd | None:
         """What each part adds to its own tokens."""
-        found = tuple(
+        factors = tuple(
             (None if part is None else part.factors_at(path), num_tokens)
             for part, num_tokens in self.parts
         )
-        return EndToEnd(found) if any(one is not None for one, _ in found) else None
+        return EndToEnd(factors) if any(one is not None for one, _ in factors) else None
 
     def rows(self, index: Tensor) -> "Together":
         raise NotImplementedError("texts are read together in training alone")
