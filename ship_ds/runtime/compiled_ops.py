@@ -80,8 +80,8 @@ def _load(builder: Any) -> None:
         builder.load(verbose=False)
     except RuntimeError as error:  # torch's, with all that ninja and the compiler said
         lines = [line.strip() for line in str(error).splitlines()[1:]]
-        said = [line for line in lines if "not found" in line or "error:" in line]
-        reason = said[0] if said else first_line(error)
+        messages = [line for line in lines if "not found" in line or "error:" in line]
+        reason = messages[0] if messages else first_line(error)
         raise UserError(
             f"DeepSpeed's {builder.name}: cannot be compiled: {reason}: install a C++ compiler "
             "such as g++, or set CXX to one"

@@ -24,7 +24,7 @@ def op_cache(environment: Mapping[str, str]) -> Path:
     Raises:
         UserError: it cannot be written, or others can write it.
     """
-    return _own(Path(environment.get(_VARIABLE) or _default()), _VARIABLE)
+    return _trusted_folder(Path(environment.get(_VARIABLE) or _default()), _VARIABLE)
 
 
 def compiled_cache(environment: Mapping[str, str]) -> Path:
@@ -43,8 +43,8 @@ def compiled_cache(environment: Mapping[str, str]) -> Path:
     default = Path(tempfile.gettempdir()) / "torchinductor_"
     chosen = environment.get(_COMPILED, str(default))
     if not chosen.startswith(str(default)):
-        return _own(Path(chosen), _COMPILED)
-    return _own(op_cache(environment) / "inductor" / _processor(), _VARIABLE)
+        return _trusted_folder(Path(chosen), _COMPILED)
+    return _trusted_folder(op_cache(environment) / "inductor" / _processor(), _VARIABLE)
 
 
 def _processor() -> str:
@@ -54,7 +54,7 @@ def _processor() -> str:
     return sha256("\n".join(sorted(kind) or os.uname()).encode()).hexdigest()[:12]
 
 
-def _own(folder: Path, variable: str) -> Path:
+def _trusted_folder(folder: Path, variable: str) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()

@@ -153,10 +153,10 @@ def check_stacks(model: ModelConfig, one_stack: Collection[str] = ()) -> None:
             "and decoder too: set it to separate"
         )
     for role in ("encoder", "decoder"):
-        own = getattr(model, role).base
-        if own not in one_stack and (other := encoder_decoder(base_folder(own))):
+        role_base = getattr(model, role).base
+        if role_base not in one_stack and (other := encoder_decoder(base_folder(role_base))):
             raise UserError(
-                f"model.{role}.base: {own}: a {other} can be the Task LLM alone: set it to a "
+                f"model.{role}.base: {role_base}: a {other} can be the Task LLM alone: set it to a "
                 "decoder-only model, such as embedded"
             )
     if kind is None:

@@ -232,7 +232,7 @@ def slurm_nodes(compact: str, environment: Mapping[str, str]) -> list[str]:
 
 def expanded_nodes(compact: str) -> list[str]:
     """ "gpu[08-10],login" -> ["gpu08", "gpu09", "gpu10", "login"]."""
-    found: list[str] = []
+    nodes: list[str] = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", compact):
         parts = [
             [name for one in part[1:-1].split(",") for name in _numbers(one)]
@@ -240,8 +240,8 @@ def expanded_nodes(compact: str) -> list[str]:
             else [part]
             for part in re.findall(r"\[[^\]]*\]|[^\[]+", item)
         ]
-        found += ["".join(names) for names in itertools.product(*parts)]
-    return found
+        nodes += ["".join(names) for names in itertools.product(*parts)]
+    return nodes
 
 
 def _numbers(text: str) -> list[str]:

@@ -67,8 +67,8 @@ class Watchdog:
         self._step, self._num_records = 0, 0
         self._expects_steps = False
         # What the neighbour said before this start counts for nothing: it may come much later.
-        self._said_before = None if minutes is None else self._neighbours_word()
-        self._said, self._num_same_reads = self._said_before, 0
+        self._initial_position = None if minutes is None else self._read_neighbour()
+        self._last_position, self._num_same_reads = self._initial_position, 0
         self._done = threading.Event()
 
     def begin(self) -> None:
@@ -130,11 +130,11 @@ class Watchdog:
         Readings are counted and no clock is read: those of two nodes may differ by hours, and one
         goes on while this process is stopped.
         """
-        said = self._neighbours_word()
-        if said is None or said == self._said_before:
+        position = self._read_neighbour()
+        if position is None or position == self._initial_position:
             return None
-        self._num_same_reads = self._num_same_reads + 1 if said == self._said else 0
-        self._said = said
+        self._num_same_reads = self._num_same_reads + 1 if position == self._last_position else 0
+        self._last_position = position
         if self._num_same_reads * self.period <= limit:
             return None
         return f"no sign of life of rank {self._neighbour()} for {limit / 60:g} minutes"
@@ -142,7 +142,7 @@ class Watchdog:
     def _neighbour(self) -> int:
         return (current_rank(os.environ) + 1) % num_ranks(os.environ)
 
-    def _neighbours_word(self) -> Position | None:
+    def _read_neighbour(self) -> Position | None:
         """None: there is no neighbour, or it has not begun, has left, or cannot be understood."""
         if self._neighbour() == current_rank(os.environ):
             return None
