@@ -80,18 +80,18 @@ def collapse_warning(where: str, cell: Mapping[str, Any]) -> str:
         )
     if cell["n_tasks"] < _MIN_TASKS:
         return ""
-    found, common = [], cell.get(KEY)
+    reasons, common = [], cell.get(KEY)
     if common and common["n_tasks"] >= _MANY * cell["n_tasks"]:
-        found.append(
+        reasons.append(
             f"{common['n_tasks']} of {cell['n_tasks']} tasks got the same text, which alone "
             f"has ROUGE-L {common['rouge_l']:.3f} with their instructions"
         )
     gain = cell.get("latent_gain", {}).get("value")
     if gain is not None and gain < _LITTLE_GAIN:
-        found.append(
+        reasons.append(
             f"beside its own latent a token of an instruction is likelier by {gain:.3f} nats than "
             "beside another task's"
         )
-    if not found:
+    if not reasons:
         return ""
-    return f"{where}: {' and '.join(found)}: these texts hardly tell tasks apart"
+    return f"{where}: {' and '.join(reasons)}: these texts hardly tell tasks apart"

@@ -135,12 +135,12 @@ def measure_run(
     digests = {part: _digest(tasks) for part, tasks in of_parts.items()}
     keys = {name: _once_for(name, run, digests) for name in settings.methods}
     known = {(name, one.once_for) for e in beside for name, one in e.beside.items() if one.once_for}
-    wanted = [name for name in settings.methods if (name, keys[name]) not in known]
+    names = [name for name in settings.methods if (name, keys[name]) not in known]
     harness = Harness(run, settings, log)
     harness.measure([_SHIP])
-    errors = {name: _attempt(harness, name) for name in wanted if name != _SHIP}
+    errors = {name: _attempt(harness, name) for name in names if name != _SHIP}
     failures = {name: reason for name, reason in errors.items() if reason is not None}
-    measured = [name for name in wanted if name not in failures and harness.cells(name)]
+    measured = [name for name in names if name not in failures and harness.cells(name)]
     chosen = settings.model_copy(update={"methods": tuple(measured)})
     report, cells = evaluate_run(run, chosen, arguments, log)
     asked = list(dict.fromkeys(task for tasks in of_parts.values() for task in tasks))
@@ -152,7 +152,7 @@ def measure_run(
             {} if name in failures else _of_method(name, cells, chosen),
             keys[name],
         )
-        for name in wanted
+        for name in names
         if name != _SHIP
     }
     config = run.ship.config
@@ -206,8 +206,8 @@ def _of_method(name: str, cells: Mapping[Cell, Measured], settings: HarnessConfi
 def _digest(tasks: Iterable[Any]) -> str:
     """Of all that a method is shown and asked of the tasks. Not of their kind: why a task is unseen
     depends on what else was trained on."""
-    told = [(task.task, task.train, task.test, task.held_out_paraphrases) for task in tasks]
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    contents = [(task.task, task.train, task.test, task.held_out_paraphrases) for task in tasks]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()
 
 
 def _once_for(name: str, run: Run, digests: Mapping[Part, str]) -> str:
@@ -329,8 +329,8 @@ def _partner(entry: ComparedRun, rows: Sequence[ComparedRun]) -> ComparedRun | N
     if (entry.label, entry.method) == first:
         return None
     of_first = [row for row in rows if (row.label, row.method) == first]
-    wanted = _POOLED if entry.seed is None else entry.seed
-    return next((row for row in of_first if row.seed == wanted), of_first[0])
+    seed = _POOLED if entry.seed is None else entry.seed
+    return next((row for row in of_first if row.seed == seed), of_first[0])
 
 
 def _row(entry: ComparedRun, rows: Sequence[ComparedRun]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def check_dev(
     model.eval()
     settings = config.evaluation
     method = ShipMethod(Setting(Ship(model, config, digest=""), splits, folder, None, seed=0))
-    found = DevCheck()
+    check = DevCheck()
     for part in _PARTS:
         raise_if_asked()
         tasks = tasks_of(splits, part, sys.maxsize)
@@ -69,21 +69,21 @@ def check_dev(
         questions = [ask(task, 0, 0, settings.examples_per_task) for task in few]
         outcome = measure_over_ranks(method, "deduction", questions, model=model)
         metrics = tuple(dict.fromkeys((*metrics_to_show(few), settings.best_by)))
-        found.scalars |= _scalars(outcome, part, metrics)
+        check.scalars |= _scalars(outcome, part, metrics)
     if model.decodes:
         raise_if_asked()
         seen, dev = splits.seen[:_TASKS_READ_BACK], splits.dev[:_TASKS_READ_BACK]
         questions = [ask(task, 0, 0) for task in seen + dev]
         outcome = measure_over_ranks(method, "reconstruction", questions, model=model)
-        found.texts = [(row["instruction"], row["said"]) for row in outcome.rows]
+        check.texts = [(row["instruction"], row["said"]) for row in outcome.rows]
         for part, rows in (("seen", outcome.rows[: len(seen)]), ("dev", outcome.rows[len(seen) :])):
             if rows and "latent_gain" in outcome.metrics:
                 gains = [row["latent_gain"] for row in rows]
-                found.scalars[f"latent_gain/{part}"] = score(gains).value
-    on_dev = found.scalars.get(_name(settings.best_by, "dev"))
+                check.scalars[f"latent_gain/{part}"] = score(gains).value
+    on_dev = check.scalars.get(_name(settings.best_by, "dev"))
     if on_dev is not None and math.isfinite(on_dev):
-        found.dev_score = -on_dev if settings.best_by in LESS_IS_BETTER else on_dev
-    return found
+        check.dev_score = -on_dev if settings.best_by in LESS_IS_BETTER else on_dev
+    return check
 
 
 def _scalars(outcome: Outcome, part: str, metrics: Sequence[str]) -> dict[str, float]:

@@ -196,9 +196,9 @@ def paper_score(metric: PaperMetric, answer: str | None, references: Sequence[st
     """
     if answer is None:
         return 0.0
-    said = _paper_form(answer)
+    form = _paper_form(answer)
     return max(
-        (_PAPER_METRICS[metric](said, _paper_form(reference)) for reference in references),
+        (_PAPER_METRICS[metric](form, _paper_form(reference)) for reference in references),
         default=0.0,
     )
 
@@ -214,20 +214,20 @@ def _paper_form(text: str) -> str:
     return sentence.lower().replace("-", " ").translate(_NO_PUNCTUATION)
 
 
-def _exact(said: str, reference: str) -> float:
-    return float(said == reference)
+def _exact(answer: str, reference: str) -> float:
+    return float(answer == reference)
 
 
-def _same_words(said: str, reference: str) -> float:
-    return float(set(said.split()) == set(reference.split()))
+def _same_words(answer: str, reference: str) -> float:
+    return float(set(answer.split()) == set(reference.split()))
 
 
-def _contains(said: str, reference: str) -> float:
-    return float(re.search(rf"\b({re.escape(reference)})\b", said) is not None)
+def _contains(answer: str, reference: str) -> float:
+    return float(re.search(rf"\b({re.escape(reference)})\b", answer) is not None)
 
 
-def _f1(said: str, reference: str) -> float:
-    ours, theirs = said.split(), reference.split()
+def _f1(answer: str, reference: str) -> float:
+    ours, theirs = answer.split(), reference.split()
     num_common = (Counter(ours) & Counter(theirs)).total()
     return 2 * num_common / (len(ours) + len(theirs)) if num_common else 0.0
 

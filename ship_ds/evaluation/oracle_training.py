@@ -105,7 +105,7 @@ def make_bank(
     if len(splits.seen) < 2:
         raise UserError("oracles: one seen task has no spread over tasks; give two or more")
     try:
-        with _unfinished(out, _wanted(base, splits.seen, recipe, dtype)) as (part, bank):
+        with _unfinished(out, _description(base, splits.seen, recipe, dtype)) as (part, bank):
             learnt = _train_groups(base, bank, part, splits.seen, recipe, log)
             _write_spreads(part, bank, lora)
             Manifest.of(part).write(part)
@@ -117,7 +117,7 @@ def make_bank(
     return learnt
 
 
-def _wanted(
+def _description(
     base: FrozenBase, tasks: Sequence[SplitTask], recipe: BankRecipe, dtype: torch.dtype
 ) -> OracleBank:
     """All that decides the bank. The size of a group does by rounding, and follows from the memory
@@ -134,7 +134,7 @@ def _wanted(
 
 
 @contextmanager
-def _unfinished(out: Path, wanted: OracleBank) -> Iterator[tuple[Path, OracleBank]]:
+def _unfinished(out: Path, description: OracleBank) -> Iterator[tuple[Path, OracleBank]]:
     """The folder that becomes the bank, which no other process has, and the bank's description;
     what an earlier process left there is taken up.
 
@@ -151,9 +151,9 @@ def _unfinished(out: Path, wanted: OracleBank) -> Iterator[tuple[Path, OracleBan
             raise UserError(f"{part}: another process writes it; name another --out") from None
         if not any(part.glob("group-*.safetensors")):
             # What ended before its first group, by a rate that was too high, binds nobody.
-            write_json(part / BANK, wanted.model_dump(mode="json"))
+            write_json(part / BANK, description.model_dump(mode="json"))
         begun = read_bank(part, "--out")
-        if different := _different(begun, wanted):
+        if different := _different(begun, description):
             raise UserError(
                 f"{part}: was begun with {different}; repeat that command, or remove the folder"
             )
@@ -162,21 +162,21 @@ def _unfinished(out: Path, wanted: OracleBank) -> Iterator[tuple[Path, OracleBan
         os.close(descriptor)
 
 
-def _different(begun: OracleBank, wanted: OracleBank) -> str | None:
+def _different(begun: OracleBank, description: OracleBank) -> str | None:
     """The first thing that two commands have otherwise, but for the size of a group."""
 
     def flat(bank: OracleBank) -> dict[str, Any]:
         options = {f"--{name.replace('_', '-')}": value for name, value in bank.trained.items()}
         return {**bank.made_for, **options}
 
-    then, now = flat(begun), flat(wanted)
+    then, now = flat(begun), flat(description)
     key = next((key for key in now if then.get(key) != now[key]), None)
     if key is not None:
         return f"{key}={then.get(key)}, which is {now[key]} now"
-    if begun.sites != wanted.sites:
+    if begun.sites != description.sites:
         return "other model.hypernetwork.targets"
     # Their order is that of the rows.
-    if list(begun.tasks.items()) != list(wanted.tasks.items()):
+    if list(begun.tasks.items()) != list(description.tasks.items()):
         return "other seen tasks, or other examples of them"
     return None
 
@@ -195,8 +195,8 @@ def _train_groups(
     for number, (file, ids) in enumerate(groups, 1):
         if not (part / file).is_file():
             title = f"oracles, group {number} of {len(groups)}"
-            rows_TX, found = _train_group(base, [by_id[one] for one in ids], recipe, title)
-            _write_group(part / file, rows_TX, found)
+            rows_TX, group_learnt = _train_group(base, [by_id[one] for one in ids], recipe, title)
+            _write_group(part / file, rows_TX, group_learnt)
         nats = zip(
             ids, *(mapped(part / file, name).tolist() for name in (_BEFORE, _AFTER)), strict=True
         )

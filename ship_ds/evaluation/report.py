@@ -124,7 +124,7 @@ def confidence(rows: Sequence[TaskRow]) -> dict[str, float | None]:
 def differences(measured: Mapping[Cell, Measured], num_shown: int) -> dict[str, Any]:
     """SHIP minus every other method, over the tasks that both were asked:
     `<method>.<direction>.<part>.<metric>`, each with its bootstrap interval over tasks."""
-    found: dict[str, Any] = {}
+    by_method: dict[str, Any] = {}
     for cell, other in measured.items():
         ship = measured.get(replace(cell, method=_SHIP))
         if cell.method == _SHIP or ship is None or cell.num_shown not in (None, num_shown):
@@ -132,9 +132,9 @@ def differences(measured: Mapping[Cell, Measured], num_shown: int) -> dict[str, 
         metrics = [metric for metric in ship.metrics if metric in other.metrics]
         rows = paired_rows(ship.rows, other.rows, metrics)
         if rows:
-            of_method = found.setdefault(cell.method, {}).setdefault(cell.direction, {})
+            of_method = by_method.setdefault(cell.method, {}).setdefault(cell.direction, {})
             of_method[cell.part] = summary(metrics, rows)
-    return found
+    return by_method
 
 
 def paired_rows(

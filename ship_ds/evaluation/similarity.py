@@ -94,19 +94,22 @@ class SentenceEncoder:
         below. An exact match is 1; None and an empty text, of which every sentence is a little,
         are 0."""
         texts = dict.fromkeys(
-            text for said, references in pairs if said is not None for text in (said, *references)
+            text
+            for answer, references in pairs
+            if answer is not None
+            for text in (answer, *references)
         )
         vectors = dict(zip(texts, self.encode(list(texts)), strict=True)) if texts else {}
-        return [self._similarity(said, references, vectors) for said, references in pairs]
+        return [self._similarity(answer, references, vectors) for answer, references in pairs]
 
     def _similarity(
-        self, said: str | None, references: Sequence[str], vectors: dict[str, Tensor]
+        self, answer: str | None, references: Sequence[str], vectors: dict[str, Tensor]
     ) -> float:
-        if exact_match(said, references):
+        if exact_match(answer, references):
             return 1.0
-        if said is None or not said.strip():
+        if answer is None or not answer.strip():
             return 0.0
-        cosines = [float(vectors[said] @ vectors[reference]) for reference in references]
+        cosines = [float(vectors[answer] @ vectors[reference]) for reference in references]
         return min(1.0, max(0.0, *cosines)) if cosines else 0.0
 
 

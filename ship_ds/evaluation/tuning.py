@@ -225,10 +225,12 @@ def train_lora(
 
     title = f"tune, {start} start"
     # A look's score is to rise: the log-likelihood.
-    looks = DevCurve(lambda: -held_out_loss(), min(recipe.steps, _MOST_LOOKS), every=1)
+    dev_curve = DevCurve(lambda: -held_out_loss(), min(recipe.steps, _MOST_LOOKS), every=1)
     first = held_out_loss()
     training = fit(
-        lora.parameters(), losses_at, Steps(recipe.steps), recipe.lr, title, dev_curve=looks
+        lora.parameters(), losses_at, Steps(recipe.steps), recipe.lr, title, dev_curve=dev_curve
     )
-    looked = {point.step: -point.dev for point in looks.curves[title] if point.dev is not None}
-    return Curve(start, tuple(training), {0: first, **looked})
+    held_out_losses = {
+        point.step: -point.dev for point in dev_curve.curves[title] if point.dev is not None
+    }
+    return Curve(start, tuple(training), {0: first, **held_out_losses})

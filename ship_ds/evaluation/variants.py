@@ -170,10 +170,10 @@ def plan(
     ]
     limits = {trial.config.training.max_minutes for trial in trials}
     if len(limits) > 1 or None in limits:
-        own = sorted("null" if limit is None else f"{limit:g}" for limit in limits)
+        values = sorted("null" if limit is None else f"{limit:g}" for limit in limits)
         raise UserError(
             f"--minutes: give it, since all are compared at equal time and training.max_minutes is "
-            f"{' and '.join(own)} in their configs"
+            f"{' and '.join(values)} in their configs"
         )
     return trials
 
@@ -188,10 +188,10 @@ def _trials(
     settings = [_NO_REPORT, *common, *variant.overrides]
     if minutes is not None:
         settings.append(f"training.max_minutes={minutes:g}")
-    own = seeds if seeds is not None else variant.seeds
-    if own is None:
-        own = (_load(variant, settings).run.seed,)
-    for seed in own:
+    run_seeds = seeds if seeds is not None else variant.seeds
+    if run_seeds is None:
+        run_seeds = (_load(variant, settings).run.seed,)
+    for seed in run_seeds:
         folder = out / variant.label / f"seed-{seed}"
         overrides = (*settings, f"run.seed={seed}", f"run.folder={json.dumps(str(folder))}")
         yield VariantRun(variant.label, seed, variant.source, overrides, _load(variant, overrides))

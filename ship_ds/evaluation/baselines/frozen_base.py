@@ -317,11 +317,11 @@ def _with_lora_sites(ship: Ship) -> tuple[TaskLlm, LoraHypernetworkConfig]:
     """The run's own Task LLM and LoRA, where nothing else changes its linears; else a second copy
     with that LoRA's sites, or with the default one's."""
     config = ship.config.model
-    kind, own = ADAPTERS.implementation(config.hypernetwork), lora_of(config.hypernetwork)
-    if own is not None:
+    kind, run_lora = ADAPTERS.implementation(config.hypernetwork), lora_of(config.hypernetwork)
+    if run_lora is not None:
         # The baselines' hypernetworks read no z that could be cut into shares.
-        lora = own.model_copy(update={"latent": "whole"})
-        if kind.targets(config.hypernetwork) == own.targets:
+        lora = run_lora.model_copy(update={"latent": "whole"})
+        if kind.targets(config.hypernetwork) == run_lora.targets:
             return ship.model.task_llm, lora
     else:
         lora = LoraHypernetworkConfig()

@@ -151,8 +151,8 @@ def train_group(
     loras = TaskLoras(base.sites, base.lora, len(examples))
     loras.load_state_dict(
         {
-            name: weight.expand_as(own)
-            for (name, own), weight in zip(
+            name: weight.expand_as(parameter)
+            for (name, parameter), weight in zip(
                 loras.state_dict().items(), first.state_dict().values(), strict=True
             )
         }

@@ -107,7 +107,7 @@ class TrainedMethod(ABC):
         assert chosen is not None, "who makes a method that trains says what it may spend"
         self.budget: Budget = chosen
         self.base = FrozenBase.of_run(setting.ship)
-        self.looks, self.fitted = self._looks(), Spent()
+        self.dev_curve, self.fitted = self._dev_curve(), Spent()
         with torch.random.fork_rng():
             torch.manual_seed(setting.seed)
             self.module = self.build().to(self.base.device)
@@ -146,16 +146,16 @@ class TrainedMethod(ABC):
             lr,
             title,
             num_examples=a_step if num_examples is None else num_examples,
-            dev_curve=self.looks,
+            dev_curve=self.dev_curve,
         )
         took = time.perf_counter() - self._looked_seconds - started
         self.fitted = self.fitted.after(len(losses), 0, self.fitted.seconds + took)
 
     @property
     def _looked_seconds(self) -> float:
-        return 0.0 if self.looks is None else self.looks.seconds
+        return 0.0 if self.dev_curve is None else self.dev_curve.seconds
 
-    def _looks(self) -> DevCurve | None:
+    def _dev_curve(self) -> DevCurve | None:
         """At a few dev tasks; an open-ended training looks once a round over the seen tasks, or
         every ten steps."""
         num_looks = self.setting.num_looks
@@ -197,8 +197,8 @@ class TrainedMethod(ABC):
             torch.manual_seed(self.setting.seed)
             self.train()
         self._store(time.perf_counter() - started)
-        if self.looks is not None:
-            write_json(self.setting.folder / DEV_CURVE, self.looks.as_json())
+        if self.dev_curve is not None:
+            write_json(self.setting.folder / DEV_CURVE, self.dev_curve.as_json())
 
     @property
     def _folder(self) -> Path:

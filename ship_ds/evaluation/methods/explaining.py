@@ -31,7 +31,7 @@ class ExplainTrainedLora(ReadTrainedLora):
     def induce(self, shown: Sequence[Sequence[Example]]) -> list[str]:
         """One LoRA and one text a task; none is an empty text."""
         adapters = [self._lora(examples) for examples in shown]
-        found = explain_many(
+        explanations = explain_many(
             self.ship.model,
             self.bank,
             adapters,
@@ -42,4 +42,4 @@ class ExplainTrainedLora(ReadTrainedLora):
             self.ship.lora_reader(),
             self.seed,
         )
-        return [one.instruction or "" for one in found]
+        return [one.instruction or "" for one in explanations]

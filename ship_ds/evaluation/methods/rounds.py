@@ -38,7 +38,7 @@ class ShipRounds(Untrained):
         search = self.recipe.model_copy(
             update={"max_new_tokens": evaluation.max_instruction_tokens}
         )
-        found = reason_many(
+        reasonings = reason_many(
             self.ship.model,
             self.ship.bank_to_search(search, log, self.seen),
             shown,
@@ -48,4 +48,4 @@ class ShipRounds(Untrained):
             _NUM_ROUNDS,
             self.seed,
         )
-        return [reasoning.refined for reasoning in found]
+        return [reasoning.refined for reasoning in reasonings]

@@ -34,14 +34,14 @@ ASKED = {"asked": "where text is followed"}
 def search_settings(recipe: InductionConfig) -> dict[str, Any]:
     """What a search's results depend on, as JSON: its numbers, and those of the examples' index and
     of what it counts for where that is asked."""
-    looks = recipe.searches_by_examples(0)
+    by_examples = recipe.searches_by_examples(0)
     settings = {
         "search": recipe.model_dump(mode="json"),
-        "on_language": recipe.suited_to(0, looks).model_dump(mode="json"),
+        "on_language": recipe.suited_to(0, by_examples).model_dump(mode="json"),
         **(ASKED if recipe.method == "union" else {}),
     }
     index: dict[str, Any] = {"index": COUNTED, "weights": [RIGHT_WEIGHT, LOSS_WEIGHT]}
-    return settings | (index if looks else {})
+    return settings | (index if by_examples else {})
 
 
 class Searching(Untrained):
@@ -114,8 +114,8 @@ class Searching(Untrained):
         new = list(dict.fromkeys(key for key in keys if key not in self.induced))
         if new:
             search = self.ship.searching(self.search, log, self.seen)
-            found = induce_many(self.ship.model, self.bank, new, search, self.seed, log)
-            self.induced |= zip(new, found, strict=True)
+            inductions = induce_many(self.ship.model, self.bank, new, search, self.seed, log)
+            self.induced |= zip(new, inductions, strict=True)
         return [self.induced[key] for key in keys]
 
     def answer(self, wordings: Sequence[str], inputs: Sequence[Sequence[str]]) -> AnswersByTask:

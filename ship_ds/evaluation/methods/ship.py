@@ -49,10 +49,10 @@ class ShipMethod(Searching):
         """See `ReadsLatents`; the other task is a seen one."""
         others = [another_instruction(task, self.seen, self.seed) for task in tasks]
         model = self.ship.model
-        own, other = (
+        losses, other_losses = (
             losses_of_texts(model, model.encode(read), wordings) for read in (wordings, others)
         )
-        return own, other
+        return losses, other_losses
 
 
 class SearchWithoutDecoder(Searching):

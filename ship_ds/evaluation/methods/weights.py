@@ -37,8 +37,8 @@ class _WeightsReader(Untrained):
         return Bank.build(self.ship.model, self.known)
 
     def read(self, adapter: Adapter) -> str:
-        found = induce_from_weights(self.ship.model, self.bank, adapter, self.search, self.seed)
-        return found.instruction
+        induction = induce_from_weights(self.ship.model, self.bank, adapter, self.search, self.seed)
+        return induction.instruction
 
 
 class ReadOwnAdapter(_WeightsReader):
