@@ -233,10 +233,10 @@ class Bank:
     def nearest(self, latent_CZ: Tensor, count: int) -> list[list[int]]:
         """The known instructions whose latents are nearest to each of these, nearest first."""
         distances = torch.cdist(latent_CZ.to(self.latent_CZ.device), self.latent_CZ)
-        found: list[list[int]] = distances.topk(
+        rows: list[list[int]] = distances.topk(
             min(count, len(self)), largest=False
         ).indices.tolist()
-        return found
+        return rows
 
     @torch.no_grad()
     def shortlist_by_decoder(

@@ -121,21 +121,23 @@ def explain_many(
     by_answers = _induced(model, bank, adapters, examples, search, seed, log)
     reading = _unless_set(config, _READING)
     by_weights = _read(model, bank, adapters, reading, reader, seed)
-    found = [
+    candidates = [
         _tested(model, *row, config) for row in zip(examples, by_answers, by_weights, strict=True)
     ]
-    executed = _executed(model, found, inputs, answers, bare, by_weights, config, max_new_tokens)
+    executed = _executed(
+        model, candidates, inputs, answers, bare, by_weights, config, max_new_tokens
+    )
     return [
         Explanation(
             rows[0].instruction if rows and rows[0].agreement >= threshold else None,
             tuple(rows),
             threshold,
             tuple(texts),
-            tuple(said),
+            tuple(targets),
             tuple(base),
             adapter.update_norms(),
         )
-        for rows, texts, said, base, adapter in zip(
+        for rows, texts, targets, base, adapter in zip(
             executed, inputs, answers, bare, adapters, strict=True
         )
     ]
@@ -170,18 +172,18 @@ def _induced(
     """What explains each adapter's answers; None where none of them ended."""
     places = [place for place, row in enumerate(examples) if row]
     tasks = [examples[place] for place in places]
-    found: list[Induction | None] = [None] * len(adapters)
+    inductions: list[Induction | None] = [None] * len(adapters)
     for place, induction in zip(
         places, induce_many(model, bank, tasks, config, seed, log) if tasks else [], strict=True
     ):
-        found[place] = induction
+        inductions[place] = induction
         most = max(candidate.most_right for candidate in induction.candidates)
         if _WORTH_MATCHING * induction.num_examples <= most < induction.num_examples:
             log("no candidate gives every answer: matching its distributions")
-            found[place] = _matched(
+            inductions[place] = _matched(
                 model, induction, adapters[place], examples[place], config, seed
             )
-    return found
+    return inductions
 
 
 def _matched(
@@ -253,7 +255,7 @@ def _tested(
 
 def _executed(
     model: ShipModel,
-    found: Sequence[Sequence[Candidate]],
+    candidates: Sequence[Sequence[Candidate]],
     inputs: Sequence[Sequence[str]],
     answers: Sequence[Sequence[str | None]],
     bare: Sequence[Sequence[str | None]],
@@ -264,31 +266,31 @@ def _executed(
     """The best candidates of each adapter with their answers to all of its inputs, best first."""
     owners = [
         (place, candidate)
-        for place, candidates in enumerate(found)
-        for candidate in candidates[:_NUM_EXECUTED]
+        for place, row in enumerate(candidates)
+        for candidate in row[:_NUM_EXECUTED]
     ]
-    made: list[list[Explained]] = [[] for _ in found]
+    made: list[list[Explained]] = [[] for _ in candidates]
     if not owners:
         return made
     texts = [candidate.instruction for _, candidate in owners]
     asked = [inputs[place] for place, _ in owners]
     latent_CZ = torch.tensor([candidate.latent for _, candidate in owners], device=model.device)
-    own = answer_latents(model, latent_CZ, texts, asked, max_new_tokens)
+    deduced = answer_latents(model, latent_CZ, texts, asked, max_new_tokens)
     stated = (
         answer_stated(model, texts, asked, max_new_tokens)
         if config.ranks_in_prompt
         else [None] * len(owners)
     )
-    for (place, candidate), by_adapter, in_prompt in zip(owners, own, stated, strict=True):
-        said, base, weights = answers[place], bare[place], by_weights[place]
+    for (place, candidate), by_adapter, in_prompt in zip(owners, deduced, stated, strict=True):
+        targets, base, weights = answers[place], bare[place], by_weights[place]
         ways = [by_adapter] if in_prompt is None else [by_adapter, in_prompt]
         made[place].append(
             Explained(
                 candidate.instruction,
                 _sources(candidate, weights),
-                _num_same(by_adapter, said),
-                None if in_prompt is None else _num_same(in_prompt, said),
-                max(agreement_of(way, said, base) for way in ways),
+                _num_same(by_adapter, targets),
+                None if in_prompt is None else _num_same(in_prompt, targets),
+                max(agreement_of(way, targets, base) for way in ways),
                 _distance(candidate.instruction, weights),
             )
         )
@@ -299,26 +301,28 @@ def _executed(
     return made
 
 
-def _num_same(answers: Sequence[str | None], said: Sequence[str | None]) -> int:
-    return sum(one is not None and one == other for one, other in zip(answers, said, strict=True))
+def _num_same(answers: Sequence[str | None], targets: Sequence[str | None]) -> int:
+    return sum(
+        one is not None and one == other for one, other in zip(answers, targets, strict=True)
+    )
 
 
 def agreement_of(
-    answers: Sequence[str | None], said: Sequence[str | None], bare: Sequence[str | None]
+    answers: Sequence[str | None], targets: Sequence[str | None], bare: Sequence[str | None]
 ) -> float:
     """How far answers are an adapter's: the share of all inputs, or of those that the base answers
     otherwise, whichever is lower; 0 where the adapter changes no answer.
 
     Args:
         answers: of a candidate.
-        said: of the adapter; one that did not end is nobody's.
+        targets: the answers of the adapter; one that did not end is nobody's.
         bare: of the base.
     """
-    places = [place for place, answer in enumerate(said) if answer != bare[place]]
+    places = [place for place, answer in enumerate(targets) if answer != bare[place]]
     if not places:
         return 0.0
-    changed = _num_same([answers[place] for place in places], [said[place] for place in places])
-    return min(_num_same(answers, said) / len(said), changed / len(places))
+    changed = _num_same([answers[place] for place in places], [targets[place] for place in places])
+    return min(_num_same(answers, targets) / len(targets), changed / len(places))
 
 
 _BEHAVIOUR = ("encoded", "sampled", "beam", "asked", "refined", "edit", "splice", "neutral")
@@ -417,15 +421,15 @@ def calibrate(
         log: takes lines of progress.
     """
     texts = [task.task.instruction for task in spread(dev, _NUM_DEV)]
-    own = [model.adapt(latent_Z[None]) for latent_Z in model.encode(texts)] if texts else []
-    loras = [lora for adapter in own if (lora := adapter.as_lora()) is not None]
-    if len(texts) < _FEWEST or len(loras) < len(own):
+    adapters = [model.adapt(latent_Z[None]) for latent_Z in model.encode(texts)] if texts else []
+    loras = [lora for adapter in adapters if (lora := adapter.as_lora()) is not None]
+    if len(texts) < _FEWEST or len(loras) < len(adapters):
         return Threshold(HALF, 0.0, 0.0, 0)
     subjects = [
         *(_disturbed(lora, text) for lora, text in zip(loras, texts, strict=True)),
         *(noise_like(lora, text) for lora, text in zip(loras, texts, strict=True)),
     ]
-    found = explain_many(
+    explanations = explain_many(
         model,
         bank,
         subjects,
@@ -435,8 +439,8 @@ def calibrate(
         reader=reader,
         log=log,
     )
-    agreed = [one.agreement for one in found]
-    return threshold_of(agreed[: len(own)], agreed[len(own) :])
+    agreed = [one.agreement for one in explanations]
+    return threshold_of(agreed[: len(adapters)], agreed[len(adapters) :])
 
 
 def threshold_of(named: Sequence[float], refused: Sequence[float]) -> Threshold:

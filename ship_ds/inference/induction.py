@@ -266,8 +266,8 @@ def _known(
     others = [place for place, shortlist in enumerate(shortlists) if not shortlist]
     if others:
         rest = [searches[place] for place in others]
-        found = _shortlists_by_models(model, bank, larger, rest, config, seed)
-        for place, shortlist in zip(others, found, strict=True):
+        by_models = _shortlists_by_models(model, bank, larger, rest, config, seed)
+        for place, shortlist in zip(others, by_models, strict=True):
             shortlists[place] = shortlist
     for search, shortlist in zip(searches, shortlists, strict=True):
         for c in shortlist:

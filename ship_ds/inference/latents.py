@@ -108,7 +108,7 @@ class Surroundings:
             One of each instruction, in their order.
         """
         places = {text: c for c, text in reversed(list(enumerate(bank.instructions)))}
-        found: list[Familiarity] = []
+        familiarities: list[Familiarity] = []
         for start in range(0, len(instructions), _NUM_ENCODED):
             texts = instructions[start : start + _NUM_ENCODED]
             distance_TC = torch.cdist(model.encode(texts), bank.latent_CZ)
@@ -116,8 +116,8 @@ class Surroundings:
                 if text in places:
                     distance_C[places[text]] = torch.inf
                 isolation = _share_below(self.distance_C, distance_C.min())
-                found.append(Familiarity(isolation, isolation > FAR_QUANTILE))
-        return found
+                familiarities.append(Familiarity(isolation, isolation > FAR_QUANTILE))
+        return familiarities
 
 
 def _share_below(sorted_C: Tensor, value: Tensor) -> float:

@@ -118,8 +118,8 @@ def fit_of_latents(
         )
         # Adapters of this batch alone, and of a task that was cut once more in each of its
         # batches: those of all candidates at once need not fit.
-        own = [one.task for one in pieces]
-        adapter = model.adapt(latent_CZ[own], [read[task] for task in own])
+        tasks = [one.task for one in pieces]
+        adapter = model.adapt(latent_CZ[tasks], [read[task] for task in tasks])
         logits, labels = model.task_llm.score(adapter, batch, len(pieces))
         # `chunk` stands on what `budget.batches` gives: pieces of a batch are equally long.
         losses, rights = _row_fits(logits, labels, batch, model.prompts)
