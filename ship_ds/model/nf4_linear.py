@@ -35,8 +35,8 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
     """A frozen linear in 4 bits, perhaps with a low-rank part."""
 
     unpacked: Tensor | None = None
-    """The dequantised weight (O, I), where `unpack` has kept it. No parameter and no buffer: neither
-    DeepSpeed nor a file is to have it."""
+    """The dequantised weight (O, I), where `unpack` has kept it. No parameter and no buffer, since
+    neither DeepSpeed nor a file is to have it."""
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) as training and serving compute with it; on a CPU the next call of any

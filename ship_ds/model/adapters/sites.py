@@ -247,7 +247,7 @@ def _targets_in(
 ) -> list[str]:
     """Paths of the block's target linears, target by target."""
     paths = [path for path in linears if path.startswith(f"{block_path}.")]
-    _check_targets("hypernetwork.targets", model_name, paths, targets)
+    _check_targets("model.hypernetwork.targets", model_name, paths, targets)
     target_paths = (path for target in targets for path in paths if is_target(path, (target,)))
     return list(dict.fromkeys(target_paths))
 
