@@ -25,14 +25,14 @@ def label_forms(examples: Sequence[Example]) -> dict[str, str]:
     They are one where they have 2 to 10 distinct forms, each of them twice on average.
     """
     forms: dict[str, str] = {}
-    found: set[str] = set()
+    distinct_forms: set[str] = set()
     for example in examples:
         if example.target not in forms:
             forms[example.target] = label_form(example.target)
-            found.add(forms[example.target])
-            if len(found) > MOST_LABELS:
+            distinct_forms.add(forms[example.target])
+            if len(distinct_forms) > MOST_LABELS:
                 return {}
-    return forms if 2 <= len(found) <= len(examples) // 2 else {}
+    return forms if 2 <= len(distinct_forms) <= len(examples) // 2 else {}
 
 
 def closed_labels(task: SplitTask) -> tuple[str, ...]:
@@ -118,9 +118,9 @@ def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
     """
     if answer is None:
         return None
-    said, forms = label_form(answer), [label_form(label) for label in labels]
-    if said in forms:
-        return labels[forms.index(said)]
+    answer_form, forms = label_form(answer), [label_form(label) for label in labels]
+    if answer_form in forms:
+        return labels[forms.index(answer_form)]
     words = [f" {_words(text)} " for text in (answer, *labels)]
     named = words[1:]
     signs = [form if not name.strip() else "" for form, name in zip(forms, named, strict=True)]
@@ -134,6 +134,6 @@ def nearest_label(answer: str | None, labels: Sequence[str]) -> str | None:
         within = [place for place in places if place[0] >= 0]
         if within:
             return labels[min(within)[2]]
-    likeness = [SequenceMatcher(None, said, form, autojunk=False).ratio() for form in forms]
+    likeness = [SequenceMatcher(None, answer_form, form, autojunk=False).ratio() for form in forms]
     best = max(range(len(labels)), key=likeness.__getitem__)
     return labels[best] if likeness[best] else None

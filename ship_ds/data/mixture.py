@@ -123,8 +123,10 @@ def _validate(values: Any) -> NamedSource:
         message = "a mixture is no source of another one: list its sources beside the others"
         raise FieldError(("kind" if "kind" in values else "sources",), "value_error", message)
     beside = NamedSource.model_fields.keys()
-    if kind in SOURCES.names() and (own := beside & SOURCES.config_class(kind).model_fields.keys()):
-        message = f"{kind!r} has a {min(own)} itself, which a mixture gives each source: rename it"
+    if kind in SOURCES.names() and (
+        keys := beside & SOURCES.config_class(kind).model_fields.keys()
+    ):
+        message = f"{kind!r} has a {min(keys)} itself, which a mixture gives each source: rename it"
         raise FieldError(("kind",), "value_error", message)
     of = SOURCES.validate({key: value for key, value in values.items() if key not in beside})
     named = {key: value for key, value in values.items() if key in beside}
@@ -198,8 +200,8 @@ class _Member:
         """As its source, with its name and weight."""
         with self.placing_errors():
             described = self.source.describe()
-        own = {"name": self.section.label, "weight": self.section.weight}
-        return [one | own for one in described or [nothing_before_reading(self.section.label)]]
+        settings = {"name": self.section.label, "weight": self.section.weight}
+        return [one | settings for one in described or [nothing_before_reading(self.section.label)]]
 
 
 class MixtureTasks(TaskSource):
@@ -238,11 +240,11 @@ class MixtureTasks(TaskSource):
     def conflict(self, bases: Sequence[str]) -> str | None:
         """Of the first source that has one, or of the first two that do not go together."""
         for member in self._members:
-            if found := member.source.conflict(bases):
-                return member.in_place(found)
+            if message := member.source.conflict(bases):
+                return member.in_place(message)
         for one, other in itertools.combinations(self._members, 2):
-            if found := one.source.clash(other.source):
-                return other.in_place(found)
+            if message := one.source.clash(other.source):
+                return other.in_place(message)
         return None
 
     def describe(self) -> list[dict[str, Any]]:
@@ -296,10 +298,13 @@ def _without_leaks(
     shown = _of_hidden_wordings([task for i, task in enumerate(tasks) if i not in left_out])
     if shown:
         log(f"left out: seen tasks in a wording that another source never shows: {len(shown)}")
-    gone = {id(tasks[i].one) for i in left_out} | {id(one) for one in shown}
+    left_out_ids = {id(tasks[i].one) for i in left_out} | {id(one) for one in shown}
     return [
         Splits(
-            *(tuple(one for one in getattr(splits, part) if id(one) not in gone) for part in _PARTS)
+            *(
+                tuple(one for one in getattr(splits, part) if id(one) not in left_out_ids)
+                for part in _PARTS
+            )
         )
         for splits in read
     ]

@@ -251,7 +251,7 @@ class StepSampler:
         if not self.balances_labels:
             return {}
         answered, read = self.examples_per_task, self.reading.max_examples
-        found: dict[str, dict[str, str]] = {}
+        forms_by_id: dict[str, dict[str, str]] = {}
         for task in {task.id: task for task in self.tasks}.values():
             repeats = len({example.input for example in task.train}) < len(task.train)
             if not (read and repeats) and (forms := label_forms(task.train)):
@@ -259,8 +259,8 @@ class StepSampler:
                 in_draw = -(-(answered + self.max_shown) // len(times))
                 in_reading = -(-answered // len(times)) - (-read // len(times))
                 if min(times.values()) >= max(in_draw, in_reading):
-                    found[task.id] = forms
-        return found
+                    forms_by_id[task.id] = forms
+        return forms_by_id
 
     @cached_property
     def _epochs(self) -> Epochs:

@@ -93,15 +93,15 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
     shares = {"a seen": 1.0, "a dev": config.dev_share, "an unseen": config.unseen_share}
     *names, last = (name for name, share in shares.items() if share)
     num_parts = len(names) + 1
-    wanted = f"{', '.join(names)} and {last} part" if names else f"{last} part"
+    part_names = f"{', '.join(names)} and {last} part" if names else f"{last} part"
     if len(groups) < num_parts and config.keeps_together != "rule":
         raise DataError(
             f"data.split.keeps_together={config.keeps_together}: leaves {len(groups)} groups of "
-            f"tasks that can all be tested, too few for {wanted}; leave it at rule"
+            f"tasks that can all be tested, too few for {part_names}; leave it at rule"
         )
     if len(groups) < num_parts and not untested:
         raise DataError(
-            f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for {wanted}; "
+            f"data: {len(tasks)} tasks are {len(groups)} distinct rules, too few for {part_names}; "
             "give more"
         )
     random.Random(f"split {config.seed}").shuffle(groups)
@@ -127,8 +127,8 @@ def _sizes(num_rules: int, config: SplitConfig, num_parts: int) -> tuple[int, in
     has_dev = config.dev_share > 0
     num_unseen = num_dev = 0
     if config.unseen_share:
-        wanted = max(1, round(config.unseen_share * num_rules))
-        num_unseen = min(wanted, num_rules - 1 - has_dev)
+        size = max(1, round(config.unseen_share * num_rules))
+        num_unseen = min(size, num_rules - 1 - has_dev)
     if has_dev:
         num_dev = min(max(1, round(config.dev_share * num_rules)), num_rules - num_unseen - 1)
     return num_unseen, num_dev
@@ -200,11 +200,11 @@ def _split_examples(task: Task, config: SplitConfig) -> SplitTask:
 
 def _by_input(examples: Iterable[Example]) -> tuple[Example, ...]:
     """One example an input: the first, with the answers of all as its references."""
-    found: dict[str, list[Example]] = {}
+    by_input: dict[str, list[Example]] = {}
     for example in examples:
-        found.setdefault(example.input, []).append(example)
+        by_input.setdefault(example.input, []).append(example)
     # One that is alone stays as it was read: fingerprints are of what it looks like.
-    return tuple(one[0] if len(one) == 1 else _merged(one) for one in found.values())
+    return tuple(one[0] if len(one) == 1 else _merged(one) for one in by_input.values())
 
 
 def _merged(examples: Sequence[Example]) -> Example:
@@ -341,10 +341,12 @@ def _without_marks(words: Sequence[str]) -> list[str]:
     return [word for word in words if not all(map(is_punctuation, word))]
 
 
-_Found = tuple[int, frozenset[str]]
+_NumberedSet = tuple[int, frozenset[str]]
 
 
-def _similar(batches: Sequence[Collection[frozenset[str]]]) -> Iterator[tuple[_Found, _Found]]:
+def _similar(
+    batches: Sequence[Collection[frozenset[str]]],
+) -> Iterator[tuple[_NumberedSet, _NumberedSet]]:
     """Pairs of sets of different batches with a Jaccard index J >= t, each with the number of its
     batch, without looking at every pair.
 
@@ -352,7 +354,7 @@ def _similar(batches: Sequence[Collection[frozenset[str]]]) -> Iterator[tuple[_F
     2007), so only those are looked up.
     """
     counts = Counter(word for batch in batches for words in batch for word in words)
-    holders: dict[str, list[_Found]] = {}
+    holders: dict[str, list[_NumberedSet]] = {}
     for number, batch in enumerate(batches):
         rarest = {
             words: sorted(words, key=lambda word: (counts[word], word))[
@@ -361,11 +363,13 @@ def _similar(batches: Sequence[Collection[frozenset[str]]]) -> Iterator[tuple[_F
             for words in batch
         }
         for words in batch:
-            for found in {found for word in rarest[words] for found in holders.get(word, ())}:
-                other = found[1]
+            for candidate in {
+                candidate for word in rarest[words] for candidate in holders.get(word, ())
+            }:
+                other = candidate[1]
                 common = len(words & other)
                 if common >= SAME_RULE_JACCARD * (len(words) + len(other) - common):
-                    yield (number, words), found
+                    yield (number, words), candidate
         for words in batch:
             for word in rarest[words]:
                 holders.setdefault(word, []).append((number, words))

@@ -187,7 +187,7 @@ def _longer(texts: Iterable[str], most: int, tokenizer: "PreTrainedTokenizerBase
         ids: Any = tokenizer(
             chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
-        yield from (text for text, own in zip(chunk, ids, strict=True) if len(own) > most)
+        yield from (text for text, row in zip(chunk, ids, strict=True) if len(row) > most)
 
 
 def _cut(text: str, most: int, policy: Policy, tokenizer: "PreTrainedTokenizerBase") -> str | None:

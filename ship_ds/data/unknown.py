@@ -53,14 +53,14 @@ def _unknown(
             chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             # A unigram model makes one token of all unknown letters in a row.
-            own = {
+            text_letters = {
                 letter
                 for token, (first, last) in zip(ids, spans, strict=True)
                 if token == unknown
                 for letter in text[first:last].strip(" ")
             }
-            letters.update(own)
-            num_texts += bool(own)
+            letters.update(text_letters)
+            num_texts += bool(text_letters)
     return letters, num_texts
 
 

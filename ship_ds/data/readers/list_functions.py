@@ -24,8 +24,8 @@ def _task_files(path: Path) -> list[Path]:
 
 def matches(path: Path) -> bool:
     """Whether the first task.json has a description, as those of this format do."""
-    found = files(path)
-    return bool(found) and '"description"' in head(found[0], KEY_BYTES)
+    paths = files(path)
+    return bool(paths) and '"description"' in head(paths[0], KEY_BYTES)
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:

@@ -22,10 +22,10 @@ def files(path: Path) -> list[Path]:
 
 def matches(path: Path) -> bool:
     """Whether the first file has the two keys of this format."""
-    found = files(path)
-    if not found:
+    paths = files(path)
+    if not paths:
         return False
-    text = head(found[0], KEY_BYTES)
+    text = head(paths[0], KEY_BYTES)
     return '"Definition"' in text and '"Instances"' in text
 
 

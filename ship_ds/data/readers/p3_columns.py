@@ -33,19 +33,19 @@ _HELD_OUT_FILE = re.compile(rf"(?:{'|'.join(_HELD_OUT)})(?![^\W\d_])")
 
 def files(path: Path) -> list[Path]:
     """`cache-*` is what `datasets` leaves of a map in a saved folder."""
-    found = files_of(path, _KINDS, below=True)
-    return [file for file in found if not file.name.startswith("cache-")]
+    paths = files_of(path, _KINDS, below=True)
+    return [file for file in paths if not file.name.startswith("cache-")]
 
 
 def matches(path: Path) -> bool:
     """Whether the first file has P3's column of inputs."""
-    found = files(path)
-    if not found:
+    paths = files(path)
+    if not paths:
         return False
-    if kind_of(found[0]) == ".jsonl":
-        row = first_row(found[0])
+    if kind_of(paths[0]) == ".jsonl":
+        row = first_row(paths[0])
         return row is not None and _INPUTS in row
-    return _INPUTS in table(found[0]).column_names
+    return _INPUTS in table(paths[0]).column_names
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:

@@ -24,8 +24,8 @@ def files(path: Path) -> list[Path]:
 
 
 def _file(path: Path) -> Path | None:
-    found = files(path)
-    return found[0] if len(found) == 1 else None
+    paths = files(path)
+    return paths[0] if len(paths) == 1 else None
 
 
 def matches(path: Path) -> bool:

@@ -45,16 +45,16 @@ def files(path: Path) -> list[Path]:
 def matches(path: Path) -> bool:
     """Whether there are .txt files and no others, or rows of nothing but a text. What has other
     columns is read by name alone: it may be labelled."""
-    found = files(path)
-    if {kind_of(file) for file in found} == {".txt"}:
+    paths = files(path)
+    if {kind_of(file) for file in paths} == {".txt"}:
         return True
-    found = [file for file in found if kind_of(file) != ".txt"]
-    if not found:
+    paths = [file for file in paths if kind_of(file) != ".txt"]
+    if not paths:
         return False
-    if kind_of(found[0]) == ".jsonl":
-        row = first_row(found[0])
+    if kind_of(paths[0]) == ".jsonl":
+        row = first_row(paths[0])
         return row is not None and row.keys() == {_TEXT}
-    return list(table(found[0]).column_names) == [_TEXT]
+    return list(table(paths[0]).column_names) == [_TEXT]
 
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:

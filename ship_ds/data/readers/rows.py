@@ -33,12 +33,12 @@ def files(path: Path) -> list[Path]:
 
 def first_row(path: Path) -> dict[str, Any] | None:
     """The first row of the first file; None where there is none, or it is not an object."""
-    found = files(path)
-    if not found:
+    paths = files(path)
+    if not paths:
         return None
-    row = _first_value(head(found[0], FIRST_BYTES))
+    row = _first_value(head(paths[0], FIRST_BYTES))
     if row is None:  # it may go on where that ends
-        row = _first_value(head(found[0], KEY_BYTES))
+        row = _first_value(head(paths[0], KEY_BYTES))
     return row if isinstance(row, dict) else None
 
 
