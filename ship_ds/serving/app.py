@@ -111,7 +111,7 @@ def _answer_errors(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(ClientGoneError)
-    async def gone(request: Request, error: ClientGoneError) -> Response:
+    async def client_gone(request: Request, error: ClientGoneError) -> Response:
         return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(UserError)
@@ -285,8 +285,8 @@ class _Routes:
         words = shape(asked.model, source, self.room.ship.digest)
         if asked.stream:
             options = asked.stream_options
-            told = events(first, pieces, writing, words, bool(options and options.include_usage))
-            return _Stream(told, writing)
+            content = events(first, pieces, writing, words, bool(options and options.include_usage))
+            return _Stream(content, writing)
         try:
             return JSONResponse(await unless_gone(request, whole(first, pieces, writing, words)))
         finally:
@@ -323,9 +323,9 @@ class _Routes:
 class _Stream(StreamingResponse):
     """Events. However it ends, and even where it never began, nothing is written on for nobody."""
 
-    def __init__(self, told: AsyncIterator[bytes], writing: Writing) -> None:
+    def __init__(self, content: AsyncIterator[bytes], writing: Writing) -> None:
         headers = {"Cache-Control": "no-cache"}
-        super().__init__(told, media_type="text/event-stream", headers=headers)
+        super().__init__(content, media_type="text/event-stream", headers=headers)
         self.writing = writing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

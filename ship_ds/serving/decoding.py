@@ -185,7 +185,7 @@ class Row:
         elif reason is None and len(self.ids) >= self.sampling.max_new_tokens:
             reason = "length"
         if reason is None:
-            text = _settled(text, self.sampling.stop)
+            text = _sendable(text, self.sampling.stop)
         self.emit(
             AnswerPart(self._unsent(text, reason is not None), chances, len(self.ids), reason)
         )
@@ -208,7 +208,7 @@ def _before_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
-def _settled(text: str, stop: Sequence[str]) -> str:
+def _sendable(text: str, stop: Sequence[str]) -> str:
     """Without an end that the next token may turn into another letter or into a stop."""
     text = text.rstrip(_HALF_A_LETTER)
     held = [

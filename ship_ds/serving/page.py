@@ -374,22 +374,22 @@ def _description(ship: Ship, instruction: str, planes: _Planes) -> DescriptionAn
 
 def _confidence(ship: Ship, asked: ConfidenceAsked) -> ConfidenceAnswer:
     with naming_fields(instruction="instruction", input="inputs"):
-        found = ship.confidence(asked.instruction, asked.inputs)
+        confidence = ship.confidence(asked.instruction, asked.inputs)
     return ConfidenceAnswer(
-        agreement=found.agreement,
-        by_input=list(found.by_input),
-        threshold=found.calibration.threshold if found.calibration else None,
-        is_low=found.is_low,
-        warning=found.warning,
+        agreement=confidence.agreement,
+        by_input=list(confidence.by_input),
+        threshold=confidence.calibration.threshold if confidence.calibration else None,
+        is_low=confidence.is_low,
+        warning=confidence.warning,
     )
 
 
 def _induction(ship: Ship, pairs: Sequence[tuple[str, str]], log: Log) -> InductionAnswer:
     with naming_fields(example="examples"):
-        found = ship.induce(pairs, log=log)
+        induction = ship.induce(pairs, log=log)
     return InductionAnswer(
-        num_examples=found.num_examples,
-        candidates=[_candidate(one) for one in found.candidates[:_NUM_CANDIDATES]],
+        num_examples=induction.num_examples,
+        candidates=[_candidate(one) for one in induction.candidates[:_NUM_CANDIDATES]],
     )
 
 
@@ -430,13 +430,13 @@ def explain_adapter(
                 "once: start the server with --prepare, or run `ship-ds explain` first"
             )
         try:
-            found = ship.explain(folder, inputs, log=log)
+            explanation = ship.explain(folder, inputs, log=log)
         except UserError as error:
             # The folder's name on the server is nothing to the one who sent the files.
             raise UserError(
                 str(error).replace(f"{folder}/", "").replace(str(folder), "it")
             ) from None
-    return _answer(found)
+    return _answer(explanation)
 
 
 _NAMED_FILES = {ADAPTER_CONFIG: "config", ADAPTER_WEIGHTS: "weights"}
@@ -450,19 +450,19 @@ def _explanation(
         return explain_adapter(ship, files, inputs, log)
 
 
-def _answer(found: Explanation) -> ExplanationAnswer:
+def _answer(explanation: Explanation) -> ExplanationAnswer:
     def evidence(one: Explained) -> EvidenceAnswer:
-        same = f"{one.same} of {len(found.inputs)}"
+        same = f"{one.same} of {len(explanation.inputs)}"
         origin = ", ".join(one.sources)
         return EvidenceAnswer(instruction=one.instruction, evidence=same, origin=origin)
 
     return ExplanationAnswer(
-        instruction=found.instruction,
+        instruction=explanation.instruction,
         evidence="Same answers",
-        about=f"Of the adapter's answers to {len(found.inputs)} inputs, those that the text's own "
-        f"adapter gives, too. From an agreement of {found.threshold:.2f} on it says what the "
-        f"adapter does; the best one has {found.agreement:.2f}.",
-        candidates=[evidence(one) for one in found.candidates[:_NUM_CANDIDATES]],
+        about=f"Of the adapter's answers to {len(explanation.inputs)} inputs, those that the "
+        f"text's own adapter gives, too. From an agreement of {explanation.threshold:.2f} on it "
+        f"says what the adapter does; the best one has {explanation.agreement:.2f}.",
+        candidates=[evidence(one) for one in explanation.candidates[:_NUM_CANDIDATES]],
     )
 
 
@@ -520,10 +520,10 @@ async def _events(
     Raises:
         UserError: What the work finds wrong at once; later it is an event.
     """
-    loop, lines, gone = asyncio.get_running_loop(), asyncio.Queue[str](), threading.Event()
+    loop, lines, closed = asyncio.get_running_loop(), asyncio.Queue[str](), threading.Event()
 
     def log(text: str) -> None:
-        if gone.is_set():
+        if closed.is_set():
             raise _GoneError
         loop.call_soon_threadsafe(lines.put_nowait, text)
 
@@ -532,7 +532,7 @@ async def _events(
     await asyncio.wait({task}, timeout=_SECONDS_BEFORE_A_STREAM)
     if task.done() and (error := task.exception()):
         raise error
-    return _Events(task, lines, gone)
+    return _Events(task, lines, closed)
 
 
 class _Events(StreamingResponse):
@@ -542,20 +542,20 @@ class _Events(StreamingResponse):
         self,
         task: "asyncio.Future[BaseModel]",
         lines: "asyncio.Queue[str]",
-        gone: threading.Event,
+        closed: threading.Event,
     ) -> None:
-        super().__init__(_told(task, lines), media_type="text/event-stream")
-        self.task, self.gone = task, gone
+        super().__init__(_event_texts(task, lines), media_type="text/event-stream")
+        self.task, self.closed = task, closed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.gone.set()
+            self.closed.set()
             self.task.cancel()
 
 
-async def _told(
+async def _event_texts(
     task: "asyncio.Future[BaseModel]", lines: "asyncio.Queue[str]"
 ) -> AsyncIterator[str]:
     waiting: asyncio.Future[str] | None = None

@@ -159,8 +159,8 @@ class InstructionResolver:
 
             check_instruction(ship.model, instruction)
             # Several API servers may share the folder and make one adapter at once.
-            with tempfile.TemporaryDirectory(prefix=".part-", dir=self._root) as own:
-                made = Path(own) / folder.name
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=self._root) as scratch:
+                made = Path(scratch) / folder.name
                 export_one(ship, Request(key, instruction), made, ship.probes)
                 _publish(made, folder)
         self._made.add(key)

@@ -8,7 +8,7 @@ import torch
 
 from ship_ds.api import Ship
 from ship_ds.serving.app import _fitting
-from ship_ds.serving.decoding import AnswerPart, AnswerWriter, Row, Sampling, Source, _settled
+from ship_ds.serving.decoding import AnswerPart, AnswerWriter, Row, Sampling, Source, _sendable
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
@@ -203,7 +203,7 @@ def test_a_seeds_draws_do_not_depend_on_the_batch(decoder: AnswerWriter, ship: S
     ],
 )
 def test_what_may_still_change_is_held_back(written: str, stop: tuple[str, ...], sent: str) -> None:
-    assert _settled(written, stop) == sent
+    assert _sendable(written, stop) == sent
 
 
 def test_an_answer_ends_by_any_end_of_the_base(
