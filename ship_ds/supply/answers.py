@@ -80,8 +80,8 @@ class EndpointTeacher(Teacher):
 
     def _one(self, asked: str) -> str | None:
         messages = [{"role": "user", "content": asked}]
-        said = self.endpoint.finished_reply(messages, max_tokens=self.max_tokens)
-        return None if said is None else said.strip()
+        reply = self.endpoint.finished_reply(messages, max_tokens=self.max_tokens)
+        return None if reply is None else reply.strip()
 
 
 class ToAnswer(NamedTuple):
@@ -166,7 +166,7 @@ class _Work:
 
     def asked(self, tasks: Sequence[Task], counts: Counter[str]) -> list[ToAnswer]:
         """Of the tasks, those that have something to ask; `counts` takes the others."""
-        found = []
+        to_answer = []
         for task in tasks:
             if not is_readable(self.ship, task.instruction):
                 counts["unreadable"] += 1
@@ -180,12 +180,12 @@ class _Work:
             rest = [] if has_none else [text for text in texts if text not in inputs]
             if inputs:
                 counts["inputs left for another time"] += len(rest)
-                found.append(ToAnswer(task, inputs, rest, lender.id if has_none else None))
+                to_answer.append(ToAnswer(task, inputs, rest, lender.id if has_none else None))
             elif task.examples and not texts:
                 counts["labelled already (relabels=true answers them anew)"] += 1
             else:
                 counts["without an input that can be read"] += 1
-        return found
+        return to_answer
 
     def unlabelled(self, lender: Task, task: Task) -> list[str]:
         """Inputs that a teacher may be asked: those without a label; of another task, or with

@@ -59,11 +59,11 @@ def _dropped(
         shorter = [rest for rest in shorter if len(" ".join(rest).split()) >= min_words]
         if not shorter:
             break
-        found = losses([" ".join(rest) for rest in shorter])
-        best = min(range(len(found)), key=found.__getitem__)
-        if found[best] > most:
+        text_losses = losses([" ".join(rest) for rest in shorter])
+        best = min(range(len(text_losses)), key=text_losses.__getitem__)
+        if text_losses[best] > most:
             break
-        pieces, loss = shorter[best], found[best]
+        pieces, loss = shorter[best], text_losses[best]
     return " ".join(pieces), loss
 
 
@@ -72,15 +72,15 @@ def losses_of(ship: Ship, examples: Sequence[Example]) -> Losses:
     num_tokens = sum(len(ship.model.prompts.target(e.target)) for e in examples)
 
     def losses(texts: Sequence[str]) -> list[float]:
-        found = [float("inf")] * len(texts)
+        text_losses = [float("inf")] * len(texts)
         read = [i for i, text in enumerate(texts) if is_readable(ship, text)]
         if read:
             wordings = [texts[i] for i in read]
             once = ship.model.read_once(wordings)
             fit = fit_of_latents(ship.model, means_of(once), wordings, [examples] * len(read), once)
             for i, loss in zip(read, (fit.loss_CM.sum(1) / num_tokens).tolist(), strict=True):
-                found[i] = loss
-        return found
+                text_losses[i] = loss
+        return text_losses
 
     return losses
 

@@ -107,16 +107,16 @@ def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: i
     rows_of_inputs = [inputs for _, others, inputs in read for _ in range(1 + len(others))]
     length = ship.config.evaluation.max_new_tokens
     answers = iter(answer_read(ship.model, wordings, wordings, rows_of_inputs, length))
-    found: dict[int, float] = {}
+    disagreements: dict[int, float] = {}
     for task, others, _ in read:
-        own, *rest = (next(answers) for _ in range(1 + len(others)))
-        found[id(task)] = round(change(own, rest), 4)
+        whole, *rest = (next(answers) for _ in range(1 + len(others)))
+        disagreements[id(task)] = round(change(whole, rest), 4)
     rows = [
         row_of(
             replace(task, weight=1.0),
             {
                 "how": "disagreement",
-                "disagreement": found.get(id(task)),
+                "disagreement": disagreements.get(id(task)),
                 "run": ship.digest[:12],
             },
         )
@@ -127,9 +127,9 @@ def _part(ship: Ship, tasks: Sequence[Task], config: DisagreementConfig, seed: i
 
 def weighted_by_disagreement(rows: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]]:
     """The lines with their weights: 1 where nothing was measured."""
-    found = [row["origin"]["disagreement"] for row in rows]
-    measured = iter(weights_of([one for one in found if one is not None], floor))
-    weights = [1.0 if one is None else next(measured) for one in found]
+    disagreements = [row["origin"]["disagreement"] for row in rows]
+    measured = iter(weights_of([one for one in disagreements if one is not None], floor))
+    weights = [1.0 if one is None else next(measured) for one in disagreements]
     return [
         {**{k: v for k, v in row.items() if k != "origin"}, "weight": w, "origin": row["origin"]}
         for row, w in zip(rows, weights, strict=True)

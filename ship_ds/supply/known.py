@@ -26,14 +26,14 @@ class Known:
         tasks: to start from, without those of held-out rules.
         wordings: of these and of the run's seen tasks, those that training never shows among them.
         held_out: the run's dev and unseen tasks.
-        own: its seen tasks, with training examples alone; none where its data cannot be read.
+        run_tasks: its seen tasks, with training examples alone; none where its data cannot be read.
         left_out: how many tasks of the file were held-out rules.
     """
 
     tasks: tuple[Task, ...]
     wordings: tuple[str, ...]
     held_out: tuple[SplitTask, ...] = ()
-    own: tuple[Task, ...] = ()
+    run_tasks: tuple[Task, ...] = ()
     left_out: int = 0
 
     @property
@@ -50,7 +50,7 @@ class Known:
         # The last one of an instruction stays: the file's, before the run's own.
         return {
             one.instruction: one
-            for one in (*self.own, *self.tasks)
+            for one in (*self.run_tasks, *self.tasks)
             if is_readable(ship, one.instruction) and readable_inputs(ship, one, 1)
         }
 
@@ -87,9 +87,9 @@ def known_tasks(ship: Ship, path: Path | None, log: Log) -> Known:
         parts = Splits((), (), ())
     held_out = (*parts.dev, *parts.unseen)
     wordings_of_own = [text for one in parts.seen for text in _wordings(one)]
-    own = tuple(replace(one.task, examples=one.train, id=one.id) for one in parts.seen)
+    run_tasks = tuple(replace(one.task, examples=one.train, id=one.id) for one in parts.seen)
     if path is None:
-        return Known(own, tuple(wordings_of_own), held_out, own)
+        return Known(run_tasks, tuple(wordings_of_own), held_out, run_tasks)
     whole = read_tasks(path, "auto", Counter())
     read = [replace(task, examples=not_held_out(task)) for task in whole]
     num_tests = sum(len(task.examples) for task in whole) - sum(len(x.examples) for x in read)
@@ -103,7 +103,7 @@ def known_tasks(ship: Ship, path: Path | None, log: Log) -> Known:
         )
     wordings = [text for task in tasks for text in (task.instruction, *task.paraphrases)]
     wordings = list(dict.fromkeys([*wordings, *wordings_of_own]))
-    return Known(tasks, tuple(wordings), held_out, own, len(read) - len(tasks))
+    return Known(tasks, tuple(wordings), held_out, run_tasks, len(read) - len(tasks))
 
 
 def parts_of(ship: Ship) -> Splits:
@@ -173,14 +173,14 @@ def readable_examples(ship: Ship, task: Task, count: int) -> list[Example]:
         task: whose examples they are.
         count: at most.
     """
-    found: list[Example] = []
+    examples: list[Example] = []
     for example in task.examples:
-        if len(found) == count:
+        if len(examples) == count:
             break
         with suppress(UserError):
             checks.check_examples(ship.model, [example], task.instruction)
-            found.append(example)
-    return found
+            examples.append(example)
+    return examples
 
 
 def is_readable(ship: Ship, instruction: str) -> bool:

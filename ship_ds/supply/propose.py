@@ -179,12 +179,12 @@ class _Rounds:
         length = self.length
         answers = answer_latents(model, posterior.mean_TZ, texts, inputs, length, readings=read)
         shares = agreement(model, posterior, texts, inputs, answers, length, readings=read)
-        found = []
+        answered = []
         for i, (text, source) in enumerate(zip(texts, sources, strict=True)):
             examples = agreed(inputs[i], answers[i], shares[i], config.min_agreement)
             share = sum(shares[i]) / max(1, len(shares[i]))
-            found.append(Answered(text, source, examples, share))
-        return found
+            answered.append(Answered(text, source, examples, share))
+        return answered
 
     def cycles(self, answered: Sequence["Answered"]) -> list[tuple[str, float]]:
         """Of each the instruction that some of its examples induce, and the share of the others
@@ -195,7 +195,7 @@ class _Rounds:
         shown = [one.examples[:num_shown] for one in answered]
         asked = [one.examples[num_shown:] for one in answered]
         inductions = induce_many(self.ship.model, self.ship.bank, shown, self.search, self.seed)
-        induced = [found.instruction for found in inductions]
+        induced = [induction.instruction for induction in inductions]
         # What the search returns was read and tested by it, so it can be read again.
         answers = self.ship.answer_many(induced, [[e.input for e in row] for row in asked])
         shares = [share_alike(row, others) for row, others in zip(answers, asked, strict=True)]

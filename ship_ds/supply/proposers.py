@@ -20,7 +20,7 @@ from ship_ds.model.drawing import draw_seed
 from ship_ds.supply.config import ProposeConfig
 
 _ASKED = (
-    "Here are instructions of {count} tasks. Write {wanted} new ones for other tasks on inputs of "
+    "Here are instructions of {count} tasks. Write {num_new} new ones for other tasks on inputs of "
     "the same form, one a line, without numbers."
 )
 _NUMBER = re.compile(r"^\s*(?:\d+\s*[.):]|[-*•])\s*")
@@ -123,7 +123,7 @@ class TaskLlmProposer(Proposer):
             for i in range(self.config.num_at_once)
         ]
         for shown in lists:
-            asked = _ASKED.format(count=len(shown), wanted=1)
+            asked = _ASKED.format(count=len(shown), num_new=1)
             prompts.append(form.task_prompt("\n".join([asked, *shown])))
         length = self.ship.config.evaluation.max_instruction_tokens
         rows = bare_answerer(self.ship.model).rows([prompts], length)[0]
@@ -145,16 +145,16 @@ class EndpointProposer(Proposer):
     def propose(self, known: Sequence[str], seed: int, number: int) -> list[ProposedTask]:
         """See `Proposer`: one request a round."""
         shown = _some(known, self.config.num_in_context, f"{seed} {number}")
-        asked = _ASKED.format(count=len(shown), wanted=self.config.num_at_once)
+        asked = _ASKED.format(count=len(shown), num_new=self.config.num_at_once)
         message = {"role": "user", "content": "\n".join([asked, "", *shown])}
         # The seed makes requests of different rounds differ where they show the same.
-        said = self.endpoint.reply(
+        reply = self.endpoint.reply(
             [message],
             temperature=self.config.temperature,
             seed=draw_seed("supply", seed, number) % 2**31,
         )
         origin = {"by": "endpoint", "model": self.endpoint.config.model, "shown": shown}
-        return [ProposedTask(text, origin) for text in _lines(said)[: self.config.num_at_once]]
+        return [ProposedTask(text, origin) for text in _lines(reply)[: self.config.num_at_once]]
 
 
 def _some(known: Sequence[str], count: int, key: str) -> list[str]:
