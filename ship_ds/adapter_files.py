@@ -43,10 +43,10 @@ def check_folder(folder: Path, name: Leaves) -> None:
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: is missing; export the adapter again")
-    found = read_json_object(folder / ADAPTER_CONFIG).get("peft_type")
-    if found != PEFT_TYPES[name]:
+    kind = read_json_object(folder / ADAPTER_CONFIG).get("peft_type")
+    if kind != PEFT_TYPES[name]:
         raise UserError(
-            f"{folder / ADAPTER_CONFIG}: peft_type is {found!r}; expected {PEFT_TYPES[name]!r}: "
+            f"{folder / ADAPTER_CONFIG}: peft_type is {kind!r}; expected {PEFT_TYPES[name]!r}: "
             "export the adapter again"
         )
 

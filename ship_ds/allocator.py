@@ -50,7 +50,7 @@ def use_scalable_malloc(
     if library is None:
         return
     preloads = f"{library} {environment.get(_PRELOAD, '')}".strip()
-    settings = dict(told for name, told in _SETTINGS.items() if name in library)
+    settings = dict(setting for name, setting in _SETTINGS.items() if name in library)
     arguments = [sys.executable, *sys.orig_argv[1:]]
     # A user's own settings of the allocator replace ours whole.
     start_again(sys.executable, arguments, {**settings, **environment, _PRELOAD: preloads})

@@ -136,7 +136,7 @@ class Ship:
         version 0.1.0, which has none."""
         self._measured_following: PromptFollowing | None = None
         self._asked_following = False
-        self._said = set[str]()
+        self._logged_lines = set[str]()
         self._indexed: dict[tuple[tuple[str, ...], bool], Bank] = {}
         self._calibration = derived.calibration() if derived else None
         self._reader: LoraReader | None = None
@@ -295,8 +295,8 @@ class Ship:
         if following is None or following.follows:
             return config
         line = f"{following}: {', and '.join(_OF_FOLLOWING[name] for name in off)}"
-        if log is not no_log and line not in self._said:
-            self._said.add(line)
+        if log is not no_log and line not in self._logged_lines:
+            self._logged_lines.add(line)
             log(line)
         return config.model_copy(update=dict.fromkeys(off, False))
 
@@ -393,8 +393,8 @@ class Ship:
         if instruction is not None:
             return Deduction(instruction, latent, adapter, self.familiarity(instruction), reading)
         length = self.config.evaluation.max_instruction_tokens
-        said = self.model.decode(latent_TZ, length)[0]
-        return Deduction(said, latent, adapter, None, reading)
+        text = self.model.decode(latent_TZ, length)[0]
+        return Deduction(text, latent, adapter, None, reading)
 
     @torch.no_grad()
     def familiarity(self, instruction: str) -> Familiarity | None:

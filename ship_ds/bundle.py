@@ -128,13 +128,13 @@ class Bundle:
 
         state = by_current_name(load_file(self.folder / SHIP_WEIGHTS))
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        own, other = self.config.model.hypernetwork, model.config.hypernetwork
-        if key := _other_meaning(own, other):
+        hypernetwork, other = self.config.model.hypernetwork, model.config.hypernetwork
+        if key := _other_meaning(hypernetwork, other):
             raise UserError(
                 f"{self.folder}: its weights were trained with model.hypernetwork.{key}="
-                f"{json.dumps(getattr(own, key))}: set that here too"
+                f"{json.dumps(getattr(hypernetwork, key))}: set that here too"
             )
-        part = _part_of(own, other)
+        part = _part_of(hypernetwork, other)
         if part is not None:
             inside = f"{_HYPERNETWORK}parts.{part}."
             state = {_moved_inside(n, inside): one for n, one in state.items()}
@@ -413,17 +413,17 @@ def check_bases_of_roles(bundle: Bundle, model: ModelConfig, bases: Mapping[str,
     Raises:
         UserError: That of a role is another model.
     """
-    own = _frozen_by_role(model)
+    base_by_role = _frozen_by_role(model)
     for role, then in _frozen_by_role(bundle.config.model).items():
         for what in ("", _SETTINGS):
             old = bundle.bases.get(then + what)
-            new = bases.get(own[role] + what) if role in own else None
+            new = bases.get(base_by_role[role] + what) if role in base_by_role else None
             if old is not None and new is not None and old != new:
                 key = f"model.{role}.base"
                 raise UserError(
                     f"{bundle.folder}: trained around {key}={then}{what} with fingerprint "
-                    f"{old[:12]}, and this run's {own[role]}{what} has {new[:12]}: set {key} to "
-                    "that model, or run.init_from to a run around this one"
+                    f"{old[:12]}, and this run's {base_by_role[role]}{what} has {new[:12]}: set "
+                    f"{key} to that model, or run.init_from to a run around this one"
                 )
 
 

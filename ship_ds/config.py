@@ -576,10 +576,10 @@ class ModelConfig(Section):
     def _check_shared(self, name: str, role: TrainedRoleConfig) -> None:
         """Raises ValueError where a role cannot be the Task LLM's base with a LoRA."""
         for setting in ("base", "quantisation"):
-            own, other = getattr(role, setting), getattr(self.task_llm, setting)
-            if own != other:
+            value, other = getattr(role, setting), getattr(self.task_llm, setting)
+            if value != other:
                 raise ValueError(
-                    f"backbone=shared needs one {setting} for all: {name}.{setting} is {own} and "
+                    f"backbone=shared needs one {setting} for all: {name}.{setting} is {value} and "
                     f"task_llm.{setting} is {other}; make them the same, or set backbone=separate"
                 )
         if role.lora is None:
@@ -843,11 +843,11 @@ class LossConfig(Section):
     def _has_what_is_wanted(self) -> "LossConfig":
         weights = self.weights()
         for name, section in self.objectives().items():
-            for wanted in section.wants:
-                if weights[name] > 0 and weights.get(wanted, 0) == 0:
+            for objective in section.wants:
+                if weights[name] > 0 and weights.get(objective, 0) == 0:
                     raise ValueError(
-                        f"{name}={weights[name]:g} needs loss.{wanted} above zero: set that too, "
-                        f"or leave {name} out"
+                        f"{name}={weights[name]:g} needs loss.{objective} above zero: set that "
+                        f"too, or leave {name} out"
                     )
         return self
 

@@ -75,6 +75,6 @@ def findings() -> list[tuple[str, str | None, str]]:
 def lines() -> list[str]:
     """The findings as lines for a terminal."""
     return [
-        f"{'ok  ' if found else 'none'}  {what:<16} {found or cost}"
-        for what, found, cost in findings()
+        f"{'ok  ' if value else 'none'}  {what:<16} {value or cost}"
+        for what, value, cost in findings()
     ]

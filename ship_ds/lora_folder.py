@@ -378,17 +378,17 @@ def read_lora(folder: Path, weight: WeightOf | None = None) -> Lora:
         rank = _of_module(ranks, module, config.r)
         alpha = _of_module(alphas, module, config.lora_alpha)
         a_RI, b_OR = _factors(folder, module, tensors, rank, bool(config.use_dora))
-        own = _scaling(config, rank, alpha)
+        scaling = _scaling(config, rank, alpha)
         if config.use_dora:
             assert weight is not None
             magnitude_O = tensors["lora_magnitude_vector"].float().flatten()
-            delta_OI = own * (b_OR.float() @ a_RI.float())
+            delta_OI = scaling * (b_OR.float() @ a_RI.float())
             delta_OI = _dora_update(folder, module, weight, delta_OI, magnitude_O)
             _refuse_infinite(folder, module, delta_OI)
             a_RI, b_OR = factored(delta_OI)
-            own = 1.0
-        if own != common:
-            b_OR = b_OR.float() * (own / common)
+            scaling = 1.0
+        if scaling != common:
+            b_OR = b_OR.float() * (scaling / common)
             _refuse_infinite(folder, module, b_OR)
         factors[module] = (a_RI, b_OR)
     return Lora(factors, common)

@@ -78,12 +78,12 @@ def read_bank(folder: Path, key: str = SETTING) -> OracleBank:
         raise UserError(f"{key}: {folder / BANK}: {line}; make the bank anew") from None
 
 
-def check_bank(folder: Path, wanted: Mapping[str, Any], targets: Collection[str] | None) -> None:
+def check_bank(folder: Path, settings: Mapping[str, Any], targets: Collection[str] | None) -> None:
     """A bank is whole by its files' sizes, and of such a model by what its config says.
 
     Args:
         folder: Of the bank.
-        wanted: Setting of the config -> its value, of those that decide the oracles.
+        settings: Setting of the config -> its value, of those that decide the oracles.
         targets: Names of the linears that the config's LoRA changes; None where the base alone
             tells.
 
@@ -94,7 +94,7 @@ def check_bank(folder: Path, wanted: Mapping[str, Any], targets: Collection[str]
     recover(folder)
     bank = read_bank(folder)
     check_files(folder, hashes=False)
-    check_made_for(folder, bank.made_for, wanted)
+    check_made_for(folder, bank.made_for, settings)
     names = {path.rpartition(".")[2] for path in bank.sites}
     if targets is not None and set(targets) != names:
         raise _unlike(folder, "model.hypernetwork.targets", sorted(names), sorted(targets))
@@ -110,18 +110,18 @@ def check_files(folder: Path, *, hashes: bool = True) -> None:
         raise UserError(f"{SETTING}: {folder}: {problem}; make the bank anew, or copy it again")
 
 
-def check_made_for(folder: Path, made_for: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_made_for(folder: Path, made_for: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """What a bank was made for is what is wanted.
 
     Args:
         folder: of the bank, for the message.
         made_for: what its description says (`OracleBank.made_for`).
-        wanted: what the run has, by the same keys; a key that is not here is not compared.
+        settings: what the run has, by the same keys; a key that is not here is not compared.
 
     Raises:
         UserError: it is not; the message names the first that differs.
     """
-    for key, now in wanted.items():
+    for key, now in settings.items():
         if made_for.get(key) != now:
             raise _unlike(folder, key, made_for.get(key), now)
 

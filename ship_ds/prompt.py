@@ -163,13 +163,13 @@ class PromptFormat:
     def texts(self, tasks: Iterable[SplitTask]) -> list[str]:
         """The very strings that answering and encoding these tasks will tokenise; what a token
         cache is made of."""
-        found: dict[str, None] = {}
+        texts: dict[str, None] = {}
         for task in tasks:
             for wording in (*task.wordings, *task.held_out_paraphrases):
-                found |= {self._wrap(_stated(wording)): None, wording: None}
+                texts |= {self._wrap(_stated(wording)): None, wording: None}
             for example in (*task.train, *task.test):
-                found |= {self._wrap(_asked(example.input)): None, example.target: None}
-        return list(found)
+                texts |= {self._wrap(_asked(example.input)): None, example.target: None}
+        return list(texts)
 
     def remember(self, ids: Mapping[str, tuple[int, ...]]) -> None:
         """Take these strings' tokens from a cache instead of the tokenizer."""

@@ -112,8 +112,8 @@ def _rendered(render: Callable[[], str], seconds: int, letters: int) -> bytes:
     except (MemoryError, RecursionError):
         return b"m"
     except Exception as error:
-        said = (" ".join(str(error).split()) or type(error).__name__)[:1000]
-        return b"e" + said.encode(errors="replace")
+        message = (" ".join(str(error).split()) or type(error).__name__)[:1000]
+        return b"e" + message.encode(errors="replace")
 
 
 def _limit(seconds: int) -> None:

@@ -236,7 +236,7 @@ class Trainer:
         base = fingerprints("the base", self.config.model.task_llm.base)
         training = Training(self.splits.seen, base, model.prompts.describe(), log)
         begun = {name: one.begin(training) for name, one in model.objectives.items()}
-        return {name: found for name, found in begun.items() if found}
+        return {name: fingerprint for name, fingerprint in begun.items() if fingerprint}
 
     def make_sampler(self) -> StepSampler:
         """Draws the tasks and examples of any step from its number alone, the same on all ranks."""
@@ -579,14 +579,14 @@ class Trainer:
         Raises:
             Preempted: between the evaluation's parts.
         """
-        found = check_dev(
+        check = check_dev(
             self.model, self.config, self.splits, self.folder, self.stop.raise_if_asked
         )
         if self.monitor is not None:
-            self.monitor.evaluation(self.step, found.scalars)
-            if found.texts:
-                self.monitor.texts(self.step, found.texts)
-        return found.dev_score
+            self.monitor.evaluation(self.step, check.scalars)
+            if check.texts:
+                self.monitor.texts(self.step, check.texts)
+        return check.dev_score
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""

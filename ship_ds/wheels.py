@@ -63,8 +63,8 @@ class Wheel:
 
     def installed(self) -> Path | None:
         """The site-packages folder that holds the wheel's files; the package is not imported."""
-        found = importlib.util.find_spec(self.package)
-        places = (found.submodule_search_locations or ()) if found else ()
+        spec = importlib.util.find_spec(self.package)
+        places = (spec.submodule_search_locations or ()) if spec else ()
         have = (Path(place) for place in places if (Path(place) / self.file).is_file())
         return next((place.parent for place in have), None)
 

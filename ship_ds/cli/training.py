@@ -148,11 +148,11 @@ def compare(
     )
     if "ship" not in settings.methods:
         raise UserError("--methods: ship is missing, whose rows are the variants: add it")
-    wanted, common = variants.parse_names(names)
-    if not wanted:
+    variant_names, common = variants.parse_names(names)
+    if not variant_names:
         raise UserError("compare: name a recipe, a config or a file of variants")
     several = None if seeds is None else _seeds(seeds)
-    trials = variants.plan(variants.read_variants(wanted), common, out, minutes, several)
+    trials = variants.plan(variants.read_variants(variant_names), common, out, minutes, several)
     comparing.check_changes(settings)
     if dry_run:
         print("\n".join(variants.commands(trials, nproc)))

@@ -174,9 +174,9 @@ def _of_examples(
 
 
 def _warn_of(ship: "Ship", instruction: str, confidence: "Confidence | None" = None) -> None:
-    for found in (ship.familiarity(instruction), confidence):
-        if found is not None and found.warning is not None:
-            log(found.warning)
+    for measure in (ship.familiarity(instruction), confidence):
+        if measure is not None and measure.warning is not None:
+            log(measure.warning)
 
 
 def _show_answers(
@@ -379,10 +379,10 @@ def answer(
         _warn_of(ship, instruction)
         return 0
     ship.calibrate(log)
-    found = ship.confidence(instruction, texts)
-    for text, answered, agreed in zip(texts, answers, found.by_input, strict=True):
+    measure = ship.confidence(instruction, texts)
+    for text, answered, agreed in zip(texts, answers, measure.by_input, strict=True):
         print_row({"input": text, "answer": answered, "agreement": agreed})
-    _warn_of(ship, instruction, found)
+    _warn_of(ship, instruction, measure)
     return 0
 
 

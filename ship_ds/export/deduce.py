@@ -115,9 +115,9 @@ def warn_of_far(ship: Ship, requests: Sequence[Request], report: Callable[[str],
 def _far_ones(ship: Ship, requests: Sequence[Request]) -> list[Request]:
     """Those whose instruction is far from all that the run was trained on (`Ship.familiarity`)."""
     read = [one for one in requests if one.latent_Z is None and one.instruction is not None]
-    found = ship.familiarities([str(one.instruction) for one in read])
+    familiarities = ship.familiarities([str(one.instruction) for one in read])
     # None at all where the run knows too few to compare with.
-    return [one for one, how in zip(read, found, strict=False) if how.is_far]
+    return [one for one, how in zip(read, familiarities, strict=False) if how.is_far]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _finished(folder: Path, exporter: Exporter, request: Request, export: Export
         None,
         export.folders(),
     )
-    found = (
+    actual = (
         origin.bundle,
         origin.base_fingerprint,
         origin.made_from,
@@ -214,7 +214,7 @@ def _finished(folder: Path, exporter: Exporter, request: Request, export: Export
         origin.tuning,
         origin.folders,
     )
-    if found != expected:
+    if actual != expected:
         return None
     return Proof(origin.proof["from_live"], origin.proof["from_base"])
 

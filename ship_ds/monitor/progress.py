@@ -48,7 +48,7 @@ class ProgressLine:
         self.title, self.total, self.num_done = title, total, 0
         self.unit, self.log = unit, log
         self.part = ""
-        self.started = self.told = time.perf_counter()
+        self.started = self.last_logged = time.perf_counter()
         self.tells_parts = log not in (console_log, no_log)
         is_terminal = sys.stderr.isatty() and current_rank(os.environ) == 0
         self.bar = None
@@ -76,10 +76,10 @@ class ProgressLine:
         if self.bar is not None or self.tells_parts:
             return
         now = time.perf_counter()
-        is_early = now - self.told < _SECONDS_BETWEEN_LINES and self.num_done < self.total
+        is_early = now - self.last_logged < _SECONDS_BETWEEN_LINES and self.num_done < self.total
         if is_early or now - self.started < self.quiet_seconds:
             return
-        self.told, seconds = now, now - self.started
+        self.last_logged, seconds = now, now - self.started
         done = f"{self.num_done} of {self.total} {self.unit}s"
         self.log(": ".join(filter(None, [self.title, self.part, f"{done}, {seconds:.0f} s"])))
 
