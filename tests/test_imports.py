@@ -170,6 +170,21 @@ def defined(node: ast.stmt) -> list[str]:
     ]
 
 
+VAGUE = {"beat", "found", "gone", "looked", "looks", "own", "said", "settled", "told", "wanted"}
+"""They say how a thing came about, and not what it is."""
+
+
+def test_no_name_says_how_a_thing_came_about() -> None:
+    vague = {
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        for field in ("id", "attr", "arg", "name")
+        if isinstance(name := getattr(node, field, None), str) and name.strip("_").lower() in VAGUE
+    }
+    assert not vague
+
+
 ADAPTERS_ROOM = PACKAGE / "model" / "adapters"
 MAY_ASK = {
     "evaluation/baselines/frozen_base.py": {"Adapter"},  # or a function that makes one: no kind
