@@ -86,10 +86,10 @@ def known_tasks(ship: Ship, path: Path | None, log: Log) -> Known:
         log(f"the run's own data cannot be read ({error}): its dev and unseen rules stay in")
         parts = Splits((), (), ())
     held_out = (*parts.dev, *parts.unseen)
-    wordings_of_own = [text for one in parts.seen for text in _wordings(one)]
+    run_wordings = [text for one in parts.seen for text in _wordings(one)]
     run_tasks = tuple(replace(one.task, examples=one.train, id=one.id) for one in parts.seen)
     if path is None:
-        return Known(run_tasks, tuple(wordings_of_own), held_out, run_tasks)
+        return Known(run_tasks, tuple(run_wordings), held_out, run_tasks)
     whole = read_tasks(path, "auto", Counter())
     read = [replace(task, examples=not_held_out(task)) for task in whole]
     num_tests = sum(len(task.examples) for task in whole) - sum(len(x.examples) for x in read)
@@ -102,7 +102,7 @@ def known_tasks(ship: Ship, path: Path | None, log: Log) -> Known:
             f"--data {path}: every task is a dev or unseen rule of the run; give others"
         )
     wordings = [text for task in tasks for text in (task.instruction, *task.paraphrases)]
-    wordings = list(dict.fromkeys([*wordings, *wordings_of_own]))
+    wordings = list(dict.fromkeys([*wordings, *run_wordings]))
     return Known(tasks, tuple(wordings), held_out, run_tasks, len(read) - len(tasks))
 
 

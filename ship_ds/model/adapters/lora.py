@@ -57,7 +57,9 @@ class LoraAdapter(Adapter):
 
     def prepared(self, dtype: torch.dtype) -> "LoraAdapter":
         factors = {
-            path: (a_TRI.to(dtype), _as_multiplied((b_TOR * self.scaling).to(dtype)))
+            # As generated, the tasks' matrices lie among those of other linears: 64 KiB apart in the
+            # embedded default, where they push each other out of the cache.
+            path: (a_TRI.to(dtype).contiguous(), _as_multiplied((b_TOR * self.scaling).to(dtype)))
             for path, (a_TRI, b_TOR) in self.factors.items()
         }
         return replace(self, factors=factors, scaling=1.0)
