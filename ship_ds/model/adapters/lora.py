@@ -57,8 +57,8 @@ class LoraAdapter(Adapter):
 
     def prepared(self, dtype: torch.dtype) -> "LoraAdapter":
         factors = {
-            # As generated, the tasks' matrices lie among those of other linears: 64 KiB apart in the
-            # embedded default, where they push each other out of the cache.
+            # As generated, a task's matrices lie among those of other linears: 64 KiB from the next
+            # task's in the embedded default, where they push each other out of the cache.
             path: (a_TRI.to(dtype).contiguous(), _as_multiplied((b_TOR * self.scaling).to(dtype)))
             for path, (a_TRI, b_TOR) in self.factors.items()
         }
