@@ -46,18 +46,30 @@ def names_of(bases: list[ast.expr]) -> list[str]:
 
 
 def is_described_elsewhere(owner: ast.ClassDef | None, name: str) -> bool:
-    """Whether a method does what a class above it, or a protocol, says of it."""
+    """Whether a method does what a class above it says of it, or a protocol that this one follows
+    whole."""
     if owner is None:
         return False
     known = classes()
-    protocols = [name for name, one in known.items() if "Protocol" in names_of(one.bases)]
-    above = [*names_of(owner.bases), *protocols]
-    found = [known[one] for one in above if one in known and known[one] is not owner]
+    own = methods_of(owner)
+    for base in names_of(owner.bases):
+        above = known.get(base)
+        if above is None or above is owner:
+            continue
+        if name in methods_of(above) or is_described_elsewhere(above, name):
+            return True
     return any(
-        any(isinstance(child, Function) and child.name == name for child in one.body)
-        or ("Protocol" not in names_of(one.bases) and is_described_elsewhere(one, name))
-        for one in found
+        methods_of(one).keys() <= own.keys()
+        and name in methods_of(one)
+        and parameters(methods_of(one)[name]) == parameters(own[name])
+        for one in known.values()
+        if one is not owner and "Protocol" in names_of(one.bases)
     )
+
+
+def methods_of(owner: ast.ClassDef) -> dict[str, Function]:
+    """Those that it defines itself, by name."""
+    return {one.name: one for one in owner.body if isinstance(one, Function)}
 
 
 def parameters(function: Function) -> list[str]:

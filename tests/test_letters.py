@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted((REPOSITORY / "ship_ds").rglob("*.py"))
 _ROW = re.compile(r"^\| ([A-Z]) \| (.+?) \|$", re.MULTILINE)
 _LEGEND = re.compile(r"Letters:(.*?)\.(?:\s|$)", re.DOTALL)
-_SUFFIX = re.compile(r"^_*[a-z]\w*_([A-Z]+)$")
+_SUFFIX = re.compile(r"^_*[a-z]\w*_([0-9A-Z]*[A-Z])$")
 
 
 def table() -> dict[str, str]:
@@ -32,7 +32,8 @@ def legend(tree: ast.Module) -> dict[str, str]:
 
 
 def suffixes(tree: ast.Module) -> set[str]:
-    """Every suffix of letters that a name in the module ends with, such as TZ of mean_TZ."""
+    """Every suffix of letters that a name in the module ends with, such as TZ of mean_TZ, without
+    the ones in it: Z of latent_1Z."""
     names = set()
     for node in ast.walk(tree):
         names.update(
@@ -40,7 +41,7 @@ def suffixes(tree: ast.Module) -> set[str]:
             for field in ("id", "attr", "arg", "name")
             if isinstance(value := getattr(node, field, None), str)
         )
-    return {match[1] for match in map(_SUFFIX.match, names) if match}
+    return {re.sub(r"\d", "", match[1]) for match in map(_SUFFIX.match, names) if match}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -50,9 +51,11 @@ def test_letters_mean_what_the_table_says(path: Path) -> None:
     assert letters.items() <= table().items()
     named = {letter for suffix in suffixes(tree) for letter in suffix}
     assert named <= letters.keys()
-    # In words: a shape such as (T, Z), a size such as "I of them".
-    words = re.findall(r"(?<![A-Za-z])[A-Z]{1,6}(?![A-Za-z])", _LEGEND.sub("", path.read_text(), 1))
-    assert letters.keys() <= named | set("".join(words)), "a letter that the file does without"
+    # Alone: in a shape such as (T, Z), or as a size.
+    alone = re.findall(
+        r"(?<![A-Za-z0-9_])[A-Z](?![A-Za-z0-9_])", _LEGEND.sub("", path.read_text(), 1)
+    )
+    assert letters.keys() <= named | set(alone), "a letter that the file does without"
 
 
 def test_table_is_read() -> None:

@@ -10,7 +10,7 @@ no kernel for packed tokens knows. T5 scales no scores, and shares the first blo
 blocks after it, so its blocks hand on what AdaptedBlock passes through.
 
 Letters: E sequences, S padded length, K labelled positions, H hidden size, V vocabulary, P virtual
-tokens, Y generated tokens, T tasks, F size of an attention head, X other letters flattened.
+tokens, Y generated tokens, T tasks, X other letters flattened.
 """
 
 import copy

@@ -41,9 +41,10 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) as training and serving compute with it; on a CPU the next call of any
         linear writes over it."""
-        if self.unpacked is not None and self.unpacked.dtype == dtype:
-            return self.unpacked
         weight: Any = self.weight
+        kept = self.unpacked
+        if kept is not None and kept.dtype == dtype and kept.device == weight.device:
+            return kept
         state: Any = weight.quant_state or self.quant_state
         return dequantised(weight, state, dtype)
 
@@ -66,7 +67,7 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
     def _product(self, x: Tensor) -> Tensor:
         """x W^T + bias, outside of autograd."""
         inputs = x if self.unpacked is None else x.to(self.compute_dtype or x.dtype)
-        if self.unpacked is None or self.unpacked.dtype != inputs.dtype:
+        if self.unpacked is None or not _are_alike(self.unpacked, inputs):
             # bitsandbytes has kernels for few rows, with which decoding reads the packed weight.
             out: Tensor = super().forward(x)
             return out
@@ -79,6 +80,11 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
         if low_rank is not None:
             sources += low_rank.matrices()
         return torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+
+
+def _are_alike(one: Tensor, other: Tensor) -> bool:
+    """Of one dtype, on one device: a model that is moved takes its packed weights along alone."""
+    return one.dtype == other.dtype and one.device == other.device
 
 
 class _Nf4LowRank(torch.autograd.Function):

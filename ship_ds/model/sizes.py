@@ -1,7 +1,7 @@
 """The sizes of a SHIP model that its FLOPs are a formula of (flops.py), read off its modules.
 
 Letters: A attention heads, F size of an attention head, I inputs of a linear, O outputs of a
-linear, P virtual tokens, H hidden size.
+linear.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@ prompt states it.
 
 Rows are task-major: E rows of a batch share T adapters, E / T consecutive rows each.
 
-Letters: E sequences, T tasks, K labelled positions, H hidden size, S padded length.
+Letters: E sequences, T tasks, K labelled positions, H hidden size.
 """
 
 from collections.abc import Callable, Iterable, Sequence

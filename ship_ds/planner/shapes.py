@@ -44,14 +44,14 @@ def public_shapes() -> Mapping[str, PreTrainedConfig]:
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: how many values, whether it is trained, whether it lies in NF4, and how many
-    passes of one forward read it."""
+    """One parameter: how many values, whether it is trained, whether it lies in NF4, and how often
+    roles read it one after the other in a forward and in a backward pass."""
 
     path: str
     numel: int
     is_trained: bool
     is_nf4: bool
-    num_reads: int = 1
+    reads: tuple[int, int] = (1, 1)
 
     def stored_bytes(self, dtype_bytes: int) -> int:
         return nf4.packed_bytes(self.numel) if self.is_nf4 else self.numel * dtype_bytes
@@ -112,10 +112,20 @@ class Shapes:
         """Every parameter of a part; a base that several roles share is the Task LLM's alone."""
         return self._weights[part]
 
-    @property
-    def _num_reads(self) -> int:
-        """Passes of a forward over the Task LLM's base; under ZeRO-3 no two roles share one."""
-        return 1 if self.config.backbone == "separate" else 2 + self.ship.decodes
+    def _reads(self, part: str, parameter: nn.Parameter) -> tuple[int, int]:
+        """See `Weight.reads`. Under ZeRO-3 no two roles share a pass."""
+        roles = {"encoder": self.ship.encoder, "decoder": self.ship.decoder}
+        role = roles.get(part, self.ship.task_llm)
+        base = role.language_model.module
+        embeddings, output = base.get_input_embeddings(), base.get_output_embeddings()
+        is_output = parameter is getattr(output, "weight", None)
+        is_shared = part == "task LLM" and self.config.backbone == "shared"
+        writers = 1 + self.ship.decodes if is_shared else 1
+        readers = writers + is_shared  # the encoder reads states alone
+        if parameter is embeddings.weight and not parameter.requires_grad:
+            # Nothing before it has a gradient; a tied one is met again as the output layer.
+            return readers, writers if is_output else 0
+        return (writers, writers) if is_output else (readers, readers)
 
     @cached_property
     def _weights(self) -> dict[str, list[Weight]]:
@@ -127,7 +137,7 @@ class Shapes:
                     parameter.numel(),
                     parameter.requires_grad,
                     f"{part}.{path}" in self.nf4_paths,
-                    self._num_reads if part == "task LLM" else 1,
+                    self._reads(part, parameter),
                 )
                 for path, parameter in module.named_parameters()
                 if part == "task LLM" or id(parameter) not in shared

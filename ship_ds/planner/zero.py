@@ -198,7 +198,11 @@ def _gathered(zero: Zero, engine: Sequence[Weight]) -> int:
     total = sum(weight.stored_bytes(zero.dtype_bytes) for weight in weights)
     largest = max(weight.stored_bytes(zero.dtype_bytes) for weight in weights)
     window = zero.reuse_distance // 2 + zero.prefetch_elements
-    return min(total, largest + total * window // elements)
+    gathered = largest + total * window // elements
+    if _keeps_shared(zero, weights):
+        shared = [weight for weight in weights if weight.reads[0] > 1]
+        gathered = max(gathered, sum(w.stored_bytes(zero.dtype_bytes) for w in shared))
+    return min(total, gathered)
 
 
 def traffic(
@@ -264,19 +268,28 @@ def _gathers(zero: Zero, engine: Sequence[Weight], recomputed: Sequence[Weight])
     A weight stays from the one to the other where its next use is fewer than `reuse_distance`
     elements away (a packed NF4 byte is one element), so the last half of that is gathered once. A
     base that several roles read is gone through from its beginning by each, so that to the next use
-    of a weight it is as far as the whole base is long, and in the backward pass again.
+    of a weight it is as far as the whole base is long, and in the backward pass again. Frozen
+    embeddings have no backward pass.
     """
     weights = _sharded(zero, engine)
     total = sum(weight.stored_bytes(zero.dtype_bytes) for weight in weights)
     elements = sum(weight.stored_elements for weight in weights)
     stays = min(1.0, zero.reuse_distance / 2 / elements) if elements else 1.0
-    more = [weight for weight in weights if weight.num_reads > 1]
-    if sum(weight.stored_elements for weight in more) <= zero.reuse_distance:
-        more = []
-    by_others = sum(w.stored_bytes(zero.dtype_bytes) * (w.num_reads - 1) for w in more)
+    in_backward = sum(w.stored_bytes(zero.dtype_bytes) for w in weights if w.reads[1])
+    more = [] if _keeps_shared(zero, weights) else weights
+    forward, backward = (
+        sum(w.stored_bytes(zero.dtype_bytes) * max(0, w.reads[way] - 1) for w in more)
+        for way in (0, 1)
+    )
     again = (
         sum(weight.stored_bytes(zero.dtype_bytes) for weight in _sharded(zero, recomputed))
         if zero.reuse_distance == 0
         else 0
     )
-    return total + by_others, int(total * (1 - stays)) + by_others + again
+    return total + forward, int(in_backward * (1 - stays)) + backward + again
+
+
+def _keeps_shared(zero: Zero, weights: Sequence[Weight]) -> bool:
+    """Whether a base that several roles read stays gathered from one to the next."""
+    shared = sum(weight.stored_elements for weight in weights if weight.reads[0] > 1)
+    return 0 < shared <= zero.reuse_distance

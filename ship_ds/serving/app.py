@@ -4,6 +4,8 @@
     app = create_app(room, name="quickstart")
 
 Whoever serves the application starts the room and closes it.
+
+Letters: Z latent size.
 """
 
 import time

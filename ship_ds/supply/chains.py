@@ -30,7 +30,7 @@ from ship_ds.monitor.progress import ProgressLine
 from ship_ds.supply.config import ChainsConfig
 from ship_ds.supply.filters import is_trivial, share_alike
 from ship_ds.supply.journal import Journal, SupplyPart
-from ship_ds.supply.known import Known, can_answer, inputs_of
+from ship_ds.supply.known import Known, can_answer, inputs_of, is_readable
 
 _Answers = Sequence[str | None]
 """To the inputs of one chain; None: the answer did not end in time."""
@@ -118,16 +118,17 @@ def _part(
         if not first.examples or not inputs_of(second, 1):
             counts["no inputs" if first.examples else "no labels"] += 1
             continue
-        chain = Chain.of(first, second, config, partial(can_answer, ship))
-        if not chain.given:
-            counts["unreadable"] += 1
-        elif not fits(
-            [e.target for e in chain.given],
-            inputs_of(second, len(second.examples) + len(second.inputs)),
-        ):
+        inputs = inputs_of(second, len(second.examples) + len(second.inputs))
+        if not fits([e.target for e in first.examples[: config.num_inputs]], inputs):
             counts["shape"] += 1
-        else:
+            continue
+        texts = joined(first, second, config), second.instruction
+        are_read = all(is_readable(ship, text) for text in texts)
+        chain = Chain.of(first, second, config, partial(can_answer, ship)) if are_read else None
+        if chain is not None and chain.given:
             read.append(chain)
+        else:
+            counts["unreadable"] += 1
     for chain, answers in zip(read, _answers(ship, read), strict=True):
         reason, examples, share = chain.judged(*answers, config)
         if reason == "kept" and len(rows) == most:
@@ -143,6 +144,17 @@ def _part(
             }
             rows.append(row_of(task, origin))
     return SupplyPart(dict(counts), rows)
+
+
+def joined(first: Task, second: Task, config: ChainsConfig) -> str:
+    """The two instructions in one.
+
+    Args:
+        first: whose answers the other one takes.
+        second: the other one.
+        config: how they are joined.
+    """
+    return config.joint.format(first=first.instruction, second=second.instruction)
 
 
 def _worded(first: Task, second: Task, config: ChainsConfig) -> Task:
@@ -187,9 +199,9 @@ class Chain:
             second: answers.
             config: how the two instructions become one, and how many inputs are taken.
             can_answer: whether the run reads and answers an input (second) under the adapter of an
-                instruction (first).
+                instruction (first) that it can read.
         """
-        joint = config.joint.format(first=first.instruction, second=second.instruction)
+        joint = joined(first, second, config)
         read = (
             example
             for example in {example.input: example for example in first.examples}.values()

@@ -150,15 +150,14 @@ def readable_inputs(
 
 
 def can_answer(ship: Ship, instruction: str, text: str) -> bool:
-    """Whether the run can read an instruction and an input, and answer under the adapter.
+    """Whether the run can read an input and answer it under the adapter of an instruction.
 
     Args:
         ship: the run.
-        instruction: that the adapter is made of.
+        instruction: that it can read (`is_readable`).
         text: the input.
     """
     try:
-        checks.check_instruction(ship.model, instruction)
         checks.check_inputs(ship.model, [text], ship.config.evaluation.max_new_tokens, instruction)
     except UserError:
         return False

@@ -181,7 +181,7 @@ def test_a_replicated_base_costs_memory_and_saves_traffic() -> None:
 def test_a_base_that_three_roles_read_is_gathered_for_each() -> None:
     """Unless what is gathered once stays until its next use, a whole base later."""
     base, trained = Weight("b", 10**9, False, False), Weight("t", 10**6, True, False)
-    shared = replace(base, num_reads=3)
+    shared = replace(base, reads=(3, 3))
 
     def gathered(one: Weight, reuse: float, recomputed: Sequence[Weight] = ()) -> int:
         settings = {"stage": 3, "stage3_max_reuse_distance": int(reuse)}
@@ -193,6 +193,11 @@ def test_a_base_that_three_roles_read_is_gathered_for_each() -> None:
         more = gathered(shared, reuse) - gathered(base, reuse)
         assert more == pytest.approx(4 * whole, rel=1e-6)
     assert gathered(shared, 1.1e9) == gathered(base, 1.1e9)
+    embedding = replace(base, reads=(3, 0))
+    assert gathered(base, 1e6) - gathered(replace(base, reads=(1, 0)), 1e6) == pytest.approx(
+        whole, rel=1e-3
+    )
+    assert gathered(embedding, 1e6) == pytest.approx(3 * whole, rel=1e-2)
     assert gathered(base, 0, [base, base]) - gathered(base, 0) == pytest.approx(2 * whole)
     assert gathered(base, 1e6, [base, base]) == gathered(base, 1e6)
 

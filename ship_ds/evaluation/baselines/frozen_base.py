@@ -23,6 +23,7 @@ from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.budget import Piece
 from ship_ds.model.loading import freeze, load_lm, load_prompts
+from ship_ds.model.nf4_linear import unpack
 from ship_ds.model.step import Predictions
 from ship_ds.model.task_llm import TaskLlm
 from ship_ds.prompt import PromptFormat
@@ -337,4 +338,7 @@ def _loaded(
     """The frozen base with the LoRA's sites."""
     lm = freeze(load_lm(settings.base, settings.quantisation, dtype, "auto", device))
     wrap_sites(lm, lora.targets)
-    return TaskLlm(lm, settings.checkpointing).to(device)
+    task_llm = TaskLlm(lm, settings.checkpointing).to(device)
+    if device.type == "cpu":  # as the run's own, or equal minutes would not be equal steps
+        unpack([task_llm], budget.bytes_to_keep(device))
+    return task_llm

@@ -7,8 +7,8 @@ what is current when the backward pass runs (on CUDA in another thread).
 
 A new kind is one file with three classes, and its config class in the table `kinds.ADAPTERS`.
 
-Letters: T tasks, E sequences, S padded length, F size of an attention head, I inputs of a linear, O
-outputs of a linear, P virtual tokens, H hidden size, Z latent size.
+Letters: T tasks, S padded length, I inputs of a linear, O outputs of a linear, P virtual tokens, H
+hidden size, Z latent size.
 """
 
 from abc import ABC, abstractmethod

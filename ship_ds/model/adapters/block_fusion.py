@@ -11,8 +11,8 @@ read it. With an encoder that is the base itself (its LoRA starts at nothing) a 
 if the instruction were in the prompt with its keys and values kept; what is learned is how to read
 it. It has no weights of its own. A query pays for the attention to these keys and for no product.
 
-Letters: T tasks, S padded length, H hidden size, Z latent size, L decoder layers, G key-value
-heads, P virtual tokens, F size of an attention head, X other letters flattened.
+Letters: T tasks, S padded length, H hidden size, Z latent size, G key-value heads, P virtual
+tokens, F size of an attention head, X other letters flattened.
 """
 
 from pathlib import Path

@@ -8,7 +8,7 @@ A place is a site, or a block. With `latent: by_layer` z is cut into one share a
 reads the share of its block alone: what layer queries gathered (HINT, Ivison et al. 2023, arXiv
 2212.10315) stays apart down to the adapter.
 
-Letters: T tasks, Z latent size, L decoder layers, D hypernetwork width, U features of a group.
+Letters: T tasks, Z latent size, D hypernetwork width, U features of a group.
 """
 
 import math
