@@ -45,7 +45,7 @@ test: lint $(VENV)/.smollm2
 	$(PYTEST) -n 3 --durations=25 --durations-min=5
 
 # What needs no run of its own, no second rank, no cluster and no second by itself: two minutes and a quarter on two slow cores (an EPYC
-# without AVX-512, 2.4 times as slow as one with), a third of it imports.
+# without AVX-512, 2.4 times as slow as one with), a fifth of it imports.
 test-fast: setup
 	$(PYTEST) -n 2 -m "not slow and not distributed and not slurm and not soak"
 

@@ -14,15 +14,19 @@ from safetensors.torch import load_file
 
 from ship_ds import cli
 from ship_ds.api import Ship
+from ship_ds.config import LoraHypernetworkConfig
 from ship_ds.console import no_log
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
+from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.harness import Run
 from ship_ds.export.bundling import bundle_from_checkpoint
 from ship_ds.export.compose import compose
 from ship_ds.files import sha256
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.latents import Familiarity
+from ship_ds.model import budget
+from ship_ds.model.nf4_linear import Nf4Linear
 
 pytestmark = pytest.mark.slow
 
@@ -283,6 +287,24 @@ def test_results_are_plain_frozen_values(ship: Ship) -> None:
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.instruction = "other"  # type: ignore[misc]
+
+
+def test_a_run_on_a_cpu_answers_with_its_base_dequantised(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is room, and so does a second copy of the base that baselines train over."""
+
+    def is_unpacked(task_llm: torch.nn.Module) -> set[bool]:
+        linears = [one for one in task_llm.modules() if isinstance(one, Nf4Linear)]
+        return {linear.unpacked is not None for linear in linears}
+
+    ship = Ship.from_run(bundle)
+    assert is_unpacked(ship.model.task_llm) == {True}
+    lora, device = LoraHypernetworkConfig(), ship.model.device
+    base = FrozenBase.of_config(ship.config, lora, device, torch.float32)
+    assert is_unpacked(base.task_llm) == {True}
+    monkeypatch.setattr(budget, "bytes_to_keep", lambda device: 0)
+    assert is_unpacked(Ship.from_run(bundle).model.task_llm) == {False}
 
 
 def test_bf16_computes_what_fp32_does(

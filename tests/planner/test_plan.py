@@ -22,7 +22,7 @@ from ship_ds.planner.evaluation import PlannedPass
 from ship_ds.planner.plan import RESERVED, Machines, advise, make_plan
 from ship_ds.planner.shapes import Shapes, Weight, build_shapes, meta_lm, public_shapes
 from ship_ds.planner.show import verdict, warnings_of
-from ship_ds.planner.zero import Zero, traffic
+from ship_ds.planner.zero import Zero, held_by_a_rank, traffic
 from ship_ds.runtime.deepspeed_config import complete
 from tests.export.models import make_t5_base
 
@@ -200,6 +200,40 @@ def test_a_base_that_three_roles_read_is_gathered_for_each() -> None:
     assert gathered(embedding, 1e6) == pytest.approx(3 * whole, rel=1e-2)
     assert gathered(base, 0, [base, base]) - gathered(base, 0) == pytest.approx(2 * whole)
     assert gathered(base, 1e6, [base, base]) == gathered(base, 1e6)
+
+
+def test_how_often_the_roles_read_a_weight() -> None:
+    """The encoder gives states alone; before frozen embeddings nothing has a gradient."""
+
+    def reads(*settings: str) -> tuple[tuple[int, int], ...]:
+        """Of the Task LLM's embeddings, a linear in a block and the output layer."""
+        config = _small(*LORA_ROLES, *settings)
+        weights = build_shapes(config.model, torch.bfloat16, config.loss).weights("task LLM")
+        found = {weight.path.removeprefix("lm."): weight.reads for weight in weights}
+        linear = next(path for path in found if "q_proj" in path)
+        return tuple(found[one] for one in ("model.embed_tokens.weight", linear, "lm_head.weight"))
+
+    assert reads("model.backbone=shared") == ((3, 0), (3, 3), (2, 2))
+    assert reads("model.backbone=shared", "loss.reconstruction=0") == ((2, 0), (2, 2), (1, 1))
+    assert reads("model.backbone=separate") == ((1, 0), (1, 1), (1, 1))
+    whole = _small("model.encoder.tuning={kind: full}")
+    encoder = build_shapes(whole.model, torch.bfloat16, whole.loss).weights("encoder")
+    assert {weight.reads for weight in encoder} == {(1, 1)}, "its embeddings are trained"
+
+
+def test_what_stays_for_the_next_role_is_there_whole() -> None:
+    base = Weight("b", 10**9, False, False)
+    layers = [Weight(f"b{i}", 10**8, False, False) for i in range(10)]
+
+    def held(weights: Sequence[Weight], reuse: float) -> int:
+        zero = {"stage": 3, "stage3_max_reuse_distance": int(reuse)}
+        zero |= {"stage3_prefetch_bucket_size": 0}
+        settings = Zero.read({"bf16": {"enabled": True}, "zero_optimization": zero}, 2)
+        return held_by_a_rank(settings, weights, []).gpu["gathered layers"]
+
+    shared = [replace(one, reads=(3, 3)) for one in layers]
+    assert held(shared, 1e9) == 2 * base.numel > held(layers, 1e9)
+    assert held(shared, 0.9e9) == held(layers, 0.9e9) < 2 * base.numel
 
 
 @pytest.mark.slow

@@ -75,6 +75,17 @@ def test_the_second_task_s_own_examples_come_before_what_the_run_answers() -> No
     assert chain().judged(wrong, wrong, alone, ChainsConfig())[1][0] == Example("0", "2")
 
 
+def test_a_chain_has_no_example_that_one_of_its_three_questions_cannot_have() -> None:
+    """At once, by the two steps, and by the second step alone."""
+    examples = tuple(Example(str(i), str(10 + i)) for i in range(5))
+    first, second = Task("a", "add 10", examples), Task("b", "double", ())
+    unread = {("add 10 and then double", "1"), ("double", "2"), ("double", "13")}
+    made = Chain.of(first, second, ChainsConfig(), lambda *asked: asked not in unread)
+    assert made.inputs == ["0", "4"]
+    few = ChainsConfig(num_inputs=1)
+    assert Chain.of(first, second, few, lambda _, text: text != "0").inputs == ["1"]
+
+
 def test_two_pairs_have_two_ids() -> None:
     names = ("a", "b-c", "a-b", "c", "a+b", "b+c", "a%2Bb", "%", "a+", "+c")
     tasks = [Task(name, name, ()) for name in names]

@@ -57,9 +57,7 @@ class LoraAdapter(Adapter):
 
     def prepared(self, dtype: torch.dtype) -> "LoraAdapter":
         factors = {
-            # As generated, a task's matrices lie among those of other linears: 64 KiB from the next
-            # task's in the embedded default, where they push each other out of the cache.
-            path: (a_TRI.to(dtype).contiguous(), _as_multiplied((b_TOR * self.scaling).to(dtype)))
+            path: (a_TRI.to(dtype), _as_multiplied((b_TOR * self.scaling).to(dtype)))
             for path, (a_TRI, b_TOR) in self.factors.items()
         }
         return replace(self, factors=factors, scaling=1.0)
