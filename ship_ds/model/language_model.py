@@ -206,6 +206,19 @@ class LanguageModel(ABC):
         return size
 
     @property
+    def embedding_weight(self) -> nn.Parameter:
+        """The embedding table (V, H)."""
+        weight: nn.Parameter = self.module.get_input_embeddings().weight
+        return weight
+
+    @property
+    def output_weight(self) -> nn.Parameter | None:
+        """The output layer's matrix (V, H), a tied one being `embedding_weight` itself; None where
+        it was dropped."""
+        weight: nn.Parameter | None = getattr(self.module.get_output_embeddings(), "weight", None)
+        return weight
+
+    @property
     def context_length(self) -> int | None:
         """The most tokens of prompt and answer together; None: no limit of its own."""
         length: int | None = getattr(self.module.config, "max_position_embeddings", None)
@@ -229,10 +242,9 @@ class LanguageModel(ABC):
     def embedding_spread(self) -> float:
         """Standard deviation of the token embeddings; on the meta device, where they have none,
         that of a fresh model."""
-        weight: Tensor = self.module.get_input_embeddings().weight
-        if weight.is_meta:
+        if self.embedding_weight.is_meta:
             return float(self.module.config.initializer_range)
-        return float(weight.detach().float().std())
+        return float(self.embedding_weight.detach().float().std())
 
     @cached_property
     def costs(self) -> Costs:

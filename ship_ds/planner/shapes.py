@@ -116,13 +116,12 @@ class Shapes:
         """See `Weight.reads`. Under ZeRO-3 no two roles share a pass."""
         roles = {"encoder": self.ship.encoder, "decoder": self.ship.decoder}
         role = roles.get(part, self.ship.task_llm)
-        base = role.language_model.module
-        embeddings, output = base.get_input_embeddings(), base.get_output_embeddings()
-        is_output = parameter is getattr(output, "weight", None)
+        language_model = role.language_model
+        is_output = parameter is language_model.output_weight
         is_shared = part == "task LLM" and self.config.backbone == "shared"
         writers = 1 + self.ship.decodes if is_shared else 1
         readers = writers + is_shared  # the encoder reads states alone
-        if parameter is embeddings.weight and not parameter.requires_grad:
+        if parameter is language_model.embedding_weight and not parameter.requires_grad:
             # Nothing before it has a gradient; a tied one is met again as the output layer.
             return readers, writers if is_output else 0
         return (writers, writers) if is_output else (readers, readers)
