@@ -180,8 +180,7 @@ class Ship:
         known, probes = bundle.known_instructions, bundle.probes
         derived = Derived(bundle.folder, bundle.digest, str(dtype).removeprefix("torch."))
         model = model.to(device).eval()
-        if device.type == "cpu":
-            unpack([model.encoder, model.task_llm, model.decoder], budget.bytes_to_keep(device))
+        unpack(model.roles, budget.bytes_to_unpack(device))
         return cls(model, bundle.config, bundle.digest, known, probes, derived)
 
     @cached_property

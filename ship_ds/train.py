@@ -57,8 +57,10 @@ from ship_ds.exit_codes import BAD_INPUT, PREEMPTED
 from ship_ds.files import disk_full_error, write_json
 from ship_ds.flops import MODEL_PARTS, flops_of_parts, peak_of
 from ship_ds.inference.derived import keep_examples_of
+from ship_ds.model import budget
 from ship_ds.model.assemble import LoadedWeights, build_ship
 from ship_ds.model.loading import load_prompts, load_tokenizer
+from ship_ds.model.nf4_linear import unpack, unpacked
 from ship_ds.model.objectives import Training
 from ship_ds.model.ship import ShipModel
 from ship_ds.model.sizes import step_rows
@@ -579,9 +581,10 @@ class Trainer:
         Raises:
             Preempted: between the evaluation's parts.
         """
-        check = check_dev(
-            self.model, self.config, self.splits, self.folder, self.stop.raise_if_asked
-        )
+        with unpacked(self.model.roles, budget.bytes_to_unpack(self.model.device)):
+            check = check_dev(
+                self.model, self.config, self.splits, self.folder, self.stop.raise_if_asked
+            )
         if self.monitor is not None:
             self.monitor.evaluation(self.step, check.scalars)
             if check.texts:
@@ -683,6 +686,8 @@ class Trainer:
         """Ask the model that was trained, where it is: there is no room for a second one, nor do
         the ranks have its weights whole."""
         self.model.eval()
+        # Nothing is trained after it.
+        unpack(self.model.roles, budget.bytes_to_unpack(self.model.device))
         ship = Ship(self.model, self.config, digest="", known=self.known_instructions())
         share = self.config.evaluation.final_share
         seconds = None if share is None else share * self.watch.seconds

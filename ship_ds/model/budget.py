@@ -175,6 +175,12 @@ def bytes_to_keep(device: torch.device) -> int:
     return free // 4 if device.type == "cuda" else free
 
 
+def bytes_to_unpack(device: torch.device) -> int:
+    """Bytes that the dequantised weights of a 4-bit base may take while it answers
+    (nf4_linear.unpack): none on a GPU, which multiplies by 4-bit weights as they are."""
+    return bytes_to_keep(device) if device.type == "cpu" else 0
+
+
 def bytes_beside_kept(device: torch.device) -> int:
     """Bytes that a batch may take where the results of several fill `bytes_to_keep` up."""
     free = bytes_free(device)

@@ -12,7 +12,8 @@ DeepSpeed's own LinearFunctionForZeroStage3 does.
 Letters: T tasks, I inputs of a linear, O outputs of a linear, N packed tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,23 +127,39 @@ class _Nf4LowRank(torch.autograd.Function):
         return None, grad_x, grad_bias, None, *grad_factors
 
 
-def unpack(roles: Iterable[nn.Module], most_bytes: int) -> None:
+def unpack(roles: Iterable[nn.Module], most_bytes: int) -> list[Nf4Linear]:
     """Keep the dequantised weights of models that answer on a CPU, to the same bits: bitsandbytes
     has no product of 4-bit weights there, and dequantises a whole matrix for every token.
 
     Args:
         roles: the models, which may share their linears.
-        most_bytes: that all of them may take; where they take more, none is kept.
+        most_bytes: that all weights may take (budget.bytes_to_unpack); where they take more, or
+            where ranks hold shares of them, none is kept.
+
+    Returns:
+        The linears whose weights are kept.
     """
     modules = dict.fromkeys(module for role in roles for module in role.modules())
     linears = [module for module in modules if isinstance(module, Nf4Linear)]
     dtypes = [linear.compute_dtype or torch.float32 for linear in linears]
     sizes = [linear.in_features * linear.out_features for linear in linears]
     needed = sum(size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True))
-    if needed > most_bytes:
-        return
+    if needed > most_bytes or any(hasattr(linear.weight, "ds_id") for linear in linears):
+        return []
     for linear, dtype in zip(linears, dtypes, strict=True):
         linear.unpacked = linear.dequantised(dtype).clone()
+    return linears
+
+
+@contextmanager
+def unpacked(roles: Iterable[nn.Module], most_bytes: int) -> Iterator[None]:
+    """As `unpack`, until the `with` ends: for models that are trained and answer in between."""
+    linears = unpack(roles, most_bytes)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.unpacked = None
 
 
 def use_nf4_linears(model: nn.Module, device: torch.device, base: str) -> None:

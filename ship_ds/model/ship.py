@@ -88,6 +88,12 @@ class ShipModel(nn.Module):
         """The frozen Task LLM, wherever it is held."""
         return self._parts[0].task_llm
 
+    @property
+    def roles(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Encoder, Task LLM and decoder, which may share a base: `modules()` of this model lacks a
+        Task LLM that is not sharded."""
+        return self.encoder, self.task_llm, self.decoder
+
     def pretrained_parameters(self) -> set[str]:
         """Names of the parameters of encoder's and decoder's language models and of the LoRAs over
         them; what is left starts from random numbers: hypernetwork, the MLPs around z, prior."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.segments import TaskEnds
-from ship_ds.model.nf4_linear import Nf4Linear, unpack, use_nf4_linears
+from ship_ds.model.nf4_linear import Nf4Linear, unpack, unpacked, use_nf4_linears
 
 CPU = torch.device("cpu")
 NUM_IN, NUM_OUT, NUM_TOKENS = 128, 96, 12
@@ -103,7 +103,7 @@ def test_unpacked_it_answers_and_learns_to_the_same_bits(
 
     packed = run()
     # The same linear twice, as where roles share a base.
-    unpack([nn.ModuleList([ours]), nn.ModuleList([ours])], NUM_IN * NUM_OUT * dtype.itemsize)
+    unpack([ours, nn.ModuleList([ours])], NUM_IN * NUM_OUT * dtype.itemsize)
     kept = ours.unpacked
     assert kept is not None and kept.dtype == dtype and kept.shape == (NUM_OUT, NUM_IN)
     for now, before in zip(run(), packed, strict=True):
@@ -114,10 +114,26 @@ def test_unpacked_it_answers_and_learns_to_the_same_bits(
 
 def test_what_would_take_too_much_stays_packed() -> None:
     one, other = _ours(), _ours()
-    unpack([nn.ModuleList([one, other])], 2 * NUM_IN * NUM_OUT * 4 - 1)
+    both = [nn.ModuleList([one]), other]
+    assert unpack(both, 2 * NUM_IN * NUM_OUT * 4 - 1) == []
     assert one.unpacked is None and other.unpacked is None
-    unpack([nn.ModuleList([one, other])], 2 * NUM_IN * NUM_OUT * 4)
+    assert unpack(both, 2 * NUM_IN * NUM_OUT * 4) == [one, other]
     assert one.unpacked is not None and other.unpacked is not None
+
+
+def test_between_steps_it_is_unpacked_for_a_while() -> None:
+    """And packed again whatever happens, or the next step would hold what no plan counts."""
+    linear = _ours()
+    with pytest.raises(KeyError), unpacked([linear], NUM_IN * NUM_OUT * 4):
+        assert linear.unpacked is not None
+        raise KeyError
+    assert linear.unpacked is None
+
+
+def test_a_share_of_a_weight_stays_packed() -> None:
+    linear: Any = _ours()
+    linear.weight.ds_id = 0  # as ZeRO-3 marks what ranks hold shares of
+    assert unpack([linear], NUM_IN * NUM_OUT * 4) == [] and linear.unpacked is None
 
 
 def test_gradients_in_fp64() -> None:

@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,10 @@ from ship_ds.config import load_config
 from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation import dev_check
+from ship_ds.evaluation.dev_check import DevCheck
 from ship_ds.evaluation.measure import Outcome
+from ship_ds.model.bitsandbytes_import import bitsandbytes
+from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.runtime import checkpoint, ranks
 from ship_ds.runtime.agreement import Agreement
 from ship_ds.runtime.stopping import Preempted, StopRequest
@@ -59,6 +63,10 @@ class StubTrainer(train.Trainer):
         if self.error is not None and self.step == 2:
             raise self.error
         return 0.5
+
+
+def stub_model(roles: Sequence[torch.nn.Module] = ()) -> Any:
+    return SimpleNamespace(roles=roles, device=torch.device("cpu"), eval=lambda: None, decodes=True)
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 46 GiB")
@@ -164,6 +172,31 @@ def test_what_the_decoder_takes_from_z_is_logged_by_part(
     assert gains == {"latent_gain/seen": 1.0} | ({"latent_gain/dev": 5.0} if num_dev else {})
 
 
+def test_a_base_in_4_bits_is_dequantised_while_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, in the report and between steps, but not in the steps that come after."""
+    base = torch.nn.ModuleList([bitsandbytes.nn.Linear4bit(64, 8, bias=False, quant_type="nf4")])
+    use_nf4_linears(base.to("cpu"), torch.device("cpu"), "base")
+    linear: Any = base[0]
+    was_unpacked = []
+
+    def answer(*arguments: Any) -> Any:
+        was_unpacked.append(linear.unpacked is not None)
+        return DevCheck() if len(was_unpacked) == 1 else {}
+
+    monkeypatch.setattr(train, "check_dev", answer)
+    monkeypatch.setattr(train.final_report, "measure_run", answer)
+    monkeypatch.setattr(train.final_report, "show", lambda report: None)
+    monkeypatch.setattr(train, "Ship", lambda *arguments, **options: None)
+    trainer = StubTrainer(tmp_path)
+    trainer.model = stub_model([torch.nn.Identity(), base])
+    train.Trainer.evaluate(trainer)
+    assert was_unpacked == [True] and linear.unpacked is None
+    trainer.report()
+    assert was_unpacked == [True, True]
+
+
 def test_an_evaluation_that_a_signal_cuts_short_is_no_failure(tmp_path: Path) -> None:
     for _ in range(3):
         trainer = StubTrainer(tmp_path, Preempted())
@@ -216,7 +249,7 @@ def test_a_checkpoint_is_scored_by_the_metric_of_the_config(
     looks: list[dict[str, float]] = []
     trainer = StubTrainer(tmp_path)
     trainer.config = load_config("quickstart-smoke", [f"evaluation.best_by={best_by}"])
-    trainer.model = SimpleNamespace(eval=lambda: None, decodes=True)  # type: ignore[assignment]
+    trainer.model = stub_model()
     examples = tuple(Example(str(i), str(i)) for i in range(4))
     task = SplitTask(Task("t", "k", examples), examples[:2], examples[2:])
     trainer.splits = Splits((task,), (task,), ())

@@ -339,6 +339,6 @@ def _loaded(
     lm = freeze(load_lm(settings.base, settings.quantisation, dtype, "auto", device))
     wrap_sites(lm, lora.targets)
     task_llm = TaskLlm(lm, settings.checkpointing).to(device)
-    if device.type == "cpu":  # as the run's own, or equal minutes would not be equal steps
-        unpack([task_llm], budget.bytes_to_keep(device))
+    # As the run's own, or equal minutes would not be equal steps.
+    unpack([task_llm], budget.bytes_to_unpack(device))
     return task_llm
