@@ -28,7 +28,9 @@ if __name__ == "__main__":
     use_scalable_malloc()
     # First, since a rank may be stopped anywhere from here on.
     sign_of_life.OF_THIS_PROCESS.start(current_rank(os.environ))
-    preflight.exit_on_bad_input(__doc__)
+    # Before torch is loaded, or one that is stopped in these seconds would never be killed.
+    minutes = preflight.exit_on_bad_input(__doc__).training.hang_minutes
+    sign_of_life.OF_THIS_PROCESS.limit = None if minutes is None else 60 * minutes
 
 # isort: split
 import torch
@@ -756,9 +758,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = preflight.parsed(arguments, __doc__)
     try:
         config = load_config(args.config, args.overrides)
-        minutes = config.training.hang_minutes
-        sign_of_life.OF_THIS_PROCESS.limit = None if minutes is None else 60 * minutes
-        watchdog = Watchdog(Path(config.run.folder), minutes)
+        watchdog = Watchdog(Path(config.run.folder), config.training.hang_minutes)
         with StopRequest(config.training.grace_seconds) as stop, contextlib.closing(watchdog):
             trainer = Trainer(config, stop, watchdog)
             trainer.train()

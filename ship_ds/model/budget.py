@@ -177,7 +177,7 @@ def bytes_to_keep(device: torch.device) -> int:
 
 def bytes_to_unpack(device: torch.device) -> int:
     """Bytes that the dequantised weights of a 4-bit base may take while it answers
-    (nf4_linear.unpack): none on a GPU, which multiplies by 4-bit weights as they are."""
+    (nf4_linear.unpack): none on a GPU, whose memory is for the batches."""
     return bytes_to_keep(device) if device.type == "cpu" else 0
 
 

@@ -231,16 +231,21 @@ def parsed(arguments: Sequence[str] | None, description: str | None) -> argparse
     return parser.parse_intermixed_args(arguments)
 
 
-def exit_on_bad_input(description: str | None) -> None:
+def exit_on_bad_input(description: str | None) -> Config:
     """End this process with one line about its arguments where `check` finds something wrong: for
     a program to call before it imports torch, which takes seconds.
+
+    Returns:
+        The config, checked.
 
     Raises:
         SystemExit: with BAD_INPUT, or INTERRUPTED from the keyboard.
     """
     args = parsed(None, description)
     try:
-        check(load_config(args.config, args.overrides), os.environ)
+        config = load_config(args.config, args.overrides)
+        check(config, os.environ)
+        return config
     except UserError as error:
         log_from_any_rank(str(error))
         sys.exit(BAD_INPUT)

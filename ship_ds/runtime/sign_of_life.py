@@ -51,8 +51,20 @@ class SignOfLife:
         self, name_after: float = NAME_AFTER_SECONDS, kill_later: float = KILL_LATER_SECONDS
     ) -> None:
         self.seconds = name_after, kill_later
-        self.limit: float | None = None
+        self._limit: float | None = None
+        self._pipe: IO[bytes] | None = None
+
+    @property
+    def limit(self) -> float | None:
         """Seconds without a sign of life after which the process is killed; None: never."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, seconds: float | None) -> None:
+        self._limit = seconds
+        # At once: a process that is stopped before its thread's next line would never be killed.
+        if self._pipe is not None:
+            self._write_line()
 
     def start(self, rank: int) -> None:
         """Start the other process and the thread that writes to it."""
@@ -63,26 +75,24 @@ class SignOfLife:
         watcher = subprocess.Popen(
             [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
-        assert watcher.stdin is not None
-        # A watcher that is gone, or stopped until the pipe is full, is no reason to end a run.
-        os.set_blocking(watcher.stdin.fileno(), False)
+        self._pipe = watcher.stdin
+        assert self._pipe is not None
+        os.set_blocking(self._pipe.fileno(), False)
         # Here, or a process that is stopped before its thread runs would never tell its limit.
-        with contextlib.suppress(BrokenPipeError):
-            self._write_line(watcher.stdin)
-        threading.Thread(
-            target=self._write, args=(watcher.stdin,), name="sign of life", daemon=True
-        ).start()
+        self._write_line()
+        threading.Thread(target=self._write, name="sign of life", daemon=True).start()
 
-    def _write(self, pipe: IO[bytes]) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            while True:
-                time.sleep(_PERIOD_SECONDS)
-                self._write_line(pipe)
+    def _write(self) -> None:
+        while True:
+            time.sleep(_PERIOD_SECONDS)
+            self._write_line()
 
-    def _write_line(self, pipe: IO[bytes]) -> None:
+    def _write_line(self) -> None:
+        assert self._pipe is not None
         line = _NEVER if self.limit is None else f"{self.limit}"
-        with contextlib.suppress(BlockingIOError):
-            os.write(pipe.fileno(), f"{line}\n".encode())
+        # A watcher that is gone, or stopped until the pipe is full, is no reason to end a run.
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):
+            os.write(self._pipe.fileno(), f"{line}\n".encode())
 
 
 OF_THIS_PROCESS = SignOfLife()

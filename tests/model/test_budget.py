@@ -92,6 +92,7 @@ def test_what_is_kept_leaves_room_for_batches(monkeypatch: pytest.MonkeyPatch) -
     """On a GPU what lies there already is not free; on a CPU a batch takes a small part anyway."""
     monkeypatch.setattr(budget, "bytes_free", lambda device: 1000)
     assert budget.bytes_to_keep(torch.device("cuda")) == 250
+    assert budget.bytes_to_unpack(torch.device("cuda")) == 0
     assert budget.bytes_beside_kept(torch.device("cuda")) == 750
     assert budget.bytes_to_keep(torch.device("cpu")) == 1000
     assert budget.bytes_beside_kept(torch.device("cpu")) == 1000

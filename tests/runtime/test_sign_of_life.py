@@ -41,6 +41,7 @@ print("done")
 CALLS: dict[str, tuple[str, float | None]] = {
     "waits": ("wait_for_a_mutex()", 2),
     "is stopped": ("stop()", 2),
+    "is stopped as soon as it knows": ("time.sleep(0.5); life.limit = 2; stop()", None),
     "returns, without a limit": ("library.sleep(3); time.sleep(2)", None),
     "returns": ("library.sleep(3); time.sleep(2)", 3),
     "works": ("time.sleep(2.5)", 2),
@@ -88,8 +89,10 @@ def test_a_call_that_holds_the_interpreter_is_named_with_its_stack(run: Run) -> 
     assert "(training.hang_minutes): process " in last and last.endswith("is killed")
 
 
-def test_a_process_that_a_signal_stopped_is_named(run: Run) -> None:
-    done = run("is stopped")
+@pytest.mark.parametrize("name", ["is stopped", "is stopped as soon as it knows"])
+def test_a_process_that_a_signal_stopped_is_named(run: Run, name: str) -> None:
+    """And killed, though its thread has not run since it knew its limit."""
+    done = run(name)
     assert done.returncode == -signal.SIGKILL
     named, killed = done.stderr.splitlines()
     assert "was stopped by a signal: `kill -CONT " in named and killed.endswith("is killed")
