@@ -61,7 +61,7 @@ from ship_ds.flops import MODEL_PARTS, flops_of_parts, peak_of
 from ship_ds.inference.derived import keep_examples_of
 from ship_ds.model import budget
 from ship_ds.model.assemble import LoadedWeights, build_ship
-from ship_ds.model.loading import load_prompts, load_tokenizer
+from ship_ds.model.loading import check_models, load_tokenizer
 from ship_ds.model.nf4_linear import unpack, unpacked
 from ship_ds.model.objectives import Training
 from ship_ds.model.ship import ShipModel
@@ -71,7 +71,7 @@ from ship_ds.monitor.machine import versions
 from ship_ds.monitor.profile import StepProfile
 from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes, reset_peak_memory
 from ship_ds.planner.weights_fit import Memory, check_weights_fit
-from ship_ds.prompt import ROLES, PromptFormat, check_tasks, describe_roles
+from ship_ds.prompt import PromptFormat, check_tasks, describe_roles
 from ship_ds.runtime import checkpoint, ranks, shards, start_log
 from ship_ds.runtime.after_training import failures_are_one_line
 from ship_ds.runtime.agreement import Agreement, agree
@@ -160,13 +160,16 @@ class Trainer:
         self.folder = Path(config.run.folder)
         # Before the process group, where one rank that fails leaves the others waiting.
         preflight.check(config, os.environ)
+        # Before anything is written, too: what these refuse leaves no folder.
+        ranks.quiet_libraries()
+        check_deepspeed_reads(config.optimiser, config.training)
+        formats = check_models(config.model)
         self.stop = stop or StopRequest(config.training.grace_seconds)
         self.watchdog = watchdog or Watchdog(self.folder, None)
         self.watchdog.begin()
         ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
         self.config = config = choose_precision(config)
         parts_per_step(config.training)  # raises where the ranks cannot divide a step
-        check_deepspeed_reads(config.optimiser, config.training)
         # Before any weight is made: on a CPU nobody says what ended a process that took too much.
         memory = Memory.here(ranks.ranks_per_node())
         ranks.gather_results(lambda: check_weights_fit(config, ranks.world_size(), memory))
@@ -176,7 +179,7 @@ class Trainer:
         # so that they do not depend on the number of ranks.
         torch.manual_seed(config.run.seed)
         source = source_of(config.data)
-        self.read_data(source)
+        self.read_data(source, formats)
         start = open_start(config, self.bases)
         model = self.build_model()
         self.outside = self.begin_objectives(model)
@@ -208,18 +211,15 @@ class Trainer:
         self.monitor = self.open_monitor() if ranks.rank() == 0 else None
         self.profile = self.open_profile() if ranks.rank() == 0 else None
 
-    def read_data(self, source: TaskSource) -> None:
-        """The tasks, and fingerprints of what a resume has to find again: data and frozen bases."""
+    def read_data(self, source: TaskSource, formats: Collection[PromptFormat]) -> None:
+        """The tasks, and fingerprints of what a resume has to find again: data and frozen bases.
+
+        Raises UserError for a task that one of the formats, of each base one, cannot spell.
+        """
         self.bases = frozen_bases(self.config)
         self.splits = source.read(load_tokenizer(self.config.model.task_llm.base), log)
-        check_tasks(self.formats(), self.splits)
+        check_tasks(formats, self.splits)
         self.data_fingerprint = source.fingerprint(self.splits)
-
-    def formats(self) -> Collection[PromptFormat]:
-        """Those of the language models, one a base."""
-        model = self.config.model
-        bases = {getattr(model, role).base for role in ROLES}
-        return [load_prompts(base, model.system_message) for base in sorted(bases)]
 
     def build_model(self) -> ShipModel:
         """SHIP around its bases; a frozen 4-bit one is sharded while it loads, under ZeRO-3."""

@@ -26,7 +26,7 @@ from ship_ds.inference.checks import check_text
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.generation import greedy
 from ship_ds.model.language_model import language_model
-from ship_ds.model.loading import load_prompts, load_tokenizer
+from ship_ds.model.loading import check_models, load_prompts, load_tokenizer
 from ship_ds.model.search import beam_search
 from ship_ds.prompt import ROLES, PromptFormat, check_tasks, describe_roles, is_described
 from ship_ds.train import Trainer
@@ -421,7 +421,7 @@ def test_training_and_evaluation_refuse_what_cannot_be_spelled(
     trainer = object.__new__(Trainer)
     trainer.config = config
     with pytest.raises(UserError, match=line):
-        trainer.read_data(source_of(config.data))
+        trainer.read_data(source_of(config.data), check_models(config.model))
     prompts = PromptFormat(load_tokenizer("embedded"))
     collator = SimpleNamespace(prompts=SimpleNamespace(**dict.fromkeys(ROLES, prompts)))
     ship = SimpleNamespace(config=config, model=SimpleNamespace(prompts=prompts, collator=collator))

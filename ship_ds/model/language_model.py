@@ -33,14 +33,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, T5Config
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, T5Config
 from transformers.pytorch_utils import Conv1D
 
-from ship_ds.errors import UserError
+from ship_ds.errors import UserError, first_line
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.budget import Costs
 
@@ -325,7 +326,9 @@ class LanguageModel(ABC):
     def drop_output_layer(self) -> None:
         """Take the output layer away: for who reads states alone it would be a dead trainable
         parameter, for which the engine waits in vain."""
-        self.module.set_output_embeddings(nn.Identity())
+        nothing = nn.Identity()
+        nothing.register_parameter("bias", None)  # BERT's class takes it over
+        self.module.set_output_embeddings(nothing)
 
     @staticmethod
     def has_own_output(config: Any) -> bool:
@@ -623,13 +626,47 @@ def auto_class(config: PreTrainedConfig) -> Any:
     """
     chosen = implementation(config).auto_class
     if type(config) not in chosen._model_mapping:
+        kind, way_out = _kind_and_way_out(config)
         raise UserError(
-            f"{config.model_type}: {chosen.__name__} knows no such model; ship_ds needs a language "
-            "model of its own for it (docs/extending.md)"
+            f"{config.model_type}: {chosen.__name__} knows no such model{kind}; {way_out}"
         )
     if reason := implementation(config).unfit.get(config.model_type):
         raise UserError(f"{config.model_type}: {reason}; give another base")
     return chosen
+
+
+TEXT_MODEL = "give a decoder-only model of texts, such as the one inside it saved by itself"
+
+
+def reads_more_than_texts(config: PreTrainedConfig) -> bool:
+    """Whether a model reads images or sounds, with a language model inside it."""
+    return hasattr(config, "vision_config") or hasattr(config, "audio_config")
+
+
+def fills_in_words(config: PreTrainedConfig) -> bool:
+    """Whether a model of one stack reads texts in both directions, as BERT does, so that what it
+    says of a word has seen the words after it."""
+    return (
+        type(config) in AutoModelForMaskedLM._model_mapping
+        and not getattr(config, "is_encoder_decoder", False)
+        and not getattr(config, "is_decoder", False)
+    )
+
+
+def _kind_and_way_out(config: PreTrainedConfig) -> tuple[str, str]:
+    """What a model is that continues no text, as far as its config tells, and what to do."""
+    if reads_more_than_texts(config):
+        return ", which reads more than texts", TEXT_MODEL
+    if fills_in_words(config):
+        return (
+            ", which fills in words and continues no text (an encoder)",
+            "give a decoder-only model",
+        )
+    return (
+        "",
+        "give a decoder-only model, or write a language model of your own for it "
+        "(docs/extending.md)",
+    )
 
 
 def without_weights(config: PreTrainedConfig, **how: Any) -> Any:
@@ -640,9 +677,18 @@ def without_weights(config: PreTrainedConfig, **how: Any) -> Any:
         how: as transformers' `from_config` takes it.
 
     Raises:
-        UserError: see `auto_class`.
+        UserError: see `auto_class`; or it describes no model.
     """
-    model = auto_class(config).from_config(config, **how)
+    chosen = auto_class(config)
+    try:
+        model = chosen.from_config(config, **how)
+    # A size or a name that no module takes: of any class, as deep as it is met.
+    except Exception as error:
+        path = Path(config.name_or_path or "") / "config.json"
+        raise UserError(
+            f"{path}: no {config.model_type} can be made of it: {first_line(error)}; correct it, "
+            "or download it again"
+        ) from None
     if implementation(config).has_own_output(config):
         output = model.get_output_embeddings()
         output.weight = nn.Parameter(torch.empty_like(output.weight))

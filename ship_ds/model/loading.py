@@ -1,8 +1,10 @@
 """Language models from a folder: the embedded tiny LM or the user's own, plain or in NF4; never
 looked up on a hub."""
 
+import contextlib
 import copy
 import warnings
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,28 +14,35 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoQuantizationConfig
 
-from ship_ds.config import base_folder
+from ship_ds.config import ModelConfig, base_folder
 from ship_ds.console import log
 from ship_ds.errors import UserError, first_line
+from ship_ds.kinds import ADAPTERS
 from ship_ds.model import nf4
 from ship_ds.model.attention import Choice, resolve, this_machine
 from ship_ds.model.bitsandbytes_import import bitsandbytes
 from ship_ds.model.elementwise import ElementwiseMode, compile_all
 from ship_ds.model.language_model import (
+    TEXT_MODEL,
+    LanguageModel,
     auto_class,
+    fills_in_words,
     implementation,
     language_model,
+    reads_more_than_texts,
     without_weights,
 )
 from ship_ds.model.lean_modules import make_lean
 from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.model.streaming import Shard, empty_nf4_lm, fill, why_whole
 from ship_ds.parsing import read_json_object
-from ship_ds.prompt import PromptFormat
+from ship_ds.prompt import ROLES, PromptFormat
 from ship_ds.safetensors_header import missing_weight, other_shape
 from ship_ds.weights_folder import WeightsFolder, is_finite
 
@@ -53,9 +62,13 @@ def read_settings(folder: Path) -> PreTrainedConfig:
     """
     try:
         settings: PreTrainedConfig = AutoConfig.from_pretrained(folder, **_FROM_FOLDER)
-    # transformers' checks of a config raise classes of many kinds, huggingface_hub's among them.
+    # transformers' checks of a config raise classes of many kinds, huggingface_hub's among them,
+    # which say on the second line what was expected.
     except Exception as error:
-        raise UserError(f"{folder / 'config.json'}: {first_line(error)}") from None
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{folder / 'config.json'}: {text}; correct it, or download it again"
+        ) from None
     # A file may name a kernel of the hub, which transformers would fetch and run.
     settings._attn_implementation = None
     settings._experts_implementation_internal = None
@@ -85,6 +98,93 @@ def load_prompts(base: str, system_message: str | None) -> PromptFormat:
     size = getattr(settings.get_text_config(decoder=True), "vocab_size", None)
     two_stacks = bool(getattr(settings, "is_encoder_decoder", False))
     return PromptFormat(load_tokenizer(base), system_message, _ends(folder), size, two_stacks)
+
+
+def check_models(model: ModelConfig) -> Collection[PromptFormat]:
+    """What can be known of a config's bases before a weight is loaded and before ranks meet: that
+    their prompts can be made, and their models of their configs.
+
+    Args:
+        model: the run's `model` section.
+
+    Returns:
+        The prompt formats, one a base.
+
+    Raises:
+        UserError: one cannot be used; the message names the role.
+    """
+    formats: dict[str, PromptFormat] = {}
+    ports: dict[str, LanguageModel] = {}
+    adapts = "adapters" in ADAPTERS.implementation(model.hypernetwork).features(model.hypernetwork)
+    for role in ROLES:
+        base = getattr(model, role).base
+        try:
+            if base not in formats:
+                formats[base] = load_prompts(base, model.system_message)
+                ports[base] = _check_made(base_folder(base))
+            if reason := _unfit(ports[base], role, adapts):
+                raise UserError(f"{base}: {reason}")
+        except UserError as error:
+            raise UserError(f"model.{role}.base: {error}") from None
+    return formats.values()
+
+
+def _unfit(port: LanguageModel, role: str, adapts: bool) -> str | None:
+    """Why a language model cannot be in a role, the Task LLM with adapters or without; None where
+    it can."""
+    settings: Any = port.module.config
+    if not port.blocks() and reads_more_than_texts(settings):
+        return "reads more than texts, and its blocks are in a model inside it; " + TEXT_MODEL
+    reason = port.missing("adapters")
+    if reason is not None and ((adapts and role == "task_llm") or not port.blocks()):
+        return reason
+    name = type(port.module).__name__
+    if getattr(settings.get_text_config(decoder=True), "num_attention_heads", None) is None:
+        return f"{name}: has no attention, which is counted on here; give another base"
+    if role != "encoder" and fills_in_words(settings):
+        return (
+            f"{name}: reads a text in both directions (an encoder), and this role continues one: "
+            "give a decoder-only model"
+        )
+    return None
+
+
+def _check_made(folder: Path) -> LanguageModel:
+    """The port around a folder's model on the meta device; raise UserError where transformers makes
+    nothing of config.json or generation_config.json."""
+    settings = read_settings(folder)
+    with torch.device("meta"):
+        port = language_model(without_weights(settings))
+    how = getattr(settings, "quantization_config", None)
+    if isinstance(how, dict):
+        try:
+            AutoQuantizationConfig.from_dict(how)
+        except Exception as error:
+            raise UserError(
+                f"{folder / 'config.json'}: quantization_config: {first_line(error)}; correct it, "
+                "or download it again"
+            ) from None
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            GenerationConfig.from_pretrained(folder, **_FROM_FOLDER)
+        except Exception as error:
+            raise UserError(
+                f"{path}: {first_line(error)}; correct it, or remove the file"
+            ) from None
+    return port
+
+
+@contextlib.contextmanager
+def _said_of_files(folder: Path) -> Iterator[None]:
+    """Say in one line what of the folder's settings made its loading fail, if anything did."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        _check_made(folder)
+        raise
 
 
 def _ends(folder: Path) -> tuple[int, ...]:
@@ -133,9 +233,11 @@ def load_lm(
     if quantisation == "none":
         is_packed = getattr(settings, "quantization_config", None) is not None
         where = {"device_map": {"": device}} if is_packed else {}
-        model = _load_whole(folder, settings, dtype=dtype, attn_implementation=kernel, **where)
+        with _said_of_files(folder):
+            model = _load_whole(folder, settings, dtype=dtype, attn_implementation=kernel, **where)
     else:
-        model = _load_nf4(folder, settings, dtype, kernel, device, shard)
+        with _said_of_files(folder):
+            model = _load_nf4(folder, settings, dtype, kernel, device, shard)
         if (share := _share_in_16_bits(model)) > _MOST_UNSAID:
             reason = (
                 "transformers leaves the feed-forward outputs of a T5 as they are"

@@ -8,6 +8,7 @@ Imports no torch.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -194,16 +195,38 @@ def _check_targets(base: str, kind: str, section: Section) -> None:
                 )
 
 
+def _check_models(model: ModelConfig) -> None:
+    """Load the libraries for it, which takes seconds, where a base may be at fault: a chat template
+    is a program, and only transformers' classes know what a config means."""
+    if {getattr(model, role).base for role in ("decoder", "encoder", "task_llm")} != {"embedded"}:
+        from ship_ds.model.loading import check_models
+        from ship_ds.runtime.ranks import quiet_libraries
+
+        quiet_libraries()
+        check_models(model)
+
+
 def _check_writable(folder: Path) -> None:
+    """The folder is not made: what is checked later may refuse the run."""
+    if str(folder) == ".":
+        raise UserError("run.folder: expected a folder of the run's own, got an empty name or '.'")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = _nearest(folder) / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run.folder: {folder}: {error.strerror}; choose a folder that can be written"
         ) from None
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first above it that there is; OSError where something else is wrong."""
+    for one in (folder, *folder.parents):
+        with contextlib.suppress(FileNotFoundError):
+            one.lstat()
+            return one
+    return Path()
 
 
 def _check_gpus(environment: Mapping[str, str]) -> None:
@@ -262,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(config, os.environ)
         num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
         check_division(config.training.tasks_per_step, num_ranks, config.training.accumulation)
+        _check_models(config.model)
     except UserError as error:
         log_from_any_rank(str(error))
         return BAD_INPUT

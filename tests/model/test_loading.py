@@ -2,17 +2,30 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    MambaConfig,
+    PreTrainedConfig,
+)
 
+from ship_ds.config import base_folder, load_config
 from ship_ds.errors import UserError
 from ship_ds.model import loading
-from ship_ds.model.loading import Quantisation, load_lm
+from ship_ds.model.language_model import language_model
+from ship_ds.model.loading import Quantisation, check_models, load_lm
 from ship_ds.weights_folder import is_finite
 from tests.model.models import HIDDEN, tiny_lm
 
@@ -188,3 +201,73 @@ def test_code_of_a_model_folder_never_runs(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match=r"config\.json: "):
         load_lm(str(tmp_path), "none", torch.float32)
     assert not (tmp_path / "ran").exists()
+
+
+def check_role(role: str, base: Path) -> None:
+    roles = {one: "embedded" for one in ("task_llm", "encoder", "decoder")} | {role: str(base)}
+    bases = [f"model.{name}.base={one}" for name, one in roles.items()]
+    check_models(load_config("quickstart-smoke", bases).model)
+
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 266}
+
+
+@pytest.mark.parametrize(
+    ("config", "roles", "reason"),
+    [
+        (BertConfig(**SMALL, num_attention_heads=4), "task_llm decoder", "in both directions"),
+        (MambaConfig(**SMALL, state_size=4), "task_llm", "hands its blocks nothing"),
+        (MambaConfig(**SMALL, state_size=4), "encoder decoder", "has no attention"),
+        (LlavaConfig(), "task_llm encoder decoder", "which reads more than texts; give a decoder"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_refused_by_role(
+    config: PreTrainedConfig, roles: str, reason: str, tmp_path: Path
+) -> None:
+    base = shutil.copytree(base_folder("embedded"), tmp_path / "base")
+    config.save_pretrained(base)
+    for role in ("task_llm", "encoder", "decoder"):
+        if role in roles:
+            with pytest.raises(UserError, match=rf"^model\.{role}\.base: .*{reason}") as refused:
+                check_role(role, base)
+            assert "\n" not in str(refused.value)
+        elif reason == "in both directions":
+            check_role(role, base)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "line"),
+    [
+        ("config.json", {"hidden_act": "swishy"}, "no llama can be made of it: KeyError: 'swishy'"),
+        ("config.json", {"pad_token_id": 999}, "no llama can be made of it: AssertionError"),
+        ("config.json", {"num_attention_heads": 5}, "not a multiple of the number of attention"),
+        ("config.json", {"hidden_size": "64"}, "'hidden_size'.* expected int, got str"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": "yes"}},
+            "quantization_config: TypeError: load_in_4bit must be a boolean",
+        ),
+        ("generation_config.json", {"cache_implementation": "x"}, "Invalid `cache_implementation`"),
+    ],
+)
+def test_settings_that_make_no_model_are_one_line(
+    file: str, change: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    base = shutil.copytree(base_folder("embedded"), tmp_path / "base")
+    path = base / file
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | change))
+    with pytest.raises(
+        UserError, match=rf"^model\.task_llm\.base: {re.escape(str(path))}: .*{line}"
+    ):
+        check_role("task_llm", base)
+    # Also of whoever loads it without a run.
+    with pytest.raises(UserError, match=line) as refused:
+        load_lm(str(base), "none", torch.float32)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_encoder_of_masked_words_gives_its_output_layer_up() -> None:
+    model = BertLMHeadModel(BertConfig(**SMALL, num_attention_heads=4, intermediate_size=64))
+    language_model(model).drop_output_layer()
+    assert not any("decoder" in name for name, _ in model.named_parameters())

@@ -24,8 +24,11 @@ def check(tmp_path: Path, *overrides: str, environment: dict[str, str] | None = 
     )
 
 
-def test_a_good_run_passes_and_leaves_an_empty_folder(tmp_path: Path) -> None:
+def test_a_good_run_passes_and_leaves_nothing(tmp_path: Path) -> None:
     check(tmp_path, environment={**SLURM, "SLURM_TASKS_PER_NODE": "4(x3)"})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    check(tmp_path)
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -43,11 +46,33 @@ def test_a_good_run_passes_and_leaves_an_empty_folder(tmp_path: Path) -> None:
             "training.hang_minutes: 26 is above 25.*set it lower, or null",
         ),
         (["run.folder=/dev/null/run"], "run.folder: /dev/null/run: Not a directory"),
+        (["run.folder=/dev/null"], "run.folder: /dev/null: Not a directory"),
+        (["run.folder=/proc/run/x"], "run.folder: /proc/run/x: No such file"),
+        ([f"run.folder={'x' * 300}"], "File name too long"),
+        (["run.folder=''"], "run.folder: expected a folder of the run's own"),
     ],
 )
 def test_bad_input_is_named(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(tmp_path, *overrides)
+
+
+def test_a_link_to_nothing_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"run.folder: .*run: No such file"):
+        check(tmp_path)
+
+
+def test_a_chat_template_that_raises_is_said_before_ranks_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(base_folder("embedded"), tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ raise_exception('no tools') }}")
+    arguments = [f"model.encoder.base={base}", f"run.folder={tmp_path / 'run'}"]
+    assert preflight.main(["--config", "quickstart-smoke", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ship-ds: model.encoder.base: {base}: chat template: ")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
