@@ -1,5 +1,6 @@
 """The files of ds_configs/: ZeRO and precision alone. Imports no torch."""
 
+import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -253,6 +254,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
             f"{path}: fp16: not supported, since its loss scale is in no checkpoint of "
             "ZeRO-3; use bf16, or neither"
         )
+    _check_pairs(path, config)
     accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
     stage = (config.get("zero_optimization") or {}).get("stage")
     if stage not in (1, 2, 3):
@@ -266,6 +268,26 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
+def _check_pairs(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError for what DeepSpeed reads and refuses as the engine is made."""
+    scatters = (config.get("zero_optimization") or {}).get(
+        "reduce_scatter", _ZERO["reduce_scatter"]
+    )
+    for key, default in (("gradient_predivide_factor", 1.0), ("prescale_gradients", False)):
+        if scatters and config.get(key, default) != default:
+            raise UserError(
+                f"{path}: {key}: {json.dumps(config[key])}: DeepSpeed divides no gradients before "
+                "it sums them where zero_optimization.reduce_scatter is true: take it out"
+            )
+    for key, library in _MONITORS.items():
+        if (config.get(key) or {}).get("enabled") and importlib.util.find_spec(library) is None:
+            raise UserError(
+                f"{path}: {key}.enabled: the library {library} is not installed: install it, or "
+                "take the section out"
+            )
+
+
+_MONITORS = {"comet": "comet_ml", "tensorboard": "tensorboard", "wandb": "wandb"}
 _EXAMPLES = {
     "bf16": '{"enabled": true}',
     "data_types": '{"grad_accum_dtype": "fp32"}',
@@ -346,6 +368,10 @@ def _unlike(name: str, value: Any, known: Any) -> str | None:
     return f"{json.dumps(value)}: expected a value such as {json.dumps(known)}"
 
 
+_LARGEST = 2**63 - 1
+"""Of a whole number that torch takes."""
+
+
 def _is_like(value: Any, known: Any, bounds: tuple[float, float]) -> bool:
     """Whether a setting is of the type of an example; a whole number may be written 5e8."""
     if isinstance(known, bool) or isinstance(value, bool):
@@ -354,6 +380,8 @@ def _is_like(value: Any, known: Any, bounds: tuple[float, float]) -> bool:
         return isinstance(value, list) and all(isinstance(one, str) for one in value)
     if isinstance(known, int | float):
         is_number = isinstance(value, int | float) and bounds[0] <= value <= bounds[1]
+        if isinstance(known, int) and is_number and value > _LARGEST:
+            return False
         # No bound of NaN holds, and infinity over 1 is none.
         return is_number and (
             value == value // 1 or (isinstance(known, float) and value < math.inf)

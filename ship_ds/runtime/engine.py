@@ -57,7 +57,11 @@ def check_deepspeed_reads(optimiser: OptimiserConfig, training: TrainingConfig) 
         reason = first_line(error)
     else:
         return
-    raise UserError(
+    raise _refused(training, reason)
+
+
+def _refused(training: TrainingConfig, reason: str) -> UserError:
+    return UserError(
         f"training.deepspeed: {training.deepspeed}: DeepSpeed refuses it: {reason}: change "
         "that, or take it out"
     )
@@ -109,7 +113,8 @@ class Engine(Generic[Module]):
                 optimiser has one.
 
         Raises:
-            UserError: the micro-batches do not divide the step's tasks.
+            UserError: the micro-batches do not divide the step's tasks, or DeepSpeed cannot do here
+                what the file says.
         """
         import deepspeed
         from deepspeed.utils import nvtx
@@ -121,11 +126,14 @@ class Engine(Generic[Module]):
         shards.cast_and_move_rest(module, engine_dtype(training))
         parameter_groups = groups(module, optimiser, pretrained)
         self._shares_of_lr = [group["lr"] / optimiser.lr for group in parameter_groups]
-        self.deepspeed: Any = deepspeed.initialize(
-            model=module,
-            model_parameters=parameter_groups,
-            config=_settings(optimiser, training, shards.whole_modules(module)),
-        )[0]
+        settings = _settings(optimiser, training, shards.whole_modules(module))
+        try:
+            self.deepspeed: Any = deepspeed.initialize(
+                model=module, model_parameters=parameter_groups, config=settings
+            )[0]
+        # Pairs of settings that its optimisers do not have, devices, and libraries of a monitor.
+        except (AssertionError, ValueError, NotImplementedError, ImportError) as error:
+            raise _refused(training, first_line(error)) from error
         if self.zero_stage() == 3:
             shards.reduce_by_parameter(self.deepspeed.optimizer)
         else:

@@ -209,7 +209,7 @@ def test_a_file_of_another_form_is_one_line(values: object, line: str, tmp_path:
 
 
 VALUES = (
-    *(None, True, False, 0, 2, 0.5, -1, 5e8, math.nan, math.inf),
+    *(None, True, False, 0, 1, 2, 0.5, -1, 5e8, math.nan, math.inf),
     *("cpu", "bf16", "mean", [], ["a"], {}),
 )
 
@@ -351,3 +351,35 @@ def test_leaf_modules_of_a_file_are_kept(tmp_path: Path) -> None:
     training = TrainingConfig(deepspeed=str(path))
     leaves = engine._settings(OptimiserConfig(), training, ["Block"])["zero_optimization"]
     assert leaves["leaf_module"] == {"names": ["mlp"], "classes": ["Block"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"prescale_gradients": True}, "prescale_gradients: true: DeepSpeed divides no gradients"),
+        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor: 2: DeepSpeed divides no"),
+        ({"comet": {"enabled": True}}, "comet.enabled: the library comet_ml is not installed"),
+        ({"vocabulary_size": 2**63}, "vocabulary_size: 9223372036854775808: expected a value such"),
+    ],
+)
+def test_what_deepspeed_refuses_with_its_engine_is_said_before(
+    values: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | values))
+    with pytest.raises(UserError, match=line):
+        read_deepspeed_config(str(path))
+
+
+@pytest.mark.slow
+def test_a_file_that_deepspeed_alone_refuses_leaves_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ship_ds import train
+
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 2}, "comms_logger": {"enbled": true}}')
+    run = tmp_path / "run"
+    overrides = [f"training.deepspeed={path}", f"run.folder={run}"]
+    assert train.main(["--config", "quickstart-smoke", *overrides]) == 2
+    assert "DeepSpeed refuses it" in capsys.readouterr().err and not run.exists()
