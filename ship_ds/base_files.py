@@ -7,7 +7,9 @@ What only a model's code knows, such as names of weights that its config does no
 as it is loaded.
 """
 
+import codecs
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 from ship_ds.base_shapes import check_shapes, no_end
 from ship_ds.errors import UserError
 from ship_ds.parsing import read_json_object, read_text
-from ship_ds.safetensors_header import Place, not_finite, read_header, weight_files
+from ship_ds.safetensors_header import SINGLE_FILE, Place, not_finite, read_header, weight_files
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,6 +36,7 @@ _BESIDE = (
     "chat_template.jinja",
     "merges.txt",
 )
+_ADAPTER = "adapter_config.json"
 _WHOLE_TOKENIZER = "tokenizer.json"
 _TEXTS = (".txt", ".jinja")
 _OWN_DEFAULTS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -61,9 +64,15 @@ def check_base_files(folder: Path) -> None:
         UserError: one is missing, damaged, or of a kind that is not read here.
     """
     settings = check_settings(folder)
+    if (folder / _ADAPTER).is_file() and (folder / SINGLE_FILE).is_file():
+        raise UserError(
+            f"{folder / _ADAPTER}: an adapter beside the model, which transformers would put into "
+            "it unasked: move it elsewhere, or give the merged model"
+        )
     end_id = _check_tokenizer(folder)
     places = {file: _header(folder, file) for file in weight_files(folder)}
     tensors = {name: place for file in places.values() for name, place in file.items()}
+    _check_stored(folder, settings, tensors)
     check_shapes(folder, settings, tensors, end_id)
     if sum(one.end - one.start for one in tensors.values()) < _MOST_SCANNED:
         for file, its_tensors in places.items():
@@ -73,7 +82,7 @@ def check_base_files(folder: Path) -> None:
 def check_settings(folder: Path) -> dict[str, Any]:
     """What config.json holds, looked at alone: all that a plan needs. Raises UserError."""
     path = folder / "config.json"
-    settings = read_json_object(path)
+    settings = _read_object(path)
     kind = settings.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{path}: has no model_type; give the folder of a transformers model")
@@ -87,6 +96,12 @@ def check_settings(folder: Path) -> dict[str, Any]:
     if reason := UNFIT.get(kind):
         raise UserError(f"{path}: {kind}: {reason}; give another base")
     _check_stacks(path, settings)
+    how = settings.get("quantization_config")
+    if how is not None and not isinstance(how, dict):
+        raise UserError(
+            f"{path}: quantization_config: expected an object that says how the weights are "
+            f"quantised, got {type(how).__name__}; download it again"
+        )
     method = quantised_by(settings)
     if method is not None and method not in _READS_QUANTISED:
         raise UserError(
@@ -94,6 +109,18 @@ def check_settings(folder: Path) -> dict[str, Any]:
             "the model's 16-bit weights, and quantise by model.task_llm.quantisation=nf4"
         )
     return settings
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Of a file that transformers will read too. Raises UserError."""
+    content = read_json_object(path)
+    with path.open("rb") as file:
+        if file.read(3) == codecs.BOM_UTF8:
+            raise UserError(
+                f"{path}: begins with a byte order mark, with which transformers reads no JSON: "
+                "save it as UTF-8 without one"
+            )
+    return content
 
 
 def _check_stacks(path: Path, settings: Mapping[str, Any]) -> None:
@@ -135,7 +162,7 @@ type."""
 
 def quantised_by(settings: Mapping[str, Any]) -> str | None:
     """How a model's weights are quantised already; None where they are not."""
-    how = settings.get("quantization_config")
+    how = settings.get("quantization_config", settings.get("compression_config"))
     return str(how.get("quant_method", "unknown")) if isinstance(how, dict) else None
 
 
@@ -149,7 +176,7 @@ def _auto_tables() -> str:
 
 
 def _is_known(kind: str) -> bool:
-    return f'"{kind}"' in _auto_tables()
+    return re.search(rf'\(\s*"{re.escape(kind)}",', _auto_tables()) is not None
 
 
 def _check_tokenizer(folder: Path) -> int | None:
@@ -168,9 +195,10 @@ def _check_tokenizer(folder: Path) -> int | None:
     for name in (*there, *(one for one in _BESIDE if (folder / one).is_file())):
         path = folder / name
         if path.suffix == ".json":
-            objects[name] = read_json_object(path)
+            objects[name] = _read_object(path)
         elif path.suffix in _TEXTS or path.stat().st_size < 1024:  # else a sentencepiece model
             read_text(path)
+    _check_ends(folder / "generation_config.json", objects.get("generation_config.json", {}))
     if _WHOLE_TOKENIZER not in objects:
         return None
     tokenizer = objects[_WHOLE_TOKENIZER]
@@ -179,6 +207,16 @@ def _check_tokenizer(folder: Path) -> int | None:
             f"{folder / _WHOLE_TOKENIZER}: not a tokenizer: has no 'model'; download it again"
         )
     return _end_id(folder, tokenizer, objects)
+
+
+def _check_ends(path: Path, generation: Mapping[str, Any]) -> None:
+    ends = generation.get("eos_token_id")
+    for one in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if type(one) is not int or one < 0:
+            raise UserError(
+                f"{path}: eos_token_id: expected the id of a token, or a list of such, got "
+                f"{one!r}; correct it, or take it out"
+            )
 
 
 def _end_id(
@@ -208,6 +246,32 @@ def _header(folder: Path, file: str) -> dict[str, Place]:
             "model again"
         )
     return read_header(path)
+
+
+def _check_stored(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
+    """Raise UserError for weights that are codes, of which config.json does not say so: they would
+    be taken for the numbers themselves."""
+    if quantised_by(settings) is not None:
+        return
+    for name, place in tensors.items():
+        is_code = name.endswith(".weight") and place.dtype in _NO_WEIGHTS
+        if is_code or name.endswith(_SCALES):
+            raise UserError(
+                f"{folder}: {name} ({place.dtype}): the weights are quantised already, and "
+                "config.json does not say how; give the model's 16-bit weights"
+            )
+
+
+_SCALES = (
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    ".weight_scale",
+    "_scale_inv",
+    ".absmax",
+    ".SCB",
+)
+_NO_WEIGHTS = ("BOOL", "C64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
 def _check_numbers(path: Path, tensors: Mapping[str, Place]) -> None:

@@ -16,6 +16,14 @@ _ROWS = "vocab_size"
 _EMBEDDING = re.compile(r"(?:\w+\.)*?(?:embed_tokens|embed_in|wte|word_embeddings|shared)\.weight")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _IN_A_LAYER = re.compile(r"(|.*?\.)(\d+)\..+")
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""What is a number wherever it is set; a family may have a list, or null for another setting."""
 _OTHER_LAYERS, _OTHER_ROWS = {"longcat_flash"}, {"moshi"}
 """Model types that have other numbers of layers, or of rows, than their configs say."""
 _WAY_OUT = "download the config and the weights of one model"
@@ -37,6 +45,13 @@ def check_shapes(
     """
     if isinstance(settings.get("text_config"), dict):
         return
+    for key in _SIZES:
+        size = settings.get(key, 1)
+        if isinstance(size, bool | int | float | str) and (type(size) is not int or size < 1):
+            raise UserError(
+                f"{folder / 'config.json'}: {key}: expected a whole number above 0, got "
+                f"{size!r}; download it again"
+            )
     _check_layers(folder, settings, tensors)
     _check_rows(folder, settings, tensors)
     num_tokens = settings.get(_ROWS)

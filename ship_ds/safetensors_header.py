@@ -62,12 +62,14 @@ def weight_files(folder: Path) -> list[str]:
         if (folder / SINGLE_FILE).is_file():
             return [SINGLE_FILE]
         raise UserError(
-            f"{folder}: has neither {SINGLE_FILE} nor {WEIGHTS_INDEX}; give the folder of a "
-            "model saved as safetensors"
+            f"{folder}: has neither {SINGLE_FILE} nor {WEIGHTS_INDEX}{_in_their_place(folder)}; "
+            "give the folder of a model saved as safetensors"
         )
     refuse_pointer_file(index)
     try:
-        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        # As transformers reads it: of bytes json would take UTF-16 and a byte order mark, too.
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
         if not files or any(Path(file).name != file for file in files):
             raise ValueError("no file, or a file elsewhere")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -75,6 +77,24 @@ def weight_files(folder: Path) -> list[str]:
             f"{index}: not an index of safetensors files; download the model again"
         ) from None
     return files
+
+
+def _in_their_place(folder: Path) -> str:
+    """`, but ...`: what else there is that somebody may have taken for the weights."""
+    if (folder / SINGLE_FILE).is_symlink():
+        return f", but a link to {(folder / SINGLE_FILE).readlink()}, which is not there"
+    if (folder / SINGLE_FILE).exists():
+        return f", but {SINGLE_FILE} as no plain file"
+    for pattern, what in (
+        ("adapter_model.*", "an adapter of a model, {}"),
+        ("*.bin", "pickled weights, {}, which can run code and are never opened"),
+        ("*.gguf", "{}, of which `ship-ds base` makes such a folder"),
+        ("model-*-of-*.safetensors", "{} without the index that lists it"),
+        ("*.safetensors", "{}, which transformers reads under no such name"),
+    ):
+        if there := sorted(folder.glob(pattern)):
+            return ", but " + what.format(there[0].name)
+    return ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,9 @@ def read_header(path: Path) -> dict[str, Place]:
         ) from None
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(one, str) for one in metadata.values()):
+            raise ValueError("metadata are texts")
         places = {name: _place(path, name, row, 8 + size) for name, row in header.items()}
     except UserError:
         raise
@@ -117,7 +139,15 @@ def read_header(path: Path) -> dict[str, Place]:
         raise UserError(
             f"{path}: cut short: has {there} bytes of {expected}; download the model again"
         )
-    return dict(sorted(places.items(), key=lambda item: item[1].start))
+    places = dict(sorted(places.items(), key=lambda item: (item[1].start, item[1].end)))
+    ends = [8 + size, *(place.end for place in places.values())]
+    # As the format's own reader wants it.
+    if [*(place.start for place in places.values()), there] != ends:
+        raise UserError(
+            f"{path}: damaged: its tensors do not follow each other from the header to its last "
+            "byte; download the model again"
+        )
+    return places
 
 
 def not_finite(path: Path, name: str) -> UserError:

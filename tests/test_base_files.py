@@ -54,6 +54,34 @@ def change_weights(value: float, dtype: str) -> Callable[[Path], None]:
     return change
 
 
+def add_weights(name: str) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        weights = load_file(base / "model.safetensors")
+        save_file(weights | {name: np.ones(1, "float32")}, base / "model.safetensors")
+
+    return change
+
+
+def change_bytes(change_content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        path = base / "model.safetensors"
+        content = path.read_bytes()
+        changed = change_content(content)
+        assert changed != content
+        path.write_bytes(changed)
+
+    return change
+
+
+def instead_of_weights(name: str) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        (base / "model.safetensors").unlink()
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"x")
+
+    return change
+
+
 def test_the_embedded_base_has_no_fault(base: Path) -> None:
     check_base_files(base)
 
@@ -121,6 +149,49 @@ def test_the_embedded_base_has_no_fault(base: Path) -> None:
         (
             edit("config.json", model_type="t5", architectures=["T5EncoderModel"]),
             "a T5EncoderModel has no stack that writes",
+        ),
+        (edit("config.json", model_type="AutoConfig"), "'AutoConfig' is not known to this"),
+        (edit("config.json", model_type=""), "'' is not known to this transformers"),
+        (edit("config.json", num_hidden_layers=0), "num_hidden_layers: expected a whole number"),
+        (edit("config.json", hidden_size="64"), "hidden_size: expected a whole number above 0"),
+        (edit("config.json", num_key_value_heads=True), "num_key_value_heads: expected a whole"),
+        (edit("config.json", quantization_config="awq"), "expected an object that says how"),
+        (
+            edit("config.json", compression_config={"quant_method": "compressed-tensors"}),
+            r"are quantised already \(compressed-tensors\)",
+        ),
+        (write("config.json", "\ufeff{}"), "config.json: begins with a byte order mark"),
+        (write("generation_config.json", '{"eos_token_id": "<eos>"}'), "expected the id of a tok"),
+        (write("generation_config.json", '{"eos_token_id": [2, -1]}'), "such, got -1; correct"),
+        (write("adapter_config.json", "{}"), "adapter_config.json: an adapter beside the model"),
+        (change_weights(1, "int8"), r"\(I8\): the weights are quantised already, and config"),
+        (change_weights(1, "bool"), r"\(BOOL\): the weights are quantised already, and config"),
+        (
+            add_weights("model.layers.0.mlp.up_proj.weight_scale_inv"),
+            "weight_scale_inv .*quantised already, and config.json does not say how",
+        ),
+        (change_bytes(lambda content: content + b"\0"), "damaged: its tensors do not follow each"),
+        (
+            change_bytes(lambda content: content.replace(b'"format":"pt"', b'"format":  12')),
+            "not a safetensors file",
+        ),
+        (instead_of_weights("pytorch_model.bin"), "but pickled weights, pytorch_model.bin,"),
+        (instead_of_weights("adapter_model.safetensors"), "but an adapter of a model, adapter_"),
+        (instead_of_weights("x.gguf"), "but x.gguf, of which `ship-ds base` makes"),
+        (instead_of_weights("model-1-of-2.safetensors"), "model-1-of-2.* without the index"),
+        (instead_of_weights("model.safetensors/x"), "but model.safetensors as no plain file"),
+        (
+            lambda base: [
+                (base / "model.safetensors").unlink(),
+                (base / "model.safetensors").symlink_to("../blob"),
+            ],
+            r"but a link to \.\./blob, which is not there",
+        ),
+        (
+            lambda base: (base / "model.safetensors.index.json").write_bytes(
+                '{"weight_map": {"a": "model.safetensors"}}'.encode("utf-16")
+            ),
+            "model.safetensors.index.json: not an index of safetensors files",
         ),
         (change_weights(float("nan"), "float32"), "has values that are infinite or no numbers"),
         (change_weights(float("-inf"), "float16"), "has values that are infinite or no numbers"),
