@@ -7,8 +7,10 @@ of the token ids of fixed samples, so that no change of a template, of this file
 goes unseen. Labels go on the answer and the end-of-sequence token alone.
 """
 
+import contextlib
 import hashlib
 import json
+import random
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, tzinfo
@@ -49,6 +51,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -
         return _RENDERED[key]
 
     def render() -> str:
+        # Jinja can draw from a list, and a prompt that is drawn is another one in each process.
+        random.seed(0)
         # In the child that renders, whose own modules these are. Of what it is given, transformers
         # passes on data alone, and no clock.
         chat_template_utils.datetime = _TemplatesDay  # type: ignore[attr-defined]
@@ -135,17 +139,22 @@ class PromptFormat:
                 raise self._refused("there is none for model.system_message", "leave that out")
             bos = self.tokenizer.bos_token or ""
             return bos + _PLAIN_TEMPLATE[0].split(_MARK)[0], self._end
+        templates = self.tokenizer.chat_template
+        if isinstance(templates, dict) and "default" not in templates:
+            raise self._refused(
+                f"of {', '.join(sorted(templates)) or 'none'}, none is named default",
+                "name one so, or put one alone into chat_template.jinja",
+            )
         turns = [{"role": "user", "content": _MARK}]
         if system_message is not None:
             turns.insert(0, {"role": "system", "content": system_message})
         try:
             rendered = _rendered(self.tokenizer, turns)
         except (TemplateError, TemplateLimitError) as error:
-            way_out = "set model.system_message" if system_message is None else "leave it out"
             raise self._refused(
                 f"it cannot be rendered {'without' if system_message is None else 'with'} "
                 f"model.system_message ({error})",
-                f"{way_out}, or mend the template",
+                self._way_out(system_message, error),
             ) from error
         if rendered.count(_MARK) != 1:
             raise self._refused(
@@ -156,6 +165,17 @@ class PromptFormat:
             raise self._refused("it leaves model.system_message out", "leave that out as well")
         before, after = rendered.split(_MARK)
         return before, after
+
+    def _way_out(self, system_message: str | None, error: Exception) -> str:
+        """By another attempt: what helps is said alone, and no limit is met twice."""
+        user = {"role": "user", "content": _MARK}
+        if not isinstance(error, TemplateLimitError):
+            other = [user] if system_message is not None else [{**user, "role": "system"}, user]
+            with contextlib.suppress(TemplateError, TemplateLimitError):
+                _rendered(self.tokenizer, other)
+                way_out = "set model.system_message" if system_message is None else "leave it out"
+                return f"{way_out}, or mend the template"
+        return "mend the template, or remove it for plain prompts"
 
     def _refused(self, reason: str, way_out: str) -> UserError:
         return UserError(f"{self.tokenizer.name_or_path}: chat template: {reason}; {way_out}")

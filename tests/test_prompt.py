@@ -1,6 +1,7 @@
 """The prompt format: which text, which labels, with and without a chat template, and its hash."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ship_ds import prompt
 from ship_ds.api import Ship
 from ship_ds.config import base_folder, load_config
 from ship_ds.console import no_log
@@ -109,15 +111,34 @@ def test_system_message_that_cannot_be_given_is_one_line(
         ("{% if %}", r"cannot be rendered without model.system_message \(Expected"),
         ("{{ messages[0]['content'] }} {{ messages[0]['content'] }}", "user's text 2 times"),
         ("hello", "user's text 0 times, not once; mend the template"),
+        ("{{ 1 / 0 }}", r"\(division by zero\); mend the template, or remove it"),
+        (
+            "{% if messages[0]['role'] != 'system' %}{{ raise_exception('Say') }}{% endif %}"
+            "{{ messages[-1]['content'] }}",
+            r"\(Say\); set model.system_message, or mend the template",
+        ),
+        ({"rag": "x", "tool_use": "y"}, "of rag, tool_use, none is named default; name one so"),
     ],
 )
 def test_template_that_cannot_wrap_a_text_is_one_line(
-    tokenizer: PreTrainedTokenizerBase, template: str, message: str
+    tokenizer: PreTrainedTokenizerBase, template: Any, message: str
 ) -> None:
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message) as error:
         PromptFormat(tokenizer)
     assert "\n" not in str(error.value)
+
+
+def test_a_template_that_draws_draws_the_same_in_every_process(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = "{{ range(100000) | random }} {{ messages[0]['content'] }}"
+    drawn = set()
+    for _ in range(2):
+        monkeypatch.setattr(prompt, "_RENDERED", {})  # what another process would not have
+        drawn.add(PromptFormat(tokenizer).before)
+        random.random()  # of the state that a child inherits
+    assert len(drawn) == 1
 
 
 def test_embedded_model_has_a_chat_template() -> None:
