@@ -30,7 +30,7 @@ from ship_ds.data.mixture import MixtureConfig
 from ship_ds.data.rules import RulesConfig
 from ship_ds.data.source import source_of
 from ship_ds.data.task_files import FilesConfig
-from ship_ds.errors import UserError
+from ship_ds.errors import UserError, did_you_mean
 from ship_ds.kinds import (
     ADAPTERS,
     FROM_OUTSIDE,
@@ -1113,9 +1113,20 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        first = first_error(error)
+        first = first_error(error, prefers_unknown=True)
         key = _key(first.location, values)
-        raise UserError(f"{source}: {key + ': ' if key else ''}{first.text}") from None
+        hint = _nearest_key(first.location) if first.is_unknown_key else ""
+        raise UserError(f"{source}: {key + ': ' if key else ''}{first.text}{hint}") from None
+
+
+def _nearest_key(location: Sequence[int | str]) -> str:
+    """See `did_you_mean`; "" in a section whose class a table chooses."""
+    kind: Any = Config
+    for part in location[:-1]:
+        kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            return ""
+    return did_you_mean(str(location[-1]), kind.model_fields) if location else ""
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -1143,6 +1154,13 @@ def _key(location: Sequence[int | str], values: Any) -> str:
     return ".".join(parts)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # of a name that no file can have, such as a whole config
+        return False
+
+
 def read_values(source: str) -> dict[str, Any]:
     """What a recipe, by its name, or a YAML file holds, not yet checked.
 
@@ -1152,7 +1170,7 @@ def read_values(source: str) -> dict[str, Any]:
     path = Path(source)
     if source in recipe_names():
         text = recipe_text(source)
-    elif path.is_file():
+    elif _is_file(path):
         text = read_text(path)
     else:
         raise UserError(

@@ -19,7 +19,11 @@ def _expanded(path: str) -> str:
     path = os.path.expanduser(os.path.expandvars(path))
     if path.startswith("~"):
         raise ValueError(f"{path}: there is no such user's home; write the folder out")
-    if "\0" in path or len(path) > _LONGEST_PATH:
+    try:
+        is_path = "\0" not in path and len(os.fsencode(path)) <= _LONGEST_PATH
+    except UnicodeEncodeError:  # half a surrogate pair, which "\ud800" in YAML gives
+        is_path = False
+    if not is_path:
         raise ValueError("no path of a file or folder")
     return path
 
@@ -99,9 +103,23 @@ class _Errors(Protocol):
     def errors(self) -> Sequence[Any]: ...
 
 
-def first_error(error: _Errors) -> FieldError:
-    """The first of pydantic's errors, its place in full where a table chose a section's class."""
-    first = error.errors()[0]
+def first_error(error: _Errors, *, prefers_unknown: bool = False) -> FieldError:
+    """The first of pydantic's errors, its place in full where a table chose a section's class.
+
+    Args:
+        error: pydantic's.
+        prefers_unknown: of a key that is missing, say the unknown one beside it, as which it was
+            perhaps written.
+    """
+    errors = error.errors()
+    first = errors[0]
+    if prefers_unknown and first["type"] == "missing":
+        unknown = (
+            one
+            for one in errors
+            if one["type"] == "extra_forbidden" and one["loc"][:-1] == first["loc"][:-1]
+        )
+        first = next(unknown, first)
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, FieldError):
         return FieldError((*first["loc"], *inner.location), inner.kind, str(inner))

@@ -51,7 +51,12 @@ def test_every_recipe_parses_and_opens_with_its_command(name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.stepz=3", "training.stepz: unknown key"),
+        ("training.stepz=3", r"training.stepz: unknown key; did you mean steps\?$"),
+        ("optimizer.lr=1", r"optimizer: unknown key; did you mean optimiser\?$"),
+        ("model.task_llm.quantization=nf4", r"unknown key; did you mean quantisation\?$"),
+        ("model.latent_siez=3", r"latent_siez: unknown key; did you mean latent_size\?$"),
+        ("training.wholly_other=3", "training.wholly_other: unknown key$"),
+        ('run.folder="\\ud800"', "run.folder: no path of a file or folder"),
         ("modle.latent_size=3", "modle: unknown key"),
         ("training.steps=many", "training.steps: .*valid integer"),
         ("training.steps=0", "training.steps: .*greater than 0"),
@@ -365,6 +370,8 @@ def test_yaml_is_read_as_people_mean_it(override: str, value: object) -> None:
     [
         ("run: {folder: r}".encode("utf-16"), "byte 0: not UTF-8; save it as UTF-8"),
         (b"run: {folder: caf\xe9}", "byte 17: not UTF-8"),
+        (b"run: {foldr: r}", "run.foldr: unknown key; did you mean folder?"),
+        (b"runs: {folder: r}\ntraining: {steps: 1}", "runs: unknown key; did you mean run?"),
         (b"run: {folder: r}\nrun: {seed: 1}", "line 2, column 1: the key run is there twice"),
         (b"run:\n  seed: 1\n  seed: 2", "line 3, column 3: the key seed is there twice"),
         (b"run: {folder: r, seed: 1:30}\ntraining: {steps: 1}", "run.seed: Input should be a val"),
@@ -404,6 +411,11 @@ def test_a_file_that_is_no_usable_yaml_is_one_line(
         load_config(str(path))
     text = str(caught.value)
     assert text.startswith(f"{path}: ") and message in text and "\n" not in text
+
+
+def test_a_name_that_no_file_can_have_is_no_config() -> None:
+    with pytest.raises(UserError, match="no such config file, and no recipe of that name"):
+        load_config("run: {folder: r}" * 100)
 
 
 def test_what_yaml_merges_in_gives_way() -> None:

@@ -187,7 +187,10 @@ def test_missing_run_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["training.stepz=3"], "ship-ds: quickstart-smoke: training.stepz: unknown key"),
+        (
+            ["training.stepz=3"],
+            "ship-ds: quickstart-smoke: training.stepz: unknown key; did you mean steps?",
+        ),
         (
             ["training.tasks_per_step=6", "training.accumulation=4"],
             "ship-ds: quickstart-smoke: training.accumulation (4) must divide "
