@@ -74,9 +74,27 @@ def decode(content: bytes, place: str) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: byte {error.start}: not UTF-8; save it as UTF-8") from None
+        raise UserError(
+            f"{place}: byte {error.start}: not UTF-8; {other_than_utf8(content)}"
+        ) from None
     refuse_pointer(text, place)
     return text
+
+
+_BEGINNINGS = {
+    b"\x1f\x8b": "it is compressed by gzip: unpack it",
+    b"BZh": "it is compressed by bzip2: unpack it",
+    b"\xfd7zXZ\x00": "it is compressed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd: unpack it",
+    b"PK\x03\x04": "it is a zip archive: unpack it",
+}
+"""What compressed files begin with, and what to do about them."""
+
+
+def other_than_utf8(content: bytes) -> str:
+    """What to do about a file that is not UTF-8, by its first bytes."""
+    known = (advice for first, advice in _BEGINNINGS.items() if content.startswith(first))
+    return next(known, "save it as UTF-8")
 
 
 def refuse_pointer(text: str, place: str) -> None:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from ship_ds.data.describe import describe
 from ship_ds.data.filters import FilterConfig, apply_filters
 from ship_ds.data.readers import Format, read_tasks, usual_min_examples
+from ship_ds.data.readers.files import check_there
 from ship_ds.data.source import TaskSource, TextLengths
 from ship_ds.data.splits import SplitConfig, split_tasks, together_key
 from ship_ds.data.task import DataError, Splits, Task
@@ -141,6 +142,11 @@ def check_path(config: FilesSection, key: str) -> None:
         UserError: it cannot, or the folder is empty.
     """
     path = Path(config.path)
+    if path.exists():
+        try:
+            check_there(path)
+        except DataError as error:
+            raise UserError(f"{key}: {error}") from None
     try:
         files = (
             [path / name for name in sorted(os.listdir(path))[:_FILES_TO_OPEN]]

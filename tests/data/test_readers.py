@@ -1,9 +1,14 @@
 """Each reader on a small file written here in its format, with the format's oddities; then all of
 ../shared/data."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +19,8 @@ from ship_ds.data.readers import FORMATS, Format, detect_format, read_tasks
 from ship_ds.data.readers.jsonl import row_of
 from ship_ds.data.splits import SplitConfig, hold_out, split_tasks
 from ship_ds.data.task import DataError, Example
+from ship_ds.data.task_files import FilesConfig, check_path
+from ship_ds.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -795,6 +802,82 @@ def test_what_is_no_format_is_said_with_the_formats(tmp_path: Path) -> None:
         read_tasks(tmp_path / "nowhere")
     with pytest.raises(DataError, match="no such format"):
         read_tasks(tmp_path, "csv")
+
+
+_OURS = {"id": "t", "instruction": "k", "examples": [{"input": "a", "target": "b"}]}
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("bz2", bz2.compress), ("XZ", lzma.compress)])
+def test_every_compression_that_python_has_is_read(
+    ending: str, pack: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    packed = pack((json.dumps(_OURS) * 50).encode())
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(pack(json.dumps(_OURS).encode()))
+    assert [task.id for task in read_tasks(tmp_path)] == ["t"]
+    for content, complaint in (
+        (packed[:-8], "ended before"),
+        (b"{}", "save it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"a\.jsonl\.{ending}: .*{complaint}"):
+            read_tasks(tmp_path, "jsonl")
+
+
+@pytest.mark.parametrize("name", ["b.csv", "b.json.zst", "b.zip", "below/b.tsv"])
+def test_files_that_may_be_data_are_not_passed_over_in_silence(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", _OURS)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
+    counts: Counter[str] = Counter()
+    read_tasks(tmp_path, counts=counts)
+    assert counts == {f"files that jsonl does not read, such as {name}": 1}
+
+
+def test_a_link_to_what_is_not_there_is_no_file_less(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", _OURS)
+    (tmp_path / "b.jsonl").symlink_to("annexed")
+    with pytest.raises(DataError, match=r"b\.jsonl: a link to annexed, which is not there"):
+        read_tasks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "t: a Git LFS pointer"),
+        ("a.parquet.gz", b"PAR1", "unpack the .gz"),
+        ("a.json", b"<html>", "line 1: not JSON"),
+        ("a.json", "{}".encode("utf-16"), "not UTF-8; save it as UTF-8"),
+        ("a.json", b'{"data": []}', "a.json begins with an object of 'data'"),
+        ("a.json", b"[]", "a.json is empty"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "it is compressed by gzip: unpack it"),
+        ("a.csv", b"instruction,output", "a.csv is no .json or "),
+        ("a.md", b"notes", "the folder has no file that ends in .json, "),
+        ("below/a.json", b'{"x": 1}', "in folders of it, such as below/a.json"),
+    ],
+)
+def test_why_nothing_is_read(name: str, content: bytes, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(complaint)) as raised:
+        read_tasks(tmp_path)
+    assert str(raised.value).count(str(tmp_path)) == 1
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl: is a pipe"):
+        read_tasks(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"data\.path: .*a\.jsonl: is a pipe"):
+        check_path(FilesConfig(path=str(tmp_path / "a.jsonl")), "data.path")
+
+
+def test_an_id_of_white_space_is_empty(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", _OURS | {"id": " \t"})
+    with pytest.raises(DataError, match="the task id is empty"):
+        read_tasks(tmp_path)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")

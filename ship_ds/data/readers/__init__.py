@@ -21,7 +21,15 @@ from ship_ds.data.readers import (
     p3_sample,
     plain_text,
 )
-from ship_ds.data.readers.files import FILE_SUFFIXES, files_of
+from ship_ds.data.readers.checks import load_json
+from ship_ds.data.readers.files import (
+    FILE_SUFFIXES,
+    OTHER_SUFFIXES,
+    check_there,
+    files_of,
+    kind_of,
+)
+from ship_ds.data.readers.rows import first_row
 from ship_ds.data.task import DataError, Task
 from ship_ds.errors import UserError
 
@@ -47,12 +55,36 @@ else:
 
 def detect_format(path: Path) -> str:
     """The format of a file or folder; raises DataError when it is none that we read."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    check_there(path)
     for name, reader in FORMATS.items():
         if reader.matches(path):
             return name
-    raise DataError(f"{path}: not a format that is read here; the formats are {', '.join(FORMATS)}")
+    raise DataError(
+        f"{path}: not a format that is read here; the formats are {', '.join(FORMATS)}"
+        f"{_why_none(path)}"
+    )
+
+
+def _why_none(path: Path) -> str:
+    """What can be said of a file or folder that no reader takes: "; ..." or nothing. Raises
+    UserError where its JSON is broken, which says more than that."""
+    files = files_of(path, (*FILE_SUFFIXES, *OTHER_SUFFIXES)) or ([path] if path.is_file() else [])
+    if not files:
+        inside = files_of(path, FILE_SUFFIXES, below=True)
+        if inside:
+            return f"; its files are in folders of it, such as {inside[0].relative_to(path)}"
+        return (
+            f"; the folder has no file that ends in {', '.join(FILE_SUFFIXES)}, compressed or not"
+        )
+    file = files[0]
+    if kind_of(file) not in FILE_SUFFIXES:
+        return f"; {file.name} is no {' or '.join(FILE_SUFFIXES)}, plain or as .gz, .bz2 or .xz"
+    if kind_of(file) != ".json":
+        return ""
+    if not load_json(file):
+        return f"; {file.name} is empty"
+    keys = ", ".join(map(repr, first_row(file) or ()))
+    return f"; {file.name} begins with an object of {keys:.200}" if keys else ""
 
 
 def usual_min_examples(path: Path, format: str = "auto") -> int:
@@ -77,8 +109,7 @@ def read_tasks(path: Path, format: str = "auto", counts: Counter[str] | None = N
     name = detect_format(path) if format == "auto" else format
     if name not in FORMATS:
         raise DataError(f"{name}: no such format; the formats are {', '.join(FORMATS)}")
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    check_there(path)
     counts = Counter() if counts is None else counts
     try:
         tasks: list[Task] = FORMATS[name].read(path, counts)
@@ -91,7 +122,7 @@ def read_tasks(path: Path, format: str = "auto", counts: Counter[str] | None = N
         raise DataError(f"{path}: holds no task in the format {name}")
     sources: dict[str, str] = {}
     for task in tasks:
-        if not task.id:
+        if not task.id.strip():
             raise DataError(f"{task.source}: the task id is empty; give every task its own")
         if task.id in sources:
             raise DataError(
@@ -112,7 +143,9 @@ def _count_unread(path: Path, format: str, counts: Counter[str]) -> None:
     if not path.is_dir():
         return
     unread = sorted(
-        {*files_of(path, FILE_SUFFIXES, below=True)}.difference(FORMATS[format].files(path))
+        {*files_of(path, (*FILE_SUFFIXES, *OTHER_SUFFIXES), below=True)}.difference(
+            FORMATS[format].files(path)
+        )
     )
     if unread:
         counts[f"files that {format} does not read, such as {unread[0].relative_to(path)}"] += len(

@@ -1,23 +1,35 @@
 """Which files of a folder are data, and what is in them: names in any case, compressed or not.
 
-`a.jsonl`, `A.JSONL`, `a.ndjson` and `a.jsonl.gz` are of one kind, ".jsonl". What begins with a dot
-(`._a.jsonl`, `.DS_Store`) was put there by a system, not by a user, and is passed over.
+`a.jsonl`, `A.JSONL`, `a.ndjson`, `a.jsonl.gz` and `a.jsonl.xz` are of one kind,
+".jsonl". What begins with a dot (`._a.jsonl`, `.DS_Store`) was put there by a system, not by a
+user, and is passed over.
 """
 
+import bz2
 import gzip
+import lzma
+import os
 import re
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any
 
 from ship_ds.data.task import DataError, read_error
-from ship_ds.parsing import decode, refuse_pointer
+from ship_ds.parsing import decode, other_than_utf8, refuse_pointer
+from ship_ds.safetensors_header import refuse_pointer_file
 
 FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".parquet", ".arrow")
 """Of files that any reader takes."""
-_COMPRESSED = ".gz"
+OTHER_SUFFIXES = (".csv", ".tsv", ".xlsx", ".zip", ".tar", ".tgz", ".zst", ".7z", ".rar")
+"""Of files that may be data and that no reader takes."""
+_OPENERS: Mapping[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+"""What opens a compressed file, by how its name ends."""
 _NAMES = {".ndjson": ".jsonl"}
 _MOST_BYTES = 1 << 32
 """Of what a compressed file holds: a few kilobytes can stand for more than there is memory."""
@@ -38,16 +50,19 @@ def kind_of(path: Path) -> str:
     name = path.name.lower()
     if name.startswith(".") or name in _NOT_TASKS:
         return ""
-    suffix = Path(name.removesuffix(_COMPRESSED)).suffix
+    suffix = Path(name.removesuffix(compression_of(path))).suffix
     return _NAMES.get(suffix, suffix)
+
+
+def compression_of(path: Path) -> str:
+    """How the name of a compressed file ends, such as ".gz"; "" for any other."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in _OPENERS else ""
 
 
 def stem_of(path: Path) -> str:
     """The name without what says its kind: "a" of a.jsonl and of a.jsonl.gz."""
-    name = path.name
-    if name.lower().endswith(_COMPRESSED):
-        name = name[: -len(_COMPRESSED)]
-    return Path(name).stem
+    return Path(path.name[: len(path.name) - len(compression_of(path))]).stem
 
 
 def files_of(path: Path, kinds: Collection[str], *, below: bool = False) -> list[Path]:
@@ -57,9 +72,30 @@ def files_of(path: Path, kinds: Collection[str], *, below: bool = False) -> list
         path: a file or folder.
         kinds: such as ".jsonl".
         below: those of its folders as well.
+
+    Raises:
+        DataError: one of them is a link to what is not there.
     """
     paths = [path] if path.is_file() else sorted(path.rglob("*") if below else path.glob("*"))
-    return [file for file in paths if kind_of(file) in kinds and file.is_file()]
+    files = [file for file in paths if kind_of(file) in kinds]
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise DataError(
+                f"{file}: a link to {os.readlink(file)}, which is not there; put the file there, "
+                "or remove the link"
+            )
+    return [file for file in files if file.is_file()]
+
+
+def check_there(path: Path) -> None:
+    """A file or a folder is there. Raises DataError."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"{path}: is a pipe or a device, and data are read more than once; write them to a "
+            "file, and name that"
+        )
 
 
 def opened(path: Path) -> IO[bytes]:
@@ -69,9 +105,9 @@ def opened(path: Path) -> IO[bytes]:
         DataError: it cannot be opened.
     """
     try:
-        if path.name.lower().endswith(_COMPRESSED):
-            return cast(IO[bytes], gzip.open(path))
-        return path.open("rb")
+        opener = _OPENERS.get(compression_of(path))
+        file: IO[bytes] = path.open("rb") if opener is None else opener(path)
+        return file
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}; name a file that can be read"
@@ -125,7 +161,10 @@ def _line(line: bytes, path: Path, number: int) -> str:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise read_error(
-            path, f"line {number}", f"not UTF-8 at its byte {error.start}; save it as UTF-8"
+            path,
+            f"line {number}",
+            f"not UTF-8 at its byte {error.start}; "
+            + (other_than_utf8(line) if number == 1 else "save it as UTF-8"),
         ) from None
     if number == 1:
         refuse_pointer(text, str(path))
@@ -135,6 +174,8 @@ def _line(line: bytes, path: Path, number: int) -> str:
 def _read(file: IO[bytes], num_bytes: int, path: Path, *, line: bool = False) -> bytes:
     try:
         return file.readline(num_bytes) if line else file.read(num_bytes)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if compression_of(path):
+            refuse_pointer_file(path)
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read: {reason}; save it again") from None
