@@ -32,7 +32,9 @@ from ship_ds.exit_codes import BAD_INPUT
 from ship_ds.placement import check_words
 
 _PANEL = "Train"
-Count = Annotated[int | None, typer.Option(min=1, help="instead of the recipe's limit")]
+Count = Annotated[
+    int | None, typer.Option(min=1, max=1_000_000, help="instead of the recipe's limit")
+]
 
 
 @verb(_PANEL)
@@ -171,7 +173,7 @@ def oracles(
     lr: Annotated[float, typer.Option(help="of Adam, at its highest")] = 1e-2,
     examples_per_step: Annotated[
         int | None,
-        typer.Option(min=1, help="of each task; default: training.examples_per_task"),
+        typer.Option(min=1, max=10_000, help="of each task; default: training.examples_per_task"),
     ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",

@@ -350,7 +350,7 @@ def answer(
         ),
     ] = None,
     file: FileOption = None,
-    beams: Annotated[int, typer.Option(min=1, help="1: greedy decoding")] = 1,
+    beams: Annotated[int, typer.Option(min=1, max=1024, help="1: greedy decoding")] = 1,
     confidence: Annotated[
         bool,
         typer.Option(
