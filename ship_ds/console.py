@@ -7,9 +7,11 @@ Of several ranks only the first one speaks, but for what one rank alone can tell
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 
+_LINE_ENDS = re.compile(r"[\r\n]+")
 Log = Callable[[str], None]
 """What a function that takes long is given to tell of its progress: `log`, `no_log`, or another."""
 
@@ -26,7 +28,8 @@ def log(text: str) -> None:
 
 def log_from_any_rank(text: str) -> None:
     """As `log`, from whichever rank calls it: where what one rank saw is seen by no other."""
-    print(f"ship-ds: {text}", file=sys.stderr, flush=True)
+    # A path or a name that others gave may have ends of lines in it.
+    print(f"ship-ds: {_LINE_ENDS.sub(' ', text)}", file=sys.stderr, flush=True)
 
 
 def no_log(text: str) -> None:

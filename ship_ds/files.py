@@ -224,6 +224,37 @@ def disk_error(folder: Path, error: OSError, advice: str) -> UserError:
     return UserError(f"{error.filename or folder}: {error.strerror or error}: {advice}")
 
 
+_REFUSED = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+"""Why a system refuses a path that a user gave."""
+_LONGEST_SHOWN = 200
+"""Letters of such a path."""
+
+
+@contextmanager
+def refused_paths() -> Iterator[None]:
+    """Whoever gave a path that the system refuses, wherever it is used in here, is told so.
+
+    Raises:
+        UserError: In place of an OSError that names such a path, or one on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.errno not in (*_REFUSED, *_FULL):
+            raise
+        path = str(error.filename)
+        shown = path if len(path) <= _LONGEST_SHOWN else f"{path[:_LONGEST_SHOWN]}..."
+        advice = (
+            "make room, and run the same command again"
+            if error.errno in _FULL
+            else "name another file or folder, or one that can be read and written"
+        )
+        raise UserError(f"{shown}: {error.strerror}; {advice}") from None
+
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a full disk, and of a quota that is used up."""
 
@@ -251,6 +282,16 @@ class Listed:
 
     bytes: int
     sha256: str
+
+
+def _is_listed(row: object) -> bool:
+    """Whether a manifest's row has a size and a hash, and nothing else."""
+    return (
+        isinstance(row, dict)
+        and row.keys() == {"bytes", "sha256"}
+        and isinstance(row["bytes"], int)
+        and isinstance(row["sha256"], str)
+    )
 
 
 @dataclass(frozen=True)
@@ -290,15 +331,15 @@ class Manifest:
                 f"{MANIFEST} is missing" if missing else f"{MANIFEST}: {error.strerror}"
             ) from None
         rows = parse_json(decode(content, MANIFEST), MANIFEST)
-        try:
-            listed = {name: Listed(**row) for name, row in rows.items()}
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{MANIFEST}: {error}") from None
-        for name, row in listed.items():
-            if not isinstance(row.bytes, int) or not isinstance(row.sha256, str):
+        if not isinstance(rows, dict):
+            raise ValueError(f"{MANIFEST}: expected an object of files")
+        listed = {}
+        for name, row in rows.items():
+            if not _is_listed(row):
                 raise ValueError(f"{MANIFEST}: {name}: expected a size and a hash")
             if not is_inside(name):
                 raise ValueError(f"{MANIFEST}: {name}: leads out of the folder")
+            listed[name] = Listed(**row)
         return cls(listed)
 
     def write(self, folder: Path) -> None:

@@ -95,6 +95,12 @@ NOWHERE = [
     Bad("train --config quickstart training.steps", "section.key=value"),
     Bad("train --config quickstart training.deepspeed=zero9", "ds_configs/ has cpu"),
     Bad("train --config quickstart model.task_llm.base=FOLDER", "model.task_llm.base: "),
+    Bad(f"train --config {'a' * 300}", "File name too long"),
+    Bad(f"deduce it --run {'a' * 300} --out OUT", "File name too long"),
+    Bad(f"explain {'a' * 300} --run RUN", "File name too long"),
+    Bad("plan --config quickstart --input-tokens 99999999999999999999", "--input-tokens"),
+    Bad("oracles --config quickstart --out OUT --examples-per-step 10001", "--examples-per-step"),
+    Bad("answer it 1 --run RUN --beams 100000", "--beams"),
     Bad("train --config quickstart run.folder=/proc/x", "run.folder: /proc/x"),
     Bad(
         "train --config pretrain-7b data.path=nowhere model.task_llm.base=embedded",

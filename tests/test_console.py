@@ -15,6 +15,11 @@ def test_a_line_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr() == ("", "ship-ds: saved\n")
 
 
+def test_a_name_with_ends_of_lines_stays_on_one(capsys: pytest.CaptureFixture[str]) -> None:
+    log("a\r\nb\nc")
+    assert capsys.readouterr() == ("", "ship-ds: a b c\n")
+
+
 def test_no_log_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     no_log("saved")
     assert capsys.readouterr() == ("", "")

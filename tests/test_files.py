@@ -19,6 +19,7 @@ from ship_ds.files import (
     part_of,
     publish,
     recover,
+    refused_paths,
     replace_folder,
     whole_file,
     whole_folder,
@@ -138,13 +139,28 @@ def test_a_manifest_names_the_first_file_that_is_not_as_written(
     assert manifest.problem(tmp_path) == problem and manifest.problem(tmp_path, ["a"]) is None
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}', '{"a": {"bytes": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"a": 1}', '{"a": {"bytes": 1}}', '{"a": {"bytes": 1, "sha256": 2}}']
+)
 def test_what_is_no_manifest_is_said(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^manifest\.json is missing$"):
         Manifest.read(tmp_path)
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(ValueError, match=r"^manifest\.json: "):
+    with pytest.raises(ValueError, match=r"^manifest\.json: .*(JSON|expected a)"):
         Manifest.read(tmp_path)
+
+
+def test_a_path_that_the_system_refuses_is_one_line_and_other_faults_stay(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, reason in (
+        (tmp_path / ("a" * 300), "File name too long; name another"),
+        (tmp_path / "file" / "below", "Not a directory; name another"),
+    ):
+        with pytest.raises(UserError, match=reason) as raised, refused_paths():
+            path.open("w")
+        assert len(str(raised.value)) < 400
+    with pytest.raises(FileNotFoundError), refused_paths():
+        (tmp_path / "nowhere").read_text()
 
 
 @pytest.fixture(scope="module")

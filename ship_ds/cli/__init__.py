@@ -24,7 +24,7 @@ from ship_ds.cli.verb import PANELS, app
 from ship_ds.console import log_from_any_rank
 from ship_ds.errors import UserError
 from ship_ds.exit_codes import BAD_INPUT, INTERRUPTED
-from ship_ds.files import refuse_other_writers
+from ship_ds.files import refuse_other_writers, refused_paths
 from ship_ds.parsing import unicode_text
 
 __all__ = [
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for text in typed:
             unicode_text(text, "arguments")
         # obj: what `evaluate` writes into its report as the command to repeat.
-        return app(args=typed, prog_name="ship-ds", standalone_mode=False, obj=typed) or 0
+        with refused_paths():
+            return app(args=typed, prog_name="ship-ds", standalone_mode=False, obj=typed) or 0
     except UserError as error:
         log_from_any_rank(str(error))
     except TyperException as error:

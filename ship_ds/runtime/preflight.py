@@ -4,7 +4,7 @@ starts the ranks.
     # prints the run folder, or one line
     python -m ship_ds.runtime.preflight --config RECIPE [section.key=value ...]
 
-Imports no torch.
+Imports no torch before all else has been checked: `check_models` needs it.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from ship_ds.console import log, log_from_any_rank
 from ship_ds.data.source import source_of
 from ship_ds.errors import UserError
 from ship_ds.exit_codes import BAD_INPUT, INTERRUPTED
+from ship_ds.files import refused_paths
 from ship_ds.parsing import read_json_object
 from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
 from ship_ds.runtime.op_cache import compiled_cache, op_cache
@@ -266,9 +267,10 @@ def exit_on_bad_input(description: str | None) -> Config:
     """
     args = parsed(None, description)
     try:
-        config = load_config(args.config, args.overrides)
-        check(config, os.environ)
-        return config
+        with refused_paths():
+            config = load_config(args.config, args.overrides)
+            check(config, os.environ)
+            return config
     except UserError as error:
         log_from_any_rank(str(error))
         sys.exit(BAD_INPUT)
@@ -281,11 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the run folder and return 0, or print one line about the input and return 2."""
     args = parsed(arguments, "Check a run's input before it is started.")
     try:
-        config = load_config(args.config, args.overrides)
-        check(config, os.environ)
-        num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
-        check_division(config.training.tasks_per_step, num_ranks, config.training.accumulation)
-        _check_models(config.model)
+        with refused_paths():
+            config = load_config(args.config, args.overrides)
+            check(config, os.environ)
+            num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
+            check_division(config.training.tasks_per_step, num_ranks, config.training.accumulation)
+            _check_models(config.model)
     except UserError as error:
         log_from_any_rank(str(error))
         return BAD_INPUT
