@@ -29,6 +29,7 @@ from ship_ds.errors import UserError
 from ship_ds.files import Manifest, recover, whole_folder
 from ship_ds.kinds import ADAPTERS
 from ship_ds.parsing import read_json, read_json_object
+from ship_ds.safetensors_header import refuse_pointer_file
 from ship_ds.section import Section
 
 if TYPE_CHECKING:
@@ -118,15 +119,14 @@ class Bundle:
 
         Raises:
             UserError: Its trainable parameters have other names or shapes, or make another
-                adapter.
+                adapter; or its weights cannot be read, or are not all finite numbers.
         """
         import torch
-        from safetensors.torch import load_file
 
         from ship_ds.model.objectives import trains_decoder
         from ship_ds.model.parameter_names import by_current_name
 
-        state = by_current_name(load_file(self.folder / SHIP_WEIGHTS))
+        state = by_current_name(_read_weights(self.folder / SHIP_WEIGHTS))
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         hypernetwork, other = self.config.model.hypernetwork, model.config.hypernetwork
         if key := _other_meaning(hypernetwork, other):
@@ -170,6 +170,24 @@ class Bundle:
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(state[name])
+
+
+def _read_weights(path: Path) -> "dict[str, Tensor]":
+    """The tensors of a bundle, all of finite numbers. Raises UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read: {error}; write the bundle again") from None
+    for name, tensor in state.items():
+        if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+            raise UserError(
+                f"{path}: {name} has values that are no finite numbers; write the bundle again, "
+                "from a checkpoint of an earlier step"
+            )
+    return state
 
 
 _HYPERNETWORK = "hypernetwork."
@@ -468,5 +486,7 @@ def verify(folder: Path, *, hashes: bool = True) -> Manifest:
         if name not in manifest.files:
             raise UserError(f"{folder}: no bundle here: its manifest does not list {name}")
     if reason := manifest.problem(folder, hashes=hashes):
+        for path in filter(Path.is_file, map(folder.joinpath, manifest.files)):
+            refuse_pointer_file(path)
         raise UserError(f"{folder}: {reason}; write the bundle again")
     return manifest

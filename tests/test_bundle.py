@@ -1,10 +1,12 @@
 """What a bundle carries beside its weights, and bundles of earlier versions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ship_ds.api import Ship
 from ship_ds.bundle import Bundle, frozen_bases, probe_inputs, write_bundle
@@ -77,6 +79,25 @@ def test_a_folder_of_something_else_is_one_line(folder: Path) -> None:
         Ship.from_run(folder)
     with pytest.raises(UserError, match=r"no bundle here \(manifest.json is missing\)"):
         Ship.from_run(folder.parent / "none")
+
+
+def test_damaged_weights_are_one_line(folder: Path) -> None:
+    path = folder / "ship.safetensors"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4976\n"
+    # Not the file's own pages, which writing takes away.
+    tensors = {name: one.clone() for name, one in load_file(path).items()}
+    name = min(tensors)
+    path.write_bytes(pointer)
+    with pytest.raises(UserError, match=r"ship\.safetensors: a Git LFS pointer"):
+        Ship.from_run(folder)
+    Manifest.of(folder).write(folder)
+    with pytest.raises(UserError, match=r"ship\.safetensors: cannot be read: .*; write the bundle"):
+        Ship.from_run(folder)
+    for wrong in (torch.full_like(tensors[name], torch.nan), tensors[name].int()):
+        save_file(tensors | {name: wrong}, path)
+        Manifest.of(folder).write(folder)
+        with pytest.raises(UserError, match=rf"{re.escape(name)} has values that are no finite"):
+            Ship.from_run(folder)
 
 
 def test_weights_of_another_model_are_one_line(folder: Path) -> None:
