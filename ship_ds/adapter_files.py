@@ -14,6 +14,7 @@ from typing import Literal
 from ship_ds.errors import UserError
 from ship_ds.files import sha256
 from ship_ds.parsing import read_json_object
+from ship_ds.safetensors_header import refuse_pointer_file
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Leaves = Literal["lora", "shira", "prefix", "prompt"]
@@ -49,6 +50,26 @@ def check_folder(folder: Path, name: Leaves) -> None:
             f"{folder / ADAPTER_CONFIG}: peft_type is {kind!r}; expected {PEFT_TYPES[name]!r}: "
             "export the adapter again"
         )
+
+
+def check_weights(folder: Path) -> None:
+    """A folder of `peft` has its weights, as safetensors.
+
+    Raises:
+        UserError: They are not there, or Git LFS keeps them elsewhere.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if path.is_file():
+        return refuse_pointer_file(path)
+    others = sorted(one.name for one in folder.glob("adapter_model*") if one.is_file())
+    raise UserError(
+        f"{path}: is missing; "
+        + (
+            f"{others[0]} is not read here: load the adapter by peft, and save it again"
+            if others
+            else "save the adapter again"
+        )
+    )
 
 
 def weights_digest(paths: Sequence[Path]) -> str:

@@ -30,10 +30,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_TYPES
+from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_TYPES, check_weights
 from ship_ds.errors import UserError
 from ship_ds.parsing import read_json_object
-from ship_ds.safetensors_header import refuse_pointer_file
 from ship_ds.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -390,6 +389,8 @@ def read_lora(folder: Path, weight: WeightOf | None = None) -> Lora:
         if scaling != common:
             b_OR = b_OR.float() * (scaling / common)
             _refuse_infinite(folder, module, b_OR)
+        if not config.use_dora:
+            _refuse_infinite(folder, module, _squared_norm(a_RI, b_OR, common))
         factors[module] = (a_RI, b_OR)
     return Lora(factors, common)
 
@@ -402,6 +403,14 @@ def _refuse_infinite(folder: Path, module: str, computed: Tensor) -> None:
             f"{folder / ADAPTER_WEIGHTS}: {module}: its update has no finite norm; train the "
             "adapter again, with a lower learning rate or alpha"
         )
+
+
+def _squared_norm(a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
+    """Of scaling * B A, in fp32, where it may be infinite: from the products of A and of B with
+    themselves, (R, R), without forming (O, I)."""
+    a_RR, b_RR = a_RI.double() @ a_RI.double().T, b_OR.double().T @ b_OR.double()
+    square = (a_RR * b_RR).sum().clamp(min=0) * scaling * scaling
+    return square.float()
 
 
 def read_sparse(folder: Path, shape_of: Callable[[str], tuple[int, int] | None]) -> SparseUpdate:
@@ -589,15 +598,16 @@ def _read_embeddings(folder: Path) -> Tensor:
 def _read_tensors(folder: Path, integers: str = "") -> dict[str, Tensor]:
     """The folder's tensors, all of finite numbers, but for those of this last name of integers."""
     path = folder / ADAPTER_WEIGHTS
+    check_weights(folder)
     try:
-        refuse_pointer_file(path)
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be read: {' '.join(str(error).split())}; save the adapter again"
         ) from None
     for name, tensor in tensors.items():
-        is_right = tensor.is_floating_point() and bool(tensor.isfinite().all())
+        # Of 8-bit floats torch does not say which are finite.
+        is_right = tensor.is_floating_point() and bool(tensor.float().isfinite().all())
         if integers and name.rpartition(".")[2] == integers:
             is_right = tensor.dtype in (torch.int32, torch.int64)
         if not is_right:
@@ -637,10 +647,12 @@ def _read_lora_config(folder: Path) -> "LoraConfig":
             warnings.simplefilter("ignore")
             config: LoraConfig = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
-        raise UserError(f"{path}: peft cannot read it: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{path}: peft cannot read it: {' '.join(str(error).split())}; save the adapter again"
+        ) from None
     if key := _unsupported(config, settings):
         raise UserError(
-            f"{path}: {key} is {settings.get(key)!r}, and that cannot be read here; "
+            f"{path}: {key} is {settings.get(key)!r:.80}, and that cannot be read here; "
             "save the adapter as a plain LoRA"
         )
     return config
@@ -696,7 +708,8 @@ def _factors(
     if sorted(tensors) != expected:
         *first, last = expected
         raise UserError(
-            f"{path}: {module}: has {', '.join(sorted(tensors))}; expected {', '.join(first)} and "
+            f"{path}: {module or 'the model'}: has {', '.join(sorted(tensors))}; "
+            f"expected {', '.join(first)} and "
             f"{last}"
         )
     a_RI, b_OR = tensors["lora_A"], tensors["lora_B"]

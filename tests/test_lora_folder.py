@@ -231,6 +231,40 @@ def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
         read_lora(tmp_path)
 
 
+def test_weights_of_another_format_are_named(tmp_path: Path) -> None:
+    write_lora(tmp_path, random_lora(0), "base")
+    (tmp_path / ADAPTER_WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    missing = rf"{ADAPTER_WEIGHTS}: is missing; "
+    with pytest.raises(UserError, match=rf"{missing}adapter_model\.bin is not read here: load"):
+        read_lora(tmp_path)
+    (tmp_path / "adapter_model.bin").unlink()
+    with pytest.raises(UserError, match=rf"{missing}save the adapter again"):
+        read_lora(tmp_path)
+
+
+@pytest.mark.parametrize("value", [1e30, 1e15])
+def test_factors_whose_product_is_no_number_are_one_line(value: float, tmp_path: Path) -> None:
+    """The norm of one, and the square of the other's, are beyond fp32."""
+    lora = random_lora(0)
+    factors = {
+        path: tuple(torch.full_like(one, value) for one in two)
+        for path, two in lora.factors.items()
+    }
+    write_lora(tmp_path, Lora(factors, 1.0), "base")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"mlp\.up_proj: its update has no finite norm"):
+        read_lora(tmp_path)
+
+
+def test_floats_of_8_bits_are_read(tmp_path: Path) -> None:
+    write_lora(tmp_path, random_lora(0), "base")
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
+    small = {name: one.to(torch.float8_e4m3fn) for name, one in tensors.items()}
+    save_file(small, tmp_path / ADAPTER_WEIGHTS)
+    for path, (a_RI, _) in read_lora(tmp_path).factors.items():
+        name = f"base_model.model.{path}.lora_A.weight"
+        assert a_RI.float().equal(small[name].float())
+
+
 @pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
 def test_what_git_lfs_keeps_elsewhere_is_told_from_damage(name: str, tmp_path: Path) -> None:
     write_lora(tmp_path, random_lora(0), "base")

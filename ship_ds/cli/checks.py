@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ship_ds.adapter_files import ADAPTER_CONFIG, PEFT_TYPES
+from ship_ds.adapter_files import ADAPTER_CONFIG, PEFT_TYPES, check_weights
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest, refuse_existing
 
@@ -41,7 +41,11 @@ def check_explained(folder: Path, is_merged: bool) -> None:
     """An adapter's config, or a merged model's, is there; or those of its parts."""
     name = "config.json" if is_merged else ADAPTER_CONFIG
     inside = () if is_merged else PEFT_TYPES
-    if not any((path / name).is_file() for path in (folder, *(folder / one for one in inside))):
+    places = [folder, *(folder / one for one in inside)]
+    there = [path for path in places if (path / name).is_file()]
+    for path in () if is_merged else there:
+        check_weights(path)
+    if not there:
         other = "give it to --merged if it is a merged model" if not is_merged else ""
         raise UserError(
             f"{folder}: no {'merged model' if is_merged else 'adapter'} here (no {name})"
