@@ -756,6 +756,7 @@ def open_start(config: Config, bases: Mapping[str, str]) -> Bundle | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the arguments say and return the exit code."""
     args = preflight.parsed(arguments, __doc__)
+    config = None
     try:
         config = load_config(args.config, args.overrides)
         watchdog = Watchdog(Path(config.run.folder), config.training.hang_minutes)
@@ -767,6 +768,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         with contextlib.suppress(OSError):
             log_from_any_rank(str(error))
+        if config is not None:
+            RunLock(Path(config.run.folder)).leave_unused()
         return BAD_INPUT
     except Preempted:
         return PREEMPTED

@@ -1,15 +1,17 @@
 """One run a folder: two that write the same checkpoints and bundle would leave a mixture."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from typing import IO
 
 from ship_ds.console import log
 from ship_ds.errors import UserError
 
-_NAME = ".lock"
+_NAME, _RANKS = ".lock", "ranks"
 _HELD: dict[Path, IO[str]] = {}
 """By folder, what this process has locked: a POSIX lock goes as soon as any descriptor of its file
 is closed, so there is one for all."""
@@ -47,6 +49,17 @@ class RunLock:
             ) from None
         # Open for as long as the process lives: the lock goes with it.
         _HELD[self.folder.resolve()] = file
+
+    def leave_unused(self) -> None:
+        """Remove the folder, if this process has it and nothing of a run was written there."""
+        if not self._is_held():
+            return
+        watched = self.folder / _RANKS
+        with contextlib.suppress(OSError):
+            if {path.name for path in self.folder.iterdir()} <= {_NAME, _RANKS}:
+                shutil.rmtree(watched, ignore_errors=True)
+                (self.folder / _NAME).unlink()
+                self.folder.rmdir()
 
     def _is_held(self) -> bool:
         """Whether this process has it; a folder that was removed meanwhile is another one."""

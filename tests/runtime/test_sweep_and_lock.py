@@ -143,6 +143,21 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path:
     assert (tmp_path / ".lock").exists(), "a folder of that name is another one"
 
 
+def test_a_folder_in_which_nothing_was_written_is_not_left(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    RunLock(tmp_path / "other").leave_unused()
+    assert (tmp_path / "other").is_dir(), "whose it is nobody knows"
+    for name, stays in (("unused", False), ("used", True)):
+        folder = tmp_path / name
+        RunLock(folder).take()
+        (folder / "ranks").mkdir()
+        (folder / "ranks" / "rank-0.json").write_text("{}")
+        if stays:
+            (folder / "metrics.jsonl").write_text("")
+        RunLock(folder).leave_unused()
+        assert folder.exists() == stays
+
+
 def test_ports_stay_below_those_that_linux_hands_out_and_change_with_a_requeue() -> None:
     jobs = [{"SLURM_JOB_ID": str(number)} for number in (*range(3000), 10**7, 10**9)]
     ports = [ranks.slurm_port(job) for job in jobs]
