@@ -8,8 +8,10 @@ import logging
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -99,6 +101,7 @@ def exit_process(code: int) -> NoReturn:
     exception", pytorch/pytorch#179291), and a run that is done would count as crashed.
     `destroy_process_group` does not wait for those threads while DeepSpeed holds the groups.
     """
+    _ignore_interrupts()
     if dist.is_initialized():
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
@@ -119,6 +122,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except KeyboardInterrupt:
+        _ignore_interrupts()
         code = INTERRUPTED
         # Here and below: a log on a full disk does not keep this process from its end.
         with contextlib.suppress(OSError):
@@ -138,6 +142,13 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             else:
                 sys.excepthook(*sys.exc_info())
     exit_process(code)
+
+
+def _ignore_interrupts() -> None:
+    """This process is about to end, and a second interrupt would add a trace of whatever it is
+    leaving. A handler, since children would inherit SIG_IGN."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda *_: None)
 
 
 def has_lost_a_peer(error: Exception) -> bool:

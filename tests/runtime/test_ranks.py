@@ -3,7 +3,9 @@ rank to rank as text."""
 
 import errno
 import math
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,14 @@ watch = Watch()
 print("said", end=" ")
 {end}
 """
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """A program that ends itself no longer hears them, and it ends in the tests' own process."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.slow
@@ -106,11 +116,13 @@ def test_a_log_on_a_full_disk_does_not_keep_a_process_from_its_end(
 
 
 @pytest.mark.slow
-def test_an_interrupt_from_the_keyboard_is_a_line_and_code_130(tmp_path: Path) -> None:
+def test_interrupts_from_the_keyboard_are_a_line_and_code_130(tmp_path: Path) -> None:
+    """The second comes while the process is ending."""
     program = tmp_path / "interrupted.py"
     # On a busy machine the signal may come after the call that sends it.
     wait = "    import time\n    time.sleep(60)\n"
-    end = f"def main():\n    os.kill(os.getpid(), 2)\n{wait}ranks.run_program(main)"
+    end = f"def main():\n    os.kill(os.getpid(), 2)\n{wait}"
+    end += "atexit.register(os.kill, os.getpid(), 2)\nranks.run_program(main)"
     # What a script starts in the background ignores the signal, and so do these tests then.
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     program.write_text(heard + _PROGRAM.format(end=end))
