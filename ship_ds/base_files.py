@@ -18,7 +18,14 @@ from typing import Any
 from ship_ds.base_shapes import check_shapes, no_end
 from ship_ds.errors import UserError
 from ship_ds.parsing import read_json_object, read_text
-from ship_ds.safetensors_header import SINGLE_FILE, Place, not_finite, read_header, weight_files
+from ship_ds.safetensors_header import (
+    SINGLE_FILE,
+    WEIGHTS_INDEX,
+    Place,
+    not_finite,
+    read_header,
+    weight_files,
+)
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,7 +71,8 @@ def check_base_files(folder: Path) -> None:
         UserError: one is missing, damaged, or of a kind that is not read here.
     """
     settings = check_settings(folder)
-    if (folder / _ADAPTER).is_file() and (folder / SINGLE_FILE).is_file():
+    has_weights = any((folder / name).is_file() for name in (SINGLE_FILE, WEIGHTS_INDEX))
+    if has_weights and (folder / _ADAPTER).is_file():
         raise UserError(
             f"{folder / _ADAPTER}: an adapter beside the model, which transformers would put into "
             "it unasked: move it elsewhere, or give the merged model"

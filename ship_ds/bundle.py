@@ -177,12 +177,14 @@ def _read_weights(path: Path) -> "dict[str, Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from ship_ds.weights_folder import is_finite
+
     try:
         state: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: cannot be read: {error}; write the bundle again") from None
     for name, tensor in state.items():
-        if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+        if not (tensor.is_floating_point() and is_finite(tensor)):
             raise UserError(
                 f"{path}: {name} has values that are no finite numbers; write the bundle again, "
                 "from a checkpoint of an earlier step"

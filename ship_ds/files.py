@@ -221,7 +221,13 @@ def disk_error(folder: Path, error: OSError, advice: str) -> UserError:
     Returns:
         The error, which the caller raises.
     """
-    return UserError(f"{error.filename or folder}: {error.strerror or error}: {advice}")
+    path = str(error.filename or folder)
+    shown = path if len(path) <= _LONGEST_SHOWN else f"{path[:_LONGEST_SHOWN]}..."
+    return UserError(f"{shown}: {error.strerror or error}: {advice}")
+
+
+_LONGEST_SHOWN = 200
+"""Letters of a path, which may be too long for the system."""
 
 
 _REFUSED = (
@@ -229,8 +235,6 @@ _REFUSED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
 """Why a system refuses a path that a user gave."""
-_LONGEST_SHOWN = 200
-"""Letters of such a path."""
 
 
 @contextmanager
@@ -245,14 +249,12 @@ def refused_paths() -> Iterator[None]:
     except OSError as error:
         if error.filename is None or error.errno not in (*_REFUSED, *_FULL):
             raise
-        path = str(error.filename)
-        shown = path if len(path) <= _LONGEST_SHOWN else f"{path[:_LONGEST_SHOWN]}..."
         advice = (
             "make room, and run the same command again"
             if error.errno in _FULL
             else "name another file or folder, or one that can be read and written"
         )
-        raise UserError(f"{shown}: {error.strerror}; {advice}") from None
+        raise disk_error(Path(), error, advice) from None
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

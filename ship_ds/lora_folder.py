@@ -34,6 +34,7 @@ from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_TYPES, c
 from ship_ds.errors import UserError
 from ship_ds.parsing import read_json_object
 from ship_ds.tensor_file import TensorFile
+from ship_ds.weights_folder import is_finite
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -408,8 +409,12 @@ def _refuse_infinite(folder: Path, module: str, computed: Tensor) -> None:
 def _squared_norm(a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
     """Of scaling * B A, in fp32, where it may be infinite: from the products of A and of B with
     themselves, (R, R), without forming (O, I)."""
-    a_RR, b_RR = a_RI.double() @ a_RI.double().T, b_OR.double().T @ b_OR.double()
-    square = (a_RR * b_RR).sum().clamp(min=0) * scaling * scaling
+    square = torch.full((), torch.inf)
+    for dtype in (torch.float32, torch.float64):
+        # In the first, which is quicker, these may overflow where the whole does not.
+        if not square.isfinite():
+            a, b = a_RI.to(dtype), b_OR.to(dtype)
+            square = ((a @ a.T) * (b.T @ b)).sum().clamp(min=0) * scaling * scaling
     return square.float()
 
 
@@ -606,8 +611,7 @@ def _read_tensors(folder: Path, integers: str = "") -> dict[str, Tensor]:
             f"{path}: cannot be read: {' '.join(str(error).split())}; save the adapter again"
         ) from None
     for name, tensor in tensors.items():
-        # Of 8-bit floats torch does not say which are finite.
-        is_right = tensor.is_floating_point() and bool(tensor.float().isfinite().all())
+        is_right = tensor.is_floating_point() and is_finite(tensor)
         if integers and name.rpartition(".")[2] == integers:
             is_right = tensor.dtype in (torch.int32, torch.int64)
         if not is_right:

@@ -125,7 +125,7 @@ def read_header(path: Path) -> dict[str, Place]:
         ) from None
     try:
         header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(one, str) for one in metadata.values()):
             raise ValueError("metadata are texts")
         places = {name: _place(path, name, row, 8 + size) for name, row in header.items()}

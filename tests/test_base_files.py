@@ -82,7 +82,23 @@ def instead_of_weights(name: str) -> Callable[[Path], None]:
     return change
 
 
+def shard(base: Path) -> None:
+    """As every large base is: an index, and files that it lists."""
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").rename(base / "model-1-of-1.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "model-1-of-1.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def test_the_embedded_base_has_no_fault(base: Path) -> None:
+    check_base_files(base)
+    shard(base)
+    check_base_files(base)
+
+
+def test_metadata_may_be_null_as_the_formats_own_reader_has_it(base: Path) -> None:
+    change_bytes(lambda content: content.replace(b'{"format":"pt"}', b"null" + 11 * b" "))(base)
+    assert load_file(base / "model.safetensors")
     check_base_files(base)
 
 
@@ -164,6 +180,10 @@ def test_the_embedded_base_has_no_fault(base: Path) -> None:
         (write("generation_config.json", '{"eos_token_id": "<eos>"}'), "expected the id of a tok"),
         (write("generation_config.json", '{"eos_token_id": [2, -1]}'), "such, got -1; correct"),
         (write("adapter_config.json", "{}"), "adapter_config.json: an adapter beside the model"),
+        (
+            lambda base: [write("adapter_config.json", "{}")(base), shard(base)],
+            "adapter_config.json: an adapter beside the model",
+        ),
         (change_weights(1, "int8"), r"\(I8\): the weights are quantised already, and config"),
         (change_weights(1, "bool"), r"\(BOOL\): the weights are quantised already, and config"),
         (

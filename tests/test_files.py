@@ -153,8 +153,8 @@ def test_what_is_no_manifest_is_said(text: str, tmp_path: Path) -> None:
 def test_a_path_that_the_system_refuses_is_one_line_and_other_faults_stay(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path, reason in (
-        (tmp_path / ("a" * 300), "File name too long; name another"),
-        (tmp_path / "file" / "below", "Not a directory; name another"),
+        (tmp_path / ("a" * 300), "File name too long: name another"),
+        (tmp_path / "file" / "below", "Not a directory: name another"),
     ):
         with pytest.raises(UserError, match=reason) as raised, refused_paths():
             path.open("w")

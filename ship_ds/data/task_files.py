@@ -142,12 +142,9 @@ def check_path(config: FilesSection, key: str) -> None:
         UserError: it cannot, or the folder is empty.
     """
     path = Path(config.path)
-    if path.exists():
-        try:
-            check_there(path)
-        except DataError as error:
-            raise UserError(f"{key}: {error}") from None
     try:
+        if path.exists():
+            check_there(path)
         files = (
             [path / name for name in sorted(os.listdir(path))[:_FILES_TO_OPEN]]
             if path.is_dir()
@@ -156,6 +153,8 @@ def check_path(config: FilesSection, key: str) -> None:
         for file in files:
             if file.is_file() or file == path:
                 file.open("rb").close()
+    except DataError as error:
+        raise UserError(f"{key}: {error}") from None
     except OSError as error:
         raise UserError(
             f"{key}: {error.filename}: {error.strerror}; give a readable file or folder of tasks"

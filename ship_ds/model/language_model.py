@@ -682,13 +682,15 @@ def without_weights(config: PreTrainedConfig, **how: Any) -> Any:
     chosen = auto_class(config)
     try:
         model = chosen.from_config(config, **how)
+    except (MemoryError, ImportError):
+        raise
     # A size or a name that no module takes: of any class, as deep as it is met.
     except Exception as error:
-        path = Path(config.name_or_path or "") / "config.json"
+        path = Path(config.name_or_path or "the model's") / "config.json"
         raise UserError(
             f"{path}: no {config.model_type} can be made of it: {first_line(error)}; correct it, "
             "or download it again"
-        ) from None
+        ) from error
     if implementation(config).has_own_output(config):
         output = model.get_output_embeddings()
         output.weight = nn.Parameter(torch.empty_like(output.weight))

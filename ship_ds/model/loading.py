@@ -139,7 +139,11 @@ def _unfit(port: LanguageModel, role: str, adapts: bool) -> str | None:
     if reason is not None and ((adapts and role == "task_llm") or not port.blocks()):
         return reason
     name = type(port.module).__name__
-    if getattr(settings.get_text_config(decoder=True), "num_attention_heads", None) is None:
+    try:
+        num_heads = getattr(settings.get_text_config(decoder=True), "num_attention_heads", None)
+    except RuntimeError:  # transformers' own, of a config with settings by layer
+        return f"{name}: its layers have other numbers of heads each; give another base"
+    if num_heads is None:
         return f"{name}: has no attention, which is counted on here; give another base"
     if role != "encoder" and fills_in_words(settings):
         return (

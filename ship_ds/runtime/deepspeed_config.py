@@ -270,9 +270,9 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
 
 def _check_pairs(path: Path, config: Mapping[str, Any]) -> None:
     """Raise UserError for what DeepSpeed reads and refuses as the engine is made."""
-    scatters = (config.get("zero_optimization") or {}).get(
-        "reduce_scatter", _ZERO["reduce_scatter"]
-    )
+    zero = config.get("zero_optimization") or {}
+    # Stage 1 sums whole gradients and scatters none.
+    scatters = zero.get("stage") != 1 and zero.get("reduce_scatter", _ZERO["reduce_scatter"])
     for key, default in (("gradient_predivide_factor", 1.0), ("prescale_gradients", False)):
         if scatters and config.get(key, default) != default:
             raise UserError(

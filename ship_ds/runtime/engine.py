@@ -3,6 +3,8 @@
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from traceback import extract_tb
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -65,6 +67,12 @@ def _refused(training: TrainingConfig, reason: str) -> UserError:
         f"training.deepspeed: {training.deepspeed}: DeepSpeed refuses it: {reason}: change "
         "that, or take it out"
     )
+
+
+def _is_raised_in(error: Exception, package: ModuleType) -> bool:
+    """Whether a package itself raised it, and nothing that it called."""
+    place = Path(extract_tb(error.__traceback__)[-1].filename)
+    return place.is_relative_to(Path(package.__path__[0]))
 
 
 def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: float = 0.0) -> float:
@@ -131,8 +139,11 @@ class Engine(Generic[Module]):
             self.deepspeed: Any = deepspeed.initialize(
                 model=module, model_parameters=parameter_groups, config=settings
             )[0]
-        # Pairs of settings that its optimisers do not have, devices, and libraries of a monitor.
-        except (AssertionError, ValueError, NotImplementedError, ImportError) as error:
+        # Pairs of settings that its optimisers do not have. A fault of ours, and one of a library
+        # below, keeps its trace.
+        except (AssertionError, ValueError, NotImplementedError) as error:
+            if not _is_raised_in(error, deepspeed):
+                raise
             raise _refused(training, first_line(error)) from error
         if self.zero_stage() == 3:
             shards.reduce_by_parameter(self.deepspeed.optimizer)

@@ -58,7 +58,7 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
         objective.check(config.model)
     if config.run.init_from is not None:
         verify(bundle_folder(config.run.init_from), hashes=False)
-    _check_writable(Path(config.run.folder))
+    _check_writable(config.run.folder)
     op_cache(environment)
     # Before torch is imported, which makes the folder and has no line for one that it cannot make.
     compiled_cache(environment)
@@ -207,12 +207,12 @@ def _check_models(model: ModelConfig) -> None:
         check_models(model)
 
 
-def _check_writable(folder: Path) -> None:
+def _check_writable(folder: str) -> None:
     """The folder is not made: what is checked later may refuse the run."""
-    if str(folder) == ".":
-        raise UserError("run.folder: expected a folder of the run's own, got an empty name or '.'")
+    if not folder:
+        raise UserError("run.folder: expected a folder of the run's own, got an empty name")
     try:
-        probe = _nearest(folder) / f".probe-{os.getpid()}"
+        probe = _nearest(Path(folder)) / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:

@@ -1,20 +1,36 @@
-"""One run a folder: two that write the same checkpoints and bundle would leave a mixture."""
+"""One run a folder, which it makes, and takes away again where it writes nothing there. Two that
+write the same checkpoints and bundle would leave a mixture.
+"""
 
 import contextlib
 import errno
 import fcntl
 import os
-import shutil
 from pathlib import Path
 from typing import IO
 
-from ship_ds.console import log
+from ship_ds.console import current_rank, log
 from ship_ds.errors import UserError
 
 _NAME, _RANKS = ".lock", "ranks"
 _HELD: dict[Path, IO[str]] = {}
 """By folder, what this process has locked: a POSIX lock goes as soon as any descriptor of its file
 is closed, so there is one for all."""
+_MADE: set[Path] = set()
+"""Folders that this process has made, and may take away: a user's own may have rights and stripes
+that nobody can make again."""
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make the folder, and those above it that are not there.
+
+    Args:
+        folder: of a run.
+    """
+    folder = folder.absolute()
+    # Of two ranks that come at once each has made them.
+    _MADE.update(one for one in (folder, *folder.parents) if not one.exists())
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 class RunLock:
@@ -29,7 +45,7 @@ class RunLock:
         Raises:
             UserError: another process has it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_run_folder(self.folder)
         if self._is_held():
             return
         file = (self.folder / _NAME).open("a", encoding="utf-8")
@@ -51,15 +67,22 @@ class RunLock:
         _HELD[self.folder.resolve()] = file
 
     def leave_unused(self) -> None:
-        """Remove the folder, if this process has it and nothing of a run was written there."""
-        if not self._is_held():
-            return
-        watched = self.folder / _RANKS
+        """Where nothing of a run was written, and no other process has the folder, take away what
+        this start has put there: each rank its own, and the first, or the last to leave, the rest.
+        """
+        folder, lock, own = self.folder.absolute(), self.folder / _NAME, current_rank(os.environ)
         with contextlib.suppress(OSError):
-            if {path.name for path in self.folder.iterdir()} <= {_NAME, _RANKS}:
-                shutil.rmtree(watched, ignore_errors=True)
-                (self.folder / _NAME).unlink()
-                self.folder.rmdir()
+            names = {path.name for path in folder.iterdir()}
+            if not names <= {_NAME, _RANKS} or (lock.exists() and not self._is_held()):
+                return
+            for path in (folder / _RANKS).glob("rank-*.json" if own == 0 else f"rank-{own}.json"):
+                path.unlink(missing_ok=True)
+            if _RANKS in names:
+                (folder / _RANKS).rmdir()
+            lock.unlink(missing_ok=True)
+            for one in (folder, *folder.parents):
+                if one in _MADE:
+                    one.rmdir()
 
     def _is_held(self) -> bool:
         """Whether this process has it; a folder that was removed meanwhile is another one."""

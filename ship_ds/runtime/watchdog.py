@@ -25,6 +25,7 @@ from ship_ds.console import current_rank, log_from_any_rank
 from ship_ds.errors import first_line
 from ship_ds.exit_codes import HUNG
 from ship_ds.files import write_json
+from ship_ds.runtime.run_lock import make_run_folder
 
 _PACKAGE = str(Path(ship_ds.__file__).parent)
 _COLLECTIVES = (
@@ -75,7 +76,8 @@ class Watchdog:
         """Start the thread; the run folder can be written."""
         if self.limit is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_run_folder(self.folder.parent)
+        self.folder.mkdir(exist_ok=True)
         threading.Thread(
             target=self._watch, args=(self.limit,), name="watchdog", daemon=True
         ).start()

@@ -825,11 +825,18 @@ def test_every_compression_that_python_has_is_read(
             read_tasks(tmp_path, "jsonl")
 
 
+@pytest.mark.parametrize("is_link", [False, True])
 @pytest.mark.parametrize("name", ["b.csv", "b.json.zst", "b.zip", "below/b.tsv"])
-def test_files_that_may_be_data_are_not_passed_over_in_silence(name: str, tmp_path: Path) -> None:
+def test_files_that_may_be_data_are_not_passed_over_in_silence(
+    name: str, is_link: bool, tmp_path: Path
+) -> None:
+    """A link is DVC's or git-annex's, whose file was not fetched."""
     write(tmp_path / "a.jsonl", _OURS)
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("x")
+    if is_link:
+        (tmp_path / name).symlink_to("annexed")
+    else:
+        (tmp_path / name).write_text("x")
     counts: Counter[str] = Counter()
     read_tasks(tmp_path, counts=counts)
     assert counts == {f"files that jsonl does not read, such as {name}": 1}
@@ -872,6 +879,11 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         read_tasks(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=r"data\.path: .*a\.jsonl: is a pipe"):
         check_path(FilesConfig(path=str(tmp_path / "a.jsonl")), "data.path")
+
+
+def test_a_path_that_the_system_refuses_is_said_with_its_key() -> None:
+    with pytest.raises(UserError, match=r"data\.path: .*File name too long; give a readable"):
+        check_path(FilesConfig(path="x" * 300), "data.path")
 
 
 def test_an_id_of_white_space_is_empty(tmp_path: Path) -> None:

@@ -371,6 +371,12 @@ def test_what_deepspeed_refuses_with_its_engine_is_said_before(
         read_deepspeed_config(str(path))
 
 
+def test_stage_1_scatters_no_gradients_and_may_scale_them_first(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 1}, "prescale_gradients": true}')
+    assert read_deepspeed_config(str(path))["prescale_gradients"]
+
+
 @pytest.mark.slow
 def test_a_file_that_deepspeed_alone_refuses_leaves_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -57,6 +57,13 @@ def test_bad_input_is_named(tmp_path: Path, overrides: list[str], message: str) 
         check(tmp_path, *overrides)
 
 
+def test_where_one_stands_may_be_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check(tmp_path, "run.folder=.")
+
+
 def test_a_link_to_nothing_is_no_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to("nowhere")
     with pytest.raises(UserError, match=r"run.folder: .*run: No such file"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ship_ds.errors import UserError
-from ship_ds.runtime import ranks
+from ship_ds.runtime import ranks, run_lock
 from ship_ds.runtime.run_lock import RunLock
 from ship_ds.runtime.sweep import main, overrides_of_line
 from tests.conftest import REPOSITORY, environment
@@ -143,19 +143,45 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path:
     assert (tmp_path / ".lock").exists(), "a folder of that name is another one"
 
 
-def test_a_folder_in_which_nothing_was_written_is_not_left(tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    RunLock(tmp_path / "other").leave_unused()
-    assert (tmp_path / "other").is_dir(), "whose it is nobody knows"
-    for name, stays in (("unused", False), ("used", True)):
-        folder = tmp_path / name
-        RunLock(folder).take()
-        (folder / "ranks").mkdir()
-        (folder / "ranks" / "rank-0.json").write_text("{}")
-        if stays:
-            (folder / "metrics.jsonl").write_text("")
-        RunLock(folder).leave_unused()
-        assert folder.exists() == stays
+@pytest.mark.parametrize("takes", [True, False])
+@pytest.mark.parametrize(
+    ("before", "written", "left"),
+    [
+        ([], [], []),
+        ([], ["metrics.jsonl"], ["run", "run/.lock", "run/metrics.jsonl", "run/ranks"]),
+        (["run"], [], ["run"]),  # a user's own, which may have rights that nobody makes again
+        ([], ["ranks/mine"], ["run", "run/.lock", "run/ranks", "run/ranks/mine"]),
+    ],
+)
+def test_a_start_that_wrote_nothing_takes_away_what_it_has_made(
+    before: list[str], written: list[str], left: list[str], takes: bool, tmp_path: Path
+) -> None:
+    """`takes`: it came as far as to have the folder."""
+    above = tmp_path / "above"
+    for name in before:
+        (above / name).mkdir(parents=True)
+    run_lock.make_run_folder(above / "run")
+    if takes:
+        RunLock(above / "run").take()
+    (above / "run" / "ranks").mkdir()
+    (above / "run" / "ranks" / "rank-0.json").write_text("{}")
+    for name in written:
+        (above / "run" / name).write_text("")
+    RunLock(above / "run").leave_unused()
+    found = {str(path.relative_to(above)) for path in above.rglob("*")} - {"run/ranks/rank-0.json"}
+    assert found == set(left) - ({"run/.lock"} if not takes else set())
+    assert above.exists() == bool(left)
+
+
+def test_a_folder_of_another_process_or_of_a_user_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    RunLock(tmp_path / "own").leave_unused()
+    assert (tmp_path / "own").is_dir()
+    folder = tmp_path / "theirs"
+    run_lock.make_run_folder(folder)
+    (folder / ".lock").write_text("")
+    RunLock(folder).leave_unused()
+    assert (folder / ".lock").exists()
 
 
 def test_ports_stay_below_those_that_linux_hands_out_and_change_with_a_requeue() -> None:

@@ -142,11 +142,8 @@ def _count_unread(path: Path, format: str, counts: Counter[str]) -> None:
     for read."""
     if not path.is_dir():
         return
-    unread = sorted(
-        {*files_of(path, (*FILE_SUFFIXES, *OTHER_SUFFIXES), below=True)}.difference(
-            FORMATS[format].files(path)
-        )
-    )
+    files = files_of(path, (*FILE_SUFFIXES, *OTHER_SUFFIXES), below=True, follows=False)
+    unread = sorted({*files}.difference(FORMATS[format].files(path)))
     if unread:
         counts[f"files that {format} does not read, such as {unread[0].relative_to(path)}"] += len(
             unread

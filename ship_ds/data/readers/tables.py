@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ship_ds.data.readers.files import compression_of, kind_of
+from ship_ds.data.readers.files import compression_of, kind_of, opened
 from ship_ds.data.task import DataError
 from ship_ds.safetensors_header import refuse_pointer_file
 
@@ -19,11 +19,13 @@ def table(file: Path, columns: Sequence[str] = ()) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    # It logs what it raises as well.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if compression := compression_of(file):
         raise DataError(f"{file}: {kind_of(file)[1:]} is read as it is: unpack the {compression}")
+    opened(file).close()
     refuse_pointer_file(file)
+    level = datasets.logging.get_verbosity()
+    # It logs what it raises as well.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         # else every file read is copied to the user's home, and stays there
         with tempfile.TemporaryDirectory() as cache:
@@ -38,5 +40,7 @@ def table(file: Path, columns: Sequence[str] = ()) -> Any:
         raise DataError(
             f"{file}: cannot be read as {kind_of(file)[1:]}: {cause}; save it again"
         ) from None
+    finally:
+        datasets.logging.set_verbosity(level)
     has_all = columns and set(columns) <= set(rows.column_names)
     return rows.select_columns(list(columns)) if has_all else rows
