@@ -57,7 +57,7 @@ soak: setup
 
 # 100,000 inputs a parser, instead of the 40 of `make test`: hours on two cores.
 fuzz: setup
-	SHIP_DS_FUZZ=100000 $(PYTEST) -n 2 tests/fuzz
+	SHIP_DS_FUZZ=100000 $(PYTEST) -n 2 --junitxml=.build/fuzz.xml tests/fuzz
 
 # The pages of docs/ as a site, into .build/site.
 docs: setup

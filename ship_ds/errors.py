@@ -9,6 +9,13 @@ class UserError(ValueError):
     """Bad input: the message names the file, line or key, what was expected and what to do about
     it."""
 
+    def __init__(self, message: str = "") -> None:
+        """
+        Args:
+            message: what a user typed in it, and names of their files, may hold ends of lines.
+        """
+        super().__init__(" ".join(message.splitlines()))
+
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/"
 """What a file begins with that git-lfs has put in another one's place."""

@@ -1,6 +1,7 @@
 """Configs, overrides of them, and DeepSpeed's."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,33 @@ from hypothesis import strategies as st
 
 from ship_ds.config import flat, load_config, parse_config, recipe_text
 from ship_ds.runtime.deepspeed_config import CONFIGS_FOLDER, complete, read_deepspeed_config
-from tests.fuzz.documents import broken, changed, files, fuzz, reads_or_says, values
+from tests.fuzz.documents import (
+    broken,
+    changed,
+    copies,
+    files,
+    fuzz,
+    reads_or_says,
+    values,
+    variants,
+)
 
 CONFIG: Any = load_config("quickstart").model_dump(mode="json")
 KEYS = sorted({key.rpartition(".")[2] for key in flat(CONFIG)} | CONFIG.keys())
 WORDS = ["lora", "files", "mixture", "kind", "path", "nf4", "all-linear", "embedded", "on", "1:30"]
 
 
+def _parse(document: dict[str, Any]) -> str:
+    return parse_config(document, "here").model_dump_json()
+
+
 @pytest.mark.slow
 @fuzz
-@given(st.one_of(changed(CONFIG, values(KEYS, WORDS)), values(KEYS, WORDS)))
-def test_values_are_a_config_or_one_line(document: Any) -> None:
-    if isinstance(document, dict):
-        reads_or_says(lambda: parse_config(document, "here").model_dump_json())
+@given(variants(st.one_of(changed(CONFIG, values(KEYS, WORDS)), values(KEYS, WORDS))))
+def test_values_are_a_config_or_one_line(documents: list[Any]) -> None:
+    for document in documents:
+        if isinstance(document, dict):
+            reads_or_says(partial(_parse, document))
 
 
 def test_a_file_is_a_config_or_one_line(tmp_path: Path) -> None:
@@ -35,11 +50,12 @@ def test_a_file_is_a_config_or_one_line(tmp_path: Path) -> None:
     )
 
     @fuzz
-    @given(broken(texts))
-    def check(content: bytes) -> None:
+    @given(copies(broken(texts)))
+    def check(contents: list[bytes]) -> None:
         path = tmp_path / "own.yaml"
-        path.write_bytes(content)
-        reads_or_says(lambda: load_config(str(path)))
+        for content in contents:
+            path.write_bytes(content)
+            reads_or_says(lambda: load_config(str(path)))
 
     check()
 
@@ -50,12 +66,15 @@ _NAMES = st.lists(st.sampled_from([*KEYS, "0", "", "targets"]), min_size=1, max_
 _VALUES = st.one_of(
     values(KEYS, WORDS).map(json.dumps), st.text(alphabet="[]{}:,&*-~ab01.e'\"", max_size=12)
 )
+_OVERRIDES = st.lists(st.tuples(_NAMES, _VALUES).map("=".join), min_size=1, max_size=3)
 
 
 @fuzz
-@given(st.lists(st.tuples(_NAMES, _VALUES).map("=".join), min_size=1, max_size=3))
-def test_overrides_are_taken_or_one_line(overrides: list[str]) -> None:
-    reads_or_says(lambda: load_config("quickstart", overrides))
+@given(copies(_OVERRIDES.map(lambda overrides: "\0".join(overrides).encode(errors="replace"))))
+def test_overrides_are_taken_or_one_line(contents: list[bytes]) -> None:
+    for content in contents:
+        overrides = content.decode(errors="replace").split("\0")
+        reads_or_says(partial(load_config, "quickstart", overrides))
 
 
 def test_a_deepspeed_config_is_taken_or_one_line(tmp_path: Path) -> None:
@@ -63,10 +82,11 @@ def test_a_deepspeed_config_is_taken_or_one_line(tmp_path: Path) -> None:
     keys = [*good, *good["zero_optimization"], "fp16", "data_types", "enabled", "device"]
 
     @fuzz
-    @given(files(good, keys))
-    def check(content: bytes) -> None:
+    @given(copies(files(good, keys)))
+    def check(contents: list[bytes]) -> None:
         path = tmp_path / "own.json"
-        path.write_bytes(content)
-        reads_or_says(lambda: complete(read_deepspeed_config(str(path))))
+        for content in contents:
+            path.write_bytes(content)
+            reads_or_says(lambda: complete(read_deepspeed_config(str(path))))
 
     check()

@@ -23,7 +23,7 @@ from ship_ds.files import Manifest
 from ship_ds.lora_folder import read_lora
 from ship_ds.origin import read_origin
 from ship_ds.safetensors_header import read_header
-from tests.fuzz.documents import broken, files, fuzz, reads_or_says
+from tests.fuzz.documents import broken, copies, files, fuzz, reads_or_says
 
 ORIGIN: dict[str, Any] = {
     "made_from": "k",
@@ -65,10 +65,11 @@ def test_ship_json_is_read_or_one_line(tmp_path: Path) -> None:
     """Three of its fields are objects whose keys the model card names."""
 
     @fuzz
-    @given(files(ORIGIN, list(ORIGIN)))
-    def check(content: bytes) -> None:
-        (tmp_path / "ship.json").write_bytes(content)
-        reads_or_says(lambda: read_origin(tmp_path).card())
+    @given(copies(files(ORIGIN, list(ORIGIN))))
+    def check(contents: list[bytes]) -> None:
+        for content in contents:
+            (tmp_path / "ship.json").write_bytes(content)
+            reads_or_says(lambda: read_origin(tmp_path).card())
 
     check()
 
@@ -102,14 +103,21 @@ def test_an_adapter_is_read_or_one_line(tmp_path: Path) -> None:
     (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(LORA))
     read_lora(tmp_path)  # imports peft, for which no input is to blame
 
+    settings = files(LORA, [*LORA, "rank_pattern", "use_dora"])
+    either = st.one_of(
+        st.tuples(st.just(ADAPTER_CONFIG), copies(settings)),
+        st.tuples(st.just(ADAPTER_WEIGHTS), copies(_safetensors(weights))),
+    )
+
     @fuzz
-    @given(files(LORA, [*LORA, "rank_pattern", "use_dora"]), _safetensors(weights), st.booleans())
-    def check(settings: bytes, tensors: bytes, is_config: bool) -> None:
-        (tmp_path / ADAPTER_CONFIG).write_bytes(
-            settings if is_config else json.dumps(LORA).encode()
-        )
-        (tmp_path / ADAPTER_WEIGHTS).write_bytes(weights if is_config else tensors)
-        reads_or_says(lambda: read_lora(tmp_path))
+    @given(either)
+    def check(drawn: tuple[str, list[bytes]]) -> None:
+        name, contents = drawn
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(LORA))
+        (tmp_path / ADAPTER_WEIGHTS).write_bytes(weights)
+        for content in contents:
+            (tmp_path / name).write_bytes(content)
+            reads_or_says(lambda: read_lora(tmp_path))
 
     check()
 
@@ -137,10 +145,11 @@ def test_a_header_is_read_or_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
 
     @fuzz
-    @given(_safetensors((tmp_path / "good").read_bytes()))
-    def check(content: bytes) -> None:
-        path.write_bytes(content)
-        reads_or_says(lambda: read_header(path))
+    @given(copies(_safetensors((tmp_path / "good").read_bytes())))
+    def check(contents: list[bytes]) -> None:
+        for content in contents:
+            path.write_bytes(content)
+            reads_or_says(lambda: read_header(path))
 
     check()
 
@@ -165,13 +174,14 @@ def test_a_bundle_is_opened_or_one_line(name: str, bundle: Path, tmp_path: Path)
     document: Any = json.loads((bundle / name).read_text())
 
     @fuzz
-    @given(files(document, list(document) if isinstance(document, dict) else ["k"]))
-    def check(content: bytes) -> None:
-        (folder / name).write_bytes(content)
-        Manifest.of(folder).write(folder)
-        reads_or_says(lambda: Bundle.open(folder))
-        if name == "config.json":
-            reads_or_says(lambda: check_run(folder))
+    @given(copies(files(document, list(document) if isinstance(document, dict) else ["k"])))
+    def check(contents: list[bytes]) -> None:
+        for content in contents:
+            (folder / name).write_bytes(content)
+            Manifest.of(folder).write(folder)
+            reads_or_says(lambda: Bundle.open(folder))
+            if name == "config.json":
+                reads_or_says(lambda: check_run(folder))
 
     check()
 
@@ -181,10 +191,11 @@ def test_a_manifest_is_read_or_one_line(bundle: Path, tmp_path: Path) -> None:
     document = json.loads((bundle / "manifest.json").read_text())
 
     @fuzz
-    @given(files(document, [*document, "bytes", "sha256", "../x", "/etc/passwd"]))
-    def check(content: bytes) -> None:
-        (folder / "manifest.json").write_bytes(content)
-        reads_or_says(lambda: Bundle.open(folder))
+    @given(copies(files(document, [*document, "bytes", "sha256", "../x", "/etc/passwd"])))
+    def check(contents: list[bytes]) -> None:
+        for content in contents:
+            (folder / "manifest.json").write_bytes(content)
+            reads_or_says(lambda: Bundle.open(folder))
 
     check()
 
@@ -200,9 +211,10 @@ def test_a_base_is_looked_through_or_one_line(name: str, tmp_path: Path) -> None
         document = {key: document[key] for key in ("version", "model")} | {"model": {}}
 
     @fuzz
-    @given(files(document, [*document, "auto_map", "quantization_config", "quant_method"]))
-    def check(content: bytes) -> None:
-        (folder / name).write_bytes(content)
-        reads_or_says(lambda: check_base_files(folder))
+    @given(copies(files(document, [*document, "auto_map", "quantization_config", "quant_method"])))
+    def check(contents: list[bytes]) -> None:
+        for content in contents:
+            (folder / name).write_bytes(content)
+            reads_or_says(lambda: check_base_files(folder))
 
     check()

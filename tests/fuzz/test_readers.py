@@ -14,7 +14,7 @@ from ship_ds.data.readers import FORMATS, read_tasks
 from ship_ds.export.requests import read_instructions
 from ship_ds.inference.lines import read_inputs, read_pairs
 from ship_ds.runtime.sweep import overrides_of_line
-from tests.fuzz.documents import broken, changed, files, fuzz, reads_or_says, values
+from tests.fuzz.documents import broken, changed, copies, files, fuzz, reads_or_says, values
 
 _OURS = {
     "id": "t",
@@ -77,8 +77,12 @@ def test_a_file_of_tasks_is_read_or_one_line(name: str, tmp_path: Path) -> None:
     contents = _lines(document) if name in _IN_LINES else files(document, KEYS)
 
     @fuzz
-    @given(contents, st.booleans(), st.booleans())
-    def check(content: bytes, is_compressed: bool, by_name: bool) -> None:
+    @given(copies(contents), st.booleans(), st.booleans())
+    def check(contents: list[bytes], is_compressed: bool, by_name: bool) -> None:
+        for content in contents:
+            check_one(content, is_compressed, by_name)
+
+    def check_one(content: bytes, is_compressed: bool, by_name: bool) -> None:
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
         for old in folder.rglob("*.*"):
@@ -105,11 +109,12 @@ def test_lines_for_a_verb_are_read_or_one_line(reader: Any, tmp_path: Path) -> N
     rows = [{"input": "x", "target": "y"}, {"instruction": "k", "id": "i"}]
 
     @fuzz
-    @given(_lines(rows[reader is read_instructions]), st.sampled_from(["a.jsonl", "a.txt"]))
-    def check(content: bytes, name: str) -> None:
-        (tmp_path / name).write_bytes(content)
+    @given(copies(_lines(rows[reader is read_instructions])), st.sampled_from(["a.jsonl", "a.txt"]))
+    def check(contents: list[bytes], name: str) -> None:
         path: Any = tmp_path / name if reader is read_instructions else str(tmp_path / name)
-        reads_or_says(lambda: reader(path))
+        for content in contents:
+            (tmp_path / name).write_bytes(content)
+            reads_or_says(lambda: reader(path))
 
     check()
 
@@ -118,9 +123,10 @@ def test_a_sweep_file_is_read_or_one_line(tmp_path: Path) -> None:
     words = st.sampled_from(["a.b=1", "'", '"', "#", "\n", "[x, y]", "\\", " ", "\r", "\x00"])
 
     @fuzz
-    @given(broken(st.lists(words, max_size=12).map("".join)), st.integers(-1, 4))
-    def check(content: bytes, number: int) -> None:
-        (tmp_path / "s.txt").write_bytes(content)
-        reads_or_says(lambda: overrides_of_line(tmp_path / "s.txt", number))
+    @given(copies(broken(st.lists(words, max_size=12).map("".join))), st.integers(-1, 4))
+    def check(contents: list[bytes], number: int) -> None:
+        for content in contents:
+            (tmp_path / "s.txt").write_bytes(content)
+            reads_or_says(lambda: overrides_of_line(tmp_path / "s.txt", number))
 
     check()
