@@ -70,12 +70,12 @@ class RunLock:
         """Where nothing of a run was written, and no other process has the folder, take away what
         this start has put there: each rank its own, and the first, or the last to leave, the rest.
         """
-        folder, lock, own = self.folder.absolute(), self.folder / _NAME, current_rank(os.environ)
+        folder, lock, rank = self.folder.absolute(), self.folder / _NAME, current_rank(os.environ)
         with contextlib.suppress(OSError):
             names = {path.name for path in folder.iterdir()}
             if not names <= {_NAME, _RANKS} or (lock.exists() and not self._is_held()):
                 return
-            for path in (folder / _RANKS).glob("rank-*.json" if own == 0 else f"rank-{own}.json"):
+            for path in (folder / _RANKS).glob(f"rank-{rank or '*'}.json"):
                 path.unlink(missing_ok=True)
             if _RANKS in names:
                 (folder / _RANKS).rmdir()
