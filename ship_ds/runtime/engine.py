@@ -147,6 +147,7 @@ class Engine(Generic[Module]):
             raise _refused(training, first_line(error)) from error
         if self.zero_stage() == 3:
             shards.reduce_by_parameter(self.deepspeed.optimizer)
+            shards.keep_signatures(module)
         else:
             take_norms_at_once(self.deepspeed.optimizer)
         self.module = module

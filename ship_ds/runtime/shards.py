@@ -5,6 +5,7 @@ DeepSpeed takes a model with sharded parameters as one that was built under `zer
 `initialize` shards the others, but neither casts nor moves them.
 """
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -80,6 +81,28 @@ def reduce_by_parameter(optimiser: Any) -> None:
         if hasattr(parameter, "ds_z3_leaf_module"):
             del parameter.ds_z3_leaf_module
     optimiser.create_reduce_and_remove_grad_hooks()
+
+
+def keep_signatures(model: nn.Module) -> None:
+    """Have the signatures of ZeRO-3's functions made once.
+
+    DeepSpeed puts two autograd functions on every module that it hooks, and one in the place of
+    `linear`; torch asks Python for the signature of `forward` each time one is applied, and Python
+    makes a new one each time.
+
+    Args:
+        model: that an engine has put hooks on.
+    """
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    hooks = [
+        vars(module)[name]
+        for module in model.modules()
+        for name in ("pre_bwd_fn", "post_bwd_fn")
+        if name in vars(module)
+    ]
+    for function in (LinearFunctionForZeroStage3, *hooks):
+        function.forward.__signature__ = inspect.signature(function.forward)
 
 
 class _ParametersAlone(nn.Module):

@@ -6,6 +6,7 @@ measured as JSON.
 
 import gc
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.utils import nvtx
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -101,8 +103,50 @@ def each_rank_holds_half(folder: Path) -> dict[str, Any]:
     made.take_step()
     made.evaluate()
     made.take_step()
-    made.take_step()
+    found["work of hooks"] = work_of_hooks(made)
     return {**found, "steps": made.step, "before": before, "after": frozen_digest(made)}
+
+
+def work_of_hooks(made: Trainer) -> dict[str, Any]:
+    """Of ZeRO-3's, in a step: how often each module that was called looked for its weights once
+    more in the backward pass, above its calls; and signatures that Python made."""
+    names = {id(module): name for name, module in made.model.named_modules()}
+    forward: Counter[str] = Counter()
+    backward: Counter[str] = Counter()
+    num_signatures = 0
+    offload = parameter_offload.DeepSpeedZeRoOffload
+    hooks = "pre_sub_module_forward_function", "pre_sub_module_backward_function"
+    real = [getattr(offload, name) for name in hooks]
+    make_signature = inspect._signature_from_function  # type: ignore[attr-defined]
+
+    def counted(hook: Callable[..., None], calls: Counter[str]) -> Callable[..., None]:
+        def call(self: Any, module: torch.nn.Module) -> None:
+            calls[names.get(id(module), "the model")] += 1
+            hook(self, module)
+
+        return call
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        nonlocal num_signatures
+        num_signatures += 1
+        return make_signature(*arguments, **options)
+
+    try:
+        for name, hook, calls in zip(hooks, real, (forward, backward), strict=True):
+            setattr(offload, name, counted(hook, calls))
+        inspect._signature_from_function = make  # type: ignore[attr-defined]
+        made.take_step()
+    finally:
+        for name, hook in zip(hooks, real, strict=True):
+            setattr(offload, name, hook)
+        inspect._signature_from_function = make_signature  # type: ignore[attr-defined]
+    return {
+        "forward": forward.total(),
+        "more than called": {
+            name: count - forward[name] for name, count in backward.items() if count > forward[name]
+        },
+        "signatures": num_signatures,
+    }
 
 
 def frozen_digest(made: Trainer) -> str:

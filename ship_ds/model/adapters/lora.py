@@ -269,7 +269,7 @@ class FactorHypernetwork(TrunkHypernetwork):
             own_TUD = from_latent_TXD
             if self.num_shares > 1:
                 own_TUD = from_latent_TXD.index_select(1, self.get_buffer(f"layers_{group}"))
-            factors |= head(self.run_trunk(own_TUD + head.units(places_JD)))
+            factors |= head.factors(self.run_trunk(own_TUD + head.units(places_JD)))
         return LoraAdapter(factors, self.scaling)
 
     @staticmethod

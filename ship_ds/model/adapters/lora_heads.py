@@ -54,8 +54,12 @@ class LoraHead(nn.Module, ABC):
         return 0
 
     @abstractmethod
-    def forward(self, features_TUD: Tensor) -> Factors:
-        """A and B of each of the group's sites, from the features (T, U, D)."""
+    def factors(self, features_TUD: Tensor) -> Factors:
+        """A and B of each of the group's sites, from the features (T, U, D).
+
+        Not `forward`: of a module that is called ZeRO-3 looks for the weights once more for each
+        tensor that it returned, two a site. The linears inside are called.
+        """
 
 
 class ShapeHead(LoraHead):
@@ -73,7 +77,7 @@ class ShapeHead(LoraHead):
         nn.init.normal_(started.weight, std=0.2 * bound)
         nn.init.uniform_(started.bias, -bound, bound)
 
-    def forward(self, features_TUD: Tensor) -> Factors:
+    def factors(self, features_TUD: Tensor) -> Factors:
         a_TJRI = self.to_a(features_TUD).unflatten(2, (self.rank, self.num_in))
         b_TJOR = self.to_b(features_TUD).unflatten(2, (self.num_out, self.rank))
         return _by_path(self.paths, a_TJRI, b_TJOR)
@@ -98,10 +102,12 @@ class LayerHead(LoraHead):
             layers.setdefault(layer[0] if layer else "", {})[path] = shape
         return list(layers.values())
 
-    def forward(self, features_TUD: Tensor) -> Factors:
-        return {
-            path: factors for part in self.parts for path, factors in part(features_TUD).items()
-        }
+    def factors(self, features_TUD: Tensor) -> Factors:
+        made: Factors = {}
+        for part in self.parts:
+            assert isinstance(part, ShapeHead)
+            made |= part.factors(features_TUD)
+        return made
 
 
 class RankHead(LoraHead):
@@ -131,7 +137,7 @@ class RankHead(LoraHead):
         ranks_RD = self.rank_embedding(torch.arange(self.rank, device=embeddings_JD.device))
         return (embeddings_JD[:, None] + ranks_RD).flatten(0, 1)
 
-    def forward(self, features_TUD: Tensor) -> Factors:
+    def factors(self, features_TUD: Tensor) -> Factors:
         a_TJRI = self.to_a(features_TUD).unflatten(1, (-1, self.rank))
         b_TJOR = self.to_b(features_TUD).unflatten(1, (-1, self.rank)).transpose(2, 3)
         return _by_path(self.paths, a_TJRI, b_TJOR)
@@ -168,7 +174,7 @@ class CoreHead(LoraHead):
     def times_core(self, b_JOR: Tensor, core_TJX: Tensor) -> Tensor:
         """B of each site times its task's core, (T, J, O, R)."""
 
-    def forward(self, features_TUD: Tensor) -> Factors:
+    def factors(self, features_TUD: Tensor) -> Factors:
         sites = torch.arange(len(self.paths), device=features_TUD.device)
         a_JRI = self.a(sites).unflatten(1, (self.rank, self.num_in))
         b_JOR = self.b(sites).unflatten(1, (self.num_out, self.rank))
