@@ -258,8 +258,15 @@ def _header(folder: Path, file: str) -> dict[str, Place]:
 
 def _check_stored(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
     """Raise UserError for weights that are codes, of which config.json does not say so: they would
-    be taken for the numbers themselves."""
+    be taken for the numbers themselves; and for 4-bit codes without their scales."""
     if quantised_by(settings) is not None:
+        for name, place in tensors.items():
+            is_code = name.endswith(".weight") and place.dtype == "U8"
+            if is_code and f"{name}.absmax" not in tensors:
+                raise UserError(
+                    f"{folder}: {name}: 4-bit weights without their scales ({name}.absmax is not "
+                    "there); download the model again, or give its 16-bit weights"
+                )
         return
     for name, place in tensors.items():
         is_code = name.endswith(".weight") and place.dtype in _NO_WEIGHTS

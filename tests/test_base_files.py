@@ -190,6 +190,13 @@ def test_metadata_may_be_null_as_the_formats_own_reader_has_it(base: Path) -> No
             add_weights("model.layers.0.mlp.up_proj.weight_scale_inv"),
             "weight_scale_inv .*quantised already, and config.json does not say how",
         ),
+        (
+            lambda base: [
+                edit("config.json", quantization_config={"quant_method": "bitsandbytes"})(base),
+                change_weights(1, "uint8")(base),
+            ],
+            r"4-bit weights without their scales \(.*\.absmax is not there\)",
+        ),
         (change_bytes(lambda content: content + b"\0"), "damaged: its tensors do not follow each"),
         (
             change_bytes(lambda content: content.replace(b'"format":"pt"', b'"format":  12')),

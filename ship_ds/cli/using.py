@@ -465,7 +465,7 @@ def reason(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...")],
     run: RunOption,
     file: FileOption = None,
-    rounds: Annotated[int, typer.Option(min=1, help="of induction and encoding")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="of induction and encoding")] = 1,
     method: MethodOption = "union",
     preset: PresetOption = "ours",
     settings: SetSearchOption = None,

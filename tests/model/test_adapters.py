@@ -96,6 +96,13 @@ def test_no_adapter_stays_current_after_a_forward_that_raised() -> None:
     )
 
 
+def test_a_wrapped_linear_shows_what_families_look_at() -> None:
+    """T5 at the weight's type, Jamba's state-space layers at the bias."""
+    base = nn.Linear(2, 3)
+    wrapped = AdaptedLinear(base, "a")
+    assert wrapped.weight is base.weight and wrapped.bias is base.bias
+
+
 def test_rows_of_tasks_answer_as_each_task_alone() -> None:
     model = tiny_lm("llama")
     adapter = random_lora(wrap_sites(model, TARGETS), 2)
