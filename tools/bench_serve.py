@@ -9,13 +9,14 @@ machine with other work the two differ.
 
 The second part writes the same 16 inputs by the decoder of the server, once under 16 adapters, once
 under these with the base's 4-bit weights as they lie (a CPU keeps them dequantised), and once under
-one, in turns. No answer ends before its length, or the two would not write equally many
-tokens: the end of sequence is taken for a token like others.
+one, in turns whose order is drawn. No answer ends before its length, or the two would not write
+equally many tokens: the end of sequence is taken for a token like others.
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -126,8 +127,10 @@ def batches(run: Path, instructions: Sequence[str], text: str, turns: int) -> di
     if any(one is not None for one in kept):
         cases |= {"adapters_16_packed": many, "rows_1_packed": many[:1]}
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    rng = random.Random(0)
     for turn in range(turns + 1):
-        for name, sources in cases.items():
+        # In an order of its own each: what ran before decides what is in the processor's caches.
+        for name, sources in rng.sample(list(cases.items()), len(cases)):
             for linear, weight in zip(linears, kept, strict=True):
                 linear.unpacked = None if name.endswith("_packed") else weight
             speed = tokens_a_second(ship, sources, text, 64)
