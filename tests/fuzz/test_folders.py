@@ -1,4 +1,4 @@
-"""Folders that others hand on: adapters, bundles, bases and their files."""
+"""Folders that others hand on: adapters, bundles, bases, checkpoints and their files."""
 
 import json
 import re
@@ -16,13 +16,15 @@ from safetensors.torch import save_file
 
 from ship_ds.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ship_ds.base_files import check_base_files
-from ship_ds.bundle import Bundle, frozen_bases, write_bundle
+from ship_ds.bundle import PROGRESS, Bundle, check_checkpoint, frozen_bases, write_bundle
 from ship_ds.cli.checks import check_run
 from ship_ds.config import base_folder, load_config
+from ship_ds.console import no_log
 from ship_ds.errors import UserError
 from ship_ds.files import Manifest
 from ship_ds.lora_folder import read_lora
 from ship_ds.origin import read_origin
+from ship_ds.runtime import checkpoint
 from ship_ds.safetensors_header import read_header
 from tests.fuzz.documents import broken, copies, files, fuzz, reads_or_says
 
@@ -199,6 +201,37 @@ def test_a_manifest_is_read_or_one_line(bundle: Path, tmp_path: Path) -> None:
         for content in contents:
             (folder / "manifest.json").write_bytes(content)
             reads_or_says(lambda: Bundle.open(folder))
+
+    check()
+
+
+@pytest.mark.parametrize("name", [PROGRESS, checkpoint.EVALUATION, "manifest.json"])
+def test_a_checkpoint_is_gone_on_from_or_one_line(name: str, tmp_path: Path) -> None:
+    """As far as it goes without a model."""
+    config = load_config("quickstart-smoke").model_dump(mode="json")
+    progress = asdict(checkpoint.Progress(2, 1.5, 30, 0, 1, config, "0a", git_revision="0b"))
+    folder = checkpoint.folder_of(tmp_path, 2)
+    folder.mkdir()
+    (folder / PROGRESS).write_text(json.dumps(progress))
+    checkpoint.record_evaluation(folder, 1)
+    Manifest.of(folder, [PROGRESS]).write(folder)
+    document = json.loads((folder / name).read_text())
+
+    def go_on() -> None:
+        if name != "manifest.json":
+            then = checkpoint.read_progress(folder)
+            checkpoint.check_same_run(folder, then, config, "0a", {})
+        elif checkpoint.newest_good(tmp_path, no_log):
+            check_checkpoint(folder)
+
+    go_on()
+
+    @fuzz
+    @given(copies(files(document, [*document, "bytes", "sha256", "../x", "seed"])))
+    def check(contents: list[bytes]) -> None:
+        for content in contents:
+            (folder / name).write_bytes(content)
+            reads_or_says(go_on)
 
     check()
 
