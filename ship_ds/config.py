@@ -7,6 +7,7 @@ An unknown key, a wrong type and an impossible pair each raise UserError with on
 component gets its own slice.
 """
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -1157,8 +1158,10 @@ def _key(location: Sequence[int | str], values: Any) -> str:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # of a name that no file can have, such as a whole config
-        return False
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False  # a name that no file can have, such as a whole config
 
 
 def read_values(source: str) -> dict[str, Any]:

@@ -95,7 +95,7 @@ NOWHERE = [
     Bad("train --config quickstart training.steps", "section.key=value"),
     Bad("train --config quickstart training.deepspeed=zero9", "ds_configs/ has cpu"),
     Bad("train --config quickstart model.task_llm.base=FOLDER", "model.task_llm.base: "),
-    Bad(f"train --config {'a' * 300}", "File name too long"),
+    Bad(f"train --config {'a' * 300}", f"{'a' * 300}: no such config file, and no recipe"),
     Bad(f"deduce it --run {'a' * 300} --out OUT", "File name too long"),
     Bad(f"explain {'a' * 300} --run RUN", "File name too long"),
     Bad("plan --config quickstart --input-tokens 99999999999999999999", "--input-tokens"),
