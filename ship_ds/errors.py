@@ -14,7 +14,7 @@ class UserError(ValueError):
         Args:
             message: what a user typed in it, and names of their files, may hold ends of lines.
         """
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(" ".join(filter(None, message.splitlines())))
 
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/"

@@ -1,6 +1,7 @@
 """The config is strict: each mistake is one line that names the key; every shipped recipe
 parses."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -416,6 +417,17 @@ def test_a_file_that_is_no_usable_yaml_is_one_line(
 def test_a_name_that_no_file_can_have_is_no_config() -> None:
     with pytest.raises(UserError, match="no such config file, and no recipe of that name"):
         load_config("run: {folder: r}" * 100)
+
+
+def test_a_file_that_may_not_be_looked_at_is_not_taken_for_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", "own.yaml")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(PermissionError):
+        load_config("own.yaml")
 
 
 def test_what_yaml_merges_in_gives_way() -> None:

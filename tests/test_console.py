@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ship_ds.console import current_rank, log, no_log
+from ship_ds.errors import UserError
 from ship_ds.monitor.progress import ProgressLine
 
 
@@ -18,6 +19,7 @@ def test_a_line_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_name_with_ends_of_lines_stays_on_one(capsys: pytest.CaptureFixture[str]) -> None:
     log("a\r\nb\nc")
     assert capsys.readouterr() == ("", "ship-ds: a b c\n")
+    assert str(UserError("a\r\nb\u2028c\n")) == "a b c"
 
 
 def test_no_log_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,6 +255,19 @@ def test_factors_whose_product_is_no_number_are_one_line(value: float, tmp_path:
         read_lora(tmp_path)
 
 
+def test_a_factor_beyond_fp32_of_a_product_that_is_not_is_read(
+    tmp_path: Path,
+) -> None:
+    """The square of A's norm alone is infinite there."""
+    lora = random_lora(0)
+    factors = {
+        path: (torch.full_like(a, 1e25), torch.full_like(b, 1e-25))
+        for path, (a, b) in lora.factors.items()
+    }
+    write_lora(tmp_path, Lora(factors, 1.0), "base")
+    assert read_lora(tmp_path).factors.keys() == lora.factors.keys()
+
+
 def test_floats_of_8_bits_are_read(tmp_path: Path) -> None:
     write_lora(tmp_path, random_lora(0), "base")
     tensors = load_file(tmp_path / ADAPTER_WEIGHTS)

@@ -387,12 +387,14 @@ class LanguageModel(ABC):
         return False
 
     def linears(self) -> dict[str, nn.Module]:
-        """Module path -> linear of all blocks; `linear_sizes` says how wide one is."""
+        """Module path -> linear of all blocks that is called; `linear_sizes` says how wide one
+        is."""
         return {
             f"{path}.{inner}": module
             for path, block in self.blocks().items()
             for inner, module in block.named_modules()
             if isinstance(module, nn.Linear | Conv1D)
+            and inner.rpartition(".")[2] not in _NEVER_CALLED
         }
 
     @abstractmethod
@@ -634,6 +636,10 @@ def auto_class(config: PreTrainedConfig) -> Any:
         raise UserError(f"{config.model_type}: {reason}; give another base")
     return chosen
 
+
+_NEVER_CALLED = ("dt_proj",)
+"""Linears of which a block reads the weight, as the state-space layers of a Jamba: what an adapter
+adds to their output is in no answer, and would be in those of a merged model."""
 
 TEXT_MODEL = "give a decoder-only model of texts, such as the one inside it saved by itself"
 

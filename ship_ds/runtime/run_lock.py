@@ -12,7 +12,9 @@ from typing import IO
 from ship_ds.console import current_rank, log
 from ship_ds.errors import UserError
 
-_NAME, _RANKS = ".lock", "ranks"
+_NAME = ".lock"
+RANKS_FOLDER = "ranks"
+"""In which the ranks of a run say where they are (watchdog.py)."""
 _HELD: dict[Path, IO[str]] = {}
 """By folder, what this process has locked: a POSIX lock goes as soon as any descriptor of its file
 is closed, so there is one for all."""
@@ -73,12 +75,12 @@ class RunLock:
         folder, lock, rank = self.folder.absolute(), self.folder / _NAME, current_rank(os.environ)
         with contextlib.suppress(OSError):
             names = {path.name for path in folder.iterdir()}
-            if not names <= {_NAME, _RANKS} or (lock.exists() and not self._is_held()):
+            if not names <= {_NAME, RANKS_FOLDER} or (lock.exists() and not self._is_held()):
                 return
-            for path in (folder / _RANKS).glob(f"rank-{rank or '*'}.json"):
+            for path in (folder / RANKS_FOLDER).glob(f"rank-{rank or '*'}.json"):
                 path.unlink(missing_ok=True)
-            if _RANKS in names:
-                (folder / _RANKS).rmdir()
+            if RANKS_FOLDER in names:
+                (folder / RANKS_FOLDER).rmdir()
             lock.unlink(missing_ok=True)
             for one in (folder, *folder.parents):
                 if one in _MADE:

@@ -25,7 +25,7 @@ from ship_ds.console import current_rank, log_from_any_rank
 from ship_ds.errors import first_line
 from ship_ds.exit_codes import HUNG
 from ship_ds.files import write_json
-from ship_ds.runtime.run_lock import make_run_folder
+from ship_ds.runtime.run_lock import RANKS_FOLDER, make_run_folder
 
 _PACKAGE = str(Path(ship_ds.__file__).parent)
 _COLLECTIVES = (
@@ -62,7 +62,7 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
-        self.folder = folder / "ranks"
+        self.folder = folder / RANKS_FOLDER
         self.limit = None if minutes is None else 60 * minutes
         self.period = 0.0 if minutes is None else min(15.0, 60 * minutes / 10)
         self._step, self._num_records = 0, 0

@@ -4,7 +4,9 @@ behind."""
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import JambaConfig, JambaForCausalLM
 
+from ship_ds.config import ALL_LINEAR
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.lora import LoraAdapter
@@ -96,11 +98,30 @@ def test_no_adapter_stays_current_after_a_forward_that_raised() -> None:
     )
 
 
-def test_a_wrapped_linear_shows_what_families_look_at() -> None:
-    """T5 at the weight's type, Jamba's state-space layers at the bias."""
-    base = nn.Linear(2, 3)
-    wrapped = AdaptedLinear(base, "a")
-    assert wrapped.weight is base.weight and wrapped.bias is base.bias
+def test_every_linear_of_a_jamba_that_is_adapted_has_a_part_in_its_answers() -> None:
+    """Its state-space layers read the weight of `dt_proj` and never call it: an adapter there would
+    do nothing, and something else once it was merged."""
+    sizes = {"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 1, "mamba_dt_rank": 8}
+    experts = {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2}
+    model = JambaForCausalLM(
+        JambaConfig(
+            **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "pad_token_id": 0},
+            **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+            **{"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts_per_tok": 1},
+            **experts,
+            **sizes,
+        )
+    ).requires_grad_(False)
+    sites = wrap_sites(model, (ALL_LINEAR,))
+    assert "model.layers.0.mamba.x_proj" in sites
+    adapter = random_lora(sites, 1)
+    for factors in adapter.factors.values():
+        for factor in factors:
+            factor.requires_grad_()
+    model(input_ids=torch.arange(1, 9)[None], ship_adapter=adapter).logits.square().sum().backward()
+    for path, factors in adapter.factors.items():
+        for factor in factors:
+            assert factor.grad is not None and factor.grad.abs().max() > 0, path
 
 
 def test_rows_of_tasks_answer_as_each_task_alone() -> None:

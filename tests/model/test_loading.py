@@ -12,6 +12,7 @@ import torch
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    Dots3NoteTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -219,6 +220,7 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 266}
         (MambaConfig(**SMALL, state_size=4), "task_llm", "hands its blocks nothing"),
         (MambaConfig(**SMALL, state_size=4), "encoder decoder", "has no attention"),
         (LlavaConfig(), "task_llm encoder decoder", "which reads more than texts; give a decoder"),
+        (Dots3NoteTextConfig(), "task_llm encoder decoder", "layers have other numbers of heads"),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused_by_role(

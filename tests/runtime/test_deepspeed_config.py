@@ -3,10 +3,13 @@
 import contextlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
 from deepspeed.runtime.config import (
     _REMOVED_TOP_LEVEL_CONFIG_KEYS,
     DeepSpeedConfig,
@@ -20,6 +23,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
 )
+from torch import nn
 
 from ship_ds.config import OptimiserConfig, TrainingConfig
 from ship_ds.errors import UserError
@@ -341,6 +345,28 @@ def test_a_comment_at_the_top_is_left_alone(tmp_path: Path) -> None:
     path.write_text('{"zero_optimization": {"stage": 2, "_comment": "DeepSpeed refuses it here"}}')
     with pytest.raises(UserError, match=r"zero_optimization\._comment: DeepSpeed has no such"):
         read_deepspeed_config(str(path))
+
+
+def _ask_deepspeed(**_: object) -> None:
+    """What it refuses itself."""
+    deepspeed.DeepSpeedConfig({"train_batch_size": 3, "train_micro_batch_size_per_gpu": 2})
+
+
+def _ask_torch(**_: object) -> None:
+    """A fault of ours, that torch meets below it."""
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=-1.0)
+
+
+@pytest.mark.parametrize(("fail", "is_the_files"), [(_ask_deepspeed, True), (_ask_torch, False)])
+def test_only_what_deepspeed_itself_refuses_is_the_files_fault(
+    fail: Callable[..., None], is_the_files: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its engine is made; what else fails there keeps its class and its trace."""
+    monkeypatch.setattr(deepspeed, "initialize", fail)
+    with pytest.raises(UserError if is_the_files else ValueError) as raised:
+        engine.Engine(nn.Linear(1, 1), OptimiserConfig(), TrainingConfig(steps=1))
+    assert isinstance(raised.value, UserError) is is_the_files
+    assert not is_the_files or "DeepSpeed refuses it" in str(raised.value)
 
 
 def test_leaf_modules_of_a_file_are_kept(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from ship_ds.data.readers.files import (
     FILE_SUFFIXES,
     OTHER_SUFFIXES,
     check_there,
+    files_and_dead_links,
     files_of,
     kind_of,
 )
@@ -142,7 +143,7 @@ def _count_unread(path: Path, format: str, counts: Counter[str]) -> None:
     for read."""
     if not path.is_dir():
         return
-    files = files_of(path, (*FILE_SUFFIXES, *OTHER_SUFFIXES), below=True, follows=False)
+    files = files_and_dead_links(path, (*FILE_SUFFIXES, *OTHER_SUFFIXES), below=True)
     unread = sorted({*files}.difference(FORMATS[format].files(path)))
     if unread:
         counts[f"files that {format} does not read, such as {unread[0].relative_to(path)}"] += len(

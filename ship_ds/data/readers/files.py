@@ -65,32 +65,41 @@ def stem_of(path: Path) -> str:
     return Path(path.name[: len(path.name) - len(compression_of(path))]).stem
 
 
-def files_of(
-    path: Path, kinds: Collection[str], *, below: bool = False, follows: bool = True
-) -> list[Path]:
+def files_of(path: Path, kinds: Collection[str], *, below: bool = False) -> list[Path]:
     """The file itself, or the files of the folder, of these kinds, in the order of their names.
 
     Args:
         path: a file or folder.
         kinds: such as ".jsonl".
         below: those of its folders as well.
-        follows: they will be read, so that what a link names has to be there; else such a link
-            counts as a file.
 
     Raises:
         DataError: one of them is a link to what is not there.
     """
-    paths = [path] if path.is_file() else sorted(path.rglob("*") if below else path.glob("*"))
-    files = [file for file in paths if kind_of(file) in kinds]
-    if not follows:
-        return [file for file in files if file.is_file() or file.is_symlink()]
+    files = files_and_dead_links(path, kinds, below=below)
     for file in files:
-        if file.is_symlink() and not file.exists():
+        if not file.exists():
             raise DataError(
                 f"{file}: a link to {os.readlink(file)}, which is not there; put the file there, "
                 "or remove the link"
             )
-    return [file for file in files if file.is_file()]
+    return files
+
+
+def files_and_dead_links(path: Path, kinds: Collection[str], *, below: bool = False) -> list[Path]:
+    """As `files_of`, for who only counts them: a link to what is not there is one, too.
+
+    Args:
+        path: a file or folder.
+        kinds: such as ".jsonl".
+        below: those of its folders as well.
+    """
+    paths = [path] if path.is_file() else sorted(path.rglob("*") if below else path.glob("*"))
+    return [
+        file
+        for file in paths
+        if kind_of(file) in kinds and (file.is_file() or (file.is_symlink() and not file.exists()))
+    ]
 
 
 def check_there(path: Path) -> None:

@@ -37,11 +37,6 @@ class AdaptedLinear(nn.Module):
         """The base's: some families (T5) look at its type before they call the linear."""
         return self.base.weight
 
-    @property
-    def bias(self) -> Any:
-        """The base's: the state-space layers of some families (Jamba) look at it."""
-        return self.base.bias
-
     def forward(self, x: Tensor) -> Tensor:
         out = self._changed(x)
         after = None if self.adapter is None else self.adapter.after(self.path, out)
