@@ -214,12 +214,23 @@ def test_a_system_message_that_most_rows_share_is_no_instruction(
             {"messages": [{"role": "user", "content": None}]},
             "row 2.messages[0].content: expected a text, got null",
         ),
+        (
+            "jsonl",
+            {"instruction": "k", "inputs": []},
+            "row 2: has 'instruction', 'inputs'; a task has 'id', 'instruction' and 'examples' or",
+        ),
+        (
+            "jsonl",
+            {"id": "k", "instruction": "k"},
+            "row 2: has 'id', 'instruction'; a task has 'id', 'instruction' and 'examples' or",
+        ),
     ],
 )
 def test_malformed_rows_are_one_line(tmp_path: Path, name: str, row: Any, complaint: str) -> None:
     good = {
         "alpaca": {"instruction": "k", "output": "y"},
         "messages": {"messages": turns(("user", "x"), ("assistant", "y"))},
+        "jsonl": {"id": "t", "instruction": "k", "inputs": ["x"]},
     }
     path = write(tmp_path / "rows.json", [good[name], row])
     with pytest.raises(DataError) as caught:

@@ -58,9 +58,16 @@ def read(path: Path, counts: Counter[str]) -> list[Task]:
 
 def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
     _no_other_keys(row, _TASK_KEYS, path, where)
+    if not {"id", "instruction"} <= row.keys() or not row.keys() & {"examples", "inputs"}:
+        raise read_error(
+            path,
+            where,
+            f"has {', '.join(map(repr, row)) or 'nothing'}; a task has 'id', 'instruction' and "
+            "'examples' or 'inputs': add what is missing",
+        )
     paraphrases = texts(row, "paraphrases", path, where) if row.get("paraphrases") else ()
     instruction, *others = distinct((field(row, "instruction", str, path, where), *paraphrases))
-    row = {"examples": [], **row} if "inputs" in row else {**row, "inputs": []}
+    row = {"examples": [], "inputs": [], **row}
     rows = field(row, "examples", list, path, where)
     inputs = field(row, "inputs", list, path, where)
     return Task(
