@@ -279,12 +279,14 @@ def summary_rows(
 
 def warnings(report: Mapping[str, Any], direction: str) -> list[str]:
     """A line for each method and part whose texts hardly tell tasks apart, or its labels inputs;
-    none of controls, some of which do it on purpose."""
+    none of controls, some of which do it on purpose, nor of a part that was not measured at the
+    leading number of shown examples."""
     lines = [
         collapse_warning(f"{name}, {direction}, {part}", method[direction][part])
         for name, method in report["methods"].items()
         for part in PARTS
-        if part in method.get(direction, {}) and not method["about"].startswith("control")
+        if "n_tasks" in method.get(direction, {}).get(part, {})
+        and not method["about"].startswith("control")
     ]
     return [line for line in lines if line]
 

@@ -80,3 +80,13 @@ def test_without_ship_there_is_nothing_to_compare(cells: dict[Cell, Measured]) -
     others = {cell: scores for cell, scores in cells.items() if cell.method != "ship"}
     report = build(others, provenance("tagi", "itd"))
     assert report["paired"] == {} and "SHIP minus" not in markdown(report, others)
+
+
+def test_a_part_of_other_numbers_of_shown_examples_alone_is_in_the_page(
+    cells: dict[Cell, Measured],
+) -> None:
+    """As when a method was measured with `--num-shown 1` and another one with 5 afterwards."""
+    del cells[Cell("itd", "induction", "unseen", 5)]
+    report = build(cells, provenance("ship", "tagi", "itd"))
+    assert report["methods"]["itd"]["induction"]["unseen"].keys() == {"by_num_shown"}
+    assert "itd" in markdown(report, cells)
