@@ -33,6 +33,8 @@ def reason_many(
     num_rounds: int = 1,
     seed: int = 0,
     log: Log = no_log,
+    *,
+    keeps_cut_off: bool = False,
 ) -> list[Reasoning]:
     """One reasoning a task.
 
@@ -47,6 +49,8 @@ def reason_many(
             beside the given examples.
         seed: of every draw.
         log: takes a line of progress.
+        keeps_cut_off: a refined answer that did not end in time is a `CutOff` in place of None, for
+            whoever scores what was written all the same.
 
     Raises:
         UserError: as `induce_many`.
@@ -61,7 +65,8 @@ def reason_many(
     latent_TZ = torch.tensor([induction.latent for induction in inductions])
     readings = [induction.latent_reading for induction in inductions]
     by_latent = answer_latents(model, latent_TZ, texts, inputs, max_new_tokens, readings=readings)
-    refined = answer_read(model, with_examples(model, texts, tasks), texts, inputs, max_new_tokens)
+    known = with_examples(model, texts, tasks)
+    refined = answer_read(model, known, texts, inputs, max_new_tokens, keeps_cut_off=keeps_cut_off)
     in_prompt = answer_stated(model, texts, inputs, max_new_tokens)
     read: Sequence[Answers | None] = [None] * len(texts)
     if model.config.encoder.reads_examples_alone:

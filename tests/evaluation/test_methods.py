@@ -18,6 +18,7 @@ from ship_ds.evaluation.baselines.lora_per_task import LoraPerTask
 from ship_ds.evaluation.baselines.oracles import OracleRecipe
 from ship_ds.evaluation.budgets import Steps
 from ship_ds.evaluation.cells import PROTOCOLS
+from ship_ds.evaluation.harness import _changed
 from ship_ds.evaluation.measure import measure
 from ship_ds.evaluation.method import Setting
 from ship_ds.evaluation.methods import METHODS, TRAINED_NAMES
@@ -35,7 +36,7 @@ from ship_ds.evaluation.methods.prompting import Prompting
 from ship_ds.evaluation.methods.published import ShipDirect, ShipIndirect
 from ship_ds.evaluation.methods.retrieval import Retrieval, RetrievalRecipe
 from ship_ds.evaluation.methods.rounds import ShipRounds
-from ship_ds.evaluation.methods.searching import Searching
+from ship_ds.evaluation.methods.searching import Searching, with_run_length
 from ship_ds.evaluation.methods.ship import SearchWithoutDecoder, ShipMethod
 from ship_ds.evaluation.methods.weights import ReadOwnAdapter, ReadTrainedLora
 from ship_ds.evaluation.questions import ask
@@ -185,16 +186,19 @@ def test_what_the_decoder_takes_from_a_latent_is_a_metric_of_reconstruction(
 
 
 @pytest.mark.parametrize(
-    "method", [ShipMethod, Prompting, BareBase, ShuffledInstruction, Doubting, InContextLearning]
+    "method",
+    [ShipMethod, Prompting, BareBase, ShuffledInstruction, Doubting, InContextLearning, ShipRounds],
 )
 def test_what_was_written_of_an_answer_that_did_not_end_is_scored(
-    method: type, ship: Ship, splits: Splits
+    method: Any, ship: Ship, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After two tokens, where no answer ends but an empty one and those of one token."""
+    if method is ShipRounds:
+        monkeypatch.setattr(method, "recipe", method.recipe.model_copy(update=FEW))
     evaluation = ship.config.evaluation.model_copy(update={"max_new_tokens": 2})
     config = ship.config.model_copy(update={"evaluation": evaluation})
     short = Ship(ship.model, config, digest=ship.digest)
-    is_shown = method is InContextLearning
+    is_shown = method in (InContextLearning, ShipRounds)
     questions = [ask(task, 2 if is_shown else 0, 0, 3) for task in splits.seen[:4]]
     asked = method(Setting(short, splits, Path(), None, 0))
     outcome = measure(asked, "reasoning" if is_shown else "deduction", questions)
@@ -225,6 +229,13 @@ def make(
         return method(Setting(ship, splits, tmp_path, None, 0))
 
     return build
+
+
+def test_texts_are_as_long_as_the_run_says_unless_a_length_was_set(ship: Ship) -> None:
+    limit = ship.config.evaluation.max_instruction_tokens
+    assert with_run_length(NEAREST, ship) == NEAREST.model_copy(update={"max_new_tokens": limit})
+    changed: Any = _changed("nearest_known", ["max_new_tokens=5"])
+    assert with_run_length(changed.recipe, ship).max_new_tokens == 5 != limit
 
 
 @pytest.mark.parametrize("method", [ShipIndirect, ShipDirect, SearchWithoutDecoder])

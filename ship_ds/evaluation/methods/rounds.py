@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from ship_ds.console import log
 from ship_ds.data.task import Example
-from ship_ds.evaluation.methods.searching import search_settings
+from ship_ds.evaluation.methods.searching import search_settings, with_run_length
 from ship_ds.evaluation.methods.untrained import Untrained
 from ship_ds.inference.config import InductionConfig
 from ship_ds.inference.deduction import AnswersByTask
@@ -27,25 +27,23 @@ class ShipRounds(Untrained):
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
-        """Of the search."""
-        return {**search_settings(cls.recipe), "rounds": _NUM_ROUNDS}
+        """Of the search, and that answers that were cut off are scored as other methods' are."""
+        return {**search_settings(cls.recipe), "rounds": _NUM_ROUNDS, "keeps_cut_off": True}
 
     def reason(
         self, shown: Sequence[Sequence[Example]], inputs: Sequence[Sequence[str]]
     ) -> AnswersByTask:
         """By the text encoded again, as SHIP's own row."""
-        evaluation = self.ship.config.evaluation
-        search = self.recipe.model_copy(
-            update={"max_new_tokens": evaluation.max_instruction_tokens}
-        )
+        search = with_run_length(self.recipe, self.ship)
         reasonings = reason_many(
             self.ship.model,
             self.ship.bank_to_search(search, log, self.seen),
             shown,
             inputs,
             self.ship.searching(search, log, self.seen),
-            evaluation.max_new_tokens,
+            self.ship.config.evaluation.max_new_tokens,
             _NUM_ROUNDS,
             self.seed,
+            keeps_cut_off=True,
         )
         return [reasoning.refined for reasoning in reasonings]

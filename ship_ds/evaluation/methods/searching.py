@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ship_ds.api import Ship
 from ship_ds.console import log
 from ship_ds.data.task import Example
 from ship_ds.evaluation.method import Setting
@@ -44,6 +45,15 @@ def search_settings(recipe: InductionConfig) -> dict[str, Any]:
     return settings | (index if by_examples else {})
 
 
+def with_run_length(recipe: InductionConfig, ship: Ship) -> InductionConfig:
+    """The search with texts as long as the run's own limit, unless one was set (`--set
+    METHOD.max_new_tokens=40`)."""
+    if "max_new_tokens" in recipe.model_fields_set:
+        return recipe
+    length = ship.config.evaluation.max_instruction_tokens
+    return recipe.model_copy(update={"max_new_tokens": length})
+
+
 class Searching(Untrained):
     """Induction by `recipe`, with texts as long as the run's own limit.
 
@@ -65,9 +75,7 @@ class Searching(Untrained):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.search = self.recipe.model_copy(
-            update={"max_new_tokens": self.ship.config.evaluation.max_instruction_tokens}
-        )
+        self.search = with_run_length(self.recipe, self.ship)
         self.induced: dict[tuple[Example, ...], Induction] = {}
 
     @cached_property

@@ -13,6 +13,7 @@ from ship_ds.evaluation.baselines.frozen_base import FrozenBase
 from ship_ds.evaluation.baselines.oracles import OracleRecipe, train_group
 from ship_ds.evaluation.baselines.static_adapters import TaskLoras
 from ship_ds.evaluation.method import Setting
+from ship_ds.evaluation.methods.searching import with_run_length
 from ship_ds.evaluation.methods.untrained import Untrained, makes_lora
 from ship_ds.inference.adapter_reading import induce_from_weights
 from ship_ds.inference.bank import Bank
@@ -29,8 +30,7 @@ class _WeightsReader(Untrained):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.known = [task.task.instruction for task in self.seen]
-        length = self.ship.config.evaluation.max_instruction_tokens
-        self.search = self.recipe.model_copy(update={"max_new_tokens": length})
+        self.search = with_run_length(self.recipe, self.ship)
 
     @cached_property
     def bank(self) -> Bank:
