@@ -6,7 +6,7 @@ Letters: T tasks, P virtual tokens, H hidden size.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,12 @@ class PromptTuning(TrainedMethod):
     recipe: ClassVar[PromptTuningRecipe] = PromptTuningRecipe()
     module: StaticSoftPrompt
 
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """And how tasks are tuned side by side in reasoning; before, those that show fewer examples
+        than others repeated some of theirs."""
+        return {**super().settings(), "tuned": "with those that show as many"}
+
     def build(self) -> nn.Module:
         """Started from the embeddings of random tokens, as published."""
         lm = self.base.task_llm.language_model
@@ -77,17 +83,24 @@ class PromptTuning(TrainedMethod):
         return self._answer(self.tune(shown), inputs) if shown else []
 
     def tune(self, shown: Sequence[Sequence[Example]]) -> StaticSoftPrompt:
-        """One soft prompt a task, from its shown examples; tasks that show fewer than others repeat
-        theirs."""
-        width = max(map(len, shown))
-        even = [[row[i % len(row)] for i in range(width)] for row in shown]
+        """One soft prompt a task, from its shown examples. Tasks that show equally many are trained
+        together: a task's prompt does not depend on the others."""
         prompts = StaticSoftPrompt(self.module.prompt_TPH[0], len(shown)).to(self.base.device)
+        for size in sorted({len(row) for row in shown}):
+            places = [place for place, row in enumerate(shown) if len(row) == size]
+            tuned = self._tune_together([shown[place] for place in places])
+            with torch.no_grad():
+                prompts.prompt_TPH[places] = tuned.prompt_TPH
+        return prompts
+
+    def _tune_together(self, shown: Sequence[Sequence[Example]]) -> StaticSoftPrompt:
         device = self.base.device
+        prompts = StaticSoftPrompt(self.module.prompt_TPH[0], len(shown)).to(device)
         fit(
             prompts.parameters(),
             lambda step: self.base.losses_per_task(
                 lambda tasks: prompts().rows(torch.tensor(tasks, device=device)),
-                *self._asked(even),
+                *self._asked(shown),
             ),
             Steps(self.recipe.reasoning_steps),
             self.recipe.reasoning_lr,

@@ -19,9 +19,10 @@ def test_tasks_tuned_together_are_as_if_tuned_alone(
         PromptTuningRecipe(num_virtual_tokens=4, reasoning_steps=4, reasoning_lr=1e-3),
     )
     method = make(PromptTuning)
-    shown = [splits.seen[0].train[:2], splits.seen[3].train[:4]]
+    # Of another number than the next one's, which is no multiple of it.
+    shown = [splits.seen[0].train[:2], splits.seen[3].train[:3], splits.seen[1].train[:2]]
     together = method.tune(shown).prompt_TPH
-    assert together.shape == (2, 4, 128)
+    assert together.shape == (3, 4, 128)
     for task, row in enumerate(shown):
         alone = method.tune([row]).prompt_TPH[0]
         torch.testing.assert_close(together[task], alone, rtol=0, atol=2e-4)
