@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ship_ds.api import Ship
 from ship_ds.config import Config
-from ship_ds.data.task import Splits
+from ship_ds.data.task import Splits, spread
 from ship_ds.evaluation.config import Part
 from ship_ds.evaluation.measure import Outcome, measure_over_ranks
 from ship_ds.evaluation.method import Setting
@@ -65,7 +65,7 @@ def check_dev(
     for part in _PARTS:
         raise_if_asked()
         tasks = tasks_of(splits, part, sys.maxsize)
-        few = tasks[:: max(1, len(tasks) // settings.num_tasks)][: settings.num_tasks]
+        few = spread(tasks, settings.num_tasks)
         questions = [ask(task, 0, 0, settings.examples_per_task) for task in few]
         outcome = measure_over_ranks(method, "deduction", questions, model=model)
         metrics = tuple(dict.fromkeys((*metrics_to_show(few), settings.best_by)))

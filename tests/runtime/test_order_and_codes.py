@@ -172,6 +172,30 @@ def test_what_the_decoder_takes_from_z_is_logged_by_part(
     assert gains == {"latent_gain/seen": 1.0} | ({"latent_gain/dev": 5.0} if num_dev else {})
 
 
+def test_the_tasks_of_a_look_are_spread_over_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of one family often lie side by side: not the first ones alone."""
+    examples = tuple(Example(str(i), str(i)) for i in range(4))
+    tasks = tuple(
+        SplitTask(Task(f"t{i}", "k", examples), examples[:2], examples[2:]) for i in range(12)
+    )
+    asked: list[str] = []
+
+    def measured(method: Any, direction: str, questions: Any, **more: Any) -> Outcome:
+        asked.extend(q.task.id for q in questions)
+        row = {"instruction": "k", "said": "k", "exact_match": [0.0]}
+        return Outcome(["exact_match"], [row] * len(questions))
+
+    monkeypatch.setattr(dev_check, "measure_over_ranks", measured)
+    monkeypatch.setattr(dev_check, "Ship", lambda *args, **options: None)
+    monkeypatch.setattr(dev_check, "ShipMethod", lambda setting: None)
+    model: Any = SimpleNamespace(eval=lambda: None, decodes=False)
+    config = load_config("quickstart-smoke", ["evaluation.num_tasks=8"])
+    dev_check.check_dev(model, config, Splits((), tasks, ()), tmp_path, lambda: None)
+    assert asked == ["t0", "t1", "t3", "t4", "t6", "t7", "t9", "t10"]
+
+
 def test_a_base_in_4_bits_is_dequantised_while_it_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
