@@ -40,6 +40,11 @@ class Budget(ABC):
     def share(self, part: float) -> "Budget":
         """That part of it, for one stage."""
 
+    def rest(self, part: float, used: Spent) -> float:
+        """The share that is left for later stages by a first one that was allowed `part` of it:
+        what it did not need is theirs, and what it used beyond is not taken from them."""
+        return 1 - min(part, self.spent(used))
+
     def without_dev(self) -> "Budget":
         """For a stage that no score on dev can end: itself, where it has a bound of its own."""
         return self

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +66,17 @@ class Itd(TrainedMethod):
     recipe: ClassVar[ItdRecipe] = ItdRecipe()
     module: TaskLoras
 
+    @classmethod
+    def numbers(cls) -> dict[str, Any]:
+        """Of the recipe; and that a later stage has what the first one leaves, which it had not."""
+        return {**super().numbers(), "stages": "a later one has what the first leaves"}
+
     def build(self) -> nn.Module:
         return TaskLoras(self.base.sites, self.base.lora)
 
     def train(self) -> None:
         recipe, prompts = self.recipe, self.base.prompts
-        deduced, sampler = self.deduce_data(), self.sampler
+        (deduced, used), sampler = self.deduce_data(), self.sampler
         if not deduced:
             log(f"{self.name}: the base ended no answer, so that it has nothing to train on")
             return
@@ -90,12 +95,12 @@ class Itd(TrainedMethod):
                 [[one.instruction] for one in chosen],
             )
 
-        left = self.budget.share(1 - recipe.data_share)
+        left = self.budget.share(self.budget.rest(recipe.data_share, used))
         self.fit(losses_at, left, recipe.lr, self.name, num_rows)
 
-    def deduce_data(self) -> list[Deduced]:
+    def deduce_data(self) -> tuple[list[Deduced], Spent]:
         """Batch after batch of proposed instructions and inputs, answered by the base, until the
-        data's share is spent, or each instruction was asked often enough."""
+        data's share is spent, or each instruction was asked often enough; and what that took."""
         allowed = self.budget.share(self.recipe.data_share)
         started, used = time.perf_counter(), Spent()
         proposed = self.propose()
@@ -118,7 +123,7 @@ class Itd(TrainedMethod):
                         examples_of.setdefault(text, []).append(Example(x, y))
                 bar.update(len(asked))
                 used = used.after(1, len(asked), time.perf_counter() - started)
-        return [Deduced(text, tuple(examples)) for text, examples in examples_of.items()]
+        return [Deduced(text, tuple(examples)) for text, examples in examples_of.items()], used
 
     def propose(self) -> list[str]:
         """Initial induction: what the bare base says of each seen task's examples, and the seen

@@ -28,13 +28,15 @@ _MOST_SCORED = 32
 """Examples of a task that its oracle is measured on."""
 _ROOM_FOR_ORACLES = 2
 """Times what a batch may take (model/budget.py): 2 GiB on a CPU."""
+_NOTHING = Spent()
 
 
 class Oracles:
-    """rows: task id -> row of `lora`; tasks without an oracle are not in it."""
+    """rows: task id -> row of `lora`; tasks without an oracle are not in it. used: by their
+    training."""
 
-    def __init__(self, rows: Mapping[str, int], lora: LoraAdapter) -> None:
-        self.rows, self.lora = rows, lora
+    def __init__(self, rows: Mapping[str, int], lora: LoraAdapter, used: Spent = _NOTHING) -> None:
+        self.rows, self.lora, self.used = rows, lora, used
         self.variances = {
             path: (_variance(a_TRI), _variance(b_TOR))
             for path, (a_TRI, b_TOR) in lora.factors.items()
@@ -123,9 +125,9 @@ def train_oracles(
         examples = {task.id: task.train for task in group}
         groups.append(train_group(base, first, examples, recipe, examples_per_task, seed, title))
         num_examples = recipe.steps * examples_per_task * len(group)
-        used = used.after(recipe.steps, num_examples, used.seconds)
+        used = used.after(recipe.steps, num_examples, time.perf_counter() - started)
     lora = _joined(groups)
-    return Oracles({task.id: t for t, task in enumerate(order[: lora.num_tasks])}, lora)
+    return Oracles({task.id: t for t, task in enumerate(order[: lora.num_tasks])}, lora, used)
 
 
 def train_group(

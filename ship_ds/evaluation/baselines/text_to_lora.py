@@ -41,8 +41,10 @@ class TextToLora(GeneratedLora):
 
     def train(self) -> None:
         recipe = self.recipe
-        self.match(self.train_oracles(recipe.oracles))
-        sft = self.budget.share(1 - recipe.oracles.share - recipe.reconstruction_share)
+        oracles = self.train_oracles(recipe.oracles)
+        self.match(oracles)
+        left = self.left_by(oracles, recipe.oracles.share) - recipe.reconstruction_share
+        sft = self.budget.share(left)
         self.fit(self._sft_losses, sft, recipe.sft_lr, f"{self.name}: sft")
 
     def match(self, oracles: Oracles) -> None:

@@ -20,7 +20,7 @@ def test_deduced_targets_are_the_bases_own(
     make: Callable[..., Any], ship: Ship, splits: Splits
 ) -> None:
     method = make(Itd)
-    deduced = method.deduce_data()
+    deduced, _ = method.deduce_data()
     said = {wording for task in splits.seen for wording in task.wordings}
     inputs = {e.input for task in splits.seen for e in task.train}
     proposed = method.propose()

@@ -18,7 +18,7 @@ from ship_ds.evaluation.baselines.oracles import (
     train_oracles,
 )
 from ship_ds.evaluation.baselines.tagi import Tagi
-from ship_ds.evaluation.budgets import Steps, UntilDevStops
+from ship_ds.evaluation.budgets import AnsweredExamples, Steps, UntilDevStops
 from ship_ds.model.adapters.lora import LoraAdapter
 
 pytestmark = pytest.mark.slow
@@ -108,3 +108,16 @@ def test_a_group_is_no_larger_than_a_step_that_fits(
     assert sizes[0] > sizes[1] > sizes[2] == 1
     free = 2 * base.adapter_bytes
     assert group_size(base, examples, 1) == 1, "nor than the memory for its LoRAs"
+
+
+@pytest.mark.parametrize(("examples", "left"), [(360, 0.9), (60, 0.6)])
+def test_what_oracles_do_not_need_is_the_next_stages(
+    make: Callable[..., Any], examples: int, left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six tasks take three steps of two examples: 36, of a share of 0.4."""
+    method = make(Tagi)
+    method.budget = AnsweredExamples(examples)
+    budgets: list[Any] = []
+    monkeypatch.setattr(Tagi, "fit", lambda self, losses, budget, *rest: budgets.append(budget))
+    method.train()
+    assert budgets == [AnsweredExamples(round(examples * left))]
