@@ -349,6 +349,8 @@ def comparison(runs: Sequence[Path]) -> Figure:
     methods = _report(runs[0])["methods"]
     panels = {name: [m for m in methods if name in methods[m]] for name in _MEASURES}
     panels = {name: drawn for name, drawn in panels.items() if drawn}
+    if not panels:
+        raise NotDrawn(f"{runs[0]}: none of {', '.join(_MEASURES)} was measured")
     heights = [len(drawn) + 1 for drawn in panels.values()]
     figure, all_axes = plt.subplots(
         len(panels),

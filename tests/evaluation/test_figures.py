@@ -144,6 +144,21 @@ def test_one_run_without_an_evaluation_gives_its_losses_and_reasons(
     )
 
 
+def test_a_report_of_reconstruction_alone_is_compared_in_no_figure(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    path = runs[0] / "evaluation" / "report.json"
+    report = json.loads(path.read_text())
+    for method in report["methods"].values():
+        for direction in ("deduction", "induction", "reasoning"):
+            method.pop(direction, None)
+    path.write_text(json.dumps(report))
+    said: list[str] = []
+    figures.plot(runs[:1], tmp_path / "figures", said.append)
+    line = next(line for line in said if line.startswith("comparison"))
+    assert line.endswith("none of deduction, induction, reasoning was measured")
+
+
 @pytest.mark.parametrize(
     ("draw", "xs", "ys"),
     [
