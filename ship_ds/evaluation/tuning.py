@@ -155,7 +155,8 @@ def parted(
     """Those that are trained on and those that are held out, at least one of each.
 
     Args:
-        examples: of one task.
+        examples: of one task; one that is given again counts once, since it would lie on both
+            sides.
         share: of them, that is held out, rounded to whole examples.
         seed: of the draw, and of the order of both.
 
@@ -165,6 +166,7 @@ def parted(
     Raises:
         UserError: there are fewer than two examples.
     """
+    examples = list({example.input: example for example in examples}.values())
     if len(examples) < 2:
         raise UserError("--data: has one example; give two or more, since some are held out")
     order = random.Random(f"{seed} tune").sample(examples, len(examples))

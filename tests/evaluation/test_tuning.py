@@ -109,6 +109,14 @@ def test_some_are_held_out_whatever_the_share() -> None:
         parted(examples[:1], 0.5, 0)
 
 
+def test_an_example_that_is_given_twice_lies_on_one_side() -> None:
+    examples = [Example(str(n % 5), str(n % 5)) for n in range(10)]
+    train, held_out = parted(examples, 0.4, 3)
+    assert (len(train), len(held_out)) == (3, 2) and not {*train} & {*held_out}
+    with pytest.raises(UserError, match="--data: has one example; give two or more"):
+        parted([examples[0]] * 3, 0.5, 0)
+
+
 def test_curve_counts_the_steps_to_a_loss() -> None:
     curve = Curve("generated", (2.0, 1.5, 1.0), {0: 2.5, 2: 1.25, 3: 1.0})
     assert [curve.steps_to(loss) for loss in (3.0, 2.5, 2.0, 1.0, 0.5)] == [0, 0, 2, 3, None]
