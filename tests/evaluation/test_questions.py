@@ -67,6 +67,16 @@ def test_another_instruction_is_a_seen_tasks_and_never_the_tasks_own() -> None:
     assert another_instruction(seen[0], seen[:1], 0) == "do a"
 
 
+def test_another_instruction_has_other_words_where_two_tasks_say_the_same() -> None:
+    """Tasks whose draw was of other words have the same draw as without that."""
+    seen = [task(name, 2, 1) for name in "abc"]
+    twin = replace(task("d", 2, 1), task=replace(seen[0].task, id="d"))
+    before = [another_instruction(seen[1], [*seen, twin], seed) for seed in range(30)]
+    drawn = {another_instruction(twin, [*seen, twin], seed) for seed in range(30)}
+    assert drawn == {"do b", "do c"} and set(before) == {"do a", "do c"}
+    assert another_instruction(twin, [seen[0], twin], 0) == "do a"
+
+
 def test_spread_is_even() -> None:
     tasks = [task(str(i), 1, 1) for i in range(10)]
     assert [t.id for t in spread(tasks, 5)] == ["0", "2", "4", "6", "8"] and spread(
