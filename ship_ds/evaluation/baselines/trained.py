@@ -197,8 +197,11 @@ class TrainedMethod(ABC):
             torch.manual_seed(self.setting.seed)
             self.train()
         self._store(time.perf_counter() - started)
+        path = self.setting.folder / DEV_CURVE
         if self.dev_curve is not None:
-            write_json(self.setting.folder / DEV_CURVE, self.dev_curve.as_json())
+            write_json(path, self.dev_curve.as_json())
+        else:
+            path.unlink(missing_ok=True)  # of other weights
 
     @property
     def _folder(self) -> Path:
