@@ -382,9 +382,9 @@ class Ship:
         """
         if examples and inputs:
             raise UserError("give examples, or inputs without their targets: not both")
-        pairs = [(text, "") for text in inputs] if inputs else examples
-        given = tuple(Example(text, target) for text, target in pairs)
-        reading = Reading(instruction, given, states_targets=not inputs)
+        texts = checks.listed(inputs, "inputs")
+        given = [Example(text, "") for text in texts] if texts else checks.paired(examples)
+        reading = Reading(instruction, tuple(given), states_targets=not texts)
         checks.check_reading(self.model, reading)
         latent_TZ = self.model.encode([reading])
         adapter = self.model.adapt(latent_TZ, [reading])
@@ -445,7 +445,7 @@ class Ship:
             The agreement of each input, beside what it says of the run's dev tasks where that was
             measured (`calibrate`). As many answers as eight adapters give are made for it.
         """
-        texts = list(inputs) or list(self.probes)
+        texts = checks.listed(inputs, "inputs") or list(self.probes)
         checks.check_instruction(self.model, instruction)
         checks.check_inputs(self.model, texts, self._length, instruction)
         posterior = self.model.posterior([instruction])
@@ -485,15 +485,16 @@ class Ship:
         Returns:
             The answers of each task.
         """
-        for instruction, texts in zip(instructions, inputs, strict=True):
+        asked = [checks.listed(texts, "inputs") for texts in inputs]
+        for instruction, texts in zip(instructions, asked, strict=True):
             checks.check_instruction(self.model, instruction)
             checks.check_inputs(self.model, texts, self._length, instruction)
-        return answer_read(self.model, instructions, instructions, inputs, self._length, num_beams)
+        return answer_read(self.model, instructions, instructions, asked, self._length, num_beams)
 
     @torch.no_grad()
     def answer_bare(self, inputs: Sequence[str]) -> list[str | None]:
         """What the Task LLM answers without any adapter; None where an answer does not end."""
-        return answer_bare(self.model, [inputs], self._length)[0]
+        return answer_bare(self.model, [checks.listed(inputs, "inputs")], self._length)[0]
 
     def induce(
         self,
@@ -551,7 +552,7 @@ class Ship:
             UserError: Also where the folder cannot be read, or is of another base model; the line
                 names the module or setting.
         """
-        texts = list(dict.fromkeys(inputs))
+        texts = list(dict.fromkeys(checks.listed(inputs, "inputs")))
         checks.check_inputs(self.model, texts, self._length)
         reads = read_merged if merged else read_adapter
         adapter = reads(self.model, Path(folder))
@@ -679,12 +680,12 @@ class Ship:
             (with the examples where the encoder reads both), with the text in the prompt and, where
             the encoder was trained to, by the examples alone.
         """
-        tasks = [self._examples(examples)]
-        checks.check_inputs(self.model, inputs, self._length)
+        tasks, asked = [self._examples(examples)], [checks.listed(inputs, "inputs")]
+        checks.check_inputs(self.model, asked[0], self._length)
         settings = self.searching(self._induction(config), log)
         bank = self.bank_to_search(settings, log)
         return reason_many(
-            self.model, bank, tasks, [inputs], settings, self._length, num_rounds, seed, log
+            self.model, bank, tasks, asked, settings, self._length, num_rounds, seed, log
         )[0]
 
     def encode(self, instruction: str) -> tuple[float, ...]:
@@ -724,7 +725,7 @@ class Ship:
         )
 
     def _examples(self, pairs: Sequence[Pair]) -> list[Example]:
-        examples = [Example(x, y) for x, y in pairs]
+        examples = checks.paired(pairs)
         checks.check_examples(self.model, examples)
         return examples
 

@@ -1,6 +1,6 @@
 """What a user's texts have to be before a model reads them; each problem is one line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ship_ds.data.task import Example, Reading
 from ship_ds.errors import UserError
@@ -73,6 +73,38 @@ def check_reading(model: ShipModel, reading: Reading) -> None:
         "examples",
         "encoder",
     )
+
+
+def listed(texts: Iterable[str], name: str) -> list[str]:
+    """The texts that a program gave, as a list.
+
+    Raises UserError: it is one text, whose letters would be taken for texts, or not all are texts.
+    """
+    if isinstance(texts, str):
+        raise UserError(f"{name}: is one text; give a list of texts, such as [{texts!r:.60}]")
+    found = list(texts)
+    for number, text in enumerate(found, start=1):
+        if not isinstance(text, str):
+            raise UserError(f"{name}: number {number} is no text: {text!r:.60}")
+    return found
+
+
+def paired(examples: Iterable[tuple[str, str]]) -> list[Example]:
+    """The examples that a program gave as pairs of input and target.
+
+    Raises UserError: one of them is no pair of texts.
+    """
+    found = []
+    for number, pair in enumerate(examples, start=1):
+        # A text of two letters would pass for a pair.
+        texts = () if isinstance(pair, str) else tuple(pair)
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"example {number}: is {pair!r:.60}; give pairs of texts, such as "
+                '("an input", "its target")'
+            )
+        found.append(Example(*texts))
+    return found
 
 
 def check_inputs(
