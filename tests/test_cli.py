@@ -453,3 +453,23 @@ def test_choices_are_those_of_the_library() -> None:
     assert tuple(target.value for target in converting.MergeTarget) == get_args(TargetName)
     assert get_args(get_args(converting.MergedDtypeOption)[0]) == get_args(MergedDtype)
     assert set(get_args(get_args(using.MethodOption)[0])) == set(get_args(InductionMethod))
+
+
+def test_an_interrupt_from_the_keyboard_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a training, what goes on; of another verb, the line alone."""
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ship_ds.train.main", interrupted)
+    monkeypatch.setattr("ship_ds.config.recipe_names", interrupted)
+    monkeypatch.setattr("ship_ds.runtime.ranks._ignore_interrupts", lambda: None)
+    assert cli.main(["recipes"]) == 130
+    assert capsys.readouterr().err.strip() == "ship-ds: interrupted"
+    monkeypatch.undo()
+    monkeypatch.setattr("ship_ds.train.main", interrupted)
+    monkeypatch.setattr("ship_ds.runtime.ranks._ignore_interrupts", lambda: None)
+    assert cli.main(["train", "--config", "quickstart-smoke"]) == 130
+    assert capsys.readouterr().err.startswith("ship-ds: interrupted: the same command goes on")

@@ -45,8 +45,12 @@ def train(config: ConfigOption, overrides: OverridesArgument = None) -> int:
 
     preflight.check(load_config(config, overrides or ()), os.environ)
     from ship_ds import train
+    from ship_ds.runtime import ranks
 
-    return train.main(["--config", config, *(overrides or ())])
+    try:
+        return train.main(["--config", config, *(overrides or ())])
+    except KeyboardInterrupt:
+        return ranks.say_interrupted()
 
 
 @verb(_PANEL)

@@ -10,7 +10,9 @@ import typer
 from typer.core import TyperCommand
 
 from ship_ds import __version__
+from ship_ds.console import log_from_any_rank
 from ship_ds.errors import UserError, did_you_mean
+from ship_ds.exit_codes import INTERRUPTED
 
 EXIT_CODES = "\n\n".join(
     (
@@ -52,6 +54,14 @@ class Verb(TyperCommand):
         if not ctx.resilient_parsing:  # it is on while a shell completes half a word
             _refuse_unknown(args, options, ctx.command_path)
         return super().parse_args(ctx, list(_one_value_each(args, options)))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; typer would end one that is interrupted without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            log_from_any_rank("interrupted")
+            return INTERRUPTED
 
 
 def _refuse_unknown(args: list[str], options: Collection[str], command: str) -> None:

@@ -122,16 +122,10 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except KeyboardInterrupt:
-        _ignore_interrupts()
-        code = INTERRUPTED
-        # Here and below: a log on a full disk does not keep this process from its end.
-        with contextlib.suppress(OSError):
-            log(
-                "interrupted: the same command goes on from the newest checkpoint, where there is "
-                "one"
-            )
+        code = say_interrupted()
     except Exception as error:
         code = 1
+        # A log on a full disk does not keep this process from its end.
         with contextlib.suppress(OSError):
             if has_lost_a_peer(error):
                 # Who ended has said why, and where this rank waited for it says little.
@@ -142,6 +136,16 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             else:
                 sys.excepthook(*sys.exc_info())
     exit_process(code)
+
+
+def say_interrupted() -> int:
+    """One line for who ended a training from the keyboard, and the exit code; a further interrupt
+    is ignored."""
+    _ignore_interrupts()
+    # A log on a full disk does not keep this process from its end.
+    with contextlib.suppress(OSError):
+        log("interrupted: the same command goes on from the newest checkpoint, where there is one")
+    return INTERRUPTED
 
 
 def _ignore_interrupts() -> None:
