@@ -1121,13 +1121,23 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 
 def _nearest_key(location: Sequence[int | str]) -> str:
-    """See `did_you_mean`; "" in a section whose class a table chooses."""
+    """See `did_you_mean`, or where a key stands that was written without its section; "" in a
+    section whose class a table chooses, which has hints of its own (kinds.py)."""
     kind: Any = Config
     for part in location[:-1]:
         kind = kind.model_fields[part].annotation if part in kind.model_fields else None
         if not (isinstance(kind, type) and issubclass(kind, Section)):
             return ""
-    return did_you_mean(str(location[-1]), kind.model_fields) if location else ""
+    if not location:
+        return ""
+    key = str(location[-1])
+    places = [
+        f"{name}.{key}"
+        for name, one in Config.model_fields.items()
+        if len(location) == 1 and key in getattr(one.annotation, "model_fields", ())
+    ]
+    meant = f"; did you mean {' or '.join(places)}?" if places else ""
+    return meant or did_you_mean(key, kind.model_fields)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,7 +30,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ship_ds.errors import UserError
+from ship_ds.errors import UserError, did_you_mean
 from ship_ds.section import FieldError, Section, first_error
 
 FROM_OUTSIDE = "those of modules that SHIP_DS_PLUGINS names"
@@ -110,7 +110,25 @@ class Kinds:
             known = ", ".join(self._kinds)
             message = f"there is no {name!r}; there are {known}, and {FROM_OUTSIDE}"
             raise FieldError(("kind",), "value_error", message)
-        return parse_section(self._kinds[name].config_class, values)
+        try:
+            return parse_section(self._kinds[name].config_class, values)
+        except FieldError as error:
+            if not error.is_unknown_key or len(error.location) != 1:
+                raise
+            hint = self._hint(str(error.location[0]), name)
+            raise FieldError(error.location, error.kind, str(error), hint) from None
+
+    def _hint(self, key: str, name: str) -> str:
+        """What was perhaps meant by a key that sections of the kind `name` have not."""
+        if near := did_you_mean(key, self._kinds[name].config_class.model_fields):
+            return near
+        others = [one for one in self._kinds if key in self._kinds[one].config_class.model_fields]
+        if not others:
+            return ""
+        return (
+            f" of kind {name}; one of kind {' or '.join(others)} has it: give all of the section, "
+            f"such as '{{kind: {others[0]}, {key}: ...}}'"
+        )
 
 
 def parse_section(section_class: type[Section], values: Any) -> Section:
@@ -118,7 +136,7 @@ def parse_section(section_class: type[Section], values: Any) -> Section:
     try:
         return section_class.model_validate(values)
     except ValidationError as error:
-        raise first_error(error) from None
+        raise first_error(error, prefers_unknown=True) from None
 
 
 ADAPTERS = Kinds("model.hypernetwork", lambda values: "lora")

@@ -69,11 +69,14 @@ class FieldError(ValueError):
         location: the key below what was read, () for all of it.
         kind: pydantic's type of the error, such as "extra_forbidden".
         message: one line.
+        hint: of an unknown key, what to do; "" where nobody knows.
     """
 
-    def __init__(self, location: tuple[int | str, ...], kind: str, message: str) -> None:
+    def __init__(
+        self, location: tuple[int | str, ...], kind: str, message: str, hint: str = ""
+    ) -> None:
         super().__init__(message)
-        self.location, self.kind = location, kind
+        self.location, self.kind, self.hint = location, kind, hint
 
     @property
     def is_unknown_key(self) -> bool:
@@ -83,7 +86,7 @@ class FieldError(ValueError):
     @property
     def text(self) -> str:
         """What is wrong, without its key."""
-        return "unknown key" if self.is_unknown_key else str(self)
+        return f"unknown key{self.hint}" if self.is_unknown_key else str(self)
 
     @property
     def line(self) -> str:
@@ -122,5 +125,5 @@ def first_error(error: _Errors, *, prefers_unknown: bool = False) -> FieldError:
         first = next(unknown, first)
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, FieldError):
-        return FieldError((*first["loc"], *inner.location), inner.kind, str(inner))
+        return FieldError((*first["loc"], *inner.location), inner.kind, str(inner), inner.hint)
     return FieldError(first["loc"], first["type"], first["msg"].removeprefix("Value error, "))

@@ -53,6 +53,14 @@ def test_every_recipe_parses_and_opens_with_its_command(name: str) -> None:
     ("override", "message"),
     [
         ("training.stepz=3", r"training.stepz: unknown key; did you mean steps\?$"),
+        ("steps=3", r"steps: unknown key; did you mean training.steps\?$"),
+        ("wholly_other=3", "wholly_other: unknown key$"),
+        ("data={kind: files, pathe: x}", r"data.pathe: unknown key; did you mean path\?$"),
+        (
+            "data={kind: files, path: x, num_seen: 3}",
+            r"data.num_seen: unknown key of kind files; one of kind rules has it: give all of the "
+            r"section, such as '\{kind: rules, num_seen: \.\.\.\}'$",
+        ),
         ("optimizer.lr=1", r"optimizer: unknown key; did you mean optimiser\?$"),
         ("model.task_llm.quantization=nf4", r"unknown key; did you mean quantisation\?$"),
         ("model.latent_siez=3", r"latent_siez: unknown key; did you mean latent_size\?$"),
