@@ -96,6 +96,7 @@ def data(
 ) -> int:
     """What a file or folder of tasks, or each source of a mixture, holds and what is left out."""
     from ship_ds.data.describe import describe, description_text
+    from ship_ds.data.splits import SplitConfig
 
     options = {
         "preset": preset,
@@ -115,7 +116,7 @@ def data(
     elif path is None or len(path) != 1:
         raise UserError("data: give one file or folder, or --config with a recipe")
     else:
-        descriptions = [describe(Path(path[0]), format, _filters(given))]
+        descriptions = [describe(Path(path[0]), format, _filters(given), SplitConfig())]
     if as_json:
         print(json.dumps(descriptions if recipe else descriptions[0], indent=2))
     else:

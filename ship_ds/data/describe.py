@@ -10,7 +10,7 @@ from ship_ds.data.filters import FilterConfig, apply_filters
 from ship_ds.data.labels import MOST_LABELS, label_forms, num_by_label
 from ship_ds.data.readers import detect_format, read_tasks, usual_min_examples
 from ship_ds.data.splits import SplitConfig, can_be_tested, split_tasks
-from ship_ds.data.task import DataError, Splits, Task
+from ship_ds.data.task import DataError, Splits, Task, spread
 
 NUM_SHOWN_TASKS = 3
 _WIDTH = 100
@@ -23,8 +23,8 @@ def describe(
     split: SplitConfig | None = None,
 ) -> dict[str, Any]:
     """Counts before the filters, what the reader and the filters leave out by reason and what then
-    stays, tasks with labels among it, and three tasks with an example; the parts of a split and the
-    weight of its seen tasks, where one is given.
+    stays, tasks with labels among it, and three of these tasks with an example; the parts of a
+    split and the weight of its seen tasks, where one is given.
 
     Args:
         path: a file or folder.
@@ -52,7 +52,7 @@ def describe(
         "filtered": {**unread, **filtered},
         "kept": _kept(kept),
         **({} if split is None else _parts(kept, split)),
-        **_samples(tasks),
+        **_samples(kept),
     }
 
 
@@ -98,7 +98,7 @@ def _kept(tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def _samples(tasks: Sequence[Task]) -> dict[str, Any]:
-    picked = tasks[:: max(1, len(tasks) // NUM_SHOWN_TASKS)][:NUM_SHOWN_TASKS]
+    picked = spread([task for task in tasks if task.examples], NUM_SHOWN_TASKS)
     return {
         "samples": [
             {
@@ -108,7 +108,6 @@ def _samples(tasks: Sequence[Task]) -> dict[str, Any]:
                 "target": task.examples[0].target,
             }
             for task in picked
-            if task.examples
         ]
     }
 

@@ -38,7 +38,7 @@ def test_describe_and_show(tmp_path: Path) -> None:
             "labels": {"tasks": 0, "most_frequent": None},
         },
     }
-    assert [sample["id"] for sample in samples] == ["t0", "t2", "t4"]
+    assert [sample["id"] for sample in samples] == ["t1", "t3", "t5"]  # t0 is left out
     assert samples[0].keys() == {"id", "instruction", "input", "target"}
     lines = description_text({**found, "samples": samples}).splitlines()
     assert lines[0] == "format jsonl: 7 tasks, 28 examples, 2 families"
