@@ -345,11 +345,14 @@ def answer(
     run: RunOption,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[INPUT]...", help="default: those of --file, or standard input, one a line"
+        typer.Argument(metavar="[INPUT]...", help="default: those of --file, or of standard input"),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file", help='one input a line, or JSON lines, {"input": ...}; - for standard input'
         ),
     ] = None,
-    file: FileOption = None,
     beams: Annotated[int, typer.Option(min=1, max=1024, help="1: greedy decoding")] = 1,
     confidence: Annotated[
         bool,

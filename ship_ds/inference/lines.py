@@ -19,10 +19,11 @@ from ship_ds.inference.results import (
 from ship_ds.parsing import decode, parse_json, read_text, split_lines, trimmed, unicode_text
 
 STDIN = "-"
+_PAIRS = 'a JSON object a line, {"input": ..., "target": ...}'
 
 
 def read_pairs(source: str) -> list[tuple[str, str]]:
-    """Examples (input, target) of JSON lines.
+    """Examples (input, target) of JSON lines, one or more.
 
     Args:
         source: a file, or STDIN.
@@ -37,9 +38,12 @@ def read_pairs(source: str) -> list[tuple[str, str]]:
 
 
 def read_inputs(source: str) -> list[str]:
-    """`input` of each JSON line; a line that is no JSON object is an input as it stands."""
+    """`input` of each JSON line; a line that is no JSON object is an input as it stands.
+
+    Raises UserError: there is none, or an object has none.
+    """
     inputs = []
-    for number, line in _lines(source):
+    for number, line in _lines(source, 'one input a line, or JSON lines {"input": ...}'):
         row = _parsed(line, f"{_name(source)}: line {number}")
         is_object = isinstance(row, dict)
         inputs.append(_field(source, number, row, "input") if is_object else trimmed(line))
@@ -48,26 +52,26 @@ def read_inputs(source: str) -> list[str]:
 
 def _rows(source: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
-    for number, line in _lines(source):
+    for number, line in _lines(source, _PAIRS):
         row = _parsed(line, f"{_name(source)}: line {number}")
         if not isinstance(row, dict):
             raise read_error(
                 _name(source),
                 f"line {number}",
-                'expected a JSON object {"input": ..., "target": ...}',
+                f"expected {_PAIRS}",
             )
         rows.append((number, row))
     return rows
 
 
-def _lines(source: str) -> list[tuple[int, str]]:
+def _lines(source: str, expected: str) -> list[tuple[int, str]]:
     """Numbered from 1, without empty ones."""
     text = _stdin() if source == STDIN else read_text(Path(source))
     lines = [
         (number, line) for number, line in enumerate(split_lines(text), start=1) if line.strip()
     ]
     if not lines:
-        raise UserError(f"{_name(source)}: is empty; give one JSON object a line")
+        raise UserError(f"{_name(source)}: is empty; give {expected}")
     return lines
 
 
@@ -180,18 +184,18 @@ def _short(latent: tuple[float, ...]) -> list[float]:
 
 
 def reasoning_rows(inputs: list[str], reasoning: Reasoning) -> list[dict[str, Any]]:
-    """One row an input, each with the induced instruction: `found` is the answer by the latent that
-    induction found, `refined` by its text encoded again, `stated` with the text in the prompt, and
-    `read`, where the encoder was trained to, by what it makes of the examples alone."""
+    """One row an input, each with the induced instruction and the answers of `Reasoning`, by its
+    names; `answer` is the one to take, `refined`."""
     instruction = reasoning.induction.instruction
     answers = zip(inputs, reasoning.by_latent, reasoning.refined, reasoning.in_prompt, strict=True)
     rows: list[dict[str, Any]] = [
         {
             "input": text,
+            "answer": refined,
             "instruction": instruction,
-            "found": by_latent,
+            "by_latent": by_latent,
             "refined": refined,
-            "stated": in_prompt,
+            "in_prompt": in_prompt,
         }
         for text, by_latent, refined, in_prompt in answers
     ]

@@ -1,7 +1,7 @@
 """What induction and reasoning give back: plain frozen values, without torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Answers = list[str | None]
 """One an input; None where no end of sequence came in time."""
@@ -58,7 +58,7 @@ class Candidate:
     loss: float
     num_right_in_prompt: int | None
     loss_in_prompt: float | None
-    latent: tuple[float, ...]
+    latent: tuple[float, ...] = field(repr=False)
     origin: str
     score: float | None = None
 
@@ -96,7 +96,7 @@ class Induction:
 
     instruction: str
     candidates: tuple[Candidate, ...]
-    latent: tuple[float, ...]
+    latent: tuple[float, ...] = field(repr=False)
     num_right: int
     num_examples: int
     latent_reading: str = ""
@@ -123,7 +123,7 @@ class WeightCandidate:
 
     instruction: str
     distance: float
-    latent: tuple[float, ...]
+    latent: tuple[float, ...] = field(repr=False)
     origin: str
 
 
@@ -140,7 +140,7 @@ class WeightInduction:
 
     instruction: str
     candidates: tuple[WeightCandidate, ...]
-    latent: tuple[float, ...]
+    latent: tuple[float, ...] = field(repr=False)
     latent_distance: float
 
 

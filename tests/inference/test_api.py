@@ -127,6 +127,15 @@ def test_a_bundle_around_another_base_of_the_same_shape_is_one_line(
             lambda ship: ship.answer("add 3", ["1 " * 600]),
             "input 1 with an answer .* the Task LLM reads at most 512",
         ),
+        # The letters of a text would be taken for inputs, and for a pair.
+        (lambda ship: ship.answer("add 3", "1 2"), r"inputs: is one text; .* such as \['1 2'\]"),
+        (lambda ship: ship.answer_bare("1 2"), "inputs: is one text"),
+        (lambda ship: ship.confidence("add 3", "1 2"), "inputs: is one text"),
+        (lambda ship: ship.reason([("1 2", "2")], "1 2"), "inputs: is one text"),
+        (lambda ship: ship.answer("add 3", ["1", 2]), "inputs: number 2 is no text: 2"),
+        (lambda ship: ship.induce(["1 2"]), "example 1: is '1 2'; give pairs of texts"),
+        (lambda ship: ship.induce(["12"]), "example 1: is '12'; give pairs of texts"),
+        (lambda ship: ship.induce([("1", 2)]), r"example 1: is \('1', 2\); give pairs of texts"),
         (lambda ship: ship.decode([0.0]), "has 1 numbers and this run's has 64"),
     ],
 )
@@ -240,7 +249,8 @@ def test_reason_verb_gives_a_row_an_input(
     )
     rows = _rows(capsys)
     assert [row["input"] for row in rows] == ["1 2", "5 5 5"]
-    assert all(row.keys() == {"input", "instruction", "found", "refined", "stated"} for row in rows)
+    names = {"input", "answer", "instruction", "by_latent", "refined", "in_prompt"}
+    assert all(row.keys() == names and row["answer"] == row["refined"] for row in rows)
 
 
 @pytest.mark.parametrize("verb", [["induce"], ["reason", "1 2"], ["answer", "add 3"]])
@@ -278,6 +288,12 @@ def test_a_runs_bundle_and_one_from_its_checkpoint_know_the_seen_instructions(
     bundle_from_checkpoint(one_rank_run / "checkpoints" / "step-00000012", tmp_path / "bundle")
     known = [Ship.from_run(folder).known for folder in (one_rank_run, tmp_path / "bundle")]
     assert known[0] == known[1] and len(known[0]) == len(seen) == 24
+
+
+def test_a_printed_induction_has_no_latents(ship: Ship) -> None:
+    found = ship.induce([("1 2", "2")], QUICK)
+    assert "latent=" not in repr(found) and len(found.latent) == 64
+    assert found.candidates and found.instruction in repr(found)
 
 
 def test_results_are_plain_frozen_values(ship: Ship) -> None:
