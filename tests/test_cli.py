@@ -48,7 +48,9 @@ def test_doctor_says_what_is_missing_where_nothing_is_installed(
 def test_doctor_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for part in ("torch", "CUDA", "compiler", "deepspeed", "bitsandbytes", "flash-attn", "Slurm"):
+    optional = ("peft", "gguf", "fastapi", "cores, memory")
+    parts = ("torch", "CUDA", "compiler", "deepspeed", "bitsandbytes", "flash-attn", "Slurm")
+    for part in (*parts, *optional):
         assert part in shown
 
 

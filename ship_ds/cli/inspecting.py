@@ -261,7 +261,11 @@ def plot(
     from ship_ds.runtime import ranks
 
     ranks.quiet_libraries()
+    out = out or run / "figures"
+    others = [name for name in figures.FIGURES if name not in figures.OF_LATENTS]
+    for path in figures.plot(folders, out, log, others):
+        print(path, flush=True)
     write_latent_map(run, log, device, dtype, base)
-    for path in figures.plot(folders, out or run / "figures", log):
+    for path in figures.plot(folders, out, log, figures.OF_LATENTS):
         print(path)
     return 0

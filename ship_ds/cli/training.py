@@ -93,6 +93,7 @@ def plan(
     from ship_ds.planner.show import plan_text
 
     lengths = (instruction_tokens, input_tokens, target_tokens)
+    log("counting what a step holds, on the meta device: a minute or two for the deepest bases")
     planned = make_plan(settings, Machines(nodes, gpus, int(gpu_memory * 1e9)), lengths)
     changes = advise(planned, lengths)
     print(

@@ -131,7 +131,7 @@ def write_latent_map(
     there = read_json_object(path) if path.is_file() else {}
     if "tasks" in there and there["bundle"] == sha256(bundle / SHIP_WEIGHTS):
         return
-    log(f"{path}: latents by gradient descent, for the t-SNE figure")
+    log(f"{path}: latents by gradient descent, for the figures of latents; takes minutes, once")
     run = Run.open(folder, log, device, dtype, base)
     write_json(path, latent_map(run.ship, run.splits))
 

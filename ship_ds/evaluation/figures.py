@@ -509,19 +509,26 @@ FIGURES: dict[str, Callable[[Sequence[Path]], Figure]] = {
 }
 
 
-def plot(runs: Sequence[Path], out: Path, log: Log) -> list[Path]:
+OF_LATENTS = ("latents", "categories")
+"""Those of `<run>/evaluation/latents.json`, which takes minutes to make."""
+
+
+def plot(
+    runs: Sequence[Path], out: Path, log: Log, names: Sequence[str] = tuple(FIGURES)
+) -> list[Path]:
     """Write OUT/NAME.png of every figure that the runs have the data for; the paths written.
 
     Args:
         runs: the first one is what figures of a single run are of.
         out: folder, made where it is not there.
         log: told what the figures that were not drawn lack.
+        names: of `FIGURES`.
     """
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in FIGURES.items():
+    for name in names:
         try:
-            written.append(save(name, draw, runs, out))
+            written.append(save(name, FIGURES[name], runs, out))
         except NotDrawn as error:
             log(f"{name}: not drawn: {error}")
     return written

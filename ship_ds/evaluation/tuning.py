@@ -226,8 +226,12 @@ def train_lora(
         return losses(some, lambda tasks: with_rest(lora()))
 
     title = f"tune, {start} start"
-    # A look's score is to rise: the log-likelihood.
-    dev_curve = DevCurve(lambda: -held_out_loss(), min(recipe.steps, _MOST_LOOKS), every=1)
+    dev_curve = DevCurve(
+        lambda: -held_out_loss(),  # a look's score is to rise
+        min(recipe.steps, _MOST_LOOKS),
+        every=1,
+        in_words=lambda best: f"least loss held out {-best:.3f}",
+    )
     first = held_out_loss()
     training = fit(
         lora.parameters(), losses_at, Steps(recipe.steps), recipe.lr, title, dev_curve=dev_curve

@@ -38,7 +38,7 @@ class DevCurve:
 
     score: of the weights as they are. num_looks: evaluations of a bounded budget, evenly spaced
     over it, the last one at its end; 0: none. every: steps between two of an open-ended one.
-    seconds: that they took.
+    seconds: that they took. in_words: the best of them, for the progress bar.
     """
 
     score: Callable[[], float]
@@ -46,6 +46,7 @@ class DevCurve:
     every: int
     curves: dict[str, list[Point]] = field(default_factory=dict)
     seconds: float = 0.0
+    in_words: Callable[[float], str] = "best on dev {:.3f}".format
 
     def is_due(self, budget: Budget, before: Spent, now: Spent) -> bool:
         """Whether the step between these two moments is followed by an evaluation.
@@ -195,8 +196,8 @@ class _Course:
     def in_words(self) -> str:
         """For the progress bar."""
         words = [f"loss {self.points[-1].loss:.3f}"]
-        if self.best is not None:
-            words.append(f"best on dev {self.best[0]:.3f}")
+        if self.best is not None and self.dev_curve is not None:
+            words.append(self.dev_curve.in_words(self.best[0]))
         if not isinstance(self.budget, UntilDevStops):
             words.append(f"{self.budget.spent(self.used):.0%} of the budget")
         return ", ".join(words)
