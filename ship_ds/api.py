@@ -556,6 +556,11 @@ class Ship:
         checks.check_inputs(self.model, texts, self._length)
         reads = read_merged if merged else read_adapter
         adapter = reads(self.model, Path(folder))
+        if not self.is_ready_to_explain:
+            log(
+                "the first explanation of a run: a reader of its adapters and a threshold are made "
+                "before it, once and in minutes"
+            )
         settings = self.searching(self._induction(config), log)
         return explain_many(
             self.model,
