@@ -131,13 +131,26 @@ class Origin:
             f"{self.proof['from_live']:.1e}, "
             f"from the bare base's by {self.proof['from_base']:.2f}\n"
             f"- prompt format: {json.dumps(self.prompt_format, ensure_ascii=False)}\n"
-            f"{self._loading()}"
+            f"{self._asking()}{self._loading()}"
+        )
+
+    def _asking(self) -> str:
+        """A line of the card; empty where the format says no sample."""
+        samples = self.prompt_format.get("samples")
+        if not isinstance(samples, dict) or "input" not in samples:
+            return ""
+        return (
+            f"- ask with {json.dumps(samples['input'], ensure_ascii=False)}, the input in the "
+            "place of `3 1`, and no special tokens added to it\n"
         )
 
     def _loading(self) -> str:
-        """How the folders are loaded together; empty where the adapter is one."""
+        """How it is loaded: the folder, or those that it is together."""
         if not self.folders:
-            return ""
+            return (
+                "\nAround `base`, the transformers model:\n\n"
+                '    model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n'
+            )
         first, *others = self.folders
         lines = [
             "",

@@ -52,6 +52,8 @@ def test_card_and_record_say_where_it_comes_from(tmp_path: Path) -> None:
     latent_Z = ship.model.encode(["reverse the list"])[0]
     export_one(ship, Request("a", 'two lines\nand "quotes"', latent_Z), tmp_path / "a", PROBES)
     card = (tmp_path / "a" / "README.md").read_text()
+    assert '- ask with "<user> input 3 1 <assistant>", the input in the place of `3 1`' in card
+    assert '    model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n' in card
     for part in (
         r'instruction: "two lines\nand \"quotes\""',
         "base: embedded",
