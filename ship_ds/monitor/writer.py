@@ -15,6 +15,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ship_ds.console import log
 from ship_ds.files import write_text
 
 
@@ -23,26 +24,18 @@ class Monitor:
 
     def __init__(self, folder: Path, num_steps: int, first_step: int) -> None:
         self.folder = folder
-        self._drop_rows_after(first_step)
+        for name, last in (
+            ("metrics.jsonl", first_step - 1),
+            ("bad_steps.jsonl", first_step - 1),
+            ("evaluations.jsonl", first_step),
+        ):
+            _drop_rows_after(folder / name, last)
         self.rows = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._last_row: dict[str, float | None] = {}
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self.bar = tqdm(
             total=num_steps, initial=first_step, unit="step", mininterval=5, dynamic_ncols=True
         )
-
-    def _drop_rows_after(self, first_step: int) -> None:
-        """A resumed run writes each step once: rows of steps that will be taken again go, and so
-        does a half-written one."""
-        for name, last in (("metrics.jsonl", first_step - 1), ("evaluations.jsonl", first_step)):
-            path = self.folder / name
-            if path.exists():
-                rows = [
-                    line
-                    for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                    if line.endswith("\n")
-                ]
-                write_text(path, "".join(row for row in rows if json.loads(row)["step"] <= last))
 
     def step(self, step: int, scalars: Mapping[str, float]) -> None:
         """A value that is not finite is null in metrics.jsonl (JSON has no NaN) and NaN in
@@ -94,6 +87,38 @@ class Monitor:
         self.rows.close()
         self.board.close()
         figures.save("loss", figures.losses, [self.folder], self.folder)
+
+
+def _drop_rows_after(path: Path, last: int) -> None:
+    """A resumed run writes each step once: rows of steps that will be taken again go, and so do
+    damaged ones, of which a line is logged, and a half-written one at the end.
+
+    Args:
+        path: of the rows; it may not be there.
+        last: step whose rows stay.
+    """
+    if not path.exists():
+        return
+    # By hand: a block that a power cut has left unwritten is no text, and may look like more ends
+    # of lines than there are.
+    *lines, _ = path.read_bytes().split(b"\n")
+    steps = [_step_of(line) for line in lines]
+    if num_damaged := steps.count(None):
+        log(f"{path}: {num_damaged} damaged rows, as after a power cut: left out")
+    rows = (
+        line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last
+    )
+    write_text(path, "".join(row.decode() + "\n" for row in rows))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a row; None: it is damaged."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def _finite(scalars: Mapping[str, float]) -> dict[str, float | None]:
