@@ -946,7 +946,8 @@ class TrainingConfig(Section):
     """Ends training, evaluations not counted; the schedule ends with it where the steps would take
     longer, and then no two runs are alike to the bit. None: no limit."""
     max_bad_steps: PositiveInt = 5
-    """Stop after this many non-finite steps in a row."""
+    """Stop after this many non-finite steps in a row; what is to be saved or evaluated within them
+    waits for a finite one."""
     deepspeed: PathText = "zero3"
     """A file of ds_configs/ (without .json) or a path; zero1_auto, zero2_auto and zero3_auto are
     bf16 on devices that multiply in it, else fp32."""

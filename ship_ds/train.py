@@ -329,18 +329,27 @@ class Trainer:
         """
         self.watchdog.start()
         try:
-            if self.owes_evaluation:
+            # A run that was asked to stop within bad steps waits for a good one, as it did before.
+            if self.owes_evaluation and not self.num_bad_steps:
                 self.evaluate_saved_step()
             self.stop.raise_if_asked()
             while self.step < self.num_steps and self.spent_time() < 1:
                 self.raise_if_agreed()
                 self.take_step()
-                self.owes_evaluation = is_due(self.step, self.config.evaluation.every_steps)
+                self.owes_evaluation |= is_due(self.step, self.config.evaluation.every_steps)
+                # Checkpoints within bad steps would push out those before them (keep_last), which
+                # may be the last good ones; the next good step makes up for what was due.
+                if self.num_bad_steps:
+                    continue
                 # Saved before it is evaluated, so that an evaluation that fails loses no step.
                 if self.owes_evaluation or self.checkpoint_is_due():
                     self.save()
                 if self.owes_evaluation:
                     self.evaluate_saved_step()
+            # Of a run that ends with bad steps.
+            if self.owes_evaluation:
+                self.save()
+                self.evaluate_saved_step()
             # After the last step too: what comes next ends only the ranks that were asked.
             self.raise_if_agreed()
         except Preempted:
@@ -479,9 +488,9 @@ class Trainer:
         )
         if self.num_bad_steps >= self.config.training.max_bad_steps:
             raise UserError(
-                f"training: not finite in {self.num_bad_steps} steps in a row; lower optimiser.lr "
-                f"or look at {path} "
-                "(training.max_bad_steps sets the number)"
+                f"training: not finite in {self.num_bad_steps} steps in a row; start with a lower "
+                f"optimiser.lr in another run.folder, or look at {path} (training.max_bad_steps "
+                "sets the number)"
             )
 
     def record_step(self, losses: StepLosses, lr: float) -> None:
@@ -631,7 +640,9 @@ class Trainer:
     def checkpoint_is_due(self) -> bool:
         """By the steps, or by the time since the newest checkpoint; the same on every rank."""
         config = self.config.checkpoint
-        if is_due(self.step, config.every_steps):
+        every = config.every_steps
+        # Also one that was due at a bad step.
+        if every and self.step // every > (self.saved_step or 0) // every:
             return True
         minutes = config.every_minutes
         return minutes is not None and self.seconds() - self.saved_seconds >= 60 * minutes

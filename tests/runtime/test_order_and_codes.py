@@ -335,6 +335,63 @@ def test_a_checkpoint_comes_after_so_many_minutes_of_training(tmp_path: Path) ->
     assert again.saved == [8]
 
 
+class Poisoned(StubTrainer):
+    """A checkpoint and an evaluation are due at every second step; some steps are not finite, and
+    it is asked to stop after one."""
+
+    def __init__(self, folder: Path, bad: Sequence[int], stops_at: int | None = None) -> None:
+        super().__init__(folder)
+        overrides = ["evaluation.every_steps=2", "checkpoint.every_steps=2"]
+        self.config = load_config("quickstart-smoke", [*overrides, "checkpoint.keep_last=9"])
+        self.num_steps, self.bad, self.stops_at = 6, bad, stops_at
+
+    def take_step(self) -> None:
+        super().take_step()
+        self.num_bad_steps = self.num_bad_steps + 1 if self.step in self.bad else 0
+        self.agreed = Agreement(self.step == self.stops_at, 0.0, [], torch.zeros(0))
+
+
+def steps_saved(folder: Path) -> list[int]:
+    root = folder / "checkpoints"
+    return [checkpoint.read_progress(path).step for path in checkpoint.checkpoints(root)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "kept"),
+    [((3, 4), [2, 5, 6]), ((2, 3, 4), [5, 6]), ((5, 6), [2, 4, 6]), ((3,), [2, 4, 6])],
+)
+def test_what_is_due_at_a_bad_step_waits_for_the_next_good_one(
+    tmp_path: Path, bad: Sequence[int], kept: list[int]
+) -> None:
+    """Or for the end."""
+    trainer = Poisoned(tmp_path, bad)
+    trainer.train()
+    assert steps_saved(tmp_path) == trainer.evaluated == kept
+
+
+def test_so_does_a_checkpoint_alone(tmp_path: Path) -> None:
+    trainer = Poisoned(tmp_path, (3, 4))
+    trainer.config = load_config(
+        "quickstart-smoke", ["evaluation.every_steps=0", "checkpoint.every_steps=2"]
+    )
+    trainer.train()
+    assert steps_saved(tmp_path) == [5, 6] and trainer.evaluated == []
+
+
+def test_a_run_that_is_asked_to_stop_within_bad_steps_goes_on_as_it_would_have(
+    tmp_path: Path,
+) -> None:
+    trainer = Poisoned(tmp_path, (3, 4), stops_at=4)
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert trainer.evaluated == [2] and steps_saved(tmp_path) == [2, 4]
+    assert saved(tmp_path, 4).num_bad_steps == 2 and saved(tmp_path, 4).owes_evaluation
+    again = Poisoned(tmp_path, (3, 4))
+    assert again.num_bad_steps == 2
+    again.train()
+    assert again.evaluated == [5, 6] and steps_saved(tmp_path) == [2, 4, 5, 6]
+
+
 def test_a_stop_that_is_agreed_on_after_the_last_step_is_heeded_by_every_rank(
     tmp_path: Path,
 ) -> None:

@@ -280,7 +280,8 @@ def test_so_they_do_compiled(found_long: dict[str, Any], pooled_run_folder: Path
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line(found: dict[str, Any]) -> None:
     for rank in found["too_many_bad_steps"]:
         assert rank["step"] == 3 and rank["said"].startswith(
-            "training: not finite in 2 steps in a row; lower optimiser.lr"
+            "training: not finite in 2 steps in a row; start with a lower optimiser.lr in another "
+            "run.folder"
         )
 
 
