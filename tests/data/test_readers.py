@@ -109,14 +109,14 @@ def test_rows_with_one_instruction_are_one_task(tmp_path: Path) -> None:
 
 def test_inputs_without_a_target_are_read_and_counted(tmp_path: Path) -> None:
     """Beside examples, in their place, or none of them."""
-    one = {"id": "a", "instruction": "add 1", "inputs": ["1", "2"]}
+    one = {"id": "a", "instruction": "add 1", "inputs": ["1", " 2\n"]}
     other = {"id": "b", "instruction": "add 2", "inputs": []}
     both = {"id": "c", "instruction": "add 3", "inputs": ["4"]}
     both["examples"] = [{"input": "1", "target": "4"}]
     path = write(tmp_path / "tasks.json", [one, other, both])
     counts: Counter[str] = Counter()
     tasks = read_tasks(path, counts=counts)
-    assert [task.inputs for task in tasks] == [("1", "2"), (), ("4",)]
+    assert [task.inputs for task in tasks] == [("1", "2"), (), ("4",)], "as examples are trimmed"
     assert [len(task.examples) for task in tasks] == [0, 0, 1]
     assert counts == {"inputs without a target, which `ship-ds supply answers` makes": 3}
     assert [row_of(task, {})["examples"] for task in tasks] == [[], [], both["examples"]]

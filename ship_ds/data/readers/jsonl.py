@@ -20,6 +20,7 @@ from ship_ds.data.readers.checks import distinct, example, expect, field, texts
 from ship_ds.data.readers.files import files_of, kind_of
 from ship_ds.data.readers.rows import first_row, rows_of
 from ship_ds.data.task import SMALLEST_WEIGHT, Example, Task, read_error
+from ship_ds.parsing import trimmed
 
 _TASK_KEYS, _EXAMPLE_KEYS = (
     {
@@ -79,7 +80,10 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> Task:
         family=expect(row.get("family", ""), str, path, f"{where}.family"),
         dataset=expect(row.get("dataset", ""), str, path, f"{where}.dataset"),
         weight=_weight(row.get("weight", 1), path, f"{where}.weight"),
-        inputs=tuple(expect(x, str, path, f"{where}.inputs[{i}]") for i, x in enumerate(inputs)),
+        inputs=tuple(
+            trimmed(expect(text, str, path, f"{where}.inputs[{i}]"))
+            for i, text in enumerate(inputs)
+        ),
     )
 
 
