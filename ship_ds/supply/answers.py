@@ -148,14 +148,19 @@ class _Work:
             answered = agreed(one.inputs, row, [1.0] * len(row), 1.0)
             counts["inputs"] += len(one.inputs)
             counts["inputs without an answer that ends"] += len(one.inputs) - len(answered)
-            kept = () if self.config.relabels else one.task.examples
+            # Asked anew, an input has no other label; what was left for another time keeps its own.
+            kept = tuple(
+                example
+                for example in one.task.examples
+                if not self.config.relabels or example.input not in one.inputs
+            )
             examples = tuple(dict.fromkeys((*kept, *answered)))
             if len(examples) < self.config.min_examples:
                 counts["too few answers"] += 1
             elif not kept and len(examples) > 1 and is_trivial(examples):
                 counts["trivial"] += 1
             else:
-                counts["answered"] += 1
+                counts["answered" if answered else "not answered, labels kept"] += 1
                 rows.append(self.row(one, examples))
         return SupplyPart(dict(counts), rows)
 
@@ -177,7 +182,8 @@ class _Work:
             texts = self.unlabelled(lender, task)
             readable = [text for text in texts if self.can_read(task.instruction, text)]
             inputs = readable[: self.config.num_inputs]
-            rest = [] if has_none else [text for text in texts if text not in inputs]
+            done = {*inputs, *(example.input for example in task.examples)}
+            rest = [] if has_none else [text for text in texts if text not in done]
             if inputs:
                 counts["inputs left for another time"] += len(rest)
                 to_answer.append(ToAnswer(task, inputs, rest, lender.id if has_none else None))

@@ -122,7 +122,8 @@ class AnswersConfig(Section):
     num_inputs: PositiveInt = 16
     """Of each task that are answered, at most."""
     relabels: bool = False
-    """Inputs that have a label are answered, too, and their own labels go."""
+    """Inputs that have a label are answered, too, and their own labels go. One that
+    is not asked, beyond num_inputs, keeps its own."""
     min_examples: PositiveInt = 2
     """A task has this many answers and labels, or goes."""
     num_at_once: PositiveInt = 16

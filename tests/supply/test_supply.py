@@ -15,6 +15,7 @@ from ship_ds.data.readers import read_tasks
 from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.errors import UserError
 from ship_ds.evaluation.config import EndpointConfig
+from ship_ds.supply.answers import TaskLlmTeacher
 from ship_ds.supply.config import ProposeConfig, parse_settings
 from ship_ds.supply.journal import Journal, SupplyPart, journal_of
 from ship_ds.supply.make import make
@@ -343,8 +344,30 @@ def test_labels_go_where_all_is_answered_anew(ship: Ship, tmp_path: Path) -> Non
     out = tmp_path / "out.jsonl"
     supply(ship, "answers", out, data, ["relabels=true", "num_inputs=3"])
     (row,) = rows(out)
-    assert len(row["examples"]) == 3 and len(row["inputs"]) == 1
-    assert all(e["target"].split() == e["input"].split()[::-1] for e in row["examples"])
+    kept, *answered = row["examples"]
+    assert kept in examples and len(answered) == 3 and "inputs" not in row, "one was not asked"
+    assert all(e["target"].split() == e["input"].split()[::-1] for e in answered)
+    assert len({e["input"] for e in row["examples"]}) == 4
+
+
+def test_a_labelled_task_that_gets_no_answer_is_counted_apart(
+    ship: Ship, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = [{"input": "3 4 1 8", "target": "8 1 4 3"}, {"input": "5 1", "target": "1 5"}]
+    task = {"id": "a", "instruction": "reverse the list", "examples": labels}
+    data = written(tmp_path, task | {"inputs": [" 3 4 1 8\n", "2 9 4 1"]})
+    asked: list[Sequence[Sequence[str]]] = []
+
+    def answer(teacher: Any, instructions: Sequence[str], inputs: Any) -> list[list[None]]:
+        asked.append(inputs)
+        return [[None] * len(texts) for texts in inputs]
+
+    monkeypatch.setattr(TaskLlmTeacher, "answer", answer)
+    out = tmp_path / "out.jsonl"
+    counts = supply(ship, "answers", out, data, [])
+    assert asked == [[["2 9 4 1"]]], "white space makes no other input"
+    assert counts["not answered, labels kept"] == 1 and "answered" not in counts
+    assert rows(out)[0]["examples"] == labels
 
 
 def test_answers_that_are_all_alike_go_and_labels_keep_them(ship: Ship, tmp_path: Path) -> None:
