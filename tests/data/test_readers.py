@@ -782,6 +782,19 @@ def test_a_text_beside_our_own_jsonl_is_none(tmp_path: Path) -> None:
     assert detect_format(tmp_path) == "jsonl"
 
 
+@pytest.mark.parametrize("name", ["tasks.csv", "tasks.xlsx", "tasks.tsv.gz", "tasks.zip"])
+def test_a_text_beside_a_table_is_read_by_name_alone(name: str, tmp_path: Path) -> None:
+    """It may say what is in the table."""
+    (tmp_path / "README.txt").write_text(_text(40))
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=rf"; {name} is not read, .* by format: plain-text"):
+        read_tasks(tmp_path)
+    counts: Counter[str] = Counter()
+    (task,) = read_tasks(tmp_path, "plain-text", counts)
+    assert task.id == "README.txt:1"
+    assert counts == {f"files that plain-text does not read, such as {name}": 1}
+
+
 def test_malformed_plain_text(tmp_path: Path) -> None:
     for content, complaint in (
         (b'{"text": "a"}\n{"texts": "b"}', "line 2: has no 'text'"),

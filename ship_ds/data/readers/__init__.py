@@ -78,6 +78,12 @@ def _why_none(path: Path) -> str:
             f"; the folder has no file that ends in {', '.join(FILE_SUFFIXES)}, compressed or not"
         )
     file = files[0]
+    others = [one for one in files if kind_of(one) in OTHER_SUFFIXES]
+    if others and {kind_of(one) for one in files if one not in others} == {".txt"}:
+        return (
+            f"; {others[0].name} is not read, and a .txt beside it only where it is named, by "
+            "format: plain-text"
+        )
     if kind_of(file) not in FILE_SUFFIXES:
         return f"; {file.name} is no {' or '.join(FILE_SUFFIXES)}, plain or as .gz, .bz2 or .xz"
     if kind_of(file) != ".json":

@@ -19,7 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from ship_ds.data.readers.checks import expect, field, load_lines
-from ship_ds.data.readers.files import files_of, kind_of, read_whole
+from ship_ds.data.readers.files import (
+    OTHER_SUFFIXES,
+    files_and_dead_links,
+    files_of,
+    kind_of,
+    read_whole,
+)
 from ship_ds.data.readers.rows import first_row
 from ship_ds.data.readers.tables import table
 from ship_ds.data.task import DataError, Example, Task
@@ -44,7 +50,10 @@ def files(path: Path) -> list[Path]:
 
 def matches(path: Path) -> bool:
     """Whether there are .txt files and no others, or rows of nothing but a text. What has other
-    columns is read by name alone: it may be labelled."""
+    columns is read by name alone: it may be labelled. So is a text beside tables or archives, which
+    may be the data that it describes."""
+    if files_and_dead_links(path, OTHER_SUFFIXES):
+        return False
     paths = files(path)
     if {kind_of(file) for file in paths} == {".txt"}:
         return True
