@@ -910,6 +910,21 @@ def test_a_path_that_the_system_refuses_is_said_with_its_key() -> None:
         check_path(FilesConfig(path="x" * 300), "data.path")
 
 
+def test_two_files_of_one_stem_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    rows = [{"instruction": "add 1", "input": "1", "output": "2"}]
+    write(tmp_path / "a.json", rows)
+    write(tmp_path / "a.jsonl", rows[0] | {"instruction": "add 2"})
+    with pytest.raises(
+        DataError,
+        match=r"'a:1' is also that of .*a\.json: row 1; .*rename or remove one of the two",
+    ):
+        read_tasks(tmp_path)
+    write(tmp_path / "a.json", [_OURS])
+    write(tmp_path / "a.jsonl", _OURS)
+    with pytest.raises(DataError, match=r"a\.json:1; give every task its own"):
+        read_tasks(tmp_path)
+
+
 def test_an_id_of_white_space_is_empty(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", _OURS | {"id": " \t"})
     with pytest.raises(DataError, match="the task id is empty"):

@@ -127,6 +127,7 @@ def read_tasks(path: Path, format: str = "auto", counts: Counter[str] | None = N
         counts["inputs without a target, which `ship-ds supply answers` makes"] += num_inputs
     if not tasks:
         raise DataError(f"{path}: holds no task in the format {name}")
+    ids_are_in_rows = getattr(FORMATS[name], "IDS_ARE_IN_ROWS", False)
     sources: dict[str, str] = {}
     for task in tasks:
         if not task.id.strip():
@@ -134,7 +135,12 @@ def read_tasks(path: Path, format: str = "auto", counts: Counter[str] | None = N
         if task.id in sources:
             raise DataError(
                 f"{task.source}: the task id {task.id!r} is also that of "
-                f"{sources[task.id]}; give every task its own"
+                f"{sources[task.id]}; "
+                + (
+                    "give every task its own"
+                    if ids_are_in_rows
+                    else "it is made of the file's name: rename or remove one of the two files"
+                )
             )
         if not all((task.instruction, *task.paraphrases)):
             raise DataError(

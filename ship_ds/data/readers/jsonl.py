@@ -22,6 +22,8 @@ from ship_ds.data.readers.rows import first_row, rows_of
 from ship_ds.data.task import SMALLEST_WEIGHT, Example, Task, read_error
 from ship_ds.parsing import trimmed
 
+IDS_ARE_IN_ROWS = True
+"""A file's name has no part in them."""
 _TASK_KEYS, _EXAMPLE_KEYS = (
     {
         *("id", "instruction", "examples", "inputs", "paraphrases", "family", "dataset"),
