@@ -49,9 +49,15 @@ cd "$REPOSITORY"
 # shellcheck disable=SC1091
 [[ ! -f $VENV/bin/activate ]] || source "$VENV/bin/activate"
 
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+INDEX=${SLURM_ARRAY_TASK_ID:-}
+if [[ -n $SWEEP && -z $INDEX ]]; then
+    [[ -n $DRY ]] || fail "SWEEP=$SWEEP has a line for each array index, and this job is in no array: submit with --array=1-N, or unset SWEEP"
+    INDEX=1
+    echo "slurm/train.sh: SWEEP: this is the job of line 1; SLURM_ARRAY_TASK_ID=N before the command prints that of line N" >&2
+fi
+if [[ -n $INDEX ]]; then
     if [[ -n $SWEEP ]]; then
-        LINES=$($CONTAINER "$PYTHON" -m ship_ds.runtime.sweep "$SWEEP" "$SLURM_ARRAY_TASK_ID")
+        LINES=$($CONTAINER "$PYTHON" -m ship_ds.runtime.sweep "$SWEEP" "$INDEX")
         mapfile -t MORE <<<"$LINES"
         ARGUMENTS+=("${MORE[@]}")
     fi
@@ -62,7 +68,7 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     done
     [[ $OWN_FOLDER == *%a* ]] ||
         fail "an array needs %a in run.folder, such as run.folder=runs/seed-%a; else its jobs share a folder"
-    ARGUMENTS=("${ARGUMENTS[@]//%a/$SLURM_ARRAY_TASK_ID}")
+    ARGUMENTS=("${ARGUMENTS[@]//%a/$INDEX}")
 fi
 
 # Bad input ends here, in seconds and with one line, before the ranks start and load a model.

@@ -103,6 +103,20 @@ def test_the_job_of_a_sweep_whose_folder_has_a_space(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "an array needs %a in run.folder" in refused.stderr
 
 
+def test_a_sweep_without_an_array_is_no_plain_job(tmp_path: Path) -> None:
+    """It is refused; a dry run, which is made before there is an array, prints the first line's."""
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("training.steps=7\ntraining.steps=8\n")
+    words = ["--config", "quickstart-smoke", f"run.folder={tmp_path}/run-%a"]
+    refused = dry_run(*words, SWEEP=str(sweep))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert f"SWEEP={sweep} has a line for each array index" in refused.stderr
+    assert "submit with --array=1-N" in refused.stderr
+    done = dry_run("--dry-run", *words, SWEEP=str(sweep))
+    assert done.returncode == 0 and "/run-1 training.steps=7" in done.stdout, done.stderr
+    assert "this is the job of line 1; SLURM_ARRAY_TASK_ID=N" in done.stderr
+
+
 _HOLD = """
 import sys, time
 from pathlib import Path
