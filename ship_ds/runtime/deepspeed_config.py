@@ -254,6 +254,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
             f"{path}: fp16: not supported, since its loss scale is in no checkpoint of "
             "ZeRO-3; use bf16, or neither"
         )
+    _check_trainer_goes_on(path, config)
     _check_pairs(path, config)
     accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
     stage = (config.get("zero_optimization") or {}).get("stage")
@@ -287,6 +288,54 @@ def _check_pairs(path: Path, config: Mapping[str, Any]) -> None:
             )
 
 
+def _check_trainer_goes_on(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError for what DeepSpeed takes and this trainer cannot train, or resume, with."""
+    for key, (works, reason) in _TRAINER_NEEDS.items():
+        *sections, name = key.split(".")
+        values: Mapping[str, Any] = config
+        for section in sections:
+            values = values.get(section) or {}
+        # A null is a value: of datastates_ckpt it is one that turns it on.
+        if name in values and values[name] not in works:
+            raise UserError(f"{path}: {key}: {json.dumps(values[name])}: {reason}: take it out")
+
+
+_NO_PARALLEL = "here every rank takes a share of a step's tasks"
+_TRAINER_NEEDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "checkpoint.load_universal": (
+        (False,),
+        "a run goes on from DeepSpeed's plain checkpoints, also with other ranks, and finds no "
+        "universal one",
+    ),
+    "checkpoint.writer": ((None,), "checkpoints are written by DeepSpeed's plain writer"),
+    "data_efficiency.enabled": ((False,), "batches and tokens are chosen by the run's config"),
+    "datastates_ckpt": ((False,), "checkpoints are written by DeepSpeed's plain writer"),
+    "flops_profiler.enabled": ((False,), "training.profile says where the time of steps goes"),
+    "gradient_allreduce_op": (
+        ("mean",),
+        "the loss is written for the mean over ranks; gradients and their norm would be so many "
+        "times too large",
+    ),
+    "managed_gradient_accumulation": (
+        (True,),
+        "the trainer says which micro-batch is a step's last, which DeepSpeed then refuses",
+    ),
+    "sequence_parallel_size": ((1,), _NO_PARALLEL),
+    "tensor_parallel.autotp_size": ((0, 1), _NO_PARALLEL),
+    "torch_autocast.enabled": (
+        (False,),
+        "adapters compute in the type of the weights; bf16.enabled makes these bf16",
+    ),
+    "zero_optimization.elastic_checkpoint": (
+        (False,),
+        "its checkpoints lack what a run goes on from; without it runs go on with other ranks, too",
+    ),
+    "zero_optimization.zenflow": (
+        (None,),
+        "the optimiser is torch's AdamW, which it does not take",
+    ),
+}
+"""The values of a setting that the trainer works with, and what it needs."""
 _MONITORS = {"comet": "comet_ml", "tensorboard": "tensorboard", "wandb": "wandb"}
 _EXAMPLES = {
     "bf16": '{"enabled": true}',

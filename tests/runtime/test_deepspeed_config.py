@@ -397,6 +397,44 @@ def test_what_deepspeed_refuses_with_its_engine_is_said_before(
         read_deepspeed_config(str(path))
 
 
+@pytest.mark.parametrize(
+    ("key", "breaks", "works", "need"),
+    [
+        ("zero_optimization.elastic_checkpoint", True, False, "its checkpoints lack what a run"),
+        ("zero_optimization.zenflow", {}, None, "the optimiser is torch's AdamW"),
+        ("checkpoint.load_universal", True, False, "from DeepSpeed's plain checkpoints"),
+        ("checkpoint.writer", {"type": "FAST"}, None, "DeepSpeed's plain writer"),
+        ("datastates_ckpt", None, False, "DeepSpeed's plain writer"),
+        ("datastates_ckpt", {}, False, "DeepSpeed's plain writer"),
+        ("managed_gradient_accumulation", False, True, "which micro-batch is a step's last"),
+        ("gradient_allreduce_op", "sum", "mean", "for the mean over ranks"),
+        ("sequence_parallel_size", 2, 1, "every rank takes a share"),
+        ("tensor_parallel.autotp_size", 2, 1, "every rank takes a share"),
+        ("torch_autocast.enabled", True, False, r"bf16\.enabled makes these bf16"),
+        ("data_efficiency.enabled", True, False, "chosen by the run's config"),
+        ("flops_profiler.enabled", True, False, r"training\.profile says"),
+    ],
+)
+def test_what_the_trainer_cannot_go_on_with_is_refused(
+    key: str, breaks: Any, works: Any, need: str, tmp_path: Path
+) -> None:
+    """DeepSpeed takes each of these; the values that work may stand."""
+    path = tmp_path / "own.json"
+    *sections, name = key.split(".")
+    for value in (breaks, works):
+        values: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+        inner = values
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+        path.write_text(json.dumps(values))
+        if value is breaks:
+            with pytest.raises(UserError, match=rf"json: {key}: .*{need}.*: take it out$"):
+                read_deepspeed_config(str(path))
+        else:
+            assert read_deepspeed_config(str(path)) == values
+
+
 def test_stage_1_scatters_no_gradients_and_may_scale_them_first(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     path.write_text('{"zero_optimization": {"stage": 1}, "prescale_gradients": true}')
