@@ -59,8 +59,8 @@ class FilterConfig(Section):
     max_examples_per_task: PositiveInt | None = None
     """The first ones in file order are kept; the format's own test examples do not count."""
     min_examples_per_task: PositiveInt | None = None
-    """Tasks with fewer examples left are left out; null: 1 in the formats alpaca and messages, 2 in
-    the others."""
+    """Tasks with fewer examples left are left out; null: 1 in the formats alpaca, messages and
+    plain-text, 2 in the others."""
     drop_empty_targets: bool = False
     """Leave out examples whose target is the empty text."""
     leave_out: tuple[str, ...] = ()

@@ -131,8 +131,8 @@ class Splits:
 
 
 def read_error(path: Path | str, where: str, problem: str) -> DataError:
-    """The one-line form every reader uses, e.g. `tasks/a.json: Instances[3].output: expected a list
-    of strings, got int`.
+    """The one-line form every reader uses, e.g. `tasks/a.json: Instances[3].output: expected a
+    list, got a whole number`.
 
     Args:
         path: of the file or folder, or a name of what else was read.
