@@ -901,7 +901,9 @@ class OptimiserConfig(Section):
     """AdamW and its learning rate."""
 
     lr: PositiveFloat = 1e-3
-    """The highest learning rate, reached when warm-up ends."""
+    """The highest learning rate. At each step the lower one of warm-up and schedule holds, so that
+    a run whose warm-up is long beside its steps never reaches it; it says at its start how far it
+    will come."""
     pretrained_lr: PositiveFloat | None = None
     """In its place, for what was pretrained: the language models of encoder and decoder, or the
     LoRAs over them. None: as lr. Warm-up and schedule are the same."""
@@ -914,7 +916,8 @@ class OptimiserConfig(Section):
     warmup_steps: int = Field(50, ge=0)
     """Over which the learning rate rises from zero in a straight line."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Of the learning rate after warm-up; cosine falls to 2 % of lr."""
+    """Of the learning rate; cosine falls from the first step on, also while it warms up, to 2 % of
+    lr at the last."""
 
 
 class TrainingConfig(Section):

@@ -46,7 +46,7 @@ from ship_ds.bundle import (
     probe_inputs,
     write_bundle,
 )
-from ship_ds.config import Config, TrainingConfig, load_config
+from ship_ds.config import Config, OptimiserConfig, TrainingConfig, load_config
 from ship_ds.data.sampler import ReadingDraw, StepSampler, balanced
 from ship_ds.data.source import TaskSource, source_of
 from ship_ds.data.task import Splits
@@ -80,6 +80,7 @@ from ship_ds.runtime.engine import (
     Engine,
     check_deepspeed_reads,
     engine_dtype,
+    highest_rate,
     learning_rate,
     parts_per_step,
 )
@@ -205,6 +206,7 @@ class Trainer:
         self.agreed: Agreement | None = None
         self.flop_size = self.model.flop_size()
         self.num_steps = num_steps(config.training, self.splits)
+        warn_of_long_warm_up(config.optimiser, self.num_steps)
         # Last, since a checkpoint brings the random generators, and they have to stay as it left
         # them. The monitor then knows which rows of its files will be written again.
         self.restore()
@@ -733,6 +735,16 @@ def num_steps(training: TrainingConfig, splits: Splits) -> int:
     return math.ceil(
         (training.epochs or 0) * examples / (training.tasks_per_step * training.examples_per_task)
     )
+
+
+def warn_of_long_warm_up(optimiser: OptimiserConfig, num_steps: int) -> None:
+    """Log what the learning rate comes to, where it is not the one that was asked for."""
+    highest = highest_rate(optimiser, num_steps)
+    if optimiser.warmup_steps > num_steps / 10 and highest < optimiser.lr:
+        log(
+            f"optimiser.warmup_steps: {optimiser.warmup_steps} of {num_steps} steps: the learning "
+            f"rate reaches {highest:.3g} at most, {highest / optimiser.lr:.0%} of optimiser.lr"
+        )
 
 
 def cache_tokens(folder: Path, model: ShipModel, splits: Splits) -> None:

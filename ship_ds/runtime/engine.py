@@ -76,8 +76,8 @@ def _is_raised_in(error: Exception, package: ModuleType) -> bool:
 
 
 def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: float = 0.0) -> float:
-    """Linear warm-up, then constant or a cosine to 2 % of the peak, at the last step or when the
-    time is spent (spent = 1).
+    """The lower one of a linear warm-up and of the schedule: constant, or a cosine from the first
+    step to 2 % of the peak, at the last step or when the time is spent (spent = 1).
 
     Args:
         step: from 0.
@@ -89,6 +89,13 @@ def learning_rate(step: int, config: OptimiserConfig, num_steps: int, spent: flo
     if config.schedule == "constant":
         return config.lr * warm
     return config.lr * min(warm, cosine(min(1.0, max(step / num_steps, spent))))
+
+
+def highest_rate(config: OptimiserConfig, num_steps: int) -> float:
+    """The highest learning rate of a run, where its time does not end it before its steps."""
+    # From the end of warm-up on none is higher.
+    steps = range(min(num_steps, config.warmup_steps + 1))
+    return max(learning_rate(step, config, num_steps) for step in steps)
 
 
 def cosine(done: float) -> float:

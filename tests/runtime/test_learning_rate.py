@@ -1,5 +1,7 @@
 """The schedule, by steps and by time."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,8 @@ from torch import nn
 from ship_ds.config import OptimiserConfig, load_config
 from ship_ds.data.task import Example, Splits, SplitTask, Task
 from ship_ds.planner.shapes import build_shapes
-from ship_ds.runtime.engine import groups, learning_rate
-from ship_ds.train import num_steps
+from ship_ds.runtime.engine import groups, highest_rate, learning_rate
+from ship_ds.train import num_steps, warn_of_long_warm_up
 
 COSINE = OptimiserConfig(lr=1.0, warmup_steps=4)
 
@@ -24,6 +26,36 @@ def test_the_schedule_ends_with_the_time_where_steps_would_take_longer() -> None
     assert learning_rate(50, COSINE, 100, spent=0.3) == learning_rate(50, COSINE, 100)
     constant = OptimiserConfig(lr=1.0, warmup_steps=4, schedule="constant")
     assert learning_rate(50, constant, 100, spent=1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "steps", "schedule", "highest"),
+    [
+        (0, 12, "cosine", 1.0),
+        (4, 400, "cosine", 0.9999),
+        (50, 500, "cosine", 0.9779),
+        (50, 100, "cosine", 0.72),
+        (50, 12, "cosine", 0.18),
+        (50, 12, "constant", 0.24),
+        (50, 51, "constant", 1.0),
+    ],
+)
+def test_the_highest_rate_is_said_where_it_is_not_the_one_asked_for(
+    warmup_steps: int,
+    steps: int,
+    schedule: Literal["cosine", "constant"],
+    highest: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = OptimiserConfig(lr=1.0, warmup_steps=warmup_steps, schedule=schedule)
+    every = [learning_rate(step, config, steps) for step in range(steps)]
+    assert highest_rate(config, steps) == max(every) == pytest.approx(highest, abs=1e-4)
+    warn_of_long_warm_up(config, steps)
+    said = capsys.readouterr().err
+    if warmup_steps > steps / 10 and highest < 1:
+        assert f"{warmup_steps} of {steps} steps: the learning rate reaches {max(every):.3g} at" in said
+    else:
+        assert said == ""
 
 
 @pytest.mark.parametrize(("rows", "steps"), [(1, 125), (4, 125), (22, 688)])
