@@ -39,7 +39,12 @@ from ship_ds.data.source import (
     splits_without_weights,
     with_weights,
 )
-from ship_ds.data.splits import alike, rule_groups
+from ship_ds.data.splits import (
+    alike,
+    rule_groups,
+    trains_on_tested,
+    without_tested_inputs,
+)
 from ship_ds.data.task import SMALLEST_WEIGHT, DataError, Splits, SplitTask
 from ship_ds.data.task_files import FilesSection, FilesTasks
 from ship_ds.data.words import plain_words
@@ -216,7 +221,9 @@ class MixtureTasks(TaskSource):
     def read(self, tokenizer: "PreTrainedTokenizerBase", log: Callable[[str], None]) -> Splits:
         """See `TaskSource.read`."""
         read = [member.read(tokenizer, log) for member in self._members]
-        read = _without_leaks(read, [member.source for member in self._members], log)
+        sources = [member.source for member in self._members]
+        read = _without_leaks(read, sources, log)
+        read = _without_tested_inputs(read, sources, log)
         for line in _shares(self.config.sources, [splits.seen for splits in read]):
             log(line)
         seen, dev, unseen = (
@@ -310,43 +317,72 @@ def _without_leaks(
     ]
 
 
-def _beside_in_rules(
+def _without_tested_inputs(
+    read: Sequence[Splits], sources: Sequence[TaskSource], log: Callable[[str], None]
+) -> list[Splits]:
+    """No seen task trains on an input that one of its rule, of another source, is tested on; within
+    a source its own split has seen to that."""
+    seen = [one for splits in read for one in splits.seen]
+    if not trains_on_tested(seen):
+        return list(read)
+    tasks = [_Placed("seen", i, one) for i, splits in enumerate(read) for one in splits.seen]
+    is_by_wording = [sources[task.source].splits_by_wording for task in tasks]
+    rules = [*_rules(tasks, [""] * len(tasks), is_by_wording), *_like(tasks, is_by_wording)]
+    of_several = [rule for rule in rules if len({tasks[i].source for i in rule}) > 1]
+    left = iter(without_tested_inputs(seen, of_several, log))
+    return [replace(splits, seen=tuple(next(left) for _ in splits.seen)) for splits in read]
+
+
+def _rules(
     tasks: Sequence[_Placed], keys: Sequence[str], is_by_wording: Sequence[bool]
-) -> set[int]:
-    """Of the sources that split by wording: the tasks whose rule has a task of another part before
-    them. Sources may cut one instruction to different lengths."""
+) -> list[list[int]]:
+    """Places of the tasks that are one rule, of the sources that split by wording. Sources may cut
+    one instruction to different lengths."""
     chosen = [i for i, is_so in enumerate(is_by_wording) if is_so]
     groups = rule_groups(
         [tasks[i].one.task for i in chosen],
         cut_as=[tasks[i].source for i in chosen],
         together=[keys[i] for i in chosen],
     )
+    return [[chosen[i] for i in group] for group in groups]
+
+
+def _beside_in_rules(
+    tasks: Sequence[_Placed], keys: Sequence[str], is_by_wording: Sequence[bool]
+) -> set[int]:
+    """Of the sources that split by wording: the tasks whose rule has a task of another part before
+    them."""
     return {
-        chosen[i]
-        for group in groups
-        for i in group
-        if tasks[chosen[i]].part != tasks[chosen[min(group)]].part
+        i
+        for rule in _rules(tasks, keys, is_by_wording)
+        for i in rule
+        if tasks[i].part != tasks[min(rule)].part
     }
 
 
-def _like_tested(tasks: Sequence[_Placed], is_by_wording: Sequence[bool]) -> set[int]:
-    """The tasks that are like one before them of another source and part, where one or both are of
-    a source that does not split by wording. It words rules of its own alike, which a chain of
+def _like(tasks: Sequence[_Placed], is_by_wording: Sequence[bool]) -> list[tuple[int, int]]:
+    """Pairs of tasks of different sources that are like each other, where one or both are of a
+    source that does not split by wording. It words rules of its own alike, which a chain of
     likenesses would join, and two such sources are compared by equal words alone."""
     if all(is_by_wording):
-        return set()
+        return []
     ones = [task.one for task in tasks]
     pairs = list(alike(ones, is_by_wording)) if any(is_by_wording) else []
     holders: dict[tuple[str, ...], list[int]] = {}
     for i, one in enumerate(ones):
         for text in () if is_by_wording[i] else (*one.wordings, *one.held_out_paraphrases):
             holders.setdefault(tuple(plain_words(text)), []).append(i)
-    pairs += [
+    return pairs + [
         pair
         for same in holders.values()
         for pair in itertools.combinations(same, 2)
         if tasks[pair[0]].source != tasks[pair[1]].source
     ]
+
+
+def _like_tested(tasks: Sequence[_Placed], is_by_wording: Sequence[bool]) -> set[int]:
+    """The tasks that are like one before them of another source and part."""
+    pairs = _like(tasks, is_by_wording)
     return {max(pair) for pair in pairs if tasks[pair[0]].part != tasks[pair[1]].part}
 
 

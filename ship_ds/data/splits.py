@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from ship_ds.console import Log, no_log
 from ship_ds.data.task import DataError, Example, Splits, SplitTask, Task
 from ship_ds.data.words import is_punctuation, plain_words
 from ship_ds.section import Section
@@ -67,12 +68,19 @@ class SplitConfig(Section):
         return self
 
 
-def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
+def split_tasks(tasks: Sequence[Task], config: SplitConfig, log: Log = no_log) -> Splits:
     """A pure function of tasks and config; each part has a rule, but one whose share is 0.
+
+    No seen task trains on an input that it, or another one of its rule, is tested on.
 
     A task with a single input is trained on and never tested. So a rule that has such a task is a
     seen one, and the shares are of the other rules; where these are fewer than the parts, all are
     seen. Where all are to be unseen, tasks with a single input are left out.
+
+    Args:
+        tasks: as they were read, filtered and cut.
+        config: how large the parts are, and what they keep together.
+        log: takes one line for each thing that is left out within the seen tasks.
 
     Raises:
         DataError: every task could be tested, and they are fewer rules than parts; or fewer
@@ -116,7 +124,54 @@ def split_tasks(tasks: Sequence[Task], config: SplitConfig) -> Splits:
         tuple(_split_examples(tasks[i], config) for i in sorted(i for group in part for i in group))
         for part in parts
     )
+    if trains_on_tested(seen):
+        rules = rule_groups([one.task for one in seen])
+        seen = without_tested_inputs(seen, rules, log)
     return Splits(seen, dev, unseen)
+
+
+def trains_on_tested(seen: Sequence[SplitTask]) -> bool:
+    """Whether an input that one of the tasks is tested on is among what another one trains on."""
+    tested = {example.input for one in seen for example in one.test}
+    return any(example.input in tested for one in seen for example in one.train)
+
+
+def without_tested_inputs(
+    seen: Sequence[SplitTask], rules: Iterable[Collection[int]], log: Log
+) -> tuple[SplitTask, ...]:
+    """The tasks without the training examples whose input another task of their rule is tested on:
+    near copies are often made of the same examples, each with test examples of its own draw.
+
+    A task that would be left with nothing to train on stays as it is.
+
+    Args:
+        seen: the tasks.
+        rules: places of the tasks that are one rule; a task may be in several.
+        log: takes a line for each of the two, with how many they are.
+    """
+    tested: list[list[set[str]]] = [[] for _ in seen]
+    for rule in rules:
+        inputs = {example.input for i in rule for example in seen[i].test}
+        for i in rule:
+            tested[i].append(inputs)
+    kept, num_left_out, num_as_they_were = [], 0, 0
+    for one, sets in zip(seen, tested, strict=True):
+        train = tuple(
+            example for example in one.train if not any(example.input in held for held in sets)
+        )
+        if not train:
+            num_as_they_were += 1
+        elif len(train) < len(one.train):
+            num_left_out += len(one.train) - len(train)
+            one = replace(one, train=train)
+        kept.append(one)
+    if num_left_out:
+        log(
+            f"left out: training examples with a test input of a task of their rule: {num_left_out}"
+        )
+    if num_as_they_were:
+        log(f"left as they are: tasks with no other training examples: {num_as_they_were}")
+    return tuple(kept)
 
 
 def _sizes(num_rules: int, config: SplitConfig, num_parts: int) -> tuple[int, int]:

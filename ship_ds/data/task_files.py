@@ -94,7 +94,7 @@ def read_files(
     ):
         for reason, count in counts.items():
             log(f"{step}: {reason}: {count}")
-    splits = split_tasks(tasks, config.split)
+    splits = split_tasks(tasks, config.split, log)
     if num_left_out := len(tasks) - len(splits.tasks):
         log(f"left out: tasks of one input where all are to be tested: {num_left_out}")
     log(f"{len(splits.seen)} seen, {len(splits.dev)} dev and {len(splits.unseen)} unseen tasks")

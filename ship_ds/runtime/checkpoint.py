@@ -525,8 +525,8 @@ def check_same_run(
             )
     if progress.data_fingerprint != data_fingerprint:
         raise UserError(
-            f"{folder}: the data are not the ones this run was trained on; restore "
-            "them or choose another run.folder"
+            f"{folder}: the data are not the ones this run was trained on, or a version of ship_ds "
+            "trained it that splits them otherwise; restore the data, or choose another run.folder"
         )
 
 

@@ -16,7 +16,7 @@ from ship_ds.bundle import Bundle
 from ship_ds.config import load_config
 from ship_ds.data.mixture import MixtureConfig, MixtureTasks
 from ship_ds.data.source import source_of
-from ship_ds.data.task import Splits
+from ship_ds.data.task import Splits, SplitTask
 from ship_ds.data.task_files import FilesConfig, FilesSource
 from ship_ds.inference.analogies import share_in_slots
 from ship_ds.inference.config import InductionConfig
@@ -98,6 +98,42 @@ def test_a_rule_in_two_parts_stays_where_it_is_tested(folder: Path) -> None:
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     assert unseen <= parts[2], "before dev, whichever source has it there"
     assert dev <= parts[1] | parts[2] and any("the rule of a tested one" in x for x in lines)
+
+
+def test_what_a_source_is_tested_on_no_other_trains_on_as_the_same_rule(folder: Path) -> None:
+    """Of a file that was made from another one, with test examples of its own draw, and of one that
+    was made from generated rules."""
+    world = {"kind": "rules", "num_seen": 24, "train_examples": 12, "test_examples": 3}
+    alone = source_of(load_config("quickstart-smoke").data).read(load_tokenizer("embedded"), print)
+    rows = [
+        {
+            "id": one.id,
+            "instruction": one.task.instruction,
+            "examples": [{"input": e.input, "target": e.target} for e in one.task.examples],
+        }
+        for one in alone.seen
+    ]
+    (folder / "of_rules.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    split = {"unseen_share": 0, "dev_share": 0}
+    path = str(folder / "tasks.jsonl")
+    sources = [
+        {"path": path, "split": split},
+        {"path": path, "name": "again", "split": {**split, "seed": 1}},
+        {"path": str(folder / "of_rules.jsonl"), "split": split},
+        world,
+    ]
+    splits, lines = read(MixtureTasks(MixtureConfig.model_validate({"sources": sources})))
+    by_rule: dict[str, list[SplitTask]] = {}
+    for task in splits.seen:
+        by_rule.setdefault(task.task.instruction, []).append(task)
+    pairs = [same for same in by_rule.values() if len(same) == 2]
+    assert len(pairs) > 40, "but those that are worded like a held-out rule of the world"
+    for same in pairs:
+        tested = {example.input for task in same for example in task.test}
+        trained = {example.input for task in same for example in task.train}
+        assert tested and trained and not tested & trained
+    left_out = [line for line in lines if line.startswith("left out: training examples with")]
+    assert len(left_out) == 1 and int(left_out[0].split()[-1]) > 24 * 3
 
 
 def test_a_data_set_in_two_sources_stays_where_it_is_tested(folder: Path) -> None:

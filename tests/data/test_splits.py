@@ -348,6 +348,42 @@ def test_no_input_is_both_trained_on_and_tested() -> None:
         only((hold_out(Example("x", "1")), hold_out(Example("y", "2"))), SplitConfig())
 
 
+ALL_SEEN = SplitConfig(unseen_share=0, dev_share=0)
+
+
+@pytest.mark.parametrize(
+    "config", [ALL_SEEN, ALL_SEEN.model_copy(update={"keeps_together": "dataset"})]
+)
+def test_no_input_is_trained_on_as_another_task_of_its_rule(config: SplitConfig) -> None:
+    """Super-NaturalInstructions has near copies of a task with the same examples."""
+    wording = "one two three four five six seven eight"
+    copies = [task(name, f"{wording} {name}", num=20) for name in ("nine", "ten")]
+    other = task("c", "reverse it", num=20)
+    copies, other = ([replace(one, dataset="d") for one in copies], replace(other, dataset="d"))
+    lines: list[str] = []
+    one, copy, alone = split_tasks([*copies, other], config, lines.append).seen
+    tested = {example.input for part in (one, copy) for example in part.test}
+    trained = {example.input for part in (one, copy) for example in part.train}
+    assert 5 < len(tested) <= 10 and trained == set(map(str, range(20))) - tested
+    assert len(alone.train) == 15, "what other rules are tested on may be trained on"
+    number = 2 * 15 - len(one.train) - len(copy.train)
+    assert number == 2 * (len(tested) - 5)
+    assert lines == [
+        f"left out: training examples with a test input of a task of their rule: {number}"
+    ]
+    assert split_tasks([*copies, other], config).seen == (one, copy, alone)
+
+
+def test_a_task_that_would_have_nothing_to_train_on_stays_as_it_is() -> None:
+    first, second = Example("1", "1"), Example("2", "2")
+    examples = [(hold_out(first), second), (first, hold_out(second))]
+    tasks = [replace(task(str(i), "add 1"), examples=both) for i, both in enumerate(examples)]
+    lines: list[str] = []
+    seen = split_tasks([*tasks, task("c", "reverse it")], ALL_SEEN, lines.append).seen
+    assert [[example.input for example in one.train] for one in seen[:2]] == [["2"], ["1"]]
+    assert lines == ["left as they are: tasks with no other training examples: 2"]
+
+
 def test_an_input_is_tested_once_with_all_its_answers() -> None:
     rows = tuple(Example(text, f"{text}{i}") for text in "ABCD" for i in range(4))
     part = only(rows, SplitConfig())

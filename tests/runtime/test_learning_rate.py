@@ -53,7 +53,10 @@ def test_the_highest_rate_is_said_where_it_is_not_the_one_asked_for(
     warn_of_long_warm_up(config, steps)
     said = capsys.readouterr().err
     if warmup_steps > steps / 10 and highest < 1:
-        assert f"{warmup_steps} of {steps} steps: the learning rate reaches {max(every):.3g} at" in said
+        assert (
+            f"{warmup_steps} of {steps} steps: the learning rate reaches {max(every):.3g} at"
+            in said
+        )
     else:
         assert said == ""
 
