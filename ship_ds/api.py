@@ -308,10 +308,11 @@ class Ship:
         """What was measured of text in the prompt, once; None where there is nothing to measure it
         on."""
         if not self._asked_following:
-            self._asked_following = True
             self._measured_following = self._derived.following() if self._derived else None
             if self._measured_following is None:
                 self._measured_following = self._measure_following(log, seen)
+            # Behind it: who is interrupted has measured nothing.
+            self._asked_following = True
         return self._measured_following
 
     def _measure_following(

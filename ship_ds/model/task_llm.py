@@ -33,8 +33,27 @@ class TaskLlm(Writer):
         super().__init__(lm, checkpointing=checkpointing)
         self._sites = sites_of(lm) if sites is None else sites
         self.before_pass: Callable[[], None] | None = None
-        """What a pass waits for where ranks take turns (turns.py)."""
+        """What a stream, its tokens and `logits` wait for; see `wait_before_passes`."""
         self.eval()
+
+    def wait_before_passes(self, wait: Callable[[], None]) -> Callable[[], None]:
+        """Call `wait` before each pass through this model, where somebody takes turns (turns.py,
+        serving/room.py); once a pass, whichever way it is made.
+
+        Returns:
+            What ends that.
+        """
+        self.before_pass = wait
+        # What is scored or trained comes by `forward` and by nothing else. Before DeepSpeed's own
+        # hooks, which gather.
+        handle = self.register_forward_pre_hook(lambda *_: wait(), prepend=True)
+
+        def end() -> None:
+            handle.remove()
+            if self.before_pass is wait:  # and nobody has come after
+                self.before_pass = None
+
+        return end
 
     def train(self, mode: bool = True) -> "TaskLlm":
         """Frozen, so never in training mode: its own dropout stays off while the rest of SHIP

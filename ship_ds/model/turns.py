@@ -73,6 +73,7 @@ class _Turns:
     def __init__(self, model: ShipModel, sum_over_ranks: SumOverRanks) -> None:
         self.model, self.sum_over_ranks = model, sum_over_ranks
         self.is_idling = False
+        self.release_task_llm: Callable[[], None] = lambda: None
 
     def attach(self) -> list[Any]:
         """Be asked before each pass, before DeepSpeed's own hooks gather anything."""
@@ -80,10 +81,9 @@ class _Turns:
         modules: dict[Pass, Any] = {
             "encoder": model.encoder,
             "hypernetwork": model.hypernetwork,
-            "task LLM": model.task_llm,
             "decoder": model.decoder,
         }
-        model.task_llm.before_pass = partial(self.take, "task LLM")
+        self.release_task_llm = model.task_llm.wait_before_passes(partial(self.take, "task LLM"))
         model.decoder.before_token = partial(self.take, "decoder's token")
         model.prior.before_pass = partial(self.take, "prior")
         return [
@@ -93,8 +93,8 @@ class _Turns:
 
     def detach(self) -> None:
         """Passes are made as they come again."""
-        self.model.task_llm.before_pass = self.model.decoder.before_token = None
-        self.model.prior.before_pass = None
+        self.release_task_llm()
+        self.model.decoder.before_token = self.model.prior.before_pass = None
 
     def _hook(self, name: Pass, *_: Any) -> None:
         self.take(name)

@@ -131,6 +131,7 @@ class Room:
         self._is_turning = self._is_closed = False
         self._left: Event | None = None
         """Whether the caller of the long function that runs has left."""
+        self._release: Callable[[], None] = lambda: None
         # Asked for when they are read: a number that was set may be older than another thread's.
         self.metrics.waiting.set_function(lambda: self.num_waiting)
         self.metrics.running.set_function(lambda: self.decoder.num_running)
@@ -140,7 +141,7 @@ class Room:
 
     def start(self) -> None:
         """Let the thread begin."""
-        self.ship.model.task_llm.before_pass = self._turn
+        self._release = self.ship.model.task_llm.wait_before_passes(self._turn)
         self._thread.start()
 
     def close(self) -> None:
@@ -149,8 +150,7 @@ class Room:
             self._is_closed = True
             self._arrived.notify()
         self._thread.join(timeout=5)
-        if self.ship.model.task_llm.before_pass == self._turn:
-            self.ship.model.task_llm.before_pass = None
+        self._release()
 
     @property
     def is_running(self) -> bool:

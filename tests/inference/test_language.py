@@ -133,6 +133,27 @@ def test_a_base_that_follows_no_text_is_said_once_and_ranked_by_the_encoder(
     assert len(lines) == 3
 
 
+def test_following_that_is_interrupted_is_measured_again(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a client of the server leaves."""
+    asked = []
+
+    def measure(*_: object) -> PromptFollowing:
+        asked.append(1)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return PromptFollowing(9, 8, 0, 9, 32)
+
+    monkeypatch.setattr("ship_ds.api.measure_prompt_following", measure)
+    other = Ship(ship.model, ship.config, ship.digest, WRITTEN)
+    with pytest.raises(KeyboardInterrupt):
+        other.searching(InductionConfig(), no_log, [])
+    for _ in range(2):
+        assert not other.searching(InductionConfig(), no_log, []).ranks_in_prompt
+    assert len(asked) == 2
+
+
 def test_where_nothing_is_left_to_be_decided_following_is_not_measured(
     ship: Ship, monkeypatch: pytest.MonkeyPatch
 ) -> None:

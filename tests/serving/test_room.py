@@ -12,7 +12,7 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from ship_ds.api import Ship
+from ship_ds.api import InductionConfig, Ship
 from ship_ds.serving.decoding import Sampling, Source
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.page import _Events
@@ -177,6 +177,41 @@ def test_a_long_call_ends_as_its_caller_leaves(ship: Ship) -> None:
     finally:
         endless.over.set()
         room.close()
+
+
+def test_an_induction_lets_others_go_on_before_each_pass(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a pass, where candidates are scored as where they are answered."""
+    room, log, task_llm = Room(ship), list[str](), ship.model.task_llm
+    turn, lm, hooks = room._turn, task_llm.language_model, list(task_llm._forward_pre_hooks)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            log.append(function.__name__)
+            return function(*arguments, **options)
+
+        return call
+
+    def turned() -> None:
+        if room._left is not None:  # of the long call, and not while the thread waits for it
+            log.append("turn")
+        turn()
+
+    monkeypatch.setattr(room, "_turn", turned)
+    for name in ("label_states", "stream", "logits"):
+        monkeypatch.setattr(lm, name, counted(getattr(lm, name)))
+    room.start()
+    # A score goes through the module's own call, which says nothing of an answer.
+    asks = InductionConfig(ranks_in_prompt=True, asks_task_llm=True)
+    try:
+        asyncio.run(room.call(lambda ship: ship.induce([("3 7", "5 9"), ("1", "3")], asks)))
+    finally:
+        room.close()
+    assert list(task_llm._forward_pre_hooks) == hooks
+    waits = [log[place - 1 : place] for place, name in enumerate(log) if name != "turn"]
+    assert waits == [["turn"]] * len(waits)
+    assert {"label_states", "stream"} <= set(log)
 
 
 PAGE_CALLS = [
