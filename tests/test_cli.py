@@ -423,6 +423,10 @@ def test_option_takes_several_values_and_texts_that_begin_with_a_hyphen() -> Non
     assert list(_one_value_each(given, options)) == [
         *("answer", "-3 4", "--probe", "a", "--probe", "-1", "--probe", "b", "--run", "r", "x")
     ]
+    given = ["--probe=a", "b", "--run=r", "x", "--probe", "c=d", "--json"]
+    assert list(_one_value_each(given, options)) == [
+        *("--probe=a", "--probe", "b", "--run=r", "x", "--probe", "c=d", "--json")
+    ]
     _refuse_unknown(given, options, "ship-ds answer")
     with pytest.raises(UserError, match="answer: no option --probes; did you mean --probe?"):
         _refuse_unknown(["--probes", "a"], options, "ship-ds answer")

@@ -75,12 +75,13 @@ def _refuse_unknown(args: list[str], options: Collection[str], command: str) -> 
 
 
 def _one_value_each(args: list[str], options: Collection[str]) -> Iterator[str]:
-    """The option again before each of its values."""
+    """The option again before each of its values; `--option=value` is the first of them."""
     several = None
     num_values = 0
     for text in args:
-        if text in options or text == "--":
-            several, num_values = (text if text in _SEVERAL else None), 0
+        name, has_value, _ = text.partition("=")
+        if name in options or text == "--":
+            several, num_values = (name if name in _SEVERAL else None), len(has_value)
         elif several is not None:
             num_values += 1
             if num_values > 1:
