@@ -176,11 +176,11 @@ def compressed(lora: Lora, rank: int) -> tuple[Lora, float]:
     """The best LoRA of a lower rank for each module, by truncated SVD without ever forming B A.
 
     Returns:
-        The LoRA, and the error that is left: the Frobenius norm of the difference over that of the
-        whole update.
+        The LoRA, with zeros up to the rank where a module's weight has a lower one; and the error
+        that is left: the Frobenius norm of the difference over that of the whole update.
 
     Raises:
-        UserError: The rank is not lower.
+        UserError: The rank is above the sum's.
     """
     if rank > lora.rank:
         raise UserError(
@@ -191,14 +191,15 @@ def compressed(lora: Lora, rank: int) -> tuple[Lora, float]:
         # B A = left (b a^T) right^T, and only the small middle is decomposed.
         left_OR, b_RR = torch.linalg.qr(b_OR.double())
         right_IR, a_RR = torch.linalg.qr(a_RI.double().T)
-        u_RR, s_R, v_RR = torch.linalg.svd(b_RR @ a_RR.T)
+        # Of a weight with a side below R the middle has a side below R, too, and is not square.
+        u_RR, s_R, v_RR = torch.linalg.svd(b_RR @ a_RR.T, full_matrices=False)
         root_R = s_R[:rank].sqrt()
         factors[path] = (
             ((right_IR @ v_RR[:rank].T) * root_R).T.contiguous().to(a_RI.dtype),
             ((left_OR @ u_RR[:, :rank]) * root_R).to(b_OR.dtype),
         )
         lost, whole = lost + float(s_R[rank:].square().sum()), whole + float(s_R.square().sum())
-    return Lora(factors, lora.scaling), math.sqrt(lost / whole) if whole else 0.0
+    return Lora(factors, lora.scaling).padded(rank), math.sqrt(lost / whole) if whole else 0.0
 
 
 def write_lora(folder: Path, lora: Lora, base: str, settings: Any = None) -> None:

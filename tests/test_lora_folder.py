@@ -79,6 +79,17 @@ def test_the_exact_sum_is_the_sum() -> None:
         )
 
 
+def test_compression_to_more_than_a_weights_side_is_of_that_rank() -> None:
+    """A server reads one rank from adapter_config.json, of weights of any size."""
+    whole = add([(1.0, random_lora(0, 10)), (1.0, random_lora(1, 10))])
+    for rank in (8, 11, 20):
+        small, error = compressed(whole, rank)
+        assert error == pytest.approx(0, abs=1e-9)
+        for path, (a_RI, b_OR) in small.factors.items():
+            assert len(a_RI) == b_OR.shape[1] == rank
+            torch.testing.assert_close(small.delta(path), whole.delta(path), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_compression_is_the_best_of_its_rank_and_says_its_error(rank: int) -> None:
     whole = add([(1.0, random_lora(0)), (1.0, random_lora(1))])
