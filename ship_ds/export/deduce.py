@@ -146,7 +146,7 @@ def export_many(
     """Write and prove a PEFT folder for each request.
 
     Until the last one is proved, `folder` is called FOLDER.part; after a kill the same command goes
-    on there.
+    on there. Another one takes over what it asks for too, and removes the rest.
 
     Args:
         ship: The run.
@@ -168,6 +168,7 @@ def export_many(
     num_kept = 0
     try:
         part.mkdir(parents=True, exist_ok=True)
+        _remove_others(part, requests)
         for request, export in generate(ship, requests, pad_to):
             proof = _finished(part / request.name, exporter, request, export)
             num_kept += proof is not None
@@ -187,6 +188,18 @@ def export_many(
     return Batch(len(proofs) - num_kept, num_kept, worst)
 
 
+def _remove_others(part: Path, requests: Sequence[Request]) -> None:
+    """What a killed run of other requests left would else become a part of FOLDER."""
+    names = {request.name for request in requests}
+    for path in part.iterdir():
+        if path.name in names:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _finished(folder: Path, exporter: Exporter, request: Request, export: Export) -> Proof | None:
     """The proof of this very adapter, where an earlier start wrote it here and its weights are as
     they were; else None."""
@@ -199,7 +212,7 @@ def _finished(folder: Path, exporter: Exporter, request: Request, export: Export
     expected = (
         exporter.ship.digest,
         exporter.fingerprint,
-        _made_from(request),
+        request.source,
         export.shape(),
         weights_digest(paths),
         None,
@@ -229,16 +242,6 @@ def _write_beside(exporter: Exporter, folder: Path, request: Request, export: Ex
     proof = _write(exporter, inner, request, export)
     inner.rename(folder)
     return proof
-
-
-def _made_from(request: Request) -> str:
-    if request.made_from is not None:
-        return request.made_from
-    return (
-        request.instruction
-        if request.instruction is not None
-        else f"a saved latent ({request.name})"
-    )
 
 
 @torch.no_grad()
@@ -283,5 +286,5 @@ def _write(exporter: Exporter, part: Path, request: Request, export: Export) -> 
         part / LATENT_FILE, request.latent_Z[None], exporter.ship.digest, [request.instruction]
     )
     return exporter.write(
-        part, export, _made_from(request), request.instruction, confidence=request.confidence
+        part, export, request.source, request.instruction, confidence=request.confidence
     )

@@ -61,6 +61,13 @@ class Request:
     confidence: "Mapping[str, float | None] | None" = None
     place: str = ""
 
+    @property
+    def source(self) -> str:
+        """Of what the adapter is made, as its model card and ship.json say it."""
+        if self.made_from is not None:
+            return self.made_from
+        return f"a saved latent ({self.name})" if self.instruction is None else self.instruction
+
 
 def read_instructions(path: Path) -> list[Request]:
     """Read instructions from a file: one a line, or JSON lines such as

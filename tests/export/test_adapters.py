@@ -224,6 +224,23 @@ def test_a_batch_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "many.part").exists()
 
 
+def test_what_a_killed_batch_of_others_left_is_no_part_of_this_one(tmp_path: Path) -> None:
+    ship, part = make_ship("embedded"), tmp_path / "many.part"
+    requests = [Request(f"r{i}", text) for i, text in enumerate(TEXTS)]
+
+    def cut_off(done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_many(ship, requests, tmp_path / "many", PROBES, each=cut_off)
+    (part / "r2.part").mkdir()  # as where it was killed while it wrote
+    (part / "r2.part" / "adapter_config.json").write_text("{")
+    batch = export_many(ship, requests[1:2], tmp_path / "many", PROBES)
+    assert (batch.num_written, batch.num_kept) == (0, 1)
+    assert [path.name for path in (tmp_path / "many").iterdir()] == ["r1"]
+
+
 def test_keys_that_match_nothing_fail_the_proof_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
