@@ -287,6 +287,8 @@ NOWHERE = [
     Bad("convert FOLDER --out OUT", "no checkpoint here"),
     Bad("convert RUN --out OUT --file nowhere", "nowhere: no such file"),
     Bad("convert RUN --out OUT --base nowhere", "--base: nowhere"),
+    Bad("convert RUN --out OUT --file x --instruction y", "give --instruction or --file, not both"),
+    Bad("convert RUN --out OUT --instruction ''", "convert: --instruction: is empty"),
     Bad("convert RUN --out OUT --target nf5", "'nf5' is not one of"),
     Bad("convert RUN --out OUT --compute-dtype half", "dtype half: expected auto, bfloat16 or"),
     Bad("deduce x --run RUN --out OUT --device gpu", "device gpu: expected auto, cpu, cuda or"),

@@ -10,6 +10,7 @@ import typer
 from ship_ds.cli import checks
 from ship_ds.cli.verb import BaseOption, DeviceOption, OutOption, PadToOption, ProbesOption, verb
 from ship_ds.console import log
+from ship_ds.errors import UserError
 from ship_ds.placement import check_words
 
 _PANEL = "Convert"
@@ -145,6 +146,10 @@ def convert(
     checks.check_base_option(base)
     from ship_ds.export.requests import read_instructions, read_lines
 
+    if file and instruction:
+        raise UserError("convert: give --instruction or --file, not both")
+    if instruction and not all(map(str.strip, instruction)):
+        raise UserError("convert: --instruction: is empty; say what to do with an input")
     requests = read_instructions(file) if file else read_lines(instruction or (), "--instruction")
     from ship_ds.export.convert import Conversion
     from ship_ds.export.convert import convert as run_conversion

@@ -57,7 +57,7 @@ from ship_ds.tensor_file import TensorFile
 from ship_ds.weights_folder import WeightsFolder
 
 MergedDtype = Literal["auto", "bfloat16", "float16", "float32"]
-_PLAN, _REPORT, _CARD = "plan.json", "merge.json", "README.md"
+_PLAN, MERGE_REPORT, _CARD = "plan.json", "merge.json", "README.md"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _ROUNDING = "ship_rounding_loss"
 """The key of a shard's RoundingError in its metadata."""
@@ -213,7 +213,7 @@ class Merge:
                 **self._rounding(part),
                 **finish(part),
             }
-            write_json(part / _REPORT, report, indent=2)
+            write_json(part / MERGE_REPORT, report, indent=2)
             publish(part, out)
         except OSError as error:
             advice = f"{part} keeps the finished shards; make room and run the same command again"
@@ -306,7 +306,7 @@ class Merge:
             f"{self.plan.adapter}\n"
             f"- base fingerprint: {self.plan.base}\n- run: {self.origin.run}, weights sha256 "
             f"{self.origin.bundle}\n"
-            f"- figures: {_REPORT}\n"
+            f"- figures: {MERGE_REPORT}\n"
             + "".join(
                 f"- {path.name}/ is the adapter's other part: peft loads it around this model\n"
                 for path in self.around

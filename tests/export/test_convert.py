@@ -7,7 +7,9 @@ import pytest
 from safetensors.torch import load_file
 
 from ship_ds import cli
+from ship_ds.export.convert import find_bundle
 from tests.conftest import start
+from tests.inference.conftest import random_bundle
 
 
 def test_a_checkpoint_becomes_a_merged_model_and_nothing_is_made_twice(
@@ -39,6 +41,46 @@ def test_a_checkpoint_becomes_a_merged_model_and_nothing_is_made_twice(
     written = (merged / "model.safetensors").stat().st_mtime_ns
     assert cli.main(command[2:]) == 0 and not capsys.readouterr().out
     assert (merged / "model.safetensors").stat().st_mtime_ns == written
+    # Of another checkpoint it is not taken; without the mark, as an earlier version left it, it is.
+    other = sorted((two_rank_run / "checkpoints").glob("step-*"))[0]
+    assert other.name != "step-00000012"
+    command[3] = str(other)
+    assert cli.main(command[2:]) == 2
+    assert "bundle: is of another checkpoint" in capsys.readouterr().err.strip().splitlines()[-1]
+    (tmp_path / "out" / "made_from.json").unlink()
+    assert find_bundle(other, tmp_path / "out" / "bundle", print) == tmp_path / "out" / "bundle"
+
+
+@pytest.mark.slow
+def test_what_is_there_of_something_else_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = random_bundle(tmp_path / "one")
+    text = "remove every 3 and then remove every 4 and then remove every "
+    given = [*("--out", str(tmp_path / "out")), "--no-drift", "--target", "original"]
+
+    def convert(source: Path, instruction: str, *options: str) -> str:
+        """The last line of what went wrong."""
+        options = ("--instruction", instruction, *given, *options)
+        code = cli.main(["convert", str(source), *options])
+        said = capsys.readouterr()
+        assert code == (2 if "--out" in said.err else 0), said.err
+        return said.err.strip().splitlines()[-1] if code else said.out
+
+    assert "1 adapters" in convert(first, text + "5")
+    assert convert(first, text + "5") == ""
+    # Names of folders have the first forty letters of an instruction.
+    assert f"is of other instructions (00001-remove-every-3-and-then-remove-every-4-a: '{text}" in (
+        convert(first, text + "6")
+    )
+    assert "(no 00001-add-5)" in convert(first, "add 5")
+    assert "is of another checkpoint" in convert(random_bundle(tmp_path / "two", 0.07), text + "5")
+    assert "is of another --pad-to" in convert(first, text + "5", "--pad-to", "64")
+    said = convert(first, text + "5", "--dtype", "float16")
+    assert "is another merge (dtype 'auto', and 'float16' is asked for)" in said
+    assert "is another merge (shard_gigabytes" in (
+        convert(first, text + "5", "--shard-gigabytes", "1")
+    )
 
 
 def test_a_folder_with_nothing_in_it_is_one_line(
