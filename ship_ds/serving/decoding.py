@@ -251,6 +251,9 @@ class AnswerWriter:
     def __init__(self, model: ShipModel, limits: Limits, metrics: Metrics) -> None:
         self.model, self.limits, self.metrics = model, limits, metrics
         self._waiting: deque[Row] = deque()
+        self._requests: list[Sequence[Row]] = []
+        """Rows that came together, while none of them has begun. Replaced and never changed: other
+        threads ask for its length."""
         self._running: list[_Running] = []
         self._bytes = budget.bytes_free(model.device)
 
@@ -265,13 +268,20 @@ class AnswerWriter:
         return len(self._waiting)
 
     @property
+    def num_waiting_requests(self) -> int:
+        """Submissions of which no row has begun."""
+        return len(self._requests)
+
+    @property
     def num_running(self) -> int:
         """Rows that grow."""
         return sum(len(one.rows) for one in self._running)
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Let rows begin when there is room for them, in the order in which they came."""
+        """Let rows of one request begin when there is room for them, in the order in which they
+        came."""
         self._waiting.extend(rows)
+        self._requests = [*self._requests, rows]
 
     @torch.no_grad()
     def turn(self) -> None:
@@ -283,9 +293,20 @@ class AnswerWriter:
         for rows in self._admitted():
             self._guarded(rows, partial(self._begin, rows))
             self._drop_empty()  # of these, before the next look for some to join
+        self._drop_begun()
 
     def _drop_empty(self) -> None:
         self._running = [one for one in self._running if one.rows]
+
+    def _drop_begun(self) -> None:
+        """Keep the requests of which rows wait, and all that are not cancelled do."""
+        waiting = set(map(id, self._waiting))
+        self._requests = [
+            rows
+            for rows in self._requests
+            if any(id(row) in waiting for row in rows)
+            and all(row.is_cancelled or id(row) in waiting for row in rows)
+        ]
 
     def _guarded(self, rows: list[Row], work: Callable[[], None]) -> None:
         """A fault ends these rows, not the server."""

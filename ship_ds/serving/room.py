@@ -159,8 +159,8 @@ class Room:
 
     @property
     def num_waiting(self) -> int:
-        """Calls that have not returned, and answers that have not begun."""
-        return self._num_calls + self.decoder.num_waiting
+        """Calls that have not returned, and requests of which no answer has begun."""
+        return self._num_calls + self.decoder.num_waiting_requests
 
     async def call(self, function: Callable[[Ship], _Result], *, is_short: bool = False) -> _Result:
         """What `function(ship)` returns, or raises, on the thread that owns the model.

@@ -12,6 +12,7 @@ from ship_ds.serving.decoding import AnswerPart, AnswerWriter, Row, Sampling, So
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
+from ship_ds.serving.room import Room
 from tests.export.models import make_ship
 from tests.serving.conftest import INPUT
 
@@ -138,6 +139,23 @@ def test_a_fused_instruction_stands_before_the_prompt_in_the_context(fused: Ship
     assert _fitting(fused, Source(), ids, settings, False) == settings
     with pytest.raises(RequestError, match="are more than the model's 512"):
         _fitting(fused, source, ids, settings, False)
+
+
+def test_a_request_waits_once_however_many_rows_it_has(ship: Ship) -> None:
+    room = Room(ship, Limits(max_rows=1))
+    decoder = room.decoder
+    first, second, left = ([row(ship, "add 2")[0] for _ in range(3)] for _ in range(3))
+    for rows in (first, second, left):
+        decoder.submit(rows)
+    assert (decoder.num_waiting, room.num_waiting) == (9, 3)  # as --max-waiting counts
+    decoder.turn()
+    assert (decoder.num_waiting, decoder.num_waiting_requests) == (8, 2)
+    for one in left:
+        one.is_cancelled = True
+    decoder.turn()
+    assert (decoder.num_waiting, decoder.num_waiting_requests) == (5, 1)
+    finish(decoder)
+    assert decoder.num_waiting_requests == 0
 
 
 def test_no_more_rows_than_allowed(ship: Ship) -> None:
