@@ -19,11 +19,15 @@ class Shape:
         model: As the client named it.
         source: Who answers.
         fingerprint: Of the run's weights.
+        tells_logprobs: Whether they were asked for.
     """
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, source: Source, fingerprint: str) -> None:
+    def __init__(
+        self, model: str, source: Source, fingerprint: str, tells_logprobs: bool = False
+    ) -> None:
+        self.tells_logprobs = tells_logprobs
         self._head = {
             "id": f"{self.prefix}-{uuid4().hex}",
             "created": int(time.time()),
@@ -38,20 +42,24 @@ class Shape:
         return {**self._head, "object": self.chunk if is_chunk else self.whole}
 
     def choice(
-        self, number: int, text: str, chances: Sequence[TokenChance], reason: FinishReason | None
+        self,
+        number: int,
+        text: str,
+        chances: Sequence[TokenChance] | None,
+        reason: FinishReason | None,
     ) -> dict[str, Any]:
         """A whole answer.
 
         Args:
             number: Which of the request's answers it is.
             text: Of the answer.
-            chances: Of its tokens; none where they were not asked for.
+            chances: Of its tokens; None where they were not asked for.
             reason: Why it ended; None while it goes on, as in a piece of a stream.
         """
         return {
             "index": number,
             "text": text,
-            "logprobs": _completion_logprobs(chances) if chances else None,
+            "logprobs": None if chances is None else _completion_logprobs(chances),
             "finish_reason": reason,
         }
 
@@ -61,7 +69,7 @@ class Shape:
 
     def delta(self, number: int, piece: AnswerPart) -> dict[str, Any]:
         """A choice with what is new."""
-        return self.choice(number, piece.text, piece.chances, piece.finish_reason)
+        return self.choice(number, piece.text, piece.chances or None, piece.finish_reason)
 
 
 class ChatShape(Shape):
@@ -70,13 +78,17 @@ class ChatShape(Shape):
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(
-        self, number: int, text: str, chances: Sequence[TokenChance], reason: FinishReason | None
+        self,
+        number: int,
+        text: str,
+        chances: Sequence[TokenChance] | None,
+        reason: FinishReason | None,
     ) -> dict[str, Any]:
         """See `Shape`."""
         return {
             "index": number,
             "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": _chat_logprobs(chances) if chances else None,
+            "logprobs": None if chances is None else _chat_logprobs(chances),
             "finish_reason": reason,
         }
 
@@ -128,8 +140,9 @@ async def whole(
     take(*first)
     async for number, piece in pieces:
         take(number, piece)
+    told = chances if shape.tells_logprobs else [None] * len(texts)
     choices = [
-        shape.choice(number, text, chances[number], last[number].finish_reason)
+        shape.choice(number, text, told[number], last[number].finish_reason)
         for number, text in enumerate(texts)
     ]
     return {**shape.head(False), "choices": choices, "usage": _usage(writing, last)}
@@ -197,16 +210,12 @@ def _usage(writing: Writing, last: Mapping[int, AnswerPart]) -> dict[str, int]:
 
 
 def _chat_logprobs(chances: Sequence[TokenChance]) -> dict[str, Any]:
-    def entry(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def entry(one: TokenChance) -> dict[str, Any]:
+        return {"token": one.text, "logprob": one.logprob, "bytes": list(one.raw)}
 
     return {
         "content": [
-            {
-                **entry(one.text, one.logprob),
-                "top_logprobs": [entry(*other) for other in one.top],
-            }
-            for one in chances
+            {**entry(one), "top_logprobs": [entry(other) for other in one.top]} for one in chances
         ],
         "refusal": None,
     }
@@ -216,7 +225,16 @@ def _completion_logprobs(chances: Sequence[TokenChance]) -> dict[str, Any]:
     return {
         "tokens": [one.text for one in chances],
         "token_logprobs": [one.logprob for one in chances],
-        "top_logprobs": [dict(one.top) for one in chances],
+        "top_logprobs": [_by_text(one.top) for one in chances],
         # OpenAI's places in the text: a tokenizer that writes spaces between tokens has none.
         "text_offset": None,
     }
+
+
+def _by_text(top: Sequence[TokenChance]) -> dict[str, float]:
+    """Several tokens may have one text, as parts of letters do: the likeliest one, which comes
+    first, says its number."""
+    told: dict[str, float] = {}
+    for one in top:
+        told.setdefault(one.text, one.logprob)
+    return told

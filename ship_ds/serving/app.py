@@ -284,7 +284,7 @@ class _Routes:
 
         begun = self._begin(asked, instruction, questions, since)
         source, writing, pieces, first = await unless_gone(request, begun)
-        words = shape(asked.model, source, self.room.ship.digest)
+        words = shape(asked.model, source, self.room.ship.digest, top_logprobs is not None)
         if asked.stream:
             options = asked.stream_options
             content = events(first, pieces, writing, words, bool(options and options.include_usage))

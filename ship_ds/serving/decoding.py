@@ -13,6 +13,7 @@ Letters: E sequences, V vocabulary, Z latent size.
 """
 
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ _COLDEST = 1e-3
 """A lower temperature is greedy: logits over it leave the range of floats."""
 _HALF_A_LETTER = "\ufffd"
 """What a tokenizer writes for bytes that are no whole letter yet."""
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_HIDDEN = sorted(set(range(256)) - set(_VISIBLE))
+_BYTES = {chr(one): one for one in _VISIBLE} | {chr(256 + n): one for n, one in enumerate(_HIDDEN)}
+"""Letter -> byte in vocabularies of bytes: itself where it is seen, and one behind the first 256
+where it is not (`bytes_to_unicode` of GPT-2)."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,19 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenChance:
-    """A token of an answer, its log-probability, and the likeliest ones in its place."""
+    """How likely a token is.
+
+    Args:
+        text: What it adds to the answer; of a part of a letter what a tokenizer writes for one.
+        raw: Its own bytes, which together are those of the answer.
+        logprob: Of it.
+        top: The likeliest ones in its place, of a token of an answer.
+    """
 
     text: str
+    raw: bytes
     logprob: float
-    top: tuple[tuple[str, float], ...]
+    top: tuple["TokenChance", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -437,7 +452,8 @@ class AnswerWriter:
         for place, (row, token) in enumerate(zip(running.rows, running.tokens, strict=True)):
             chances: tuple[TokenChance, ...] = ()
             if row.sampling.top_logprobs is not None and token != form.eos_id:
-                chances = (_chance(logits_EV[place], token, row.sampling.top_logprobs, form),)
+                num_top = row.sampling.top_logprobs
+                chances = (_chance(logits_EV[place], token, num_top, form, row.ids[-1:]),)
             if row.add(token, form, chances) is None:
                 kept.append(place)
         self.metrics.new_tokens.inc(len(running.rows))
@@ -475,18 +491,38 @@ def _drawn(logits_V: Tensor, sampling: Sampling, uniform: float) -> int:
     return int(tokens_V[place])
 
 
-def _chance(logits_V: Tensor, token: int, num_top: int, form: PromptFormat) -> TokenChance:
+def _chance(
+    logits_V: Tensor, token: int, num_top: int, form: PromptFormat, before: Sequence[int] = ()
+) -> TokenChance:
+    """Of a token behind another one, or at an answer's beginning."""
     logprobs_V = logits_V.float().log_softmax(0)
     values, tokens = logprobs_V.topk(min(num_top, len(logprobs_V)))
-
-    def text(one: int) -> str:
-        return str(form.tokenizer.decode([one]))
-
     top = tuple(
-        (text(one), _finite(value))
+        TokenChance(*_spelling(form.tokenizer, one, before), _finite(value))
         for one, value in zip(tokens.tolist(), values.tolist(), strict=True)
     )
-    return TokenChance(text(token), _finite(float(logprobs_V[token])), top)
+    spelling = _spelling(form.tokenizer, token, before)
+    return TokenChance(*spelling, _finite(float(logprobs_V[token])), top)
+
+
+def _spelling(tokenizer: Any, token: int, before: Sequence[int]) -> tuple[str, bytes]:
+    """What a token adds to the text, and the bytes of that."""
+    text = str(tokenizer.decode([token]))
+    if _HALF_A_LETTER in text:
+        piece = str(tokenizer.convert_ids_to_tokens(token))
+        return text, _bytes_of_piece(piece) or text.encode()
+    if before:
+        # Some tokenizers write a space between two tokens, or leave it out before the first.
+        last, both = str(tokenizer.decode(before)), str(tokenizer.decode([*before, token]))
+        text = both[len(last) :] if both.startswith(last) else text
+    return text, text.encode()
+
+
+def _bytes_of_piece(piece: str) -> bytes | None:
+    """The bytes that a vocabulary spells as <0xC3>, or with a letter for each (GPT-2's)."""
+    if code := _BYTE.fullmatch(piece):
+        return bytes.fromhex(code[1])
+    return bytes(map(_BYTES.__getitem__, piece)) if _BYTES.keys() >= set(piece) else None
 
 
 def _finite(logprob: float) -> float:

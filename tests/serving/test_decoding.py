@@ -1,18 +1,32 @@
 """Rows that come and go: the decoder by itself, turn by turn."""
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from ship_ds.api import Ship
+from ship_ds.prompt import PromptFormat
+from ship_ds.serving.answers import ChatShape, Shape, whole
 from ship_ds.serving.app import _fitting
-from ship_ds.serving.decoding import AnswerPart, AnswerWriter, Row, Sampling, Source, _sendable
+from ship_ds.serving.decoding import (
+    AnswerPart,
+    AnswerWriter,
+    Row,
+    Sampling,
+    Source,
+    TokenChance,
+    _chance,
+    _sendable,
+)
 from ship_ds.serving.errors import RequestError
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
-from ship_ds.serving.room import Room
+from ship_ds.serving.room import Room, Writing
 from tests.export.models import make_ship
 from tests.serving.conftest import INPUT
 
@@ -243,3 +257,79 @@ def test_an_answer_ends_by_any_end_of_the_base(
         assert text(told) == form.text(plain.ids[:1])
         assert isinstance(told[-1], AnswerPart) and not told[-1].chances
         assert told[-1].finish_reason == "stop"
+
+
+def _spelled(tokenizer: Tokenizer, answer: str) -> tuple[list[TokenChance], PromptFormat]:
+    """The tokens of an answer as their log-probabilities are told; the likeliest other one in a
+    token's place is the one before it."""
+    form = PromptFormat(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
+    ids, told = form.ids(answer), list[TokenChance]()
+    for place, token in enumerate(ids):
+        logits_V = torch.zeros(len(form.tokenizer))
+        logits_V[token], logits_V[ids[place - 1]] = 9, 6
+        told.append(_chance(logits_V, token, 2, form, ids[max(0, place - 1) : place]))
+    return told, form
+
+
+def test_parts_of_a_letter_have_their_own_bytes() -> None:
+    letters = Tokenizer(models.BPE())
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<eos>"]
+    )
+    letters.train_from_iterator(["hello"], trainer)
+    pieces = [f"<0x{code:02X}>" for code in "a \u00e9\u20ac".encode()]
+    vocabulary = {piece: n for n, piece in enumerate(dict.fromkeys(["<eos>", *pieces]))}
+    by_code = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    by_code.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    for tokenizer in (letters, by_code):
+        answer = "a \u00e9\u20ac"
+        told, _ = _spelled(tokenizer, answer)
+        assert len(told) == len(answer.encode())
+        assert b"".join(one.raw for one in told) == answer.encode()
+        assert [one.top[0].raw for one in told] == [one.raw for one in told]
+        chat = ChatShape("m", Source(), "f", True).choice(0, answer, told, "stop")
+        entries = chat["logprobs"]["content"]
+        assert bytes(byte for one in entries for byte in one["bytes"]) == answer.encode()
+        # Two parts of a letter have one text in a dictionary: the likelier one's number.
+        old = Shape("m", Source(), "f", True).choice(0, answer, told, "stop")["logprobs"]
+        assert old["top_logprobs"][3] == {"\ufffd": told[3].logprob}
+
+
+def test_tokens_that_stand_apart_add_up_to_the_answer() -> None:
+    words = Tokenizer(
+        models.WordLevel({"<eos>": 0, "<unk>": 1, "3": 2, "70": 3}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    marked = Tokenizer(
+        models.WordLevel({"<eos>": 0, "<unk>": 1, "\u25813": 2, "\u258170": 3}, unk_token="<unk>")
+    )
+    marked.pre_tokenizer, marked.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    for tokenizer in (words, marked):
+        told, form = _spelled(tokenizer, "3 70 3")
+        assert [one.text for one in told] == ["3", " 70", " 3"]
+        assert "".join(one.text for one in told) == form.text(form.ids("3 70 3"))
+        assert told[1].top[1].text == " 3"
+
+
+def test_an_answer_without_a_token_has_log_probabilities_of_none() -> None:
+    """Where they were asked for."""
+
+    class OneAnswer:
+        num_answers = prompt_tokens = 1
+
+    async def none() -> AsyncIterator[tuple[int, AnswerPart]]:
+        for _ in ():
+            yield
+
+    for is_asked, chat, old in ((True, {"content": [], "refusal": None}, []), (False, None, None)):
+        for shape, path, wanted in (
+            (ChatShape("m", Source(), "f", is_asked), None, chat),
+            (Shape("m", Source(), "f", is_asked), "tokens", old),
+        ):
+            first = (0, AnswerPart("", (), 1, "stop"))
+            body = asyncio.run(whole(first, none(), cast(Writing, OneAnswer()), shape))
+            told = body["choices"][0]["logprobs"]
+            assert (told[path] if path and told else told) == wanted
