@@ -26,6 +26,7 @@ from ship_ds.serving.errors import RequestError, naming_fields
 from ship_ds.serving.guard import Guard
 from ship_ds.serving.limits import Limits
 from ship_ds.serving.metrics import Metrics
+from ship_ds.serving.protocol import UNSUPPORTED
 from tests.serving.conftest import BASE, Serve, Served
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,11 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
         (CHAT, {"logit_bias": {"5": 1}}, "logit_bias"),
         (CHAT, {"frequency_penalty": 0.5}, "frequency_penalty"),
+        (CHAT, {"allowed_token_ids": [5]}, "allowed_token_ids"),
+        (CHAT, {"grammar": 'root ::= "a"'}, "grammar"),
+        (CHAT, {"max_new_tokens": 5}, "max_new_tokens"),
+        (COMPLETIONS, {"repeat_penalty": 1.1}, "repeat_penalty"),
+        (COMPLETIONS, {"prompt_logprobs": 0}, "prompt_logprobs"),
         (COMPLETIONS, {"echo": True}, "echo"),
         (COMPLETIONS, {"best_of": 2}, "best_of"),
         (COMPLETIONS, {"prompt": [1, 2, 3]}, "prompt"),
@@ -122,6 +128,15 @@ def test_a_bad_field_is_named(
     assert error["type"] == "invalid_request_error"
     assert (error["param"] or "").startswith(param), error
     assert error["message"].startswith(param.split("[")[0]), error
+
+
+def test_a_field_of_others_that_asks_for_nothing_is_let_be(served: Served) -> None:
+    body = {"model": "ship:add 2", "prompt": "3 7"}
+    for place in range(max(map(len, UNSUPPORTED.values()))):
+        nothing = {
+            name: values[min(place, len(values) - 1)] for name, values in UNSUPPORTED.items()
+        }
+        assert post(served, COMPLETIONS, {**body, **nothing}).status_code == 200
 
 
 @pytest.mark.parametrize(
