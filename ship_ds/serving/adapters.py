@@ -155,12 +155,31 @@ class Adapters:
         self, instruction: str | None, examples: Sequence[ShipExample] | None = None
     ) -> Source:
         """The source of an instruction, of examples, or of both; made once, however many ask, and
-        not to its end where all of them leave."""
+        not to its end where all of them leave.
+
+        Args:
+            instruction: What it is made of; None: of the examples alone.
+            examples: Likewise; None: of the instruction alone.
+
+        Raises:
+            RequestError: See `Room.call`; or they cannot be read.
+        """
         pairs = tuple((one.input, one.target) for one in examples) if examples else ()
         key = sha256(repr((instruction, pairs)).encode("utf-8", "backslashreplace")).digest()
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
+        joins = key in self._flights
+        try:
+            return await self._board(key, instruction, pairs)
+        except RequestError as error:
+            # It was late for who came first, and not yet for who came after.
+            if not joins or error.status != 503 or not self.room.is_running:
+                raise
+        return await self._board(key, instruction, pairs)
+
+    async def _board(self, key: bytes, instruction: str | None, pairs: Pairs) -> Source:
+        """Wait for the source that is being made; where none is, begin."""
         flight = self._flights.get(key)
         if flight is None:
             flight = _Flight(asyncio.ensure_future(self._fly(key, instruction, pairs)))

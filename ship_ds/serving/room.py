@@ -155,7 +155,7 @@ class Room:
     @property
     def is_running(self) -> bool:
         """Whether the thread is there to do anything."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._is_closed
 
     @property
     def num_waiting(self) -> int:

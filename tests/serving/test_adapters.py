@@ -103,6 +103,27 @@ def test_who_asks_at_once_shares_one_making(ship: Ship) -> None:
     counted.close()
 
 
+def test_who_joins_late_is_not_late_with_the_first(ship: Ship) -> None:
+    counted = room(ship, wait_seconds=1.0)
+    adapters, free = Adapters(counted, BASE), threading.Event()
+    with counted._arrived:
+        counted._long.append(lambda: free.wait(20) and None)  # not by `call`, which would count
+        counted._arrived.notify()
+
+    async def ask() -> None:
+        first = asyncio.ensure_future(adapters.resolve("ship:add 2"))
+        await asyncio.sleep(0.6)
+        second, third = (asyncio.ensure_future(adapters.resolve("ship:add 2")) for _ in range(2))
+        with pytest.raises(RequestError, match="no time"):
+            await first
+        free.set()
+        assert await second is await third
+        assert counted.num_made == 2
+
+    asyncio.run(ask())
+    counted.close()
+
+
 def test_the_least_recently_used_is_forgotten(ship: Ship) -> None:
     counted = room(ship, max_cached=2)
     adapters = Adapters(counted, BASE)
