@@ -586,10 +586,38 @@ def test_a_long_job_says_that_it_runs_and_is_cancelled(
 
 
 @in_chromium
+def test_what_ends_early_says_so(visit: Callable[..., Visit]) -> None:
+    here = visit()
+    here.allowed = ("status of 503",)
+    here.wait_for("#run", BASE)
+    error = json.dumps({"error": {"message": "no time for this"}})
+    here.page.route("**/confidence", lambda route: route.fulfill(status=503, body=error))
+    here.page.fill("#instruction", INSTRUCTION)
+    here.page.click("#answer")
+    here.wait_for("#instruction-form-error", "no time for this")
+    assert here.text("#confidence") == "not measured"
+    here.page.unroute("**/confidence")
+    here.page.route("**/confidence", lambda route: None)  # no answer
+    here.page.click("#answer")
+    here.wait_for("#instruction-status", "Trying")
+    assert here.text("#confidence") == "being measured"
+    here.page.click("#instruction-cancel")
+    here.wait_for("#confidence", "not measured")
+    events = 'data: {"progress": "looking"}\n\n'
+    here.page.route("**/induce", lambda route: route.fulfill(status=200, body=events))
+    here.page.fill("#examples", "1 2 -> 2 1")
+    here.page.click("#induce")
+    here.wait_for("#examples-error", "the server ended before it had a result")
+
+
+@in_chromium
 def test_a_key_is_asked_for_and_kept_in_the_tab(serve: Serve, visit: Callable[..., Visit]) -> None:
     here = visit(serve(api_key="right").url)
     here.allowed = ("status of 401",)
     here.wait_for("#run", "A key is needed")
+    # Nothing is wrong with what nobody has typed yet.
+    assert here.page.get_attribute("#key", "aria-invalid") is None
+    assert here.page.evaluate("document.activeElement.id") == "key"
     here.page.fill("#key", "wrong")
     here.page.keyboard.press("Enter")
     here.wait_for("#key-error", "does not take this key")
@@ -599,6 +627,10 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(serve: Serve, visit: Callable[..
     assert here.page.is_hidden("#key-part")
     here.answer()
     assert here.page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 1]
+    with here.page.expect_response("**/ship/v1/map"):
+        here.page.evaluate("document.getElementById('key-form').requestSubmit()")
+    here.page.wait_for_timeout(200)
+    assert here.text("#map-lead").count("The two axes hold") == 1
     here.page.reload()
     here.page.wait_for_selector("#map circle.known")
 

@@ -1,6 +1,6 @@
 // What the page's three forms do. Texts of people and of models enter the page as textContent alone.
 
-import { download, get, keepKey, post, stream } from "./api.js";
+import { ApiError, download, get, keepKey, post, stream } from "./api.js";
 import { LatentMap } from "./map.js";
 
 const $ = (id) => document.getElementById(id);
@@ -183,32 +183,43 @@ async function answer() {
   }
   await instructionJob.start("Making the adapter.", async (signal, say) => {
     const described = await post("/ship/v1/describe", { instruction }, signal);
-    showDescription(instruction, described);
-    const rows = showInputs(inputs);
-    say("Answering.");
-    await Promise.all([
-      streamAnswers(`ship:${instruction}`, inputs, rows.map((one) => one.adapted), signal),
-      streamAnswers(run.model, inputs, rows.map((one) => one.bare), signal),
-    ]);
-    say("Trying the adapters around it.");
-    const confidence = await post("/ship/v1/confidence", { instruction, inputs }, signal);
-    showConfidence(confidence, rows);
-    const count = inputs.length === 1 ? "1 answer" : `${inputs.length} answers`;
-    return `${count}, agreement ${fixed(confidence.agreement, 2)}.`;
+    const measuring = showDescription(instruction, described);
+    try {
+      return await showAnswers(instruction, inputs, signal, say);
+    } finally {
+      measuring.textContent = "not measured"; // no longer shown where it was
+    }
   }, showInstructionError);
 }
 
+async function showAnswers(instruction, inputs, signal, say) {
+  const rows = showInputs(inputs);
+  say("Answering.");
+  await Promise.all([
+    streamAnswers(`ship:${instruction}`, inputs, rows.map((one) => one.adapted), signal),
+    streamAnswers(run.model, inputs, rows.map((one) => one.bare), signal),
+  ]);
+  say("Trying the adapters around it.");
+  const confidence = await post("/ship/v1/confidence", { instruction, inputs }, signal);
+  showConfidence(confidence, rows);
+  const count = inputs.length === 1 ? "1 answer" : `${inputs.length} answers`;
+  return `${count}, agreement ${fixed(confidence.agreement, 2)}.`;
+}
+
+// Returns the words in the confidence's place.
 function showDescription(instruction, described) {
   $("results").hidden = false;
   $("results-instruction").textContent = instruction;
   $("far").hidden = !described.warning;
   $("far").textContent = described.warning ?? "";
   $("doubt").hidden = true;
-  $("confidence").textContent = "being measured";
+  const measuring = element("span", "being measured");
+  $("confidence").replaceChildren(measuring);
   $("reconstruction").textContent = described.reconstruction ?? "this run has no decoder";
   $("nearest").replaceChildren(...described.nearest.map((known) =>
     row(taking(known.instruction), element("td", fixed(known.distance, 2), { class: "number" }))));
   if (described.place) map.mark(...described.place, described.nearest.map((known) => known.instruction));
+  return measuring;
 }
 
 function taking(instruction, label = "Instruction", kind = "") {
@@ -314,6 +325,7 @@ async function lastOf(events, say) {
     if (event.progress) say(event.progress);
     if (event.result) result = event.result;
   }
+  if (!result) throw new ApiError(0, { error: { message: "the server ended before it had a result" } });
   return result;
 }
 
@@ -373,6 +385,7 @@ function showExplanation(explained) {
 // The map and the run.
 
 const map = new LatentMap($("map"), $("map-caption"), take);
+const mapLead = $("map-lead").textContent;
 
 async function showMap() {
   try {
@@ -382,7 +395,7 @@ async function showMap() {
       return;
     }
     map.show(plane.points);
-    $("map-lead").textContent += ` The two axes hold ${Math.round(100 * plane.explained)} % of the latents’ spread.`;
+    $("map-lead").textContent = `${mapLead} The two axes hold ${Math.round(100 * plane.explained)} % of the latents’ spread.`;
     $("map-table-part").addEventListener("toggle", () => {
       $("map-rows").replaceChildren(...plane.points.map((point) => row(
         taking(point.instruction),
@@ -412,7 +425,8 @@ async function begin() {
 document.addEventListener("key-needed", (event) => {
   $("key-part").hidden = false;
   $("run").textContent = "A key is needed to ask this server.";
-  complain("key", event.detail ? "The server does not take this key." : "");
+  if (event.detail) complain("key", "The server does not take this key.");
+  else $("key").focus();
 });
 
 $("key-form").addEventListener("submit", (event) => {
