@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -35,12 +37,15 @@ from ship_ds.base_files import check_base_files
 from ship_ds.config import ALL_LINEAR, base_folder
 from ship_ds.errors import UserError
 from ship_ds.model import decoder_only
+from ship_ds.model.adapters.adapter import Adapter, Sites
+from ship_ds.model.adapters.bottleneck import BottleneckAdapter
 from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.adapters.sites import wrap_sites
+from ship_ds.model.adapters.sparse import SparseAdapter, draw_columns
 from ship_ds.model.attention import SDPA
 from ship_ds.model.batch import TokenBatch
 from ship_ds.model.language_model import language_model
-from tests.model.models import HIDDEN, VOCABULARY, random_rows
+from tests.model.models import HIDDEN, VOCABULARY, random_lora, random_rows
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -55,7 +60,9 @@ _SIZES: dict[str, Any] = {
 }
 
 
-_NAMES = "mixtral stablelm opt gpt2 gpt_neox starcoder2 gpt_oss phi phi3".split()
+_NAMES = "mixtral stablelm opt gpt2 gpt_neox starcoder2 gpt_oss phi phi3 deepseek".split()
+_EXPERTS_BY_PEFT = ("mixtral", "deepseek")
+"""Here `peft` takes experts and routers, which are no linears, for targets besides."""
 
 
 def _other(name: str) -> Any:
@@ -81,6 +88,16 @@ def _other(name: str) -> Any:
             return Phi3ForCausalLM(Phi3Config(**sizes)).eval()
         case "starcoder2":
             return Starcoder2ForCausalLM(Starcoder2Config(**_SIZES)).eval()
+        case "deepseek":  # its cache holds latents, of which a linear makes keys and values
+            heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
+            latents = {"q_lora_rank": 32, "kv_lora_rank": 16, "num_key_value_heads": 4}
+            experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
+            sizes = _SIZES | heads | latents | experts
+            return DeepseekV3ForCausalLM(
+                DeepseekV3Config(
+                    **sizes, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=32
+                )
+            ).eval()
         case "gpt_oss":
             experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16}
             sizes = _SIZES | {"attn_implementation": "eager"}
@@ -144,7 +161,7 @@ def test_files_of_the_family_pass_the_preflight(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in _NAMES if name != "mixtral"])
+@pytest.mark.parametrize("name", [name for name in _NAMES if name not in _EXPERTS_BY_PEFT])
 def test_all_linears_of_the_blocks_are_adapted_as_peft_does(name: str) -> None:
     """The same A and B, by `peft` with target_modules="all-linear" and by us: equal logits, and
     other ones than without."""
@@ -174,3 +191,54 @@ def test_all_linears_of_the_blocks_are_adapted_as_peft_does(name: str) -> None:
         ]
     torch.testing.assert_close(ours_KV, torch.cat(alone), rtol=1e-4, atol=1e-4)
     assert (ours_KV - bare).abs().max() > 0.01
+
+
+def _random_adapter(kind: str, sites: Sites, num_tasks: int) -> Adapter:
+    if kind == "lora":
+        return random_lora(sites, num_tasks)
+    if kind == "bottleneck":
+        return BottleneckAdapter(random_lora({p: (o, o) for p, (_, o) in sites.items()}, num_tasks))
+    columns = {path: draw_columns(path, size, 2 * size[1]) for path, size in sites.items()}
+    generator = torch.Generator().manual_seed(1)
+    values = {
+        path: 0.2 * torch.randn(num_tasks, *one.shape, generator=generator)
+        for path, one in columns.items()
+    }
+    return SparseAdapter(values, columns)
+
+
+@pytest.mark.parametrize("kind", ["lora", "sparse", "bottleneck"])
+@torch.no_grad()
+def test_rows_leave_and_join_where_a_linear_reads_the_whole_cache(kind: str) -> None:
+    """Tasks with unequally many rows, each of which is read as under its own adapter alone."""
+    model = _other("deepseek")
+    sites = wrap_sites(model, (ALL_LINEAR,))
+    assert any("kv_b_proj" in path for path in sites)
+    lm, adapter = language_model(model), _random_adapter(kind, sites, 2)
+    texts = random_rows([6, 9, 7, 8, 5, 4])
+    stream = lm.stream(TokenBatch.build(texts[:4], None, 0), adapter)
+    stream.reserve(6)
+    tasks = [0, 0, 1, 1, 0, 1]
+    rows = [0, 1, 2, 3]
+
+    def check() -> None:
+        for row, logits_V in zip(rows, stream.logits_EV, strict=True):
+            one = adapter.rows(torch.tensor([tasks[row]]))
+            alone = lm.logits(TokenBatch.build([texts[row]], None, 0), one)
+            torch.testing.assert_close(logits_V, alone[0, -1], rtol=1e-4, atol=1e-4)
+
+    def advance() -> None:
+        next_E = stream.logits_EV.argmax(-1)
+        for row, token in zip(rows, next_E.tolist(), strict=True):
+            texts[row].append(token)
+        stream.advance(next_E)
+        check()
+
+    advance()
+    stream.select([0, 2, 3])
+    rows = [0, 2, 3]
+    advance()
+    advance()
+    assert stream.join(lm.stream(TokenBatch.build(texts[4:], None, 0), adapter))
+    rows = [0, 2, 3, 4, 5]
+    advance()

@@ -353,3 +353,16 @@ def test_shapes_on_the_meta_device(dtype: torch.dtype) -> None:
     assert out.shape == (30, NUM_OUT)
     gradients = torch.autograd.grad(out.sum(), leaves)
     assert [grad.shape for grad in gradients] == [leaf.shape for leaf in leaves]
+
+
+@pytest.mark.parametrize("num_tokens", [5, 15])
+def test_the_ends_of_rows_are_found_among_all_tokens_of_longer_rows(num_tokens: int) -> None:
+    """By numbers that the host has: nothing is read back."""
+    ends = TaskEnds.of_rows([2, 0, 3], torch.device("cpu"))
+    assert ends is not None and TaskEnds.of_rows([2, 2], torch.device("cpu")) is None
+    among, length = ends.among(num_tokens), num_tokens // 5
+    assert among is ends.among(num_tokens)
+    assert among.on_host == [2 * length, 2 * length, 5 * length] == among.offsets_T.tolist()
+    assert among.offsets_T.dtype == torch.int32
+    meta = TaskEnds.of_rows([2, 0, 3], torch.device("meta"))
+    assert meta is not None and meta.among(num_tokens).on_host == among.on_host

@@ -14,7 +14,6 @@ hidden size, Z latent size.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -25,6 +24,7 @@ from ship_ds.adapter_files import BEFORE_THE_PROMPT, Leaves
 from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS
 from ship_ds.model.adapters.segment_lora import Addition, LowRank
+from ship_ds.model.adapters.segments import TaskEnds
 from ship_ds.model.attention import Prefix
 from ship_ds.model.language_model import Feature, LanguageModel
 from ship_ds.section import Section
@@ -105,11 +105,12 @@ class Adapter(ABC):
         return self
 
     def for_rows(self, counts: Sequence[int]) -> "Adapter":
-        """The same for rows of one token each, of which task t has counts[t], one after another."""
-        if len(set(counts)) == 1:
-            return self.over(None)
+        """The same for rows of which task t has counts[t], one after another. A linear meets one
+        token of each, but one that reads a cache of latents meets every row's: a kind whose
+        products go by `TaskEnds` takes `TaskEnds.of_rows`, which know of both."""
         device = next(iter(self.tensors().values())).device
-        return self.over(torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device))
+        ends = TaskEnds.of_rows(counts, device)
+        return self.over(None if ends is None else ends.offsets_T)
 
     def prepared(self, dtype: torch.dtype) -> "Adapter":
         """The same for many forwards without gradients in a model of this dtype: what `delta` would

@@ -10,6 +10,7 @@ one.
 Letters: T tasks, N packed tokens, R LoRA rank, O outputs of a linear, Z latent size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +55,10 @@ class BottleneckAdapter(Adapter):
 
     def over(self, offsets: Tensor | None) -> "BottleneckAdapter":
         return replace(self, factors=self.factors.over(offsets))
+
+    def for_rows(self, counts: Sequence[int]) -> "BottleneckAdapter":
+        """See `Adapter`."""
+        return replace(self, factors=self.factors.for_rows(counts))
 
     def prepared(self, dtype: torch.dtype) -> "BottleneckAdapter":
         return replace(self, factors=self.factors.prepared(dtype))

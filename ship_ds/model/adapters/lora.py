@@ -115,6 +115,11 @@ class LoraAdapter(Adapter):
     def over(self, offsets: Tensor | None) -> "LoraAdapter":
         return replace(self, ends=None if offsets is None else TaskEnds(offsets))
 
+    def for_rows(self, counts: Sequence[int]) -> "LoraAdapter":
+        """See `Adapter`."""
+        device = next(iter(self.factors.values()))[0].device
+        return replace(self, ends=TaskEnds.of_rows(counts, device))
+
 
 def _as_multiplied(b_TOR: Tensor) -> Tensor:
     """The same numbers, laid out as a CPU's products of few tokens read them."""

@@ -14,8 +14,9 @@ X other letters flattened.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,7 +42,38 @@ class TaskEnds:
 
     def __init__(self, offsets_T: Tensor) -> None:
         self.offsets_T = offsets_T
+        self._num_rows: int | None = None
+        self._of_longer_rows: TaskEnds | None = None
         self._tiles: dict[Any, tuple[TaskEnds, Tensor]] = {}
+
+    @classmethod
+    def of_rows(cls, counts: Sequence[int], device: torch.device) -> "TaskEnds | None":
+        """Of rows of which task t has counts[t], one after another, all equally long: see
+        `among`. None: every task has equally many."""
+        if len(set(counts)) == 1:
+            return None
+        ends = list(accumulate(counts))
+        return cls._on(ends, torch.tensor(ends, dtype=torch.int32, device=device))
+
+    @classmethod
+    def _on(cls, ends: list[int], offsets_T: Tensor) -> "TaskEnds":
+        made = cls(offsets_T)
+        made.on_host, made._num_rows = ends, ends[-1]
+        return made
+
+    def among(self, num_tokens: int) -> "TaskEnds":
+        """The ends among so many tokens. Not every linear meets one token of each row: where a
+        cache holds latents (DeepSeek's), what makes keys and values of them meets all columns. By
+        numbers that the host has: it waits for no device."""
+        if self._num_rows is None or num_tokens == self._num_rows:
+            return self
+        length, rest = divmod(num_tokens, self._num_rows)
+        assert not rest
+        longer = self._of_longer_rows
+        if longer is None or longer.on_host[-1] != num_tokens:
+            ends = [end * length for end in self.on_host]
+            self._of_longer_rows = longer = self._on(ends, self.offsets_T * length)
+        return longer
 
     @cached_property
     def on_host(self) -> list[int]:
@@ -290,12 +322,13 @@ def segments(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds | None) -> 
     """The products for tokens such as x with these factors.
 
     Args:
-        x: its device and dtype count.
+        x: its device, dtype and sizes count.
         a_TRI, b_TOR: their shapes count.
         ends: of the tasks; None: every task has equally many tokens.
     """
     if ends is None:
         return EqualSegments(len(a_TRI))
+    ends = ends.among(x.numel() // x.shape[-1])
     if x.device.type == "cpu":
         return _on_cpu(x.dtype, a_TRI, b_TOR, ends)
     return _elsewhere(x, ends)
@@ -307,13 +340,14 @@ def segments_of_whole(
     """The products for tokens such as x with one whole matrix a task, or some outputs of it.
 
     Args:
-        x: its device, dtype and last size count.
+        x: its device, dtype and sizes count.
         num_outputs: of a matrix.
         num_tasks: T.
         ends: of the tasks; None: every task has equally many tokens.
     """
     if ends is None:
         return EqualSegments(num_tasks)
+    ends = ends.among(x.numel() // x.shape[-1])
     if x.device.type == "cpu":
         return _one_by_one(x.dtype, x.shape[-1], num_outputs, ends)
     return _elsewhere(x, ends)

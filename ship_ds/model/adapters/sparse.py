@@ -95,6 +95,11 @@ class SparseAdapter(Adapter):
     def over(self, offsets: Tensor | None) -> "SparseAdapter":
         return replace(self, ends=None if offsets is None else TaskEnds(offsets))
 
+    def for_rows(self, counts: Sequence[int]) -> "SparseAdapter":
+        """See `Adapter`."""
+        device = next(iter(self.values.values())).device
+        return replace(self, ends=TaskEnds.of_rows(counts, device))
+
     def prepared(self, dtype: torch.dtype) -> "SparseAdapter":
         values = {path: values_TXO.to(dtype) for path, values_TXO in self.values.items()}
         return replace(self, values=values)
@@ -131,7 +136,8 @@ def _picked(x_NI: Tensor, values_TXO: Tensor, columns_XO: Tensor, ends: TaskEnds
     token."""
     if ends is not None:
         token_N = torch.arange(len(x_NI), device=x_NI.device)
-        values_TXO = values_TXO[torch.searchsorted(ends.offsets_T, token_N, right=True)]
+        ends_T = ends.among(len(x_NI)).offsets_T
+        values_TXO = values_TXO[torch.searchsorted(ends_T, token_N, right=True)]
     inputs = x_NI.index_select(1, columns_XO.flatten())
     inputs = inputs.view(len(values_TXO), -1, *columns_XO.shape)
     return inputs.mul_(values_TXO[:, None]).sum(2).flatten(0, 1)
