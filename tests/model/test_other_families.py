@@ -19,6 +19,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
@@ -27,10 +29,14 @@ from transformers import (
     Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 from ship_ds.base_files import check_base_files
@@ -242,3 +248,44 @@ def test_rows_leave_and_join_where_a_linear_reads_the_whole_cache(kind: str) -> 
     assert stream.join(lm.stream(TokenBatch.build(texts[4:], None, 0), adapter))
     rows = [0, 2, 3, 4, 5]
     advance()
+
+
+def _hybrid(name: str) -> Any:
+    """Blocks that keep states which are no keys and values, beside such as keep both or these."""
+    torch.manual_seed(0)
+    two = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
+    match name:
+        case "qwen3_next":
+            heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+            sizes = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+            experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+            given = _SIZES | two | heads | sizes | experts
+            return Qwen3NextForCausalLM(
+                Qwen3NextConfig(**given, shared_expert_intermediate_size=32)
+            ).eval()
+        case "lfm2":
+            kinds = {"layer_types": ["conv", "full_attention"]}
+            return Lfm2ForCausalLM(Lfm2Config(**_SIZES, **kinds)).eval()
+        case _:
+            kinds = {"layers_block_type": ["linear_attention", "hybrid"]}
+            mamba = {"mamba_d_state": 16, "n_mamba_heads": 8, "num_mem_blocks": 1, "chunk_size": 8}
+            return Zamba2ForCausalLM(Zamba2Config(**_SIZES, **kinds, **mamba)).eval()
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "zamba2"])
+@torch.no_grad()
+def test_rows_of_a_hybrid_take_all_of_their_states_along(name: str) -> None:
+    """Repeated, turned around and fewer, as beams and rows that end go; each is as if it had grown
+    alone."""
+    lm, prompts = language_model(_hybrid(name)), random_rows([6, 6, 6])
+    stream = lm.stream(TokenBatch.build(prompts, None, 0))
+    texts = prompts
+    for step, rows in enumerate(([0, 0, 1, 1, 2, 2], [1, 0, 3, 2, 5, 5], [4, 1, 0, 2], [3])):
+        stream.select(rows)
+        texts = [[*texts[row], 10 + 7 * step + e] for e, row in enumerate(rows)]
+        stream.advance(torch.tensor([text[-1] for text in texts]))
+        for text, logits_V in zip(texts, stream.logits_EV, strict=True):
+            alone = lm.stream(TokenBatch.build([text[:6]], None, 0))
+            for token in text[6:]:
+                alone.advance(torch.tensor([token]))
+            torch.testing.assert_close(logits_V, alone.logits_EV[0], rtol=1e-4, atol=1e-4)
