@@ -420,14 +420,14 @@ def _is_slow_in_sdpa(query: Tensor) -> bool:
 
 
 def by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
-    """Causal attention by two batched products and a softmax, (E, S, A, F).
+    """Causal attention by two batched products and a softmax, (E, S, A, F of a value).
 
     The query heads that share a key head lie end to end as rows of one product, so that keys and
     values are not repeated. Keeps the weights (E, A, S, S) for the backward pass.
 
     Args:
         query: (E, A, S, F).
-        key, value: (E, G, S, F).
+        key, value: (E, G, S, F); a value's F may be another.
         scaling: of the scores; None: 1 / sqrt(F).
     """
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -453,22 +453,28 @@ class _ByProducts(torch.autograd.Function):
         out = torch.bmm(weights, values)
         ctx.save_for_backward(queries, keys, values, weights)
         ctx.scaling = scaling
-        return out.view(num_rows, num_heads, length, head_size).transpose(1, 2)
+        # DeepSeek's values are not as wide as its keys.
+        return out.view(num_rows, num_heads, length, value.shape[3]).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, weights = ctx.saved_tensors
-        num_rows, length, _, head_size = grad.shape
-        grad_out = grad.transpose(1, 2).reshape(queries.shape)
+        num_rows, length, _, value_size = grad.shape
+        grad_out = grad.transpose(1, 2).reshape(len(values), -1, value_size)
         grad_value = torch.bmm(weights.mT, grad_out)
         grad_weights = torch.bmm(grad_out, values.mT)
         # Zero where the future is hidden, as the weights are.
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, grad.dtype)
         grad_key = torch.bmm(grad_scores.mT, queries)
         grad_query = torch.bmm(grad_scores, keys).mul_(ctx.scaling)
-        shape = num_rows, -1, length, head_size
-        return grad_query.view(shape), grad_key.view(shape), grad_value.view(shape), None
+        shape = num_rows, -1, length
+        return (
+            grad_query.view(*shape, queries.shape[2]),
+            grad_key.view(*shape, queries.shape[2]),
+            grad_value.view(*shape, value_size),
+            None,
+        )
 
 
 def packed_in_rows(

@@ -268,11 +268,13 @@ def test_packed_tokens_by_rows_are_the_padded_rows_to_rounding(
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("value_size", [8, 12])
 @pytest.mark.parametrize("num_groups", [1, 2, 6])
-def test_attention_by_products_is_the_fused_one(num_groups: int) -> None:
-    shapes = [(3, 6, 5, 8), (3, num_groups, 5, 8), (3, num_groups, 5, 8)]
+def test_attention_by_products_is_the_fused_one(num_groups: int, value_size: int) -> None:
+    """And its gradients; values may be of another size than keys, as DeepSeek's are."""
+    shapes = [(3, 6, 5, 8), (3, num_groups, 5, 8), (3, num_groups, 5, value_size)]
     query, key, value = (torch.randn(shape, requires_grad=True) for shape in shapes)
-    grad = torch.randn(3, 5, 6, 8)
+    grad = torch.randn(3, 5, 6, value_size)
     for scaling in (None, 0.3):
         fused = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
