@@ -322,35 +322,41 @@ def test_the_ends_are_read_once_for_all_linears(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "capability", "expected"),
+    ("device", "dtype", "capability", "is_aligned", "expected"),
     [
-        ("cuda", torch.bfloat16, (9, 0), "GroupedSegments"),
-        ("cuda", torch.bfloat16, (10, 0), "GroupedSegments"),
-        ("cuda", torch.bfloat16, (8, 9), "PaddedSegments"),
-        ("meta", torch.bfloat16, None, "GroupedSegments"),
-        ("meta", torch.float32, None, "ShapeSegments"),
+        ("cuda", torch.bfloat16, (9, 0), True, "GroupedSegments"),
+        ("cuda", torch.bfloat16, (9, 0), False, "PaddedSegments"),
+        ("cuda", torch.bfloat16, (10, 0), True, "GroupedSegments"),
+        ("cuda", torch.bfloat16, (8, 9), True, "PaddedSegments"),
+        ("meta", torch.bfloat16, None, True, "GroupedSegments"),
+        ("meta", torch.bfloat16, None, False, "ShapeSegments"),
+        ("meta", torch.float32, None, True, "ShapeSegments"),
     ],
 )
 def test_the_card_decides_how_ragged_segments_are_multiplied(
     device: str,
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
+    is_aligned: bool,
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    assert ragged_kind.__wrapped__(device, 0, dtype).__name__ == expected
+    assert ragged_kind.__wrapped__(device, 0, dtype, is_aligned).__name__ == expected
 
 
+@pytest.mark.parametrize("sizes", [(NUM_IN, NUM_OUT), (NUM_IN, 1), (12, NUM_OUT)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shapes_on_the_meta_device(dtype: torch.dtype) -> None:
+def test_shapes_on_the_meta_device(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    """A gate of one output, too, whose rows grouped_mm does not take."""
+    num_in, num_out = sizes
     leaves = [
         torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
-        for shape in ((30, NUM_IN), (3, 5, NUM_IN), (3, NUM_OUT, 5))
+        for shape in ((30, num_in), (3, 5, num_in), (3, num_out, 5))
     ]
     ends = TaskEnds(torch.empty(3, dtype=torch.int32, device="meta"))
     out = LowRank(leaves[1], leaves[2], 0.5, ends).delta(leaves[0])
-    assert out.shape == (30, NUM_OUT)
+    assert out.shape == (30, num_out)
     gradients = torch.autograd.grad(out.sum(), leaves)
     assert [grad.shape for grad in gradients] == [leaf.shape for leaf in leaves]
 

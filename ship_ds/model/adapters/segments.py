@@ -331,7 +331,7 @@ def segments(x: Tensor, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds | None) -> 
     ends = ends.among(x.numel() // x.shape[-1])
     if x.device.type == "cpu":
         return _on_cpu(x.dtype, a_TRI, b_TOR, ends)
-    return _elsewhere(x, ends)
+    return _elsewhere(x, b_TOR.shape[1], ends)
 
 
 def segments_of_whole(
@@ -350,12 +350,18 @@ def segments_of_whole(
     ends = ends.among(x.numel() // x.shape[-1])
     if x.device.type == "cpu":
         return _one_by_one(x.dtype, x.shape[-1], num_outputs, ends)
-    return _elsewhere(x, ends)
+    return _elsewhere(x, num_outputs, ends)
 
 
-def _elsewhere(x: Tensor, ends: TaskEnds) -> Segments:
+def _elsewhere(x: Tensor, num_out: int, ends: TaskEnds) -> Segments:
     index = x.device.index if x.device.type == "cuda" else None
-    return ragged_kind(x.device.type, index, x.dtype)(ends)
+    is_aligned = _are_aligned(x.dtype, x.shape[-1], num_out)
+    return ragged_kind(x.device.type, index, x.dtype, is_aligned)(ends)
+
+
+def _are_aligned(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether rows of so many numbers are what grouped_mm takes."""
+    return not any(size * dtype.itemsize % _ALIGNMENT_BYTES for size in sizes)
 
 
 def _on_cpu(dtype: torch.dtype, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds) -> Segments:
@@ -367,15 +373,14 @@ def _on_cpu(dtype: torch.dtype, a_TRI: Tensor, b_TOR: Tensor, ends: TaskEnds) ->
 
 def _one_by_one(dtype: torch.dtype, num_in: int, num_out: int, ends: TaskEnds) -> Segments:
     """On the CPU a product a task."""
-    step = _ALIGNMENT_BYTES // dtype.itemsize
-    if dtype == torch.float32 and not num_in % step and not num_out % step:
+    if dtype == torch.float32 and _are_aligned(dtype, num_in, num_out):
         return GroupedSegments(ends)
     return LoopedSegments(ends)
 
 
 @lru_cache
 def ragged_kind(
-    device: str, index: int | None, dtype: torch.dtype
+    device: str, index: int | None, dtype: torch.dtype, is_aligned: bool
 ) -> Callable[[TaskEnds], Segments]:
     """The products for segments of any lengths on another device than the CPU; asks a card for its
     capability once.
@@ -384,13 +389,15 @@ def ragged_kind(
         device: "cuda", or "meta" for shapes alone.
         index: of the card; None: the current one, or there is none.
         dtype: of the tokens.
+        is_aligned: whether inputs and outputs of the linear are such as grouped_mm takes; ranks are
+            padded to them.
 
     Returns:
         The class, which is made of the tasks' ends.
     """
     if device == "meta":
-        return GroupedSegments if dtype == torch.bfloat16 else ShapeSegments
+        return GroupedSegments if dtype == torch.bfloat16 and is_aligned else ShapeSegments
     major, _ = torch.cuda.get_device_capability(index)
-    if dtype == torch.bfloat16 and major in _GROUPED_CAPABILITIES:
+    if dtype == torch.bfloat16 and is_aligned and major in _GROUPED_CAPABILITIES:
         return GroupedSegments
     return PaddedSegments
