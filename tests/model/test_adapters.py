@@ -12,6 +12,7 @@ from ship_ds.model.adapters.adapter import Adapter
 from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.adapters.sites import AdaptedLinear, wrap_sites
 from ship_ds.model.adapters.soft_prompt import SoftPrompt
+from ship_ds.model.attention import Prefix
 from ship_ds.model.batch import TokenBatch
 from tests.model.models import HIDDEN, label_logits, random_lora, random_rows, tiny_lm
 
@@ -96,6 +97,20 @@ def test_no_adapter_stays_current_after_a_forward_that_raised() -> None:
     assert all(
         module.adapter is None for module in model.modules() if isinstance(module, AdaptedLinear)
     )
+
+
+def test_no_adapter_stays_current_after_a_prefix_that_found_no_memory() -> None:
+    class Greedy(LoraAdapter):
+        """A LoRA whose prefix takes more than there is."""
+
+        def prefix(self, path: str, num_rows: int) -> Prefix | None:
+            raise torch.OutOfMemoryError("out of memory")
+
+    model = tiny_lm("llama")
+    lora = random_lora(wrap_sites(model, TARGETS), 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        label_logits(model, _batch(), adapter=Greedy(lora.factors, lora.scaling))
+    assert not [one for one in model.modules() if getattr(one, "adapter", None) is not None]
 
 
 def test_every_linear_of_a_jamba_that_is_adapted_has_a_part_in_its_answers() -> None:

@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from ship_ds.config import ALL_LINEAR
 from ship_ds.errors import UserError
 from ship_ds.model.adapters.adapter import Adapter, Sites
+from ship_ds.model.attention import Prefix
+from ship_ds.model.batch import RowGroups
 from ship_ds.model.language_model import LanguageModel, language_model, linear_sizes
 from ship_ds.model.nf4_linear import Nf4Linear
 
@@ -133,25 +135,32 @@ class AdaptedBlock(nn.Module):
         """
 
         def run(hidden: Tensor) -> Any:
-            for site in self.sites:
-                site.adapter = ship_adapter
-            rows = kwargs.get("ship_rows")  # of packed tokens, which lie as one
-            num_rows = len(hidden) if rows is None else len(rows.row_E)
-            # The block hands what it does not know down to the attention function.
-            extra = {
-                name: prefix
-                for name, place in self.prefixes
-                if ship_adapter and (prefix := ship_adapter.prefix(place, num_rows)) is not None
-            }
             try:
+                for site in self.sites:
+                    site.adapter = ship_adapter
+                # The block hands what it does not know down to the attention function.
+                extra = self._prefixes(ship_adapter, hidden, kwargs.get("ship_rows"))
                 return self.block(hidden, *args, **kwargs, **extra)
             finally:
+                # Whatever happens, a prefix that finds no memory among it: they are shared.
                 for site in self.sites:
                     site.adapter = None
 
         if ship_checkpoint and torch.is_grad_enabled():
             return checkpoint(run, hidden, use_reentrant=False)
         return run(hidden)
+
+    def _prefixes(
+        self, adapter: Adapter | None, hidden: Tensor, rows: RowGroups | None
+    ) -> dict[str, Prefix]:
+        """What the adapter puts before the keys and values of the block's attentions, by the names
+        under which it travels."""
+        if adapter is None:
+            return {}
+        # Packed tokens lie as one row. Gemma 3n's states have one more dimension before the rows.
+        num_rows = hidden.shape[-3] if rows is None else len(rows.row_E)
+        made = {name: adapter.prefix(place, num_rows) for name, place in self.prefixes}
+        return {name: prefix for name, prefix in made.items() if prefix is not None}
 
 
 _BLOCK = "block."
