@@ -76,6 +76,8 @@ class DecoderOnly(LanguageModel):
                 f"{type(self.module).__name__}: its blocks do not hand a prefix on to their "
                 "attention; set another model.hypernetwork.kind"
             )
+        if feature == "prefix" and (reason := self._why_no_prefix()) is not None:
+            return reason
         if feature == "prefix" and attention not in TAKES_PREFIX:
             return (
                 f"{type(self.module).__name__}: its attention here is {attention}, which cannot "
@@ -96,6 +98,18 @@ class DecoderOnly(LanguageModel):
                 "reaches them; give another base"
             )
         return None
+
+    def _why_no_prefix(self) -> str | None:
+        """Keys and values that a prefix has not the sizes of."""
+        settings, what = self.module.config, None
+        if getattr(settings, "kv_lora_rank", None):
+            what = "makes keys and values of latents, each of a size of its own"
+        elif settings.model_type == "jetmoe":
+            what = "has keys and values for each expert of its attention"
+        return what and (
+            f"{type(self.module).__name__}: {what}, which a prefix does not fit; set another "
+            "model.hypernetwork.kind, such as lora"
+        )
 
     def _why_not_projected(self) -> str | None:
         if can_project(self.module, [*self.blocks().values()]):

@@ -255,7 +255,8 @@ class LanguageModel(ABC):
         tests/model/test_budget.py compares them with what four families hold.
         """
         settings, itemsize = self.module.config, self.module.dtype.itemsize
-        linears, num_blocks = self.linears().values(), len(self.blocks())
+        paths, num_blocks = self.linears(), len(self.blocks())
+        linears = paths.values()
         # A stack without a list of blocks is taken for one of the usual width.
         sizes = [max(linear_sizes(one)) for one in linears]
         widest = max(sizes, default=4 * self.hidden_size)
@@ -263,10 +264,15 @@ class LanguageModel(ABC):
         num_heads, head_size = self.key_value_heads
         all_heads = settings.num_attention_heads * head_size
         is_eager = settings._attn_implementation == "eager"
+        num_latents = sum(path.endswith(f".{_OF_LATENTS}") for path in paths)
         # Gate, its activation and the product; an adapted linear also holds what it adds.
         num_wide = 4 if any(hasattr(module, "adapter") for module in self.module.modules()) else 3
         return Costs(
-            cache=2 * num_blocks * num_heads * head_size * itemsize,
+            cache=itemsize
+            * (
+                num_latents * _latent_size(settings)
+                + 2 * max(0, num_blocks - num_latents) * num_heads * head_size
+            ),
             working=itemsize * (4 * self.hidden_size + num_wide * widest) + 8 * head_size,
             attending=itemsize * (3 * self.hidden_size + 4 * all_heads),
             repeated=2 * all_heads * itemsize if is_eager else 0,
@@ -635,6 +641,17 @@ def auto_class(config: PreTrainedConfig) -> Any:
     if reason := implementation(config).unfit.get(config.model_type):
         raise UserError(f"{config.model_type}: {reason}; give another base")
     return chosen
+
+
+_OF_LATENTS = "kv_b_proj"
+"""The linear of which an attention makes keys and values of cached latents, as DeepSeek's does."""
+
+
+def _latent_size(settings: Any) -> int:
+    """Numbers that such an attention caches of a token, those by which an indexer finds it
+    included."""
+    names = ("kv_lora_rank", "qk_rope_head_dim", "index_head_dim")
+    return sum(getattr(settings, name, None) or 0 for name in names)
 
 
 _NEVER_CALLED = ("dt_proj",)

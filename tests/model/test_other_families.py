@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -46,6 +48,7 @@ from ship_ds.model import decoder_only
 from ship_ds.model.adapters.adapter import Adapter, Sites
 from ship_ds.model.adapters.bottleneck import BottleneckAdapter
 from ship_ds.model.adapters.lora import LoraAdapter
+from ship_ds.model.adapters.prefix import PrefixAdapter
 from ship_ds.model.adapters.sites import wrap_sites
 from ship_ds.model.adapters.sparse import SparseAdapter, draw_columns
 from ship_ds.model.attention import SDPA
@@ -270,6 +273,40 @@ def _hybrid(name: str) -> Any:
             kinds = {"layers_block_type": ["linear_attention", "hybrid"]}
             mamba = {"mamba_d_state": 16, "n_mamba_heads": 8, "num_mem_blocks": 1, "chunk_size": 8}
             return Zamba2ForCausalLM(Zamba2Config(**_SIZES, **kinds, **mamba)).eval()
+
+
+def test_a_prefix_for_keys_and_values_of_two_sizes_is_refused() -> None:
+    reason = language_model(_other("deepseek")).missing("prefix")
+    assert reason is not None and "such as lora" in reason and "\n" not in reason
+
+
+def test_a_cache_of_latents_is_counted_as_what_it_holds() -> None:
+    lm = language_model(_other("deepseek"))
+    stream = lm.stream(TokenBatch.build(random_rows([6]), None, 0))
+    held = sum(one.nbytes for layer in stream.cache.layers for one in layer.buffers)  # type: ignore[attr-defined]
+    assert 6 * lm.costs.cache == held
+
+
+def test_rows_of_a_prefix_are_counted_behind_what_gemma_3n_puts_before_them() -> None:
+    """Its blocks get four versions of the states, whatever the rows."""
+    torch.manual_seed(0)
+    wide = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+    kinds = {"layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 0, "head_dim": 16}
+    sizes = {**_SIZES, **wide, **kinds, "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 4}
+    model = Gemma3nForCausalLM(Gemma3nTextConfig(**sizes)).eval()
+    wrap_sites(model, ())
+    lm = language_model(model)
+    num_heads, head_size = lm.key_value_heads
+    states = {path: torch.randn(2, 2, num_heads, 3, head_size) for path in lm.attentions()}
+    adapter, rows = PrefixAdapter(states), random_rows([6, 6])
+    with torch.no_grad():
+        both = lm.logits(TokenBatch.build(rows, None, 0), adapter)
+        for task, row in enumerate(rows):
+            one = adapter.rows(torch.tensor([task]))
+            alone = lm.logits(TokenBatch.build([row], None, 0), one)
+            torch.testing.assert_close(both[task], alone[0], rtol=1e-4, atol=1e-4)
+        bare = lm.logits(TokenBatch.build(rows, None, 0))
+    assert float((both - bare).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "zamba2"])
