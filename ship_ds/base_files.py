@@ -51,7 +51,10 @@ _OWN_DEFAULTS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 UNFIT = dict.fromkeys(
     ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"),
     "hands its blocks nothing but its own arguments, so that no adapter reaches them",
-)
+) | {
+    "doge": "makes a mask of its own of the one that it is given, and cannot do without one",
+    "recurrent_gemma": "keeps what it has read within its blocks, where no row can move or end",
+}
 """Model types of one stack that cannot be a base in any role, and why."""
 _ONE_STACK = ("T5EncoderModel", "T5ForTokenClassification")
 """Architectures of T5 whose files lack the stack that writes."""

@@ -55,6 +55,10 @@ _KEEP_ENDS_TO_THEMSELVES = {"nemotron", "stablelm"}
 """Model types whose blocks call their attention without what else they were given (transformers
 5.23); attention.py refuses the others that do so, when it meets one."""
 
+_KEEP_WINDOWS_TO_THEMSELVES = {"phimoe", "qwen2_moe"}
+"""Model types whose blocks do not tell their attention how far back a token sees: the mask alone
+says it (transformers 5.23)."""
+
 
 class DecoderOnly(LanguageModel):
     """See `LanguageModel`."""
@@ -131,10 +135,19 @@ class DecoderOnly(LanguageModel):
             return f"{name}: its attention here is {attention}, which goes by a mask of all tokens"
         if self.module.config.model_type in _KEEP_ENDS_TO_THEMSELVES:
             return f"{name}: its blocks do not hand on where a sequence ends"
+        if self._hides_windows():
+            return f"{name}: its blocks do not tell their attention how far back a token sees"
         kinds = set(getattr(self.module.config, "layer_types", None) or ()) - _BY_LENGTHS
         if kinds:
             return f"{name}: has layers of {', '.join(sorted(kinds))}, which goes by a mask"
         return None
+
+    def _hides_windows(self) -> bool:
+        settings = self.module.config
+        if settings.model_type not in _KEEP_WINDOWS_TO_THEMSELVES:
+            return False
+        kinds = getattr(settings, "layer_types", None)
+        return bool(settings.sliding_window) and (kinds is None or SLIDING in kinds)
 
     @property
     def _attention(self) -> str:
@@ -144,13 +157,18 @@ class DecoderOnly(LanguageModel):
     @property
     def _stack(self) -> nn.Module:
         """The model without its output layer."""
-        stack: nn.Module = getattr(self.module, self.module.base_model_prefix)
+        stack: nn.Module = getattr(self.module, self._stack_name)
         return stack
+
+    @property
+    def _stack_name(self) -> str:
+        """Llama 4's model of texts names its prefix as within a larger model."""
+        prefix: str = self.module.base_model_prefix
+        return prefix if hasattr(self.module, prefix) else "model"
 
     def blocks(self) -> dict[str, nn.Module]:
         """See `LanguageModel`: the outermost list of as many modules as the model has layers."""
-        prefix = self.module.base_model_prefix
-        for path, layers in self._stack.named_modules(prefix=prefix):
+        for path, layers in self._stack.named_modules(prefix=self._stack_name):
             if isinstance(layers, nn.ModuleList) and len(layers) == self._num_layers:
                 return {f"{path}.{i}": block for i, block in enumerate(layers)}
         return {}
@@ -240,7 +258,7 @@ class DecoderOnly(LanguageModel):
         and a tied one is the embedding's weight as ever.
         """
         around = copy.copy(self.module)
-        around._modules = {**self.module._modules, self.module.base_model_prefix: GivenStates()}
+        around._modules = {**self.module._modules, self._stack_name: GivenStates(self._stack)}
         # Not called, but its forward: hooks on the whole model would meet it a second time.
         logits: Tensor = around.forward(inputs_embeds=states_XH[None], use_cache=False).logits
         return logits[0]
@@ -284,7 +302,8 @@ class DecoderOnly(LanguageModel):
         return {"attention_mask": no_mask(device)} if self._runs_varlen(device) else {}
 
     def _runs_varlen(self, device: torch.device) -> bool:
-        return needs_no_mask(self._attention, device, self.module.dtype)
+        runs = needs_no_mask(self._attention, device, self.module.dtype)
+        return runs and not self._hides_windows()
 
     def logits(
         self, batch: TokenBatch, adapter: Adapter | None = None, soft: Tensor | None = None
@@ -318,10 +337,19 @@ def _hands_on(source: str) -> bool:
 class GivenStates(nn.Module):
     """In place of a model's stack: what it is given are the stack's states."""
 
+    def __init__(self, stack: nn.Module) -> None:
+        super().__init__()
+        # A plain list: its weights are not registered once more.
+        self.in_place_of = [stack]
+
     @property
     def decoder(self) -> "GivenStates":
         """OPT's forward calls its stack by this name."""
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Falcon-H1's forward looks at its stack for how much it scales the logits.
+        return getattr(self.__dict__["in_place_of"][0], name)
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> "_States":
         return _States(last_hidden_state=inputs_embeds)

@@ -165,7 +165,7 @@ class EncoderDecoder(LanguageModel):
         """See `LanguageModel`; the model's own forward around a writing stack that gives the
         states. T5 of version 1.0 scales them there."""
         around = copy.copy(self.module)
-        around._modules = {**self.module._modules, "decoder": GivenStates()}
+        around._modules = {**self.module._modules, "decoder": GivenStates(self.module.decoder)}
         # Not called, but its forward: hooks on the whole model would meet it a second time.
         logits: Tensor = around.forward(
             encoder_outputs=(states_XH[None],),

@@ -400,6 +400,7 @@ class LanguageModel(ABC):
             for path, block in self.blocks().items()
             for inner, module in block.named_modules()
             if isinstance(module, nn.Linear | Conv1D)
+            and not _is_router(module)
             and inner.rpartition(".")[2] not in _NEVER_CALLED
         }
 
@@ -469,11 +470,14 @@ class LanguageModel(ABC):
         """
         came_in: list[Tensor] = []
 
-        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            came_in.append(arguments[0])
+        def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            came_in.append(arguments[0] if arguments else named["hidden_states"])
 
         # On the outermost modules of the blocks: what recomputes one in the backward pass is in it.
-        handles = [block.register_forward_pre_hook(keep) for block in self.blocks().values()]
+        handles = [
+            block.register_forward_pre_hook(keep, with_kwargs=True)
+            for block in self.blocks().values()
+        ]
         try:
             states_ESH = self.states(batch, embeddings_ESH, adapter, checkpointing=checkpointing)
         finally:
@@ -641,6 +645,14 @@ def auto_class(config: PreTrainedConfig) -> Any:
     if reason := implementation(config).unfit.get(config.model_type):
         raise UserError(f"{config.model_type}: {reason}; give another base")
     return chosen
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether what is a linear by its class gives more than a product: a choice of experts, as
+    PhiMoE's. transformers has such a class beside its model, those of quantisation elsewhere."""
+    kind = type(module)
+    is_of_model = kind.__module__.startswith("transformers.models.")
+    return is_of_model and kind.forward is not nn.Linear.forward
 
 
 _OF_LATENTS = "kv_b_proj"

@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     Gemma3nForCausalLM,
@@ -49,7 +51,7 @@ from ship_ds.model.adapters.adapter import Adapter, Sites
 from ship_ds.model.adapters.bottleneck import BottleneckAdapter
 from ship_ds.model.adapters.lora import LoraAdapter
 from ship_ds.model.adapters.prefix import PrefixAdapter
-from ship_ds.model.adapters.sites import wrap_sites
+from ship_ds.model.adapters.sites import sites_anywhere, wrap, wrap_sites
 from ship_ds.model.adapters.sparse import SparseAdapter, draw_columns
 from ship_ds.model.attention import SDPA
 from ship_ds.model.batch import TokenBatch
@@ -326,3 +328,74 @@ def test_rows_of_a_hybrid_take_all_of_their_states_along(name: str) -> None:
             for token in text[6:]:
                 alone.advance(torch.tensor([token]))
             torch.testing.assert_close(logits_V, alone.logits_EV[0], rtol=1e-4, atol=1e-4)
+
+
+_EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+}
+_MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+_MAMBA_OF_NEMOTRON = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16}
+_LOOKED_AT: dict[str, dict[str, Any]] = {
+    # Its prefix is no attribute.
+    "llama4_text": _EXPERTS | {"head_dim": 16, "intermediate_size_mlp": 96},
+    # Its forward looks at its stack.
+    "falcon_h1": _MAMBA | {"head_dim": 16, "mamba_n_groups": 1, "lm_head_multiplier": 0.5},
+    # Its stack looks at its blocks.
+    "nemotron_h": _EXPERTS
+    | _MAMBA_OF_NEMOTRON
+    | {"head_dim": 16, "n_groups": 1, "chunk_size": 8}
+    | {"layers_block_type": ["linear_attention", "full_attention"]},
+    # Its stack calls its blocks by name.
+    "longcat_flash": {
+        **{"num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2},
+        **{"q_lora_rank": 32, "kv_lora_rank": 16, "num_key_value_heads": 4, "head_dim": 8},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
+        **{"n_routed_experts": 4, "zero_expert_num": 1},
+    },
+    # Its router is a linear that gives two tensors, and its windows are in the mask alone.
+    "phimoe": _EXPERTS | {"sliding_window": 4},
+}
+
+
+@pytest.mark.parametrize("kind", _LOOKED_AT)
+def test_models_that_look_at_their_parts_are_adapted(kind: str) -> None:
+    """All linears, in padded rows and packed where the port packs; each row as alone, and other
+    than the bare base."""
+    torch.manual_seed(0)
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    config = AutoConfig.for_model(kind, **{**_SIZES, **ends, **_LOOKED_AT[kind]})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=SDPA).eval()
+    for parameter in model.requires_grad_(False).parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.15)
+    prompts, targets = random_rows([9, 4, 7, 5]), random_rows([2, 5, 1, 3], 5)
+    batch = TokenBatch.build(prompts, targets, 0)
+    sites = wrap_sites_of(model)
+    lm = language_model(model)
+    adapter = random_lora(sites, 2)
+    with torch.no_grad():
+        padded = lm.score(batch, adapter, 2)[0]
+        bare = lm.score(batch, None)[0]
+        rows = [
+            lm.score(TokenBatch.build([prompt], [target], 0), adapter.rows(torch.tensor([e // 2])))
+            for e, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
+        ]
+        alone = torch.cat([logits for logits, _ in rows])
+        torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-4)
+        if lm.packs:
+            packed = lm.score(batch, adapter, 2, packed=True)[0]
+            torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+        stream = lm.stream(TokenBatch.build(prompts, None, 0), adapter)
+        stream.advance(stream.logits_EV.argmax(-1))
+    assert lm.packs == (kind == "longcat_flash")
+    assert float((padded - bare).abs().max()) > 0.01 and stream.logits_EV.isfinite().all()
+
+
+def wrap_sites_of(model: Any) -> Sites:
+    """All linears that blocks have, which here are not the same in each."""
+    sites = sites_anywhere(model, (ALL_LINEAR,))
+    wrap(model, sites)
+    return sites

@@ -84,6 +84,7 @@ class AdaptedBlock(nn.Module):
         """
         super().__init__()
         self.block, self.path = block, path
+        self.names_of_block = {*vars(block), *dict(block.named_children())}
         self.prefixes = list(zip(_PREFIXES, attentions or (path,), strict=False))
         self.find_sites()
         self.register_state_dict_post_hook(_leave_block_out)
@@ -93,6 +94,14 @@ class AdaptedBlock(nn.Module):
         """Look for wrapped linears, at the beginning and when more of them were wrapped."""
         # A plain list: they are registered below `block` already.
         self.sites = [m for m in self.block.modules() if isinstance(m, AdaptedLinear)]
+
+    def __getattr__(self, name: str) -> Any:
+        # Stacks look at their blocks: Nemotron-H's at `block_type`, RecurrentGemma's at a module.
+        # At what a block has from the beginning alone: DeepSpeed notes things on every module, and
+        # would take the block's for the wrapper's.
+        if name in self.__dict__.get("names_of_block", ()) and name not in ("block", "path"):
+            return getattr(super().__getattr__("block"), name)
+        return super().__getattr__(name)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -117,7 +126,7 @@ class AdaptedBlock(nn.Module):
 
     def forward(
         self,
-        hidden: Tensor,
+        hidden: Tensor | None = None,
         *args: Any,
         ship_adapter: Adapter | None = None,
         ship_checkpoint: bool = False,
@@ -127,12 +136,16 @@ class AdaptedBlock(nn.Module):
 
         Args:
             hidden: the states that come in, a row a sequence, or all packed tokens as one row.
+                None: they are among kwargs, as `hidden_states` (LongCat-Flash).
             args: what else the block takes, by position.
             ship_adapter: of all rows; None: the bare base.
             ship_checkpoint: recompute the block in the backward pass, where there are gradients.
             kwargs: what else the block takes, by name. `ship_rows` (`batch.RowGroups`), where it is
                 among them, says how many sequences the packed tokens are.
         """
+
+        if hidden is None:
+            hidden = kwargs.pop("hidden_states")
 
         def run(hidden: Tensor) -> Any:
             try:
