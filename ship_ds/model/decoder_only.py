@@ -476,7 +476,7 @@ class CachedStream(Stream):
                 layer.select(index_E, self.width, moved_X)
         elif self.cache is not None:
             # Not batch_select_indices, which leaves the states of linear attention where they are.
-            self.cache.reorder_cache(index_E)
+            self.cache.reorder_cache(index_E)  # type: ignore[arg-type]
         self.prompt_of_row = [self.prompt_of_row[row] for row in rows]
         self.real_EX, self.logits_EV = self.real_EX[index_E], self.logits_EV[index_E]
         self.next_position_E = self.next_position_E[index_E]
