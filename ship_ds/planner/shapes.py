@@ -5,7 +5,8 @@ shape.
 """
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -29,7 +30,7 @@ from ship_ds.model import nf4
 from ship_ds.model.adapters.adapter import Hypernetwork
 from ship_ds.model.assemble import build_ship
 from ship_ds.model.elementwise import ElementwiseMode
-from ship_ds.model.language_model import without_weights
+from ship_ds.model.language_model import LanguageModel, without_weights
 from ship_ds.model.lean_modules import make_lean
 from ship_ds.model.loading import Quantisation, read_settings
 from ship_ds.model.ship import ShipModel
@@ -201,7 +202,7 @@ def build_shapes(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | Non
             fit.
     """
     whole = build_whole(config, dtype, loss)
-    shallow = _shallow(config)
+    shallow = _shallow(config, whole)
     if max(whole.depths.values()) <= max(DEEP, *shallow):
         return whole
     config = _without_shares(config)
@@ -224,12 +225,66 @@ def build_whole(config: ModelConfig, dtype: torch.dtype, loss: LossConfig | None
     return _build(config, dtype, loss, None)
 
 
-def _shallow(config: ModelConfig) -> tuple[int, ...]:
+def _shallow(config: ModelConfig, whole: Shapes) -> tuple[int, ...]:
     """SHALLOW, or more where adapters are in so many last blocks: both models have all of these,
-    and differ in blocks below them."""
+    and differ in blocks below them.
+
+    Also more where blocks differ: the fewer have all that comes before a pattern, and the others
+    one turn of it more, so that what goes on growing is a whole turn.
+    """
     kind: type[Hypernetwork] = ADAPTERS.implementation(config.hypernetwork)
-    more = max(0, kind.num_last_blocks(config.hypernetwork) - SHALLOW[0])
-    return tuple(number + more for number in SHALLOW)
+    roles = (whole.ship.encoder, whole.ship.task_llm, whole.ship.decoder)
+    patterns = [pattern(one) for role in roles for one in _signatures(role.language_model)]
+    before = max(first for first, _ in patterns)
+    turn = math.lcm(*(period for _, period in patterns))
+    few = _at_least(SHALLOW[0], before, turn)
+    more = max(0, kind.num_last_blocks(config.hypernetwork) - few)
+    return few + more, few + more + max(turn, SHALLOW[1] - SHALLOW[0])
+
+
+def _at_least(number: int, before: int, turn: int) -> int:
+    """The least number of layers, not below this one, that is `before` and a turn or more."""
+    return number if (before, turn) == (0, 1) else max(number, before + turn)
+
+
+def _signatures(language_model: LanguageModel) -> list[list[object]]:
+    """What the storages of a block depend on, stack by stack: its modules, its weights' shapes, and
+    how far it sees."""
+    kinds = getattr(language_model.module.config, "layer_types", None) or ()
+    stacks: dict[str, list[object]] = {}
+    for path, block in language_model.blocks().items():
+        stack = stacks.setdefault(path.rpartition(".")[0], [])
+        stack.append(
+            (
+                kinds[len(stack)] if len(stack) < len(kinds) else None,
+                tuple(type(module).__name__ for module in block.modules()),
+                tuple((name, tuple(one.shape)) for name, one in block.named_parameters()),
+            )
+        )
+    return list(stacks.values())
+
+
+def pattern(signatures: Sequence[object]) -> tuple[int, int]:
+    """(how many blocks come before it, how many make one turn of it) of the pattern in which the
+    others go on until the last: (0, 1) where all are alike.
+
+    Args:
+        signatures: one a block; equal ones are of blocks that are alike.
+    """
+    count = len(signatures)
+    return min(
+        ((_first_of(signatures, turn), turn) for turn in range(1, count + 1)),
+        key=sum,
+        default=(0, 1),
+    )
+
+
+def _first_of(signatures: Sequence[object], turn: int) -> int:
+    """From which block on every one is like that a turn further."""
+    first = max(0, len(signatures) - turn)
+    while first and signatures[first - 1] == signatures[first - 1 + turn]:
+        first -= 1
+    return first
 
 
 def _without_shares(config: ModelConfig) -> ModelConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from transformers import DeepseekV3Config
 
 from ship_ds import cli
 from ship_ds.config import Config, base_folder, load_config
@@ -20,7 +21,7 @@ from ship_ds.model.loading import read_settings
 from ship_ds.planner.activations import Workload, count_activations
 from ship_ds.planner.evaluation import PlannedPass
 from ship_ds.planner.plan import RESERVED, Machines, advise, make_plan
-from ship_ds.planner.shapes import Shapes, Weight, build_shapes, meta_lm, public_shapes
+from ship_ds.planner.shapes import Shapes, Weight, build_shapes, meta_lm, pattern, public_shapes
 from ship_ds.planner.show import verdict, warnings_of
 from ship_ds.planner.zero import Zero, held_by_a_rank, traffic
 from ship_ds.runtime.deepspeed_config import complete
@@ -445,6 +446,47 @@ def test_a_deep_model_is_counted_by_two_shallow_ones(tmp_path: Path) -> None:
         whole.adapters,
         whole.logits,
     )
+    assert extrapolated.peak == pytest.approx(whole.peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ("aaaaaa", (0, 1)),
+        ("baaaaa", (1, 1)),
+        ("aabaab", (0, 3)),
+        ("cabababa", (1, 2)),
+        ("", (0, 1)),
+    ],
+)
+def test_the_pattern_in_which_blocks_go_on_is_found(blocks: str, expected: tuple[int, int]) -> None:
+    assert pattern(blocks) == expected
+
+
+def test_a_deep_model_whose_blocks_differ_is_counted_by_whole_turns(tmp_path: Path) -> None:
+    """Three dense blocks before those with experts, which two and four layers have hardly any
+    of."""
+    settings = DeepseekV3Config(
+        **{
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "num_hidden_layers": 14,
+            "first_k_dense_replace": 3,
+        },
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256},
+        **{"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
+        **{"v_head_dim": 16, "intermediate_size": 64, "moe_intermediate_size": 128},
+        **{"n_group": 1, "topk_group": 1, "n_routed_experts": 8, "num_experts_per_tok": 4},
+    )
+    settings.save_pretrained(tmp_path)
+    bases = [f"model.task_llm.base={tmp_path}", "model.hypernetwork={targets: [o_proj]}"]
+    shapes = build_shapes(load_config("quickstart-smoke", bases).model, torch.bfloat16)
+    assert [one.depths["task LLM"] for one in shapes.shallow] == [4, 6]
+    work = Workload(2, 3, 9, 14, 5, 2)
+    extrapolated, whole = (
+        count_activations(one, work) for one in (shapes, replace(shapes, shallow=()))
+    )
+    assert extrapolated.kept == whole.kept
     assert extrapolated.peak == pytest.approx(whole.peak, rel=0.05)
 
 
