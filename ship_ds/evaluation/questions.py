@@ -109,12 +109,12 @@ def another_instruction(task: SplitTask, seen: Sequence[SplitTask], seed: int) -
     # With one seen task there is no other: its own instruction is all that can be drawn.
     others = [one for one in seen if one.id != task.id] or seen
     rng = random.Random(f"{seed} shuffled {task.id}")
-    drawn, own = rng.choice(others).task.instruction, task.task.instruction
-    if drawn != own:
+    drawn, stated = rng.choice(others).task.instruction, task.task.instruction
+    if drawn != stated:
         return drawn
     # Another task says the same. Drawn again, so that no other task's draw is another than before.
-    different = [text for one in others if (text := one.task.instruction) != own]
-    return rng.choice(different or [own])
+    different = [text for one in others if (text := one.task.instruction) != stated]
+    return rng.choice(different or [stated])
 
 
 def warn_of_long_targets(

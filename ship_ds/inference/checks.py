@@ -82,11 +82,11 @@ def listed(texts: Iterable[str], name: str) -> list[str]:
     """
     if isinstance(texts, str):
         raise UserError(f"{name}: is one text; give a list of texts, such as [{texts!r:.60}]")
-    found = list(texts)
-    for number, text in enumerate(found, start=1):
+    in_order = list(texts)
+    for number, text in enumerate(in_order, start=1):
         if not isinstance(text, str):
             raise UserError(f"{name}: number {number} is no text: {text!r:.60}")
-    return found
+    return in_order
 
 
 def paired(examples: Iterable[tuple[str, str]]) -> list[Example]:
@@ -94,17 +94,17 @@ def paired(examples: Iterable[tuple[str, str]]) -> list[Example]:
 
     Raises UserError: one of them is no pair of texts.
     """
-    found = []
+    read = []
     for number, pair in enumerate(examples, start=1):
-        # A text of two letters would pass for a pair.
-        texts = () if isinstance(pair, str) else tuple(pair)
+        # A text of two letters is no pair.
+        texts = tuple(pair) if isinstance(pair, tuple | list) else ()
         if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
             raise UserError(
                 f"example {number}: is {pair!r:.60}; give pairs of texts, such as "
                 '("an input", "its target")'
             )
-        found.append(Example(*texts))
-    return found
+        read.append(Example(*texts))
+    return read
 
 
 def check_inputs(

@@ -140,9 +140,9 @@ async def whole(
     take(*first)
     async for number, piece in pieces:
         take(number, piece)
-    told = chances if shape.tells_logprobs else [None] * len(texts)
+    shown = chances if shape.tells_logprobs else [None] * len(texts)
     choices = [
-        shape.choice(number, text, told[number], last[number].finish_reason)
+        shape.choice(number, text, shown[number], last[number].finish_reason)
         for number, text in enumerate(texts)
     ]
     return {**shape.head(False), "choices": choices, "usage": _usage(writing, last)}
@@ -234,7 +234,7 @@ def _completion_logprobs(chances: Sequence[TokenChance]) -> dict[str, Any]:
 def _by_text(top: Sequence[TokenChance]) -> dict[str, float]:
     """Several tokens may have one text, as parts of letters do: the likeliest one, which comes
     first, says its number."""
-    told: dict[str, float] = {}
+    by_text: dict[str, float] = {}
     for one in top:
-        told.setdefault(one.text, one.logprob)
-    return told
+        by_text.setdefault(one.text, one.logprob)
+    return by_text

@@ -135,6 +135,7 @@ def test_a_bundle_around_another_base_of_the_same_shape_is_one_line(
         (lambda ship: ship.answer("add 3", ["1", 2]), "inputs: number 2 is no text: 2"),
         (lambda ship: ship.induce(["1 2"]), "example 1: is '1 2'; give pairs of texts"),
         (lambda ship: ship.induce(["12"]), "example 1: is '12'; give pairs of texts"),
+        (lambda ship: ship.induce([12]), "example 1: is 12; give pairs of texts"),
         (lambda ship: ship.induce([("1", 2)]), r"example 1: is \('1', 2\); give pairs of texts"),
         (lambda ship: ship.decode([0.0]), "has 1 numbers and this run's has 64"),
     ],
