@@ -625,6 +625,7 @@ class Trainer:
         )
         checkpoint.save(self.engine, self.folder / "checkpoints", progress, self.config.checkpoint)
         self.saved_step, self.saved_seconds = self.step, self.seconds()
+        self.num_evaluation_starts = 0  # of this step's evaluation none was begun
 
     def known_instructions(self) -> list[str]:
         return [task.task.instruction for task in self.splits.seen]

@@ -164,11 +164,13 @@ def parted(
         What is trained on, and what is held out.
 
     Raises:
-        UserError: there are fewer than two examples.
+        UserError: there are fewer than two inputs.
     """
     examples = list({example.input: example for example in examples}.values())
     if len(examples) < 2:
-        raise UserError("--data: has one example; give two or more, since some are held out")
+        raise UserError(
+            "--data: has examples of one input; give two inputs or more, since some are held out"
+        )
     order = random.Random(f"{seed} tune").sample(examples, len(examples))
     num_held_out = min(len(examples) - 1, max(1, round(share * len(examples))))
     return order[num_held_out:], order[:num_held_out]

@@ -124,20 +124,23 @@ def find_bundle(
         return bundle_folder(source)
     is_run = (source / "checkpoints").is_dir()
     chosen = checkpoint.newest_good(source / "checkpoints", report) if is_run else source
+    mark = out.with_name(_MADE_FROM)
+    if out.exists():
+        # Where there is no checkpoint, they have made room since.
+        if chosen is not None:
+            _check_bundle(out, mark, chosen)
+        verify(out)
+        return out
     if chosen is None:
         raise UserError(
             f"{source}: has neither a bundle nor a whole checkpoint; train on, or give a "
             "checkpoint's folder"
         )
-    mark = out.with_name(_MADE_FROM)
-    if out.exists():
-        _check_bundle(out, mark, chosen)
-    else:
-        check_checkpoint(chosen)
-        # Before the bundle: one without a mark is an earlier version's, and taken as it is.
-        write_json(mark, _mark_of(chosen))
-        bundle_from_checkpoint(chosen, out, base)
-        report(f"{out}: bundle of {chosen}")
+    check_checkpoint(chosen)
+    # Before the bundle: one without a mark is an earlier version's, and taken as it is.
+    write_json(mark, _mark_of(chosen))
+    bundle_from_checkpoint(chosen, out, base)
+    report(f"{out}: bundle of {chosen}")
     verify(out)
     return out
 

@@ -264,7 +264,8 @@ class LanguageModel(ABC):
         num_heads, head_size = self.key_value_heads
         all_heads = settings.num_attention_heads * head_size
         is_eager = settings._attn_implementation == "eager"
-        num_latents = sum(path.endswith(f".{_OF_LATENTS}") for path in paths)
+        # A wrapped linear is called `base`, below its name.
+        num_latents = sum(path.removesuffix(".base").endswith(f".{_OF_LATENTS}") for path in paths)
         # Gate, its activation and the product; an adapted linear also holds what it adds.
         num_wide = 4 if any(hasattr(module, "adapter") for module in self.module.modules()) else 3
         return Costs(

@@ -311,11 +311,13 @@ _TRAINER_NEEDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_efficiency.enabled": ((False,), "batches and tokens are chosen by the run's config"),
     "datastates_ckpt": ((False,), "checkpoints are written by DeepSpeed's plain writer"),
     "flops_profiler.enabled": ((False,), "training.profile says where the time of steps goes"),
+    "expert_parallel.enabled": ((False,), _NO_PARALLEL),
     "gradient_allreduce_op": (
         ("mean",),
         "the loss is written for the mean over ranks; gradients and their norm would be so many "
         "times too large",
     ),
+    "hybrid_engine.enabled": ((False,), "the trainer works with DeepSpeed's plain engine"),
     "managed_gradient_accumulation": (
         (True,),
         "the trainer says which micro-batch is a step's last, which DeepSpeed then refuses",

@@ -174,7 +174,7 @@ class Adapters:
             return await self._board(key, instruction, pairs)
         except RequestError as error:
             # It was late for who came first, and not yet for who came after.
-            if not joins or error.status != 503 or not self.room.is_running:
+            if not joins or error.status != 503 or not self.room.is_open:
                 raise
         return await self._board(key, instruction, pairs)
 

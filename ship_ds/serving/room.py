@@ -154,8 +154,13 @@ class Room:
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread is there to do anything."""
-        return self._thread.is_alive() and not self._is_closed
+        """Whether the thread is there; it may be, in a long pass, when the room is closed."""
+        return self._thread.is_alive()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a call may still have its turn."""
+        return self.is_running and not self._is_closed
 
     @property
     def num_waiting(self) -> int:

@@ -795,6 +795,13 @@ def test_a_text_beside_a_table_is_read_by_name_alone(name: str, tmp_path: Path) 
     assert counts == {f"files that plain-text does not read, such as {name}": 1}
 
 
+def test_rows_of_nothing_but_a_text_are_read_whatever_lies_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": _text(40)}) + "\n")
+    (tmp_path / "corpus.jsonl.zst").write_text("x")
+    (task,) = read_tasks(tmp_path)
+    assert task.id.startswith("corpus")
+
+
 def test_malformed_plain_text(tmp_path: Path) -> None:
     for content, complaint in (
         (b'{"text": "a"}\n{"texts": "b"}', "line 2: has no 'text'"),

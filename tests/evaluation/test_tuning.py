@@ -105,7 +105,7 @@ def test_some_are_held_out_whatever_the_share() -> None:
         assert len(held_out) == count
         assert {*train, *held_out} == set(examples) and len(train) + count == 5
     assert parted(examples, 0.4, 3) == parted(examples, 0.4, 3) != parted(examples, 0.4, 4)
-    with pytest.raises(UserError, match="--data: has one example; give two or more"):
+    with pytest.raises(UserError, match="--data: has examples of one input; give two inputs"):
         parted(examples[:1], 0.5, 0)
 
 
@@ -113,7 +113,7 @@ def test_an_example_that_is_given_twice_lies_on_one_side() -> None:
     examples = [Example(str(n % 5), str(n % 5)) for n in range(10)]
     train, held_out = parted(examples, 0.4, 3)
     assert (len(train), len(held_out)) == (3, 2) and not {*train} & {*held_out}
-    with pytest.raises(UserError, match="--data: has one example; give two or more"):
+    with pytest.raises(UserError, match="--data: has examples of one input; give two inputs"):
         parted([examples[0]] * 3, 0.5, 0)
 
 

@@ -47,8 +47,12 @@ def test_a_checkpoint_becomes_a_merged_model_and_nothing_is_made_twice(
     command[3] = str(other)
     assert cli.main(command[2:]) == 2
     assert "bundle: is of another checkpoint" in capsys.readouterr().err.strip().splitlines()[-1]
+    bundle = tmp_path / "out" / "bundle"
+    # A run whose checkpoints have made room since.
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert find_bundle(tmp_path / "run", bundle, print) == bundle
     (tmp_path / "out" / "made_from.json").unlink()
-    assert find_bundle(other, tmp_path / "out" / "bundle", print) == tmp_path / "out" / "bundle"
+    assert find_bundle(other, bundle, print) == bundle
 
 
 @pytest.mark.slow

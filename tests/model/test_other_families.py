@@ -282,8 +282,12 @@ def test_a_prefix_for_keys_and_values_of_two_sizes_is_refused() -> None:
     assert reason is not None and "such as lora" in reason and "\n" not in reason
 
 
-def test_a_cache_of_latents_is_counted_as_what_it_holds() -> None:
-    lm = language_model(_other("deepseek"))
+@pytest.mark.parametrize("targets", [(), (ALL_LINEAR,)])
+def test_a_cache_of_latents_is_counted_as_what_it_holds(targets: tuple[str, ...]) -> None:
+    """Also where what makes keys and values of them is adapted."""
+    model = _other("deepseek")
+    wrap_sites(model, targets)
+    lm = language_model(model)
     stream = lm.stream(TokenBatch.build(random_rows([6]), None, 0))
     held = sum(one.nbytes for layer in stream.cache.layers for one in layer.buffers)  # type: ignore[attr-defined]
     assert 6 * lm.costs.cache == held

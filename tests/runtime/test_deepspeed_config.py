@@ -407,6 +407,8 @@ def test_what_deepspeed_refuses_with_its_engine_is_said_before(
         ("datastates_ckpt", None, False, "DeepSpeed's plain writer"),
         ("datastates_ckpt", {}, False, "DeepSpeed's plain writer"),
         ("managed_gradient_accumulation", False, True, "which micro-batch is a step's last"),
+        ("hybrid_engine.enabled", True, False, "DeepSpeed's plain engine"),
+        ("expert_parallel.enabled", True, False, "every rank takes a share"),
         ("gradient_allreduce_op", "sum", "mean", "for the mean over ranks"),
         ("sequence_parallel_size", 2, 1, "every rank takes a share"),
         ("tensor_parallel.autotp_size", 2, 1, "every rank takes a share"),

@@ -211,6 +211,7 @@ def takes_steps(name: str) -> Callable[[Path], dict[str, Any]]:
             if step == 0:
                 made.save()
         found["finite"] = bool(whole(made).isfinite().all())
+        found["bad rows"] = (folder / "run" / "bad_steps.jsonl").read_text()
         found["resumed"] = losses(trainer(folder / "run", *settings))
         return found
 

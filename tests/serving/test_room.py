@@ -95,6 +95,36 @@ def test_a_long_call_ends_with_the_room(ship: Ship) -> None:
         endless.over.set()
 
 
+def test_a_closed_room_runs_on_while_a_pass_does(
+    ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the server ends its process by force: Python's own end would abort within torch."""
+    room, begun, over = Room(ship), threading.Event(), threading.Event()
+
+    def long_pass(ship: Ship) -> None:
+        begun.set()
+        over.wait()
+
+    async def call_and_close() -> None:
+        calling = asyncio.ensure_future(room.call(long_pass))
+        await asyncio.to_thread(begun.wait)
+        room.close()
+        assert room.is_running and not room.is_open
+        over.set()
+        await asyncio.wait_for(calling, 10)
+
+    room.start()
+    assert room.is_open
+    join = room._thread.join
+    monkeypatch.setattr(room._thread, "join", lambda timeout=None: None)  # five seconds
+    try:
+        asyncio.run(call_and_close())
+    finally:
+        over.set()
+        join(10)
+    assert not room.is_running
+
+
 def test_a_stream_that_the_end_cuts_off_is_no_traceback(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

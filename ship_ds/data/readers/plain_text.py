@@ -50,13 +50,11 @@ def files(path: Path) -> list[Path]:
 
 def matches(path: Path) -> bool:
     """Whether there are .txt files and no others, or rows of nothing but a text. What has other
-    columns is read by name alone: it may be labelled. So is a text beside tables or archives, which
+    columns is read by name alone: it may be labelled. So is a .txt beside tables or archives, which
     may be the data that it describes."""
-    if files_and_dead_links(path, OTHER_SUFFIXES):
-        return False
     paths = files(path)
     if {kind_of(file) for file in paths} == {".txt"}:
-        return True
+        return not files_and_dead_links(path, OTHER_SUFFIXES)
     paths = [file for file in paths if kind_of(file) != ".txt"]
     if not paths:
         return False
