@@ -296,4 +296,4 @@ def test_what_the_page_shows_is_answered(
     (path, body), *others = re.findall(r"curl 127\.0\.0\.1:8000(\S+) .*?\n +-d '(.*?)'", page)
     assert not others
     loaded = httpx.post(f"{served.url}{path}", json=json.loads(body))
-    assert loaded.json()["root"] == "ship:add 2"
+    assert loaded.json()["root"] == "ship:add 2 to every number"
