@@ -392,6 +392,20 @@ def test_a_run_that_is_asked_to_stop_within_bad_steps_goes_on_as_it_would_have(
     assert again.evaluated == [5, 6] and steps_saved(tmp_path) == [2, 4, 5, 6]
 
 
+def test_an_evaluation_that_was_cut_off_within_bad_steps_costs_the_next_one_no_start(
+    tmp_path: Path,
+) -> None:
+    """A version before began it there, twice, and was ended in it."""
+    with pytest.raises(Preempted):
+        Poisoned(tmp_path, (3, 4), stops_at=4).train()
+    folder = checkpoint.folder_of(tmp_path / "checkpoints", 4)
+    checkpoint.record_evaluation(folder, 2, None, True, "exact_match")
+    again = Poisoned(tmp_path, (3, 4))
+    assert again.num_evaluation_starts == 2
+    again.train()
+    assert again.evaluated == [5, 6]
+
+
 def test_a_stop_that_is_agreed_on_after_the_last_step_is_heeded_by_every_rank(
     tmp_path: Path,
 ) -> None:

@@ -6,7 +6,7 @@ Letters: T tasks, S padded length, H hidden size, Q learned queries, Z latent si
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -96,12 +96,8 @@ class GeneratedLora(TrainedMethod):
     """Deduction by a generated LoRA, and the pieces that both trainings are made of."""
 
     states_instruction: ClassVar[bool] = False
+    in_stages: ClassVar[bool] = True
     module: Generator
-
-    @classmethod
-    def numbers(cls) -> dict[str, Any]:
-        """Of the recipe; and that a later stage has what the first one leaves, which it had not."""
-        return {**super().numbers(), "stages": "a later one has what the first leaves"}
 
     def build(self) -> nn.Module:
         latent_size = self.base.lora.width
@@ -138,10 +134,6 @@ class GeneratedLora(TrainedMethod):
             self.setting.ship.config.training.examples_per_task,
             self.setting.seed,
         )
-
-    def left_by(self, oracles: Oracles, part: float) -> float:
-        """The share of the budget that is left once the oracles were allowed `part` of it."""
-        return self.budget.rest(part, oracles.used)
 
     def questions(self, draws: Sequence[TaskDraw]) -> list[list[Ids]]:
         """The prompts of the draws' examples, one row a task, without the instruction."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +63,9 @@ class Itd(TrainedMethod):
     name: ClassVar[str] = "itd"
     about: ClassVar[str] = "a LoRA on the base's own deductions; the examples vote on the text"
     states_instruction: ClassVar[bool] = False
+    in_stages: ClassVar[bool] = True
     recipe: ClassVar[ItdRecipe] = ItdRecipe()
     module: TaskLoras
-
-    @classmethod
-    def numbers(cls) -> dict[str, Any]:
-        """Of the recipe; and that a later stage has what the first one leaves, which it had not."""
-        return {**super().numbers(), "stages": "a later one has what the first leaves"}
 
     def build(self) -> nn.Module:
         return TaskLoras(self.base.sites, self.base.lora)

@@ -54,7 +54,7 @@ class Tagi(GeneratedLora):
     def train(self) -> None:
         """The oracles, and then the hypernetwork."""
         oracles, sampler = self.train_oracles(self.recipe.oracles), self.sampler
-        budget = self.budget.share(self.left_by(oracles, self.recipe.oracles.share))
+        budget = self.budget.share(self.budget.rest(self.recipe.oracles.share, oracles.used))
         self.fit(
             lambda step: self.student_losses(oracles, sampler.draw_step(step)),
             budget,

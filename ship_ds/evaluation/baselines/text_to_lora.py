@@ -43,7 +43,7 @@ class TextToLora(GeneratedLora):
         recipe = self.recipe
         oracles = self.train_oracles(recipe.oracles)
         self.match(oracles)
-        left = self.left_by(oracles, recipe.oracles.share) - recipe.reconstruction_share
+        left = self.budget.rest(recipe.oracles.share, oracles.used) - recipe.reconstruction_share
         sft = self.budget.share(left)
         self.fit(self._sft_losses, sft, recipe.sft_lr, f"{self.name}: sft")
 

@@ -79,6 +79,8 @@ class TrainedMethod(ABC):
     about: ClassVar[str]
     sees_labels: ClassVar[bool] = False
     asks_ship: ClassVar[bool] = False
+    in_stages: ClassVar[bool] = False
+    """Whether its training shares the budget out to several stages (`Budget.rest`)."""
     recipe: ClassVar[Any]
 
     @classmethod
@@ -89,7 +91,9 @@ class TrainedMethod(ABC):
     @classmethod
     def numbers(cls) -> dict[str, Any]:
         """The recipe's, by which trained weights are found again."""
-        return asdict(cls.recipe)
+        # Before 0.2.0's end a later stage had its own share alone.
+        stages = {"stages": "a later one has what the first leaves"} if cls.in_stages else {}
+        return {**asdict(cls.recipe), **stages}
 
     @classmethod
     def cannot(cls, ship: Ship) -> tuple[Direction, ...]:
