@@ -179,6 +179,21 @@ def test_weights_that_a_version_before_wrote_are_found(
     assert all(torch.equal(one, weights[name]) for name, one in run.module.state_dict().items())
 
 
+@every_method
+def test_weights_whose_later_stages_had_their_own_share_alone_are_trained_again(
+    method: Any, make: Make
+) -> None:
+    """Of baselines that train in stages; those of others stay."""
+    run = make(method)
+    run._folder.mkdir(parents=True)
+    recipe = {key: number for key, number in method.numbers().items() if key != "stages"}
+    manifest = run._identity() | {"recipe": recipe}
+    (run._folder / "manifest.json").write_text(json.dumps(manifest) + "\n")
+    in_stages = method.name in ("tagi", "text_to_lora", "itd")
+    expected = "other recipe" if in_stages else "weights.safetensors is missing"
+    assert run._why_not_these() == expected
+
+
 @pytest.mark.parametrize(
     "method", [m for m in TRAINED if m.name != "itd"], ids=lambda method: method.name
 )
