@@ -3,6 +3,7 @@ ways, forward and backward; writes tools/results/segment_lora.json.
 
     OMP_NUM_THREADS=2 python tools/bench_segment_lora.py
     python tools/bench_segment_lora.py --width 576 --rounds 9 --out here.json
+    python tools/bench_segment_lora.py --dtypes fp32    # of a processor that has no bf16
 
     base            the frozen linear: output and input gradient
     segment         what this package adds to it, tasks of equal length (batched products)
@@ -14,7 +15,8 @@ ways, forward and backward; writes tools/results/segment_lora.json.
 
 `peft` runs its base linear itself, so its time stands beside `base+segment`; the published ways are
 the low-rank part alone and stand beside `segment`. Before anything is timed, every way's output and
-gradients of x, A and B are compared with fp64. All ways take one turn in each round.
+gradients of x, A and B are compared with fp64. All ways take one turn in each round, under the
+allocator that a training takes.
 
 Letters: T tasks, N packed tokens, I inputs of a linear, O outputs of a linear, R LoRA rank.
 """
@@ -32,11 +34,13 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from ship_ds.allocator import allocator_in_use, use_scalable_malloc
 from ship_ds.model.adapters.segment_lora import LowRank
 from ship_ds.model.adapters.segments import TaskEnds
 from ship_ds.monitor.machine import describe_machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "segment_lora.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTED = ("segment", "segment_ragged", "per_token_bmm", "per_token_einsum")
 """The low-rank part alone; the others run the base linear too."""
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -199,6 +203,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024, help="inputs and outputs of the linear")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     names = ("tasks", "tokens", "width", "rank", "rounds")
@@ -207,13 +212,15 @@ def main() -> None:
         "machine": describe_machine(),
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "malloc": allocator_in_use(),
         **{name: getattr(args, name) for name in names},
-        "fp32": measure(args, torch.float32),
-        "bf16": measure(args, torch.bfloat16),
+        **{name: measure(args, DTYPES[name]) for name in args.dtypes},
     }
     args.out.write_text(json.dumps(row, indent=1) + "\n")
     print(json.dumps(row, indent=1))
 
 
 if __name__ == "__main__":
+    # The allocator that a training takes.
+    use_scalable_malloc()
     main()

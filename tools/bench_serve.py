@@ -9,8 +9,9 @@ machine with other work the two differ.
 
 The second part writes the same 16 inputs by the decoder of the server, once under 16 adapters, once
 under these with the base's 4-bit weights as they lie (a CPU keeps them dequantised), and once under
-one, in turns whose order is drawn. No answer ends before its length, or the two would not write
-equally many tokens: the end of sequence is taken for a token like others.
+one, in turns whose order is drawn; all of it on as many threads as there are cores, as the verb
+runs where nobody says otherwise, and on one. No answer ends before its length, or the two would not
+write equally many tokens: the end of sequence is taken for a token like others.
 """
 
 import argparse
@@ -21,12 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from ship_ds.api import Ship
 from ship_ds.files import write_json
@@ -126,16 +128,31 @@ def batches(run: Path, instructions: Sequence[str], text: str, turns: int) -> di
     cases = {"adapters_16": many, "adapters_1": many[:1] * NUM_ADAPTERS, "rows_1": many[:1]}
     if any(one is not None for one in kept):
         cases |= {"adapters_16_packed": many, "rows_1_packed": many[:1]}
-    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    threads = sorted({1, len(os.sched_getaffinity(0))}, reverse=True)
+    runs = [(count, name) for count in threads for name in cases]
+    speeds: dict[tuple[int, str], list[tuple[float, float]]] = {run: [] for run in runs}
     rng = random.Random(0)
     for turn in range(turns + 1):
         # In an order of its own each: what ran before decides what is in the processor's caches.
-        for name, sources in rng.sample(list(cases.items()), len(cases)):
+        for count, name in rng.sample(runs, len(runs)):
+            torch.set_num_threads(count)
             for linear, weight in zip(linears, kept, strict=True):
                 linear.unpacked = None if name.endswith("_packed") else weight
-            speed = tokens_a_second(ship, sources, text, 64)
+            speed = tokens_a_second(ship, cases[name], text, 64)
             if turn:  # the first one warms up
-                speeds[name].append(speed)
+                speeds[count, name].append(speed)
+    return {
+        "rows": NUM_ADAPTERS,
+        "new_tokens": 64,
+        "turns": turns,
+        "threads": {
+            str(count): compared({name: speeds[count, name] for name in cases}) for count in threads
+        },
+    }
+
+
+def compared(speeds: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
+    """The cases on one number of threads: how fast each is, and the ratios of their turns."""
 
     def over(one: str, other: str, kind: int) -> float:
         """The median of the turns' ratios, by the clock (0) or by the processor's time (1)."""
@@ -148,9 +165,6 @@ def batches(run: Path, instructions: Sequence[str], text: str, turns: int) -> di
         if f"{name}_packed" in speeds
     }
     return {
-        "rows": NUM_ADAPTERS,
-        "new_tokens": 64,
-        "turns": turns,
         "tokens_a_second": {
             name: spread([speed for speed, _ in values]) for name, values in speeds.items()
         },
