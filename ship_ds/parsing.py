@@ -237,11 +237,13 @@ def parse_yaml(text: str, place: str) -> Any:
         raise UserError(f"{place}: not YAML: {_on_one_line(error)}") from None
     except RecursionError:
         raise UserError(f"{place}: not YAML: nested too deeply") from None
-    # Of a value that its own tag does not fit, such as `!!bool maybe`, and of thousands of digits.
-    except (ValueError, KeyError, AttributeError, TypeError):
+    # PyYAML lets through what Python's conversions raise: of a value that its own tag does not fit,
+    # such as `!!bool maybe` or an empty `!!float`, of thousands of digits, and of an escape beyond
+    # Unicode's last letter, such as "\UFFFFFFFF".
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
         raise UserError(
-            f"{place}: not YAML: a value that cannot be read as what it is tagged to be, or a "
-            "number of thousands of digits"
+            f"{place}: not YAML: a value that cannot be read as what it is tagged to be, a number "
+            "of thousands of digits, or an escape that is no letter of Unicode's"
         ) from None
     _bound(value, place)
     return value

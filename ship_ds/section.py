@@ -19,11 +19,7 @@ def _expanded(path: str) -> str:
     path = os.path.expanduser(os.path.expandvars(path))
     if path.startswith("~"):
         raise ValueError(f"{path}: there is no such user's home; write the folder out")
-    try:
-        is_path = "\0" not in path and len(os.fsencode(path)) <= _LONGEST_PATH
-    except UnicodeEncodeError:  # half a surrogate pair, which "\ud800" in YAML gives
-        is_path = False
-    if not is_path:
+    if "\0" in path or not _is_unicode(path) or len(os.fsencode(path)) > _LONGEST_PATH:
         raise ValueError("no path of a file or folder")
     return path
 
@@ -50,15 +46,30 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _booleans_are_no_numbers(cls, values: Any) -> Any:
+    def _each_is_what_json_can_hold(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, dict) else ():
             if (
                 isinstance(value, bool)
                 and name in cls.model_fields
                 and cls.model_fields[name].annotation is not bool
             ):
-                raise ValueError(f"{name}: true and false are no value of it")
+                raise FieldError((name,), "value_error", "true and false are no value of it")
+            texts = value if isinstance(value, list | tuple) else [value]
+            if not all(_is_unicode(text) for text in texts if isinstance(text, str)):
+                raise FieldError(
+                    (name,),
+                    "value_error",
+                    "no Unicode text (half a surrogate pair, or bytes that are not UTF-8)",
+                )
         return values
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which "\ud800" in YAML and JSON gives
+        return False
+    return True
 
 
 class FieldError(ValueError):

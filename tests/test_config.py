@@ -65,14 +65,14 @@ def test_every_recipe_parses_and_opens_with_its_command(name: str) -> None:
         ("model.task_llm.quantization=nf4", r"unknown key; did you mean quantisation\?$"),
         ("model.latent_siez=3", r"latent_siez: unknown key; did you mean latent_size\?$"),
         ("training.wholly_other=3", "training.wholly_other: unknown key$"),
-        ('run.folder="\\ud800"', "run.folder: no path of a file or folder"),
+        ('run.folder="\\ud800"', "run.folder: no Unicode text"),
         ("modle.latent_size=3", "modle: unknown key"),
         ("training.steps=many", "training.steps: .*valid integer"),
         ("training.steps=0", "training.steps: .*greater than 0"),
         ("model.encoder.quantisation=int8", "model.encoder.quantisation: .*'nf4' or 'none'"),
         ("model.encoder.pooling=mean", "model.encoder.pooling: .*'mean'.*'last', 'attention'"),
         ("model.encoder.pooling=3", "model.encoder.pooling: "),
-        ("model.encoder.pooling=true", "model.encoder: pooling: true and false"),
+        ("model.encoder.pooling=true", "model.encoder.pooling: true and false"),
         ("model.encoder.pooling={kind: last, num_queries: 2}", "pooling.num_queries: unknown key"),
         (
             "model.encoder.pooling={kind: attention, num_queries: 0}",
@@ -141,8 +141,8 @@ def test_file_that_is_no_config_is_one_line(tmp_path: Path, text: str, message: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.steps=true", "training: steps: true and false are no value of it"),
-        ("data.num_seen=true", "data: num_seen: true and false"),
+        ("training.steps=true", "training.steps: true and false are no value of it"),
+        ("data.num_seen=true", "data.num_seen: true and false"),
         ("optimiser.lr=.inf", "optimiser.lr: Input should be a finite"),
         ("training.threads=-3", "training.threads: "),
         ("data.test_examples=0", "data.test_examples: "),
@@ -441,6 +441,20 @@ def test_a_file_that_may_not_be_looked_at_is_not_taken_for_none(
 def test_what_yaml_merges_in_gives_way() -> None:
     text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: [*b, *a], z: 3}"
     assert parse_yaml(text, "")["c"] == {"x": 1, "y": 2, "z": 3}
+
+
+@pytest.mark.parametrize("value", [r'"\UFFFFFFFF"', r'"\U00110000"', "!!float", "!!float _"])
+def test_a_value_that_pyyaml_stumbles_over_is_one_line(value: str) -> None:
+    """Found by `make fuzz`: an OverflowError of `chr`; then an IndexError of an empty float."""
+    with pytest.raises(UserError, match=r"^here: not YAML: .* no letter of Unicode's$"):
+        parse_yaml(f"a: {value}", "here")
+
+
+@pytest.mark.parametrize("key", ["model.system_message", "model.hypernetwork.targets", "data.path"])
+def test_half_a_surrogate_pair_is_no_value(key: str) -> None:
+    """Else the config is read, and fails where it is written."""
+    with pytest.raises(UserError, match=f"{key}: no Unicode text"):
+        load_config("quickstart", [rf'{key}="\uD800"'])
 
 
 def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path) -> None:

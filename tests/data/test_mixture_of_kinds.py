@@ -158,7 +158,7 @@ def test_an_item_of_any_kind_is_overridden_by_its_place() -> None:
         ("kind: files, paht: x", "data.sources.1.paht: unknown key"),
         ("kind: rules, cache: x", "data.sources.1.cache: unknown key"),
         ("kind: rules, weight: 0", "data.sources.1.weight: Input should be greater"),
-        ("kind: rules, num_seen: true", "data.sources.1: num_seen: true and false are no value"),
+        ("kind: rules, num_seen: true", "data.sources.1.num_seen: true and false are no value"),
         ("kind: mixture, sources: [{path: x}]", "data.sources.1.kind: a mixture is no source of"),
         ("sources: [{path: x}]", "data.sources.1.sources: a mixture is no source of another one"),
         ("kind: rules, name: a", "data: sources: two are called 'a'; give one of them a name"),

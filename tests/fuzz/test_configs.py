@@ -26,6 +26,13 @@ from tests.fuzz.documents import (
 CONFIG: Any = load_config("quickstart").model_dump(mode="json")
 KEYS = sorted({key.rpartition(".")[2] for key in flat(CONFIG)} | CONFIG.keys())
 WORDS = ["lora", "files", "mixture", "kind", "path", "nf4", "all-linear", "embedded", "on", "1:30"]
+_PIECES = r"""
+run:_ a:_ -_ ?_ <<:_ { } [ ] ,_ :_ ¶ ¶__ &a_ *a --- 2001-01-01 2001-99-99 0x 0o8 0b1 1:30 .inf -. ~
+!!bool_ !!int_ !!float_ !!null_ !!timestamp_ !!binary_ !!set_ !!pairs_ !!omap_ !!map_ !!seq_ = <<
+" "" "\UFFFFFFFF" "\U00110000" "\uD800" "\x" ' |¶ >-¶ 1e999
+"""
+YAML_PIECES = [one.replace("_", " ").replace("¶", "\n") for one in _PIECES.split()]
+"""What PyYAML takes for more than a text, and what it stumbles over."""
 
 
 def _parse(document: dict[str, Any]) -> str:
@@ -47,6 +54,7 @@ def test_a_file_is_a_config_or_one_line(tmp_path: Path) -> None:
         documents.map(lambda one: yaml.safe_dump(json.loads(json.dumps(one)))),
         st.just(recipe_text("quickstart")),
         st.text(alphabet="abc:{}[]&*!<>|-? \n\t#'\"01.~", max_size=60),
+        st.lists(st.sampled_from(YAML_PIECES), max_size=12).map("".join),
     )
 
     @fuzz
