@@ -154,6 +154,19 @@ def test_the_first_turns_of_a_chat_are_a_triple(tmp_path: Path) -> None:
     assert (third.instruction, third.examples) == ("Name a colour.", (Example("", "red"),))
 
 
+def test_a_chat_that_an_assistant_begins_is_left_out_and_counted(tmp_path: Path) -> None:
+    rest = [{"from": "gpt", "value": "... and so on"}, {"from": "human", "value": "more"}]
+    asked = [{"from": "human", "value": "Name a colour."}, {"from": "chatgpt", "value": "red"}]
+    of_a_system = [{"from": "system", "value": "Be brief."}, *rest]
+    rows = [{"conversations": chat} for chat in (asked, rest, of_a_system)]
+    path, counts = write(tmp_path / "chat.json", rows), Counter[str]()
+    (task,) = read_tasks(path, counts=counts)
+    assert (task.instruction, task.examples) == ("Name a colour.", (Example("", "red"),))
+    assert counts == {"chats that begin with an assistant's turn": 2}
+    with pytest.raises(DataError, match="holds no task in the format messages"):
+        read_tasks(write(tmp_path / "rest.json", rows[1:]))
+
+
 HELPFUL = "You are a helpful assistant."
 
 
@@ -207,7 +220,7 @@ def test_a_system_message_that_most_rows_share_is_no_instruction(
         (
             "messages",
             {"messages": turns(("tool", "a"))},
-            "row 2.messages[0].role: expected one of system, user",
+            "row 2.messages[0].role: expected one of system, developer, user",
         ),
         (
             "messages",

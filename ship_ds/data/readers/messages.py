@@ -11,7 +11,8 @@ instruction and the input is empty. Rows with one instruction are the examples o
 
 Many chat sets begin every row with the same words, such as "You are a helpful assistant.". They
 say what to do with no question, and all rows would be one task. So a system message that most rows
-share is left out, and counted.
+share is left out, and counted. So is a chat that an assistant's turn begins, as it does the second
+half of a long one in ShareGPT's files: what it answers is not there.
 """
 
 from collections import Counter
@@ -30,11 +31,14 @@ MIN_EXAMPLES_PER_TASK = 1
 _KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 _ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
 }
+_WITHOUT_QUESTION = "chats that begin with an assistant's turn"
 
 
 _MOST_TURNS = 3
@@ -54,8 +58,13 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, counts: Counter[str]) -> list[Task]:
     """The tasks, one for each distinct instruction."""
-    rows = rows_of(files(path))
-    chats = [(file, where, _read_row(row, file, where)) for file, where, row in rows]
+    chats = []
+    for file, where, row in rows_of(files(path)):
+        chat = _read_row(row, file, where)
+        if chat is None:
+            counts[_WITHOUT_QUESTION] += 1
+        else:
+            chats.append((file, where, chat))
     shared = _shared_message(chats, counts)
     return tasks_of_triples((file, where, chat.triple(shared)) for file, where, chat in chats)
 
@@ -88,7 +97,8 @@ def _shared_message(chats: Sequence[tuple[Path, str, _Chat]], counts: Counter[st
     return text
 
 
-def _read_row(row: dict[str, Any], path: Path, where: str) -> _Chat:
+def _read_row(row: dict[str, Any], path: Path, where: str) -> _Chat | None:
+    """None: an assistant begins it."""
     key = next((key for key in _KEYS if key in row), None)
     if key is None:
         raise read_error(path, where, f"has neither {' nor '.join(map(repr, _KEYS))}")
@@ -98,6 +108,8 @@ def _read_row(row: dict[str, Any], path: Path, where: str) -> _Chat:
         for i, turn in enumerate(field(row, key, list, path, where)[:_MOST_TURNS])
     ]
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
+    if turns and turns[0][0] == "assistant":
+        return None
     if [role for role, _ in turns[:2]] != ["user", "assistant"]:
         raise read_error(
             path,
