@@ -977,9 +977,10 @@ class CheckpointConfig(Section):
     """After so many minutes of training without one; what a failure costs is then known, however
     long a step takes. None: by the steps alone."""
     keep_last: PositiveInt = 2
-    """Beside these, the best on dev is kept; see evaluation.best_by."""
+    """Beside these, the best on dev is kept (see evaluation.best_by), and the newest that was not
+    written within bad steps."""
     max_gigabytes: PositiveFloat | None = None
-    """Disk cap; the newest and the best stay whatever it is."""
+    """Disk cap; the newest stays whatever it is, and so do the two that keep_last names."""
 
 
 class EvaluationConfig(Section):

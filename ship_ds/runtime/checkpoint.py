@@ -327,15 +327,24 @@ def record_evaluation(
 
 
 def _prune(root: Path, config: CheckpointConfig, best_by: str) -> None:
-    """Keep the last K and the best on dev by this metric; then, under the disk cap, drop the oldest
-    that is neither newest nor best."""
+    """Keep the last K, the best on dev by this metric, and the newest that was not written within
+    bad steps; then, under the disk cap, drop the oldest that is none of the last two nor newest."""
     whole = checkpoints(root)
-    scores = {path: score for path in whole if (score := _dev_score(path, best_by)) is not None}
+    readable = {path: one for path in whole if (one := _readable_progress(path)) is not None}
+    scores = {
+        path: score
+        for path, one in readable.items()
+        if (score := _dev_score(one, best_by)) is not None
+    }
     best = max(scores, key=lambda path: (scores[path], path), default=None)
-    keep = [path for path in whole if path in whole[-config.keep_last :] or path == best]
+    # A run that is asked to stop within bad steps saves where it stands, each time it is asked.
+    before_bad = max(
+        (path for path, one in readable.items() if not one.num_bad_steps), default=None
+    )
+    keep = [path for path in whole if path in (*whole[-config.keep_last :], best, before_bad)]
     cap = config.max_gigabytes
     while cap is not None and sum(_bytes(path) for path in keep) > cap * 1e9:
-        droppable = [path for path in keep[:-1] if path != best]
+        droppable = [path for path in keep[:-1] if path not in (best, before_bad)]
         if not droppable:
             break
         keep.remove(droppable[0])
@@ -343,13 +352,16 @@ def _prune(root: Path, config: CheckpointConfig, best_by: str) -> None:
         shutil.rmtree(path)
 
 
-def _dev_score(folder: Path, best_by: str) -> float | None:
-    """None as well where the score is by another metric or no number, which none is better than, or
-    the folder has been damaged since."""
+def _readable_progress(folder: Path) -> Progress | None:
+    """None where the folder has been damaged since."""
     try:
-        progress = read_progress(folder)
+        return read_progress(folder)
     except UserError:
         return None
+
+
+def _dev_score(progress: Progress, best_by: str) -> float | None:
+    """None as well where it is by another metric or no number, which none is better than."""
     score = progress.dev_score
     is_known = score is not None and math.isfinite(score) and progress.best_by == best_by
     return score if is_known else None

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,19 @@ def test_the_best_on_dev_is_kept_beside_the_newest_and_the_disk_cap_spares_both(
         Engine(100_000), tmp_path, progress(6), CheckpointConfig(keep_last=3, max_gigabytes=3e-4)
     )
     assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "6"]
+
+
+@pytest.mark.parametrize("cap", [None, 1e-6])
+def test_the_last_one_before_bad_steps_is_kept_however_often_a_run_stops_within_them(
+    cap: float | None, tmp_path: Path
+) -> None:
+    config = CheckpointConfig(keep_last=1, max_gigabytes=cap)
+    for step, num_bad_steps in enumerate((0, 0, 1, 3, 7), 1):
+        stopped = replace(progress(step), num_bad_steps=num_bad_steps)
+        checkpoint.save(Engine(1000), tmp_path, stopped, config)
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["2", "5"]
+    checkpoint.save(Engine(1000), tmp_path, progress(6), config)
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["6"]
 
 
 @pytest.mark.parametrize("name", [PROGRESS, checkpoint.EVALUATION])
