@@ -154,6 +154,16 @@ def test_the_first_turns_of_a_chat_are_a_triple(tmp_path: Path) -> None:
     assert (third.instruction, third.examples) == ("Name a colour.", (Example("", "red"),))
 
 
+def test_a_refused_row_says_what_the_file_was_taken_for(tmp_path: Path) -> None:
+    rows = [{"instruction": "k", "output": "y"}, {"instruction": "k", "target": "y"}]
+    path = write(tmp_path / "own.json", rows)
+    with pytest.raises(DataError, match=r"has no 'output'.* \(taken for alpaca; format says anoth"):
+        read_tasks(path)
+    with pytest.raises(DataError, match="has no 'output'") as error:
+        read_tasks(path, "alpaca")
+    assert "taken for" not in str(error.value)
+
+
 def test_a_chat_that_an_assistant_begins_is_left_out_and_counted(tmp_path: Path) -> None:
     rest = [{"from": "gpt", "value": "... and so on"}, {"from": "human", "value": "more"}]
     asked = [{"from": "human", "value": "Name a colour."}, {"from": "chatgpt", "value": "red"}]
