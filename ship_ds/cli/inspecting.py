@@ -1,7 +1,6 @@
 """The verbs of the panel "Inspect": what there is, what data hold, how good a run is."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +30,7 @@ from ship_ds.evaluation import ENDPOINT_URL
 from ship_ds.placement import check_words
 
 if TYPE_CHECKING:
+    from ship_ds.config import Config
     from ship_ds.data.filters import FilterConfig
 
 _PANEL = "Inspect"
@@ -95,6 +95,7 @@ def data(
     as_json: JsonOption = False,
 ) -> int:
     """What a file or folder of tasks, or each source of a mixture, holds and what is left out."""
+    from ship_ds.config import load_config
     from ship_ds.data.describe import describe, description_text
     from ship_ds.data.splits import SplitConfig
 
@@ -112,7 +113,8 @@ def data(
             raise UserError(
                 "data: filters of a --config are its own: override data.filters instead"
             )
-        descriptions = _of_config(recipe, path or ())
+        config = load_config(recipe, path or ())
+        descriptions = _of_config(recipe, config)
     elif path is None or len(path) != 1:
         raise UserError("data: give one file or folder, or --config with a recipe")
     else:
@@ -121,6 +123,8 @@ def data(
         print(json.dumps(descriptions if recipe else descriptions[0], indent=2))
     else:
         print("\n\n".join(map(description_text, descriptions)))
+        if recipe is not None:
+            _print_as_trained(config)
     return 0
 
 
@@ -139,17 +143,42 @@ def _filters(given: dict[str, Any]) -> "FilterConfig":
         raise UserError(f"--{option}: {first.text}") from None
 
 
-def _of_config(recipe: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+def _of_config(recipe: str, config: "Config") -> list[dict[str, Any]]:
     """A description of each file, folder or generator of the config's data."""
-    from ship_ds.config import load_config
     from ship_ds.data.source import source_of
 
-    source = source_of(load_config(recipe, overrides).data)
+    source = source_of(config.data)
     source.check()
     descriptions = source.describe()
     if not descriptions:
         raise UserError(f"data: {recipe}: nothing is said of its tasks before they are read")
     return descriptions
+
+
+def _print_as_trained(config: "Config") -> None:
+    """What a training says of the data as it reads them: what is cut or left out by its tokens, and
+    what near copies and test inputs cost."""
+    from ship_ds.config import base_folder
+    from ship_ds.data.source import source_of
+    from ship_ds.data.task import DataError
+
+    base = config.model.task_llm.base
+    try:
+        base_folder(base)
+    except UserError as error:
+        print(f"\nnothing is said of the length of texts in tokens: {error}")
+        return
+    # Imports torch.
+    from ship_ds.model.loading import load_tokenizer
+
+    lines: list[str] = []
+    try:
+        source_of(config.data).read(load_tokenizer(base), lines.append)
+    except DataError as error:
+        lines.append(f"a training would end here: {error}")
+    if lines:
+        print(f"\nas a training reads them, with the tokenizer of {base}:")
+        print("\n".join(f"  {line}" for line in lines))
 
 
 @verb(_PANEL)

@@ -200,6 +200,29 @@ def test_the_verb_data_describes_every_source(
     assert "alpaca.json, weight 3" in capsys.readouterr().out
 
 
+def test_the_verb_data_says_what_a_training_cuts_and_leaves_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = "truncation: {input: {tokens: 1}}"
+    data = f"data={{sources: [{{path: {folder / 'tasks.jsonl'}, {cut}}}]}}"
+    command = ["data", "--config", "quickstart-smoke"]
+    assert cli.main([*command, data]) == 0
+    first, _, read = capsys.readouterr().out.partition("\n\nas a training reads them, with the ")
+    lines = read.splitlines()
+    assert lines[0] == "tokenizer of embedded:" and "cut to length" not in first
+    assert any(line.startswith("  tasks.jsonl: cut to length: input: ") for line in lines)
+    # Such that nothing is left.
+    all_cut = data.replace("input: {tokens: 1}", "target: {tokens: 1}, input: {tokens: 1}")
+    assert cli.main([*command, all_cut, "data.sources.0.filters={max_input_letters: 1}"]) == 0
+    assert "\n  a training would end here: " in capsys.readouterr().out
+    assert cli.main([*command, data, "model.task_llm.base=/nowhere/smollm2"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing is said of the length of texts in tokens: /nowhere/smollm2: " in out
+    # Of generated rules nothing is cut.
+    assert cli.main(command) == 0
+    assert "as a training reads them" not in capsys.readouterr().out
+
+
 def test_the_verb_data_counts_the_weights_of_tasks_too(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "tasks.jsonl").read_text().splitlines()]
     text = "".join(json.dumps(row | {"weight": 2}) + "\n" for row in rows)

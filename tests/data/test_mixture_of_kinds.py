@@ -247,6 +247,7 @@ def test_a_source_from_outside_is_one_of_a_mixture(
     out = capsys.readouterr().out
     said = "toy_joined, weight 0.25\nnothing is said of it before its tasks are read\n"
     assert out.startswith(said) and "of the draws" not in out
+    assert "a training would end here: data.sources.1: 0 tasks" in out
     config = load_config("quickstart-smoke", [data])
     assert parse_config(config.model_dump(mode="json"), "here") == config
     with pytest.raises(UserError, match=r"data\.sources\.0\.parst: unknown key"):
