@@ -11,7 +11,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated, Any, get_args, get_origin
 
@@ -68,22 +68,36 @@ def groups() -> list[SettingGroup]:
     ]
 
 
-def chosen_groups(section: str | None) -> list[SettingGroup]:
-    """The groups of a section and below it; of all for None.
+def chosen_groups(key: str | None) -> list[SettingGroup]:
+    """The groups of a section and below it; of all for None. Of a setting the groups with that one
+    alone.
+
+    Args:
+        key: whole, such as training.steps, or the last part of several, such as rank.
 
     Raises:
-        UserError: there is no such section.
+        UserError: there is neither such a section nor such a setting.
     """
     everything = groups()
-    chosen = [group for group in everything if section is None or _is_below(group.key, section)]
+    if key is None:
+        return everything
+    chosen = [group for group in everything if _names(key, group.key)] or [
+        replace(group, settings=rows)
+        for group in everything
+        if (rows := tuple(row for row in group.settings if _names(key, group.key, row.name)))
+    ]
     if not chosen:
-        keys = dict.fromkeys(group.key for group in everything)
-        raise UserError(f"config: there is no section {section!r}; there are {', '.join(keys)}")
+        sections = dict.fromkeys(group.key for group in everything)
+        raise UserError(
+            f"config: there is no section and no setting {key!r}; the sections are "
+            f"{', '.join(sections)}"
+        )
     return chosen
 
 
-def _is_below(key: str, section: str) -> bool:
-    return f"{key.removeprefix('ship-ds ')}.".startswith(f"{section.removeprefix('ship-ds ')}.")
+def _names(key: str, *of: str) -> bool:
+    """Whether it is the key that these parts make, or some of its parts, one after the other."""
+    return f".{key.removeprefix('ship-ds ')}." in f".{'.'.join(of).removeprefix('ship-ds ')}."
 
 
 def settings_text(chosen: Sequence[SettingGroup]) -> str:

@@ -249,7 +249,10 @@ NOWHERE = [
     Bad("induce --run RUN --file PAIRS --set num_views=0", "--set num_views: "),
     Bad("induce --run RUN --file PAIRS --set num_views", "section.key=value"),
     Bad("reason 1 --run RUN --file PAIRS --set steps=true", "--set steps"),
-    Bad("config modle", "config: there is no section 'modle'; there are run, data"),
+    Bad(
+        "config modle",
+        "config: there is no section and no setting 'modle'; the sections are run, data",
+    ),
     Bad("reason 1 --run nowhere --file PAIRS", "nowhere: no bundle"),
     Bad("reason 1 --run RUN --file nowhere", "nowhere: cannot be read"),
     Bad("reason 1 --run RUN --file PAIRS --rounds 0", "'--rounds'"),

@@ -9,8 +9,9 @@ import pytest
 
 import ship_ds
 from ship_ds import cli
+from ship_ds.errors import UserError
 from ship_ds.kinds import ADAPTERS, OBJECTIVES, PRIORS, SOURCES
-from ship_ds.schema import groups, type_text
+from ship_ds.schema import chosen_groups, groups, type_text
 from ship_ds.section import Section
 from tools import make_configuration_page
 
@@ -81,6 +82,32 @@ def test_config_shows_a_section_and_those_in_it(capsys: pytest.CaptureFixture[st
     assert "  tasks_per_step = 24    integer above 0\n    Global: ranks" in text
     assert cli.main(["config", "induce"]) == 0
     assert "num_splices = 160" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("training.steps", {"training.steps"}),
+        ("max_gigabytes", {"checkpoint.max_gigabytes"}),
+        ("induce.num_splices", {"ship-ds induce.num_splices"}),
+        ("tuning.rank", {"model.encoder.tuning.rank", "model.decoder.tuning.rank"}),
+    ],
+)
+def test_config_shows_a_setting_by_its_key_or_the_end_of_it(key: str, shown: set[str]) -> None:
+    chosen = chosen_groups(key)
+    assert {f"{group.key}.{row.name}" for group in chosen for row in group.settings} == shown
+
+
+def test_config_shows_a_section_by_the_end_of_its_key() -> None:
+    """As a section, with what is in it, though settings may have that name elsewhere."""
+    assert {group.key for group in chosen_groups("split")} == {"data.split"}
+    assert {group.key for group in chosen_groups("encoder")} == {
+        *("model.encoder", "model.encoder.tuning", "model.encoder.pooling")
+    }
+    with pytest.raises(
+        UserError, match=r"no section and no setting 'training\.nope'; the sections"
+    ):
+        chosen_groups("training.nope")
 
 
 @pytest.mark.parametrize(

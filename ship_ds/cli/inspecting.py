@@ -49,15 +49,16 @@ def recipes() -> int:
 
 @verb(_PANEL)
 def config(
-    section: Annotated[
-        str | None, typer.Argument(help="such as training or model.encoder; default: all")
+    key: Annotated[
+        str | None,
+        typer.Argument(help="a section or setting, such as training or training.steps; none: all"),
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
     """Every setting with its type, default and meaning."""
     from ship_ds.schema import chosen_groups, settings_text
 
-    chosen = chosen_groups(section)
+    chosen = chosen_groups(key)
     print(
         json.dumps([asdict(group) for group in chosen], indent=2)
         if as_json
