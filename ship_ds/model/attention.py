@@ -208,7 +208,8 @@ def varlen_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F).
+    """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F);
+    values, and then the output, may be narrower.
 
     Sequences end where `cu_seq_lens_q` says, else where `position_ids` start again, else at the end
     of each row. `sdpa_forward` runs where the kernel does not, or there is a mask, a cache or a
@@ -248,6 +249,11 @@ def varlen_forward(
             "set model.attention=sdpa"
         )
     rows, num_heads, length, head_size = query.shape
+    value_size = value.shape[3]
+    # The kernel takes one size. Values of DeepSeek's latent attention are narrower than its keys;
+    # zeros beside them give zeros beside the output.
+    if value_size < head_size:
+        value = nn.functional.pad(value, (0, head_size - value_size))
     longest = kwargs.get("max_length_q")
     if ends is None or longest is None:
         ends, longest = _ends(kwargs.get("position_ids"), rows, length, query.device)
@@ -268,7 +274,7 @@ def varlen_forward(
         enable_gqa=num_heads != key.shape[1],
     )
     assert isinstance(out_NAF, Tensor)
-    return out_NAF.view(rows, length, num_heads, head_size), None
+    return out_NAF.view(rows, length, num_heads, head_size)[..., :value_size], None
 
 
 def _ends(
@@ -344,7 +350,8 @@ def sdpa_forward(
     ship_cross_prefix: Prefix | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F).
+    """transformers' signature: query (E, A, S, F), key and value (E, G, S, F) -> (E, S, A, F);
+    values, and then the output, may be narrower.
 
     Args:
         module, query, key, value, attention_mask, dropout, scaling: as transformers gives them.

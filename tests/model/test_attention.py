@@ -139,6 +139,7 @@ class Kernel:
             query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options
         )
         self.num_calls += 1
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1]
         ends = cu_seq_q.tolist()
         assert (
             cu_seq_q.dtype == torch.int32
@@ -195,6 +196,23 @@ def test_kernel_gives_the_stock_logits_and_gradients(
         for one, theirs in zip(ours, stock, strict=True):
             torch.testing.assert_close(one, theirs, rtol=1e-4, atol=2e-5)
     assert kernel.num_calls == 4  # two layers, and each once more in the backward pass
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_kernel_takes_values_that_are_narrower_than_keys(
+    scaling: float | None, kernel: Kernel
+) -> None:
+    """DeepSeek's latent attention."""
+    shapes = [(3, 6, 5, 12), (3, 2, 5, 12), (3, 2, 5, 8)]
+    states = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    grad = torch.randn(3, 5, 6, 8)
+    stock = torch.nn.functional.scaled_dot_product_attention(
+        *states, is_causal=True, scale=scaling, enable_gqa=True
+    ).transpose(1, 2)
+    ours, _ = attention.varlen_forward(torch.nn.Linear(1, 1), *states, None, scaling=scaling)
+    assert kernel.num_calls == 1
+    torch.testing.assert_close(ours, stock)
+    torch.testing.assert_close(*(torch.autograd.grad(out, states, grad) for out in (ours, stock)))
 
 
 def test_kernel_finds_the_sequences_from_the_positions_alone(kernel: Kernel) -> None:
