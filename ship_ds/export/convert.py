@@ -71,7 +71,7 @@ def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[s
         source: a run or a checkpoint.
         out: the folder that takes all of it.
         conversion: what is wanted.
-        report: takes one line about each thing that was made.
+        report: takes one line about each thing that was made or is there already.
 
     Raises:
         UserError: there is nothing to start from, something in OUT is of another checkpoint, of
@@ -90,6 +90,7 @@ def convert(source: Path, out: Path, conversion: Conversion, report: Callable[[s
             adapter = out / "adapters" / request.name
             if merged.exists():
                 _check_merged(merged, adapter, target, conversion)
+                report(f"{merged}: there already")
             else:
                 merge = Merge(
                     adapter, target, conversion.base, conversion.dtype, conversion.shard_gigabytes
@@ -173,6 +174,7 @@ def _make_adapters(
         for request in requests:
             if other := _other_than(out / request.name, request, digest, conversion.pad_to):
                 raise UserError(f"{out}: is of {other}; remove it or choose another --out")
+        report(f"{out}: there already, {len(requests)} adapters")
         return
     check_leaves("convert", bundle)
     ship = Ship.from_run(bundle, conversion.device, conversion.compute_dtype, conversion.base)
