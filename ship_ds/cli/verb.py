@@ -18,7 +18,8 @@ EXIT_CODES = "\n\n".join(
     (
         "Exit codes:",
         "0: done.",
-        "1: a crash, with its traceback; or the reader of a pipe closed it.",
+        "1: a crash, with its traceback; the reader of a pipe closed it; another rank has ended; "
+        "or a part of `ship-ds compare` failed, which its last lines name.",
         "2: bad input, a full disk, steps that stay not finite, or a plan that does not fit: one "
         "line says what to change.",
         "75: preempted, after a checkpoint: start the same command again.",

@@ -67,7 +67,7 @@ def scaling_tables() -> str:
         [
             "### Memory and traffic of one GPU",
             _markdown(_memory()),
-            "### A step of one GPU: forecast, not measured",
+            f"### A step of one of {GPUS[-1]:,} GPUs: forecast, not measured",
             _markdown(_steps()),
         ]
     )
