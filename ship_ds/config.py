@@ -960,9 +960,10 @@ class TrainingConfig(Section):
     threads: PositiveInt | None = None
     """CPU threads a rank; None: torch's own choice."""
     hang_minutes: PositiveFloat | None = 20
-    """Without a step for so long while there are steps, or before and after without a sign of life
-    of another rank, a rank dumps its stacks and ends the run with code 76; an evaluation or a
-    checkpoint has to take less. At most 25 where a run starts (preflight.py). None: never."""
+    """Without a step for so long while there are steps, until all ranks have met, or before and
+    after without a sign of life of another rank, a rank dumps its stacks and ends the run with code
+    76; an evaluation or a checkpoint has to take less. At most 25 where a run starts
+    (preflight.py). None: never."""
     grace_seconds: PositiveFloat = 270
     """From USR1 or TERM to the forced exit (code 77) when no step boundary comes; below the seconds
     of `#SBATCH --signal`."""

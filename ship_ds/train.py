@@ -73,7 +73,12 @@ from ship_ds.monitor.writer import Monitor, Stopwatch, memory_gigabytes, reset_p
 from ship_ds.planner.weights_fit import Memory, check_weights_fit
 from ship_ds.prompt import PromptFormat, check_tasks, describe_roles
 from ship_ds.runtime import checkpoint, ranks, shards, start_log
-from ship_ds.runtime.after_training import failures_are_one_line
+from ship_ds.runtime.after_training import (
+    MOST_REPORT_STARTS,
+    begin_report,
+    end_report,
+    failures_are_one_line,
+)
 from ship_ds.runtime.agreement import Agreement, agree
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import (
@@ -168,7 +173,8 @@ class Trainer:
         self.stop = stop or StopRequest(config.training.grace_seconds)
         self.watchdog = watchdog or Watchdog(self.folder, None)
         self.watchdog.begin()
-        ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
+        with self.watchdog.meeting():
+            ranks.start(config.training.threads, read_deepspeed_config(config.training.deepspeed))
         self.config = config = choose_precision(config)
         parts_per_step(config.training)  # raises where the ranks cannot divide a step
         # Before any weight is made: on a CPU nobody says what ended a process that took too much.
@@ -681,7 +687,16 @@ class Trainer:
             if self.monitor is not None:
                 self.monitor.close()
             if self.config.evaluation.ends_with_report:
-                self.report()
+                if begin_report(self.folder):
+                    self.report()
+                else:
+                    log(
+                        f"the final report was begun {MOST_REPORT_STARTS} times and cut off each "
+                        "time; it is left out, and the run is complete: `ship-ds evaluate --run "
+                        f"{self.folder}` goes on where it stops, and a lower "
+                        "evaluation.final_share takes less time"
+                    )
+        end_report(self.folder)
 
     def write_bundle(self) -> None:
         """RUN/bundle: what a user opens."""

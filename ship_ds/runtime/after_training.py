@@ -2,6 +2,8 @@
 
 A job that exits with an error is requeued, and would fail in the same place again. So an exception
 in the final report is one line and a file with its traceback, and every rank ends with code 0.
+So does a run whose report was cut off several times: each start begins it from nothing, and one
+that takes longer than a job may run would be requeued for ever.
 """
 
 import contextlib
@@ -16,11 +18,47 @@ from typing import Any
 import torch.distributed as dist
 
 from ship_ds.console import log_from_any_rank
-from ship_ds.errors import first_line
+from ship_ds.errors import UserError, first_line
+from ship_ds.files import write_json
+from ship_ds.parsing import read_json_object
 from ship_ds.runtime import ranks
 
 _KEY = "ship_ds/failed_after_training"
 _PERIOD_SECONDS = 2.0
+_STARTS, _COUNT = "report_starts.json", "num_cut_off"
+MOST_REPORT_STARTS = 3
+"""Of a report that is cut off each time, by a signal or a crash of the machine."""
+
+
+def begin_report(folder: Path) -> bool:
+    """Whether the report is to be made: not where it was begun `MOST_REPORT_STARTS` times and did
+    not end. Every rank calls it, and `end_report` once it has ended, well or not.
+
+    Args:
+        folder: of the run; rank 0 counts there.
+    """
+
+    def count() -> int:
+        path = folder / _STARTS
+        try:
+            num_before = read_json_object(path).get(_COUNT)
+        except (OSError, UserError):  # there is none, or a full disk has cut it short
+            num_before = 0
+        num_before = num_before if type(num_before) is int else 0
+        # A disk that is full keeps nobody from the report.
+        with contextlib.suppress(OSError):
+            write_json(path, {_COUNT: num_before + 1})
+        return num_before
+
+    counts = ranks.gather_results(lambda: count() if ranks.rank() == 0 else 0, int)
+    return max(counts) < MOST_REPORT_STARTS
+
+
+def end_report(folder: Path) -> None:
+    """The next start of this run may begin it as often again."""
+    if ranks.rank() == 0:
+        with contextlib.suppress(OSError):
+            (folder / _STARTS).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

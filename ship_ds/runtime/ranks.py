@@ -72,6 +72,8 @@ def start(threads: int | None, deepspeed_config: Mapping[str, Any] | None = None
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
         choose_gpu()
+    else:
+        refuse_unseen_gpus(os.environ)
     ops = compiled_ops.needed(deepspeed_config or {})
     # Each node has a folder of compiled ops, and rank 0 sees one of them alone.
     compiled_ops.build(ops, log_from_any_rank)
@@ -90,6 +92,29 @@ def choose_gpu() -> None:
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     os.environ["LOCAL_RANK"] = str(index)
     torch.cuda.set_device(index)
+
+
+def refuse_unseen_gpus(environment: Mapping[str, str]) -> None:
+    """See that a job which Slurm has given GPUs does not train on processors: every node's ranks
+    ask, since torch may see the cards of one and not those of another.
+
+    Args:
+        environment: of a process in which torch sees no GPU.
+
+    Raises:
+        UserError: there are GPUs, and nobody hides them (CUDA_VISIBLE_DEVICES).
+    """
+    count = environment.get("SLURM_GPUS_ON_NODE", "0")
+    # Slurm itself hides those of a step that asked for none: "NoDevFiles" in its older versions.
+    is_hidden = environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    if not count.isdecimal() or int(count) == 0 or is_hidden:
+        return
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for processors alone"
+    raise UserError(
+        f"{os.uname().nodename}: Slurm gives {count} GPU(s) here, and torch {torch.__version__}, "
+        f"built {built}, sees none: install torch for the driver's CUDA, or hand the GPUs to the "
+        "container (apptainer: --nv); CUDA_VISIBLE_DEVICES=-1 trains on processors"
+    )
 
 
 def exit_process(code: int) -> NoReturn:

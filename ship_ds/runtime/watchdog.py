@@ -3,8 +3,9 @@ the job.
 
 Each rank's watching thread writes where its process stands to RUN/ranks/rank-N.json every few
 seconds, so that the others can tell a rank that waits in a collective from one that is somewhere
-else, and both from one that is gone. Steps are expected while a run trains; before and after, when
-a large file may take hours, it is a sign of life from every rank that has given one. A rank whose
+else, and both from one that is gone. Steps are expected while a run trains, and before all that the
+ranks meet; between and after, when a large file may take hours, it is a sign of life from every
+rank that has given one. A rank whose
 own threads cannot run is named by the process beside it (sign_of_life.py).
 """
 
@@ -15,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -35,6 +36,12 @@ _COLLECTIVES = (
 )
 """Files in whose functions a thread waits for other ranks; ZeRO-3 waits for its gathers in the
 last."""
+_STEP, _MEETING = "no step", "the ranks have not met"
+_ADVICE = {
+    _MEETING: "Where none is missing, or one gives no sign of life, the network may be another one "
+    "than the nodes share: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface, "
+    "NCCL_DEBUG=INFO says more. "
+}
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,12 @@ class Position:
 
 class Watchdog:
     """Watches from `begin` to `close`; between `start` and `stop` it expects the steps that
-    `record_step` tells of.
+    `record_step` tells of, and within `meeting` that this ends.
 
     Args:
         folder: of the run.
-        minutes: after how many without a step, or without a sign of life of another rank, the job
-            ends; None watches nothing.
+        minutes: after how many without a step, without a meeting, or without a sign of life of
+            another rank, the job ends; None watches nothing.
     """
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
@@ -66,7 +73,7 @@ class Watchdog:
         self.limit = None if minutes is None else 60 * minutes
         self.period = 0.0 if minutes is None else min(15.0, 60 * minutes / 10)
         self._step, self._num_records = 0, 0
-        self._expects_steps = False
+        self._expected: str | None = None
         # What the neighbour said before this start counts for nothing: it may come much later.
         self._initial_position = None if minutes is None else self._read_neighbour()
         self._last_position, self._num_same_reads = self._initial_position, 0
@@ -85,7 +92,19 @@ class Watchdog:
     def start(self) -> None:
         """From here on there are steps."""
         self.record_step(self._step)
-        self._expects_steps = True
+        self._expected = _STEP
+
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Within it the ranks join one group. What keeps them from it, such as a network that does
+        not carry or a rank that was never started, has no limit of its own: the group's is that of
+        the slowest rank's data."""
+        self.record_step(self._step)
+        self._expected = _MEETING
+        try:
+            yield
+        finally:
+            self._expected = None
 
     def record_step(self, step: int) -> None:
         self._step = step
@@ -94,7 +113,7 @@ class Watchdog:
     def stop(self) -> None:
         """The last step is taken."""
         self._num_same_reads = 0
-        self._expects_steps = False
+        self._expected = None
 
     def close(self) -> None:
         """End the thread."""
@@ -114,13 +133,14 @@ class Watchdog:
             without_step += min(now - before, 2 * self.period)
             before = now
             # Before the number of records, or a `start` in between would end the run.
-            expects_steps = self._expects_steps
-            if not expects_steps or self._num_records != num_records:
+            expected = self._expected
+            if expected is None or self._num_records != num_records:
                 num_records, without_step = self._num_records, 0.0
             position, is_written = self._write_position()
-            if expects_steps:
+            if expected is not None:
                 if without_step > limit:
-                    self._report_and_exit(position, f"no step for {limit / 60:g} minutes")
+                    reason = f"{expected} for {limit / 60:g} minutes"
+                    self._report_and_exit(position, reason, _ADVICE.get(expected, ""))
             # Where this rank cannot write, the others cannot either, and are silent for that.
             elif is_written and (text := self._describe_silence(limit)) is not None:
                 self._report_and_exit(position, text)
@@ -166,14 +186,14 @@ class Watchdog:
             return position, True
         return position, False
 
-    def _report_and_exit(self, position: Position, reason: str) -> None:
+    def _report_and_exit(self, position: Position, reason: str, advice: str = "") -> None:
         try:
             with contextlib.suppress(OSError, ValueError):
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
             log_from_any_rank(
                 f"rank {current_rank(os.environ)}: {reason} (training.hang_minutes): waiting at "
-                f"{position}. Missing: {self._describe_missing()}. The stacks are above; leaving "
-                f"with code {HUNG}"
+                f"{position}. Missing: {self._describe_missing()}. {advice}The stacks are above; "
+                f"leaving with code {HUNG}"
             )
         finally:
             os._exit(HUNG)
@@ -190,22 +210,28 @@ class Watchdog:
 def missing_ranks(folder: Path, world_size: int, stale_seconds: float) -> list[str]:
     """The ranks that are in no collective or give no sign of life, each with what it last said.
 
+    When each last wrote is asked of the files, whose times are of one clock, that of the disk that
+    holds them: the clocks of two nodes may differ by hours.
+
     Args:
         folder: where ranks say what they are at.
         world_size: how many there are.
-        stale_seconds: without a word, after which a rank counts as gone.
+        stale_seconds: between its last word and the newest of all, after which a rank counts as
+            gone.
 
     Returns:
         A text for each, such as "rank 3 (never seen)".
     """
+    paths = {rank: folder / f"rank-{rank}.json" for rank in range(world_size)}
+    written = {rank: path.stat().st_mtime for rank, path in paths.items() if path.is_file()}
+    newest = max(written.values(), default=0.0)
     rows = []
-    for rank in range(world_size):
-        path = folder / f"rank-{rank}.json"
-        if not path.is_file():
+    for rank, path in paths.items():
+        if rank not in written:
             rows.append(f"rank {rank} (never seen)")
             continue
         position = _read_position(path)
-        age = time.time() - position.time
+        age = newest - written[rank]
         if age > stale_seconds:
             rows.append(f"rank {rank} (no sign of life for {age:.0f} s; last at {position})")
         elif position.collective is None:

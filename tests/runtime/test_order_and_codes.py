@@ -442,6 +442,44 @@ def test_a_failing_report_leaves_a_finished_run_with_code_0(
     assert "Tried to allocate 46 GiB" in (tmp_path / "report_failure.txt").read_text()
 
 
+@pytest.mark.parametrize("cut_short", ["", "[]", '{"num_cut_off": "x"}'])
+def test_a_report_that_is_cut_off_each_time_is_left_out(
+    cut_short: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each start begins it from nothing, so a job shorter than the report would never end."""
+    began = []
+
+    class CutOff(StubTrainer):
+        def __init__(self, *_: object) -> None:
+            super().__init__(tmp_path)
+
+        def write_bundle(self) -> None: ...
+
+        def report(self) -> None:
+            began.append(self.step)
+            if len(began) != 5:
+                raise SystemExit(75)  # as the thread does that hears the signals
+
+    (tmp_path / "report_starts.json").write_text(cut_short)
+    monkeypatch.setattr(train, "Trainer", CutOff)
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            train.main(["--config", "quickstart-smoke"])
+    capsys.readouterr()
+    assert train.main(["--config", "quickstart-smoke"]) == 0 and len(began) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the final report was begun 3 times and cut off each time" in line
+    assert f"`ship-ds evaluate --run {tmp_path}` goes on where it stops" in line
+    # Whoever asks again gets it, and what has ended counts for nothing.
+    with pytest.raises(SystemExit):
+        train.main(["--config", "quickstart-smoke"])
+    assert train.main(["--config", "quickstart-smoke"]) == 0 and len(began) == 5
+    assert not (tmp_path / "report_starts.json").exists()
+
+
 LINKER = "Error building extension: ld: No space left on device"
 
 

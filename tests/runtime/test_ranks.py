@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ship_ds.errors import UserError
 from ship_ds.runtime import ranks
 from tests.conftest import start
 
@@ -146,6 +147,28 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather", all_gather)
     return sent
+
+
+@pytest.mark.parametrize(
+    ("variables", "refuses"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "8"}, True),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "-1"}, False),
+        ({"SLURM_GPUS_ON_NODE": "0"}, False),
+        ({}, False),
+    ],
+)
+def test_gpus_that_slurm_gives_and_torch_does_not_see_are_said(
+    variables: dict[str, str], refuses: bool
+) -> None:
+    """Or hours of eight cards pass on processors."""
+    if not refuses:
+        ranks.refuse_unseen_gpus(variables)
+        return
+    with pytest.raises(UserError, match=r"Slurm gives 8 GPU\(s\) here, and torch .* sees none"):
+        ranks.refuse_unseen_gpus(variables)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A hang between two real gloo ranks: the stacks, the collective and the missing rank are named."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from ship_ds.exit_codes import HUNG
 from ship_ds.runtime import watchdog as watchdog_module
 from ship_ds.runtime.watchdog import Position, Watchdog, missing_ranks
-from tests.conftest import REPOSITORY, environment
+from tests.conftest import REPOSITORY, environment, start
 
 RANK = """
 import os, signal, sys, time
@@ -86,10 +87,37 @@ def test_a_stopped_rank_is_named_where_no_steps_are_expected(tmp_path: Path, tra
     assert "Missing: rank 1 (no sign of life for" in last
 
 
-def say(folder: Path, rank: int, when: float) -> None:
-    """What that rank's watchdog writes, by its node's clock."""
-    row = {"step": 3, "collective": "all_reduce", "line": "train.py:1 train", "time": when}
-    (folder / f"rank-{rank}.json").write_text(json.dumps(row))
+def say(folder: Path, rank: int, when: float, hours_ahead: float = 0) -> None:
+    """What that rank's watchdog writes at that time, its node's clock being ahead."""
+    row = {"step": 3, "collective": "all_reduce", "line": "train.py:1 train"}
+    path = folder / f"rank-{rank}.json"
+    path.write_text(json.dumps(row | {"time": when + 3600 * hours_ahead}))
+    os.utime(path, (when, when))
+
+
+@pytest.mark.distributed
+def test_a_rank_that_never_comes_is_named_where_all_should_meet(tmp_path: Path) -> None:
+    """The process group itself would wait for hours."""
+    meet = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from ship_ds.runtime.watchdog import Watchdog
+watchdog = Watchdog(Path(sys.argv[1]), 0.05)
+watchdog.begin()
+with watchdog.meeting():
+    dist.init_process_group("gloo", timeout=timedelta(hours=6))
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = start(["-c", meet, str(tmp_path)], **group)
+    assert done.returncode == HUNG
+    last = done.stderr.strip().splitlines()[-1]
+    assert "rank 0: the ranks have not met for 0.05 minutes (training.hang_minutes)" in last
+    assert "Missing: rank 1 (never seen)" in last and "GLOO_SOCKET_IFNAME" in last
 
 
 @pytest.fixture
@@ -112,7 +140,7 @@ def test_silence_is_told_whatever_the_clock_of_the_other_node_says(
     first: Watchdog, hours_ahead: int
 ) -> None:
     for i in range(20):
-        say(first.folder, 1, time.time() + 3600 * hours_ahead + 6 * i)
+        say(first.folder, 1, time.time() + 6 * i, hours_ahead)
         assert not looks(first, 5)
     assert not looks(first, 6)
     assert looks(first, 1) == ["no sign of life of rank 1 for 1 minutes"]
@@ -162,8 +190,8 @@ def watch(
         clock[0] += passed or 0
         return passed is None
 
-    def end(_: object, reason: str) -> None:
-        raise Ended(reason)
+    def end(_: object, reason: str, advice: str = "") -> None:
+        raise Ended(f"{reason}. {advice}")
 
     times = SimpleNamespace(monotonic=lambda: clock[0], time=time.time)
     monkeypatch.setattr(watchdog_module, "time", times)
@@ -180,6 +208,17 @@ def test_the_time_in_which_the_process_was_stopped_does_not_count(
     watch(first, [*[6.0] * 4, 5000.0, *[6.0] * 4], monkeypatch)
     with pytest.raises(Ended, match="no step for 1 minutes"):
         watch(first, [6.0] * 11, monkeypatch)
+
+
+def test_a_meeting_that_ends_in_time_is_not_missed(
+    first: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with first.meeting():
+        watch(first, [6.0] * 8, monkeypatch)
+    watch(first, [6.0] * 50, monkeypatch)
+    line = "the ranks have not met for 1 minutes.*NCCL_SOCKET_IFNAME"
+    with pytest.raises(Ended, match=line), first.meeting():
+        watch(first, [6.0] * 12, monkeypatch)
 
 
 def test_the_others_are_not_missed_while_there_are_steps(
@@ -210,11 +249,13 @@ def test_the_line_is_written_where_the_positions_cannot_be_read(
     assert "no step for 1 minutes" in line and "Missing: not known, as " in line
 
 
-def test_a_rank_without_a_sign_of_life_is_missing(tmp_path: Path) -> None:
-    for rank, age in ((0, 0), (1, 60)):
-        say(tmp_path, rank, time.time() - age)
-    one, two = missing_ranks(tmp_path, 3, stale_seconds=30)
+@pytest.mark.parametrize("hours_ahead", [-2, 0, 2])
+def test_a_rank_without_a_sign_of_life_is_missing(tmp_path: Path, hours_ahead: int) -> None:
+    """Whatever the clocks of its node and of the ones that are there say."""
+    for rank, age in ((0, 0), (1, 60), (2, 1)):
+        say(tmp_path, rank, time.time() - age, hours_ahead * rank)
+    one, three = missing_ranks(tmp_path, 4, stale_seconds=30)
     assert one.startswith(
         "rank 1 (no sign of life for 60 s; last at step 3, all_reduce, train.py:1 train"
     )
-    assert two == "rank 2 (never seen)"
+    assert three == "rank 3 (never seen)"
