@@ -4,7 +4,7 @@
 #
 #   sbatch slurm/train.sh --config lora-8b model.task_llm.base=MODEL data.path=DATA                        # one node of 8 GPUs
 #   sbatch --nodes=4 --time=12:00:00 slurm/train.sh --config lora-8b model.task_llm.base=MODEL data.path=DATA \
-#       training.tasks_per_step=64                                                       # sbatch's options before the script
+#       training.tasks_per_step=128                                                      # sbatch's options before the script
 #   sbatch --gres=none --ntasks-per-node=2 --cpus-per-task=1 slurm/train.sh --config quickstart            # without GPUs
 #   sbatch --array=0-4 slurm/train.sh --config quickstart run.seed=%a run.folder=runs/seed-%a              # %a: the index
 #   SWEEP=sweep.txt sbatch --array=1-6 slurm/train.sh --config quickstart run.folder=runs/sweep-%a         # + its line %a
