@@ -266,7 +266,9 @@ def slurm_nodes(compact: str, environment: Mapping[str, str]) -> list[str]:
         return subprocess.run(
             ["scontrol", "show", "hostnames", compact], capture_output=True, text=True, check=True
         ).stdout.split()
-    except FileNotFoundError:  # in a container that was not started by slurm/train.sh
+    # In a container that was not started by slurm/train.sh; one that has `scontrol` may lack its
+    # slurm.conf.
+    except (OSError, subprocess.CalledProcessError):
         return expanded_nodes(compact)
 
 

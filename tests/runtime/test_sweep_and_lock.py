@@ -222,3 +222,12 @@ def test_a_node_list_without_scontrol(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert ranks.slurm_nodes(compact, {}) == nodes
+
+
+def test_a_scontrol_that_fails_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that has Slurm's programs and no slurm.conf."""
+    program = tmp_path / "scontrol"
+    program.write_text("#!/bin/sh\necho 'error: s_p_parse_file: unable to read' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert ranks.slurm_nodes("node[1-2]", {}) == ["node1", "node2"]
