@@ -232,16 +232,21 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str] | None:
     `srun`.
 
     The port follows the job id, so that two jobs on a node do not meet; MASTER_ADDR and MASTER_PORT
-    can be set beforehand.
+    can be set beforehand. A single task needs no node's name, which may resolve nowhere.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
         return None
-    hosts = slurm_nodes(environment["SLURM_STEP_NODELIST"], environment)
+    num_ranks = environment["SLURM_STEP_NUM_TASKS"]
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": environment.get("MASTER_ADDR", hosts[0]),
+        "WORLD_SIZE": num_ranks,
+        "MASTER_ADDR": environment.get("MASTER_ADDR")
+        or (
+            SINGLE["MASTER_ADDR"]
+            if num_ranks == "1"
+            else slurm_nodes(environment["SLURM_STEP_NODELIST"], environment)[0]
+        ),
         "MASTER_PORT": environment.get("MASTER_PORT", str(slurm_port(environment))),
     }
 

@@ -231,3 +231,28 @@ def test_a_scontrol_that_fails_is_as_none(tmp_path: Path, monkeypatch: pytest.Mo
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert ranks.slurm_nodes("node[1-2]", {}) == ["node1", "node2"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "given", "address"),
+    [
+        ("1", {}, "127.0.0.1"),
+        ("1", {"MASTER_ADDR": "node9"}, "node9"),
+        ("1", {"SHIP_DS_NODES": "node7 node8"}, "127.0.0.1"),  # of a job that submitted this one
+        ("2", {}, "node1"),
+        ("2", {"MASTER_ADDR": "node9"}, "node9"),
+    ],
+)
+def test_a_single_task_meets_at_its_own_machine(
+    tasks: str, given: dict[str, str], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    task = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": tasks,
+        "SLURM_STEP_NODELIST": "node[1-2]",
+    }
+    found = ranks.slurm_ranks(task | given)
+    assert found is not None and found["MASTER_ADDR"] == address
