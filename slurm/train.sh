@@ -22,19 +22,13 @@
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
 
-# Variables: set them before `sbatch`, which hands the environment on, or edit them here.
+# Variables: set them before `sbatch`, which hands the environment on, or edit them here; environment.sh has the others.
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}  # submit from the checkout
-MODULES=${MODULES:-}                        # to `module load`, such as "cuda/12.6 gcc/13"
-VENV=${VENV:-$REPOSITORY/.venv}             # activated where it exists
-CONTAINER=${CONTAINER:-}                    # put before every command, such as "apptainer exec --nv image.sif"
-PYTHON=${PYTHON:-python}
 SWEEP=${SWEEP:-}                            # a file of overrides, one line an array index; # and empty lines do not count
 MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after crashes or hangs with no new checkpoint in between
 # The network: NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface, NCCL_IB_HCA the InfiniBand card;
 # NCCL_DEBUG=INFO says what was chosen. MASTER_ADDR and MASTER_PORT replace the first node's name and the job's own port.
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPOSITORY/.build/torch_extensions}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 fail() { echo "slurm/train.sh: $*" >&2; exit 2; }
 
@@ -45,9 +39,7 @@ for ARGUMENT in "$@"; do
 done
 cd "$REPOSITORY"
 [[ -d ship_ds ]] || fail "$REPOSITORY is no checkout of ship_ds: submit from one, or set REPOSITORY"
-[[ -z $MODULES ]] || module load $MODULES
-# shellcheck disable=SC1091
-[[ ! -f $VENV/bin/activate ]] || source "$VENV/bin/activate"
+source slurm/environment.sh
 
 INDEX=${SLURM_ARRAY_TASK_ID:-}
 if [[ -n $SWEEP && -z $INDEX ]]; then

@@ -1,0 +1,104 @@
+"""The scripts of slurm/ beside programs that pretend to be Slurm's: what the ranks find in their
+environment, and what a job does after its ranks have ended."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, environment
+
+_SET = re.compile("SLURM_|SHIP_DS_|NCCL_|GLOO_|OMP_NUM_THREADS|TORCH_EXTENSIONS_DIR|MASTER_")
+"""Variables of whoever runs the tests that the scripts would take over."""
+
+
+@dataclass
+class Job:
+    """A job of train.sh with a trainer of the test's own.
+
+    folder: of programs that come before Slurm's; run: the run folder.
+    """
+
+    folder: Path
+    run: Path
+
+    @property
+    def logs(self) -> Path:
+        return self.run / "logs" / "job-7"
+
+    def program(self, name: str, text: str) -> Path:
+        """What `name` does where the job calls it, as a script of bash."""
+        path = self.folder / name
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+        return path
+
+    def calls(self, name: str) -> list[str]:
+        """The arguments with which a program was called that writes them down."""
+        path = self.folder / f"{name}.calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def start(
+        self, script: str = "train.sh", restart: int = 0, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", f"slurm/{script}", "--config", "quickstart-smoke"],
+            cwd=REPOSITORY,
+            env={
+                **{name: text for name, text in environment().items() if not _SET.match(name)},
+                "PATH": f"{self.folder}:{os.environ['PATH']}",
+                "PYTHON": str(self.folder / "python"),
+                "VENV": "/none",
+                "SLURM_JOB_ID": "7",
+                "SLURM_JOB_NODELIST": "node1",
+                "SLURM_RESTART_COUNT": str(restart),
+                **variables,
+            },
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Its ranks end well; a test replaces `srun`, which has the run folder in $RUN and its logs in
+    $LOGS."""
+    folder, run = tmp_path / "bin", tmp_path / "run"
+    folder.mkdir()
+    run.mkdir()
+    made = Job(folder, run)
+    made.program("python", f"[[ $* != *preflight* ]] || echo {run}")
+    made.program("srun", "true")
+    made.program("squeue", f'echo "$*" >>{folder}/squeue.calls; echo RUNNING')
+    made.program(
+        "scontrol", f'[[ $1 != requeue ]] || echo "$*" >>{folder}/scontrol.calls; echo node1'
+    )
+    return made
+
+
+MODULE = {"BASH_FUNC_module%%": "() { echo loaded $2 $NOT_SET_BY_ANYBODY; }"}
+
+
+@pytest.mark.parametrize("script", ["train.sh", "evaluate.sh"])
+def test_modules_and_environments_may_read_what_is_not_set(script: str, job: Job) -> None:
+    activate = job.folder / "venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text("echo activated $NOT_SET_BY_ANYBODY\n")
+    done = job.start(script, MODULES="cuda", VENV=str(job.folder / "venv"), **MODULE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("loaded cuda\nactivated\n")
+
+
+@pytest.mark.skipif(
+    any(Path(f"/etc/profile.d/{name}.sh").exists() for name in ("modules", "lmod")),
+    reason="has modules",
+)
+@pytest.mark.parametrize("script", ["train.sh", "evaluate.sh"])
+def test_modules_on_a_node_without_them_are_one_line(script: str, job: Job) -> None:
+    done = job.start(script, MODULES="cuda/12.6")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "MODULES=cuda/12.6: there is no `module` on" in done.stderr
