@@ -4,6 +4,7 @@ fail() { echo "$*" >&2; exit 2; }
 cd "$REPOSITORY"
 [[ -d ship_ds ]] || fail "$REPOSITORY is no checkout of ship_ds: submit from one, or set REPOSITORY"
 source slurm/environment.sh
+unset SHIP_DS_NODES  # of the training job that submitted this one, where one did
 
 # A --dry-run anywhere among the arguments prints the job instead.
 run_once() {
