@@ -7,6 +7,8 @@ PYTHON=${PYTHON:-python}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPOSITORY/.build/torch_extensions}
+# Where jobs are submitted with --export=NONE, `srun` would take that over, and its tasks would have none of this.
+export SLURM_EXPORT_ENV=ALL
 
 # What defines `module`, what it loads and what activates an environment read variables that are not set.
 set +u

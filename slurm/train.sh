@@ -78,7 +78,7 @@ if [[ -n $DRY ]]; then
     grep '^#SBATCH' "${BASH_SOURCE[0]}"
     printf 'cd %q\n' "$REPOSITORY"
     printf 'export %s\n' "NCCL_DEBUG=$NCCL_DEBUG" "HF_HUB_OFFLINE=$HF_HUB_OFFLINE" "OMP_NUM_THREADS=$OMP_NUM_THREADS" \
-        "TORCH_EXTENSIONS_DIR=$TORCH_EXTENSIONS_DIR"
+        "TORCH_EXTENSIONS_DIR=$TORCH_EXTENSIONS_DIR" "SLURM_EXPORT_ENV=$SLURM_EXPORT_ENV"
     printf '%q ' "${JOB[@]}"; echo
     exit
 fi

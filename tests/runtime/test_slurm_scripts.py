@@ -80,6 +80,23 @@ def job(tmp_path: Path) -> Job:
     return made
 
 
+@pytest.mark.parametrize("script", ["train.sh", "evaluate.sh", "convert.sh"])
+def test_ranks_find_what_the_script_sets(script: str, job: Job) -> None:
+    """Also at sites that submit with --export=NONE, which `srun` takes over."""
+    job.program("srun", "env")
+    done = job.start(
+        script, SLURM_EXPORT_ENV="NONE", SLURM_CPUS_PER_TASK="6", SHIP_DS_NODES="node8 node9"
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    assert found["SLURM_EXPORT_ENV"] == "ALL"
+    assert found["OMP_NUM_THREADS"] == "6"
+    assert found["HF_HUB_OFFLINE"] == "1"
+    # Those of a training job that submitted this one are not its own.
+    assert found.get("SHIP_DS_NODES") == ("node1" if script == "train.sh" else None)
+    assert found["TORCH_EXTENSIONS_DIR"] == str(REPOSITORY / ".build" / "torch_extensions")
+
+
 MODULE = {"BASH_FUNC_module%%": "() { echo loaded $2 $NOT_SET_BY_ANYBODY; }"}
 
 
