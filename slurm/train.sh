@@ -26,9 +26,16 @@ set -euo pipefail
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}  # submit from the checkout
 SWEEP=${SWEEP:-}                            # a file of overrides, one line an array index; # and empty lines do not count
 MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after crashes or hangs with no new checkpoint in between
-# The network: NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface, NCCL_IB_HCA the InfiniBand card;
-# NCCL_DEBUG=INFO says what was chosen. MASTER_ADDR and MASTER_PORT replace the first node's name and the job's own port.
+# The network: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface, NCCL_IB_HCA the InfiniBand card; NCCL_DEBUG=INFO
+# says what was chosen. MASTER_ADDR and MASTER_PORT replace the first node's name and the job's own port.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Ranks on GPUs need both, since what is on the CPU goes by gloo. It takes one whole name, and NCCL also the beginnings of
+# several, or ^ before those to leave out: only what is an interface here is handed on.
+INTERFACE=${NCCL_SOCKET_IFNAME:-}
+INTERFACE=${INTERFACE#=}
+if [[ -z ${GLOO_SOCKET_IFNAME:-} && -n $INTERFACE && -e /sys/class/net/$INTERFACE ]]; then
+    export GLOO_SOCKET_IFNAME=$INTERFACE
+fi
 
 fail() { echo "slurm/train.sh: $*" >&2; exit 2; }
 

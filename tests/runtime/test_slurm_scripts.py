@@ -119,3 +119,26 @@ def test_modules_on_a_node_without_them_are_one_line(script: str, job: Job) -> N
     done = job.start(script, MODULES="cuda/12.6")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "MODULES=cuda/12.6: there is no `module` on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "gloo"),
+    [
+        ({"NCCL_SOCKET_IFNAME": "lo"}, "lo"),
+        ({"NCCL_SOCKET_IFNAME": "=lo"}, "lo"),
+        ({"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "eth9"}, "eth9"),
+        ({"NCCL_SOCKET_IFNAME": "^lo"}, None),
+        ({"NCCL_SOCKET_IFNAME": "lo,eth9"}, None),
+        ({"NCCL_SOCKET_IFNAME": "l"}, None),  # NCCL takes whatever begins so
+        ({}, None),
+    ],
+)
+def test_gloo_takes_the_interface_of_nccl_where_that_is_one(
+    given: dict[str, str], gloo: str | None, job: Job
+) -> None:
+    job.program("srun", "env")
+    done = job.start(**given)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    assert found.get("GLOO_SOCKET_IFNAME") == gloo
+    assert found.get("NCCL_SOCKET_IFNAME") == given.get("NCCL_SOCKET_IFNAME")
