@@ -26,6 +26,7 @@ set -euo pipefail
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}  # submit from the checkout
 SWEEP=${SWEEP:-}                            # a file of overrides, one line an array index; # and empty lines do not count
 MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after crashes or hangs with no new checkpoint in between
+RETRY_SECONDS=${RETRY_SECONDS:-10}          # between tries to requeue, of which there are 12
 # The network: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface, NCCL_IB_HCA the InfiniBand card; NCCL_DEBUG=INFO
 # says what was chosen. MASTER_ADDR and MASTER_PORT replace the first node's name and the job's own port.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
@@ -98,11 +99,23 @@ set +e
 CODE=$?
 set -e
 
+# requeue WHY: Slurm's controller may not answer for a minute or two, and nobody else would requeue the job.
 requeue() {
-    # Only what still runs: Slurm requeues a preempted job by itself, and a cancelled one is not to come back.
-    [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]] || exit "$CODE"
-    echo "$(date -Is) $1: requeued"
-    scontrol requeue "$SLURM_JOB_ID"
+    local state try said=
+    for ((try = 0; try < 12; try++)); do
+        state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) || state=  # empty: nobody knows
+        # Only what still runs: Slurm requeues a preempted job by itself, and a cancelled one is not to come back. Nor is what
+        # the last try requeued though it failed: `scontrol` was ended with the job.
+        [[ -z $state || $state == RUNNING ]] || exit "$CODE"
+        if [[ $state == RUNNING ]]; then
+            # Before it is, since Slurm then ends this script.
+            [[ -n $said ]] || echo "$(date -Is) $1: requeued"
+            said=1
+            ! scontrol requeue "$SLURM_JOB_ID" || exit "$CODE"
+        fi
+        sleep "$RETRY_SECONDS" || true  # TERM ends it, and not this script
+    done
+    echo "slurm/train.sh: job $SLURM_JOB_ID could not be requeued: sbatch the same command again" >&2
     exit "$CODE"
 }
 case $CODE in

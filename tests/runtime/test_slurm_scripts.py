@@ -142,3 +142,56 @@ def test_gloo_takes_the_interface_of_nccl_where_that_is_one(
     found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
     assert found.get("GLOO_SOCKET_IFNAME") == gloo
     assert found.get("NCCL_SOCKET_IFNAME") == given.get("NCCL_SOCKET_IFNAME")
+
+
+ANSWERS = """
+[[ $1 != show ]] || exec echo node1
+echo "$*" >>{folder}/{name}.calls
+case $(wc -l <{folder}/{name}.calls) in {cases} esac
+"""
+
+
+def answers(job: Job, name: str, cases: str) -> None:
+    """What a program of Slurm says the first time, the second, and so on; the nodes at all
+    times."""
+    job.program(name, ANSWERS.format(folder=job.folder, name=name, cases=cases))
+
+
+@pytest.mark.parametrize("code", [9, 75])
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(code: int, job: Job) -> None:
+    job.program("srun", f"exit {code}")
+    answers(job, "squeue", "1) exit 1 ;; 2) ;; *) echo RUNNING ;;")
+    answers(job, "scontrol", "1) exit 1 ;;")
+    done = job.start(RETRY_SECONDS="0")
+    assert done.returncode == code and "could not be requeued" not in done.stderr
+    assert done.stdout.count(": requeued") == 1
+    assert len(job.calls("squeue")) == 4
+    assert job.calls("scontrol") == ["requeue 7", "requeue 7"]
+
+
+@pytest.mark.parametrize(
+    ("squeue", "scontrol"), [("exit 1", "exit 1"), ("", "true"), ("echo RUNNING", "exit 1")]
+)
+def test_a_job_that_cannot_be_requeued_says_so(squeue: str, scontrol: str, job: Job) -> None:
+    job.program("srun", "exit 75")
+    job.program("squeue", squeue)
+    answers(job, "scontrol", f"*) {scontrol} ;;")
+    done = job.start(RETRY_SECONDS="0")
+    assert done.returncode == 75
+    assert done.stderr == (
+        "slurm/train.sh: job 7 could not be requeued: sbatch the same command again\n"
+    )
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PREEMPTED"])
+def test_a_job_that_runs_no_more_is_left_to_slurm(state: str, job: Job) -> None:
+    """Cancelled, or preempted by Slurm, which requeues it by itself; or requeued although the
+    request, which was ended with the job, says that it failed."""
+    job.program("srun", "exit 75")
+    answers(job, "squeue", f"1) echo RUNNING ;; *) echo {state} ;;")
+    answers(job, "scontrol", "*) exit 143 ;;")
+    done = job.start(RETRY_SECONDS="0")
+    assert done.returncode == 75 and done.stderr == "" and len(job.calls("scontrol")) == 1
+    done = job.start(RETRY_SECONDS="0")
+    assert done.returncode == 75 and done.stderr == "" and "requeue" not in done.stdout
+    assert len(job.calls("scontrol")) == 1
