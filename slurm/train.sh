@@ -99,11 +99,14 @@ set +e
 CODE=$?
 set -e
 
+# The last job of an array has the array's own id, by which Slurm means all of its jobs.
+ID=$SLURM_JOB_ID
+[[ -z $INDEX ]] || ID=${SLURM_ARRAY_JOB_ID}_$INDEX
 # requeue WHY: Slurm's controller may not answer for a minute or two, and nobody else would requeue the job.
 requeue() {
     local state try said=
     for ((try = 0; try < 12; try++)); do
-        state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) || state=  # empty: nobody knows
+        state=$(squeue --noheader --jobs "$ID" --format %T) || state=  # empty: nobody knows
         # Only what still runs: Slurm requeues a preempted job by itself, and a cancelled one is not to come back. Nor is what
         # the last try requeued though it failed: `scontrol` was ended with the job.
         [[ -z $state || $state == RUNNING ]] || exit "$CODE"
@@ -111,11 +114,11 @@ requeue() {
             # Before it is, since Slurm then ends this script.
             [[ -n $said ]] || echo "$(date -Is) $1: requeued"
             said=1
-            ! scontrol requeue "$SLURM_JOB_ID" || exit "$CODE"
+            ! scontrol requeue "$ID" || exit "$CODE"
         fi
         sleep "$RETRY_SECONDS" || true  # TERM ends it, and not this script
     done
-    echo "slurm/train.sh: job $SLURM_JOB_ID could not be requeued: sbatch the same command again" >&2
+    echo "slurm/train.sh: job $ID could not be requeued: sbatch the same command again" >&2
     exit "$CODE"
 }
 case $CODE in

@@ -42,10 +42,10 @@ class Job:
         return path.read_text().splitlines() if path.exists() else []
 
     def start(
-        self, script: str = "train.sh", restart: int = 0, **variables: str
+        self, script: str = "train.sh", *arguments: str, restart: int = 0, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", f"slurm/{script}", "--config", "quickstart-smoke"],
+            ["bash", f"slurm/{script}", "--config", "quickstart-smoke", *arguments],
             cwd=REPOSITORY,
             env={
                 **{name: text for name, text in environment().items() if not _SET.match(name)},
@@ -195,3 +195,13 @@ def test_a_job_that_runs_no_more_is_left_to_slurm(state: str, job: Job) -> None:
     done = job.start(RETRY_SECONDS="0")
     assert done.returncode == 75 and done.stderr == "" and "requeue" not in done.stdout
     assert len(job.calls("scontrol")) == 1
+
+
+def test_the_last_job_of_an_array_is_requeued_alone(job: Job) -> None:
+    """Slurm gives it the array's own id, by which it means all of them."""
+    job.program("srun", "exit 75")
+    job.program("squeue", '[[ $* == *"--jobs 7_2 "* ]] || echo RUNNING; echo RUNNING')
+    of_array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    done = job.start("train.sh", "run.folder=run-%a", RETRY_SECONDS="0", **of_array)
+    assert done.returncode == 75, done.stderr
+    assert job.calls("scontrol") == ["requeue 7_2"]
