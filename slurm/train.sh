@@ -26,6 +26,7 @@ set -euo pipefail
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}  # submit from the checkout
 SWEEP=${SWEEP:-}                            # a file of overrides, one line an array index; # and empty lines do not count
 MAX_FAILURES=${MAX_FAILURES:-3}             # requeues after crashes or hangs with no new checkpoint in between
+MAX_PREEMPTIONS=${MAX_PREEMPTIONS:-10}      # the same after preemptions
 RETRY_SECONDS=${RETRY_SECONDS:-10}          # between tries to requeue, of which there are 12
 # The network: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface, NCCL_IB_HCA the InfiniBand card; NCCL_DEBUG=INFO
 # says what was chosen. MASTER_ADDR and MASTER_PORT replace the first node's name and the job's own port.
@@ -101,8 +102,18 @@ set -e
 
 # The last job of an array has the array's own id, by which Slurm means all of its jobs.
 ID=$SLURM_JOB_ID
-[[ -z $INDEX ]] || ID=${SLURM_ARRAY_JOB_ID}_$INDEX
-# requeue WHY: Slurm's controller may not answer for a minute or two, and nobody else would requeue the job.
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || ID=${SLURM_ARRAY_JOB_ID}_$INDEX
+# count WHAT LIMIT: end the job where this has happened more often than LIMIT says with no new checkpoint in between.
+count() {
+    local counted=$LOGS/$1 newest
+    newest=$(cat "$RUN/checkpoints/latest" 2>/dev/null || echo the start)
+    echo "$(date -Is) code $CODE after $newest" >>"$counted"
+    if (($(grep -c " after $newest\$" "$counted") > ${!2})); then
+        echo "more than $2=${!2} $1 after $newest: not requeued"
+        exit "$CODE"
+    fi
+}
+# requeue WHY WHAT LIMIT: Slurm's controller may not answer for a minute or two, and nobody else would requeue the job.
 requeue() {
     local state try said=
     for ((try = 0; try < 12; try++)); do
@@ -112,8 +123,11 @@ requeue() {
         [[ -z $state || $state == RUNNING ]] || exit "$CODE"
         if [[ $state == RUNNING ]]; then
             # Before it is, since Slurm then ends this script.
-            [[ -n $said ]] || echo "$(date -Is) $1: requeued"
-            said=1
+            if [[ -z $said ]]; then
+                count "$2" "$3"
+                said="$(date -Is) $1: requeued"
+                echo "$said"
+            fi
             ! scontrol requeue "$ID" || exit "$CODE"
         fi
         sleep "$RETRY_SECONDS" || true  # TERM ends it, and not this script
@@ -124,12 +138,10 @@ requeue() {
 case $CODE in
     0) echo "$(date -Is) done: $RUN" ;;
     2) tail -n 1 "$LOGS/rank-0.log" || true ;;
-    75|138) requeue "preempted (code $CODE)" ;;  # 138: by USR1 while the ranks were starting, with nothing to save
+    # Counted too, or a time limit that is shorter than loading would bring it back for ever. 138: by USR1 while the ranks
+    # were starting, with nothing to save.
+    75|138) requeue "preempted (code $CODE)" preemptions MAX_PREEMPTIONS ;;
     *)  tail -n 3 "$LOGS/rank-0.log" || true
-        NEWEST=$(cat "$RUN/checkpoints/latest" 2>/dev/null || echo the start)
-        echo "$(date -Is) code $CODE after $NEWEST" >>"$LOGS/failures"
-        [[ $(grep -c " after $NEWEST\$" "$LOGS/failures") -gt $MAX_FAILURES ]] ||
-            requeue "failed with code $CODE (76: hung, 77: not saved in time)"
-        echo "failed more than MAX_FAILURES=$MAX_FAILURES times after $NEWEST: not requeued" ;;
+        requeue "failed with code $CODE (76: hung, 77: not saved in time)" failures MAX_FAILURES ;;
 esac
 exit "$CODE"

@@ -184,7 +184,7 @@ def test_crashes_are_counted_from_the_newest_checkpoint(cluster: Cluster, tmp_pa
     )
     assert wait_for_end(cluster, job, 120) == "FAILED"
     assert (run / "tries").read_text().count("\n") == 4, (tmp_path / "out").read_text()
-    assert "more than MAX_FAILURES=1 times after step-00000004" in (tmp_path / "out").read_text()
+    assert "more than MAX_FAILURES=1 failures after step-00000004" in (tmp_path / "out").read_text()
 
 
 def test_tensorboard_answers_on_the_port_that_its_job_names(

@@ -205,3 +205,45 @@ def test_the_last_job_of_an_array_is_requeued_alone(job: Job) -> None:
     done = job.start("train.sh", "run.folder=run-%a", RETRY_SECONDS="0", **of_array)
     assert done.returncode == 75, done.stderr
     assert job.calls("scontrol") == ["requeue 7_2"]
+
+
+def latest(job: Job, name: str) -> None:
+    (job.run / "checkpoints").mkdir(exist_ok=True)
+    (job.run / "checkpoints" / "latest").write_text(f"{name}\n")
+
+
+@pytest.mark.parametrize(("code", "killed"), [(75, False), (138, False), (138, True)])
+def test_preemptions_are_counted_from_the_newest_checkpoint(
+    code: int, killed: bool, job: Job
+) -> None:
+    """A time limit that is shorter than loading takes would bring the job back for ever. Crashes
+    are counted by themselves."""
+    job.program("srun", "kill -USR1 $$" if killed else f"exit {code}")
+    starts = [job.start(restart=number, MAX_PREEMPTIONS="2") for number in range(2)]
+    job.program("srun", "exit 9")
+    starts.append(job.start(restart=2, MAX_PREEMPTIONS="2", MAX_FAILURES="1"))
+    assert all(f"code {one.returncode}" in one.stdout for one in starts)
+    job.program("srun", f"exit {code}")
+    latest(job, "step-00000004")
+    starts += [job.start(restart=number, MAX_PREEMPTIONS="2") for number in (3, 4)]
+    assert len(job.calls("scontrol")) == len(starts) == 5
+    last = job.start(restart=5, MAX_PREEMPTIONS="2")
+    assert last.returncode == code and len(job.calls("scontrol")) == 5
+    assert last.stdout.endswith(
+        "more than MAX_PREEMPTIONS=2 preemptions after step-00000004: not requeued\n"
+    )
+
+
+def test_what_slurm_requeues_by_itself_is_not_counted(job: Job) -> None:
+    job.program("srun", "exit 75")
+    job.program("squeue", "echo COMPLETING")
+    for number in range(3):
+        done = job.start(restart=number, MAX_PREEMPTIONS="1")
+        assert done.returncode == 75 and "not requeued" not in done.stdout
+
+
+def test_ten_preemptions_are_too_many(job: Job) -> None:
+    job.program("srun", "exit 75")
+    starts = [job.start(restart=number) for number in range(11)]
+    assert len(job.calls("scontrol")) == 10
+    assert "more than MAX_PREEMPTIONS=10 preemptions after the start" in starts[-1].stdout
