@@ -28,8 +28,12 @@ def log(text: str) -> None:
 
 def log_from_any_rank(text: str) -> None:
     """As `log`, from whichever rank calls it: where what one rank saw is seen by no other."""
-    # A path or a name that others gave may have ends of lines in it.
-    print(f"ship-ds: {_LINE_ENDS.sub(' ', text)}", file=sys.stderr, flush=True)
+    print(f"ship-ds: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """The text without ends of lines, which a path or a name that others gave may have in it."""
+    return _LINE_ENDS.sub(" ", text)
 
 
 def no_log(text: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 # starts this file by itself.
 import ship_ds  # noqa: F401
 from ship_ds.allocator import use_scalable_malloc
-from ship_ds.console import current_rank, log, log_from_any_rank
+from ship_ds.console import current_rank, log
 from ship_ds.runtime import preflight, sign_of_life
 
 if __name__ == "__main__":
@@ -80,6 +80,7 @@ from ship_ds.runtime.after_training import (
     failures_are_one_line,
 )
 from ship_ds.runtime.agreement import Agreement, agree
+from ship_ds.runtime.bad_input import say_bad_input
 from ship_ds.runtime.deepspeed_config import read_deepspeed_config
 from ship_ds.runtime.engine import (
     Engine,
@@ -805,8 +806,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trainer.close()
             watchdog.deregister()
     except UserError as error:
-        with contextlib.suppress(OSError):
-            log_from_any_rank(str(error))
+        say_bad_input(str(error))
         if config is not None:
             RunLock(Path(config.run.folder)).leave_unused()
         return BAD_INPUT
@@ -818,11 +818,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         place = getattr(full, "filename", None) or "run.folder or TORCH_EXTENSIONS_DIR"
         # It may be the disk that the log is on.
-        with contextlib.suppress(OSError):
-            log_from_any_rank(
-                f"{place}: its disk or quota is full ({first_line(full)}): make room and start the "
-                "same command again"
-            )
+        say_bad_input(
+            f"{place}: its disk or quota is full ({first_line(full)}): make room and start the "
+            "same command again"
+        )
         return BAD_INPUT
     return 0
 

@@ -94,12 +94,41 @@ fi
 
 mkdir -p "$LOGS"
 echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}: logs in $LOGS"
+# Where a rank ends with 2, others are killed, and `srun` may return their 137: it leaves its line here (bad_input.py).
+export SHIP_DS_BAD_INPUT=$LOGS/bad-input-${SLURM_RESTART_COUNT:-0}
+rm -f "$SHIP_DS_BAD_INPUT"
+# What follows in the logs is of this start.
+declare -A BEGINS
+for FILE in "$LOGS"/rank-*.log; do
+    [[ ! -f $FILE ]] || BEGINS[$FILE]=$(stat -c %s "$FILE")
+done
 trap true TERM  # the ranks get it too, save and leave; this script has to outlive them
 set +e
 "${JOB[@]}"
 CODE=$?
 set -e
+[[ ! -e $SHIP_DS_BAD_INPUT ]] || CODE=2
 
+# Of each rank the last `ship-ds:` line, and its very last one, such as a trace ends with; what several say comes once.
+last_lines() {
+    local file
+    while read -r file; do
+        tail -c "+$((${BEGINS[$file]:-0} + 1))" "$file" | tr -d '\000' | awk -v rank="$(basename "$file" .log)" '
+            /^ship-ds: / { said = $0 }
+            NF { last = $0 }
+            END { if (said != "") print rank "\t" said; if (last != said) print rank "\t" last }'
+    done < <(find "$LOGS" -name 'rank-*.log' | sort -V) | awk -F '\t' '
+        # The same but for numbers: of a rank, a port, a process.
+        { line = substr($0, length($1) + 2); kind = line; gsub(/[0-9]+/, "#", kind) }
+        !(kind in count) { order[++num_kinds] = kind; first[kind] = $1 ": " line }
+        { count[kind]++ }
+        END {
+            for (i = 1; i <= num_kinds; i++) {
+                more = count[order[i]] - 1
+                print first[order[i]] (more ? " (and " more " more)" : "")
+            }
+        }'
+}
 # The last job of an array has the array's own id, by which Slurm means all of its jobs.
 ID=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || ID=${SLURM_ARRAY_JOB_ID}_$INDEX
@@ -137,11 +166,11 @@ requeue() {
 }
 case $CODE in
     0) echo "$(date -Is) done: $RUN" ;;
-    2) tail -n 1 "$LOGS/rank-0.log" || true ;;
+    2)  if [[ -s $SHIP_DS_BAD_INPUT ]]; then cat "$SHIP_DS_BAD_INPUT"; else last_lines || true; fi ;;
     # Counted too, or a time limit that is shorter than loading would bring it back for ever. 138: by USR1 while the ranks
     # were starting, with nothing to save.
     75|138) requeue "preempted (code $CODE)" preemptions MAX_PREEMPTIONS ;;
-    *)  tail -n 3 "$LOGS/rank-0.log" || true
+    *)  last_lines || true
         requeue "failed with code $CODE (76: hung, 77: not saved in time)" failures MAX_FAILURES ;;
 esac
 exit "$CODE"

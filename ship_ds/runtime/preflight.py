@@ -30,6 +30,7 @@ from ship_ds.errors import UserError
 from ship_ds.exit_codes import BAD_INPUT, INTERRUPTED
 from ship_ds.files import refused_paths
 from ship_ds.parsing import read_json_object
+from ship_ds.runtime.bad_input import say_bad_input
 from ship_ds.runtime.deepspeed_config import offloads, read_deepspeed_config
 from ship_ds.runtime.op_cache import compiled_cache, op_cache
 from ship_ds.section import Section
@@ -272,7 +273,7 @@ def exit_on_bad_input(description: str | None) -> Config:
             check(config, os.environ)
             return config
     except UserError as error:
-        log_from_any_rank(str(error))
+        say_bad_input(str(error))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         log("interrupted before anything was loaded: start the same command again")

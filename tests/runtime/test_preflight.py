@@ -246,7 +246,7 @@ def test_a_rank_says_what_is_wrong_before_it_imports_torch(
 ) -> None:
     # Whoever imports it here fails.
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    path = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    path = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "SHIP_DS_BAD_INPUT": str(tmp_path / "line")}
     done = subprocess.run(
         [sys.executable, *program.split(), *arguments.split(), f"run.folder={tmp_path / 'run'}"],
         cwd=REPOSITORY,
@@ -257,6 +257,8 @@ def test_a_rank_says_what_is_wrong_before_it_imports_torch(
     assert done.returncode == 2, done.stderr
     [said] = done.stderr.splitlines()
     assert line in said and not done.stdout
+    left = (tmp_path / "line").read_text()
+    assert left.startswith("ship-ds: rank 0 on ") and left.endswith(said[len("ship-ds: ") :] + "\n")
 
 
 def test_an_interrupt_before_torch_is_one_line(

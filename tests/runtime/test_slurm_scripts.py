@@ -247,3 +247,52 @@ def test_ten_preemptions_are_too_many(job: Job) -> None:
     starts = [job.start(restart=number) for number in range(11)]
     assert len(job.calls("scontrol")) == 10
     assert "more than MAX_PREEMPTIONS=10 preemptions after the start" in starts[-1].stdout
+
+
+RANKS = """
+rank() { echo "$2" >>{logs}/rank-$1.log; }
+rank 10 "ship-ds: rank 10: another rank has ended, or the network to it (from [::1]:4711)"
+rank 2 "ship-ds: rank 2: another rank has ended, or the network to it (from [::1]:4712)"
+rank 0 "ship-ds: resumed from step 4"
+rank 0 "Traceback (most recent call last):"
+rank 0 "ValueError: of rank 0"
+"""
+
+
+def test_a_failed_start_says_the_last_line_of_each_rank(job: Job) -> None:
+    """What ranks have in common once, and nothing of the start before."""
+    job.program("srun", f"rank() {{ echo $2 >>{job.logs}/rank-$1.log; }}; rank 3 'ship-ds: old'")
+    assert job.start().returncode == 0
+    job.program("srun", RANKS.replace("{logs}", str(job.logs)) + "\nexit 137")
+    done = job.start(restart=1)
+    assert done.returncode == 137 and done.stderr == ""
+    assert done.stdout.splitlines()[1:4] == [
+        "rank-0: ship-ds: resumed from step 4",
+        "rank-0: ValueError: of rank 0",
+        "rank-2: ship-ds: rank 2: another rank has ended, or the network to it "
+        "(from [::1]:4712) (and 1 more)",
+    ]
+    assert job.calls("scontrol") == ["requeue 7"]
+
+
+@pytest.mark.parametrize("code", [2, 75, 137])
+def test_bad_input_of_one_rank_is_the_jobs_own(code: int, job: Job) -> None:
+    """Whatever `srun` returns for those that were killed. What a start before it left is not."""
+    job.program("srun", f'echo "ship-ds: /nowhere" >"$SHIP_DS_BAD_INPUT"; exit {code}')
+    done = job.start()
+    assert done.returncode == 2 and done.stdout.endswith("ship-ds: /nowhere\n")
+    assert not job.calls("scontrol") and not job.calls("squeue")
+    job.program("srun", "exit 137")
+    for restart in (0, 1):
+        done = job.start(restart=restart)
+        assert done.returncode == 137 and len(job.calls("scontrol")) == restart + 1
+
+
+def test_bad_input_without_a_line_is_told_by_the_logs(job: Job) -> None:
+    """As where the disk is full."""
+    says = f"echo 'ship-ds: its disk is full' >>{job.logs}/rank-0.log"
+    for leaves in ('touch "$SHIP_DS_BAD_INPUT"; exit 137', "exit 2"):
+        job.program("srun", f"{says}; {leaves}")
+        done = job.start()
+        assert done.returncode == 2 and not job.calls("scontrol")
+        assert done.stdout.splitlines()[1:] == ["rank-0: ship-ds: its disk is full"]
