@@ -9,6 +9,7 @@ without an activated environment, reject each other's log and compile everything
 change.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from ship_ds.runtime.deepspeed_config import offloads_optimiser, offloads_to_nvm
 from ship_ds.runtime.op_cache import compiled_cache, op_cache
 
 _INFERENCE_ONLY = "deepspeed_shm_comm"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a disk answers that cannot lock."""
 
 
 def needed(deepspeed: Mapping[str, Any]) -> list[str]:
@@ -52,13 +55,17 @@ def skip_inference_op() -> None:
 
 def build(names: Sequence[str], log: Log) -> None:
     """Compile and load the ops, one process at a time; the later ones find them done. Raises
-    UserError for an op that a run cannot do without and that cannot be built here."""
+    UserError for an op that a run cannot do without and that cannot be built here, and for a folder
+    on a disk without locks."""
     from deepspeed.accelerator import get_accelerator
 
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     root = op_cache(os.environ)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_cache(os.environ))
+    # A disk without locks is good enough for a run that compiles nothing.
+    if not names and not any(root.glob("*/lock")):
+        return
     with _one_process_at_a_time(root / "ship_ds.lock"):
         for stale in root.glob("*/lock"):
             log(f"{stale}: left behind by a process that was killed while it compiled; removed")
@@ -91,5 +98,13 @@ def _load(builder: Any) -> None:
 @contextmanager
 def _one_process_at_a_time(path: Path) -> Iterator[None]:
     with path.open("w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise UserError(
+                f"TORCH_EXTENSIONS_DIR: {path.parent}: its disk has no locks ({error.strerror}): "
+                "set it to a folder on a disk that has them"
+            ) from None
         yield

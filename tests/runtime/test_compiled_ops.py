@@ -1,7 +1,9 @@
 """A lock that a killed build left behind is removed aloud; one process builds at a time."""
 
+import errno
 import fcntl
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -44,10 +46,31 @@ def test_a_build_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mo
     other.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
+    left = tmp_path / "deepspeed_shm_comm" / "lock"
+    left.parent.mkdir()
+    left.touch()
     started = time.monotonic()
     compiled_ops.build([], print)
     assert time.monotonic() - started > 0.5
     other.join()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_stops_what_compiles_alone(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    compiled_ops.build([], print)
+    with pytest.raises(UserError) as caught:
+        compiled_ops.build(["CPUAdamBuilder"], print)
+    assert str(caught.value) == (
+        f"TORCH_EXTENSIONS_DIR: {tmp_path}: its disk has no locks ({os.strerror(number)}): "
+        "set it to a folder on a disk that has them"
+    )
 
 
 def test_a_machine_without_a_compiler_is_one_line(
