@@ -1,9 +1,13 @@
 """What `slurm/train.sh` asks for: lines of sweep files, a folder for one run alone, ports and node
 lists."""
 
+import json
+import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -128,19 +132,28 @@ time.sleep(60)
 """
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+@contextmanager
+def held(folder: Path, **variables: str) -> Iterator["subprocess.Popen[str]"]:
+    """By another process, which has taken the folder and is killed at the end."""
     with subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(tmp_path)],
-        env=environment(),
+        [sys.executable, "-c", _HOLD, str(folder)],
+        env=environment(**variables),
         stdout=subprocess.PIPE,
         text=True,
-    ) as first:
+    ) as process:
         try:
-            assert first.stdout is not None and first.stdout.readline() == "taken\n"
-            with pytest.raises(UserError, match=r"run\.folder: .*another run is writing there"):
-                RunLock(tmp_path).take()
+            assert process.stdout is not None and process.stdout.readline() == "taken\n"
+            yield process
         finally:
-            first.kill()
+            process.kill()
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    with (
+        held(tmp_path),
+        pytest.raises(UserError, match=r"run\.folder: .*another run is writing there"),
+    ):
+        RunLock(tmp_path).take()
     first_here, again_here = RunLock(tmp_path), RunLock(tmp_path)
     first_here.take()
     again_here.take()  # the same process
@@ -155,6 +168,74 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path:
     shutil.rmtree(tmp_path)
     RunLock(tmp_path).take()
     assert (tmp_path / ".lock").exists(), "a folder of that name is another one"
+
+
+def in_job(job: str, restarts: int) -> dict[str, str]:
+    return {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the second start of job 77, and waits for half a second."""
+    for name, value in in_job("77", 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run_lock, "_WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(run_lock, "_PAUSE_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("requeued")
+def test_a_requeued_job_goes_on_without_the_lock_of_a_start_that_was_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As NFS 3 keeps it for a node that is gone. What it then has is its own: a third is refused,
+    though the first lives."""
+    with held(tmp_path, **in_job("77", 0)) as first:
+        RunLock(tmp_path).take()
+        who = f"locked by an earlier start of this job (process {first.pid} on {platform.node()}, "
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 2 and all(f"{tmp_path}: {who}job 77)" in line for line in said)
+        assert "waiting for its end" in said[0] and "going on without its lock" in said[1]
+        third = subprocess.run(
+            [sys.executable, "-c", _HOLD, str(tmp_path)],
+            env=environment(**in_job("78", 0)),
+            capture_output=True,
+            text=True,
+        )
+    assert "another run is writing there (process" in third.stderr and "job 77)" in third.stderr
+    assert json.loads((tmp_path / ".lock").read_text())["restarts"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.usefixtures("requeued")
+def test_a_requeued_job_waits_for_a_start_that_is_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(tmp_path, **in_job("77", 0)) as first:
+        monkeypatch.setattr(run_lock.time, "sleep", lambda _: (first.kill(), first.wait()))
+        RunLock(tmp_path).take()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("requeued")
+@pytest.mark.parametrize(("job", "restarts"), [("78", 0), ("77", 1), ("77", 2)])
+def test_any_other_run_is_refused_at_once_and_named(
+    job: str, restarts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock.time, "sleep", None)
+    with (
+        held(tmp_path, **in_job(job, restarts)) as first,
+        pytest.raises(UserError, match=rf"\(process {first.pid} on .*, job {job}\); wait for its"),
+    ):
+        RunLock(tmp_path).take()
+
+
+@pytest.mark.usefixtures("requeued")
+@pytest.mark.parametrize("content", ["", "\0\xff", "[]", '{"host": 1}'])
+def test_a_lock_that_does_not_say_whose_it_is_is_anothers(content: str, tmp_path: Path) -> None:
+    with held(tmp_path):
+        (tmp_path / ".lock").write_text(content, encoding="latin-1")
+        with pytest.raises(UserError, match="another run is writing there; wait"):
+            RunLock(tmp_path).take()
 
 
 @pytest.mark.parametrize("takes", [True, False])
