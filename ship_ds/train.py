@@ -93,6 +93,7 @@ from ship_ds.runtime.engine import (
 from ship_ds.runtime.precision import choose_precision
 from ship_ds.runtime.prefetch import Prefetch
 from ship_ds.runtime.run_lock import RunLock
+from ship_ds.runtime.shared_disk import check_is_shared
 from ship_ds.runtime.stopping import Preempted, StopRequest
 from ship_ds.runtime.watchdog import Watchdog
 
@@ -183,6 +184,7 @@ class Trainer:
         ranks.gather_results(lambda: check_weights_fit(config, ranks.world_size(), memory))
         self.lock = RunLock(self.folder)
         ranks.gather_results(lambda: self.lock.take() if ranks.rank() == 0 else None)
+        check_is_shared(self.folder)
         # The same on all ranks: each makes the whole initial weights and keeps its share of them,
         # so that they do not depend on the number of ranks.
         torch.manual_seed(config.run.seed)
