@@ -27,7 +27,7 @@ import math
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,9 @@ def save(engine: Engine[Any], root: Path, progress: Progress, config: Checkpoint
         if ranks.rank() == 0:
             write_json(part / PROGRESS, asdict(progress), indent=2)
         ranks.barrier()
-        _check_can_be_read(part)
-        manifest = _hash_shared_out(part)
+        names = _names(part)
+        _check_can_be_read(part, names)
+        manifest = _hash_shared_out(part, names)
         if ranks.rank() == 0:
             manifest.write(part)
             sync(part)
@@ -247,10 +248,23 @@ def _load_generators(path: Path, log: Log) -> None:
     random.setstate((version, tuple(values), gauss))
 
 
-def _check_can_be_read(part: Path) -> None:
+def _names(part: Path) -> list[str]:
+    """Of all files that the ranks have written there, in one order on every rank.
+
+    NFS may list a folder as it was a minute ago, but for what this very node has written: no rank
+    is sure to see all, and together they do.
+    """
+    seen = ranks.gather_results(
+        lambda: [str(path.relative_to(part)) for path in part.rglob("*") if path.is_file()]
+    )
+    return sorted({name for names in seen for name in names})
+
+
+def _check_can_be_read(part: Path, names: Sequence[str]) -> None:
     """What `problem` would refuse later fails now, while the ones before are there to go back
     to."""
-    for path in sorted(part.rglob("*.pt"))[ranks.rank() :: ranks.world_size()]:
+    shards = [part / name for name in names if name.endswith(".pt")]
+    for path in shards[ranks.rank() :: ranks.world_size()]:
         if reason := shard_problem(path):
             raise RuntimeError(
                 f"{path} {reason}: for another version of DeepSpeed add it to "
@@ -258,9 +272,8 @@ def _check_can_be_read(part: Path) -> None:
             )
 
 
-def _hash_shared_out(folder: Path) -> Manifest:
-    """Sync and hash every file, each rank its share; the whole manifest on every rank."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def _hash_shared_out(folder: Path, names: Sequence[str]) -> Manifest:
+    """Sync and hash these files, each rank its share; the whole manifest on every rank."""
     names_of_rank = names[ranks.rank() :: ranks.world_size()]
     for name in names_of_rank:
         sync(folder / name)
