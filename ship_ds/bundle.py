@@ -26,7 +26,7 @@ from ship_ds.adapter_files import BEFORE_THE_PROMPT
 from ship_ds.config import Config, ModelConfig, parse_config, parts_of
 from ship_ds.data.task import SplitTask
 from ship_ds.errors import UserError
-from ship_ds.files import Manifest, recover, whole_folder
+from ship_ds.files import Manifest, recover, refused_paths, whole_folder
 from ship_ds.kinds import ADAPTERS
 from ship_ds.parsing import read_json, read_json_object
 from ship_ds.safetensors_header import refuse_pointer_file
@@ -479,7 +479,8 @@ def verify(folder: Path, *, hashes: bool = True) -> Manifest:
         UserError: There is none, or a file is missing or damaged.
     """
     try:
-        manifest = Manifest.read(folder)
+        with refused_paths():
+            manifest = Manifest.read(folder)
     except ValueError as error:
         raise UserError(
             f"{folder}: no bundle here ({error}); a finished run has one in RUN/bundle"

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -55,7 +56,12 @@ def sync(path: Path) -> None:
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex; read in pieces, so its size does not matter."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            # The system names a file that cannot be opened, and none that cannot be read.
+            error.filename = error.filename or str(path)
+            raise
 
 
 @contextmanager
@@ -296,6 +302,24 @@ def _is_listed(row: object) -> bool:
     )
 
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What a system says of a path at which there is no file."""
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None: there is none. Raises OSError where the disk does not answer, which
+    `Path.is_file` of later versions of Python takes for none."""
+    try:
+        about = path.stat()
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise
+    except ValueError:  # of a name that no system can have
+        return None
+    return about.st_size if stat.S_ISREG(about.st_mode) else None
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Size and SHA-256 of the files of a folder, by their path in it; kept there as manifest.json:
@@ -324,14 +348,11 @@ class Manifest:
 
         Raises:
             ValueError: It is missing or is no manifest; the message says which.
+            OSError: It cannot be read here and now, which says nothing about what it is.
         """
-        try:
-            content = (folder / MANIFEST).read_bytes()
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-            raise ValueError(
-                f"{MANIFEST} is missing" if missing else f"{MANIFEST}: {error.strerror}"
-            ) from None
+        if _size(folder / MANIFEST) is None:
+            raise ValueError(f"{MANIFEST} is missing")
+        content = (folder / MANIFEST).read_bytes()
         rows = parse_json(decode(content, MANIFEST), MANIFEST)
         if not isinstance(rows, dict):
             raise ValueError(f"{MANIFEST}: expected an object of files")
@@ -362,12 +383,15 @@ class Manifest:
 
         Returns:
             For example "state/a.pt is missing", of the first file that is not as listed.
+
+        Raises:
+            OSError: A file cannot be read here and now, which says nothing about what it is.
         """
         for name in self.files if names is None else names:
             path, listed = folder / name, self.files[name]
-            if not path.is_file():
+            if (size := _size(path)) is None:
                 return f"{name} is missing"
-            if (size := path.stat().st_size) != listed.bytes:
+            if size != listed.bytes:
                 return f"{name} has {size} bytes instead of {listed.bytes}"
             if hashes and sha256(path) != listed.sha256:
                 return f"{name} is not the file that was written"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PositiveInt, ValidationError
 
 from ship_ds.errors import UserError
-from ship_ds.files import MANIFEST, Manifest, recover, sha256
+from ship_ds.files import MANIFEST, Manifest, recover, refused_paths, sha256
 from ship_ds.parsing import read_json_object
 from ship_ds.section import Section, first_error
 
@@ -103,7 +103,8 @@ def check_bank(folder: Path, settings: Mapping[str, Any], targets: Collection[st
 def check_files(folder: Path, *, hashes: bool = True) -> None:
     """Every file of a bank is there as it was written. Raises UserError."""
     try:
-        problem = Manifest.read(folder).problem(folder, hashes=hashes)
+        with refused_paths():
+            problem = Manifest.read(folder).problem(folder, hashes=hashes)
     except ValueError as error:
         problem = str(error)
     if problem is not None:

@@ -150,6 +150,14 @@ def test_what_is_no_manifest_is_said(text: str, tmp_path: Path) -> None:
         Manifest.read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a" * 300, "a/b"])
+def test_a_name_that_no_file_can_have_is_missing(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    listed = {name: {"bytes": 1, "sha256": "0"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(listed))
+    assert Manifest.read(tmp_path).problem(tmp_path) == f"{name} is missing"
+
+
 def test_a_path_that_the_system_refuses_is_one_line_and_other_faults_stay(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path, reason in (

@@ -85,7 +85,7 @@ def _write(table: Any, name: Path) -> None:
 def _is_whole(folder: Path) -> bool:
     try:
         return Manifest.read(folder).problem(folder) is None
-    except ValueError:
+    except (ValueError, OSError):
         return False
 
 

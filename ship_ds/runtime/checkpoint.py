@@ -46,7 +46,9 @@ from ship_ds.files import (
     Manifest,
     part_of,
     recover,
+    refused_paths,
     replace_folder,
+    sha256,
     sync,
     write_json,
     write_text,
@@ -386,31 +388,54 @@ def _bytes(folder: Path) -> int:
 
 def problem(folder: Path) -> str | None:
     """Why this checkpoint cannot be used, or None; every rank calls it and checks its share of the
-    files."""
-    reasons = ranks.gather_objects(_problem_of_share(folder))
+    files.
+
+    Whether a file is there, and how long it is, rank 0 alone says: NFS may show another rank what
+    was there a minute ago.
+
+    Raises:
+        OSError: a rank cannot read a file here and now, which says nothing about the checkpoint.
+        RankError: on the other ranks.
+        UserError: it may not be read, on every rank.
+    """
+    listed = ranks.gather_results(
+        lambda: _listed(folder) if ranks.rank() == 0 else None, Manifest | str | None
+    )[0]
+    if isinstance(listed, str):
+        return listed
+    reasons = ranks.gather_results(lambda: _problem_of_share(folder, listed))
     return next((reason for reason in reasons if reason), None)
 
 
-def _problem_of_share(folder: Path) -> str | None:
-    try:
-        manifest = Manifest.read(folder)
-    except ValueError as error:
-        return str(error)
+def _listed(folder: Path) -> Manifest | str:
+    """The manifest, whose files are all there; or why it cannot be used."""
+    with refused_paths():
+        try:
+            manifest = Manifest.read(folder)
+        except ValueError as error:
+            return str(error)
+        return manifest.problem(folder, hashes=False) or manifest
+
+
+def _problem_of_share(folder: Path, manifest: Manifest) -> str | None:
     # A pickle that nobody has hashed would be opened all the same: DeepSpeed lists folders.
     for path in sorted(folder.rglob("*.pt")):
         if (name := str(path.relative_to(folder))) not in manifest.files:
             return f"{name} is not in {MANIFEST}"
-    for name in sorted(manifest.files)[ranks.rank() :: ranks.world_size()]:
-        if reason := manifest.problem(folder, [name]):
-            return reason
-        if name.endswith(".pt") and (reason := shard_problem(folder / name)):
-            return f"{name} {reason}"
+    with refused_paths():
+        for name in sorted(manifest.files)[ranks.rank() :: ranks.world_size()]:
+            # A file that is missing here is there for rank 0, and an error.
+            if sha256(folder / name) != manifest.files[name].sha256:
+                return f"{name} is not the file that was written"
+            if name.endswith(".pt") and (reason := shard_problem(folder / name)):
+                return f"{name} {reason}"
     return None
 
 
 def newest_good(root: Path, log: Log) -> Path | None:
     """The newest checkpoint whose files are all as written; each one passed over is logged with its
-    reason. One that a killed save has set aside is put back first."""
+    reason. One that a killed save has set aside is put back first. Raises as `problem` does, and
+    UserError where none is good."""
     if ranks.rank() == 0:
         _recover(root)
     ranks.barrier()

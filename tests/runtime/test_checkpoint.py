@@ -2,12 +2,16 @@
 written."""
 
 import copy
+import errno
+import hashlib
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -211,6 +215,55 @@ def test_whatever_happened_to_the_newest_the_one_before_is_taken_and_saving_goes
         "step-00000002",
         "step-00000003.damaged",
     ]
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], None]:
+    """Let reads of a file of that name fail with that number from here on, as a disk does."""
+
+    def begin(number: int, name: str) -> None:
+        read_bytes, digest = Path.read_bytes, hashlib.file_digest
+
+        def read(path: Path) -> bytes:
+            if path.name == name:
+                raise OSError(number, os.strerror(number), str(path))
+            return read_bytes(path)
+
+        def hashed(file: Any, algorithm: str) -> Any:
+            if Path(file.name).name == name:
+                raise OSError(number, os.strerror(number))  # which names no file
+            return digest(file, algorithm)
+
+        monkeypatch.setattr(Path, "read_bytes", read)
+        monkeypatch.setattr(hashlib, "file_digest", hashed)
+
+    return begin
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-0.safetensors"])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EIO, OSError),
+        (errno.ESTALE, OSError),
+        (errno.ETIMEDOUT, OSError),
+        (errno.EACCES, UserError),
+    ],
+)
+def test_what_cannot_be_read_now_is_no_damage(
+    name: str,
+    number: int,
+    kind: type[Exception],
+    tmp_path: Path,
+    unreadable: Callable[[int, str], None],
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(Engine(1000), tmp_path, progress(step), CheckpointConfig())
+    unreadable(number, name)
+    with pytest.raises(kind, match=os.strerror(number)) as caught:
+        checkpoint.newest_good_to_resume(tmp_path, print)
+    assert str(tmp_path / "step-00000002" / name) in str(caught.value)
+    assert sorted(path.name[-1] for path in checkpoint.checkpoints(tmp_path)) == ["1", "2"]
 
 
 def test_saving_a_step_again_never_leaves_it_without_a_checkpoint(

@@ -46,7 +46,11 @@ def test_a_folder_that_a_node_has_on_a_disk_of_its_own_is_one_line_on_every_rank
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for rank, (said, error) in enumerate(outputs):
         assert said == (
             f"run.folder: {tmp_path}/disk-of-{rank}/run is not the same disk on node1 as on node0; "

@@ -54,6 +54,36 @@ Path.rglob = real
 found["files"] = sorted(json.loads((folder / "manifest.json").read_text()))
 found["newest"] = newest()
 """
+_READS = """
+real_stat, real_open = Path.stat, Path.open
+hidden, number_of_error = None, 0
+
+def refuse(path):
+    if number == 1 and path.name == hidden:
+        raise OSError(number_of_error, "refused", str(path))
+
+def stat(path, **options):
+    refuse(path)
+    return real_stat(path, **options)
+
+def open_file(path, *arguments, **options):
+    refuse(path)
+    return real_open(path, *arguments, **options)
+
+Path.stat, Path.open = stat, open_file
+for step in (1, 2):
+    save(step)
+dist.barrier()
+hidden = "rank-0.safetensors"  # the second of five files, and rank 1 hashes it
+for number_of_error in (errno.EIO, errno.ENOENT, errno.EACCES):
+    found[errno.errorcode[number_of_error]] = newest()
+hidden = None
+found["whole"] = newest()
+if number == 0:
+    (root / "checkpoints" / "step-00000002" / "rank-0.safetensors").unlink()
+dist.barrier()
+found["missing"] = newest()
+"""
 _END = """
 print(json.dumps(found))
 dist.barrier()
@@ -73,7 +103,11 @@ def run(program: str, folder: Path) -> list[dict[str, Any]]:
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert all(not process.returncode for process in processes), outputs
     return [json.loads(said.splitlines()[-1]) for said, _ in outputs]
 
@@ -91,3 +125,22 @@ def test_a_manifest_has_what_either_rank_has_written(tmp_path: Path) -> None:
             ],
             "newest": ["step-00000001", 0],
         }
+
+
+@pytest.mark.distributed
+def test_what_one_rank_cannot_read_sets_nothing_aside_and_ends_all(tmp_path: Path) -> None:
+    """What is missing for both is damage."""
+    path = tmp_path / "checkpoints" / "step-00000002" / "rank-0.safetensors"
+    first, second = run(_READS, tmp_path)
+    kinds = {"EIO": "OSError", "ENOENT": "FileNotFoundError", "EACCES": "UserError"}
+    for name, kind in kinds.items():
+        assert second[name][0] == kind and str(path) in second[name][1], second
+        assert first[name][0] == ("UserError" if kind == "UserError" else "RankError"), first
+        assert f"rank 1: {kind}: " in first[name][1] and str(path) in first[name][1]
+    assert first["whole"] == second["whole"] == ["step-00000002", 0]
+    assert first["missing"] == second["missing"] == ["step-00000001", 1]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "latest",
+        "step-00000001",
+        "step-00000002.damaged",
+    }
