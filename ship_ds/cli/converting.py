@@ -95,20 +95,31 @@ def merge(
 
 @verb(_PANEL)
 def bundle(
-    checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-N")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT", help="RUN/checkpoints/step-N; of a RUN its best on dev"
+        ),
+    ],
     out: OutOption,
     base: BaseOption = None,
 ) -> int:
     """A training checkpoint -> a bundle, without the run that wrote it."""
     from ship_ds.bundle import check_checkpoint
 
-    check_checkpoint(checkpoint)
     checks.check_new(out)
     checks.check_base_option(base)
+    score = ""
+    if (source / "checkpoints").is_dir():
+        from ship_ds.runtime.checkpoint import best_on_dev
+
+        source, progress = best_on_dev(source / "checkpoints")
+        score = f", {progress.best_by} {progress.dev_score:.3f} on dev"
+    check_checkpoint(source)
     from ship_ds.export.bundling import bundle_from_checkpoint
 
-    bundle_from_checkpoint(checkpoint, out, base)
-    print(f"{out}: bundle of {checkpoint}")
+    bundle_from_checkpoint(source, out, base)
+    print(f"{out}: bundle of {source}{score}")
     return 0
 
 

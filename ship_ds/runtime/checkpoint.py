@@ -345,13 +345,8 @@ def _prune(root: Path, config: CheckpointConfig, best_by: str) -> None:
     """Keep the last K, the best on dev by this metric, and the newest that was not written within
     bad steps; then, under the disk cap, drop the oldest that is none of the last two nor newest."""
     whole = checkpoints(root)
-    readable = {path: one for path in whole if (one := _readable_progress(path)) is not None}
-    scores = {
-        path: score
-        for path, one in readable.items()
-        if (score := _dev_score(one, best_by)) is not None
-    }
-    best = max(scores, key=lambda path: (scores[path], path), default=None)
+    readable = _readable(whole)
+    best = _best(readable, best_by)
     # A run that is asked to stop within bad steps saves where it stands, each time it is asked.
     before_bad = max(
         (path for path, one in readable.items() if not one.num_bad_steps), default=None
@@ -367,12 +362,44 @@ def _prune(root: Path, config: CheckpointConfig, best_by: str) -> None:
         shutil.rmtree(path)
 
 
-def _readable_progress(folder: Path) -> Progress | None:
-    """None where the folder has been damaged since."""
-    try:
-        return read_progress(folder)
-    except UserError:
-        return None
+def best_on_dev(root: Path) -> tuple[Path, Progress]:
+    """The checkpoint with the best score on dev of those that are there, and where the run was
+    then. Which score that is, the newest of them says.
+
+    Args:
+        root: the folder of a run's checkpoints.
+
+    Raises:
+        UserError: none of them was scored.
+    """
+    readable = _readable(checkpoints(root))
+    by = [one.best_by for _, one in sorted(readable.items()) if one.dev_score is not None]
+    best = _best(readable, by[-1]) if by else None
+    if best is None:
+        raise UserError(
+            f"{root}: no checkpoint there was scored on dev; name the one that is meant, such as "
+            f"{root}/step-00000400"
+        )
+    return best, readable[best]
+
+
+def _best(readable: Mapping[Path, Progress], best_by: str) -> Path | None:
+    """Of equally good ones the newest."""
+    scores = {
+        path: score
+        for path, one in readable.items()
+        if (score := _dev_score(one, best_by)) is not None
+    }
+    return max(scores, key=lambda path: (scores[path], path), default=None)
+
+
+def _readable(folders: Sequence[Path]) -> dict[Path, Progress]:
+    """Without those that have been damaged since."""
+    progress = {}
+    for folder in folders:
+        with contextlib.suppress(UserError):
+            progress[folder] = read_progress(folder)
+    return progress
 
 
 def _dev_score(progress: Progress, best_by: str) -> float | None:

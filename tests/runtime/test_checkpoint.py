@@ -373,6 +373,18 @@ def test_scores_by_another_metric_make_no_checkpoint_the_best(tmp_path: Path) ->
     assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["3", "4"]
 
 
+def test_the_best_on_dev_is_by_the_metric_of_the_newest_that_has_a_score(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint there was scored on dev; name the one"):
+        checkpoint.best_on_dev(tmp_path)
+    scores = ((0.9, "exact_match"), (0.3, "rouge_l"), (0.4, "rouge_l"), (0.2, "rouge_l"))
+    config = CheckpointConfig(keep_last=9)
+    for step, (score, best_by) in enumerate(scores, 1):
+        checkpoint.save(Engine(1000), tmp_path, progress(step, score, best_by), config)
+    checkpoint.save(Engine(1000), tmp_path, progress(5), config)
+    folder, then = checkpoint.best_on_dev(tmp_path)
+    assert (folder.name[-1], then.step, then.dev_score, then.best_by) == ("3", 3, 0.4, "rouge_l")
+
+
 def test_a_checkpoint_that_a_killed_save_set_aside_is_found(tmp_path: Path) -> None:
     """By whoever looks for the newest, not by the run alone."""
     checkpoint.save(Engine(1000), tmp_path, progress(1), CheckpointConfig())

@@ -172,6 +172,23 @@ def test_bundle_from_a_two_rank_checkpoint_is_the_runs_own(
     assert Ship.from_run(tmp_path / "bundle").answer("put 7 at the front", ["1 2"])
 
 
+def test_a_bundle_of_a_run_is_of_its_best_checkpoint_on_dev(
+    two_rank_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(two_rank_run, run)
+    first, *_, last = checkpoint.checkpoints(run / "checkpoints")
+    for folder, score in ((first, 0.75), (last, 0.5)):
+        checkpoint.record_evaluation(folder, 1, score, is_owed=False)
+    assert cli.main(["bundle", str(run), "--out", str(tmp_path / "best")]) == 0
+    line = f"{tmp_path / 'best'}: bundle of {first}, exact_match 0.750 on dev"
+    assert capsys.readouterr().out.splitlines() == [line]
+    best, own = (
+        load_file(folder / "ship.safetensors") for folder in (tmp_path / "best", run / "bundle")
+    )
+    assert best.keys() == own.keys() and not all(best[name].equal(own[name]) for name in own)
+
+
 def test_progress_names_step_config_and_revision(two_rank_run: Path) -> None:
     progress = checkpoint.read_progress(two_rank_run / "checkpoints" / "step-00000012")
     assert progress.step == 12 and progress.world_size == 2 and progress.config["run"]["seed"] == 0
