@@ -372,13 +372,14 @@ def best_on_dev(root: Path) -> tuple[Path, Progress]:
     Raises:
         UserError: none of them was scored.
     """
-    readable = _readable(checkpoints(root))
+    whole = checkpoints(root)
+    readable = _readable(whole)
     by = [one.best_by for _, one in sorted(readable.items()) if one.dev_score is not None]
     best = _best(readable, by[-1]) if by else None
     if best is None:
+        newest = f": {whole[-1]} is the newest" if whole else ""
         raise UserError(
-            f"{root}: no checkpoint there was scored on dev; name the one that is meant, such as "
-            f"{root}/step-00000400"
+            f"{root}: no checkpoint there was scored on dev; name the one that is meant{newest}"
         )
     return best, readable[best]
 
