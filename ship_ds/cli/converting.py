@@ -117,7 +117,9 @@ def bundle(
         score = f", {progress.best_by} {progress.dev_score:.3f} on dev"
     check_checkpoint(source)
     from ship_ds.export.bundling import bundle_from_checkpoint
+    from ship_ds.runtime import ranks
 
+    ranks.quiet_libraries()
     bundle_from_checkpoint(source, out, base)
     print(f"{out}: bundle of {source}{score}")
     return 0
