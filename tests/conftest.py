@@ -83,6 +83,12 @@ def start_warm(
         pytest.fail(f"{late}\n{late.stdout[-2000:]}\n{late.stderr[-8000:]}")
 
 
+def free_port() -> str:
+    """A port of this machine that nobody listens on, for ranks to meet at."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
+
+
 def train_smoke(folder: Path, *launcher: str) -> Path:
     """By that launcher and its program, or as `python -m ship_ds.train`."""
     arguments = ["--config", "quickstart-smoke", f"run.folder={folder}"]
@@ -170,14 +176,12 @@ def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_two_ranks(folder: Path) -> Path:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
     launcher = (
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_gpus",
         "2",
         "--master_port",
-        port,
+        free_port(),
     )
     return train_smoke(folder, *launcher, "ship_ds/train.py")
 

@@ -109,19 +109,19 @@ def bundle(
 
     checks.check_new(out)
     checks.check_base_option(base)
-    score = ""
+    why = ""
     if (source / "checkpoints").is_dir():
         from ship_ds.runtime.checkpoint import best_on_dev
 
         source, progress = best_on_dev(source / "checkpoints")
-        score = f", {progress.best_by} {progress.dev_score:.3f} on dev"
+        why = f", the best on dev by {progress.best_by}"
     check_checkpoint(source)
     from ship_ds.export.bundling import bundle_from_checkpoint
     from ship_ds.runtime import ranks
 
     ranks.quiet_libraries()
     bundle_from_checkpoint(source, out, base)
-    print(f"{out}: bundle of {source}{score}")
+    print(f"{out}: bundle of {source}{why}")
     return 0
 
 

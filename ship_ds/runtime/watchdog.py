@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import ship_ds
 from ship_ds.console import current_rank, log_from_any_rank
@@ -36,12 +37,22 @@ _COLLECTIVES = (
 )
 """Files in whose functions a thread waits for other ranks; ZeRO-3 waits for its gathers in the
 last."""
-_STEP, _MEETING = "no step", "the ranks have not met"
-_ADVICE = {
-    _MEETING: "Where none is missing, or one gives no sign of life, the network may be another one "
-    "than the nodes share: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface, "
-    "NCCL_DEBUG=INFO says more. "
-}
+
+
+class _Expected(NamedTuple):
+    """What has to happen within the limit: how its absence is called, and what to do about it."""
+
+    absence: str
+    advice: str = ""
+
+
+_STEP = _Expected("no step")
+_MEETING = _Expected(
+    "the ranks have not met",
+    "Where none is missing, or one gives no sign of life, the network may be another one than the "
+    "nodes share: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface, NCCL_DEBUG=INFO "
+    "says more. ",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Watchdog:
         self.limit = None if minutes is None else 60 * minutes
         self.period = 0.0 if minutes is None else min(15.0, 60 * minutes / 10)
         self._step, self._num_records = 0, 0
-        self._expected: str | None = None
+        self._expected: _Expected | None = None
         # What the neighbour said before this start counts for nothing: it may come much later.
         self._initial_position = None if minutes is None else self._read_neighbour()
         self._last_position, self._num_same_reads = self._initial_position, 0
@@ -139,8 +150,8 @@ class Watchdog:
             position, is_written = self._write_position()
             if expected is not None:
                 if without_step > limit:
-                    reason = f"{expected} for {limit / 60:g} minutes"
-                    self._report_and_exit(position, reason, _ADVICE.get(expected, ""))
+                    reason = f"{expected.absence} for {limit / 60:g} minutes"
+                    self._report_and_exit(position, reason, expected.advice)
             # Where this rank cannot write, the others cannot either, and are silent for that.
             elif is_written and (text := self._describe_silence(limit)) is not None:
                 self._report_and_exit(position, text)

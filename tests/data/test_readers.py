@@ -157,7 +157,7 @@ def test_the_first_turns_of_a_chat_are_a_triple(tmp_path: Path) -> None:
 def test_a_refused_row_says_what_the_file_was_taken_for(tmp_path: Path) -> None:
     rows = [{"instruction": "k", "output": "y"}, {"instruction": "k", "target": "y"}]
     path = write(tmp_path / "own.json", rows)
-    with pytest.raises(DataError, match=r"has no 'output'.* \(taken for alpaca; format says anoth"):
+    with pytest.raises(DataError, match=r"has no 'output'.* \(taken for alpaca, since no fo"):
         read_tasks(path)
     with pytest.raises(DataError, match="has no 'output'") as error:
         read_tasks(path, "alpaca")

@@ -1,7 +1,6 @@
 """What a failing evaluation or report costs: no step, and no exit code; a run of stubs."""
 
 import errno
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,8 @@ from ship_ds.model.nf4_linear import use_nf4_linears
 from ship_ds.runtime import checkpoint, ranks
 from ship_ds.runtime.agreement import Agreement
 from ship_ds.runtime.stopping import Preempted, StopRequest
-from tests.conftest import REPOSITORY, environment
 from tests.runtime.test_checkpoint import Engine
+from tests.runtime.two_ranks import run_two_ranks
 
 
 class StubEngine(Engine):
@@ -525,16 +524,12 @@ def test_a_full_disk_is_one_line_and_code_2_wherever_it_is_met(
         assert said.startswith("ship-ds: " + line.replace("DISK", "its disk or quota is full"))
 
 
-_TWO_RANKS = """
-import os, sys, time
-from pathlib import Path
-import torch.distributed as dist
+_REPORT_FAILS = """
+import os, time
 from ship_ds.runtime.after_training import failures_are_one_line
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]),
-                        world_size=2)
 dist.barrier()  # or rank 1 may be gone before rank 0 is connected
-with failures_are_one_line(Path(sys.argv[3]), "failed: {}".format):
-    if dist.get_rank() == 1:
+with failures_are_one_line(root / "trace", "failed: {}".format):
+    if number == 1:
         raise MemoryError("no room")
     time.sleep(600)  # as in a collective that rank 1 never enters
 print("goes on")
@@ -544,23 +539,10 @@ os._exit(0)
 
 @pytest.mark.distributed
 def test_a_rank_that_waits_for_one_whose_report_failed_ends_with_code_0(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _TWO_RANKS, str(rank), str(tmp_path / "store"), str(trace)],
-            cwd=REPOSITORY,
-            env=environment(),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank, trace in enumerate((tmp_path / "trace", tmp_path / "trace"))
-    ]
-    (waited, waited_error), (_, failed_error) = (
-        process.communicate(timeout=120) for process in processes
-    )
-    assert [process.returncode for process in processes] == [0, 0], (waited_error, failed_error)
-    assert failed_error == "ship-ds: failed: MemoryError: no room\n"
-    assert "goes on" not in waited and waited_error == ""
+    waited, failed = run_two_ranks(_REPORT_FAILS, tmp_path)
+    assert (waited.returncode, failed.returncode) == (0, 0), (waited.stderr, failed.stderr)
+    assert failed.stderr == "ship-ds: failed: MemoryError: no room\n"
+    assert "goes on" not in waited.stdout and waited.stderr == ""
 
 
 @pytest.mark.parametrize(("local_rank", "visible", "index"), [("1", 1, "0"), ("3", 8, "3")])

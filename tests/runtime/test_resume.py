@@ -181,7 +181,7 @@ def test_a_bundle_of_a_run_is_of_its_best_checkpoint_on_dev(
     for folder, score in ((first, 0.75), (last, 0.5)):
         checkpoint.record_evaluation(folder, 1, score, is_owed=False)
     assert cli.main(["bundle", str(run), "--out", str(tmp_path / "best")]) == 0
-    line = f"{tmp_path / 'best'}: bundle of {first}, exact_match 0.750 on dev"
+    line = f"{tmp_path / 'best'}: bundle of {first}, the best on dev by exact_match"
     assert capsys.readouterr().out.splitlines() == [line]
     best, own = (
         load_file(folder / "ship.safetensors") for folder in (tmp_path / "best", run / "bundle")

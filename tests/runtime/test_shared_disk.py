@@ -1,22 +1,16 @@
 """A run folder that is another one on another node ends all ranks with one line at the start."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ship_ds.runtime import ranks, shared_disk
-from tests.conftest import REPOSITORY, environment
+from tests.runtime.two_ranks import run_two_ranks
 
-_TWO_RANKS = """
-import platform, sys
-from pathlib import Path
-import torch.distributed as dist
+_BOTH_FOLDERS = """
+import platform
 from ship_ds.errors import UserError
 from ship_ds.runtime import shared_disk
-number, root = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=number, world_size=2)
 platform.node = lambda: f"node{number}"
 shared_disk._WAIT_SECONDS = 0.1
 shared_disk.check_is_shared(root / "shared")
@@ -35,27 +29,11 @@ def test_a_folder_that_a_node_has_on_a_disk_of_its_own_is_one_line_on_every_rank
     folders = [tmp_path / "shared", *(tmp_path / f"disk-of-{rank}" / "run" for rank in range(2))]
     for folder in folders:
         folder.mkdir(parents=True)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _TWO_RANKS, str(rank), str(tmp_path)],
-            cwd=REPOSITORY,
-            env=environment(),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (said, error) in enumerate(outputs):
-        assert said == (
+    for rank, done in enumerate(run_two_ranks(_BOTH_FOLDERS, tmp_path)):
+        assert done.stdout == (
             f"run.folder: {tmp_path}/disk-of-{rank}/run is not the same disk on node1 as on node0; "
             "give a folder that all nodes share\n"
-        ), error
+        ), done.stderr
     assert not any(list(folder.iterdir()) for folder in folders)
 
 

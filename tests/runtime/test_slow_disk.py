@@ -2,24 +2,18 @@
 taken for none."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY, environment
+from tests.runtime.two_ranks import run_two_ranks
 
-_TWO_RANKS = """
-import errno, json, sys
-from pathlib import Path
+_RANK = """
+import errno, json
 import torch
-import torch.distributed as dist
 from ship_ds.config import CheckpointConfig
 from ship_ds.runtime import checkpoint, ranks
-number, root = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=number, world_size=2)
 found, said = {}, []
 
 class Engine:
@@ -92,24 +86,9 @@ dist.barrier()
 
 def run(program: str, folder: Path) -> list[dict[str, Any]]:
     """What each rank of two has found."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _TWO_RANKS + program + _END, str(rank), str(folder)],
-            cwd=REPOSITORY,
-            env=environment(),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(not process.returncode for process in processes), outputs
-    return [json.loads(said.splitlines()[-1]) for said, _ in outputs]
+    both = run_two_ranks(_RANK + program + _END, folder)
+    assert not any(one.returncode for one in both), both
+    return [json.loads(one.stdout.splitlines()[-1]) for one in both]
 
 
 @pytest.mark.distributed

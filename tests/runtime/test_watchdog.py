@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 from ship_ds.exit_codes import HUNG
 from ship_ds.runtime import watchdog as watchdog_module
 from ship_ds.runtime.watchdog import Position, Watchdog, missing_ranks
-from tests.conftest import REPOSITORY, environment, start
+from tests.conftest import REPOSITORY, environment, free_port, start
 
 RANK = """
 import os, signal, sys, time
@@ -33,24 +32,22 @@ ranks.barrier()
 """
 
 
+def of_two(rank: int, port: str) -> dict[str, str]:
+    """What tells a process that it is this rank of two."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {"RANK": str(rank), "WORLD_SIZE": "2", **place}
+
+
 def hang(folder: Path, train: str, hang: str) -> tuple[list[int], str]:
     """The codes of two ranks, of which the second hangs, and what the first said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     first, second = (
         subprocess.Popen(
             [sys.executable, "-c", RANK.format(train=train, hang=hang), str(folder)],
             cwd=REPOSITORY,
             text=True,
             stderr=subprocess.PIPE,
-            env={
-                **environment(),
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
+            env=environment(**of_two(rank, port)),
         )
         for rank in range(2)
     )
@@ -109,11 +106,7 @@ watchdog.begin()
 with watchdog.meeting():
     dist.init_process_group("gloo", timeout=timedelta(hours=6))
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    done = start(["-c", meet, str(tmp_path)], **group)
+    done = start(["-c", meet, str(tmp_path)], **of_two(0, free_port()))
     assert done.returncode == HUNG
     last = done.stderr.strip().splitlines()[-1]
     assert "rank 0: the ranks have not met for 0.05 minutes (training.hang_minutes)" in last

@@ -122,7 +122,7 @@ def read_tasks(path: Path, format: str = "auto", counts: Counter[str] | None = N
         tasks: list[Task] = FORMATS[name].read(path, counts)
     except UserError as error:  # also of a text that is no JSON
         # Else nobody knows why a row should have what it is said to lack.
-        guessed = f" (taken for {name}; format says another)" if format == "auto" else ""
+        guessed = f" (taken for {name}, since no format is named)" if format == "auto" else ""
         raise DataError(f"{error}{guessed}") from None
     _count_unread(path, name, counts)
     if num_inputs := sum(len(task.inputs) for task in tasks):
